@@ -1,0 +1,134 @@
+"""Where a listener is: parse an address, infer its family, write it down again. Opens nothing.
+
+Two readings of an address exist, and they differ for a plain string:
+
+- :func:`infer_family` follows ``multiprocessing.connection``: a tuple is TCP, two leading backslashes a
+  Windows named pipe, any other string a Unix socket's path.
+- :func:`parse` reads what people write in a configuration file or on a command line, where
+  ``localhost:6000`` is TCP: see its docstring.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from brokerd_client.errors import AddressError
+
+__all__ = ["Address", "Family", "SockAddr", "format_peer", "infer_family", "parse", "validate_family"]
+
+Family: TypeAlias = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
+#: What ``socket.bind`` and ``socket.connect`` take; a pipe's name for AF_PIPE.
+SockAddr: TypeAlias = tuple[str, int] | str
+
+_HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
+_BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
+_FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One place to listen at or connect to.
+
+    family: decides which of the others mean something. host, port: AF_INET and AF_INET6.
+    path: AF_UNIX (an abstract name begins with a NUL character) and AF_PIPE.
+    """
+
+    family: Family
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def sockaddr(self) -> SockAddr:
+        """What the socket module, or the pipe functions, take."""
+        return (self.host, self.port) if self.family in ("AF_INET", "AF_INET6") else self.path
+
+    @property
+    def is_file(self) -> bool:
+        """Whether listening here leaves a socket file behind."""
+        return self.family == "AF_UNIX" and not self.path.startswith("\0")
+
+    def __str__(self) -> str:
+        if self.family == "AF_INET6":
+            return f"[{self.host}]:{self.port}"
+        if self.family == "AF_INET":
+            return f"{self.host}:{self.port}"
+        return "@" + self.path[1:] if self.path.startswith("\0") else self.path
+
+
+def parse(address: str | Sequence[Any] | Address) -> Address:
+    r"""Return the address in any form a person writes.
+
+    ``host:port``, ``[::1]:port``, a pair of host and port, ``@abstract``, ``\\.\pipe\name``; any other string
+    is the path of a Unix socket, and one that holds a ``/`` always is.
+    Raises AddressError, naming the forms.
+    """
+    if isinstance(address, Address):
+        return address
+    if isinstance(address, (list, tuple)):
+        return _from_pair(address)
+    if not isinstance(address, str):
+        raise AddressError(f"{address!r} is no address: give {_FORMS}")
+    if not address or address in ("@", "\0"):
+        raise AddressError(f"an address can't be empty: give {_FORMS}")
+    if address.startswith("\\\\"):
+        return Address("AF_PIPE", path=address)
+    if address[0] in "@\0":
+        return Address("AF_UNIX", path="\0" + address[1:])
+    match = _BRACKETED.fullmatch(address) or _HOST_PORT.fullmatch(address)
+    if match:
+        return _from_pair((match["host"], int(match["port"])))
+    if "/" not in address and (":" in address or "[" in address):
+        raise AddressError(f"{address!r} is no address: give {_FORMS}")
+    return Address("AF_UNIX", path=os.path.expanduser(address))  # noqa: PTH111 - a Path would drop a leading "./"
+
+
+def _from_pair(pair: Sequence[Any]) -> Address:
+    if len(pair) < 2 or not isinstance(pair[0], str) or isinstance(pair[1], bool) or not isinstance(pair[1], int):
+        raise AddressError(f"{list(pair)!r} is no address: give a host and a port number")
+    host, port = pair[0], pair[1]
+    if not 0 <= port <= 65535:
+        raise AddressError(f"{port} is no port: give a number from 0 to 65535")
+    return Address("AF_INET6" if ":" in host else "AF_INET", host=host, port=port)
+
+
+def infer_family(address: object) -> Family:
+    """Return the family of an address of ``multiprocessing.connection``, by its form.
+
+    A pair whose host holds a colon is AF_INET6, which the standard library does not infer.
+    Raises AddressError, which is a ValueError, as the standard library's address_type does.
+    """
+    if isinstance(address, tuple):
+        return "AF_INET6" if address and isinstance(address[0], str) and ":" in address[0] else "AF_INET"
+    if isinstance(address, str) and address.startswith("\\\\"):
+        return "AF_PIPE"
+    if isinstance(address, str) or (isinstance(address, bytes) and address[:1] == b"\0"):
+        return "AF_UNIX"
+    raise AddressError(f"address type of {address!r} unrecognized: give a (host, port) pair, a path or a pipe's name")
+
+
+def validate_family(family: str) -> None:
+    """Raise AddressError if this machine does not have the family."""
+    if family not in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"):
+        raise AddressError(f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE")
+    if family == "AF_PIPE" and sys.platform != "win32":
+        raise AddressError("family AF_PIPE is not recognized here: named pipes exist on Windows only")
+    if family == "AF_UNIX" and sys.platform == "win32":
+        raise AddressError("family AF_UNIX is not recognized here: use AF_PIPE or AF_INET on Windows")
+
+
+def format_peer(sockaddr: object) -> str:
+    """Return the address a connection came from, for people: ``host:port``, a path, or ``unix``."""
+    if isinstance(sockaddr, tuple) and len(sockaddr) >= 2:
+        host, port = sockaddr[0], sockaddr[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    if isinstance(sockaddr, bytes):
+        sockaddr = sockaddr.decode(errors="replace")
+    if isinstance(sockaddr, str) and sockaddr:
+        return "@" + sockaddr[1:] if sockaddr.startswith("\0") else sockaddr
+    return "unix"

@@ -1,0 +1,277 @@
+"""Every exception the library raises, in one tree that says who must act.
+
+::
+
+    BrokerdError
+    ├── LocalError                   the caller made a mistake; nothing was sent
+    │   ├── AddressError             (ValueError) the address can't be understood or served here
+    │   ├── InvalidName              (ValueError) not a client name, address or topic
+    │   ├── InvalidKey               (ValueError) an empty or unreadable key
+    │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
+    │   └── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
+    ├── RemoteError                  the peer broke the rules; its connection is to be closed
+    │   ├── FrameError
+    │   │   ├── BadLength            a length no frame can have
+    │   │   └── FrameTooBig          more was announced than the limit of the moment
+    │   ├── MalformedEnvelope        a frame that is no broker frame
+    │   ├── UndecodablePayload       the codec named in the header can't read the payload
+    │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
+    ├── Refused                      the broker, or the other client, said no: one class per error code
+    │   ├── NoSuchClient  Offline  Denied  Full  TooLarge  Expired
+    │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
+    │   └── RequestFailed            the other client answered a request with an error of its own
+    ├── Disconnected                 (ConnectionError) the connection to the broker is gone
+    │   └── InDoubt                  ... and what became of this send is not known
+    ├── Closed                       (OSError) used after close()
+    ├── TimedOut                     (TimeoutError) the time the caller gave ran out
+    └── BufferTooShort               (multiprocessing.BufferTooShort) args[0] is the whole message
+
+Nothing here ever holds a key, a MAC or a message body, except BufferTooShort, whose purpose
+it is. ``Refused.code`` is the word of the wire (docs/protocol.md, "Outcomes").
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+
+__all__ = [
+    "AddressError",
+    "AuthenticationError",
+    "BadLength",
+    "BrokerdError",
+    "BufferTooShort",
+    "Closed",
+    "Denied",
+    "Disconnected",
+    "Expired",
+    "FrameError",
+    "FrameTooBig",
+    "Full",
+    "InDoubt",
+    "InvalidKey",
+    "InvalidName",
+    "LocalError",
+    "Malformed",
+    "MalformedEnvelope",
+    "NoSuchClient",
+    "Offline",
+    "PayloadError",
+    "RateLimited",
+    "Refused",
+    "RemoteError",
+    "RequestFailed",
+    "ShuttingDown",
+    "TimedOut",
+    "TooLarge",
+    "UndecodablePayload",
+    "Unsupported",
+    "WrongProcess",
+    "refusal",
+]
+
+
+class BrokerdError(Exception):
+    """Whatever the library raises is one of these."""
+
+
+class LocalError(BrokerdError):
+    """The caller made a mistake; nothing was sent."""
+
+
+class AddressError(LocalError, ValueError):
+    """The address can't be understood, or its family is not available here."""
+
+
+class InvalidName(LocalError, ValueError):
+    """The text is no client name, address or topic (docs/protocol.md, "Names")."""
+
+
+class InvalidKey(LocalError, ValueError):
+    """The key is empty, or could not be read."""
+
+
+class PayloadError(LocalError, TypeError):
+    """The payload can't be encoded, or is larger than can be sent."""
+
+
+class WrongProcess(LocalError, RuntimeError):
+    """A client made by one process was used in a fork of it."""
+
+
+class RemoteError(BrokerdError):
+    """The peer broke the rules; its connection is to be closed."""
+
+
+class FrameError(RemoteError):
+    """The bytes are no frame."""
+
+
+class BadLength(FrameError):
+    """The length is negative and not the -1 that announces a 64-bit length."""
+
+
+class FrameTooBig(FrameError):
+    """The peer announced a frame above the limit.
+
+    size: bytes announced. limit: bytes accepted.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"the peer announced a frame of {size} bytes; at most {limit} are accepted")
+        self.size = size
+        self.limit = limit
+
+
+class MalformedEnvelope(RemoteError):
+    """A frame that is no broker frame.
+
+    id: the frame's id where it could be read, else 0.
+    """
+
+    def __init__(self, message: str, id: int = 0) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+class UndecodablePayload(RemoteError):
+    """The payload is not what its codec says it is."""
+
+
+class AuthenticationError(RemoteError, multiprocessing.AuthenticationError):
+    """The handshake failed; the message says which side rejected which, and why."""
+
+
+class Refused(BrokerdError):
+    """The broker, or the client asked, said no.
+
+    code: the word of the wire, such as ``offline``. name: the recipient it concerns, or "".
+    id: the id of the message refused, 0 where the broker could not read it.
+    """
+
+    code = "refused"
+
+    def __init__(self, message: str, *, name: str = "", id: int = 0, code: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
+        self.id = id
+        if code is not None:
+            self.code = code
+
+
+class NoSuchClient(Refused):
+    """The configuration knows no client of that name."""
+
+    code = "no_such_client"
+
+
+class Offline(Refused):
+    """The client exists and is not connected."""
+
+    code = "offline"
+
+
+class Denied(Refused):
+    """The sender's rules do not allow it."""
+
+    code = "denied"
+
+
+class Full(Refused):
+    """The recipient's queue has no room."""
+
+    code = "full"
+
+
+class TooLarge(Refused):
+    """The message is longer than the broker's ``limits.max_message``."""
+
+    code = "too_large"
+
+
+class Expired(Refused):
+    """The message's time to live ran out before it could be delivered."""
+
+    code = "expired"
+
+
+class RateLimited(Refused):
+    """The sender exceeded the rate its configuration allows."""
+
+    code = "rate_limited"
+
+
+class Malformed(Refused):
+    """The broker could not read what was sent, and closed the connection."""
+
+    code = "malformed"
+
+
+class Unsupported(Refused):
+    """The broker does not know this operation, kind or flag."""
+
+    code = "unsupported"
+
+
+class ShuttingDown(Refused):
+    """The broker is draining and takes nothing new."""
+
+    code = "shutting_down"
+
+
+class RequestFailed(Refused):
+    """The client asked answered with an error whose code is its own."""
+
+    code = "failed"
+
+
+class Disconnected(BrokerdError, ConnectionError):
+    """The connection to the broker is gone."""
+
+
+class InDoubt(Disconnected):
+    """The connection went before the outcome of this send was known.
+
+    It may have been delivered or not; it is never repeated by the library.
+    id: the id of the message.
+    """
+
+    def __init__(self, message: str, *, id: int = 0) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+class Closed(BrokerdError, OSError):
+    """The object was used after its close()."""
+
+
+class TimedOut(BrokerdError, TimeoutError):
+    """The time the caller gave ran out."""
+
+
+class BufferTooShort(BrokerdError, multiprocessing.BufferTooShort):
+    """The buffer handed to recv_bytes_into is too small; args[0] is the whole message."""
+
+
+_BY_CODE: dict[str, type[Refused]] = {
+    cls.code: cls
+    for cls in (
+        NoSuchClient,
+        Offline,
+        Denied,
+        Full,
+        TooLarge,
+        Expired,
+        RateLimited,
+        Malformed,
+        Unsupported,
+        ShuttingDown,
+    )
+}
+
+
+def refusal(code: str, message: str, *, name: str = "", id: int = 0) -> Refused:
+    """Return the exception for an error code; RequestFailed for a code that is not the broker's."""
+    cls = _BY_CODE.get(code)
+    if cls is None:
+        return RequestFailed(message, name=name, id=id, code=code)
+    return cls(message, name=name, id=id)

@@ -1,0 +1,275 @@
+"""What is inside a broker frame: the 12-byte header, kinds, flags, error codes, names and topics.
+
+Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads the same layout
+from its own buffer; whatever is out of the ordinary it hands to :func:`parse`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag, StrEnum
+from typing import Any, Final
+
+from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
+
+__all__ = [
+    "BROKER",
+    "HEADER",
+    "MAX_TOPIC",
+    "CodecId",
+    "Envelope",
+    "ErrorCode",
+    "Flag",
+    "Kind",
+    "check_address",
+    "check_name",
+    "check_pattern",
+    "check_topic",
+    "encode",
+    "error_payload",
+    "is_address",
+    "is_name",
+    "parse",
+    "split_address",
+]
+
+#: kind, flags, codec, name_len, id; network byte order.
+HEADER: Final = struct.Struct("!BBBBQ")
+#: The name of the broker itself.
+BROKER: Final = "$broker"
+#: Longest topic, in bytes of UTF-8.
+MAX_TOPIC: Final = 255
+MAX_ID: Final = 2**64 - 1
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_ADDRESS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(/[0-9a-z]{1,16})?")
+_SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
+_EXTENSION_LENGTH: Final = struct.Struct("!H")
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    MESSAGE = 1
+    """One way, to a named client."""
+    REQUEST = 2
+    """Expects one REPLY or ERROR with the same id."""
+    REPLY = 3
+    """Answers a REQUEST; its id is the request's."""
+    ERROR = 4
+    """Answers anything that failed; its payload is a JSON object with code, message and name."""
+    EVENT = 5
+    """A publication on a topic."""
+    RECEIPT = 6
+    """The broker has taken responsibility for the message with this id."""
+    ACK = 7
+    """The client has finished with the delivery whose tag is in id."""
+
+
+class Flag(IntFlag):
+    """Bits of the second header byte; any other bit is malformed."""
+
+    RECEIPT = 1
+    EXTENSION = 2
+    ACK = 4
+
+
+class CodecId(IntEnum):
+    """How a payload is encoded: 4 to 127 are reserved, 128 to 255 the users' own."""
+
+    RAW = 0
+    PICKLE = 1
+    JSON = 2
+    MSGPACK = 3
+
+
+class ErrorCode(StrEnum):
+    """The words an ERROR says; each has its exception in :mod:`brokerd_client.errors`."""
+
+    NO_SUCH_CLIENT = "no_such_client"
+    OFFLINE = "offline"
+    DENIED = "denied"
+    FULL = "full"
+    TOO_LARGE = "too_large"
+    EXPIRED = "expired"
+    RATE_LIMITED = "rate_limited"
+    MALFORMED = "malformed"
+    UNSUPPORTED = "unsupported"
+    SHUTTING_DOWN = "shutting_down"
+
+
+_KNOWN_FLAGS: Final = int(Flag.RECEIPT | Flag.EXTENSION | Flag.ACK)
+_KINDS: Final = {int(kind): kind for kind in Kind}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One broker frame, parsed.
+
+    name: the recipient on the way to the broker, the authenticated sender on the way from it.
+    topic: only of an EVENT, else "". extension: the JSON object, or None where there is none.
+    payload: the bytes as they were sent, never decoded here.
+    """
+
+    kind: Kind
+    id: int = 0
+    name: str = ""
+    payload: bytes = field(default=b"", repr=False)
+    codec: int = 0
+    flags: int = 0
+    topic: str = ""
+    extension: Mapping[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.payload)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """Return the frame's body, ready for :func:`brokerd_client.wire.framing.frame`.
+
+    The EXTENSION bit follows from whether there is an extension.
+    Raises InvalidName or PayloadError for what has no room in the header.
+    """
+    name = envelope.name.encode()
+    if len(name) > 255:
+        raise InvalidName(f"a name has at most 255 bytes; this one has {len(name)}")
+    if not 0 <= envelope.id <= MAX_ID:
+        raise PayloadError(f"an id is an unsigned 64-bit number, not {envelope.id}")
+    flags = envelope.flags & ~Flag.EXTENSION
+    parts = [name]
+    if envelope.kind is Kind.EVENT:
+        topic = envelope.topic.encode()
+        if not 0 < len(topic) <= MAX_TOPIC:
+            raise InvalidName(f"a topic has 1 to {MAX_TOPIC} bytes; this one has {len(topic)}")
+        parts += (bytes((len(topic),)), topic)
+    if envelope.extension is not None:
+        flags |= Flag.EXTENSION
+        extension = json.dumps(envelope.extension, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(extension) > 0xFFFF:
+            raise PayloadError(f"an extension has at most 65535 bytes of JSON; this one has {len(extension)}")
+        parts += (_EXTENSION_LENGTH.pack(len(extension)), extension)
+    header = HEADER.pack(envelope.kind, flags, envelope.codec, len(name), envelope.id)
+    return b"".join((header, *parts, envelope.payload))
+
+
+def parse(body: bytes | bytearray | memoryview) -> Envelope:
+    """Return the envelope in a frame's body.
+
+    Checks the layout only: whether the name may be a recipient, and the kind come from a client,
+    is for the one who receives it to judge.
+    Raises MalformedEnvelope, with the id where it was readable.
+    """
+    if len(body) < HEADER.size:
+        raise MalformedEnvelope(f"a broker frame has at least {HEADER.size} bytes; this one has {len(body)}")
+    kind_number, flags, codec, name_size, id = HEADER.unpack_from(body)
+    kind = _KINDS.get(kind_number)
+    if kind is None:
+        raise MalformedEnvelope(f"there is no kind {kind_number}", id)
+    if flags & ~_KNOWN_FLAGS:
+        raise MalformedEnvelope(f"flags has unknown bits set: {flags:#04x}", id)
+    position = HEADER.size
+    name, position = _text(body, position, name_size, id, "name")
+    topic = ""
+    if kind is Kind.EVENT:
+        if position >= len(body):
+            raise MalformedEnvelope("the frame ends before the topic's length", id)
+        topic, position = _text(body, position + 1, body[position], id, "topic")
+    extension = None
+    if flags & Flag.EXTENSION:
+        extension, position = _extension(body, position, id)
+    return Envelope(kind, id, name, bytes(body[position:]), codec, flags, topic, extension)
+
+
+def _text(body: bytes | bytearray | memoryview, start: int, size: int, id: int, what: str) -> tuple[str, int]:
+    end = start + size
+    if end > len(body):
+        raise MalformedEnvelope(f"the frame ends inside the {what}", id)
+    try:
+        return str(body[start:end], "utf-8"), end
+    except UnicodeDecodeError as error:
+        raise MalformedEnvelope(f"the {what} is not UTF-8", id) from error
+
+
+def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tuple[dict[str, Any], int]:
+    first = start + _EXTENSION_LENGTH.size
+    if first > len(body):
+        raise MalformedEnvelope("the frame ends before the extension's length", id)
+    end = first + _EXTENSION_LENGTH.unpack_from(body, start)[0]
+    if end > len(body):
+        raise MalformedEnvelope("the frame ends inside the extension", id)
+    try:
+        extension = json.loads(bytes(body[first:end]))
+    # RecursionError: json.loads gives up on deep nesting that way.
+    except (ValueError, RecursionError) as error:
+        raise MalformedEnvelope("the extension is not JSON", id) from error
+    if not isinstance(extension, dict):
+        raise MalformedEnvelope("the extension is not a JSON object", id)
+    return extension, end
+
+
+def error_payload(code: ErrorCode, message: str, name: str = "") -> bytes:
+    """Return the payload of an ERROR. name: the recipient the error is about."""
+    return json.dumps({"code": code, "message": message, "name": name}).encode()
+
+
+def is_name(text: str) -> bool:
+    """Return whether the text can name a client."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_address(text: str) -> bool:
+    """Return whether the text can be a recipient: ``name``, ``name/instance`` or the broker's ``$...``."""
+    return _ADDRESS.fullmatch(text) is not None or _SERVICE.fullmatch(text) is not None
+
+
+def check_name(text: str) -> str:
+    """Return the text. Raises InvalidName if it can't name a client."""
+    if not is_name(text):
+        raise InvalidName(
+            f"{text!r} is no client name: 1 to 64 letters, digits, '_', '.' and '-', not beginning with '.' or '-'"
+        )
+    return text
+
+
+def check_address(text: str) -> str:
+    """Return the text. Raises InvalidName if it can't be a recipient."""
+    if not is_address(text):
+        raise InvalidName(f"{text!r} is no recipient: give a client's name, NAME/INSTANCE or $broker")
+    return text
+
+
+def split_address(text: str) -> tuple[str, str]:
+    """Return (name, instance) of an address; the instance is "" where there is none."""
+    name, _, instance = text.partition("/")
+    return name, instance
+
+
+def check_topic(text: str) -> str:
+    """Return the text. Raises InvalidName if nothing can be published on it."""
+    _check_tokens(text, "topic")
+    if any(token in ("*", ">") for token in text.split(".")):
+        raise InvalidName(f"{text!r} is no topic: '*' and '>' are for subscriptions")
+    return text
+
+
+def check_pattern(text: str) -> str:
+    """Return the text. Raises InvalidName if it can't be subscribed to.
+
+    ``*`` stands for one token, a final ``>`` for one or more.
+    """
+    _check_tokens(text, "topic pattern")
+    if ">" in text.split(".")[:-1]:
+        raise InvalidName(f"{text!r} is no topic pattern: '>' may only be its last token")
+    return text
+
+
+def _check_tokens(text: str, what: str) -> None:
+    size = len(text.encode(errors="surrogatepass"))
+    if not 0 < size <= MAX_TOPIC:
+        raise InvalidName(f"a {what} has 1 to {MAX_TOPIC} bytes; this one has {size}")
+    if not all(text.split(".")):
+        raise InvalidName(f"{text!r} is no {what}: its tokens are joined by single dots")

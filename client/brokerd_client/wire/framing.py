@@ -1,0 +1,134 @@
+"""Length-prefixed frames, as ``multiprocessing.connection`` writes them.
+
+A frame is a signed 32-bit big-endian length and that many bytes; a length of -1 is followed by an
+unsigned 64-bit big-endian length. Source: CPython, Lib/multiprocessing/connection.py,
+``Connection._send_bytes`` and ``_recv_bytes``. Any other negative length is refused here, where the
+standard library takes it for an empty message.
+
+Frames are *pulled*, one at a time and under the limit of the moment: the last message of a handshake
+and the first large frame can share a segment, and a decoder that ran ahead would judge the second
+by the limit of the first.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from brokerd_client.errors import BadLength, FrameTooBig
+
+__all__ = ["LENGTH", "LONG_LENGTH", "MAX_SHORT", "FrameReader", "frame", "frame_prefix", "frame_span"]
+
+LENGTH: Final = struct.Struct("!i")
+LONG_LENGTH: Final = struct.Struct("!iQ")
+MAX_SHORT: Final = 0x7FFFFFFF
+
+_HEADER_SIZE: Final = LENGTH.size
+_LONG_HEADER_SIZE: Final = LONG_LENGTH.size
+
+
+def frame_prefix(size: int) -> bytes:
+    """Return the bytes that announce a body of ``size`` bytes: 4, or 12 above 2 GiB - 1."""
+    return LENGTH.pack(size) if size <= MAX_SHORT else LONG_LENGTH.pack(-1, size)
+
+
+def frame(*parts: bytes | bytearray | memoryview) -> bytes:
+    """Return one whole frame whose body is the parts joined."""
+    return b"".join((frame_prefix(sum(len(part) for part in parts)), *parts))
+
+
+def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> tuple[int, int] | None:
+    """Return (where the body starts, its size in bytes) of the frame at ``start``, without reading the body.
+
+    None: ``buffer[start:end]`` does not hold the whole length yet.
+    Raises BadLength: the length is negative and not -1.
+    """
+    if end - start < _HEADER_SIZE:
+        return None
+    (size,) = LENGTH.unpack_from(buffer, start)
+    if size >= 0:
+        return start + _HEADER_SIZE, size
+    if size != -1:
+        raise BadLength(f"a frame can't have the length {size}")
+    if end - start < _LONG_HEADER_SIZE:
+        return None
+    return start + _LONG_HEADER_SIZE, LONG_LENGTH.unpack_from(buffer, start)[1]
+
+
+class FrameReader:
+    """Bytes in, whole frames out, one at a time.
+
+    Bytes are kept in one bytearray that is cut from the front now and then, not at every frame:
+    joining a tail to new bytes for every read costs time quadratic in the frame's size.
+    """
+
+    __slots__ = ("_buffer", "_start")
+
+    #: Consumed bytes kept at the front before the buffer is cut.
+    COMPACT_ABOVE: Final = 64 * 1024
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._start = 0
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes in the order they arrived."""
+        self._buffer += data
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held that no frame has taken yet."""
+        return len(self._buffer) - self._start
+
+    def next_frame(self, limit: int) -> bytes | None:
+        """Return the next whole frame's body, or None until more bytes arrive.
+
+        limit: largest body accepted, in bytes; 256 while authenticating, as CPython's
+            ``recv_bytes(256)`` (Lib/multiprocessing/connection.py).
+        Raises FrameTooBig: more was announced; nothing of the body was waited for.
+        Raises BadLength: no frame has that length.
+        """
+        span = self._span(limit)
+        if span is None:
+            return None
+        first, size = span
+        if len(self._buffer) - first < size:
+            return None
+        with memoryview(self._buffer) as view:
+            body = bytes(view[first : first + size])
+        self._consume(first + size)
+        return body
+
+    def missing(self, limit: int) -> int:
+        """Return how many bytes are still to come before ``next_frame`` can give a frame, at least.
+
+        0 when a whole frame is there. Raises as next_frame does.
+        """
+        span = self._span(limit)
+        if span is None:
+            return max(1, _HEADER_SIZE - self.buffered)
+        first, size = span
+        return max(0, first + size - len(self._buffer))
+
+    def take_rest(self) -> bytes:
+        """Return and forget every byte no frame has taken: they belong to whoever reads on."""
+        rest = bytes(memoryview(self._buffer)[self._start :])
+        self._buffer = bytearray()
+        self._start = 0
+        return rest
+
+    def _span(self, limit: int) -> tuple[int, int] | None:
+        span = frame_span(self._buffer, self._start, len(self._buffer))
+        if span is not None and span[1] > limit:
+            raise FrameTooBig(span[1], limit)
+        return span
+
+    def _consume(self, position: int) -> None:
+        if position == len(self._buffer):
+            self._buffer.clear()
+            self._start = 0
+        elif position > self.COMPACT_ABOVE:
+            del self._buffer[:position]
+            self._start = 0
+        else:
+            self._start = position

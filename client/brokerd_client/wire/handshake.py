@@ -1,0 +1,253 @@
+"""Both roles of ``multiprocessing.connection``'s mutual HMAC challenge, as generators.
+
+Source: CPython, Lib/multiprocessing/connection.py, ``deliver_challenge`` and ``answer_challenge``, and the
+protocol description beside them; the answer with a name is brokerd's (docs/protocol.md, "Handshake").
+
+A generator yields what it wants done and is resumed with the result:
+
+    Send(body)      send one frame; resumed with None
+    RECEIVE         resumed with the body of the next frame, read under LIMIT
+    Proof(...)      somebody answered our challenge; resumed with the key that made the answer, or None
+
+It returns a result when the conversation succeeded and raises AuthenticationError when it did not. What
+has to be sent to the peer first (``#FAILURE#``) was yielded before that. Nonces and keys are arguments;
+no key, MAC or nonce ever appears in an exception.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+from brokerd_client.errors import AuthenticationError
+
+__all__ = [
+    "CHALLENGE",
+    "DIGESTS",
+    "FAILURE",
+    "LIMIT",
+    "NONCE_SIZE",
+    "RECEIVE",
+    "WELCOME",
+    "Established",
+    "Handshake",
+    "Proof",
+    "Receive",
+    "Send",
+    "accept_key",
+    "answer_challenge",
+    "as_dialer",
+    "as_listener",
+    "deliver_challenge",
+]
+
+#: The largest frame of a handshake, in bytes: CPython's ``recv_bytes(256)``.
+LIMIT: Final = 256
+#: Random bytes of a challenge: CPython's MESSAGE_LENGTH.
+NONCE_SIZE: Final = 40
+CHALLENGE: Final = b"#CHALLENGE#"
+WELCOME: Final = b"#WELCOME#"
+FAILURE: Final = b"#FAILURE#"
+
+#: Digest name to MAC size in bytes: CPython's _ALLOWED_DIGESTS.
+DIGESTS: Final = {"md5": 16, "sha256": 32, "sha384": 48, "sha3_256": 32, "sha3_384": 48}
+_LONGEST_DIGEST_NAME: Final = max(map(len, DIGESTS))
+#: A challenge of this size comes from a Python that knows only HMAC-MD5 (3.11 and older).
+_LEGACY_CHALLENGE_SIZE: Final = 20
+_LEGACY_MAC_SIZE: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this body as one frame."""
+
+    body: bytes = field(repr=False)
+
+
+class Receive:
+    """Resume with the body of the peer's next frame."""
+
+    __slots__ = ()
+
+
+RECEIVE: Final = Receive()
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The peer's answer to our challenge: resume with the key that made it, or with None.
+
+    challenge: what the MAC was computed over. digest: a name of DIGESTS.
+    name: the client's name if the answer carried one, else b"".
+    """
+
+    challenge: bytes = field(repr=False)
+    digest: str
+    mac: bytes = field(repr=False)
+    name: bytes = b""
+
+    def made_with(self, key: bytes) -> bool:
+        """Return whether ``key`` made this answer, in time that does not depend on where it differs."""
+        return hmac.compare_digest(hmac.digest(key, self.challenge, self.digest), self.mac)
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """Both sides have proved that they know the key.
+
+    key: the key in use. digest: the digest of the peer's answer. name: the name it gave, or b"".
+    """
+
+    key: bytes = field(repr=False)
+    digest: str = "sha256"
+    name: bytes = b""
+
+
+Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Established"]
+
+
+def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) -> Handshake:
+    """Return the listening side of a handshake: challenge, then be challenged.
+
+    nonce: NONCE_SIZE fresh random bytes. allow_md5: whether HMAC-MD5 may be used, in either direction.
+    named: whether an answer may carry the client's name.
+    Raises AuthenticationError from the generator when either side rejects the other.
+    """
+    established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
+    # Who has proved itself with a better digest has no honest reason to ask us for MD5.
+    yield from answer_challenge(established.key, allow_md5=established.digest == "md5")
+    return established
+
+
+def as_dialer(key: bytes, nonce: bytes, *, name: bytes = b"", allow_md5: bool = True) -> Handshake:
+    """Return the dialing side of a handshake: be challenged, then challenge.
+
+    key: never empty. name: sent behind the MAC to a broker, so that it need not search; b"" for
+        the answer of the standard library.
+    """
+    yield from answer_challenge(key, name=name, allow_md5=allow_md5)
+    challenged = deliver_challenge(nonce, allow_md5=allow_md5)
+    step = next(challenged)
+    while True:
+        # The key is known here, so nobody has to be asked for it.
+        result = (key if step.made_with(key) else None) if isinstance(step, Proof) else (yield step)
+        try:
+            step = challenged.send(result)
+        except StopIteration as end:
+            established: Established = end.value
+            return Established(key, established.digest, name)
+
+
+def accept_key(key: bytes) -> bytes:
+    """Return the key if it can authenticate anybody. Raises AuthenticationError for an empty one.
+
+    Some listeners of the standard library take an empty key for "no authentication" while its
+    clients then wait for a challenge that never comes.
+    """
+    if not key:
+        raise AuthenticationError("an empty key authenticates nobody; give a key of at least one byte")
+    return key
+
+
+def deliver_challenge(
+    nonce: bytes, *, digest: str = "sha256", allow_md5: bool = True, named: bool = False
+) -> Handshake:
+    """Challenge the peer, ask for the key that made its answer, and tell it the result.
+
+    A peer that knows no digest prefix takes the whole of it for the challenge and answers with a
+    bare HMAC-MD5, so one form serves both.
+    """
+    challenge = b"{%s}%s" % (digest.encode("ascii"), nonce)
+    yield Send(CHALLENGE + challenge)
+    answer = yield RECEIVE
+    assert answer is not None
+    try:
+        proof = _read_answer(challenge, answer, allow_md5=allow_md5, named=named)
+        key = yield proof
+        if key is None:
+            raise AuthenticationError("the peer's answer was made with a key that is not accepted here")
+    except AuthenticationError:
+        yield Send(FAILURE)
+        raise
+    yield Send(WELCOME)
+    return Established(key, proof.digest, proof.name)
+
+
+def answer_challenge(key: bytes, *, name: bytes = b"", allow_md5: bool = True) -> Handshake:
+    """Answer the peer's challenge with ``key`` and wait for its welcome."""
+    accept_key(key)
+    message = yield RECEIVE
+    assert message is not None
+    challenge = _read_challenge(message)
+    digest = _challenge_digest(challenge)
+    if digest == "md5" and not allow_md5:
+        raise AuthenticationError(
+            "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
+            "see allow_md5"
+        )
+    mac = hmac.digest(key, challenge, digest)
+    yield Send(mac if len(challenge) == _LEGACY_CHALLENGE_SIZE else b"{%s}%s%s" % (digest.encode("ascii"), mac, name))
+    verdict = yield RECEIVE
+    if verdict == FAILURE:
+        raise AuthenticationError("the peer rejected our answer: it does not accept the key used here")
+    if verdict != WELCOME:
+        raise AuthenticationError("the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener")
+    return Established(key, digest, name)
+
+
+def _read_challenge(message: bytes) -> bytes:
+    if not message.startswith(CHALLENGE):
+        raise AuthenticationError(
+            "expected a challenge from the peer and got something else: is authentication switched on at both ends?"
+        )
+    challenge = message[len(CHALLENGE) :]
+    if len(challenge) < _LEGACY_CHALLENGE_SIZE:
+        raise AuthenticationError(f"the peer's challenge is too short: {len(challenge)} bytes, not 20 or more")
+    return challenge
+
+
+def _challenge_digest(challenge: bytes) -> str:
+    if len(challenge) == _LEGACY_CHALLENGE_SIZE:
+        return "md5"
+    prefix = _digest_prefix(challenge)
+    if prefix is None:
+        raise AuthenticationError("the peer's challenge names no digest known here (" + ", ".join(DIGESTS) + ")")
+    return prefix[0]
+
+
+def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
+    """Return (digest, what follows) of ``{digest}...``, or None where there is no known digest."""
+    if message[:1] != b"{":
+        return None
+    curly = message.find(b"}", 1, _LONGEST_DIGEST_NAME + 2)
+    if curly < 0:
+        return None
+    # Latin-1 maps every byte; an unknown name is simply not in DIGESTS.
+    digest = message[1:curly].decode("latin-1")
+    if digest not in DIGESTS:
+        return None
+    return digest, message[curly + 1 :]
+
+
+def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: bool) -> Proof:
+    """Return the parsed answer. Raises AuthenticationError where it can't be one, or MD5 is refused."""
+    if len(answer) == _LEGACY_MAC_SIZE:
+        digest, mac, name = "md5", answer, b""
+    else:
+        prefix = _digest_prefix(answer)
+        if prefix is None:
+            raise AuthenticationError("the peer's answer is no proof: neither 16 bytes nor a known {digest}")
+        digest, rest = prefix
+        mac, name = rest[: DIGESTS[digest]], rest[DIGESTS[digest] :]
+        if len(mac) != DIGESTS[digest] or (name and not named):
+            raise AuthenticationError(
+                f"the peer's {digest} answer has {len(rest)} bytes where {DIGESTS[digest]} are right"
+            )
+    if digest == "md5" and not allow_md5:
+        raise AuthenticationError(
+            "the peer answered with HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
+            "see allow_md5"
+        )
+    return Proof(challenge, digest, mac, name)
