@@ -1,0 +1,43 @@
+# What to type. Everything is made in this directory and ignored by git; nothing but make and Python >= 3.11 is needed.
+#
+#   make run PYTHON=python3.13      uses that interpreter for a new .venv
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all lint coverage clean ready-run ready-test
+
+VENV := .venv
+BIN := $(VENV)/bin
+VERSIONS := 3.11 3.12 3.13
+export PYTHON
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: ready-run ## run a broker with three example clients, and say what to type next
+	@$(BIN)/python tools/example_broker.py
+
+test: lint ## run all checks and tests
+	@$(BIN)/python -m pytest
+
+test-all: lint coverage ## run every test, the slow ones too, on all supported Pythons found
+	@tools/test_all.sh $(VERSIONS)
+
+lint: ready-test ## run ruff and mypy only
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m mypy
+
+# The parts that do no input or output have no excuse for an untested branch.
+coverage: ready-test ## hold the sans-I/O parts to full branch coverage
+	@$(BIN)/python -m coverage run --include='client/brokerd_client/wire/*' -m pytest -q -m "" tests/wire
+	@$(BIN)/python -m coverage report --show-missing --fail-under=100
+
+clean: ## remove everything that was made here, the example clients' keys too
+	rm -rf .venv .venv-* .run build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ready-run:
+	@tools/setup.sh $(VENV) run
+
+ready-test:
+	@tools/setup.sh $(VENV) test

@@ -1,0 +1,218 @@
+"""Arrows point one way: reads every import of both packages and fails on one that the table does not draw.
+
+``errors <- wire <- dialog <- {blocking, aio}``; ``wire <- core <- net <- daemon <- cli``;
+``config.model <- core, net, daemon``. The library never looks at the daemon and imports nothing beyond the
+standard library; what is sans-I/O imports nothing that opens, waits, logs or draws lots.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
+
+LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wire")
+FACE = (*LEAVES, "brokerd_client.codec", "brokerd_client.dialog")
+
+#: Who may import what of the two packages. The longest matching prefix of a module's name decides; a prefix
+#: stands for itself and everything inside it, and a package may always import its own inside.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "brokerd_client": ("brokerd_client",),
+    "brokerd_client.errors": (),
+    "brokerd_client.address": ("brokerd_client.errors",),
+    "brokerd_client.wire": ("brokerd_client.errors",),
+    "brokerd_client.codec": ("brokerd_client.errors", "brokerd_client.wire"),
+    "brokerd_client.connection": LEAVES,
+    "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec"),
+    "brokerd_client.blocking": FACE,
+    "brokerd_client.aio": FACE,
+    "brokerd": (),
+    "brokerd.config": LEAVES,
+    "brokerd.core": (*LEAVES, "brokerd.config.model"),
+    "brokerd.logs": ("brokerd.config.model",),
+    "brokerd.net": (*LEAVES, "brokerd.config.model", "brokerd.core", "brokerd.logs"),
+    "brokerd.supervise": ("brokerd.logs",),
+    "brokerd.monitor": ("brokerd.config.model", "brokerd.core", "brokerd.net", "brokerd.logs"),
+    "brokerd.daemon": (
+        *LEAVES,
+        "brokerd.config",
+        "brokerd.core",
+        "brokerd.net",
+        "brokerd.logs",
+        "brokerd.supervise",
+        "brokerd.monitor",
+    ),
+    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.core", "brokerd.net", "brokerd.daemon"),
+    "brokerd.demo": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs"),
+    "brokerd.cli": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.demo", "brokerd.logs"),
+    "brokerd.ctl": ("brokerd_client",),
+}
+
+SANS_IO = ("brokerd_client.wire", "brokerd_client.dialog", "brokerd.core")
+NOT_IN_SANS_IO = {
+    "asyncio",
+    "logging",
+    "random",
+    "secrets",
+    "select",
+    "selectors",
+    "socket",
+    "ssl",
+    "structlog",
+    "subprocess",
+    "threading",
+    "time",
+    "uvloop",
+}
+#: Used where it happens to be installed, and named in the error where it is not.
+OPTIONAL = {"brokerd_client.codec": {"msgpack"}}
+
+
+def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, module imported) for every import in the file, wherever it stands.
+
+    ``from a import b`` yields ``a.b``: whether b is a module or a name in one, the longest prefix decides.
+    """
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args and _is_import_function(node.func):
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield node.lineno, name.value
+
+
+def _is_import_function(function: ast.expr) -> bool:
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in ("import_module", "__import__")
+
+
+def within(module: str, prefix: str) -> bool:
+    """Return whether the module is the prefix or inside it."""
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def problems_of(path: Path, module: str) -> list[str]:
+    """Return a line for every import that the file must not have."""
+    owner = max((prefix for prefix in MAY_IMPORT if within(module, prefix)), key=len)
+    found = []
+    for line, imported in imports_of(path, module):
+        top = imported.partition(".")[0]
+        reason = ""
+        if top in PACKAGES:
+            if not any(within(imported, prefix) for prefix in (*MAY_IMPORT[owner], owner, "brokerd.__version__")):
+                reason = f"{owner} may import only {', '.join(MAY_IMPORT[owner]) or 'itself'}"
+        elif any(within(module, prefix) for prefix in SANS_IO) and top in NOT_IN_SANS_IO:
+            reason = "what is sans-I/O takes clocks, chance and sockets as arguments"
+        elif module.startswith("brokerd_client") and top not in sys.stdlib_module_names | OPTIONAL.get(module, set()):
+            reason = "the library imports nothing beyond the standard library"
+        elif not module.startswith("brokerd_client") and top in ("pickle", "cPickle", "_pickle", "shelve", "dill"):
+            reason = "nothing in the daemon unpickles"
+        if reason:
+            found.append(f"{path}:{line}: {module} imports {imported}: {reason}")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    """Return every module of both packages with its file."""
+    found = []
+    for package, folder in PACKAGES.items():
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.pyx")]):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found.append((".".join((package, *parts)).removesuffix(".__init__"), path))
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), [pytest.param(*item, id=item[0]) for item in modules()])
+def test_every_import_follows_the_arrows(module: str, path: Path) -> None:
+    """No module imports what its layer must not know."""
+    if path.suffix == ".pyx":
+        pytest.skip("compiled source is not Python; its twin is checked")
+    assert problems_of(path, module) == []
+
+
+@pytest.mark.parametrize("module", [module for module, _ in modules() if module not in PACKAGES])
+def test_every_module_has_its_place(module: str) -> None:
+    """A new module is drawn into the table: nothing falls under the rule of a whole package by accident."""
+    owner = max((prefix for prefix in MAY_IMPORT if within(module, prefix)), key=len)
+    assert owner not in PACKAGES, f"{module} has no place in MAY_IMPORT of {__file__}"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("brokerd_client.errors", "from brokerd_client.wire import framing"),
+        ("brokerd_client.wire.framing", "import brokerd_client.dialog"),
+        ("brokerd_client.wire.framing", "from .. import dialog"),
+        ("brokerd_client.wire.framing", "from ..dialog import Dialog"),
+        ("brokerd_client.wire.framing", "import socket"),
+        ("brokerd_client.wire.handshake", "from secrets import token_bytes"),
+        ("brokerd_client.wire.handshake", "def f():\n    import random"),
+        ("brokerd_client.dialog", "import asyncio.events"),
+        ("brokerd_client.dialog", "import threading as t"),
+        ("brokerd_client.dialog", "from brokerd_client import blocking"),
+        ("brokerd_client.blocking", "from brokerd_client import aio"),
+        ("brokerd_client.aio", "import brokerd"),
+        ("brokerd_client.aio", "import structlog"),
+        ("brokerd_client.blocking", "import msgpack"),
+        ("brokerd_client.codec", "import importlib\nimportlib.import_module('yaml')"),
+        ("brokerd.core.exchange", "import time"),
+        ("brokerd.core.exchange", "from time import monotonic"),
+        ("brokerd.core.exchange", "import structlog"),
+        ("brokerd.core.exchange", "import brokerd.net.server"),
+        ("brokerd.core.exchange", "from brokerd.config import load"),
+        ("brokerd.core.exchange", "import brokerd_client"),
+        ("brokerd.net.server", "from brokerd.daemon import Daemon"),
+        ("brokerd.net.server", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from brokerd import cli"),
+        ("brokerd.daemon", "from brokerd.cli import main"),
+        ("brokerd.ctl", "from brokerd.core import exchange"),
+        ("brokerd.cli", "import pickle"),
+        ("brokerd.core.exchange", "from pickle import loads"),
+        ("brokerd.net.server", "__import__('pickle')"),
+    ],
+)
+def test_a_forbidden_import_is_seen(tmp_path: Path, module: str, line: str) -> None:
+    """A forbidden import planted in a module is reported, with its line."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(f'"""A module."""\n\nimport json\n{line}\n', encoding="utf-8")
+
+    problems = problems_of(planted, module)
+
+    assert len(problems) == 1
+    expected_line = 3 + len(line.splitlines())
+    assert problems[0].startswith(f"{planted}:{expected_line}: {module} imports ")
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("brokerd_client.wire.handshake", "from brokerd_client.errors import BadLength"),
+        ("brokerd_client.wire.handshake", "from . import framing"),
+        ("brokerd_client.codec", "import msgpack"),
+        ("brokerd_client.blocking", "import socket, threading, time"),
+        ("brokerd.core.exchange", "from brokerd.config.model import Client"),
+        ("brokerd.net.server", "from brokerd.core.exchange import Exchange\nimport asyncio, structlog"),
+        ("brokerd.cli", "from brokerd import __version__\nimport click"),
+    ],
+)
+def test_an_allowed_import_is_not_reported(tmp_path: Path, module: str, line: str) -> None:
+    """What the table draws passes, so that the checker's silence means something."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(line + "\n", encoding="utf-8")
+
+    assert problems_of(planted, module) == []

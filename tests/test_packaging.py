@@ -1,0 +1,126 @@
+"""What is installed is what was written: both packages, their type marks, their commands, and no tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
+
+#: Run where the checkout is not the current directory; prints where each package came from.
+IMPORT_BOTH = (
+    "import brokerd, brokerd.config, brokerd.core, brokerd.net, brokerd_client, brokerd_client.wire.handshake;"
+    "print(brokerd.__file__); print(brokerd_client.__file__)"
+)
+
+
+def packages_on_disk() -> set[str]:
+    """Return the dotted name of every folder with an ``__init__.py`` in the two packages."""
+    return {
+        ".".join((package, *marker.parent.relative_to(folder).parts))
+        for package, folder in FOLDERS.items()
+        for marker in folder.rglob("__init__.py")
+    }
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Return what the command printed; fail with everything it said if it did not succeed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_every_package_is_listed() -> None:
+    """A folder that is a package is in pyproject.toml's list; one forgotten would be missing from the wheel."""
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """No folder with modules lacks its ``__init__.py``, which an import from the checkout would forgive."""
+    for folder in FOLDERS.values():
+        for path in folder.rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path.parent} has modules and no __init__.py"
+
+
+def test_both_packages_import_from_elsewhere(tmp_path: Path) -> None:
+    """The installation that runs these tests imports both packages from outside the checkout."""
+    files = run(sys.executable, "-c", IMPORT_BOTH, cwd=tmp_path).splitlines()
+
+    assert [Path(file).parent.name for file in files] == ["brokerd", "brokerd_client"]
+
+
+def test_every_command_has_its_function() -> None:
+    """The functions behind the commands exist, without which the command fails at its start only."""
+    for target in PROJECT["project"]["scripts"].values():
+        module, _, function = target.partition(":")
+        run(sys.executable, "-c", f"from {module} import {function}; assert callable({function})", cwd=ROOT.parent)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is installed: builds leave files behind, and those of an earlier build must not count."""
+    copy = tmp_path_factory.mktemp("checkout") / "brokerd"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for folder in ("brokerd", "client", "tests", "tools"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    """Every module and both py.typed are in the wheel; tests, tools and caches are not."""
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+    expected = {
+        str(Path(package) / path.relative_to(folder))
+        for package, folder in FOLDERS.items()
+        for path in [*folder.rglob("*.py"), folder / "py.typed"]
+    }
+    assert expected <= files
+    compiled = {name for name in files - expected if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")}
+    assert files - expected - compiled == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+def test_pip_install_imports_both_packages(checkout: Path, tmp_path: Path, editable: bool) -> None:
+    """After ``pip install .`` and ``pip install -e .`` both packages import, and each from where it should."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True, symlinks=True)
+    python = environment / "bin" / "python"
+    target = ["--editable", checkout] if editable else [checkout]
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *target, cwd=tmp_path)
+
+    files = run(python, "-c", IMPORT_BOTH, cwd=tmp_path).splitlines()
+
+    assert [Path(file).is_relative_to(checkout) for file in files] == [editable, editable]
+    assert [Path(file).parent.name for file in files] == ["brokerd", "brokerd_client"]

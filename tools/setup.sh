@@ -1,0 +1,77 @@
+#!/bin/sh
+# Makes a virtual environment ready and installs this checkout into it, editable; says nothing when nothing is to do.
+#
+#   tools/setup.sh VENV EXTRA [PYTHON]
+#
+# VENV:   the environment's directory, made where it does not exist.
+# EXTRA:  "run" for what the commands need, "test" for what the checks need too.
+# PYTHON: the interpreter to build it from; without it the first of a few names that is 3.11 or later.
+#
+# A stamp file inside VENV remembers what was installed and for which checkout: a second call does nothing until
+# pyproject.toml, or a file that is compiled, changes, or the checkout is moved.
+set -eu
+
+venv=$1
+extra=$2
+python=${3:-}
+
+say() { printf '%s\n' "$*" >&2; }
+
+# Some names are there and do not run: pyenv's, for a version that is not switched on.
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.14 python; do
+        if new_enough "$name"; then
+            printf '%s\n' "$name"
+            return
+        fi
+    done
+    say "brokerd needs Python 3.11 or later, and none was found (tried: ${PYTHON:-} python3, python3.11 to python3.14, python)."
+    say "Install one, or name it:  make PYTHON=/path/to/python3 ..."
+    return 1
+}
+
+# A checkout that was moved, or a Python that was removed, leaves an environment that only looks like one.
+if [ -e "$venv" ] && ! new_enough "$venv/bin/python"; then
+    say "$venv no longer works; making it anew"
+    rm -rf "$venv"
+fi
+
+if [ ! -e "$venv" ]; then
+    [ -n "$python" ] || python=$(find_python)
+    if ! "$python" -m venv "$venv" >"$venv.log" 2>&1; then
+        cat "$venv.log" >&2
+        rm -rf "$venv" "$venv.log"
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        say ""
+        say "'$python -m venv' failed. Debian and Ubuntu keep a part of it in a package of its own:"
+        say "    sudo apt-get install python3-venv      (or python$version-venv)"
+        exit 1
+    fi
+    rm -f "$venv.log"
+fi
+
+current() {
+    [ -f "$1" ] && [ "$(cat "$1")" = "$PWD" ] || return 1
+    for source in pyproject.toml brokerd/core/*.pyx brokerd/core/*.pxd; do
+        if [ -e "$source" ] && [ "$source" -nt "$1" ]; then
+            return 1
+        fi
+    done
+}
+
+test_stamp=$venv/.installed-test
+run_stamp=$venv/.installed-run
+if current "$test_stamp" || { [ "$extra" = run ] && current "$run_stamp"; }; then
+    exit 0
+fi
+
+say "installing into $venv ..."
+if [ "$extra" = test ]; then
+    wanted='.[test]' stamp=$test_stamp
+else
+    wanted=. stamp=$run_stamp
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --editable "$wanted" </dev/null
+printf '%s\n' "$PWD" >"$stamp"

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Runs every test, the slow ones too, on each supported Python, each in an environment of its own (.venv-3.12 ...).
+#
+#   tools/test_all.sh VERSION...
+#
+# An interpreter is found by its name, or among those of pyenv. One that is missing is named and skipped; it is
+# an error when all are.
+set -u
+
+runs() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" >/dev/null 2>&1; }
+
+find_python() {
+    if runs "python$1" "$1"; then
+        printf '%s\n' "python$1"
+        return
+    fi
+    for candidate in "$(pyenv root 2>/dev/null)/versions/$1".*/bin/python; do
+        if runs "$candidate" "$1"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+outcome=
+status=0
+ran=0
+for version in "$@"; do
+    if ! python=$(find_python "$version"); then
+        printf '\n== Python %s: not found, skipped\n' "$version"
+        outcome="$outcome $version skipped (not found),"
+        continue
+    fi
+    printf '\n== Python %s\n' "$version"
+    ran=1
+    if tools/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m ""; then
+        outcome="$outcome $version passed,"
+    else
+        outcome="$outcome $version FAILED,"
+        status=1
+    fi
+done
+printf '\ntest-all:%s\n' "${outcome%,}"
+[ "$ran" = 1 ] || status=1
+exit "$status"
