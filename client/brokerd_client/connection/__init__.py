@@ -1,0 +1,62 @@
+"""The direct API: two processes, one connection, a key. A drop-in for ``multiprocessing.connection``.
+
+It keeps what its forerunner ``processing.connection`` documented, old method names included, and speaks to the
+standard library of every Python. docs/direct-api.md says how to use it; what differs from the standard library
+is listed there.
+
+    listener.py  Listener        doors.py        listening sockets, their files, waking
+    client.py    Client          negotiation.py  handshakes under way, deliver_challenge, answer_challenge
+    stream.py    Connection      keys.py         what a caller may give as a key
+    pair.py      Pipe            readiness.py    wait
+    xml.py       XmlListener ... named_pipes.py  AF_PIPE, on Windows
+"""
+
+from __future__ import annotations
+
+import sys
+
+from brokerd_client.address import infer_family as address_type
+from brokerd_client.connection.client import Client
+from brokerd_client.connection.doors import arbitrary_address, default_family, families
+from brokerd_client.connection.listener import Listener
+from brokerd_client.connection.negotiation import answer_challenge, deliver_challenge
+from brokerd_client.connection.pair import Pipe
+from brokerd_client.connection.readiness import wait
+from brokerd_client.connection.stream import BadMessageLength, Connection, MessageTooBig
+from brokerd_client.connection.xml import XmlClient, XmlConnection, XmlListener
+from brokerd_client.errors import AuthenticationError, BufferTooShort, Closed, InvalidKey, TimedOut
+
+__all__ = [
+    "AuthenticationError",
+    "BadMessageLength",
+    "BufferTooShort",
+    "Client",
+    "Closed",
+    "Connection",
+    "InvalidKey",
+    "Listener",
+    "MessageTooBig",
+    "Pipe",
+    "TimedOut",
+    "XmlClient",
+    "XmlConnection",
+    "XmlListener",
+    "address_type",
+    "answerChallenge",
+    "answer_challenge",
+    "arbitrary_address",
+    "default_family",
+    "deliverChallenge",
+    "deliver_challenge",
+    "families",
+    "wait",
+]
+
+if sys.platform == "win32":
+    from brokerd_client.connection.named_pipes import PipeConnection
+
+    __all__ += ["PipeConnection"]
+
+# The forerunner's names.
+deliverChallenge = deliver_challenge  # noqa: N816
+answerChallenge = answer_challenge  # noqa: N816

@@ -1,0 +1,108 @@
+"""Client: a connection to a Listener, ours or the standard library's of any Python."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from typing import Any, cast
+
+from brokerd_client.address import Family, format_peer, infer_family, validate_family
+from brokerd_client.connection.doors import no_delay
+from brokerd_client.connection.keys import Key, chosen_key
+from brokerd_client.connection.negotiation import Channel, Negotiation, SocketChannel, described, nonce
+from brokerd_client.connection.stream import Connection
+from brokerd_client.errors import AuthenticationError, FrameError, TimedOut
+from brokerd_client.wire.handshake import as_dialer
+
+__all__ = ["Client"]
+
+#: Between two looks at a Unix socket whose queue is full: seconds, from and to.
+_RETRY_FROM, _RETRY_TO = 0.001, 0.05
+
+
+def Client(  # noqa: N802 - the standard library's name
+    address: Any,
+    family: str | None = None,
+    authenticate: bool | Key | None = False,
+    authkey: Key | None = None,
+    *,
+    timeout: float | None = None,
+    max_message: int | None = None,
+    allow_md5: bool = True,
+) -> Connection:
+    """Return a connection to the listener at ``address``, each side having proved to the other that it has the key.
+
+    family: by default inferred from the address. authenticate, authkey: as for Listener; the third parameter may also
+        be the key. timeout: seconds for connecting and the handshake together (a name's resolution excepted); None
+        waits for ever. max_message: largest message that the connection accepts, in bytes. allow_md5: whether a
+        listener that knows nothing but HMAC-MD5 (Python 3.11 and older) is good enough.
+    Raises AuthenticationError: one side rejected the other, and which. TimedOut. EOFError: the listener hung up during
+    the handshake. OSError: nobody listens there, and the like.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    key = chosen_key(authenticate, authkey)
+    family = family or infer_family(address)
+    validate_family(family)
+    try:
+        channel = _connect(address, cast("Family", family), deadline)
+        try:
+            if key is not None:
+                _shake_hands(channel, address, key, deadline, allow_md5=allow_md5)
+            return cast("Connection", channel.into_connection(max_message))
+        except BaseException:
+            channel.close()
+            raise
+    except TimedOut:
+        raise TimedOut(f"no connection to {format_peer(address)} within {timeout} s") from None
+
+
+def _connect(address: Any, family: Family, deadline: float | None) -> Channel:
+    if sys.platform == "win32" and family == "AF_PIPE":
+        from brokerd_client.connection.named_pipes import dial
+
+        return dial(address, deadline)
+    sock = socket.socket(getattr(socket, family))
+    try:
+        retry = _RETRY_FROM
+        while True:
+            try:
+                sock.settimeout(_remaining(deadline))
+                sock.connect(address)
+                break
+            except BlockingIOError:
+                # With a timeout, connecting to a Unix socket whose queue is full does not wait for room.
+                time.sleep(min(retry, _remaining(deadline) or 0))
+                retry = min(2 * retry, _RETRY_TO)
+            except TimeoutError:
+                _remaining(deadline)
+                raise
+        if family != "AF_UNIX":
+            no_delay(sock)
+        return SocketChannel(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _shake_hands(channel: Channel, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool) -> None:
+    conversation = as_dialer(key, nonce(), allow_md5=allow_md5)
+    negotiation = Negotiation(channel, conversation, key, address, 0.0)
+    listener = f"the listener at {format_peer(address)}"
+    try:
+        while not negotiation.advance():
+            channel.wait(_remaining(deadline))
+    except (AuthenticationError, FrameError) as error:
+        raise described(error, listener) from error
+    except EOFError:
+        raise EOFError(f"{listener} closed the connection during the handshake") from None
+
+
+def _remaining(deadline: float | None) -> float | None:
+    """Return the seconds left, None for no limit. Raises TimedOut where none are."""
+    if deadline is None:
+        return None
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimedOut
+    return remaining

@@ -1,0 +1,250 @@
+"""Listener: takes peers in, one that is fit at a time, whatever the others do.
+
+No thread runs behind it: whoever is in accept() also moves the handshakes of all peers that have come, so that one who
+says nothing, half of it, or garbage holds up nobody. Between two calls peers wait in the system's queue, as they do
+for the standard library's listener, and no handshake's time runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeAlias, cast
+
+from brokerd_client.address import Family, format_peer, infer_family, validate_family
+from brokerd_client.connection.doors import arbitrary_address, default_family, open_door
+from brokerd_client.connection.forks import reset_after_fork
+from brokerd_client.connection.keys import Key, chosen_key
+from brokerd_client.connection.negotiation import Negotiation, described, nonce
+from brokerd_client.connection.stream import Connection
+from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
+from brokerd_client.wire.handshake import as_listener
+
+__all__ = ["Listener", "OnError"]
+
+OnError: TypeAlias = Literal["raise", "skip"] | Callable[[AuthenticationError, Any], object]
+
+_log: Final = logging.getLogger("brokerd_client.connection")
+
+
+class Listener:
+    """A socket, or Windows named pipe, that takes connections.
+
+    address: a (host, port) pair, a path, an abstract name (beginning with NUL) or a pipe's name; None for a free
+        one. family: by default inferred from the address. A socket file is readable and writable by its owner only.
+    backlog: how many peers may wait in the system's queue.
+    authenticate, authkey: see docs/direct-api.md; the fourth parameter may also be the key.
+    max_message: largest message that the connections accept, in bytes; None for any.
+    allow_md5: whether peers that know nothing but HMAC-MD5 (Python 3.11 and older) may come in.
+    handshake_timeout: seconds that a peer has to prove itself. max_handshakes: unfinished ones at once; one more
+        and the oldest is dropped.
+    on_error: what becomes of the error of a peer that did not prove itself. ``"raise"``: accept() raises it where
+        the peer answered wrongly, as the forerunner does, and drops those who said nothing, left or sent garbage.
+        ``"skip"``: accept() drops them all. A callable is given every error and the peer's address instead; what
+        it raises, accept() raises.
+    """
+
+    def __init__(
+        self,
+        address: Any = None,
+        family: str | None = None,
+        backlog: int = 128,
+        authenticate: bool | Key | None = False,
+        authkey: Key | None = None,
+        *,
+        max_message: int | None = None,
+        allow_md5: bool = True,
+        handshake_timeout: float = 10.0,
+        max_handshakes: int = 256,
+        on_error: OnError = "raise",
+    ) -> None:
+        self._key = chosen_key(authenticate, authkey)
+        if handshake_timeout <= 0 or max_handshakes < 1:
+            raise ValueError("handshake_timeout and max_handshakes must be above 0")
+        if on_error not in ("raise", "skip") and not callable(on_error):
+            raise ValueError(f'on_error should be "raise", "skip" or a callable, not {on_error!r}')
+        family = family or (infer_family(address) if address else default_family)
+        validate_family(family)
+        self._max_message = max_message
+        self._allow_md5 = allow_md5
+        self._handshake_timeout = handshake_timeout
+        self._on_error = on_error
+        self._closed = False
+        self._last_accepted: Any = None
+        # Whoever holds it moves everything below. Re-entrant: on_error and signal handlers may close the listener.
+        self._turn = threading.RLock()
+        self._negotiations: dict[int, Negotiation] = {}
+        self._ready: deque[tuple[Connection, object]] = deque()
+        self._errors: deque[AuthenticationError] = deque()
+        self._left_at = 0.0
+        self._door = open_door(address or arbitrary_address(family), cast("Family", family), backlog)
+        self._address = self._door.address
+        self._max_handshakes = min(max_handshakes, self._door.most_channels)
+        reset_after_fork(self)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_door"):
+            self._shut()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {format_peer(self._address)}{', closed' if self._closed else ''}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> Any:
+        """The address in use: with the port, or path, that was chosen."""
+        return self._address
+
+    @property
+    def last_accepted(self) -> Any:
+        """The address from which the last connection came; None where it has none, as most Unix sockets."""
+        return self._last_accepted
+
+    def accept(self, timeout: float | None = None) -> Connection:
+        """Return the next connection, authenticated where there is a key.
+
+        timeout: seconds; None waits for ever. Any number of threads may be here at once.
+        Raises TimedOut; Closed, where close() was called before or meanwhile; AuthenticationError, as ``on_error``
+        says: the listener goes on, and the next call returns the next connection.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._turn.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+            raise TimedOut(f"nobody was accepted within {timeout} s")
+        try:
+            self._resume()
+            while (connection := self._next()) is None:
+                self._serve(deadline)
+                if deadline is not None and time.monotonic() >= deadline and not self._ready and not self._errors:
+                    raise TimedOut(f"nobody was accepted within {timeout} s")
+            return connection
+        finally:
+            self._left_at = time.monotonic()
+            self._turn.release()
+
+    def close(self) -> None:
+        """Close; whoever is in accept() raises Closed. Connections already accepted live on."""
+        self._closed = True
+        self._door.wake()
+        with self._turn:
+            self._shut()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._door.close()
+        self._forget_peers()
+
+    def _forget_peers(self) -> None:
+        for negotiation in self._negotiations.values():
+            negotiation.channel.close()
+        self._negotiations.clear()
+        for connection, _ in self._ready:
+            connection.close()
+        self._ready.clear()
+        self._errors.clear()
+
+    def _reset_after_fork(self) -> None:
+        # Peers half-way through belong to the parent; closing the copies here does not hang up on them.
+        self._turn = threading.RLock()
+        if not self._closed:
+            self._forget_peers()
+            self._door.renew()
+
+    def _resume(self) -> None:
+        """Give every handshake the time back during which nobody was here to move it."""
+        away = time.monotonic() - self._left_at
+        for negotiation in self._negotiations.values():
+            negotiation.deadline += away
+
+    def _next(self) -> Connection | None:
+        """Return a connection that is ready, or raise what is to be raised; None: neither has come yet."""
+        if self._closed:
+            raise Closed("listener is closed")
+        if self._ready:
+            connection, peer = self._ready.popleft()
+            self._last_accepted = peer or None
+            return connection
+        if self._errors:
+            raise self._errors.popleft()
+        return None
+
+    def _serve(self, deadline: float | None) -> None:
+        """Wait once, and do what has become possible: take a peer, move handshakes, drop whose time is over."""
+        deadlines = [negotiation.deadline for negotiation in self._negotiations.values()]
+        if deadline is not None:
+            deadlines.append(deadline)
+        timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
+        come, moved = self._door.wait([each.channel for each in self._negotiations.values()], timeout)
+        for descriptor in moved:
+            # on_error may have closed the listener since.
+            if (negotiation := self._negotiations.get(descriptor)) is not None:
+                self._advance(descriptor, negotiation)
+        now = time.monotonic()
+        for descriptor, negotiation in list(self._negotiations.items()):
+            if negotiation.deadline <= now:
+                late = TimedOut(f"did not finish the handshake within {self._handshake_timeout} s")
+                self._drop(descriptor, negotiation, late)
+        if come and not self._closed:
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            taken = self._door.take()
+        except OSError as error:
+            if self._closed:
+                return
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._negotiations:
+                raise
+            self._drop_oldest("dropped: no file descriptors are left")
+            return
+        if taken is None:
+            return
+        channel, peer = taken
+        if self._key is None:
+            self._ready.append((channel.into_connection(self._max_message), peer))
+            return
+        if len(self._negotiations) >= self._max_handshakes:
+            self._drop_oldest(f"dropped: more than {self._max_handshakes} peers have not finished the handshake")
+        conversation = as_listener(nonce(), allow_md5=self._allow_md5)
+        negotiation = Negotiation(channel, conversation, self._key, peer, time.monotonic() + self._handshake_timeout)
+        descriptor = channel.fileno()
+        self._negotiations[descriptor] = negotiation
+        self._advance(descriptor, negotiation)
+
+    def _advance(self, descriptor: int, negotiation: Negotiation) -> None:
+        try:
+            if not negotiation.advance():
+                return
+        except (AuthenticationError, FrameError, EOFError, OSError) as error:
+            self._drop(descriptor, negotiation, error)
+            return
+        del self._negotiations[descriptor]
+        self._ready.append((negotiation.channel.into_connection(self._max_message), negotiation.peer))
+
+    def _drop_oldest(self, why: str) -> None:
+        descriptor, oldest = next(iter(self._negotiations.items()))
+        self._drop(descriptor, oldest, TimedOut(why))
+
+    def _drop(self, descriptor: int, negotiation: Negotiation, why: Exception) -> None:
+        del self._negotiations[descriptor]
+        negotiation.channel.close()
+        peer = format_peer(negotiation.peer)
+        error = described(why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer)
+        error.__cause__ = why
+        if callable(self._on_error):
+            self._on_error(error, negotiation.peer or None)
+        elif self._on_error == "raise" and isinstance(why, AuthenticationError):
+            self._errors.append(error)
+        else:
+            _log.info("not accepted: %s", error)

@@ -1,0 +1,203 @@
+"""AF_PIPE: connections, handshakes and listening over the named pipes of Windows.
+
+A pipe is in message mode: the system keeps messages whole, so there is no length in front of them. The reading and
+writing itself is the standard library's; what is added is what our socket connections have too. It is imported on
+Windows only.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "win32":
+    import _winapi
+    import io
+    import threading
+    import time
+    from collections.abc import Collection
+    from multiprocessing import connection as standard
+    from multiprocessing import reduction
+    from typing import Any, Final
+
+    from brokerd_client.errors import TimedOut
+    from brokerd_client.wire.handshake import LIMIT
+
+    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeDoor", "dial"]
+
+    _BUFFER_SIZE: Final = 8192
+    #: Milliseconds between two looks at the clock while a pipe is busy.
+    _LOOK_EVERY_MS: Final = 200
+
+    class PipeConnection(standard.PipeConnection):
+        """One end of a named pipe: the standard library's, with locks, a maximum message size and the old names."""
+
+        def __init__(
+            self, handle: int, readable: bool = True, writable: bool = True, *, max_message: int | None = None
+        ) -> None:
+            super().__init__(handle, readable, writable)
+            self.max_message: Final = max_message
+            self._sending = threading.Lock()
+            self._receiving = threading.Lock()
+
+        def _send_bytes(self, buf: Any) -> None:
+            with self._sending:
+                super()._send_bytes(buf)  # type: ignore[misc]
+
+        def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:
+            if self.max_message is not None:
+                maxsize = self.max_message if maxsize is None else min(maxsize, self.max_message)
+            with self._receiving:
+                received: io.BytesIO = super()._recv_bytes(maxsize)  # type: ignore[misc]
+                return received
+
+        sendBytes = standard.PipeConnection.send_bytes  # noqa: N815
+        recvBytes = standard.PipeConnection.recv_bytes  # noqa: N815
+        recvBytesInto = standard.PipeConnection.recv_bytes_into  # noqa: N815
+
+    def Pipe(duplex: bool = True) -> tuple[PipeConnection, PipeConnection]:  # noqa: N802 - the standard library's name
+        """Return two connections joined to each other; without ``duplex`` the first receives and the second sends."""
+        one, other = standard.Pipe(duplex)
+        return _adopted(one), _adopted(other)
+
+    def _adopted(connection: Any) -> PipeConnection:
+        handle, connection._handle = connection._handle, None
+        return PipeConnection(handle, connection.readable, connection.writable)
+
+    class PipeChannel:
+        """A handshake's messages over a named pipe, which it owns."""
+
+        def __init__(self, handle: int) -> None:
+            self.connection: Final = PipeConnection(handle)
+
+        def fileno(self) -> int:
+            return self.connection.fileno()
+
+        def wait(self, timeout: float | None) -> None:
+            standard.wait([self.connection], timeout)
+
+        def send_frame(self, body: bytes) -> None:
+            self.connection.send_bytes(body)
+
+        def next_frame(self) -> bytes | None:
+            return self.connection.recv_bytes(LIMIT) if self.connection.poll(0) else None
+
+        def into_connection(self, max_message: int | None) -> PipeConnection:
+            handle, self.connection._handle = self.connection._handle, None  # type: ignore[attr-defined]
+            return PipeConnection(handle, max_message=max_message)
+
+        def close(self) -> None:
+            self.connection.close()
+
+    class PipeDoor:
+        """A named pipe that takes connections: one instance of it always waits for the next peer."""
+
+        #: Windows waits for 64 handles at once, and some are needed for other things.
+        most_channels: Final = 50
+
+        def __init__(self, address: str) -> None:
+            self.address = address
+            self._handle: int | None = None
+            self._connecting: Any = None
+            self._bell, self._rope = standard.Pipe(duplex=False)
+            try:
+                self._handle = _new_instance(address, first=True)
+            except BaseException:
+                self.close()
+                raise
+
+        def __del__(self) -> None:
+            if hasattr(self, "_rope"):
+                self.close()
+
+        def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]:
+            if self._handle is None:
+                return False, set()
+            come: list[int] = []
+            if self._connecting is None:
+                try:
+                    self._connecting = _winapi.ConnectNamedPipe(self._handle, overlapped=True)
+                except OSError as error:
+                    # A peer has come, written and gone again already: what it wrote can be read.
+                    if error.winerror != _winapi.ERROR_NO_DATA:
+                        raise
+                    return True, set()
+            come = [self._connecting.event]
+            waiting = [*come, self._bell, *(channel.connection for channel in channels)]
+            ready = standard.wait(waiting, timeout)
+            if self._bell in ready:
+                self._bell.recv_bytes()
+            return come[0] in ready, {each.fileno() for each in ready if isinstance(each, PipeConnection)}
+
+        def take(self) -> tuple[PipeChannel, object] | None:
+            handle, connecting = self._handle, self._connecting
+            assert handle is not None
+            self._handle = _new_instance(self.address, first=False)
+            self._connecting = None
+            if connecting is not None:
+                connecting.GetOverlappedResult(True)  # noqa: FBT003 - its own signature
+            return PipeChannel(handle), None
+
+        def wake(self) -> None:
+            if not self._rope.closed:
+                self._rope.send_bytes(b"\0")
+
+        def close(self) -> None:
+            handle, self._handle = self._handle, None
+            connecting, self._connecting = self._connecting, None
+            if connecting is not None:
+                connecting.cancel()
+            if handle is not None:
+                _winapi.CloseHandle(handle)
+            self._bell.close()
+            self._rope.close()
+
+        def renew(self) -> None:
+            """Do nothing: Windows does not fork."""
+
+    def _new_instance(address: str, *, first: bool) -> int:
+        flags = _winapi.PIPE_ACCESS_DUPLEX | _winapi.FILE_FLAG_OVERLAPPED
+        if first:
+            # Nobody else may have the name already and sit between us and our peers.
+            flags |= _winapi.FILE_FLAG_FIRST_PIPE_INSTANCE
+        return _winapi.CreateNamedPipe(
+            address,
+            flags,
+            _winapi.PIPE_TYPE_MESSAGE | _winapi.PIPE_READMODE_MESSAGE | _winapi.PIPE_WAIT,
+            _winapi.PIPE_UNLIMITED_INSTANCES,
+            _BUFFER_SIZE,
+            _BUFFER_SIZE,
+            _winapi.NMPWAIT_WAIT_FOREVER,
+            _winapi.NULL,
+        )
+
+    def dial(address: str, deadline: float | None) -> PipeChannel:
+        """Return a channel to the pipe. Raises TimedOut, if it is busy until the deadline, and OSError."""
+        while True:
+            try:
+                _winapi.WaitNamedPipe(address, _LOOK_EVERY_MS)
+                handle = _winapi.CreateFile(
+                    address,
+                    _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
+                    0,
+                    _winapi.NULL,
+                    _winapi.OPEN_EXISTING,
+                    _winapi.FILE_FLAG_OVERLAPPED,
+                    _winapi.NULL,
+                )
+                break
+            except OSError as error:
+                if error.winerror not in (_winapi.ERROR_SEM_TIMEOUT, _winapi.ERROR_PIPE_BUSY):
+                    raise
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimedOut
+        _winapi.SetNamedPipeHandleState(handle, _winapi.PIPE_READMODE_MESSAGE, None, None)
+        return PipeChannel(handle)
+
+    def _rebuild(shared: Any, readable: bool, writable: bool, max_message: int | None) -> PipeConnection:
+        return PipeConnection(shared.detach(), readable, writable, max_message=max_message)
+
+    def _reduce(connection: PipeConnection) -> tuple[Any, ...]:
+        _, arguments = standard.reduce_pipe_connection(connection)  # type: ignore[attr-defined]
+        return _rebuild, (*arguments, connection.max_message)
+
+    reduction.register(PipeConnection, _reduce)

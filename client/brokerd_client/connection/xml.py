@@ -1,0 +1,58 @@
+"""XmlListener and XmlClient: objects travel as XML-RPC values, not as pickles.
+
+What can be sent is less (numbers, text, lists, dictionaries, None), and receiving it runs nothing the peer says.
+"""
+
+from __future__ import annotations
+
+import xmlrpc.client
+from types import TracebackType
+from typing import Any, Self
+
+from brokerd_client.connection.client import Client
+from brokerd_client.connection.listener import Listener
+from brokerd_client.connection.stream import Connection
+
+__all__ = ["XmlClient", "XmlConnection", "XmlListener"]
+
+
+class XmlConnection:
+    """A connection whose send and recv speak XML; all else is the connection's own."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_connection":  # not yet set
+            raise AttributeError(name)
+        return getattr(self._connection, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def send(self, obj: Any) -> None:
+        """Send an object. Raises TypeError or OverflowError where XML-RPC has no such value."""
+        self._connection.send_bytes(xmlrpc.client.dumps((obj,), allow_none=True).encode())
+
+    def recv(self) -> Any:
+        """Return the next object. Raises as Connection.recv_bytes; xml.parsers.expat.ExpatError for what is no XML."""
+        ((obj,), _) = xmlrpc.client.loads(self._connection.recv_bytes().decode())
+        return obj
+
+
+class XmlListener(Listener):
+    """A Listener whose connections speak XML."""
+
+    def accept(self, timeout: float | None = None) -> XmlConnection:  # type: ignore[override]
+        """Return the next connection, as Listener.accept."""
+        return XmlConnection(super().accept(timeout))
+
+
+def XmlClient(*args: Any, **kwargs: Any) -> XmlConnection:  # noqa: N802 - the standard library's name
+    """Return a connection that speaks XML; the parameters are Client's."""
+    return XmlConnection(Client(*args, **kwargs))
