@@ -29,8 +29,8 @@ lint: ready-test ## run ruff and mypy only
 
 # The parts that do no input or output have no excuse for an untested branch.
 coverage: ready-test ## hold the sans-I/O parts to full branch coverage
-	@$(BIN)/python -m coverage run --include='client/brokerd_client/wire/*' -m pytest -q -m "" tests/wire
-	@$(BIN)/python -m coverage report --show-missing --fail-under=100
+	@$(BIN)/python -m coverage run -m pytest -q -m "" tests/wire
+	@$(BIN)/python -m coverage report --include='client/brokerd_client/wire/*' --show-missing --fail-under=100
 
 clean: ## remove everything that was made here, the example clients' keys too
 	rm -rf .venv .venv-* .run build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

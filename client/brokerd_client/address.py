@@ -85,6 +85,8 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
         return _from_pair((match["host"], int(match["port"])))
     if "/" not in address and (":" in address or "[" in address):
         raise AddressError(f"{address!r} is no address: give {_FORMS}")
+    if "\0" in address:
+        raise AddressError(f"{address!r} is no address: a path can't hold a NUL character")
     return Address("AF_UNIX", path=os.path.expanduser(address))  # noqa: PTH111 - a Path would drop a leading "./"
 
 

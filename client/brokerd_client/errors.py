@@ -121,6 +121,10 @@ class FrameTooBig(FrameError):
         self.size = size
         self.limit = limit
 
+    def __reduce__(self) -> tuple[type[FrameTooBig], tuple[int, int]]:
+        # Without it the copy that travels to another process would be built from the message.
+        return FrameTooBig, (self.size, self.limit)
+
 
 class MalformedEnvelope(RemoteError):
     """A frame that is no broker frame.

@@ -10,9 +10,9 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag, StrEnum
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
 
@@ -34,6 +34,7 @@ __all__ = [
     "is_address",
     "is_name",
     "parse",
+    "split",
     "split_address",
 ]
 
@@ -132,23 +133,28 @@ def encode(envelope: Envelope) -> bytes:
     """Return the frame's body, ready for :func:`brokerd_client.wire.framing.frame`.
 
     The EXTENSION bit follows from whether there is an extension.
-    Raises InvalidName or PayloadError for what has no room in the header.
+    Raises InvalidName or PayloadError for what has no room in the header, or no form on the wire.
     """
-    name = envelope.name.encode()
+    name = _utf8(envelope.name, "name")
     if len(name) > 255:
         raise InvalidName(f"a name has at most 255 bytes; this one has {len(name)}")
     if not 0 <= envelope.id <= MAX_ID:
         raise PayloadError(f"an id is an unsigned 64-bit number, not {envelope.id}")
-    flags = envelope.flags & ~Flag.EXTENSION
+    if not 0 <= envelope.codec <= 255:
+        raise PayloadError(f"a codec is a number from 0 to 255, not {envelope.codec}")
+    if envelope.flags & ~_KNOWN_FLAGS:
+        raise PayloadError(f"flags has unknown bits set: {int(envelope.flags):#04x}")
+    # int(): ~ of a Flag keeps only the known bits on some versions of Python, and all on others.
+    flags = envelope.flags & ~int(Flag.EXTENSION)
     parts = [name]
     if envelope.kind is Kind.EVENT:
-        topic = envelope.topic.encode()
+        topic = _utf8(envelope.topic, "topic")
         if not 0 < len(topic) <= MAX_TOPIC:
             raise InvalidName(f"a topic has 1 to {MAX_TOPIC} bytes; this one has {len(topic)}")
         parts += (bytes((len(topic),)), topic)
     if envelope.extension is not None:
         flags |= Flag.EXTENSION
-        extension = json.dumps(envelope.extension, separators=(",", ":"), ensure_ascii=False).encode()
+        extension = _json(envelope.extension)
         if len(extension) > 0xFFFF:
             raise PayloadError(f"an extension has at most 65535 bytes of JSON; this one has {len(extension)}")
         parts += (_EXTENSION_LENGTH.pack(len(extension)), extension)
@@ -156,8 +162,31 @@ def encode(envelope: Envelope) -> bytes:
     return b"".join((header, *parts, envelope.payload))
 
 
+def _utf8(text: str, what: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidName(f"the {what} {text!r} can't be written in UTF-8") from error
+
+
+def _json(extension: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(extension, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    # RecursionError: nested too deeply. ValueError: NaN, infinity, or a part that holds itself.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PayloadError(f"the extension can't be written as JSON: {error}") from error
+    # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for it.
+    return text.encode(errors="backslashreplace")
+
+
 def parse(body: bytes | bytearray | memoryview) -> Envelope:
-    """Return the envelope in a frame's body.
+    """Return the envelope in a frame's body, payload included; see :func:`split` for what is checked."""
+    head, start = split(body)
+    return replace(head, payload=bytes(body[start:]))
+
+
+def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
+    """Return (the envelope without its payload, where the payload begins in ``body``).
 
     Checks the layout only: whether the name may be a recipient, and the kind come from a client,
     is for the one who receives it to judge.
@@ -181,7 +210,7 @@ def parse(body: bytes | bytearray | memoryview) -> Envelope:
     extension = None
     if flags & Flag.EXTENSION:
         extension, position = _extension(body, position, id)
-    return Envelope(kind, id, name, bytes(body[position:]), codec, flags, topic, extension)
+    return Envelope(kind, id, name, b"", codec, flags, topic, extension), position
 
 
 def _text(body: bytes | bytearray | memoryview, start: int, size: int, id: int, what: str) -> tuple[str, int]:
@@ -202,13 +231,18 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
     if end > len(body):
         raise MalformedEnvelope("the frame ends inside the extension", id)
     try:
-        extension = json.loads(bytes(body[first:end]))
+        # str() first: json.loads would also take UTF-16 and UTF-32.
+        extension = json.loads(str(body[first:end], "utf-8"), parse_constant=_not_json)
     # RecursionError: json.loads gives up on deep nesting that way.
     except (ValueError, RecursionError) as error:
         raise MalformedEnvelope("the extension is not JSON", id) from error
     if not isinstance(extension, dict):
         raise MalformedEnvelope("the extension is not a JSON object", id)
     return extension, end
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"JSON has no {constant}")
 
 
 def error_payload(code: ErrorCode, message: str, name: str = "") -> bytes:
@@ -268,7 +302,7 @@ def check_pattern(text: str) -> str:
 
 
 def _check_tokens(text: str, what: str) -> None:
-    size = len(text.encode(errors="surrogatepass"))
+    size = len(_utf8(text, what))
     if not 0 < size <= MAX_TOPIC:
         raise InvalidName(f"a {what} has 1 to {MAX_TOPIC} bytes; this one has {size}")
     if not all(text.split(".")):

@@ -34,7 +34,9 @@ def frame_prefix(size: int) -> bytes:
 
 def frame(*parts: bytes | bytearray | memoryview) -> bytes:
     """Return one whole frame whose body is the parts joined."""
-    return b"".join((frame_prefix(sum(len(part) for part in parts)), *parts))
+    # len() of a memoryview counts its items, which need not be bytes.
+    size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+    return b"".join((frame_prefix(size), *parts))
 
 
 def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> tuple[int, int] | None:

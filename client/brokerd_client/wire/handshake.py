@@ -90,7 +90,7 @@ class Proof:
 
     def made_with(self, key: bytes) -> bool:
         """Return whether ``key`` made this answer, in time that does not depend on where it differs."""
-        return hmac.compare_digest(hmac.digest(key, self.challenge, self.digest), self.mac)
+        return hmac.compare_digest(_mac(key, self.challenge, self.digest), self.mac)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def answer_challenge(key: bytes, *, name: bytes = b"", allow_md5: bool = True) -
             "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
             "see allow_md5"
         )
-    mac = hmac.digest(key, challenge, digest)
+    mac = _mac(key, challenge, digest)
     yield Send(mac if len(challenge) == _LEGACY_CHALLENGE_SIZE else b"{%s}%s%s" % (digest.encode("ascii"), mac, name))
     verdict = yield RECEIVE
     if verdict == FAILURE:
@@ -195,6 +195,13 @@ def answer_challenge(key: bytes, *, name: bytes = b"", allow_md5: bool = True) -
     if verdict != WELCOME:
         raise AuthenticationError("the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener")
     return Established(key, digest, name)
+
+
+def _mac(key: bytes, challenge: bytes, digest: str) -> bytes:
+    try:
+        return hmac.digest(key, challenge, digest)
+    except ValueError as error:
+        raise AuthenticationError(f"HMAC-{digest} is not available on this machine; FIPS mode forbids MD5") from error
 
 
 def _read_challenge(message: bytes) -> bytes:

@@ -1,0 +1,210 @@
+"""Addresses: every form that people write is understood, and everything else is refused with the forms named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client.address import Address, format_peer, infer_family, parse, validate_family
+from brokerd_client.errors import AddressError
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("localhost:6000", Address("AF_INET", host="localhost", port=6000)),
+        ("0.0.0.0:0", Address("AF_INET", host="0.0.0.0", port=0)),
+        ("broker.example.org:65535", Address("AF_INET", host="broker.example.org", port=65535)),
+        ("[::1]:6000", Address("AF_INET6", host="::1", port=6000)),
+        ("[fe80::1%eth0]:1", Address("AF_INET6", host="fe80::1%eth0", port=1)),
+        (["localhost", 6000], Address("AF_INET", host="localhost", port=6000)),
+        (("::1", 6000), Address("AF_INET6", host="::1", port=6000)),
+        (("::1", 6000, 0, 0), Address("AF_INET6", host="::1", port=6000)),
+        ("/run/brokerd/brokerd.sock", Address("AF_UNIX", path="/run/brokerd/brokerd.sock")),
+        ("brokerd.sock", Address("AF_UNIX", path="brokerd.sock")),
+        ("./host:80", Address("AF_UNIX", path="./host:80")),
+        ("/a:b/[c]", Address("AF_UNIX", path="/a:b/[c]")),
+        ("@brokerd", Address("AF_UNIX", path="\0brokerd")),
+        ("\0brokerd", Address("AF_UNIX", path="\0brokerd")),
+        ("@host:80", Address("AF_UNIX", path="\0host:80")),
+        (r"\\.\pipe\brokerd", Address("AF_PIPE", path=r"\\.\pipe\brokerd")),
+    ],
+)
+def test_an_address_is_read_by_its_form(text: Any, address: Address) -> None:
+    """Each form has one reading."""
+    assert parse(text) == address
+
+
+def test_a_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path may begin with ~, as in a shell."""
+    monkeypatch.setenv("HOME", os.sep + "home")
+
+    assert parse("~/b.sock") == Address("AF_UNIX", path=str(Path("~/b.sock").expanduser()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "localhost:6000",
+        "[::1]:6000",
+        "/run/b.sock",
+        "./a:1",
+        "b.sock",
+        "@abstract",
+        r"\\.\pipe\b",
+        ("::1", 1),
+        ("h", 0),
+    ],
+)
+def test_an_address_written_down_is_read_again(text: Any) -> None:
+    """str() of an address is a form that parse understands, and stays."""
+    address = parse(text)
+
+    assert parse(str(address)) == address
+    assert str(parse(str(address))) == str(address)
+
+
+def test_an_address_is_its_own_reading() -> None:
+    """What is parsed already passes through."""
+    address = Address("AF_INET", host="h", port=1)
+
+    assert parse(address) is address
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "can't be empty"),
+        ("@", "can't be empty"),
+        ("\0", "can't be empty"),
+        ("/run/b\0.sock", "NUL character"),
+        ("localhost:", "HOST:PORT"),
+        (":6000", "HOST:PORT"),
+        ("localhost:port", "HOST:PORT"),
+        ("::1:6000", "HOST:PORT"),
+        ("[::1]", "HOST:PORT"),
+        ("[]:6000", "HOST:PORT"),
+        ("host:123456", "HOST:PORT"),
+        ("host:-1", "HOST:PORT"),
+        ("host name:80", "HOST:PORT"),
+        ("host:65536", "65536 is no port"),
+        (("host", 65536), "65536 is no port"),
+        (("host", -1), "-1 is no port"),
+        (("host",), "give a host and a port"),
+        ([], "give a host and a port"),
+        (("host", "80"), "give a host and a port"),
+        (("host", True), "give a host and a port"),
+        ((80, "host"), "give a host and a port"),
+        (None, "HOST:PORT"),
+        (80, "HOST:PORT"),
+        (b"/run/b.sock", "HOST:PORT"),
+    ],
+)
+def test_what_is_no_address_is_refused(text: Any, reason: str) -> None:
+    """The error says what would be right."""
+    with pytest.raises(AddressError, match=reason):
+        parse(text)
+
+
+@given(st.text() | st.lists(st.text() | st.integers(), max_size=3))
+def test_anything_is_an_address_or_an_address_error(text: Any) -> None:
+    """Whatever is written, nothing but the named error is raised, and what is read has one form."""
+    try:
+        address = parse(text)
+    except AddressError:
+        return
+    assert isinstance(str(address), str)
+    assert address.sockaddr in ((address.host, address.port), address.path)
+
+
+@pytest.mark.parametrize(
+    ("address", "sockaddr", "is_file"),
+    [
+        ("h:1", ("h", 1), False),
+        ("[::1]:1", ("::1", 1), False),
+        ("/b.sock", "/b.sock", True),
+        ("@b", "\0b", False),
+        (r"\\.\pipe\b", r"\\.\pipe\b", False),
+    ],
+)
+def test_an_address_gives_what_sockets_take(address: str, sockaddr: Any, is_file: bool) -> None:
+    """Only a Unix socket with a path leaves a file behind."""
+    assert parse(address).sockaddr == sockaddr
+    assert parse(address).is_file is is_file
+
+
+@pytest.mark.parametrize(
+    ("address", "family"),
+    [
+        (("localhost", 6000), "AF_INET"),
+        ((), "AF_INET"),
+        (("::1", 6000), "AF_INET6"),
+        (r"\\.\pipe\b", "AF_PIPE"),
+        ("/b.sock", "AF_UNIX"),
+        ("localhost:6000", "AF_UNIX"),
+        ("\0b", "AF_UNIX"),
+        (b"\0b", "AF_UNIX"),
+    ],
+)
+def test_a_family_is_inferred_as_in_the_standard_library(address: object, family: str) -> None:
+    """A plain string is a path here, even one that looks like a host and a port."""
+    assert infer_family(address) == family
+
+
+@pytest.mark.parametrize("address", [None, 80, ["localhost", 80], b"/b.sock"])
+def test_an_address_of_no_family_is_a_value_error(address: object) -> None:
+    """As in the standard library, the error is a ValueError."""
+    with pytest.raises(ValueError, match="unrecognized"):
+        infer_family(address)
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+def test_tcp_is_known_everywhere(family: str) -> None:
+    """No error for what every machine has."""
+    validate_family(family)
+
+
+@pytest.mark.parametrize(
+    ("platform", "family", "reason"),
+    [
+        ("linux", "AF_PIPE", "Windows only"),
+        ("linux", "AF_UNIX", None),
+        ("win32", "AF_UNIX", "use AF_PIPE or AF_INET"),
+        ("win32", "AF_PIPE", None),
+        ("linux", "AF_BLUETOOTH", "one of AF_INET"),
+    ],
+)
+def test_a_family_that_is_not_here_is_a_value_error(
+    monkeypatch: pytest.MonkeyPatch, platform: str, family: str, reason: str | None
+) -> None:
+    """The error says where the family exists, or what to use instead."""
+    monkeypatch.setattr(sys, "platform", platform)
+    if reason is None:
+        validate_family(family)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            validate_family(family)
+
+
+@pytest.mark.parametrize(
+    ("sockaddr", "text"),
+    [
+        (("127.0.0.1", 5), "127.0.0.1:5"),
+        (("::1", 5, 0, 0), "[::1]:5"),
+        ("/b.sock", "/b.sock"),
+        (b"\0b\xff", "@b\N{REPLACEMENT CHARACTER}"),
+        ("\0b", "@b"),
+        ("", "unix"),
+        (b"", "unix"),
+        (None, "unix"),
+    ],
+)
+def test_a_peer_is_shown_for_people(sockaddr: object, text: str) -> None:
+    """A peer without an address of its own, as on a Unix socket, is called unix."""
+    assert format_peer(sockaddr) == text

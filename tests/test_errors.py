@@ -1,0 +1,118 @@
+"""The exception tree: it is the one its docstring draws, every code has its class, and all of it can be pickled."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import pickle
+import re
+
+import pytest
+
+from brokerd_client import errors
+from brokerd_client.errors import BrokerdError, FrameTooBig, InDoubt, MalformedEnvelope, Refused, RequestFailed, refusal
+from brokerd_client.wire.envelope import ErrorCode
+
+CLASSES = {
+    name: value
+    for name, value in vars(errors).items()
+    if inspect.isclass(value) and issubclass(value, BaseException) and value.__module__ == errors.__name__
+}
+
+
+def drawn_tree() -> dict[str, tuple[str, str]]:
+    """Return class name to (its parent's name, the other base in parentheses or "") as the docstring draws it."""
+    assert errors.__doc__ is not None
+    drawing = errors.__doc__.partition("::\n")[2].partition("Nothing here")[0]
+    tree: dict[str, tuple[str, str]] = {}
+    path: list[tuple[int, str]] = []
+    for line in drawing.splitlines():
+        match = re.match(r"(?P<indent>[\s│├└─]*)(?P<rest>\w.*)", line)
+        if match is None:
+            continue
+        depth = len(match["indent"])
+        # Names that share a line are apart by two spaces; the text behind one begins in lower case or "(".
+        names = re.match(r"(?:[A-Z]\w+(?:\s\s|$))+|[A-Z]\w+", match["rest"])
+        assert names is not None, line
+        base = re.search(r"\((?P<base>[\w.]+)\)", match["rest"])
+        while path and path[-1][0] >= depth:
+            path.pop()
+        parent = path[-1][1] if path else "Exception"
+        for name in names.group().split():
+            tree[name] = (parent, base["base"] if base else "")
+        path.append((depth, names.group().split()[0]))
+    return tree
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    """Every class is in the docstring, under its real parent and with its other base, and no other is."""
+    real = {
+        name: (
+            cls.__bases__[0].__name__,
+            "" if len(cls.__bases__) == 1 else cls.__bases__[1].__name__,
+        )
+        for name, cls in CLASSES.items()
+    }
+
+    assert {name: (parent, base.rpartition(".")[2]) for name, (parent, base) in drawn_tree().items()} == real
+
+
+def test_everything_is_exported() -> None:
+    """__all__ names every class and the function that chooses one."""
+    assert set(errors.__all__) == {*CLASSES, "refusal"}
+
+
+def test_the_standard_librarys_handlers_catch_ours() -> None:
+    """Code written for multiprocessing.connection goes on working."""
+    assert issubclass(errors.AuthenticationError, multiprocessing.AuthenticationError)
+    assert issubclass(errors.BufferTooShort, multiprocessing.BufferTooShort)
+    assert issubclass(errors.TimedOut, TimeoutError)
+    assert issubclass(errors.Disconnected, ConnectionError)
+    assert issubclass(errors.AddressError, ValueError)
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_every_code_has_its_class(code: ErrorCode) -> None:
+    """A code of the wire becomes the exception that carries it, and no other code does."""
+    error = refusal(code, "why", name="bob", id=7)
+
+    assert type(error) is not RequestFailed
+    assert type(error).code == code
+    assert (str(error), error.code, error.name, error.id) == ("why", code, "bob", 7)
+
+
+def test_the_classes_of_codes_are_the_drawn_ones() -> None:
+    """Refused has one subclass a code, and RequestFailed for a client's own."""
+    codes = {cls.code for cls in Refused.__subclasses__() if cls is not RequestFailed}
+
+    assert codes == set(ErrorCode)
+
+
+def test_a_code_of_a_clients_own_is_a_failed_request() -> None:
+    """What another client answers with is passed on under its own code."""
+    error = refusal("out_of_paper", "tray 2", name="printer")
+
+    assert type(error) is RequestFailed
+    assert (error.code, str(error), error.name) == ("out_of_paper", "tray 2", "printer")
+    assert RequestFailed("no").code == "failed"
+
+
+SAMPLES = {
+    "FrameTooBig": FrameTooBig(300, 256),
+    "MalformedEnvelope": MalformedEnvelope("no", id=7),
+    "RequestFailed": RequestFailed("no", name="bob", id=7, code="own"),
+    "InDoubt": InDoubt("no", id=7),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_every_error_survives_the_way_to_another_process(name: str) -> None:
+    """Raised in a worker process, an error arrives in its parent as it was."""
+    error = SAMPLES.get(name) or CLASSES[name]("what happened")
+
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+    assert isinstance(copy, BrokerdError)

@@ -1,0 +1,464 @@
+"""Broker frames: every layout round-trips, every malformed one is refused with the id that was readable."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
+from brokerd_client.wire.envelope import (
+    BROKER,
+    HEADER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    check_address,
+    check_name,
+    check_pattern,
+    check_topic,
+    encode,
+    error_payload,
+    is_address,
+    is_name,
+    parse,
+    split,
+    split_address,
+)
+
+ID = 0x0102030405060708
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+#: Text that UTF-8 can hold, at most as many bytes.
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+ENVELOPES = st.builds(
+    Envelope,
+    kind=st.sampled_from([kind for kind in Kind if kind is not Kind.EVENT]),
+    id=st.integers(0, 2**64 - 1),
+    name=NAMES,
+    payload=st.binary(max_size=200),
+    codec=st.integers(0, 255),
+    flags=st.sampled_from([0, Flag.RECEIPT, Flag.ACK, Flag.RECEIPT | Flag.ACK]),
+    extension=st.none() | st.dictionaries(st.text(), JSON_VALUES, max_size=4),
+)
+EVENTS = st.builds(
+    Envelope,
+    kind=st.just(Kind.EVENT),
+    id=st.integers(0, 2**64 - 1),
+    topic=NAMES.filter(bool),
+    payload=st.binary(max_size=200),
+    extension=st.none() | st.dictionaries(st.text(), JSON_VALUES, max_size=4),
+)
+
+
+def header(kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, id: int = ID) -> bytes:
+    """Return a header of any numbers."""
+    return HEADER.pack(kind, flags, codec, name_size, id)
+
+
+def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
+    """Return what parse made of the body; either has an id."""
+    try:
+        return parse(body)
+    except MalformedEnvelope as error:
+        return error
+
+
+# -- The layout
+
+
+def test_a_message_is_these_bytes() -> None:
+    """The header's fields stand where docs/protocol.md puts them, in network byte order."""
+    envelope = Envelope(Kind.MESSAGE, id=ID, name="bob", payload=b"hello", codec=CodecId.JSON, flags=Flag.RECEIPT)
+
+    assert encode(envelope) == b"\x01\x01\x02\x03\x01\x02\x03\x04\x05\x06\x07\x08" + b"bob" + b"hello"
+
+
+def test_an_event_with_an_extension_is_these_bytes() -> None:
+    """Behind the name come the topic and its length, then the extension and its length, then the payload."""
+    envelope = Envelope(Kind.EVENT, topic="a.b", extension={"ttl": 5}, payload=b"!")
+
+    assert encode(envelope) == b"\x05\x02\x00\x00" + bytes(8) + b"\x03a.b" + b'\x00\x09{"ttl":5}' + b"!"
+
+
+def test_the_wire_numbers_are_fixed() -> None:
+    """Clients in other languages hold copies of these numbers and words."""
+    assert {kind.name: kind.value for kind in Kind} == {
+        "MESSAGE": 1,
+        "REQUEST": 2,
+        "REPLY": 3,
+        "ERROR": 4,
+        "EVENT": 5,
+        "RECEIPT": 6,
+        "ACK": 7,
+    }
+    assert {flag.name: flag.value for flag in Flag} == {"RECEIPT": 1, "EXTENSION": 2, "ACK": 4}
+    assert {codec.name: codec.value for codec in CodecId} == {"RAW": 0, "PICKLE": 1, "JSON": 2, "MSGPACK": 3}
+    assert {str(code) for code in ErrorCode} == {
+        "no_such_client",
+        "offline",
+        "denied",
+        "full",
+        "too_large",
+        "expired",
+        "rate_limited",
+        "malformed",
+        "unsupported",
+        "shutting_down",
+    }
+    assert HEADER.size == 12
+
+
+@given(st.one_of(ENVELOPES, EVENTS))
+def test_what_is_encoded_is_parsed_again(envelope: Envelope) -> None:
+    """Every field survives, and the EXTENSION bit follows from whether there is an extension."""
+    parsed = parse(encode(envelope))
+
+    flags = envelope.flags | (Flag.EXTENSION if envelope.extension is not None else 0)
+    assert parsed == Envelope(
+        envelope.kind,
+        envelope.id,
+        envelope.name,
+        envelope.payload,
+        envelope.codec,
+        flags,
+        envelope.topic,
+        envelope.extension,
+    )
+    assert len(parsed) == len(envelope.payload)
+
+
+@pytest.mark.parametrize("convert", [bytes, bytearray, memoryview])
+def test_any_kind_of_bytes_can_be_parsed(convert: Callable[[bytes], Any]) -> None:
+    """A frame may lie in a buffer; the payload handed out is a copy, and no part of it."""
+    body = encode(Envelope(Kind.EVENT, id=ID, topic="a", extension={}, payload=b"payload"))
+
+    parsed = parse(convert(body))
+
+    assert parsed == Envelope(Kind.EVENT, ID, "", b"payload", 0, Flag.EXTENSION, "a", {})
+    assert type(parsed.payload) is bytes
+
+
+def test_split_leaves_the_payload_where_it_is() -> None:
+    """split says where the payload begins, and copies none of it."""
+    body = encode(Envelope(Kind.MESSAGE, id=ID, name="bob", payload=b"payload"))
+
+    assert split(body) == (Envelope(Kind.MESSAGE, ID, "bob"), 15)
+    assert body[15:] == b"payload"
+
+
+@pytest.mark.parametrize("codec", [4, 127, 128, 255])
+def test_a_codec_is_carried_whatever_its_number(codec: int) -> None:
+    """The broker decodes nothing, so no number of a codec is malformed."""
+    assert parse(header(codec=codec)).codec == codec
+
+
+def test_a_repr_shows_no_payload() -> None:
+    """An envelope in a log line or a traceback does not give the message away."""
+    assert "secret" not in repr(Envelope(Kind.MESSAGE, payload=b"secret"))
+
+
+# -- What is malformed
+
+
+@pytest.mark.parametrize("size", range(12))
+def test_a_frame_shorter_than_a_header_is_malformed(size: int) -> None:
+    """No id was readable, so the error carries 0."""
+    with pytest.raises(MalformedEnvelope, match="at least 12 bytes") as caught:
+        parse(header()[:size])
+
+    assert caught.value.id == 0
+
+
+@pytest.mark.parametrize("kind", [0, 8, 9, 127, 128, 255])
+def test_an_unknown_kind_is_malformed(kind: int) -> None:
+    """There are seven kinds."""
+    with pytest.raises(MalformedEnvelope, match=f"no kind {kind}") as caught:
+        parse(header(kind=kind))
+
+    assert caught.value.id == ID
+
+
+@pytest.mark.parametrize("bit", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("known", [0, 1, 7])
+def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
+    """A bit of a later version changes the meaning of the frame, so it can't be passed over."""
+    with pytest.raises(MalformedEnvelope, match="unknown bits") as caught:
+        parse(header(flags=bit | known) + b"\x00\x02{}")
+
+    assert caught.value.id == ID
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (header(name_size=3) + b"bo", "ends inside the name"),
+        (header(name_size=255), "ends inside the name"),
+        (header(name_size=2) + b"\xff\xfe", "the name is not UTF-8"),
+        (header(name_size=3) + b"\xed\xa0\x80", "the name is not UTF-8"),
+        (header(kind=5), "ends before the topic's length"),
+        (header(kind=5, name_size=1) + b"a", "ends before the topic's length"),
+        (header(kind=5) + b"\x03ab", "ends inside the topic"),
+        (header(kind=5) + b"\x01\x80", "the topic is not UTF-8"),
+        (header(flags=2), "ends before the extension's length"),
+        (header(flags=2) + b"\x00", "ends before the extension's length"),
+        (header(flags=2) + b"\x00\x03{}", "ends inside the extension"),
+        (header(flags=2) + b"\xff\xff" + b"{}" * 9, "ends inside the extension"),
+        (header(flags=2) + b"\x00\x00", "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x01{", "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x02{}"[:-1] + b"x", "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x04\xff\xfe{}", "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x04" + "{}".encode("utf-16-le"), "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x09" + b'{"a":NaN}', "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x0e" + b'{"a":Infinity}', "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x02[]", "not a JSON object"),
+        (header(flags=2) + b"\x00\x04null", "not a JSON object"),
+        (header(flags=2) + b'\x00\x04"{}"', "not a JSON object"),
+        (header(flags=2) + struct.pack("!H", 60000) + b"[" * 60000, "the extension is not JSON"),
+        (header(flags=2) + struct.pack("!H", 6005) + b'{"a":' + b"9" * 5999 + b"}", "the extension is not JSON"),
+        (header(kind=5, flags=2) + b"\x01a\x00\x05{}", "ends inside the extension"),
+    ],
+)
+def test_a_frame_that_does_not_hold_what_it_announces_is_malformed(body: bytes, reason: str) -> None:
+    """Each way to be cut short or to hold something else has its reason, and the id that was readable."""
+    with pytest.raises(MalformedEnvelope, match=reason) as caught:
+        parse(body)
+
+    assert caught.value.id == ID
+
+
+@given(st.binary(max_size=80))
+def test_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
+    """Garbage raises MalformedEnvelope and nothing else."""
+    outcome = parsed_or_refused(body)
+
+    assert 0 <= outcome.id < 2**64
+
+
+@given(
+    kind=st.sampled_from(list(Kind)),
+    flags=st.integers(0, 7),
+    name_size=st.integers(0, 12),
+    rest=st.binary(max_size=40) | st.builds(bytes.__add__, st.just(b"\x01a\x00\x0b"), st.text().map(str.encode)),
+)
+def test_a_good_header_before_garbage_is_parsed_or_malformed(
+    kind: Kind, flags: int, name_size: int, rest: bytes
+) -> None:
+    """Behind a header that is right, garbage raises MalformedEnvelope with the header's id, and nothing else."""
+    assert parsed_or_refused(header(kind, flags, 0, name_size) + rest).id == ID
+
+
+@given(st.one_of(ENVELOPES, EVENTS), st.data())
+def test_a_frame_cut_short_never_becomes_another(envelope: Envelope, data: st.DataObject) -> None:
+    """Cut anywhere, a frame is malformed, or lost only some of its payload."""
+    body = encode(envelope)
+    cut = data.draw(st.integers(0, len(body)))
+    try:
+        parsed = parse(body[:cut])
+    except MalformedEnvelope:
+        assert cut < len(body) - len(envelope.payload)
+    else:
+        assert (parsed.kind, parsed.id, parsed.name, parsed.topic) == (
+            envelope.kind,
+            envelope.id,
+            envelope.name,
+            envelope.topic,
+        )
+        assert envelope.payload.startswith(parsed.payload)
+
+
+# -- What can't be encoded
+
+
+@pytest.mark.parametrize(
+    ("envelope", "reason"),
+    [
+        (Envelope(Kind.MESSAGE, name="n" * 256), "at most 255 bytes"),
+        (Envelope(Kind.MESSAGE, name="é" * 128), "at most 255 bytes"),
+        (Envelope(Kind.MESSAGE, name="\ud800"), "can't be written in UTF-8"),
+        (Envelope(Kind.EVENT), "1 to 255 bytes"),
+        (Envelope(Kind.EVENT, topic="t" * 256), "1 to 255 bytes"),
+        (Envelope(Kind.EVENT, topic="a.\udfff"), "can't be written in UTF-8"),
+    ],
+)
+def test_a_name_or_topic_without_room_is_refused(envelope: Envelope, reason: str) -> None:
+    """Their lengths are one byte, counted in UTF-8."""
+    with pytest.raises(InvalidName, match=reason):
+        encode(envelope)
+
+
+def holding_itself() -> dict[str, Any]:
+    """An object that has no end."""
+    endless: dict[str, Any] = {}
+    endless["self"] = endless
+    return endless
+
+
+def deeply_nested() -> list[Any]:
+    """A list so deep that nothing recursive gets to its bottom."""
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    return nested
+
+
+@pytest.mark.parametrize(
+    ("envelope", "reason"),
+    [
+        (Envelope(Kind.MESSAGE, id=-1), "unsigned 64-bit"),
+        (Envelope(Kind.MESSAGE, id=2**64), "unsigned 64-bit"),
+        (Envelope(Kind.MESSAGE, codec=-1), "0 to 255"),
+        (Envelope(Kind.MESSAGE, codec=256), "0 to 255"),
+        (Envelope(Kind.MESSAGE, flags=8), "unknown bits"),
+        (Envelope(Kind.MESSAGE, flags=256), "unknown bits"),
+        (Envelope(Kind.MESSAGE, extension={"a": "b" * 65535}), "at most 65535 bytes"),
+        (Envelope(Kind.MESSAGE, extension={"a": float("nan")}), "can't be written as JSON"),
+        (Envelope(Kind.MESSAGE, extension={"a": b"bytes"}), "can't be written as JSON"),
+        (Envelope(Kind.MESSAGE, extension=holding_itself()), "can't be written as JSON"),
+    ],
+)
+def test_a_field_without_room_is_refused(envelope: Envelope, reason: str) -> None:
+    """Nothing is cut, wrapped round or left out to make it fit."""
+    with pytest.raises(PayloadError, match=reason):
+        encode(envelope)
+
+
+def test_an_extension_nested_too_deeply_is_refused() -> None:
+    """The caller learns of it as of any other extension that can't be written."""
+    with pytest.raises(PayloadError, match="can't be written as JSON"):
+        encode(Envelope(Kind.MESSAGE, extension={"a": deeply_nested()}))
+
+
+def test_the_longest_extension_fits() -> None:
+    """65535 bytes of JSON are the most, and they arrive."""
+    extension = {"a": "b" * (65535 - len('{"a":""}'))}
+
+    assert parse(encode(Envelope(Kind.MESSAGE, extension=extension))).extension == extension
+
+
+def test_an_extension_may_hold_half_a_surrogate_pair() -> None:
+    """JSON can escape what UTF-8 can't hold, and the frame stays UTF-8."""
+    body = encode(Envelope(Kind.MESSAGE, extension={"é": "\ud800"}))
+
+    assert body.endswith('{"é":"\\ud800"}'.encode())
+    assert parse(body).extension == {"é": "\ud800"}
+
+
+def test_the_extension_bit_follows_the_extension() -> None:
+    """A caller that sets the bit without an extension does not make a malformed frame."""
+    assert parse(encode(Envelope(Kind.MESSAGE, flags=Flag.EXTENSION | Flag.ACK))).flags == Flag.ACK
+
+
+def test_an_error_says_code_message_and_name() -> None:
+    """The payload of an ERROR is a JSON object of three texts."""
+    assert json.loads(error_payload(ErrorCode.OFFLINE, "bob is not connected", "bob")) == {
+        "code": "offline",
+        "message": "bob is not connected",
+        "name": "bob",
+    }
+
+
+# -- Names, addresses and topics
+
+GOOD_NAMES = ["a", "_", "0", "alice", "Alice-1", "a.b", "a_b", "_private", "n" * 64, "a-", "a."]
+BAD_NAMES = ["", "-a", ".a", "n" * 65, "a b", "a/b", "é", "a\n", "\na", "a\0", "$a", BROKER, "a*", "a@b", "ａ", "٣"]
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_a_name_is_accepted(name: str) -> None:
+    """Letters, digits, '_', '.' and '-', up to 64, beginning with a letter, a digit or '_'."""
+    assert is_name(name)
+    assert check_name(name) == name
+    assert is_address(name)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_bad_name_is_refused(name: str) -> None:
+    """The error shows the name and says what would be right."""
+    assert not is_name(name)
+    with pytest.raises(InvalidName, match="1 to 64 letters"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("address", ["bob/1", "bob/abcdefghijklmnop", "b.o-b/0", BROKER, "$broker.online.bob", "$x"])
+def test_an_address_is_accepted(address: str) -> None:
+    """A recipient is a name, one connection of a name, or a name of the broker's own."""
+    assert is_address(address)
+    assert check_address(address) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "bob/", "/1", "bob/A", "bob/1/2", "bob/" + "a" * 17, "bob/é", "bob/1\n", "$", "$a/1", "$$a", "$a b"]
+)
+def test_a_bad_address_is_refused(address: str) -> None:
+    """The error shows the text and says what would be right."""
+    assert not is_address(address)
+    with pytest.raises(InvalidName, match="NAME/INSTANCE"):
+        check_address(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"), [("bob", ("bob", "")), ("bob/1", ("bob", "1")), (BROKER, (BROKER, "")), ("", ("", ""))]
+)
+def test_an_address_is_split_in_name_and_instance(address: str, parts: tuple[str, str]) -> None:
+    """An address without an instance has an empty one."""
+    assert split_address(address) == parts
+
+
+GOOD_TOPICS = ["a", "a.b.c", "jobs.new", "t" * 255, "é.ü", "a*", "*a", ">>", "a.>b", "$broker.online.bob", "a b"]
+
+
+@pytest.mark.parametrize("topic", GOOD_TOPICS)
+def test_a_topic_is_accepted(topic: str) -> None:
+    """Tokens joined by single dots; '*' and '>' are special only as whole tokens."""
+    assert check_topic(topic) == topic
+    assert check_pattern(topic) == topic
+
+
+@pytest.mark.parametrize("topic", ["", ".", "a.", ".a", "a..b", "t" * 256, "é" * 128, "a.\ud800"])
+def test_a_bad_topic_is_refused_everywhere(topic: str) -> None:
+    """Neither published on nor subscribed to: empty tokens, more than 255 bytes, no UTF-8."""
+    with pytest.raises(InvalidName):
+        check_topic(topic)
+    with pytest.raises(InvalidName):
+        check_pattern(topic)
+
+
+@pytest.mark.parametrize("pattern", ["*", ">", "a.*", "*.b", "a.*.c", "a.>", "*.>", "*.*", "$broker.>"])
+def test_a_pattern_is_no_topic(pattern: str) -> None:
+    """What stands for many topics can be subscribed to, and not published on."""
+    assert check_pattern(pattern) == pattern
+    with pytest.raises(InvalidName, match="for subscriptions"):
+        check_topic(pattern)
+
+
+@pytest.mark.parametrize("pattern", [">.a", "a.>.b", ">.>", "*.>.*"])
+def test_the_rest_can_only_be_last(pattern: str) -> None:
+    """'>' stands for everything that follows, so nothing can follow it."""
+    with pytest.raises(InvalidName, match="only be its last token"):
+        check_pattern(pattern)
+
+
+@given(st.text())
+def test_any_text_is_judged_by_named_errors_only(text: str) -> None:
+    """Whatever the text, a check returns it or raises InvalidName."""
+    for check in (check_name, check_address, check_topic, check_pattern):
+        try:
+            assert check(text) == text
+        except InvalidName:
+            continue

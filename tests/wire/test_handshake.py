@@ -1,0 +1,492 @@
+"""The mutual challenge: both roles joined with no socket, cut into any pieces, lied to, and fed garbage."""
+
+from __future__ import annotations
+
+import hmac
+import traceback
+from collections.abc import Callable, Generator, Iterable, Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client.errors import AuthenticationError, FrameTooBig
+from brokerd_client.wire import handshake
+from brokerd_client.wire.framing import FrameReader, frame
+from brokerd_client.wire.handshake import (
+    CHALLENGE,
+    DIGESTS,
+    FAILURE,
+    LIMIT,
+    NONCE_SIZE,
+    RECEIVE,
+    WELCOME,
+    Established,
+    Handshake,
+    Proof,
+    Send,
+    accept_key,
+    answer_challenge,
+    as_dialer,
+    as_listener,
+    deliver_challenge,
+)
+
+KEY = b"alice's key"
+NONCE = bytes(range(NONCE_SIZE))
+OTHER_NONCE = bytes(range(100, 100 + NONCE_SIZE))
+
+
+class Side:
+    """One end of a handshake: bytes in, bytes out, and in the end a result or an error.
+
+    keys: what a Proof is looked up in, when the conversation asks whose key made an answer.
+    """
+
+    def __init__(self, conversation: Handshake, keys: Iterable[bytes] = (KEY,)) -> None:
+        self._conversation = conversation
+        self._keys = list(keys)
+        self.reader = FrameReader()
+        self.outgoing = bytearray()
+        self.sent: list[bytes] = []
+        self.proofs: list[Proof] = []
+        self.result: Established | None = None
+        self.error: AuthenticationError | None = None
+        self._waiting = False
+        self._resume(None)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the stream, as far as the conversation wants them."""
+        self.reader.feed(data)
+        while self._waiting:
+            body = self.reader.next_frame(LIMIT)
+            if body is None:
+                return
+            self._waiting = False
+            self._resume(body)
+
+    def take_outgoing(self) -> bytes:
+        """Return and forget what is to be sent."""
+        data = bytes(self.outgoing)
+        self.outgoing.clear()
+        return data
+
+    @property
+    def done(self) -> bool:
+        """Whether the conversation is over, well or badly."""
+        return self.result is not None or self.error is not None
+
+    def _resume(self, value: bytes | None) -> None:
+        try:
+            while True:
+                step = self._conversation.send(value)
+                value = None
+                if isinstance(step, Send):
+                    self.sent.append(step.body)
+                    self.outgoing += frame(step.body)
+                elif isinstance(step, Proof):
+                    self.proofs.append(step)
+                    value = next((key for key in self._keys if step.made_with(key)), None)
+                else:
+                    assert step is RECEIVE
+                    self._waiting = True
+                    return
+        except StopIteration as end:
+            self.result = end.value
+        except AuthenticationError as error:
+            self.error = error
+
+
+def converse(listener: Side, dialer: Side, *, step: int = 4096, tail: bytes = b"") -> None:
+    """Carry bytes both ways, ``step`` at a time, until nobody has any; ``tail`` follows the dialer's last ones."""
+    tail_sent = False
+    while listener.outgoing or dialer.outgoing:
+        for source, target in ((listener, dialer), (dialer, listener)):
+            data = source.take_outgoing()
+            if source is dialer and dialer.done and not tail_sent:
+                data += tail
+                tail_sent = True
+            for start in range(0, len(data), step):
+                target.feed(data[start : start + step])
+
+
+def join(
+    listener: Handshake, dialer: Handshake, *, keys: Iterable[bytes] = (KEY,), step: int = 4096, tail: bytes = b""
+) -> tuple[Side, Side]:
+    """Return both sides after all has been said."""
+    listening, dialing = Side(listener, keys), Side(dialer)
+    converse(listening, dialing, step=step, tail=tail)
+    return listening, dialing
+
+
+def old_dialer(key: bytes, nonce: bytes) -> Handshake:
+    """The dialing side as Python 3.11 and older play it: HMAC-MD5, with no prefix anywhere."""
+    message = yield RECEIVE
+    assert message is not None
+    assert message.startswith(CHALLENGE)
+    yield Send(hmac.digest(key, message[len(CHALLENGE) :], "md5"))
+    assert (yield RECEIVE) == WELCOME
+    yield Send(CHALLENGE + nonce[:20])
+    assert (yield RECEIVE) == hmac.digest(key, nonce[:20], "md5")
+    yield Send(WELCOME)
+    return Established(key, "md5")
+
+
+def old_listener(key: bytes, nonce: bytes) -> Handshake:
+    """The listening side as Python 3.11 and older play it."""
+    yield Send(CHALLENGE + nonce[:20])
+    assert (yield RECEIVE) == hmac.digest(key, nonce[:20], "md5")
+    yield Send(WELCOME)
+    message = yield RECEIVE
+    assert message is not None
+    yield Send(hmac.digest(key, message[len(CHALLENGE) :], "md5"))
+    assert (yield RECEIVE) == WELCOME
+    return Established(key, "md5")
+
+
+def says(*bodies: bytes) -> Generator[Send, None, Established]:
+    """A peer that says its lines whatever it hears."""
+    for body in bodies:
+        yield Send(body)
+    return Established(b"")
+
+
+# -- What succeeds
+
+
+@pytest.mark.parametrize("step", [1, 3, 4096])
+@pytest.mark.parametrize("name", [b"", b"alice"], ids=["unnamed", "named"])
+def test_both_sides_end_with_the_same_key(step: int, name: bytes) -> None:
+    """The two roles agree, in any pieces, and the listener learns the key and the name that were used."""
+    listener, dialer = join(
+        as_listener(NONCE, named=True),
+        as_dialer(KEY, OTHER_NONCE, name=name),
+        keys=[b"another", KEY],
+        step=step,
+    )
+
+    assert listener.result == Established(KEY, "sha256", name)
+    assert dialer.result == Established(KEY, "sha256", name)
+
+
+def test_a_handshake_is_these_six_messages() -> None:
+    """Word for word: challenge, answer, welcome; and the same the other way round."""
+    listener, dialer = join(as_listener(NONCE, named=True), as_dialer(KEY, OTHER_NONCE, name=b"alice"))
+
+    ours, theirs = b"{sha256}" + NONCE, b"{sha256}" + OTHER_NONCE
+    assert listener.sent == [CHALLENGE + ours, WELCOME, b"{sha256}" + hmac.digest(KEY, theirs, "sha256")]
+    assert dialer.sent == [b"{sha256}" + hmac.digest(KEY, ours, "sha256") + b"alice", CHALLENGE + theirs, WELCOME]
+
+
+@pytest.mark.parametrize("digest", DIGESTS)
+@pytest.mark.parametrize("step", [1, 4096])
+def test_every_digest_can_be_asked_for(digest: str, step: int) -> None:
+    """The side that is challenged uses the digest that the challenge names."""
+    listener, dialer = join(deliver_challenge(NONCE, digest=digest), answer_challenge(KEY), step=step)
+
+    assert listener.result == Established(KEY, digest)
+    assert dialer.result == Established(KEY, digest)
+    assert dialer.sent == [b"{%s}" % digest.encode() + hmac.digest(KEY, listener.proofs[0].challenge, digest)]
+
+
+@pytest.mark.parametrize("digest", sorted(set(DIGESTS) - {"md5"}))
+def test_the_answer_may_use_another_digest_than_the_challenge(digest: str) -> None:
+    """A peer that answers a sha256 challenge with another known digest is judged by that digest."""
+    listener = Side(deliver_challenge(NONCE, named=True))
+
+    listener.feed(frame(b"{%s}" % digest.encode() + hmac.digest(KEY, b"{sha256}" + NONCE, digest) + b"alice"))
+
+    assert listener.result == Established(KEY, digest, b"alice")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4096])
+def test_an_old_dialer_is_welcome_where_md5_is_allowed(step: int) -> None:
+    """Python 3.11 and older know only HMAC-MD5; the listener answers their challenge the same way."""
+    listener, dialer = join(as_listener(NONCE), old_dialer(KEY, OTHER_NONCE), step=step)
+
+    assert listener.result == Established(KEY, "md5")
+    assert dialer.result == Established(KEY, "md5")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4096])
+def test_an_old_listener_is_served_where_md5_is_allowed(step: int) -> None:
+    """The dialer answers a bare challenge of 20 bytes with a bare HMAC-MD5, and takes one for its own."""
+    listener, dialer = join(old_listener(KEY, NONCE), as_dialer(KEY, OTHER_NONCE, name=b"alice"), step=step)
+
+    assert dialer.result == Established(KEY, "md5", b"alice")
+    assert listener.result == Established(KEY, "md5")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4096])
+def test_frame_may_follow_welcome_at_once(step: int) -> None:
+    """A frame in the same segment as the last #WELCOME# is kept for whoever reads on, though it is large."""
+    large = frame(b"A" * 1000)
+
+    listener, _ = join(as_listener(NONCE), as_dialer(KEY, OTHER_NONCE), step=step, tail=large)
+
+    assert listener.result is not None
+    assert listener.reader.next_frame(1000) == b"A" * 1000
+    assert listener.reader.take_rest() == b""
+
+
+# -- What is refused
+
+
+def test_a_wrong_key_is_refused_by_the_listener() -> None:
+    """The dialer is told so, and both errors say which side rejected which."""
+    listener, dialer = join(as_listener(NONCE), as_dialer(b"wrong", OTHER_NONCE))
+
+    assert listener.sent[-1] == FAILURE
+    assert "a key that is not accepted here" in str(listener.error)
+    assert "the peer rejected our answer" in str(dialer.error)
+
+
+def test_a_listener_that_does_not_know_the_key_is_refused_by_the_dialer() -> None:
+    """A listener that welcomes everybody must still prove itself."""
+    dialer = Side(as_dialer(KEY, OTHER_NONCE))
+    dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE) + frame(WELCOME))
+
+    dialer.feed(frame(b"{sha256}" + hmac.digest(b"wrong", b"{sha256}" + OTHER_NONCE, "sha256")))
+
+    assert dialer.sent[-1] == FAILURE
+    assert "a key that is not accepted here" in str(dialer.error)
+
+
+def test_a_name_is_refused_where_none_is_expected() -> None:
+    """Outside a broker an answer is the standard library's, to the byte."""
+    listener, dialer = join(as_listener(NONCE, named=False), as_dialer(KEY, OTHER_NONCE, name=b"alice"))
+
+    assert "37 bytes where 32 are right" in str(listener.error)
+    assert dialer.error is not None
+
+
+def test_md5_is_refused_from_a_dialer_where_it_is_off() -> None:
+    """The error names the option, for the log of whoever has to switch it on."""
+    listener = Side(as_listener(NONCE, allow_md5=False))
+    listener.feed(frame(hmac.digest(KEY, b"{sha256}" + NONCE, "md5")))
+
+    assert listener.sent[-1] == FAILURE
+    assert listener.proofs == []
+    assert "allow_md5" in str(listener.error)
+
+
+def test_prefixed_md5_is_refused_where_it_is_off() -> None:
+    """The modern spelling of MD5 is MD5 too."""
+    listener = Side(as_listener(NONCE, allow_md5=False))
+    listener.feed(frame(b"{md5}" + hmac.digest(KEY, b"{sha256}" + NONCE, "md5")))
+
+    assert listener.sent[-1] == FAILURE
+    assert "allow_md5" in str(listener.error)
+
+
+@pytest.mark.parametrize("challenge", [NONCE[:20], b"{md5}" + NONCE], ids=["bare", "prefixed"])
+def test_md5_is_refused_from_a_listener_where_it_is_off(challenge: bytes) -> None:
+    """A dialer that does not allow MD5 answers no challenge that asks for it."""
+    dialer = Side(as_dialer(KEY, OTHER_NONCE, allow_md5=False))
+    dialer.feed(frame(CHALLENGE + challenge))
+
+    assert dialer.sent == []
+    assert "allow_md5" in str(dialer.error)
+
+
+@pytest.mark.parametrize("challenge", [NONCE[:20], b"{md5}" + NONCE], ids=["bare", "prefixed"])
+def test_a_peer_that_proved_itself_with_sha256_is_not_answered_with_md5(challenge: bytes) -> None:
+    """Whoever knows a better digest has no honest reason to ask for MD5 afterwards."""
+    listener = Side(as_listener(NONCE, allow_md5=True))
+    listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
+    assert listener.sent[-1] == WELCOME
+
+    listener.feed(frame(CHALLENGE + challenge))
+
+    assert listener.sent[-1] == WELCOME
+    assert "HMAC-MD5" in str(listener.error)
+
+
+def test_a_digest_this_machine_lacks_is_an_authentication_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FIPS mode there is no MD5; the refusal is the handshake's own, not a ValueError."""
+
+    def no_md5(key: bytes, message: bytes, digest: str) -> bytes:
+        raise ValueError("[digital envelope routines] unsupported")
+
+    monkeypatch.setattr(handshake.hmac, "digest", no_md5)
+    dialer = Side(as_dialer(KEY, OTHER_NONCE))
+
+    dialer.feed(frame(CHALLENGE + NONCE[:20]))
+
+    assert "HMAC-md5 is not available" in str(dialer.error)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda: accept_key(b""), lambda: next(as_dialer(b"", NONCE))], ids=["direct", "dialer"]
+)
+def test_an_empty_key_is_refused(use: Callable[[], object]) -> None:
+    """An empty key means "no authentication" to some peers and a hang to others."""
+    with pytest.raises(AuthenticationError, match="an empty key"):
+        use()
+
+
+def test_a_key_of_one_byte_is_accepted() -> None:
+    """Only the empty key is refused here; how good a key is, is not the wire's to judge."""
+    assert accept_key(b"k") == b"k"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"", "no proof"),
+        (b"x" * 15, "no proof"),
+        (b"x" * 17, "no proof"),
+        (b"{sha256" + b"x" * 32, "no proof"),
+        (b"{}" + b"x" * 32, "no proof"),
+        (b"{sha1}" + b"x" * 20, "no proof"),
+        (b"{SHA256}" + b"x" * 32, "no proof"),
+        (b"{\xff\xfe}" + b"x" * 32, "no proof"),
+        (b"{sha256}", "0 bytes where 32 are right"),
+        (b"{sha256}" + b"x" * 31, "31 bytes where 32 are right"),
+        (b"{sha256}" + b"x" * 33, "33 bytes where 32 are right"),
+        (b"{sha384}" + b"x" * 32, "32 bytes where 48 are right"),
+        (b"{sha256}" + b"x" * 32, "a key that is not accepted here"),
+        (b"x" * 16, "a key that is not accepted here"),
+        (WELCOME, "no proof"),
+        (FAILURE, "no proof"),
+    ],
+)
+def test_an_answer_that_proves_nothing_is_refused(answer: bytes, reason: str) -> None:
+    """Each malformed answer gets #FAILURE#, and the error says what was wrong with it."""
+    listener = Side(as_listener(NONCE))
+
+    listener.feed(frame(answer))
+
+    assert listener.sent[-1] == FAILURE
+    assert reason in str(listener.error)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (b"", "expected a challenge"),
+        (WELCOME, "expected a challenge"),
+        (b"#challenge#" + NONCE, "expected a challenge"),
+        (CHALLENGE, "too short"),
+        (CHALLENGE + NONCE[:19], "too short"),
+        (CHALLENGE + NONCE[:21], "names no digest"),
+        (CHALLENGE + NONCE, "names no digest"),
+        (CHALLENGE + b"{sha1}" + NONCE, "names no digest"),
+        (CHALLENGE + b"{sha256" + NONCE, "names no digest"),
+    ],
+)
+def test_a_challenge_that_is_none_is_not_answered(message: bytes, reason: str) -> None:
+    """No MAC is ever computed for something that is no challenge."""
+    dialer = Side(as_dialer(KEY, OTHER_NONCE))
+
+    dialer.feed(frame(message))
+
+    assert dialer.sent == []
+    assert reason in str(dialer.error)
+
+
+@pytest.mark.parametrize("verdict", [b"", b"#WELCOME", WELCOME + b"#", b"x" * 256])
+def test_a_verdict_is_one_of_two_words(verdict: bytes) -> None:
+    """What is neither #WELCOME# nor #FAILURE# is not taken for either."""
+    dialer = Side(as_dialer(KEY, OTHER_NONCE))
+
+    dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE) + frame(verdict))
+
+    assert "neither #WELCOME# nor #FAILURE#" in str(dialer.error)
+
+
+def test_a_message_above_256_bytes_is_refused_by_its_length() -> None:
+    """Before authentication no peer can make us store more than the standard library would."""
+    listener = Side(as_listener(NONCE))
+
+    with pytest.raises(FrameTooBig):
+        listener.feed(frame(b"x" * 257)[:4])
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+def test_an_echoed_challenge_proves_nothing(named: bool) -> None:
+    """A peer that sends back what it was sent is refused in either role."""
+    listener = Side(as_listener(NONCE, named=named))
+    listener.feed(listener.take_outgoing())
+    assert listener.sent[-1] == FAILURE
+
+    dialer = Side(as_dialer(KEY, OTHER_NONCE))
+    dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE))
+    dialer.feed(frame(WELCOME))
+    dialer.feed(frame(dialer.sent[0]))
+
+    assert dialer.sent[-1] == FAILURE
+
+
+def test_a_listener_answers_nothing_before_the_dialer_has_proved_itself() -> None:
+    """A dialer without a key can't have the listener compute a MAC for it to reflect."""
+    listener = Side(as_listener(NONCE))
+
+    listener.feed(frame(CHALLENGE + b"{sha256}" + NONCE))
+
+    assert listener.sent == [CHALLENGE + b"{sha256}" + NONCE, FAILURE]
+    assert listener.result is None
+    assert listener.error is not None
+
+
+def test_an_answer_is_bound_to_its_challenge() -> None:
+    """A recorded answer does not serve for another nonce."""
+    first, _ = join(as_listener(NONCE), as_dialer(KEY, OTHER_NONCE))
+    recorded = b"{sha256}" + first.proofs[0].mac
+    second = Side(as_listener(OTHER_NONCE))
+
+    second.feed(frame(recorded))
+
+    assert second.sent[-1] == FAILURE
+
+
+# -- Garbage
+
+ALMOST = st.one_of(
+    st.binary(max_size=300),
+    st.sampled_from([CHALLENGE, WELCOME, FAILURE]),
+    st.builds(
+        lambda start, digest, rest: start + b"{" + digest + b"}" + rest,
+        st.sampled_from([b"", CHALLENGE]),
+        st.sampled_from([name.encode() for name in DIGESTS]) | st.binary(max_size=10),
+        st.binary(max_size=60),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: as_listener(NONCE),
+        lambda: as_listener(NONCE, named=True, allow_md5=False),
+        lambda: as_dialer(KEY, OTHER_NONCE),
+        lambda: as_dialer(KEY, OTHER_NONCE, name=b"alice", allow_md5=False),
+    ],
+    ids=["listener", "broker", "dialer", "client"],
+)
+@given(messages=st.lists(ALMOST, max_size=6))
+def test_garbage_ends_in_an_authentication_error_or_in_waiting(
+    start: Callable[[], Handshake], messages: list[bytes]
+) -> None:
+    """Whatever arrives, nothing but the named error is raised, and nobody gets in."""
+    side = Side(start(), keys=[KEY])
+    for message in messages:
+        try:
+            side.feed(frame(message))
+        except FrameTooBig:
+            break
+
+    assert side.result is None
+
+
+@pytest.mark.parametrize("error_of", ["listener", "dialer"])
+def test_no_error_shows_a_key_or_a_mac(error_of: str) -> None:
+    """Neither the message nor the traceback's values of our own objects hold a secret."""
+    listener, dialer = join(as_listener(NONCE), as_dialer(b"wrong key", OTHER_NONCE))
+    error: Mapping[str, AuthenticationError | None] = {"listener": listener.error, "dialer": dialer.error}
+    told = (
+        "".join(traceback.format_exception(error[error_of])) + repr(listener.proofs) + repr(Established(b"wrong key"))
+    )
+
+    assert "wrong key" not in told
+    assert repr(listener.proofs[0].mac)[2:-1] not in told
