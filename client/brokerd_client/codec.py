@@ -1,0 +1,146 @@
+"""Payloads to bytes and back: raw, JSON, MessagePack (where it is installed), pickle only when asked for.
+
+The number of a codec travels in the header (docs/protocol.md, "The header"); the broker never decodes a
+payload. A payload's type picks raw or JSON; anything else has to be asked for by name. Reading a pickle runs
+whatever its sender put into it, so :func:`decode` refuses one unless the caller allows it. ``pickle`` and
+``msgpack`` are imported only when one is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from brokerd_client.errors import PayloadError, UndecodablePayload
+from brokerd_client.wire.envelope import CodecId
+
+__all__ = ["FIRST_USER_CODEC", "decode", "encode"]
+
+#: 128 to 255 are the users' own: their payloads are bytes on both sides.
+FIRST_USER_CODEC: Final = 128
+_LAST_CODEC: Final = 255
+
+_BY_NAME: Final = {"raw": CodecId.RAW, "pickle": CodecId.PICKLE, "json": CodecId.JSON, "msgpack": CodecId.MSGPACK}
+_JSON_TYPES: Final = (str, dict, list, int, float, bool, type(None))
+_to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]:
+    """Return (the codec's number, the bytes to send).
+
+    codec: None for the payload's own (bytes-like: raw; str, dict, list, int, float, bool, None: JSON), one of
+        "raw", "json", "msgpack", "pickle", or a number, of which 128 to 255 take bytes as they are.
+    Raises PayloadError: the payload doesn't fit the codec; the message says which would.
+    """
+    if codec is None:
+        if type(payload) is bytes:
+            return 0, payload
+        if isinstance(payload, (bytes, bytearray, memoryview)):
+            return 0, bytes(payload)
+        if isinstance(payload, _JSON_TYPES):
+            return 2, _json(payload)
+        raise PayloadError(
+            f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give codec='pickle' "
+            "(the recipient has to allow that)"
+        )
+    number = _number(codec)
+    if number == CodecId.JSON:
+        return number, _json(payload)
+    if number == CodecId.PICKLE:
+        return number, _pickle(payload)
+    if number == CodecId.MSGPACK:
+        return number, _msgpack(payload)
+    if not isinstance(payload, (bytes, bytearray, memoryview)):
+        raise PayloadError(f"codec {codec!r} takes bytes, not a {type(payload).__name__}")
+    return number, bytes(payload)
+
+
+def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
+    """Return the payload in ``body``; the bytes themselves for raw and for the users' own codecs.
+
+    Raises UndecodablePayload: the body is not what the codec says, or the codec is not served here.
+    """
+    if codec == CodecId.RAW or codec >= FIRST_USER_CODEC:
+        return body
+    if codec == CodecId.JSON:
+        try:
+            return json.loads(body)
+        # RecursionError: json gives up on deep nesting that way.
+        except (ValueError, RecursionError) as error:
+            raise UndecodablePayload("the payload is not the JSON it is said to be") from error
+    if codec == CodecId.PICKLE:
+        return _unpickle(body, allow_pickle=allow_pickle)
+    if codec == CodecId.MSGPACK:
+        return _unmsgpack(body)
+    raise UndecodablePayload(f"codec {codec} is reserved: nothing here can read it; .body holds the bytes")
+
+
+def _number(codec: str | int) -> int:
+    if isinstance(codec, str):
+        number = _BY_NAME.get(codec)
+        if number is None:
+            raise PayloadError(f"there is no codec {codec!r}: give raw, json, msgpack, pickle or 128 to 255")
+        return int(number)
+    if codec in _BY_NAME.values() or FIRST_USER_CODEC <= codec <= _LAST_CODEC:
+        return int(codec)
+    raise PayloadError(f"codec {codec} is not to be used: 0 to 3 are the known ones, 128 to 255 your own")
+
+
+def _json(payload: object) -> bytes:
+    try:
+        return _to_json(payload).encode()
+    # UnicodeEncodeError, a ValueError: a lone surrogate has no UTF-8.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PayloadError(f"the payload can't be written as JSON ({error}); codec='pickle' could") from error
+
+
+def _pickle(payload: object) -> bytes:
+    import pickle
+
+    try:
+        return pickle.dumps(payload, protocol=4)
+    except Exception as error:
+        # An object's own __reduce__ may raise anything.
+        raise PayloadError(f"the payload can't be pickled: {error}") from error
+
+
+def _unpickle(body: bytes, *, allow_pickle: bool) -> Any:
+    if not allow_pickle:
+        raise UndecodablePayload(
+            "the payload is pickled, and reading a pickle runs its sender's code: "
+            "name the sender in allow_pickle_from if you trust it that far"
+        )
+    import pickle
+
+    try:
+        return pickle.loads(body)  # noqa: S301 - the caller has named this sender as trusted
+    except Exception as error:
+        # What a pickle runs may raise anything.
+        raise UndecodablePayload(f"the payload can't be unpickled: {type(error).__name__}") from error
+
+
+def _msgpack(payload: object) -> bytes:
+    try:
+        packed: bytes = _msgpack_module().packb(payload)
+    except ImportError as error:
+        raise PayloadError("codec='msgpack' needs the msgpack package, which is not installed") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise PayloadError(f"the payload can't be written as MessagePack: {error}") from error
+    return packed
+
+
+def _unmsgpack(body: bytes) -> Any:
+    try:
+        return _msgpack_module().unpackb(body)
+    except ImportError as error:
+        raise UndecodablePayload(
+            "the payload is MessagePack, which needs the msgpack package; .body holds the bytes"
+        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UndecodablePayload("the payload is not the MessagePack it is said to be") from error
+
+
+def _msgpack_module() -> Any:
+    import importlib
+
+    return importlib.import_module("msgpack")

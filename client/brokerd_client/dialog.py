@@ -1,0 +1,766 @@
+"""The conversation of one client with the broker, sans-I/O: bytes in, what they mean out, and bytes to send.
+
+Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no lots: ``now``, nonces, the first id
+and the chance of a wait are arguments. The faces (blocking, aio) move the bytes, sleep until :meth:`next_deadline`
+and wake who waits; every rule is here, and told to them in a :class:`Batch`.
+
+Every send has one outcome. One that asked to hear of it is in ``awaiting`` until it has; the others are heard of
+when they fail. When the connection goes, a send whose frame may have left this process is in doubt, one whose frame
+has not was not sent; neither is ever repeated here.
+
+A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with what arrives, and after *every* call writes
+:meth:`data_to_send` and says how much of it went with :meth:`wrote`; :meth:`lost` when the connection is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from brokerd_client import backoff, presence
+from brokerd_client.awaiting import Awaiting, Pending, Purpose
+from brokerd_client.errors import (
+    AuthenticationError,
+    BrokerdError,
+    Closed,
+    Disconnected,
+    FrameTooBig,
+    InDoubt,
+    InvalidName,
+    MalformedEnvelope,
+    RemoteError,
+    RequestFailed,
+    TimedOut,
+    refusal,
+)
+from brokerd_client.life import NEXT, State, Step
+from brokerd_client.message import Message, Owner, Receipt
+from brokerd_client.routes import Route, Routes
+from brokerd_client.wire import handshake
+from brokerd_client.wire.envelope import (
+    BROKER,
+    Envelope,
+    Flag,
+    Kind,
+    check_address,
+    check_pattern,
+    check_topic,
+    encode,
+    parse,
+)
+from brokerd_client.wire.framing import FrameReader, frame, frame_prefix, frame_span
+
+__all__ = ["LINGER_S", "MAX_FRAME", "Batch", "Dialog"]
+
+M = TypeVar("M", bound=Message)
+
+#: Length and header of a frame, at once.
+_PREFIX: Final = struct.Struct("!iBBBBQ")
+_HEADER_SIZE: Final = 12
+#: The broker is trusted, and a frame's memory is taken only as its bytes come; more than this is nonsense.
+MAX_FRAME: Final = 2**32
+#: Bodies from here on are put behind their header without building the whole in between.
+_MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
+#: Names and topics remembered in their other form; all are forgotten when there are more.
+_REMEMBERED: Final = 4096
+_MAX_GROUP: Final = 64
+#: Seconds that outcomes are still taken in after close().
+LINGER_S: Final = 0.5
+
+_REPLY_KIND: Final = int(Kind.REPLY)
+_EVENT_KIND: Final = int(Kind.EVENT)
+
+
+class Batch(Generic[M]):
+    """What happened, for the face to pass on.
+
+    messages: MESSAGE and REQUEST frames, in order; ``size`` is their bytes on the wire, about.
+    outcomes: (waiter, Message | dict | Receipt | BrokerdError) for who waits.
+    events: (sink, Message or Presence) for subscriptions and watches. ended: (sink, why) for those that are over.
+    undelivered: failures of sends that nobody waits for.
+    broken: set when the connection has to be closed and :meth:`Dialog.lost` called with it.
+    """
+
+    __slots__ = ("broken", "ended", "events", "messages", "outcomes", "size", "undelivered")
+
+    def __init__(self) -> None:
+        self.messages: list[M] = []
+        self.size = 0
+        self.outcomes: list[tuple[Any, Any]] = []
+        self.events: list[tuple[Any, Any]] = []
+        self.ended: list[tuple[Any, BrokerdError]] = []
+        self.undelivered: list[BrokerdError] = []
+        self.broken: BrokerdError | None = None
+
+
+class Dialog(Generic[M]):
+    """One client's conversation, over as many connections as it takes.
+
+    key: never shown. name: "" where only the key says who we are. first_id: a random number below 2**62, so that
+        nobody else's ids are ours. message: the class of what is received. reconnect: whether a loss is followed
+        by another try. timeout_s: seconds for connecting, handshake and introduction.
+    """
+
+    def __init__(
+        self, key: bytes, name: str, first_id: int, message: type[M], *, reconnect: bool = True, timeout_s: float = 10.0
+    ) -> None:
+        self.state = State.IDLE
+        self.name = name
+        #: ``name``, or ``name/instance`` where the name is a pool's; "" before the first introduction.
+        self.address = ""
+        #: The broker's answer to ``whoami``.
+        self.introduction: dict[str, Any] = {}
+        #: When the next try is due, in WAITING.
+        self.retry_at = 0.0
+        #: Why there is no connection, where there is none.
+        self.reason: BrokerdError | None = None
+        #: Replies and receipts that came after their caller had given up.
+        self.late = 0
+        #: Events that fit no subscription any more.
+        self.unrouted = 0
+        #: Sends that failed and that nobody waited for.
+        self.undelivered = 0
+        #: Connections that were lost.
+        self.losses = 0
+        self.awaiting = Awaiting()
+        self.routes = Routes()
+        self._watches: dict[presence.Watch, list[Route]] = {}
+        self._key = key
+        self._message = message
+        self._next_id = first_id
+        self._reconnect = reconnect
+        self._timeout_s = timeout_s
+        self._link_deadline: float | None = None
+        self._attempt = 0
+        self._ready_since = 0.0
+        self._introduced = False
+        self._handshake: handshake.Handshake | None = None
+        self._reader = FrameReader()
+        #: The beginning of a frame whose end has not come yet.
+        self._partial = bytearray()
+        self._out: list[bytes] = []
+        #: Bytes put out on this connection so far, and how many of them the face has seen off.
+        self._queued = 0
+        self._handed = 0
+        #: (end, id, to) of sends without a receipt that the face has not seen off yet.
+        self._unhanded: list[tuple[int, int, str]] = []
+        self._recipients: dict[str, bytes] = {}
+        self._topics: dict[str, bytes] = {}
+        self._texts: dict[bytes, str] = {}
+
+    # The link
+
+    def dialing(self, now: float) -> None:
+        """The face begins to connect."""
+        self._step(Step.DIAL)
+        self._link_deadline = now + self._timeout_s
+
+    def opened(self, nonce: bytes) -> None:
+        """There is a connection; nonce: fresh random bytes for the handshake."""
+        self._step(Step.OPEN)
+        self._reader = FrameReader()
+        self._partial = bytearray()
+        self._queued = self._handed = 0
+        self._handshake = handshake.as_dialer(self._key, nonce, name=self.name.encode(), allow_md5=False)
+        first = next(self._handshake)
+        assert first is handshake.RECEIVE, "the listener speaks first"
+
+    def receive(self, data: bytes, owner: Owner, now: float) -> Batch[M]:
+        """Take in bytes of the connection. owner: the client that the messages will belong to."""
+        batch: Batch[M] = Batch()
+        try:
+            if self._handshake is not None:
+                data = self._authenticate(data)
+            if data:
+                self._read(data, owner, batch, now)
+        except RemoteError as error:
+            batch.broken = error
+        return batch
+
+    def data_to_send(self) -> bytes:
+        """Return what is to be written, and forget it."""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
+
+    def wrote(self, size: int) -> None:
+        """The face has handed that many more bytes to the operating system."""
+        self._handed += size
+        if self._handed == self._queued:
+            self._unhanded.clear()
+
+    def lost(self, reason: BrokerdError, now: float, chance: float, *, exact: bool = True) -> Batch[M]:
+        """The connection is gone, or could not be made: every send has its outcome now.
+
+        chance: a random number in [0, 1). exact: whether no byte has left beyond those told to :meth:`wrote`.
+        """
+        batch: Batch[M] = Batch()
+        lived = now - self._ready_since if self.state is State.READY else 0.0
+        self._step(Step.LOSE if self._reconnect and self._introduced else Step.GIVE_UP)
+        self.reason = reason
+        self.losses += 1
+        self._handshake = None
+        self._out.clear()
+        self._link_deadline = None
+        if self.state is State.WAITING:
+            # A link that breaks at once must not be tried at once again, for ever.
+            self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
+            self.retry_at = now + backoff.delay(self._attempt, chance)
+            self._attempt += 1
+        for pending in self.awaiting.clear():
+            self._forget_subscription(pending)
+            if pending.waiter is not None:
+                left = not exact or pending.end <= self._handed
+                batch.outcomes.append((pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left)))
+        for end, id, to in self._unhanded:
+            if end > self._handed:
+                batch.undelivered.append(self._loss(id, to, left=not exact))
+        self.undelivered += len(batch.undelivered)
+        self._unhanded.clear()
+        for watch in self._watches:
+            watch.disconnected()
+        return batch
+
+    def close(self, now: float) -> Batch[M]:
+        """The caller closes: who waits hears Closed; what the broker still says is taken in for LINGER_S."""
+        batch: Batch[M] = Batch()
+        self._step(Step.CLOSE)
+        if self.state is State.CLOSING:
+            self._link_deadline = now + LINGER_S
+        else:
+            self._link_deadline = None
+        for pending in self.awaiting.clear():
+            if pending.waiter is not None:
+                batch.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
+        return batch
+
+    def next_deadline(self) -> float | None:
+        """Return when :meth:`tick` is to be called at the latest, or, in WAITING, the next try is due."""
+        if self.state is State.WAITING:
+            return self.retry_at
+        earliest = self.awaiting.deadline()
+        if self._link_deadline is None:
+            return earliest
+        return self._link_deadline if earliest is None else min(earliest, self._link_deadline)
+
+    def tick(self, now: float) -> Batch[M]:
+        """Time has passed: give up what is overdue."""
+        batch: Batch[M] = Batch()
+        if self._link_deadline is not None and self._link_deadline <= now:
+            self._link_deadline = None
+            batch.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({self.state.value})")
+        for pending in self.awaiting.overdue(now):
+            self._withdraw(pending)
+            if pending.waiter is not None:
+                to = pending.to or pending.about
+                batch.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
+        return batch
+
+    # What a caller sends. Each needs a READY link, and raises Disconnected or Closed where there is none
+
+    def send(self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
+        """Put out a MESSAGE nobody waits for; return its id."""
+        id = self._put(Kind.MESSAGE, 0, self._take_id(), to, codec, body, extension)
+        self._unhanded.append((self._queued, id, to))
+        return id
+
+    def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
+        """Put out an EVENT nobody waits for; return its id."""
+        id = self._put_event(0, self._take_id(), topic, codec, body, extension)
+        self._unhanded.append((self._queued, id, topic))
+        return id
+
+    def send_for_receipt(
+        self,
+        to: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
+        waiter: object,
+        deadline: float | None,
+    ) -> int:
+        """Put out a MESSAGE; the waiter gets a Receipt or an error."""
+        id = self._put(Kind.MESSAGE, Flag.RECEIPT, self._take_id(), to, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.RECEIPT, to, self._queued, waiter, deadline))
+        return id
+
+    def publish_for_receipt(
+        self,
+        topic: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
+        waiter: object,
+        deadline: float | None,
+    ) -> int:
+        """Put out an EVENT; the waiter gets a Receipt or an error."""
+        id = self._put_event(Flag.RECEIPT, self._take_id(), topic, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.RECEIPT, "", self._queued, waiter, deadline, about=topic))
+        return id
+
+    def request(
+        self,
+        to: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
+        waiter: object,
+        deadline: float | None,
+    ) -> int:
+        """Put out a REQUEST; the waiter gets the REPLY or an error."""
+        id = self._put(Kind.REQUEST, 0, self._take_id(), to, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.REQUEST, to, self._queued, waiter, deadline))
+        return id
+
+    def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
+        """Put out the REPLY to a request; id: the request's."""
+        self._require_ready()
+        self._put(Kind.REPLY, 0, id, to, codec, body, extension)
+        self._unhanded.append((self._queued, id, to))
+
+    def fail(self, to: str, id: int, code: str, text: str) -> None:
+        """Put out an ERROR as the answer to a request; id: the request's."""
+        self._require_ready()
+        body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
+        self._put(Kind.ERROR, 0, id, to, 2, body, None)
+        self._unhanded.append((self._queued, id, to))
+
+    def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
+        """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
+        self._require_ready()
+        about = next((value for value in arguments.values() if isinstance(value, str)), "")
+        return self._operate(op, arguments, Purpose.CONTROL, waiter, deadline, about).id
+
+    def subscribe(
+        self, pattern: str, group: str | None, sink: object, waiter: object, deadline: float | None
+    ) -> tuple[int, Route]:
+        """Give the sink the events that fit, and ask the broker for them; the waiter gets a dict or an error."""
+        check_pattern(pattern)
+        word = _group(group)
+        self._require_ready()
+        route = self.routes.add(pattern, word, sink)
+        pending = self._operate("subscribe", route.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern)
+        pending.route, pending.sink = route, sink
+        return pending.id, route
+
+    def unsubscribe(self, route: Route, sink: object, waiter: object, deadline: float | None) -> int | None:
+        """Give the sink nothing more; None where there is no answer of the broker to wait for."""
+        if not self.routes.discard(route, sink) or self.state is not State.READY:
+            return None
+        return self._operate("unsubscribe", route.arguments, Purpose.CONTROL, waiter, deadline, route.pattern).id
+
+    def watch(self, sink: object, waiter: object, deadline: float | None) -> tuple[int, presence.Watch]:
+        """Tell the sink who is online, and every change; the waiter gets a dict or an error."""
+        self._require_ready()
+        watch = presence.Watch(sink)
+        self._watches[watch] = [self.routes.add(pattern, "", watch) for pattern in presence.PATTERNS]
+        for route in self._watches[watch]:
+            self._resubscribe(route)
+        pending = self._operate("clients", {}, Purpose.WATCH, waiter, deadline)
+        pending.sink = watch
+        return pending.id, watch
+
+    def unwatch(self, watch: presence.Watch) -> None:
+        """Tell the watch's sink nothing more."""
+        for route in self._watches.pop(watch, ()):
+            self._leave(route, watch)
+
+    def abandon(self, id: int) -> None:
+        """Nobody waits for this outcome any more: what comes of it is counted, and dropped."""
+        pending = self.awaiting.pop(id)
+        if pending is not None:
+            self._withdraw(pending)
+
+    # Sending, below
+
+    def _require_ready(self) -> None:
+        if self.state is State.READY:
+            return
+        if self.state in (State.CLOSING, State.CLOSED):
+            raise Closed("the client is closed")
+        raise Disconnected(f"there is no connection to the broker: {self.reason or self.state.value}")
+
+    def _take_id(self) -> int:
+        if self.state is not State.READY:
+            self._require_ready()
+        id = self._next_id
+        self._next_id = id + 1
+        return id
+
+    def _put(
+        self, kind: int, flags: int, id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int:
+        name = self._recipients.get(to)
+        if name is None:
+            name = check_address(to).encode()
+            _remember(self._recipients, to, name)
+        if extension is None and len(body) < _MAX_SHORT_BODY:
+            size = _HEADER_SIZE + len(name) + len(body)
+            self._out += (_PREFIX.pack(size, kind, flags, codec, len(name), id) + name, body)
+            self._queued += 4 + size
+        else:
+            self._emit(encode(Envelope(Kind(kind), id, to, body, codec, flags, extension=extension)))
+        return id
+
+    def _put_event(
+        self, flags: int, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int:
+        name = self._topics.get(topic)
+        if name is None:
+            encoded = check_topic(topic).encode()
+            name = bytes((len(encoded),)) + encoded
+            _remember(self._topics, topic, name)
+        if extension is None and len(body) < _MAX_SHORT_BODY:
+            size = _HEADER_SIZE + len(name) + len(body)
+            self._out += (_PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, id) + name, body)
+            self._queued += 4 + size
+        else:
+            self._emit(encode(Envelope(Kind.EVENT, id, "", body, codec, flags, topic, extension)))
+        return id
+
+    def _emit(self, body: bytes) -> None:
+        prefix = frame_prefix(len(body))
+        self._out += (prefix, body)
+        self._queued += len(prefix) + len(body)
+
+    def _operate(
+        self,
+        op: str,
+        arguments: Mapping[str, Any],
+        purpose: Purpose,
+        waiter: object = None,
+        deadline: float | None = None,
+        about: str = "",
+    ) -> Pending:
+        """Put out a REQUEST to the broker itself, in whatever state."""
+        body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
+        id = self._next_id
+        self._next_id = id + 1
+        self._put(Kind.REQUEST, 0, id, BROKER, 2, body, None)
+        pending = Pending(id, purpose, BROKER, self._queued, waiter, deadline, about)
+        self.awaiting.add(pending)
+        return pending
+
+    def _resubscribe(self, route: Route) -> None:
+        self._operate("subscribe", route.arguments, Purpose.RESUBSCRIBE, about=route.pattern).route = route
+
+    def _leave(self, route: Route, sink: object) -> None:
+        if self.routes.discard(route, sink) and self.state is State.READY:
+            self._operate("unsubscribe", route.arguments, Purpose.FORGET)
+
+    def _withdraw(self, pending: Pending) -> None:
+        """Undo what a caller who has given up was about to get."""
+        if pending.purpose is Purpose.SUBSCRIBE:
+            assert pending.route is not None
+            self._leave(pending.route, pending.sink)
+        elif pending.purpose is Purpose.WATCH:
+            self.unwatch(pending.sink)
+
+    def _forget_subscription(self, pending: Pending) -> None:
+        """Undo it here; the broker needs not be told."""
+        if pending.purpose is Purpose.SUBSCRIBE:
+            assert pending.route is not None
+            self.routes.discard(pending.route, pending.sink)
+        elif pending.purpose is Purpose.WATCH:
+            self._drop_watch(pending.sink)
+
+    def _drop_watch(self, watch: presence.Watch) -> None:
+        for route in self._watches.pop(watch, ()):
+            self.routes.discard(route, watch)
+
+    def _loss(self, id: int, to: str, *, left: bool) -> Disconnected:
+        why = f"the connection to the broker is gone ({self.reason})"
+        if left:
+            return InDoubt(f"{why}, and what became of {id} to {to} is not known", id=id)
+        return Disconnected(f"{why}, and {id} to {to} was not sent")
+
+    def _step(self, step: Step) -> None:
+        follows = NEXT[self.state].get(step)
+        assert follows is not None, f"{step.name} can't happen in {self.state.name}"
+        self.state = follows
+
+    # Receiving, below
+
+    def _authenticate(self, data: bytes) -> bytes:
+        """Go on with the handshake; return the bytes behind it."""
+        assert self._handshake is not None
+        self._reader.feed(data)
+        try:
+            while (body := self._reader.next_frame(handshake.LIMIT)) is not None:
+                step = self._handshake.send(body)
+                while isinstance(step, handshake.Send):
+                    self._out.append(frame(step.body))
+                    self._queued += len(self._out[-1])
+                    step = self._handshake.send(None)
+        except StopIteration:
+            self._handshake = None
+            self._step(Step.AUTHENTICATE)
+            self._introduce()
+            return self._reader.take_rest()
+        except AuthenticationError as error:
+            raise AuthenticationError(f"{error} (as {self.name or 'whoever the key names'})") from error
+        return b""
+
+    def _introduce(self) -> None:
+        """Ask who we are, and for everything we had subscribed to."""
+        self._operate("whoami", {}, Purpose.WHOAMI)
+        for route in self.routes:
+            self._resubscribe(route)
+        for watch in self._watches:
+            self._operate("clients", {}, Purpose.RESYNC).sink = watch
+
+    def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
+        """Take in every whole frame; keep the beginning of the last one for the next time."""
+        position, end = 0, len(data)
+        if self._partial:
+            position = self._complete(data, owner, batch, now)
+        unpack, texts, message_class = _PREFIX.unpack_from, self._texts, self._message
+        messages = batch.messages
+        append = messages.append
+        while position < end:
+            if end - position >= 16:
+                size, kind, flags, codec, name_size, id = unpack(data, position)
+                body = position + 16 + name_size
+                stop = position + 4 + size
+                # The ordinary frame; whatever this turns away is judged by wire.envelope, below.
+                if flags == 0 and 0 < kind < 4 and body <= stop <= end:
+                    raw = data[position + 16 : body]
+                    sender = texts.get(raw)
+                    if sender is None:
+                        sender = self._text(raw, id)
+                    message = message_class(kind, id, sender, codec, data[body:stop], owner)
+                    position = stop
+                    if kind < _REPLY_KIND:
+                        append(message)
+                    else:
+                        self._on_reply(message, batch, now)
+                    continue
+                if flags == 0 and kind == _EVENT_KIND and name_size and body < stop <= end:
+                    first = body + 1 + data[body]
+                    if first <= stop:
+                        raw = data[position + 16 : body]
+                        topic = data[body + 1 : first]
+                        message = message_class(
+                            kind,
+                            id,
+                            texts.get(raw) or self._text(raw, id),
+                            codec,
+                            data[first:stop],
+                            owner,
+                            texts.get(topic) or self._text(topic, id),
+                        )
+                        position = stop
+                        self._on_event(message, batch)
+                        continue
+            span = frame_span(data, position, end)
+            if span is None:
+                break
+            first, size = span
+            if size > MAX_FRAME:
+                raise FrameTooBig(size, MAX_FRAME)
+            if first + size > end:
+                break
+            position = first + size
+            self._on_frame(data[first:position], owner, batch, now)
+        if position < end:
+            self._partial += data[position:] if position else data
+        if messages:
+            batch.size += position
+
+    def _complete(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> int:
+        """Finish the frame that began earlier, as far as ``data`` goes; return how much of ``data`` that took.
+
+        Only what the frame lacks is added to it: joining whole reads would copy every byte twice.
+        """
+        partial, position = self._partial, 0
+        while True:
+            span = frame_span(partial, 0, len(partial))
+            if span is None:
+                missing = (4 if len(partial) < 4 else 12) - len(partial)
+            else:
+                first, size = span
+                if size > MAX_FRAME:
+                    raise FrameTooBig(size, MAX_FRAME)
+                missing = first + size - len(partial)
+                if missing == 0:
+                    break
+            taken = data[position : position + missing]
+            if not taken:
+                return position
+            partial += taken
+            position += len(taken)
+        self._partial = bytearray()
+        with memoryview(partial) as view:
+            body = bytes(view[first:])
+        batch.size += len(body)
+        self._on_frame(body, owner, batch, now)
+        return position
+
+    def _text(self, raw: bytes, id: int) -> str:
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise MalformedEnvelope("a name or topic from the broker is not UTF-8", id) from error
+        _remember(self._texts, raw, text)
+        return text
+
+    def _on_frame(self, body: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
+        """Take in a frame that is out of the ordinary, or came in pieces."""
+        envelope = parse(body)
+        kind = envelope.kind
+        if kind is Kind.ERROR:
+            self._on_error(envelope, batch)
+        elif kind is Kind.RECEIPT:
+            self._on_receipt(envelope.id, batch)
+        elif kind is Kind.ACK:
+            raise MalformedEnvelope("the broker sends no ACK", envelope.id)
+        else:
+            message = self._message(
+                kind,
+                envelope.id,
+                envelope.name,
+                envelope.codec,
+                envelope.payload,
+                owner,
+                envelope.topic,
+                envelope.extension,
+            )
+            if kind is Kind.REPLY:
+                self._on_reply(message, batch, now)
+            elif kind is Kind.EVENT:
+                self._on_event(message, batch)
+            else:
+                batch.messages.append(message)
+
+    def _on_event(self, message: M, batch: Batch[M]) -> None:
+        routes = self.routes.of(message.topic)
+        if not routes:
+            self.unrouted += 1
+        for route in routes:
+            for sink in route.takers():
+                if not isinstance(sink, presence.Watch):
+                    batch.events.append((sink, message))
+                elif (change := sink.event(message.topic)) is not None:
+                    batch.events.append((sink.sink, change))
+
+    def _on_receipt(self, id: int, batch: Batch[M]) -> None:
+        pending = self.awaiting.get(id)
+        if pending is None or pending.purpose is not Purpose.RECEIPT:
+            self.late += 1
+            return
+        self.awaiting.pop(id)
+        batch.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
+
+    def _on_reply(self, message: M, batch: Batch[M], now: float) -> None:
+        pending = self.awaiting.get(message.id)
+        if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
+            self.late += 1
+            return
+        self.awaiting.pop(message.id)
+        if pending.purpose is Purpose.REQUEST:
+            batch.outcomes.append((pending.waiter, message))
+            return
+        answer = _json_object(message.body)
+        if answer is None:
+            raise MalformedEnvelope("the broker's answer is no JSON object", message.id)
+        if pending.purpose is Purpose.WHOAMI:
+            self._on_introduction(answer, now)
+        elif pending.purpose in (Purpose.WATCH, Purpose.RESYNC):
+            self._on_snapshot(pending.sink, answer, batch)
+        if pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, answer))
+
+    def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
+        try:
+            self.name, self.address = str(answer["name"]), str(answer["address"])
+        except KeyError as error:
+            raise MalformedEnvelope(f"the broker's introduction lacks {error}") from error
+        self.introduction = answer
+        self._step(Step.INTRODUCE)
+        self._introduced = True
+        self._link_deadline = None
+        self._ready_since = now
+        self.reason = None
+
+    def _on_snapshot(self, watch: presence.Watch, answer: dict[str, Any], batch: Batch[M]) -> None:
+        try:
+            changes = watch.snapshot(presence.client_list(answer))
+        except (KeyError, TypeError) as error:
+            raise MalformedEnvelope("the broker's list of clients is none") from error
+        if watch in self._watches:
+            batch.events += [(watch.sink, change) for change in changes]
+
+    def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
+        said = _json_object(envelope.payload) or {}
+        code, text, name = (str(said.get(field, "")) for field in ("code", "message", "name"))
+        pending = self.awaiting.get(envelope.id)
+        if envelope.name != BROKER:
+            if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
+                self.late += 1
+                return
+            self.awaiting.pop(envelope.id)
+            # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
+            failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
+            batch.outcomes.append((pending.waiter, failed))
+            return
+        error = refusal(code, text or code, name=name, id=envelope.id)
+        if pending is None or not pending.concerned_by(name):
+            self.undelivered += 1
+            batch.undelivered.append(error)
+            return
+        self.awaiting.pop(envelope.id)
+        self._on_refusal(pending, error, batch)
+
+    def _on_refusal(self, pending: Pending, error: BrokerdError, batch: Batch[M]) -> None:
+        """The broker has said no to this one."""
+        self._forget_subscription(pending)
+        if pending.purpose is Purpose.WHOAMI:
+            batch.broken = error
+        elif pending.purpose is Purpose.RESUBSCRIBE:
+            assert pending.route is not None
+            self._end(list(pending.route.sinks), pending.route, error, batch)
+        elif pending.purpose is Purpose.RESYNC:
+            self._end([pending.sink], None, error, batch)
+        elif pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, error))
+
+    def _end(self, sinks: Sequence[object], route: Route | None, error: BrokerdError, batch: Batch[M]) -> None:
+        """Tell the sinks that there will be nothing more."""
+        for sink in sinks:
+            if not isinstance(sink, presence.Watch):
+                assert route is not None
+                self.routes.discard(route, sink)
+                batch.ended.append((sink, error))
+            elif sink in self._watches:
+                self._drop_watch(sink)
+                batch.ended.append((sink.sink, error))
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _remember(table: dict[K, V], key: K, value: V) -> None:
+    if len(table) >= _REMEMBERED:
+        table.clear()
+    table[key] = value
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in the bytes, or None where there is none."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _group(group: str | None) -> str:
+    """Return the group, "" for none. Raises InvalidName for one that is no single word."""
+    if group is None:
+        return ""
+    if not group or not group.isprintable() or len(group.encode()) > _MAX_GROUP:
+        raise InvalidName(f"{group!r} is no group: give 1 to {_MAX_GROUP} bytes of printable text")
+    return group

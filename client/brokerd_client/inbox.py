@@ -1,0 +1,77 @@
+"""Messages that have arrived and nobody has taken yet, and how many bytes of them the process holds.
+
+One Gauge counts for all inboxes of a client; above its limit the face stops reading the socket, so that the
+messages wait in the broker, within the client's quota there. No I/O, no waiting: that is the faces'.
+
+Threads: one thread puts, any may take. Taking is a bare ``deque.popleft``, so a taken message is uncounted
+only later, when :meth:`Inbox.settle` compares what was put with what is left.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, Generic, TypeVar
+
+__all__ = ["OVERHEAD", "Gauge", "Inbox"]
+
+T = TypeVar("T")
+
+#: Bytes a received message costs in this process beyond its frame.
+OVERHEAD: Final = 200
+
+
+class Gauge:
+    """Bytes held by all inboxes of one client, against the limit. ``full``: the socket is to be left unread."""
+
+    __slots__ = ("full", "held", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.full = False
+
+    def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
+        """Return, and keep, whether the inboxes hold more than ``limit`` bytes, after settling each.
+
+        ``full`` is raised before the settling: a taker that comes too late to be settled sees it.
+        """
+        if self.held > limit:
+            self.full = True
+            for inbox in inboxes:
+                inbox.settle()
+        self.full = self.held > limit
+        return self.full
+
+
+class Inbox(Generic[T]):
+    """A queue whose items are counted a batch at a time."""
+
+    __slots__ = ("_batches", "_counted", "_gauge", "items")
+
+    def __init__(self, gauge: Gauge) -> None:
+        self.items: deque[T] = deque()
+        self._gauge = gauge
+        #: (items, bytes) of each batch that may still have items in the queue.
+        self._batches: deque[tuple[int, int]] = deque()
+        self._counted = 0
+
+    def put(self, items: list[T], size: int) -> None:
+        """Add what one read brought, ``size`` bytes in all."""
+        self._batches.append((len(items), size))
+        self._counted += len(items)
+        self._gauge.held += size
+        self.items.extend(items)
+
+    def settle(self) -> None:
+        """Uncount the batches that have been taken whole."""
+        left = len(self.items)
+        while self._batches and self._counted - self._batches[0][0] >= left:
+            count, size = self._batches.popleft()
+            self._counted -= count
+            self._gauge.held -= size
+
+    def clear(self) -> None:
+        """Forget everything in it."""
+        self.items.clear()
+        self.settle()

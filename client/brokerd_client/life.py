@@ -1,0 +1,63 @@
+"""The life of a client's link to the broker: one state, and a table of what may follow what. No I/O."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+__all__ = ["NEXT", "State", "Step"]
+
+
+class State(Enum):
+    """Where the link is."""
+
+    IDLE = "nothing has been tried yet"
+    CONNECTING = "the face is opening a connection"
+    AUTHENTICATING = "the handshake is under way"
+    INTRODUCING = "authenticated; the broker has been asked who we are"
+    READY = "messages flow"
+    WAITING = "the connection is gone; the next try has its time"
+    CLOSING = "close() was called; what the broker still says about earlier sends is taken in"
+    GONE = "the connection is gone and no other will be made"
+    CLOSED = "close() was called, and the connection is gone"
+
+
+class Step(Enum):
+    """What happens to a link."""
+
+    DIAL = "the face begins to connect"
+    OPEN = "there is a connection"
+    AUTHENTICATE = "both sides have proved that they know the key"
+    INTRODUCE = "the broker has said who we are"
+    LOSE = "the connection is gone, or could not be made; another try follows"
+    GIVE_UP = "the connection is gone, or could not be made; no other try follows"
+    CLOSE = "the caller closes"
+
+
+#: NEXT[state][step] is the state that follows; what is not in the table can't happen.
+NEXT: Final[dict[State, dict[Step, State]]] = {
+    State.IDLE: {Step.DIAL: State.CONNECTING, Step.CLOSE: State.CLOSED},
+    State.CONNECTING: {
+        Step.OPEN: State.AUTHENTICATING,
+        Step.LOSE: State.WAITING,
+        Step.GIVE_UP: State.GONE,
+        Step.CLOSE: State.CLOSED,
+    },
+    State.AUTHENTICATING: {
+        Step.AUTHENTICATE: State.INTRODUCING,
+        Step.LOSE: State.WAITING,
+        Step.GIVE_UP: State.GONE,
+        Step.CLOSE: State.CLOSED,
+    },
+    State.INTRODUCING: {
+        Step.INTRODUCE: State.READY,
+        Step.LOSE: State.WAITING,
+        Step.GIVE_UP: State.GONE,
+        Step.CLOSE: State.CLOSED,
+    },
+    State.READY: {Step.LOSE: State.WAITING, Step.GIVE_UP: State.GONE, Step.CLOSE: State.CLOSING},
+    State.WAITING: {Step.DIAL: State.CONNECTING, Step.CLOSE: State.CLOSED},
+    State.CLOSING: {Step.LOSE: State.CLOSED, Step.GIVE_UP: State.CLOSED, Step.CLOSE: State.CLOSING},
+    State.GONE: {Step.CLOSE: State.CLOSED},
+    State.CLOSED: {Step.LOSE: State.CLOSED, Step.GIVE_UP: State.CLOSED, Step.CLOSE: State.CLOSED},
+}

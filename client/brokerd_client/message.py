@@ -1,0 +1,122 @@
+"""What a client receives: a message, its sender as the broker authenticated it, its payload decoded when asked for.
+
+No I/O: answering is added by the faces, whose messages are this one's subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from brokerd_client import codec as codecs
+from brokerd_client.errors import UndecodablePayload
+from brokerd_client.wire.envelope import CodecId, Kind
+
+__all__ = ["Message", "Owner", "Receipt", "with_ttl"]
+
+
+class Owner(Protocol):
+    """The client that received a message."""
+
+    @property
+    def allow_pickle_from(self) -> frozenset[str]:
+        """Names whose pickled payloads may be decoded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The broker has taken responsibility for the message.
+
+    id: the message's. to: its recipient, or its topic.
+    """
+
+    id: int
+    to: str
+
+
+class Message:
+    """One MESSAGE, REQUEST, REPLY or EVENT.
+
+    sender: the address the broker vouches for (``name`` or ``name/instance``). body: the payload's bytes, as sent.
+    codec: how they are encoded. topic: of an EVENT, else "". extension: the sender's JSON object, or None.
+    """
+
+    __slots__ = ("_kind", "_owner", "_payload", "body", "codec", "extension", "id", "sender", "topic")
+
+    _payload: Any
+
+    def __init__(
+        self,
+        kind: int,
+        id: int,
+        sender: str,
+        codec: int,
+        body: bytes,
+        owner: Owner,
+        topic: str = "",
+        extension: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._kind = kind
+        self.id = id
+        self.sender = sender
+        self.codec = codec
+        self.body = body
+        self._owner = owner
+        self.topic = topic
+        self.extension = extension
+
+    @property
+    def kind(self) -> Kind:
+        """What the frame was."""
+        return Kind(self._kind)
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded at the first look.
+
+        Raises UndecodablePayload: it is not what its codec says, or it is a pickle of a sender that
+            ``allow_pickle_from`` does not name. ``body`` can always be read.
+        """
+        try:
+            return self._payload
+        except AttributeError:
+            pass
+        trusted = self.codec == CodecId.PICKLE and self.sender.partition("/")[0] in self._owner.allow_pickle_from
+        payload = self._payload = codecs.decode(self.codec, self.body, allow_pickle=trusted)
+        return payload
+
+    def text(self) -> str:
+        """Return the payload as text: a JSON string's content, or the body read as UTF-8.
+
+        Raises UndecodablePayload: it is not UTF-8.
+        """
+        if self.codec == CodecId.JSON:
+            payload = self.payload
+            if isinstance(payload, str):
+                return payload
+        try:
+            return self.body.decode()
+        except UnicodeDecodeError as error:
+            raise UndecodablePayload("the payload is not UTF-8 text") from error
+
+    def __len__(self) -> int:
+        return len(self.body)
+
+    def __bool__(self) -> bool:
+        # A message with an empty body is still a message.
+        return True
+
+    def __repr__(self) -> str:
+        about = f" topic={self.topic!r}" if self.topic else ""
+        return f"<{self.kind.name} {self.id} from {self.sender!r}{about} {len(self.body)} bytes>"
+
+
+def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:
+    """Return the extension with the time to live, in seconds, put in; None where there is neither."""
+    if ttl is None:
+        return extension
+    if ttl < 0:
+        raise ValueError(f"ttl is a number of seconds, not {ttl}")
+    return {**(extension or {}), "ttl": ttl}

@@ -1,0 +1,101 @@
+"""Which subscriptions of this process get an event: local routing, by the topic alone. No I/O.
+
+The broker sends an event once per connection, however many of its subscriptions match; here it goes to every
+local subscription that matches. Subscriptions of one group and pattern take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from brokerd_client.topics import has_wildcard, matches
+
+__all__ = ["Route", "Routes"]
+
+#: Topics remembered with their routes; all are forgotten when there are more.
+_REMEMBERED: Final = 4096
+
+
+class Route:
+    """What is asked of the broker once, and the local subscriptions (sinks) that asked for it.
+
+    group: "" for a plain subscription. A sink is never looked at here.
+    """
+
+    __slots__ = ("group", "pattern", "sinks", "turn")
+
+    def __init__(self, pattern: str, group: str) -> None:
+        self.pattern = pattern
+        self.group = group
+        self.sinks: list[object] = []
+        self.turn = 0
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What the operations subscribe and unsubscribe take."""
+        return {"topic": self.pattern, "group": self.group} if self.group else {"topic": self.pattern}
+
+    def takers(self) -> list[object]:
+        """Return who gets the next event: everybody, or in a group the one whose turn it is."""
+        if not self.group:
+            return self.sinks
+        self.turn = (self.turn + 1) % len(self.sinks)
+        return [self.sinks[self.turn]]
+
+
+class Routes:
+    """The routes of one client. A route exists as long as it has a sink."""
+
+    __slots__ = ("_by_key", "_literal", "_remembered", "_wild")
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[str, str], Route] = {}
+        #: Routes whose pattern is one topic are found by it; the others are tried one by one.
+        self._literal: dict[str, list[Route]] = {}
+        self._wild: list[Route] = []
+        self._remembered: dict[str, list[Route]] = {}
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._by_key.values())
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(self, pattern: str, group: str, sink: object) -> Route:
+        """Give the sink what fits from now on; return its route."""
+        route = self._by_key.get((pattern, group))
+        if route is None:
+            route = self._by_key[pattern, group] = Route(pattern, group)
+            self._siblings(pattern).append(route)
+            self._remembered.clear()
+        route.sinks.append(sink)
+        return route
+
+    def discard(self, route: Route, sink: object) -> bool:
+        """Give the sink nothing more; return whether that was the route's last one, and the broker is to be told."""
+        if sink not in route.sinks:
+            return False
+        route.sinks.remove(sink)
+        if route.sinks:
+            return False
+        del self._by_key[route.pattern, route.group]
+        siblings = self._siblings(route.pattern)
+        siblings.remove(route)
+        if not siblings:
+            self._literal.pop(route.pattern, None)
+        self._remembered.clear()
+        return True
+
+    def of(self, topic: str) -> list[Route]:
+        """Return the routes whose pattern the topic fits."""
+        found = self._remembered.get(topic)
+        if found is None:
+            found = self._literal.get(topic, []) + [route for route in self._wild if matches(route.pattern, topic)]
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[topic] = found
+        return found
+
+    def _siblings(self, pattern: str) -> list[Route]:
+        return self._wild if has_wildcard(pattern) else self._literal.setdefault(pattern, [])

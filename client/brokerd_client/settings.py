@@ -1,0 +1,91 @@
+"""What a client needs to connect, gathered from arguments and the environment. Reads a key file; opens nothing else.
+
+Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An argument goes before its variable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from brokerd_client.address import Address, parse
+from brokerd_client.errors import InvalidKey
+from brokerd_client.wire.envelope import check_name
+
+__all__ = ["DEFAULT_ADDRESS", "DEFAULT_INBOX", "DEFAULT_TIMEOUT_S", "AnyAddress", "Settings", "resolve"]
+
+DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
+#: Seconds for connecting, the handshake and the first answer.
+DEFAULT_TIMEOUT_S: Final = 10.0
+#: Bytes of messages kept in this process before the socket is left unread.
+DEFAULT_INBOX: Final = 8 * 2**20
+
+AnyAddress: TypeAlias = str | Sequence[Any] | Address
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one client connects, and what it keeps. The key is never shown."""
+
+    address: Address
+    name: str
+    key: bytes = field(repr=False)
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    reconnect: bool = True
+    allow_pickle_from: frozenset[str] = frozenset()
+    inbox: int = DEFAULT_INBOX
+
+
+def resolve(
+    address: AnyAddress | None,
+    name: str | None,
+    key: bytes | str | None,
+    key_file: str | os.PathLike[str] | None,
+    timeout: float,
+    *,
+    reconnect: bool,
+    allow_pickle_from: Iterable[str],
+    inbox: int,
+) -> Settings:
+    """Return the settings, defaults filled in.
+
+    Raises AddressError, InvalidName or InvalidKey, each saying what would be right.
+    """
+    if isinstance(allow_pickle_from, str):
+        raise TypeError("allow_pickle_from takes several names: give a list, even for one")
+    if inbox <= 0:
+        raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
+    name = name or os.environ.get("BROKERD_NAME") or ""
+    return Settings(
+        parse(address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS),
+        check_name(name) if name else "",
+        _key(key, key_file),
+        timeout,
+        reconnect,
+        frozenset(allow_pickle_from),
+        inbox,
+    )
+
+
+def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> bytes:
+    if key is not None and key_file is not None:
+        raise InvalidKey("give key or key_file, not both")
+    if key is not None:
+        found = key.encode() if isinstance(key, str) else bytes(key)
+        if not found:
+            raise InvalidKey("an empty key authenticates nobody; give a key of at least one byte")
+        return found
+    path = key_file or os.environ.get("BROKERD_KEY_FILE")
+    if not path:
+        raise InvalidKey("no key: give key, key_file or the environment variable BROKERD_KEY_FILE")
+    try:
+        found = Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidKey(f"the key file {os.fspath(path)} can't be read: {error.strerror}") from error
+    found = found.removesuffix(b"\n")
+    if not found:
+        raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
+    return found
