@@ -1,0 +1,120 @@
+"""docs/protocol.md is true: its bytes are those that the library writes, its tables are the library's tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from brokerd_client.wire import handshake
+from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
+from brokerd_client.wire.framing import FrameReader, frame
+from brokerd_client.wire.handshake import Handshake, Proof, Send
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def example(label: str) -> list[tuple[str, bytes]]:
+    """Return (who, bytes) of each message in the page's example of that label."""
+    (block,) = re.findall(rf"```hex {label}\n(.*?)```", PAGE, re.DOTALL)
+    messages = []
+    for message in block.strip().split("\n\n"):
+        who = message.partition(">")[0]
+        # The bytes stand in columns 9 to 56, the remark behind them.
+        messages.append((who, b"".join(bytes.fromhex(line[9:57]) for line in message.splitlines())))
+    return messages
+
+
+def conversation(key: bytes) -> list[tuple[str, bytes]]:
+    """Return (who, bytes) of each message of a handshake with the page's nonces."""
+    sides: dict[str, Handshake] = {
+        "broker": handshake.as_listener(bytes(range(40)), named=True),
+        "client": handshake.as_dialer(key, bytes(range(100, 140)), name=b"alice"),
+    }
+    waiting: dict[str, list[bytes]] = {"broker": [], "client": []}
+    steps = {who: next(side) for who, side in sides.items()}
+    said = []
+    while steps:
+        for who, other in (("broker", "client"), ("client", "broker")):
+            while who in steps:
+                step = steps[who]
+                value = None
+                if isinstance(step, Send):
+                    said.append((who, frame(step.body)))
+                    waiting[other].append(step.body)
+                elif isinstance(step, Proof):
+                    value = key
+                    assert step.made_with(key)
+                elif waiting[who]:
+                    value = waiting[who].pop(0)
+                else:
+                    break
+                try:
+                    steps[who] = sides[who].send(value)
+                except StopIteration:
+                    del steps[who]
+    return said
+
+
+def test_the_handshake_of_the_page_is_ours() -> None:
+    """With the page's key and nonces the library says exactly the page's bytes, in the page's order."""
+    assert example("handshake") == conversation(b"alice's key")
+
+
+def test_the_frames_of_the_page_are_ours() -> None:
+    """Each frame of the page is what the library writes, and reads."""
+    envelopes = [
+        ("client", Envelope(Kind.MESSAGE, 1, "bob", b"hello", flags=Flag.RECEIPT)),
+        ("broker", Envelope(Kind.RECEIPT, 1, "$broker")),
+        ("client", Envelope(Kind.EVENT, 2, "", b'{"n":7}', CodecId.JSON, topic="jobs.new", extension={"ttl": 60})),
+        (
+            "broker",
+            Envelope(
+                Kind.ERROR,
+                3,
+                "$broker",
+                error_payload(ErrorCode.OFFLINE, "bob is not connected", "bob"),
+                CodecId.JSON,
+            ),
+        ),
+    ]
+
+    assert example("frames") == [(who, frame(encode(envelope))) for who, envelope in envelopes]
+
+
+def test_the_frames_of_the_page_can_be_read() -> None:
+    """The library reads the page's bytes and finds what its remarks say."""
+    reader = FrameReader()
+    reader.feed(b"".join(data for _, data in example("frames")))
+    bodies = list(iter(lambda: reader.next_frame(1000), None))
+
+    parsed = [parse(body) for body in bodies]
+
+    assert [envelope.kind for envelope in parsed] == [Kind.MESSAGE, Kind.RECEIPT, Kind.EVENT, Kind.ERROR]
+    assert json.loads(parsed[-1].payload)["code"] == "offline"
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_is_in_the_table(kind: Kind) -> None:
+    """A kind stands beside its number."""
+    assert f"\n| {kind.value} | {kind.name} |" in PAGE
+
+
+@pytest.mark.parametrize("flag", Flag)
+def test_every_flag_is_in_the_table(flag: Flag) -> None:
+    """A flag stands beside its value."""
+    assert f"{flag.value} {flag.name}" in PAGE
+
+
+def test_the_codes_of_the_page_are_the_codes() -> None:
+    """The page explains every code of an ERROR and no other."""
+    table = PAGE.partition("| code | meaning |")[2].partition("\n\n")[0]
+
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [str(code) for code in ErrorCode]
+
+
+def test_the_digests_of_the_page_are_the_digests() -> None:
+    """The page names every digest that a challenge may ask for."""
+    assert all(f"`{digest}`" in PAGE for digest in handshake.DIGESTS)
