@@ -1,0 +1,229 @@
+"""Bytes that wait for one connection, and the quota they may fill.
+
+Two kinds with one interface. A StreamOutbox is a run of bytes in chunks that each begin with a whole
+frame: appending is cheap and the routing loop writes straight into its ``tail``. A FrameOutbox keeps
+every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
+another member, and clients with ``when_full: drop_oldest``.
+
+An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many the system took, and sets
+``blocked`` while it takes none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from brokerd_client.wire.framing import frame_span
+
+__all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
+
+#: A chunk of a StreamOutbox is closed once it holds this many bytes.
+CHUNK: Final = 128 * 1024
+#: At most this many pieces are handed to one vectored write; IOV_MAX is 1024 on Linux.
+_PIECES: Final = 512
+
+
+class StreamOutbox:
+    """A byte stream in chunks.
+
+    limit: bytes that may wait. room: how long ``tail`` may grow before :meth:`reserve` must be asked.
+    blocked: the system took less than was offered; set and cleared by whoever writes.
+    stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
+    """
+
+    __slots__ = ("_head", "_older", "_older_bytes", "blocked", "limit", "room", "stalled", "tail")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.tail = bytearray()
+        self.room = min(CHUNK, limit)
+        self.blocked = False
+        self.stalled = False
+        self._older: deque[bytearray] = deque()
+        self._older_bytes = 0
+        #: Bytes of the first chunk that the system has taken.
+        self._head = 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes not yet taken by the system."""
+        return self._older_bytes + len(self.tail) - self._head
+
+    def reserve(self, size: int, beyond: int = 0) -> bool:
+        """Return whether ``size`` more bytes may be appended to ``tail`` now, within limit + beyond.
+
+        A frame longer than the whole quota is still taken when nothing waits: otherwise it could
+        never be delivered.
+        """
+        waiting = self.waiting
+        if waiting and waiting + size > self.limit + beyond:
+            return False
+        self._make_room(size)
+        return True
+
+    def append(self, frame: bytes) -> None:
+        """Append one whole frame, whatever the quota says: the broker's own answers are not refused."""
+        self._make_room(len(frame))
+        self.tail += frame
+
+    def _make_room(self, size: int) -> None:
+        if self.tail and len(self.tail) + size > CHUNK:
+            self._older.append(self.tail)
+            self._older_bytes += len(self.tail)
+            self.tail = bytearray()
+        self._set_room()
+        self.room = max(self.room, len(self.tail) + size)
+
+    def _set_room(self) -> None:
+        self.room = min(CHUNK, self.limit - self._older_bytes + self._head)
+
+    def pieces(self) -> list[bytearray | memoryview]:
+        """Return what to write next, in order; whole chunks, never empty ones."""
+        if not self._older:
+            if not self._head:
+                return [self.tail] if self.tail else []
+            return [memoryview(self.tail)[self._head :]]
+        pieces: list[bytearray | memoryview] = [memoryview(self._older[0])[self._head :]]
+        for chunk in self._older:
+            if len(pieces) == _PIECES:
+                return pieces
+            if chunk is not self._older[0]:
+                pieces.append(chunk)
+        if self.tail:
+            pieces.append(self.tail)
+        return pieces
+
+    def sent(self, size: int) -> None:
+        """Forget the first ``size`` bytes: the system has them."""
+        if size:
+            self.stalled = False
+        head = self._head + size
+        while self._older and head >= len(self._older[0]):
+            chunk = self._older.popleft()
+            self._older_bytes -= len(chunk)
+            head -= len(chunk)
+        if not self._older and head >= len(self.tail):
+            # A new object, not clear(): the one handed out by pieces() may still be looked at.
+            self.tail = bytearray()
+            head = 0
+        self._head = head
+        self._set_room()
+
+    def take_unsent(self) -> list[Queued]:
+        """Return every frame the system did not take whole, oldest first, and forget them."""
+        head, chunks = self._head, [*self._older, self.tail]
+        self._older.clear()
+        self._older_bytes = self._head = 0
+        self.tail = bytearray()
+        self._set_room()
+        queued: list[Queued] = []
+        for chunk in chunks:
+            queued += (Queued(bytes(chunk[start:end])) for start, end in _frames(chunk) if end > head)
+            head = 0
+        return queued
+
+
+def _frames(chunk: bytearray) -> Iterator[tuple[int, int]]:
+    """Yield where each frame of a chunk begins and ends, length prefix included."""
+    start = 0
+    while start < len(chunk):
+        span = frame_span(chunk, start, len(chunk))
+        assert span is not None, "a chunk holds whole frames"
+        end = sum(span)
+        yield start, end
+        start = end
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """One frame that waits.
+
+    frame: length prefix included. receipt: its sender asked for a RECEIPT.
+    pinned: it was sent to this very connection, not to its name.
+    """
+
+    frame: bytes
+    receipt: bool = False
+    pinned: bool = False
+
+
+class FrameOutbox:
+    """Frames kept one by one: see StreamOutbox for the attributes they share."""
+
+    __slots__ = ("_head", "_queue", "_waiting", "blocked", "limit", "stalled")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.blocked = False
+        self.stalled = False
+        self._queue: deque[Queued] = deque()
+        self._waiting = 0
+        self._head = 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes not yet taken by the system."""
+        return self._waiting
+
+    def reserve(self, size: int, beyond: int = 0) -> bool:
+        """Return whether ``size`` more bytes may be put now, within limit + beyond."""
+        return not self._waiting or self._waiting + size <= self.limit + beyond
+
+    def append(self, frame: bytes) -> None:
+        """Append one whole frame, whatever the quota says."""
+        self.put(Queued(frame))
+
+    def put(self, queued: Queued) -> None:
+        """Append one whole frame with what is to be remembered of it."""
+        self._queue.append(queued)
+        self._waiting += len(queued.frame)
+
+    def pieces(self) -> list[bytearray | memoryview]:
+        """Return what to write next, in order."""
+        if not self._queue:
+            return []
+        pieces: list[bytearray | memoryview] = [memoryview(self._queue[0].frame)[self._head :]]
+        for queued in self._queue:
+            if len(pieces) == _PIECES:
+                break
+            if queued is not self._queue[0]:
+                pieces.append(memoryview(queued.frame))
+        return pieces
+
+    def sent(self, size: int) -> None:
+        """Forget the first ``size`` bytes: the system has them."""
+        if size:
+            self.stalled = False
+        self._waiting -= size
+        head = self._head + size
+        while self._queue and head >= len(self._queue[0].frame):
+            head -= len(self._queue.popleft().frame)
+        self._head = head
+
+    def drop_oldest(self, size: int) -> list[Queued]:
+        """Drop the oldest frames until ``size`` more bytes fit the quota, and return them.
+
+        A frame of which the system has taken a part stays: its end must follow.
+        """
+        kept = self._queue.popleft() if self._head and self._queue else None
+        dropped: list[Queued] = []
+        while self._queue and self._waiting + size > self.limit:
+            oldest = self._queue.popleft()
+            self._waiting -= len(oldest.frame)
+            dropped.append(oldest)
+        if kept is not None:
+            self._queue.appendleft(kept)
+        return dropped
+
+    def take_unsent(self) -> list[Queued]:
+        """Return every frame the system did not take whole, oldest first, and forget them."""
+        queued = list(self._queue)
+        self._queue.clear()
+        self._waiting = self._head = 0
+        return queued
+
+
+Outbox: TypeAlias = StreamOutbox | FrameOutbox

@@ -1,0 +1,66 @@
+"""How much a client may send: token buckets that hold one second's worth.
+
+`rate` in docs/configuration.md. Time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from brokerd.config.values import RateConfig
+
+__all__ = ["Bucket", "Meter"]
+
+
+class Bucket:
+    """A token bucket: filled at ``per_second``, holds at most that many tokens, or one message's."""
+
+    __slots__ = ("_at", "_per_second", "_tokens")
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._tokens = max(1.0, per_second)
+        self._at: float | None = None
+
+    def refill(self, now: float) -> None:
+        """Add what has flowed in since the last call."""
+        if self._at is not None and now > self._at:
+            self._tokens = min(max(1.0, self._per_second), self._tokens + (now - self._at) * self._per_second)
+        self._at = now
+
+    def has(self, amount: float) -> bool:
+        """Return whether the amount is there; more than a full bucket asks only that it be full."""
+        return self._tokens >= min(amount, max(1.0, self._per_second))
+
+    def take(self, amount: float) -> None:
+        """Take the amount out, into debt where it is more than a full bucket."""
+        self._tokens -= amount
+
+
+class Meter:
+    """Both rates of one client."""
+
+    __slots__ = ("_bytes", "_messages")
+
+    def __init__(self, messages: float | None, bytes: float | None) -> None:
+        self._messages = None if messages is None else Bucket(messages)
+        self._bytes = None if bytes is None else Bucket(bytes)
+
+    @classmethod
+    def for_rate(cls, rate: RateConfig) -> Meter | None:
+        """Return a meter, or None where nothing is limited."""
+        if rate.messages is None and rate.bytes is None:
+            return None
+        return cls(rate.messages, rate.bytes)
+
+    def allows(self, size: int, now: float) -> bool:
+        """Return whether one message of ``size`` bytes may pass now, and count it if it may."""
+        wanted = [(bucket, amount) for bucket, amount in ((self._messages, 1), (self._bytes, size)) if bucket]
+        for bucket, _ in wanted:
+            bucket.refill(now)
+        if not all(bucket.has(amount) for bucket, amount in wanted):
+            return False
+        for bucket, amount in wanted:
+            bucket.take(amount)
+        return True

@@ -1,0 +1,152 @@
+"""Subscriptions: who gets the event published on a topic.
+
+Patterns hang in a tree, one level a token, so that a look-up walks the topic's own tokens and never
+sees a subscription that does not match. Found sets are kept for topics published again, until a
+subscription changes. Source of the rules: docs/protocol.md, "Topics".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Final, Generic, TypeVar
+
+__all__ = ["Matches", "Topics", "covers", "matches"]
+
+Member = TypeVar("Member", bound=Hashable)
+
+#: Topics whose matches are remembered; above it the memory is emptied.
+_REMEMBERED: Final = 10_000
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """Return whether a subscription to ``pattern`` gets what is published on ``topic``.
+
+    A pattern that begins with a wildcard does not match topics of the broker's own, which begin with ``$``.
+    """
+    return _within(pattern.split("."), topic.split("."))
+
+
+def covers(rule: str, pattern: str) -> bool:
+    """Return whether everything that ``pattern`` can match is matched by ``rule`` too."""
+    return _within(rule.split("."), pattern.split("."))
+
+
+def _within(rule: list[str], tokens: list[str]) -> bool:
+    if rule[0] in ("*", ">") and tokens[0].startswith("$"):
+        return False
+    for position, wanted in enumerate(rule):
+        if wanted == ">":
+            return position < len(tokens)
+        if position >= len(tokens) or tokens[position] == ">":
+            return False
+        if wanted not in ("*", tokens[position]):
+            return False
+    return len(rule) == len(tokens)
+
+
+class _Node(Generic[Member]):
+    """The subscriptions whose pattern ends here, and the tokens that may follow.
+
+    members: each with the groups it joined under this pattern; None stands for no group.
+    """
+
+    __slots__ = ("children", "members")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node[Member]] = {}
+        self.members: dict[Member, set[str | None]] = {}
+
+
+class Matches(Generic[Member]):
+    """Who gets an event: every one of ``everyone``, and one member of each of ``groups``.
+
+    turn: counts the events of a group, so that its members take turns.
+    """
+
+    __slots__ = ("everyone", "groups", "turn")
+
+    def __init__(self) -> None:
+        self.everyone: dict[Member, None] = {}
+        self.groups: dict[str, dict[Member, None]] = {}
+        self.turn = 0
+
+
+class Topics(Generic[Member]):
+    """All subscriptions."""
+
+    def __init__(self) -> None:
+        self._root: _Node[Member] = _Node()
+        self._remembered: dict[str, Matches[Member]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, pattern: str, member: Member, group: str | None = None) -> bool:
+        """Subscribe; return False if that very subscription was there already."""
+        node = self._root
+        for token in pattern.split("."):
+            node = node.children.setdefault(token, _Node())
+        joined = node.members.setdefault(member, set())
+        if group in joined:
+            return False
+        joined.add(group)
+        self._count += 1
+        self._remembered.clear()
+        return True
+
+    def discard(self, pattern: str, member: Member, group: str | None = None) -> bool:
+        """Unsubscribe; return False if there was no such subscription. Empty branches are cut."""
+        path: list[tuple[_Node[Member], str]] = []
+        node = self._root
+        for token in pattern.split("."):
+            child = node.children.get(token)
+            if child is None:
+                return False
+            path.append((node, token))
+            node = child
+        joined = node.members.get(member)
+        if joined is None or group not in joined:
+            return False
+        joined.discard(group)
+        if not joined:
+            del node.members[member]
+        for parent, token in reversed(path):
+            child = parent.children[token]
+            if child.members or child.children:
+                break
+            del parent.children[token]
+        self._count -= 1
+        self._remembered.clear()
+        return True
+
+    def find(self, topic: str) -> Matches[Member]:
+        """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""
+        found = self._remembered.get(topic)
+        if found is None:
+            found = Matches()
+            tokens = topic.split(".")
+            for node in self._walk(self._root, tokens, 0):
+                for member, joined in node.members.items():
+                    for group in joined:
+                        if group is None:
+                            found.everyone[member] = None
+                        else:
+                            found.groups.setdefault(group, {})[member] = None
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[topic] = found
+        return found
+
+    def _walk(self, node: _Node[Member], tokens: list[str], depth: int) -> Iterator[_Node[Member]]:
+        if depth == len(tokens):
+            yield node
+            return
+        children = node.children
+        wild = not (depth == 0 and tokens[0].startswith("$"))
+        if wild and (rest := children.get(">")) is not None:
+            yield rest
+        if (exact := children.get(tokens[depth])) is not None:
+            yield from self._walk(exact, tokens, depth + 1)
+        if wild and (star := children.get("*")) is not None:
+            yield from self._walk(star, tokens, depth + 1)

@@ -1,0 +1,60 @@
+"""The log: structlog, set up once. One event with fields a line; never a key, a MAC or a body.
+
+Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuration.md). The events:
+
+    daemon.started  daemon.stopping  daemon.stopped  daemon.failed
+    client.connected  client.disconnected  client.refused
+    listener.paused
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO, cast
+
+import structlog
+
+from brokerd.config.values import LogFormat, LogLevel
+
+__all__ = ["make_log", "quiet_log"]
+
+_LEVELS = {LogLevel.DEBUG: 10, LogLevel.INFO: 20, LogLevel.WARNING: 30, LogLevel.ERROR: 40}
+
+
+def make_log(
+    level: LogLevel = LogLevel.INFO, format: LogFormat = LogFormat.AUTO, stream: TextIO | None = None
+) -> structlog.typing.FilteringBoundLogger:
+    """Return a logger of its own for one daemon; nothing global is changed.
+
+    stream: standard error unless given.
+    """
+    stream = stream or sys.stderr
+    console = format is LogFormat.CONSOLE or (format is LogFormat.AUTO and stream.isatty())
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=stream.isatty()) if console else structlog.processors.JSONRenderer()
+    )
+    return cast(
+        "structlog.typing.FilteringBoundLogger",
+        structlog.wrap_logger(
+            structlog.PrintLogger(stream),
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                renderer,
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+            context_class=dict,
+        ),
+    )
+
+
+class _Nowhere:
+    """A logger that keeps nothing, for brokers inside a program."""
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda event, **fields: None
+
+
+def quiet_log() -> Any:
+    """Return a logger that keeps nothing."""
+    return _Nowhere()

@@ -1,0 +1,298 @@
+"""The door: unfinished handshakes, each with a deadline, bounded in number, none in another's way.
+
+A connection waits here until it has proved who it is. Searching for the key behind an answer without a
+name can take a thousand tries, so searches run in slices, one a turn of the event loop, the search with the
+fewest tries first: whoever used its key lately is let in at once, however many strangers are
+knocking. Source: docs/protocol.md, "Handshake".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import socket
+import struct
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from brokerd.net.keyring import Credential, Search
+from brokerd_client.address import format_peer
+from brokerd_client.errors import AuthenticationError, FrameError
+from brokerd_client.wire.framing import FrameReader, frame
+from brokerd_client.wire.handshake import FAILURE, LIMIT, NONCE_SIZE, Proof, Receive, Send, as_listener
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.net.server import Server
+
+__all__ = ["Door", "Knock", "fresh_instance", "peer_uid"]
+
+#: Failures an address may have before its answers are slowed.
+_FREE_FAILURES: Final = 10
+_DELAY_STEP: Final = 0.05
+_LONGEST_DELAY: Final = 1.0
+#: Failures are forgotten after this many seconds.
+_FORGET_AFTER: Final = 60.0
+_REMEMBERED: Final = 10_000
+_UCRED: Final = struct.Struct("3i")
+
+
+class Knock:
+    """One connection that has not proved yet who it is.
+
+    peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.
+    listener: the address it came in by. origin: by what its failures are counted.
+    """
+
+    __slots__ = (
+        "allow_md5",
+        "credential",
+        "deadline",
+        "done",
+        "fd",
+        "listener",
+        "origin",
+        "peer",
+        "proof",
+        "reader",
+        "refusal",
+        "sock",
+        "steps",
+        "uid",
+    )
+
+    def __init__(self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, deadline: float) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.uid = peer_uid(sock)
+        self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"
+        self.origin = f"uid {self.uid}" if self.uid is not None else self.peer.rpartition(":")[0]
+        self.listener = listener
+        self.allow_md5 = allow_md5
+        self.deadline = deadline
+        self.reader = FrameReader()
+        # Whether MD5 may be used is decided when the client is known: see Search.
+        self.steps = as_listener(os.urandom(NONCE_SIZE), allow_md5=True, named=True)
+        self.proof: Proof | None = None
+        self.credential: Credential | None = None
+        self.refusal = ""
+        self.done = False
+
+
+class Door:
+    """All unfinished handshakes of a server, oldest first."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop: asyncio.AbstractEventLoop = server.loop
+        self._knocks: OrderedDict[Knock, None] = OrderedDict()
+        self._searches: list[tuple[int, int, Knock, Search]] = []
+        self._order = itertools.count()
+        self._searching = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._knocks)
+
+    def knock(self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool) -> None:
+        """Begin the handshake with a connection just accepted."""
+        limits = self._server.limits
+        if len(self._knocks) >= limits.handshakes:
+            oldest = next(iter(self._knocks))
+            self._refuse(oldest, "more unfinished handshakes than limits.handshakes; this was the oldest")
+        knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=self._loop.time() + limits.handshake_timeout)
+        self._knocks[knock] = None
+        self._loop.add_reader(knock.fd, self._on_readable, knock)
+        self._watch()
+        self._go_on(knock, None)
+
+    def close(self) -> None:
+        """Turn everybody away."""
+        for knock in list(self._knocks):
+            self._refuse(knock, "the broker stops")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # The conversation
+
+    def _on_readable(self, knock: Knock) -> None:
+        try:
+            # Never more than the handshake can need at once; what lies behind it belongs to the session.
+            data = knock.sock.recv(2 * LIMIT)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._refuse(knock, error.strerror or type(error).__name__)
+            return
+        if not data:
+            self._refuse(knock, "closed by the peer before it had proved who it is")
+            return
+        knock.reader.feed(data)
+        if knock.proof is None:
+            self._pull(knock)
+        elif knock.reader.buffered > 2 * LIMIT:
+            # It talks on while its answer is being judged; the rest can wait in the system's buffer.
+            self._loop.remove_reader(knock.fd)
+
+    def _pull(self, knock: Knock) -> None:
+        try:
+            body = knock.reader.next_frame(LIMIT)
+        except FrameError as error:
+            self._refuse(knock, f"not a handshake: {error}")
+            return
+        if body is not None:
+            self._go_on(knock, body)
+
+    def _go_on(self, knock: Knock, result: bytes | None) -> None:
+        """Resume the handshake with what it asked for, and do what it wants next."""
+        try:
+            while True:
+                step = knock.steps.send(result)
+                result = None
+                if isinstance(step, Send):
+                    if step.body == FAILURE and self._delay(knock):
+                        return
+                    self._send(knock, step.body)
+                elif isinstance(step, Receive):
+                    body = knock.reader.next_frame(LIMIT)
+                    if body is None:
+                        return
+                    result = body
+                else:
+                    knock.proof = step
+                    self._search(knock, step)
+                    return
+        except StopIteration:
+            self._admit(knock)
+        except AuthenticationError as error:
+            self._refuse(knock, knock.refusal or str(error), failed=True)
+        except FrameError as error:
+            self._refuse(knock, f"not a handshake: {error}")
+        except OSError as error:
+            self._refuse(knock, error.strerror or type(error).__name__)
+
+    def _send(self, knock: Knock, body: bytes) -> None:
+        data = frame(body)
+        if knock.sock.send(data) != len(data):
+            raise OSError("the peer does not take even a handshake's bytes")
+
+    # Whose key it is
+
+    def _search(self, knock: Knock, proof: Proof) -> None:
+        search = Search(self._server.keyring, proof, allow_md5=knock.allow_md5, uid=knock.uid, now=datetime.now(UTC))
+        if not self._try(knock, search):
+            heapq.heappush(self._searches, (search.tried, next(self._order), knock, search))
+            if not self._searching:
+                self._searching = True
+                self._loop.call_soon(self._search_on)
+
+    def _search_on(self) -> None:
+        """Give one slice to the search that has had the fewest."""
+        self._searching = False
+        while self._searches:
+            _, _, knock, search = heapq.heappop(self._searches)
+            if not knock.done:
+                if not self._try(knock, search):
+                    heapq.heappush(self._searches, (search.tried, next(self._order), knock, search))
+                break
+        if self._searches:
+            self._searching = True
+            self._loop.call_soon(self._search_on)
+
+    def _try(self, knock: Knock, search: Search) -> bool:
+        """Run one slice; return whether the search is over, its result given to the handshake."""
+        identity = search.step()
+        if identity is None:
+            return False
+        knock.refusal = identity.refusal
+        if identity.credential is not None:
+            knock.credential = identity.credential
+        key = None
+        if identity.accepted is not None:
+            knock.refusal = self._server.room_for(identity.accepted.client.name)
+            key = None if knock.refusal else identity.accepted.key.value
+        self._loop.add_reader(knock.fd, self._on_readable, knock)
+        knock.proof = None
+        self._go_on(knock, key)
+        return True
+
+    # The end of it
+
+    def _admit(self, knock: Knock) -> None:
+        assert knock.credential is not None, "a handshake ends well only with a key that was found"
+        self._failures.pop(knock.origin, None)
+        self._forget(knock)
+        self._server.admit(knock)
+
+    def _refuse(self, knock: Knock, reason: str, *, failed: bool = False) -> None:
+        if knock.done:
+            return
+        if failed:
+            self._count_failure(knock)
+        self._forget(knock)
+        knock.sock.close()
+        self._server.on_refused(knock, reason)
+
+    def _forget(self, knock: Knock) -> None:
+        knock.done = True
+        self._knocks.pop(knock, None)
+        self._loop.remove_reader(knock.fd)
+        knock.steps.close()
+
+    def _count_failure(self, knock: Knock) -> None:
+        count, _ = self._failures.pop(knock.origin, (0, 0.0))
+        self._failures[knock.origin] = (count + 1, self._loop.time())
+        if len(self._failures) > _REMEMBERED:
+            self._failures.popitem(last=False)
+
+    def _delay(self, knock: Knock) -> bool:
+        """Return whether the failure is told later, because its origin has failed often."""
+        count, at = self._failures.get(knock.origin, (0, 0.0))
+        now = self._loop.time()
+        if now - at > _FORGET_AFTER:
+            self._failures.pop(knock.origin, None)
+            count = 0
+        if count < _FREE_FAILURES:
+            return False
+        self._loop.remove_reader(knock.fd)
+        delay = min((count - _FREE_FAILURES + 1) * _DELAY_STEP, _LONGEST_DELAY, max(knock.deadline - now, 0))
+        self._loop.call_later(delay, self._fail_now, knock)
+        return True
+
+    def _fail_now(self, knock: Knock) -> None:
+        if not knock.done:
+            with contextlib.suppress(OSError):
+                self._send(knock, FAILURE)
+            self._go_on(knock, None)
+
+    # Deadlines
+
+    def _watch(self) -> None:
+        """Keep one timer, for the oldest: all have the same time, so it is the first to run out."""
+        if self._timer is None and self._knocks:
+            self._timer = self._loop.call_at(next(iter(self._knocks)).deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
+            self._refuse(oldest, "not finished within limits.handshake_timeout")
+        self._watch()
+
+
+def peer_uid(sock: socket.socket) -> int | None:
+    """Return the user id at the other end of a Unix socket; None for other sockets and systems."""
+    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX:
+        return None
+    return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+
+
+def fresh_instance() -> str:
+    """Return a name for a pool's new connection: ``[0-9a-z]{1,16}``, not given before in practice."""
+    return os.urandom(6).hex()

@@ -1,0 +1,151 @@
+"""Whose key made an answer: the identity behind a handshake.
+
+An answer with a name is checked against that client's keys only. Without one the keys are tried, most
+recently used first, within a limit; a search is a sequence of small slices, so that the one who runs it
+can let others go first. Source: docs/protocol.md, "Identity".
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Final
+
+from brokerd.config.values import ClientConfig, Key
+from brokerd_client.wire.handshake import Proof
+
+__all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search"]
+
+#: Keys tried before others get their turn: some 50 microseconds of work.
+SLICE: Final = 32
+_NOBODY: Final = b"\0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """One key of one client."""
+
+    client: ClientConfig
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a search found.
+
+    credential: whose key made the answer, or None. refusal: why it may not be used, or "".
+    """
+
+    credential: Credential | None = None
+    refusal: str = ""
+
+    @property
+    def accepted(self) -> Credential | None:
+        """The credential, if it may be used."""
+        return None if self.refusal else self.credential
+
+
+class Keyring:
+    """All keys, in the order of their last use."""
+
+    def __init__(self, clients: Iterable[ClientConfig], limit: int = 1000) -> None:
+        #: Most recently used last: that is the cheap end of an OrderedDict to move to.
+        self._order: OrderedDict[bytes, Credential] = OrderedDict()
+        self._by_client: dict[str, list[Credential]] = {}
+        for client in clients:
+            self._by_client[client.name] = credentials = [
+                Credential(client, key) for key in client.keys or [_public(client)]
+            ]
+            for credential in credentials:
+                self._order[credential.key.value] = credential
+        self.limit = limit
+        #: Every named search tries as many keys as the client with the most keys has.
+        self._named_tries = max(map(len, self._by_client.values()), default=1)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def candidates(self, limit: int) -> Iterator[Credential]:
+        """Yield keys to try, most recently used first; not to be used across a change of the order."""
+        return islice(reversed(self._order.values()), limit)
+
+    def named(self, name: str) -> list[Credential]:
+        """Return the keys of one client."""
+        return self._by_client.get(name, [])
+
+    @property
+    def named_tries(self) -> int:
+        """How many keys are tried for any name, known or not."""
+        return self._named_tries
+
+    def used(self, credential: Credential) -> None:
+        """Have the key tried first from now on."""
+        if credential.key.value in self._order:
+            self._order.move_to_end(credential.key.value)
+
+
+class Search:
+    """The search for the key that made one answer.
+
+    allow_md5: whether the listener allows HMAC-MD5 for every client. uid: the user at the other end of a
+    Unix socket, None elsewhere. now: the time of day, for the keys' windows.
+    """
+
+    __slots__ = ("_allow_md5", "_now", "_proof", "_rest", "_ring", "_uid", "tried")
+
+    def __init__(self, ring: Keyring, proof: Proof, *, allow_md5: bool, uid: int | None, now: datetime) -> None:
+        self._ring = ring
+        self._proof = proof
+        self._allow_md5 = allow_md5
+        self._uid = uid
+        self._now = now
+        self._rest: list[Credential] | None = None
+        self.tried = 0
+
+    def step(self) -> Identity | None:
+        """Try some keys; return what was found, or None if there are more to try."""
+        if self._proof.name:
+            return self._among_named()
+        if self._rest is None:
+            batch = list(self._ring.candidates(min(SLICE, self._ring.limit)))
+        else:
+            batch, self._rest = self._rest[:SLICE], self._rest[SLICE:]
+        for credential in batch:
+            self.tried += 1
+            if self._proof.made_with(credential.key.value):
+                return self._judge(credential)
+        if self._rest is None:
+            self._rest = list(self._ring.candidates(self._ring.limit))[SLICE:]
+        return None if self._rest else Identity(refusal="unknown key")
+
+    def _among_named(self) -> Identity:
+        """Try a name's keys: always equally many, so that the time says nothing about the name."""
+        name = self._proof.name.decode(errors="replace")
+        credentials = self._ring.named(name)
+        found: Credential | None = None
+        for position in range(max(self._ring.named_tries, len(credentials))):
+            self.tried += 1
+            credential = credentials[position] if position < len(credentials) else None
+            right = self._proof.made_with(_NOBODY if credential is None else credential.key.value)
+            if right and credential is not None:
+                found = credential
+        return Identity(refusal="wrong key for the name it gave") if found is None else self._judge(found)
+
+    def _judge(self, credential: Credential) -> Identity:
+        client = credential.client
+        if not credential.key.valid_at(self._now):
+            return Identity(credential, "the key is outside its not_before and not_after")
+        if self._proof.digest == "md5" and not (self._allow_md5 or client.allow_md5):
+            return Identity(credential, "it can only do HMAC-MD5: set allow_md5 for the client or the listener")
+        if client.peer_uid is not None and self._uid not in client.peer_uid:
+            return Identity(credential, "it does not come from a Unix socket and a user named in peer_uid")
+        self._ring.used(credential)
+        return Identity(credential)
+
+
+def _public(client: ClientConfig) -> Key:
+    """Return the key of a client that needs none: its name, which is no secret. Its user is what counts."""
+    return Key(client.name.encode(), source="the name; peer_uid says who may use it")

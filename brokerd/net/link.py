@@ -1,0 +1,208 @@
+"""One established connection: bytes from its socket to the routing loop, bytes of its outbox to its socket.
+
+The socket is read and written here and not by an asyncio transport, so that the outbox is the only
+place where bytes wait: what the system did not take is known to the byte, and goes back to its
+senders when the connection ends.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+from brokerd.core import routing
+from brokerd.core.broker import Verdict
+from brokerd_client.errors import BadLength
+from brokerd_client.wire.framing import frame_span
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.core.session import Session
+    from brokerd.net.server import Server
+
+__all__ = ["READ_BUFFER", "Link", "tune"]
+
+#: Size of the one read buffer that all connections share, in bytes.
+READ_BUFFER: Final = 256 * 1024
+#: A frame longer than this is collected in a buffer of its own.
+_LARGE: Final = READ_BUFFER // 2
+#: Seconds a connection that is to be closed has to take what is written for it.
+_GRACE: Final = 5.0
+
+
+class Link:
+    """One established connection.
+
+    tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
+    large, wanted: a long frame being collected, and its whole size.
+    """
+
+    __slots__ = ("closed", "fd", "grace", "large", "server", "session", "sock", "tail", "wanted", "writing")
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.session: Session
+        self.tail = b""
+        self.large: bytearray | None = None
+        self.wanted = 0
+        self.writing = False
+        self.grace: asyncio.TimerHandle | None = None
+        self.closed = False
+
+    def open(self, session: Session, early: bytes) -> None:
+        """Begin: early are bytes that came in behind the handshake."""
+        self.session = session
+        self.tail = early
+        self.server.loop.add_reader(self.fd, self.on_readable)
+        if early:
+            self.resume()
+
+    # Reading
+
+    def on_readable(self) -> None:
+        """Read once and route what came."""
+        view = self.server.buffer
+        kept = 0
+        try:
+            if self.large is not None:
+                size = self.sock.recv_into(view, min(READ_BUFFER, self.wanted - len(self.large)))
+            else:
+                kept = len(self.tail)
+                view[:kept] = self.tail
+                size = self.sock.recv_into(view[kept:])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.lost(error.strerror or type(error).__name__)
+            return
+        if not size:
+            self.lost("closed by the client")
+            return
+        if self.large is None:
+            self.tail = b""
+            self._route(view, kept + size)
+            return
+        self.large += view[:size]
+        if len(self.large) == self.wanted:
+            whole, self.large = self.large, None
+            self._route(memoryview(whole), len(whole))
+
+    def resume(self) -> None:
+        """Route what was kept while the sender was held, and read on."""
+        if self.closed or self.session.closing:
+            return
+        kept, self.tail = self.tail, b""
+        self.server.loop.add_reader(self.fd, self.on_readable)
+        if kept:
+            self._route(memoryview(kept), len(kept))
+
+    def _route(self, view: memoryview, end: int) -> None:
+        server, session = self.server, self.session
+        now = server.loop.time()
+        position, verdict = routing.feed(server.broker, session, view, 0, end, now)
+        while verdict is Verdict.FLUSH:
+            server.write_touched()
+            if self.closed or session.closing:
+                verdict = Verdict.CLOSE
+                break
+            position, verdict = routing.feed(server.broker, session, view, position, end, now)
+        if self.closed:
+            pass
+        elif verdict is Verdict.CLOSE:
+            server.loop.remove_reader(self.fd)
+        else:
+            self._keep(view, position, end)
+            if verdict is Verdict.HOLD:
+                server.loop.remove_reader(self.fd)
+        server.settle()
+
+    def _keep(self, view: memoryview, position: int, end: int) -> None:
+        """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
+        if position == end:
+            return
+        try:
+            span = frame_span(view, position, end)
+        except BadLength:
+            # Kept behind a held frame; the routing loop judges it when it gets there.
+            span = None
+        self.tail = bytes(view[position:end])
+        if span is not None and self.session.held_by is None:
+            wanted = sum(span) - position
+            if wanted > _LARGE:
+                self.large, self.wanted, self.tail = bytearray(self.tail), wanted, b""
+
+    # Writing
+
+    def write(self) -> None:
+        """Offer the outbox to the system; where it does not take all, wait until it takes more."""
+        session = self.session
+        outbox = session.outbox
+        try:
+            while pieces := outbox.pieces():
+                size = self.sock.send(pieces[0]) if len(pieces) == 1 else self.sock.sendmsg(pieces)
+                outbox.sent(size)
+        except (BlockingIOError, InterruptedError):
+            outbox.blocked = True
+            if not self.writing:
+                self.writing = True
+                self.server.loop.add_writer(self.fd, self.on_writable)
+            if session.closing:
+                self.close_soon()
+        except OSError as error:
+            self.lost(error.strerror or type(error).__name__)
+        else:
+            outbox.blocked = False
+            if self.writing:
+                self.writing = False
+                self.server.loop.remove_writer(self.fd)
+            if session.closing:
+                self.lost(session.closing)
+
+    def on_writable(self) -> None:
+        """Write on; whoever waited for room in this outbox may send again."""
+        self.write()
+        if not self.closed:
+            self.server.broker.drained(self.session)
+        self.server.settle()
+
+    # The end
+
+    def close_soon(self) -> None:
+        """Read nothing more, and give the client a last chance to take what is written for it."""
+        if self.grace is None:
+            self.server.loop.remove_reader(self.fd)
+            self.grace = self.server.loop.call_later(_GRACE, self.lost, self.session.closing)
+
+    def lost(self, why: str) -> None:
+        """Close the socket and have the core answer for what was still to be done."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.grace is not None:
+            self.grace.cancel()
+        self.server.loop.remove_reader(self.fd)
+        self.server.loop.remove_writer(self.fd)
+        self.sock.close()
+        self.tail, self.large = b"", None
+        self.server.on_lost(self, why)
+
+    def is_gone(self) -> bool:
+        """Return whether the client has closed, without waiting for the event loop to say so.
+
+        Whatever it sent before that is routed first.
+        """
+        for _ in range(16):
+            if self.closed or self.session.held_by is not None:
+                break
+            self.on_readable()
+        return self.closed
+
+
+def tune(sock: socket.socket) -> None:
+    """Set the options of a connection's socket: not blocking, no delay on TCP."""
+    sock.setblocking(False)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

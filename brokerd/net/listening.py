@@ -1,0 +1,168 @@
+"""Listening sockets: bound as the configuration says, with a stale socket file taken over and a live one left.
+
+Nothing is accepted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from brokerd.config.values import ListenConfig
+from brokerd_client.address import Address, parse
+
+__all__ = ["BACKLOG", "ListenError", "Listening", "listen"]
+
+#: Connections the system keeps for us until they are accepted; it caps this at its own limit.
+BACKLOG: Final = 4096
+
+
+class ListenError(Exception):
+    """An address can't be listened at; the message says which, why and what would help."""
+
+
+@dataclass(slots=True)
+class Listening:
+    """One listening socket.
+
+    address: where it really listens, a port chosen by the system filled in. inode: of its socket file,
+    so that nobody else's file is removed at the end.
+    """
+
+    config: ListenConfig
+    sock: socket.socket
+    address: Address
+    inode: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file, if it is still ours."""
+        self.sock.close()
+        if self.inode is not None:
+            path = Path(self.address.path)
+            with contextlib.suppress(OSError):
+                if _inode(path) == self.inode:
+                    path.unlink()
+
+
+def listen(config: ListenConfig) -> list[Listening]:
+    """Return the listening sockets of one ``listen`` entry: one, or one for each address a host name has.
+
+    Raises ListenError.
+    """
+    address = config.address
+    try:
+        if address.family == "AF_UNIX":
+            return [_listen_unix(config)]
+        return _listen_tcp(config)
+    except OSError as error:
+        raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(error)}") from error
+
+
+def _hint(error: OSError) -> str:
+    hints = {
+        errno.EADDRINUSE: " (another program listens there)",
+        errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
+        errno.ENOENT: " (make the directory first)",
+        errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
+    }
+    return hints.get(error.errno or 0, "")
+
+
+def _listen_tcp(config: ListenConfig) -> list[Listening]:
+    host, port = config.address.host, config.address.port
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    opened: list[Listening] = []
+    try:
+        for family, _, _, _, sockaddr in dict.fromkeys(found):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                # A name with several addresses and port 0 gets the same port for all of them.
+                at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
+                sock.bind(at)
+                sock.listen(BACKLOG)
+                sock.setblocking(False)
+            except OSError as error:
+                sock.close()
+                if opened and error.errno == errno.EADDRNOTAVAIL:
+                    continue
+                raise
+            opened.append(Listening(config, sock, parse(sock.getsockname()[:2])))
+    except OSError:
+        for each in opened:
+            each.close()
+        raise
+    return opened
+
+
+def _listen_unix(config: ListenConfig) -> Listening:
+    address = config.address
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not address.is_file:
+            sock.bind(address.path)
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+            return Listening(config, sock, address)
+        path = Path(address.path)
+        _take_over(path)
+        # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
+        os.fchmod(sock.fileno(), config.mode if config.mode is not None else 0o600)
+        umask = os.umask(0)
+        try:
+            sock.bind(address.path)
+        finally:
+            os.umask(umask)
+        if config.group is not None:
+            shutil.chown(path, group=config.group)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return Listening(config, sock, address, _inode(path))
+    except LookupError as error:
+        sock.close()
+        raise ListenError(f"can't listen at {address}: {error}") from error
+    except OSError as error:
+        sock.close()
+        if error.errno is None and "too long" in str(error):
+            raise ListenError(
+                f"can't listen at {address}: the path is too long for a socket (some 100 bytes)"
+            ) from error
+        raise
+
+
+def _take_over(path: Path) -> None:
+    """Remove the socket file of a dead daemon. Raises ListenError for a live one, or for any other file."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(
+            f"can't listen at {path}: a file that is no socket is there (choose another path or remove it)"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass
+    raise ListenError(f"can't listen at {path}: another program is listening there (stop it, or choose another path)")
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino

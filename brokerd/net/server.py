@@ -1,0 +1,249 @@
+"""The server: accepts connections, lets them in through the door, and carries out what the core decided."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from brokerd.config.model import Limits
+from brokerd.core.broker import Broker, Order
+from brokerd.net.door import Door, Knock, fresh_instance
+from brokerd.net.keyring import Keyring
+from brokerd.net.link import READ_BUFFER, Link, tune
+from brokerd.net.listening import Listening
+
+__all__ = ["Log", "Server"]
+
+#: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
+_ACCEPTS: Final = 32
+#: Seconds without accepting after the system had no descriptor left.
+_OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
+
+
+class Log(Protocol):
+    """Where events go: structlog's bound loggers are one."""
+
+    def debug(self, event: str, **fields: Any) -> Any:
+        """Log what only a developer wants to see."""
+
+    def info(self, event: str, **fields: Any) -> Any:
+        """Log what happened."""
+
+    def warning(self, event: str, **fields: Any) -> Any:
+        """Log what an operator may have to act on."""
+
+
+class Server:
+    """Every socket of the daemon.
+
+    buffer: the one read buffer; a read is routed before the next one begins.
+    wall: returns the time of day in seconds since the epoch.
+    """
+
+    def __init__(
+        self, broker: Broker, keyring: Keyring, limits: Limits, log: Log, *, wall: Callable[[], float]
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.broker = broker
+        self.keyring = keyring
+        self.limits = limits
+        self.log = log
+        self.wall = wall
+        self.buffer = memoryview(bytearray(READ_BUFFER))
+        self.links: set[Link] = set()
+        self.listening: list[Listening] = []
+        self.on_order: Callable[[Order], None] = lambda order: None
+        self._door = Door(self)
+        self._tick: asyncio.TimerHandle | None = None
+        self._settling = False
+        self._paused: list[Listening] = []
+        self._empty: asyncio.Event = asyncio.Event()
+
+    # Accepting
+
+    def start(self, listening: Iterable[Listening]) -> None:
+        """Accept connections from these sockets too."""
+        for each in listening:
+            self.listening.append(each)
+            self.loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+
+    def stop_accepting(self) -> None:
+        """Close every listening socket and turn away who is still at the door."""
+        for each in self.listening:
+            self.loop.remove_reader(each.sock.fileno())
+            each.close()
+        self.listening.clear()
+        self._paused.clear()
+        self._door.close()
+
+    def _on_acceptable(self, listening: Listening) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                sock, peer = listening.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                self._pause(listening, error)
+                return
+            try:
+                tune(sock)
+            except OSError:
+                # Gone before it was begun.
+                sock.close()
+                continue
+            self._door.knock(sock, peer, str(listening.address), allow_md5=listening.config.allow_md5)
+
+    def _pause(self, listening: Listening, error: OSError) -> None:
+        """Leave connections in the system's queue until there are descriptors again."""
+        self.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
+        self.loop.remove_reader(listening.sock.fileno())
+        self._paused.append(listening)
+        self.loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE, self._resume, listening)
+
+    def _resume(self, listening: Listening) -> None:
+        if listening in self._paused:
+            self._paused.remove(listening)
+            self.loop.add_reader(listening.sock.fileno(), self._on_acceptable, listening)
+
+    # The door asks
+
+    def room_for(self, name: str) -> str:
+        """Make room for one more connection of ``name``; return why there is none, or ""."""
+        if len(self.links) >= self.limits.connections:
+            return "more connections than limits.connections"
+        there, leaving = self.broker.place_for(name)
+        if not there:
+            # A client that comes back at once may be faster than the news that it went.
+            client = self.broker.exchange.resolve(name)
+            for session in [] if client is None else list(client.sessions.values()):
+                session.link.is_gone()
+            there, leaving = self.broker.place_for(name)
+        if not there:
+            return "the broker is draining" if self.broker.draining else "its name is connected already"
+        if leaving is not None:
+            leaving.link.lost("replaced by a new connection")
+        return ""
+
+    def admit(self, knock: Knock) -> None:
+        """Begin the session of a connection that has proved who it is."""
+        assert knock.credential is not None
+        name = knock.credential.client.name
+        # While this handshake was finishing, another may have taken the place.
+        reason = self.room_for(name)
+        if reason:
+            knock.sock.close()
+            self.on_refused(knock, reason)
+            return
+        link = Link(self, knock.sock)
+        session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
+        self.links.add(link)
+        self.log.info(
+            "client.connected",
+            name=name,
+            address=session.address,
+            peer=knock.peer,
+            listener=knock.listener,
+            key=knock.credential.key.key_id,
+        )
+        link.open(session, knock.reader.take_rest())
+        self.settle()
+
+    def on_refused(self, knock: Knock, reason: str) -> None:
+        """Log that a connection was turned away."""
+        client = knock.credential.client.name if knock.credential is not None else None
+        fields = {} if client is None else {"name": client}
+        self.log.warning("client.refused", reason=reason, peer=knock.peer, listener=knock.listener, **fields)
+
+    # What the core decided
+
+    def on_lost(self, link: Link, why: str) -> None:
+        """Answer for a connection that has just been closed."""
+        session = link.session
+        self.links.discard(link)
+        self.broker.detach(session, self.wall())
+        self.log.info("client.disconnected", name=session.client.name, address=session.address, reason=why)
+        if not self.links:
+            self._empty.set()
+        self.settle()
+
+    def write_touched(self) -> None:
+        """Offer every outbox that has something new to the system."""
+        touched = self.broker.touched
+        while touched:
+            session = touched.pop()
+            session.touched = False
+            link: Link = session.link
+            if not session.open:
+                continue
+            if session.cut:
+                link.lost(session.closing)
+            elif not (session.outbox.blocked and link.writing):
+                link.write()
+            elif session.closing:
+                link.close_soon()
+
+    def settle(self) -> None:
+        """Carry out everything the core has decided: write, close, resume, pass on orders, set the timer."""
+        if self._settling:
+            return
+        self._settling = True
+        broker = self.broker
+        try:
+            while broker.touched or broker.released:
+                self.write_touched()
+                released, broker.released = broker.released, []
+                for session in released:
+                    session.link.resume()
+        finally:
+            self._settling = False
+        while broker.orders:
+            self.on_order(broker.orders.pop(0))
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        deadline = self.broker.next_deadline
+        if self._tick is not None and (deadline is None or deadline < self._tick.when()):
+            self._tick.cancel()
+            self._tick = None
+        if self._tick is None and deadline is not None and deadline != float("inf"):
+            self._tick = self.loop.call_at(deadline, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self.broker.tick(self.loop.time())
+        self.settle()
+
+    # The end
+
+    async def drain(self, timeout_s: float) -> int:
+        """Let go of every connection, its outbox written first; return how many had to be cut off.
+
+        timeout_s: until those that do not read are cut off.
+        """
+        self.stop_accepting()
+        self.broker.drain()
+        self.settle()
+        for link in list(self.links):
+            self.broker.close(link.session, "the broker is shutting down")
+        self.settle()
+        if self.links:
+            self._empty.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+        return self.cut_off()
+
+    def cut_off(self) -> int:
+        """Close everything at once; return how many connections had bytes waiting."""
+        self.stop_accepting()
+        links = list(self.links)
+        for link in links:
+            link.lost("the broker stopped")
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        return len(links)
