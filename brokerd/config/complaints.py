@@ -1,0 +1,118 @@
+"""What pydantic found wrong, in the words of this program: what is wrong (what would be right).
+
+Says of a value only what kind it is: it may be a key that stands in the wrong place. What is repeated are names
+of keys that nobody knows, to say which was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from typing import Any, Final, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from brokerd.config.model import NOT_YET
+from brokerd.config.problems import Path
+
+__all__ = ["complaint", "did_you_mean", "unknown_key"]
+
+
+def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return the words for one of pydantic's errors. model: what was validated."""
+    if error["type"] == "extra_forbidden":
+        return unknown_key(str(error["loc"][-1]), known_at(model, error["loc"][:-1]))
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "enum":
+        # The words to choose from: 'a', 'b' or 'c'.
+        words = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"is none of {', '.join(words)}{_meant(error['input'], words)}"
+    words_for = _WORDS.get(error["type"])
+    return words_for(error) if words_for else f"is not right here ({error['msg']})"
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Return the words for a key that the model does not have."""
+    if key in NOT_YET:
+        return "not served by this version (take it out)"
+    short = key if len(key) <= 60 else key[:60] + "..."
+    known = sorted(known)
+    meant = did_you_mean(key, known)
+    return f"unknown key {short!r} ({meant or 'known here: ' + ', '.join(known)})"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return ``did you mean 'that'?`` with the word most like this one, or "" where none is."""
+    # Comparing costs the product of the lengths; a word this long is no slip of the pen.
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= 64 else []
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def known_at(model: type[BaseModel], path: Path) -> list[str]:
+    """Return the keys that the mapping at the path may have."""
+    for step in path:
+        if isinstance(step, str) and step in model.model_fields:
+            model = _model_in(model.model_fields[step].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model inside an annotation such as ``Annotated[list[KeyEntry], ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def _meant(value: object, words: list[str]) -> str:
+    meant = did_you_mean(value, words) if isinstance(value, str) else ""
+    return f" ({meant or 'give one of these words'})"
+
+
+def _kind(value: object) -> str:
+    """Return what kind of value it is, as people call it; never the value."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, date):
+        return "a date"
+    return "empty" if value is None else "something else"
+
+
+def _wants(what: str, right: str) -> Callable[[ErrorDetails], str]:
+    def words(error: ErrorDetails) -> str:
+        return f"is {_kind(error['input'])}, not {what} ({right})"
+
+    return words
+
+
+def _text(error: ErrorDetails) -> str:
+    plain = isinstance(error["input"], (bool, int, float, date))
+    return f"is {_kind(error['input'])}, not text ({'put it in quotes' if plain else 'give text'})"
+
+
+_WORDS: Final[Mapping[str, Callable[[ErrorDetails], str]]] = {
+    "missing": lambda _: "is missing (give it)",
+    "string_type": _text,
+    "string_too_short": lambda _: "is empty (give a value, or take the key out)",
+    "int_type": _wants("a whole number", "give a whole number"),
+    "int_from_float": _wants("a whole number", "give a whole number"),
+    "float_type": _wants("a number", "give a number"),
+    "bool_type": _wants("true or false", "give true or false"),
+    "tuple_type": _wants("a list", "give a list: [one, other], or one '- item' a line"),
+    "dict_type": _wants("a mapping", "give keys with values"),
+    "model_type": _wants("a mapping", "give keys with values"),
+    "too_short": lambda _: "is an empty list (give at least one item, or take the key out)",
+    "greater_than_equal": lambda error: f"is too small (give {error['ctx']['ge']} or more)",
+    "less_than_equal": lambda error: f"is too large (give {error['ctx']['le']} or less)",
+    "less_than": lambda error: f"is too large (give less than {error['ctx']['lt']})",
+}

@@ -1,0 +1,370 @@
+"""One YAML text as plain values that remember where they were written.
+
+Built from the parser's events, not by PyYAML's composer: the compiled composer calls itself for every level of
+nesting, and a file of 100,000 brackets ends the process. Here nesting has a limit, and so has what
+aliases may multiply. The types are those of ``yaml.SafeLoader``, with four differences, each an error or text
+instead of a surprise: a key given twice, a key that is not text, a value that is missing, and a number with colons,
+which YAML 1.1 reads to base 60.
+
+Never opens a file. No problem found here repeats a value: it may be a key.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import yaml
+from yaml.constructor import SafeConstructor
+from yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    MappingEndEvent,
+    MappingStartEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    StreamEndEvent,
+)
+from yaml.nodes import ScalarNode
+from yaml.reader import Reader
+
+from brokerd.config.problems import Path, Place, Problem, format_path
+
+__all__ = ["Document", "Map", "Seq", "read"]
+
+#: A configuration has five levels.
+_DEEPEST: Final = 20
+#: An int of more bits is no setting, and Python refuses to print it.
+_LONGEST_INT_BITS: Final = 1024
+#: Values that aliases may repeat: this many, and so many for each value written.
+_REPEATED: Final = 1_000_000
+_REPEATED_EACH: Final = 20
+
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_RESOLVERS: Final = yaml.SafeLoader.yaml_implicit_resolvers
+_TAG: Final = "tag:yaml.org,2002:"
+_TEXT: Final = _TAG + "str"
+#: What a merge key, <<, is read as; told from text by being this object.
+_MERGE: Final = "".join("<<")
+_CONSTRUCTOR: Final = SafeConstructor()
+_CONSTRUCT: Final = {
+    _TAG + "null": lambda _: None,
+    _TAG + "bool": _CONSTRUCTOR.construct_yaml_bool,
+    _TAG + "int": _CONSTRUCTOR.construct_yaml_int,
+    _TAG + "float": _CONSTRUCTOR.construct_yaml_float,
+    _TAG + "timestamp": _CONSTRUCTOR.construct_yaml_timestamp,
+    _TAG + "binary": _CONSTRUCTOR.construct_yaml_binary,
+}
+
+
+class Mark(Protocol):
+    """A place in the text as PyYAML counts: both from 0."""
+
+    line: int
+    column: int
+
+
+class Map(dict[str, Any]):
+    """A mapping; marks: for each key, where the key and where its value begins."""
+
+    __slots__ = ("marks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: dict[str, tuple[Mark, Mark]] = {}
+
+
+class Seq(list[Any]):
+    """A list; marks: where each item begins."""
+
+    __slots__ = ("marks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[Mark] = []
+
+
+@dataclass(slots=True)
+class Document:
+    """One file's text, read.
+
+    root: the value, None for an empty file or one that is no YAML; problems: what the text itself has wrong;
+    whole: whether it was read to its end.
+    """
+
+    file: str
+    root: object = None
+    problems: list[Problem] = field(default_factory=list)
+    whole: bool = True
+
+    def place(self, path: Path, *, at_key: bool = False) -> tuple[Place, str]:
+        """Return where the path leads, and the path as far as the text goes.
+
+        A scalar's place is its own; that of a list, a mapping or an empty value is its key, and so is that of
+        anything missing in it. at_key: the place of the last key instead of its value.
+        """
+        value: object = self.root
+        place = Place(self.file, 1, 1) if isinstance(value, (Map, Seq)) else Place(self.file, 0, 0)
+        for depth, step in enumerate(path):
+            mark: Mark
+            if isinstance(value, Map) and isinstance(step, str) and step in value.marks:
+                key_mark, value_mark = value.marks[step]
+                value = value[step]
+                wants_key = value is None or isinstance(value, (Map, Seq)) or (at_key and depth == len(path) - 1)
+                mark = key_mark if wants_key else value_mark
+            elif isinstance(value, Seq) and isinstance(step, int) and step < len(value.marks):
+                mark, value = value.marks[step], value[step]
+            elif isinstance(value, (dict, list)):
+                # Missing here, or made by a program and so without marks.
+                break
+            else:
+                return place, format_path(path[:depth])
+            place = _place(self.file, mark)
+        return place, format_path(path)
+
+
+def read(text: str, file: str) -> Document:
+    """Return the document in the text. file: its name for the places.
+
+    Raises nothing: whatever is wrong is in the document's problems.
+    """
+    document = Document(file)
+    bad = Reader.NON_PRINTABLE.search(text)
+    if bad is not None:
+        line = text.count("\n", 0, bad.start())
+        column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
+        what = f"a file of text can't hold the character U+{ord(bad.group()):04X} (take it out)"
+        document.problems.append(Problem(Place(file, line + 1, column + 1), "", what))
+        document.whole = False
+        return document
+    composer = _Composer(text, document)
+    try:
+        composer.compose()
+    except _Stop:
+        document.whole = False
+    except yaml.YAMLError as error:
+        document.whole = False
+        if not isinstance(error, yaml.MarkedYAMLError):
+            composer.report(None, "not YAML: it can't be read as text (save it as UTF-8)")
+            return document
+        mark = error.problem_mark or error.context_mark
+        if _at_end(text, mark) and error.context_mark is not None:
+            # The text ended inside something: where that began says more.
+            mark = error.context_mark
+        composer.report(mark, _syntax(error, text, mark))
+    finally:
+        composer.dispose()
+    return document
+
+
+class _Stop(Exception):
+    """The rest of the text can't be read; the problem is reported."""
+
+
+#: An anchor whose value is not complete: an alias to it would be inside itself.
+_OPEN: Final = object()
+#: A scalar that is reported already.
+_BROKEN: Final = object()
+
+
+class _Composer:
+    """Makes values of the parser's events, and knows at every moment the path of the value being read."""
+
+    def __init__(self, text: str, document: Document) -> None:
+        self._loader = _LOADER(text)
+        self._next = self._loader.get_event
+        self._document = document
+        self._path: list[str | int] = []
+        #: Anchor to (value, how many values it holds).
+        self._anchors: dict[str, tuple[object, int]] = {}
+        self._written = 0
+        self._repeated = 0
+
+    def dispose(self) -> None:
+        self._loader.dispose()
+
+    def report(self, mark: Mark | None, what: str) -> None:
+        place = Place(self._document.file, 1, 1) if mark is None else _place(self._document.file, mark)
+        self._document.problems.append(Problem(place, format_path(self._path), what))
+
+    def compose(self) -> None:
+        """Read the whole text."""
+        self._next()
+        event = self._next()
+        if type(event) is StreamEndEvent:
+            return
+        assert type(event) is DocumentStartEvent
+        self._document.root = self._value(self._next(), 0)
+        self._next()
+        event = self._next()
+        if type(event) is not StreamEndEvent:
+            self.report(event.start_mark, "a second document begins here (one file holds one)")
+
+    def _value(self, event: Any, depth: int) -> object:
+        self._written += 1
+        kind = type(event)
+        if kind is AliasEvent:
+            return self._alias(event)
+        if kind is ScalarEvent:
+            value = self._scalar(event)
+            if event.anchor is not None:
+                self._anchors[event.anchor] = value, 1
+            return value
+        if depth >= _DEEPEST:
+            self._stop(event, f"is nested more than {_DEEPEST} deep (a configuration has five levels)")
+        if event.anchor is None:
+            return self._mapping(event, depth) if kind is MappingStartEvent else self._sequence(event, depth)
+        self._anchors[event.anchor] = _OPEN, 0
+        before = self._written + self._repeated
+        value = self._mapping(event, depth) if kind is MappingStartEvent else self._sequence(event, depth)
+        self._anchors[event.anchor] = value, self._written + self._repeated - before + 1
+        return value
+
+    def _alias(self, event: Any) -> object:
+        value, size = self._anchors.get(event.anchor, (None, 0))
+        if value is _OPEN:
+            self._stop(event, "an alias stands inside what it names (take it out)")
+        if not size:
+            # Its name is not repeated: it may be a key that begins with an asterisk.
+            self._stop(event, "an alias to an anchor that is not there (text that begins with '*' needs quotes)")
+        self._repeated += size
+        if self._repeated > _REPEATED + _REPEATED_EACH * self._written:
+            self._stop(event, "the aliases up to here repeat too much (write fewer, or shorter anchors)")
+        return value
+
+    def _stop(self, event: Any, what: str) -> None:
+        self.report(event.start_mark, what)
+        raise _Stop
+
+    def _sequence(self, start: Any, depth: int) -> Seq:
+        self._check_tag(start, "seq")
+        items = Seq()
+        path = self._path
+        path.append(0)
+        event = self._next()
+        while type(event) is not SequenceEndEvent:
+            path[-1] = len(items)
+            value = self._value(event, depth + 1)
+            if value is None:
+                self.report(event.start_mark, "is empty (give a value, or take the item out)")
+            items.append(value)
+            items.marks.append(event.start_mark)
+            event = self._next()
+        path.pop()
+        return items
+
+    def _mapping(self, start: Any, depth: int) -> Map:
+        self._check_tag(start, "map")
+        entries = Map()
+        marks = entries.marks
+        merged: list[Map] = []
+        merge_mark = None
+        path = self._path
+        path.append("")
+        key_event = self._next()
+        while type(key_event) is not MappingEndEvent:
+            key = self._key(key_event, depth)
+            path[-1] = key if key is not None else "?"
+            if key is not None and key in marks:
+                first = _place(self._document.file, marks[key][0])
+                self.report(key_event.start_mark, f"is given twice, first at {first} (keep one of them)")
+                key = None
+            value_event = self._next()
+            value = self._value(value_event, depth + 1)
+            if key is _MERGE:
+                if merge_mark is not None:
+                    self.report(key_event.start_mark, "is given twice (merge a list: <<: [*one, *other])")
+                merge_mark = key_event.start_mark
+                merged += self._merged(value, value_event)
+            elif key is not None:
+                if value is None:
+                    self.report(key_event.start_mark, "is empty (give a value, or take the key out)")
+                entries[key] = value
+                marks[key] = key_event.start_mark, value_event.start_mark
+            key_event = self._next()
+        path.pop()
+        for other in merged:
+            for key, value in other.items():
+                if key not in entries:
+                    entries[key] = value
+                    marks[key] = other.marks[key]
+        return entries
+
+    def _key(self, event: Any, depth: int) -> str | None:
+        """Return the key, _MERGE for a merge, or None for what can't be one, which is reported."""
+        if type(event) is ScalarEvent and event.tag is None and event.implicit[0] and event.value == "<<":
+            return _MERGE
+        key = self._value(event, depth + 1)
+        if type(key) is str:
+            return key
+        if key is not _BROKEN:
+            kind = {int: "a number", float: "a number", bool: "true or false"}.get(type(key), "no text")
+            self._path.pop()
+            self.report(event.start_mark, f"holds a key that is {kind} to YAML (put it in quotes)")
+            self._path.append("")
+        return None
+
+    def _merged(self, value: object, event: Any) -> list[Map]:
+        maps = value if isinstance(value, Seq) else [value]
+        if not all(isinstance(item, Map) for item in maps):
+            self.report(event.start_mark, "only a mapping can be merged (give an alias to one, or a list of them)")
+            return []
+        return list(maps)
+
+    def _check_tag(self, event: Any, kind: str) -> None:
+        if event.tag not in (None, "!", _TAG + kind):
+            self.report(event.start_mark, "a tag that means nothing here (text that begins with '!' needs quotes)")
+
+    def _scalar(self, event: Any) -> object:
+        tag, text = event.tag, event.value
+        if tag is None or tag == "!":
+            if not event.implicit[0]:
+                return text
+            tag = _resolve(text)
+        if tag == _TEXT:
+            return text
+        construct = _CONSTRUCT.get(tag)
+        if construct is None:
+            self.report(event.start_mark, "a tag that means nothing here (text that begins with '!' needs quotes)")
+            return _BROKEN
+        try:
+            value = construct(ScalarNode(tag, text, event.start_mark))
+            if type(value) is int and value.bit_length() > _LONGEST_INT_BITS:
+                raise ValueError
+        # What the constructors raise for "0x_", a 13th month, "!!bool perhaps" and "!!timestamp soon".
+        except (ValueError, KeyError, AttributeError, IndexError, OverflowError, TypeError, yaml.YAMLError):
+            kind = tag.removeprefix(_TAG)
+            self.report(event.start_mark, f"YAML takes this for a {kind}, and it is none (put text in quotes)")
+            return _BROKEN
+        return value
+
+
+def _resolve(text: str) -> str:
+    """Return the tag of an unquoted scalar, by the rules of yaml.SafeLoader."""
+    for tag, pattern in _RESOLVERS.get(text[:1], ()):
+        if pattern.match(text):
+            # 1:30 is 90 to YAML 1.1 and text to everybody else.
+            return _TEXT if ":" in text and tag in (_TAG + "int", _TAG + "float") else str(tag)
+    return _TEXT
+
+
+def _place(file: str, mark: Mark) -> Place:
+    return Place(file, mark.line + 1, mark.column + 1)
+
+
+def _at_end(text: str, mark: Mark | None) -> bool:
+    return mark is not None and mark.line >= text.rstrip().count("\n") + 1
+
+
+def _syntax(error: yaml.MarkedYAMLError, text: str, mark: Mark | None) -> str:
+    """Return what is wrong with the YAML, with nothing of the text in it but single characters."""
+    if mark is not None:
+        lines = text.split("\n")
+        line = lines[mark.line] if mark.line < len(lines) else ""
+        if line[mark.column : mark.column + 1] == "\t":
+            return "not YAML: a tab (indent with spaces)"
+    # The plain parser quotes what it found, which may be a key.
+    problem = re.sub(r"(['\"]).{2,}\1", "something", str(error.problem or "unreadable"), flags=re.DOTALL)
+    context = re.sub(r"(['\"]).{2,}\1", "something", str(error.context or ""), flags=re.DOTALL)
+    return f"not YAML: {problem}" + (f" ({context})" if context else " (see the YAML of docs/configuration.md)")

@@ -1,0 +1,225 @@
+"""The kinds of values a configuration holds, each with its check and its JSON Schema.
+
+Every check raises ValueError whose text is what is wrong (what would be right), and repeats no value that might be
+a key.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime, time
+from typing import Annotated, Any, Final, TypeAlias, TypeVar
+
+from pydantic import BeforeValidator, Field, InstanceOf
+from pydantic.json_schema import WithJsonSchema
+
+from brokerd.config import units
+from brokerd_client import address as addresses
+from brokerd_client.address import Address
+from brokerd_client.errors import AddressError, InvalidName
+from brokerd_client.wire import envelope
+
+__all__ = [
+    "ByteRate",
+    "Duration",
+    "Group",
+    "KeyBytes",
+    "Mode",
+    "Moment",
+    "Name",
+    "NamePattern",
+    "NonEmpty",
+    "PublishPattern",
+    "Rate",
+    "Several",
+    "Size",
+    "SubscribePattern",
+    "Timeout",
+    "UserId",
+    "Where",
+]
+
+_MODE: Final = re.compile(r"0?[0-7]{3}")
+
+
+def _right(error: ValueError) -> ValueError:
+    """Return the library's error in this package's form: what is wrong (what would be right)."""
+    wrong, colon, right = str(error).rpartition(": ")
+    return ValueError(f"{wrong} ({right})" if colon else str(error))
+
+
+def _address(value: object) -> Address:
+    if isinstance(value, list) and len(value) != 2:
+        raise ValueError(f"a list of {len(value)} is no address (give a host and a port number)")
+    try:
+        address = addresses.parse(value)  # type: ignore[arg-type]  # it judges whatever it is given
+        addresses.validate_family(address.family)
+    except AddressError as error:
+        raise _right(error) from None
+    return address
+
+
+def _mode(value: object) -> int:
+    if not isinstance(value, str) or not _MODE.fullmatch(value):
+        raise ValueError('is no file mode (give three octal digits in quotes, such as "0600" or "0660")')
+    return int(value, 8)
+
+
+def _group(value: object) -> str | int:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32 - 1:
+        return value
+    raise ValueError("is no group (give a group's name or number)")
+
+
+def _key(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("is no text (put the key in quotes)")
+    return value.encode()
+
+
+def _moment(value: object) -> datetime:
+    right = "give a date and time such as 2026-12-31T00:00:00Z"
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"is no date and time ({right})") from None
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    if not isinstance(value, datetime):
+        raise ValueError(f"is no date and time ({right})")
+    return value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+
+
+def _timeout(value: object) -> float:
+    seconds = units.duration(value)
+    if not seconds:
+        raise ValueError("leaves no time at all (give more than 0, such as 5s)")
+    return seconds
+
+
+def _positive_size(value: object) -> int:
+    size = units.size(value)
+    if not size:
+        raise ValueError("leaves no room at all (give more than 0, such as 8MiB)")
+    return size
+
+
+def _publish_pattern(value: object) -> str:
+    pattern = _topic_pattern(value)
+    if pattern.startswith("$"):
+        raise ValueError("is a topic of the broker's own (nobody but the broker publishes below '$')")
+    return pattern
+
+
+def _topic_pattern(value: object) -> str:
+    try:
+        return envelope.check_pattern(_text(value))
+    except InvalidName as error:
+        raise _right(error) from None
+
+
+def _name_pattern(value: object) -> str:
+    text = _text(value)
+    if text.startswith("$"):
+        raise ValueError("is the broker itself (take it out: every client may send to $broker)")
+    # What stands between brackets is a set of characters, as in a shell.
+    rest = re.sub(r"\[!?\]?[^\]]*\]", "", text)
+    if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", rest):
+        raise ValueError("can match no client (give a client's name, or a pattern such as report.*)")
+    return text
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is no text (put it in quotes)")
+    return value
+
+
+Duration: TypeAlias = Annotated[
+    float,
+    BeforeValidator(units.duration),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": units.DURATION_PATTERN}]}
+    ),
+]
+Timeout: TypeAlias = Annotated[
+    float,
+    BeforeValidator(_timeout),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.DURATION_PATTERN}]}
+    ),
+]
+Size: TypeAlias = Annotated[
+    int,
+    BeforeValidator(_positive_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN}]}),
+]
+Rate: TypeAlias = Annotated[
+    float,
+    BeforeValidator(units.rate),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.RATE_PATTERN}]}
+    ),
+]
+ByteRate: TypeAlias = Annotated[
+    float,
+    BeforeValidator(units.byte_rate),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.BYTE_RATE_PATTERN}]}
+    ),
+]
+Where: TypeAlias = Annotated[
+    InstanceOf[Address],
+    BeforeValidator(_address),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {
+                    "type": "array",
+                    "prefixItems": [{"type": "string"}, {"type": "integer", "minimum": 0, "maximum": 65535}],
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
+            ]
+        }
+    ),
+]
+Mode: TypeAlias = Annotated[
+    int, BeforeValidator(_mode), WithJsonSchema({"type": "string", "pattern": f"^{_MODE.pattern}$"})
+]
+Group: TypeAlias = Annotated[
+    # One validator for both types: a union would report every member's error.
+    Any,
+    BeforeValidator(_group),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}),
+]
+KeyBytes: TypeAlias = Annotated[
+    bytes, BeforeValidator(_key), WithJsonSchema({"type": "string", "minLength": 1, "writeOnly": True})
+]
+Moment: TypeAlias = Annotated[
+    datetime,
+    BeforeValidator(_moment),
+    # Some YAML readers make a timestamp of it before a validator of JSON Schema sees it, which is no JSON type.
+    WithJsonSchema({"not": {"type": ["number", "boolean", "array", "object", "null"]}}),
+]
+_Item = TypeVar("_Item")
+#: A list in the file, a tuple from there on: what is validated is never changed.
+Several: TypeAlias = Annotated[tuple[_Item, ...], Field(strict=False)]
+NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+UserId: TypeAlias = Annotated[int, Field(ge=0, lt=2**32 - 1)]
+NamePattern: TypeAlias = Annotated[
+    str, BeforeValidator(_name_pattern), WithJsonSchema({"type": "string", "pattern": r"^[^$]"})
+]
+PublishPattern: TypeAlias = Annotated[
+    str, BeforeValidator(_publish_pattern), WithJsonSchema({"type": "string", "pattern": r"^[^$]"})
+]
+SubscribePattern: TypeAlias = Annotated[
+    str, BeforeValidator(_topic_pattern), WithJsonSchema({"type": "string", "minLength": 1})
+]
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]

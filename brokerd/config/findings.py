@@ -1,0 +1,89 @@
+"""What was found in all files of one configuration so far, good and bad; in the end a Config or a ConfigError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from brokerd.config.complaints import did_you_mean
+from brokerd.config.document import Document
+from brokerd.config.model import ClientConfig, Config, Limits, ListenConfig, Log, Rule
+from brokerd.config.problems import ConfigError, Path, Place, Problem
+
+__all__ = ["Findings"]
+
+
+class Findings:
+    """One configuration in the making.
+
+    file: the main file. environ: where keys in the environment are looked up.
+    """
+
+    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
+        self.file = file
+        self.environ = environ
+        self.problems: list[Problem] = []
+        #: In the order read, which is the order of the errors; a dict for its order.
+        self.files: dict[str, None] = {file: None}
+        #: Whether every file could be read: otherwise names may be missing that are in it.
+        self.whole = True
+        self.limits = Limits()
+        self.log = Log()
+        self.listen: list[ListenConfig] = []
+        self.clients: dict[str, ClientConfig] = {}
+        #: Whether any file lists a listener, good or bad.
+        self.listens = False
+        #: Every address and every name, also of entries with problems, and where it is given.
+        self.addresses: dict[str, Place] = {}
+        self.names: dict[str, tuple[Document, Path]] = {}
+        #: Every key, whose it is and where it is given.
+        self.keys: dict[bytes, tuple[str, Document, Path]] = {}
+        #: Names in send_to without a wildcard, and where they are given.
+        self.recipients: list[tuple[str, Document, Path]] = []
+        #: Lists that clients have in common through an anchor become rules once. The list is kept beside its
+        #: rules: an id is only good while the object lives.
+        self.rules: dict[int, tuple[object, tuple[Rule, ...]]] = {}
+        #: Files of which it is reported that others can read the keys in them.
+        self.exposed: set[str] = set()
+
+    def config(self) -> Config:
+        """Return the whole configuration. Raises ConfigError if there is any problem."""
+        self._check_listeners()
+        self._check_recipients()
+        if self.problems:
+            raise ConfigError(self._sorted_problems())
+        return Config(
+            path=self.file,
+            listen=tuple(self.listen),
+            clients=self.clients,
+            limits=self.limits,
+            log=self.log,
+            files=tuple(self.files),
+        )
+
+    def _check_listeners(self) -> None:
+        if not self.listens and self.whole:
+            what = "is missing (give at least one address, such as /run/brokerd/brokerd.sock)"
+            self.problems.append(Problem(Place(self.file, 1, 1), "listen", what))
+
+    def _check_recipients(self) -> None:
+        """Report names in send_to that nobody has."""
+        for name, document, path in self.recipients:
+            if name in self.names:
+                continue
+            meant = did_you_mean(name, self.names)
+            # The name may be in a file that can't be read; then only what looks like a slip is one.
+            if self.whole or meant:
+                place, shown = document.place(path)
+                right = meant or "give a name from clients:, or a pattern with '*'"
+                self.problems.append(Problem(place, shown, f"there is no client {name!r} ({right})"))
+
+    def _sorted_problems(self) -> list[Problem]:
+        order = {file: number for number, file in enumerate(self.files)}
+        unique: dict[tuple[Place, str], Problem] = {}
+        for problem in self.problems:
+            # An anchor's mistake is one mistake, however often it is merged.
+            unique.setdefault((problem.place, problem.what if problem.place.line else str(problem)), problem)
+        return sorted(
+            unique.values(),
+            key=lambda problem: (order.get(problem.place.file, 0), problem.place.line, problem.place.column),
+        )

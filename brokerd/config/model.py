@@ -1,0 +1,311 @@
+"""What a configuration is: the form of the file, every default, and the values the daemon gets from it.
+
+The pydantic models are the file's form; the JSON Schema and the tables of docs/configuration.md follow them.
+What needs more than one entry, another file or a key's bytes is judged in ``load`` and ``keys``. Nothing here
+opens a file. No error of these models ever repeats what was written where a key may stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+
+from brokerd.config import units
+from brokerd.config.fields import (
+    ByteRate,
+    Duration,
+    Group,
+    KeyBytes,
+    Mode,
+    Moment,
+    Name,
+    NamePattern,
+    NonEmpty,
+    PublishPattern,
+    Rate,
+    Several,
+    Size,
+    SubscribePattern,
+    Timeout,
+    UserId,
+    Where,
+)
+from brokerd.config.values import (
+    ClientConfig,
+    Key,
+    ListenConfig,
+    LogFormat,
+    LogLevel,
+    RateConfig,
+    Rule,
+    Source,
+    WhenConnected,
+    WhenFull,
+)
+
+__all__ = [
+    "KEY_FIELDS",
+    "KEY_ITEM_FIELDS",
+    "NOT_YET",
+    "ClientConfig",
+    "ClientEntry",
+    "Config",
+    "File",
+    "IncludedFile",
+    "Key",
+    "KeyEntry",
+    "Limits",
+    "ListenConfig",
+    "ListenEntry",
+    "Log",
+    "LogFormat",
+    "LogLevel",
+    "RateConfig",
+    "RateEntry",
+    "Rule",
+    "Source",
+    "WhenConnected",
+    "WhenFull",
+    "json_schema",
+]
+
+#: Keys that a later version serves; today their error says so instead of guessing at a slip of the pen.
+NOT_YET: Final = frozenset({"monitor", "tls"})
+#: Where a client's key may come from; a client gives one of them.
+KEY_FIELDS: Final = ("key", "key_file", "key_env", "key_credential", "keys")
+#: The same for one entry of ``keys``.
+KEY_ITEM_FIELDS: Final = ("file", "key", "env", "credential")
+
+
+def _written(default: str, read: Callable[[str], object]) -> Any:
+    """Return a field whose default is given as people write it; the JSON Schema shows it so."""
+    # Read once, here: validating the defaults of every client would take longer than its own entries.
+    return Field(default=read(default), json_schema_extra={"default": default})
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class ListenEntry(_Entry):
+    """A place to listen at: an address alone, or a mapping with its options."""
+
+    address: Where
+    r"""HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, \\.\pipe\NAME, or a Unix socket's path."""
+    allow_md5: bool = False
+    """Whether every client may use HMAC-MD5 here, the only digest Python 3.11 and older know."""
+    mode: Mode = _written("0600", lambda digits: int(digits, 8))
+    """File mode of a Unix socket, as octal digits in quotes."""
+    group: Group | None = None
+    """Group that gets the Unix socket's file: a name or a number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Return the long form of an address that stands alone."""
+        return value if isinstance(value, Mapping) else {"address": value}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
+        schema: JsonSchemaValue = handler.resolve_ref_schema(handler(core_schema))
+        short = schema["properties"]["address"]["anyOf"]
+        long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
+        return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
+
+
+class KeyEntry(_Entry):
+    """One of a client's keys: where it is, and when it is accepted."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": [field]} for field in KEY_ITEM_FIELDS]},
+    )
+
+    file: NonEmpty | None = None
+    """A file that holds the key, relative to this file; one trailing newline is cut."""
+    key: KeyBytes | None = Field(default=None, repr=False)
+    """The key itself, in a file that only its owner can read."""
+    env: NonEmpty | None = None
+    """The environment variable that holds the key."""
+    credential: NonEmpty | None = None
+    """The name of a systemd credential: a file in $CREDENTIALS_DIRECTORY."""
+    not_before: Moment | None = None
+    """The key is accepted from this time on; UTC unless it says otherwise."""
+    not_after: Moment | None = None
+    """The key is accepted up to this time; UTC unless it says otherwise."""
+
+
+class RateEntry(_Entry):
+    """How much a client may send in a second."""
+
+    messages: Rate | None = None
+    """Messages a second, such as 10000/s; no limit unless given."""
+    bytes: ByteRate | None = None
+    """Bytes a second, such as 50MiB/s; no limit unless given."""
+
+
+class ClientEntry(_Entry):
+    """One identity: its keys, and what whoever has one of them may do."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"oneOf": [{"required": [field]} for field in KEY_FIELDS]},
+                {"required": ["peer_uid"], "not": {"anyOf": [{"required": [field]} for field in KEY_FIELDS]}},
+            ]
+        },
+    )
+
+    key: KeyBytes | None = Field(default=None, repr=False)
+    """The key itself, in a file that only its owner can read."""
+    key_file: NonEmpty | None = None
+    """A file that holds the key, relative to this file; one trailing newline is cut."""
+    key_env: NonEmpty | None = None
+    """The environment variable that holds the key."""
+    key_credential: NonEmpty | None = None
+    """The name of a systemd credential: a file in $CREDENTIALS_DIRECTORY."""
+    keys: Annotated[Several[KeyEntry], Field(min_length=1)] | None = None
+    """Several keys, any of which is accepted within its time."""
+    connections: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """How many connections may share the name at once."""
+    send_to: Several[NamePattern] = ("*",)
+    """Whom the client may send to: names, or shell-style patterns."""
+    publish: Several[PublishPattern] = (">",)
+    """What the client may publish on: topic patterns."""
+    subscribe: Several[SubscribePattern] = (">", "$broker.>")
+    """What the client may subscribe to: topic patterns; $broker.> is the presence of other clients."""
+    queue: Size = _written("8MiB", units.size)
+    """Bytes that may wait for this client."""
+    when_full: Annotated[WhenFull, Field(strict=False)] = WhenFull.WAIT
+    """What happens when the queue is full: wait, refuse, drop_oldest or disconnect."""
+    when_connected: Annotated[WhenConnected, Field(strict=False)] = WhenConnected.REFUSE
+    """What happens to one connection more than allowed: refuse it, or replace the oldest."""
+    rate: RateEntry = RateEntry()
+    """How much the client may send in a second."""
+    allow_md5: bool = False
+    """Whether the client may use HMAC-MD5, the only digest Python 3.11 and older know."""
+    peer_uid: Annotated[Several[UserId], Field(min_length=1)] | None = None
+    """On a Unix socket, only these users may be this client; without a key, they need none."""
+    admin: bool = False
+    """Whether the client may watch and control the broker."""
+
+
+class Limits(_Entry):
+    """What the broker bears before it says no."""
+
+    max_message: Size = _written("16MiB", units.size)
+    """The longest message accepted, in bytes, without the broker's header."""
+    connections: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
+    """Connections at once."""
+    handshake_timeout: Timeout = _written("5s", units.duration)
+    """The time a connection has to prove who it is."""
+    handshakes: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Unfinished handshakes at once."""
+    identify_by_key: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
+    """Keys tried for a client that does not give its name."""
+    wait_timeout: Duration = _written("30s", units.duration)
+    """The longest time a sender is held by a full queue (when_full: wait)."""
+    drain_timeout: Duration = _written("10s", units.duration)
+    """The time to deliver what is queued when the broker stops."""
+
+
+class Log(_Entry):
+    """What is logged, and how."""
+
+    level: Annotated[LogLevel, Field(strict=False)] = LogLevel.INFO
+    """The least important event that is still logged: debug, info, warning or error."""
+    format: Annotated[LogFormat, Field(strict=False)] = LogFormat.AUTO
+    """auto is console on a terminal and JSON elsewhere; console and json are always so."""
+
+
+class IncludedFile(_Entry):
+    """A file that another one includes: it adds listeners and clients, and may include further files."""
+
+    listen: Several[ListenEntry] = ()
+    """Where clients connect; at least one in all files together."""
+    clients: dict[Name, ClientEntry] = Field(default={}, json_schema_extra={"additionalProperties": False})
+    """Who may connect, by name."""
+    include: Several[NonEmpty] = ()
+    """Further files, by path or shell-style pattern relative to this file; each adds to listen and clients."""
+
+
+class File(IncludedFile):
+    """The configuration of a broker."""
+
+    model_config = ConfigDict(title="brokerd configuration")
+
+    limits: Limits = Limits()
+    """What the broker bears before it says no."""
+    log: Log = Log()
+    """What is logged, and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole configuration, checked: what ``brokerd.config.load.load`` returns.
+
+    clients: by name, read-only. path: the main file. files: every file read, the main one first.
+    """
+
+    path: str
+    listen: tuple[ListenConfig, ...]
+    clients: Mapping[str, ClientConfig]
+    limits: Limits = field(default_factory=Limits)
+    log: Log = field(default_factory=Log)
+    files: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clients", MappingProxyType(dict(self.clients)))
+
+    @staticmethod
+    def build(
+        listen: Any,
+        clients: Mapping[str, bytes | str | Mapping[str, Any]],
+        *,
+        limits: Mapping[str, Any] | None = None,
+        log: Mapping[str, Any] | None = None,
+        base: str = "",
+    ) -> Config:
+        """Return a configuration made by a program instead of a file, by the same rules.
+
+        listen: an address in any form, a mapping as in the file, or a list of those (of entries: a pair of host and
+            port is an entry). clients: name to a key, or to a mapping as in the file; keys may be bytes.
+        base: the directory that relative paths start from, unless it is the process's own.
+        Raises ConfigError as ``load`` does.
+        """
+        # Here, because load imports this module.
+        from brokerd.config.load import build
+
+        return build(listen, clients, limits=limits, log=log, base=base)
+
+
+class _Schema(GenerateJsonSchema):
+    """Draft 2020-12, without the null that only says "not given": a key that is given has a value."""
+
+    def nullable_schema(self, schema: Any) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: Any) -> JsonSchemaValue:
+        json_schema = super().default_schema(schema)
+        # A section's default is the defaults of its keys, which say so themselves.
+        if json_schema.get("default") is None or isinstance(json_schema["default"], dict):
+            del json_schema["default"]
+        return json_schema
+
+    def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
+        return {"$schema": self.schema_dialect, **super().generate(schema, mode)}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file; config/brokerd.schema.json is this."""
+    return File.model_json_schema(schema_generator=_Schema)

@@ -1,0 +1,124 @@
+"""Durations, sizes and rates as people write them: ``30s``, ``8MiB``, ``10000/s``, or a bare number.
+
+Reads text, never a file. The words are those of docs/configuration.md, "Units". Every function raises
+ValueError whose text is what is wrong and, in brackets, what would be right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Final
+
+__all__ = [
+    "BYTE_RATE_PATTERN",
+    "DURATION_PATTERN",
+    "RATE_PATTERN",
+    "SIZE_PATTERN",
+    "byte_rate",
+    "duration",
+    "rate",
+    "size",
+]
+
+_NUMBER: Final = r"[0-9]+(\.[0-9]+)?"
+#: The same patterns stand in the JSON Schema, so they keep to what JavaScript's regular expressions know.
+DURATION_PATTERN: Final = rf"^{_NUMBER} ?(ms|s|m|h|d)?$"
+SIZE_PATTERN: Final = rf"^{_NUMBER} ?(B|[kKMGT]B|[KMGT]iB)?$"
+RATE_PATTERN: Final = rf"^{_NUMBER} ?(/(s|m|h))?$"
+BYTE_RATE_PATTERN: Final = rf"^{_NUMBER} ?(B|[kKMGT]B|[KMGT]iB)?(/(s|m|h))?$"
+
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES: Final = {
+    "": 1,
+    "B": 1,
+    "kB": 1000,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+_WRITTEN: Final = re.compile(r"(?P<number>[0-9]{1,30}(\.[0-9]{1,30})?) ?(?P<unit>[A-Za-z]*)(?P<per>/[A-Za-z]*)?")
+
+#: Ten years: longer than any timer is meant to run, and short enough for every clock.
+_LONGEST_S: Final = 3650 * 86400.0
+#: 1 PiB: above it a number is a slip of the pen, and arithmetic on it would only hide that.
+_LARGEST: Final = 2**50
+
+
+def duration(value: object) -> float:
+    """Return seconds, 0 or more: of a number, or of text such as ``500ms 30s 5m 1h 7d``."""
+    right = "give seconds, or a number with ms, s, m, h or d, such as 30s"
+    number, unit, per = _split(value, "duration", right)
+    if per or unit not in ("", *_SECONDS):
+        raise ValueError(f"{_shown(value)} is no duration ({right})")
+    seconds = number * _SECONDS[unit or "s"]
+    if seconds > _LONGEST_S:
+        raise ValueError(f"{_shown(value)} is longer than ten years (give at most 3650d)")
+    return seconds
+
+
+def size(value: object) -> int:
+    """Return bytes, 0 or more: of a whole number, or of text such as ``64KiB 8MiB 1GB``."""
+    right = "give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB"
+    number, unit, per = _split(value, "size", right)
+    factor = _BYTES.get(unit)
+    if per or factor is None:
+        raise ValueError(f"{_shown(value)} is no size ({right})")
+    return _whole_bytes(number, factor, value, right)
+
+
+def rate(value: object) -> float:
+    """Return how many a second, above 0: of a number, or of text such as ``10000/s 600/m``."""
+    right = "give a number a second, such as 10000/s; /m and /h do too"
+    number, unit, per = _split(value, "rate", right)
+    if unit:
+        raise ValueError(f"{_shown(value)} is no rate of messages ({right})")
+    return _per_second(number, per, value, right)
+
+
+def byte_rate(value: object) -> float:
+    """Return bytes a second, above 0: of a number, or of text such as ``50MiB/s``."""
+    right = "give bytes a second, such as 50MiB/s; /m and /h do too"
+    number, unit, per = _split(value, "rate", right)
+    factor = _BYTES.get(unit)
+    if factor is None:
+        raise ValueError(f"{_shown(value)} is no rate of bytes ({right})")
+    return _per_second(number * factor, per, value, right)
+
+
+def _split(value: object, what: str, right: str) -> tuple[float, str, str]:
+    """Return (number, unit, per) with "" for what is not there."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # In this order: isfinite can't take a whole number beyond the largest float.
+        if not 0 <= value <= _LARGEST or not math.isfinite(value):
+            raise ValueError(f"this number is no {what} ({right})")
+        return value, "", ""
+    match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{_shown(value)} is no {what} ({right})")
+    return float(match["number"]), match["unit"], match["per"] or ""
+
+
+def _whole_bytes(number: float, factor: int, value: object, right: str) -> int:
+    total = number * factor
+    if total > _LARGEST:
+        raise ValueError(f"{_shown(value)} is more than 1024 TiB ({right})")
+    if total != int(total):
+        raise ValueError(f"{_shown(value)} is no whole number of bytes ({right})")
+    return int(total)
+
+
+def _per_second(number: float, per: str, value: object, right: str) -> float:
+    if per not in ("", "/s", "/m", "/h"):
+        raise ValueError(f"{_shown(value)} is no rate ({right})")
+    if not 0 < number <= _LARGEST:
+        raise ValueError(f"{_shown(value)} lets nothing pass, or everything ({right}; without a limit, take it out)")
+    return number / _SECONDS[per[1:] or "s"]
+
+
+def _shown(value: object) -> str:
+    """Return the value for a message: short, on one line, and only where it is text or a number."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:40] + "...")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "this number"
+    return "this"

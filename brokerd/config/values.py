@@ -1,0 +1,170 @@
+"""What the daemon holds of a configuration: plain, immutable values with nothing left to look up.
+
+Keys are read, durations are seconds, sizes are bytes. Nothing here reads a file or knows a default: the
+form of the file and every default are in ``brokerd.config.model``, which also hands these names on.
+
+Two values are equal when they mean the same: where an entry stands in its file takes no part, so that
+a reload does not disconnect a client whose lines only moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+from brokerd_client.address import Address
+
+__all__ = [
+    "ClientConfig",
+    "Key",
+    "ListenConfig",
+    "LogFormat",
+    "LogLevel",
+    "RateConfig",
+    "Rule",
+    "Source",
+    "WhenConnected",
+    "WhenFull",
+]
+
+_KEY_ID_PREFIX: Final = b"brokerd key id\0"
+
+
+class WhenFull(StrEnum):
+    """What becomes of a message whose recipient's queue is full."""
+
+    WAIT = "wait"
+    """The sender is held, then refused after ``limits.wait_timeout``."""
+    REFUSE = "refuse"
+    """The sender hears ``full`` at once."""
+    DROP_OLDEST = "drop_oldest"
+    """The oldest waiting messages make room."""
+    DISCONNECT = "disconnect"
+    """The recipient is disconnected."""
+
+
+class WhenConnected(StrEnum):
+    """What becomes of a further connection when all of a client's connections are taken."""
+
+    REFUSE = "refuse"
+    """The new one is refused."""
+    REPLACE = "replace"
+    """The oldest one is closed."""
+
+
+class LogLevel(StrEnum):
+    """The least important event that is still logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """How a line of the log is written."""
+
+    AUTO = "auto"
+    """Console on a terminal, JSON elsewhere."""
+    CONSOLE = "console"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where something is written. line: counted from 1; 0 where there is no file."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One pattern that allows something. source: where it is written, None for a default."""
+
+    pattern: str
+    source: Source | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key and the time in which it is accepted; neither str nor repr shows it.
+
+    not_before, not_after: with their time zone, None where the window is open.
+    source: where it came from, such as ``key_file keys/alice``; never the key.
+    """
+
+    value: bytes = field(repr=False)
+    not_before: datetime | None = None
+    not_after: datetime | None = None
+    source: str = field(default="", compare=False)
+
+    @property
+    def key_id(self) -> str:
+        """Eight hexadecimal digits that tell keys apart in a log and do not lead back to the key."""
+        return hashlib.sha256(_KEY_ID_PREFIX + self.value).hexdigest()[:8]
+
+    def valid_at(self, now: datetime) -> bool:
+        """Return whether the key is accepted at ``now``, a time with its zone; both ends belong to the window."""
+        return not self.expired_at(now) and (self.not_before is None or self.not_before <= now)
+
+    def expired_at(self, now: datetime) -> bool:
+        """Return whether the key's time is over at ``now`` and will not come again."""
+        return self.not_after is not None and now > self.not_after
+
+
+@dataclass(frozen=True, slots=True)
+class RateConfig:
+    """What a client may send in a second; None where there is no limit."""
+
+    messages: float | None
+    bytes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ListenConfig:
+    """One place to listen at.
+
+    mode: the file mode of a Unix socket's file, None for every other address.
+    group: the name or number of the group that gets the file, or None.
+    """
+
+    address: Address
+    mode: int | None
+    group: str | int | None
+    allow_md5: bool
+    source: Source = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """One identity.
+
+    keys: any of them is accepted within its window; empty only with ``peer_uid``.
+    connections: how many may share the name. queue: bytes that may wait for the client.
+    peer_uid: the users a Unix socket's peer may be, None for all.
+    """
+
+    name: str
+    keys: tuple[Key, ...]
+    connections: int
+    send_to: tuple[Rule, ...]
+    publish: tuple[Rule, ...]
+    subscribe: tuple[Rule, ...]
+    queue: int
+    when_full: WhenFull
+    when_connected: WhenConnected
+    rate: RateConfig
+    allow_md5: bool
+    peer_uid: tuple[int, ...] | None
+    admin: bool
+    source: Source = field(compare=False)
