@@ -9,12 +9,15 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from brokerd import __version__
+from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
+from brokerd.config.plan import Plan, compare
+from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
@@ -24,7 +27,6 @@ from brokerd.net.keyring import Keyring
 from brokerd.net.listening import ListenError, Listening, listen
 from brokerd.net.server import Log, Server
 from brokerd_client.address import Address
-from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["EX_CONFIG", "EX_FAILED", "Daemon", "loop_factory", "run"]
 
@@ -41,16 +43,19 @@ class Daemon:
 
     def __init__(self, config: Config, log: Log | None = None) -> None:
         self.config = config
+        self._own_log = log is None
         self.log: Log = log or make_log(config.log.level, config.log.format)
         self.broker = Broker(
             config.clients.values(),
-            limits=CoreLimits(config.limits.max_message, config.limits.wait_timeout),
+            limits=_core_limits(config),
             version=__version__,
             routing=routing.NAME,
             now_wall=time.time(),
         )
         self._server: Server | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._reloading = asyncio.Lock()
+        self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
 
     @property
@@ -63,14 +68,7 @@ class Daemon:
         began = time.perf_counter()
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
-        opened: list[Listening] = []
-        try:
-            for entry in config.listen:
-                opened += listen(entry)
-        except ListenError:
-            for listening in opened:
-                listening.close()
-            raise
+        opened = _listen_at(config.listen)
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
         self._server.start(opened)
@@ -87,12 +85,72 @@ class Daemon:
         )
 
     def _on_order(self, order: Order) -> None:
+        asker = order.source.client.name
         if order.op == "drain":
             reply_to(self.broker, order.source, order.id, {"draining": True})
-            self.stop_soon("drain was asked for by " + order.source.client.name)
+            self.stop_soon(f"asked for by {asker}")
         else:
-            message = f"{order.op} is not served by this version"
-            self.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, message)
+            self._in_background(self._reload_for(order, f"asked for by {asker}"))
+
+    async def _reload_for(self, order: Order, reason: str) -> None:
+        problems = await self.reload(reason)
+        reply_to(self.broker, order.source, order.id, {"reloaded": not problems, "problems": problems})
+        assert self._server is not None
+        self._server.settle()
+
+    def reload_soon(self, reason: str) -> None:
+        """Begin to reload; how it went is in the log."""
+        self._in_background(self.reload(reason))
+
+    def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def reload(self, reason: str) -> list[str]:
+        """Read the configuration again and take it over whole, or not at all.
+
+        Returns what is wrong, a line each; with an empty list everything was taken over. A client whose
+        entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
+        """
+        async with self._reloading:
+            try:
+                # In a thread: with many clients it takes a while, and messages are to go on.
+                config = await asyncio.to_thread(load, Path(self.config.path))
+                plan = compare(self.config, config)
+                opened = _listen_at(plan.opened)
+            except (ConfigError, ListenError) as error:
+                problems = str(error).splitlines()
+                self.log.warning("daemon.reload_refused", reason=reason, problems=problems)
+                return problems
+            self._take_over(config, plan, opened)
+            self.log.info(
+                "daemon.reloaded",
+                reason=reason,
+                added=list(plan.added),
+                changed=list(plan.changed),
+                removed=list(plan.removed),
+                listeners=[str(address) for address in self.addresses],
+            )
+            return []
+
+    def _take_over(self, config: Config, plan: Plan, opened: list[Listening]) -> None:
+        server = self._server
+        assert server is not None
+        self.config = config
+        keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
+        keyring.adopt_order(server.keyring)
+        if plan.log and self._own_log:
+            self.log = server.log = make_log(config.log.level, config.log.format)
+        gone = self.broker.reconfigure(config.clients, _core_limits(config), time.time())
+        server.reconfigure(keyring, config.limits, plan.altered)
+        server.start(opened)
+        server.stop_listening_at({entry.address for entry in plan.closed})
+        server.disconnect(gone, "its name was removed from the configuration")
+        server.disconnect(
+            [link.session for link in server.links if not keyring.holds(link.credential)],
+            "the key it uses was removed from the configuration",
+        )
 
     def stop_soon(self, reason: str) -> bool:
         """Begin to drain; return False if that had begun already."""
@@ -118,7 +176,7 @@ class Daemon:
             self._server.cut_off()
         self.stopped.set()
 
-    async def __aenter__(self) -> Daemon:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -126,6 +184,23 @@ class Daemon:
         if self._stopping is None:
             await self.stop()
         await self.stopped.wait()
+
+
+def _core_limits(config: Config) -> CoreLimits:
+    return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
+
+
+def _listen_at(entries: Iterable[ListenConfig]) -> list[Listening]:
+    """Return the listening sockets of all entries. Raises ListenError; then none is left open."""
+    opened: list[Listening] = []
+    try:
+        for entry in entries:
+            opened += listen(entry)
+    except ListenError:
+        for listening in opened:
+            listening.close()
+        raise
+    return opened
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -146,34 +221,33 @@ def run(config_path: Path) -> int:
     0 after a drain, 78 for a configuration that can't be used, 1 when it can't listen or was told
     twice to stop.
     """
-    from brokerd.config.load import ConfigError, load
-
     try:
         config = load(config_path)
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
         return EX_CONFIG
-    log = make_log(config.log.level, config.log.format)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(config, log))
+        return runner.run(_serve(config))
 
 
-async def _serve(config: Config, log: Any) -> int:
-    daemon = Daemon(config, log)
+async def _serve(config: Config) -> int:
+    daemon = Daemon(config)
     status = 0
 
     def on_signal(name: str) -> None:
         nonlocal status
         if not daemon.stop_soon(name):
-            log.warning("daemon.killed", reason=f"{name} once more")
+            daemon.log.warning("daemon.killed", reason=f"{name} once more")
             status = EX_FAILED
             daemon.kill()
 
     _on_signals(on_signal)
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, daemon.reload_soon, "SIGHUP")
     try:
         await daemon.start()
     except ListenError as error:
-        log.error("daemon.failed", reason=str(error))
+        daemon.log.error("daemon.failed", reason=str(error))
         return EX_FAILED
     await daemon.stopped.wait()
     return status

@@ -12,7 +12,7 @@ asked of the daemon) and ``next_deadline``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
@@ -215,6 +215,32 @@ class Broker:
     def order(self, op: str, source: Session, id: int, arguments: dict[str, object]) -> None:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
         self.orders.append(Order(op, source, id, arguments))
+
+    def reconfigure(self, clients: Mapping[str, ClientConfig], limits: Limits, now_wall: float) -> list[Session]:
+        """Take over a new configuration; return the sessions whose names are gone, for the caller to close.
+
+        A subscription that its client's new rules do not allow ends.
+        """
+        self.limits = limits
+        self.generation += 1
+        known = self.exchange.clients
+        gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
+        for name, config in clients.items():
+            client = known.get(name)
+            if client is None:
+                known[name] = Client(config, now_wall)
+            elif client.config != config:
+                client.reconfigure(config)
+                for session in client.sessions.values():
+                    self._drop_forbidden(session)
+        self.announce("$broker.reloaded", b"{}")
+        return gone
+
+    def _drop_forbidden(self, session: Session) -> None:
+        for pattern, group in list(session.subscriptions):
+            if session.client.policy.subscribing(pattern) is None:
+                self.topics.discard(pattern, session, group)
+                session.subscriptions.discard((pattern, group))
 
     def drain(self) -> None:
         """Take no new message from now on, and tell those who listen."""

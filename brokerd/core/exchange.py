@@ -13,7 +13,7 @@ from brokerd.config.values import ClientConfig
 from brokerd.core.outbox import StreamOutbox
 from brokerd.core.policy import Policy
 from brokerd.core.rate import Meter
-from brokerd.core.session import Session
+from brokerd.core.session import Session, new_outbox
 
 __all__ = ["Client", "Exchange"]
 
@@ -62,6 +62,22 @@ class Client:
     def remove(self, session: Session) -> None:
         """Forget a session."""
         del self.sessions[session.address]
+        self._choose_direct()
+
+    def reconfigure(self, config: ClientConfig) -> None:
+        """Take over a changed entry; the connections stay.
+
+        A connection that has bytes waiting keeps the kind of outbox it began with.
+        """
+        if config.rate != self.config.rate:
+            self.meter = Meter.for_rate(config.rate)
+        self.config = config
+        self.policy = Policy(config)
+        for session in self.sessions.values():
+            if session.outbox.waiting:
+                session.outbox.limit = config.queue
+            else:
+                session.outbox = new_outbox(config)
         self._choose_direct()
 
     def _choose_direct(self) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from brokerd.config.values import WhenFull
+from brokerd.config.values import ClientConfig, WhenFull
 from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 
 if TYPE_CHECKING:
     from brokerd.core.exchange import Client
 
-__all__ = ["Session"]
+__all__ = ["Session", "new_outbox"]
+
+
+def new_outbox(config: ClientConfig) -> Outbox:
+    """Return an empty outbox of the kind that the client's entry calls for."""
+    edited = config.connections > 1 or config.when_full is WhenFull.DROP_OLDEST
+    return FrameOutbox(config.queue) if edited else StreamOutbox(config.queue)
 
 
 class Session:
@@ -71,8 +77,7 @@ class Session:
         self.peer = peer
         self.since = since
         self.link = link
-        edited = config.connections > 1 or config.when_full is WhenFull.DROP_OLDEST
-        self.outbox: Outbox = FrameOutbox(config.queue) if edited else StreamOutbox(config.queue)
+        self.outbox: Outbox = new_outbox(config)
         self.routes: dict[bytes, Client] = {}
         self.generation = 0
         self.skip = 0

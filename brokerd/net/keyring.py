@@ -81,6 +81,16 @@ class Keyring:
         """How many keys are tried for any name, known or not."""
         return self._named_tries
 
+    def adopt_order(self, other: Keyring) -> None:
+        """Try keys in the order of their last use in another keyring; keys it does not know come last."""
+        for value in other._order:
+            if value in self._order:
+                self._order.move_to_end(value)
+
+    def holds(self, credential: Credential) -> bool:
+        """Return whether the key still belongs to the client of that name."""
+        return any(each.key.value == credential.key.value for each in self.named(credential.client.name))
+
     def used(self, credential: Credential) -> None:
         """Have the key tried first from now on."""
         if credential.key.value in self._order:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from brokerd.core.session import Session
+    from brokerd.net.keyring import Credential
     from brokerd.net.server import Server
 
 __all__ = ["READ_BUFFER", "Link", "tune"]
@@ -34,15 +35,29 @@ _GRACE: Final = 5.0
 class Link:
     """One established connection.
 
+    credential: the key it proved to know.
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
     large, wanted: a long frame being collected, and its whole size.
     """
 
-    __slots__ = ("closed", "fd", "grace", "large", "server", "session", "sock", "tail", "wanted", "writing")
+    __slots__ = (
+        "closed",
+        "credential",
+        "fd",
+        "grace",
+        "large",
+        "server",
+        "session",
+        "sock",
+        "tail",
+        "wanted",
+        "writing",
+    )
 
-    def __init__(self, server: Server, sock: socket.socket) -> None:
+    def __init__(self, server: Server, sock: socket.socket, credential: Credential) -> None:
         self.server = server
         self.sock = sock
+        self.credential = credential
         self.fd = sock.fileno()
         self.session: Session
         self.tail = b""

@@ -41,6 +41,17 @@ class Listening:
     address: Address
     inode: tuple[int, int] | None = None
 
+    def apply(self, config: ListenConfig) -> None:
+        """Take over changed settings of the same address."""
+        if config is self.config:
+            return
+        self.config = config
+        if self.inode is not None:
+            with contextlib.suppress(OSError):
+                Path(self.address.path).chmod(config.mode if config.mode is not None else 0o600)
+                if config.group is not None:
+                    shutil.chown(self.address.path, group=config.group)
+
     def close(self) -> None:
         """Stop listening and remove the socket file, if it is still ours."""
         self.sock.close()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Final, Protocol
 
 from brokerd.config.model import Limits
+from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
+from brokerd.core.session import Session
 from brokerd.net.door import Door, Knock, fresh_instance
 from brokerd.net.keyring import Keyring
 from brokerd.net.link import READ_BUFFER, Link, tune
 from brokerd.net.listening import Listening
+from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
 
@@ -34,6 +37,9 @@ class Log(Protocol):
 
     def warning(self, event: str, **fields: Any) -> Any:
         """Log what an operator may have to act on."""
+
+    def error(self, event: str, **fields: Any) -> Any:
+        """Log what ends the daemon."""
 
 
 class Server:
@@ -69,6 +75,28 @@ class Server:
         for each in listening:
             self.listening.append(each)
             self.loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+
+    def reconfigure(self, keyring: Keyring, limits: Limits, altered: Iterable[ListenConfig]) -> None:
+        """Take over new keys and limits, and new settings of addresses listened at already."""
+        self.keyring = keyring
+        self.limits = limits
+        settings = {entry.address: entry for entry in altered}
+        for listening in self.listening:
+            listening.apply(settings.get(listening.config.address, listening.config))
+
+    def stop_listening_at(self, addresses: Container[Address]) -> None:
+        """Close the listening sockets of these configured addresses; connections made there stay."""
+        for each in [each for each in self.listening if each.config.address in addresses]:
+            self.loop.remove_reader(each.sock.fileno())
+            self.listening.remove(each)
+            self._paused = [paused for paused in self._paused if paused is not each]
+            each.close()
+
+    def disconnect(self, sessions: Iterable[Session], why: str) -> None:
+        """Close connections once what waits for them is written."""
+        for session in sessions:
+            self.broker.close(session, why)
+        self.settle()
 
     def stop_accepting(self) -> None:
         """Close every listening socket and turn away who is still at the door."""
@@ -139,7 +167,7 @@ class Server:
             knock.sock.close()
             self.on_refused(knock, reason)
             return
-        link = Link(self, knock.sock)
+        link = Link(self, knock.sock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
         self.log.info(
