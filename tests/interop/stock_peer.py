@@ -1,4 +1,4 @@
-"""A peer that is nothing but an interpreter's own multiprocessing.connection. It runs on Python 2.7 and on 3.6 and later.
+"""A peer that is nothing but an interpreter's own multiprocessing.connection. Runs on Python 2.7 and 3.6+.
 
 Commands come as lines of JSON on standard input, answers go as lines of JSON to standard output.
 """
@@ -27,7 +27,7 @@ def talk(connection):
 def run(command):
     address = command["address"]
     address = tuple(address) if isinstance(address, list) else address
-    if sys.version_info[0] == 2:
+    if sys.version_info[0] == 2:  # noqa: UP036 - this script runs there
         address = tuple(map(plain, address)) if isinstance(address, tuple) else plain(address)
     key = command["key"].encode("ascii")
     if command["do"] == "dial":
@@ -49,6 +49,6 @@ for line in iter(sys.stdin.readline, ""):
     signal.alarm(30)  # a peer that hangs is not to outlive its test
     try:
         say({"heard": run(json.loads(line))})
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test is told
         say({"error": type(error).__name__})
     signal.alarm(0)

@@ -1,4 +1,4 @@
-"""CPython's test cases, made here by CPython's own function, so that spawned children find them by this module's name."""
+"""CPython's test cases, made here by CPython's own function, where spawned children find them."""
 
 import os
 

@@ -25,7 +25,7 @@ class Ledger(unittest.TextTestResult):
         super().__init__(*args, **kwargs)
         self.ran = []
 
-    def stopTest(self, test):
+    def stopTest(self, test):  # noqa: N802 - unittest's name
         self.ran.append(test.id().partition(".")[2])
         super().stopTest(test)
 
