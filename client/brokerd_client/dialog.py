@@ -28,7 +28,6 @@ from brokerd_client.errors import (
     Disconnected,
     FrameTooBig,
     InDoubt,
-    InvalidName,
     MalformedEnvelope,
     RemoteError,
     RequestFailed,
@@ -45,6 +44,7 @@ from brokerd_client.wire.envelope import (
     Flag,
     Kind,
     check_address,
+    check_name,
     check_pattern,
     check_topic,
     encode,
@@ -65,7 +65,6 @@ MAX_FRAME: Final = 2**32
 _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
 #: Names and topics remembered in their other form; all are forgotten when there are more.
 _REMEMBERED: Final = 4096
-_MAX_GROUP: Final = 64
 #: Seconds that outcomes are still taken in after close().
 LINGER_S: Final = 0.5
 
@@ -316,20 +315,20 @@ class Dialog(Generic[M]):
 
     def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
         """Put out the REPLY to a request; id: the request's."""
-        self._require_ready()
+        self.require_ready()
         self._put(Kind.REPLY, 0, id, to, codec, body, extension)
         self._unhanded.append((self._queued, id, to))
 
     def fail(self, to: str, id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
-        self._require_ready()
+        self.require_ready()
         body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
         self._put(Kind.ERROR, 0, id, to, 2, body, None)
         self._unhanded.append((self._queued, id, to))
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
         """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
-        self._require_ready()
+        self.require_ready()
         about = next((value for value in arguments.values() if isinstance(value, str)), "")
         return self._operate(op, arguments, Purpose.CONTROL, waiter, deadline, about).id
 
@@ -338,8 +337,8 @@ class Dialog(Generic[M]):
     ) -> tuple[int, Route]:
         """Give the sink the events that fit, and ask the broker for them; the waiter gets a dict or an error."""
         check_pattern(pattern)
-        word = _group(group)
-        self._require_ready()
+        word = check_name(group) if group is not None else ""
+        self.require_ready()
         route = self.routes.add(pattern, word, sink)
         pending = self._operate("subscribe", route.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern)
         pending.route, pending.sink = route, sink
@@ -353,7 +352,7 @@ class Dialog(Generic[M]):
 
     def watch(self, sink: object, waiter: object, deadline: float | None) -> tuple[int, presence.Watch]:
         """Tell the sink who is online, and every change; the waiter gets a dict or an error."""
-        self._require_ready()
+        self.require_ready()
         watch = presence.Watch(sink)
         self._watches[watch] = [self.routes.add(pattern, "", watch) for pattern in presence.PATTERNS]
         for route in self._watches[watch]:
@@ -375,7 +374,8 @@ class Dialog(Generic[M]):
 
     # Sending, below
 
-    def _require_ready(self) -> None:
+    def require_ready(self) -> None:
+        """Raise Closed or Disconnected unless messages flow."""
         if self.state is State.READY:
             return
         if self.state in (State.CLOSING, State.CLOSED):
@@ -384,7 +384,7 @@ class Dialog(Generic[M]):
 
     def _take_id(self) -> int:
         if self.state is not State.READY:
-            self._require_ready()
+            self.require_ready()
         id = self._next_id
         self._next_id = id + 1
         return id
@@ -474,7 +474,7 @@ class Dialog(Generic[M]):
         why = f"the connection to the broker is gone ({self.reason})"
         if left:
             return InDoubt(f"{why}, and what became of {id} to {to} is not known", id=id)
-        return Disconnected(f"{why}, and {id} to {to} was not sent")
+        return Disconnected(f"{why}, and {id} to {to} was not sent", id=id)
 
     def _step(self, step: Step) -> None:
         follows = NEXT[self.state].get(step)
@@ -755,12 +755,3 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _group(group: str | None) -> str:
-    """Return the group, "" for none. Raises InvalidName for one that is no single word."""
-    if group is None:
-        return ""
-    if not group or not group.isprintable() or len(group.encode()) > _MAX_GROUP:
-        raise InvalidName(f"{group!r} is no group: give 1 to {_MAX_GROUP} bytes of printable text")
-    return group

@@ -229,7 +229,14 @@ class RequestFailed(Refused):
 
 
 class Disconnected(BrokerdError, ConnectionError):
-    """The connection to the broker is gone."""
+    """The connection to the broker is gone, or was never made.
+
+    id: the id of the message that was therefore not sent, 0 where it is about none.
+    """
+
+    def __init__(self, message: str, *, id: int = 0) -> None:
+        super().__init__(message)
+        self.id = id
 
 
 class InDoubt(Disconnected):
@@ -238,10 +245,6 @@ class InDoubt(Disconnected):
     It may have been delivered or not; it is never repeated by the library.
     id: the id of the message.
     """
-
-    def __init__(self, message: str, *, id: int = 0) -> None:
-        super().__init__(message)
-        self.id = id
 
 
 class Closed(BrokerdError, OSError):

@@ -1,0 +1,191 @@
+"""A non-blocking socket, what waits to be written to it, and a bell: the moving parts of the blocking face.
+
+Knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes; any thread may write or ring,
+one at a time. ``handed``, what the operating system has taken, is what the caller of :meth:`write` is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import selectors
+import socket
+from collections.abc import Iterator
+
+from brokerd_client.address import Address
+from brokerd_client.errors import AddressError
+
+__all__ = ["Channel"]
+
+_READ_SIZE = 64 * 1024
+_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
+
+
+class Channel:
+    """One connection at a time, to one address."""
+
+    def __init__(self, address: Address) -> None:
+        if address.family == "AF_PIPE":
+            raise AddressError(
+                f"{address} is a named pipe, which this client can't use: connect by a Unix socket or TCP"
+            )
+        if address.family == "AF_UNIX" and not hasattr(socket, "AF_UNIX"):
+            raise AddressError(f"{address} is a Unix socket, which this machine does not have: give HOST:PORT")
+        self.address = address
+        #: Written by no one yet: the rest of what a write could not finish.
+        self.backlog = memoryview(b"")
+        self.connecting = False
+        self._socket: socket.socket | None = None
+        self._candidates: Iterator[tuple[int, tuple[object, ...] | str]] = iter(())
+        self._selector = selectors.DefaultSelector()
+        self._mask = 0
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is a socket, connected or about to be."""
+        return self._socket is not None
+
+    def dial(self) -> bool:
+        """Begin to connect; return whether it is done already. Raises OSError where no candidate is left."""
+        if self.address.family == "AF_UNIX":
+            self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
+        else:
+            found = socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+            self._candidates = iter([(int(family), sockaddr) for family, _, _, _, sockaddr in found])
+        return self._try_next(OSError(errno.EADDRNOTAVAIL, "the address stands for no place"))
+
+    def connected(self) -> bool:
+        """Return whether the connecting that was under way is done; False: the next candidate is being tried.
+
+        Raises OSError where no candidate is left.
+        """
+        assert self._socket is not None
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code == 0:
+            self.connecting = False
+            return True
+        self.drop()
+        return self._try_next(OSError(code, errno.errorcode.get(code, "unknown")))
+
+    def _try_next(self, error: OSError) -> bool:
+        for family, sockaddr in self._candidates:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            if family != getattr(socket, "AF_UNIX", None):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # A peer whose machine is gone says nothing for ever.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            code = sock.connect_ex(sockaddr)
+            if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
+                self._socket = sock
+                self.connecting = code != 0
+                return not self.connecting
+            sock.close()
+            error = OSError(code, errno.errorcode.get(code, "unknown"))
+        raise error
+
+    def write(self, data: bytes) -> int:
+        """Write what goes now, behind the backlog, and keep the rest there; return how many bytes went.
+
+        Raises OSError: the connection is gone.
+        """
+        if self.backlog:
+            self.backlog = memoryview(b"".join((self.backlog, data)))
+            return 0
+        sent = self._send(data)
+        if sent < len(data):
+            self.backlog = memoryview(data)[sent:]
+        return sent
+
+    def flush(self) -> int:
+        """Write what goes of the backlog; return how many bytes went. Raises OSError: the connection is gone."""
+        sent = self._send(self.backlog)
+        self.backlog = self.backlog[sent:]
+        return sent
+
+    def _send(self, data: bytes | memoryview) -> int:
+        assert self._socket is not None
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
+        assert self._socket is not None
+        try:
+            return self._socket.recv(_READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def shut(self) -> None:
+        """Tell the peer that nothing more comes."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+
+    def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
+        """Wait for the socket or the bell, ``timeout`` seconds at most; return (readable, writable).
+
+        reading: whether arriving bytes are wanted.
+        """
+        mask = 0
+        if self._socket is not None:
+            writing = self.connecting or bool(self.backlog)
+            mask = (selectors.EVENT_READ if reading and not self.connecting else 0) | (
+                selectors.EVENT_WRITE if writing else 0
+            )
+        self._arm(mask)
+        found = 0
+        for key, ready in self._selector.select(timeout):
+            if key.fileobj is self._ear:
+                with contextlib.suppress(BlockingIOError, InterruptedError):
+                    while self._ear.recv(4096):
+                        pass
+            else:
+                found = ready
+        return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
+
+    def _arm(self, mask: int) -> None:
+        if mask == self._mask:
+            return
+        assert self._socket is not None
+        if not self._mask:
+            self._selector.register(self._socket, mask)
+        elif mask:
+            self._selector.modify(self._socket, mask)
+        else:
+            self._selector.unregister(self._socket)
+        self._mask = mask
+
+    def ring(self) -> None:
+        """Wake the I/O thread. Never blocks: a bell that is full has been heard."""
+        with contextlib.suppress(OSError):
+            self._bell.send(b"!")
+
+    def drop(self) -> None:
+        """Close the connection, if there is one; what waited to be written is forgotten."""
+        if self._socket is not None:
+            self._arm(0)
+            self._socket.close()
+            self._socket = None
+        self.connecting = False
+        self.backlog = memoryview(b"")
+
+    def close(self) -> None:
+        """Close everything. The I/O thread's last act."""
+        self.drop()
+        self._selector.close()
+        self._ear.close()
+        self._bell.close()
+
+    def disown(self) -> None:
+        """Close the copies a fork has made; the parent's connection and selector stay as they are."""
+        for sock in (self._socket, self._ear, self._bell):
+            if sock is not None:
+                sock.close()
+        self._selector.close()
