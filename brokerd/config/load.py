@@ -197,7 +197,7 @@ def _text_of(file: str) -> tuple[str, os.stat_result]:
         handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise _Unreadable(_unopened(file, error)) from None
-    with open(handle, "rb") as stream:  # noqa: PTH123 - it is open already
+    try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
             raise _Unreadable(f"{file} is a directory (give a file)")
@@ -205,10 +205,12 @@ def _text_of(file: str) -> tuple[str, os.stat_result]:
             os.set_blocking(handle, True)
         elif not stat.S_ISREG(status.st_mode):
             raise _Unreadable(f"{file} is no file (give a file)")
-        try:
+        with open(handle, "rb", closefd=False) as stream:  # noqa: PTH123 - it is open already
             content = stream.read(MAX_FILE + 1)
-        except OSError as error:
-            raise _Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None
+    except OSError as error:
+        raise _Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None
+    finally:
+        os.close(handle)
     if len(content) > MAX_FILE:
         raise _Unreadable(f"{file} is larger than {MAX_FILE // 2**20} MiB (split it with include:)")
     return _decoded(content), status
