@@ -1,0 +1,15 @@
+"""`brokerctl`: talks to a running broker as a client of it, with that client's key and rights.
+
+Knows nothing of the daemon's inside: everything goes through :func:`brokerd_client.connect`.
+"""
+
+from __future__ import annotations
+
+from brokerd.ctl import bench, messages, operations, top
+from brokerd.ctl.command import brokerctl, main
+
+__all__ = ["main"]
+
+for _module in (messages, operations, top, bench):
+    for _command in _module.COMMANDS:
+        brokerctl.add_command(_command)

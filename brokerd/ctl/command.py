@@ -1,0 +1,116 @@
+"""The `brokerctl` command itself: who connects where, as every subcommand is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import click
+
+import brokerd_client
+from brokerd import __version__
+from brokerd.ctl.status import Failure, Status, failure_of
+from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
+
+__all__ = ["DEFAULT_TIMEOUT_S", "Access", "brokerctl", "connecting", "main"]
+
+#: Seconds that anything may take for which no time was given.
+DEFAULT_TIMEOUT_S: Final = 10.0
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_HELP = "Talk to a running broker."
+_EPILOG = """\b
+Exit status:
+  0  what was asked for happened
+  1  refused, by the broker or by the other client
+  2  the command line, the key file or the address is wrong
+  3  timed out
+  4  no broker could be reached, or it went away
+  5  in doubt: the connection went before the outcome was known
+  130  interrupted by Ctrl-C
+"""
+
+
+@dataclass(slots=True)
+class Access:
+    """Where the broker is and who we are; what is None comes from the environment."""
+
+    address: str | None = None
+    name: str | None = None
+    key_file: str | None = None
+
+    def connect(self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False) -> brokerd_client.Client:
+        """Return a connected client. Raises Failure where no broker can be reached."""
+        try:
+            return brokerd_client.connect(
+                self.address, self.name, key_file=self.key_file, timeout=timeout, reconnect=reconnect
+            )
+        except TimedOut as error:
+            raise Failure(Status.UNREACHABLE, f"no broker answered: {error}") from error
+        except (Disconnected, Closed) as error:
+            raise Failure(Status.UNREACHABLE, f"no broker can be reached: {error}") from error
+        except BrokerdError:
+            raise
+        except OSError as error:
+            raise Failure(Status.UNREACHABLE, f"no broker can be reached: {error}") from error
+
+
+def _store(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        assert parameter.name is not None
+        setattr(context.ensure_object(Access), parameter.name, value)
+
+
+def connecting(function: _Function) -> _Function:
+    """Give a command the options that say where the broker is; they may stand before or behind its name."""
+    for option in (
+        click.option(
+            "--key-file",
+            type=click.Path(dir_okay=False),
+            help="A file that holds this client's key.  [env: BROKERD_KEY_FILE]",
+            expose_value=False,
+            callback=_store,
+        ),
+        click.option(
+            "--name",
+            help="The client to be; found by the key if not given.  [env: BROKERD_NAME]",
+            expose_value=False,
+            callback=_store,
+        ),
+        click.option(
+            "--address",
+            help="HOST:PORT, [IPV6]:PORT, a path or @ABSTRACT.  [env: BROKERD_ADDRESS]",
+            expose_value=False,
+            callback=_store,
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+class _Group(click.Group):
+    """A group whose commands may let the library's errors through."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of the library becomes an exit status."""
+        try:
+            return super().invoke(ctx)
+        except BrokerdError as error:
+            raise failure_of(error) from error
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(Status.INTERRUPTED) from None
+
+
+@click.group(cls=_Group, help=_HELP, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="brokerctl")
+@connecting
+@click.pass_context
+def brokerctl(context: click.Context) -> None:
+    context.ensure_object(Access)
+
+
+def main() -> None:
+    """Run `brokerctl`."""
+    brokerctl(prog_name="brokerctl")

@@ -1,0 +1,197 @@
+"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, drain; and completion.
+
+Each is an operation of ``$broker`` (docs/protocol.md, "Operations"); all but clients and ping are for clients
+with ``admin: true``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import click
+from click.shell_completion import get_completion_class
+
+from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, brokerctl, connecting
+from brokerd.ctl.output import as_bytes, console, note, print_json, print_table, print_values, since
+from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
+
+__all__ = ["COMMANDS"]
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_TIMEOUT_S,
+    show_default=True,
+    help="Seconds to wait.",
+)
+
+
+@click.command()
+@_as_json
+@click.option("--watch", is_flag=True, help="Go on, and print who comes and goes, until Ctrl-C.")
+@connecting
+@click.pass_obj
+def clients(access: Access, as_json: bool, watch: bool) -> None:
+    """List the clients you may send to, and who of them is online."""
+    with ended_by_ctrl_c(watch), access.connect() as client:
+        if watch:
+            note("watching; Ctrl-C ends it")
+            for presence in client.watch_presence():
+                if as_json:
+                    print_json({"name": presence.name, "online": presence.online})
+                else:
+                    print_table(("name", ""), [(presence.name, "online" if presence.online else "offline")])
+            return
+        found = sorted(client.clients(), key=lambda info: info.name)
+    if as_json:
+        print_json([{"name": info.name, "online": info.online, "since": info.since} for info in found])
+    else:
+        rows = [(info.name, "online" if info.online else "offline", since(info.since)) for info in found]
+        print_table(("name", "", "since"), rows)
+
+
+@click.command()
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many times.")
+@click.option("--interval", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds between them.")
+@_as_json
+@connecting
+@click.pass_obj
+def ping(access: Access, count: int, interval: float, as_json: bool) -> None:
+    """Ask the broker for an answer, and say how long it took."""
+    with access.connect() as client:
+        for number in range(count):
+            if number:
+                time.sleep(interval)
+            seconds = client.ping()
+            if as_json:
+                print_json({"seconds": seconds, "name": client.name})
+            else:
+                click.echo(f"{client.name}: {seconds * 1000:.3f} ms")
+
+
+@click.command()
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def stats(access: Access, as_json: bool, timeout: float) -> None:
+    """Show the broker's counters."""
+    with access.connect(timeout=timeout) as client:
+        found = client.control("stats", timeout=timeout)
+    if as_json:
+        print_json(found)
+    else:
+        print_values(dict(_readable(found)))
+
+
+def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return each counter under its name, in the unit a person reads."""
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _readable(value, f"{prefix}{key} ")
+        elif key.endswith("_at") and isinstance(value, (int, float)):
+            rows.append((prefix + key.replace("_", " "), since(value)))
+        elif (key.endswith("_bytes") or key.startswith("bytes_")) and isinstance(value, int) and console.is_terminal:
+            rows.append((prefix + key.replace("_", " "), as_bytes(value)))
+        elif isinstance(value, bool):
+            rows.append((prefix + key.replace("_", " "), "yes" if value else "no"))
+        else:
+            rows.append((prefix + key.replace("_", " "), str(value)))
+    return rows
+
+
+@click.command()
+@click.argument("sender")
+@click.argument("verb", type=click.Choice(["send", "publish", "subscribe"]))
+@click.argument("target")
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def can(access: Access, sender: str, verb: str, target: str, as_json: bool, timeout: float) -> None:
+    """Say whether a client may do something, and the rule that decides it.
+
+    As in `can alice send bob`, `can alice publish jobs.new`, `can alice subscribe 'jobs.>'`. The exit status is 1
+    if it may not.
+    """
+    with access.connect(timeout=timeout) as client:
+        answer = client.control("can", timeout=timeout, sender=sender, verb=verb, target=target)
+    if as_json:
+        print_json(answer)
+    else:
+        where = f"  ({answer['where']})" if answer.get("where") else ""
+        click.echo(f"{'yes' if answer['allowed'] else 'no'}: {answer.get('why', '')}{where}")
+    if not answer["allowed"]:
+        raise click.exceptions.Exit(Status.REFUSED)
+
+
+@click.command()
+@click.argument("address")
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def disconnect(access: Access, address: str, as_json: bool, timeout: float) -> None:
+    """End the connections of a client, or the one connection ADDRESS."""
+    with access.connect(timeout=timeout) as client:
+        answer = client.control("disconnect", timeout=timeout, address=address)
+    if as_json:
+        print_json(answer)
+    else:
+        for gone in answer["disconnected"]:
+            click.echo(f"disconnected {gone}")
+
+
+@click.command()
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def reload(access: Access, as_json: bool, timeout: float) -> None:
+    """Have the broker read its configuration again; a bad one changes nothing."""
+    with access.connect(timeout=timeout) as client:
+        answer = client.control("reload", timeout=timeout)
+    if as_json:
+        print_json(answer)
+    elif answer["reloaded"]:
+        click.echo("reloaded")
+    if not answer["reloaded"]:
+        problems = "\n".join(answer["problems"])
+        raise Failure(Status.REFUSED, f"the configuration stays as it was:\n{problems}")
+
+
+@click.command()
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def drain(access: Access, as_json: bool, timeout: float) -> None:
+    """Have the broker take nothing new, deliver what waits, and stop."""
+    with access.connect(timeout=timeout) as client:
+        answer = client.control("drain", timeout=timeout)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo("draining")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete this command.
+
+    \b
+    bash:  eval "$(brokerctl completion bash)"          in ~/.bashrc
+    zsh:   eval "$(brokerctl completion zsh)"           in ~/.zshrc
+    fish:  brokerctl completion fish > ~/.config/fish/completions/brokerctl.fish
+    """
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise Failure(Status.USAGE, f"completion for {shell} is not available")
+    click.echo(kind(brokerctl, {}, "brokerctl", "_BROKERCTL_COMPLETE").source())
+
+
+COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, drain, completion)

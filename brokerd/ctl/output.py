@@ -1,0 +1,154 @@
+"""What `brokerctl` prints: JSON where it was asked for, rich tables on a terminal, plain lines in a pipe.
+
+A payload comes from somebody else: on a terminal it is shown with its control characters escaped, so that
+it can't move the cursor, change the title or worse.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from brokerd_client.errors import UndecodablePayload
+from brokerd_client.message import Message
+from brokerd_client.wire.envelope import CodecId
+
+__all__ = [
+    "as_bytes",
+    "console",
+    "message_object",
+    "note",
+    "print_json",
+    "print_message",
+    "print_payload",
+    "print_table",
+    "print_values",
+    "printable",
+    "since",
+]
+
+#: Tables, and whether there is a terminal to show them on.
+console = Console(highlight=False)
+
+
+def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Print one JSON document on one line, at once."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Tell a person something that is no result: on the standard error, and only on a terminal."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print a table on a terminal; elsewhere one line a row, its fields apart by tabs, with no heading.
+
+    right: columns that hold numbers.
+    """
+    if not console.is_terminal:
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*(Text(field) for field in row))
+    console.print(table)
+
+
+def print_values(values: Mapping[str, str]) -> None:
+    """Print what has a name and a value each, as a table or as lines."""
+    print_table(("", ""), values.items())
+
+
+def printable(text: str) -> str:
+    """Return the text with its control characters written as escapes, line ends too."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        else character
+        for character in text
+    )
+
+
+def payload_text(message: Message) -> str | None:
+    """Return the payload as text, or None where it is none."""
+    try:
+        return message.text()
+    except UndecodablePayload:
+        return None
+
+
+def message_object(message: Message) -> dict[str, Any]:
+    """Return a message as `--json` shows it.
+
+    payload: the value of JSON, or text; in its place base64: bytes that are neither.
+    """
+    shown: dict[str, Any] = {"kind": message.kind.name.lower(), "sender": message.sender, "id": message.id}
+    if message.topic:
+        shown["topic"] = message.topic
+    if message.extension is not None:
+        shown["extension"] = dict(message.extension)
+    try:
+        shown["payload"] = message.payload if message.codec == CodecId.JSON else message.text()
+    except UndecodablePayload:
+        shown["base64"] = base64.b64encode(message.body).decode()
+    return shown
+
+
+def print_message(message: Message, *, as_json: bool, raw: bool) -> None:
+    """Print a message that arrived: a JSON object, its bare bytes, or one line with who sent it."""
+    if as_json:
+        print_json(message_object(message))
+    elif raw:
+        print_payload(message, raw=True)
+    else:
+        text = payload_text(message)
+        shown = printable(text) if text is not None else f"({len(message.body)} bytes that are no text)"
+        origin = f"{message.sender} {message.topic}" if message.topic else message.sender
+        if console.is_terminal:
+            console.print(Text.assemble((printable(origin), "bold cyan"), " ", shown), soft_wrap=True)
+        else:
+            click.echo(f"{printable(origin)}\t{shown}")
+        sys.stdout.flush()
+
+
+def print_payload(message: Message, *, raw: bool) -> None:
+    """Print a payload: its bytes as they are, or as text with a line end; on a terminal made harmless."""
+    text = None if raw else payload_text(message)
+    if text is None and not raw and console.is_terminal:
+        console.print(f"({len(message.body)} bytes that are no text; --raw writes them)")
+    elif text is None:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(message.body)
+        sys.stdout.buffer.flush()
+    else:
+        click.echo("\n".join(map(printable, text.split("\n"))) if console.is_terminal else text)
+
+
+def as_bytes(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def since(moment: float | None) -> str:
+    """Return a moment of Unix time as local time, or "" where it is not known."""
+    return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

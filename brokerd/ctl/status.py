@@ -1,0 +1,83 @@
+"""How `brokerctl` ends: its exit statuses, and which failure means which. Prints no payload and no key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import IO, Any
+
+import click
+
+from brokerd_client.errors import (
+    AuthenticationError,
+    BrokerdError,
+    Closed,
+    Disconnected,
+    InDoubt,
+    LocalError,
+    Refused,
+    TimedOut,
+)
+
+__all__ = ["Failure", "Status", "ended_by_ctrl_c", "failure_of"]
+
+
+class Status(IntEnum):
+    """What a script can tell apart."""
+
+    DONE = 0
+    """What was asked for happened."""
+    REFUSED = 1
+    """The broker or the other client said no; it is named in the message."""
+    USAGE = 2
+    """The command line, the key file or the address is wrong; nothing was sent."""
+    TIMED_OUT = 3
+    """It did not happen in the time given."""
+    UNREACHABLE = 4
+    """No broker answers at the address, or it went away."""
+    IN_DOUBT = 5
+    """The connection went before the outcome was known: it may have happened or not."""
+    INTERRUPTED = 130
+    """Ctrl-C came before it was done; what a shell says of it too."""
+
+
+class Failure(click.ClickException):
+    """The end of a command that did not do what was asked for."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = int(status)  # type: ignore[misc]  # click calls it a class's, and reads it from the instance
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Say why, in one line on the standard error."""
+        click.echo(f"brokerctl: {self.format_message()}", file=file or sys.stderr)
+
+
+@contextmanager
+def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
+    """Take Ctrl-C inside for a good end, if it is the one that was asked for; else let it through."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_the_end:
+            raise
+
+
+def failure_of(error: BrokerdError) -> Failure:
+    """Return the end that an error of the library means."""
+    if isinstance(error, Refused):
+        return Failure(Status.REFUSED, f"{error.code}: {error}")
+    if isinstance(error, AuthenticationError):
+        return Failure(Status.REFUSED, f"not authenticated: {error}")
+    if isinstance(error, LocalError):
+        return Failure(Status.USAGE, str(error))
+    if isinstance(error, TimedOut):
+        return Failure(Status.TIMED_OUT, f"timed out: {error}")
+    if isinstance(error, InDoubt):
+        return Failure(Status.IN_DOUBT, f"in doubt: {error}")
+    if isinstance(error, (Disconnected, Closed)):
+        return Failure(Status.UNREACHABLE, str(error))
+    # A peer that breaks the protocol is no broker.
+    return Failure(Status.UNREACHABLE, f"no broker there: {error}")
