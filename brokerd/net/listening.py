@@ -13,7 +13,7 @@ import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from brokerd.config.values import ListenConfig
 from brokerd_client.address import Address, parse
@@ -90,24 +90,20 @@ def _listen_tcp(config: ListenConfig) -> list[Listening]:
     host, port = config.address.host, config.address.port
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     opened: list[Listening] = []
+    missing: OSError | None = None
     try:
         for family, _, _, _, sockaddr in dict.fromkeys(found):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            # A name with several addresses and port 0 gets the same port for all of them.
+            at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
             try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                # A name with several addresses and port 0 gets the same port for all of them.
-                at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
-                sock.bind(at)
-                sock.listen(BACKLOG)
-                sock.setblocking(False)
+                opened.append(_listen_at(config, family, at))
             except OSError as error:
-                sock.close()
-                if opened and error.errno == errno.EADDRNOTAVAIL:
-                    continue
-                raise
-            opened.append(Listening(config, sock, parse(sock.getsockname()[:2])))
+                # localhost is often ::1 too where IPv6 is switched off: what is there is served.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not opened:
+            raise missing
     except OSError:
         for each in opened:
             each.close()
@@ -115,39 +111,59 @@ def _listen_tcp(config: ListenConfig) -> list[Listening]:
     return opened
 
 
-def _listen_unix(config: ListenConfig) -> Listening:
-    address = config.address
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> Listening:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if not address.is_file:
-            sock.bind(address.path)
-            sock.listen(BACKLOG)
-            sock.setblocking(False)
-            return Listening(config, sock, address)
-        path = Path(address.path)
-        _take_over(path)
-        # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
-        os.fchmod(sock.fileno(), config.mode if config.mode is not None else 0o600)
-        umask = os.umask(0)
-        try:
-            sock.bind(address.path)
-        finally:
-            os.umask(umask)
-        if config.group is not None:
-            shutil.chown(path, group=config.group)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
         sock.listen(BACKLOG)
         sock.setblocking(False)
-        return Listening(config, sock, address, _inode(path))
-    except LookupError as error:
+        return Listening(config, sock, parse(sock.getsockname()[:2]))
+    except OSError:
         sock.close()
+        raise
+
+
+def _listen_unix(config: ListenConfig) -> Listening:
+    address = config.address
+    if address.is_file:
+        _take_over(Path(address.path))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = Listening(config, sock, address)
+    try:
+        if address.is_file:
+            _bind_file(listening)
+        else:
+            sock.bind(address.path)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except LookupError as error:
+        listening.close()
         raise ListenError(f"can't listen at {address}: {error}") from error
     except OSError as error:
-        sock.close()
+        listening.close()
         if error.errno is None and "too long" in str(error):
             raise ListenError(
                 f"can't listen at {address}: the path is too long for a socket (some 100 bytes)"
             ) from error
         raise
+    return listening
+
+
+def _bind_file(listening: Listening) -> None:
+    config, path = listening.config, Path(listening.address.path)
+    # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
+    os.fchmod(listening.sock.fileno(), config.mode if config.mode is not None else 0o600)
+    umask = os.umask(0)
+    try:
+        listening.sock.bind(str(path))
+    finally:
+        os.umask(umask)
+    listening.inode = _inode(path)
+    if config.group is not None:
+        shutil.chown(path, group=config.group)
 
 
 def _take_over(path: Path) -> None:

@@ -1,0 +1,191 @@
+"""A client written from docs/protocol.md alone: sockets, struct and hmac, nothing of the library's.
+
+It is deliberately primitive, so that a test can send what no well-behaved client would.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import socket
+import struct
+from typing import Any, NamedTuple, Self
+
+from brokerd_client.address import Address
+
+HEADER = struct.Struct("!BBBBQ")
+MESSAGE, REQUEST, REPLY, ERROR, EVENT, RECEIPT, ACK = range(1, 8)
+WANT_RECEIPT, EXTENSION, WANT_ACK = 1, 2, 4
+JSON = 2
+TIMEOUT_S = 30.0
+CHALLENGE, WELCOME, FAILURE = b"#CHALLENGE#", b"#WELCOME#", b"#FAILURE#"
+
+
+class Frame(NamedTuple):
+    """A broker frame, taken apart."""
+
+    kind: int
+    flags: int
+    codec: int
+    name: str
+    id: int
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The code of an ERROR."""
+        assert self.kind == ERROR, self
+        return str(self.json["code"])
+
+
+class Rejected(Exception):
+    """The broker did not let it in; args[0] is every byte it said instead of #WELCOME#."""
+
+
+def prefixed(body: bytes) -> bytes:
+    """Return the body as one frame."""
+    return struct.pack("!i", len(body)) + body
+
+
+def packed(
+    kind: int, to: str, payload: bytes = b"", *, id: int = 0, flags: int = 0, codec: int = 0, between: bytes = b""
+) -> bytes:
+    """Return one whole broker frame. between: what stands between name and payload (topic, extension)."""
+    name = to.encode()
+    return prefixed(HEADER.pack(kind, flags, codec, len(name), id) + name + between + payload)
+
+
+class Raw:
+    """One connection. address: where the broker listens."""
+
+    def __init__(self, address: Address, *, timeout_s: float = TIMEOUT_S) -> None:
+        if address.family == "AF_UNIX":
+            self.sock = socket.socket(socket.AF_UNIX)
+        else:
+            family = socket.AF_INET6 if address.family == "AF_INET6" else socket.AF_INET
+            self.sock = socket.socket(family)
+        self.sock.settimeout(timeout_s)
+        self.sock.connect(address.sockaddr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    # Bytes
+
+    def write(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def write_bytewise(self, data: bytes) -> None:
+        """Write a byte at a time, each as a segment of its own."""
+        for position in range(len(data)):
+            self.sock.sendall(data[position : position + 1])
+
+    def read(self, size: int) -> bytes:
+        """Return exactly that many bytes. Raises EOFError."""
+        data = bytearray()
+        while len(data) < size:
+            piece = self.sock.recv(min(size - len(data), 1 << 20))
+            if not piece:
+                raise EOFError(f"closed after {len(data)} of {size} bytes")
+            data += piece
+        return bytes(data)
+
+    def read_body(self) -> bytes:
+        """Return the body of the next frame."""
+        (size,) = struct.unpack("!i", self.read(4))
+        return self.read(size)
+
+    def read_to_end(self) -> bytes:
+        """Return everything until the broker closes, which it may do with a reset."""
+        data = bytearray()
+        try:
+            while piece := self.sock.recv(65536):
+                data += piece
+        except ConnectionResetError:
+            pass
+        return bytes(data)
+
+    # The handshake
+
+    def answer(self, key: bytes, name: bytes = b"", digest: str | None = "sha256") -> bytes:
+        """Read the broker's challenge and return the right answer. digest: None for the bare MD5 of old Pythons."""
+        challenge = self.read_body()
+        assert challenge.startswith(CHALLENGE + b"{sha256}"), challenge
+        message = challenge[len(CHALLENGE) :]
+        if digest is None:
+            return hmac.digest(key, message, "md5")
+        return b"{%s}" % digest.encode() + hmac.digest(key, message, digest) + name
+
+    def challenge(self, key: bytes, digest: str | None = "sha256") -> None:
+        """Have the broker prove that it knows the key."""
+        message = os.urandom(20) if digest is None else b"{%s}" % digest.encode() + os.urandom(40)
+        self.write(prefixed(CHALLENGE + message))
+        answer = self.read_body()
+        right = hmac.digest(key, message, digest or "md5")
+        assert answer == (right if digest is None else b"{%s}" % digest.encode() + right)
+
+    def log_in(
+        self,
+        key: bytes,
+        name: bytes = b"",
+        *,
+        digest: str | None = "sha256",
+        challenge_digest: str | None = "sha256",
+        behind: bytes = b"",
+    ) -> Raw:
+        """Shake hands. behind: bytes to send in one segment with the last #WELCOME#. Raises Rejected."""
+        self.write(prefixed(self.answer(key, name, digest)))
+        said = self.read_body()
+        if said != WELCOME:
+            raise Rejected(prefixed(said) + self.read_to_end())
+        self.challenge(key, challenge_digest)
+        self.write(prefixed(WELCOME) + behind)
+        return self
+
+    # Broker frames
+
+    def send(self, kind: int, to: str, payload: bytes = b"", **how: Any) -> None:
+        self.write(packed(kind, to, payload, **how))
+
+    def recv(self) -> Frame:
+        """Return the next broker frame."""
+        body = self.read_body()
+        kind, flags, codec, size, id = HEADER.unpack_from(body)
+        return Frame(kind, flags, codec, body[12 : 12 + size].decode(), id, body[12 + size :])
+
+    def ask(self, op: str, *, id: int = 7, **arguments: Any) -> Frame:
+        """Return the broker's answer to an operation; nothing else may arrive before it."""
+        self.send(REQUEST, "$broker", json.dumps({"op": op, **arguments}).encode(), id=id, codec=JSON)
+        answer = self.recv()
+        assert (answer.name, answer.id) == ("$broker", id), answer
+        return answer
+
+    def ping(self) -> None:
+        """Return when the broker has answered: all that was sent before has been dealt with."""
+        answer = self.ask("ping", id=0xFFFF_FFFF)
+        assert answer.kind == REPLY, answer
+
+    def is_closed(self) -> bool:
+        """Wait until the broker closes; nothing may arrive before that."""
+        return self.read_to_end() == b""
+
+
+def login(address: Address, key: bytes, name: bytes = b"", **how: Any) -> Raw:
+    """Return a connection that has shaken hands. Raises Rejected."""
+    raw = Raw(address)
+    try:
+        return raw.log_in(key, name, **how)
+    except BaseException:
+        raw.close()
+        raise
