@@ -1,0 +1,485 @@
+"""Who gets in: the handshake seen from outside, by peers that are right, wrong, old, slow, silent or mad."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Client
+from typing import Any
+
+import pytest
+from net.house import House, configuration, house, key_of
+from net.raw import (
+    CHALLENGE,
+    FAILURE,
+    HEADER,
+    MESSAGE,
+    WELCOME,
+    Raw,
+    Rejected,
+    login,
+    packed,
+    prefixed,
+)
+
+from brokerd_client.address import Address
+
+REJECTION = prefixed(FAILURE)
+#: Before 3.12 the standard library knows nothing but HMAC-MD5.
+STOCK_IS_MD5 = sys.version_info < (3, 12)
+
+
+def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
+    return house(configuration(listen, clients, **more))
+
+
+def rejection(address: Address, key: bytes, name: bytes = b"", **how: Any) -> bytes:
+    """Return every byte the broker said instead of #WELCOME#, until it closed."""
+    with pytest.raises(Rejected) as caught:
+        login(address, key, name, **how)
+    return bytes(caught.value.args[0])
+
+
+def last_refusal(broker: House, count: int = 1) -> dict[str, Any]:
+    return broker.log.wait("client.refused", count)[count - 1].fields
+
+
+# Who is it?
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "unix", "@"])
+def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> None:
+    """multiprocessing.connection.Client with nothing but its key exchanges messages with another."""
+    listen = {"unix": str(socket_dir / "s"), "@": "@brokerd-" + os.urandom(6).hex()}.get(listen, listen)
+    clients = {name: {"allow_md5": STOCK_IS_MD5} for name in ("alice", "bob")}
+    with served(clients, listen) as broker:
+        # The standard library does not infer AF_INET6.
+        if broker.address.family == "AF_INET6":
+            pytest.skip("the standard library's Client ignores AF_INET6") if STOCK_IS_MD5 else None
+            return
+        with (
+            Client(broker.address.sockaddr, authkey=b"alice's key") as alice,
+            Client(broker.address.sockaddr, authkey=b"bob's key") as bob,
+        ):
+            alice.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello")
+            assert bob.recv_bytes() == HEADER.pack(1, 0, 0, 5, 0) + b"alice" + b"hello"
+
+
+@pytest.mark.parametrize("name", [b"", b"bob"], ids=["by key", "by name"])
+@pytest.mark.parametrize("challenge", ["sha256", "sha384", "sha3_256", "sha3_384"])
+@pytest.mark.parametrize("digest", ["sha256", "sha384", "sha3_256", "sha3_384"])
+def test_every_digest_is_spoken(name: bytes, challenge: str, digest: str) -> None:
+    """A peer may answer with, and ask for, any digest of the standard library's newer handshake."""
+    with (
+        served() as broker,
+        login(broker.address, key_of("bob"), name, digest=digest, challenge_digest=challenge) as bob,
+    ):
+        assert bob.ask("whoami").json["name"] == "bob"
+
+
+def test_a_name_and_anothers_key_do_not_match() -> None:
+    """With a name only that client's keys count, though the key is a good one of somebody else."""
+    with served() as broker:
+        assert rejection(broker.address, key_of("alice"), b"bob") == REJECTION
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"", b"alice", b"nobody", b"$broker", b"alice/1", b"\xff\xfe", b"a" * 200, b"alice\n", b"alice\0"],
+)
+def test_a_wrong_key_hears_the_same_whatever_the_name(name: bytes) -> None:
+    """The bytes are #FAILURE# and the end, for a name that exists and for one that does not."""
+    with served() as broker:
+        assert rejection(broker.address, b"a key nobody has", name) == REJECTION
+        assert broker.log.wait("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
+
+
+def test_a_wrong_key_takes_the_same_search_whatever_the_name() -> None:
+    """As many keys are tried for a name nobody has as for the name with the most keys."""
+    keys = [{"key": f"key {number}"} for number in range(5)]
+    with served({"alice": {"keys": keys}, "bob": None}) as broker:
+        tried: list[int] = []
+        server = broker.daemon._server
+        assert server is not None
+        from brokerd.net import door
+        from brokerd.net.keyring import Search
+
+        class Watched(Search):
+            def step(self) -> Any:
+                found = super().step()
+                tried.append(self.tried)
+                return found
+
+        before = door.Search
+        door.Search = Watched  # type: ignore[misc]
+        try:
+            for name in (b"alice", b"bob", b"nobody"):
+                rejection(broker.address, b"wrong", name)
+        finally:
+            door.Search = before  # type: ignore[misc]
+        assert tried == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"#WELCOME#",
+        b"x" * 16,
+        b"x" * 256,
+        b"{sha256}",
+        b"{sha256}" + b"x" * 31,
+        b"{sha1}" + b"x" * 20,
+        b"{sha384}" + b"x" * 32,
+        b"{sha256" + b"x" * 40,
+        b"{md5}" + b"x" * 16,
+    ],
+)
+def test_what_is_no_answer_is_a_failure(answer: bytes) -> None:
+    """Any frame that is no right answer hears #FAILURE# and no more."""
+    with served() as broker, broker.raw() as peer:
+        assert peer.read_body().startswith(CHALLENGE)
+        peer.write(prefixed(answer))
+        assert peer.read_to_end() == REJECTION
+
+
+def test_an_answer_cannot_be_replayed() -> None:
+    """The challenge is fresh each time: an answer overheard is worth nothing later."""
+    with served() as broker, broker.raw() as first, broker.raw() as second:
+        answer = first.answer(key_of("alice"))
+        assert answer != second.answer(key_of("alice"))
+        second.write(prefixed(answer))
+        assert second.read_to_end() == REJECTION
+
+
+def test_the_brokers_own_challenge_cannot_be_reflected() -> None:
+    """Who sends the broker's challenge back to it learns no answer: the broker answers only who is known."""
+    with served() as broker, broker.raw() as peer:
+        challenge = peer.read_body()
+        peer.write(prefixed(challenge))
+        assert peer.read_to_end() == REJECTION
+
+
+def test_a_peer_that_rejects_the_brokers_proof_is_let_go() -> None:
+    """A client may say #FAILURE# to the broker; it is closed and the log says who rejected whom."""
+    with served() as broker, broker.raw() as peer:
+        peer.write(prefixed(peer.answer(key_of("alice"))))
+        assert peer.read_body() == WELCOME
+        peer.write(prefixed(CHALLENGE + b"{sha256}" + b"x" * 40))
+        peer.read_body()
+        peer.write(prefixed(FAILURE))
+        assert peer.read_to_end() == b""
+        refusal = last_refusal(broker)
+        assert "rejected" in refusal["reason"]
+        assert refusal["name"] == "alice"
+
+
+# MD5
+
+
+@pytest.mark.parametrize("name", [b"", b"alice"], ids=["by key", "by name"])
+@pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
+def test_md5_is_refused_and_the_log_names_the_option(name: bytes, digest: str | None) -> None:
+    """A right key by HMAC-MD5 hears #FAILURE#, and the operator reads allow_md5."""
+    if digest is None and name:
+        pytest.skip("a bare answer carries no name")
+    with served() as broker:
+        assert rejection(broker.address, key_of("alice"), name, digest=digest) == REJECTION
+        refusal = last_refusal(broker)
+        assert "allow_md5" in refusal["reason"]
+        assert refusal["name"] == "alice"
+
+
+@pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
+def test_md5_may_be_allowed_for_a_client(digest: str | None) -> None:
+    """allow_md5 at a client is for that client alone."""
+    with served({"old": {"allow_md5": True}, "young": None}) as broker:
+        with login(broker.address, key_of("old"), digest=digest, challenge_digest=digest) as old:
+            assert old.ask("whoami").json["name"] == "old"
+        assert rejection(broker.address, key_of("young"), digest=digest) == REJECTION
+
+
+@pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
+def test_md5_may_be_allowed_at_a_listener(digest: str | None) -> None:
+    """allow_md5 at a listener is for everyone who comes in there, and nowhere else."""
+    with served(listen=[{"address": "127.0.0.1:0", "allow_md5": True}, "127.0.0.1:0"]) as broker:
+        inside, outside = broker.addresses
+        with login(inside, key_of("alice"), digest=digest, challenge_digest=digest) as alice:
+            alice.ping()
+        assert rejection(outside, key_of("bob"), digest=digest) == REJECTION
+
+
+def test_md5_answers_nobody_who_has_proved_a_better_digest() -> None:
+    """Where MD5 is off the broker does not answer an MD5 challenge either."""
+    with served() as broker, broker.raw() as peer:
+        peer.write(prefixed(peer.answer(key_of("alice"))))
+        assert peer.read_body() == WELCOME
+        peer.write(prefixed(CHALLENGE + b"x" * 20))
+        assert peer.read_to_end() == b""
+        assert "allow_md5" in last_refusal(broker)["reason"]
+
+
+# Keys
+
+
+def window(before: timedelta | None, after: timedelta | None) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    entry: dict[str, Any] = {"key": "windowed"}
+    if before is not None:
+        entry["not_before"] = (now + before).isoformat()
+    if after is not None:
+        entry["not_after"] = (now + after).isoformat()
+    return entry
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize("name", [b"", b"alice"], ids=["by key", "by name"])
+@pytest.mark.parametrize(
+    ("before", "after", "welcome"),
+    [(-HOUR, HOUR, True), (None, HOUR, True), (-HOUR, None, True), (HOUR, None, False), (None, -HOUR, False)],
+)
+def test_a_key_counts_within_its_window(
+    before: timedelta | None, after: timedelta | None, welcome: bool, name: bytes
+) -> None:
+    """Before and after its time a key is refused like a wrong one; the log says that it is its time."""
+    with served({"alice": {"keys": [window(before, after), {"key": "other"}]}}) as broker:
+        if welcome:
+            login(broker.address, b"windowed", name).close()
+            return
+        assert rejection(broker.address, b"windowed", name) == REJECTION
+        assert "not_after" in last_refusal(broker)["reason"]
+        login(broker.address, b"other", name).close()
+
+
+def test_the_broker_proves_the_key_that_was_used() -> None:
+    """With several keys the broker answers with the very one the client has."""
+    with served({"alice": {"keys": [{"key": "new"}, {"key": "old"}], "connections": 2}}) as broker:
+        for key in (b"old", b"new"):
+            login(broker.address, key).close()
+
+
+def test_identify_by_key_bounds_the_search() -> None:
+    """Past the limit a key is not found without a name; with its name it always is, and then it is recent."""
+    names = [f"c{number}" for number in range(100)]
+    with served(dict.fromkeys(names), limits={"identify_by_key": 40}) as broker:
+
+        def gets_in(name: str, said: bytes) -> bool:
+            try:
+                login(broker.address, key_of(name), said).close()
+            except Rejected:
+                return False
+            return True
+
+        found = {name for name in names if gets_in(name, b"")}
+        assert len(found) == 40
+        stranger = next(name for name in names if name not in found)
+        assert gets_in(stranger, stranger.encode())
+        assert gets_in(stranger, b"")
+        assert sum(gets_in(name, b"") for name in found) == 39
+
+
+def test_no_key_is_searched_where_the_limit_is_zero() -> None:
+    """identify_by_key: 0 serves only clients that say who they are."""
+    with served(limits={"identify_by_key": 0}) as broker:
+        assert rejection(broker.address, key_of("alice")) == REJECTION
+        broker.login("alice").close()
+
+
+def test_peer_uid_needs_the_right_user(socket_dir: Any) -> None:
+    """A client with peer_uid gets in as that user only, and by a Unix socket only."""
+    clients = {"me": {"peer_uid": [os.getuid()]}, "you": {"peer_uid": [os.getuid() + 1], "key": "k"}}
+    with served(clients, [str(socket_dir / "s"), "127.0.0.1:0"]) as broker:
+        unix, tcp = broker.addresses
+        with login(unix, b"me", b"me") as me:
+            assert me.ask("whoami").json["name"] == "me"
+        assert rejection(unix, b"k", b"you") == REJECTION
+        assert "peer_uid" in last_refusal(broker)["reason"]
+        assert rejection(tcp, b"me", b"me") == REJECTION
+
+
+# Peers that do it wrong
+
+
+def test_a_byte_at_a_time_is_fast_enough() -> None:
+    """A handshake and a message in segments of one byte are understood."""
+    with served() as broker, broker.raw() as alice, broker.login("bob") as bob:
+        alice.write_bytewise(prefixed(alice.answer(key_of("alice"), b"alice")))
+        assert alice.read_body() == WELCOME
+        message = b"{sha256}" + b"n" * 40
+        alice.write_bytewise(prefixed(CHALLENGE + message))
+        alice.read_body()
+        alice.write_bytewise(prefixed(WELCOME) + packed(MESSAGE, "bob", b"slowly"))
+        assert bob.recv().body == b"slowly"
+
+
+@pytest.mark.parametrize("size", [10, 300, 70_000, 1_000_000])
+def test_what_follows_welcome_at_once_is_delivered(size: int) -> None:
+    """A frame in the same segment as the last #WELCOME#, however long, reaches its recipient."""
+    with served() as broker, broker.login("bob") as bob:
+        payload = os.urandom(size)
+        with login(broker.address, key_of("alice"), b"alice", behind=packed(MESSAGE, "bob", payload) * 2):
+            assert bob.recv().body == payload
+            assert bob.recv().body == payload
+
+
+def test_a_client_that_does_not_wait_at_all_is_served() -> None:
+    """Answer, challenge, welcome and messages sent without reading once: nothing of it is lost."""
+    with served({f"c{n}": None for n in range(200)} | {"bob": None}) as broker, broker.login("bob") as bob:
+        for named in (b"", b"c5"):
+            with broker.raw() as hasty:
+                answer = hasty.answer(key_of("c5"), named)
+                message = b"{sha256}" + b"n" * 40
+                hasty.write(
+                    prefixed(answer)
+                    + prefixed(CHALLENGE + message)
+                    + prefixed(WELCOME)
+                    + b"".join(packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(1000))
+                )
+                assert [bob.recv().id for _ in range(1000)] == list(range(1000))
+                assert hasty.read_body() == WELCOME
+                hasty.read_body()
+                hasty.ping()
+
+
+@pytest.mark.parametrize("claim", [257, 70_000, 2**31 - 1])
+def test_a_long_frame_before_authentication_closes(claim: int) -> None:
+    """More than 256 bytes announced is the end, before one of them has come."""
+    with served() as broker, broker.raw() as peer:
+        peer.read_body()
+        peer.write(struct.pack("!i", claim))
+        assert peer.is_closed()
+        assert str(claim) in last_refusal(broker)["reason"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(506),
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        struct.pack("!i", -2),
+        struct.pack("!iQ", -1, 2**63),
+        struct.pack("!iQ", -1, 2**64 - 1),
+        b"\xff" * 4000,
+    ],
+    ids=["http", "tls", "ssh", "-2", "2**63", "2**64-1", "ff"],
+)
+def test_garbage_is_closed(garbage: bytes) -> None:
+    """Whoever speaks another language is closed at once and logged."""
+    with served() as broker, broker.raw() as peer:
+        peer.read_body()
+        peer.write(garbage)
+        assert peer.is_closed()
+        assert "not a handshake" in last_refusal(broker)["reason"]
+
+
+@pytest.mark.parametrize("stage", ["nothing", "half a length", "half an answer", "no challenge", "no welcome"])
+def test_silence_ends_at_the_deadline(stage: str) -> None:
+    """Wherever a peer stops talking, it is closed when limits.handshake_timeout is over."""
+    with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
+        answer = prefixed(peer.answer(key_of("alice")))
+        peer.write({"nothing": b"", "half a length": answer[:2], "half an answer": answer[:20]}.get(stage, answer))
+        if stage in ("no challenge", "no welcome"):
+            assert peer.read_body() == WELCOME
+        if stage == "no welcome":
+            peer.challenge(key_of("alice"))
+        assert peer.is_closed()
+        assert "handshake_timeout" in last_refusal(broker)["reason"]
+
+
+def test_talking_does_not_move_the_deadline() -> None:
+    """The deadline is for the whole handshake: a byte now and then does not extend it."""
+    with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
+        answer = prefixed(peer.answer(key_of("alice")))
+        peer.sock.settimeout(0.02)
+        closed = False
+        for position in range(len(answer)):
+            try:
+                peer.write(answer[position : position + 1])
+                closed = peer.sock.recv(1) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                closed = True
+            if closed:
+                break
+        assert closed
+        assert "handshake_timeout" in last_refusal(broker)["reason"]
+
+
+def test_unfinished_handshakes_are_bounded() -> None:
+    """One more than limits.handshakes drops the oldest; and a good client gets in meanwhile."""
+    with served(limits={"handshakes": 5}) as broker:
+        silent = [broker.raw() for _ in range(8)]
+        try:
+            for peer in silent:
+                peer.read_body()
+            broker.log.wait("client.refused", 3)
+            assert [peer.is_closed() for peer in silent[:3]] == [True] * 3
+            with broker.login("alice") as alice:
+                alice.ping()
+            server = broker.daemon._server
+            assert server is not None
+            assert broker.call(lambda: len(server._door)) == 4
+        finally:
+            for peer in silent:
+                peer.close()
+
+
+def test_a_silent_peer_does_not_hold_up_accept() -> None:
+    """Peers that say nothing are there first; a client gets in behind them."""
+    with served() as broker:
+        silent = [broker.raw() for _ in range(20)]
+        try:
+            broker.login("alice").close()
+        finally:
+            for peer in silent:
+                peer.close()
+
+
+def test_a_peer_that_resets_is_forgotten() -> None:
+    """A reset in the middle of the handshake harms nobody."""
+    with served() as broker:
+        for _ in range(20):
+            peer = broker.raw()
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.write(b"\0\0")
+            peer.close()
+        broker.log.wait("client.refused", 20)
+        broker.login("alice").close()
+
+
+def test_an_address_that_keeps_failing_is_slowed_and_others_are_not() -> None:
+    """After many failures #FAILURE# comes later; the right key is welcome at once even from there."""
+    from time import monotonic
+
+    with served() as broker:
+        for _ in range(12):
+            rejection(broker.address, b"wrong")
+        peer = Raw(broker.address)
+        peer.write(prefixed(peer.answer(b"wrong")))
+        began = monotonic()
+        broker.login("alice").close()
+        welcomed = monotonic() - began
+        assert peer.read_to_end() == REJECTION
+        slowed = monotonic() - began
+        peer.close()
+        assert slowed >= 0.1 > welcomed
+
+
+def test_the_door_is_empty_when_all_have_gone() -> None:
+    """Nothing of a handshake is kept when it is over, well or badly."""
+    with served() as broker:
+        broker.login("alice").close()
+        rejection(broker.address, b"wrong")
+        with broker.raw() as peer:
+            peer.read_body()
+        broker.log.wait("client.refused", 2)
+        server = broker.daemon._server
+        assert server is not None
+        assert broker.call(lambda: (len(server._door), server._door._searches)) == (0, [])
