@@ -6,12 +6,14 @@ with ``admin: true``.
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any, Final
 
 import click
 from click.shell_completion import get_completion_class
 
+import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, brokerctl, connecting
 from brokerd.ctl.output import as_bytes, console, note, print_json, print_table, print_values, since
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
@@ -35,14 +37,10 @@ _timeout = click.option(
 @click.pass_obj
 def clients(access: Access, as_json: bool, watch: bool) -> None:
     """List the clients you may send to, and who of them is online."""
-    with ended_by_ctrl_c(watch), access.connect() as client:
+    with access.connect() as client:
         if watch:
-            note("watching; Ctrl-C ends it")
-            for presence in client.watch_presence():
-                if as_json:
-                    print_json({"name": presence.name, "online": presence.online})
-                else:
-                    print_table(("name", ""), [(presence.name, "online" if presence.online else "offline")])
+            with ended_by_ctrl_c(is_the_end=True):
+                _watch(client, as_json)
             return
         found = sorted(client.clients(), key=lambda info: info.name)
     if as_json:
@@ -50,6 +48,17 @@ def clients(access: Access, as_json: bool, watch: bool) -> None:
     else:
         rows = [(info.name, "online" if info.online else "offline", since(info.since)) for info in found]
         print_table(("name", "", "since"), rows)
+
+
+def _watch(client: brokerd_client.Client, as_json: bool) -> None:
+    note("watching; Ctrl-C ends it")
+    with client.watch_presence() as changes:
+        for change in changes:
+            if as_json:
+                print_json({"name": change.name, "online": change.online})
+            else:
+                click.echo(f"{change.name}\t{'online' if change.online else 'offline'}")
+            sys.stdout.flush()
 
 
 @click.command()
@@ -129,15 +138,15 @@ def can(access: Access, sender: str, verb: str, target: str, as_json: bool, time
 
 
 @click.command()
-@click.argument("address")
+@click.argument("whom", metavar="NAME|ADDRESS")
 @_as_json
 @_timeout
 @connecting
 @click.pass_obj
-def disconnect(access: Access, address: str, as_json: bool, timeout: float) -> None:
-    """End the connections of a client, or the one connection ADDRESS."""
+def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None:
+    """End all connections of a client, or the one connection whose address is NAME/INSTANCE."""
     with access.connect(timeout=timeout) as client:
-        answer = client.control("disconnect", timeout=timeout, address=address)
+        answer = client.control("disconnect", timeout=timeout, address=whom)
     if as_json:
         print_json(answer)
     else:

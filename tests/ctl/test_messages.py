@@ -1,0 +1,387 @@
+"""send, request, listen, publish and subscribe: what arrives, what is printed, and the status a script sees."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from brokerd.ctl.command import brokerctl
+from brokerd.ctl.status import Status
+
+TIMEOUT_S = 30
+Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
+
+
+# -- send
+
+
+def test_what_is_sent_arrives(ctl: Any) -> None:
+    """The payload's bytes arrive as they were typed, from the client that the key belongs to."""
+    bob = ctl.broker.connect("bob")
+
+    result = ctl("alice", "send", "bob", "grüße")
+
+    assert (result.exit_code, result.output) == (Status.DONE, "")
+    message = bob.recv(timeout=TIMEOUT_S)
+    assert (message.sender, message.body) == ("alice", "grüße".encode())
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]], ids=["missing", "dash"])
+def test_a_payload_is_read_from_the_standard_input(ctl: Any, arguments: list[str]) -> None:
+    """Any bytes can be piped in; none is added or lost."""
+    bob = ctl.broker.connect("bob")
+
+    result = ctl("alice", "send", "bob", *arguments, stdin=b"\x00\xff\r\n")
+
+    assert result.exit_code == Status.DONE
+    assert bob.recv(timeout=TIMEOUT_S).body == b"\x00\xff\r\n"
+
+
+def test_json_is_sent_as_json(ctl: Any) -> None:
+    """With --codec json the recipient gets a value, not text."""
+    bob = ctl.broker.connect("bob")
+
+    assert ctl("alice", "send", "bob", '{"n": 7}', "--codec", "json").exit_code == Status.DONE
+
+    assert bob.recv(timeout=TIMEOUT_S).payload == {"n": 7}
+
+
+def test_json_that_is_none_is_a_wrong_command(ctl: Any) -> None:
+    """Nothing is sent that the recipient could not read."""
+    result = ctl("alice", "send", "bob", "{n: 7}", "--codec", "json")
+
+    assert result.exit_code == Status.USAGE
+    assert "the payload is no JSON" in result.output
+
+
+def test_every_line_becomes_a_message(ctl: Any) -> None:
+    """With --lines the lines arrive in order, more of them than fit in one batch."""
+    bob = ctl.broker.connect("bob")
+    lines = [f"line {number}" for number in range(600)]
+
+    assert ctl("alice", "send", "bob", "--lines", stdin="\n".join(lines)).exit_code == Status.DONE
+
+    assert [bob.recv(timeout=TIMEOUT_S).text() for _ in lines] == lines
+
+
+def test_lines_that_are_refused_are_counted(ctl: Any) -> None:
+    """One line that can't be delivered is enough for a failure."""
+    ctl.broker.add("bob")
+
+    result = ctl("alice", "send", "bob", "--lines", stdin="1\n2\n")
+
+    assert result.exit_code == Status.REFUSED
+    assert "2 of 2 not sent; the first: offline" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--lines", "payload"], ["--lines", "--ttl", "1"]])
+def test_lines_go_with_nothing_that_contradicts_them(ctl: Any, arguments: list[str]) -> None:
+    """A contradiction is a wrong command, and nothing is sent."""
+    assert ctl("alice", "send", "bob", *arguments).exit_code == Status.USAGE
+
+
+def test_a_message_to_nobody_is_refused(ctl: Any) -> None:
+    """An absent client, an unknown one and a forbidden one each have their code in the message."""
+    ctl.broker.add("bob")
+    ctl.broker.add("shy", send_to=["other.*"])
+
+    absent, unknown = ctl("alice", "send", "bob", "x"), ctl("alice", "send", "nobody", "x")
+    forbidden = ctl("shy", "send", "bob", "x")
+
+    assert [result.exit_code for result in (absent, unknown, forbidden)] == [Status.REFUSED] * 3
+    assert absent.output.startswith("brokerctl: offline: ")
+    assert unknown.output.startswith("brokerctl: no_such_client: ")
+    assert forbidden.output.startswith("brokerctl: denied: ")
+
+
+# -- Getting in
+
+
+def test_a_wrong_key_is_refused(ctl: Any, tmp_path: Path) -> None:
+    """The status is that of a refusal; the message shows no key."""
+    wrong = tmp_path / "wrong"
+    wrong.write_text("not alice's key\n")
+
+    result = ctl("alice", "send", "bob", "x", "--key-file", str(wrong))
+
+    assert result.exit_code == Status.REFUSED
+    assert result.output.startswith("brokerctl: not authenticated: ")
+    assert "not alice's key" not in result.output
+
+
+def test_nobody_at_the_address_is_unreachable(ctl: Any, tmp_path: Path) -> None:
+    """A script can tell a broker that is down from one that says no."""
+    result = ctl("alice", "ping", "--address", str(tmp_path / "nothing.sock"))
+
+    assert result.exit_code == Status.UNREACHABLE
+    assert result.output.startswith("brokerctl: no broker can be reached: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--address", "host:port", "ping"],
+        ["--name", "no name", "ping"],
+        ["--key-file", "/nowhere/key", "ping"],
+        ["ping", "--count", "0"],
+        ["send"],
+        ["dance"],
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(ctl: Any, arguments: list[str]) -> None:
+    """What is wrong before anything is sent has a status of its own."""
+    assert ctl("alice", *arguments).exit_code == Status.USAGE
+
+
+def test_the_environment_says_who_and_where(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without options, BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE count; an option goes before."""
+    monkeypatch.setenv("BROKERD_ADDRESS", ctl.broker.address)
+    monkeypatch.setenv("BROKERD_NAME", "alice")
+    monkeypatch.setenv("BROKERD_KEY_FILE", str(ctl.key_file("alice")))
+
+    assert CliRunner().invoke(brokerctl, ["ping"]).output.startswith("alice: ")
+    other = CliRunner().invoke(brokerctl, ["ping", "--name", "bob", "--key-file", str(ctl.key_file("bob"))])
+    assert other.output.startswith("bob: ")
+
+
+def test_no_key_is_a_usage_error(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the option and the variable."""
+    monkeypatch.delenv("BROKERD_KEY_FILE", raising=False)
+
+    result = CliRunner().invoke(brokerctl, ["--address", ctl.broker.address, "ping"])
+
+    assert result.exit_code == Status.USAGE
+    assert "BROKERD_KEY_FILE" in result.output
+
+
+def test_the_options_may_stand_behind_the_command(ctl: Any) -> None:
+    """Where the options of the connection stand makes no difference."""
+    result = CliRunner().invoke(brokerctl, ["ping", *ctl.access("alice")])
+
+    assert (result.exit_code, result.output.partition(":")[0]) == (Status.DONE, "alice")
+
+
+def test_the_name_is_found_by_the_key(ctl: Any) -> None:
+    """A client that gives only its key learns its name from the broker."""
+    arguments = ["--address", ctl.broker.address, "--key-file", str(ctl.key_file("alice")), "ping"]
+
+    assert CliRunner().invoke(brokerctl, arguments).output.startswith("alice: ")
+
+
+# -- request
+
+
+def test_a_request_prints_its_reply(ctl: Any) -> None:
+    """The reply's text, and a line end, are all that is printed."""
+    bob = ctl.broker.connect("bob")
+    bob.on_request(lambda message: message.body.upper())
+
+    result = ctl("alice", "request", "bob", "hello")
+
+    assert (result.exit_code, result.stdout) == (Status.DONE, "HELLO\n")
+
+
+def test_a_reply_can_be_written_raw_or_as_json(ctl: Any) -> None:
+    """--raw writes exactly the bytes; --json an object, with base64 where the bytes are no text."""
+    bob = ctl.broker.connect("bob")
+    bob.on_request(lambda message: b"\xff\x00" if message.body == b"bytes" else {"n": 7})
+
+    raw, text = ctl("alice", "request", "bob", "bytes", "--raw"), ctl("alice", "request", "bob", "value", "--json")
+    binary = ctl("alice", "request", "bob", "bytes", "--json")
+
+    assert raw.stdout_bytes == b"\xff\x00"
+    assert json.loads(text.stdout)["payload"] == {"n": 7}
+    assert json.loads(binary.stdout)["base64"] == "/wA="
+    assert "payload" not in json.loads(binary.stdout)
+
+
+def test_a_request_that_fails_is_refused(ctl: Any) -> None:
+    """The other client's own code and words are shown."""
+    bob = ctl.broker.connect("bob")
+    answering = threading.Thread(target=lambda: bob.recv(timeout=TIMEOUT_S).fail("tray 2", code="out_of_paper"))
+    answering.start()
+
+    result = ctl("alice", "request", "bob", "print")
+    answering.join(TIMEOUT_S)
+
+    assert (result.exit_code, result.output) == (Status.REFUSED, "brokerctl: out_of_paper: tray 2\n")
+
+
+def test_a_request_without_an_answer_times_out(ctl: Any) -> None:
+    """The status says that the time ran out, not that somebody said no."""
+    ctl.broker.connect("bob")
+
+    result = ctl("alice", "request", "bob", "hello", "--timeout", "0.1")
+
+    assert result.exit_code == Status.TIMED_OUT
+
+
+def test_a_request_whose_broker_dies_is_in_doubt(ctl: Any) -> None:
+    """Nobody knows whether it was carried out, and the status says so."""
+    bob = ctl.broker.connect("bob", reconnect=False)
+    results: list[Result] = []
+    asking = threading.Thread(target=lambda: results.append(ctl("alice", "request", "bob", "hello")))
+    asking.start()
+    bob.recv(timeout=TIMEOUT_S)
+
+    ctl.broker.kill()
+    asking.join(TIMEOUT_S)
+
+    assert results[0].exit_code == Status.IN_DOUBT
+    assert results[0].output.startswith("brokerctl: in doubt: ")
+
+
+# -- listen
+
+
+def listening(ctl: Any, begin: Begin, *arguments: str) -> tuple[subprocess.Popen[bytes], Any]:
+    """Return a `listen` of bob's that is connected, and a client to send to it."""
+    alice = ctl.broker.connect("alice")
+    process = begin(ctl.start("bob", "listen", *arguments))
+    ctl.wait_online(alice, "bob")
+    return process, alice
+
+
+def ended(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
+    """Return the status, output and error output of a process when it has ended."""
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out.decode(), err.decode()
+
+
+def test_listen_prints_who_sent_what(ctl: Any, begin: Begin) -> None:
+    """In a pipe: one line a message, sender and payload apart by a tab; line ends and controls are escaped."""
+    process, alice = listening(ctl, begin, "--count", "3")
+
+    alice.send("bob", b"one")
+    alice.send("bob", b"two\nlines \x1b[31m")
+    alice.send("bob", b"\xff\xfe")
+
+    assert ended(process) == (
+        Status.DONE,
+        "alice\tone\nalice\ttwo\\nlines \\x1b[31m\nalice\t(2 bytes that are no text)\n",
+        "",
+    )
+
+
+def test_listen_prints_json_lines(ctl: Any, begin: Begin) -> None:
+    """One object a message, with everything that a script could want."""
+    process, alice = listening(ctl, begin, "--count", "2", "--json")
+
+    first = alice.send("bob", {"n": 7}, extension={"traceparent": "00"})
+    second = alice.send("bob", b"text")
+
+    status, out, _ = ended(process)
+    assert status == Status.DONE
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"kind": "message", "sender": "alice", "id": first, "extension": {"traceparent": "00"}, "payload": {"n": 7}},
+        {"kind": "message", "sender": "alice", "id": second, "payload": "text"},
+    ]
+
+
+def test_listen_writes_bare_bytes(ctl: Any, begin: Begin) -> None:
+    """With --raw the payloads come out as they are, one behind the other."""
+    alice = ctl.broker.connect("alice")
+    process = begin(ctl.start("bob", "listen", "--count", "2", "--raw"))
+    ctl.wait_online(alice, "bob")
+
+    alice.send("bob", b"\x00\xff")
+    alice.send("bob", b"\n")
+
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out) == (Status.DONE, b"\x00\xff\n")
+
+
+def test_listen_answers_requests(ctl: Any, begin: Begin) -> None:
+    """With --reply everybody who asks gets the text, and the request is printed."""
+    process, alice = listening(ctl, begin, "--count", "1", "--reply", "I am bob")
+
+    assert alice.request("bob", b"who?", timeout=TIMEOUT_S).text() == "I am bob"
+
+    assert ended(process)[:2] == (Status.DONE, "alice\twho?\n")
+
+
+def test_listen_refuses_requests_it_has_no_answer_to(ctl: Any, begin: Begin) -> None:
+    """Who asks a listener without --reply hears so at once."""
+    from brokerd_client import RequestFailed
+
+    process, alice = listening(ctl, begin, "--count", "1")
+
+    with pytest.raises(RequestFailed, match="without --reply"):
+        alice.request("bob", b"who?", timeout=TIMEOUT_S)
+    assert ended(process)[0] == Status.DONE
+
+
+def test_listen_fails_if_too_few_arrive(ctl: Any) -> None:
+    """With --count the end of the time is a failure; without, it is the end."""
+    too_few = ctl("bob", "listen", "--count", "1", "--timeout", "0.1")
+    enough = ctl("bob", "listen", "--timeout", "0.1")
+
+    assert (too_few.exit_code, too_few.output) == (Status.TIMED_OUT, "brokerctl: timed out: 0 of 1 arrived in 0.1 s\n")
+    assert (enough.exit_code, enough.output) == (Status.DONE, "")
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], Status.DONE), (["--count", "5"], Status.INTERRUPTED)])
+def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status: Status) -> None:
+    """Ctrl-C is the good end of listening for ever, and the bad end of waiting for five messages."""
+    process, alice = listening(ctl, begin, *arguments)
+    alice.send("bob", b"one")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+
+    process.send_signal(signal.SIGINT)
+
+    code, _, err = ended(process)
+    assert (line, code, err) == (b"alice\tone\n", status, "")
+
+
+def test_listen_ends_with_its_broker(ctl: Any, begin: Begin) -> None:
+    """A listener whose broker goes away says so, and does not wait for ever."""
+    process, _ = listening(ctl, begin)
+
+    ctl.broker.stop()
+
+    code, _, err = ended(process)
+    assert code == Status.UNREACHABLE
+    assert err.startswith("brokerctl: ")
+
+
+# -- publish and subscribe
+
+
+def test_what_is_published_is_printed_by_its_subscribers(ctl: Any, begin: Begin) -> None:
+    """An event shows its topic and who published it."""
+    process = begin(ctl.start("bob", "subscribe", "jobs.>", "--count", "1", "--json"))
+    while process.poll() is None:
+        assert ctl("alice", "publish", "jobs.new", "first").exit_code == Status.DONE
+        if ctl.broker.stats()["subscriptions"]:
+            break
+    ctl("alice", "publish", "jobs.new", "second")
+
+    status, out, _ = ended(process)
+
+    event = json.loads(out)
+    assert status == Status.DONE
+    assert (event["kind"], event["topic"], event["sender"]) == ("event", "jobs.new", "alice")
+    assert event["payload"] in ("first", "second")
+
+
+def test_publishing_where_it_is_forbidden_is_refused(ctl: Any) -> None:
+    """The broker's word is the message."""
+    ctl.broker.add("shy", publish=["quiet.>"])
+
+    assert ctl("shy", "publish", "loud", "x").output.startswith("brokerctl: denied: ")
+    assert ctl("shy", "publish", "quiet.words", "x").exit_code == Status.DONE
+
+
+@pytest.mark.parametrize("command", [["publish", "a..b", "x"], ["subscribe", "a.>.b"]])
+def test_a_topic_that_is_none_is_a_usage_error(ctl: Any, command: list[str]) -> None:
+    """Nothing is sent for a topic that can't exist."""
+    assert ctl("alice", *command).exit_code == Status.USAGE

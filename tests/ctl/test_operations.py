@@ -1,0 +1,230 @@
+"""clients, ping, stats, can, disconnect, reload, drain, bench and completion: what the broker says, and the status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from brokerd.ctl.command import brokerctl
+from brokerd.ctl.status import Status
+
+TIMEOUT_S = 30
+Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
+
+
+def test_ping_says_how_long_it_took(ctl: Any) -> None:
+    """As often as it was asked for, for people and for scripts."""
+    plain = ctl("alice", "ping", "--count", "2", "--interval", "0")
+    as_json = ctl("alice", "ping", "--json")
+
+    assert plain.exit_code == Status.DONE
+    assert [line.split()[0] for line in plain.stdout.splitlines()] == ["alice:", "alice:"]
+    assert 0 < json.loads(as_json.stdout)["seconds"] < TIMEOUT_S
+
+
+def test_clients_are_listed_with_who_is_online(ctl: Any) -> None:
+    """In a pipe: a line a client, its fields apart by tabs; with --json a list of objects."""
+    ctl.broker.connect("bob")
+    ctl.broker.add("carol")
+
+    plain, as_json = ctl("alice", "clients"), ctl("alice", "clients", "--json")
+
+    assert [line.split("\t")[:2] for line in plain.stdout.splitlines()] == [
+        ["alice", "online"],
+        ["bob", "online"],
+        ["carol", "offline"],
+    ]
+    assert {entry["name"]: entry["online"] for entry in json.loads(as_json.stdout)} == {
+        "alice": True,
+        "bob": True,
+        "carol": False,
+    }
+
+
+def test_clients_can_be_watched(ctl: Any, begin: Begin) -> None:
+    """Who comes is printed at once; Ctrl-C is the end that was asked for."""
+    ctl.broker.add("bob")
+    process = begin(ctl.start("alice", "clients", "--watch", "--json"))
+    assert process.stdout is not None
+    known = {json.loads(process.stdout.readline())["name"] for _ in range(2)}
+
+    ctl.broker.connect("bob")
+    line = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+
+    assert known == {"alice", "bob"}
+    assert line == {"name": "bob", "online": True}
+    assert process.wait(TIMEOUT_S) == Status.DONE
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["stats"],
+        ["top", "--count", "1", "--interval", "0.1"],
+        ["can", "alice", "send", "bob"],
+        ["disconnect", "alice"],
+        ["reload"],
+        ["drain"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_only_administrators_may_look_inside(ctl: Any, command: list[str]) -> None:
+    """Everybody else is refused, and the broker goes on."""
+    result = ctl("alice", *command)
+
+    assert result.exit_code == Status.REFUSED
+    assert result.output.startswith("brokerctl: denied: ")
+    assert ctl("alice", "ping").exit_code == Status.DONE
+
+
+def test_stats_are_the_brokers_counters(ctl: Any) -> None:
+    """As an object for scripts, and as a name and a value a line in a pipe."""
+    ctl.broker.add("ops", admin=True)
+    ctl.broker.connect("bob")
+
+    plain, as_json = ctl("ops", "stats"), ctl("ops", "stats", "--json")
+
+    assert json.loads(as_json.stdout)["online"] == 2
+    assert dict(line.split("\t") for line in plain.stdout.splitlines())["online"] == "2"
+
+
+def test_can_explains_the_rule(ctl: Any) -> None:
+    """Yes is 0, no is 1; either names what decided it."""
+    ctl.broker.add("ops", admin=True)
+    ctl.broker.add("bob")
+    ctl.broker.add("shy", send_to=["b*"])
+
+    yes, no = ctl("ops", "can", "shy", "send", "bob"), ctl("ops", "can", "shy", "send", "ops")
+    as_json = ctl("ops", "can", "shy", "publish", "a.b", "--json")
+
+    assert yes.exit_code == Status.DONE
+    assert yes.stdout.startswith("yes: ")
+    assert "b*" in yes.stdout
+    assert no.exit_code == Status.REFUSED
+    assert no.stdout.startswith("no: ")
+    assert json.loads(as_json.stdout)["allowed"] is True
+
+
+def test_can_of_an_unknown_client_is_refused(ctl: Any) -> None:
+    """No answer is not the answer no: the message says who is unknown."""
+    ctl.broker.add("ops", admin=True)
+
+    result = ctl("ops", "can", "nobody", "send", "ops")
+
+    assert result.exit_code == Status.REFUSED
+    assert "no_such_client" in result.output
+
+
+def test_disconnect_ends_the_connection(ctl: Any) -> None:
+    """It names the addresses; a client that is not there is refused."""
+    from brokerd_client import Disconnected
+
+    ctl.broker.add("ops", admin=True)
+    bob = ctl.broker.connect("bob", reconnect=False)
+
+    result = ctl("ops", "disconnect", "bob")
+
+    assert (result.exit_code, result.stdout) == (Status.DONE, "disconnected bob\n")
+    with pytest.raises(Disconnected):
+        bob.recv(timeout=TIMEOUT_S)
+    assert ctl("ops", "disconnect", "nobody").output.startswith("brokerctl: no_such_client: ")
+
+
+def test_bench_measures_and_reports(ctl: Any) -> None:
+    """Every message arrived, and the numbers fit together."""
+    result = ctl("alice", "bench", "--messages", "2000", "--pings", "10", "--size", "100", "--json")
+
+    assert result.exit_code == Status.DONE
+    measured = json.loads(result.stdout)
+    assert (measured["messages"], measured["size"]) == (2000, 100)
+    assert measured["messages_per_second"] == pytest.approx(2000 / measured["seconds"])
+    assert 0 < measured["round_trip_median"] <= measured["round_trip_p99"]
+
+
+def test_bench_fails_where_messages_are_refused(ctl: Any) -> None:
+    """A client that may not send to itself measures nothing, and says why."""
+    ctl.broker.add("shy", send_to=["other.*"])
+
+    result = ctl("shy", "bench", "--messages", "10", "--pings", "1")
+
+    assert result.exit_code == Status.REFUSED
+    assert result.output.startswith("brokerctl: denied: ")
+
+
+def test_bench_says_that_the_time_was_too_short(ctl: Any) -> None:
+    """What has not arrived in time is a failure, not a smaller number."""
+    result = ctl("alice", "bench", "--messages", "1000000", "--pings", "1", "--timeout", "0.01")
+
+    assert result.exit_code == Status.TIMED_OUT
+    assert "of 1000000 messages arrived" in result.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_a_shell(shell: str) -> None:
+    """The script calls back this command by its name."""
+    result = CliRunner().invoke(brokerctl, ["completion", shell])
+
+    assert result.exit_code == Status.DONE
+    assert f"_BROKERCTL_COMPLETE={shell}_complete" in result.stdout
+
+
+def test_help_lists_every_exit_status() -> None:
+    """Whoever writes a script finds all the statuses in --help."""
+    result = CliRunner().invoke(brokerctl, ["--help"])
+
+    assert result.exit_code == Status.DONE
+    for status in Status:
+        assert f"\n    {status.value}  " in result.output
+
+
+@pytest.mark.parametrize("command", sorted(brokerctl.commands))
+def test_every_command_explains_itself(command: str) -> None:
+    """Each has a sentence, and shows how to say where the broker is, if it talks to one."""
+    result = CliRunner().invoke(brokerctl, [command, "--help"])
+
+    assert result.exit_code == Status.DONE
+    assert brokerctl.commands[command].help
+    assert ("--key-file" in result.output) == (command != "completion")
+
+
+def test_reload_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> None:
+    """A good configuration is taken over, a bad one is refused with its errors, and draining ends the process."""
+    key = socket_dir / "key"
+    key.write_text("the key of ops\n")
+    key.chmod(0o600)
+    config = socket_dir / "brokerd.yaml"
+    good = f"listen: [{socket_dir}/sock]\nclients:\n  ops: {{key_file: key, admin: true}}\n"
+    config.write_text(good)
+    daemon = begin(
+        subprocess.Popen(
+            [sys.executable, "-c", "from brokerd.cli import main; main()", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    )
+    assert daemon.stdout is not None
+    while b"daemon.started" not in daemon.stdout.readline():
+        assert daemon.poll() is None, "the daemon ended"
+
+    def ctl(*arguments: str) -> Result:
+        access = ["--address", f"{socket_dir}/sock", "--name", "ops", "--key-file", str(key)]
+        return CliRunner().invoke(brokerctl, [*access, *arguments])
+
+    assert ctl("reload").output == "reloaded\n"
+    config.write_text(good + "nonsense: 1\n")
+    refused = ctl("reload")
+    drained = ctl("drain")
+
+    assert refused.exit_code == Status.REFUSED
+    assert "nonsense" in refused.output
+    assert (drained.exit_code, drained.output) == (Status.DONE, "draining\n")
+    assert daemon.wait(TIMEOUT_S) == 0

@@ -1,0 +1,201 @@
+"""top: rates from counters, the order of the rows, JSON lines, and the live screen on a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from brokerd.ctl.status import Status
+from brokerd.ctl.top import ORDERS, Rates, Row
+
+TIMEOUT_S = 30
+Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
+
+
+def connection(address: str, *, since: float = 1.0, **counters: Any) -> dict[str, Any]:
+    """Return a connection as the broker reports it."""
+    return {
+        "address": address,
+        "peer": "unix",
+        "since": since,
+        "messages_in": 0,
+        "bytes_in": 0,
+        "messages_out": 0,
+        "bytes_out": 0,
+        "errors": 0,
+        "waiting_bytes": 0,
+        "queue": 100,
+        "slow": False,
+        "held": False,
+        **counters,
+    }
+
+
+def row(address: str, *, waiting: int = 0, errors: int = 0, **rates: float) -> Row:
+    """Return a row with some rates."""
+    all_rates = dict.fromkeys(("messages_in", "bytes_in", "messages_out", "bytes_out"), 0.0) | rates
+    return Row(address, "unix", waiting, 100, slow=False, held=False, errors=errors, rates=all_rates)
+
+
+def test_a_rate_is_what_came_between_two_looks() -> None:
+    """The difference of the counter, divided by the seconds between the answers."""
+    rates = Rates()
+    rates.rows([connection("bob", messages_in=100, bytes_out=1000)], now=10.0)
+
+    (bob,) = rates.rows([connection("bob", messages_in=150, bytes_out=3000)], now=12.0)
+
+    assert bob.rates == {"messages_in": 25.0, "bytes_in": 0.0, "messages_out": 0.0, "bytes_out": 1000.0}
+
+
+def test_a_new_connection_has_no_rate_yet() -> None:
+    """Nor has one that came back under its old address, whose counters begin again."""
+    rates = Rates()
+    (first,) = rates.rows([connection("bob", messages_in=100)], now=10.0)
+    (again,) = rates.rows([connection("bob", since=2.0, messages_in=5)], now=11.0)
+
+    assert first.rates["messages_in"] == again.rates["messages_in"] == 0.0
+
+
+def test_the_state_says_who_is_slow() -> None:
+    """Slow goes before held: it is the cause."""
+    states = [
+        Rates().rows([connection("bob", slow=slow, held=held)], now=1.0)[0].state
+        for slow, held in ((False, False), (False, True), (True, False), (True, True))
+    ]
+
+    assert states == ["", "held", "slow", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [("waiting", "w"), ("in", "i"), ("out", "o"), ("bytes", "b"), ("errors", "e"), ("name", "a")],
+)
+def test_each_order_puts_its_own_first(order: str, first: str) -> None:
+    """Most first, except for names; equal ones by name."""
+    rows = [
+        row("w", waiting=5),
+        row("i", messages_in=5),
+        row("o", messages_out=5),
+        row("b", bytes_in=3, bytes_out=4),
+        row("e", errors=5),
+        row("a"),
+    ]
+
+    ordered = [each.address for each in sorted(rows, key=ORDERS[order][1])]
+
+    assert ordered[0] == first
+    assert ordered[1:] == sorted(ordered[1:])
+
+
+def test_every_order_has_a_key_of_its_own() -> None:
+    """No two orders share a key, and none has that which ends it."""
+    keys = [key for key, _ in ORDERS.values()]
+
+    assert len({*keys, "q"}) == len(keys) + 1
+
+
+def test_top_prints_json_lines(ctl: Any) -> None:
+    """One object a look, with every connection in it."""
+    ctl.broker.add("ops", admin=True)
+    ctl.broker.connect("bob")
+
+    result = ctl("ops", "top", "--json", "--count", "2", "--interval", "0.1", "--sort", "name")
+
+    assert result.exit_code == Status.DONE
+    looks = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(looks) == 2
+    assert [entry["address"] for entry in looks[1]["connections"]] == ["bob", "ops"]
+    assert looks[1]["stats"]["connections"] == 2
+    # The looks themselves are messages of ops.
+    assert looks[1]["connections"][1]["messages_in_per_second"] > 0
+
+
+def test_top_in_a_pipe_looks_once(ctl: Any) -> None:
+    """Without a terminal there is nothing to keep up to date: one line a connection, and the end."""
+    ctl.broker.add("ops", admin=True)
+
+    result = ctl("ops", "top", "--interval", "0.1")
+
+    assert result.exit_code == Status.DONE
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["ops"]
+
+
+class Terminal:
+    """A terminal of its own for one process; keeps everything shown on it."""
+
+    def __init__(self, command: list[str], begin: Begin) -> None:
+        self._control, terminal = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30"}
+        for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
+            environment.pop(name, None)
+        self.process = begin(
+            subprocess.Popen(
+                command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True
+            )
+        )
+        os.close(terminal)
+        self.shown = b""
+
+    def wait_for(self, text: bytes) -> None:
+        """Return when the text has been shown since the last call; forget what was before it."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while text not in self.shown:
+            assert select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
+            self.shown += os.read(self._control, 65536)
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._control, keys)
+
+    def end(self) -> int:
+        """Return the exit status, when it has ended."""
+        try:
+            while os.read(self._control, 65536):
+                pass
+        except OSError:
+            # Linux says so when the other side is closed.
+            pass
+        os.close(self._control)
+        return self.process.wait(TIMEOUT_S)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
+    """It shows the connections, a key changes the order, and q ends it."""
+    ctl.broker.add("ops", admin=True)
+    ctl.broker.connect("bob")
+    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
+    terminal = Terminal(command, begin)
+
+    terminal.wait_for(b"2 of 2 clients online")
+    terminal.wait_for(b"bob")
+    terminal.wait_for(b"sorted by waiting")
+    terminal.type(b"n")
+    terminal.wait_for(b"sorted by name")
+    terminal.type(b"q")
+
+    assert terminal.end() == Status.DONE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_a_payload_can_not_command_the_terminal(ctl: Any, begin: Begin) -> None:
+    """The control characters of a message are shown as escapes: a sender can't move the cursor or set the title."""
+    alice = ctl.broker.connect("alice")
+    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("bob")]
+    terminal = Terminal([*command, "listen", "--count", "1"], begin)
+    terminal.wait_for(b"listening as bob")
+
+    alice.send("bob", "\x1b]0;pwned\x07\x9b2J")
+
+    terminal.wait_for(rb"\x1b]0;pwned\x07\x9b2J")
+    assert terminal.end() == Status.DONE
