@@ -18,7 +18,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
 
 LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wire")
-FACE = (*LEAVES, "brokerd_client.codec", "brokerd_client.dialog")
+#: The parts of a conversation with the broker that dialog puts together, each with what it may look at.
+TALK = {
+    "brokerd_client.backoff": (),
+    "brokerd_client.life": (),
+    "brokerd_client.topics": (),
+    "brokerd_client.inbox": (),
+    "brokerd_client.message": ("brokerd_client.errors", "brokerd_client.wire", "brokerd_client.codec"),
+    "brokerd_client.presence": ("brokerd_client.errors",),
+    "brokerd_client.routes": ("brokerd_client.errors", "brokerd_client.topics"),
+    "brokerd_client.awaiting": ("brokerd_client.errors", "brokerd_client.routes", "brokerd_client.wire"),
+}
+#: What both faces share, besides the dialog.
+SHARED = {
+    "brokerd_client.settings": LEAVES,
+    "brokerd_client.forks": (),
+    "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog"),
+}
+FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
+MODEL = ("brokerd.config.model", "brokerd.config.values")
 
 #: Who may import what of the two packages. The longest matching prefix of a module's name decides; a prefix
 #: stands for itself and everything inside it, and a package may always import its own inside.
@@ -29,16 +47,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.wire": ("brokerd_client.errors",),
     "brokerd_client.codec": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.connection": LEAVES,
-    "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec"),
-    "brokerd_client.blocking": FACE,
+    **TALK,
+    "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec", *TALK),
+    **SHARED,
+    "brokerd_client.channel": LEAVES,
+    "brokerd_client.blocking": (*FACE, "brokerd_client.channel"),
     "brokerd_client.aio": FACE,
     "brokerd": (),
     "brokerd.config": LEAVES,
-    "brokerd.core": (*LEAVES, "brokerd.config.model"),
-    "brokerd.logs": ("brokerd.config.model",),
-    "brokerd.net": (*LEAVES, "brokerd.config.model", "brokerd.core", "brokerd.logs"),
+    "brokerd.core": (*LEAVES, *MODEL),
+    "brokerd.logs": MODEL,
+    "brokerd.net": (*LEAVES, *MODEL, "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),
-    "brokerd.monitor": ("brokerd.config.model", "brokerd.core", "brokerd.net", "brokerd.logs"),
+    "brokerd.monitor": (*MODEL, "brokerd.core", "brokerd.net", "brokerd.logs"),
     "brokerd.daemon": (
         *LEAVES,
         "brokerd.config",
@@ -48,13 +69,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.supervise",
         "brokerd.monitor",
     ),
-    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.core", "brokerd.net", "brokerd.daemon"),
-    "brokerd.demo": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs"),
+    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs"),
+    "brokerd.demo": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs", "brokerd.testing"),
     "brokerd.cli": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.demo", "brokerd.logs"),
+    # A client like any other, with no look inside the daemon.
     "brokerd.ctl": ("brokerd_client",),
 }
 
-SANS_IO = ("brokerd_client.wire", "brokerd_client.dialog", "brokerd.core")
+SANS_IO = ("brokerd_client.wire", "brokerd_client.codec", *TALK, "brokerd_client.dialog", "brokerd.core")
 NOT_IN_SANS_IO = {
     "asyncio",
     "logging",
