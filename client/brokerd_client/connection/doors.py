@@ -82,7 +82,7 @@ class SocketDoor:
         self._ends: tuple[socket.socket, ...] = ()
         self._socket = socket.socket(getattr(socket, family))
         try:
-            self._socket.setblocking(False)  # noqa: FBT003 - the socket module's own signature
+            self._socket.setblocking(False)
             if family == "AF_UNIX":
                 self._bind_file(address)
             else:
@@ -162,7 +162,7 @@ class SocketDoor:
             end.close()
         self._ends = socket.socketpair()
         for end in self._ends:
-            end.setblocking(False)  # noqa: FBT003 - the same
+            end.setblocking(False)
 
 
 def no_delay(sock: socket.socket) -> None:

@@ -134,7 +134,7 @@ if sys.platform == "win32":
             self._handle = _new_instance(self.address, first=False)
             self._connecting = None
             if connecting is not None:
-                connecting.GetOverlappedResult(True)  # noqa: FBT003 - its own signature
+                connecting.GetOverlappedResult(True)
             return PipeChannel(handle), None
 
         def wake(self) -> None:

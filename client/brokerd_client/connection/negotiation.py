@@ -51,7 +51,7 @@ class SocketChannel:
     """A handshake's frames over a stream socket, which it owns and makes non-blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)  # noqa: FBT003 - the socket module's own signature
+        sock.setblocking(False)
         self._socket = sock
         self._reader = FrameReader()
 

@@ -36,6 +36,8 @@ _JOIN_UP_TO: Final = 16384
 #: Asked of the kernel at once: a fresh buffer of this size is cheap, one of a whole large message is not.
 _READ_AT_ONCE: Final = 256 * 1024
 
+_NOTHING: Final = memoryview(b"")
+
 _pickled: Final = reduction.ForkingPickler.dumps
 _unpickled: Final = reduction.ForkingPickler.loads
 _unpack_length: Final = LENGTH.unpack
@@ -168,35 +170,28 @@ class Connection:
         size = len(body)
         if size <= _JOIN_UP_TO:
             # One write for all: neither Nagle's algorithm nor another thread comes between header and body.
-            data: bytes | memoryview = _pack_length(size) + body
-            with self._sending:
-                handle = self._handle
-                if handle is None or not self._writable:
-                    self._refuse_to("send")
-                written = _write(handle, data)
-                if written != len(data):
-                    self._send_rest(handle, memoryview(data)[written:])
-            return
-        prefix = frame_prefix(size)
+            head = _pack_length(size) + body
+            body = _NOTHING
+        else:
+            head = frame_prefix(size)
         with self._sending:
             handle = self._handle
             if handle is None or not self._writable:
                 self._refuse_to("send")
-            written = _write_both(handle, prefix, body)
-            if written < len(prefix):
-                self._send_rest(handle, memoryview(prefix)[written:])
-                written = len(prefix)
-            if written < len(prefix) + size:
-                self._send_rest(handle, body[written - len(prefix) :])
-
-    def _send_rest(self, handle: int, data: memoryview) -> None:
-        try:
-            while data:
-                data = data[_write(handle, data) :]
-        except BaseException:
-            # The peer has half a frame and would take the next one for its end.
-            self._writable = False
-            raise
+            sent = 0
+            try:
+                sent = _write_both(handle, head, body) if body else _write(handle, head)
+                while sent < len(head):
+                    sent += _write(handle, head[sent:])
+                sent -= len(head)
+                while sent < len(body):
+                    sent += _write(handle, body[sent:])
+            except BaseException as error:
+                # What the system refused whole, it has not begun. After anything else, such as an exception from a
+                # signal handler, the peer may have half a frame, and would take the next one for its end.
+                if sent or not (isinstance(error, OSError) and error.errno):
+                    self._writable = False
+                raise
 
     # Receiving.
 

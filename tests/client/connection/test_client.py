@@ -1,0 +1,179 @@
+"""Client: how long it waits, and what it says when it does not get through."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokerd_client.connection import AuthenticationError, Client, Listener, MessageTooBig, TimedOut
+from brokerd_client.wire.framing import frame
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture(params=["AF_INET", "AF_UNIX"])
+def server(request: pytest.FixtureRequest, socket_dir: Path) -> Iterator[socket.socket]:
+    """A bare listening socket, for listeners that behave as no Listener does."""
+    with socket.socket(getattr(socket, request.param)) as sock:
+        sock.bind(("127.0.0.1", 0) if request.param == "AF_INET" else str(socket_dir / "s"))
+        sock.listen(1)
+        yield sock
+
+
+def serve(server: socket.socket, data: bytes) -> threading.Thread:
+    """Accept one peer, say something and no more, and wait until it has gone."""
+
+    def run() -> None:
+        peer, _ = server.accept()
+        # A client that goes with something unread resets the connection.
+        with peer, contextlib.suppress(ConnectionError):
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(4096):
+                pass
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_silent_listener_is_given_up(server: socket.socket) -> None:
+    """A listener that never challenges is given up after the timeout, with a TimeoutError that names it."""
+    before = time.monotonic()
+    with pytest.raises(TimedOut, match=r"no connection to .* within 0.05 s") as caught:
+        Client(server.getsockname(), authkey="k", timeout=0.05)
+    assert isinstance(caught.value, TimeoutError)
+    assert 0.05 <= time.monotonic() - before < TIMEOUT_S
+
+
+def test_full_queue_is_given_up(socket_dir: Path) -> None:
+    """A Unix socket whose queue is full is tried until the timeout, not refused at once."""
+    with Listener(str(socket_dir / "s"), backlog=0) as listener, Client(listener.address):
+        before = time.monotonic()
+        with pytest.raises(TimedOut):
+            Client(listener.address, timeout=0.05)
+        assert time.monotonic() - before >= 0.05
+
+
+def test_place_in_a_full_queue_is_waited_for(socket_dir: Path, aside: Any) -> None:
+    """A Unix socket whose queue is full is connected to as soon as there is room."""
+    with Listener(str(socket_dir / "s"), backlog=0) as listener, Client(listener.address):
+        second = aside(Client, listener.address, timeout=TIMEOUT_S)
+        listener.accept(TIMEOUT_S).close()
+        second.result(TIMEOUT_S).close()
+
+
+def test_timeout_does_not_outlive_the_handshake() -> None:
+    """A connection made with a timeout has none itself."""
+    with (
+        Listener() as listener,
+        Client(listener.address, timeout=0.5) as dialer,
+        listener.accept(TIMEOUT_S) as accepted,
+    ):
+        with socket.socket(fileno=socket.dup(dialer.fileno())) as sock:
+            assert sock.getblocking() or sock.gettimeout() is None
+        thread = threading.Thread(target=lambda: accepted.send(dialer.poll(0) or "late"))
+        thread.start()
+        assert dialer.recv() == "late"
+        thread.join()
+
+
+def test_nobody_listens(socket_dir: Path) -> None:
+    """Where nobody listens the system's own error is raised."""
+    with pytest.raises(FileNotFoundError):
+        Client(str(socket_dir / "none"), timeout=TIMEOUT_S)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectionRefusedError):
+            Client(sock.getsockname(), timeout=TIMEOUT_S)
+
+
+def test_listener_that_hangs_up(server: socket.socket) -> None:
+    """A listener that closes during the handshake is an EOFError that names it."""
+    thread = serve(server, b"")
+    with pytest.raises(EOFError, match="closed the connection during the handshake"):
+        Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "at most 256 are accepted: this is no handshake"),
+        (b"\xff\xff\xff\xf0", "can't have the length -16"),
+        (frame(b"hello"), "is authentication switched on at both ends"),
+        (frame(b"#CHALLENGE#" + bytes(5)), "too short"),
+        (frame(b"#CHALLENGE#{rot13}" + bytes(40)), "names no digest known here"),
+        (frame(b"#CHALLENGE#" + bytes(20)) + frame(b"#FAILURE#"), "the peer rejected our answer"),
+        (frame(b"#CHALLENGE#" + bytes(20)) + frame(b"hm"), "neither #WELCOME# nor #FAILURE#"),
+    ],
+)
+def test_listener_that_is_none(server: socket.socket, said: bytes, message: str) -> None:
+    """Whatever else a listener says is an AuthenticationError that names it, and what was wrong."""
+    thread = serve(server, said)
+    with pytest.raises(AuthenticationError, match=r"^the listener at .*: ") as caught:
+        Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
+    assert message in str(caught.value)
+    thread.join()
+
+
+def test_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
+    """A listener that lets everybody in but can't prove that it knows the key itself is rejected by the client."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def impostor() -> bytes:
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(frame(b"#CHALLENGE#{sha256}" + bytes(40)) + frame(b"#WELCOME#"))
+                peer.sendall(frame(b"{sha256}" + bytes(32)))
+                received = b""
+                while data := peer.recv(4096):
+                    received += data
+            return received
+
+        heard = aside(impostor)
+        with pytest.raises(AuthenticationError, match="made with a key that is not accepted here"):
+            Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
+        assert heard.result(TIMEOUT_S).endswith(frame(b"#FAILURE#"))
+
+
+def test_errors_hold_no_key(aside: Any) -> None:
+    """Neither side's error shows either key."""
+    with Listener(authkey="right-secret") as listener:
+        accepting = aside(listener.accept, TIMEOUT_S)
+        with pytest.raises(AuthenticationError) as caught:
+            Client(listener.address, authkey="wrong-secret", timeout=TIMEOUT_S)
+        for error in (caught.value, accepting.exception(TIMEOUT_S)):
+            while error is not None:
+                assert "secret" not in repr(error)
+                error = error.__cause__
+        assert "secret" not in repr(listener)
+
+
+def test_limit_holds_on_both_sides() -> None:
+    """max_message of a Listener and of a Client is that of their connections."""
+    with (
+        Listener(authkey="k", max_message=100) as listener,
+    ):
+        accepted: list[Any] = []
+        thread = threading.Thread(target=lambda: accepted.append(listener.accept(TIMEOUT_S)))
+        thread.start()
+        with Client(listener.address, authkey="k", timeout=TIMEOUT_S, max_message=50) as dialer:
+            thread.join()
+            with accepted[0] as connection:
+                assert (dialer.max_message, connection.max_message) == (50, 100)
+                connection.send_bytes(bytes(51))
+                with pytest.raises(MessageTooBig):
+                    dialer.recv_bytes()
+                dialer.send_bytes(bytes(101))
+                with pytest.raises(MessageTooBig):
+                    connection.recv_bytes()
