@@ -21,7 +21,7 @@ from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
-from brokerd.core.service import reply_to
+from brokerd.core.service import reply_to, stats
 from brokerd.logs import make_log
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import ListenError, Listening, listen
@@ -116,23 +116,25 @@ class Daemon:
         async with self._reloading:
             try:
                 # In a thread: with many clients it takes a while, and messages are to go on.
-                config = await asyncio.to_thread(load, Path(self.config.path))
-                plan = compare(self.config, config)
-                opened = _listen_at(plan.opened)
+                self.apply(await asyncio.to_thread(load, Path(self.config.path)), reason)
             except (ConfigError, ListenError) as error:
                 problems = str(error).splitlines()
                 self.log.warning("daemon.reload_refused", reason=reason, problems=problems)
                 return problems
-            self._take_over(config, plan, opened)
-            self.log.info(
-                "daemon.reloaded",
-                reason=reason,
-                added=list(plan.added),
-                changed=list(plan.changed),
-                removed=list(plan.removed),
-                listeners=[str(address) for address in self.addresses],
-            )
             return []
+
+    def apply(self, config: Config, reason: str) -> None:
+        """Take over another configuration. Raises ListenError; then nothing has changed."""
+        plan = compare(self.config, config)
+        self._take_over(config, plan, _listen_at(plan.opened))
+        self.log.info(
+            "daemon.reloaded",
+            reason=reason,
+            added=list(plan.added),
+            changed=list(plan.changed),
+            removed=list(plan.removed),
+            listeners=[str(address) for address in self.addresses],
+        )
 
     def _take_over(self, config: Config, plan: Plan, opened: list[Listening]) -> None:
         server = self._server
@@ -169,6 +171,16 @@ class Daemon:
             cut_off = await self._server.drain(self.config.limits.drain_timeout)
             self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
         self.stopped.set()
+
+    def cut_off(self, name: str) -> None:
+        """Close a client's connections at once, whatever waits for them."""
+        client = self.broker.exchange.resolve(name)
+        for session in [] if client is None else list(client.sessions.values()):
+            session.link.lost("cut off")
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the `$broker` operation ``stats`` answers."""
+        return stats(self.broker)
 
     def kill(self) -> None:
         """Close everything at once."""

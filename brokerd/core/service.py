@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["PROTOCOL_VERSION", "reply_to", "serve"]
+__all__ = ["PROTOCOL_VERSION", "reply_to", "serve", "stats"]
 
 PROTOCOL_VERSION: Final = 1
 
@@ -140,6 +140,11 @@ def _unsubscribe(broker: Broker, source: Session, id: int, arguments: _Arguments
 
 
 def _stats(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    return stats(broker)
+
+
+def stats(broker: Broker) -> _Arguments:
+    """Return the broker's counters since it started."""
     sessions = list(broker.exchange.sessions())
     sums = {
         counter: broker.totals[counter] + sum(getattr(session, counter) for session in sessions)

@@ -1,0 +1,206 @@
+"""A real broker for tests: in this process, on a temporary socket, with clients made as they are asked for.
+
+With pytest, import the fixture (or name this module in ``pytest_plugins``)::
+
+    from brokerd.testing import broker
+
+
+    def test_bob_gets_it(broker):
+        alice, bob = broker.connect("alice"), broker.connect("bob")
+        alice.send("bob", "hello")
+        assert bob.recv(timeout=5).payload == "hello"
+
+Without it, :func:`running` is a context manager that gives the same object. Nothing is mocked: the broker runs
+in a thread with an event loop of its own, and clients connect to it as they always do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from brokerd.config.model import Config
+from brokerd.daemon import Daemon, loop_factory
+from brokerd.logs import quiet_log
+
+if TYPE_CHECKING:
+    from brokerd_client.aio import Client as AsyncClient
+
+    from brokerd_client import Client
+
+__all__ = ["RunningBroker", "broker", "running"]
+
+_Result = TypeVar("_Result")
+
+
+class RunningBroker:
+    """A broker in a thread of this process.
+
+    address: where it listens, as ``brokerd_client.connect`` takes it. It stays the same across kill and start.
+    """
+
+    def __init__(
+        self,
+        clients: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        limits: Mapping[str, Any] | None = None,
+        log: Any = None,
+    ) -> None:
+        self._dir = Path(tempfile.mkdtemp(prefix="brokerd-"))
+        self._entries: dict[str, Mapping[str, Any]] = {}
+        self._limits = dict(limits or {})
+        self._log = log or quiet_log()
+        self._opened: list[Client] = []
+        self._daemon: Daemon | None = None
+        self.address: str = str(self._dir / "sock") if sys.platform != "win32" else "127.0.0.1:0"
+        for name, entry in (clients or {}).items():
+            self._enter(name, entry)
+        self._loop = loop_factory()()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="brokerd.testing", daemon=True)
+        self._thread.start()
+
+    # Clients
+
+    def add(self, name: str, **entry: Any) -> None:
+        """Configure one more client, or change one: entry is what stands under its name in a configuration file."""
+        self._enter(name, entry)
+        if self._daemon is not None:
+            daemon, config = self._daemon, self._config()
+            self._call(lambda: daemon.apply(config, "brokerd.testing"))
+
+    def key(self, name: str) -> bytes:
+        """Return the client's key; a name not seen before becomes a client."""
+        if name not in self._entries:
+            self.add(name)
+        key = self._entries[name]["key"]
+        return key.encode() if isinstance(key, str) else bytes(key)
+
+    def connect(self, name: str, **options: Any) -> Client:
+        """Return a connected client of the library; it is closed with the broker, if not before."""
+        import brokerd_client
+
+        client = brokerd_client.connect(self.address, name=name, key=self.key(name), **options)
+        self._opened.append(client)
+        return client
+
+    async def connect_async(self, name: str, **options: Any) -> AsyncClient:
+        """Return a connected asyncio client; the caller closes it."""
+        from brokerd_client import aio
+
+        return await aio.connect(self.address, name=name, key=self.key(name), **options)
+
+    # The broker's life
+
+    def start(self) -> None:
+        """Start it, again after :meth:`stop` or :meth:`kill`, at the same address."""
+        assert self._daemon is None, "it runs already"
+        daemon = self._on_loop(self._make_daemon())
+        self._daemon = daemon
+        self.address = str(daemon.addresses[0])
+
+    def stop(self) -> None:
+        """Drain it and stop."""
+        if self._daemon is not None:
+            daemon, self._daemon = self._daemon, None
+            self._on_loop(daemon.stop())
+
+    def kill(self) -> None:
+        """End it without a word to anybody, as a crash would."""
+        if self._daemon is not None:
+            daemon, self._daemon = self._daemon, None
+            self._call(daemon.kill)
+
+    def disconnect(self, name: str) -> None:
+        """Cut the connections of one client, as a broken network would."""
+        daemon = self._running()
+        self._call(lambda: daemon.cut_off(name))
+
+    def stats(self) -> dict[str, Any]:
+        """Return what ``brokerctl stats`` shows."""
+        daemon = self._running()
+        return self._call(daemon.stats)
+
+    def close(self) -> None:
+        """Close the clients made here, stop the broker and remove its directory."""
+        for client in self._opened:
+            client.close()
+        self._opened.clear()
+        self.stop()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # In the broker's thread
+
+    def _enter(self, name: str, entry: Mapping[str, Any]) -> None:
+        given = {"key", "key_file", "key_env", "key_credential", "keys"} & entry.keys()
+        kept = self._entries.get(name, {}).get("key")
+        key = {} if given else {"key": kept or secrets.token_bytes(32)}
+        self._entries[name] = {**entry, **key}
+
+    def _config(self) -> Config:
+        return Config.build(self.address, self._entries, limits=self._limits or None)
+
+    async def _make_daemon(self) -> Daemon:
+        daemon = Daemon(self._config(), self._log)
+        await daemon.start()
+        return daemon
+
+    def _running(self) -> Daemon:
+        assert self._daemon is not None, "the broker is not running"
+        return self._daemon
+
+    def _on_loop(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def _call(self, function: Callable[[], _Result]) -> _Result:
+        done: Future[_Result] = Future()
+
+        def call() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the caller is to see it
+                done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(call)
+        return done.result(60)
+
+
+@contextlib.contextmanager
+def running(
+    clients: Mapping[str, Mapping[str, Any]] | None = None, *, limits: Mapping[str, Any] | None = None
+) -> Iterator[RunningBroker]:
+    """Run a broker for the length of a with statement; arguments as sections of a configuration file."""
+    with RunningBroker(clients, limits=limits) as running_broker:
+        yield running_broker
+
+
+try:
+    import pytest
+except ImportError:  # the fixture is for those who have pytest
+    pass
+else:
+
+    @pytest.fixture
+    def broker() -> Iterator[RunningBroker]:
+        """A real broker on a temporary socket; its clients are made as they are asked for."""
+        with RunningBroker() as running_broker:
+            yield running_broker
