@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Final
 
 from brokerd.config.values import ClientConfig, WhenConnected, WhenFull
 from brokerd.core.exchange import Client, Exchange
-from brokerd.core.outbox import FrameOutbox, Queued
+from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.service import serve
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches, Topics
+from brokerd.core.verdict import Verdict
 from brokerd_client.errors import InvalidName, MalformedEnvelope
 from brokerd_client.wire.envelope import (
     BROKER,
@@ -46,21 +46,11 @@ __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
 
+#: Topics of one publisher whose subscribers the routing loop remembers.
+_REMEMBERED_FANS: Final = 4096
+
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
-
-
-class Verdict(Enum):
-    """What the routing loop does after handing over a frame."""
-
-    NEXT = auto()
-    """The frame is done with; go on behind it."""
-    FLUSH = auto()
-    """Not done: write the touched outboxes, then hand it over again."""
-    HOLD = auto()
-    """Not done: the sender is held; hand it over again when it is released."""
-    CLOSE = auto()
-    """Done with, and the connection is to be closed: read nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +187,8 @@ class Broker:
 
     def touch(self, session: Session) -> None:
         """Have the session's outbox written, or the session closed."""
-        if not session.touched:
-            session.touched = True
+        if not session.outbox.touched:
+            session.outbox.touched = True
             self.touched.append(session)
 
     def close(self, session: Session, why: str, *, cut: bool = False) -> None:
@@ -355,7 +345,7 @@ class Broker:
         if answered is not None:
             del source.owed[(envelope.name, id)]
             answered.asked.pop((id, source.address), None)
-        if kind is Kind.MESSAGE and client.direct is target and not instance and source.client.meter is None:
+        if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
             source.routes[envelope.name.encode()] = client
         return Verdict.NEXT
 
@@ -382,8 +372,8 @@ class Broker:
         else:
             outbox.tail += head
             outbox.tail += rest
-        target.messages_out += 1
-        target.bytes_out += size
+            outbox.frames += 1
+            outbox.size += size
         self.touch(target)
         if envelope.kind is Kind.REQUEST:
             self._expect_answer(source, target, envelope.id)
@@ -463,12 +453,21 @@ class Broker:
                     self._pass_on(target, whole)
         if envelope.flags & _RECEIPT:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
+        elif source.client.meter is None:
+            self._remember_fan(source, envelope.topic, targets)
         return Verdict.NEXT
+
+    def _remember_fan(self, source: Session, topic: str, targets: list[Session]) -> None:
+        """Let the routing loop pass on the next event on this topic by itself, where nobody has to be chosen."""
+        outboxes = tuple(target.outbox for target in targets)
+        plain = all(isinstance(outbox, StreamOutbox) for outbox in outboxes)
+        if outboxes and plain and not self.topics.find(topic).groups:
+            if len(source.fans) >= _REMEMBERED_FANS:
+                source.fans.clear()
+            source.fans[topic.encode()] = outboxes
 
     def _pass_on(self, target: Session, whole: bytes) -> None:
         target.outbox.append(whole)
-        target.messages_out += 1
-        target.bytes_out += len(whole)
         self.touch(target)
 
     def _announce(self, what: str, client: Client, now_wall: float) -> None:

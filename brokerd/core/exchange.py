@@ -13,29 +13,28 @@ from brokerd.config.values import ClientConfig
 from brokerd.core.outbox import StreamOutbox
 from brokerd.core.policy import Policy
 from brokerd.core.rate import Meter
-from brokerd.core.session import Session, new_outbox
+from brokerd.core.routing import Seat
+from brokerd.core.session import Session
 
 __all__ = ["Client", "Exchange"]
 
 
-class Client:
+class Client(Seat):
     """One configured name.
 
     sessions: its connections, oldest first, by address. changed_at: when it last came online or
     went offline, in seconds since the epoch.
-    direct: the outbox of the one session of a name that is no pool, when messages for it may be
-    written straight there; None sends the routing loop to the core.
     """
 
-    __slots__ = ("changed_at", "config", "direct", "meter", "name", "policy", "sessions", "turn")
+    __slots__ = ("changed_at", "config", "meter", "name", "policy", "sessions", "turn")
 
     def __init__(self, config: ClientConfig, now_wall: float) -> None:
+        super().__init__()
         self.name = config.name
         self.config = config
         self.policy = Policy(config)
         self.meter = Meter.for_rate(config.rate)
         self.sessions: dict[str, Session] = {}
-        self.direct: Session | None = None
         self.changed_at = now_wall
         self.turn = 0
 
@@ -77,12 +76,12 @@ class Client:
             if session.outbox.waiting:
                 session.outbox.limit = config.queue
             else:
-                session.outbox = new_outbox(config)
+                session.renew_outbox()
         self._choose_direct()
 
     def _choose_direct(self) -> None:
-        only = next(iter(self.sessions.values()), None)
-        self.direct = only if only is not None and isinstance(only.outbox, StreamOutbox) else None
+        outbox = next((session.outbox for session in self.sessions.values()), None)
+        self.direct = outbox if isinstance(outbox, StreamOutbox) else None
 
 
 def _load(session: Session) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from brokerd.core.routing import Tail
 from brokerd_client.wire.framing import frame_span
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
@@ -26,19 +27,19 @@ CHUNK: Final = 128 * 1024
 _PIECES: Final = 512
 
 
-class StreamOutbox:
-    """A byte stream in chunks.
+class StreamOutbox(Tail):
+    """A byte stream in chunks; the last one is ``tail``, where the routing loop writes.
 
-    limit: bytes that may wait. room: how long ``tail`` may grow before :meth:`reserve` must be asked.
+    limit: bytes that may wait.
     blocked: the system took less than was offered; set and cleared by whoever writes.
     stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
     """
 
-    __slots__ = ("_head", "_older", "_older_bytes", "blocked", "limit", "room", "stalled", "tail")
+    __slots__ = ("_head", "_older", "_older_bytes", "blocked", "limit", "stalled")
 
     def __init__(self, limit: int) -> None:
+        super().__init__()
         self.limit = limit
-        self.tail = bytearray()
         self.room = min(CHUNK, limit)
         self.blocked = False
         self.stalled = False
@@ -68,6 +69,8 @@ class StreamOutbox:
         """Append one whole frame, whatever the quota says: the broker's own answers are not refused."""
         self._make_room(len(frame))
         self.tail += frame
+        self.frames += 1
+        self.size += len(frame)
 
     def _make_room(self, size: int) -> None:
         if self.tail and len(self.tail) + size > CHUNK:
@@ -150,12 +153,16 @@ class Queued:
     pinned: bool = False
 
 
-class FrameOutbox:
-    """Frames kept one by one: see StreamOutbox for the attributes they share."""
+class FrameOutbox(Tail):
+    """Frames kept one by one: see StreamOutbox for the attributes they share.
+
+    Its ``tail`` stays empty and its ``room`` 0: the routing loop never writes here.
+    """
 
     __slots__ = ("_head", "_queue", "_waiting", "blocked", "limit", "stalled")
 
     def __init__(self, limit: int) -> None:
+        super().__init__()
         self.limit = limit
         self.blocked = False
         self.stalled = False
@@ -180,6 +187,8 @@ class FrameOutbox:
         """Append one whole frame with what is to be remembered of it."""
         self._queue.append(queued)
         self._waiting += len(queued.frame)
+        self.frames += 1
+        self.size += len(queued.frame)
 
     def pieces(self) -> list[bytearray | memoryview]:
         """Return what to write next, in order."""

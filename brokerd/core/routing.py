@@ -5,6 +5,15 @@
 
 from __future__ import annotations
 
-from brokerd.core._routing_py import NAME, feed
+import os
+from typing import TYPE_CHECKING
 
-__all__ = ["NAME", "feed"]
+if TYPE_CHECKING or os.environ.get("BROKERD_PURE") == "1":
+    from brokerd.core._routing_py import NAME, Seat, Tail, feed
+else:
+    try:
+        from brokerd.core._routing_c import NAME, Seat, Tail, feed
+    except ImportError:
+        from brokerd.core._routing_py import NAME, Seat, Tail, feed
+
+__all__ = ["NAME", "Seat", "Tail", "feed"]

@@ -8,7 +8,9 @@ from brokerd.config.values import ClientConfig, WhenFull
 from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 
 if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
+    from brokerd.core.routing import Seat, Tail
 
 __all__ = ["Session", "new_outbox"]
 
@@ -42,19 +44,18 @@ class Session:
         "address",
         "asked",
         "bytes_in",
-        "bytes_out",
         "charged",
         "client",
         "closing",
         "cut",
         "errors_in",
+        "fans",
         "generation",
         "held_by",
         "hold_deadline",
         "instance",
         "link",
         "messages_in",
-        "messages_out",
         "open",
         "outbox",
         "owed",
@@ -64,7 +65,7 @@ class Session:
         "skip",
         "stamp",
         "subscriptions",
-        "touched",
+        "topics_version",
         "waiters",
     )
 
@@ -78,11 +79,13 @@ class Session:
         self.since = since
         self.link = link
         self.outbox: Outbox = new_outbox(config)
-        self.routes: dict[bytes, Client] = {}
+        self.outbox.owner = self
+        self.routes: dict[bytes, Seat] = {}
+        self.fans: dict[bytes, tuple[Tail, ...]] = {}
+        self.topics_version = 0
         self.generation = 0
         self.skip = 0
         self.open = True
-        self.touched = False
         self.held_by: Session | None = None
         self.hold_deadline: float | None = None
         self.charged = False
@@ -94,9 +97,37 @@ class Session:
         self.subscriptions: set[tuple[str, str | None]] = set()
         self.messages_in = 0
         self.bytes_in = 0
-        self.messages_out = 0
-        self.bytes_out = 0
         self.errors_in = 0
+
+    def caches(self, broker: Broker) -> tuple[dict[bytes, Seat], dict[bytes, tuple[Tail, ...]]]:
+        """Return what the routing loop remembers of earlier frames, emptied where it is no longer true.
+
+        By recipient: the seat a message goes to. By topic: the outboxes an event goes to.
+        """
+        if self.generation != broker.generation:
+            self.generation = broker.generation
+            self.routes.clear()
+            self.fans.clear()
+        if self.topics_version != broker.topics.version:
+            self.topics_version = broker.topics.version
+            self.fans.clear()
+        return self.routes, self.fans
+
+    @property
+    def messages_out(self) -> int:
+        """Frames passed on to this connection."""
+        return self.outbox.frames
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of those frames."""
+        return self.outbox.size
+
+    def renew_outbox(self) -> None:
+        """Begin an outbox of the kind that a changed entry calls for; nothing may be waiting."""
+        old, self.outbox = self.outbox, new_outbox(self.client.config)
+        self.outbox.owner = self
+        self.outbox.frames, self.outbox.size, self.outbox.touched = old.frames, old.size, old.touched
 
     def __repr__(self) -> str:
         return f"<Session {self.address} from {self.peer}>"

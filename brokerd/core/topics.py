@@ -72,9 +72,10 @@ class Matches(Generic[Member]):
 
 
 class Topics(Generic[Member]):
-    """All subscriptions."""
+    """All subscriptions. version: changes with every one of them."""
 
     def __init__(self) -> None:
+        self.version = 1
         self._root: _Node[Member] = _Node()
         self._remembered: dict[str, Matches[Member]] = {}
         self._count = 0
@@ -92,7 +93,7 @@ class Topics(Generic[Member]):
             return False
         joined.add(group)
         self._count += 1
-        self._remembered.clear()
+        self._changed()
         return True
 
     def discard(self, pattern: str, member: Member, group: str | None = None) -> bool:
@@ -117,8 +118,12 @@ class Topics(Generic[Member]):
                 break
             del parent.children[token]
         self._count -= 1
-        self._remembered.clear()
+        self._changed()
         return True
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._remembered.clear()
 
     def find(self, topic: str) -> Matches[Member]:
         """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""

@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from brokerd.core import routing
-from brokerd.core.broker import Verdict
+from brokerd.core.verdict import Verdict
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.framing import frame_span
 

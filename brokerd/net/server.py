@@ -204,7 +204,7 @@ class Server:
         touched = self.broker.touched
         while touched:
             session = touched.pop()
-            session.touched = False
+            session.outbox.touched = False
             link: Link = session.link
             if not session.open:
                 continue

@@ -1,0 +1,5 @@
+from brokerd.core._routing_py import Seat as Seat
+from brokerd.core._routing_py import Tail as Tail
+from brokerd.core._routing_py import feed as feed
+
+NAME: str

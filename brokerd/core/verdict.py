@@ -1,0 +1,20 @@
+"""What the routing loop does after it has handed a frame to the broker."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+__all__ = ["Verdict"]
+
+
+class Verdict(Enum):
+    """What the routing loop does after handing over a frame."""
+
+    NEXT = auto()
+    """The frame is done with; go on behind it."""
+    FLUSH = auto()
+    """Not done: write the touched outboxes, then hand it over again."""
+    HOLD = auto()
+    """Not done: the sender is held; hand it over again when it is released."""
+    CLOSE = auto()
+    """Done with, and the connection is to be closed: read nothing more."""
