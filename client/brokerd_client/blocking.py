@@ -21,26 +21,26 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar, cast
+from typing import Any, Final, Generic, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import forks, message
 from brokerd_client.channel import Channel
 from brokerd_client.codec import encode
+from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import LINGER_S, Batch, Dialog
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge, Inbox
 from brokerd_client.life import State
-from brokerd_client.message import with_ttl
+from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, Presence, Watch, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
-from brokerd_client.wire.envelope import Kind, check_address
+from brokerd_client.wire.envelope import check_address
 from brokerd_client.wire.handshake import NONCE_SIZE
 
 __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 
 T = TypeVar("T")
-_Job = tuple[Callable[[Any], object], Any]
 RequestHandler = TypeVar("RequestHandler", bound=Callable[["Message"], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[["Message"], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
@@ -129,7 +129,7 @@ class _Box(Generic[T]):
             item = self.inbox.items.popleft()
         except IndexError:
             item = self._wait(timeout)
-        if self._gauge.full:
+        if self._gauge.full and len(self.inbox.items) <= self.inbox.mark:
             self._relieve()
         return item
 
@@ -161,12 +161,12 @@ class _Feed(Generic[T]):
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._box: _Box[T] = client._box()
+        self.box: _Box[T] = client._box()
 
     def recv(self, timeout: float | None = None) -> T:
         """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
         self._client._check()
-        return self._box.take(timeout)
+        return self.box.take(timeout)
 
     def __iter__(self) -> Iterator[T]:
         with contextlib.suppress(Closed):
@@ -198,7 +198,7 @@ class Subscription(_Feed[Message]):
         super().__init__(client)
         self.pattern = pattern
         self.group = group
-        self._callback = callback
+        self.callback = callback
         self._route: Route | None = None
 
     def unsubscribe(self) -> None:
@@ -214,6 +214,7 @@ class Subscription(_Feed[Message]):
 class PresenceWatch(_Feed[Presence]):
     """One Presence for each client this one may send to, as it is now; then every change."""
 
+    callback = None
     _watch: Watch | None = None
 
     def close(self) -> None:
@@ -254,11 +255,9 @@ class Client:
         #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
         self._boxes: weakref.WeakSet[_Box[Any]] = weakref.WeakSet()
         self._inbox: _Box[Message] = self._box()
-        self._ordered: _Box[_Job] = self._box()
-        self._requests: _Box[_Job] = self._box()
-        self._message_handler: Callable[[Message], object] | None = None
-        self._request_handler: Callable[[Message], object] | None = None
-        self._undelivered_handler: Callable[[BrokerdError], object] | None = None
+        self._ordered: _Box[Job] = self._box()
+        self._requests: _Box[Job] = self._box()
+        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, _Answer)
         self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(
             target=_move_bytes, args=(weakref.ref(self), self._channel), name="brokerd client", daemon=True
@@ -292,18 +291,38 @@ class Client:
     @property
     def counters(self) -> dict[str, int]:
         """What has gone wrong so far: late answers, undelivered sends, events without a taker, lost connections."""
-        dialog = self._dialog
-        return {
-            "late": dialog.late,
-            "undelivered": dialog.undelivered,
-            "unrouted": dialog.unrouted,
-            "losses": dialog.losses,
-        }
+        return self._dialog.counters
 
     def __repr__(self) -> str:
         return f"<Client {self.address or self.name!r} at {self._settings.address} {self._dialog.state.name.lower()}>"
 
     # Sending
+
+    @overload
+    def send(
+        self,
+        to: str,
+        payload: object,
+        *,
+        receipt: Literal[False] = False,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> int: ...
+
+    @overload
+    def send(
+        self,
+        to: str,
+        payload: object,
+        *,
+        receipt: Literal[True],
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt: ...
 
     def send(
         self,
@@ -315,13 +334,13 @@ class Client:
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> int | Receipt:
         """Send a message to a client: its id at once, or with ``receipt`` a Receipt once the broker has taken it on.
 
         ttl: seconds it stays deliverable where it has to wait. timeout: seconds for all of this.
         Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal.
         """
-        number, body = (0, payload) if codec is None and type(payload) is bytes else encode(payload, codec)
+        number, body = encode(payload, codec)
         if ttl is not None:
             extension = with_ttl(extension, ttl)
         if receipt:
@@ -330,7 +349,7 @@ class Client:
             with self._sending(timeout):
                 id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
                 self._write(call)
-            return self._outcome(call, id, deadline)
+            return cast("Receipt", self._outcome(call, id, deadline))
         if self._forked:
             self._check()
         with self._lock:
@@ -423,6 +442,32 @@ class Client:
             self._write(message.id)
         _mark_answered(message)
 
+    @overload
+    def publish(
+        self,
+        topic: str,
+        payload: object,
+        *,
+        receipt: Literal[False] = False,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> int: ...
+
+    @overload
+    def publish(
+        self,
+        topic: str,
+        payload: object,
+        *,
+        receipt: Literal[True],
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt: ...
+
     def publish(
         self,
         topic: str,
@@ -433,7 +478,7 @@ class Client:
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> int | Receipt:
         """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
@@ -447,7 +492,7 @@ class Client:
         with self._sending(timeout):
             id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
             self._write(call)
-        return self._outcome(call, id, deadline)
+        return cast("Receipt", self._outcome(call, id, deadline))
 
     # Receiving
 
@@ -463,18 +508,19 @@ class Client:
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests where no handler is set, until the client is closed."""
         self._check()
-        take, popleft, gauge = self._inbox.take, self._inbox.inbox.items.popleft, self._gauge
+        take, gauge = self._inbox.take, self._gauge
+        items, inbox = self._inbox.inbox.items, self._inbox.inbox
         with contextlib.suppress(Closed):
             while True:
                 # The common case without a call: the next message is here.
-                if gauge.full:
+                if items and (not gauge.full or len(items) - 1 > inbox.mark):
+                    try:
+                        item = items.popleft()
+                    except IndexError:
+                        continue
+                    yield item
+                else:
                     yield take(None)
-                    continue
-                try:
-                    item = popleft()
-                except IndexError:
-                    item = take(None)
-                yield item
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Have requests answered with what ``handler(message)`` returns, on a few threads of the client's own.
@@ -483,22 +529,14 @@ class Client:
         has called message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
         with self._locked():
-            self._request_handler = handler
-            waiting = self._inbox.inbox.items
-            earlier = [waiting.popleft() for _ in range(len(waiting))]
-            self._inbox.inbox.settle()
-            self._sort(earlier, sum(len(each) + OVERHEAD for each in earlier))
+            self._desk.handle_requests(handler)
             self._hire(self._requests, _REQUEST_THREADS)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Have ``handler(message)`` called for each message, in order, on a thread of the client's own."""
         with self._locked():
-            self._message_handler = handler
-            waiting = self._inbox.inbox.items
-            earlier = [waiting.popleft() for _ in range(len(waiting))]
-            self._inbox.inbox.settle()
-            self._sort(earlier, sum(len(each) + OVERHEAD for each in earlier))
+            self._desk.handle_messages(handler)
             self._hire(self._ordered, 1)
         return handler
 
@@ -508,7 +546,7 @@ class Client:
         ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
         """
         with self._locked():
-            self._undelivered_handler = handler
+            self._desk.handle_undelivered(handler)
             self._hire(self._ordered, 1)
         return handler
 
@@ -546,7 +584,7 @@ class Client:
             assert subscription._route is not None
             id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
             self._write(call)
-            subscription._box.end(Closed("the subscription was ended"))
+            subscription.box.end(Closed("the subscription was ended"))
         if id is not None:
             # Whatever the answer is, and if there is none: nothing more comes.
             with contextlib.suppress(Disconnected, Closed, TimedOut):
@@ -570,7 +608,7 @@ class Client:
             assert feed._watch is not None
             self._dialog.unwatch(feed._watch)
             self._write()
-            feed._box.end(Closed("the watch was ended"))
+            feed.box.end(Closed("the watch was ended"))
 
     def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
@@ -756,7 +794,7 @@ class Client:
             self._boxes.add(box)
         return box
 
-    def _hire(self, box: _Box[_Job], count: int) -> None:
+    def _hire(self, box: _Box[Job], count: int) -> None:
         """Have so many threads do the jobs in the box, if none does yet."""
         name = "brokerd requests" if box is self._requests else "brokerd messages"
         if box.ended is not None or any(thread.name == name for thread in self._threads):
@@ -772,62 +810,20 @@ class Client:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
             if batch.messages:
-                self._sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
             if batch.events:
-                self._spread(batch.events)
+                self._desk.spread(batch.events)
         for sink, why in batch.ended:
-            sink._box.end(why)
+            sink.box.end(why)
         for error in batch.undelivered:
             if error not in heard:
-                self._tell_undelivered(error)
+                self._desk.tell_undelivered(error)
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
             with contextlib.suppress(OSError):
                 if self._channel.open and not self._channel.connecting:
                     self._dialog.wrote(self._channel.write(self._dialog.data_to_send()))
             self._absorb(self._end_link(batch.broken, now), now)
-
-    def _sort(self, messages: list[Message], size: int) -> None:
-        """Give messages and requests to their handlers, or to who calls recv."""
-        answer, handle = self._request_handler, self._message_handler
-        if answer is None and handle is None:
-            self._inbox.put(messages, size)
-            return
-        share = size // len(messages) if messages else 0
-        requests = [each for each in messages if each._kind == Kind.REQUEST] if answer else []
-        rest = [each for each in messages if each._kind != Kind.REQUEST] if answer else messages
-        if requests and answer is not None:
-            self._requests.put([(_Answer(answer), each) for each in requests], share * len(requests))
-        if not rest:
-            return
-        if handle is None:
-            self._inbox.put(rest, share * len(rest))
-            return
-        others = [each for each in rest if each._kind == Kind.REQUEST]
-        plain = [each for each in rest if each._kind != Kind.REQUEST]
-        if others:
-            self._inbox.put(others, share * len(others))
-        if plain:
-            self._ordered.put([(handle, each) for each in plain], share * len(plain))
-
-    def _spread(self, events: list[tuple[Any, Any]]) -> None:
-        """Give events to their subscriptions, each one's at once."""
-        by_sink: dict[_Feed[Any], list[Any]] = {}
-        for sink, item in events:
-            by_sink.setdefault(sink, []).append(item)
-        for sink, items in by_sink.items():
-            size = sum(OVERHEAD + len(item) if isinstance(item, Message) else OVERHEAD for item in items)
-            callback = sink._callback if isinstance(sink, Subscription) else None
-            if callback is not None:
-                self._ordered.put([(callback, item) for item in items], size)
-            else:
-                sink._box.put(items, size)
-
-    def _tell_undelivered(self, error: BrokerdError) -> None:
-        if self._undelivered_handler is not None and self._ordered.ended is None:
-            self._ordered.put([(self._undelivered_handler, error)], OVERHEAD)
-        else:
-            _log().warning("a message was not delivered: %s", error)
 
     def _end_link(self, reason: BrokerdError, now: float) -> Batch[Message]:
         """Tell the dialog that the connection is gone; the I/O thread closes it."""
@@ -966,9 +962,9 @@ class _Answer:
             if result is not None or not hasattr(request, "_answered"):
                 request.reply(result)
         except (Disconnected, Closed):
-            _log().warning("a request of %s could not be answered: the connection is gone", request.sender)
+            log().warning("a request of %s could not be answered: the connection is gone", request.sender)
         except Exception as error:  # noqa: BLE001 - the handler's own, whatever it is
-            _log().exception("the handler of a request of %s failed", request.sender)
+            log().exception("the handler of a request of %s failed", request.sender)
             with contextlib.suppress(Disconnected, Closed):
                 request.fail(f"the handler failed: {type(error).__name__}")
 
@@ -978,7 +974,7 @@ def _mark_answered(request: message.Message) -> None:
         request._answered = True
 
 
-def _work(box: _Box[_Job]) -> None:
+def _work(box: _Box[Job]) -> None:
     """Do the jobs of a box until it ends. Holds the client only while a job is being done."""
     while True:
         try:
@@ -988,7 +984,7 @@ def _work(box: _Box[_Job]) -> None:
         try:
             function(item)
         except Exception:  # noqa: BLE001 - the handler's own, whatever it is
-            _log().exception("a handler failed")
+            log().exception("a handler failed")
         del function, item
 
 
@@ -1015,12 +1011,6 @@ def _move_bytes(ref: weakref.ref[Client], channel: Channel) -> None:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
-
-
-def _log() -> Any:
-    import logging
-
-    return logging.getLogger("brokerd_client")
 
 
 _open_clients: weakref.WeakSet[Client] = weakref.WeakSet()

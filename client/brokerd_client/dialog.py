@@ -140,8 +140,9 @@ class Dialog(Generic[M]):
         #: The beginning of a frame whose end has not come yet.
         self._partial = bytearray()
         self._out: list[bytes] = []
-        #: Bytes put out on this connection so far, and how many of them the face has seen off.
+        #: Bytes put out on this connection so far, how many of them the face has taken, and how many it has seen off.
         self._queued = 0
+        self._taken = 0
         self._handed = 0
         #: (end, id, to) of sends without a receipt that the face has not seen off yet.
         self._unhanded: list[tuple[int, int, str]] = []
@@ -161,7 +162,7 @@ class Dialog(Generic[M]):
         self._step(Step.OPEN)
         self._reader = FrameReader()
         self._partial = bytearray()
-        self._queued = self._handed = 0
+        self._queued = self._taken = self._handed = 0
         self._handshake = handshake.as_dialer(self._key, nonce, name=self.name.encode(), allow_md5=False)
         first = next(self._handshake)
         assert first is handshake.RECEIVE, "the listener speaks first"
@@ -182,7 +183,13 @@ class Dialog(Generic[M]):
         """Return what is to be written, and forget it."""
         data = b"".join(self._out)
         self._out.clear()
+        self._taken = self._queued
         return data
+
+    @property
+    def untaken(self) -> int:
+        """Bytes that wait for :meth:`data_to_send`."""
+        return self._queued - self._taken
 
     def wrote(self, size: int) -> None:
         """The face has handed that many more bytes to the operating system."""
@@ -190,10 +197,10 @@ class Dialog(Generic[M]):
         if self._handed == self._queued:
             self._unhanded.clear()
 
-    def lost(self, reason: BrokerdError, now: float, chance: float, *, exact: bool = True) -> Batch[M]:
+    def lost(self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0) -> Batch[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
 
-        chance: a random number in [0, 1). exact: whether no byte has left beyond those told to :meth:`wrote`.
+        chance: a random number in [0, 1). doubtful: bytes beyond those told to :meth:`wrote` that may have left.
         """
         batch: Batch[M] = Batch()
         lived = now - self._ready_since if self.state is State.READY else 0.0
@@ -202,20 +209,22 @@ class Dialog(Generic[M]):
         self.losses += 1
         self._handshake = None
         self._out.clear()
+        self._taken = self._queued
         self._link_deadline = None
         if self.state is State.WAITING:
             # A link that breaks at once must not be tried at once again, for ever.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
             self.retry_at = now + backoff.delay(self._attempt, chance)
             self._attempt += 1
+        may_have_left = self._handed + doubtful
         for pending in self.awaiting.clear():
             self._forget_subscription(pending)
             if pending.waiter is not None:
-                left = not exact or pending.end <= self._handed
+                left = pending.end <= may_have_left
                 batch.outcomes.append((pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left)))
         for end, id, to in self._unhanded:
             if end > self._handed:
-                batch.undelivered.append(self._loss(id, to, left=not exact))
+                batch.undelivered.append(self._loss(id, to, left=end <= may_have_left))
         self.undelivered += len(batch.undelivered)
         self._unhanded.clear()
         for watch in self._watches:
@@ -234,6 +243,16 @@ class Dialog(Generic[M]):
             if pending.waiter is not None:
                 batch.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
         return batch
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What has gone wrong so far, by name."""
+        return {
+            "late": self.late,
+            "undelivered": self.undelivered,
+            "unrouted": self.unrouted,
+            "losses": self.losses,
+        }
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`tick` is to be called at the latest, or, in WAITING, the next try is due."""

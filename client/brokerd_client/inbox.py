@@ -47,7 +47,7 @@ class Gauge:
 class Inbox(Generic[T]):
     """A queue whose items are counted a batch at a time."""
 
-    __slots__ = ("_batches", "_counted", "_gauge", "items")
+    __slots__ = ("_batches", "_counted", "_gauge", "items", "mark")
 
     def __init__(self, gauge: Gauge) -> None:
         self.items: deque[T] = deque()
@@ -55,9 +55,13 @@ class Inbox(Generic[T]):
         #: (items, bytes) of each batch that may still have items in the queue.
         self._batches: deque[tuple[int, int]] = deque()
         self._counted = 0
+        #: When no more items than this are left, settling uncounts something.
+        self.mark = -1
 
     def put(self, items: list[T], size: int) -> None:
         """Add what one read brought, ``size`` bytes in all."""
+        if not self._batches:
+            self.mark = 0
         self._batches.append((len(items), size))
         self._counted += len(items)
         self._gauge.held += size
@@ -70,6 +74,7 @@ class Inbox(Generic[T]):
             count, size = self._batches.popleft()
             self._counted -= count
             self._gauge.held -= size
+        self.mark = self._counted - self._batches[0][0] if self._batches else -1
 
     def clear(self) -> None:
         """Forget everything in it."""

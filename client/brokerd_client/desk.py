@@ -1,0 +1,153 @@
+"""Who gets what has arrived: a handler, a subscription, or whoever calls recv. No I/O, no waiting.
+
+Both faces use one; their boxes differ in how one waits at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+from brokerd_client.errors import BrokerdError
+from brokerd_client.inbox import OVERHEAD, Inbox
+from brokerd_client.message import Message
+from brokerd_client.wire.envelope import Kind
+
+__all__ = ["Box", "Desk", "Feed", "Job", "log"]
+
+M = TypeVar("M", bound=Message)
+
+#: What to call, and with what.
+Job: TypeAlias = tuple[Callable[[Any], object], Any]
+
+_REQUEST = int(Kind.REQUEST)
+
+
+class Box(Protocol):
+    """An inbox somebody can wait at."""
+
+    inbox: Inbox[Any]
+    #: Why nothing more will come.
+    ended: BrokerdError | None
+
+    def put(self, items: list[Any], size: int) -> None:
+        """Add items of ``size`` bytes in all, and wake who waits."""
+        ...
+
+    def end(self, why: BrokerdError) -> None:
+        """Nothing more will come; wake who waits."""
+        ...
+
+
+class Feed(Protocol):
+    """A subscription or a watch."""
+
+    @property
+    def box(self) -> Box:
+        """Where its events are waited for."""
+        ...
+
+    @property
+    def callback(self) -> Callable[[Any], object] | None:
+        """Who gets its events, where nobody waits for them."""
+        ...
+
+
+class Desk(Generic[M]):
+    """The handlers and boxes of one client.
+
+    inbox: for recv. ordered: jobs done one after the other. requests: jobs done side by side.
+    answering: makes of a request handler a job that sends what it returns.
+    """
+
+    def __init__(
+        self,
+        inbox: Box,
+        ordered: Box,
+        requests: Box,
+        answering: Callable[[Callable[[M], object]], Callable[[M], object]],
+    ) -> None:
+        self.inbox = inbox
+        self.ordered = ordered
+        self.requests = requests
+        self._answering = answering
+        self._on_message: Callable[[M], object] | None = None
+        self._on_request: Callable[[M], object] | None = None
+        self._on_undelivered: Callable[[BrokerdError], object] | None = None
+
+    def handle_messages(self, handler: Callable[[M], object]) -> None:
+        """Give messages to the handler, those that wait already first."""
+        self._on_message = handler
+        self._sort_again()
+
+    def handle_requests(self, handler: Callable[[M], object]) -> None:
+        """Give requests to the handler, those that wait already first."""
+        self._on_request = self._answering(handler)
+        self._sort_again()
+
+    def handle_undelivered(self, handler: Callable[[BrokerdError], object]) -> None:
+        """Give failures nobody waits for to the handler, instead of logging them."""
+        self._on_undelivered = handler
+
+    def _sort_again(self) -> None:
+        waiting: Inbox[M] = self.inbox.inbox
+        # Others may be taking from it at this moment.
+        earlier = []
+        while waiting.items:
+            try:
+                earlier.append(waiting.items.popleft())
+            except IndexError:
+                break
+        waiting.settle()
+        if earlier:
+            self.sort(earlier, sum(len(message) + OVERHEAD for message in earlier))
+
+    def sort(self, messages: list[M], size: int) -> None:
+        """Pass on messages and requests in their order; ``size`` bytes in all."""
+        answer, handle = self._on_request, self._on_message
+        if answer is None and handle is None:
+            self.inbox.put(messages, size)
+            return
+        share = size // len(messages)
+        asked: list[Job] = []
+        told: list[Job] = []
+        kept: list[M] = []
+        for message in messages:
+            if message._kind == _REQUEST:
+                if answer is not None:
+                    asked.append((answer, message))
+                    continue
+            elif handle is not None:
+                told.append((handle, message))
+                continue
+            kept.append(message)
+        for box, items in ((self.requests, asked), (self.ordered, told), (self.inbox, kept)):
+            if items:
+                box.put(items, share * len(items))
+
+    def spread(self, events: Iterable[tuple[Feed, Any]]) -> None:
+        """Pass on events, each subscription's at once."""
+        by_feed: dict[Feed, list[Any]] = {}
+        for feed, item in events:
+            by_feed.setdefault(feed, []).append(item)
+        for feed, items in by_feed.items():
+            size = sum(OVERHEAD + len(item) if isinstance(item, Message) else OVERHEAD for item in items)
+            callback = feed.callback
+            if callback is None:
+                feed.box.put(items, size)
+            else:
+                self.ordered.put([(callback, item) for item in items], size)
+
+    def tell_undelivered(self, error: BrokerdError) -> None:
+        """Pass on a failure nobody waits for; without a handler it is a warning in the log."""
+        if self._on_undelivered is None or self.ordered.ended is not None:
+            log().warning("a message was not delivered: %s", error)
+        else:
+            self.ordered.put([(self._on_undelivered, error)], OVERHEAD)
+
+
+def log() -> Any:
+    """Return the library's logger, importing logging at the first use."""
+    import logging
+
+    return logging.getLogger("brokerd_client")
