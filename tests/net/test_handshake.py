@@ -8,6 +8,7 @@ import struct
 import sys
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Client
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from net.raw import (
     prefixed,
 )
 
+from brokerd.net import door
+from brokerd.net.keyring import Search
 from brokerd_client.address import Address
 
 REJECTION = prefixed(FAILURE)
@@ -50,22 +53,18 @@ def last_refusal(broker: House, count: int = 1) -> dict[str, Any]:
 # Who is it?
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "unix", "@"])
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix", "@"])
 def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> None:
     """multiprocessing.connection.Client with nothing but its key exchanges messages with another."""
     listen = {"unix": str(socket_dir / "s"), "@": "@brokerd-" + os.urandom(6).hex()}.get(listen, listen)
     clients = {name: {"allow_md5": STOCK_IS_MD5} for name in ("alice", "bob")}
-    with served(clients, listen) as broker:
-        # The standard library does not infer AF_INET6.
-        if broker.address.family == "AF_INET6":
-            pytest.skip("the standard library's Client ignores AF_INET6") if STOCK_IS_MD5 else None
-            return
-        with (
-            Client(broker.address.sockaddr, authkey=b"alice's key") as alice,
-            Client(broker.address.sockaddr, authkey=b"bob's key") as bob,
-        ):
-            alice.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello")
-            assert bob.recv_bytes() == HEADER.pack(1, 0, 0, 5, 0) + b"alice" + b"hello"
+    with (
+        served(clients, listen) as broker,
+        Client(broker.address.sockaddr, authkey=b"alice's key") as alice,
+        Client(broker.address.sockaddr, authkey=b"bob's key") as bob,
+    ):
+        alice.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello")
+        assert bob.recv_bytes() == HEADER.pack(1, 0, 0, 5, 0) + b"alice" + b"hello"
 
 
 @pytest.mark.parametrize("name", [b"", b"bob"], ids=["by key", "by name"])
@@ -97,30 +96,22 @@ def test_a_wrong_key_hears_the_same_whatever_the_name(name: bytes) -> None:
         assert broker.log.wait("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
-def test_a_wrong_key_takes_the_same_search_whatever_the_name() -> None:
+def test_a_wrong_key_takes_the_same_search_whatever_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many keys are tried for a name nobody has as for the name with the most keys."""
+    tried: list[int] = []
+
+    class Watched(Search):
+        def step(self) -> Any:
+            found = super().step()
+            tried.append(self.tried)
+            return found
+
+    monkeypatch.setattr(door, "Search", Watched)
     keys = [{"key": f"key {number}"} for number in range(5)]
     with served({"alice": {"keys": keys}, "bob": None}) as broker:
-        tried: list[int] = []
-        server = broker.daemon._server
-        assert server is not None
-        from brokerd.net import door
-        from brokerd.net.keyring import Search
-
-        class Watched(Search):
-            def step(self) -> Any:
-                found = super().step()
-                tried.append(self.tried)
-                return found
-
-        before = door.Search
-        door.Search = Watched  # type: ignore[misc]
-        try:
-            for name in (b"alice", b"bob", b"nobody"):
-                rejection(broker.address, b"wrong", name)
-        finally:
-            door.Search = before  # type: ignore[misc]
-        assert tried == [5, 5, 5]
+        for name in (b"alice", b"bob", b"nobody"):
+            rejection(broker.address, b"wrong", name)
+    assert tried == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -180,12 +171,9 @@ def test_a_peer_that_rejects_the_brokers_proof_is_let_go() -> None:
 # MD5
 
 
-@pytest.mark.parametrize("name", [b"", b"alice"], ids=["by key", "by name"])
-@pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
-def test_md5_is_refused_and_the_log_names_the_option(name: bytes, digest: str | None) -> None:
+@pytest.mark.parametrize(("digest", "name"), [(None, b""), ("md5", b""), ("md5", b"alice")])
+def test_md5_is_refused_and_the_log_names_the_option(digest: str | None, name: bytes) -> None:
     """A right key by HMAC-MD5 hears #FAILURE#, and the operator reads allow_md5."""
-    if digest is None and name:
-        pytest.skip("a bare answer carries no name")
     with served() as broker:
         assert rejection(broker.address, key_of("alice"), name, digest=digest) == REJECTION
         refusal = last_refusal(broker)
@@ -265,7 +253,7 @@ def test_the_broker_proves_the_key_that_was_used() -> None:
 
 def test_identify_by_key_bounds_the_search() -> None:
     """Past the limit a key is not found without a name; with its name it always is, and then it is recent."""
-    names = [f"c{number}" for number in range(100)]
+    names = [f"c{number}" for number in range(45)]
     with served(dict.fromkeys(names), limits={"identify_by_key": 40}) as broker:
 
         def gets_in(name: str, said: bytes) -> bool:
@@ -456,8 +444,6 @@ def test_a_peer_that_resets_is_forgotten() -> None:
 
 def test_an_address_that_keeps_failing_is_slowed_and_others_are_not() -> None:
     """After many failures #FAILURE# comes later; the right key is welcome at once even from there."""
-    from time import monotonic
-
     with served() as broker:
         for _ in range(12):
             rejection(broker.address, b"wrong")
