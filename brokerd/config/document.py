@@ -344,8 +344,9 @@ def _resolve(text: str) -> str:
     """Return the tag of an unquoted scalar, by the rules of yaml.SafeLoader."""
     for tag, pattern in _RESOLVERS.get(text[:1], ()):
         if pattern.match(text):
-            # 1:30 is 90 to YAML 1.1 and text to everybody else.
-            return _TEXT if ":" in text and tag in (_TAG + "int", _TAG + "float") else str(tag)
+            # 1:30 is 90 to YAML 1.1, "=" and "<<" are special; to everybody else all three are text.
+            to_base_60 = ":" in text and tag in (_TAG + "int", _TAG + "float")
+            return _TEXT if to_base_60 or tag not in _CONSTRUCT else str(tag)
     return _TEXT
 
 

@@ -70,22 +70,25 @@ class Entries:
         #: What the text itself had wrong: no model need complain of it again.
         self._known = {(problem.place, problem.path) for problem in document.problems}
 
-    def _problem(self, steps: Path, what: str, *, at_key: bool = False) -> None:
-        place, shown = self._document.place(steps, at_key=at_key)
+    def _problem(self, path: Path, what: str, *, at_key: bool = False) -> None:
+        place, shown = self._document.place(path, at_key=at_key)
         if (place, shown) not in self._known:
             self._findings.problems.append(Problem(place, shown, what))
 
-    def _validated(self, steps: Path, model: type[BaseModel], value: object) -> tuple[Any, set[Path]]:
+    def _validated(self, path: Path, model: type[BaseModel], value: object) -> tuple[Any, set[Path]]:
         """Return (the entry, {}), or (None, where in it something is wrong), having reported it."""
         try:
             return model.model_validate(value), set()
         except ValidationError as error:
             bad: set[Path] = set()
             for each in error.errors(include_url=False):
+                if each["type"] == "too_short" and each["input"]:
+                    # The list is not empty; its items are what is wrong.
+                    continue
                 where = each["loc"]
                 bad |= {where[:1], where[:2]}
                 what = complaint(each, model)
-                self._problem((*steps, *where), what, at_key=each["type"] == "extra_forbidden")
+                self._problem((*path, *where), what, at_key=each["type"] == "extra_forbidden")
             return None, bad
 
     def judge(self, root: dict[str, Any]) -> None:
@@ -128,13 +131,13 @@ class Entries:
         if key == "listen" and value == []:
             self._problem((key,), "is an empty list (give at least one address)")
 
-    def _listener(self, steps: Path, entry: object) -> None:
+    def _listener(self, path: Path, entry: object) -> None:
         valid: ListenEntry | None
-        valid, _ = self._validated_listener(steps, entry)
+        valid, _ = self._validated_listener(path, entry)
         if valid is None:
             return
         address = valid.address
-        where: Path = (*steps, "address") if isinstance(entry, Mapping) else steps
+        where: Path = (*path, "address") if isinstance(entry, Mapping) else path
         if address.is_file:
             address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
             size = len(os.fsencode(address.path))
@@ -146,7 +149,7 @@ class Entries:
         elif isinstance(entry, Mapping):
             for key in ("mode", "group"):
                 if key in entry:
-                    self._problem((*steps, key), "only a Unix socket has a file (take it out)", at_key=True)
+                    self._problem((*path, key), "only a Unix socket has a file (take it out)", at_key=True)
         place, _ = self._document.place(where)
         first = self._findings.addresses.setdefault(str(address), place)
         if first is not place and address.port == 0 and address.family in ("AF_INET", "AF_INET6"):
@@ -163,34 +166,34 @@ class Entries:
             )
         )
 
-    def _validated_listener(self, steps: Path, entry: object) -> tuple[ListenEntry | None, set[Path]]:
+    def _validated_listener(self, path: Path, entry: object) -> tuple[ListenEntry | None, set[Path]]:
         if isinstance(entry, Mapping):
-            return self._validated(steps, ListenEntry, entry)
+            return self._validated(path, ListenEntry, entry)
         try:
             return ListenEntry.model_validate(entry), set()
         except ValidationError as error:
             # The short form has no key: its error is the entry's.
-            self._problem(steps, complaint(error.errors(include_url=False)[0], ListenEntry))
+            self._problem(path, complaint(error.errors(include_url=False)[0], ListenEntry))
             return None, set()
 
     def _client(self, name: str, raw: object, clients: dict[str, Any]) -> None:
-        steps = ("clients", name)
+        path = ("clients", name)
         findings = self._findings
         try:
             envelope.check_name(name)
         except InvalidName as error:
             wrong, _, right = str(error).rpartition(": ")
-            self._problem(steps, f"{wrong} ({right})", at_key=True)
-        first = findings.names.setdefault(name, (self._document, steps))
+            self._problem(path, f"{wrong} ({right})", at_key=True)
+        first = findings.names.setdefault(name, (self._document, path))
         if first[0] is not self._document:
             place, _ = first[0].place(first[1], at_key=True)
-            self._problem(steps, f"client {name!r} is given twice, first at {place} (keep one of them)", at_key=True)
+            self._problem(path, f"client {name!r} is given twice, first at {place} (keep one of them)", at_key=True)
         entry: ClientEntry | None
-        entry, bad = self._validated(steps, ClientEntry, raw)
+        entry, bad = self._validated(path, ClientEntry, raw)
         if not isinstance(raw, dict):
             return
-        self._recipients(steps, raw, bad)
-        keys = self._client_keys(name, steps, raw, entry, bad)
+        self._recipients(path, raw, bad)
+        keys = self._client_keys(name, path, raw, entry, bad)
         if entry is None:
             return
         line = clients.marks[name][0].line + 1 if isinstance(clients, Map) else 0
@@ -211,14 +214,14 @@ class Entries:
             source=Source(self._document.file, line),
         )
 
-    def _recipients(self, steps: Path, raw: dict[str, Any], bad: set[Path]) -> None:
+    def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
         """Note the names in send_to; whether they exist shows when all files are read."""
         listed = raw.get("send_to")
         if not isinstance(listed, list) or id(listed) in self._findings.rules:
             return
         for number, name in enumerate(listed):
             if ("send_to", number) not in bad and isinstance(name, str) and not _WILDCARDS & set(name):
-                where = (*steps, "send_to", number)
+                where = (*path, "send_to", number)
                 self._findings.recipients.append((name, self._document, where))
 
     def _rules(self, field: str, raw: dict[str, Any], patterns: tuple[str, ...]) -> tuple[Rule, ...]:
@@ -236,27 +239,27 @@ class Entries:
         return rules
 
     def _client_keys(
-        self, name: str, steps: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
+        self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
     ) -> tuple[Key, ...]:
         """Return the client's keys, having reported those that can't be used."""
         given = [field for field in raw if field in KEY_FIELDS]
         if not given:
             if "peer_uid" not in raw and not self._slip_of_key(raw):
                 right = "give one of key, key_file, key_env, key_credential and keys, or peer_uid"
-                self._problem(steps, f"has no way to authenticate ({right})", at_key=True)
+                self._problem(path, f"has no way to authenticate ({right})", at_key=True)
             return ()
         if len(given) > 1:
-            place, _ = self._document.place((*steps, given[0]), at_key=True)
+            place, _ = self._document.place((*path, given[0]), at_key=True)
             what = f"{given[0]} is given too, at {place} (keep one of {', '.join(given)})"
-            self._problem((*steps, given[1]), what, at_key=True)
-        keys: list[Key | None] = []
-        for field in given:
-            where = (*steps, field)
-            if field == "keys":
-                keys += self._listed_keys(name, where, raw[field], entry, bad)
-            elif (field,) not in bad:
-                keys.append(self._key(name, where, _KINDS[field], raw[field]))
-        return tuple(key for key in keys if key is not None)
+            self._problem((*path, given[1]), what, at_key=True)
+            # Which of them is meant is not known; what is wrong with the others hardly matters.
+            return ()
+        field = given[0]
+        where = (*path, field)
+        if field == "keys":
+            return tuple(self._listed_keys(name, where, raw[field], entry, bad))
+        key = self._key(name, where, _KINDS[field], raw[field]) if (field,) not in bad else None
+        return () if key is None else (key,)
 
     def _slip_of_key(self, raw: dict[str, Any]) -> bool:
         """Return whether an unknown key was meant for a key: that is one mistake, and reported."""
@@ -264,41 +267,41 @@ class Entries:
         return any(did_you_mean(field, KEY_FIELDS) for field in unknown)
 
     def _listed_keys(
-        self, name: str, steps: Path, raw: object, entry: ClientEntry | None, bad: set[Path]
-    ) -> Iterator[Key | None]:
+        self, name: str, path: Path, raw: object, entry: ClientEntry | None, bad: set[Path]
+    ) -> Iterator[Key]:
         if not isinstance(raw, list):
             return
         for number, item in enumerate(raw):
             if ("keys", number) in bad:
                 continue
             listed = entry.keys[number] if entry and entry.keys else KeyEntry.model_validate(item)
-            where = (*steps, number)
+            where = (*path, number)
             given = [field for field in item if field in KEY_ITEM_FIELDS]
             if len(given) != 1:
                 wrong = f"has {' and '.join(given)}" if given else "says not where the key is"
                 self._problem(where, f"{wrong} (give one of file, key, env and credential)")
+                continue
             begin, end = listed.not_before, listed.not_after
             if begin is not None and end is not None and end <= begin:
                 what = "is not after not_before: the key would never be accepted (give a later time)"
                 self._problem((*where, "not_after"), what)
-            for field in given:
-                key = self._key(name, (*where, field), field, item[field])
-                if key is not None:
-                    yield Key(key.value, begin, end, key.source)
+            key = self._key(name, (*where, given[0]), given[0], item[given[0]])
+            if key is not None:
+                yield Key(key.value, begin, end, key.source)
 
-    def _key(self, name: str, steps: Path, kind: str, value: str | bytes) -> Key | None:
+    def _key(self, name: str, path: Path, kind: str, value: str | bytes) -> Key | None:
         """Return the key, or None where it can't be used, which is reported."""
         environ = self._findings.environ
         source = kind
         try:
             if kind == "key":
-                found = self._inline_key(steps, value)
+                found = self._inline_key(path, value)
             else:
                 assert isinstance(value, str)
                 if kind == "file":
-                    path = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
-                    source = f"key_file {path}"
-                    found = key_store.read_file(path, environ)
+                    file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
+                    source = f"key_file {file}"
+                    found = key_store.read_file(file, environ)
                 elif kind == "env":
                     source = f"key_env {value}"
                     found = key_store.read_env(value, environ)
@@ -306,23 +309,23 @@ class Entries:
                     source = f"key_credential {value}"
                     found = key_store.read_credential(value, environ)
         except key_store.KeyRefused as error:
-            self._problem(steps, str(error))
+            self._problem(path, str(error))
             return None
-        other, document, where = self._findings.keys.setdefault(found, (name, self._document, steps))
+        other, document, where = self._findings.keys.setdefault(found, (name, self._document, path))
         if other != name:
             place, _ = document.place(where)
             what = f"has the same key as client {other!r} at {place} (give each client a key of its own: brokerd key)"
-            self._problem(steps, what)
+            self._problem(path, what)
         return Key(found, source=source)
 
-    def _inline_key(self, steps: Path, value: str | bytes) -> bytes:
+    def _inline_key(self, path: Path, value: str | bytes) -> bytes:
         key = value.encode() if isinstance(value, str) else value
         if self._status is not None and self._document.file not in self._findings.exposed:
             # Once a file: one chmod puts all of its keys right.
             exposure = key_store.exposed(self._document.file, self._status)
             if exposure:
                 self._findings.exposed.add(self._document.file)
-                self._problem(steps, f"a key stands in this file, and {exposure}")
+                self._problem(path, f"a key stands in this file, and {exposure}")
         if not key:
             raise key_store.KeyRefused("is empty (give at least one byte; brokerd key makes a good one)")
         return key

@@ -205,7 +205,7 @@ def _text_of(file: str) -> tuple[str, os.stat_result]:
             os.set_blocking(handle, True)
         elif not stat.S_ISREG(status.st_mode):
             raise _Unreadable(f"{file} is no file (give a file)")
-        with open(handle, "rb", closefd=False) as stream:  # noqa: PTH123 - it is open already
+        with open(handle, "rb", closefd=False) as stream:
             content = stream.read(MAX_FILE + 1)
     except OSError as error:
         raise _Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None

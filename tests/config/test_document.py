@@ -1,0 +1,203 @@
+"""YAML to plain values with places: the types of yaml.SafeLoader, and every text that must not hurt."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd.config import document as documents
+from brokerd.config.document import Document, read
+
+
+def problem_of(text: str) -> str:
+    """Return the only problem of the text, as it is printed."""
+    found = read(text, "f").problems
+    assert len(found) == 1, found
+    return str(found[0])
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both of PyYAML's parsers: the compiled one where it exists, and the plain one."""
+    if request.param == "plain":
+        monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+    elif not yaml.__with_libyaml__:
+        pytest.skip("PyYAML was built without libyaml")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("parser")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\nb: [x, 'y', \"z\", 2.5, true, no, 0x1f, 0o17, 017, 1_000]",
+        "a: {b: {c: [1, {d: e}]}}",
+        "when: 2026-12-31T00:00:00Z\nday: 2026-12-31\nzone: 2026-12-31 10:00:00+02:00",
+        "a: !!str 5\nb: !!int '7'\nc: !!binary aGVsbG8=\nd: !!float 3",
+        "a: &x {p: 1, q: 2}\nb: *x\nc: {<<: *x, q: 3}",
+        "a: &x {p: 1}\nb: &y {p: 2, r: 3}\nc: {<<: [*x, *y], s: 4}",
+        "a: |\n  two\n  lines\nb: >\n  folded\n  text\n",
+        "- 1\n- [2, 3]\n-   x: y\n",
+        "a: '='\nb: '<<'\n",
+    ],
+)
+def test_values_are_those_of_the_safe_loader(text: str) -> None:
+    """Scalars of every type, nesting, anchors and merges come out as yaml.safe_load gives them."""
+    document = read(text, "f")
+
+    assert document.problems == []
+    assert document.root == yaml.safe_load(text)
+
+
+_SCALARS = st.integers(-(2**60), 2**60) | st.booleans() | st.text(max_size=12) | st.floats(allow_nan=False)
+_TREES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8), _TREES, max_size=4), st.booleans())
+def test_what_yaml_writes_is_read_back(tree: dict[str, Any], flow: bool) -> None:
+    """Whatever PyYAML writes of plain values is read as the same values."""
+    text = yaml.safe_dump(tree, default_flow_style=flow)
+
+    document = read(text, "f")
+
+    assert document.problems == []
+    assert (document.root or {}) == tree
+
+
+@pytest.mark.usefixtures("parser")
+def test_places_count_lines_and_columns_from_one() -> None:
+    """A scalar's place is its own, a container's its key, an item's its beginning."""
+    document = read("a:\n  b: [x,\n    yy]\n  c:\n  - {d: 1}\n", "f")
+
+    assert [
+        (str(document.place(path)[0]), document.place(path)[1])
+        for path in (("a",), ("a", "b"), ("a", "b", 1), ("a", "c", 0), ("a", "c", 0, "d"))
+    ] == [
+        ("f:1:1", "a"),
+        ("f:2:3", "a.b"),
+        ("f:3:5", "a.b[1]"),
+        ("f:5:5", "a.c[0]"),
+        ("f:5:9", "a.c[0].d"),
+    ]
+
+
+def test_the_place_of_what_is_missing_is_its_container() -> None:
+    """A path that leads out of the text ends at the last thing that is there."""
+    document = read("a:\n  b: x\n", "f")
+
+    assert document.place(("a", "z")) == (document.place(("a",))[0], "a.z")
+    assert document.place(("a", "b", "c")) == (document.place(("a", "b"))[0], "a.b")
+    assert document.place(("a", "b"), at_key=True)[0].column == 3
+
+
+@pytest.mark.usefixtures("parser")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\n a: 3\n", "f:3:3: b: not YAML: mapping values are not allowed"),
+        ("a: 1\na: 2\n", "f:2:1: a: is given twice, first at f:1:1 (keep one of them)"),
+        ("x:\n  a: 1\n  'a': 2\n", "f:3:3: x.a: is given twice, first at f:2:3 (keep one of them)"),
+        ("a:\n\t- b\n", "f:2:1: a: not YAML: a tab (indent with spaces)"),
+        ("a: 'never ends\nb: c\n", "f:1:4: a: not YAML: found unexpected end of stream"),
+        ("a: [1,\n", "f:"),
+        ("a:\n  5: x\n", "f:2:3: a: holds a key that is a number to YAML (put it in quotes)"),
+        ("a:\n  on: x\n", "f:2:3: a: holds a key that is true or false to YAML (put it in quotes)"),
+        ("a:\n  [b]: x\n", "f:2:3: a: holds a key that is no text to YAML (put it in quotes)"),
+        ("a:\n", "f:1:1: a: is empty (give a value, or take the key out)"),
+        ("a: [b, ~]\n", "f:1:8: a[1]: is empty (give a value, or take the item out)"),
+        ("a: *b\n", "f:1:4: a: an alias to an anchor that is not there (text that begins with '*' needs quotes)"),
+        ("a: &a [*a]\n", "f:1:8: a[0]: an alias stands inside what it names (take it out)"),
+        ("a: &a {b: {<<: *a}}\n", "f:1:16: a.b.<<: an alias stands inside what it names (take it out)"),
+        ("a: !b c\n", "f:1:4: a: a tag that means nothing here (text that begins with '!' needs quotes)"),
+        ("a: !!python/object/apply:os.system [x]\n", "f:1:4: a: a tag that means nothing here"),
+        ("a: !!set {b, c}\n", "f:"),
+        ("a: 2026-13-45\n", "f:1:4: a: YAML takes this for a timestamp, and it is none (put text in quotes)"),
+        ("a: !!bool perhaps\n", "f:1:4: a: YAML takes this for a bool, and it is none"),
+        ("a: !!timestamp soon\n", "f:1:4: a: YAML takes this for a timestamp, and it is none"),
+        ("a: !!binary é\n", "f:1:4: a: YAML takes this for a binary, and it is none"),
+        ("a: 0x" + "f" * 1000 + "\n", "f:1:4: a: YAML takes this for a int, and it is none"),
+        ("a: " + "9" * 5000 + "\n", "f:1:4: a: YAML takes this for a int, and it is none"),
+        ("a: {<<: 5}\n", "f:1:9: a.<<: only a mapping can be merged"),
+        ("a: 1\n---\nb: 2\n", "f:2:1: (file): a second document begins here (one file holds one)"),
+        ("a: b\x07c\n", "f:1:5: (file): a file of text can't hold the character U+0007 (take it out)"),
+        ("a: b\n\x00", "f:2:1: (file): a file of text can't hold the character U+0000"),
+        ("a: \ud800", "f:1:4: (file): a file of text can't hold the character U+D800"),
+        ("a: %b\n", "f:1:4: a: not YAML: found character"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_once_and_where(text: str, problem: str) -> None:
+    """Each mistake of the text is one problem with its line, column and path."""
+    problems = [str(found) for found in read(text, "f").problems]
+
+    assert any(found.startswith(problem) for found in problems), problems
+    if problem != "f:":
+        assert len(problems) == 1
+
+
+def test_a_number_with_colons_is_text() -> None:
+    """1:30 is no 90: what looks like an address or a time of day is not reckoned to base 60."""
+    document: Document = read("a: 1:30\nb: 12:30:45\nc: 1:30.5\nd: =\n", "f")
+
+    assert document.root == {"a": "1:30", "b": "12:30:45", "c": "1:30.5", "d": "="}
+
+
+@pytest.mark.usefixtures("parser")
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{a: ", "&a [", "a:\n"])
+def test_endless_nesting_is_refused(opening: str) -> None:
+    """100,000 levels are refused after twenty; the compiled composer would end the process."""
+    text = opening * 100_000
+    if opening == "a:\n":
+        text = "".join(" " * level + "a:\n" for level in range(2000))
+    began = time.monotonic()
+
+    document = read(text, "f")
+
+    assert not document.whole
+    assert "nested more than 20 deep" in str(document.problems[-1])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Each level holds the one before ten times: 10 ** 12 values.
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)),
+        # A wide mapping merged into many: 4,000 times 4,000 keys.
+        "a: &a {" + ", ".join(f"k{n}: 1" for n in range(4000)) + "}\nb:\n" + "  - {<<: *a}\n" * 4000,
+        # A key that is a wide list.
+        "a: &a [" + "x, " * 5000 + "]\nb:\n" + "  - *a\n" * 5000,
+    ],
+    ids=["laughs", "merges", "lists"],
+)
+def test_aliases_that_repeat_too_much_are_refused(text: str) -> None:
+    """A small text that stands for a huge one is refused before it becomes one."""
+    assert "the aliases up to here repeat too much" in problem_of(text)
+
+
+def test_ordinary_aliases_are_not_refused() -> None:
+    """One anchor merged into 20,000 entries is ordinary."""
+    text = "a: &a {p: 1, q: [x, y, z]}\nb:\n" + "".join(f"  c{n}: {{<<: *a, r: {n}}}\n" for n in range(20_000))
+
+    document = read(text, "f")
+
+    assert document.problems == []
+    assert document.root["b"]["c19999"] == {"p": 1, "q": ["x", "y", "z"], "r": 19999}  # type: ignore[index]
+
+
+@given(st.text(max_size=200) | st.text(st.sampled_from("ab:-[]{}&*!|>'\"%@`,?# \n\t<0~"), max_size=60))
+def test_no_text_raises(text: str) -> None:
+    """Whatever the text, reading it gives values and problems, each problem on one line."""
+    document = read(text, "f")
+
+    assert all("\n" not in str(problem) for problem in document.problems)
+    assert document.whole or document.problems

@@ -1,0 +1,564 @@
+"""Files to a configuration: what comes out of a good one, and every mistake of a bad one with its place."""
+
+from __future__ import annotations
+
+import os
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from brokerd.config.load import ConfigError, load, load_text
+from brokerd.config.model import Config, LogFormat, LogLevel, Rule, Source, WhenConnected, WhenFull
+from brokerd.config.problems import one_line
+from brokerd_client.address import Address
+
+
+def lines_of(text: str, path: str = "f") -> list[str]:
+    """Return the lines a text is refused with."""
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, path)
+    return str(refused.value).splitlines()
+
+
+def lines_of_file(path: Path) -> list[str]:
+    """Return the lines a file is refused with, relative to its directory."""
+    with pytest.raises(ConfigError) as refused:
+        load(path)
+    return [line.replace(f"{path.parent}{os.sep}", "") for line in str(refused.value).splitlines()]
+
+
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
+    """Write a file that only its owner can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(mode)
+    return path
+
+
+EVERYTHING = """\
+listen:
+  - /run/b.sock
+  - {address: 0.0.0.0:6000, allow_md5: true}
+  - {address: /run/c.sock, mode: "0660", group: 7}
+  - [localhost, 6001]
+  - "[::1]:6002"
+  - "@abstract"
+clients:
+  alice: {key: a}
+  worker:
+    keys:
+      - {key: old, not_before: 2025-01-01, not_after: 2026-12-31T00:00:00Z}
+      - {key: new, not_before: "2026-12-30T12:00:00+02:00"}
+    connections: 8
+    send_to: [alice, "report.*"]
+    publish: ["jobs.>"]
+    subscribe:
+      - jobs.>
+      - $broker.>
+    queue: 64KiB
+    when_full: drop_oldest
+    when_connected: replace
+    rate: {messages: 600/m, bytes: 50MiB/s}
+    allow_md5: true
+    peer_uid: [0, 1000]
+    admin: true
+  ops: {peer_uid: [0]}
+limits:
+  max_message: 1MB
+  connections: 5
+  handshake_timeout: 500ms
+  handshakes: 6
+  identify_by_key: 0
+  wait_timeout: 1m
+  drain_timeout: 0
+log: {level: debug, format: json}
+"""
+
+
+def test_every_key_arrives() -> None:
+    """A file with every key gives a configuration with every value, durations in seconds and sizes in bytes."""
+    config = load_text(EVERYTHING, "f")
+
+    assert [(str(entry.address), entry.mode, entry.group, entry.allow_md5) for entry in config.listen] == [
+        ("/run/b.sock", 0o600, None, False),
+        ("0.0.0.0:6000", None, None, True),
+        ("/run/c.sock", 0o660, 7, False),
+        ("localhost:6001", None, None, False),
+        ("[::1]:6002", None, None, False),
+        ("@abstract", None, None, False),
+    ]
+    worker = config.clients["worker"]
+    assert [(key.value, key.not_before, key.not_after) for key in worker.keys] == [
+        (b"old", datetime(2025, 1, 1, tzinfo=UTC), datetime(2026, 12, 31, tzinfo=UTC)),
+        (b"new", datetime(2026, 12, 30, 10, tzinfo=UTC), None),
+    ]
+    assert worker.connections == 8
+    assert [str(rule) for rule in worker.send_to] == ["alice", "report.*"]
+    assert [str(rule.source) for rule in worker.subscribe] == ["f:18", "f:19"]
+    assert worker.queue == 65536
+    assert (worker.when_full, worker.when_connected) == (WhenFull.DROP_OLDEST, WhenConnected.REPLACE)
+    assert (worker.rate.messages, worker.rate.bytes) == (10, 50 * 2**20)
+    assert worker.allow_md5
+    assert worker.admin
+    assert worker.peer_uid == (0, 1000)
+    assert str(worker.source) == "f:10"
+    assert config.clients["ops"].keys == ()
+    limits = config.limits
+    assert (limits.max_message, limits.connections, limits.handshake_timeout) == (10**6, 5, 0.5)
+    assert (limits.handshakes, limits.identify_by_key) == (6, 0)
+    assert (limits.wait_timeout, limits.drain_timeout) == (60, 0)
+    assert (config.log.level, config.log.format) == (LogLevel.DEBUG, LogFormat.JSON)
+
+
+def test_defaults() -> None:
+    """What is not said is as docs/configuration.md says."""
+    config = load_text("listen: [/run/b.sock]\nclients: {a: {key: k}}\n", "f")
+
+    client = config.clients["a"]
+    assert (client.connections, client.queue, client.allow_md5, client.admin) == (1, 8 * 2**20, False, False)
+    assert client.send_to == (Rule("*"),)
+    assert client.publish == (Rule(">"),)
+    assert client.subscribe == (Rule(">"), Rule("$broker.>"))
+    assert client.send_to[0].source is None
+    assert (client.when_full, client.when_connected) == (WhenFull.WAIT, WhenConnected.REFUSE)
+    assert (client.rate.messages, client.rate.bytes, client.peer_uid) == (None, None, None)
+    limits = config.limits
+    assert (limits.max_message, limits.connections, limits.handshakes) == (16 * 2**20, 10_000, 256)
+    assert (limits.identify_by_key, limits.handshake_timeout) == (1000, 5)
+    assert (limits.wait_timeout, limits.drain_timeout) == (30, 10)
+    assert (config.log.level, config.log.format) == (LogLevel.INFO, LogFormat.AUTO)
+
+
+def test_six_mistakes_are_six_lines() -> None:
+    """Six different mistakes in one file give six lines, each with its own line and column, in their order."""
+    text = """\
+listen: [/run/b.sock]
+clients:
+  alice:
+    key: a
+    conections: 3
+  bob:
+    key: a
+    queue: 8 parsecs
+    send_to: [alcie]
+  carol: {}
+limits:
+  max_message: -1
+"""
+
+    assert lines_of(text) == [
+        "f:5:5: clients.alice.conections: unknown key 'conections' (did you mean 'connections'?)",
+        (
+            "f:7:10: clients.bob.key: has the same key as client 'alice' at f:4:10 "
+            "(give each client a key of its own: brokerd key)"
+        ),
+        (
+            "f:8:12: clients.bob.queue: '8 parsecs' is no size "
+            "(give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB)"
+        ),
+        "f:9:15: clients.bob.send_to[0]: there is no client 'alcie' (did you mean 'alice'?)",
+        (
+            "f:10:3: clients.carol: has no way to authenticate "
+            "(give one of key, key_file, key_env, key_credential and keys, or peer_uid)"
+        ),
+        (
+            "f:12:16: limits.max_message: this number is no size "
+            "(give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB)"
+        ),
+    ]
+
+
+GOOD = "listen: [/run/b.sock]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # The file as a whole.
+        ("", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
+        ("# only a comment\n", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
+        ("--- \n", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
+        ("- a\n", "f:1:1: (file): is no mapping (a configuration begins with keys such as listen: and clients:)"),
+        ("just text\n", "f:1:1: (file): is no mapping (a configuration begins with keys such as listen: and clients:)"),
+        ("clients: {}\n", "f:1:1: listen: is missing (give at least one address, such as /run/brokerd/brokerd.sock)"),
+        # Keys nobody knows, and keys of a later version.
+        (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
+        (GOOD + "zzz: 1\n", "f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log)"),
+        (GOOD + "monitor: 127.0.0.1:1\n", "f:2:1: monitor: not served by this version (take it out)"),
+        ("listen:\n- {address: a, tls: {}}\n", "f:2:16: listen[0].tls: not served by this version (take it out)"),
+        # listen
+        ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),
+        ("listen: /run/b\n", "f:1:9: listen: is text, not a list (give a list: [one, other], or one '- item' a line)"),
+        ("listen: [5]\n", ("f:1:10: listen[0]: 5 is no address (give HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or "
+         r"\\.\pipe\NAME)")),
+        ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is no port (give a number from 0 to 65535)"),
+        ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is no address (give a host and a port number)"),
+        ("listen: [{mode: '0600'}]\n", "f:1:10: listen[0].address: is missing (give it)"),
+        ("listen: [{address: b, mode: 0600}]\n", ("f:1:29: listen[0].mode: is no file mode "
+         '(give three octal digits in quotes, such as "0600" or "0660")')),
+        ("listen: [{address: b, group: [a]}]\n",
+         "f:1:23: listen[0].group: is no group (give a group's name or number)"),
+        ("listen: [{address: 'h:1', mode: '0600'}]\n", ("f:1:27: listen[0].mode: only a Unix socket has a file "
+         "(take it out)")),
+        ("listen: [{address: '@h', group: g}]\n", ("f:1:26: listen[0].group: only a Unix socket has a file "
+         "(take it out)")),
+        ("listen: [b, {address: b}]\n", ("f:1:23: listen[1].address: b is given twice, first at f:1:10 "
+         "(keep one of them)")),
+        ("listen: [" + "x" * 108 + "]\n", ("f:1:10: listen[0]: a Unix socket's path has at most 107 bytes; this has "
+         "108 (give a shorter one)")),
+        # clients
+        (GOOD + "clients: [a]\n", "f:2:1: clients: is a list, not a mapping (give keys with values)"),
+        (GOOD + "clients: {a b: {key: k}}\n", ("f:2:11: clients.a b: 'a b' is no client name (1 to 64 letters, digits, "
+         "'_', '.' and '-', not beginning with '.' or '-')")),
+        (GOOD + "clients: {a: secret}\n", "f:2:14: clients.a: is text, not a mapping (give keys with values)"),
+        (GOOD + "clients: {a: {key: 5}}\n", "f:2:20: clients.a.key: is no text (put the key in quotes)"),
+        (GOOD + "clients: {a: {key: ''}}\n", ("f:2:20: clients.a.key: is empty "
+         "(give at least one byte; brokerd key makes a good one)")),
+        (GOOD + "clients: {a: {key: k, key_env: E}}\n", ("f:2:23: clients.a.key_env: key is given too, at f:2:15 "
+         "(keep one of key, key_env)")),
+        (GOOD + "clients: {a: {keys: []}}\n", ("f:2:15: clients.a.keys: is an empty list (give at least one item, or "
+         "take the key out)")),
+        (GOOD + "clients: {a: {keys: [{}]}}\n", ("f:2:22: clients.a.keys[0]: says not where the key is "
+         "(give one of file, key, env and credential)")),
+        (GOOD + "clients: {a: {keys: [{key: k, env: E}]}}\n", ("f:2:22: clients.a.keys[0]: has key and env "
+         "(give one of file, key, env and credential)")),
+        (GOOD + "clients: {a: {keys: [{key: k, not_after: soon}]}}\n", ("f:2:42: clients.a.keys[0].not_after: is no "
+         "date and time (give a date and time such as 2026-12-31T00:00:00Z)")),
+        (GOOD + "clients: {a: {keys: [{key: k, not_before: 2026-01-02, not_after: 2026-01-01}]}}\n",
+         ("f:2:66: clients.a.keys[0].not_after: is not after not_before: the key would never be accepted "
+         "(give a later time)")),
+        (GOOD + "clients: {a: {kye: k}}\n", "f:2:15: clients.a.kye: unknown key 'kye' (did you mean 'key'?)"),
+        (GOOD + "clients: {a: {key: k, connections: '8'}}\n", ("f:2:36: clients.a.connections: is text, not a whole "
+         "number (give a whole number)")),
+        (GOOD + "clients: {a: {key: k, connections: 0}}\n", ("f:2:36: clients.a.connections: is too small "
+         "(give 1 or more)")),
+        (GOOD + "clients: {a: {key: k, admin: 1}}\n", ("f:2:30: clients.a.admin: is a number, not true or false "
+         "(give true or false)")),
+        (GOOD + "clients: {a: {key: k, when_full: wiat}}\n", ("f:2:34: clients.a.when_full: is none of wait, refuse, "
+         "drop_oldest, disconnect (did you mean 'wait'?)")),
+        (GOOD + "clients: {a: {key: k, send_to: b}}\n", ("f:2:32: clients.a.send_to: is text, not a list "
+         "(give a list: [one, other], or one '- item' a line)")),
+        (GOOD + "clients: {a: {key: k, send_to: [$broker]}}\n", ("f:2:33: clients.a.send_to[0]: is the broker itself "
+         "(take it out: every client may send to $broker)")),
+        (GOOD + "clients: {a: {key: k, send_to: ['b c*']}}\n", ("f:2:33: clients.a.send_to[0]: can match no client "
+         "(give a client's name, or a pattern such as report.*)")),
+        (GOOD + "clients: {a: {key: k, send_to: [zzz]}}\n", ("f:2:33: clients.a.send_to[0]: there is no client 'zzz' "
+         "(give a name from clients:, or a pattern with '*')")),
+        (GOOD + "clients: {a: {key: k, publish: [$x]}}\n", ("f:2:33: clients.a.publish[0]: is a topic of the broker's "
+         "own (nobody but the broker publishes below '$')")),
+        (GOOD + "clients: {a: {key: k, subscribe: [a..b]}}\n", ("f:2:35: clients.a.subscribe[0]: 'a..b' is no topic "
+         "pattern (its tokens are joined by single dots)")),
+        (GOOD + "clients: {a: {key: k, subscribe: ['>.a']}}\n", ("f:2:35: clients.a.subscribe[0]: '>.a' is no topic "
+         "pattern ('>' may only be its last token)")),
+        (GOOD + "clients: {a: {key: k, rate: 5}}\n", ("f:2:29: clients.a.rate: is a number, not a mapping "
+         "(give keys with values)")),
+        (GOOD + "clients: {a: {key: k, rate: {message: 5}}}\n", ("f:2:30: clients.a.rate.message: unknown key "
+         "'message' (did you mean 'messages'?)")),
+        (GOOD + "clients: {a: {peer_uid: [-1]}}\n", "f:2:26: clients.a.peer_uid[0]: is too small (give 0 or more)"),
+        (GOOD + "clients: {a: {peer_uid: [root]}}\n", ("f:2:26: clients.a.peer_uid[0]: is text, not a whole number "
+         "(give a whole number)")),
+        # The rest.
+        (GOOD + "limits: {handshake_timeout: 0}\n", ("f:2:29: limits.handshake_timeout: leaves no time at all "
+         "(give more than 0, such as 5s)")),
+        (GOOD + "limits: [a]\n", "f:2:1: limits: is a list, not a mapping (give keys with values)"),
+        (GOOD + "limits:\n", "f:2:1: limits: is empty (give a value, or take the key out)"),
+        (GOOD + "log: {level: loud}\n", ("f:2:14: log.level: is none of debug, info, warning, error "
+         "(give one of these words)")),
+        (GOOD + "include: a\n", ("f:2:10: include: is text, not a list (give a list: [one, other], or one '- item' a "
+         "line)")),
+        (GOOD + "include: [5]\n", "f:2:11: include[0]: is a number, not text (put it in quotes)"),
+        (GOOD + "include: ['']\n", "f:2:11: include[0]: is empty (give a value, or take the key out)"),
+        (GOOD + 'include: ["a\\0b"]\n', "f:2:11: include[0]: is no path (give a file or a pattern)"),
+        (GOOD + "include: [no/such.yaml]\n", ("f:2:11: include[0]: there is no file no/such.yaml (make it, or give "
+         "another)")),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_place(text: str, line: str) -> None:
+    """Each mistake is one line: file, line, column, path, what is wrong, what would be right."""
+    assert lines_of(text) == [line]
+
+
+def test_a_mistake_in_an_entry_hides_no_other() -> None:
+    """An entry with a bad value is still searched for missing key files, shared keys and unknown names."""
+    text = GOOD + (
+        "clients:\n"
+        "  a: {key: k, queue: [], send_to: [zz, 5]}\n"
+        "  b: {keys: [{kee: 1}, {file: none}, {key: k}], admin: 7}\n"
+    )
+
+    assert [line.split(": ")[:2] for line in lines_of(text)] == [
+        ["f:3:15", "clients.a.queue"],
+        ["f:3:36", "clients.a.send_to[0]"],
+        ["f:3:40", "clients.a.send_to[1]"],
+        ["f:4:15", "clients.b.keys[0].kee"],
+        ["f:4:31", "clients.b.keys[1].file"],
+        ["f:4:44", "clients.b.keys[2].key"],
+        ["f:4:56", "clients.b.admin"],
+    ]
+
+
+def test_an_anchors_mistake_is_said_once() -> None:
+    """What is wrong in an anchor is one line, however many entries merge it."""
+    text = (
+        GOOD + "clients:\n  a: &a {key: k, qeue: 1}\n" + "".join(f"  b{n}: {{<<: *a, key: k{n}}}\n" for n in range(9))
+    )
+
+    assert lines_of(text) == ["f:3:18: clients.a.qeue: unknown key 'qeue' (did you mean 'queue'?)"]
+
+
+def test_an_anchors_rules_keep_their_place() -> None:
+    """Rules that come through an anchor say where they are written, and are shared by those who merge them."""
+    text = GOOD + "clients:\n  a: &a {key: k, send_to: [b]}\n  b: {<<: *a, key: l}\n"
+
+    clients = load_text(text, "f").clients
+
+    assert str(clients["b"].send_to[0].source) == "f:3"
+    assert clients["a"].send_to is clients["b"].send_to
+
+
+def test_a_name_that_only_a_pattern_could_match_is_no_mistake() -> None:
+    """A pattern may match nobody yet; only a plain name has to exist."""
+    config = load_text(GOOD + "clients: {a: {key: k, send_to: ['b*', 'c?', '[de]', '[!f]g']}}\n")
+
+    assert [rule.pattern for rule in config.clients["a"].send_to] == ["b*", "c?", "[de]", "[!f]g"]
+
+
+def test_two_ports_chosen_by_the_system_are_two_listeners() -> None:
+    """Port 0 given twice is no duplicate: each is another port."""
+    config = load_text("listen: ['127.0.0.1:0', '127.0.0.1:0']\n")
+
+    assert len(config.listen) == 2
+
+
+def test_a_line_stays_a_line() -> None:
+    """Line breaks and escapes in names, patterns and file names can't make a second line."""
+    lines = lines_of(
+        GOOD + 'clients: {"a\\nb\\e[31m": {key: k, "x\\ny": 1, send_to: ["q\\nr"], queue: "1\\n"}}\n', "f\ng"
+    )
+
+    assert len(lines) == 4
+    assert all(line.startswith(r"f\ng:2:") and line.isprintable() for line in lines)
+
+
+def test_one_line_escapes_only_what_is_not_printable() -> None:
+    """Letters of any script stay as they are; control characters and half characters become escapes."""
+    assert one_line("é ü 日本 a\tb\udcff") == "é ü 日本 a\\tb\\udcff"
+
+
+# Files.
+
+
+def test_relative_paths_start_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key files and sockets are found beside the configuration, wherever the broker is started."""
+    write(tmp_path / "etc" / "keys" / "a", "k\n")
+    file = write(tmp_path / "etc" / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: keys/a}}\n")
+    monkeypatch.chdir(tmp_path)
+
+    config = load(file)
+
+    assert config.clients["a"].keys[0].value == b"k"
+    assert config.listen[0].address == Address("AF_UNIX", path=str(tmp_path / "etc" / "b.sock"))
+    assert load("etc/b.yaml").listen[0].address.path == str(Path("etc", "b.sock"))
+
+
+def test_includes_add_listeners_and_clients(tmp_path: Path) -> None:
+    """Files that are included, and included by those, add to listen and clients, in sorted order, once each."""
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key: a}}\ninclude: ['d/*.yaml', more.yaml]\n")
+    write(tmp_path / "d" / "20.yaml", "clients: {c: {key: c, send_to: [a]}}\n")
+    write(tmp_path / "d" / "10.yaml", "clients: {b: {key_file: key-b}}\ninclude: [sub/x.yml, ../b.yaml]\n")
+    write(tmp_path / "d" / "key-b", "b")
+    write(tmp_path / "d" / "sub" / "x.yml", "listen: [x.sock]\nclients: {x: {key: x}}\n")
+    write(tmp_path / "d" / "30.yaml", "# nothing here yet\n")
+    write(tmp_path / "more.yaml", "clients: {m: {key: m}}\ninclude: ['no-such-*.yaml', d/10.yaml]\n")
+
+    config = load(file)
+
+    assert list(config.clients) == ["a", "b", "x", "c", "m"]
+    assert [entry.address.path for entry in config.listen] == [
+        str(tmp_path / "b.sock"),
+        str(tmp_path / "d" / "sub" / "x.sock"),
+    ]
+    assert str(config.clients["c"].send_to[0].source) == f"{tmp_path / 'd' / '20.yaml'}:1"
+    assert [Path(name).name for name in config.files] == [
+        "b.yaml",
+        "10.yaml",
+        "x.yml",
+        "20.yaml",
+        "30.yaml",
+        "more.yaml",
+    ]
+
+
+def test_a_directory_with_wildcards_in_its_name_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Only the pattern is a pattern, not the directory of the file it stands in."""
+    file = write(tmp_path / "[ab]*" / "b.yaml", "listen: [b.sock]\ninclude: ['c*.yaml']\n")
+    write(tmp_path / "[ab]*" / "c1.yaml", "clients: {c: {key: c}}\n")
+
+    assert list(load(file).clients) == ["c"]
+
+
+def test_a_name_given_twice_names_both_places(tmp_path: Path) -> None:
+    """A client in two files is an error at the second, naming the first."""
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients:\n  a: {key: a}\ninclude: [c.yaml]\n")
+    write(tmp_path / "c.yaml", "listen: [b.sock]\nclients:\n  b: {key: b}\n  a: {key: other}\n")
+
+    assert lines_of_file(file) == [
+        "c.yaml:1:10: listen[0]: b.sock is given twice, first at b.yaml:1:10 (keep one of them)",
+        "c.yaml:4:3: clients.a: client 'a' is given twice, first at b.yaml:3:3 (keep one of them)",
+    ]
+
+
+def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
+    """Errors of the main file come first, those of each included file under its own name, all at once."""
+    file = write(
+        tmp_path / "b.yaml", "include: [c.yaml, d.yaml, bad.yaml]\nlisten: [b.sock]\nclients:\n  a: {kye: a}\n"
+    )
+    write(tmp_path / "c.yaml", "limits: {}\nclients:\n  b:\n    key: b\n    send_to: [dd, bob]\n")
+    write(tmp_path / "d.yaml", "clients:\n  d: {key: [d}\n  e: {}\n")
+    (tmp_path / "bad.yaml").write_bytes(b"clients:\n  \xff\xfe: 1\n")
+
+    lines = lines_of_file(file)
+
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["b.yaml:4:7", "clients.a.kye"],
+        ["c.yaml:1:1", "limits"],
+        # bob may be in a file that can't be read; 'dd' is too like nothing to be called a slip.
+        ["d.yaml:2:14", "clients.d.key[0]"],
+        ["bad.yaml:2:3", "(file)"],
+    ]
+    assert "has its place in the main file alone (move it to" in lines[1]
+    assert "not YAML" in lines[2]
+    assert lines[3] == "bad.yaml:2:3: (file): is not UTF-8 (save it as UTF-8)"
+
+
+def test_a_slip_is_named_even_where_a_file_is_missing(tmp_path: Path) -> None:
+    """With a file unreadable, a name much like one that exists is still called a slip."""
+    file = write(
+        tmp_path / "b.yaml", "listen: [b.sock]\ninclude: [c.yaml]\nclients: {alice: {key: a, send_to: [alcie]}}\n"
+    )
+
+    assert lines_of_file(file) == [
+        "b.yaml:2:11: include[0]: there is no file c.yaml (make it, or give another)",
+        "b.yaml:3:37: clients.alice.send_to[0]: there is no client 'alcie' (did you mean 'alice'?)",
+    ]
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    """A missing file, a directory and a device are one line each."""
+    assert lines_of_file(tmp_path / "no.yaml") == [
+        "no.yaml:1:1: (file): there is no file no.yaml (make it, or give another)"
+    ]
+    (tmp_path / "dir").mkdir()
+    assert lines_of_file(tmp_path / "dir") == ["dir:1:1: (file): dir is a directory (give a file)"]
+    with pytest.raises(ConfigError, match="is no file"):
+        load("/dev/zero" if os.path.exists("/dev/zero") else tmp_path / "no.yaml")  # noqa: PTH110
+    with pytest.raises(ConfigError, match="is no path"):
+        load("a\0b")
+
+
+def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) -> None:
+    """A pattern that matches a directory is an error of the file that holds the pattern."""
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\ninclude: ['d*']\n")
+    (tmp_path / "dir").mkdir()
+
+    assert lines_of_file(file) == ["b.yaml:2:11: include[0]: dir is a directory (give a file)"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
+    """A FIFO without a writer is an empty file as a configuration, and refused as a key, at once."""
+    os.mkfifo(tmp_path / "fifo", 0o600)
+
+    assert lines_of_file(tmp_path / "fifo") == ["fifo:1:1: (file): is empty (a configuration has listen: and clients:)"]
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: fifo}}\n")
+    assert lines_of_file(file) == [
+        "b.yaml:2:25: clients.a.key_file: fifo is no file (give the file that holds the key)"
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="nothing is closed to root")
+def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
+    """A file that this user may not read is said to be so."""
+    file = write(tmp_path / "b.yaml", GOOD, mode=0)
+
+    assert lines_of_file(file) == [
+        "b.yaml:1:1: (file): b.yaml can't be read: Permission denied (let this user read it)"
+    ]
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    """A file saved with a byte order mark is read, and its columns count from the text."""
+    file = write(tmp_path / "b.yaml", "")
+    file.write_bytes(b"\xef\xbb\xbflisten: [b.sock]\r\nclients: {}\r\n")
+
+    assert len(load(file).listen) == 1
+    assert lines_of("\ufeffx: 1\nlisten: [b]\n")[0].startswith("f:1:1: x:")
+
+
+def test_loading_writes_nothing(tmp_path: Path) -> None:
+    """Reading a configuration makes, changes and removes no file."""
+    write(tmp_path / "key", "k\n")
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: key}}\n")
+    before = {path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()}
+
+    load(file)
+
+    assert {path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()} == before
+
+
+# Made by a program.
+
+
+def test_a_program_builds_a_configuration() -> None:
+    """Config.build takes an address, keys as text or bytes, and mappings as in the file."""
+    config = Config.build(
+        ("localhost", 0),
+        {"a": b"\xff\x00", "b": "text", "c": {"key": b"c", "send_to": ["a"], "queue": "1KiB"}},
+        limits={"max_message": "1MiB"},
+        log={"level": "error"},
+    )
+
+    assert str(config.listen[0].address) == "localhost:0"
+    assert [client.keys[0].value for client in config.clients.values()] == [b"\xff\x00", b"text", b"c"]
+    assert config.clients["c"].queue == 1024
+    assert config.limits.max_message == 2**20
+    assert config.log.level is LogLevel.ERROR
+
+
+def test_a_program_hears_every_mistake() -> None:
+    """Config.build refuses what a file would be refused for, naming the path, as there is no line."""
+    with pytest.raises(ConfigError) as refused:
+        Config.build(["/run/b.sock", {"adress": 1}], {"a": b"", "b": {"key": "k", "send_to": ["c"]}, "d": {"keys": 5}})
+
+    assert [line.split(": ")[:2] for line in str(refused.value).splitlines()] == [
+        ["(program)", "listen[1].address"],
+        ["(program)", "listen[1].adress"],
+        ["(program)", "clients.a.key"],
+        ["(program)", "clients.d.keys"],
+        ["(program)", "clients.b.send_to[0]"],
+    ]
+
+
+def test_a_configuration_can_not_be_changed() -> None:
+    """What the daemon holds is read-only."""
+    config = load_text(GOOD + "clients: {a: {key: k}}\n")
+
+    with pytest.raises(TypeError):
+        config.clients["b"] = config.clients["a"]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        config.clients["a"].admin = True  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.limits.connections = 1
+
+
+def test_a_client_whose_lines_moved_is_the_same() -> None:
+    """Where an entry stands takes no part in whether it changed."""
+    text = "clients: {a: {key: k, send_to: [a]}}\n"
+    before, after = load_text(GOOD + text), load_text("# moved\n\n" + GOOD + text, "elsewhere")
+
+    assert before.clients["a"] == after.clients["a"]
+    assert before.clients["a"].source == Source("brokerd.yaml", 2)
+    assert after.clients["a"].source == Source("elsewhere", 4)
+    assert before.clients["a"] != load_text(GOOD + text.replace("key: k", "key: l")).clients["a"]
