@@ -16,16 +16,22 @@ help: ## show this list
 run: ready-run ## run a broker with three example clients, and say what to type next
 	@$(BIN)/python tools/example_broker.py
 
-test: lint ## run all checks and tests
-	@$(BIN)/python -m pytest
+# The tests run even where the linters complain, and their closing line comes last; the status counts both.
+test: ready-test ## run all checks and tests
+	@status=0; \
+	$(MAKE) --no-print-directory lint || { status=1; echo "== not clean: see above; the tests run all the same"; }; \
+	$(BIN)/python -m pytest || status=1; \
+	exit $$status
 
 test-all: lint coverage ## run every test, the slow ones too, on all supported Pythons found
 	@tools/test_all.sh $(VERSIONS)
 
 lint: ready-test ## run ruff and mypy only
-	@$(BIN)/python -m ruff check
-	@$(BIN)/python -m ruff format --check
-	@$(BIN)/python -m mypy
+	@status=0; \
+	$(BIN)/python -m ruff check || status=1; \
+	$(BIN)/python -m ruff format --check || status=1; \
+	$(BIN)/python -m mypy || status=1; \
+	exit $$status
 
 # The parts that do no input or output have no excuse for an untested branch.
 coverage: ready-test ## hold the sans-I/O parts to full branch coverage
