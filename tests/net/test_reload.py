@@ -1,0 +1,220 @@
+"""Reloading the configuration of a running daemon: all of it, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from net.house import Recorder
+
+import brokerd_client
+from brokerd.config.load import load
+from brokerd.daemon import Daemon, loop_factory
+from brokerd_client.errors import AuthenticationError, Denied, Disconnected, NoSuchClient
+
+
+class FromFile:
+    """A daemon that serves one directory's brokerd.yaml, and can be told to read it again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = Recorder()
+        self._loop = loop_factory()()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def write(self, clients: str, listen: str = "") -> None:
+        file = self.home / "brokerd.yaml"
+        file.write_text(f"listen: [{self.home / 'sock'}{listen}]\nclients:\n{clients}")
+        file.chmod(0o600)
+
+    def start(self) -> None:
+        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log)
+        self._run(self.daemon.start())
+
+    def reload(self) -> list[str]:
+        problems: list[str] = self._run(self.daemon.reload("test"))
+        return problems
+
+    def connect(self, name: str, key: str, at: str = "sock") -> Any:
+        return brokerd_client.connect(str(self.home / at), name=name, key=key, reconnect=False)
+
+    def close(self) -> None:
+        self._run(self.daemon.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+
+ALICE = "  alice: {key: alices-first-key}\n"
+BOB = "  bob: {key: bobs-first-key}\n"
+
+
+@pytest.fixture
+def served(socket_dir: Path) -> Iterator[FromFile]:
+    here = FromFile(socket_dir)
+    here.write(ALICE + BOB)
+    here.start()
+    try:
+        yield here
+    finally:
+        here.close()
+
+
+def gone(client: Any) -> bool:
+    """Return whether the broker has ended the connection; asking is enough to see it."""
+    try:
+        client.ping()
+    except Disconnected:
+        return True
+    return False
+
+
+def test_a_client_that_is_added_can_connect_and_be_reached(served: FromFile) -> None:
+    """A new name works at once, for those who were there before too."""
+    with served.connect("alice", "alices-first-key") as alice:
+        with pytest.raises(NoSuchClient):
+            alice.send("carol", "hello", receipt=True)
+        served.write(ALICE + BOB + "  carol: {key: carols-key}\n")
+        assert served.reload() == []
+        with served.connect("carol", "carols-key") as carol:
+            alice.send("carol", "hello", receipt=True)
+            assert carol.recv(timeout=5).payload == "hello"
+
+
+def test_a_client_whose_entry_did_not_change_keeps_its_connection(served: FromFile) -> None:
+    """Moving an entry to other lines is no change."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write("\n\n" + BOB + "  carol: {key: carols-key}\n" + ALICE)
+        assert served.reload() == []
+        assert not gone(bob)
+
+
+def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
+    """Its name is unknown from then on, and the log says why it went."""
+    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+        served.write(ALICE)
+        assert served.reload() == []
+        assert gone(bob)
+        with pytest.raises(NoSuchClient):
+            alice.send("bob", "hello", receipt=True)
+        assert "removed" in served.log.wait("client.disconnected")[0].fields["reason"]
+    with pytest.raises(AuthenticationError):
+        served.connect("bob", "bobs-first-key")
+
+
+def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: FromFile) -> None:
+    """The old key opens nothing more, the new one does."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(ALICE + "  bob: {key: bobs-second-key}\n")
+        assert served.reload() == []
+        assert gone(bob)
+    with pytest.raises(AuthenticationError):
+        served.connect("bob", "bobs-first-key")
+    served.connect("bob", "bobs-second-key").close()
+
+
+def test_a_key_is_rotated_without_losing_a_connection(served: FromFile) -> None:
+    """While the old key is still listed, whoever used it stays."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(ALICE + "  bob: {keys: [{key: bobs-second-key}, {key: bobs-first-key}]}\n")
+        assert served.reload() == []
+        assert not gone(bob)
+
+
+def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
+    """Who was allowed before, and has its route cached, is denied afterwards."""
+    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+        for _ in range(3):
+            alice.send("bob", "hello")
+        alice.send("bob", "hello", receipt=True)
+        served.write("  alice: {key: alices-first-key, send_to: []}\n" + BOB)
+        assert served.reload() == []
+        with pytest.raises(Denied):
+            alice.send("bob", "hello", receipt=True)
+        assert not gone(bob)
+
+
+def test_a_subscription_that_is_not_allowed_any_more_ends(served: FromFile) -> None:
+    """The subscriber stays connected and gets nothing more of it."""
+    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+        subscription = bob.subscribe("news.>")
+        alice.publish("news.a", "first", receipt=True)
+        assert next(iter(subscription)).payload == "first"
+        served.write(ALICE + "  bob: {key: bobs-first-key, subscribe: []}\n")
+        assert served.reload() == []
+        alice.publish("news.a", "second", receipt=True)
+        bob.ping()
+        assert served.daemon.stats()["subscriptions"] == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("  alice: {key: alices-first-key, conections: 2}\n", "did you mean 'connections'"),
+        ("  alice: {key_file: keys/missing}\n", "there is no file"),
+        ("  alice: [\n", "brokerd.yaml:"),
+    ],
+)
+def test_a_bad_file_changes_nothing_and_says_why(served: FromFile, broken: str, says: str) -> None:
+    """The running configuration stays whole, connections included."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(broken)
+        assert says in "\n".join(served.reload())
+        assert served.log.wait("daemon.reload_refused")[0].fields["problems"]
+        assert not gone(bob)
+    served.connect("alice", "alices-first-key").close()
+
+
+def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> None:
+    """A new client in the same file is not there either: all or nothing."""
+    (served.home / "plain").write_text("no socket")
+    served.write(ALICE + BOB + "  carol: {key: carols-key}\n", listen=f", {served.home / 'plain'}")
+    assert "a file that is no socket" in served.reload()[0]
+    with pytest.raises(AuthenticationError):
+        served.connect("carol", "carols-key")
+    served.connect("alice", "alices-first-key").close()
+
+
+def test_listeners_open_close_and_change(served: FromFile) -> None:
+    """A new address is served, a removed one is gone with its file, and one that stays never stops."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(ALICE + BOB, listen=f", {{address: {served.home / 'second'}, mode: '0660'}}")
+        assert served.reload() == []
+        assert stat.S_IMODE((served.home / "second").stat().st_mode) == 0o660
+        served.connect("alice", "alices-first-key", at="second").close()
+        served.write(ALICE + BOB, listen=f", {{address: {served.home / 'second'}, mode: '0600'}}")
+        assert served.reload() == []
+        assert stat.S_IMODE((served.home / "second").stat().st_mode) == 0o600
+        served.write(ALICE + BOB)
+        assert served.reload() == []
+        assert not (served.home / "second").exists()
+        assert not gone(bob)
+
+
+def test_subscribers_hear_of_a_reload(served: FromFile) -> None:
+    """``$broker.reloaded`` is published when everything is taken over."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        heard = bob.subscribe("$broker.reloaded")
+        assert served.reload() == []
+        assert next(iter(heard)).topic == "$broker.reloaded"
+
+
+def test_an_administrator_reloads_and_hears_what_is_wrong(served: FromFile) -> None:
+    """The operation answers with the lines of the refused file."""
+    served.write("  alice: {key: alices-first-key, admin: true}\n" + BOB)
+    assert served.reload() == []
+    with served.connect("alice", "alices-first-key") as alice:
+        assert alice.control("reload") == {"reloaded": True, "problems": []}
+        served.write("  alice: {key: alices-first-key, admin: maybe}\n" + BOB)
+        answer = alice.control("reload")
+        assert not answer["reloaded"]
+        assert "brokerd.yaml:3:" in answer["problems"][0]
