@@ -33,7 +33,7 @@ def serve(server: socket.socket, data: bytes) -> threading.Thread:
     def run() -> None:
         peer, _ = server.accept()
         # A client that goes with something unread resets the connection.
-        with peer, contextlib.suppress(ConnectionError):
+        with peer, contextlib.suppress(OSError):
             peer.sendall(data)
             peer.shutdown(socket.SHUT_WR)
             while peer.recv(4096):

@@ -224,7 +224,11 @@ def test_address_in_use_is_an_oserror(family: str) -> None:
 
 def test_tcp_sends_small_messages_at_once() -> None:
     """TCP_NODELAY is set on both ends."""
-    with Listener(("localhost", 0)) as listener, Client(listener.address) as dialer, listener.accept(1) as accepted:
+    with (
+        Listener(("localhost", 0)) as listener,
+        Client(listener.address) as dialer,
+        listener.accept(TIMEOUT_S) as accepted,
+    ):
         for end in (dialer, accepted):
             with socket.socket(fileno=os.dup(end.fileno())) as sock:
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
