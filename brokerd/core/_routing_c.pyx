@@ -13,7 +13,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.dict cimport PyDict_GetItem
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from brokerd.core.unusual import unusual
@@ -194,7 +194,8 @@ cdef object _feed(
     broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run
 ):
     cdef int64_t position = start
-    cdef int64_t skip = source.skip
+    # Up to 2**64 - 1: what a frame may announce.
+    cdef uint64_t skip = source.skip
     cdef int64_t before, size, payload, size_out, rest
     cdef int64_t messages = 0
     cdef int64_t size_in = 0
@@ -214,8 +215,8 @@ cdef object _feed(
     cdef bint more = True
     verdict = _NEXT
     if skip:
-        position += min(skip, end - start)
-        source.skip = skip - (position - start)
+        position += <int64_t>min(skip, <uint64_t>(end - start))
+        source.skip = skip - <uint64_t>(position - start)
     routes, fans = source.caches(broker)
     while end - position >= HEAD_SIZE:
         at = data + position

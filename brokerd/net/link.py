@@ -28,6 +28,8 @@ __all__ = ["READ_BUFFER", "Link", "tune"]
 READ_BUFFER: Final = 256 * 1024
 #: A frame longer than this is collected in a buffer of its own.
 _LARGE: Final = READ_BUFFER // 2
+#: More than a frame's length, header, name and topic can have.
+_ENVELOPE: Final = 1024
 #: Seconds a connection that is to be closed has to take what is written for it.
 _GRACE: Final = 5.0
 
@@ -146,7 +148,8 @@ class Link:
         self.tail = bytes(view[position:end])
         if span is not None and self.session.held_by is None:
             wanted = sum(span) - position
-            if wanted > _LARGE:
+            # One that is longer than any message is not collected: it is passed over as soon as its header is there.
+            if _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
                 self.large, self.wanted, self.tail = bytearray(self.tail), wanted, b""
 
     # Writing

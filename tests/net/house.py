@@ -158,4 +158,6 @@ def house(config: Config) -> Iterator[House]:
             running._loop.call_soon_threadsafe(running.daemon.kill)
         thread.join(TIMEOUT_S)
         assert not thread.is_alive(), "the broker did not stop"
-    assert not complaints, complaints
+    if complaints:
+        problem = complaints[0].get("exception")
+        raise AssertionError(f"{len(complaints)} callbacks failed in the broker: {complaints[0]}") from problem

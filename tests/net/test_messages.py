@@ -1,0 +1,598 @@
+"""What becomes of a frame: delivered, answered or refused, never dropped in silence; and how frames may arrive."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from net.house import configuration, house, key_of
+from net.raw import (
+    ACK,
+    ERROR,
+    EVENT,
+    EXTENSION,
+    JSON,
+    MESSAGE,
+    RECEIPT,
+    REPLY,
+    REQUEST,
+    WANT_ACK,
+    WANT_RECEIPT,
+    Frame,
+    login,
+    packed,
+    prefixed,
+)
+
+MAX_ID = 2**64 - 1
+
+
+def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
+    return house(configuration(listen, clients, **more))
+
+
+def extension(**keys: Any) -> bytes:
+    data = json.dumps(keys).encode()
+    return struct.pack("!H", len(data)) + data
+
+
+def topic(name: bytes) -> bytes:
+    return bytes([len(name)]) + name
+
+
+# Delivered
+
+
+@pytest.mark.parametrize("kind", [MESSAGE, REQUEST])
+@pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 127, 128, 255])
+@pytest.mark.parametrize("id", [0, 1, MAX_ID])
+def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, id: int) -> None:
+    """Kind, codec, id and payload pass untouched; the name becomes the authenticated sender's."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(kind, "bob", b"\x00\xffpayload", id=id, codec=codec)
+        assert bob.recv() == Frame(kind, 0, codec, "alice", id, b"\x00\xffpayload")
+
+
+def test_an_empty_message_is_a_message() -> None:
+    """A payload of no bytes arrives."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(MESSAGE, "bob")
+        assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 0, b"")
+
+
+def test_a_client_may_write_to_itself() -> None:
+    """One's own name is a recipient like any other."""
+    with served() as broker, broker.login("alice") as alice:
+        alice.send(MESSAGE, "alice", b"note", flags=WANT_RECEIPT, id=3)
+        assert {(frame.kind, frame.name) for frame in (alice.recv(), alice.recv())} == {
+            (MESSAGE, "alice"),
+            (RECEIPT, "$broker"),
+        }
+
+
+def test_a_receipt_says_that_the_broker_has_it() -> None:
+    """With RECEIPT the sender hears of success by the message's id; the recipient does not see the flag."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(MESSAGE, "bob", b"x", id=99, flags=WANT_RECEIPT)
+        assert alice.recv() == Frame(RECEIPT, 0, 0, "$broker", 99, b"")
+        assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 99, b"x")
+
+
+def test_a_reply_finds_who_asked() -> None:
+    """A REPLY with the request's id comes back to its sender from the one who was asked."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(REQUEST, "bob", b"question", id=5)
+        question = bob.recv()
+        bob.send(REPLY, question.name, b"answer", id=question.id)
+        assert alice.recv() == Frame(REPLY, 0, 0, "bob", 5, b"answer")
+
+
+def test_a_client_may_answer_with_an_error() -> None:
+    """An ERROR from the one who was asked passes through with its payload."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(REQUEST, "bob", b"question", id=5)
+        bob.recv()
+        payload = json.dumps({"code": "failed", "message": "no", "name": ""}).encode()
+        bob.send(ERROR, "alice", payload, id=5, codec=JSON)
+        assert alice.recv() == Frame(ERROR, 0, JSON, "bob", 5, payload)
+
+
+def test_a_request_whose_recipient_goes_is_answered() -> None:
+    """When the one who was asked disconnects, the asker hears ``offline`` by the request's id."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(REQUEST, "bob", b"question", id=5)
+        bob.recv()
+        bob.close()
+        error = alice.recv()
+        assert (error.id, error.code) == (5, "offline")
+
+
+def test_extensions_pass_untouched() -> None:
+    """What the broker does not know in an extension it carries, byte for byte."""
+    data = b'{ "traceparent" : "00-ab", "x":[1,2] }'
+    between = struct.pack("!H", len(data)) + data
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(MESSAGE, "bob", b"payload", flags=EXTENSION, between=between)
+        assert bob.recv() == Frame(MESSAGE, EXTENSION, 0, "alice", 0, between + b"payload")
+
+
+def test_an_event_goes_to_whoever_subscribed() -> None:
+    """An EVENT reaches each subscriber once, stamped with its publisher, and nobody else."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob, broker.login("carol") as carol:
+        for pattern in ("jobs.*", "jobs.>"):
+            assert bob.ask("subscribe", topic=pattern).kind == REPLY
+        alice.send(EVENT, "", b"payload", between=topic(b"jobs.new"), id=3, flags=WANT_RECEIPT)
+        assert alice.recv().kind == RECEIPT
+        assert bob.recv() == Frame(EVENT, 0, 0, "alice", 3, topic(b"jobs.new") + b"payload")
+        bob.ping()
+        carol.ping()
+        bob.ask("unsubscribe", topic="jobs.*")
+        bob.ask("unsubscribe", topic="jobs.>")
+        alice.send(EVENT, "", b"payload", between=topic(b"jobs.new"))
+        alice.ping()
+        bob.ping()
+
+
+# Refused
+
+
+def test_offline() -> None:
+    """A configured client that is not connected: ``offline``, by the message's id."""
+    with served() as broker, broker.login("alice") as alice:
+        for kind in (MESSAGE, REQUEST, REPLY):
+            alice.send(kind, "bob", b"x", id=kind)
+            error = alice.recv()
+            assert (error.id, error.name, error.codec, error.code) == (kind, "$broker", JSON, "offline")
+            assert error.json.keys() == {"code", "message", "name"}
+            assert error.json["name"] == "bob"
+
+
+@pytest.mark.parametrize("name", ["nobody", "$other", "bobb", "BOB"])
+def test_no_such_client(name: str) -> None:
+    """A name that the configuration does not have, for a sender that may send to every name."""
+    with served() as broker, broker.login("alice") as alice:
+        alice.send(MESSAGE, name, b"x", id=1)
+        assert alice.recv().code == "no_such_client"
+
+
+def test_denied_does_not_tell_whether_the_name_exists() -> None:
+    """To a sender that may not send there, existing and missing names are answered with the same words."""
+    with (
+        served({"alice": {"send_to": ["carol"]}, "bob": None, "carol": None}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        said = []
+        for name in ("bob", "rob", "bob/1", "rob/1"):
+            alice.send(MESSAGE, name, b"x", id=1)
+            error = alice.recv()
+            assert error.code == "denied"
+            said.append(error.body.replace(name.encode(), b"NAME").replace(name.encode()[:3], b"NAME"))
+        assert said[0] == said[1]
+        assert said[2] == said[3]
+
+
+def test_too_large_by_one_byte() -> None:
+    """limits.max_message itself is taken; one byte more is refused, and the connection lives on."""
+    with (
+        served(limits={"max_message": 1000}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        alice.send(MESSAGE, "bob", b"x" * 1000, id=1)
+        alice.send(MESSAGE, "bob", b"x" * 1001, id=2)
+        alice.send(MESSAGE, "bob", b"last", id=3)
+        assert [bob.recv().id for _ in range(2)] == [1, 3]
+        error = alice.recv()
+        assert (error.id, error.code, error.json["name"]) == (2, "too_large", "bob")
+
+
+def test_rate_limited() -> None:
+    """More than the configured rate is refused, message by message."""
+    with (
+        served({"alice": {"rate": {"messages": "10/s"}}, "bob": None}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        alice.write(b"".join(packed(MESSAGE, "bob", id=number, flags=WANT_RECEIPT) for number in range(200)))
+        outcomes = [alice.recv() for _ in range(200)]
+        assert {frame.id for frame in outcomes} == set(range(200))
+        refused = [frame for frame in outcomes if frame.kind == ERROR]
+        assert {frame.code for frame in refused} == {"rate_limited"}
+        assert 100 <= len(refused) <= 195
+        assert len([bob.recv() for _ in range(200 - len(refused))]) == 200 - len(refused)
+
+
+def test_expired() -> None:
+    """A message whose ttl is over when it could be delivered comes back as ``expired``."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob"):
+        alice.send(MESSAGE, "bob", b"x", id=1, flags=EXTENSION, between=extension(ttl=0))
+        assert alice.recv().code == "expired"
+        alice.send(MESSAGE, "bob", b"x", id=2, flags=EXTENSION | WANT_RECEIPT, between=extension(ttl=60))
+        assert alice.recv().kind == RECEIPT
+
+
+@pytest.mark.parametrize("ttl", ["soon", None, True, [1]])
+def test_a_ttl_that_is_no_number_is_unsupported(ttl: Any) -> None:
+    """ttl is a number of seconds."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob"):
+        alice.send(MESSAGE, "bob", b"x", id=1, flags=EXTENSION, between=extension(ttl=ttl))
+        assert alice.recv().code == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "flags"),
+    [
+        (ACK, "", 0),
+        (ACK, "bob", 0),
+        (RECEIPT, "bob", 0),
+        (MESSAGE, "bob", WANT_ACK),
+        (MESSAGE, "$broker", 0),
+        (REPLY, "$broker", 0),
+    ],
+)
+def test_unsupported(kind: int, to: str, flags: int) -> None:
+    """What the protocol knows and this broker does not do is answered with ``unsupported``."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob"):
+        alice.send(kind, to, b"x", id=1, flags=flags)
+        assert (alice.recv().code, alice.ask("ping").kind) == ("unsupported", REPLY)
+
+
+@pytest.mark.parametrize("when_full", ["refuse", "wait"])
+def test_full(when_full: str) -> None:
+    """A recipient whose queue is full: ``full``, at once or after limits.wait_timeout."""
+    with (
+        served(
+            {"alice": None, "bob": {"queue": "64KiB", "when_full": when_full}}, limits={"wait_timeout": "200ms"}
+        ) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        accepted = 0
+        while True:
+            alice.send(MESSAGE, "bob", bytes(60_000), id=accepted, flags=WANT_RECEIPT)
+            outcome = alice.recv()
+            assert outcome.id == accepted
+            if outcome.kind == ERROR:
+                break
+            accepted += 1
+            assert accepted < 1000
+        assert outcome.code == "full"
+
+
+# Malformed
+
+
+def header(kind: int = 1, flags: int = 0, codec: int = 0, name_len: int = 0, id: int = 77) -> bytes:
+    return struct.pack("!BBBBQ", kind, flags, codec, name_len, id)
+
+
+@pytest.mark.parametrize(
+    ("body", "id"),
+    [
+        (b"", 0),
+        (b"\x01", 0),
+        (header()[:11], 0),
+        (header(kind=0), 77),
+        (header(kind=8), 77),
+        (header(kind=255), 77),
+        (header(flags=8), 77),
+        (header(flags=128), 77),
+        (header(name_len=3) + b"bo", 77),
+        (header(name_len=0), 77),
+        (header(name_len=1) + b"\xff", 77),
+        (header(name_len=3) + b"a b", 77),
+        (header(name_len=4) + b"-bob", 77),
+        (header(name_len=4) + b"bob/", 77),
+        (header(name_len=5) + b"bob/A", 77),
+        (header(name_len=65) + b"b" * 65, 77),
+        (header(name_len=4) + b"bob\n", 77),
+        (header(flags=EXTENSION, name_len=3) + b"bob", 77),
+        (header(flags=EXTENSION, name_len=3) + b"bob\x00\x05{}", 77),
+        (header(flags=EXTENSION, name_len=3) + b"bob\x00\x02[]", 77),
+        (header(flags=EXTENSION, name_len=3) + b"bob\x00\x02{,", 77),
+        (header(kind=EVENT), 77),
+        (header(kind=EVENT) + b"\x00", 77),
+        (header(kind=EVENT) + b"\x09jobs", 77),
+        (header(kind=EVENT) + b"\x03a..", 77),
+        (header(kind=EVENT) + b"\x03a.*", 77),
+        (header(kind=EVENT) + b"\x02\xff\xff", 77),
+        (header(kind=EVENT, name_len=3) + b"bob\x04jobs", 77),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
+def test_a_malformed_frame_is_answered_then_closed(body: bytes, id: int, step: int) -> None:
+    """ERROR ``malformed`` with the id if one was readable, then the end; what follows is not acted on."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        if step:
+            alice.write_bytewise(prefixed(body))
+        else:
+            alice.write(prefixed(body) + packed(MESSAGE, "bob", b"too late"))
+        error = alice.recv()
+        assert (error.id, error.code, error.name) == (id, "malformed", "$broker")
+        assert alice.read_to_end() == b""
+        assert broker.log.wait("client.disconnected")[0].fields["reason"] == "malformed"
+        bob.ping()
+
+
+@pytest.mark.parametrize("length", [-2, -(2**31), -257])
+def test_a_length_that_cannot_be_is_malformed(length: int) -> None:
+    """A negative length other than -1 is the end of the conversation."""
+    with served() as broker, broker.login("alice") as alice:
+        alice.write(struct.pack("!i", length))
+        assert (alice.recv().code, alice.read_to_end()) == ("malformed", b"")
+
+
+def test_the_answer_to_a_malformed_frame_arrives_behind_all_else() -> None:
+    """What was waiting for the client is written before the connection ends, however long it takes to read."""
+    with (
+        served({"alice": {"queue": "8MiB"}, "bob": None}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        for number in range(40):
+            bob.send(MESSAGE, "alice", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            assert bob.recv().kind == RECEIPT
+        # Much more behind the bad frame, which the broker will never read.
+        alice.sock.setblocking(False)
+        data = prefixed(b"bad") + b"x" * 5_000_000
+        while data:
+            try:
+                data = data[alice.sock.send(data) :]
+            except BlockingIOError:
+                break
+        alice.sock.settimeout(30)
+        assert [alice.recv().id for _ in range(40)] == list(range(40))
+        assert alice.recv().code == "malformed"
+        alice.read_to_end()
+
+
+# How frames arrive
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
+    """16 MiB, the default limit, go through whole."""
+    payload = os.urandom(1 << 20) * 16
+    listen = str(socket_dir / "s") if listen == "unix" else listen
+    with served(listen=listen) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.send(MESSAGE, "bob", payload, id=1)
+        assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 1, payload)
+
+
+def test_bytes_may_come_one_at_a_time() -> None:
+    """A frame in segments of one byte is the frame."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.write_bytewise(packed(MESSAGE, "bob", b"hello", id=1) + packed(MESSAGE, "bob", b"again", id=2))
+        assert [bob.recv().body, bob.recv().body] == [b"hello", b"again"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_segments_may_be_cut_anywhere(seed: int) -> None:
+    """Frames of many sizes arrive in order whatever the segments look like."""
+    random_ = random.Random(seed)  # the seed is in the test's name
+    payloads = [random_.randbytes(random_.choice([0, 1, 11, 500, 70_000, 300_000])) for _ in range(60)]
+    stream = b"".join(packed(MESSAGE, "bob", payload, id=id) for id, payload in enumerate(payloads))
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        position = 0
+        received = []
+        while position < len(stream):
+            size = random_.choice([1, 3, 5, 13, 4096, 65536, 262144, 1_000_000])
+            alice.write(stream[position : position + size])
+            position += size
+            while len(received) < len(payloads) and _readable(bob.sock):
+                received.append(bob.recv())
+        while len(received) < len(payloads):
+            received.append(bob.recv())
+        assert [frame.id for frame in received] == list(range(60))
+        assert [frame.body for frame in received] == payloads
+
+
+def _readable(sock: socket.socket) -> bool:
+    import select
+
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_many_small_frames_may_share_a_segment() -> None:
+    """Thousands of messages in one write arrive, in order, none twice."""
+    count = 20_000
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.write(b"".join(packed(MESSAGE, "bob", b"m", id=number) for number in range(count)))
+        assert [bob.recv().id for _ in range(count)] == list(range(count))
+
+
+def test_the_long_form_of_a_length_is_understood() -> None:
+    """A short frame may announce its length in the long form too."""
+    body = packed(MESSAGE, "bob", b"long form", id=1)[4:]
+    for step in (0, 1):
+        with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+            data = struct.pack("!iQ", -1, len(body)) + body
+            alice.write_bytewise(data) if step else alice.write(data)
+            assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 1, b"long form")
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+@pytest.mark.parametrize("step", ["whole", "bytewise", "length first"])
+def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
+    """It is answered before its end has come, nothing of it is stored, and what follows is served."""
+    size = 3_000_000
+    body = packed(MESSAGE, "bob", bytes(size), id=9)[4:]
+    length = struct.pack("!i", len(body)) if form == "short" else struct.pack("!iQ", -1, len(body))
+    with (
+        served(limits={"max_message": 1000}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        data = length + body
+        head = len(length) + 12 + 3
+        if step == "bytewise":
+            alice.write_bytewise(data[:head])
+        elif step == "length first":
+            alice.write(data[: head - 3])
+            # Read and dealt with before more comes: another's answer is proof.
+            bob.ping()
+            alice.write(data[head - 3 : head])
+        else:
+            alice.write(data[:head])
+        error = alice.recv()
+        assert (error.id, error.code, error.json["name"]) == (9, "too_large", "bob")
+        alice.write(data[head:])
+        alice.ping()
+        alice.send(MESSAGE, "bob", b"still here")
+        assert bob.recv().body == b"still here"
+
+
+@pytest.mark.parametrize("claim", [2**31 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("step", ["whole", "bytewise"])
+def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
+    """However long a frame claims to be, the broker answers and keeps none of what comes."""
+    body = packed(MESSAGE, "bob", b"", id=9)[4:]
+    head = (struct.pack("!i", claim) if claim < 2**31 else struct.pack("!iQ", -1, claim)) + body
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        alice.write_bytewise(head) if step == "bytewise" else alice.write(head)
+        error = alice.recv()
+        assert (error.id, error.code) == (9, "too_large")
+        for _ in range(40):
+            alice.write(bytes(1 << 20))
+        server = broker.daemon._server
+        assert server is not None
+
+        def kept() -> int:
+            links = [link for link in server.links if link.session.address == "alice"]
+            return len(links[0].tail) + len(links[0].large or b"")
+
+        bob.ping()
+        assert broker.call(kept) < 1 << 20
+        alice.close()
+        broker.log.wait("client.disconnected")
+
+
+def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
+    """Its first bytes alone, then a crowd of others: what is kept for it stays small."""
+    with served(limits={"max_message": 1000}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        server = broker.daemon._server
+        assert server is not None
+        body = packed(MESSAGE, "bob", bytes(50_000_000), id=9)
+        alice.write(body[:10])
+        bob.ping()
+        alice.sock.settimeout(30)
+        alice.write(body[10:])
+        error = alice.recv()
+        assert (error.id, error.code) == (9, "too_large")
+        alice.ping()
+        assert broker.call(lambda: [len(link.tail) + len(link.large or b"") for link in server.links]) == [0, 0]
+
+
+# The broker as a client
+
+
+def test_whoami_says_who_and_what() -> None:
+    """Name, address, versions and limits."""
+    with served({"pool": {"connections": 3}}) as broker, broker.login("pool") as one, broker.login("pool") as other:
+        first, second = one.ask("whoami").json, other.ask("whoami").json
+        assert first["name"] == second["name"] == "pool"
+        assert first["address"].startswith("pool/")
+        assert first["address"] != second["address"]
+        assert first["protocol"] == 1
+        assert first["limits"]["max_message"] == 16 * 2**20
+
+
+def test_clients_lists_whom_one_may_send_to() -> None:
+    """Each with online and since; nobody else's name is told."""
+    with (
+        served({"alice": {"send_to": ["b*"]}, "bob": None, "bert": None, "carol": None}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        found = {each["name"]: each for each in alice.ask("clients").json["clients"]}
+        assert {name: each["online"] for name, each in found.items()} == {"bob": True, "bert": False}
+        assert all(isinstance(each["since"], (int, float)) for each in found.values())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"no json", b"[]", b"{}", b'{"op": 1}', b'{"op": "fly"}', b"[" * 100_000, b'{"op":"ping"}\xff', b"1" * 5000],
+)
+def test_an_operation_that_is_none_is_refused(payload: bytes) -> None:
+    """Whatever is asked of the broker, it answers by the request's id and lives on."""
+    with served() as broker, broker.login("alice") as alice:
+        alice.send(REQUEST, "$broker", payload, id=4, codec=JSON)
+        error = alice.recv()
+        assert (error.id, error.code) == (4, "unsupported")
+        alice.ping()
+
+
+@pytest.mark.parametrize("op", ["stats", "connections", "disconnect", "reload", "drain", "can"])
+def test_operations_of_an_administrator_are_denied_to_others(op: str) -> None:
+    """Without admin: true the answer is ``denied``."""
+    with served() as broker, broker.login("alice") as alice:
+        assert alice.ask(op).code == "denied"
+
+
+def test_an_administrator_disconnects_a_client() -> None:
+    """The client sees the end; the log says who did it."""
+    with served({"root": {"admin": True}, "bob": None}) as broker, broker.login("root") as root:
+        bob = broker.login("bob")
+        assert root.ask("disconnect", address="bob").json == {"disconnected": ["bob"]}
+        assert bob.is_closed()
+        bob.close()
+        assert "root" in broker.log.wait("client.disconnected")[0].fields["reason"]
+        assert root.ask("disconnect", address="bob").code == "offline"
+        assert root.ask("disconnect", address="nobody").code == "no_such_client"
+
+
+def test_presence_is_told_in_order() -> None:
+    """Who subscribed hears of every coming and going, as often as it happens."""
+    with served() as broker, broker.login("alice") as alice:
+        assert alice.ask("subscribe", topic="$broker.*.bob").kind == REPLY
+        for number in range(5):
+            broker.login("bob").close()
+            broker.log.wait("client.disconnected", number + 1)
+        heard = [alice.recv() for _ in range(10)]
+        assert [frame.body[1 : 1 + frame.body[0]] for frame in heard] == [
+            b"$broker.online.bob",
+            b"$broker.offline.bob",
+        ] * 5
+
+
+@pytest.mark.parametrize("name", [b"$broker.online.eve", b"$x", b"$broker.draining"])
+def test_nobody_publishes_in_the_brokers_name(name: bytes) -> None:
+    """Topics that begin with a dollar sign are the broker's own."""
+    with served({"alice": {"publish": [">"]}, "bob": None}) as broker, broker.login("alice") as alice:
+        alice.send(EVENT, "", b"lie", between=topic(name), id=1)
+        assert alice.recv().code == "denied"
+
+
+def test_a_subscription_ends_with_its_connection() -> None:
+    """The same client connected anew has no subscriptions."""
+    with served() as broker, broker.login("alice") as alice:
+        bob = broker.login("bob")
+        bob.ask("subscribe", topic="x")
+        bob.close()
+        broker.log.wait("client.disconnected")
+        with broker.login("bob") as again:
+            alice.send(EVENT, "", b"x", between=topic(b"x"))
+            alice.ping()
+            again.ping()
+
+
+def test_two_listeners_one_order() -> None:
+    """Messages of one connection to one other arrive in order though requests and receipts are mixed in."""
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        kinds = [MESSAGE, REQUEST, MESSAGE]
+        alice.write(
+            b"".join(
+                packed(kinds[number % 3], "bob", b"x" * (number % 50), id=number, flags=number % 2)
+                for number in range(3000)
+            )
+        )
+        assert [bob.recv().id for _ in range(3000)] == list(range(3000))
+        with login(broker.address, key_of("carol")) as carol:
+            carol.ping()
