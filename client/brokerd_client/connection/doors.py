@@ -107,7 +107,7 @@ class SocketDoor:
         The file is made with the socket's own mode, less the umask, so there is no moment at which it is more open.
         Where a system does not know that, nobody can connect before listen() either.
         """
-        if not address or address[:1] in ("\0", b"\0"):
+        if os.fsencode(address)[:1] == b"\0":
             self._socket.bind(address)
             return
         if sys.platform != "win32":

@@ -5,7 +5,6 @@ What can be sent is less (numbers, text, lists, dictionaries, None), and receivi
 
 from __future__ import annotations
 
-import xmlrpc.client
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,10 +36,15 @@ class XmlConnection:
 
     def send(self, obj: Any) -> None:
         """Send an object. Raises TypeError or OverflowError where XML-RPC has no such value."""
+        # Here, not above: it brings the whole of http and ssl, which those who send no XML need not wait for.
+        import xmlrpc.client
+
         self._connection.send_bytes(xmlrpc.client.dumps((obj,), allow_none=True).encode())
 
     def recv(self) -> Any:
         """Return the next object. Raises as Connection.recv_bytes; xml.parsers.expat.ExpatError for what is no XML."""
+        import xmlrpc.client
+
         ((obj,), _) = xmlrpc.client.loads(self._connection.recv_bytes().decode())
         return obj
 

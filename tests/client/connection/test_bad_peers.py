@@ -12,11 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
 from brokerd_client.connection import listener as listener_module
+from brokerd_client.connection.negotiation import Negotiation, SocketChannel
+from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.handshake import CHALLENGE, LIMIT, RECEIVE, Send, as_dialer
+from brokerd_client.wire.handshake import CHALLENGE, LIMIT, NONCE_SIZE, RECEIVE, Send, as_dialer, as_listener
 
 TIMEOUT_S = 30
 KEY = b"the key"
@@ -87,6 +91,28 @@ def test_bad_peer_holds_up_nobody(behave: Any, family: str, dial: Any, aside: An
         with Client(listener.address, authkey=KEY, timeout=TIMEOUT_S) as good, accepting.result(TIMEOUT_S) as accepted:
             good.send("hello")
             assert accepted.recv() == "hello"
+
+
+@settings(max_examples=200)
+@given(st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(frame)), max_size=4), st.booleans())
+def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: bool) -> None:
+    """Whatever bytes a peer sends, a handshake waits for more or fails with an error that is expected of it."""
+    ours, theirs = socket.socketpair()
+    conversation = as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
+    channel = SocketChannel(ours)
+    negotiation = Negotiation(channel, conversation, KEY, None, 0.0)
+    with theirs:
+        try:
+            for data in said:
+                theirs.sendall(data)
+                assert not negotiation.advance(), "nobody proves himself by chance"
+            theirs.shutdown(socket.SHUT_WR)
+            assert not negotiation.advance()
+            pytest.fail("the end of the peer was not noticed")
+        except (AuthenticationError, FrameError, EOFError):
+            pass
+        finally:
+            channel.close()
 
 
 def test_wrong_key_is_raised_once_and_others_come_in(aside: Any) -> None:
