@@ -242,9 +242,9 @@ class Entries:
         self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
     ) -> tuple[Key, ...]:
         """Return the client's keys, having reported those that can't be used."""
-        given = [field for field in raw if field in KEY_FIELDS]
+        given = [field for field in raw if field in KEY_FIELDS and raw[field] is not None]
         if not given:
-            if "peer_uid" not in raw and not self._slip_of_key(raw):
+            if raw.get("peer_uid") is None and not self._meant_a_key(raw):
                 right = "give one of key, key_file, key_env, key_credential and keys, or peer_uid"
                 self._problem(path, f"has no way to authenticate ({right})", at_key=True)
             return ()
@@ -261,8 +261,10 @@ class Entries:
         key = self._key(name, where, _KINDS[field], raw[field]) if (field,) not in bad else None
         return () if key is None else (key,)
 
-    def _slip_of_key(self, raw: dict[str, Any]) -> bool:
-        """Return whether an unknown key was meant for a key: that is one mistake, and reported."""
+    def _meant_a_key(self, raw: dict[str, Any]) -> bool:
+        """Return whether a key, or how to do without, was given and is reported: empty, or by a name with a slip."""
+        if isinstance(raw, Map) and any(field in raw for field in (*KEY_FIELDS, "peer_uid")):
+            return True
         unknown = [field for field in raw if field not in ClientEntry.model_fields]
         return any(did_you_mean(field, KEY_FIELDS) for field in unknown)
 
@@ -276,7 +278,10 @@ class Entries:
                 continue
             listed = entry.keys[number] if entry and entry.keys else KeyEntry.model_validate(item)
             where = (*path, number)
-            given = [field for field in item if field in KEY_ITEM_FIELDS]
+            given = [field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None]
+            if not given and isinstance(item, Map) and any(field in item for field in KEY_ITEM_FIELDS):
+                # It is empty, and reported.
+                continue
             if len(given) != 1:
                 wrong = f"has {' and '.join(given)}" if given else "says not where the key is"
                 self._problem(where, f"{wrong} (give one of file, key, env and credential)")

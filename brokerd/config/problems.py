@@ -18,6 +18,8 @@ Path: TypeAlias = Sequence[str | int]
 #: What a problem of the whole file has for a path.
 _WHOLE: Final = "(file)"
 _LONGEST_STEP: Final = 100
+#: clients.NAME.key: what a client is called is no key.
+_CLIENT_DEPTH: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,14 @@ class ConfigError(Exception):
 
 
 def format_path(path: Path) -> str:
-    """Return the path as people write it: ``clients.bob.keys[0]``; "" for the whole file."""
+    """Return the path as people write it: ``clients.bob.keys[0]``; "" for the whole file.
+
+    Ends at a client's ``key``: a key that is not in quotes may look to YAML like a mapping with names.
+    """
     text = ""
-    for step in path:
+    for depth, step in enumerate(path):
+        if depth > _CLIENT_DEPTH and path[depth - 1] == "key":
+            break
         if isinstance(step, int):
             text += f"[{step}]"
         else:

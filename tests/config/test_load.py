@@ -425,7 +425,7 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
         ["b.yaml:4:7", "clients.a.kye"],
         ["c.yaml:1:1", "limits"],
         # bob may be in a file that can't be read; 'dd' is too like nothing to be called a slip.
-        ["d.yaml:2:14", "clients.d.key[0]"],
+        ["d.yaml:2:14", "clients.d.key"],
         ["bad.yaml:2:3", "(file)"],
     ]
     assert "has its place in the main file alone (move it to" in lines[1]

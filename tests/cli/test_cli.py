@@ -1,0 +1,203 @@
+"""The command brokerd, as it is typed: what it prints where, its exit status, and what it must not do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from brokerd import __version__, daemon
+from brokerd.cli import main
+from brokerd.config.load import load
+
+GOOD = "listen: [b.sock]\nclients:\n  alice: {key: a}\n  bob: {key: b}\n"
+BAD = "listen: [b.sock]\nclients:\n  alice: {kye: a}\n  bob: {key: b, send_to: [alcie]}\n"
+
+
+def brokerd(*arguments: str | Path, **environ: str) -> Result:
+    """Run the command in this process, with no BROKERD_CONFIG unless it is given."""
+    return CliRunner().invoke(main, list(map(str, arguments)), env={"BROKERD_CONFIG": None, **environ})
+
+
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
+    """Write a configuration that only its owner can read."""
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_check_says_ok_in_one_line(tmp_path: Path) -> None:
+    """A good file is one line on standard output, and exit status 0."""
+    file = write(tmp_path / "b.yaml", GOOD)
+
+    result = brokerd("check", file)
+
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}: ok, 2 clients, 1 listener\n", "")
+
+
+def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
+    """A bad file is its lines on standard error, nothing on standard output, and exit status 78."""
+    file = write(tmp_path / "b.yaml", BAD)
+
+    result = brokerd("check", file)
+
+    assert (result.exit_code, result.stdout) == (78, "")
+    assert result.stderr.splitlines() == [
+        f"{file}:3:11: clients.alice.kye: unknown key 'kye' (did you mean 'key'?)",
+        f"{file}:4:27: clients.bob.send_to[0]: there is no client 'alcie' (did you mean 'alice'?)",
+    ]
+
+
+def test_check_warns_on_standard_error(tmp_path: Path) -> None:
+    """What is odd and allowed is a warning, and the exit status stays 0."""
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {keys: [{key: k, not_after: 2001-01-01}]}}\n")
+
+    result = brokerd("check", file)
+
+    assert (result.exit_code, result.stdout) == (0, f"{file}: ok, 1 client, 1 listener\n")
+    assert re.fullmatch(rf"warning: {re.escape(str(file))}:2: client 'a' can't connect: .* \(.*\)\n", result.stderr)
+
+
+def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path: Path) -> None:
+    """check takes FILE, then --config, then $BROKERD_CONFIG; without any, /etc/brokerd/brokerd.yaml."""
+    files = [write(tmp_path / f"{name}.yaml", GOOD) for name in "abc"]
+    argument, option, variable = map(str, files)
+
+    def checked(*arguments: str, **environ: str) -> str:
+        return brokerd(*arguments, **environ).stdout.partition(":")[0]
+
+    assert checked("--config", option, "check", argument, BROKERD_CONFIG=variable) == argument
+    assert checked("--config", option, "check", BROKERD_CONFIG=variable) == option
+    assert checked("check", BROKERD_CONFIG=variable) == variable
+    assert "/etc/brokerd/brokerd.yaml" in brokerd("--help").stdout
+
+
+def test_check_opens_no_socket_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking leaves the directory as it was and never makes a socket."""
+    file = write(tmp_path / "b.yaml", GOOD)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was made")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    assert brokerd("check", file).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_run_hands_the_configuration_to_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a command the daemon runs with the file, and its exit status is the command's."""
+    ran: list[Path] = []
+
+    def run(path: Path) -> int:
+        ran.append(path)
+        return 7
+
+    monkeypatch.setattr(daemon, "run", run)
+
+    assert brokerd("--config", tmp_path / "a.yaml").exit_code == 7
+    assert brokerd(BROKERD_CONFIG=str(tmp_path / "b.yaml")).exit_code == 7
+    assert brokerd().exit_code == 7
+    assert ran == [tmp_path / "a.yaml", tmp_path / "b.yaml", Path("/etc/brokerd/brokerd.yaml")]
+
+
+@pytest.mark.parametrize("arguments", [["--config", "b.yaml"], ["check", "b.yaml"], ["--config", "b.yaml", "check"]])
+def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(tmp_path: Path, arguments: list[str]) -> None:
+    """As a command, run and check alike print plain lines on standard error and exit with 78."""
+    write(tmp_path / "b.yaml", BAD)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "brokerd.cli", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (78, "")
+    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == ["b.yaml:3:11:", "b.yaml:4:27:"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b.yaml"]
+
+
+def test_no_file_is_one_line(tmp_path: Path) -> None:
+    """A file that does not exist is one line and 78, for run and check."""
+    for arguments in (["--config", tmp_path / "no.yaml"], ["check", tmp_path / "no.yaml"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "brokerd.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 78
+        assert re.fullmatch(r"\S+no\.yaml:1:1: \(file\): there is no file \S+ \(.*\)\n", done.stderr)
+
+
+def test_a_key_is_32_random_bytes() -> None:
+    """brokerd key prints one line of base64url that is 32 bytes, another one each time."""
+    keys = {brokerd("key").stdout for _ in range(5)}
+
+    assert len(keys) == 5
+    for key in keys:
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", key)
+        assert len(base64.urlsafe_b64decode(key.strip() + "=")) == 32
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the command is for a shell")
+@pytest.mark.parametrize("name", ["alice", "on", "123", "a.b-c"])
+def test_what_key_prints_for_a_name_works_as_pasted(tmp_path: Path, name: str) -> None:
+    """With a NAME come a shell command and YAML; both, pasted as they are, make a client with that key."""
+    result = brokerd("key", name)
+
+    fresh, _, rest = result.stdout.partition("\n")
+    command = re.search(r"#   (\(umask.*\))\n", rest)
+    assert command is not None
+    subprocess.run(["sh", "-c", command[1]], cwd=tmp_path, check=True)
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\n" + rest, mode=0o644)
+    config = load(file)
+    assert [(client.name, client.keys[0].value) for client in config.clients.values()] == [(name, fresh.encode())]
+    assert list(yaml.safe_load(rest)) == ["clients"]
+
+
+def test_key_refuses_what_is_no_name() -> None:
+    """A NAME that no client can have is a mistake in the command, and no key is made."""
+    result = brokerd("key", "a b")
+
+    assert result.exit_code == 2
+    assert "'a b' is no client name" in result.stderr
+    assert result.stdout == ""
+
+
+def test_schema_is_a_json_schema() -> None:
+    """brokerd schema prints a valid JSON Schema and nothing else."""
+    result = brokerd("schema")
+
+    schema = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert set(schema["properties"]) == {"listen", "clients", "include", "limits", "log"}
+
+
+def test_version() -> None:
+    """--version prints the version."""
+    assert brokerd("--version").stdout == f"brokerd, version {__version__}\n"
+
+
+def test_the_offline_commands_load_no_event_loop() -> None:
+    """check and key start fast: neither imports asyncio nor the daemon."""
+    for arguments in (["key"], ["check", "/nonexistent.yaml"]):
+        code = (
+            "import sys\nfrom brokerd.cli import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+            "print([name for name in ('asyncio', 'brokerd.daemon', 'structlog', 'rich') if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,211 @@
+"""Whatever the bytes: a configuration comes out, or ConfigError with whole lines, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brokerd.config import document as documents
+from brokerd.config.load import ConfigError, load_text
+
+ROOT = Path(__file__).resolve().parents[2]
+VALID = (ROOT / "config" / "examples" / "team.yaml").read_text(encoding="utf-8").replace("key_file:", "key:")
+
+_LINE = re.compile(r"f:[1-9][0-9]*:[1-9][0-9]*: [^\n]+: [^\n]+ \([^\n]+\)")
+
+
+def judge(text: str | bytes) -> None:
+    """Load the text; hold an error to its form."""
+    try:
+        load_text(text, "f", {})
+    except ConfigError as error:
+        problems = error.problems
+        lines = str(error).splitlines()
+    else:
+        return
+    assert len(lines) == len(problems) > 0
+    for line in lines:
+        assert line.isprintable()
+        assert _LINE.fullmatch(line), line
+    places = [(problem.place.line, problem.place.column) for problem in problems]
+    assert places == sorted(places)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes(content: bytes) -> None:
+    """Random bytes are refused, or are a configuration, in an orderly way."""
+    judge(content)
+
+
+@given(st.text(max_size=300))
+def test_any_text(text: str) -> None:
+    """Random text too."""
+    judge(text)
+
+
+_TOKENS = st.sampled_from(
+    [
+        "listen",
+        "clients",
+        "include",
+        "limits",
+        "log",
+        "monitor",
+        "key",
+        "keys",
+        "key_file",
+        "send_to",
+        "rate",
+        "queue",
+        "messages",
+        "not_after",
+        "peer_uid",
+        "mode",
+        "address",
+        "<<",
+        "&a",
+        "*a",
+        "!!str",
+        "!!binary",
+        "!!int",
+        "!x",
+        "null",
+        "~",
+        "true",
+        "0",
+        "-1",
+        "1e999",
+        ".nan",
+        "0x",
+        "1:2:3",
+        "2026-01-01",
+        "2026-13-01",
+        "8MiB",
+        "5s",
+        "'",
+        '"',
+        "|",
+        ">",
+        ":",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        "#",
+        "%",
+        "---",
+        "...",
+        "?",
+        "é",
+        "$broker",
+        "*",
+        ": ",
+        "- ",
+        "\n",
+        "\n  ",
+        "\n    ",
+        "\t",
+        " ",
+        "a" * 70,
+        "\x85",
+        "\u2028",
+        "\ufeff",
+    ]
+)
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.dates()
+    | st.datetimes()
+    | st.binary(max_size=3)
+)
+_KEYS = st.sampled_from(
+    [
+        "listen",
+        "clients",
+        "a",
+        "b",
+        "key",
+        "keys",
+        "send_to",
+        "rate",
+        "limits",
+        "log",
+        "include",
+        "address",
+        "mode",
+        "group",
+        "file",
+        "not_after",
+        "peer_uid",
+        "queue",
+        "level",
+        "connections",
+    ]
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(_TOKENS, max_size=40))
+def test_any_words_of_the_language(words: list[str]) -> None:
+    """The program's own words and YAML's punctuation, in any order."""
+    judge("".join(words))
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_a_good_file_changed_anywhere(data: st.DataObject) -> None:
+    """A valid file with pieces cut out, doubled, swapped or written over."""
+    text = VALID
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 60)))
+        piece = data.draw(_TOKENS | st.just("") | st.just(text[start:end] * 2) | st.text(max_size=3))
+        text = text[:start] + piece + text[end:]
+
+    judge(text)
+
+
+@settings(max_examples=200)
+@given(
+    st.recursive(
+        _SCALARS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=6),
+        max_leaves=30,
+    )
+)
+def test_any_tree_of_values(tree: object) -> None:
+    """Every kind of value in every place of the model."""
+    try:
+        text = yaml.safe_dump(tree)
+    except yaml.YAMLError:
+        return
+    judge(text)
+
+
+@pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
+def test_a_good_file_cut_short_anywhere(name: str) -> None:
+    """A file that ends too early at any of its bytes is judged like any other, by either of PyYAML's parsers."""
+    content = (ROOT / "config" / name).read_bytes()
+
+    for end in range(0, len(content), 7):
+        judge(content[:end])
+
+
+def test_the_plain_parser_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without libyaml, a good file gives the same configuration, and a bad one errors at the same places."""
+    compiled = load_text(VALID, "f", {})
+    monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+
+    assert load_text(VALID, "f", {}) == compiled
+    for end in range(0, len(VALID), 31):
+        judge(VALID[:end])

@@ -1,0 +1,281 @@
+"""Keys: where they may be, who else may read them, and when they are accepted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from brokerd.config.advice import advice
+from brokerd.config.keys import MAX_KEY, KeyRefused, read_file
+from brokerd.config.load import ConfigError, load, load_text
+from brokerd.config.values import Key
+
+LISTEN = "listen: [/run/b.sock]\n"
+
+posix_modes = pytest.mark.skipif(os.name != "posix", reason="file modes mean nothing here")
+
+
+def key_file(path: Path, content: bytes = b"the key\n", mode: int = 0o600) -> Path:
+    """Write a key file."""
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def refusal(text: str, environ: dict[str, str] | None = None) -> str:
+    """Return the one line that a text is refused with."""
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, "f", environ if environ is not None else {})
+    (line,) = str(refused.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (b"k", b"k"),
+        (b"k\n", b"k"),
+        (b"k\r\n", b"k"),
+        (b"k\n\n", b"k\n"),
+        (b" k \xff\0\n", b" k \xff\0"),
+        (b"k\r", b"k\r"),
+    ],
+)
+def test_one_trailing_newline_is_cut(tmp_path: Path, content: bytes, key: bytes) -> None:
+    """The bytes of a key file are the key, without one newline at their end, whatever else they are."""
+    assert read_file(str(key_file(tmp_path / "key", content)), {}) == key
+
+
+def test_a_key_of_the_largest_size(tmp_path: Path) -> None:
+    """64 KiB is a key, one byte more is some other file."""
+    path = str(key_file(tmp_path / "key", b"k" * MAX_KEY))
+    assert len(read_file(path, {})) == MAX_KEY
+
+    key_file(tmp_path / "key", b"k" * (MAX_KEY + 1))
+    with pytest.raises(KeyRefused, match=r"longer than 64 KiB \(give the file that holds the key\)"):
+        read_file(path, {})
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o602, 0o660, 0o666, 0o440])
+def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None:
+    """A key file that others can read or write is refused, and the command in the error, run as it is, mends it."""
+    path = key_file(tmp_path / "it's a key", mode=mode)
+    text = LISTEN + f'clients: {{a: {{key_file: "{path}"}}}}\n'
+
+    line = refusal(text)
+
+    assert line.startswith("f:2:25: clients.a.key_file: others than its owner can read or write ")
+    assert f"mode {mode:04o}" in line
+    command = line[line.index("(") + 1 : -1]
+    assert command == f"chmod 600 {shlex.quote(str(path))}"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert load_text(text, "f").clients["a"].keys[0].value == b"the key"
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700, 0o611])
+def test_modes_that_keep_a_key_to_its_owner(tmp_path: Path, mode: int) -> None:
+    """What only the owner can read and write is accepted."""
+    assert read_file(str(key_file(tmp_path / "key", mode=mode)), {}) == b"the key"
+
+
+@posix_modes
+def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
+    """A file with keys in it that others can read is one error, at its first key, whatever the number of keys."""
+    file = tmp_path / "b.yaml"
+    file.write_text(LISTEN + "clients:\n  a: {key: one}\n  b: {keys: [{key: two}]}\n")
+    file.chmod(0o644)
+
+    with pytest.raises(ConfigError) as refused:
+        load(file)
+
+    assert str(refused.value) == (
+        f"{file}:3:12: clients.a.key: a key stands in this file, and others than its owner can read or write {file}, "
+        f"mode 0644 (chmod 600 {file})"
+    )
+    file.chmod(0o600)
+    assert len(load(file).clients) == 2
+
+
+@posix_modes
+def test_a_file_without_keys_may_be_read_by_all(tmp_path: Path) -> None:
+    """A configuration that only names key files needs no protection, though the file it includes does."""
+    key_file(tmp_path / "key")
+    file = tmp_path / "b.yaml"
+    file.write_text(LISTEN + "clients: {a: {key_file: key}}\ninclude: [c.yaml]\n")
+    file.chmod(0o644)
+    included = tmp_path / "c.yaml"
+    included.write_text("clients: {b: {key: inline}}\n")
+    included.chmod(0o640)
+
+    with pytest.raises(ConfigError) as refused:
+        load(file)
+
+    assert str(refused.value).startswith(f"{included}:1:20: clients.b.key: ")
+    assert str(refused.value).endswith(f"(chmod 600 {included})")
+
+
+def test_a_key_from_the_environment() -> None:
+    """key_env takes the variable's bytes as they are; one that is missing or empty is an error."""
+    text = LISTEN + "clients: {a: {key_env: A_KEY}}\n"
+
+    assert load_text(text, "f", {"A_KEY": "k\n\udcff"}).clients["a"].keys[0].value == b"k\n\xff"
+    assert refusal(text) == (
+        "f:2:24: clients.a.key_env: the environment has no variable A_KEY (set it, or give key_file)"
+    )
+    assert "the environment variable A_KEY is empty" in refusal(text, {"A_KEY": ""})
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o400, 0o440, 0o600])
+def test_a_credential_of_systemd(tmp_path: Path, mode: int) -> None:
+    """A file in $CREDENTIALS_DIRECTORY is accepted as any version of systemd makes it, by name or as a key file."""
+    path = key_file(tmp_path / "ops", mode=mode)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+
+    by_name = load_text(LISTEN + "clients: {a: {key_credential: ops}}\n", "f", environ)
+    as_file = load_text(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n", "f", environ)
+
+    assert by_name.clients["a"].keys[0].value == as_file.clients["a"].keys[0].value == b"the key"
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o444, 0o460])
+def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None:
+    """Only reading by the group is forgiven."""
+    key_file(tmp_path / "ops", mode=mode)
+
+    line = refusal(LISTEN + "clients: {a: {key_credential: ops}}\n", {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+    assert f"chmod 600 {tmp_path / 'ops'}" in line
+
+
+@posix_modes
+def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
+    """Neither '..' in a key file's path nor a path for a name borrows the credentials' forgiveness."""
+    (tmp_path / "credentials").mkdir()
+    key_file(tmp_path / "key", mode=0o440)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+
+    by_file = refusal(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/credentials/../key}}}}\n", environ)
+    by_name = refusal(LISTEN + "clients: {a: {key_credential: ../key}}\n", environ)
+
+    assert "chmod 600" in by_file
+    assert "is no credential's name" in by_name
+
+
+def test_a_credential_without_systemd() -> None:
+    """Where there are no credentials, the error says who makes them."""
+    assert refusal(LISTEN + "clients: {a: {key_credential: ops}}\n") == (
+        "f:2:31: clients.a.key_credential: there is no CREDENTIALS_DIRECTORY "
+        "(run under systemd with LoadCredential=ops:PATH)"
+    )
+
+
+def test_no_key_file(tmp_path: Path) -> None:
+    """A missing, an empty and a nonsensical key file are one line each."""
+    (tmp_path / "dir").mkdir()
+    key_file(tmp_path / "empty", b"\n")
+
+    def line(path: str) -> str:
+        text = LISTEN + f'clients: {{a: {{key_file: "{path}"}}}}\n'
+        return refusal(text).removeprefix("f:2:25: clients.a.key_file: ").replace(f"{tmp_path}/", "")
+
+    assert line(f"{tmp_path}/no") == "there is no file no (make one: umask 077; brokerd key > no)"
+    assert line(f"{tmp_path}/dir") == "dir is a directory (give the file that holds the key)"
+    assert line(f"{tmp_path}/empty") == "empty is empty (write a key into it: brokerd key > empty)"
+    assert line("a\\0b") == "is no path (give the file that holds the key)"
+
+
+def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
+    """The same key under two names is an error that names both, wherever the keys come from and whatever their time."""
+    key_file(tmp_path / "key", b"the same\n")
+    text = LISTEN + (
+        "clients:\n"
+        f"  a: {{key_file: {tmp_path / 'key'}}}\n"
+        "  b: {keys: [{key: fine}, {key: the same, not_after: 2001-01-01}]}\n"
+    )
+
+    assert refusal(text) == (
+        "f:4:33: clients.b.keys[1].key: has the same key as client 'a' at f:3:17 "
+        "(give each client a key of its own: brokerd key)"
+    )
+
+
+def test_one_client_may_name_a_key_twice() -> None:
+    """Sharing is between clients; a client's own keys may repeat."""
+    config = load_text(LISTEN + "clients: {a: {keys: [{key: k, not_after: 2001-01-01}, {key: k}]}}\n")
+
+    assert len(config.clients["a"].keys) == 2
+
+
+def test_a_key_is_accepted_within_its_window() -> None:
+    """A key is valid from not_before to not_after, both included; without them, always."""
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    second = timedelta(seconds=1)
+
+    assert Key(b"k").valid_at(now)
+    assert Key(b"k", not_before=now, not_after=now).valid_at(now)
+    assert not Key(b"k", not_before=now + second).valid_at(now)
+    assert not Key(b"k", not_after=now - second).valid_at(now)
+    assert Key(b"k", not_after=now - second).expired_at(now)
+    assert not Key(b"k", not_before=now + second).expired_at(now)
+
+
+def test_a_time_without_a_zone_is_utc() -> None:
+    """Times may carry a zone, in YAML or as text; without one they are UTC."""
+    text = (
+        "clients: {a: {keys: [{key: k, not_before: 2026-01-01 10:00:00, not_after: 2026-01-01T13:00:00+02:00},\n"
+        "  {key: l, not_before: '2026-01-01', not_after: '2026-01-02T00:00Z'}]}}\n"
+    )
+
+    first, second = load_text(LISTEN + text).clients["a"].keys
+
+    assert first.not_before == datetime(2026, 1, 1, 10, tzinfo=UTC)
+    assert first.not_after == datetime(2026, 1, 1, 11, tzinfo=UTC)
+    assert second.not_before == datetime(2026, 1, 1, tzinfo=UTC)
+    assert second.not_after == datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def test_expired_keys_stay_and_are_warned_about() -> None:
+    """A client whose keys are all over is kept, with a warning; one that has a valid key has none."""
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    config = load_text(
+        LISTEN + "clients:\n"
+        "  a: {keys: [{key: k, not_after: 2026-01-01}, {key: l, not_after: 2026-02-01}]}\n"
+        "  b: {keys: [{key: m, not_after: 2026-01-01}, {key: n}]}\n"
+        "  c: {keys: [{key: o, not_before: 2027-01-01}, {key: p, not_after: 2026-01-01}]}\n",
+        "f",
+    )
+
+    assert len(config.clients["a"].keys) == 2
+    assert advice(config, now) == [
+        "f:3: client 'a' can't connect: its last key expired at 2026-02-01T00:00:00+00:00 (give it a new one)",
+        "f:5: client 'c' can't connect now: none of its keys is valid yet, or still (see not_before, not_after)",
+    ]
+
+
+def test_other_things_worth_a_warning() -> None:
+    """No clients at all, and a group that this machine does not have, are warned about and accepted."""
+    config = load_text("listen: [{address: /run/b.sock, group: no such group}]\n", "f")
+
+    assert advice(config, datetime.now(UTC)) == [
+        "f:1: this machine has no group 'no such group' (make it, or give another)",
+        "f: there are no clients: nobody can connect (add some to clients:)",
+    ]
+
+
+def test_a_key_id_tells_keys_apart_and_nothing_else() -> None:
+    """The id is the same for the same key, differs between keys, and is no plain digest of the key."""
+    import hashlib
+
+    assert Key(b"k").key_id == Key(b"k", not_after=datetime.now(UTC)).key_id
+    assert Key(b"k").key_id != Key(b"l").key_id
+    assert len(Key(b"k").key_id) == 8
+    assert not hashlib.sha256(b"k").hexdigest().startswith(Key(b"k").key_id)

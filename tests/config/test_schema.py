@@ -1,0 +1,252 @@
+"""The JSON Schema, the configuration that comes with the program and its page: all say what the models say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from brokerd.config import model
+from brokerd.config.load import ConfigError, load, load_text
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "config"
+PAGE = ROOT / "docs" / "configuration.md"
+
+#: Model, and the path of its keys in the page's headings.
+SECTIONS: list[tuple[type[BaseModel], str]] = [
+    (model.File, ""),
+    (model.ListenEntry, "listen"),
+    (model.ClientEntry, "clients"),
+    (model.KeyEntry, "keys"),
+    (model.RateEntry, "rate"),
+    (model.Limits, "limits"),
+    (model.Log, "log"),
+]
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    """A validator for the committed schema."""
+    schema = json.loads((CONFIG / "brokerd.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def uncommented(text: str) -> str:
+    """Return the text with the keys that are commented out as examples made active."""
+    return re.sub(r"(?m)^( +)# ((?:- |  )?(?:[a-z_0-9]+: |[0-9\"]).*)$", r"\1\2", text)
+
+
+def test_the_committed_schema_is_the_models() -> None:
+    """config/brokerd.schema.json is what ``brokerd schema`` prints."""
+    assert (CONFIG / "brokerd.schema.json").read_text(encoding="utf-8") == json.dumps(
+        model.json_schema(), indent=2
+    ) + "\n"
+
+
+@pytest.mark.parametrize("name", ["brokerd.yaml", "clients.d/example.yaml", "examples/team.yaml"])
+def test_the_files_that_come_along_are_valid(name: str, validator: Any) -> None:
+    """Each file satisfies the schema, and names the schema where an editor looks for it."""
+    file = CONFIG / name
+    text = file.read_text(encoding="utf-8")
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+
+    validator.validate(yaml.safe_load(text) or {})
+
+    assert named is not None
+    assert (file.parent / named[1]).resolve() == CONFIG / "brokerd.schema.json"
+
+
+@pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
+def test_the_files_that_come_along_load(name: str, tmp_path: Path) -> None:
+    """With keys made where the errors say, and nothing else, each file is accepted."""
+    shutil.copytree(CONFIG, tmp_path / "config")
+    file = tmp_path / "config" / name
+
+    with pytest.raises(ConfigError) as refused:
+        load(file)
+    missing = [re.fullmatch(r".*: there is no file (\S+) \(.*\)", str(problem)) for problem in refused.value.problems]
+    for number, match in enumerate(missing):
+        assert match is not None, refused.value
+        key = Path(match[1])
+        key.parent.mkdir(exist_ok=True)
+        key.write_text(f"key {number}\n")
+        key.chmod(0o600)
+
+    assert len(load(file).clients) >= 3
+
+
+def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
+    """With every example in config/brokerd.yaml made active, the only mistake is that a client has too many keys."""
+    text = uncommented((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
+    for name in re.findall(r"(?:key_file|file): ([\w./-]+)", text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{name}\n")
+        path.chmod(0o600)
+
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, str(tmp_path / "b.yaml"))
+
+    assert [problem.path for problem in refused.value.problems] == ["clients.worker.key"]
+    assert "(keep one of key_file, key, key_env, key_credential)" in str(refused.value)
+
+
+def test_the_configuration_that_comes_along_shows_every_key() -> None:
+    """Every key of every model stands in config/brokerd.yaml, active or commented out."""
+    text = (CONFIG / "brokerd.yaml").read_text(encoding="utf-8")
+
+    for section, _ in SECTIONS:
+        for key in section.model_fields:
+            assert re.search(rf"(?m)\b{key}\b\s*(:|,| and)", text), key
+
+
+def test_the_active_values_that_come_along_are_the_defaults() -> None:
+    """What config/brokerd.yaml spells out is what holds without it."""
+    written = yaml.safe_load((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
+
+    def config(limits: Any, log: Any, worker: dict[str, Any]) -> Any:
+        return model.Config.build("b", {"worker": worker}, limits=limits, log=log)
+
+    spelt_out = config(written["limits"], written["log"], {**_without_key(written["clients"]["worker"]), "key": "k"})
+    by_default = config({}, {}, {"key": "k"})
+    assert set(written["limits"]) == set(model.Limits.model_fields)
+    assert set(written["log"]) == set(model.Log.model_fields)
+    assert spelt_out.limits == by_default.limits
+    assert spelt_out.log == by_default.log
+    assert spelt_out.clients == by_default.clients
+
+
+def _without_key(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "key_file"}
+
+
+VALID = [
+    {"listen": ["/run/b.sock", ["localhost", 6000], {"address": "h:1", "allow_md5": True}]},
+    {"listen": [{"address": "/b", "mode": "0660", "group": "g"}, {"address": ["h", 1]}, {"address": "/c", "group": 5}]},
+    {"listen": ["b"], "clients": {"a": {"key": "k"}, "b.c-d": {"peer_uid": [0]}}},
+    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
+    {"listen": ["b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
+    {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none/*.yaml"]},
+]
+INVALID = [
+    {"listen": [5]},
+    {"listen": [{"mode": "0600"}]},
+    {"listen": [{"address": "/b", "mode": 384}]},
+    {"listen": ["b"], "clients": {"a": {}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "key_file": "f"}}},
+    {"listen": ["b"], "clients": {"a": {"key": 5}}},
+    {"listen": ["b"], "clients": {"a": {"keys": []}}},
+    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "file": "f"}]}}},
+    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "not_after": 5}]}}},
+    {"listen": ["b"], "clients": {"a b": {"key": "k"}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "conections": 5}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "connections": 0}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "when_full": "wiat"}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "queue": "8M"}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "send_to": ["$broker"]}}},
+    {"listen": ["b"], "limits": {"handshake_timeout": 0}},
+    {"listen": ["b"], "monitor": "127.0.0.1:6060"},
+    {"listen": ["b"], "log": {"level": "loud"}},
+    {"listen": "b"},
+]
+
+
+@pytest.mark.parametrize("tree", VALID)
+def test_schema_and_loader_accept_the_same(tree: dict[str, Any], validator: Any) -> None:
+    """What the loader takes satisfies the schema."""
+    load_text(json.dumps(tree))
+
+    validator.validate(tree)
+
+
+@pytest.mark.parametrize("tree", INVALID)
+def test_schema_and_loader_refuse_the_same(tree: dict[str, Any], validator: Any) -> None:
+    """What an editor can know to be wrong, it says."""
+    with pytest.raises(ConfigError):
+        load_text(json.dumps(tree))
+
+    assert not validator.is_valid(tree)
+
+
+def test_every_key_has_a_description() -> None:
+    """No key is left without words for the editor to show."""
+    for section, _ in SECTIONS:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            assert "\n" not in field.description
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    """Yield (section, key, default) of every row in the page's tables of keys."""
+    section = ""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            section = "".join(re.findall(r"`(\w+)`", line))
+        row = re.match(r"\| `(\w+)` \| [^|]*\| ([^|]*)\|", line)
+        if row:
+            yield section, row[1], row[2].strip().replace("`", "")
+
+
+def test_the_page_has_every_key_and_its_default() -> None:
+    """docs/configuration.md lists every key of every model, in no other place, with the default that is true."""
+    listed = {(section, key): default for section, key, default in rows()}
+
+    assert set(listed) == {(heading, key) for section, heading in SECTIONS for key in section.model_fields}
+    for section, heading in SECTIONS:
+        for name, field in section.model_fields.items():
+            default = listed[heading, name]
+            extra = field.json_schema_extra
+            expected = extra["default"] if isinstance(extra, dict) and "default" in extra else field.default
+            if isinstance(expected, BaseModel) or expected is None or expected == () or expected == {}:
+                assert default in ("none", "no limit", "all", "the broker's own", "see below"), (heading, name)
+            elif field.is_required():
+                assert default == "required"
+            else:
+                assert default == _as_yaml(expected), (heading, name)
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if value == "0600" else str(value)
+
+
+def test_the_page_shows_true_examples(tmp_path: Path) -> None:
+    """Every block of YAML in the page is part of a configuration that is accepted."""
+    blocks = re.findall(r"(?s)```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"))
+    assert len(blocks) >= 4
+    for block in blocks:
+        tree = yaml.safe_load(block) or {}
+        for name in re.findall(r"(?:key_file|file): ([\w./-]+)", block):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{name}\n")
+            path.chmod(0o600)
+        (tmp_path / "ops").write_text("ops\n")
+        (tmp_path / "ops").chmod(0o400)
+        text = block if "listen" in tree else f"listen: [b.sock]\n{block}"
+        load_text(text, str(tmp_path / "b.yaml"), {"CREDENTIALS_DIRECTORY": str(tmp_path), "OPS_KEY": "k"})
+
+
+def test_the_page_shows_true_errors() -> None:
+    """The example of errors in the page is what its example of a bad file prints."""
+    page = PAGE.read_text(encoding="utf-8")
+    bad, printed = re.search(r"(?s)```yaml-with-mistakes\n(.*?)```.*?```text\n(.*?)```", page).groups()  # type: ignore[union-attr]
+
+    with pytest.raises(ConfigError) as refused:
+        load_text(bad, "brokerd.yaml")
+
+    assert str(refused.value) + "\n" == printed

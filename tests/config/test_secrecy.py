@@ -1,0 +1,176 @@
+"""Keys never get out: not in an error, a warning, a name, a representation or a traceback."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from brokerd.config import document as documents
+from brokerd.config import model
+from brokerd.config.advice import advice
+from brokerd.config.load import ConfigError, load, load_text
+
+CANARY = "Kanarienvogel"
+
+#: A key in its place, in the wrong place, of the wrong form, and broken by what YAML makes of it.
+LEAKS = [
+    "clients: {a: {key: %s}, b: {key: %s}}",
+    "clients: {a: {key: [%s]}}",
+    "clients: {a: {key: {%s: 1}}}",
+    "clients: {a: {key: {x: %s}}}",
+    "clients: {a: %s}",
+    "clients: {a: [%s]}",
+    "clients: {a: {kye: %s}}",
+    "clients: {a: {keys: %s}}",
+    "clients: {a: {keys: [%s]}}",
+    "clients: {a: {keys: [[%s]]}}",
+    "clients: {a: {keys: {key: %s}}}",
+    "clients: {a: {keys: [{kee: %s}]}}",
+    "clients: {a: {keys: [{key: [%s]}]}}",
+    "clients: {a: {keys: [{key: %s, file: x}]}}",
+    "clients: {a: {keys: [{key: x, not_after: %s}]}}",
+    "clients: {a: {key: *%s}}",
+    "clients: {a: {key: &%s }}",
+    "clients: {a: {key: !%s x}}",
+    "clients: {a: {key: !%s!y x}}",
+    "clients: {a: {key: '%s}}",
+    'clients: {a: {key: "\\q%s"}}',
+    "clients: {a: {key: [%s}}",
+    "clients: {a: {key: %s: %s}}",
+    "clients:\n  a:\n    key: |x %s\n",
+    "clients:\n  a:\n    key: >9%s\n",
+    "clients:\n  a:\n    key: @%s\n",
+    "clients:\n  a:\n    key: '%s' '%s'\n",
+    "clients:\n  a:\n    key: %s\n   b\n",
+    "clients:\n  a:\n    key: %s\n    key: %s\n",
+    "clients:\n  a:\n    key: %s\x07\n",
+    "%%%s\n---\n",
+    "%%TAG %s\n---\n",
+    "%s",
+    "- %s",
+    "clients: {a: {key: %s, connections: %s, rate: [%s], when_full: x, admin: %s}}",
+    "limits: %s",
+    "listen: {x: %s}",
+]
+
+
+def outputs(error: BaseException) -> str:
+    """Return everything that a person or a log may be shown of an error."""
+    return "\n".join([str(error), repr(error), repr(error.args), *traceback.format_exception(error)])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("template", LEAKS)
+def test_no_mistake_prints_the_key(template: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a key is misplaced or mistyped, the error and its traceback do not hold it."""
+    if plain:
+        import yaml
+
+        monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+    count = template.replace("%%", "").count("%s")
+    text = "listen: [/run/b.sock]\n" * (not template.startswith("%%")) + template % ((CANARY,) * count)
+
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, "f")
+
+    assert CANARY not in outputs(refused.value)
+    assert refused.value.__cause__ is None
+
+
+_PIECES = st.sampled_from(
+    [
+        "\n",
+        "  ",
+        ": ",
+        "- ",
+        *[
+            "key",
+            "keys",
+            "key_file",
+            "clients",
+            "a",
+            ":",
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            "'",
+            '"',
+            "|",
+            ">",
+            "&",
+            "*",
+            "!",
+            "#",
+            "%",
+            "@",
+            "?",
+        ],
+    ]
+)
+
+
+@given(st.lists(_PIECES, max_size=12), st.lists(_PIECES, max_size=4))
+@example([], ["*"])
+@example(["{"], [":"])
+def test_a_key_broken_in_any_way_is_not_printed(before: list[str], after: list[str]) -> None:
+    """With any punctuation around the value of ``key:``, no error holds the key."""
+    text = f"listen: [b]\nclients:\n  a:\n    key: {''.join(after)}{CANARY}{''.join(before)}\n"
+
+    try:
+        shown = repr(load_text(text, "f"))
+    except ConfigError as error:
+        shown = outputs(error)
+
+    # After its own line break, comma or colon it may be the name of something, and no key any more.
+    named = {":", ": ", "\n", "?", ","} & {*before, *after}
+    assert named or CANARY not in shown
+
+
+def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
+    """Neither str nor repr of a configuration, or of anything in it, holds a key; nor do warnings."""
+    (tmp_path / "key").write_text(CANARY + "1")
+    (tmp_path / "key").chmod(0o600)
+    file = tmp_path / "b.yaml"
+    file.write_text(
+        "listen: [b.sock]\nclients:\n"
+        f"  a: {{key_file: key}}\n  b: {{key: {CANARY}2}}\n  c: {{key_env: E}}\n"
+        f"  d: {{keys: [{{key: {CANARY}4, not_after: 2001-01-01}}]}}\n"
+    )
+    file.chmod(0o600)
+
+    config = load(file, {"E": CANARY + "3"})
+
+    assert config.clients["a"].keys[0].value == CANARY.encode() + b"1"
+    shown = [config, config.clients, *config.clients.values(), *(c.keys for c in config.clients.values())]
+    shown += [key for client in config.clients.values() for key in client.keys]
+    for value in shown:
+        assert CANARY not in f"{value} {value!r}"
+    assert CANARY not in "".join(advice(config, datetime.now(UTC)))
+    assert all(CANARY not in key.source + key.key_id for client in config.clients.values() for key in client.keys)
+
+
+def test_the_models_show_no_key() -> None:
+    """The models a file is validated with hide keys in their representation and in pydantic's own errors."""
+    entry = model.ClientEntry.model_validate({"key": CANARY})
+    item = model.KeyEntry.model_validate({"key": CANARY})
+    assert CANARY not in f"{entry} {entry!r} {item} {item!r}"
+
+    with pytest.raises(ValueError, match="key") as refused:
+        model.ClientEntry.model_validate({"key": [CANARY], "kye": CANARY})
+    assert CANARY not in str(refused.value) + repr(refused.value)
+
+
+def test_a_configuration_is_not_pickled() -> None:
+    """Keys do not leave the process by pickling a configuration by accident."""
+    config = load_text(f"listen: [b]\nclients: {{a: {{key: {CANARY}}}}}\n")
+
+    with pytest.raises(TypeError):
+        pickle.dumps(config)
