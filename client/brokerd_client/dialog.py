@@ -270,10 +270,10 @@ class Dialog(Generic[M]):
             self._link_deadline = None
             batch.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({self.state.value})")
         for pending in self.awaiting.overdue(now):
+            # What has a deadline has a waiter.
             self._withdraw(pending)
-            if pending.waiter is not None:
-                to = pending.to or pending.about
-                batch.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
+            to = pending.to or pending.about
+            batch.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
         return batch
 
     # What a caller sends. Each needs a READY link, and raises Disconnected or Closed where there is none

@@ -1,0 +1,22 @@
+"""Makes the helpers beside the tests importable, and gives each test a broker of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_broker import FakeServer
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FakeServer]:
+    """A fake broker on a Unix socket, which knows alice, bob and carol, each by the key of that name."""
+    server = FakeServer(str(tmp_path / "b.sock"), {name: name.encode() for name in ("alice", "bob", "carol")})
+    server.start()
+    yield server
+    server.stop()

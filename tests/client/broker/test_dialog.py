@@ -1,0 +1,893 @@
+"""The dialog without a socket: joined to a broker's core, or told byte by byte what a broker says."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from typing import Any
+
+import pytest
+from fake_broker import FakeBroker, Session
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client import backoff, dialog
+from brokerd_client.dialog import Batch, Dialog
+from brokerd_client.errors import (
+    AuthenticationError,
+    Closed,
+    Denied,
+    Disconnected,
+    FrameError,
+    FrameTooBig,
+    InDoubt,
+    InvalidName,
+    MalformedEnvelope,
+    Offline,
+    RemoteError,
+    RequestFailed,
+    ShuttingDown,
+    TimedOut,
+)
+from brokerd_client.life import NEXT, State
+from brokerd_client.message import Message, Receipt
+from brokerd_client.presence import Presence
+from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Kind, encode, error_payload
+from brokerd_client.wire.framing import frame
+
+NONCE = b"n" * 40
+LOST = Disconnected("cut")
+
+
+class Owner:
+    """A client that trusts nobody's pickles."""
+
+    allow_pickle_from: frozenset[str] = frozenset()
+
+
+OWNER = Owner()
+
+
+def merge(into: Batch[Message], more: Batch[Message]) -> None:
+    """Add one batch to another."""
+    for field in ("messages", "outcomes", "events", "ended", "undelivered"):
+        getattr(into, field).extend(getattr(more, field))
+    into.size += more.size
+    into.broken = into.broken or more.broken
+
+
+class Pair:
+    """A dialog and a broker's session, joined with no socket."""
+
+    def __init__(self, broker: FakeBroker | None = None, name: str = "alice", key: bytes = b"alice", **options: Any):
+        self.broker = broker or FakeBroker({each: each.encode() for each in ("alice", "bob", "carol")})
+        self.dialog: Dialog[Message] = Dialog(key, name, 1000, Message, **options)
+        self.session: Session | None = None
+        self.now = 0.0
+
+    def connect(self, step: int = 2**20) -> Batch[Message]:
+        """Dial, and let both sides talk until nothing is left to say."""
+        self.dialog.dialing(self.now)
+        self.dialog.opened(NONCE)
+        self.session = Session(self.broker)
+        return self.talk(step)
+
+    def talk(self, step: int = 2**20) -> Batch[Message]:
+        """Move bytes both ways, ``step`` at a time, until there are none."""
+        batch: Batch[Message] = Batch()
+        assert self.session is not None
+        while True:
+            data = self.dialog.data_to_send()
+            self.dialog.wrote(len(data))
+            self.session.receive(data)
+            if not data and not self.session.out:
+                return batch
+            heard = bytes(self.session.out)
+            self.session.out.clear()
+            for start in range(0, len(heard), step):
+                merge(batch, self.hear(heard[start : start + step]))
+
+    def hear(self, data: bytes) -> Batch[Message]:
+        """Let the dialog have these bytes."""
+        return self.dialog.receive(data, OWNER, self.now)
+
+    def hear_frame(self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any) -> Batch[Message]:
+        """Let the dialog have one frame."""
+        return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
+
+    def lose(self, chance: float = 0.5, **options: Any) -> Batch[Message]:
+        """Cut the connection."""
+        if self.session is not None:
+            self.broker.left(self.session)
+        return self.dialog.lost(LOST, self.now, chance, **options)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """A dialog that is ready, and its broker."""
+    pair = Pair()
+    pair.connect()
+    return pair
+
+
+# The link
+
+
+@pytest.mark.parametrize("step", [1, 3, 4096])
+def test_handshake_and_introduction_in_pieces(step: int) -> None:
+    """However the bytes are cut, the dialog is ready and knows what the broker calls it."""
+    pair = Pair(name="")
+    batch = pair.connect(step)
+    assert pair.dialog.state is State.READY
+    assert (pair.dialog.name, pair.dialog.address, batch.broken) == ("alice", "alice", None)
+    assert pair.dialog.introduction["protocol"] == 1
+    assert pair.dialog.next_deadline() is None
+
+
+def test_message_may_follow_the_welcome_at_once() -> None:
+    """A message in the segment of the broker's #WELCOME# is not lost, and not judged by the handshake's limit."""
+    pair = Pair()
+    pair.broker.intercept = lambda session, envelope: session.deliver(Envelope(Kind.MESSAGE, 7, "bob", b"x" * 1000))
+    batch = pair.connect()
+    assert batch.messages[0].body == b"x" * 1000
+
+
+def test_wrong_key_breaks_the_link_and_names_who() -> None:
+    """A key that the broker does not accept is an AuthenticationError with the client's name and never the key."""
+    pair = Pair(key=b"s3cret")
+    batch = pair.connect()
+    assert isinstance(batch.broken, AuthenticationError)
+    assert "alice" in str(batch.broken)
+    assert "s3cret" not in str(batch.broken)
+
+
+def test_broker_with_another_key_is_told_so() -> None:
+    """A broker that can't prove the key hears #FAILURE# before the link breaks."""
+    pair = Pair()
+    pair.dialog.dialing(0)
+    pair.dialog.opened(NONCE)
+    pair.hear(frame(b"#CHALLENGE#{sha256}" + b"c" * 40))
+    pair.hear(frame(b"#WELCOME#"))
+    pair.dialog.data_to_send()
+    batch = pair.hear(frame(b"{sha256}" + b"0" * 32))
+    assert isinstance(batch.broken, AuthenticationError)
+    assert pair.dialog.data_to_send() == frame(b"#FAILURE#")
+
+
+def test_first_connection_that_fails_is_final() -> None:
+    """Before the first introduction a loss is not followed by another try: the caller is there to hear why."""
+    pair = Pair()
+    pair.dialog.dialing(0)
+    pair.lose()
+    assert pair.dialog.state is State.GONE
+    with pytest.raises(Disconnected, match="cut"):
+        pair.dialog.send("bob", 0, b"")
+
+
+def test_silent_broker_is_given_up_in_time() -> None:
+    """A broker that says nothing is given up at the link's deadline, once."""
+    pair = Pair(timeout_s=3)
+    pair.dialog.dialing(10)
+    pair.dialog.opened(NONCE)
+    assert pair.dialog.next_deadline() == 13
+    assert pair.dialog.tick(12.9).broken is None
+    assert isinstance(pair.dialog.tick(13).broken, TimedOut)
+    assert pair.dialog.tick(14).broken is None
+
+
+def test_refused_introduction_breaks_the_link() -> None:
+    """A broker that is shutting down refuses whoami: the link breaks with its reason."""
+    pair = Pair()
+    pair.broker.intercept = lambda session, envelope: (
+        pair.broker.refuse(session, envelope, ErrorCode.SHUTTING_DOWN),
+        True,
+    )
+    assert isinstance(pair.connect().broken, ShuttingDown)
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b"no json", b"\xff"])
+def test_introduction_that_is_none_breaks_the_link(answer: bytes) -> None:
+    """An answer to whoami without a name is the broker's mistake."""
+    pair = Pair()
+    pair.broker.intercept = lambda session, envelope: (
+        session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2)),
+        True,
+    )
+    assert isinstance(pair.connect().broken, MalformedEnvelope)
+
+
+def test_every_state_but_the_last_can_be_closed() -> None:
+    """The table lets the caller close at any time, and has a row for every state."""
+    assert set(NEXT) == set(State)
+    for row in NEXT.values():
+        assert any(step.name == "CLOSE" for step in row)
+
+
+# Reconnecting
+
+
+def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
+    """A link that breaks at once is tried again after 0.1, 0.2, 0.4 ... 10 s times the chance."""
+    waits = []
+    for _ in range(10):
+        pair.lose(chance=0.999999)
+        assert pair.dialog.state is State.WAITING
+        waits.append(round(pair.dialog.retry_at - pair.now, 2))
+        assert pair.dialog.next_deadline() == pair.dialog.retry_at
+        pair.connect()
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10]
+
+
+def test_link_that_lived_is_tried_again_soon(pair: Pair) -> None:
+    """After a link of more than the cap's length the waits begin anew."""
+    for _ in range(5):
+        pair.lose(chance=0.5)
+        pair.connect()
+    pair.now += backoff.CAP_S + 1
+    pair.lose(chance=0.5)
+    assert pair.dialog.retry_at - pair.now == pytest.approx(backoff.BASE_S / 2)
+
+
+def test_failed_tries_count_as_well(pair: Pair) -> None:
+    """A try that never reaches the broker makes the next wait longer."""
+    pair.lose(chance=0.5)
+    pair.dialog.dialing(1)
+    pair.dialog.lost(LOST, 1, 0.5)
+    assert pair.dialog.retry_at == pytest.approx(1 + backoff.BASE_S)
+    assert pair.dialog.losses == 2
+
+
+def test_without_reconnect_the_first_loss_is_final() -> None:
+    """reconnect=False: the dialog is gone, and says why."""
+    pair = Pair(reconnect=False)
+    pair.connect()
+    pair.lose()
+    assert pair.dialog.state is State.GONE
+    with pytest.raises(Disconnected, match="cut"):
+        pair.dialog.request("bob", 0, b"", None, "w", None)
+
+
+def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
+    """After a reconnect the broker knows every subscription, each once, before anything else is sent."""
+    pair.dialog.subscribe("a.>", None, "one", "w", None)
+    pair.dialog.subscribe("a.>", None, "two", "w", None)
+    pair.dialog.subscribe("b", "g", "three", "w", None)
+    pair.talk()
+    pair.lose()
+    pair.connect()
+    assert pair.session is not None
+    assert sorted(pair.session.subscriptions) == [("a.>", ""), ("b", "g")]
+    batch = pair.hear_frame(Kind.EVENT, topic="a.x")
+    assert [sink for sink, _ in batch.events] == ["one", "two"]
+
+
+def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
+    """If the rules have changed meanwhile, the subscriptions concerned end with the broker's reason; others live."""
+    pair.dialog.subscribe("a", None, "one", "w", None)
+    pair.dialog.subscribe("b", None, "two", "w", None)
+    pair.talk()
+    pair.lose()
+    pair.broker.intercept = lambda session, envelope: (
+        b'"a"' in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+    )
+    batch = pair.connect()
+    assert [(sink, type(error)) for sink, error in batch.ended] == [("one", Denied)]
+    assert [route.pattern for route in pair.dialog.routes] == ["b"]
+
+
+# Outcomes
+
+
+def test_request_gets_its_reply(pair: Pair) -> None:
+    """The reply with the request's id, from the one who was asked, is the outcome; nothing stays behind."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
+    [(waiter, reply)] = pair.hear_frame(Kind.REPLY, id, "bob", payload=b"!").outcomes
+    assert (waiter, reply.body, len(pair.dialog.awaiting), pair.dialog.next_deadline()) == ("w", b"!", 0, None)
+
+
+def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
+    """A request to a name is answered by name/instance; one to an instance by no other."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    assert pair.hear_frame(Kind.REPLY, id, "bob/1").outcomes
+    id = pair.dialog.request("bob/1", 0, b"?", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, id, "bob/2").outcomes
+    assert pair.hear_frame(Kind.REPLY, id, "bob/1").outcomes
+
+
+@pytest.mark.parametrize("sender", ["carol", "bobby", "bo", "$broker"])
+def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
+    """A reply with the right id from the wrong client is dropped and counted; the request still waits."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, id, sender).outcomes
+    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (1, 1)
+
+
+def test_refused_request(pair: Pair) -> None:
+    """An ERROR of the broker about the recipient is the outcome, typed by its code."""
+    id = pair.dialog.request("carol", 0, b"?", None, "w", None)
+    [(_, error)] = pair.talk().outcomes
+    assert (type(error), error.id, error.name) == (Offline, id, "carol")
+
+
+def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
+    """An undeliverable REPLY comes back with the id its asker chose: our own request of that id goes on waiting."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    pair.dialog.reply("carol", id, 0, b"late answer")
+    batch = pair.hear_frame(
+        Kind.ERROR, id, "$broker", payload=error_payload(ErrorCode.OFFLINE, "gone", "carol/1"), codec=2
+    )
+    assert not batch.outcomes
+    assert [type(error) for error in batch.undelivered] == [Offline]
+    assert len(pair.dialog.awaiting) == 1
+
+
+def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
+    """Whatever code the other client says, even one of the broker's, it is RequestFailed with that code."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    payload = error_payload(ErrorCode.OFFLINE, "no luck", "")
+    [(_, error)] = pair.hear_frame(Kind.ERROR, id, "bob", payload=payload, codec=2).outcomes
+    assert (type(error), error.code, str(error), error.name) == (RequestFailed, "offline", "no luck", "bob")
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"[" * 100_000])
+def test_error_without_a_readable_payload_is_still_an_error(pair: Pair, payload: bytes) -> None:
+    """A payload that is no JSON object does not hide that the request failed."""
+    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    [(_, error)] = pair.hear_frame(Kind.ERROR, id, "bob", payload=payload).outcomes
+    assert (type(error), error.code) == (RequestFailed, "failed")
+
+
+def test_error_of_another_client_is_dropped(pair: Pair) -> None:
+    """A client that was not asked can't fail a request, nor a send that waits for its receipt."""
+    first = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    second = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
+    for id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
+        assert not pair.hear_frame(Kind.ERROR, id, sender, payload=b"{}").outcomes
+    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (3, 2)
+
+
+def test_receipts(pair: Pair) -> None:
+    """RECEIPT is the outcome of a send or a publication that asked; any other is counted."""
+    first = pair.dialog.send_for_receipt("alice", 0, b"", None, "one", None)
+    second = pair.dialog.publish_for_receipt("a.b", 0, b"", None, "two", None)
+    assert pair.talk().outcomes == [("one", Receipt(first, "alice")), ("two", Receipt(second, "a.b"))]
+    request = pair.dialog.request("bob", 0, b"", None, "w", None)
+    for id in (first, request):
+        assert not pair.hear_frame(Kind.RECEIPT, id, "$broker").outcomes
+    assert pair.dialog.late == 2
+
+
+def test_reply_to_a_send_is_no_receipt(pair: Pair) -> None:
+    """A client's REPLY does not count as the broker's word."""
+    id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, id, "bob").outcomes
+    assert pair.dialog.late == 1
+
+
+def test_send_without_receipt_that_fails_is_told(pair: Pair) -> None:
+    """Nobody waits for it, so its failure is told as undelivered, with the id that send returned."""
+    id = pair.dialog.send("carol", 0, b"")
+    [error] = pair.talk().undelivered
+    assert (type(error), error.id, pair.dialog.undelivered) == (Offline, id, 1)  # type: ignore[attr-defined]
+
+
+def test_control_answer_is_a_dict(pair: Pair) -> None:
+    """An operation's outcome is the JSON object, or the broker's refusal."""
+    pair.dialog.control("clients", {}, "one", None)
+    pair.dialog.control("no such", {"n": 1, "address": "bob"}, "two", None)
+    (_, answer), (_, error) = pair.talk().outcomes
+    assert answer["clients"][0]["name"] == "alice"
+    assert error.code == "unsupported"
+
+
+def test_refused_subscription_leaves_nothing(pair: Pair) -> None:
+    """A subscription that is denied is not made again later, and gets no event."""
+    pair.dialog.subscribe("denied.x", None, "sink", "w", None)
+    [(_, error)] = pair.talk().outcomes
+    assert isinstance(error, Denied)
+    assert len(pair.dialog.routes) == 0
+
+
+# Time, and callers who give up
+
+
+def test_deadlines_are_kept_in_order(pair: Pair) -> None:
+    """Each waiter hears TimedOut at its own deadline, whatever the order of asking; the answer is then late."""
+    first = pair.dialog.request("bob", 0, b"", None, "slow", 9.0)
+    pair.dialog.request("bob", 0, b"", None, "quick", 3.0)
+    pair.dialog.send_for_receipt("bob", 0, b"", None, "never", None)
+    assert pair.dialog.next_deadline() == 3.0
+    assert [waiter for waiter, _ in pair.dialog.tick(3.0).outcomes] == ["quick"]
+    assert pair.dialog.next_deadline() == 9.0
+    [(waiter, error)] = pair.dialog.tick(99.0).outcomes
+    assert (waiter, type(error)) == ("slow", TimedOut)
+    assert not pair.hear_frame(Kind.REPLY, first).outcomes
+    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (1, 1)
+
+
+def test_earliest_of_link_and_request(pair: Pair) -> None:
+    """The next deadline is the nearer one of the link's and the requests'."""
+    pair.dialog.close(100.0)
+    assert pair.dialog.next_deadline() == 100.0 + dialog.LINGER_S
+
+
+def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
+    """After a cancellation the table is empty, its reply is counted, and abandoning twice is harmless."""
+    id = pair.dialog.request("bob", 0, b"", None, "w", 5.0)
+    pair.dialog.abandon(id)
+    pair.dialog.abandon(id)
+    assert not pair.hear_frame(Kind.REPLY, id).outcomes
+    assert (len(pair.dialog.awaiting), pair.dialog.next_deadline(), pair.dialog.late) == (0, None, 1)
+
+
+def test_many_finished_requests_leave_no_deadlines(pair: Pair) -> None:
+    """The heap of deadlines does not grow with the requests that are done."""
+    for _ in range(1000):
+        pair.dialog.abandon(pair.dialog.request("bob", 0, b"", None, "w", 5.0))
+    assert len(pair.dialog.awaiting._deadlines) < 100
+
+
+@pytest.mark.parametrize("how", ["abandon", "deadline"])
+def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
+    """Whoever stops waiting for a subscription has none: the broker is told, and no event is delivered here."""
+    assert pair.session is not None
+    id, _ = pair.dialog.subscribe("a", None, "sink", "w", 5.0)
+    if how == "abandon":
+        pair.dialog.abandon(id)
+    else:
+        pair.dialog.tick(5.0)
+    pair.talk()
+    assert pair.session.subscriptions == []
+    assert not pair.hear_frame(Kind.EVENT, topic="a").events
+    assert (pair.dialog.unrouted, pair.dialog.late) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["abandon", "deadline", "loss", "refusal"])
+def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
+    """A watch whose list never came is over, here and at the broker."""
+    assert pair.session is not None
+    id, _ = pair.dialog.watch("sink", "w", 5.0)
+    if how == "abandon":
+        pair.dialog.abandon(id)
+    elif how == "deadline":
+        pair.dialog.tick(5.0)
+    elif how == "loss":
+        pair.lose()
+    else:
+        pair.broker.intercept = lambda session, envelope: (
+            b"clients" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+        )
+    if how != "loss":
+        pair.talk()
+    assert len(pair.dialog.routes) == 0
+    if how in ("abandon", "deadline"):
+        assert pair.session.subscriptions == []
+
+
+# What becomes of sends when the connection goes
+
+
+def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) -> None:
+    """A whole frame that was handed over is in doubt; one of which a byte is missing can't have been delivered."""
+    pair.dialog.request("bob", 0, b"first", None, "left", None)
+    whole = len(pair.dialog.data_to_send())
+    second = pair.dialog.request("bob", 0, b"second", None, "cut", None)
+    part = len(pair.dialog.data_to_send()) - 1
+    pair.dialog.send_for_receipt("bob", 0, b"third", None, "kept", None)
+    pair.dialog.wrote(whole + part)
+    outcomes = dict(pair.lose().outcomes)
+    assert type(outcomes["left"]) is InDoubt
+    assert type(outcomes["cut"]) is Disconnected
+    assert type(outcomes["kept"]) is Disconnected
+    assert outcomes["cut"].id == second
+    pair.connect()
+    assert [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST][
+        -1
+    ] == b'{"op":"whoami"}'
+
+
+def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
+    """Where the face can't say how much has left, what it was given is in doubt, and what it was not was not sent."""
+    pair.dialog.request("bob", 0, b"first", None, "given", None)
+    sent = pair.dialog.send("bob", 0, b"plain")
+    given = len(pair.dialog.data_to_send())
+    assert pair.dialog.untaken == 0
+    pair.dialog.request("bob", 0, b"second", None, "kept", None)
+    kept = pair.dialog.publish("t", 0, b"plain")
+    assert pair.dialog.untaken > 0
+    batch = pair.lose(doubtful=given)
+    assert {waiter: type(error) for waiter, error in batch.outcomes} == {"given": InDoubt, "kept": Disconnected}
+    assert [(type(error), error.id) for error in batch.undelivered] == [  # type: ignore[attr-defined]
+        (InDoubt, sent),
+        (Disconnected, kept),
+    ]
+    assert pair.dialog.undelivered == 2
+
+
+def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
+    """A send without receipt asked for nothing: once it has left, a loss says nothing about it."""
+    pair.dialog.send("bob", 0, b"x")
+    first = len(pair.dialog.data_to_send())
+    pair.dialog.reply("bob", 1, 0, b"y")
+    pair.dialog.wrote(first)
+    assert len(pair.lose().undelivered) == 1
+
+
+def test_subscription_under_way_at_a_loss_is_over(pair: Pair) -> None:
+    """Its caller hears of the loss, so it is not made again behind his back."""
+    pair.dialog.subscribe("a", None, "sink", "w", None)
+    [(_, error)] = pair.lose().outcomes
+    assert isinstance(error, Disconnected)
+    assert len(pair.dialog.routes) == 0
+
+
+def test_old_bytes_do_not_reach_a_new_connection(pair: Pair) -> None:
+    """Half a frame, and what was put out, are forgotten with their connection."""
+    pair.hear(b"\0\0\0\x20half")
+    pair.dialog.send("bob", 0, b"never")
+    pair.lose()
+    assert pair.connect().broken is None
+    assert not any(envelope.payload == b"never" for envelope in pair.broker.seen)
+
+
+# Closing
+
+
+def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
+    """Waiters hear Closed; refusals that come before the connection ends are still told."""
+    pair.dialog.request("bob", 0, b"", None, "w", None)
+    pair.dialog.subscribe("a", None, "sink", "v", None)
+    id = pair.dialog.send("carol", 0, b"")
+    batch = pair.dialog.close(1.0)
+    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", Closed), ("v", Closed)]
+    assert pair.dialog.state is State.CLOSING
+    assert id in [error.id for error in pair.talk().undelivered]  # type: ignore[attr-defined]
+    with pytest.raises(Closed):
+        pair.dialog.send("bob", 0, b"")
+    pair.lose()
+    assert pair.dialog.state is State.CLOSED
+    pair.dialog.close(2.0)
+
+
+def test_close_waits_for_the_broker_only_so_long(pair: Pair) -> None:
+    """A broker that does not end the connection is given up after LINGER_S."""
+    pair.dialog.close(1.0)
+    assert pair.dialog.tick(1.0 + dialog.LINGER_S).broken is not None
+
+
+def test_close_of_what_never_connected() -> None:
+    """There is nothing to hear out."""
+    pair = Pair()
+    pair.dialog.close(0)
+    assert pair.dialog.state is State.CLOSED
+    assert pair.dialog.next_deadline() is None
+
+
+def test_close_forgets_internal_operations(pair: Pair) -> None:
+    """An operation nobody waits for is not told to anybody."""
+    pair.lose()
+    pair.dialog.dialing(0)
+    pair.dialog.opened(NONCE)
+    pair.session = Session(pair.broker)
+    pair.hear(bytes(pair.session.out))
+    pair.session.receive(pair.dialog.data_to_send())
+    pair.session.out, heard = bytearray(), bytes(pair.session.out)
+    pair.hear(heard)
+    pair.session.receive(pair.dialog.data_to_send())
+    pair.hear(bytes(pair.session.out)[: len(pair.session.out)])
+    assert not pair.dialog.close(0).outcomes
+
+
+# Events
+
+
+def test_event_goes_to_every_subscription_that_fits_once(pair: Pair) -> None:
+    """Plain subscriptions each get it; those of one group and pattern take turns."""
+    for sink, pattern, group in (
+        ("all", ">", None),
+        ("exact", "a.b", None),
+        ("star", "a.*", None),
+        ("other", "b.*", None),
+        ("g1", "a.>", "g"),
+        ("g2", "a.>", "g"),
+    ):
+        pair.dialog.subscribe(pattern, group, sink, "w", None)
+    pair.talk()
+    got = [sorted(sink for sink, _ in pair.hear_frame(Kind.EVENT, topic="a.b").events) for _ in range(2)]
+    assert [set(each) - {"g1", "g2"} for each in got] == [{"all", "exact", "star"}] * 2
+    assert {sink for each in got for sink in each if sink[0] == "g"} == {"g1", "g2"}
+    assert all(len(each) == 4 for each in got)
+
+
+def test_unsubscribe_tells_the_broker_when_the_last_is_gone(pair: Pair) -> None:
+    """Two local subscriptions of one pattern are one at the broker: only the second end is told."""
+    _, route = pair.dialog.subscribe("a", None, "one", "w", None)
+    pair.dialog.subscribe("a", None, "two", "w", None)
+    pair.talk()
+    assert pair.dialog.unsubscribe(route, "one", "w", None) is None
+    assert pair.dialog.unsubscribe(route, "two", "w", None) is not None
+    assert pair.dialog.unsubscribe(route, "two", "w", None) is None
+    assert len(pair.dialog.routes) == 0
+
+
+def test_unsubscribe_without_a_connection_needs_no_answer(pair: Pair) -> None:
+    """What is not made again needs not be ended."""
+    _, route = pair.dialog.subscribe("a", None, "one", "w", None)
+    pair.talk()
+    pair.lose()
+    assert pair.dialog.unsubscribe(route, "one", "w", None) is None
+    pair.connect()
+    assert pair.session is not None
+    assert pair.session.subscriptions == []
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("a..b", None), (">.a", None), ("", None), ("a", ""), ("a", "a b")])
+def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: str | None) -> None:
+    """Nothing is sent for a pattern or group the broker would refuse."""
+    with pytest.raises(InvalidName):
+        pair.dialog.subscribe(pattern, group, "sink", "w", None)
+    assert not pair.dialog.data_to_send()
+    assert len(pair.dialog.routes) == 0
+
+
+# Presence
+
+
+def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
+    """The list first, then each change; what an event repeats is not told again."""
+    pair.dialog.watch("sink", "w", None)
+    batch = pair.talk()
+    assert [item for _, item in batch.events] == [
+        Presence("alice", online=True),
+        Presence("bob", online=False),
+        Presence("carol", online=False),
+    ]
+    assert [waiter for waiter, _ in batch.outcomes] == ["w"]
+    told = [
+        [item for _, item in pair.hear_frame(Kind.EVENT, name="$broker", topic=topic).events]
+        for topic in ("$broker.online.bob", "$broker.online.bob", "$broker.offline.bob", "$broker.online.x.y")
+    ]
+    assert told == [
+        [Presence("bob", online=True)],
+        [],
+        [Presence("bob", online=False)],
+        [Presence("x.y", online=True)],
+    ]
+
+
+def test_event_before_the_list_is_told_by_the_list(pair: Pair) -> None:
+    """Events that arrive before the list are in it: telling them too would tell somebody twice."""
+    pair.dialog.watch("sink", "w", None)
+    assert not pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.online.alice").events
+    assert Presence("alice", online=True) in [item for _, item in pair.talk().events]
+
+
+def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
+    """Changes that happened without a connection are told once it is back, and nothing else."""
+    bob = Pair(pair.broker, "bob", b"bob")
+    bob.connect()
+    pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    pair.lose()
+    bob.lose()
+    carol = Pair(pair.broker, "carol", b"carol")
+    carol.connect()
+    batch = pair.connect()
+    assert [item for _, item in batch.events] == [Presence("bob", online=False), Presence("carol", online=True)]
+    del pair.broker.keys["carol"]
+    pair.lose()
+    assert [item for _, item in pair.connect().events] == [Presence("carol", online=False)]
+
+
+def test_unwatch_leaves_nothing(pair: Pair) -> None:
+    """A watch that is over costs nothing here or at the broker; the list's late answer is told to nobody."""
+    _, watch = pair.dialog.watch("sink", "w", None)
+    pair.dialog.unwatch(watch)
+    pair.dialog.unwatch(watch)
+    batch = pair.talk()
+    assert pair.session is not None
+    assert (batch.events, pair.session.subscriptions, len(pair.dialog.routes)) == ([], [], 0)
+
+
+@pytest.mark.parametrize("refused", [b"subscribe", b"clients"])
+def test_watch_refused_on_a_new_connection_ends(pair: Pair, refused: bytes) -> None:
+    """A watch that can't be made again ends, once, with the broker's reason."""
+    pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    pair.lose()
+    pair.broker.intercept = lambda session, envelope: (
+        refused in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+    )
+    batch = pair.connect()
+    assert [(sink, type(error)) for sink, error in batch.ended] == [("sink", Denied)]
+    assert len(pair.dialog.routes) == 0
+
+
+@pytest.mark.parametrize("answer", [b"{}", b'{"clients": 5}', b'{"clients": [1]}'])
+def test_list_of_clients_that_is_none_breaks_the_link(pair: Pair, answer: bytes) -> None:
+    """The broker's mistake, not ours."""
+    id, _ = pair.dialog.watch("sink", "w", None)
+    assert isinstance(pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2).broken, MalformedEnvelope)
+
+
+# Bytes in
+
+
+FRAMES = [
+    Envelope(Kind.MESSAGE, 1, "bob", b"one"),
+    Envelope(Kind.MESSAGE, 2, "bob", b""),
+    Envelope(Kind.REQUEST, 3, "carol/x1", b"\0" * 300, 128),
+    Envelope(Kind.MESSAGE, 4, "bob", b"ext", 2, extension={"ttl": 1}),
+    Envelope(Kind.MESSAGE, 5, "b" * 64, b"x" * 5000),
+    Envelope(Kind.EVENT, 6, "bob", b"event", topic="a.b"),
+    Envelope(Kind.EVENT, 7, "bob", b"", extension={"k": "v"}, topic="a"),
+    Envelope(Kind.REPLY, 8, "bob", b"late"),
+]
+
+
+@pytest.mark.parametrize("step", [1, 2, 15, 16, 17, 64, 4096, 10**6])
+def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
+    """Whole, a byte at a time, with a tail: the same messages, in order, with everything they carry."""
+    pair.dialog.subscribe(">", None, "sink", "w", None)
+    pair.talk()
+    data = b"".join(frame(encode(envelope)) for envelope in FRAMES) + frame(encode(FRAMES[0]))[:-1]
+    batch: Batch[Message] = Batch()
+    for start in range(0, len(data), step):
+        merge(batch, pair.hear(data[start : start + step]))
+    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in batch.messages]
+    assert got == [
+        (e.kind, e.id, e.name, e.payload, e.codec, e.extension)
+        for e in FRAMES
+        if e.kind in (Kind.MESSAGE, Kind.REQUEST)
+    ]
+    assert [(m.topic, m.body, m.sender) for _, m in batch.events] == [("a.b", b"event", "bob"), ("a", b"", "bob")]
+    assert pair.dialog.late == 1
+    assert not batch.broken
+    merge(batch, pair.hear(b"e"))
+    assert batch.messages[-1].body == b"one"
+
+
+def test_long_form_of_a_length(pair: Pair) -> None:
+    """A frame announced with -1 and 64 bits is a frame like any other, whole or in pieces."""
+    body = encode(FRAMES[0])
+    data = b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body
+    assert pair.hear(data).messages[0].body == b"one"
+    batch: Batch[Message] = Batch()
+    for byte in data:
+        merge(batch, pair.hear(bytes([byte])))
+    assert batch.messages[0].body == b"one"
+
+
+@pytest.mark.parametrize("pieces", [1, 12])
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"\xff\xff\xff\xfe" + b"\0" * 12, FrameError),
+        (b"\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 4, FrameTooBig),
+        (b"\0\0\0\x02ab", MalformedEnvelope),
+        (b"\0\0\0\x0c\x09" + b"\0" * 11, MalformedEnvelope),
+        (b"\0\0\0\x0c\x01\0\0\x05" + b"\0" * 8, MalformedEnvelope),
+        (b"\0\0\0\x0c\x07" + b"\0" * 11, MalformedEnvelope),
+        (b"\0\0\0\x0d\x01\0\0\x01" + b"\0" * 8 + b"\xff", MalformedEnvelope),
+        (b"\0\0\0\x0f\x05\0\0\x01" + b"\0" * 8 + b"a\x01\xff", MalformedEnvelope),
+        (b"\0\0\0\x0f\x05\0\0\x01" + b"\0" * 8 + b"a\x09b", MalformedEnvelope),
+        (b"\0\0\0\x0d\x05\0\0\x01" + b"\0" * 8 + b"a", MalformedEnvelope),
+    ],
+)
+def test_broken_frames_break_the_link(pair: Pair, data: bytes, error: type[RemoteError], pieces: int) -> None:
+    """What no broker sends ends the connection; what came before it is delivered."""
+    batch = pair.hear(frame(encode(FRAMES[0])))
+    for start in range(0, len(data), len(data) if pieces == 1 else 1):
+        merge(batch, pair.hear(data[start : start + (len(data) if pieces == 1 else 1)]))
+        if batch.broken:
+            break
+    assert isinstance(batch.broken, error)
+    assert len(batch.messages) == 1
+
+
+@given(st.binary(max_size=200), st.integers(1, 40))
+def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) -> None:
+    """Whatever arrives, before the handshake or after it, the dialog goes on or names the peer's mistake."""
+    for ready in (False, True):
+        pair = Pair()
+        if ready:
+            pair.connect()
+        else:
+            pair.dialog.dialing(0)
+            pair.dialog.opened(NONCE)
+        for start in range(0, len(data), step):
+            batch = pair.hear(data[start : start + step])
+            if batch.broken:
+                assert isinstance(batch.broken, RemoteError)
+                break
+
+
+# Bytes out
+
+
+def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
+    """Recipient, codec, payload and extension of every kind arrive at the broker as given."""
+    pair.broker.seen.clear()
+    pair.dialog.send("bob", 2, b"{}", {"ttl": 3})
+    pair.dialog.publish("a.b", 0, b"x", {"k": 1})
+    pair.dialog.publish("a.b", 0, b"y")
+    pair.dialog.reply("bob/1", 99, 0, b"r")
+    pair.dialog.fail("bob", 98, "mine", "text")
+    pair.talk()
+    first, second, third, fourth, fifth = pair.broker.seen
+    assert (first.name, first.codec, first.payload, first.extension) == ("bob", 2, b"{}", {"ttl": 3})
+    assert (second.topic, second.payload, second.extension) == ("a.b", b"x", {"k": 1})
+    assert (third.topic, third.payload) == ("a.b", b"y")
+    assert (fourth.kind, fourth.name, fourth.id, fourth.payload) == (Kind.REPLY, "bob/1", 99, b"r")
+    assert (fifth.kind, fifth.id, fifth.codec) == (Kind.ERROR, 98, CodecId.JSON)
+    assert json.loads(fifth.payload) == {"code": "mine", "message": "text", "name": "alice"}
+
+
+@pytest.mark.parametrize("to", ["", "a b", "x/Y", "-a", "a/", "ä"])
+def test_bad_recipient_is_refused_here(pair: Pair, to: str) -> None:
+    """Nothing leaves for a name that can't exist."""
+    with pytest.raises(InvalidName):
+        pair.dialog.send(to, 0, b"")
+    with pytest.raises(InvalidName):
+        pair.dialog.publish("a.*", 0, b"")
+    assert not pair.dialog.data_to_send()
+
+
+def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
+    """Any number of different names and topics, in and out, costs bounded memory and arrives unchanged."""
+    draw = random.Random(1)
+    names = ["".join(draw.choices(string.ascii_letters, k=12)) for _ in range(10_000)]
+    pair.dialog.subscribe(">", None, "sink", "w", None)
+    pair.talk()
+    for name in names:
+        pair.dialog.send(name, 0, b"")
+        pair.dialog.publish(name, 0, b"")
+        assert pair.hear_frame(Kind.MESSAGE, 1, name).messages[0].sender == name
+        assert pair.hear_frame(Kind.EVENT, 1, "bob", topic=name).events[0][1].topic == name
+    for table in (pair.dialog._recipients, pair.dialog._topics, pair.dialog._texts, pair.dialog.routes._remembered):
+        assert len(table) <= 4096
+
+
+def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body beyond the short form is framed by wire.framing, to the same effect."""
+    monkeypatch.setattr(dialog, "_MAX_SHORT_BODY", 10)
+    pair.broker.seen.clear()
+    pair.dialog.send("bob", 0, b"x" * 20)
+    pair.dialog.publish("a", 0, b"y" * 20)
+    pair.talk()
+    assert [envelope.payload for envelope in pair.broker.seen] == [b"x" * 20, b"y" * 20]
+
+
+def test_counters_name_what_went_wrong(pair: Pair) -> None:
+    """The counters can be read by name."""
+    pair.lose()
+    assert pair.dialog.counters == {"late": 0, "undelivered": 0, "unrouted": 0, "losses": 1}
+
+
+def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:
+    """On a new connection a refused list of a watch that is over already is told to nobody."""
+    _, watch = pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    pair.lose()
+    pair.broker.intercept = lambda session, envelope: (
+        b"clients" in envelope.payload
+        and (pair.dialog.unwatch(watch), pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+    )
+    assert pair.connect().ended == []
+
+
+def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
+    """Taking back a subscription may fail; there is nobody to hear it."""
+    id, _ = pair.dialog.subscribe("a", None, "sink", "w", None)
+    pair.broker.intercept = lambda session, envelope: (
+        b"unsubscribe" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+    )
+    pair.talk()
+    _, route = pair.dialog.subscribe("a", None, "other", "v", None)
+    pair.talk()
+    pair.dialog.unsubscribe(route, "sink", "u", None)
+    second, _ = pair.dialog.subscribe("b", None, "third", "w", None)
+    pair.dialog.abandon(second)
+    batch = pair.talk()
+    assert (batch.outcomes, batch.undelivered, len(pair.dialog.awaiting)) == ([], [], 0)

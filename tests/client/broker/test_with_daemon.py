@@ -1,0 +1,493 @@
+"""Both client faces through a real daemon: the same scenarios, whatever the face."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from faces import PATIENCE, Asyncio, Blocking, Face
+
+from brokerd.testing import RunningBroker, running
+from brokerd_client.errors import (
+    AuthenticationError,
+    Closed,
+    Denied,
+    Disconnected,
+    NoSuchClient,
+    Offline,
+    PayloadError,
+    RequestFailed,
+    TimedOut,
+    TooLarge,
+    UndecodablePayload,
+    Unsupported,
+)
+from brokerd_client.message import Receipt
+from brokerd_client.presence import Presence
+
+
+def uvloop_face() -> Face:
+    """The asyncio face on uvloop."""
+    uvloop = pytest.importorskip("uvloop")
+    return Asyncio(uvloop.new_event_loop)
+
+
+FACES: list[Callable[[], Face]] = [Blocking, Asyncio, uvloop_face]
+
+
+@pytest.fixture(params=FACES, ids=["blocking", "asyncio", "uvloop"])
+def face(request: pytest.FixtureRequest) -> Iterator[Face]:
+    """One kind of client; whatever it opened is closed."""
+    face = request.param()
+    yield face
+    face.close()
+
+
+@pytest.fixture
+def broker() -> Iterator[RunningBroker]:
+    """A real broker with three plain clients, a pool, an administrator and one with rules."""
+    entries: dict[str, dict[str, Any]] = {
+        "alice": {},
+        "bob": {},
+        "carol": {},
+        "worker": {"connections": 4},
+        "ops": {"admin": True},
+        "ruled": {"send_to": ["bob"], "publish": ["ok.>"], "subscribe": ["ok.>"]},
+    }
+    with running(entries, limits={"max_message": 1_000_000}) as broker:
+        yield broker
+
+
+@pytest.fixture
+def connect(face: Face, broker: RunningBroker) -> Callable[..., Any]:
+    """Connects a client by name."""
+    return lambda name, **options: face.connect(broker.address, name, broker.key(name), **options)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, within bounds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.005)
+
+
+Connect = Callable[..., Any]
+
+
+def test_message_of_every_kind_of_payload(connect: Connect) -> None:
+    """What goes in as bytes, text or JSON comes out equal, with the sender's authenticated name."""
+    alice, bob = connect("alice"), connect("bob")
+    for payload in (b"bytes", bytearray(b"array"), "text", {"a": [1, None]}, [1.5], 7, True, None, b"", ""):
+        alice.send("bob", payload)
+        message = bob.recv(PATIENCE)
+        assert message.payload == payload
+        assert message.sender == "alice"
+
+
+def test_key_alone_says_who_one_is(face: Face, broker: RunningBroker) -> None:
+    """Without a name the broker finds the client by its key, and says so."""
+    client = face.connect(broker.address, key=broker.key("carol"))
+    assert (client.name, client.address, client.whoami()["protocol"]) == ("carol", "carol", 1)
+
+
+def test_wrong_key_is_refused_at_once(face: Face, broker: RunningBroker) -> None:
+    """The error says that the key was rejected, and there is no second try behind the caller's back."""
+    with pytest.raises(AuthenticationError):
+        face.connect(broker.address, "alice", "not the key")
+
+
+def test_nobody_there(face: Face, tmp_path: Any) -> None:
+    """Where nobody listens, connecting fails at once with the address in the message."""
+    with pytest.raises(Disconnected, match="no-such-socket"):
+        face.connect(str(tmp_path / "no-such-socket"), "alice", "k")
+
+
+def test_order_and_number_are_kept(connect: Connect) -> None:
+    """Thousands of messages, one by one and in batches, arrive once each and in order."""
+    alice, bob = connect("alice"), connect("bob")
+    for number in range(500):
+        alice.send("bob", number)
+    for start in range(500, 5000, 1500):
+        ids = alice.send_many([("bob", number) for number in range(start, start + 1500)])
+        assert len(set(ids)) == 1500
+    assert [bob.recv(PATIENCE).payload for _ in range(5000)] == list(range(5000))
+
+
+def test_large_messages_pass_whole(connect: Connect) -> None:
+    """A message far larger than any socket's buffer arrives unchanged, and nothing gets between its parts."""
+    alice, bob = connect("alice"), connect("bob")
+    bodies = [bytes([number]) * 900_000 for number in range(8)]
+    for body in bodies:
+        alice.send("bob", body)
+        alice.send("bob", b"small")
+    got = [bob.recv(PATIENCE).body for _ in range(16)]
+    assert got[::2] == bodies
+    assert set(got[1::2]) == {b"small"}
+
+
+def test_request_and_reply(connect: Connect) -> None:
+    """A request is received like a message where no handler is set, and answered by hand."""
+    alice, bob = connect("alice"), connect("bob")
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(alice.request("bob", {"n": 20}, timeout=PATIENCE).payload))
+    asking.start()
+    request = bob.recv(PATIENCE)
+    request.reply({"n": request.payload["n"] + 1})
+    asking.join(PATIENCE)
+    assert answers == [{"n": 21}]
+
+
+def test_handler_answers_requests_and_leaves_messages(connect: Connect) -> None:
+    """Handlers get the requests, also those that waited already; messages still go to recv."""
+    alice, bob = connect("alice"), connect("bob")
+    first: list[Any] = []
+    early = threading.Thread(target=lambda: first.append(alice.request("bob", 1, timeout=PATIENCE).payload))
+    early.start()
+    alice.send("bob", "message")
+    until(lambda: len(bob._inbox.inbox.items) == 2)
+    bob.on_request(lambda message: message.payload * 2)
+    early.join(PATIENCE)
+    assert first == [2]
+    assert alice.request("bob", 21, timeout=PATIENCE).payload == 42
+    assert bob.recv(PATIENCE).payload == "message"
+
+
+def test_handler_that_fails_says_only_what_kind(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """The asker learns the exception's type, the log here the rest; the handler lives on."""
+    alice, bob = connect("alice"), connect("bob")
+
+    def handler(message: Any) -> object:
+        raise ZeroDivisionError("secret detail")
+
+    bob.on_request(handler)
+    for _ in range(2):
+        with pytest.raises(RequestFailed) as caught:
+            alice.request("bob", 1, timeout=PATIENCE)
+        assert (caught.value.code, caught.value.name) == ("failed", "bob")
+        assert "ZeroDivisionError" in str(caught.value)
+        assert "secret" not in str(caught.value)
+    assert "secret detail" in caplog.text
+
+
+def test_failing_a_request_by_hand(connect: Connect) -> None:
+    """message.fail answers with a code and a text of the caller's own."""
+    alice, bob = connect("alice"), connect("bob")
+    caught: list[RequestFailed] = []
+
+    def ask() -> None:
+        try:
+            alice.request("bob", 1, timeout=PATIENCE)
+        except RequestFailed as error:
+            caught.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    bob.recv(PATIENCE).fail("too late for that", code="closed_shop")
+    asking.join(PATIENCE)
+    assert [(error.code, str(error)) for error in caught] == [("closed_shop", "too late for that")]
+
+
+def test_messages_go_to_a_handler_in_order(connect: Connect) -> None:
+    """on_message gets those that waited and those that come, one after the other."""
+    alice, bob = connect("alice"), connect("bob")
+    got: list[int] = []
+    alice.send("bob", 0)
+    until(lambda: len(bob._inbox.inbox.items) == 1)
+    bob.on_message(lambda message: got.append(message.payload))
+    alice.send_many([("bob", number) for number in range(1, 2000)])
+    until(lambda: len(got) == 2000)
+    assert got == list(range(2000))
+
+
+def test_refusals_are_typed(connect: Connect) -> None:
+    """Each word of the broker has its exception, with the recipient's name."""
+    ops, ruled = connect("ops"), connect("ruled")
+    cases: list[tuple[type[Exception], Callable[[], object]]] = [
+        (Offline, lambda: ops.send("carol", 1, receipt=True)),
+        (NoSuchClient, lambda: ops.request("nobody", 1, timeout=PATIENCE)),
+        (Denied, lambda: ruled.send("carol", 1, receipt=True)),
+        (Denied, lambda: ruled.publish("bad.x", 1, receipt=True)),
+        (Denied, lambda: ruled.subscribe("bad.x")),
+        (Denied, lambda: ruled.control("stats")),
+        (Unsupported, lambda: ops.control("no such operation")),
+        (TooLarge, lambda: ops.send("ops", b"x" * 1_000_001, receipt=True)),
+    ]
+    for error, act in cases:
+        with pytest.raises(error):
+            act()
+    assert ops.send("ops", 1, receipt=True).to == "ops"
+    assert ops.counters == {"late": 0, "undelivered": 0, "unrouted": 0, "losses": 0}
+
+
+def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
+    """send_many with receipts hides no failure behind another, and raises none."""
+    alice = connect("alice")
+    connect("bob")
+    outcomes = alice.send_many([("bob", 1), ("carol", 2), ("bob", 3), ("nobody", 4)], receipt=True)
+    assert [type(outcome) for outcome in outcomes] == [Receipt, Offline, Receipt, NoSuchClient]
+
+
+def test_undelivered_sends_are_told(connect: Connect) -> None:
+    """A send without a receipt that fails comes to the handler, with the id that send returned."""
+    alice = connect("alice")
+    told: list[Any] = []
+    alice.on_undelivered(told.append)
+    id = alice.send("carol", "x")
+    until(lambda: bool(told))
+    assert [(type(error), error.id, error.name) for error in told] == [(Offline, id, "carol")]
+    assert alice.counters["undelivered"] == 1
+
+
+def test_undelivered_sends_are_logged_without_a_handler(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing fails in silence."""
+    alice = connect("alice")
+    alice.send("carol", "x")
+    until(lambda: "carol" in caplog.text)
+
+
+def test_refusals_that_follow_close_are_still_heard(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """A script's last send before close() does not fail in silence."""
+    alice = connect("alice")
+    alice.send("carol", "x")
+    alice.close()
+    assert "carol" in caplog.text
+
+
+def test_unsendable_payloads_and_codecs(connect: Connect) -> None:
+    """What has no codec is refused before anything is sent, naming the way out."""
+    alice = connect("alice")
+    connect("bob")
+    with pytest.raises(PayloadError, match="pickle"):
+        alice.send("bob", object())
+    with pytest.raises(PayloadError):
+        alice.send_many([("bob", 1), ("bob", {1, 2})])
+    assert alice.counters["undelivered"] == 0
+
+
+def test_pickles_are_read_only_from_who_is_trusted(connect: Connect) -> None:
+    """A pickled payload is decoded for a named sender, and for nobody else."""
+    alice, carol = connect("alice"), connect("carol")
+    bob = connect("bob", allow_pickle_from=["alice"])
+    for sender in (alice, carol):
+        sender.send("bob", {1, 2}, codec="pickle")
+    first, second = sorted((bob.recv(PATIENCE) for _ in range(2)), key=lambda message: str(message.sender))
+    assert first.payload == {1, 2}
+    with pytest.raises(UndecodablePayload, match="allow_pickle_from"):
+        _ = second.payload
+    assert second.body
+
+
+def test_own_codecs_and_extensions_pass_untouched(connect: Connect) -> None:
+    """A codec of 128 or more and the keys of an extension arrive as given."""
+    alice, bob = connect("alice"), connect("bob")
+    alice.send("bob", b"\x01\x02", codec=200, ttl=9, extension={"traceparent": "00-1"})
+    message = bob.recv(PATIENCE)
+    assert (message.codec, message.payload) == (200, b"\x01\x02")
+    assert message.extension == {"traceparent": "00-1", "ttl": 9}
+
+
+def test_timeouts_leave_nothing(connect: Connect) -> None:
+    """After a request timed out its late reply is dropped and counted, and the table is empty."""
+    alice, bob = connect("alice"), connect("bob")
+    with pytest.raises(TimedOut):
+        alice.recv(0.01)
+    with pytest.raises(TimedOut):
+        alice.request("bob", 1, timeout=0.05)
+    bob.recv(PATIENCE).reply("late")
+    until(lambda: alice.counters["late"] == 1)
+    assert len(alice._dialog.awaiting) == 0
+
+
+def test_topics(connect: Connect) -> None:
+    """Each subscription gets what fits it, in order, until it is ended."""
+    alice, bob = connect("alice"), connect("bob")
+    called: list[Any] = []
+    wide, narrow = bob.subscribe("a.>"), bob.subscribe("a.*.c")
+    bob.subscribe("a.b.c", callback=lambda event: called.append(event.payload))
+    for topic in ("a.b.c", "a.b", "b", "a.x.c"):
+        alice.publish(topic, topic, receipt=True)
+    assert [wide.recv(PATIENCE).topic for _ in range(3)] == ["a.b.c", "a.b", "a.x.c"]
+    assert [narrow.recv(PATIENCE).payload for _ in range(2)] == ["a.b.c", "a.x.c"]
+    until(lambda: called == ["a.b.c"])
+    wide.unsubscribe()
+    narrow.close()
+    alice.publish("a.b", 1, receipt=True)
+    with pytest.raises(Closed):
+        wide.recv(PATIENCE)
+    assert bob.ping() > 0
+    assert bob.counters["unrouted"] == 0
+
+
+def test_groups_share_events(connect: Connect) -> None:
+    """Each event goes to one member of the group, and both get some."""
+    alice = connect("alice")
+    members = [connect("worker"), connect("worker")]
+    feeds = [member.subscribe("jobs.>", group="g") for member in members]
+    for number in range(100):
+        alice.publish("jobs.x", number, receipt=True)
+    got: list[list[int]] = [[], []]
+    for feed, numbers in zip(feeds, got, strict=True):
+        while True:
+            try:
+                numbers.append(feed.recv(0.3).payload)
+            except TimedOut:
+                break
+    assert sorted(got[0] + got[1]) == list(range(100))
+    assert got[0]
+    assert got[1]
+
+
+def test_pool_members_have_addresses(connect: Connect) -> None:
+    """A pool's connections share the name; a reply finds the very one that asked."""
+    first, second, bob = connect("worker"), connect("worker"), connect("bob")
+    assert first.name == second.name == "worker"
+    assert first.address != second.address
+    bob.on_request(lambda message: message.sender)
+    for member in (first, second):
+        assert member.request("bob", 1, timeout=PATIENCE).payload == member.address
+
+
+def test_presence(connect: Connect) -> None:
+    """A watch tells everybody once, then the changes; clients() agrees."""
+    alice = connect("alice")
+    watch = alice.watch_presence()
+    told = [watch.recv(PATIENCE) for _ in range(6)]
+    assert {item.name for item in told} == {"alice", "bob", "carol", "worker", "ops", "ruled"}
+    assert [item.name for item in told if item.online] == ["alice"]
+    bob = connect("bob")
+    assert watch.recv(PATIENCE) == Presence("bob", online=True)
+    assert {client.name for client in alice.clients() if client.online} == {"alice", "bob"}
+    bob.close()
+    assert watch.recv(PATIENCE) == Presence("bob", online=False)
+    watch.close()
+    with pytest.raises(Closed):
+        watch.recv(PATIENCE)
+
+
+def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> None:
+    """After the broker was killed and started again: same client, same subscriptions, same handlers, and a watch that
+    has missed nobody."""
+    alice, bob = connect("alice"), connect("bob")
+    feed, watch = bob.subscribe("a.>"), bob.watch_presence()
+    for _ in range(6):
+        watch.recv(PATIENCE)
+    bob.on_request(lambda message: "still here")
+    broker.kill()
+    broker.start()
+    until(lambda: alice.counters["losses"] >= 1 and bob.counters["losses"] >= 1)
+    until(lambda: alice.connected and bob.connected)
+    assert alice.request("bob", 1, timeout=PATIENCE).payload == "still here"
+    alice.publish("a.b", "again", receipt=True)
+    assert feed.recv(PATIENCE).payload == "again"
+
+
+def test_send_while_the_broker_is_away_waits_for_it(connect: Connect, broker: RunningBroker) -> None:
+    """A send that finds no connection waits for one; it is sent once."""
+    alice = connect("alice")
+    broker.kill()
+    until(lambda: not alice.connected)
+    sending = threading.Thread(target=lambda: alice.send("alice", "patience", timeout=PATIENCE))
+    sending.start()
+    broker.start()
+    sending.join(PATIENCE)
+    assert alice.recv(PATIENCE).payload == "patience"
+    with pytest.raises(TimedOut):
+        alice.recv(0.1)
+
+
+def test_send_without_a_broker_says_that_nothing_was_sent(connect: Connect, broker: RunningBroker) -> None:
+    """When the broker does not come back in time the send is Disconnected, and not in doubt."""
+    alice = connect("alice")
+    broker.kill()
+    until(lambda: not alice.connected)
+    for act in (lambda: alice.send("bob", 1, timeout=0.05), lambda: alice.request("bob", 1, timeout=0.05)):
+        with pytest.raises(Disconnected) as caught:
+            act()
+        assert type(caught.value) is Disconnected
+
+
+def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: RunningBroker) -> None:
+    """reconnect=False: every later call is Disconnected, what had arrived can still be taken."""
+    alice = connect("alice", reconnect=False)
+    alice.send("alice", "kept", receipt=True)
+    broker.kill()
+    until(lambda: alice.closed)
+    assert alice.recv(PATIENCE).payload == "kept"
+    for act in (lambda: alice.recv(PATIENCE), lambda: alice.send("bob", 1), lambda: alice.ping()):
+        with pytest.raises(Disconnected):
+            act()
+
+
+def test_closed_client_says_so(connect: Connect) -> None:
+    """close() twice is fine; everything else is Closed; who was waiting hears it at once."""
+    alice = connect("alice")
+    heard: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            alice.recv(PATIENCE)
+        except Closed as error:
+            heard.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    started = time.monotonic()
+    alice.close()
+    waiting.join(PATIENCE)
+    assert time.monotonic() - started < 2
+    assert len(heard) == 1
+    alice.close()
+    assert alice.closed
+    for act in (lambda: alice.recv(1), lambda: alice.send("bob", 1), lambda: alice.request("bob", 1)):
+        with pytest.raises(Closed):
+            act()
+
+
+def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
+    """Messages nobody takes wait in the broker and then in the sender, and all arrive once they are taken."""
+    alice, bob = connect("alice"), connect("bob", inbox=100_000)
+    body = b"x" * 50_000
+    sent: list[int] = []
+
+    def send() -> None:
+        sent.extend(alice.send("bob", body) for _ in range(600))
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    until(lambda: bob._gauge.full)
+    assert bob._gauge.held < 1_000_000
+    assert sum(len(bob.recv(PATIENCE).body) for _ in range(600)) == 600 * 50_000
+    sending.join(PATIENCE)
+    assert len(sent) == 600
+
+
+def test_outcome_behind_untaken_messages_is_heard(connect: Connect) -> None:
+    """A request made while the inbox is full gets its reply, although that is behind the messages."""
+    alice, bob, carol = connect("alice"), connect("bob", inbox=1000), connect("carol")
+    carol.on_request(lambda message: "reply")
+    alice.send_many([("bob", b"x" * 300)] * 5)
+    until(lambda: bob._gauge.full)
+    assert bob.request("carol", 1, timeout=PATIENCE).payload == "reply"
+    assert [len(bob.recv(PATIENCE).body) for _ in range(5)] == [300] * 5
+
+
+def test_many_threads_share_a_client(connect: Connect) -> None:
+    """Requests from many threads over one connection each get their own reply."""
+    alice, bob = connect("alice"), connect("bob")
+    bob.on_request(lambda message: message.payload + 1)
+    wrong: list[int] = []
+
+    def ask(start: int) -> None:
+        wrong.extend(n for n in range(start, start + 50) if alice.request("bob", n, timeout=PATIENCE).payload != n + 1)
+
+    threads = [threading.Thread(target=ask, args=(start * 1000,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
