@@ -85,11 +85,19 @@ def _encode(payload: bytes, codec: str) -> Any:
 @click.argument("to")
 @_payload_options
 @click.option("--lines", is_flag=True, help="Send each line of the input as a message of its own.")
+@click.option("--receipt", is_flag=True, help="Print a line when the broker has taken it.")
 @_timeout_option(DEFAULT_TIMEOUT_S)
 @connecting
 @click.pass_obj
 def send(
-    access: Access, to: str, payload: str | None, codec: str, ttl: float | None, lines: bool, timeout: float
+    access: Access,
+    to: str,
+    payload: str | None,
+    codec: str,
+    ttl: float | None,
+    lines: bool,
+    receipt: bool,
+    timeout: float,
 ) -> None:
     """Send a message to the client TO, and wait until the broker has taken it.
 
@@ -103,10 +111,14 @@ def send(
         bodies = [_encode(line, codec) for line in _read_payload(payload).splitlines()]
         with access.connect(timeout=timeout) as client:
             _send_many(client, to, bodies, codec, timeout)
-        return
-    body = _encode(_read_payload(payload), codec)
-    with access.connect(timeout=timeout) as client:
-        client.send(to, body, receipt=True, codec=codec, ttl=ttl, timeout=timeout)
+        taken = f"{len(bodies)} messages"
+    else:
+        body = _encode(_read_payload(payload), codec)
+        with access.connect(timeout=timeout) as client:
+            client.send(to, body, receipt=True, codec=codec, ttl=ttl, timeout=timeout)
+        taken = "1 message"
+    if receipt:
+        click.echo(f"the broker has taken {taken} for {to}")
 
 
 def _send_many(client: brokerd_client.Client, to: str, bodies: list[Any], codec: str, timeout: float) -> None:

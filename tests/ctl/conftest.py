@@ -32,7 +32,8 @@ class Ctl:
     def key_file(self, name: str) -> Path:
         """Return a file with the client's key; a new name becomes a client."""
         path = self._folder / name
-        path.write_bytes(self.broker.key(name))
+        # One line end is cut from the file, and a key of random bytes may end with one.
+        path.write_bytes(self.broker.key(name) + b"\n")
         return path
 
     def access(self, name: str) -> list[str]:

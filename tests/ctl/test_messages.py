@@ -34,6 +34,16 @@ def test_what_is_sent_arrives(ctl: Any) -> None:
     assert (message.sender, message.body) == ("alice", "grüße".encode())
 
 
+def test_a_receipt_is_printed_on_demand(ctl: Any) -> None:
+    """send always waits for the broker; with --receipt it also says that the broker has taken the message."""
+    ctl.broker.connect("bob")
+
+    assert ctl("alice", "send", "bob", "x", "--receipt").output == "the broker has taken 1 message for bob\n"
+    assert ctl("alice", "send", "bob", "--lines", "--receipt", stdin="1\n2\n").output.startswith(
+        "the broker has taken 2 messages"
+    )
+
+
 @pytest.mark.parametrize("arguments", [[], ["-"]], ids=["missing", "dash"])
 def test_a_payload_is_read_from_the_standard_input(ctl: Any, arguments: list[str]) -> None:
     """Any bytes can be piped in; none is added or lost."""
@@ -224,15 +234,15 @@ def test_a_request_without_an_answer_times_out(ctl: Any) -> None:
     assert result.exit_code == Status.TIMED_OUT
 
 
-def test_a_request_whose_broker_dies_is_in_doubt(ctl: Any) -> None:
+def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
     """Nobody knows whether it was carried out, and the status says so."""
-    bob = ctl.broker.connect("bob", reconnect=False)
+    bob = ctl.broker.connect("bob")
     results: list[Result] = []
     asking = threading.Thread(target=lambda: results.append(ctl("alice", "request", "bob", "hello")))
     asking.start()
     bob.recv(timeout=TIMEOUT_S)
 
-    ctl.broker.kill()
+    ctl.broker.disconnect("alice")
     asking.join(TIMEOUT_S)
 
     assert results[0].exit_code == Status.IN_DOUBT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,14 @@ def test_help_lists_every_exit_status() -> None:
     assert result.exit_code == Status.DONE
     for status in Status:
         assert f"\n    {status.value}  " in result.output
+
+
+def test_the_page_names_every_command_and_status() -> None:
+    """docs/brokerctl.md has a line for each, so that nothing can be added in secret."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "brokerctl.md").read_text(encoding="utf-8")
+
+    assert set(re.findall(r"^\| `(\w+)", page, re.MULTILINE)) >= set(brokerctl.commands)
+    assert {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == {int(each) for each in Status}
 
 
 @pytest.mark.parametrize("command", sorted(brokerctl.commands))
