@@ -1,0 +1,122 @@
+"""brokerd demo: shows what it promises, leaves nothing behind, and fails when a message does not arrive."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from brokerd import demo
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
+    """Run the demo in this process with its files in the directory; return its exit status and what it printed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    output = io.StringIO()
+    status = demo.run(Console(file=output, width=60, highlight=False))
+    return status, output.getvalue()
+
+
+def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
+    """The command shows three clients talking, exits with 0 and leaves no file, whatever the configuration is."""
+    done = subprocess.run(
+        [sys.executable, "-m", "brokerd.cli", "demo"],
+        env={**os.environ, "TMPDIR": str(socket_dir), "BROKERD_CONFIG": "/nonexistent"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert 'bob hears from alice: "hello, bob"' in lines
+    assert "alice hears from bob: 42" in lines
+    assert 'bob hears from carol: "hello from a stock Python"' in lines
+    assert 'carol hears from bob: "welcome"' in lines
+    assert lines[-1].startswith("5 messages arrived")
+    assert list(socket_dir.iterdir()) == []
+
+
+def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines that the stock Python runs are printed as they are, however narrow the terminal, and no key is."""
+    keys: list[str] = []
+    fresh = demo.secrets.token_urlsafe
+
+    def token(size: int) -> str:
+        keys.append(fresh(size))
+        return keys[-1]
+
+    monkeypatch.setattr(demo.secrets, "token_urlsafe", token)
+
+    status, text = shown(monkeypatch, socket_dir)
+
+    assert status == 0
+    for line in demo.STOCK_CLIENT.splitlines():
+        assert line in text
+    assert len(keys) == 3
+    assert not any(key in text for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        # Never connects.
+        ("raise SystemExit(3)", "TimedOut"),
+        # Says what it should, and hears nothing.
+        (demo.STOCK_CLIENT.rpartition("print(")[0], "the stock Python heard"),
+        # Says something else.
+        (demo.STOCK_CLIENT.replace("hello from", "greetings from"), "was to send"),
+    ],
+    ids=["silent", "deaf", "wrong"],
+)
+def test_the_demo_fails_when_a_message_does_not_arrive(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
+) -> None:
+    """Without every message seen, the exit status is 1, the reason is printed, and nothing is left all the same."""
+    monkeypatch.setattr(demo, "STOCK_CLIENT", program)
+    monkeypatch.setattr(demo, "_PATIENCE_S", 3.0)
+
+    status, text = shown(monkeypatch, socket_dir)
+
+    assert status == 1
+    assert "The demo failed: " in text
+    assert reason in text.replace("\n", " ")
+    assert list(socket_dir.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the interpreters here are shell scripts")
+def test_an_interpreter_that_does_not_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest Python on the PATH that starts and is what its name says is taken; else this one."""
+
+    def script(name: str, body: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    script("python3.14", "exit 1")
+    script("python3.13", "echo 3 9")
+    script("python3.12", "echo 3 12")
+    monkeypatch.setattr(demo, "_MODERN", (99, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert demo.find_interpreter() == demo.Interpreter(str(tmp_path / "python3.12"), (3, 12))
+
+    (tmp_path / "python3.12").unlink()
+    assert demo.find_interpreter() == demo.Interpreter(sys.executable, sys.version_info[:2])
+
+
+def test_a_modern_python_is_its_own_stock_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this Python knows HMAC-SHA256, no other is looked for, and MD5 is not needed."""
+    monkeypatch.setattr(demo, "_MODERN", (3, 0))
+    monkeypatch.setenv("PATH", "")
+
+    found = demo.find_interpreter()
+
+    assert (found.path, found.needs_md5) == (sys.executable, False)
