@@ -488,5 +488,7 @@ def test_no_error_shows_a_key_or_a_mac(error_of: str) -> None:
         "".join(traceback.format_exception(error[error_of])) + repr(listener.proofs) + repr(Established(b"wrong key"))
     )
 
+    told += repr(Send(listener.proofs[0].mac))
+
     assert "wrong key" not in told
     assert repr(listener.proofs[0].mac)[2:-1] not in told
