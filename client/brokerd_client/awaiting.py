@@ -7,7 +7,6 @@ somebody else's request. So an answer counts only if its id *and* the one it com
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Final
 
@@ -85,9 +84,6 @@ class Awaiting:
 
     def __len__(self) -> int:
         return len(self._table)
-
-    def __iter__(self) -> Iterator[Pending]:
-        return iter(self._table.values())
 
     def add(self, pending: Pending) -> None:
         """Wait for the outcome of ``pending``."""

@@ -879,7 +879,7 @@ def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:
 
 def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
     """Taking back a subscription may fail; there is nobody to hear it."""
-    id, _ = pair.dialog.subscribe("a", None, "sink", "w", None)
+    pair.dialog.subscribe("a", None, "sink", "w", None)
     pair.broker.intercept = lambda session, envelope: (
         b"unsubscribe" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )

@@ -1,0 +1,180 @@
+"""Payloads to bytes and back."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client.codec import decode, encode
+from brokerd_client.errors import PayloadError, UndecodablePayload
+from brokerd_client.message import Message, with_ttl
+from brokerd_client.topics import has_wildcard, matches
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_json_comes_back_equal(payload: object) -> None:
+    """Whatever JSON can say comes back as it was."""
+    number, body = encode(payload)
+    assert number == 2
+    assert decode(number, body) == payload
+
+
+@pytest.mark.parametrize("payload", [b"x", bytearray(b"x"), memoryview(b"x")])
+def test_bytes_stay_bytes(payload: object) -> None:
+    """Bytes-like payloads are raw, by themselves and by name, and come back as bytes."""
+    assert encode(payload) == encode(payload, "raw") == encode(payload, 0) == (0, b"x")
+    assert decode(0, b"x") == decode(255, b"x") == b"x"
+    assert encode(payload, 128) == (128, b"x")
+
+
+@pytest.mark.parametrize("payload", [{1, 2}, (1,), object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"])
+def test_what_has_no_codec_names_pickle(payload: object) -> None:
+    """Nothing is converted in silence: the error names what could carry it."""
+    with pytest.raises(PayloadError, match="pickle"):
+        encode(payload)
+
+
+@pytest.mark.parametrize("codec", ["yaml", 4, 127, 256, -1])
+def test_codecs_that_are_not_to_be_used(codec: str | int) -> None:
+    """Reserved numbers and unknown names are refused, saying which are known."""
+    with pytest.raises(PayloadError, match="128 to 255"):
+        encode(b"", codec)
+
+
+@pytest.mark.parametrize("codec", ["raw", 200])
+def test_codecs_of_bytes_take_bytes(codec: str | int) -> None:
+    """A text is not turned into bytes by guessing."""
+    with pytest.raises(PayloadError, match="takes bytes"):
+        encode("text", codec)
+
+
+def test_pickle_both_ways_only_when_asked() -> None:
+    """A pickle is written by name and read by permission."""
+    number, body = encode({1, 2}, "pickle")
+    assert decode(number, body, allow_pickle=True) == {1, 2}
+    with pytest.raises(UndecodablePayload, match="allow_pickle_from"):
+        decode(number, body)
+    with pytest.raises(UndecodablePayload):
+        decode(number, b"no pickle", allow_pickle=True)
+    with pytest.raises(PayloadError):
+        encode(lambda: None, "pickle")
+
+
+@pytest.mark.parametrize(("codec", "body"), [(2, b"{"), (2, b"\xff"), (2, b"[" * 100_000), (4, b""), (127, b"")])
+def test_bodies_that_are_not_what_they_say(codec: int, body: bytes) -> None:
+    """UndecodablePayload, whatever the reason."""
+    with pytest.raises(UndecodablePayload):
+        decode(codec, body)
+
+
+def test_msgpack_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package both directions say what is missing."""
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with pytest.raises(PayloadError, match="msgpack package"):
+        encode({}, "msgpack")
+    with pytest.raises(UndecodablePayload, match="msgpack package"):
+        decode(3, b"")
+
+
+def test_msgpack_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package both directions use it, and its errors become ours."""
+
+    def fail(payload: object) -> bytes:
+        raise TypeError("no")
+
+    module = types.SimpleNamespace(packb=lambda payload: b"packed", unpackb=lambda body: ["unpacked"])
+    monkeypatch.setitem(sys.modules, "msgpack", module)
+    assert encode({}, "msgpack") == (3, b"packed")
+    assert decode(3, b"packed") == ["unpacked"]
+    module.packb = module.unpackb = fail
+    with pytest.raises(PayloadError):
+        encode({}, "msgpack")
+    with pytest.raises(UndecodablePayload):
+        decode(3, b"")
+
+
+class Owner:
+    """A client that trusts bob."""
+
+    allow_pickle_from = frozenset({"bob"})
+
+
+def test_message_decodes_once_and_lazily() -> None:
+    """A broken payload hurts only who looks at it; a good one is decoded at the first look."""
+    broken = Message(1, 7, "bob", 2, b"{", Owner())
+    assert (broken.id, broken.body, len(broken), bool(Message(1, 0, "bob", 0, b"", Owner()))) == (7, b"{", 1, True)
+    with pytest.raises(UndecodablePayload):
+        _ = broken.payload
+    good = Message(1, 7, "bob", 2, b"[1]", Owner())
+    assert good.payload is good.payload
+
+
+@pytest.mark.parametrize(("sender", "trusted"), [("bob", True), ("bob/x1", True), ("bobby", False), ("alice", False)])
+def test_trust_goes_by_name(sender: str, trusted: bool) -> None:
+    """Every connection of a trusted name is trusted, and no other name."""
+    number, body = encode((1, 2), "pickle")
+    message = Message(1, 0, sender, number, body, Owner())
+    if trusted:
+        assert message.payload == (1, 2)
+    else:
+        with pytest.raises(UndecodablePayload):
+            _ = message.payload
+
+
+def test_text_of_a_message() -> None:
+    """text() reads raw UTF-8 and JSON strings, and refuses what is no text."""
+    assert Message(1, 0, "bob", 0, "ä".encode(), Owner()).text() == "ä"
+    assert Message(1, 0, "bob", 2, b'"\\u00e4"', Owner()).text() == "ä"
+    assert Message(1, 0, "bob", 2, b"[1]", Owner()).text() == "[1]"
+    with pytest.raises(UndecodablePayload):
+        Message(1, 0, "bob", 0, b"\xff", Owner()).text()
+
+
+def test_repr_shows_no_body() -> None:
+    """A message in a log tells who and how much, not what."""
+    shown = repr(Message(5, 7, "bob", 0, b"secret", Owner(), "a.b"))
+    assert "secret" not in shown
+    assert all(word in shown for word in ("EVENT", "7", "bob", "a.b", "6 bytes"))
+
+
+def test_ttl_goes_into_the_extension() -> None:
+    """The caller's own keys stay."""
+    given_extension = {"k": 1}
+    assert with_ttl(given_extension, 2.5) == {"k": 1, "ttl": 2.5}
+    assert given_extension == {"k": 1}
+    assert (with_ttl(None, None), with_ttl(None, 0)) == (None, {"ttl": 0})
+    with pytest.raises(ValueError, match="seconds"):
+        with_ttl(None, -1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic", "fits"),
+    [
+        ("a.b", "a.b", True),
+        ("a.b", "a.c", False),
+        ("a.*", "a.b", True),
+        ("a.*", "a", False),
+        ("a.*", "a.b.c", False),
+        ("*.b", "a.b", True),
+        (">", "a", True),
+        (">", "a.b.c", True),
+        ("a.>", "a", False),
+        ("a.>", "a.b.c", True),
+        ("a.*.>", "a.b", False),
+        ("a.*.>", "a.b.c", True),
+        ("a*", "ab", False),
+    ],
+)
+def test_topics_and_patterns(pattern: str, topic: str, fits: bool) -> None:
+    """``*`` is one token, a final ``>`` one or more; anything else is itself."""
+    assert matches(pattern, topic) is fits
+    assert has_wildcard(pattern) is (pattern not in ("a.b", "a*"))

@@ -1,0 +1,44 @@
+"""How many bytes are held, however items are taken."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd_client.inbox import Gauge, Inbox
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 100), st.integers(0, 6)), max_size=30))
+def test_held_bytes_are_those_of_batches_not_taken_whole(steps: list[tuple[int, int, int]]) -> None:
+    """After settling, exactly the batches that still have an item in the queue are counted."""
+    gauge = Gauge(10)
+    inbox: Inbox[tuple[int, int]] = Inbox(gauge)
+    sizes = {}
+    for number, (count, size, taken) in enumerate(steps):
+        sizes[number] = size
+        inbox.put([(number, index) for index in range(count)], size)
+        for _ in range(min(taken, len(inbox.items))):
+            inbox.items.popleft()
+        inbox.settle()
+        left = {batch for batch, _ in inbox.items}
+        assert gauge.held == sum(sizes[batch] for batch in left)
+        # Taking down to the mark frees something.
+        if inbox.items:
+            assert 0 <= inbox.mark < len(inbox.items)
+    inbox.clear()
+    assert (gauge.held, inbox.mark) == (0, -1)
+
+
+def test_full_above_the_limit_of_all_inboxes_together() -> None:
+    """The limit is the client's, not each inbox's; taking frees it again."""
+    gauge = Gauge(10)
+    one: Inbox[int] = Inbox(gauge)
+    two: Inbox[int] = Inbox(gauge)
+    one.put([1], 6)
+    assert not gauge.weigh((one, two), limit=10)
+    two.put([2], 6)
+    assert gauge.weigh((one, two), limit=10)
+    assert gauge.full
+    one.items.popleft()
+    assert not gauge.weigh((one, two), limit=10)
+    assert gauge.held == 6

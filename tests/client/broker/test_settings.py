@@ -1,0 +1,74 @@
+"""What connect() is given, and what it finds in the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokerd_client.errors import AddressError, InvalidKey, InvalidName
+from brokerd_client.settings import DEFAULT_ADDRESS, Settings, resolve
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the one who runs the tests is seen."""
+    for name in ("ADDRESS", "NAME", "KEY_FILE"):
+        monkeypatch.delenv(f"BROKERD_{name}", raising=False)
+
+
+def settle(**given: Any) -> Settings:
+    """Resolve with defaults."""
+    defaults = {"address": None, "name": None, "key": None, "key_file": None, "timeout": 1.0}
+    options = {"reconnect": True, "allow_pickle_from": (), "inbox": 100}
+    return resolve(**{**defaults, **options, **given})
+
+
+def test_defaults_without_an_environment() -> None:
+    """The system's socket, no name, the key given."""
+    found = settle(key="k")
+    assert (str(found.address), found.name, found.key) == (DEFAULT_ADDRESS, "", b"k")
+
+
+def test_environment_fills_in_and_arguments_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A variable is used where the argument is missing, and only there."""
+    (tmp_path / "key").write_bytes(b"from file\n\n")
+    monkeypatch.setenv("BROKERD_ADDRESS", "localhost:6000")
+    monkeypatch.setenv("BROKERD_NAME", "alice")
+    monkeypatch.setenv("BROKERD_KEY_FILE", str(tmp_path / "key"))
+    found = settle()
+    assert (str(found.address), found.name, found.key) == ("localhost:6000", "alice", b"from file\n")
+    found = settle(address="@x", name="bob", key=b"k")
+    assert (str(found.address), found.name, found.key) == ("@x", "bob", b"k")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({}, InvalidKey, "BROKERD_KEY_FILE"),
+        ({"key": ""}, InvalidKey, "empty"),
+        ({"key": "k", "key_file": "f"}, InvalidKey, "not both"),
+        ({"key_file": "/nowhere/at/all"}, InvalidKey, "/nowhere/at/all"),
+        ({"key": "k", "name": "-"}, InvalidName, "client name"),
+        ({"key": "k", "address": "[:"}, AddressError, "address"),
+        ({"key": "k", "inbox": 0}, ValueError, "inbox"),
+        ({"key": "k", "allow_pickle_from": "bob"}, TypeError, "list"),
+    ],
+)
+def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], says: str) -> None:
+    """Each mistake is refused before anything is opened, and the message says what would be right."""
+    with pytest.raises(error, match=says):
+        settle(**given)
+
+
+def test_empty_key_file(tmp_path: Path) -> None:
+    """A file that holds nothing but a newline holds no key."""
+    (tmp_path / "key").write_bytes(b"\n")
+    with pytest.raises(InvalidKey, match="is empty"):
+        settle(key_file=tmp_path / "key")
+
+
+def test_key_is_never_shown() -> None:
+    """A repr of the settings can be logged."""
+    assert "sesame" not in repr(settle(key="sesame"))
