@@ -1,0 +1,313 @@
+"""A network without sockets: does what brokerd.net does with the core's decisions, and nothing at once.
+
+A Peer is one connection. What the "system" takes of its outbox is said by ``room``: None takes everything, a
+number that many bytes more. Time stands still until :meth:`FakeNet.advance`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenConnected, WhenFull
+from brokerd.core import routing
+from brokerd.core.broker import Broker, Limits
+from brokerd.core.session import Session
+from brokerd.core.verdict import Verdict
+from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
+from brokerd_client.wire.framing import FrameReader, frame
+
+__all__ = ["FakeNet", "Peer", "client", "error_of"]
+
+#: More than any frame of the tests.
+_NO_LIMIT = 1 << 62
+
+
+def client(name: str, **changes: Any) -> ClientConfig:
+    """Return a configured client that may do everything; patterns may be given as text."""
+    values: dict[str, Any] = {
+        "name": name,
+        "keys": (),
+        "connections": 1,
+        "send_to": ("*",),
+        "publish": (">",),
+        "subscribe": (">", "$broker.>"),
+        "queue": 1 << 20,
+        "when_full": WhenFull.WAIT,
+        "when_connected": WhenConnected.REFUSE,
+        "rate": RateConfig(None, None),
+        "allow_md5": False,
+        "peer_uid": None,
+        "admin": False,
+        "source": Source("test.yaml", 1),
+    }
+    values |= changes
+    for rules in ("send_to", "publish", "subscribe"):
+        values[rules] = tuple(Rule(rule) if isinstance(rule, str) else rule for rule in values[rules])
+    return ClientConfig(**values)
+
+
+def error_of(envelope: Envelope) -> str:
+    """Return the code of an ERROR."""
+    assert envelope.kind is Kind.ERROR
+    code = json.loads(envelope.payload)["code"]
+    assert isinstance(code, str)
+    return code
+
+
+class Peer:
+    """One connection and the client behind it.
+
+    room: bytes the system still takes, None for all. got: frames that arrived whole and were not looked at yet.
+    gone: why the connection ended, or "". stream: every byte taken, for tests of what lies in it.
+    """
+
+    def __init__(self, net: FakeNet, name: str) -> None:
+        self.net = net
+        self.name = name
+        self.session: Session
+        self.room: int | None = None
+        self.got: list[Envelope] = []
+        self.gone = ""
+        self.stream = bytearray()
+        self.tail = b""
+        self.reading = True
+        self.writing = False
+        self._reader = FrameReader()
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.session.address}>"
+
+    @property
+    def address(self) -> str:
+        """How others reach exactly this connection."""
+        return self.session.address
+
+    @property
+    def held(self) -> bool:
+        """Whether the broker reads nothing from it because somebody has no room."""
+        return self.session.held_by is not None
+
+    # What the client does
+
+    def send_bytes(self, data: bytes, step: int | None = None) -> None:
+        """Send bytes as they are, in segments of ``step``."""
+        for start in range(0, len(data), step or max(1, len(data))):
+            self.net.arrive(self, data[start : start + step] if step else data)
+
+    def send(self, envelope: Envelope, step: int | None = None) -> None:
+        """Send one frame."""
+        self.send_bytes(frame(encode(envelope)), step)
+
+    def message(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+        """Send a MESSAGE."""
+        self.send(Envelope(Kind.MESSAGE, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+
+    def request(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+        """Send a REQUEST."""
+        self.send(Envelope(Kind.REQUEST, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+
+    def reply(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+        """Send a REPLY."""
+        self.send(Envelope(Kind.REPLY, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+
+    def publish(self, topic: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+        """Send an EVENT."""
+        self.send(Envelope(Kind.EVENT, id, "", payload, topic=topic, flags=Flag.RECEIPT if receipt else 0, **rest))
+
+    def op(self, op: str, id: int = 0, **arguments: Any) -> None:
+        """Ask ``$broker``."""
+        self.request(BROKER, json.dumps({"op": op, **arguments}).encode(), id, codec=2)
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Ask ``$broker`` and return its REPLY; the client has to be reading and to have looked at all it got."""
+        self.op(op, **arguments)
+        (answer,) = self.take()
+        assert answer.kind is Kind.REPLY, answer.payload
+        assert answer.name == BROKER
+        reply = json.loads(answer.payload)
+        assert isinstance(reply, dict)
+        return reply
+
+    def take(self) -> list[Envelope]:
+        """Return and forget what arrived."""
+        got, self.got = self.got, []
+        return got
+
+    def payloads(self) -> list[bytes]:
+        """Return and forget what arrived, payloads only."""
+        return [envelope.payload for envelope in self.take()]
+
+    def error(self) -> tuple[int, str]:
+        """Return (id, code) of the one ERROR that arrived."""
+        (envelope,) = self.take()
+        assert envelope.name == BROKER
+        return envelope.id, error_of(envelope)
+
+    def block(self, room: int = 0) -> None:
+        """Stop reading: the system takes ``room`` bytes more."""
+        self.room = room
+
+    def read(self, size: int | None = None) -> None:
+        """Read on: the system takes ``size`` bytes more, or everything from now on."""
+        self.room = None if size is None else (self.room or 0) + size
+        if self.writing:
+            self.net.on_writable(self)
+
+    def leave(self, why: str = "closed by the client") -> None:
+        """End the connection."""
+        self.net.lost(self, why)
+
+    # What the system does
+
+    def take_bytes(self, size: int) -> int:
+        """Take up to ``size`` bytes of the outbox; return how many."""
+        outbox = self.session.outbox
+        limit = size if self.room is None else min(size, self.room)
+        data = b"".join(outbox.pieces())[:limit]
+        if self.room is not None:
+            self.room -= len(data)
+        outbox.sent(len(data))
+        self.stream += data
+        self._reader.feed(data)
+        while (body := self._reader.next_frame(_NO_LIMIT)) is not None:
+            self.got.append(parse(body))
+        return len(data)
+
+
+class FakeNet:
+    """The broker, its connections and the time."""
+
+    def __init__(self, *configs: ClientConfig, limits: Limits | None = None) -> None:
+        self.now = 1000.0
+        self.broker = Broker(configs, limits=limits, version="test", now_wall=self.now)
+        self.peers: list[Peer] = []
+        self._instances = 0
+        self._settling = False
+
+    def connect(self, name: str) -> Peer:
+        """Let a client in. There has to be room, or somebody to be replaced."""
+        peer = self.try_connect(name)
+        assert peer is not None, f"{name} is not let in"
+        return peer
+
+    def try_connect(self, name: str) -> Peer | None:
+        """Let a client in; return None where the broker refuses it."""
+        there, leaving = self.broker.place_for(name)
+        if not there:
+            return None
+        if leaving is not None:
+            self.lost(leaving.link, "replaced by a new connection")
+        peer = Peer(self, name)
+        self._instances += 1
+        instance = f"i{self._instances}"
+        peer.session = self.broker.attach(name, instance, peer="test", now_wall=self.now, link=peer)
+        self.peers.append(peer)
+        self.settle()
+        return peer
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+        self.broker.tick(self.now)
+        self.settle()
+
+    def arrive(self, peer: Peer, data: bytes) -> None:
+        """Have bytes arrive from the peer: routed at once, or kept while it is not read from."""
+        if peer.gone:
+            return
+        peer.tail += data
+        if peer.reading:
+            self._route(peer)
+
+    def _route(self, peer: Peer) -> None:
+        data, peer.tail = peer.tail, b""
+        # Something lies before and behind, as in a buffer that others use too.
+        view = memoryview(b"\x01\x02" + data + b"\x03" * 20)
+        position, end = 2, 2 + len(data)
+        while True:
+            position, verdict = routing.feed(self.broker, peer.session, view, position, end, self.now)
+            if verdict is not Verdict.FLUSH:
+                break
+            self.write_touched()
+            if peer.gone or peer.session.closing:
+                verdict = Verdict.CLOSE
+                break
+        if not peer.gone:
+            if verdict is Verdict.CLOSE:
+                peer.reading = False
+            else:
+                peer.tail = bytes(view[position:end])
+                peer.reading = verdict is not Verdict.HOLD
+        self.settle()
+
+    def write_touched(self) -> None:
+        """Offer every touched outbox to the system."""
+        touched = self.broker.touched
+        while touched:
+            session = touched.pop()
+            session.outbox.touched = False
+            peer: Peer = session.link
+            if not session.open:
+                continue
+            if session.cut:
+                self.lost(peer, session.closing)
+            elif not (session.outbox.blocked and peer.writing):
+                self.write(peer)
+
+    def write(self, peer: Peer) -> None:
+        """Offer the peer's outbox to the system."""
+        outbox = peer.session.outbox
+        peer.take_bytes(_NO_LIMIT)
+        outbox.blocked = peer.writing = bool(outbox.pieces())
+        if peer.session.closing:
+            peer.reading = False
+            if not outbox.blocked:
+                self.lost(peer, peer.session.closing)
+
+    def on_writable(self, peer: Peer) -> None:
+        """The system takes bytes again."""
+        self.write(peer)
+        if not peer.gone:
+            self.broker.drained(peer.session)
+        self.settle()
+
+    def settle(self) -> None:
+        """Carry out what the core decided."""
+        if self._settling:
+            return
+        self._settling = True
+        broker = self.broker
+        while broker.touched or broker.released:
+            self.write_touched()
+            released, broker.released = broker.released, []
+            for session in released:
+                peer: Peer = session.link
+                if not peer.gone and not session.closing:
+                    peer.reading = True
+                    self._route(peer)
+        self._settling = False
+
+    def lost(self, peer: Peer, why: str) -> None:
+        """End the peer's connection."""
+        if peer.gone:
+            return
+        peer.gone = why
+        peer.reading = False
+        self.peers.remove(peer)
+        self.broker.detach(peer.session, self.now)
+        self.settle()
+
+    def leftovers(self) -> Mapping[str, object]:
+        """Return what the broker still holds for connections; all of it is empty once they are gone."""
+        broker = self.broker
+        found: dict[str, object] = {
+            "sessions": list(broker.exchange.sessions()),
+            "subscriptions": len(broker.topics),
+            "tree": broker.topics._root.children,
+            "held": broker._held,
+            "touched": [session for session in broker.touched if session.open],
+            "released": [session for session in broker.released if session.open],
+        }
+        return {what: value for what, value in found.items() if value}
