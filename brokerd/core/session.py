@@ -103,7 +103,10 @@ class Session:
         """Return what the routing loop remembers of earlier frames, emptied where it is no longer true.
 
         By recipient: the seat a message goes to. By topic: the outboxes an event goes to.
+        A frame that the broker has begun with goes back to it, not past it: then nothing is remembered.
         """
+        if self.charged:
+            return {}, {}
         if self.generation != broker.generation:
             self.generation = broker.generation
             self.routes.clear()
