@@ -11,6 +11,7 @@ import sys
 
 if sys.platform == "win32":
     import _winapi
+    import contextlib
     import io
     import threading
     import time
@@ -146,6 +147,9 @@ if sys.platform == "win32":
             connecting, self._connecting = self._connecting, None
             if connecting is not None:
                 connecting.cancel()
+                with contextlib.suppress(OSError):
+                    # Until this returns the system may still write into the memory of ``connecting``.
+                    connecting.GetOverlappedResult(True)
             if handle is not None:
                 _winapi.CloseHandle(handle)
             self._bell.close()
