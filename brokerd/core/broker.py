@@ -151,6 +151,7 @@ class Broker:
             self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
         session.owed.clear()
         session.routes.clear()
+        self._leave_behind(session)
         self._count(session)
         if not client.online:
             client.changed_at = now_wall
@@ -160,17 +161,31 @@ class Broker:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
             self.totals[counter] += getattr(session, counter)
 
+    def _leave_behind(self, session: Session) -> None:
+        """Have nobody who comes later under the same address hear what becomes of this session's messages."""
+        for client in session.reached:
+            for each in client.sessions.values():
+                if isinstance(each.outbox, StreamOutbox):
+                    each.outbox.sender_left(session.stamp)
+        session.reached.clear()
+
+    def _sender_of(self, queued: Queued, name: str) -> Session | None:
+        """Return the session that a waiting frame came from, or None when that is gone."""
+        if queued.sender is not None:
+            sender: Session = queued.sender
+            return sender if sender.open else None
+        return None if queued.orphaned else self.exchange.find(name)
+
     def _give_back(self, session: Session, queued: Queued) -> None:
         """Find another way for a frame that its recipient did not take, or tell its sender."""
         body = memoryview(queued.frame)[4:]
         envelope, _ = split(body)
         if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
             return
-        sender = self.exchange.find(envelope.name)
-        if envelope.kind is Kind.REQUEST:
+        sender = self._sender_of(queued, envelope.name)
+        if envelope.kind is Kind.REQUEST and sender is not None:
             session.owed.pop((envelope.name, envelope.id), None)
-            if sender is not None:
-                sender.asked.pop((envelope.id, session.address), None)
+            sender.asked.pop((envelope.id, session.address), None)
         other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
         if other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame)):
             other.outbox.put(queued)
@@ -238,6 +253,9 @@ class Broker:
             self.draining = True
             self.generation += 1
             self.announce("$broker.draining", b"{}")
+            # Who was held for room hears now that it is too late.
+            for session in list(self._held):
+                self._release(session)
 
     @property
     def next_deadline(self) -> float | None:
@@ -368,13 +386,15 @@ class Broker:
         wants_receipt = bool(envelope.flags & _RECEIPT)
         head = _head(source, envelope, size)
         if isinstance(outbox, FrameOutbox):
-            outbox.put(Queued(b"".join((head, rest)), receipt=wants_receipt, pinned="/" in envelope.name))
+            pinned = "/" in envelope.name
+            outbox.put(Queued(b"".join((head, rest)), receipt=wants_receipt, pinned=pinned, sender=source))
         else:
             outbox.tail += head
             outbox.tail += rest
             outbox.frames += 1
             outbox.size += size
         self.touch(target)
+        source.reached.add(target.client)
         if envelope.kind is Kind.REQUEST:
             self._expect_answer(source, target, envelope.id)
         if wants_receipt:
@@ -402,11 +422,10 @@ class Broker:
     def _tell_dropped(self, target: Session, queued: Queued) -> None:
         envelope, _ = split(memoryview(queued.frame)[4:])
         self.dropped += 1
-        sender = self.exchange.find(envelope.name)
-        if envelope.kind is Kind.REQUEST:
+        sender = self._sender_of(queued, envelope.name)
+        if envelope.kind is Kind.REQUEST and sender is not None:
             target.owed.pop((envelope.name, envelope.id), None)
-            if sender is not None:
-                sender.asked.pop((envelope.id, target.address), None)
+            sender.asked.pop((envelope.id, target.address), None)
         if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
             message = f"{target.address} does not read; the message made room for a newer one"
             self.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)

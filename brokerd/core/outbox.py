@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from brokerd.core.routing import Tail
+from brokerd_client.wire.envelope import HEADER
 from brokerd_client.wire.framing import frame_span
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
@@ -35,7 +36,7 @@ class StreamOutbox(Tail):
     stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
     """
 
-    __slots__ = ("_head", "_older", "_older_bytes", "blocked", "limit", "stalled")
+    __slots__ = ("_head", "_left", "_older", "_older_bytes", "_taken", "blocked", "limit", "stalled")
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -45,8 +46,11 @@ class StreamOutbox(Tail):
         self.stalled = False
         self._older: deque[bytearray] = deque()
         self._older_bytes = 0
-        #: Bytes of the first chunk that the system has taken.
+        #: Bytes of the first chunk that the system has taken, and of all chunks before it.
         self._head = 0
+        self._taken = 0
+        #: By the stamp of a sender that is gone: where in the stream its last bytes may lie.
+        self._left: dict[bytes, int] = {}
 
     @property
     def waiting(self) -> int:
@@ -71,6 +75,14 @@ class StreamOutbox(Tail):
         self.tail += frame
         self.frames += 1
         self.size += len(frame)
+
+    def sender_left(self, stamp: bytes) -> None:
+        """Remember that what waits here under this stamp is from a connection that is gone.
+
+        The next connection with that address is not to hear of it.
+        """
+        if self.waiting:
+            self._left[stamp] = self._taken + self._older_bytes + len(self.tail)
 
     def _make_room(self, size: int) -> None:
         if self.tail and len(self.tail) + size > CHUNK:
@@ -107,10 +119,13 @@ class StreamOutbox(Tail):
         while self._older and head >= len(self._older[0]):
             chunk = self._older.popleft()
             self._older_bytes -= len(chunk)
+            self._taken += len(chunk)
             head -= len(chunk)
         if not self._older and head >= len(self.tail):
+            self._taken += len(self.tail)
             # A new object, not clear(): the one handed out by pieces() may still be looked at.
             self.tail = bytearray()
+            self._left.clear()
             head = 0
         self._head = head
         self._set_room()
@@ -118,25 +133,38 @@ class StreamOutbox(Tail):
     def take_unsent(self) -> list[Queued]:
         """Return every frame the system did not take whole, oldest first, and forget them."""
         head, chunks = self._head, [*self._older, self.tail]
+        at, left = self._taken, self._left
+        self._left = {}
         self._older.clear()
         self._older_bytes = self._head = 0
         self.tail = bytearray()
         self._set_room()
         queued: list[Queued] = []
         for chunk in chunks:
-            queued += (Queued(bytes(chunk[start:end])) for start, end in _frames(chunk) if end > head)
+            for start, body, end in _frames(chunk):
+                if end > head:
+                    orphaned = bool(left) and at + end <= left.get(_stamp(chunk, body), 0)
+                    queued.append(Queued(bytes(chunk[start:end]), orphaned=orphaned))
+            at += len(chunk)
             head = 0
+        self._taken = at
         return queued
 
 
-def _frames(chunk: bytearray) -> Iterator[tuple[int, int]]:
-    """Yield where each frame of a chunk begins and ends, length prefix included."""
+def _stamp(chunk: bytearray, body: int) -> bytes:
+    """Return the sender's name in the frame whose body begins there."""
+    name_size = HEADER.unpack_from(chunk, body)[3]
+    return bytes(chunk[body + HEADER.size : body + HEADER.size + name_size])
+
+
+def _frames(chunk: bytearray) -> Iterator[tuple[int, int, int]]:
+    """Yield where each frame of a chunk begins, where its body does, and where it ends."""
     start = 0
     while start < len(chunk):
         span = frame_span(chunk, start, len(chunk))
         assert span is not None, "a chunk holds whole frames"
         end = sum(span)
-        yield start, end
+        yield start, span[0], end
         start = end
 
 
@@ -146,11 +174,14 @@ class Queued:
 
     frame: length prefix included. receipt: its sender asked for a RECEIPT.
     pinned: it was sent to this very connection, not to its name.
+    sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
     """
 
     frame: bytes
     receipt: bool = False
     pinned: bool = False
+    sender: Any = None
+    orphaned: bool = False
 
 
 class FrameOutbox(Tail):

@@ -38,6 +38,7 @@ class Session:
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
     asked: its own requests not answered yet, by (id, address of who was asked).
+    reached: whom it has sent something that the broker may have to answer for.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class Session:
         "outbox",
         "owed",
         "peer",
+        "reached",
         "routes",
         "since",
         "skip",
@@ -94,6 +96,7 @@ class Session:
         self.waiters: dict[Session, None] = {}
         self.owed: dict[tuple[str, int], Session] = {}
         self.asked: dict[tuple[int, str], Session] = {}
+        self.reached: set[Client] = set()
         self.subscriptions: set[tuple[str, str | None]] = set()
         self.messages_in = 0
         self.bytes_in = 0

@@ -27,3 +27,37 @@ def test_a_frame_after_a_held_one_begins_anew() -> None:
 
     assert ann.take() == []
     assert bob.payloads()[-1] == b"in time"
+
+
+@pytest.mark.parametrize("when_full", [WhenFull.WAIT, WhenFull.DROP_OLDEST])
+def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(when_full: WhenFull) -> None:
+    """A connection hears of its own messages only, though an earlier one with its name had the same ids."""
+    net = FakeNet(client("ann"), client("bob", when_full=when_full))
+    first, bob = net.connect("ann"), net.connect("bob")
+    bob.block(5)
+    first.message("bob", b"from the first", 1)
+    first.request("bob", b"from the first", 2)
+    first.leave()
+    second = net.connect("ann")
+    second.message("bob", b"from the second", 1)
+    second.request("bob", b"from the second", 2)
+
+    bob.leave()
+
+    assert [(each.id, error_of(each)) for each in second.take()] == [(1, "offline"), (2, "offline")]
+    assert net.broker.dropped == 2
+
+
+def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
+    """The bytes of a sender that went are told from its successor's by their place, however many passed since."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    ann.message("bob", b"x" * 200_000)
+    ann.leave()
+    second = net.connect("ann")
+    second.message("bob", b"y" * 1000, 3)
+    bob.read(200_100)
+    second.message("bob", b"z" * 1000, 4)
+    bob.leave()
+    assert [each.id for each in second.take()] == [3, 4]
