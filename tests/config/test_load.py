@@ -299,6 +299,18 @@ def test_a_mistake_in_an_entry_hides_no_other() -> None:
     ]
 
 
+def test_many_slips_in_a_large_file_take_no_time_without_measure() -> None:
+    """Of thousands of unknown names among thousands of clients each is reported, and the first have a guess."""
+    count = 3000
+    entries = "".join(f"  client-{n}: {{key: k{n}, send_to: [klient-{n}]}}\n" for n in range(count))
+
+    lines = lines_of(GOOD + "clients:\n" + entries)
+
+    assert len(lines) == count
+    assert lines[0].endswith("(did you mean 'client-0'?)")
+    assert 0 < sum("did you mean" in line for line in lines) <= 200_000 // count
+
+
 def test_an_anchors_mistake_is_said_once() -> None:
     """What is wrong in an anchor is one line, however many entries merge it."""
     text = (
