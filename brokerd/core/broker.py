@@ -387,7 +387,9 @@ class Broker:
         head = _head(source, envelope, size)
         if isinstance(outbox, FrameOutbox):
             pinned = "/" in envelope.name
-            outbox.put(Queued(b"".join((head, rest)), receipt=wants_receipt, pinned=pinned, sender=source))
+            kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
+            whole = b"".join((head, rest))
+            outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept))
         else:
             outbox.tail += head
             outbox.tail += rest
@@ -412,9 +414,11 @@ class Broker:
                 return self._hold(source, target, source.hold_deadline)
             outbox.stalled = True
         elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
-            for queued in outbox.drop_oldest(size):
+            dropped = outbox.drop_oldest(size)
+            for queued in dropped or ():
                 self._tell_dropped(target, queued)
-            return Verdict.NEXT
+            if dropped is not None:
+                return Verdict.NEXT
         elif when_full is WhenFull.DISCONNECT:
             self.close(target, "its queue is full and it does not read", cut=True)
         return Verdict.CLOSE
@@ -469,7 +473,11 @@ class Broker:
             whole = b"".join((_head(source, envelope, size), rest))
             for target in targets:
                 if target not in left_out:
-                    self._pass_on(target, whole)
+                    if isinstance(target.outbox, FrameOutbox):
+                        target.outbox.put(Queued(whole))
+                    else:
+                        target.outbox.append(whole)
+                    self.touch(target)
         if envelope.flags & _RECEIPT:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         elif source.client.meter is None:

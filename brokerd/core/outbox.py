@@ -175,6 +175,7 @@ class Queued:
     frame: length prefix included. receipt: its sender asked for a RECEIPT.
     pinned: it was sent to this very connection, not to its name.
     sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
+    kept: it is never dropped for a newer one: an answer to what the recipient sent itself.
     """
 
     frame: bytes
@@ -182,6 +183,7 @@ class Queued:
     pinned: bool = False
     sender: Any = None
     orphaned: bool = False
+    kept: bool = False
 
 
 class FrameOutbox(Tail):
@@ -211,8 +213,8 @@ class FrameOutbox(Tail):
         return not self._waiting or self._waiting + size <= self.limit + beyond
 
     def append(self, frame: bytes) -> None:
-        """Append one whole frame, whatever the quota says."""
-        self.put(Queued(frame))
+        """Append one whole frame of the broker's own, whatever the quota says."""
+        self.put(Queued(frame, kept=True))
 
     def put(self, queued: Queued) -> None:
         """Append one whole frame with what is to be remembered of it."""
@@ -243,19 +245,30 @@ class FrameOutbox(Tail):
             head -= len(self._queue.popleft().frame)
         self._head = head
 
-    def drop_oldest(self, size: int) -> list[Queued]:
+    def drop_oldest(self, size: int) -> list[Queued] | None:
         """Drop the oldest frames until ``size`` more bytes fit the quota, and return them.
 
-        A frame of which the system has taken a part stays: its end must follow.
+        A frame of which the system has taken a part stays, since its end must follow; when nothing else
+        is left, there is room for any frame. None: what may be dropped is not enough, and nothing was.
         """
-        kept = self._queue.popleft() if self._head and self._queue else None
-        dropped: list[Queued] = []
-        while self._queue and self._waiting + size > self.limit:
-            oldest = self._queue.popleft()
-            self._waiting -= len(oldest.frame)
-            dropped.append(oldest)
-        if kept is not None:
-            self._queue.appendleft(kept)
+        queue = self._queue
+        begun = [queue.popleft()] if self._head else []
+        passed: list[Queued] = []
+        kept: list[Queued] = []
+        excess = self._waiting + size - self.limit
+        while queue and excess > 0:
+            oldest = queue.popleft()
+            passed.append(oldest)
+            if oldest.kept:
+                kept.append(oldest)
+            else:
+                excess -= len(oldest.frame)
+        enough = excess <= 0 or not kept
+        queue.extendleft(reversed(begun + (kept if enough else passed)))
+        if not enough:
+            return None
+        dropped = [queued for queued in passed if not queued.kept]
+        self._waiting -= sum(len(queued.frame) for queued in dropped)
         return dropped
 
     def take_unsent(self) -> list[Queued]:

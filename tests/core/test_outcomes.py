@@ -61,3 +61,35 @@ def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
     second.message("bob", b"z" * 1000, 4)
     bob.leave()
     assert [each.id for each in second.take()] == [3, 4]
+
+
+def test_a_client_that_drops_the_oldest_never_loses_an_answer() -> None:
+    """Answers to what a client sent itself are not dropped for newer messages: they are its outcomes."""
+    net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=500), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 5)
+    ann.block()
+    bob.reply("ann", b"!", 5)
+    ann.message("bob", b"", 6, receipt=True)
+    ann.message("nobody", b"", 7)
+    for number in range(50):
+        bob.message("ann", b"%2d" % number * 10)
+    ann.read()
+
+    got = ann.take()
+
+    assert [(each.kind, each.id) for each in got[:3]] == [(Kind.REPLY, 5), (Kind.RECEIPT, 6), (Kind.ERROR, 7)]
+    assert got[-1].payload == b"49" * 10
+
+
+def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
+    """A message that finds no room although nothing may be dropped is refused, and nothing was dropped for it."""
+    net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=150), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.block()
+    ann.message("nobody", b"", 1)
+    bob.message("ann", b"small", 2)
+    bob.message("ann", b"x" * 140, 3, receipt=True)
+    assert bob.error() == (3, "full")
+    ann.read()
+    assert [each.id for each in ann.take()] == [1, 2]
