@@ -358,6 +358,9 @@ class Broker:
         if target is None:
             return self._refused(source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected")
         verdict = self._deliver(source, target, envelope, frame, now)
+        if verdict is Verdict.CLOSE:
+            message = f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
+            return self._refused(source, envelope, ErrorCode.FULL, message, target.address)
         if verdict is not Verdict.NEXT:
             return verdict
         if answered is not None:
@@ -368,7 +371,7 @@ class Broker:
         return Verdict.NEXT
 
     def _deliver(self, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
-        """Put a frame into the target's outbox, or do what its ``when_full`` says."""
+        """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
         rest = frame[HEADER.size + len(envelope.name) :]
         size = 4 + HEADER.size + len(source.stamp) + len(rest)
         outbox = target.outbox
@@ -377,12 +380,8 @@ class Broker:
                 self.touch(target)
                 return Verdict.FLUSH
             verdict = self._make_room(source, target, size, now)
-            if verdict is Verdict.HOLD:
+            if verdict is not Verdict.NEXT:
                 return verdict
-            if verdict is Verdict.CLOSE:
-                # Not the sender's connection: the target is being closed.
-                message = f"{target.address} does not read; its queue of {outbox.limit} bytes is full"
-                return self._refused(source, envelope, ErrorCode.FULL, message, target.address)
         wants_receipt = bool(envelope.flags & _RECEIPT)
         head = _head(source, envelope, size)
         if isinstance(outbox, FrameOutbox):

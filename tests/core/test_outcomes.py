@@ -93,3 +93,20 @@ def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
     assert bob.error() == (3, "full")
     ann.read()
     assert [each.id for each in ann.take()] == [1, 2]
+
+
+def test_a_reply_that_found_no_room_may_be_given_again() -> None:
+    """A request stays unanswered while its REPLY is refused: it may be repeated, and goes with the responder."""
+    net = FakeNet(client("ann", when_full=WhenFull.REFUSE, queue=60), client("bob", send_to=[]))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 9)
+    ann.block(1)
+    bob.reply("ann", b"x" * 10, 9)
+    ann.request("bob", b"?", 10)
+    bob.take()
+    bob.reply("ann", b"y" * 30, 10)
+    assert bob.error() == (10, "full")
+    ann.read()
+    bob.reply("ann", b"again", 10)
+    assert ann.payloads() == [b"x" * 10, b"again"]
+    assert bob.take() == []
