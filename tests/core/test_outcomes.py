@@ -6,6 +6,7 @@ import pytest
 from core.fakenet import FakeNet, client, error_of
 
 from brokerd.config.values import WhenFull
+from brokerd.core.broker import OUTCOME_RESERVE, Limits
 from brokerd_client.wire.envelope import Kind
 
 
@@ -110,3 +111,151 @@ def test_a_reply_that_found_no_room_may_be_given_again() -> None:
     bob.reply("ann", b"again", 10)
     assert ann.payloads() == [b"x" * 10, b"again"]
     assert bob.take() == []
+
+
+def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
+    """Errors about oversized frames count like any others: their sender is not read from until it reads."""
+    net = FakeNet(client("ann", queue=1000), limits=Limits(max_message=1))
+    ann = net.connect("ann")
+    ann.block()
+    while not ann.held:
+        ann.message("ann", b"xx", 1)
+        assert ann.session.outbox.waiting < 1000 + OUTCOME_RESERVE + 500
+    ann.message("ann", b"xx", 2)
+    ann.message("ann", b"", 3)
+    ann.read()
+    assert not ann.held
+    assert [each.id for each in ann.take()][-3:] == [1, 2, 3]
+
+
+def test_whoever_waited_longest_is_let_in_first() -> None:
+    """When there is room again, it goes to the sender whose message has waited longest, not to the one heard first."""
+    net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
+    ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
+    bob.block()
+    ann.message("bob", b"1" * 70)
+    net.advance(1)
+    ann.message("bob", b"2" * 70)
+    net.advance(1)
+    cid.message("bob", b"c" * 70)
+    ann.message("bob", b"3" * 70)
+    assert ann.held
+    assert cid.held
+    bob.read(89)
+    bob.read(89)
+    bob.read(89)
+    assert [payload[:1] for payload in bob.payloads()] == [b"1", b"2", b"c"]
+
+
+def test_who_waits_for_a_pool_goes_on_with_whichever_member_has_room() -> None:
+    """A sender held because a pool is full goes on as soon as any member reads, though another still does not."""
+    net = FakeNet(client("ann"), client("pool", connections=2, queue=100))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block()
+    two.block()
+    for _ in range(5):
+        ann.message("pool", b"x" * 40)
+    assert ann.held
+    dead, alive = (one, two) if ann.session.held_by is one.session else (two, one)
+    alive.read()
+    assert not ann.held
+    assert len(alive.take()) == 4
+    assert not dead.got
+
+
+def test_who_waits_for_a_pool_goes_on_with_a_new_member() -> None:
+    """A connection that joins a full pool takes what waits for room."""
+    net = FakeNet(client("ann"), client("pool", connections=2, queue=50))
+    ann, one = net.connect("ann"), net.connect("pool")
+    one.block()
+    for _ in range(2):
+        ann.message("pool", b"x" * 20)
+    assert ann.held
+    two = net.connect("pool")
+    assert not ann.held
+    assert len(two.take()) == 1
+
+
+def test_groups_take_turns_however_many_there_are() -> None:
+    """Members of two groups of equal size each get every other event."""
+    net = FakeNet(client("ann"), client("pool", connections=4))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(4)]
+    for index, member in enumerate(members):
+        member.ask("subscribe", topic="jobs", group="one" if index < 2 else "two")
+    for _ in range(4):
+        ann.publish("jobs")
+    assert [len(member.take()) for member in members] == [2, 2, 2, 2]
+
+
+def test_a_group_is_told_of_presence_through_a_member_that_may_see_it() -> None:
+    """A presence event goes to a member of the group that may know of the client, not to one that may not."""
+    net = FakeNet(client("ann"), client("cid", send_to=["ann"]), client("bob"))
+    cid, ann = net.connect("cid"), net.connect("ann")
+    for each in (cid, ann):
+        each.ask("subscribe", topic="$broker.>", group="watch")
+    for _ in range(4):
+        net.connect("bob").leave()
+    assert len(ann.take()) == 8
+    assert not cid.take()
+
+
+def test_a_group_member_with_room_is_preferred() -> None:
+    """An event goes to the member that can take it, though one that can't has fewer bytes waiting."""
+    small, large = client("small", queue=100), client("large")
+    net = FakeNet(client("ann"), small, large)
+    ann, small_peer, large_peer = net.connect("ann"), net.connect("small"), net.connect("large")
+    for each in (small_peer, large_peer):
+        each.ask("subscribe", topic="jobs", group="g")
+        each.block()
+    ann.message("small", b"x" * 50)
+    ann.message("large", b"x" * 500)
+    ann.publish("jobs", b"y" * 50)
+    assert not ann.held
+    large_peer.read()
+    assert len(large_peer.take()) == 2
+
+
+def test_a_smaller_queue_holds_at_once() -> None:
+    """A quota made smaller by a reload is the one that the next message meets."""
+    net = FakeNet(client("ann"), client("bob", queue=100_000, when_full=WhenFull.REFUSE))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    ann.message("bob", b"x" * 40, 1)
+    ann.message("bob", b"x" * 40, 2)
+    smaller = {"ann": client("ann"), "bob": client("bob", queue=150, when_full=WhenFull.REFUSE)}
+    net.broker.reconfigure(smaller, net.broker.limits, net.now)
+    ann.message("bob", b"", 3)
+    ann.message("bob", b"x" * 40, 4)
+    assert ann.error() == (4, "full")
+
+
+def test_a_request_to_the_broker_has_its_receipt() -> None:
+    """RECEIPT is promised for everything sent, and an operation is no exception."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    ann.request("$broker", b'{"op": "ping"}', 3, receipt=True)
+    ann.request("$broker", b"no operation", 4, receipt=True)
+    assert [(each.kind, each.id) for each in ann.take()] == [
+        (Kind.RECEIPT, 3),
+        (Kind.REPLY, 3),
+        (Kind.RECEIPT, 4),
+        (Kind.ERROR, 4),
+    ]
+
+
+def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() -> None:
+    """A client removed and configured again may have two connections for a moment; the older one's end ends its own."""
+    net = FakeNet(client("ann"), client("bob"))
+    old, bob = net.connect("ann"), net.connect("bob")
+    old.request("bob", b"?", 1)
+    (asked,) = bob.take()
+    net.broker.reconfigure({"bob": client("bob")}, net.broker.limits, net.now)
+    net.broker.reconfigure({"ann": client("ann"), "bob": client("bob")}, net.broker.limits, net.now)
+    new = net.connect("ann")
+    new.request("bob", b"?", 1)
+    old.leave()
+    bob.reply(asked.name, b"!", 1)
+    assert new.payloads() == [b"!"]
+    assert not bob.session.owed
+    assert not new.session.asked
