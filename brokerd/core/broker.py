@@ -289,10 +289,8 @@ class Broker:
 
     def handle(self, source: Session, frame: memoryview, now: float) -> Verdict:
         """Decide about one whole frame. frame: its body; it is only looked at, and copied where it is kept."""
-        outbox = source.outbox
-        if outbox.waiting > outbox.limit + OUTCOME_RESERVE:
-            # It does not read what became of its messages, so it may not send more of them.
-            return self._hold(source, source, float("inf")) if outbox.blocked else Verdict.FLUSH
+        if self._reads_nothing(source):
+            return self._until_it_reads(source)
         try:
             envelope, _ = split(frame)
         except MalformedEnvelope as error:
@@ -310,6 +308,13 @@ class Broker:
             source.charged = False
             source.hold_deadline = None
         return verdict
+
+    def _reads_nothing(self, source: Session) -> bool:
+        """Return whether so many outcomes of its messages wait that it may not send more of them."""
+        return source.outbox.waiting > source.outbox.limit + OUTCOME_RESERVE
+
+    def _until_it_reads(self, source: Session) -> Verdict:
+        return self._hold(source, source, float("inf")) if source.outbox.blocked else Verdict.FLUSH
 
     def _dispatch(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
         if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
@@ -532,10 +537,13 @@ class Broker:
         self.close(source, "malformed")
         return Verdict.CLOSE
 
-    def too_large(self, source: Session, id: int, name: str, size: int) -> None:
-        """Answer an oversized frame, which is being passed over. size: payload bytes it announced."""
+    def too_large(self, source: Session, id: int, name: str, size: int) -> Verdict:
+        """Answer an oversized frame; with NEXT it is to be passed over. size: payload bytes it announced."""
+        if self._reads_nothing(source):
+            return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"
         self.refuse(source, id, ErrorCode.TOO_LARGE, message, name)
+        return Verdict.NEXT
 
     def _refused(
         self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
