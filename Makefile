@@ -14,7 +14,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: ready-run ## run a broker with three example clients, and say what to type next
-	@$(BIN)/python tools/example_broker.py
+	@$(BIN)/python .ci/example_broker.py
 
 # The tests run even where the linters complain, and their closing line comes last; the status counts both.
 test: ready-test ## run all checks and tests
@@ -24,7 +24,7 @@ test: ready-test ## run all checks and tests
 	exit $$status
 
 test-all: lint coverage ## run every test, the slow ones too, on all supported Pythons found
-	@tools/test_all.sh $(VERSIONS)
+	@.ci/test_all.sh $(VERSIONS)
 
 lint: ready-test ## run ruff and mypy only
 	@status=0; \
@@ -43,7 +43,7 @@ clean: ## remove everything that was made here, the example clients' keys too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ready-run:
-	@tools/setup.sh $(VENV) run
+	@.ci/setup.sh $(VENV) run
 
 ready-test:
-	@tools/setup.sh $(VENV) test
+	@.ci/setup.sh $(VENV) test

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes a virtual environment ready and installs this checkout into it, editable; says nothing when nothing is to do.
 #
-#   tools/setup.sh VENV EXTRA [PYTHON]
+#   .ci/setup.sh VENV EXTRA [PYTHON]
 #
 # VENV:   the environment's directory, made where it does not exist.
 # EXTRA:  "run" for what the commands need, "test" for what the checks need too.

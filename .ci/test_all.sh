@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every test, the slow ones too, on each supported Python, each in an environment of its own (.venv-3.12 ...).
 #
-#   tools/test_all.sh VERSION...
+#   .ci/test_all.sh VERSION...
 #
 # An interpreter is found by its name, or among those of pyenv. One that is missing is named and skipped; it is
 # an error when all are.
@@ -34,7 +34,7 @@ for version in "$@"; do
     fi
     printf '\n== Python %s\n' "$version"
     ran=1
-    if tools/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m ""; then
+    if .ci/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m ""; then
         outcome="$outcome $version passed,"
     else
         outcome="$outcome $version FAILED,"
