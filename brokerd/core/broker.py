@@ -282,7 +282,7 @@ class Broker:
             self.released.append(session)
 
     def _release_waiters(self, target: Session) -> None:
-        for sender in list(target.waiters):
+        for sender in sorted(target.waiters, key=_held_since):
             self._release(sender)
 
     # One frame
@@ -554,6 +554,11 @@ class Broker:
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return Verdict.NEXT
+
+
+def _held_since(session: Session) -> float:
+    """Return what sorts held sessions by how long their frame has waited, the longest first."""
+    return float("inf") if session.hold_deadline is None else session.hold_deadline
 
 
 def _head(source: Session, envelope: Envelope, size: int) -> bytes:
