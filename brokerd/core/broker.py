@@ -123,6 +123,8 @@ class Broker:
         session = Session(client, instance, peer=peer, since=now_wall, link=link)
         first = not client.online
         client.add(session)
+        for member in client.sessions.values():
+            self._release_waiters(member)
         if first:
             client.changed_at = now_wall
             self._announce("online", client, now_wall)
@@ -214,8 +216,10 @@ class Broker:
 
     def drained(self, session: Session) -> None:
         """Say that the system took bytes of the session's outbox: who waits for room may try again."""
-        if session.waiters and session.outbox.waiting <= session.outbox.limit // 2:
-            self._release_waiters(session)
+        if session.outbox.waiting <= session.outbox.limit // 2:
+            # What was sent to a pool's name may go to any of its members.
+            for member in session.client.sessions.values():
+                self._release_waiters(member)
 
     def order(self, op: str, source: Session, id: int, arguments: dict[str, object]) -> None:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
