@@ -462,7 +462,7 @@ class Broker:
             return self._refused(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
         rest = frame[HEADER.size :]
         size = 4 + HEADER.size + len(source.stamp) + len(rest)
-        targets = _choose(self.topics.find(envelope.topic))
+        targets = _choose(self.topics.find(envelope.topic), size)
         full = [target for target in targets if not target.outbox.reserve(size)]
         for target in full:
             if not target.outbox.blocked:
@@ -513,9 +513,8 @@ class Broker:
     def announce(self, topic: str, payload: bytes, about: str | None = None) -> None:
         """Publish an event of the broker's own. about: a client; who may not send to it is not told."""
         whole = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, payload, codec=2, topic=topic)))
-        for target in _choose(self.topics.find(topic)):
-            if about is not None and target.client.policy.sending(about) is None:
-                continue
+        found = self.topics.find(topic)
+        for target in _choose(found if about is None else _who_may_see(found, about), len(whole)):
             if target.outbox.blocked and not target.outbox.reserve(len(whole), OUTCOME_RESERVE):
                 # It asked to miss nothing and does not read: an end it can see is better than a gap it can't.
                 self.close(target, "it asked for presence and does not read", cut=True)
@@ -571,15 +570,37 @@ def _head(source: Session, envelope: Envelope, size: int) -> bytes:
     return b"".join((frame_prefix(size - 4), header, source.stamp))
 
 
-def _choose(found: Matches[Session]) -> list[Session]:
-    """Return who gets an event: everyone, and of each group the member with the fewest bytes waiting."""
+def _choose(found: Matches[Session], size: int) -> list[Session]:
+    """Return who gets an event of ``size`` bytes: everyone, and one member of each group.
+
+    That is a member that gets it anyway, or else one that has room for it, or else the least loaded.
+    """
     if not found.groups:
         return list(found.everyone)
+
+    def load(member: Session) -> tuple[bool, int]:
+        waiting = member.outbox.waiting
+        return waiting > 0 and waiting + size > member.outbox.limit, waiting
+
     chosen = dict(found.everyone)
+    # Once an event, not once a group: an even number of groups would leave the same members at the front.
+    found.turn += 1
     for members in found.groups.values():
         if not any(member in chosen for member in members):
-            found.turn += 1
             ordered = list(members)
             start = found.turn % len(ordered)
-            chosen[min(ordered[start:] + ordered[:start], key=lambda member: member.outbox.waiting)] = None
+            chosen[min(ordered[start:] + ordered[:start], key=load)] = None
     return list(chosen)
+
+
+def _who_may_see(found: Matches[Session], about: str) -> Matches[Session]:
+    """Return those of the subscribers who may send to the client ``about``."""
+    seen: Matches[Session] = Matches()
+    # It comes and goes with the connections, so it can't be remembered with what was found.
+    seen.turn = found.turn = found.turn + 1
+    seen.everyone = {member: None for member in found.everyone if member.client.policy.sending(about) is not None}
+    for group, members in found.groups.items():
+        able = {member: None for member in members if member.client.policy.sending(about) is not None}
+        if able:
+            seen.groups[group] = able
+    return seen
