@@ -349,6 +349,8 @@ class Broker:
             return self._refused(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
         if envelope.kind is not Kind.REQUEST:
             return self._refused(source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only")
+        if envelope.flags & _RECEIPT:
+            self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         serve(self, source, envelope, bytes(frame[split(frame)[1] :]))
         return Verdict.NEXT
 
