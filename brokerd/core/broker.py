@@ -142,8 +142,10 @@ class Broker:
         session.subscriptions.clear()
         self._release(session)
         self._release_waiters(session)
+        # A name removed and configured again may have two connections for a moment: only its own are ended.
         for (id, _), responder in session.asked.items():
-            responder.owed.pop((session.address, id), None)
+            if responder.owed.get((session.address, id)) is session:
+                del responder.owed[(session.address, id)]
         session.asked.clear()
         for queued in session.outbox.take_unsent():
             self._give_back(session, queued)
