@@ -260,7 +260,10 @@ class Client:
         self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, _Answer)
         self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(
-            target=_move_bytes, args=(weakref.ref(self), self._channel), name="brokerd client", daemon=True
+            target=_move_bytes,
+            args=(weakref.ref(self), self._channel, (self._inbox, self._ordered, self._requests)),
+            name="brokerd client",
+            daemon=True,
         )
         self._thread.start()
         _open_clients.add(self)
@@ -988,8 +991,11 @@ def _work(box: _Box[Job]) -> None:
         del function, item
 
 
-def _move_bytes(ref: weakref.ref[Client], channel: Channel) -> None:
-    """Run a client's I/O thread. Holds the client only between two waits."""
+def _move_bytes(ref: weakref.ref[Client], channel: Channel, boxes: Iterable[_Box[Any]]) -> None:
+    """Run a client's I/O thread. Holds the client only between two waits.
+
+    boxes: ended when the thread ends, for a client that was dropped unclosed can't do it.
+    """
     try:
         while (client := ref()) is not None:
             try:
@@ -1007,6 +1013,9 @@ def _move_bytes(ref: weakref.ref[Client], channel: Channel) -> None:
                 del client
     finally:
         channel.close()
+        for box in boxes:
+            with box.filled:
+                box.end(Closed("the client is closed"))
 
 
 def _deadline(timeout: float | None) -> float | None:

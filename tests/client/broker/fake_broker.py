@@ -233,7 +233,7 @@ class FakeServer:
                 for sock, session in list(sessions.items()):
                     self._flush(sock, session)
                     if session.failed:
-                        selector.unregister(sock)
+                        self._watch(selector, sock, 0)
                         sock.close()
                         del sessions[sock]
                         self.broker.left(session)

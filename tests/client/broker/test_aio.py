@@ -1,0 +1,333 @@
+"""What only the asyncio face has: tasks that are cancelled, loops that differ, things to be opened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_broker import FakeServer
+
+from brokerd_client import aio
+from brokerd_client.errors import (
+    AddressError,
+    AuthenticationError,
+    Closed,
+    Disconnected,
+    InDoubt,
+    TimedOut,
+    WrongProcess,
+)
+
+PATIENCE = 20.0
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a scenario on a fresh loop, which must be left without a task."""
+
+    async def watched() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await main()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(watched())
+
+
+def join(name: str, server: FakeServer, **options: Any) -> aio.Opening[aio.Client]:
+    """Connect to the fake broker, once opened."""
+    return aio.connect(server.path, name, name, **options)
+
+
+def crowd(path: str, stack: contextlib.ExitStack) -> None:
+    """Connect until the listener's queue has no more room."""
+    while True:
+        extra = stack.enter_context(socket.socket(socket.AF_UNIX))
+        extra.setblocking(False)
+        try:
+            extra.connect(path)
+        except BlockingIOError:
+            return
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, within the scenario's bounds."""
+    while not condition():  # noqa: ASYNC110 - a condition of the test, which no event tells
+        await asyncio.sleep(0.002)
+
+
+def test_every_way_to_open(server: FakeServer) -> None:
+    """await, async with, async with await, and async for: what is opened is closed at the end."""
+
+    async def main() -> None:
+        client = await join("alice", server)
+        await client.close()
+        async with await join("alice", server) as client, join("bob", server) as bob:
+            async with bob.subscribe("a.>") as feed, await bob.subscribe("b"):
+                await client.publish("a.x", 1)
+                assert (await feed.recv(PATIENCE)).topic == "a.x"
+            told = []
+            async for presence in client.watch_presence():
+                told.append(presence.name)
+                if len(told) == 3:
+                    break
+            assert told == ["alice", "bob", "carol"]
+            await bob.send_many([("alice", number) for number in range(10)])
+            got = []
+            async for message in client:
+                got.append(message.payload)
+                if len(got) == 10:
+                    break
+            assert got == list(range(10))
+        assert client.closed
+
+    run(main)
+
+
+def test_opening_not_awaited_does_nothing(server: FakeServer) -> None:
+    """A connect() that nobody awaits opens nothing, and warns of nothing."""
+    aio.connect(server.path, "alice", "alice")
+    assert server.broker.online == {}
+
+
+def test_cancelled_request_leaves_nothing(server: FakeServer) -> None:
+    """However many requests are cancelled, at whatever point, the tables are empty and late replies only counted."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice, join("bob", server) as bob:
+            tasks = [asyncio.create_task(alice.request("bob", number, timeout=None)) for number in range(200)]
+            await asyncio.sleep(0)
+            for task in tasks[:100]:
+                task.cancel()
+            requests = [await bob.recv(PATIENCE) for _ in range(200)]
+            for task in tasks[100:]:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(result, asyncio.CancelledError) for result in results)
+            assert len(alice._dialog.awaiting) == 0
+            for request in requests:
+                await request.reply("late")
+            await until(lambda: alice.counters["late"] == 200)
+
+    run(main)
+
+
+def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
+    """The broker is told, and no event is routed here."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice:
+            for open in (lambda: alice.subscribe("a"), lambda: alice.watch_presence()):
+
+                async def opened(open: Callable[[], Any] = open) -> Any:
+                    return await open()
+
+                task = asyncio.create_task(opened())
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await alice.ping()
+            assert server.broker.online["alice"].subscriptions == []
+            assert len(alice._dialog.routes) == 0
+            assert alice._feeds == set()
+
+    run(main)
+
+
+def test_cancelled_recv_loses_no_message(server: FakeServer) -> None:
+    """A message that arrives as its taker is cancelled goes to the next taker."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice, join("bob", server) as bob:
+            for number in range(50):
+                first, second = asyncio.create_task(bob.recv()), asyncio.create_task(bob.recv())
+                await asyncio.sleep(0)
+                await alice.send("bob", number)
+                # Cancelled in the very turn in which it is woken, or before.
+                bob._inbox.on_put = first.cancel
+                assert (await second).payload == number
+                bob._inbox.on_put = None
+                with contextlib.suppress(asyncio.CancelledError):
+                    await first
+            assert not bob._inbox._waiters
+
+    run(main)
+
+
+def test_timed_out_recv_leaves_no_waiter(server: FakeServer) -> None:
+    """Polling with a timeout does not pile anything up."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice:
+            for _ in range(20):
+                with pytest.raises(TimedOut):
+                    await alice.recv(0.001)
+            assert not alice._inbox._waiters
+
+    run(main)
+
+
+def test_sends_of_one_turn_leave_with_one_write(server: FakeServer) -> None:
+    """What many tasks send in one turn of the loop is written at once."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice, join("bob", server) as bob:
+            assert alice._link is not None
+            writes: list[int] = []
+            write = alice._link.transport.write
+            alice._link.transport.write = lambda data: (writes.append(len(data)), write(data))[1]  # type: ignore
+            await asyncio.gather(*(alice.send("bob", number) for number in range(100)))
+            assert [(await bob.recv(PATIENCE)).payload for _ in range(100)] == list(range(100))
+            assert len(writes) == 1
+
+    run(main)
+
+
+def test_sender_waits_while_the_broker_takes_nothing(server: FakeServer) -> None:
+    """Above the socket's buffer a send waits; its timeout means that it was not sent; what was given is in doubt."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice:
+            told: list[Any] = []
+            alice.on_undelivered(told.append)
+            server.act(lambda broker: setattr(server, "reading", False))
+            id = await alice.send("bob", b"x" * 5_000_000)
+            await until(lambda: not alice._clear)
+            with pytest.raises(TimedOut, match="not sent"):
+                await alice.send("bob", 1, timeout=0.02)
+            server.drop("alice")
+            await until(lambda: bool(told))
+            assert [(type(error), error.id) for error in told] == [(InDoubt, id)]
+            server.reading = True
+
+    run(main)
+
+
+def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
+    """It is not repeated on the next connection, which comes by itself."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice, join("bob", server) as bob:
+            asking = asyncio.create_task(alice.request("bob", "once"))
+            assert (await bob.recv(PATIENCE)).payload == "once"
+            server.drop("alice")
+            with pytest.raises(InDoubt):
+                await asking
+            await until(lambda: alice.connected)
+            with pytest.raises(TimedOut):
+                await bob.recv(0.05)
+
+    run(main)
+
+
+def test_coroutine_handlers_run_side_by_side(server: FakeServer) -> None:
+    """A request does not wait for the one before it; messages do, in order."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice, join("bob", server) as bob:
+            together = asyncio.Barrier(10)
+            seen: list[int] = []
+
+            @bob.on_request
+            async def answer(message: aio.Message) -> object:
+                await together.wait()
+                return message.payload
+
+            @bob.on_message
+            async def note(message: aio.Message) -> None:
+                await asyncio.sleep(0)
+                seen.append(message.payload)
+
+            replies = await asyncio.gather(*(alice.request("bob", number) for number in range(10)))
+            assert [reply.payload for reply in replies] == list(range(10))
+            await alice.send_many([("bob", number) for number in range(50)])
+            await until(lambda: len(seen) == 50)
+            assert seen == list(range(50))
+
+    run(main)
+
+
+def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
+    """A handler that hangs is cancelled, a call that waits is Closed, and no task stays (see run)."""
+
+    async def main() -> None:
+        alice, bob = await join("alice", server), await join("bob", server)
+
+        @bob.on_request
+        async def hang(message: aio.Message) -> None:
+            await asyncio.get_running_loop().create_future()
+
+        asking = asyncio.create_task(alice.request("bob", 1))
+        await until(lambda: bool(bob._crews[bob._requests]))
+        await bob.close()
+        await alice.close()
+        with pytest.raises(Closed):
+            await asking
+        await alice.close()
+
+    run(main)
+
+
+def test_failed_connects_leave_nothing(server: FakeServer, tmp_path: Path) -> None:
+    """A wrong key, nobody there, a silent listener, a pipe: the error of each, in time, and no task (see run)."""
+
+    async def main() -> None:
+        with pytest.raises(AuthenticationError):
+            await aio.connect(server.path, "alice", "wrong")
+        with pytest.raises(Disconnected, match="no-such"):
+            await aio.connect(str(tmp_path / "no-such"), "alice", "k")
+        with pytest.raises(AddressError):
+            await aio.connect(r"\\.\pipe\x", "alice", "k")
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            with pytest.raises(TimedOut):
+                await aio.connect(("127.0.0.1", listener.getsockname()[1]), "alice", "k", timeout=0.1)
+        with socket.socket(socket.AF_UNIX) as crowded, contextlib.ExitStack() as stack:
+            crowded.bind(str(tmp_path / "s"))
+            crowded.listen(0)
+            crowd(str(tmp_path / "s"), stack)
+            with pytest.raises(TimedOut):
+                await aio.connect(str(tmp_path / "s"), "alice", "k", timeout=0.1)
+
+    run(main)
+
+
+def test_cancelled_connect_leaves_nothing(tmp_path: Path) -> None:
+    """Giving up on a listener that says nothing closes what was opened."""
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen()
+
+            async def connect() -> None:
+                await aio.connect(str(tmp_path / "s"), "alice", "k")
+
+            task = asyncio.create_task(connect())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(main)
+
+
+def test_wrong_process_is_said(server: FakeServer) -> None:
+    """A fork's copy refuses every call, and its close() does nothing."""
+
+    async def main() -> None:
+        async with join("alice", server) as alice:
+            alice._forked = True
+            for act in (lambda: alice.ping(), lambda: alice.recv(), lambda: alice.send("bob", 1)):
+                with pytest.raises(WrongProcess):
+                    await act()
+            await alice.close()
+            alice._forked = False
+            assert await alice.ping() >= 0
+
+    run(main)

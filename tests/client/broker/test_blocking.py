@@ -1,0 +1,357 @@
+"""What only the blocking face has: threads, forks, interpreters that end, and writes that do not finish."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_broker import FakeServer
+
+import brokerd_client
+from brokerd_client import Client, connect
+from brokerd_client.address import parse
+from brokerd_client.channel import Channel
+from brokerd_client.errors import (
+    AddressError,
+    AuthenticationError,
+    Disconnected,
+    InDoubt,
+    TimedOut,
+    WrongProcess,
+)
+
+PATIENCE = 20.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, within bounds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.005)
+
+
+def join(name: str, server: FakeServer, **options: Any) -> Client:
+    """Connect to the fake broker."""
+    return connect(server.path, name, name, **options)
+
+
+def crowd(path: str, stack: contextlib.ExitStack) -> None:
+    """Connect until the listener's queue has no more room."""
+    while True:
+        extra = stack.enter_context(socket.socket(socket.AF_UNIX))
+        extra.setblocking(False)
+        try:
+            extra.connect(path)
+        except BlockingIOError:
+            return
+
+
+def script(source: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter that treats every warning as an error."""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(source), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def test_import_is_cheap() -> None:
+    """Importing the library imports neither asyncio nor ssl nor logging; aio is there when asked for."""
+    done = script(
+        """
+        import sys, brokerd_client
+        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "brokerd_client.aio"} & set(sys.modules)
+        assert not heavy, heavy
+        assert brokerd_client.aio.connect and brokerd_client.connection.Listener
+        try:
+            brokerd_client.nothing
+        except AttributeError as error:
+            assert "nothing" in str(error)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_are_there() -> None:
+    """Everything in __all__ can be had."""
+    assert all(getattr(brokerd_client, name) for name in brokerd_client.__all__)
+
+
+def test_interpreter_ends_promptly_and_silently(server: FakeServer) -> None:
+    """A script that forgets close() ends at once, without a warning, and its last message has been sent."""
+    bob = join("bob", server)
+    done = script(
+        """
+        import sys, brokerd_client
+        client = brokerd_client.connect(sys.argv[1], "alice", "alice")
+        client.on_request(lambda message: None)
+        client.subscribe("a", callback=print)
+        client.send("bob", "last words")
+        """,
+        server.path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bob.recv(PATIENCE).payload == "last words"
+    bob.close()
+
+
+def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
+    """A client that nobody holds any more is reported as unclosed; its threads and its connection end."""
+    before = threading.active_count()
+    client = join("alice", server)
+    client.on_request(lambda message: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del client
+        until(lambda: bool(gc.collect() or caught))
+    assert "unclosed" in str(caught[0].message)
+    until(lambda: "alice" not in server.broker.online)
+    until(lambda: threading.active_count() == before)
+
+
+def test_close_joins_every_thread(server: FakeServer) -> None:
+    """After close() nothing of the client is running."""
+    before = set(threading.enumerate())
+    with join("alice", server) as client:
+        client.on_request(lambda message: None)
+        client.on_message(lambda message: None)
+        assert len(set(threading.enumerate()) - before) > 2
+    assert set(threading.enumerate()) == before
+
+
+def test_close_from_a_handler(server: FakeServer) -> None:
+    """A handler may close its own client."""
+    alice, bob = join("alice", server), join("bob", server)
+    alice.on_message(lambda message: alice.close())
+    bob.send("alice", "stop")
+    until(lambda: alice.closed and not alice._thread.is_alive())
+    bob.close()
+
+
+def test_failed_connect_leaves_nothing(server: FakeServer) -> None:
+    """A wrong key is an error in the caller's hands, and no thread or socket stays."""
+    before = threading.active_count()
+    with pytest.raises(AuthenticationError):
+        connect(server.path, "alice", "wrong")
+    assert threading.active_count() == before
+
+
+def test_silent_listener_is_given_up_in_time(tmp_path: Path) -> None:
+    """A listener that accepts and says nothing costs connect() its timeout and no more."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        started = time.monotonic()
+        with pytest.raises(TimedOut):
+            connect(str(tmp_path / "s"), "alice", "k", timeout=0.2)
+        assert time.monotonic() - started < 5
+
+
+def test_crowded_listener_is_tried_again(tmp_path: Path) -> None:
+    """A Unix listener whose queue is full has no room yet: the client waits for it, until its timeout."""
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(0)
+        crowd(str(tmp_path / "s"), stack)
+        with pytest.raises(TimedOut):
+            connect(str(tmp_path / "s"), "alice", "k", timeout=0.2)
+
+
+def test_tcp_tries_every_address_and_then_says_why() -> None:
+    """A port nobody listens at is Disconnected, with the address."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        with pytest.raises(Disconnected, match=str(port)):
+            connect(("localhost", port), "alice", "k", timeout=PATIENCE)
+
+
+def test_named_pipe_is_refused_where_there_is_none() -> None:
+    """The error says what to use instead."""
+    with pytest.raises(AddressError, match="Unix socket or TCP"):
+        Channel(parse(r"\\.\pipe\x"))
+
+
+def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
+    """What was sent and not answered when the connection went is InDoubt, and is not repeated."""
+    alice, bob = join("alice", server), join("bob", server)
+    caught: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            alice.request("bob", "once", timeout=PATIENCE)
+        except Disconnected as error:
+            caught.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert bob.recv(PATIENCE).payload == "once"
+    server.drop("alice")
+    asking.join(PATIENCE)
+    assert [type(error) for error in caught] == [InDoubt]
+    until(lambda: alice.connected)
+    with pytest.raises(TimedOut):
+        bob.recv(0.1)
+    alice.close()
+    bob.close()
+
+
+def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
+    """A message of which the broker can't have the whole is Disconnected to on_undelivered, not in doubt."""
+    alice = join("alice", server)
+    told: list[Any] = []
+    alice.on_undelivered(told.append)
+    server.act(lambda broker: setattr(server, "reading", False))
+    until(lambda: server.broker.online != {})
+    id = alice.send("bob", b"x" * 5_000_000)
+    with pytest.raises(TimedOut, match="not sent"):
+        alice.send("bob", b"behind it", timeout=0.05)
+    server.drop("alice")
+    until(lambda: bool(told))
+    assert [(type(error), error.id) for error in told] == [(Disconnected, id)]
+    alice.close()
+
+
+def test_partial_write_is_finished_before_the_next(server: FakeServer) -> None:
+    """A sender that comes while another's bytes wait goes behind them; nothing is mixed or lost."""
+    alice, bob = join("alice", server), join("bob", server)
+    bodies = [bytes([number]) * 3_000_000 for number in range(6)]
+    threads = [threading.Thread(target=alice.send, args=("bob", body)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    got = [bob.recv(PATIENCE).body for _ in bodies]
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(got) == bodies
+    alice.close()
+    bob.close()
+
+
+def test_close_flushes_what_was_sent(server: FakeServer) -> None:
+    """close() right after a large send does not cut it off."""
+    alice, bob = join("alice", server), join("bob", server)
+    alice.send("bob", b"x" * 3_000_000)
+    alice.close()
+    assert len(bob.recv(PATIENCE).body) == 3_000_000
+    bob.close()
+
+
+def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during a request takes its id back."""
+    alice = join("alice", server)
+    join_bob = join("bob", server)
+
+    def interrupt(call: object, deadline: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("brokerd_client.blocking._Call.wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        alice.request("bob", 1)
+    assert len(alice._dialog.awaiting) == 0
+    alice.close()
+    join_bob.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_can_not_use_it_and_does_not_hurt_it(server: FakeServer) -> None:
+    """In a child every call is WrongProcess and close() does nothing; the parent goes on; its connection is its own."""
+    done = script(
+        """
+        import os, sys, warnings, brokerd_client
+        warnings.simplefilter("ignore", DeprecationWarning)
+        client = brokerd_client.connect(sys.argv[1], "alice", "alice")
+        feed = client.subscribe("a")
+        child = os.fork()
+        if not child:
+            wrong = 0
+            for act in (
+                lambda: client.send("alice", 1), lambda: client.recv(0), lambda: client.request("alice", 1),
+                lambda: client.ping(), lambda: client.subscribe("a"), lambda: next(iter(client)),
+                lambda: feed.recv(0), lambda: feed.unsubscribe(), lambda: client.on_message(print),
+                lambda: client.send_many([]), lambda: client.publish("a", 1), lambda: client.watch_presence(),
+            ):
+                try:
+                    act()
+                except brokerd_client.WrongProcess:
+                    wrong += 1
+            client.close()
+            os._exit(wrong)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 12
+        client.send("alice", "to myself")
+        assert client.recv(10).payload == "to myself"
+        child = os.fork()
+        if not child:
+            import time
+            os.close(1)
+            os.close(2)
+            time.sleep(60)
+        print(child)
+        client.close()
+        """,
+        server.path,
+    )
+    assert done.stderr == ""
+    child = int(done.stdout)
+    try:
+        until(lambda: "alice" not in server.broker.online)
+    finally:
+        os.kill(child, 9)
+
+
+def test_wrong_process_names_the_way_out(server: FakeServer) -> None:
+    """The error says what to do in the child."""
+    client = join("alice", server)
+    client._forked = True
+    with pytest.raises(WrongProcess, match="connect again"):
+        client.ping()
+    client._forked = False
+    client.close()
+
+
+def test_iteration_ends_with_close(server: FakeServer) -> None:
+    """for message in client: ends when another thread closes the client."""
+    alice, bob = join("alice", server), join("bob", server)
+    got: list[object] = []
+    loop = threading.Thread(target=lambda: got.extend(message.payload for message in bob))
+    loop.start()
+    alice.send_many([("bob", number) for number in range(100)])
+    until(lambda: len(got) == 100)
+    bob.close()
+    loop.join(PATIENCE)
+    assert not loop.is_alive()
+    assert got == list(range(100))
+    alice.close()
+
+
+def test_subscription_is_an_iterator_and_a_context(server: FakeServer) -> None:
+    """Leaving the with block ends the iteration that another thread is in."""
+    alice = join("alice", server)
+    got: list[object] = []
+    with alice.subscribe("a.*") as feed:
+        loop = threading.Thread(target=lambda: got.extend(event.topic for event in feed))
+        loop.start()
+        alice.publish("a.b", 1)
+        until(lambda: got == ["a.b"])
+    loop.join(PATIENCE)
+    assert not loop.is_alive()
+    assert "a.*" in repr(feed)
+    alice.close()
+
+
+def test_repr_shows_no_key(server: FakeServer) -> None:
+    """A client in a log tells its name and state."""
+    client = connect(server.path, key=b"carol")
+    assert "carol" in repr(client)
+    assert "ready" in repr(client)
+    client.close()
+    assert "closed" in repr(client)
