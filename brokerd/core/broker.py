@@ -582,9 +582,9 @@ def _choose(found: Matches[Session], size: int) -> list[Session]:
     if not found.groups:
         return list(found.everyone)
 
-    def load(member: Session) -> tuple[bool, int]:
-        waiting = member.outbox.waiting
-        return waiting > 0 and waiting + size > member.outbox.limit, waiting
+    def load(member: Session) -> tuple[bool, bool, int]:
+        outbox = member.outbox
+        return outbox.blocked and outbox.waiting + size > outbox.limit, outbox.blocked, outbox.waiting
 
     chosen = dict(found.everyone)
     # Once an event, not once a group: an even number of groups would leave the same members at the front.

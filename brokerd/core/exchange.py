@@ -44,7 +44,7 @@ class Client(Seat):
         return bool(self.sessions)
 
     def pick(self) -> Session | None:
-        """Return the least loaded session: fewest bytes waiting, then whoever's turn it is."""
+        """Return the least loaded session: one that reads, fewest bytes waiting, then whoever's turn it is."""
         sessions = self.sessions
         if len(sessions) <= 1:
             return next(iter(sessions.values()), None)
@@ -84,8 +84,9 @@ class Client(Seat):
         self.direct = outbox if isinstance(outbox, StreamOutbox) else None
 
 
-def _load(session: Session) -> int:
-    return session.outbox.waiting
+def _load(session: Session) -> tuple[bool, int]:
+    # While its outbox is not blocked, what waits there is only on its way.
+    return session.outbox.blocked, session.outbox.waiting
 
 
 class Exchange:

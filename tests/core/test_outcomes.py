@@ -141,6 +141,7 @@ def test_whoever_waited_longest_is_let_in_first() -> None:
     ann.message("bob", b"3" * 70)
     assert ann.held
     assert cid.held
+    net.advance(1)
     bob.read(89)
     bob.read(89)
     bob.read(89)
