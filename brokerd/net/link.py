@@ -7,6 +7,7 @@ senders when the connection ends.
 
 from __future__ import annotations
 
+import select
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from brokerd.net.keyring import Credential
     from brokerd.net.server import Server
 
-__all__ = ["READ_BUFFER", "Link", "tune"]
+__all__ = ["GRACE", "READ_BUFFER", "Link", "has_hung_up", "tune"]
 
 #: Size of the one read buffer that all connections share, in bytes.
 READ_BUFFER: Final = 256 * 1024
@@ -31,7 +32,10 @@ _LARGE: Final = READ_BUFFER // 2
 #: More than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
 #: Seconds a connection that is to be closed has to take what is written for it.
-_GRACE: Final = 5.0
+GRACE: Final = 5.0
+#: Reads in a row for one connection, when it can't wait for its turn.
+_READS: Final = 16
+_HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 
 
 class Link:
@@ -177,7 +181,7 @@ class Link:
                 self.writing = False
                 self.server.loop.remove_writer(self.fd)
             if session.closing:
-                self.lost(session.closing)
+                self.lost(session.closing, written=True)
 
     def on_writable(self) -> None:
         """Write on; whoever waited for room in this outbox may send again."""
@@ -190,12 +194,15 @@ class Link:
 
     def close_soon(self) -> None:
         """Read nothing more, and give the client a last chance to take what is written for it."""
-        if self.grace is None:
-            self.server.loop.remove_reader(self.fd)
-            self.grace = self.server.loop.call_later(_GRACE, self.lost, self.session.closing)
+        self.server.loop.remove_reader(self.fd)
+        if self.grace is None and not self.server.broker.draining:
+            self.grace = self.server.loop.call_later(GRACE, self.lost, self.session.closing)
 
-    def lost(self, why: str) -> None:
-        """Close the socket and have the core answer for what was still to be done."""
+    def lost(self, why: str, *, written: bool = False) -> None:
+        """End the connection and have the core answer for what was still to be done.
+
+        written: everything was, and is to arrive; else the socket is closed as it is.
+        """
         if self.closed:
             return
         self.closed = True
@@ -203,20 +210,40 @@ class Link:
             self.grace.cancel()
         self.server.loop.remove_reader(self.fd)
         self.server.loop.remove_writer(self.fd)
-        self.sock.close()
         self.tail, self.large = b"", None
+        if written:
+            self.server.see_off(self.sock)
+        else:
+            self.sock.close()
         self.server.on_lost(self, why)
+
+    def catch_up(self) -> None:
+        """Route what has arrived, without waiting for the event loop to say that something has."""
+        for _ in range(_READS):
+            if self.closed or self.session.closing or self.session.held_by is not None:
+                break
+            self.on_readable()
 
     def is_gone(self) -> bool:
         """Return whether the client has closed, without waiting for the event loop to say so.
 
-        Whatever it sent before that is routed first.
+        What it sent before that is routed first, unless it was not to be read from any more.
         """
-        for _ in range(16):
-            if self.closed or self.session.held_by is not None:
-                break
-            self.on_readable()
+        self.catch_up()
+        if not self.closed and has_hung_up(self.sock):
+            while not (self.closed or self.session.closing or self.session.held_by is not None):
+                self.on_readable()
+            self.lost("closed by the client")
         return self.closed
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Return whether the other end has closed, though bytes may be unread."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sock, getattr(select, "POLLRDHUP", 0))
+    return any(event & _HUNG_UP for _, event in poll.poll(0))
 
 
 def tune(sock: socket.socket) -> None:

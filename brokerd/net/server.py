@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import socket
 from collections.abc import Callable, Container, Iterable
 from typing import Any, Final, Protocol
 
@@ -13,8 +14,9 @@ from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
 from brokerd.net.door import Door, Knock, fresh_instance
+from brokerd.net.farewell import Farewell
 from brokerd.net.keyring import Keyring
-from brokerd.net.link import READ_BUFFER, Link, tune
+from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import Listening
 from brokerd_client.address import Address
 
@@ -67,6 +69,8 @@ class Server:
         self._settling = False
         self._paused: list[Listening] = []
         self._empty: asyncio.Event = asyncio.Event()
+        self._farewells: set[Farewell] = set()
+        self._farewell_s = GRACE
 
     # Accepting
 
@@ -195,9 +199,22 @@ class Server:
         self.links.discard(link)
         self.broker.detach(session, self.wall())
         self.log.info("client.disconnected", name=session.client.name, address=session.address, reason=why)
-        if not self.links:
-            self._empty.set()
+        self._note_if_empty()
         self.settle()
+
+    def see_off(self, sock: socket.socket) -> None:
+        """Close a socket when what was written to it has arrived."""
+        farewell = Farewell(sock, self.buffer, self._farewell_s, self.loop, self._on_seen_off)
+        self._farewells.add(farewell)
+        farewell.begin()
+
+    def _on_seen_off(self, farewell: Farewell) -> None:
+        self._farewells.discard(farewell)
+        self._note_if_empty()
+
+    def _note_if_empty(self) -> None:
+        if not self.links and not self._farewells:
+            self._empty.set()
 
     def write_touched(self) -> None:
         """Offer every outbox that has something new to the system."""
@@ -254,24 +271,30 @@ class Server:
         timeout_s: until those that do not read are cut off.
         """
         self.stop_accepting()
+        self._farewell_s = timeout_s
         self.broker.drain()
         self.settle()
+        # What has been sent already is answered: it comes too late.
+        for link in list(self.links):
+            link.catch_up()
         for link in list(self.links):
             self.broker.close(link.session, "the broker is shutting down")
         self.settle()
-        if self.links:
+        if self.links or self._farewells:
             self._empty.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), timeout_s)
         return self.cut_off()
 
     def cut_off(self) -> int:
-        """Close everything at once; return how many connections had bytes waiting."""
+        """Close everything at once; return how many connections had bytes on their way."""
         self.stop_accepting()
-        links = list(self.links)
+        links, farewells = list(self.links), list(self._farewells)
         for link in links:
             link.lost("the broker stopped")
+        for farewell in farewells:
+            farewell.close()
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        return len(links)
+        return len(links) + len(farewells)

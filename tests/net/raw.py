@@ -70,7 +70,11 @@ class Raw:
             family = socket.AF_INET6 if address.family == "AF_INET6" else socket.AF_INET
             self.sock = socket.socket(family)
         self.sock.settimeout(timeout_s)
-        self.sock.connect(address.sockaddr)
+        try:
+            self.sock.connect(address.sockaddr)
+        except OSError:
+            self.sock.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
