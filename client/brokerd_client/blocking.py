@@ -681,7 +681,8 @@ class Client:
         if getattr(self, "_thread", None) is None or self._forked or not self._thread.is_alive():
             return
         if self._dialog.state is not State.CLOSED:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            # No source=self: who keeps the warning would keep the client.
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
         self._channel.ring()
 
     def forked(self) -> None:
