@@ -85,6 +85,10 @@ class Link:
 
     def on_readable(self) -> None:
         """Read once and route what came."""
+        self._read()
+
+    def _read(self) -> bool:
+        """Read once and route what came; return whether anything did."""
         view = self.server.buffer
         kept = 0
         try:
@@ -95,21 +99,22 @@ class Link:
                 view[:kept] = self.tail
                 size = self.sock.recv_into(view[kept:])
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
             self.lost(error.strerror or type(error).__name__)
-            return
+            return False
         if not size:
             self.lost("closed by the client")
-            return
+            return False
         if self.large is None:
             self.tail = b""
             self._route(view, kept + size)
-            return
+            return True
         self.large += view[:size]
         if len(self.large) == self.wanted:
             whole, self.large = self.large, None
             self._route(memoryview(whole), len(whole))
+        return True
 
     def resume(self) -> None:
         """Route what was kept while the sender was held, and read on."""
@@ -220,9 +225,8 @@ class Link:
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""
         for _ in range(_READS):
-            if self.closed or self.session.closing or self.session.held_by is not None:
+            if self.closed or self.session.closing or self.session.held_by is not None or not self._read():
                 break
-            self.on_readable()
 
     def is_gone(self) -> bool:
         """Return whether the client has closed, without waiting for the event loop to say so.
@@ -231,8 +235,8 @@ class Link:
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
-            while not (self.closed or self.session.closing or self.session.held_by is not None):
-                self.on_readable()
+            while not (self.closed or self.session.closing or self.session.held_by is not None) and self._read():
+                pass
             self.lost("closed by the client")
         return self.closed
 

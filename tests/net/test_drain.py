@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import threading
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
-from net.house import configuration, house
+from net.house import House, configuration, house
 from net.raw import EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
 
 from brokerd.net import link
@@ -31,6 +32,12 @@ def queue_for(sender: Raw, to: str, count: int) -> None:
     for number in range(count):
         sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
+
+
+def wait_until_arrived(broker: House, name: str) -> None:
+    """Wait, in the broker's thread, until the client's connection has something to read."""
+    link = broker.daemon.broker.exchange.clients[name].sessions[name].link
+    assert select.select([link.sock], [], [], 30)[0]
 
 
 def test_idle_clients_are_let_go_at_once(listen: str) -> None:
@@ -115,6 +122,7 @@ def test_what_was_sent_before_the_end_is_answered() -> None:
         def send() -> None:
             alice.send(MESSAGE, "bob", b"late", id=5)
             alice.send(EVENT, "", b"\x01tlate", id=6)
+            wait_until_arrived(broker, "alice")
 
         def send_and_stop() -> None:
             asyncio.get_running_loop().call_soon(send)
@@ -159,8 +167,12 @@ def test_a_reply_still_gets_through() -> None:
         alice.send(REQUEST, "bob", b"?", id=9)
         bob.recv()
 
-        def answer_and_stop() -> None:
+        def answer() -> None:
             bob.send(REPLY, "alice", b"!", id=9)
+            wait_until_arrived(broker, "bob")
+
+        def answer_and_stop() -> None:
+            asyncio.get_running_loop().call_soon(answer)
             broker.daemon.stop_soon("the test")
 
         broker.call(answer_and_stop)
