@@ -251,6 +251,8 @@ class Client:
         self._dropping = False
         self._dial_at = 0.0
         self._forked = False
+        #: Whether nobody but the I/O thread has the client any more.
+        self._dropped = False
         self._gauge = Gauge(settings.inbox)
         #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
         self._boxes: weakref.WeakSet[_Box[Any]] = weakref.WeakSet()
@@ -683,6 +685,8 @@ class Client:
         if self._dialog.state is not State.CLOSED:
             # No source=self: who keeps the warning would keep the client.
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
+        # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
+        self._dropped = True
         self._channel.ring()
 
     def forked(self) -> None:
@@ -855,6 +859,8 @@ class Client:
 
     def prepare(self) -> tuple[float | None, bool] | None:
         """Do what is due; return (seconds to wait, whether to read), or None when there is nothing more to do."""
+        if self._dropped:
+            return None
         now = time.monotonic()
         with self._lock:
             if self._dropping:
