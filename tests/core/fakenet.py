@@ -7,8 +7,8 @@ number that many bytes more. Time stands still until :meth:`FakeNet.advance`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenConnected, WhenFull
 from brokerd.core import routing
@@ -19,6 +19,9 @@ from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, p
 from brokerd_client.wire.framing import FrameReader, frame
 
 __all__ = ["FakeNet", "Peer", "client", "error_of"]
+
+#: A routing loop: the one that runs here, or one of the two by name.
+Feed: TypeAlias = Callable[[Broker, Session, memoryview, int, int, float], tuple[int, Verdict]]
 
 #: More than any frame of the tests.
 _NO_LIMIT = 1 << 62
@@ -179,10 +182,13 @@ class Peer:
 class FakeNet:
     """The broker, its connections and the time."""
 
-    def __init__(self, *configs: ClientConfig, limits: Limits | None = None) -> None:
+    def __init__(self, *configs: ClientConfig, limits: Limits | None = None, feed: Feed = routing.feed) -> None:
         self.now = 1000.0
+        self.feed = feed
         self.broker = Broker(configs, limits=limits, version="test", now_wall=self.now)
         self.peers: list[Peer] = []
+        #: Called with a peer whose connection is about to end.
+        self.on_losing: Callable[[Peer], None] = lambda peer: None
         self._instances = 0
         self._settling = False
 
@@ -227,7 +233,7 @@ class FakeNet:
         view = memoryview(b"\x01\x02" + data + b"\x03" * 20)
         position, end = 2, 2 + len(data)
         while True:
-            position, verdict = routing.feed(self.broker, peer.session, view, position, end, self.now)
+            position, verdict = self.feed(self.broker, peer.session, view, position, end, self.now)
             if verdict is not Verdict.FLUSH:
                 break
             self.write_touched()
@@ -293,6 +299,7 @@ class FakeNet:
         """End the peer's connection."""
         if peer.gone:
             return
+        self.on_losing(peer)
         peer.gone = why
         peer.reading = False
         self.peers.remove(peer)

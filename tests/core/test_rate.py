@@ -1,0 +1,93 @@
+"""How much a client may send in a second."""
+
+from __future__ import annotations
+
+from core.fakenet import FakeNet, client
+
+from brokerd.config.values import RateConfig
+from brokerd.core.rate import Meter
+
+
+def meter(messages: float | None = None, size: float | None = None) -> Meter:
+    """Return a meter with these rates."""
+    made = Meter.for_rate(RateConfig(messages, size))
+    assert made is not None
+    return made
+
+
+def test_no_rate_needs_no_meter() -> None:
+    """A client without a rate is not metered at all."""
+    assert Meter.for_rate(RateConfig(None, None)) is None
+
+
+def test_a_seconds_worth_may_come_at_once() -> None:
+    """As many messages as a second allows pass together; then one for each part of a second that went by."""
+    metered = meter(messages=4)
+    assert [metered.allows(1, 10.0) for _ in range(5)] == [True] * 4 + [False]
+    assert metered.allows(1, 10.25)
+    assert not metered.allows(1, 10.25)
+    assert [metered.allows(1, 100.0) for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_time_that_stands_still_or_goes_back_fills_nothing() -> None:
+    """Only time that passed counts."""
+    metered = meter(messages=1)
+    assert metered.allows(1, 10.0)
+    assert not metered.allows(1, 10.0)
+    assert not metered.allows(1, 9.0)
+
+
+def test_a_message_larger_than_a_seconds_bytes_passes_when_none_were_sent() -> None:
+    """A large message waits for a full second's bytes and is paid for afterwards."""
+    metered = meter(size=100)
+    assert metered.allows(250, 10.0)
+    assert not metered.allows(1, 11.0)
+    assert not metered.allows(250, 11.5)
+    assert metered.allows(1, 12.0)
+
+
+def test_a_message_refused_by_one_rate_is_not_charged_to_the_other() -> None:
+    """What does not pass costs nothing."""
+    metered = meter(messages=1, size=100)
+    assert metered.allows(60, 10.0)
+    assert not metered.allows(10, 10.5)
+    assert metered.allows(90, 11.0)
+
+
+def test_less_than_one_message_a_second() -> None:
+    """A rate below one lets a message through when enough time went by."""
+    metered = meter(messages=0.5)
+    assert metered.allows(1, 10.0)
+    assert not metered.allows(1, 11.0)
+    assert metered.allows(1, 12.0)
+
+
+def test_too_fast_a_sender_is_told_for_each_message() -> None:
+    """Each message above the rate has its ERROR, and none of them arrives; a pool shares its client's rate."""
+    net = FakeNet(client("bob"), client("pool", connections=2, rate=RateConfig(2, None)))
+    one, two, bob = net.connect("pool"), net.connect("pool"), net.connect("bob")
+    one.message("bob", b"1", 1)
+    two.message("bob", b"2", 2)
+    one.message("bob", b"3", 3)
+    two.publish("topic", b"4", 4)
+    assert one.error() == (3, "rate_limited")
+    assert two.error() == (4, "rate_limited")
+    net.advance(1)
+    one.message("bob", b"5", 5)
+    assert bob.payloads() == [b"1", b"2", b"5"]
+    assert one.take() == []
+
+
+def test_a_held_message_is_charged_once() -> None:
+    """A message that was held has been charged for when it came, and is not again when it passes."""
+    net = FakeNet(client("ann", rate=RateConfig(3, None)), client("bob", queue=50))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    ann.message("bob", b"x" * 20, 1)
+    ann.message("bob", b"x" * 20, 2)
+    assert ann.held
+    bob.read()
+    ann.message("bob", b"", 3)
+    assert ann.take() == []
+    ann.message("bob", b"", 4)
+    assert ann.error() == (4, "rate_limited")

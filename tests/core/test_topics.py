@@ -1,0 +1,179 @@
+"""Subscriptions: which patterns fit which topics, and who is found for one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd.core import topics as topics_module
+from brokerd.core.topics import Topics, covers, matches
+
+FITTING = [
+    ("a", "a"),
+    ("a.b", "a.b"),
+    ("*", "a"),
+    ("a.*", "a.b"),
+    ("*.b", "a.b"),
+    ("a.*.c", "a.b.c"),
+    (">", "a"),
+    (">", "a.b.c"),
+    ("a.>", "a.b"),
+    ("a.>", "a.b.c"),
+    ("a.*.>", "a.b.c"),
+    ("$broker.>", "$broker.online.ann"),
+    ("$broker.*.ann", "$broker.online.ann"),
+    ("$broker.draining", "$broker.draining"),
+    ("a.*", "a.$b"),
+]
+UNFITTING = [
+    ("a", "b"),
+    ("a", "a.b"),
+    ("a.b", "a"),
+    ("*", "a.b"),
+    ("a.*", "a"),
+    ("a.*", "a.b.c"),
+    ("a.>", "a"),
+    ("a.*.>", "a.b"),
+    ("A", "a"),
+    (">", "$broker.draining"),
+    ("*.>", "$broker.online.ann"),
+    ("*.draining", "$broker.draining"),
+]
+TOKENS = st.sampled_from(["a", "b", "$x", "*"])
+PATTERNS = st.tuples(st.lists(TOKENS, min_size=1, max_size=4), st.booleans()).map(
+    lambda drawn: ".".join([*drawn[0], ">"] if drawn[1] else drawn[0])
+)
+TOPICS = st.lists(st.sampled_from(["a", "b", "c", "$x"]), min_size=1, max_size=5).map(".".join)
+
+
+@pytest.mark.parametrize(("pattern", "topic"), FITTING)
+def test_a_topic_that_fits_is_found(pattern: str, topic: str) -> None:
+    """Both ways of asking agree that the topic fits."""
+    topics: Topics[str] = Topics()
+    topics.add(pattern, "ann")
+    assert matches(pattern, topic)
+    assert list(topics.find(topic).everyone) == ["ann"]
+
+
+@pytest.mark.parametrize(("pattern", "topic"), UNFITTING)
+def test_a_topic_that_does_not_fit_is_not_found(pattern: str, topic: str) -> None:
+    """Both ways of asking agree that the topic does not fit; wildcards at the front stay outside of ``$``."""
+    topics: Topics[str] = Topics()
+    topics.add(pattern, "ann")
+    assert not matches(pattern, topic)
+    assert not topics.find(topic).everyone
+
+
+@given(patterns=st.lists(PATTERNS, max_size=8), topic=TOPICS)
+def test_the_tree_finds_what_a_regular_expression_does(patterns: list[str], topic: str) -> None:
+    """Any set of subscriptions gives the same as trying each pattern by itself."""
+    topics: Topics[int] = Topics()
+    for number, pattern in enumerate(patterns):
+        topics.add(pattern, number)
+    found = {
+        number
+        for number, pattern in enumerate(patterns)
+        if re.fullmatch(
+            r"\.".join({"*": r"[^.]+", ">": r".+"}.get(token, re.escape(token)) for token in pattern.split(".")), topic
+        )
+        and not (topic.startswith("$") and pattern[0] in "*>")
+    }
+    assert set(topics.find(topic).everyone) == found
+    assert {number for number, pattern in enumerate(patterns) if matches(pattern, topic)} == found
+
+
+@given(rule=PATTERNS, pattern=PATTERNS, topic=TOPICS)
+def test_what_a_rule_covers_it_matches(rule: str, pattern: str, topic: str) -> None:
+    """A rule that covers a pattern matches every topic that the pattern matches."""
+    if covers(rule, pattern) and matches(pattern, topic):
+        assert matches(rule, topic)
+
+
+@pytest.mark.parametrize(
+    ("rule", "pattern", "covered"),
+    [
+        (">", ">", True),
+        (">", "a.*", True),
+        ("a.>", "a.*.c", True),
+        ("a.>", "a.>", True),
+        ("a.*", "a.*", True),
+        ("a.*", "a.b", True),
+        ("$broker.>", "$broker.online.*", True),
+        ("a.*", "a.>", False),
+        ("*", ">", False),
+        ("a.b", "a.*", False),
+        ("a.>", ">", False),
+        ("a.>", "a", False),
+        (">", "$broker.>", False),
+        ("*.>", "$broker.online.*", False),
+    ],
+)
+def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, covered: bool) -> None:
+    """A subscription is allowed only if no topic it could match lies outside of the rule."""
+    assert covers(rule, pattern) is covered
+
+
+def test_groups_are_found_by_name_across_patterns() -> None:
+    """A group is one group, whatever patterns its members used; without one a member stands for itself."""
+    topics: Topics[str] = Topics()
+    topics.add("a.*", "ann", "g")
+    topics.add("a.b", "bob", "g")
+    topics.add("a.>", "cid", "h")
+    topics.add("a.b", "ann")
+    found = topics.find("a.b")
+    assert list(found.everyone) == ["ann"]
+    assert {group: list(members) for group, members in found.groups.items()} == {"g": ["bob", "ann"], "h": ["cid"]} or {
+        group: set(members) for group, members in found.groups.items()
+    } == {"g": {"ann", "bob"}, "h": {"cid"}}
+
+
+def test_a_subscription_counts_once() -> None:
+    """The same subscription twice is one, and ends at once; what is not there can't end."""
+    topics: Topics[str] = Topics()
+    version = topics.version
+    assert topics.add("a.b", "ann")
+    assert topics.version != version
+    version = topics.version
+    assert not topics.add("a.b", "ann")
+    assert topics.add("a.b", "ann", "g")
+    assert len(topics) == 2
+    assert topics.discard("a.b", "ann")
+    assert not topics.discard("a.b", "ann")
+    assert not topics.discard("a.b", "bob")
+    assert not topics.discard("a.b.c", "ann")
+    assert not topics.discard("a", "ann")
+    assert topics.version != version
+    assert topics.discard("a.b", "ann", "g")
+    assert len(topics) == 0
+
+
+def test_empty_branches_are_cut() -> None:
+    """Of subscriptions that ended nothing is left, and their neighbours stay."""
+    topics: Topics[str] = Topics()
+    for pattern in ("a", "a.b.c", "a.b.d"):
+        topics.add(pattern, "ann")
+    topics.discard("a.b.c", "ann")
+    assert list(topics.find("a.b.d").everyone) == ["ann"]
+    topics.discard("a.b.d", "ann")
+    assert list(topics.find("a").everyone) == ["ann"]
+    topics.discard("a", "ann")
+    assert topics._root.children == {}
+
+
+def test_what_was_found_is_remembered_until_a_subscription_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same topic is looked up once; a change or too many topics empty the memory."""
+    monkeypatch.setattr(topics_module, "_REMEMBERED", 2)
+    topics: Topics[str] = Topics()
+    topics.add("*", "ann")
+    first = topics.find("a")
+    assert topics.find("a") is first
+    topics.add("a", "bob")
+    second = topics.find("a")
+    assert second is not first
+    assert list(second.everyone) == ["bob", "ann"] or set(second.everyone) == {"ann", "bob"}
+    topics.find("b")
+    topics.find("c")
+    assert topics.find("a") is not second
