@@ -23,8 +23,12 @@ test: ready-test ## run all checks and tests
 	$(BIN)/python -m pytest || status=1; \
 	exit $$status
 
-test-all: lint coverage ## run every test, the slow ones too, on all supported Pythons found
-	@.ci/test_all.sh $(VERSIONS)
+test-all: ready-test ## run every test, the slow ones too, on all supported Pythons found
+	@status=0; \
+	$(MAKE) --no-print-directory --keep-going lint coverage || status=1; \
+	.ci/test_all.sh $(VERSIONS) || status=1; \
+	[ $$status = 0 ] || echo "test-all: something above failed"; \
+	exit $$status
 
 lint: ready-test ## run ruff and mypy only
 	@status=0; \
