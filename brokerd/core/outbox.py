@@ -107,7 +107,7 @@ class StreamOutbox(Tail):
                 return pieces
             if chunk is not self._older[0]:
                 pieces.append(chunk)
-        if self.tail:
+        if self.tail and len(pieces) < _PIECES:
             pieces.append(self.tail)
         return pieces
 

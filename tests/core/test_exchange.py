@@ -1,0 +1,201 @@
+"""Names, pools and presence: who is where."""
+
+from __future__ import annotations
+
+import pytest
+from core.fakenet import FakeNet, client
+
+from brokerd.config.values import WhenConnected, WhenFull
+from brokerd.core.outbox import FrameOutbox, StreamOutbox
+from brokerd_client.wire.envelope import Kind
+
+
+def test_a_name_has_one_connection_and_is_reached_by_it() -> None:
+    """Who is no pool is seen under its name alone."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob", b"hello", 1)
+    (got,) = bob.take()
+    assert (ann.address, got.name) == ("ann", "ann")
+    assert net.broker.exchange.find("ann") is ann.session
+    assert net.broker.exchange.find("ann/i1") is None
+    assert net.broker.exchange.find("nobody/i1") is None
+    assert repr(ann.session) == "<Session ann from test>"
+
+
+def test_a_second_connection_is_refused() -> None:
+    """With when_connected: refuse the first connection stays, in a pool as many as it may have."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    net.connect("ann")
+    assert net.try_connect("ann") is None
+    net.connect("pool")
+    net.connect("pool")
+    assert net.try_connect("pool") is None
+    assert net.try_connect("nobody") is None
+
+
+def test_a_further_connection_replaces_the_oldest() -> None:
+    """With when_connected: replace the oldest connection goes and the new one is there."""
+    net = FakeNet(client("pool", connections=2, when_connected=WhenConnected.REPLACE))
+    one, two, three = (net.connect("pool") for _ in range(3))
+    assert one.gone == "replaced by a new connection"
+    assert not two.gone
+    assert not three.gone
+
+
+def test_each_connection_of_a_pool_has_an_address() -> None:
+    """The others see the very connection that sent, and reach it, and no other, by that address."""
+    net = FakeNet(client("ann"), client("pool", connections=3))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(3)]
+    members[1].message("ann", b"hello")
+    (got,) = ann.take()
+    assert got.name == members[1].address
+    assert got.name.startswith("pool/")
+    for _ in range(4):
+        ann.message(got.name, b"to you")
+    assert [len(member.take()) for member in members] == [0, 4, 0]
+
+
+def test_a_reply_finds_the_very_connection_that_asked() -> None:
+    """A REPLY to the address of a pool's member goes there, however little the others have to do."""
+    net = FakeNet(client("ann", send_to=[]), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    two.request("ann", b"?", 5)
+    (asked,) = ann.take()
+    ann.reply(asked.name, b"!", 5)
+    assert [(each.kind, each.payload) for each in two.take()] == [(Kind.REPLY, b"!")]
+    assert one.take() == []
+
+
+def test_members_that_read_take_turns() -> None:
+    """With nothing waiting anywhere the members of a pool get one message after the other."""
+    net = FakeNet(client("ann"), client("pool", connections=3))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(3)]
+    for _ in range(9):
+        ann.message("pool")
+    assert [len(member.take()) for member in members] == [3, 3, 3]
+
+
+def test_the_least_loaded_member_gets_the_message() -> None:
+    """Fewest bytes waiting decides: small messages for one outweigh a large one for the other."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block()
+    two.block()
+    ann.message(one.address, b"x" * 1000)
+    for _ in range(10):
+        ann.message("pool", b"x" * 10)
+    one.read()
+    two.read()
+    assert [len(one.take()), len(two.take())] == [1, 10]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, StreamOutbox),
+        ({"when_full": WhenFull.DROP_OLDEST}, FrameOutbox),
+        ({"connections": 2}, FrameOutbox),
+    ],
+)
+def test_only_queues_that_are_edited_keep_frames_apart(changes: dict[str, object], kind: type) -> None:
+    """Pools and drop_oldest need single frames; everyone else has a stream, which the routing loop fills."""
+    peer = FakeNet(client("ann", **changes)).connect("ann")
+    assert type(peer.session.outbox) is kind
+    assert (peer.session.client.direct is not None) is (kind is StreamOutbox)
+
+
+def test_what_waits_for_a_member_that_goes_is_taken_by_another() -> None:
+    """A message or request to a pool's name is not lost with a member; what was half taken is sent whole."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block(5)
+    two.block(0)
+    ann.message("pool", b"m1", 1)
+    ann.request("pool", b"r2", 2)
+    ann.message("pool", b"m3", 3)
+    ann.request("pool", b"r4", 4)
+    one.leave()
+    two.read()
+    got = two.take()
+    assert sorted(each.id for each in got) == [1, 2, 3, 4]
+    for each in got:
+        if each.kind is Kind.REQUEST:
+            two.reply(each.name, b"!", each.id)
+    assert sorted((each.kind, each.id) for each in ann.take()) == [(Kind.REPLY, 2), (Kind.REPLY, 4)]
+
+
+def test_what_was_sent_to_the_member_itself_goes_back() -> None:
+    """A message to an address is for that connection only: its sender hears that it went."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block()
+    ann.message(one.address, b"", 1)
+    one.leave()
+    assert ann.error() == (1, "offline")
+    assert two.take() == []
+
+
+def test_what_no_other_member_has_room_for_goes_back() -> None:
+    """A message that another member has no room for is answered, not lost."""
+    net = FakeNet(client("ann"), client("pool", connections=2, queue=60))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block()
+    two.block()
+    ann.message("pool", b"x" * 30, 1)
+    ann.message("pool", b"x" * 30, 2)
+    (left,) = [1 if one.session.outbox.pieces()[0][15] == 1 else 2]
+    one.leave()
+    assert ann.error() == (left, "offline")
+    two.read()
+    assert [each.id for each in two.take()] == [3 - left]
+
+
+def test_the_last_member_gives_everything_back() -> None:
+    """Without another member every waiting message and request is answered, each once."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one = net.connect("ann"), net.connect("pool")
+    one.block()
+    ann.message("pool", b"", 1)
+    ann.request("pool", b"", 2)
+    one.leave()
+    assert sorted(each.id for each in ann.take()) == [1, 2]
+    assert not ann.session.asked
+
+
+def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
+    """A member takes over the request of somebody who left meanwhile, and owes nobody an answer."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block()
+    two.block()
+    ann.request("pool", b"1", 1)
+    ann.request("pool", b"2", 2)
+    ann.leave()
+    one.leave()
+    two.read()
+    assert sorted(two.payloads()) == [b"1", b"2"]
+    assert not two.session.owed
+
+
+def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
+    """After a reload an idle connection gets the outbox its entry calls for, a busy one keeps its bytes."""
+    net = FakeNet(client("ann"), client("bob"), client("cid"))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    cid.block()
+    ann.message("cid", b"waits")
+    ann.message("bob", b"goes")
+    changed = {name: client(name, when_full=WhenFull.DROP_OLDEST, queue=100) for name in ("bob", "cid")}
+    net.broker.reconfigure({"ann": client("ann"), **changed}, net.broker.limits, net.now)
+    assert isinstance(bob.session.outbox, FrameOutbox)
+    assert bob.session.messages_out == 1
+    assert bob.session.client.direct is None
+    assert isinstance(cid.session.outbox, StreamOutbox)
+    assert cid.session.outbox.limit == 100
+    for number in range(5):
+        ann.message("cid", b"x" * 40, number, receipt=True)
+    assert {each.kind for each in ann.take()} == {Kind.RECEIPT, Kind.ERROR}
+    cid.read()
+    assert cid.payloads()[0] == b"waits"

@@ -1,0 +1,738 @@
+"""The whole core against plain dictionaries: whatever happens in whatever order, every message has one outcome.
+
+``BROKERD_MODEL_EXAMPLES=5000`` makes a long run of it, with other examples each time, and prints statistics.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+from core.fakenet import FakeNet, Peer, client, error_of
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from brokerd.config.values import ClientConfig, RateConfig, WhenConnected, WhenFull
+from brokerd.core import broker as broker_module
+from brokerd.core.broker import Limits
+from brokerd.core.session import Session
+from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
+from brokerd_client.wire.framing import frame
+
+EXAMPLES = int(os.environ.get("BROKERD_MODEL_EXAMPLES", "0"))
+STATISTICS: Counter[str] = Counter()
+
+#: Small enough that senders who do not read what became of their messages are met often.
+RESERVE = 500
+WAIT_TIMEOUT = 30.0
+MAX_MESSAGE = 200
+#: Length, header, the sender's address and a topic with its length come on top.
+LONGEST_FRAME = MAX_MESSAGE + 50
+#: Two names, two pools, one that seldom comes; another that nobody configured is sent to as well.
+NAMES = {"ann": 1, "bob": 1, "cid": 1, "pool": 3, "pair": 2}
+TOPICS = ["a", "a.b", "a.c", "a.b.c", "b", "b.a"]
+PATTERNS = ["a", "a.b", "a.*", "a.>", ">", "*", "*.a", "b.>", "$broker.>", "$broker.online.*"]
+UNIVERSE = [
+    ".".join(tokens) for depth in (1, 2, 3) for tokens in itertools.product(("a", "b", "c", "zz"), repeat=depth)
+] + ["$broker.online.ann", "$broker.offline.pool", "$broker.draining", "$broker.online.zz"]
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "queue": st.sampled_from([40, 90, 200, 600, 100_000]),
+        "when_full": st.sampled_from(list(WhenFull)),
+        "when_connected": st.sampled_from(list(WhenConnected)),
+        "send_to": st.sampled_from([["*"]] * 8 + [["p*", "ann"], ["bob"], []]),
+        "publish": st.sampled_from([[">"]] * 6 + [["a.*", "b"], []]),
+        "subscribe": st.sampled_from([[">", "$broker.>"], [">", "$broker.>"], ["a.>", "$broker.online.*"], []]),
+        "rate": st.sampled_from([None] * 12 + [3.0]),
+    }
+)
+PICK = st.integers(0, 99)
+SIZES = st.sampled_from([0, 1, 10, 30, 60, 199])
+RECIPIENTS = st.sampled_from(["ann", "ann", "bob", "bob", "cid", "pool", "pool", "pair", "nobody", "@"])
+
+
+def fits(pattern: str, topic: str) -> bool:
+    """Return whether the topic fits, by the words of docs/protocol.md turned into a regular expression."""
+    if topic.startswith("$") and pattern[0] in "*>":
+        return False
+    tokens = {"*": r"[^.]+", ">": r".+"}
+    return re.fullmatch(r"\.".join(tokens.get(each, re.escape(each)) for each in pattern.split(".")), topic) is not None
+
+
+def allowed_to_subscribe(rules: list[str], pattern: str) -> bool:
+    """Return whether one rule matches every topic that the pattern can match."""
+    wanted = [topic for topic in UNIVERSE if fits(pattern, topic)]
+    return any(all(fits(rule, topic) for topic in wanted) for rule in rules)
+
+
+@dataclass
+class Sent:
+    """One frame that a client sent. taken: who got it, as far as the system took it."""
+
+    serial: int
+    envelope: Envelope
+    sender: Peer
+    moved: bool = False
+    may_vanish: bool = False
+    taken: list[Peer] = field(default_factory=list)
+
+
+@dataclass
+class Outcomes:
+    """What a sender heard about one of its ids."""
+
+    errors: list[str] = field(default_factory=list)
+    receipts: int = 0
+    replies: int = 0
+
+
+def waiting_frames(peer: Peer) -> Iterator[Envelope]:
+    """Yield every frame of the outbox of which the system has not taken the whole."""
+    data = bytes(peer.stream) + b"".join(peer.session.outbox.pieces())
+    start = 0
+    while start < len(data):
+        size = int.from_bytes(data[start : start + 4])
+        if start + 4 + size > len(data):
+            # The rest went back to its sender when the connection ended.
+            break
+        if start + 4 + size > len(peer.stream):
+            yield parse(data[start + 4 : start + 4 + size])
+        start += 4 + size
+
+
+def serial_of(envelope: Envelope) -> int | None:
+    """Return which Sent this is, or None for the broker's own."""
+    return None if envelope.name == BROKER else int(envelope.payload.partition(b":")[0])
+
+
+class BrokerModel(RuleBasedStateMachine):
+    """Random clients. What is certain is foretold; what is not has to have one outcome at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reserve, broker_module.OUTCOME_RESERVE = broker_module.OUTCOME_RESERVE, RESERVE  # type: ignore[misc]
+        self.serial = itertools.count(1)
+        self.sent: dict[int, Sent] = {}
+        self.outcomes: dict[tuple[Peer, int], Outcomes] = defaultdict(Outcomes)
+        self.of_id: dict[tuple[Peer, int], list[Sent]] = defaultdict(list)
+        self.everyone: list[Peer] = []
+        self.sessions: list[Session] = []
+        self.left: list[Peer] = []
+        self.subscribed: dict[Peer, set[tuple[str, str | None]]] = defaultdict(set)
+        self.views: dict[Peer, dict[str, bool]] = {}
+        self.last_from: dict[tuple[Peer, Peer], int] = {}
+        self.ever_dropping: set[str] = set()
+        self.requests_seen: dict[Peer, list[Envelope]] = defaultdict(list)
+        self.highest: dict[str, int] = {}
+        self.net: FakeNet
+
+    @initialize(data=st.data())
+    def configure(self, data: st.DataObject) -> None:
+        """Begin with a configuration, and somebody there."""
+        self.configs = {name: self.config_of(name, data.draw(CONFIGS)) for name in NAMES}
+        limits = Limits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
+        self.net = FakeNet(*self.configs.values(), limits=limits)
+        self.net.on_losing = self.note_leaving
+        self.began = self.net.now
+        for name in ("ann", "bob", "pool", "pool", "pair"):
+            self.connect(name)
+
+    def is_there(self, names: tuple[str, ...]) -> bool:
+        """Return whether somebody of these names is connected."""
+        return any(peer.name in names for peer in self.net.peers)
+
+    def note_leaving(self, peer: Peer) -> None:
+        """Note who goes, and what another member of the pool may take over: it comes behind what that one has."""
+        self.left.append(peer)
+        for envelope in waiting_frames(peer):
+            serial = serial_of(envelope)
+            if serial is not None and NAMES[peer.name] > 1:
+                self.sent[serial].moved = True
+                STATISTICS["left by a member of a pool"] += 1
+
+    def config_of(self, name: str, drawn: dict[str, Any]) -> ClientConfig:
+        """Return a client with these options."""
+        self.highest[name] = max(self.highest.get(name, 0), drawn["queue"])
+        if drawn["when_full"] is WhenFull.DROP_OLDEST:
+            self.ever_dropping.add(name)
+        return client(name, connections=NAMES[name], **{**drawn, "rate": RateConfig(drawn["rate"], None)})
+
+    # Choosing
+
+    def peer(self, pick: int) -> Peer:
+        """Return one of the connections."""
+        return self.net.peers[pick % len(self.net.peers)]
+
+    def recipient(self, to: str, pick: int) -> str:
+        """Return a recipient: @ stands for the very address of some connection, now or before."""
+        return self.everyone[pick % len(self.everyone)].address if to == "@" else to
+
+    def members(self, to: str) -> list[Peer]:
+        """Return the connections that what is sent to ``to`` may reach."""
+        return [peer for peer in self.net.peers if to in (peer.name, peer.address)]
+
+    @staticmethod
+    def patterns_of(config: ClientConfig, which: str) -> list[str]:
+        """Return the patterns of a rule."""
+        return [each.pattern for each in getattr(config, which)]
+
+    # Sending
+
+    def envelope(self, kind: Kind, id: int | None, to: str, size: int, **rest: Any) -> Envelope:
+        """Return a new frame whose payload says which one it is."""
+        serial = next(self.serial)
+        payload = (b"%d:" % serial).ljust(size, b".")
+        return Envelope(kind, serial if id is None else id, to, payload, **rest)
+
+    def note(self, sender: Peer, envelope: Envelope) -> Sent:
+        """Remember that the frame is being sent."""
+        serial = serial_of(replace(envelope, name="x"))
+        assert serial is not None
+        sent = self.sent[serial] = Sent(serial, envelope, sender)
+        sent.may_vanish = not envelope.flags & Flag.RECEIPT and envelope.kind is not Kind.REQUEST
+        self.of_id[sender, envelope.id].append(sent)
+        STATISTICS[envelope.kind.name] += 1
+        return sent
+
+    def foretold(self, sender: Peer, envelope: Envelope) -> str | None:
+        """Return the code of the refusal that the rules call for, or None."""
+        config = self.configs[sender.name]
+        name = envelope.name.partition("/")[0]
+        if envelope.kind is not Kind.EVENT and len(encode(envelope)) - 12 - len(envelope.name) > MAX_MESSAGE:
+            return "too_large"
+        if envelope.extension is not None and envelope.extension["ttl"] <= 0:
+            return "expired"
+        if envelope.kind is Kind.EVENT:
+            return None if any(fits(each, envelope.topic) for each in self.patterns_of(config, "publish")) else "denied"
+        if not any(fnmatchcase(name, each) for each in self.patterns_of(config, "send_to")):
+            return "denied"
+        if name not in self.configs:
+            return "no_such_client"
+        return None if self.members(envelope.name) else "offline"
+
+    def send_one(self, sender: Peer, envelope: Envelope, *, owed: bool = False, step: int | None = None) -> None:
+        """Send a frame, and compare what became of it with what had to."""
+        sent = self.note(sender, envelope)
+        at_once = sender.reading and not sender.tail and self.configs[sender.name].rate.messages is None
+        unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
+        code = None if owed else self.foretold(sender, envelope)
+        members = self.members(envelope.name)
+        before = {peer: (peer.writing, peer.session.outbox.waiting, peer.session.outbox.limit) for peer in members}
+        errors = self.errors_at(sender, envelope.id)
+        refused = self.net.broker.refused.total()
+        sender.send(envelope, step)
+        if not at_once or sender.gone:
+            return
+        if unread:
+            assert sender.held, "it does not read its answers and is still read from"
+            return
+        new_errors = self.errors_at(sender, envelope.id)[len(errors) :]
+        if code is not None:
+            assert new_errors == [code]
+            STATISTICS["foretold " + code] += 1
+            return
+        if envelope.kind is Kind.EVENT:
+            assert self.net.broker.refused.total() == refused or sender.held
+            return
+        places = [peer for peer in members if self.lies_at(peer, sent)]
+        least = min(waiting for _, waiting, _ in before.values())
+        size = 16 + len(sender.session.stamp) + len(encode(envelope)) - 12 - len(envelope.name.encode())
+        roomy = [
+            peer
+            for peer, (writing, waiting, limit) in before.items()
+            if waiting == least and (not writing or waiting + size <= limit)
+        ]
+        if not all(before[peer][0] for peer in members):
+            assert places, "everyone reads and it was not delivered"
+            assert not new_errors
+            STATISTICS["foretold delivered"] += 1
+        elif roomy and len(roomy) == sum(waiting == least for _, waiting, _ in before.values()):
+            assert len(places) == 1
+            assert places[0] in roomy, "not the least loaded"
+            assert not new_errors
+            STATISTICS["foretold queued"] += 1
+        else:
+            STATISTICS["met a full queue"] += 1
+            assert places or new_errors or sender.held
+
+    def errors_at(self, peer: Peer, id: int) -> list[str]:
+        """Return the codes of the broker's errors with that id, arrived or on their way to the peer."""
+        waiting = [error_of(each) for each in waiting_frames(peer) if self.is_error(each, id)]
+        return (
+            self.outcomes[peer, id].errors + [error_of(each) for each in peer.got if self.is_error(each, id)] + waiting
+        )
+
+    @staticmethod
+    def is_error(envelope: Envelope, id: int) -> bool:
+        """Return whether that is the broker's ERROR about the id."""
+        return envelope.kind is Kind.ERROR and envelope.name == BROKER and envelope.id == id
+
+    def lies_at(self, peer: Peer, sent: Sent) -> bool:
+        """Return whether the peer has the frame, or its outbox does."""
+        return (
+            peer in sent.taken
+            or any(serial_of(each) == sent.serial for each in peer.got)
+            or any(serial_of(each) == sent.serial for each in waiting_frames(peer))
+        )
+
+    @precondition(lambda self: self.net.peers)
+    @rule(
+        who=PICK,
+        to=RECIPIENTS,
+        which=PICK,
+        size=SIZES,
+        kind=st.sampled_from([Kind.MESSAGE, Kind.MESSAGE, Kind.REQUEST]),
+        receipt=st.booleans(),
+        ttl=st.sampled_from([None, None, None, 5, 0]),
+        step=st.sampled_from([None, None, 1, 7]),
+    )
+    def send(
+        self, who: int, to: str, which: int, size: int, kind: Kind, receipt: bool, ttl: int | None, step: int | None
+    ) -> None:
+        """A MESSAGE or REQUEST."""
+        extension = None if ttl is None else {"ttl": ttl, "x": "ü"}
+        flags = Flag.RECEIPT if receipt else 0
+        envelope = self.envelope(kind, None, self.recipient(to, which), size, flags=flags, extension=extension)
+        self.send_one(self.peer(who), envelope, step=step)
+
+    @precondition(lambda self: self.net.peers)
+    @rule(
+        who=PICK,
+        plan=st.lists(st.tuples(RECIPIENTS, PICK, SIZES, st.booleans()), min_size=2, max_size=12),
+        step=st.sampled_from([None, None, 50]),
+    )
+    def send_many(self, who: int, plan: list[tuple[str, int, int, bool]], step: int | None) -> None:
+        """Many messages that arrive together."""
+        sender = self.peer(who)
+        data = b""
+        for to, which, size, receipt in plan:
+            flags = Flag.RECEIPT if receipt else 0
+            envelope = self.envelope(Kind.MESSAGE, None, self.recipient(to, which), size, flags=flags)
+            self.note(sender, envelope)
+            data += frame(encode(envelope))
+        sender.send_bytes(data, step)
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, to=RECIPIENTS, which=PICK, count=st.integers(2, 15), size=SIZES, receipt=st.booleans(), blind=PICK)
+    def flood(self, who: int, to: str, which: int, count: int, size: int, receipt: bool, blind: int) -> None:
+        """Many messages to one that often reads little of them."""
+        recipient = self.recipient(to, which)
+        for peer in self.members(recipient):
+            if blind % 3:
+                peer.block(blind)
+        for _ in range(count):
+            flags = Flag.RECEIPT if receipt else 0
+            self.send_one(self.peer(who), self.envelope(Kind.MESSAGE, None, recipient, size, flags=flags))
+            if not self.net.peers:
+                break
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, to=RECIPIENTS, count=st.integers(2, 6), which=PICK)
+    def ask_many(self, who: int, to: str, count: int, which: int) -> None:
+        """Many requests to one."""
+        recipient = self.recipient(to, which)
+        for _ in range(count):
+            if self.net.peers:
+                self.send_one(self.peer(who), self.envelope(Kind.REQUEST, None, recipient, 10))
+
+    @precondition(lambda self: any(self.requests_seen[peer] for peer in self.net.peers))
+    @rule(
+        who=PICK,
+        which=PICK,
+        size=SIZES,
+        kind=st.sampled_from([Kind.REPLY, Kind.REPLY, Kind.ERROR]),
+        twice=st.booleans(),
+    )
+    def answer(self, who: int, which: int, size: int, kind: Kind, twice: bool) -> None:
+        """An answer to a REQUEST, whatever send_to says; now and then given twice."""
+        able = [peer for peer in self.net.peers if self.requests_seen[peer]]
+        sender = able[who % len(able)]
+        request = self.requests_seen[sender].pop(which % len(self.requests_seen[sender]))
+        for _ in range(1 + twice):
+            owed = (request.name, request.id) in sender.session.owed and sender.reading
+            envelope = self.envelope(kind, request.id, request.name, size)
+            if kind is Kind.ERROR or request.name == sender.address:
+                self.note(sender, envelope).may_vanish = True
+                sender.send(envelope)
+            else:
+                self.send_one(sender, envelope, owed=owed)
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, topic=st.sampled_from(TOPICS), size=SIZES, receipt=st.booleans())
+    def publish(self, who: int, topic: str, size: int, receipt: bool) -> None:
+        """An EVENT: everyone who reads and subscribed to it gets it once, and one of each group."""
+        sender = self.peer(who)
+        envelope = self.envelope(Kind.EVENT, None, "", size, topic=topic, flags=Flag.RECEIPT if receipt else 0)
+        sure = sender.reading and not sender.tail and self.configs[sender.name].rate.messages is None
+        sure = sure and not any(peer.writing for peer in self.net.peers)
+        denied = self.foretold(sender, envelope) is not None
+        plain: set[Peer] = set()
+        groups: dict[str, set[Peer]] = defaultdict(set)
+        for peer in self.net.peers:
+            for pattern, group in self.subscribed[peer]:
+                if fits(pattern, topic):
+                    (plain if group is None else groups[group]).add(peer)
+        there = list(self.net.peers)
+        self.send_one(sender, envelope)
+        got = [peer for peer in there if self.lies_at(peer, self.sent[max(self.sent)])]
+        possible = plain.union(*groups.values())
+        if sender.reading and not sender.tail:
+            assert set(got) <= possible, "somebody got what it did not subscribe to"
+        if sure and denied:
+            assert not got
+        elif sure:
+            extra = set(got) - plain
+            assert plain <= set(got)
+            for members in groups.values():
+                assert members & set(got), "a group was passed over"
+                if not members & plain:
+                    assert len(members & extra) >= 1
+            assert len(extra) <= len(groups)
+            STATISTICS["foretold event"] += 1
+
+    @precondition(lambda self: self.net.peers)
+    @rule(
+        who=PICK,
+        excess=st.integers(1, 50),
+        kind=st.sampled_from([Kind.MESSAGE, Kind.REQUEST]),
+        step=st.sampled_from([None, 9]),
+    )
+    def send_too_much(self, who: int, excess: int, kind: Kind, step: int | None) -> None:
+        """An oversized frame is passed over and answered."""
+        sender = self.peer(who)
+        envelope = self.envelope(kind, None, "ann", MAX_MESSAGE + excess)
+        self.note(sender, envelope)
+        at_once = sender.reading and not sender.tail
+        unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
+        sender.send(envelope, step)
+        if at_once and not unread and not sender.gone:
+            assert self.errors_at(sender, envelope.id) == ["too_large"]
+
+    # Subscribing
+
+    @precondition(lambda self: any(peer.reading and not peer.writing for peer in self.net.peers))
+    @rule(who=PICK, pattern=st.sampled_from(PATTERNS), group=st.sampled_from([None, None, "g", "h"]), end=st.booleans())
+    def subscribe(self, who: int, pattern: str, group: str | None, end: bool) -> None:
+        """A subscription begins or ends."""
+        able = [peer for peer in self.net.peers if peer.reading and not peer.writing and not peer.tail]
+        if not able:
+            return
+        peer = able[who % len(able)]
+        if self.configs[peer.name].rate.messages is not None or peer.room is not None:
+            return
+        arguments = {"topic": pattern} if group is None else {"topic": pattern, "group": group}
+        self.collect()
+        peer.op("unsubscribe" if end else "subscribe", **arguments)
+        (answer,) = peer.take()
+        if end:
+            assert answer.kind is Kind.REPLY
+            self.subscribed[peer].discard((pattern, group))
+            if (pattern, group) == ("$broker.>", None):
+                self.views.pop(peer, None)
+        elif allowed_to_subscribe(self.patterns_of(self.configs[peer.name], "subscribe"), pattern):
+            assert answer.kind is Kind.REPLY
+            self.subscribed[peer].add((pattern, group))
+            if (pattern, group) == ("$broker.>", None):
+                self.views[peer] = self.list_of(peer)
+        else:
+            assert error_of(answer) == "denied"
+
+    def list_of(self, peer: Peer) -> dict[str, bool]:
+        """Return whom the peer sees, by asking."""
+        listed = peer.ask("clients")["clients"]
+        return {each["name"]: each["online"] for each in listed}
+
+    # Coming, going, reading and not reading
+
+    @rule(name=st.sampled_from(list(NAMES)))
+    def connect(self, name: str) -> None:
+        """A connection more, where there is room or somebody is to be replaced."""
+        there = self.members(name)
+        full = len(there) == NAMES[name]
+        peer = self.net.try_connect(name)
+        if full and self.configs[name].when_connected is WhenConnected.REFUSE:
+            assert peer is None
+            return
+        assert peer is not None
+        if full:
+            assert there[0].gone == "replaced by a new connection"
+        self.everyone.append(peer)
+        self.sessions.append(peer.session)
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, really=st.integers(0, 2))
+    def leave(self, who: int, really: int) -> None:
+        """A connection ends."""
+        if not really:
+            self.peer(who).leave()
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, really=st.integers(0, 7))
+    def break_the_rules(self, who: int, really: int) -> None:
+        """A malformed frame ends the connection, once the answer is written."""
+        peer = self.peer(who)
+        if not really and peer.reading and not peer.tail:
+            peer.send_bytes(b"\xff\xff\xff\xf0")
+            assert peer.gone == "malformed" or peer.session.closing == "malformed"
+
+    @precondition(lambda self: self.net.peers)
+    @rule(who=PICK, room=st.sampled_from([0, 0, 1, 5, 20, 50, 150]))
+    def block(self, who: int, room: int) -> None:
+        """A client stops reading."""
+        self.peer(who).block(room)
+
+    @precondition(lambda self: self.is_there(("pool", "pair")))
+    @rule(name=st.sampled_from(["pool", "pair"]), room=st.sampled_from([0, 0, 7]))
+    def block_pool(self, name: str, room: int) -> None:
+        """All connections of a pool stop reading."""
+        for peer in self.members(name):
+            peer.block(room)
+
+    @precondition(lambda self: any(peer.writing and NAMES[peer.name] > 1 for peer in self.net.peers))
+    @rule(who=PICK)
+    def lose_a_member(self, who: int) -> None:
+        """A connection of a pool ends while messages wait for it."""
+        members = [peer for peer in self.net.peers if peer.writing and NAMES[peer.name] > 1]
+        members[who % len(members)].leave()
+
+    @precondition(lambda self: any(peer.writing for peer in self.net.peers))
+    @rule(who=PICK, size=st.sampled_from([None, None, 1, 20, 50, 100]))
+    def read(self, who: int, size: int | None) -> None:
+        """A client that did not read takes a little, or everything."""
+        blocked = [peer for peer in self.net.peers if peer.writing]
+        blocked[who % len(blocked)].read(size)
+
+    @rule(seconds=st.sampled_from([1, 4, 10, 29, 31]))
+    def advance(self, seconds: int) -> None:
+        """Time passes."""
+        self.net.advance(seconds)
+
+    @rule(name=st.sampled_from(list(NAMES)), drawn=CONFIGS)
+    def reconfigure(self, name: str, drawn: dict[str, Any]) -> None:
+        """Another entry for one client; its connections stay."""
+        rate = self.configs[name].rate
+        self.configs[name] = replace(self.config_of(name, drawn), rate=rate)
+        limits = Limits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
+        self.net.broker.reconfigure(self.configs, limits, self.net.now)
+        rules = self.patterns_of(self.configs[name], "subscribe")
+        for peer in self.members(name):
+            self.subscribed[peer] = {
+                (pattern, group) for pattern, group in self.subscribed[peer] if allowed_to_subscribe(rules, pattern)
+            }
+            # Whom it may see has changed, and nobody tells.
+            self.views.pop(peer, None)
+        self.net.settle()
+
+    # What is always true
+
+    def collect(self) -> None:
+        """Look at everything that arrived since the last time."""
+        for peer in self.everyone:
+            for envelope in peer.take():
+                if envelope.name == BROKER:
+                    self.collect_own(peer, envelope)
+                else:
+                    self.collect_sent(peer, envelope)
+
+    def collect_own(self, peer: Peer, envelope: Envelope) -> None:
+        """Take the broker's word for what became of a message."""
+        outcomes = self.outcomes[peer, envelope.id]
+        if envelope.kind is Kind.ERROR:
+            code = error_of(envelope)
+            if code != "malformed":
+                assert self.of_id[peer, envelope.id], f"{peer} never sent the id {envelope.id}"
+            outcomes.errors.append(code)
+            STATISTICS["error " + code] += 1
+        elif envelope.kind is Kind.RECEIPT:
+            assert any(sent.envelope.flags & Flag.RECEIPT for sent in self.of_id[peer, envelope.id])
+            outcomes.receipts += 1
+        elif envelope.kind is Kind.EVENT and peer in self.views:
+            _, what, name = (*envelope.topic.split(".", 2), "")[:3]
+            if what in ("online", "offline"):
+                assert self.views[peer].get(name) is (what == "offline"), f"{envelope.topic} is no news"
+                self.views[peer][name] = what == "online"
+                STATISTICS["presence seen"] += 1
+
+    def collect_sent(self, peer: Peer, envelope: Envelope) -> None:
+        """Check a frame against what was sent."""
+        serial = serial_of(envelope)
+        assert serial is not None
+        sent = self.sent[serial]
+        flags = 0 if sent.envelope.extension is None else Flag.EXTENSION
+        assert replace(envelope, payload=b"") == replace(
+            sent.envelope, name=sent.sender.address, flags=flags, payload=b""
+        )
+        assert envelope.payload == sent.envelope.payload
+        assert peer not in sent.taken, "delivered twice"
+        sent.taken.append(peer)
+        STATISTICS["delivered"] += 1
+        if envelope.kind is not Kind.EVENT:
+            assert len(sent.taken) == 1, "delivered to two"
+            assert sent.envelope.name in (peer.address, peer.name)
+        if envelope.kind is Kind.REQUEST:
+            self.requests_seen[peer].append(envelope)
+        if envelope.kind in (Kind.REPLY, Kind.ERROR):
+            self.outcomes[peer, envelope.id].replies += 1
+        if not sent.moved:
+            assert serial > self.last_from.get((sent.sender, peer), 0), "overtaken"
+            self.last_from[sent.sender, peer] = serial
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        """Nobody's queue holds more than its quota, or a message that is longer, and one message."""
+        for peer in self.net.peers:
+            session = peer.session
+            own = sum(len(encode(each)) + 4 for each in waiting_frames(peer) if each.name != BROKER)
+            assert own <= max(self.highest[peer.name], LONGEST_FRAME) + LONGEST_FRAME
+            assert session.outbox.waiting == sum(map(len, session.outbox.pieces()))
+
+    @invariant()
+    def everything_has_its_place(self) -> None:
+        """What the broker remembers of sessions fits together, and concerns sessions that are there."""
+        broker = self.net.broker
+        self.collect()
+        assert not broker.released
+        live = {peer.session for peer in self.net.peers}
+        assert set(broker.exchange.sessions()) == live
+        assert set(broker._held) == {session for session in live if session.held_by is not None}
+        for session in live:
+            assert set(session.waiters) == {each for each in live if each.held_by is session}
+            assert set(session.owed.values()) | set(session.asked.values()) | session.waiters.keys() <= live
+            for (address, id), requester in session.owed.items():
+                assert requester.address == address
+                assert requester.asked[id, session.address] is session
+            for (id, address), responder in session.asked.items():
+                assert responder.address == address
+                assert responder.owed[session.address, id] is session
+            if session.held_by is not None:
+                assert session.held_by.outbox.blocked, "held, and the one it waits for reads"
+                assert broker._held[session] > self.net.now
+        assert len(broker.topics) == sum(len(session.subscriptions) for session in live)
+        for peer in self.net.peers:
+            assert peer.session.subscriptions == self.subscribed[peer]
+
+    @invariant()
+    def rates_hold(self) -> None:
+        """No client got more accepted than its rate allows."""
+        for name, config in self.configs.items():
+            if config.rate.messages is not None:
+                mine = [key for key in self.of_id if key[0].name == name]
+                accepted = sum(len([sent for sent in self.of_id[key] if sent.taken]) for key in mine)
+                assert accepted <= config.rate.messages * (1 + self.net.now - self.began)
+
+    # The end
+
+    def teardown(self) -> None:
+        """Have everyone read and time pass: then nobody is held, and every message has had its outcome."""
+        broker_module.OUTCOME_RESERVE = RESERVE  # type: ignore[misc]
+        try:
+            # After a failure the state is no longer worth a look.
+            if hasattr(self, "net") and sys.exc_info()[0] is None:
+                self.finish()
+        finally:
+            broker_module.OUTCOME_RESERVE = self.reserve  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """The end, in order."""
+        STATISTICS["runs"] += 1
+        for _ in range(100):
+            for peer in list(self.net.peers):
+                peer.read()
+            self.net.advance(WAIT_TIMEOUT + 1)
+            if not any(peer.writing or peer.held for peer in self.net.peers):
+                break
+        for peer in list(self.net.peers):
+            assert peer.reading, "held for ever"
+            assert not peer.tail
+            assert not peer.session.outbox.waiting
+        self.everything_has_its_place()
+        for peer, view in self.views.items():
+            if not peer.gone and self.configs[peer.name].rate.messages is None:
+                assert self.list_of(peer) == view, "who lists and subscribes knows who is there"
+        stayed = set(self.net.peers)
+        while self.net.peers:
+            self.net.peers[0].leave()
+            self.collect()
+        for (sender, id), sents in self.of_id.items():
+            self.check_outcome(sents, self.outcomes[sender, id], stayed=sender in stayed)
+        assert not self.net.leftovers()
+        for session in self.sessions:
+            assert not session.owed
+            assert not session.asked
+            assert not session.waiters
+            assert not session.subscriptions
+            assert not session.routes
+            assert session.held_by is None
+
+    def check_outcome(self, sents: list[Sent], outcomes: Outcomes, *, stayed: bool) -> None:
+        """Check that all frames with one id from one sender had one outcome each."""
+        kinds = {sent.envelope.kind for sent in sents}
+        if len(kinds) > 1 or Kind.ERROR in kinds:
+            # A request to itself and its answer share an id; an ERROR that can't be delivered ends there.
+            return
+        taken = sum(len(sent.taken) for sent in sents)
+        errors = len(outcomes.errors)
+        # Whoever may send to the requester anyway may answer it twice.
+        replies = min(outcomes.replies, 1)
+        assert outcomes.receipts <= len(sents)
+        if kinds == {Kind.EVENT}:
+            assert errors + outcomes.receipts <= 1
+        elif kinds == {Kind.REQUEST}:
+            (sent,) = sents
+            assert taken + errors >= 1 or not stayed
+            if not taken:
+                assert errors + replies <= 1
+            elif stayed and self.left.index(sent.taken[0]) < self.left.index(sent.sender):
+                assert errors + replies == 1, "a request has one answer"
+            else:
+                assert errors + replies <= 1
+        else:
+            assert taken + errors <= len(sents), "delivered, and an error as well"
+            if stayed:
+                vanished = len(sents) - taken - errors
+                possible = [sent for sent in sents if sent.may_vanish and self.may_drop(sent)]
+                assert vanished <= len(possible), "no outcome"
+                STATISTICS["dropped for newer ones"] += vanished
+
+    def may_drop(self, sent: Sent) -> bool:
+        """Return whether the recipient was ever allowed to drop the oldest."""
+        return sent.envelope.name.partition("/")[0] in self.ever_dropping
+
+
+def pytest_settings() -> settings:
+    """Return a short run, always the same; or the long one that was asked for."""
+    if EXAMPLES:
+        return settings(
+            max_examples=EXAMPLES, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+        )
+    return settings(
+        max_examples=120,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+TestBrokerModel = BrokerModel.TestCase
+TestBrokerModel.settings = pytest_settings()
+if EXAMPLES:
+    TestBrokerModel.pytestmark = [pytest.mark.timeout(0)]
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="only a long run has statistics worth a look")
+def test_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+    """A long run says what it met: a model that never meets a full queue proves nothing about one."""
+    with capsys.disabled():
+        print("", *(f"{count:9,} {what}" for what, count in sorted(STATISTICS.items())), sep="\n")
+    assert STATISTICS["met a full queue"]
