@@ -85,7 +85,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for folder in ("brokerd", "client", "tests", "tools"):
+    for folder in ("brokerd", "client", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
     return copy
 
@@ -93,7 +93,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
-    """Every module and both py.typed are in the wheel; tests, tools and caches are not."""
+    """Every module and both py.typed are in the wheel; tests and caches are not."""
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
 
