@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -238,8 +239,21 @@ def run(config_path: Path) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
         return EX_CONFIG
+    _allow_many_descriptors()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config))
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: it is there for programs that use select()."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems say "no limit" and then take less.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(config: Config) -> int:

@@ -9,6 +9,7 @@ Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuratio
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, TextIO, cast
 
@@ -36,7 +37,7 @@ def make_log(
     return cast(
         "structlog.typing.FilteringBoundLogger",
         structlog.wrap_logger(
-            structlog.PrintLogger(stream),
+            structlog.PrintLogger(cast("TextIO", _Patient(stream))),
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -46,6 +47,22 @@ def make_log(
             context_class=dict,
         ),
     )
+
+
+class _Patient:
+    """A stream that loses a line rather than raise: messages must go on when the disk is full or nobody reads."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _Nowhere:

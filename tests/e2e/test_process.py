@@ -1,0 +1,251 @@
+"""The process from outside: what it logs, how it ends, and what it survives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from e2e.process import Process, key_of
+from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, prefixed
+
+from brokerd import __version__
+
+
+def queue_for(sender: Raw, to: str, count: int) -> None:
+    for number in range(count):
+        sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
+        assert sender.recv().kind == RECEIPT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(socket_dir: Path, number: int) -> None:
+    """What is queued reaches a client that reads late; exit status 0; no socket file is left."""
+    with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        queue_for(alice, "bob", 50)
+        broker.signal(number)
+        assert alice.is_closed()
+        with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+            Raw(broker.address)
+        assert [bob.recv().id for _ in range(50)] == list(range(50))
+        assert bob.is_closed()
+        assert broker.exit_status() == 0
+        assert not broker.socket.exists()
+        assert broker.events("daemon.stopping")[0]["reason"] == signal.Signals(number).name
+        assert broker.events("daemon.stopped")[0]["cut_off"] == 0
+
+
+def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
+    """Clients that wait for nothing hold up nothing."""
+    with Process(socket_dir, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+        began = monotonic()
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert monotonic() - began < 10
+        assert alice.is_closed()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
+    """The second one does not wait for a client that does not read, and the exit status tells the difference."""
+    with (
+        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        queue_for(alice, "bob", 50)
+        broker.signal()
+        broker.wait("daemon.stopping")
+        assert alice.is_closed()
+        began = monotonic()
+        broker.signal(second)
+        assert broker.exit_status() == 1
+        assert monotonic() - began < 10
+        assert not broker.socket.exists()
+        assert broker.events("daemon.killed")
+
+
+def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
+    """A client that never reads is cut off; that is counted, and still a clean end."""
+    with (
+        Process(socket_dir, limits={"drain_timeout": "300ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        queue_for(alice, "bob", 50)
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert broker.events("daemon.stopped")[0]["cut_off"] == 1
+
+
+def test_a_daemon_killed_hard_is_replaced(socket_dir: Path) -> None:
+    """After SIGKILL the socket file stays; the next daemon takes it over."""
+    with Process(socket_dir) as first:
+        first.wait("daemon.started")
+        first.popen.kill()
+        assert first.exit_status() == -signal.SIGKILL
+    assert (socket_dir / "brokerd.sock").is_socket()
+    with Process(socket_dir) as second, second.login("alice") as alice:
+        alice.ping()
+
+
+def test_a_second_daemon_at_the_same_path_fails(socket_dir: Path) -> None:
+    """It says what is in its way and exits with status 1; the first one serves on."""
+    with Process(socket_dir) as first, first.login("alice") as alice:
+        with Process(socket_dir) as second:
+            assert second.exit_status() == 1
+            failed = second.events("daemon.failed")[0]
+            assert str(first.socket) in failed["reason"]
+            assert "another program is listening" in failed["reason"]
+        alice.ping()
+        assert first.socket.is_socket()
+
+
+def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
+    """Start, connect, refuse, disconnect and stop: an event with fields each; never a key or what was sent."""
+    with Process(socket_dir, listen=["127.0.0.1:0"]) as broker:
+        unix, tcp = broker.addresses()
+        alice = broker.login("alice")
+        for address, name, key in ((unix, b"", b"wrong key, a canary"), (tcp, b"bob", b"another wrong key, a canary")):
+            with pytest.raises(Rejected):
+                login(address, key, name)
+        with pytest.raises(Rejected):
+            broker.login("alice", tcp)
+        alice.send(MESSAGE, "alice", b"a body, a canary")
+        alice.recv()
+        alice.write(prefixed(b"malformed, a canary"))
+        alice.recv()
+        alice.close()
+        broker.wait("client.disconnected")
+        broker.signal()
+        assert broker.exit_status() == 0
+        events = [json.loads(line) for line in broker.lines]
+        assert [event["event"] for event in events] == [
+            "daemon.started",
+            "client.connected",
+            *["client.refused"] * 3,
+            "client.disconnected",
+            "daemon.stopping",
+            "daemon.stopped",
+        ]
+        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", event["timestamp"]) for event in events)
+        started, connected, unknown, wrong, twice, disconnected, _, _ = events
+        assert started["version"] == __version__
+        assert started["routing"] in ("python", "compiled")
+        assert started["listeners"] == [str(unix), str(tcp)]
+        assert (connected["name"], connected["peer"]) == ("alice", f"unix uid={os.getuid()}")
+        assert (unknown["reason"], unknown["peer"], unknown["level"]) == ("unknown key", connected["peer"], "warning")
+        assert wrong["peer"].startswith("127.0.0.1:")
+        assert (twice["name"], "connected already" in twice["reason"]) == ("alice", True)
+        assert (disconnected["name"], disconnected["reason"]) == ("alice", "malformed")
+        everything = "".join(broker.lines)
+        assert "canary" not in everything
+        for key in (key_of("alice"), key_of("bob")):
+            assert key.hex() not in everything
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_log_level_is_kept(socket_dir: Path, level: str) -> None:
+    """Nothing less important than log.level is written; no key at any level."""
+    with Process(socket_dir, log={"level": level}) as broker:
+        while not broker.socket.exists():
+            assert broker.popen.poll() is None
+        while True:
+            try:
+                login(broker.address, b"wrong key, a canary")
+            except Rejected:
+                break
+            except ConnectionRefusedError:
+                continue
+        login(broker.address, key_of("alice")).close()
+        broker.signal()
+        assert broker.exit_status() == 0
+        levels = {json.loads(line)["level"] for line in broker.lines}
+        order = ["debug", "info", "warning", "error"]
+        assert all(order.index(each) >= order.index(level) for each in levels)
+        assert ("warning" in levels) == (level != "error")
+        assert "canary" not in "".join(broker.lines)
+
+
+def test_a_log_that_nobody_reads_stops_nothing(socket_dir: Path) -> None:
+    """When the other end of standard error is gone, clients still come, talk and go."""
+    reading, writing = os.pipe()
+    with Process(socket_dir, listen=[], stderr=writing) as broker:
+        os.close(writing)
+        with os.fdopen(reading) as log:
+            assert "daemon.started" in log.readline()
+        for _ in range(5):
+            with (
+                login(broker.address, key_of("alice"), b"alice") as alice,
+                login(broker.address, key_of("bob"), b"bob") as bob,
+            ):
+                alice.send(MESSAGE, "bob", b"still")
+                assert bob.recv().body == b"still"
+        broker.signal()
+        assert broker.exit_status() == 0
+
+
+def test_a_full_disk_under_the_log_stops_nothing(socket_dir: Path) -> None:
+    """When a line of the log can't be written, the broker goes on."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    with Process(socket_dir, stderr=full) as broker:
+        os.close(full)
+        while not broker.socket.exists():
+            assert broker.popen.poll() is None
+        for _ in range(5):
+            while True:
+                try:
+                    alice = login(broker.address, key_of("alice"), b"alice")
+                    break
+                except ConnectionRefusedError:
+                    continue
+            with alice:
+                alice.ping()
+        broker.signal()
+        assert broker.exit_status() == 0
+
+
+def test_a_bad_configuration_exits_with_78(socket_dir: Path) -> None:
+    """It listens nowhere and says where the mistake is."""
+    with Process(socket_dir, limits={"max_mesage": 1}) as broker:
+        assert broker.exit_status() == 78
+        assert str(broker.config) in "".join(broker.lines)
+        assert not broker.socket.exists()
+
+
+def soft_limit_of_files(number: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+
+
+def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
+    """A shell's low soft limit is raised to the hard one: connections above it are served."""
+    names = [f"c{number}" for number in range(100)]
+    with Process(socket_dir, names, preexec=lambda: soft_limit_of_files(64)) as broker:
+        with contextlib.ExitStack() as crowd:
+            for member in [crowd.enter_context(broker.login(name)) for name in names]:
+                member.ping()
+        assert not broker.events("listener.paused")
+
+
+def test_without_descriptors_it_waits_for_some(socket_dir: Path) -> None:
+    """Above the hard limit connections wait in the system's queue; when others go they get in."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    names = [f"c{number}" for number in range(60)]
+    with Process(socket_dir, names, preexec=few, limits={"handshakes": 100}) as broker:
+        broker.wait("daemon.started")
+        waiting = [Raw(broker.address) for _ in range(50)]
+        broker.wait("listener.paused")
+        for each in waiting:
+            each.close()
+        with broker.login("c59") as late:
+            late.ping()
