@@ -37,6 +37,7 @@ SHARED = {
     "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog"),
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
+PIPES = ("brokerd_client.bridge", "brokerd_client.connection.named_pipes")
 MODEL = ("brokerd.config.model", "brokerd.config.values")
 
 #: Who may import what of the two packages. The longest matching prefix of a module's name decides; a prefix
@@ -51,14 +52,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **TALK,
     "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec", *TALK),
     **SHARED,
-    "brokerd_client.channel": LEAVES,
+    "brokerd_client.bridge": LEAVES,
+    "brokerd_client.channel": (*LEAVES, *PIPES),
     "brokerd_client.blocking": (*FACE, "brokerd_client.channel"),
-    "brokerd_client.aio": FACE,
+    "brokerd_client.aio": (*FACE, *PIPES),
     "brokerd": (),
     "brokerd.config": LEAVES,
     "brokerd.core": (*LEAVES, *MODEL),
     "brokerd.logs": MODEL,
-    "brokerd.net": (*LEAVES, *MODEL, "brokerd.core", "brokerd.logs"),
+    "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),
     "brokerd.monitor": (*MODEL, "brokerd.core", "brokerd.net", "brokerd.logs"),
     "brokerd.daemon": (

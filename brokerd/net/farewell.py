@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+from brokerd_client.bridge import BridgedSocket
+
 __all__ = ["Farewell", "unacknowledged"]
 
 #: Seconds between two looks at what is still on its way.
@@ -91,8 +93,10 @@ def unacknowledged(sock: socket.socket) -> int:
     """Return how many bytes written to a TCP socket the peer's system has not acknowledged yet.
 
     0 for other sockets, whose bytes are in the peer's hands when they are written, and where the system does
-    not say.
+    not say. 1 for a socket that stands for a pipe: when its bridge has passed everything on, it closes.
     """
+    if isinstance(sock, BridgedSocket):
+        return 1
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sys.platform.startswith("linux"):
         return 0
     import fcntl

@@ -35,6 +35,8 @@ _ENVELOPE: Final = 1024
 GRACE: Final = 5.0
 #: Reads in a row for one connection, when it can't wait for its turn.
 _READS: Final = 16
+#: Sends several pieces with one call; Windows has no such call.
+_sendmsg = getattr(socket.socket, "sendmsg", None)
 _HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 
 
@@ -169,7 +171,7 @@ class Link:
         outbox = session.outbox
         try:
             while pieces := outbox.pieces():
-                size = self.sock.send(pieces[0]) if len(pieces) == 1 else self.sock.sendmsg(pieces)
+                size = self.sock.send(pieces[0]) if len(pieces) == 1 or not _sendmsg else _sendmsg(self.sock, pieces)
                 outbox.sent(size)
         except (BlockingIOError, InterruptedError):
             outbox.blocked = True

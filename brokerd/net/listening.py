@@ -1,4 +1,4 @@
-"""Listening sockets: bound as the configuration says, with a stale socket file taken over and a live one left.
+"""Listening sockets and pipes: bound as the configuration says, a stale socket file taken over and a live one left.
 
 Nothing is accepted here.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from brokerd.config.values import ListenConfig
+from brokerd.net.pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
 __all__ = ["BACKLOG", "ListenError", "Listening", "listen"]
@@ -30,14 +31,14 @@ class ListenError(Exception):
 
 @dataclass(slots=True)
 class Listening:
-    """One listening socket.
+    """One listening socket, or what looks like one and takes a pipe's connections.
 
     address: where it really listens, a port chosen by the system filled in. inode: of its socket file,
     so that nobody else's file is removed at the end.
     """
 
     config: ListenConfig
-    sock: socket.socket
+    sock: socket.socket | PipeListener
     address: Address
     inode: tuple[int, int] | None = None
 
@@ -71,12 +72,17 @@ def listen(config: ListenConfig) -> list[Listening]:
     try:
         if address.family == "AF_UNIX":
             return [_listen_unix(config)]
+        if address.family == "AF_PIPE":
+            return [Listening(config, open_pipe(address.path), address)]
         return _listen_tcp(config)
     except OSError as error:
-        raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(error)}") from error
+        raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}") from error
 
 
-def _hint(error: OSError) -> str:
+def _hint(address: Address, error: OSError) -> str:
+    if address.family == "AF_PIPE":
+        there = error.errno == errno.EACCES
+        return " (another program listens there, or connections of an earlier listener are left)" if there else ""
     hints = {
         errno.EADDRINUSE: " (another program listens there)",
         errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
@@ -134,7 +140,7 @@ def _listen_unix(config: ListenConfig) -> Listening:
     listening = Listening(config, sock, address)
     try:
         if address.is_file:
-            _bind_file(listening)
+            _bind_file(listening, sock)
         else:
             sock.bind(address.path)
         sock.listen(BACKLOG)
@@ -152,13 +158,13 @@ def _listen_unix(config: ListenConfig) -> Listening:
     return listening
 
 
-def _bind_file(listening: Listening) -> None:
+def _bind_file(listening: Listening, sock: socket.socket) -> None:
     config, path = listening.config, Path(listening.address.path)
     # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
-    os.fchmod(listening.sock.fileno(), config.mode if config.mode is not None else 0o600)
+    os.fchmod(sock.fileno(), config.mode if config.mode is not None else 0o600)
     umask = os.umask(0)
     try:
-        listening.sock.bind(str(path))
+        sock.bind(str(path))
     finally:
         os.umask(umask)
     listening.inode = _inode(path)

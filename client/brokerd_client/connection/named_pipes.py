@@ -12,7 +12,9 @@ import sys
 if sys.platform == "win32":
     import _winapi
     import contextlib
+    import errno
     import io
+    import os
     import threading
     import time
     from collections.abc import Collection
@@ -23,7 +25,7 @@ if sys.platform == "win32":
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
-    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeDoor", "dial"]
+    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeDoor", "PipeStream", "dial"]
 
     _BUFFER_SIZE: Final = 8192
     #: Milliseconds between two looks at the clock while a pipe is busy.
@@ -83,11 +85,71 @@ if sys.platform == "win32":
             return self.connection.recv_bytes(LIMIT) if self.connection.poll(0) else None
 
         def into_connection(self, max_message: int | None) -> PipeConnection:
+            return PipeConnection(self._detach(), max_message=max_message)
+
+        def into_stream(self) -> PipeStream:
+            return PipeStream(self._detach())
+
+        def _detach(self) -> int:
+            handle: int
             handle, self.connection._handle = self.connection._handle, None  # type: ignore[attr-defined]
-            return PipeConnection(handle, max_message=max_message)
+            return handle
 
         def close(self) -> None:
             self.connection.close()
+
+    class PipeStream:
+        """One end of a named pipe: messages read in pieces and written whole, until some thread says stop.
+
+        This is a ``brokerd_client.bridge.Pipe``.
+        """
+
+        def __init__(self, handle: int) -> None:
+            self._handle = handle
+            self._lock = threading.Lock()
+            self._readable = self._writable = True
+            # What is under way; kept until it is over, for the system writes into their memory.
+            self._reading: Any = None
+            self._writing: Any = None
+
+        def read(self, size: int) -> tuple[bytes, int]:
+            try:
+                with self._lock:
+                    if not self._readable:
+                        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                    self._reading, _ = _winapi.ReadFile(self._handle, size, overlapped=True)
+                _, error = self._reading.GetOverlappedResult(True)
+                if error == _winapi.ERROR_OPERATION_ABORTED:
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                piece = bytes(self._reading.getbuffer())
+                left = _winapi.PeekNamedPipe(self._handle)[1] if error == _winapi.ERROR_MORE_DATA else 0
+            except BrokenPipeError as error:
+                raise EOFError from error
+            return piece, left
+
+        def write(self, body: bytes) -> None:
+            with self._lock:
+                if not self._writable:
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                self._writing, _ = _winapi.WriteFile(self._handle, body, overlapped=True)
+            written, error = self._writing.GetOverlappedResult(True)
+            self._writing = None
+            if error or written != len(body):
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+        def stop(self, *, writing: bool) -> None:
+            with self._lock:
+                self._readable = False
+                under_way = [self._reading]
+                if writing:
+                    self._writable = False
+                    under_way.append(self._writing)
+                for each in under_way:
+                    if each is not None:
+                        each.cancel()
+
+        def close(self) -> None:
+            _winapi.CloseHandle(self._handle)
 
     class PipeDoor:
         """A named pipe that takes connections: one instance of it always waits for the next peer."""
@@ -135,7 +197,11 @@ if sys.platform == "win32":
             self._handle = _new_instance(self.address, first=False)
             self._connecting = None
             if connecting is not None:
-                connecting.GetOverlappedResult(True)
+                try:
+                    connecting.GetOverlappedResult(True)
+                except OSError:
+                    _winapi.CloseHandle(handle)
+                    raise
             return PipeChannel(handle), None
 
         def wake(self) -> None:
