@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.config.values import Rule
 from brokerd_client.errors import InvalidName
-from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, ErrorCode, Kind, check_pattern, is_name
+from brokerd_client.wire.envelope import (
+    BROKER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Kind,
+    check_pattern,
+    is_name,
+    split_address,
+)
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -193,11 +202,12 @@ def _connections(broker: Broker, source: Session, id: int, arguments: _Arguments
 
 def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
     address = _text(arguments, "address")
+    name, instance = split_address(address)
     session = broker.exchange.find(address)
-    client = broker.exchange.resolve(address)
-    found = [session] if session is not None else list(client.sessions.values()) if client is not None else []
-    if client is None and session is None:
+    client = broker.exchange.resolve(name)
+    if client is None:
         raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {address}", address)
+    found = [session] if session is not None else [] if instance else list(client.sessions.values())
     if not found:
         raise _Refusal(ErrorCode.OFFLINE, f"{address} is not connected", address)
     for each in found:
@@ -211,6 +221,11 @@ def _can(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Ar
     if client is None:
         raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {sender}", sender)
     policy = client.policy
+    if verb == "send" and target == BROKER:
+        return {"allowed": True, "rule": None, "where": None, "why": "everyone may ask the broker"}
+    if verb == "publish" and target.startswith("$"):
+        why = "topics that begin with $ are the broker's own"
+        return {"allowed": False, "rule": None, "where": None, "why": why}
     if verb == "send":
         rule, rules = policy.sending(target.partition("/")[0]), client.config.send_to
         if rule is not None and broker.exchange.resolve(target.partition("/")[0]) is None:

@@ -1,0 +1,289 @@
+"""The broker as a client: every operation, who may ask for it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from core.fakenet import FakeNet, client
+
+from brokerd.config.values import Rule, Source
+from brokerd_client.wire.envelope import BROKER, Kind
+
+
+def refused(peer: Any, op: str, **arguments: Any) -> tuple[str, str]:
+    """Return (code, name) of the refusal of an operation."""
+    peer.op(op, 77, **arguments)
+    (answer,) = peer.take()
+    assert (answer.kind, answer.id, answer.name, answer.codec) == (Kind.ERROR, 77, BROKER, 2)
+    error = json.loads(answer.payload)
+    return error["code"], error["name"]
+
+
+def test_whoami() -> None:
+    """A client learns its name, its address, the versions and its limits."""
+    net = FakeNet(client("pool", connections=2, queue=1234))
+    one = net.connect("pool")
+    assert one.ask("whoami") == {
+        "name": "pool",
+        "address": one.address,
+        "version": "test",
+        "protocol": 1,
+        "limits": {"max_message": 16 * 2**20, "queue": 1234},
+    }
+
+
+def test_an_answer_carries_the_requests_id_and_is_json() -> None:
+    """A REPLY of the broker's says so: its name, codec 2, the id."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    ann.op("ping", 2**64 - 1)
+    (answer,) = ann.take()
+    assert (answer.kind, answer.id, answer.name, answer.codec) == (Kind.REPLY, 2**64 - 1, BROKER, 2)
+    assert json.loads(answer.payload) == {}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b'"ping"',
+        b"{}",
+        b'{"op": 5}',
+        b'{"op": "fly"}',
+        b'{"op": "' + b"x" * 999 + b'"}',
+        b"[" * 99_999,
+    ],
+)
+def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
+    """Whatever a client sends as an operation has an answer, and the connection lives on."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    ann.request(BROKER, payload, 4)
+    assert ann.error() == (4, "unsupported")
+    assert ann.ask("ping") == {}
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])
+def test_the_broker_takes_requests_only(kind: Kind) -> None:
+    """A MESSAGE or REPLY to ``$broker`` comes back, and so does what is sent to another name with a dollar."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    (ann.message if kind is Kind.MESSAGE else ann.reply)(BROKER, b"{}", 5)
+    assert ann.error() == (5, "unsupported")
+    ann.request("$else", b"{}", 6)
+    assert ann.error() == (6, "no_such_client")
+
+
+def test_clients_lists_whom_one_may_send_to() -> None:
+    """Each with whether it is there, and since when; nobody else."""
+    net = FakeNet(client("ann", send_to=["bob", "cid"]), client("bob"), client("cid"), client("dan"))
+    ann = net.connect("ann")
+    net.advance(5)
+    net.connect("bob")
+    assert ann.ask("clients") == {
+        "clients": [{"name": "bob", "online": True, "since": 1005.0}, {"name": "cid", "online": False, "since": 1000.0}]
+    }
+
+
+def test_subscribe_and_unsubscribe() -> None:
+    """The answer repeats what was asked; afterwards events come, or come no more; ending twice is no error."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    assert ann.ask("subscribe", topic="jobs.*") == {"topic": "jobs.*", "group": None}
+    assert ann.ask("subscribe", topic="jobs.*", group="g") == {"topic": "jobs.*", "group": "g"}
+    bob.publish("jobs.new", b"1")
+    assert ann.payloads() == [b"1"]
+    assert ann.ask("unsubscribe", topic="jobs.*") == {"topic": "jobs.*", "group": None}
+    bob.publish("jobs.new", b"2")
+    assert ann.payloads() == [b"2"]
+    ann.ask("unsubscribe", topic="jobs.*", group="g")
+    ann.ask("unsubscribe", topic="jobs.*", group="g")
+    bob.publish("jobs.new", b"3")
+    assert ann.take() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"topic": 5},
+        {"topic": ""},
+        {"topic": "a..b"},
+        {"topic": "a.>.b"},
+        {"topic": "x" * 256},
+        {"topic": "\ud800"},
+        {"topic": "a", "group": ""},
+        {"topic": "a", "group": 5},
+        {"topic": "a", "group": "not a name"},
+    ],
+)
+def test_a_bad_subscription_is_unsupported(arguments: dict[str, Any]) -> None:
+    """A pattern or group that can't be is refused and subscribes to nothing."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    assert refused(ann, "subscribe", **arguments) == ("unsupported", BROKER)
+    assert refused(ann, "unsubscribe", **arguments) == ("unsupported", BROKER)
+    assert len(net.broker.topics) == 0
+
+
+def test_a_subscription_outside_the_rules_is_denied() -> None:
+    """The whole pattern has to be allowed by one rule."""
+    net = FakeNet(client("ann", subscribe=["jobs.*"]))
+    ann = net.connect("ann")
+    assert refused(ann, "subscribe", topic="jobs.>") == ("denied", BROKER)
+    assert refused(ann, "subscribe", topic="$broker.>") == ("denied", BROKER)
+    ann.ask("subscribe", topic="jobs.new")
+
+
+@pytest.mark.parametrize("op", ["stats", "connections", "disconnect", "reload", "drain", "can"])
+def test_operations_for_administrators_are_denied_to_others(op: str) -> None:
+    """Without admin: true the answer is denied, whatever the arguments."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    assert refused(ann, op) == ("denied", BROKER)
+    assert net.broker.orders == []
+
+
+def test_stats_count_what_passed() -> None:
+    """Counters include connections that are gone, and those there are now."""
+    net = FakeNet(client("ops", admin=True), client("ann"), client("bob"))
+    ops, ann, bob = net.connect("ops"), net.connect("ann"), net.connect("bob")
+    before = ops.ask("stats")
+    for number in range(3):
+        ann.message("bob", b"12345", number)
+    ann.message("nobody", b"", 4)
+    bob.leave()
+    after = ops.ask("stats")
+    assert after["messages_in"] - before["messages_in"] == 5
+    assert after["bytes_in"] - before["bytes_in"] == 3 * 20 + 18 + (12 + 7 + len(b'{"op": "stats"}'))
+    assert after["messages_out"] - before["messages_out"] == 5
+    assert after["refused"] == {"no_such_client": 1}
+    assert (before["online"], after["online"], after["clients"], after["connections"]) == (3, 2, 3, 2)
+    assert after["draining"] is False
+    assert after["waiting_bytes"] == 0
+
+
+def test_connections_show_each_one() -> None:
+    """An administrator sees who is slow, held, and how much waits."""
+    net = FakeNet(client("ops", admin=True), client("ann"), client("bob", queue=50))
+    ops, ann, bob = net.connect("ops"), net.connect("ann"), net.connect("bob")
+    bob.block(1)
+    ann.request("bob", b"x" * 10, 1)
+    ann.message("bob", b"x" * 10, 2)
+    shown = {each["address"]: each for each in ops.ask("connections")["connections"]}
+    assert shown["bob"]["slow"] is True
+    assert shown["bob"]["waiting_bytes"] == 28
+    assert shown["bob"]["owed"] == 1
+    assert shown["bob"]["queue"] == 50
+    assert shown["ann"]["held"] is True
+    assert shown["ops"] | {"bytes_out": 0, "bytes_in": 0} == {
+        "address": "ops",
+        "name": "ops",
+        "peer": "test",
+        "since": 1000.0,
+        "messages_in": 1,
+        "bytes_in": 0,
+        "messages_out": 0,
+        "bytes_out": 0,
+        "errors": 0,
+        "waiting_bytes": 0,
+        "queue": 1 << 20,
+        "slow": False,
+        "held": False,
+        "subscriptions": 0,
+        "owed": 0,
+    }
+
+
+def test_disconnect() -> None:
+    """A connection is closed by its address, all of a pool by its name; oneself, after the answer."""
+    net = FakeNet(client("ops", admin=True), client("pool", connections=3), client("ann"))
+    ops = net.connect("ops")
+    one, two, three = (net.connect("pool") for _ in range(3))
+    assert ops.ask("disconnect", address=two.address) == {"disconnected": [two.address]}
+    assert two.gone == "disconnected by ops"
+    assert ops.ask("disconnect", address="pool") == {"disconnected": [one.address, three.address]}
+    assert three.gone
+    assert refused(ops, "disconnect", address="pool") == ("offline", "pool")
+    assert refused(ops, "disconnect", address=two.address) == ("offline", two.address)
+    assert refused(ops, "disconnect", address="ann") == ("offline", "ann")
+    assert refused(ops, "disconnect", address="nobody") == ("no_such_client", "nobody")
+    assert refused(ops, "disconnect", address="nobody/1") == ("no_such_client", "nobody/1")
+    assert refused(ops, "disconnect") == ("unsupported", BROKER)
+    assert ops.ask("disconnect", address="ops") == {"disconnected": ["ops"]}
+    assert ops.gone == "disconnected by ops"
+
+
+@pytest.mark.parametrize("op", ["reload", "drain"])
+def test_orders_are_passed_on(op: str) -> None:
+    """What only the daemon can do is handed to it, with who asked; it answers."""
+    net = FakeNet(client("ops", admin=True))
+    ops = net.connect("ops")
+    ops.op(op, 9, why="x")
+    (order,) = net.broker.orders
+    assert (order.op, order.source, order.id, order.arguments) == (op, ops.session, 9, {"why": "x"})
+    assert ops.take() == []
+
+
+def test_can_explains_the_answer() -> None:
+    """Each answer says by which rule, where that is written, and why."""
+    rule = Rule("b*", Source("brokerd.yaml", 7))
+    net = FakeNet(
+        client("ops", admin=True),
+        client("ann", send_to=[rule], publish=["jobs.>"], subscribe=[]),
+        client("bob"),
+        client("cid"),
+    )
+    ops = net.connect("ops")
+
+    def can(verb: str, target: str) -> dict[str, Any]:
+        return ops.ask("can", sender="ann", verb=verb, target=target)
+
+    assert can("send", "bob") == {
+        "allowed": True,
+        "rule": "b*",
+        "where": "brokerd.yaml:7",
+        "why": "b* allows it",
+    }
+    assert can("send", "bob/1")["allowed"] is True
+    assert can("send", "bert")["why"] == "there is no client bert"
+    denied = can("send", "cid")
+    assert (denied["allowed"], denied["where"]) == (False, "brokerd.yaml:7")
+    assert denied["why"] == "none of its rules matches: b*"
+    assert can("publish", "jobs.new")["where"] == "default"
+    assert can("publish", "other")["allowed"] is False
+    assert can("subscribe", "a") == {
+        "allowed": False,
+        "rule": None,
+        "where": None,
+        "why": "none of its rules matches: nothing",
+    }
+
+
+def test_can_knows_what_no_rule_decides() -> None:
+    """Everyone may ask the broker, and nobody may publish under ``$``, whatever the rules."""
+    net = FakeNet(client("ops", admin=True), client("ann", send_to=[]))
+    ops = net.connect("ops")
+    asking = ops.ask("can", sender="ann", verb="send", target="$broker")
+    assert asking == {"allowed": True, "rule": None, "where": None, "why": "everyone may ask the broker"}
+    publishing = ops.ask("can", sender="ann", verb="publish", target="$broker.draining")
+    assert publishing == {
+        "allowed": False,
+        "rule": None,
+        "where": None,
+        "why": "topics that begin with $ are the broker's own",
+    }
+
+
+def test_can_refuses_what_it_does_not_know() -> None:
+    """An unknown sender or verb is an error, not a no."""
+    net = FakeNet(client("ops", admin=True))
+    ops = net.connect("ops")
+    assert refused(ops, "can", sender="nobody", verb="send", target="ops") == ("no_such_client", "nobody")
+    assert refused(ops, "can", sender="ops", verb="fly", target="ops") == ("unsupported", BROKER)
+    assert refused(ops, "can", sender="ops", verb="send") == ("unsupported", BROKER)
