@@ -102,7 +102,7 @@ def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Pat
     expected = {
         str(Path(package) / path.relative_to(folder))
         for package, folder in FOLDERS.items()
-        for path in [*folder.rglob("*.py"), folder / "py.typed"]
+        for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi"), folder / "py.typed"]
     }
     assert expected <= files
     compiled = {name for name in files - expected if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")}
