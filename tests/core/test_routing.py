@@ -1,0 +1,250 @@
+"""The routing loop, both twins: frames whole, in pieces, with a tail, too long, and malformed."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from core.fakenet import FakeNet, Feed, Peer, client
+
+from brokerd.config.values import WhenFull
+from brokerd.core import _routing_py, routing
+from brokerd.core.broker import Limits
+from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
+from brokerd_client.wire.framing import frame
+
+STEPS = pytest.mark.parametrize("step", [None, 1, 3, 16, 17, 100])
+
+
+@pytest.fixture(params=[_routing_py.feed, routing.feed], ids=["python", routing.NAME])
+def feed(request: pytest.FixtureRequest) -> Feed:
+    """Each of the loops that can run here."""
+    loop: Feed = request.param
+    return loop
+
+
+def pair(feed: Feed, max_message: int = 1000) -> tuple[FakeNet, Peer, Peer]:
+    """Return a net with ann and bob."""
+    net = FakeNet(client("ann"), client("bob"), limits=Limits(max_message=max_message), feed=feed)
+    return net, net.connect("ann"), net.connect("bob")
+
+
+def body(kind: Kind, id: int, name: str = "", payload: bytes = b"", **rest: object) -> bytes:
+    """Return a frame's body."""
+    return encode(Envelope(kind, id, name, payload, **rest))  # type: ignore[arg-type]
+
+
+def long_frame(whole: bytes, size: int | None = None) -> bytes:
+    """Return a frame with the 64-bit length, which may lie."""
+    return struct.pack("!iQ", -1, len(whole) if size is None else size) + whole
+
+
+@STEPS
+def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> None:
+    """A stream of every kind of frame gives the same in any segmentation, long lengths and empty payloads included."""
+    _, ann, bob = pair(feed)
+    bob.ask("subscribe", topic="t.>")
+    data = b"".join(
+        (
+            frame(body(Kind.MESSAGE, 1, "bob", b"one")),
+            frame(body(Kind.MESSAGE, 2, "bob")),
+            frame(body(Kind.MESSAGE, 3, "bob", b"x" * 1000)),
+            long_frame(body(Kind.MESSAGE, 4, "bob", b"long form")),
+            frame(body(Kind.EVENT, 5, payload=b"event", topic="t.a")),
+            frame(body(Kind.EVENT, 6, topic="t.a")),
+            frame(body(Kind.REQUEST, 7, "bob", b"?", flags=Flag.RECEIPT)),
+            frame(body(Kind.MESSAGE, 8, "bob", b"ext", codec=200, extension={"x": 1})),
+            frame(body(Kind.MESSAGE, 9, "bob", b"last")),
+        )
+    )
+    ann.send_bytes(data, step)
+    got = bob.take()
+    assert [each.id for each in got] == list(range(1, 10))
+    assert [each.payload[:9] for each in got] == [
+        b"one",
+        b"",
+        b"x" * 9,
+        b"long form",
+        b"event",
+        b"",
+        b"?",
+        b"ext",
+        b"last",
+    ]
+    assert {each.name for each in got} == {"ann"}
+    assert (got[7].codec, got[7].extension) == (200, {"x": 1})
+    assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 7)]
+    assert ann.session.messages_in == 9
+    assert ann.session.bytes_in == len(data) - 9 * 4 - 8
+    assert bob.session.messages_out == 10
+    assert not ann.tail
+
+
+def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Feed) -> None:
+    """Of a frame only the name changes and the flag RECEIPT goes: odd spaces in an extension stay."""
+    _, ann, bob = pair(feed)
+    extension = b'{ "ttl" : 60 ,  "traceparent":"00-\xc3\xa9" , "ttl" : 5.5 }'
+    rest = struct.pack("!H", len(extension)) + extension + bytes(range(256))
+    ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 3, 77, 3, 2**64 - 1) + b"bob" + rest))
+    assert bytes(bob.stream) == frame(struct.pack("!BBBBQ", 1, 2, 77, 3, 2**64 - 1) + b"ann" + rest)
+
+
+@STEPS
+@pytest.mark.parametrize("length", ["short", "long"])
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT])
+def test_an_oversized_frame_is_passed_over(feed: Feed, kind: Kind, length: str, step: int | None) -> None:
+    """It is answered with its id and the recipient's name, and what follows it arrives."""
+    _, ann, bob = pair(feed)
+    name, topic = ("", "t") if kind is Kind.EVENT else ("bob", "")
+    large = body(kind, 7, name, b"x" * 1500, topic=topic)
+    oversized = frame(large) if length == "short" else long_frame(large)
+    ann.send_bytes(oversized + frame(body(Kind.MESSAGE, 8, "bob", b"next")), step)
+    (error,) = ann.take()
+    assert (error.kind, error.id, error.name) == (Kind.ERROR, 7, "$broker")
+    assert b'"too_large"' in error.payload
+    assert (b'"name": "%s"' % name.encode()) in error.payload
+    assert bob.payloads() == [b"next"]
+
+
+def test_the_largest_message_passes(feed: Feed) -> None:
+    """A payload of exactly max_message bytes is not too large, one more is."""
+    _, ann, bob = pair(feed)
+    for size in (1000, 1001, 1000):
+        ann.message("bob", b"x" * size, size)
+    assert [each.id for each in bob.take()] == [1000, 1000]
+    assert ann.error() == (1001, "too_large")
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+@STEPS
+def test_an_absurd_length_is_answered_and_stores_nothing(feed: Feed, size: int, step: int | None) -> None:
+    """However much is announced, it is passed over as it comes, and the connection lives on."""
+    _, ann, bob = pair(feed)
+    ann.send_bytes(long_frame(body(Kind.MESSAGE, 7, "bob", b"x"), size), step)
+    assert ann.error() == (7, "too_large")
+    ann.send_bytes(b"y" * 100_000)
+    assert ann.tail == b""
+    assert ann.session.skip == size - 16 - 100_000
+    assert not ann.gone
+    assert bob.take() == []
+    bob.message("ann", b"still there")
+    assert ann.payloads() == [b"still there"]
+
+
+def test_an_oversized_frames_odd_name_is_not_repeated(feed: Feed) -> None:
+    """A name that is none does not come back in the error."""
+    _, ann, _ = pair(feed)
+    ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 7) + b"\xff<>\x00" + b"x" * 2000))
+    (error,) = ann.take()
+    assert b'"name": ""' in error.payload
+
+
+def test_the_error_waits_for_the_name(feed: Feed) -> None:
+    """An oversized frame whose name has not come is not answered yet, one whose name has is."""
+    _, ann, _ = pair(feed)
+    whole = frame(body(Kind.MESSAGE, 7, "bob", b"x" * 2000))
+    ann.send_bytes(whole[:18])
+    assert ann.take() == []
+    ann.send_bytes(whole[18:19])
+    assert ann.error() == (7, "too_large")
+
+
+MALFORMED = [
+    pytest.param(struct.pack("!i", -2), 0, id="negative length"),
+    pytest.param(struct.pack("!i", -(2**31)), 0, id="most negative length"),
+    pytest.param(struct.pack("!i", 0), 0, id="empty"),
+    pytest.param(struct.pack("!i", 11) + b"x" * 11, 0, id="shorter than a header"),
+    pytest.param(struct.pack("!iQ", -1, 3) + b"abc", 0, id="long form shorter than a header"),
+    pytest.param(frame(struct.pack("!BBBBQ", 0, 0, 0, 3, 9) + b"bob"), 9, id="kind 0"),
+    pytest.param(frame(struct.pack("!BBBBQ", 8, 0, 0, 3, 9) + b"bob"), 9, id="kind 8"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 8, 0, 3, 9) + b"bob"), 9, id="unknown flag"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 9, 9) + b"bob"), 9, id="name longer than the frame"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 2, 9) + b"\xff\xff"), 9, id="name not UTF-8"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 0, 9)), 9, id="no name"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 3, 9) + b"a b"), 9, id="no client name"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 9) + b"bob/"), 9, id="no instance"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob"), 9, id="no extension"),
+    pytest.param(frame(struct.pack("!BBBBQH", 1, 2, 0, 3, 9, 0x626F) + b"b\x00\x09{}"), 9, id="extension cut short"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob\x00\x02[]"), 9, id="extension no object"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b'bob\x00\x0b{"ttl":NaN}'), 9, id="extension no JSON"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9)), 9, id="event without a topic"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x00"), 9, id="event with an empty topic"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x09abc"), 9, id="topic longer than the frame"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x01*"), 9, id="event on a wildcard"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x04a..b"), 9, id="event on an empty token"),
+    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 3, 9) + b"bob\x01a"), 9, id="event with a recipient"),
+]
+
+
+@pytest.mark.parametrize("step", [None, 1, 5])
+@pytest.mark.parametrize(("data", "id"), MALFORMED)
+def test_a_malformed_frame_ends_the_connection(feed: Feed, data: bytes, id: int, step: int | None) -> None:
+    """It is answered with its id, 0 where none was readable; what came before it passes, what follows does not."""
+    _, ann, bob = pair(feed)
+    good = frame(body(Kind.MESSAGE, 1, "bob", b"before"))
+    ann.send_bytes(good + data + frame(body(Kind.MESSAGE, 2, "bob", b"after")), step)
+    assert ann.error() == (id, "malformed")
+    assert ann.gone == "malformed"
+    assert bob.payloads() == [b"before"]
+
+
+def test_the_connection_ends_only_when_the_answer_is_written(feed: Feed) -> None:
+    """A client that reads slowly still gets the error about its malformed frame."""
+    _, ann, _ = pair(feed)
+    ann.block(10)
+    ann.send_bytes(struct.pack("!i", -5) + b"x" * 100)
+    assert not ann.gone
+    assert not ann.reading
+    ann.read()
+    assert ann.error() == (0, "malformed")
+    assert ann.gone == "malformed"
+
+
+def test_a_remembered_route_ends_when_things_change(feed: Feed) -> None:
+    """A route the loop knows is not used past a change of who is there, of the rules, or into a drain."""
+    net, ann, bob = pair(feed)
+    ann.message("bob", b"1", 1)
+    ann.message("bob", b"2", 2)
+    bob.leave()
+    ann.message("bob", b"3", 3)
+    assert ann.error() == (3, "offline")
+    bob2 = net.connect("bob")
+    ann.message("bob", b"4", 4)
+    assert bob2.payloads() == [b"4"]
+    denied = {"ann": client("ann", send_to=[]), "bob": client("bob")}
+    net.broker.reconfigure(denied, net.broker.limits, net.now)
+    ann.message("bob", b"5", 5)
+    assert ann.error() == (5, "denied")
+    net.broker.reconfigure({**denied, "ann": client("ann")}, net.broker.limits, net.now)
+    ann.message("bob", b"6", 6)
+    net.broker.drain()
+    ann.message("bob", b"7", 7)
+    assert ann.error() == (7, "shutting_down")
+    assert bob2.payloads() == [b"6"]
+
+
+def test_remembered_subscribers_are_forgotten_when_they_change(feed: Feed) -> None:
+    """Who subscribes or leaves between two events is taken into account at the second."""
+    _, ann, bob = pair(feed)
+    bob.ask("subscribe", topic="t")
+    for number in range(3):
+        ann.publish("t", b"%d" % number)
+    ann.ask("subscribe", topic="t")
+    ann.publish("t", b"3")
+    ann.publish("t", b"4")
+    assert bob.payloads() == [b"0", b"1", b"2", b"3", b"4"]
+    bob.leave()
+    ann.publish("t", b"5")
+    assert ann.payloads() == [b"3", b"4", b"5"]
+
+
+def test_the_loop_keeps_the_quota(feed: Feed) -> None:
+    """Messages in one buffer do not pass the quota of somebody who does not read, by not one byte."""
+    net = FakeNet(client("ann"), client("bob", queue=100, when_full=WhenFull.REFUSE), feed=feed)
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob")
+    bob.block()
+    one = frame(body(Kind.MESSAGE, 1, "bob", b"x" * 14))
+    ann.send_bytes(one * 10)
+    assert bob.session.outbox.waiting == 99
+    assert len(ann.take()) == 7
