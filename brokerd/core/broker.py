@@ -184,7 +184,7 @@ class Broker:
         """Find another way for a frame that its recipient did not take, or tell its sender."""
         body = memoryview(queued.frame)[4:]
         envelope, _ = split(body)
-        if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
+        if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY) or envelope.name == BROKER:
             return
         sender = self._sender_of(queued, envelope.name)
         if envelope.kind is Kind.REQUEST and sender is not None:

@@ -1,0 +1,690 @@
+"""What becomes of a message: every outcome, every quota, every rule of docs/protocol.md from "Outcome" on."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+from core.fakenet import FakeNet, Peer, client, error_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokerd.config.values import RateConfig, WhenFull
+from brokerd.core import broker as broker_module
+from brokerd.core.broker import Limits
+from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
+from brokerd_client.wire.framing import frame
+
+KINDS = pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
+EVERY_WAY = pytest.mark.parametrize("when_full", list(WhenFull))
+
+
+def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet, Peer, Peer]:
+    """Return a net with ann, and bob whose queue of 100 bytes holds two messages of 40 bytes, ids 1 and 2."""
+    net = FakeNet(client("ann"), client("bob", queue=queue, when_full=when_full, **changes))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    for id in (1, 2):
+        ann.message("bob", b"x" * 21, id, receipt=True)
+        assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, id)]
+    return net, ann, bob
+
+
+# Delivery and refusal
+
+
+@KINDS
+def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
+    """Kind, id, codec and payload are the sender's, the name is the broker's word for the sender."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.send(Envelope(kind, 2**64 - 1, "bob", b"\x00\xff", codec=200))
+    assert bob.take() == [Envelope(kind, 2**64 - 1, "ann", b"\x00\xff", codec=200)]
+    assert ann.take() == []
+
+
+@KINDS
+@pytest.mark.parametrize("receipt", [False, True])
+@pytest.mark.parametrize(
+    ("to", "code"),
+    [
+        ("nobody", "no_such_client"),
+        ("nobody/1", "no_such_client"),
+        ("cid", "offline"),
+        ("bob/1", "offline"),
+        ("pool", "offline"),
+        ("pool/1", "offline"),
+        ("dan", "denied"),
+        ("dent", "denied"),
+    ],
+)
+def test_what_can_not_be_delivered_comes_back(kind: Kind, receipt: bool, to: str, code: str) -> None:
+    """The ERROR has the id, the code, what a person wants to read, and the recipient; nothing else comes."""
+    net = FakeNet(
+        client("ann", send_to=["nobody", "bob", "cid", "pool"]),
+        client("bob"),
+        client("cid"),
+        client("dan"),
+        client("pool", connections=2),
+    )
+    ann, _ = net.connect("ann"), net.connect("bob")
+    ann.send(Envelope(kind, 7, to, b"x", flags=Flag.RECEIPT if receipt else 0))
+    (error,) = ann.take()
+    assert (error.kind, error.id, error.name, error.codec, error.flags) == (Kind.ERROR, 7, BROKER, 2, 0)
+    content = json.loads(error.payload)
+    assert (content["code"], content["name"]) == (code, to)
+    assert content["message"]
+    assert net.broker.refused == {code: 1}
+
+
+@KINDS
+def test_a_receipt_says_that_the_broker_answers_for_it(kind: Kind) -> None:
+    """With RECEIPT success is told too; the recipient does not see the flag."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.send(Envelope(kind, 9, "bob", b"x", flags=Flag.RECEIPT))
+    assert ann.take() == [Envelope(Kind.RECEIPT, 9, BROKER)]
+    assert bob.take() == [Envelope(kind, 9, "ann", b"x")]
+
+
+def test_a_receipt_is_followed_by_an_error_when_the_recipient_goes_without_reading() -> None:
+    """What was accepted and not taken is answered: the ERROR is the last word."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block(5)
+    ann.message("bob", b"half taken", 1, receipt=True)
+    ann.reply("bob", b"", 2)
+    ann.publish("topic")
+    bob.leave()
+    assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 1), (Kind.ERROR, 1), (Kind.ERROR, 2)]
+
+
+def test_what_the_system_took_is_delivered() -> None:
+    """A message taken whole has no ERROR when its recipient goes."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob", b"x", 1)
+    bob.leave()
+    assert ann.take() == []
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        Envelope(Kind.RECEIPT, 3, "bob"),
+        Envelope(Kind.ACK, 3, "bob"),
+        Envelope(Kind.ACK, 3, ""),
+        Envelope(Kind.MESSAGE, 3, "bob", flags=Flag.ACK),
+        Envelope(Kind.EVENT, 3, "", topic="t", flags=Flag.ACK),
+    ],
+)
+def test_what_is_not_served_is_unsupported(envelope: Envelope) -> None:
+    """Kinds and flags of stored messages are understood and refused; the connection lives on."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.send(envelope)
+    assert ann.error() == (3, "unsupported")
+    assert bob.take() == []
+    assert not ann.gone
+
+
+def test_one_may_send_to_oneself() -> None:
+    """A message to one's own name arrives; it waits in one's own queue, and holds oneself when that is full."""
+    net = FakeNet(client("ann", queue=100))
+    ann = net.connect("ann")
+    ann.message("ann", b"me", 1, receipt=True)
+    assert [(each.kind, each.name) for each in ann.take()] == [(Kind.MESSAGE, "ann"), (Kind.RECEIPT, BROKER)]
+    ann.request("ann", b"?", 2)
+    ann.reply("ann", b"!", 2)
+    assert ann.payloads() == [b"?", b"!"]
+    ann.block()
+    for id in range(3, 6):
+        ann.message("ann", b"x" * 30, id)
+    assert ann.held
+    ann.read()
+    assert [each.id for each in ann.take()] == [3, 4, 5]
+    ann.block()
+    ann.message("ann", b"x", 6)
+    ann.leave()
+    assert not net.leftovers()
+
+
+# Time to live
+
+
+@pytest.mark.parametrize("ttl", [1, 0.001, 10**400, 1e300])
+def test_a_message_within_its_ttl_passes(ttl: float) -> None:
+    """A message that need not wait passes with any time to live; the extension is the sender's."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob", b"x", 1, extension={"ttl": ttl, "traceparent": "00-é"})
+    (got,) = bob.take()
+    assert got.extension == {"ttl": ttl, "traceparent": "00-é"}
+    assert ann.take() == []
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT])
+@pytest.mark.parametrize(
+    ("ttl", "code"),
+    [
+        (0, "expired"),
+        (-1, "expired"),
+        (0.0, "expired"),
+        ("5", "unsupported"),
+        (None, "unsupported"),
+        (True, "unsupported"),
+        ([5], "unsupported"),
+    ],
+)
+def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
+    """Without time left a message expires; what is no number of seconds is not guessed at."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    topic, name = ("t", "") if kind is Kind.EVENT else ("", "bob")
+    ann.send(Envelope(kind, 4, name, b"x", topic=topic, extension={"ttl": ttl}))
+    assert ann.error() == (4, code)
+    assert bob.take() == []
+
+
+def test_a_message_may_expire_while_its_sender_is_held() -> None:
+    """Waiting for room takes from the time to live: a message that has some left passes, one that has not expires."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3, extension={"ttl": 5})
+    ann.message("bob", b"x" * 21, 4, extension={"ttl": 5})
+    assert ann.held
+    net.advance(5)
+    bob.read()
+    assert ann.error() == (3, "expired")
+    assert [each.id for each in bob.take()] == [1, 2, 4]
+
+
+@given(rest=st.dictionaries(st.text(max_size=5), st.integers() | st.text() | st.booleans() | st.none(), max_size=5))
+def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
+    """Byte for byte, whatever they are."""
+    rest.pop("ttl", None)
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    text = json.dumps(rest, indent=1).encode()
+    tail = struct.pack("!H", len(text)) + text + b"payload"
+    ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"bob" + tail))
+    assert bytes(bob.stream) == frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"ann" + tail)
+
+
+# Requests
+
+
+def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
+    """Even where send_to forbids; a second REPLY, another id or another client is denied."""
+    net = FakeNet(client("ann"), client("bob", send_to=[]), client("cid"))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    ann.request("bob", b"?", 5)
+    assert bob.payloads() == [b"?"]
+    bob.reply("ann", b"", 6)
+    assert bob.error() == (6, "denied")
+    bob.reply("cid", b"", 5)
+    assert bob.error() == (5, "denied")
+    bob.message("ann", b"", 5)
+    bob.take()
+    bob.reply("ann", b"!", 5)
+    assert ann.payloads() == [b"!"]
+    assert not ann.session.asked
+    bob.reply("ann", b"!", 5)
+    assert [error_of(each) for each in bob.take() if each.kind is Kind.ERROR] == ["denied"]
+    assert ann.take() == []
+    assert cid.take() == []
+
+
+def test_an_error_may_answer_a_request_too() -> None:
+    """A client's ERROR reaches who asked, in the responder's name, and settles the request."""
+    net = FakeNet(client("ann"), client("bob", send_to=[]))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 5)
+    bob.send(Envelope(Kind.ERROR, 5, "ann", b'{"code": "failed"}', codec=2))
+    (got,) = ann.take()
+    assert (got.kind, got.id, got.name, error_of(got)) == (Kind.ERROR, 5, "bob", "failed")
+    assert not bob.session.owed
+
+
+def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_for() -> None:
+    """Errors about errors would go round in circles: without RECEIPT one ends there, and is counted."""
+    net = FakeNet(client("ann", send_to=[]))
+    ann = net.connect("ann")
+    ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}"))
+    assert ann.take() == []
+    assert net.broker.dropped == 1
+    ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}", flags=Flag.RECEIPT))
+    assert ann.error() == (5, "denied")
+
+
+def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
+    """An ERROR for somebody who goes is nobody's business any more."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}"))
+    bob.leave()
+    assert ann.take() == []
+
+
+def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
+    """Whoever asked hears offline, once, for what was taken as for what was not; what was answered stays answered."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    for id in (1, 2):
+        ann.request("bob", b"", id)
+    bob.reply("ann", b"!", 1)
+    bob.block()
+    ann.request("bob", b"", 3)
+    ann.take()
+    bob.leave()
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(2, "offline"), (3, "offline")]
+    assert not ann.session.asked
+
+
+def test_a_requester_that_goes_leaves_nothing_behind() -> None:
+    """A REPLY for somebody who went is refused like any message to somebody absent."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"", 1)
+    bob.take()
+    ann.leave()
+    assert not bob.session.owed
+    bob.reply("ann", b"!", 1)
+    assert bob.error() == (1, "offline")
+    bob.leave()
+    assert not net.leftovers()
+
+
+# Full queues
+
+
+def test_wait_holds_the_sender_until_there_is_room() -> None:
+    """Nothing more is read from it; when half of the queue is free everything it sent arrives, in order."""
+    net, ann, bob = full(WhenFull.WAIT)
+    for id in (3, 4, 5):
+        ann.message("bob", b"x" * 21, id)
+    assert ann.held
+    assert net.broker.next_deadline == net.now + 30
+    bob.read(20)
+    assert ann.held, "not half free yet"
+    bob.read()
+    assert not ann.held
+    assert [each.id for each in bob.take()] == [1, 2, 3, 4, 5]
+    assert net.broker.next_deadline is None
+    assert ann.take() == []
+
+
+def test_wait_refuses_after_the_timeout_and_at_once_until_something_moves() -> None:
+    """A held message comes back as full; the next ones do at once while the recipient takes nothing at all."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    net.advance(29.9)
+    assert ann.held
+    net.advance(0.2)
+    assert ann.error() == (3, "full")
+    ann.message("bob", b"x" * 21, 4)
+    assert ann.error() == (4, "full")
+    bob.read(1)
+    ann.message("bob", b"x" * 21, 5)
+    assert ann.held
+
+
+def test_a_slow_reader_that_takes_a_little_does_not_extend_the_wait() -> None:
+    """The timeout counts from the moment the message was held, though a byte was taken meanwhile."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    net.now += 30
+    net.broker.tick(net.now)
+    # Between the end of the wait and the next look at the message.
+    bob.read(1)
+    assert ann.error() == (3, "full")
+
+
+def test_who_is_waited_for_may_go() -> None:
+    """A sender held for somebody who leaves goes on, and hears of each message."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    bob.leave()
+    assert not ann.held
+    assert [(each.id, error_of(each)) for each in ann.take()] == [(1, "offline"), (2, "offline"), (3, "offline")]
+    assert not net.broker._held
+
+
+def test_who_is_held_may_go() -> None:
+    """A held sender that leaves is waited for by nobody; what it had not got through never arrives."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    ann.leave()
+    assert not bob.session.waiters
+    assert net.broker.next_deadline is None
+    bob.read()
+    assert [each.id for each in bob.take()] == [1, 2]
+
+
+def test_refuse_answers_at_once() -> None:
+    """The message that finds no room comes back as full, a smaller one still passes."""
+    _, ann, bob = full(WhenFull.REFUSE)
+    ann.message("bob", b"x" * 21, 3)
+    assert ann.error() == (3, "full")
+    ann.message("bob", b"", 4)
+    assert ann.take() == []
+    bob.read()
+    assert [each.id for each in bob.take()] == [1, 2, 4]
+
+
+def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
+    """The oldest go, the newest stays; whoever was promised a RECEIPT, or an answer, hears which."""
+    net, ann, bob = full(WhenFull.DROP_OLDEST)
+    ann.message("bob", b"x" * 21, 3)
+    assert ann.error() == (1, "full")
+    ann.request("bob", b"x" * 21, 4)
+    assert ann.error() == (2, "full")
+    ann.message("bob", b"x" * 21, 5)
+    assert ann.take() == [], "nobody asked after the third"
+    ann.message("bob", b"x" * 21, 6)
+    assert ann.error() == (4, "full")
+    assert not ann.session.asked
+    assert not bob.session.owed
+    assert net.broker.dropped == 4
+    bob.read()
+    assert [each.id for each in bob.take()] == [5, 6]
+
+
+def test_drop_oldest_tells_nobody_who_is_gone() -> None:
+    """A dropped message of somebody who left is counted, and its successor hears nothing."""
+    net, ann, _ = full(WhenFull.DROP_OLDEST)
+    ann.request("bob", b"", 3)
+    ann.leave()
+    again = net.connect("ann")
+    for id in range(1, 5):
+        again.message("bob", b"x" * 50, id)
+    assert again.take() == []
+
+
+def test_disconnect_ends_who_does_not_read() -> None:
+    """The recipient is cut off; the message comes back as full, what waited as offline."""
+    _, ann, bob = full(WhenFull.DISCONNECT)
+    ann.message("bob", b"x" * 21, 3)
+    assert bob.gone == "its queue is full and it does not read"
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(1, "offline"), (2, "offline"), (3, "full")]
+
+
+@EVERY_WAY
+def test_a_client_that_reads_never_meets_its_quota(when_full: WhenFull) -> None:
+    """More than the queue in one go is no reason to hold, drop or refuse while the recipient takes it."""
+    net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    one = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x" * 30)))
+    ann.send_bytes(one * 50 + frame(encode(Envelope(Kind.MESSAGE, 2, "bob", b"x" * 500))))
+    assert len(bob.take()) == 51
+    assert ann.take() == []
+
+
+@EVERY_WAY
+def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
+    """when_full decides for events as for messages; the others get the event once, and at once or after the wait."""
+    net, ann, bob = full(when_full)
+    net.broker.reconfigure(
+        {"ann": client("ann"), "bob": client("bob", queue=100, when_full=when_full), "cid": client("cid")},
+        net.broker.limits,
+        net.now,
+    )
+    cid = net.connect("cid")
+    cid.ask("subscribe", topic="t")
+    # bob can't be answered while it does not read, but it is heard.
+    bob.op("subscribe", topic="t")
+    ann.publish("t", b"event", 9, receipt=True)
+    if when_full is WhenFull.WAIT:
+        assert ann.held
+        assert cid.take() == []
+        net.advance(30)
+    assert cid.payloads() == [b"event"]
+    assert (Kind.RECEIPT, 9) in [(each.kind, each.id) for each in ann.take()]
+    assert bool(bob.gone) is (when_full is WhenFull.DISCONNECT)
+    if not bob.gone:
+        bob.read()
+        assert (b"event" in bob.payloads()) is (when_full is WhenFull.DROP_OLDEST)
+    assert net.broker.dropped == {WhenFull.DROP_OLDEST: 2}.get(when_full, 1)
+
+
+def test_an_event_for_many_who_read_is_flushed_first() -> None:
+    """Subscribers whose outbox is full of what is about to be written are written to, not judged."""
+    net = FakeNet(client("ann"), *(client(name, queue=60, when_full=WhenFull.REFUSE) for name in ("bob", "cid")))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    for each in (bob, cid):
+        each.ask("subscribe", topic="t")
+    ann.send_bytes(frame(encode(Envelope(Kind.EVENT, 1, "", b"x" * 30, topic="t"))) * 10)
+    assert len(bob.take()) == len(cid.take()) == 10
+
+
+def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers may exceed the queue by the reserve; then nothing is read from the sender until it reads."""
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    net = FakeNet(client("ann", queue=100))
+    ann = net.connect("ann")
+    ann.block()
+    for id in range(20):
+        ann.message("nobody", b"", id)
+    assert ann.held
+    assert 600 < ann.session.outbox.waiting < 800
+    assert net.broker.next_deadline == float("inf")
+    net.advance(1e6)
+    assert ann.held
+    ann.read()
+    assert [each.id for each in ann.take()] == list(range(20))
+    assert not ann.held
+
+
+def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many errors in one go are written in between."""
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    net = FakeNet(client("ann", queue=100))
+    ann = net.connect("ann")
+    ann.send_bytes(frame(encode(Envelope(Kind.MESSAGE, 1, "nobody"))) * 100)
+    assert len(ann.take()) == 100
+
+
+def test_a_closing_client_is_not_waited_for() -> None:
+    """Nobody is held for somebody whose connection is about to end."""
+    net, ann, bob = full(WhenFull.WAIT)
+    bob.send_bytes(b"\xff\xff\xff\x00")
+    assert bob.session.closing
+    ann.message("bob", b"x" * 21, 3)
+    assert ann.error() == (3, "full")
+    net.broker.close(bob.session, "another reason", cut=True)
+    net.settle()
+    assert bob.gone == "malformed"
+
+
+# Events
+
+
+def test_an_event_goes_once_to_each_connection() -> None:
+    """However many of its subscriptions match, its own publisher included; nobody subscribed is no error."""
+    net = FakeNet(client("ann"), client("bob"), client("pool", connections=2))
+    ann, bob, one, two = (net.connect(name) for name in ("ann", "bob", "pool", "pool"))
+    for peer, pattern in ((ann, "a.b"), (bob, "a.*"), (bob, ">"), (bob, "a.b"), (one, "a.>"), (two, "x")):
+        peer.ask("subscribe", topic=pattern)
+    ann.publish("a.b", b"event", 3, receipt=True, extension={"k": 1}, codec=7)
+    expected = Envelope(Kind.EVENT, 3, "ann", b"event", codec=7, flags=Flag.EXTENSION, topic="a.b", extension={"k": 1})
+    assert bob.take() == one.take() == [expected]
+    assert ann.take() == [expected, Envelope(Kind.RECEIPT, 3, BROKER)]
+    assert two.take() == []
+    ann.publish("nobody.wants.it", b"", 4, receipt=True)
+    assert ann.take() == [Envelope(Kind.RECEIPT, 4, BROKER)]
+    ann.publish("nobody.wants.it", b"", 5)
+    assert ann.take() == []
+
+
+def test_one_member_of_a_group_gets_each_event() -> None:
+    """Members take turns; who has more waiting is passed over; who gets it anyway counts as the group's."""
+    net = FakeNet(client("ann"), client("pool", connections=3))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(3)]
+    for member in members:
+        member.ask("subscribe", topic="t", group="g")
+    for _ in range(6):
+        ann.publish("t")
+    assert [len(member.take()) for member in members] == [2, 2, 2]
+    members[0].block()
+    ann.message(members[0].address, b"x" * 100)
+    for _ in range(6):
+        ann.publish("t")
+    got = [len(member.take()) for member in members]
+    assert got[0] == 0
+    assert min(got[1:]) >= 2
+    assert sum(got) == 6
+    members[1].ask("subscribe", topic="t")
+    for _ in range(6):
+        ann.publish("t")
+    assert [len(member.take()) for member in members] == [0, 6, 0]
+
+
+@pytest.mark.parametrize("topic", ["other", "$broker.online.ann", "$x"])
+def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
+    """As is publishing on any topic of the broker's own."""
+    net = FakeNet(client("ann", publish=["jobs.>", "$broker.>"]), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.ask("subscribe", topic=">")
+    ann.publish(topic, b"", 3)
+    assert ann.error() == (3, "denied")
+    ann.publish("jobs.new")
+    assert len(bob.take()) == 1
+
+
+def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher on ever new topics does not fill the memory."""
+    monkeypatch.setattr(broker_module, "_REMEMBERED_FANS", 3)
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.ask("subscribe", topic=">")
+    for number in range(10):
+        ann.publish(f"t{number}")
+        assert len(ann.session.fans) <= 3
+    assert len(bob.take()) == 10
+
+
+# Presence
+
+
+def test_presence_is_told_and_agrees_with_the_list() -> None:
+    """The first connection of a name and the end of its last one are events, and `clients` says the same."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="$broker.>")
+    one, two = net.connect("pool"), net.connect("pool")
+    net.advance(3)
+    one.leave()
+    listed = ann.take()
+    assert [(each.topic, json.loads(each.payload)) for each in listed] == [
+        ("$broker.online.pool", {"name": "pool", "since": 1000.0})
+    ]
+    assert (listed[0].name, listed[0].codec) == (BROKER, 2)
+    two.leave()
+    (offline,) = ann.take()
+    assert (offline.topic, json.loads(offline.payload)) == ("$broker.offline.pool", {"name": "pool", "since": 1003.0})
+    assert {"name": "pool", "online": False, "since": 1003.0} in ann.ask("clients")["clients"]
+
+
+def test_presence_is_filtered_by_what_one_may_see() -> None:
+    """Who may not send to a client hears nothing of it, in events as in the list."""
+    net = FakeNet(client("ann", send_to=["bob"]), client("bob"), client("cid"))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="$broker.>")
+    net.connect("cid").leave()
+    net.connect("bob").leave()
+    assert [each.topic for each in ann.take()] == ["$broker.online.bob", "$broker.offline.bob"]
+    assert [each["name"] for each in ann.ask("clients")["clients"]] == ["bob"]
+
+
+def test_a_subscriber_to_presence_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asked to miss nothing: an end that it can see is better than a gap that it can't."""
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 300)
+    net = FakeNet(client("ann", queue=100), client("bob"))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="$broker.>")
+    ann.block()
+    for _ in range(10):
+        net.connect("bob").leave()
+    assert ann.gone == "it asked for presence and does not read"
+
+
+def test_lifecycle_is_told_to_whoever_subscribed() -> None:
+    """A new configuration and a drain are events; a drain is told once."""
+    net = FakeNet(client("ann", send_to=[]))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="$broker.*")
+    net.broker.reconfigure({"ann": client("ann", send_to=[])}, net.broker.limits, net.now)
+    net.broker.drain()
+    net.broker.drain()
+    net.settle()
+    assert [each.topic for each in ann.take()] == ["$broker.reloaded", "$broker.draining"]
+
+
+# Draining, reloading
+
+
+def test_a_draining_broker_takes_nothing_new() -> None:
+    """Messages and events are refused and nobody is let in; a REPLY somebody waits for, and questions, pass."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 1)
+    bob.take()
+    bob.block()
+    ann.message("bob", b"waits", 2)
+    net.broker.drain()
+    ann.message("bob", b"", 3)
+    assert ann.error() == (3, "shutting_down")
+    ann.publish("t", b"", 4)
+    assert ann.error() == (4, "shutting_down")
+    bob.reply("ann", b"!", 1)
+    assert ann.payloads() == [b"!"]
+    assert ann.ask("ping") == {}
+    bob.read()
+    assert bob.payloads() == [b"waits"]
+    bob.leave()
+    assert net.try_connect("bob") is None
+
+
+def test_a_reload_ends_subscriptions_that_are_no_longer_allowed() -> None:
+    """The others stay; a client that is gone from the configuration is returned to be closed; a rate starts."""
+    net = FakeNet(client("ann"), client("bob"), client("cid"))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    for topic in ("a.b", "b"):
+        bob.ask("subscribe", topic=topic)
+    changed = {"ann": client("ann", rate=RateConfig(2, None)), "bob": client("bob", subscribe=["a.*"])}
+    assert net.broker.reconfigure(changed, net.broker.limits, net.now) == [cid.session]
+    net.broker.close(cid.session, "gone from the configuration")
+    net.settle()
+    assert cid.gone
+    for topic in ("a.b", "b", "a.b"):
+        ann.publish(topic, b"", 5)
+    assert [each.topic for each in bob.take()] == ["a.b"]
+    assert ann.error() == (5, "rate_limited")
+
+
+def test_a_session_ends_once() -> None:
+    """Ending it again changes nothing, and answers to it go nowhere."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    session = ann.session
+    ann.leave()
+    net.broker.detach(session, net.now)
+    net.broker.answer(session, Envelope(Kind.RECEIPT, 1, BROKER))
+    net.broker.close(session, "again")
+    net.settle()
+    assert session.outbox.waiting == 0
+    assert not net.leftovers()
+
+
+def test_payload_limits_are_the_configurations() -> None:
+    """A smaller max_message of a reload counts from the next frame on."""
+    net = FakeNet(client("ann"), client("bob"), limits=Limits(max_message=100))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob", b"x" * 100, 1)
+    net.broker.reconfigure({name: client(name) for name in ("ann", "bob")}, Limits(max_message=99), net.now)
+    ann.message("bob", b"x" * 100, 2)
+    assert ann.error() == (2, "too_large")
+    assert [each.id for each in bob.take()] == [1]
