@@ -33,9 +33,8 @@ from brokerd.daemon import Daemon, loop_factory
 from brokerd.logs import quiet_log
 
 if TYPE_CHECKING:
-    from brokerd_client.aio import Client as AsyncClient
-
     from brokerd_client import Client
+    from brokerd_client.aio import Client as AsyncClient
 
 __all__ = ["RunningBroker", "broker", "running"]
 

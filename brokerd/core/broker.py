@@ -264,6 +264,11 @@ class Broker:
                 self._release(session)
 
     @property
+    def holds_somebody(self) -> bool:
+        """Whether any session is held."""
+        return bool(self._held)
+
+    @property
     def next_deadline(self) -> float | None:
         """When :meth:`tick` has something to do, in the time of ``now``; None while nobody is held."""
         return min(self._held.values(), default=None)

@@ -111,8 +111,8 @@ class StreamOutbox(Tail):
             pieces.append(self.tail)
         return pieces
 
-    def sent(self, size: int) -> None:
-        """Forget the first ``size`` bytes: the system has them."""
+    def sent(self, size: int) -> bool:
+        """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
         if size:
             self.stalled = False
         head = self._head + size
@@ -126,9 +126,12 @@ class StreamOutbox(Tail):
             # A new object, not clear(): the one handed out by pieces() may still be looked at.
             self.tail = bytearray()
             self._left.clear()
-            head = 0
+            self._head = 0
+            self.room = min(self.limit, CHUNK)
+            return True
         self._head = head
         self._set_room()
+        return False
 
     def take_unsent(self) -> list[Queued]:
         """Return every frame the system did not take whole, oldest first, and forget them."""
@@ -235,8 +238,8 @@ class FrameOutbox(Tail):
                 pieces.append(memoryview(queued.frame))
         return pieces
 
-    def sent(self, size: int) -> None:
-        """Forget the first ``size`` bytes: the system has them."""
+    def sent(self, size: int) -> bool:
+        """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
         if size:
             self.stalled = False
         self._waiting -= size
@@ -244,6 +247,7 @@ class FrameOutbox(Tail):
         while self._queue and head >= len(self._queue[0].frame):
             head -= len(self._queue.popleft().frame)
         self._head = head
+        return not self._queue
 
     def drop_oldest(self, size: int) -> list[Queued] | None:
         """Drop the oldest frames until ``size`` more bytes fit the quota, and return them.

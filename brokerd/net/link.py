@@ -96,10 +96,12 @@ class Link:
         try:
             if self.large is not None:
                 size = self.sock.recv_into(view, min(READ_BUFFER, self.wanted - len(self.large)))
-            else:
+            elif self.tail:
                 kept = len(self.tail)
                 view[:kept] = self.tail
                 size = self.sock.recv_into(view[kept:])
+            else:
+                size = self.sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
@@ -172,7 +174,8 @@ class Link:
         try:
             while pieces := outbox.pieces():
                 size = self.sock.send(pieces[0]) if len(pieces) == 1 or not _sendmsg else _sendmsg(self.sock, pieces)
-                outbox.sent(size)
+                if outbox.sent(size):
+                    break
         except (BlockingIOError, InterruptedError):
             outbox.blocked = True
             if not self.writing:

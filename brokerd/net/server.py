@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import sys
 from collections.abc import Callable, Container, Iterable
 from typing import Any, Final, Protocol
 
@@ -26,6 +27,12 @@ __all__ = ["Log", "Server"]
 _ACCEPTS: Final = 32
 #: Seconds without accepting after the system had no descriptor left.
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
+#: What the system says then; Windows has numbers of its own for sockets.
+_OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} | {
+    getattr(errno, name) for name in ("WSAEMFILE", "WSAENOBUFS") if hasattr(errno, name)
+}
+#: Connections that are held at once: on Windows a loop can wait for 512 sockets, and those that listen are among them.
+_MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
 
 
 class Log(Protocol):
@@ -114,11 +121,13 @@ class Server:
     def _on_acceptable(self, listening: Listening) -> None:
         for _ in range(_ACCEPTS):
             try:
+                if len(self.links) + len(self._door) + len(self._farewells) >= _MOST_SOCKETS:
+                    raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
                 sock, peer = listening.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in _OUT_OF_DESCRIPTORS:
                     raise
                 self._pause(listening, error)
                 return
@@ -248,7 +257,8 @@ class Server:
             self._settling = False
         while broker.orders:
             self.on_order(broker.orders.pop(0))
-        self._set_timer()
+        if broker.holds_somebody or self._tick is not None:
+            self._set_timer()
 
     def _set_timer(self) -> None:
         deadline = self.broker.next_deadline
