@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -267,24 +268,59 @@ async def _serve(config: Config) -> int:
             status = EX_FAILED
             daemon.kill()
 
-    _on_signals(on_signal)
-    if hasattr(signal, "SIGHUP"):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, daemon.reload_soon, "SIGHUP")
-    try:
-        await daemon.start()
-    except ListenError as error:
-        daemon.log.error("daemon.failed", reason=str(error))
-        return EX_FAILED
-    await daemon.stopped.wait()
+    with _signals_go_to(on_signal, daemon.reload_soon):
+        try:
+            await daemon.start()
+        except ListenError as error:
+            daemon.log.error("daemon.failed", reason=str(error))
+            return EX_FAILED
+        await daemon.stopped.wait()
     return status
 
 
-def _on_signals(on_signal: Callable[[str], None]) -> None:
+@contextlib.contextmanager
+def _signals_go_to(end: Callable[[str], None], reload: Callable[[str], None]) -> Iterator[None]:
+    """Have the loop call these with a signal's name: ``end`` for those that end a process, ``reload`` for SIGHUP."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        name = number.name
+    actions = {signal.SIGTERM: end, signal.SIGINT: end}
+    if hasattr(signal, "SIGHUP"):
+        actions[signal.SIGHUP] = reload
+    if hasattr(signal, "SIGBREAK"):
+        # Windows: Ctrl-Break, or the console's window was closed.
+        actions[signal.SIGBREAK] = end
+    rings: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    try:
+        for number, action in actions.items():
+            loop.add_signal_handler(number, action, number.name)
+    except NotImplementedError:
+        rings = _signals_ring(loop, actions)
+    with rings:
+        yield
+
+
+@contextlib.contextmanager
+def _signals_ring(
+    loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[str], None]]
+) -> Iterator[None]:
+    """Do the same where the loop can't, on Windows: nothing but a socket wakes a loop that waits for sockets."""
+    ear, bell = socket.socketpair()
+
+    def on_ring() -> None:
+        for number in map(signal.Signals, ear.recv(64)):
+            if number in actions:
+                actions[number](number.name)
+
+    with ear, bell:
+        ear.setblocking(False)
+        bell.setblocking(False)
+        loop.add_reader(ear, on_ring)
+        # Python writes the number of every signal to this, whatever else is done about it.
+        ringing_before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in actions}
         try:
-            loop.add_signal_handler(number, on_signal, name)
-        except NotImplementedError:
-            # Windows: the handler runs in the main thread between two steps of the loop.
-            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(on_signal, name))
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(ringing_before)
+            loop.remove_reader(ear)

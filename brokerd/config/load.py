@@ -24,6 +24,10 @@ __all__ = ["MAX_FILE", "Config", "ConfigError", "build", "load", "load_text"]
 
 #: The largest configuration file, in bytes: some million clients.
 MAX_FILE: Final = 256 * 2**20
+# O_NONBLOCK: a FIFO without a writer must not hold anybody up. O_BINARY: Windows would end the file at a Ctrl-Z.
+_OPEN_FLAGS: Final = (
+    os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+)
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> Config:
@@ -193,8 +197,7 @@ def _matching(pattern: str, base: str) -> list[str]:
 def _text_of(file: str) -> tuple[str, os.stat_result]:
     """Return a file's text and its status. Raises _Unreadable."""
     try:
-        # O_NONBLOCK: a FIFO without a writer must not hold anybody up.
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        handle = os.open(file, _OPEN_FLAGS)
     except (OSError, ValueError) as error:
         raise _Unreadable(_unopened(file, error)) from None
     try:
