@@ -1,0 +1,117 @@
+"""Everyone writes to everyone: each message arrives once and in order, or its sender holds an error for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from e2e.process import Process, key_of
+
+MEMBER = Path(__file__).with_name("crowd_member.py")
+SETTLED_S = 90.0
+
+
+def everyone(directory: Path, clients: int, count: int, processes: int, address: str = "unix") -> dict[str, Any]:
+    """Have that many clients send ``count`` messages each; return what was counted, after checking it."""
+    names = [f"c{number}" for number in range(clients)]
+    # One is never there, and one is not configured.
+    recipients = [*names, "absent", "unknown"]
+    with Process(directory, [*names, "absent"], listen=["127.0.0.1:0"]) as broker:
+        unix, tcp = broker.addresses()
+        members = []
+        for number in range(processes):
+            ours = names[number::processes]
+            plan = {
+                "address": str(unix if number % 2 else tcp),
+                "keys": {name: key_of(name).decode() for name in ours},
+                "everyone": recipients,
+                "blocking": ours[::2],
+                "asyncio": ours[1::2],
+                "count": count,
+                "seed": 1,
+            }
+            path = directory / f"plan{number}.json"
+            path.write_text(json.dumps(plan))
+            members.append(
+                subprocess.Popen([sys.executable, str(MEMBER), str(path)], stdin=-1, stdout=-1, text=True, bufsize=1)
+            )
+        try:
+            for member in members:
+                assert say(member, "") == "ready"
+            began = monotonic()
+            for member in members:
+                tell(member, "go")
+            total = clients * count
+            while True:
+                counted = [tuple(map(int, say(member, "count").split())) for member in members]
+                sent, received, failed = (sum(column) for column in zip(*counted, strict=True))
+                if sent == total and received + failed >= total:
+                    break
+                assert monotonic() - began < SETTLED_S, (total, sent, received, failed, broker.lines[-3:])
+                # Counting takes the members' time.
+                threading.Event().wait(0.1)
+            took = monotonic() - began
+            reports = [report for member in members for report in json.loads(say(member, "done"))]
+        finally:
+            for member in members:
+                if member.poll() is None and sys.exc_info()[0] is not None:
+                    member.kill()
+                member.wait(30)
+                for stream in (member.stdin, member.stdout):
+                    assert stream is not None
+                    stream.close()
+        broker.signal()
+        assert broker.exit_status() == 0
+        routed = broker.events("daemon.stopped")[0]["messages"]
+    arrived: Counter[tuple[str, str, int]] = Counter()
+    for report in reports:
+        for sender, numbers in report["received"].items():
+            assert numbers == sorted(set(numbers)), f"{sender} to {report['name']}: out of order or twice"
+            arrived.update((sender, report["name"], number) for number in numbers)
+    errors: Counter[str] = Counter()
+    for report in reports:
+        assert len(report["sent"]) == count
+        for id, recipient, number in report["sent"]:
+            error = report["errors"].get(str(id))
+            came = arrived[(report["name"], recipient, number)]
+            assert (came == 1) != (error is not None), (report["name"], recipient, number, came, error)
+            assert (error is not None) == (recipient in ("absent", "unknown")), (recipient, error)
+            if error is not None:
+                errors[error] += 1
+    assert arrived.total() + errors.total() == total
+    assert routed >= total
+    return {"sent": total, "arrived": arrived.total(), "errors": dict(errors), "seconds": round(took, 2)}
+
+
+def say(member: subprocess.Popen[str], line: str) -> str:
+    """Return the member's next line, after telling it one."""
+    if line:
+        tell(member, line)
+    assert member.stdout is not None
+    return member.stdout.readline().strip()
+
+
+def tell(member: subprocess.Popen[str], line: str) -> None:
+    assert member.stdin is not None
+    member.stdin.write(line + "\n")
+    member.stdin.flush()
+
+
+def test_every_message_of_a_small_crowd_is_accounted_for(socket_dir: Path) -> None:
+    """20 clients in two processes, 200 messages each, over TCP and a Unix socket."""
+    print(everyone(socket_dir, clients=20, count=200, processes=2))
+
+
+@pytest.mark.slow
+def test_every_message_of_a_crowd_is_accounted_for(socket_dir: Path) -> None:
+    """200 clients in four processes, 1,000 messages each (BROKERD_TEST_CROWD: as many for each)."""
+    count = int(os.environ.get("BROKERD_TEST_CROWD", "1000"))
+    print(everyone(socket_dir, clients=200, count=count, processes=4))
