@@ -688,3 +688,21 @@ def test_payload_limits_are_the_configurations() -> None:
     ann.message("bob", b"x" * 100, 2)
     assert ann.error() == (2, "too_large")
     assert [each.id for each in bob.take()] == [1]
+
+
+def test_nobody_of_a_group_hears_of_whom_none_may_see() -> None:
+    """A group none of whose members may send to a client gets no word of its coming and going."""
+    net = FakeNet(client("ann", send_to=[]), client("bob"))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="$broker.>", group="g")
+    net.connect("bob").leave()
+    assert ann.take() == []
+
+
+def test_a_drain_ends_the_waiting_for_room() -> None:
+    """Who is held when the drain begins is not kept until its timeout: its message is refused."""
+    net, ann, _ = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    net.broker.drain()
+    net.settle()
+    assert ann.error() == (3, "shutting_down")
