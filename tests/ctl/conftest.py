@@ -18,8 +18,10 @@ from brokerd.testing import RunningBroker, broker
 __all__ = ["broker"]
 
 TIMEOUT_S = 30
-#: The command, as the interpreter that runs the tests starts it.
-BROKERCTL = [sys.executable, "-c", "from brokerd.ctl import main; main()"]
+#: The command, as the interpreter that runs the tests starts it. A test run in the background may ignore Ctrl-C, and
+#: whatever it starts inherits that.
+_START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from brokerd.ctl import main; main()"
+BROKERCTL = [sys.executable, "-c", _START]
 
 
 class Ctl:
