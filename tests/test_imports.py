@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.aio": (*FACE, *PIPES),
     "brokerd": (),
     "brokerd.config": LEAVES,
-    "brokerd.core": (*LEAVES, *MODEL),
+    "brokerd.core": (*LEAVES, *MODEL, "brokerd_client.topics"),
     "brokerd.logs": MODEL,
     "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),

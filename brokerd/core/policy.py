@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import translate
 
 from brokerd.config.values import ClientConfig, Rule
-from brokerd.core.topics import covers, matches
+from brokerd.core.topics import covers
+from brokerd_client.topics import matches
 
 __all__ = ["Policy"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Matches", "Topics", "covers", "matches"]
+__all__ = ["Matches", "Topics", "covers"]
 
 Member = TypeVar("Member", bound=Hashable)
 
@@ -18,20 +18,9 @@ Member = TypeVar("Member", bound=Hashable)
 _REMEMBERED: Final = 10_000
 
 
-def matches(pattern: str, topic: str) -> bool:
-    """Return whether a subscription to ``pattern`` gets what is published on ``topic``.
-
-    A pattern that begins with a wildcard does not match topics of the broker's own, which begin with ``$``.
-    """
-    return _within(pattern.split("."), topic.split("."))
-
-
-def covers(rule: str, pattern: str) -> bool:
-    """Return whether everything that ``pattern`` can match is matched by ``rule`` too."""
-    return _within(rule.split("."), pattern.split("."))
-
-
-def _within(rule: list[str], tokens: list[str]) -> bool:
+def covers(rule_pattern: str, pattern: str) -> bool:
+    """Return whether everything that ``pattern`` can match is matched by ``rule_pattern`` too."""
+    rule, tokens = rule_pattern.split("."), pattern.split(".")
     if rule[0] in ("*", ">") and tokens[0].startswith("$"):
         return False
     for position, wanted in enumerate(rule):

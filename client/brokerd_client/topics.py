@@ -1,7 +1,7 @@
-"""Whether a topic fits a subscription's pattern: the client's side of docs/protocol.md, "Topics".
+"""Whether a topic fits a subscription's pattern: docs/protocol.md, "Topics". No I/O.
 
-The broker decides which events a connection gets; here one event is handed to the subscriptions of this
-process that asked for it. Patterns and topics have been checked by wire.envelope before they come here.
+The broker asks it of its rules, and a client of its own subscriptions, each of which gets the events it
+asked for. Patterns and topics have been checked by wire.envelope before they come here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ def has_wildcard(pattern: str) -> bool:
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Return whether ``topic`` fits: ``*`` stands for one token, a final ``>`` for one or more."""
+    """Return whether ``topic`` fits: ``*`` stands for one token, a final ``>`` for one or more.
+
+    A pattern that begins with either does not match the broker's own topics, which begin with ``$``.
+    """
     wanted, given = pattern.split("."), topic.split(".")
+    if topic.startswith("$") and wanted[0] in ("*", ">"):
+        return False
     if wanted[-1] == ">":
         wanted.pop()
         if len(given) <= len(wanted):
