@@ -14,13 +14,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.goals import GOALS
-from benchmarks.machinery import HERE, raise_descriptor_limit
+from benchmarks.machinery import HERE, busy_share, raise_descriptor_limit
 from benchmarks.page import Run, number, write_page
 from benchmarks.systems import SYSTEMS
 from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timing, Workload
 
 FULL = Timing(warm_s=0.25, seconds=0.8)
 QUICK = Timing(warm_s=0.1, seconds=0.2)
+#: Before each workload, when nothing here runs yet, it is seen for so many seconds what others do on this machine.
+QUIET_S = 0.5
+TOO_BUSY = 0.1
 #: What may go wrong with a system; anything else is a mistake in here.
 TROUBLE = (Spoilt, OSError, EOFError, RuntimeError, subprocess.SubprocessError)
 
@@ -84,6 +87,9 @@ def _print_missing(versions: dict[str, str | None], wanted: Collection[str]) -> 
 def _measure(run: Run, workload: Workload, systems: Collection[str], directory: Path) -> None:
     """Measure everybody, taking turns, and print the medians."""
     print(f"\n{workload.title} ({workload.unit}, {'more' if workload.higher else 'less'} is better)", flush=True)
+    run.others.append(busy_share(QUIET_S))
+    if run.others[-1] > TOO_BUSY:
+        print(f"  careful: other programs use {run.others[-1]:.0%} of the processors", flush=True)
     entrants = [each for each in workload.entrants if each.system in systems and run.versions[each.system] is not None]
     results: dict[str, list[Result]] = {entrant.name: [] for entrant in entrants}
     run.results[workload.key] = results

@@ -13,7 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
-__all__ = ["HERE", "Process", "compiled", "compiler", "free_port", "raise_descriptor_limit", "wait_for"]
+__all__ = [
+    "HERE",
+    "Process",
+    "busy_share",
+    "compiled",
+    "compiler",
+    "free_port",
+    "raise_descriptor_limit",
+    "wait_for",
+]
 
 HERE: Final = Path(__file__).parent
 _STOP_S: Final = 5.0
@@ -50,6 +59,19 @@ def raise_descriptor_limit() -> None:
     """Allow as many open files as the system lets us."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def busy_share(seconds: float) -> float:
+    """Return what share of all processors is in use, by whomever, for that long from now on."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields) - fields[3] - fields[4], sum(fields)
+
+    busy, whole = ticks()
+    time.sleep(seconds)
+    busy_then, whole_then = ticks()
+    return (busy_then - busy) / max(whole_then - whole, 1)
 
 
 @contextlib.contextmanager

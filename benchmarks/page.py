@@ -29,6 +29,7 @@ class Run:
     """Everything one run has found out.
 
     results: workload, then entrant, to its measurements. spoilt: what went wrong, a line each.
+    others: what share of the processors was in use before each workload, when nothing of this ran.
     versions: by system; None where it is not installed.
     """
 
@@ -37,6 +38,7 @@ class Run:
     versions: Mapping[str, str | None]
     results: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
     spoilt: list[str] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     took_s: float = 0.0
 
     def values(self) -> dict[str, dict[str, list[float]]]:
@@ -135,6 +137,8 @@ def _how(run: Run) -> Iterator[str]:
         rounds=run.rounds,
         seconds=f"{run.timing.seconds:g}",
         warm=f"{run.timing.warm_s:g}",
+        others=f"{statistics.median(run.others or [0]):.0%}",
+        others_most=f"{max(run.others, default=0):.0%}",
     )
     yield "| system | version |"
     yield "|---|---|"
