@@ -76,9 +76,7 @@ def brokerd_receive(address: str, board: Board) -> None:
 
     with brokerd_client.connect(address, RECEIVER, key_of(RECEIVER)) as client:
         board[Board.RECEIVER_READY] = 1
-        count = 0
-        for _ in client:
-            count += 1
+        for count, _ in enumerate(client, 1):
             if not count % STEP:
                 board[Board.RECEIVED] = count
 
@@ -249,9 +247,7 @@ def redis_receive(address: str, board: Board) -> None:
     feed.subscribe(RECEIVER)
     feed.parse_response()
     board[Board.RECEIVER_READY] = 1
-    count = 0
-    for _ in feed.listen():
-        count += 1
+    for count, _ in enumerate(feed.listen(), 1):
         if not count % STEP:
             board[Board.RECEIVED] = count
 
