@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **TALK,
     "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec", *TALK),
     **SHARED,
-    "brokerd_client.bridge": LEAVES,
+    "brokerd_client.bridge": (*LEAVES, "brokerd_client.connection.named_pipes"),
     "brokerd_client.channel": (*LEAVES, *PIPES),
     "brokerd_client.blocking": (*FACE, "brokerd_client.channel"),
     "brokerd_client.aio": (*FACE, *PIPES),

@@ -24,6 +24,8 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, cast, overload
 
 from brokerd_client import forks, message
+from brokerd_client.address import validate_family
+from brokerd_client.bridge import BridgedSocket, dial_pipe
 from brokerd_client.codec import encode
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import LINGER_S, Batch, Dialog
@@ -288,7 +290,8 @@ class _Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
-        self._client._on_data(self, data)
+        # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
+        self._client._on_data(self, bytes(data))
 
     def pause_writing(self) -> None:
         """asyncio.Protocol: not everything has been written."""
@@ -1049,11 +1052,15 @@ class Client:
         def link() -> _Link:
             return _Link(self)
 
+        validate_family(address.family)
         if address.family == "AF_PIPE":
-            connect_pipe = getattr(self._loop, "create_pipe_connection", None)
-            if connect_pipe is None:
-                raise AddressError(f"{address} is a named pipe, which this event loop can't use")
-            await connect_pipe(link, address.path)
+            while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe tells nobody that it is free
+                await asyncio.sleep(_CROWDED_S)
+            try:
+                await self._loop.create_connection(link, sock=pipe)
+            except BaseException:
+                pipe.close()
+                raise
         elif address.family == "AF_UNIX":
             sock = socket.socket(socket.AF_UNIX)
             try:
@@ -1075,6 +1082,13 @@ class Client:
             await self._wait_for_change(None)
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
             raise self._dialog.reason
+
+
+def _dialed(name: str) -> BridgedSocket | None:
+    try:
+        return dial_pipe(name)
+    except BlockingIOError:
+        return None
 
 
 def _connected(sock: socket.socket, path: str) -> bool:

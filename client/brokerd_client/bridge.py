@@ -3,22 +3,25 @@
 Two threads carry what comes: a message of the pipe is a frame's body, and becomes a length-prefixed frame on the
 socket; a frame from the socket becomes one message. Of a message that comes in only a piece is in memory, however long
 it is: whoever reads the socket sees its length first and judges it. When either side ends, what it has said before is
-delivered first. Nothing here knows what the frames mean, nor Windows: the pipe is given.
+delivered first. Nothing here knows what the frames mean.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from brokerd_client.errors import FrameError
+from brokerd_client.errors import AddressError, FrameError, TimedOut
 from brokerd_client.wire.framing import MAX_SHORT, FrameReader, frame_prefix
 
-__all__ = ["LINGER_S", "BridgedSocket", "Pipe", "bridge"]
+__all__ = ["LINGER_S", "BridgedSocket", "Pipe", "bridge", "dial_pipe"]
 
 #: Seconds in which the pipe's peer may still take what the closed socket had been given.
 LINGER_S: Final = 5.0
@@ -80,6 +83,21 @@ def bridge(pipe: Pipe) -> BridgedSocket:
         raise
     given._on_close = lambda: pipe.stop(writing=False)
     return given
+
+
+def dial_pipe(name: str) -> BridgedSocket:
+    """Return a socket that stands for a connection to the pipe of that name; waits for a millisecond at most.
+
+    Raises BlockingIOError: the pipe is busy, and may not be a moment later. Raises OSError: there is no such pipe.
+    """
+    if sys.platform == "win32":
+        from brokerd_client.connection.named_pipes import dial
+
+        try:
+            return bridge(dial(name, time.monotonic()).into_stream())
+        except TimedOut as error:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+    raise AddressError(f"{name} is a named pipe: they exist on Windows only")
 
 
 class _Bridge:

@@ -12,8 +12,8 @@ import selectors
 import socket
 from collections.abc import Iterator
 
-from brokerd_client.address import Address
-from brokerd_client.errors import AddressError
+from brokerd_client.address import Address, validate_family
+from brokerd_client.bridge import dial_pipe
 
 __all__ = ["Channel"]
 
@@ -25,12 +25,7 @@ class Channel:
     """One connection at a time, to one address."""
 
     def __init__(self, address: Address) -> None:
-        if address.family == "AF_PIPE":
-            raise AddressError(
-                f"{address} is a named pipe, which this client can't use: connect by a Unix socket or TCP"
-            )
-        if address.family == "AF_UNIX" and not hasattr(socket, "AF_UNIX"):
-            raise AddressError(f"{address} is a Unix socket, which this machine does not have: give HOST:PORT")
+        validate_family(address.family)
         self.address = address
         #: Written by no one yet: the rest of what a write could not finish.
         self.backlog = memoryview(b"")
@@ -51,6 +46,10 @@ class Channel:
 
     def dial(self) -> bool:
         """Begin to connect; return whether it is done already. Raises OSError where no candidate is left."""
+        if self.address.family == "AF_PIPE":
+            self._socket = dial_pipe(self.address.path)
+            self._socket.setblocking(False)
+            return True
         if self.address.family == "AF_UNIX":
             self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
         else:

@@ -243,8 +243,9 @@ if sys.platform == "win32":
     def dial(address: str, deadline: float | None) -> PipeChannel:
         """Return a channel to the pipe. Raises TimedOut, if it is busy until the deadline, and OSError."""
         while True:
+            left_ms = _LOOK_EVERY_MS if deadline is None else int((deadline - time.monotonic()) * 1000)
             try:
-                _winapi.WaitNamedPipe(address, _LOOK_EVERY_MS)
+                _winapi.WaitNamedPipe(address, max(1, min(left_ms, _LOOK_EVERY_MS)))
                 handle = _winapi.CreateFile(
                     address,
                     _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,
