@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.net.keyring import Credential, Search
 from brokerd_client.address import format_peer
+from brokerd_client.bridge import BridgedSocket
 from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import FAILURE, LIMIT, NONCE_SIZE, Proof, Receive, Send, as_listener
@@ -288,7 +289,8 @@ class Door:
 
 def peer_uid(sock: socket.socket) -> int | None:
     """Return the user id at the other end of a Unix socket; None for other sockets and systems."""
-    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX:
+    # The other end of a bridged socket is this process, whoever uses the pipe.
+    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
         return None
     return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
 

@@ -1,0 +1,120 @@
+"""A named pipe as the address of a broker client: both faces, over a pipe played by Python objects."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+from collections.abc import Callable, Iterator
+
+import pytest
+from net.fake_pipe import FakeDoor
+from net.house import configuration, house, key_of
+
+import brokerd_client
+from brokerd.net import listening
+from brokerd.net.pipes import PipeListener
+from brokerd_client import aio, bridge, channel
+from brokerd_client.address import Address, parse
+from brokerd_client.errors import AddressError, Disconnected
+
+PIPE = r"\\.\pipe\brokerd-test"
+TIMEOUT_S = 30.0
+
+
+@pytest.fixture
+def dialed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bridge.BridgedSocket]], None]:
+    """Call it with what is to dial a pipe in Windows' place."""
+
+    def install(dial: Callable[[str], bridge.BridgedSocket]) -> None:
+        for module in (aio, channel):
+            monkeypatch.setattr(module, "dial_pipe", dial)
+            monkeypatch.setattr(module, "validate_family", lambda family: None)
+
+    return install
+
+
+@pytest.fixture
+def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Iterator[FakeDoor]:
+    """A broker that serves alice and bob at a pipe, which is busy at every other try."""
+    door = FakeDoor()
+    tries = iter(range(1000))
+
+    def dial(name: str) -> bridge.BridgedSocket:
+        assert name == PIPE
+        if next(tries) % 2 == 0:
+            raise BlockingIOError(errno.EAGAIN, "busy")
+        return bridge.bridge(door.dial())
+
+    dialed(dial)
+    monkeypatch.setattr(listening, "open_pipe", lambda name: PipeListener(door, name))
+    config = configuration("127.0.0.1:0")
+    listen = dataclasses.replace(config.listen[0], address=Address("AF_PIPE", path=PIPE))
+    with house(dataclasses.replace(config, listen=(listen,))):
+        yield door
+
+
+@pytest.mark.usefixtures("at_pipe")
+def test_both_faces_connect_by_a_pipe() -> None:
+    """The blocking and the asyncio client exchange messages and requests, large ones too, over a pipe each."""
+    big = bytes(2 * 2**20)
+
+    async def ask() -> list[object]:
+        async with await aio.connect(PIPE, name="bob", key=key_of("bob"), timeout=TIMEOUT_S) as bob:
+            reply = await bob.request("alice", big, timeout=TIMEOUT_S)
+            await bob.send("alice", "thanks")
+            return [reply.payload]
+
+    with brokerd_client.connect(PIPE, name="alice", key=key_of("alice"), timeout=TIMEOUT_S) as alice:
+        alice.on_request(lambda message: message.payload + b"!")
+        assert asyncio.run(ask()) == [big + b"!"]
+        assert alice.recv(timeout=TIMEOUT_S).payload == "thanks"
+
+
+def connect_blocking() -> None:
+    brokerd_client.connect(PIPE, name="alice", key="k", timeout=TIMEOUT_S)
+
+
+def connect_aio() -> None:
+    async def connect() -> None:
+        await aio.connect(PIPE, name="alice", key="k", timeout=TIMEOUT_S)
+
+    asyncio.run(connect())
+
+
+@pytest.mark.parametrize("connect", [connect_blocking, connect_aio])
+def test_no_such_pipe_is_disconnected(dialed: Callable[..., None], connect: Callable[[], None]) -> None:
+    """A pipe that nobody listens at is the error of any address where nobody does."""
+
+    def dial(name: str) -> bridge.BridgedSocket:
+        raise FileNotFoundError(errno.ENOENT, "no such pipe")
+
+    dialed(dial)
+    with pytest.raises(Disconnected, match="no such pipe"):
+        connect()
+
+
+def test_there_are_no_pipes_elsewhere() -> None:
+    """Outside Windows both faces refuse such an address as such."""
+    with pytest.raises(AddressError, match="Windows only"):
+        connect_blocking()
+    with pytest.raises(AddressError, match="Windows only"):
+        connect_aio()
+    with pytest.raises(AddressError, match="Windows only"):
+        bridge.dial_pipe(parse(PIPE).path)
+
+
+def test_a_loop_may_hand_over_any_bytes() -> None:
+    """The asyncio client takes a bytearray too, as the loop of Windows gives it."""
+    heard: list[object] = []
+
+    class Heard:
+        def _on_data(self, link: object, data: bytes) -> None:
+            heard.append(data)
+
+    async def main() -> None:
+        aio._Link(Heard()).data_received(bytearray(b"bytes"))  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert heard == [b"bytes"]
+    assert type(heard[0]) is bytes
