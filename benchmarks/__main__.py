@@ -21,6 +21,7 @@ from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timi
 
 FULL = Timing(warm_s=0.25, seconds=0.8)
 QUICK = Timing(warm_s=0.1, seconds=0.2)
+ROUNDS, QUICK_ROUNDS = 5, 2
 #: Before each workload, when nothing here runs yet, it is seen for so many seconds what others do on this machine.
 QUIET_S = 0.5
 TOO_BUSY = 0.1
@@ -31,7 +32,7 @@ TROUBLE = (Spoilt, OSError, EOFError, RuntimeError, subprocess.SubprocessError)
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     raise_descriptor_limit()
-    timing = Timing(options.warm, options.seconds, small=False)
+    timing = Timing(options.warm, options.seconds, window_mib=options.window)
     versions = {name: system.find() for name, system in SYSTEMS.items()}
     run = Run(timing, options.rounds, versions)
     _print_missing(versions, options.systems)
@@ -56,6 +57,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", metavar="SYSTEM,...", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, help="how often each is measured")
     parser.add_argument("--seconds", type=float, help="how long a measurement takes")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=FULL.window_mib,
+        metavar="MIB",
+        help="what may be under way in a stream (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value to this file")
     parser.add_argument(
         "--page",
@@ -64,7 +72,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.page is None:
-        options.page = not (options.quick or options.only or options.systems or options.rounds or options.seconds)
+        options.page = not (
+            options.quick
+            or options.only
+            or options.systems
+            or options.rounds
+            or options.seconds
+            or options.window != FULL.window_mib
+        )
     for name, known in (("only", WORKLOADS), ("systems", SYSTEMS)):
         given = getattr(options, name)
         chosen = given.split(",") if given else list(known)
@@ -72,7 +87,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, chosen)
     timing = QUICK if options.quick else FULL
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     options.seconds = options.seconds or timing.seconds
     options.warm = timing.warm_s
     return options
@@ -96,7 +111,8 @@ def _measure(run: Run, workload: Workload, systems: Collection[str], directory: 
     with contextlib.ExitStack() as held:
         stages = Stages(workload, run, directory)
         held.callback(stages.close)
-        for _ in range(min(run.rounds, workload.most_rounds)):
+        rounds = 1 if workload.anew and run.rounds <= QUICK_ROUNDS else min(run.rounds, workload.most_rounds)
+        for _ in range(rounds):
             for entrant in entrants:
                 try:
                     results[entrant.name].append(stages.measure(entrant))

@@ -137,6 +137,7 @@ def _how(run: Run) -> Iterator[str]:
         rounds=run.rounds,
         seconds=f"{run.timing.seconds:g}",
         warm=f"{run.timing.warm_s:g}",
+        window=run.timing.window_mib,
         others=f"{statistics.median(run.others or [0]):.0%}",
         others_most=f"{max(run.others, default=0):.0%}",
     )
@@ -169,7 +170,7 @@ def _generator(run: Run) -> Iterator[str]:
                 rows.append(f"| {title} | {alone / rate:.1f} x | {server:.0%} | {load:.0%} |")
     if not rows:
         return
-    yield "## How we know that the load generator is not the limit"
+    yield "## Where the load generator is a part of the limit, and where not"
     yield ""
     yield (HERE / "generator.md").read_text()
     yield "| work | generator alone | brokerd | generator, both threads |"
@@ -180,18 +181,30 @@ def _generator(run: Run) -> Iterator[str]:
 
 def _workload(run: Run, workload: Workload, results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
     best = "more" if workload.higher else "less"
+    rounds = max(map(len, results.values()), default=0)
     yield f"### {workload.title[0].upper()}{workload.title[1:]}"
     yield ""
-    yield f"{workload.unit}, {best} is better: the median, the least and the most of {run.rounds} rounds."
+    yield f"{workload.unit}, {best} is better: the median of {rounds} rounds, the least and the most."
     yield ""
     entrants = [entrant for entrant in workload.entrants if results.get(entrant.name)]
     reference = _reference(workload, results)
     busy = any("server_busy" in result.more for entrant in entrants for result in results[entrant.name])
+    each = workload.higher and any(
+        "server_ns" in result.more for entrant in entrants for result in results[entrant.name]
+    )
     p99 = any("p99" in result.more for entrant in entrants for result in results[entrant.name])
     against = f"| {reference.title} to it " if reference else ""
-    extra = ("| server's use of a core " if busy else "") + ("| p99 " if p99 else "")
+    extra = "".join(
+        title
+        for title, wanted in (
+            ("| server's use of a core ", busy),
+            ("| server's ns for each ", each),
+            ("| p99 ", p99),
+        )
+        if wanted
+    )
     yield f"| system | {workload.unit} | spread {against}{extra}|"
-    yield "|---|---|---|" + "---|" * ((reference is not None) + busy + p99)
+    yield "|---|---|---|" + "---|" * ((reference is not None) + busy + each + p99)
     for entrant in entrants:
         values = [result.value for result in results[entrant.name]]
         middle = statistics.median(values)
@@ -202,6 +215,9 @@ def _workload(run: Run, workload: Workload, results: Mapping[str, Sequence[Resul
         if busy:
             use = run.median(workload.key, entrant.name, "server_busy")
             cells.append("" if use is None else f"{use:.0%}")
+        if each:
+            cost = run.median(workload.key, entrant.name, "server_ns")
+            cells.append("" if cost is None or entrant.system.startswith("direct") else number(cost))
         if p99:
             late = run.median(workload.key, entrant.name, "p99")
             cells.append("" if late is None else number(late))

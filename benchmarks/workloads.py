@@ -30,8 +30,6 @@ from benchmarks.systems import SYSTEMS, Running
 __all__ = ["WORKLOADS", "Entrant", "Result", "Spoilt", "Stage", "Timing", "Workload"]
 
 _MIB: Final = 1024 * 1024
-#: Bytes that may be under way: enough to keep everybody busy, and no queue gets long.
-_WINDOW: Final = 4 * _MIB
 #: Bytes that are written again and again.
 _BUFFER: Final = 256 * 1024
 _PROBE_S: Final = 20.0
@@ -44,11 +42,15 @@ class Spoilt(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long one measurement takes. warm_s: before it begins. small: whether counts are reduced, too."""
+    """How long one measurement takes, and how hard a stream pushes.
+
+    warm_s: before it begins. small: whether counts are reduced, too. window_mib: what may be under way.
+    """
 
     warm_s: float
     seconds: float
     small: bool = False
+    window_mib: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +256,12 @@ class Stream(Workload):
             stage.members.append(f"r:{stage.connections[name].fileno()}:-1:{turns * stage.size}")
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
-        return _pump(stage, timing, _WINDOW)
+        return _pump(stage, timing)
 
 
-def _pump(stage: Stage, timing: Timing, window: int) -> Result:
+def _pump(stage: Stage, timing: Timing, times: int = 1) -> Result:
     dialect = stage.running.dialect
+    window = times * timing.window_mib * _MIB
     said = stage.load(
         ["pump", timing.warm_s, timing.seconds, window, dialect.stray, *stage.members],
         timing.warm_s + timing.seconds + 40,
@@ -306,7 +309,7 @@ class Events(Workload):
             stage.members.append(f"r:{stage.connections[name].fileno()}:0:{count * stage.size}")
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
-        return _pump(stage, timing, _WINDOW)
+        return _pump(stage, timing)
 
 
 class RoundTrip(Workload):
@@ -588,7 +591,8 @@ class SlowReader(Workload):
         raise Spoilt("the sender to the client that does not read was never held")
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
-        result = _pump(stage, timing, 4 * _WINDOW)
+        # Fifty queues want more than one.
+        result = _pump(stage, timing, times=4)
         pairs = self._pairs(timing)
         # All pairs are alike, so 49 of 50 get 49 fiftieths.
         others = 1.0 if stage.entrant.variant == "1 does not read" else (pairs - 1) / pairs
