@@ -64,7 +64,7 @@ def measure(broker: Process, name: bytes) -> dict[str, float]:
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])
 def test_a_good_client_gets_in_among_strangers(socket_dir: Path, again: bool) -> None:
-    """500 silent ones, 500 that send random bytes and 500 with a wrong key keep nobody out, nor do they by insisting."""
+    """500 silent ones, 500 that send random bytes and 500 with a wrong key keep nobody out, insist as they may."""
     names = ["alice", *(f"c{number}" for number in range(1000))]
     with Process(socket_dir, names) as broker:
         broker.wait("daemon.started")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 from net.raw import Raw, login
@@ -154,7 +154,8 @@ def house(config: Config) -> Iterator[House]:
     try:
         yield running
     finally:
-        if thread.is_alive():
+        # It may be ending by itself at this very moment.
+        with suppress(RuntimeError):
             running._loop.call_soon_threadsafe(running.daemon.kill)
         thread.join(TIMEOUT_S)
         assert not thread.is_alive(), "the broker did not stop"
