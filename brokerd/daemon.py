@@ -145,7 +145,8 @@ class Daemon:
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         keyring.adopt_order(server.keyring)
         if plan.log and self._own_log:
-            self.log = server.log = make_log(config.log.level, config.log.format)
+            self.log = make_log(config.log.level, config.log.format)
+            server.log_to(self.log)
         gone = self.broker.reconfigure(config.clients, _core_limits(config), time.time())
         server.reconfigure(keyring, config.limits, plan.altered)
         server.start(opened)
@@ -169,10 +170,12 @@ class Daemon:
 
         What can't be written within ``limits.drain_timeout`` is cut off.
         """
-        if self._server is not None:
-            cut_off = await self._server.drain(self.config.limits.drain_timeout)
-            self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
-        self.stopped.set()
+        try:
+            if self._server is not None:
+                cut_off = await self._server.drain(self.config.limits.drain_timeout)
+                self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
+        finally:
+            self.stopped.set()
 
     def cut_off(self, name: str) -> None:
         """Close a client's connections at once, whatever waits for them."""

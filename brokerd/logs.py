@@ -3,7 +3,8 @@
 Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuration.md). The events:
 
     daemon.started  daemon.stopping  daemon.stopped  daemon.failed
-    client.connected  client.disconnected  client.refused
+    daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
+    client.connected  client.disconnected  client.refused  client.refused_more (many within a second, counted)
     listener.paused
 """
 

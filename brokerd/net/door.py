@@ -145,7 +145,7 @@ class Door:
         try:
             body = knock.reader.next_frame(LIMIT)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}")
+            self._refuse(knock, f"not a handshake: {error}", tell=True)
             return
         if body is not None:
             self._go_on(knock, body)
@@ -174,7 +174,7 @@ class Door:
         except AuthenticationError as error:
             self._refuse(knock, knock.refusal or str(error), failed=True)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}")
+            self._refuse(knock, f"not a handshake: {error}", tell=True)
         except OSError as error:
             self._refuse(knock, error.strerror or type(error).__name__)
 
@@ -231,11 +231,19 @@ class Door:
         self._forget(knock)
         self._server.admit(knock)
 
-    def _refuse(self, knock: Knock, reason: str, *, failed: bool = False) -> None:
+    def _refuse(self, knock: Knock, reason: str, *, failed: bool = False, tell: bool = False) -> None:
+        """Turn a peer away. failed: it answered wrong, and was told. tell: it is told now that this is its failure.
+
+        One that is only unlucky (too many at the door, the broker stops) is told nothing that it could take
+        for a wrong key.
+        """
         if knock.done:
             return
         if failed:
             self._count_failure(knock)
+        if tell:
+            with contextlib.suppress(OSError):
+                self._send(knock, FAILURE)
         self._forget(knock)
         knock.sock.close()
         self._server.on_refused(knock, reason)
@@ -283,7 +291,7 @@ class Door:
         self._timer = None
         now = self._loop.time()
         while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
-            self._refuse(oldest, "not finished within limits.handshake_timeout")
+            self._refuse(oldest, "not finished within limits.handshake_timeout", tell=True)
         self._watch()
 
 

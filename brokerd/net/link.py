@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+import traceback
 from typing import TYPE_CHECKING, Final
 
 from brokerd.core import routing
@@ -87,7 +88,10 @@ class Link:
 
     def on_readable(self) -> None:
         """Read once and route what came."""
-        self._read()
+        try:
+            self._read()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+            self._broken(error)
 
     def _read(self) -> bool:
         """Read once and route what came; return whether anything did."""
@@ -195,12 +199,22 @@ class Link:
 
     def on_writable(self) -> None:
         """Write on; whoever waited for room in this outbox may send again."""
-        self.write()
-        if not self.closed:
-            self.server.broker.drained(self.session)
-        self.server.settle()
+        try:
+            self.write()
+            if not self.closed:
+                self.server.broker.drained(self.session)
+            self.server.settle()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+            self._broken(error)
 
     # The end
+
+    def _broken(self, error: Exception) -> None:
+        """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
+        self.server.log.error(
+            "daemon.bug", address=self.session.address, error=repr(error), trace=traceback.format_exception(error)
+        )
+        self.lost("a bug in the broker")
 
     def close_soon(self) -> None:
         """Read nothing more, and give the client a last chance to take what is written for it."""

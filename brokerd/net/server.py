@@ -19,6 +19,7 @@ from brokerd.net.farewell import Farewell
 from brokerd.net.keyring import Keyring
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import Listening
+from brokerd.net.refusals import Refusals
 from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
@@ -72,6 +73,7 @@ class Server:
         self.listening: list[Listening] = []
         self.on_order: Callable[[Order], None] = lambda order: None
         self._door = Door(self)
+        self._refusals = Refusals(self.loop, log)
         self._tick: asyncio.TimerHandle | None = None
         self._settling = False
         self._paused: list[Listening] = []
@@ -95,6 +97,10 @@ class Server:
         for listening in self.listening:
             listening.apply(settings.get(listening.config.address, listening.config))
 
+    def log_to(self, log: Log) -> None:
+        """Have events go to another log from now on."""
+        self.log = self._refusals.log = log
+
     def stop_listening_at(self, addresses: Container[Address]) -> None:
         """Close the listening sockets of these configured addresses; connections made there stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:
@@ -117,6 +123,7 @@ class Server:
         self.listening.clear()
         self._paused.clear()
         self._door.close()
+        self._refusals.close()
 
     def _on_acceptable(self, listening: Listening) -> None:
         for _ in range(_ACCEPTS):
@@ -196,9 +203,7 @@ class Server:
 
     def on_refused(self, knock: Knock, reason: str) -> None:
         """Log that a connection was turned away."""
-        client = knock.credential.client.name if knock.credential is not None else None
-        fields = {} if client is None else {"name": client}
-        self.log.warning("client.refused", reason=reason, peer=knock.peer, listener=knock.listener, **fields)
+        self._refusals.note(knock, reason)
 
     # What the core decided
 

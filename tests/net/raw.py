@@ -184,6 +184,10 @@ class Raw:
         """Wait until the broker closes; nothing may arrive before that."""
         return self.read_to_end() == b""
 
+    def is_turned_away(self) -> bool:
+        """Wait until the broker closes; it says #FAILURE# before that, and nothing else."""
+        return self.read_to_end() == prefixed(FAILURE)
+
 
 def login(address: Address, key: bytes, name: bytes = b"", **how: Any) -> Raw:
     """Return a connection that has shaken hands. Raises Rejected."""

@@ -340,7 +340,7 @@ def test_a_long_frame_before_authentication_closes(claim: int) -> None:
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(struct.pack("!i", claim))
-        assert peer.is_closed()
+        assert peer.is_turned_away()
         assert str(claim) in last_refusal(broker)["reason"]
 
 
@@ -362,7 +362,7 @@ def test_garbage_is_closed(garbage: bytes) -> None:
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(garbage)
-        assert peer.is_closed()
+        assert peer.is_turned_away()
         assert "not a handshake" in last_refusal(broker)["reason"]
 
 
@@ -376,7 +376,7 @@ def test_silence_ends_at_the_deadline(stage: str) -> None:
             assert peer.read_body() == WELCOME
         if stage == "no welcome":
             peer.challenge(key_of("alice"))
-        assert peer.is_closed()
+        assert peer.is_turned_away()
         assert "handshake_timeout" in last_refusal(broker)["reason"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from net.fake_pipe import TIMEOUT_S, FakeDoor, FakePipe, PipeRaw, fake_pipes
 from net.house import House, configuration, house, key_of
-from net.raw import ERROR, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Rejected, login, packed, prefixed
+from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Rejected, login, packed, prefixed
 
 import brokerd_client.bridge
 from brokerd.config.model import Config
@@ -438,7 +438,8 @@ def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served
     raw = at_pipe.raw()
     raw.read_body()
     _write_until_closed(raw.pipe, 2**20)
-    assert raw.is_closed()
+    # The word of the failure may come too late: the bridge ends with the connection.
+    assert raw.read_to_end() in (b"", FAILURE)
     raw.close()
     assert "not a handshake" in at_pipe.house.log.wait("client.refused")[0].fields["reason"]
 
