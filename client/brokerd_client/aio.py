@@ -1013,10 +1013,11 @@ class Client:
         for _ in range(min(most - len(crew), len(box.inbox.items))):
             task = self._loop.create_task(self._work(box), name="brokerd handler")
             crew.add(task)
+            # One that is cancelled before it begins leaves the crew here.
             task.add_done_callback(crew.discard)
 
     async def _work(self, box: _Box[Job]) -> None:
-        with contextlib.suppress(IndexError):
+        try:
             while True:
                 function, item = box.take_now()
                 try:
@@ -1026,6 +1027,11 @@ class Client:
                 except Exception:  # noqa: BLE001 - the handler's own, whatever it is
                     log().exception("a handler failed")
                 del function, item
+        except IndexError:
+            # At once, not when the task is done: what is put in between is to find a place for a new one.
+            task = asyncio.current_task()
+            assert task is not None
+            self._crews[box].discard(task)
 
     async def _keep_connected(self) -> None:
         """Connect, and connect again, for as long as the dialog wants it."""
