@@ -13,7 +13,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.dict cimport PyDict_GetItem
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from brokerd.core.unusual import unusual
@@ -135,44 +135,84 @@ cdef inline int64_t _signed_length(const uint8_t* at) noexcept:
     return <int32_t>((<uint32_t>at[0] << 24) | (<uint32_t>at[1] << 16) | (<uint32_t>at[2] << 8) | <uint32_t>at[3])
 
 
-cdef bint _all_have_room(tuple targets, int64_t size_out) except -1:
-    cdef Py_ssize_t index
-    cdef Tail each
-    for index in range(PyTuple_GET_SIZE(targets)):
-        each = <Tail>PyTuple_GET_ITEM(targets, index)
-        if PyByteArray_GET_SIZE(each.tail) + size_out > each.room and not each.reserve(size_out):
-            return False
-    return True
+cdef class _Fan:
+    """Consecutive events to the same recipients: encoded once, copied into every tail when the run ends.
 
-
-cdef int _fan_out(
-    tuple targets, list touched, int64_t size_out, uint8_t codec, const char* stamp, Py_ssize_t stamp_size,
-    const uint8_t* frame, int64_t rest
-) except -1:
-    """Write one EVENT into every target: encoded once into the first tail, copied from there into the others.
-
-    frame: its length prefix; rest: bytes behind its header.
+    left: bytes for which every tail still has room.
     """
-    cdef Py_ssize_t index
-    cdef Py_ssize_t at
-    cdef Tail each
-    cdef char* whole = NULL
-    for index in range(PyTuple_GET_SIZE(targets)):
-        each = <Tail>PyTuple_GET_ITEM(targets, index)
-        at = PyByteArray_GET_SIZE(each.tail)
-        PyByteArray_Resize(each.tail, at + size_out)
-        if whole is NULL:
-            whole = PyByteArray_AS_STRING(each.tail) + at
-            _write_head(whole, size_out, EVENT, codec, stamp, stamp_size, frame + 8)
-            memcpy(whole + HEAD_SIZE + stamp_size, frame + HEAD_SIZE, rest)
-        else:
-            memcpy(PyByteArray_AS_STRING(each.tail) + at, whole, size_out)
-        each.frames += 1
-        each.size += size_out
-        if not each.touched:
-            each.touched = True
-            touched.append(each.owner)
-    return 0
+
+    cdef tuple targets
+    cdef bytearray encoded
+    cdef char* bytes
+    cdef int64_t written
+    cdef int64_t allocated
+    cdef int64_t left
+    cdef int64_t frames
+    cdef list touched
+
+    cdef int open(self, tuple targets) except -1:
+        cdef Py_ssize_t index
+        cdef int64_t left
+        cdef Tail each
+        self.targets = targets
+        self.encoded = bytearray()
+        self.written = self.allocated = self.frames = 0
+        self.left = INT64_MAX
+        for index in range(PyTuple_GET_SIZE(targets)):
+            each = <Tail>PyTuple_GET_ITEM(targets, index)
+            left = each.room - PyByteArray_GET_SIZE(each.tail)
+            if left < self.left:
+                self.left = left
+        return 0
+
+    cdef int close(self) except -1:
+        cdef Py_ssize_t index, at
+        cdef Tail each
+        cdef tuple targets = self.targets
+        if targets is None:
+            return 0
+        self.targets = None
+        if self.frames:
+            for index in range(PyTuple_GET_SIZE(targets)):
+                each = <Tail>PyTuple_GET_ITEM(targets, index)
+                at = PyByteArray_GET_SIZE(each.tail)
+                PyByteArray_Resize(each.tail, at + self.written)
+                memcpy(PyByteArray_AS_STRING(each.tail) + at, self.bytes, self.written)
+                each.frames += self.frames
+                each.size += self.written
+                if not each.touched:
+                    each.touched = True
+                    self.touched.append(each.owner)
+        self.encoded = None
+        return 0
+
+    cdef bint has_room(self, int64_t size) except -1:
+        """Return whether one more event of ``size`` bytes fits everywhere; the run may have been ended for it."""
+        cdef Py_ssize_t index
+        cdef Tail each
+        cdef tuple targets = self.targets
+        if size <= self.left:
+            return True
+        self.close()
+        for index in range(PyTuple_GET_SIZE(targets)):
+            each = <Tail>PyTuple_GET_ITEM(targets, index)
+            if PyByteArray_GET_SIZE(each.tail) + size > each.room and not each.reserve(size):
+                return False
+        self.open(targets)
+        return True
+
+    cdef char* add(self, int64_t size) except NULL:
+        """Return where to write the next event of ``size`` bytes; there is room for it."""
+        cdef int64_t wanted
+        if self.written + size > self.allocated:
+            wanted = max(self.written + size, 2 * self.allocated, 4096)
+            PyByteArray_Resize(self.encoded, wanted)
+            self.allocated = wanted
+            self.bytes = PyByteArray_AS_STRING(self.encoded)
+        self.written += size
+        self.left -= size
+        self.frames += 1
+        return self.bytes + self.written - size
 
 
 def feed(broker, source, buffer, int64_t start, int64_t end, double now):
@@ -180,18 +220,20 @@ def feed(broker, source, buffer, int64_t start, int64_t end, double now):
     cdef Py_buffer view
     PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
     cdef _Run run = _Run.__new__(_Run)
-    run.touched = broker.touched
+    cdef _Fan fan = _Fan.__new__(_Fan)
+    run.touched = fan.touched = broker.touched
     try:
         if not 0 <= start <= end <= view.len:
             raise ValueError("start and end lie outside the buffer")
-        return _feed(broker, source, buffer, <const uint8_t*>view.buf, start, end, now, run)
+        return _feed(broker, source, buffer, <const uint8_t*>view.buf, start, end, now, run, fan)
     finally:
         run.close()
+        fan.close()
         PyBuffer_Release(&view)
 
 
 cdef object _feed(
-    broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run
+    broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run, _Fan fan
 ):
     cdef int64_t position = start
     # Up to 2**64 - 1: what a frame may announce.
@@ -205,11 +247,12 @@ cdef object _feed(
     cdef Py_ssize_t stamp_size = PyBytes_GET_SIZE(stamp)
     cdef const uint8_t* at
     cdef const uint8_t* last_name = NULL
+    cdef const uint8_t* last_topic = NULL
     cdef uint8_t last_size = 0
-    cdef uint8_t kind, name_size
+    cdef uint8_t last_topic_size = 0
+    cdef uint8_t kind, name_size, topic_size
     cdef dict routes, fans
     cdef Seat seat
-    cdef tuple targets
     cdef PyObject* found
     cdef char* out
     cdef bint more = True
@@ -227,7 +270,8 @@ cdef object _feed(
             if kind == MESSAGE and payload <= limit:
                 if last_name is NULL or name_size != last_size or memcmp(at + HEAD_SIZE, last_name, name_size) != 0:
                     run.close()
-                    last_name = NULL
+                    fan.close()
+                    last_name = last_topic = NULL
                     found = PyDict_GetItem(routes, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE, name_size))
                     if found is not NULL:
                         seat = <Seat>found
@@ -257,24 +301,34 @@ cdef object _feed(
                     position += 4 + size
                     continue
             elif kind == EVENT and name_size == 0 and 0 < payload <= limit and 1 + at[HEAD_SIZE] <= payload:
-                run.close()
-                last_name = NULL
-                found = PyDict_GetItem(
-                    fans, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, at[HEAD_SIZE])
-                )
-                if found is not NULL:
-                    targets = <tuple>found
+                topic_size = at[HEAD_SIZE]
+                if (
+                    last_topic is NULL
+                    or topic_size != last_topic_size
+                    or memcmp(at + HEAD_SIZE + 1, last_topic, topic_size) != 0
+                ):
+                    run.close()
+                    fan.close()
+                    last_name = last_topic = NULL
+                    found = PyDict_GetItem(
+                        fans, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, topic_size)
+                    )
+                    if found is not NULL:
+                        fan.open(<tuple>found)
+                        last_topic, last_topic_size = at + HEAD_SIZE + 1, topic_size
+                if last_topic is not NULL:
                     size_out = HEAD_SIZE + stamp_size + payload
-                    if _all_have_room(targets, size_out):
-                        _fan_out(
-                            targets, run.touched, size_out, at[6], stamp_bytes, stamp_size, at, payload
-                        )
+                    if fan.has_room(size_out):
+                        out = fan.add(size_out)
+                        _write_head(out, size_out, EVENT, at[6], stamp_bytes, stamp_size, at + 8)
+                        memcpy(out + HEAD_SIZE + stamp_size, at + HEAD_SIZE, payload)
                         messages += 1
                         size_in += size
                         position += 4 + size
                         continue
         run.close()
-        last_name = NULL
+        fan.close()
+        last_name = last_topic = NULL
         before = position
         position, verdict = unusual(broker, source, buffer, position, end, now)
         if verdict is not _NEXT or position == before:
@@ -282,6 +336,7 @@ cdef object _feed(
             break
         routes, fans = source.caches(broker)
     run.close()
+    fan.close()
     if more and position < end:
         position, verdict = unusual(broker, source, buffer, position, end, now)
     source.messages_in += messages

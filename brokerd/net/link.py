@@ -32,6 +32,11 @@ READ_BUFFER: Final = 256 * 1024
 _LARGE: Final = READ_BUFFER // 2
 #: More than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
+#: A read of so many bytes suggests that more are waiting; where it goes to so many recipients, up to so many
+#: more rounds are read before any of them is written to.
+_PLENTY: Final = 64 * 1024
+_MANY: Final = 32
+_ROUNDS: Final = 7
 #: Seconds a connection that is to be closed has to take what is written for it.
 GRACE: Final = 5.0
 #: Reads in a row for one connection, when it can't wait for its turn.
@@ -87,14 +92,25 @@ class Link:
     # Reading
 
     def on_readable(self) -> None:
-        """Read once and route what came."""
+        """Read and route what came: once, or while it goes to so many that a write for each would cost more."""
         try:
-            self._read()
+            rounds = _ROUNDS
+            while self._read() >= _PLENTY and rounds and self._spreads_out():
+                rounds -= 1
+            self.server.settle()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
             self._broken(error)
 
-    def _read(self) -> bool:
-        """Read once and route what came; return whether anything did."""
+    def _spreads_out(self) -> bool:
+        """Return whether what was read goes to many, each of whom would get little with one write."""
+        touched = self.server.broker.touched
+        return len(touched) >= _MANY and self._may_read()
+
+    def _may_read(self) -> bool:
+        return not (self.closed or self.session.closing or self.session.held_by is not None)
+
+    def _read(self) -> int:
+        """Read once and route what came; return how many bytes that was. The caller settles."""
         view = self.server.buffer
         kept = 0
         try:
@@ -107,22 +123,22 @@ class Link:
             else:
                 size = self.sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
-            return False
+            return 0
         except OSError as error:
             self.lost(error.strerror or type(error).__name__)
-            return False
+            return 0
         if not size:
             self.lost("closed by the client")
-            return False
+            return 0
         if self.large is None:
             self.tail = b""
             self._route(view, kept + size)
-            return True
+            return size
         self.large += view[:size]
         if len(self.large) == self.wanted:
             whole, self.large = self.large, None
             self._route(memoryview(whole), len(whole))
-        return True
+        return size
 
     def resume(self) -> None:
         """Route what was kept while the sender was held, and read on."""
@@ -132,6 +148,7 @@ class Link:
         self.server.loop.add_reader(self.fd, self.on_readable)
         if kept:
             self._route(memoryview(kept), len(kept))
+            self.server.settle()
 
     def _route(self, view: memoryview, end: int) -> None:
         server, session = self.server, self.session
@@ -151,7 +168,6 @@ class Link:
             self._keep(view, position, end)
             if verdict is Verdict.HOLD:
                 server.loop.remove_reader(self.fd)
-        server.settle()
 
     def _keep(self, view: memoryview, position: int, end: int) -> None:
         """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
@@ -244,8 +260,9 @@ class Link:
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""
         for _ in range(_READS):
-            if self.closed or self.session.closing or self.session.held_by is not None or not self._read():
+            if not self._may_read() or not self._read():
                 break
+            self.server.settle()
 
     def is_gone(self) -> bool:
         """Return whether the client has closed, without waiting for the event loop to say so.
@@ -254,8 +271,8 @@ class Link:
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
-            while not (self.closed or self.session.closing or self.session.held_by is not None) and self._read():
-                pass
+            while self._may_read() and self._read():
+                self.server.settle()
             self.lost("closed by the client")
         return self.closed
 
