@@ -3,7 +3,7 @@
 
 Every read is checked against the bounds it was given, ``start <= offset < end <= len(buffer)``, before it
 is made. A run of messages to one recipient is written into its tail without going back to Python in between:
-while a run is open the tail is longer than what is written, and ``_Run.close`` cuts it before anything
+while a run is open the tail's size is not what is written, and ``_Run.close`` sets it right before anything
 else may look at it.
 """
 
@@ -20,6 +20,14 @@ from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
 
 NAME = "compiled"
+
+cdef extern from "Python.h":
+    # In CPython's public headers: what is allocated, and where the bytes begin in it.
+    ctypedef struct PyByteArrayObject:
+        Py_ssize_t ob_alloc
+        char* ob_bytes
+        char* ob_start
+    void Py_SET_SIZE(object, Py_ssize_t)
 
 cdef object _NEXT = Verdict.NEXT
 cdef enum:
@@ -78,37 +86,40 @@ cdef class _Run:
     cdef int open(self, Tail target) except -1:
         self.target = target
         self.tail = target.tail
-        self.written = self.allocated = PyByteArray_GET_SIZE(self.tail)
-        self.bytes = PyByteArray_AS_STRING(self.tail)
+        self.written = PyByteArray_GET_SIZE(self.tail)
+        self._look()
         self.frames = self.size = 0
         return 0
+
+    cdef void _look(self) noexcept:
+        cdef PyByteArrayObject* inside = <PyByteArrayObject*>self.tail
+        self.bytes = PyByteArray_AS_STRING(self.tail)
+        # The last byte is for the NUL that CPython keeps behind a bytearray.
+        self.allocated = inside.ob_alloc - (inside.ob_start - inside.ob_bytes) - 1
 
     cdef int close(self) except -1:
         cdef Tail target = self.target
         if target is None:
             return 0
         self.target = None
-        if self.allocated != self.written:
-            PyByteArray_Resize(self.tail, self.written)
-        self.tail = None
+        # Within what is allocated: CPython need not move or cut anything.
+        Py_SET_SIZE(self.tail, self.written)
         if self.frames:
+            self.bytes[self.written] = 0
             target.frames += self.frames
             target.size += self.size
             if not target.touched:
                 target.touched = True
                 self.touched.append(target.owner)
+        self.tail = None
         return 0
 
     cdef int grow(self, int64_t size) except -1:
         """Have room in memory for ``size`` more bytes; the quota has been asked before."""
-        cdef int64_t wanted = self.written + size
-        if wanted < 2 * self.allocated:
-            wanted = 2 * self.allocated
-        if wanted > self.target.room:
-            wanted = self.target.room
+        cdef int64_t wanted = max(self.written + size, min(2 * (self.written + size), self.target.room))
+        Py_SET_SIZE(self.tail, self.written)
         PyByteArray_Resize(self.tail, wanted)
-        self.allocated = wanted
-        self.bytes = PyByteArray_AS_STRING(self.tail)
+        self._look()
         return 0
 
 
