@@ -59,10 +59,14 @@ def resolve(
     if inbox <= 0:
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
     name = name or os.environ.get("BROKERD_NAME") or ""
+    if name:
+        check_name(name)
+    where = parse(address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS)
     return Settings(
-        parse(address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS),
-        check_name(name) if name else "",
-        _key(key, key_file),
+        where,
+        name,
+        # A client that needs no key, because its user vouches for it, uses its name: docs/protocol.md, "Without a key".
+        _key(key, key_file, name.encode() if where.family == "AF_UNIX" else b""),
         timeout,
         reconnect,
         frozenset(allow_pickle_from),
@@ -70,7 +74,8 @@ def resolve(
     )
 
 
-def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> bytes:
+def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, without: bytes) -> bytes:
+    """Return the key to use; ``without`` where none is given, unless that is empty."""
     if key is not None and key_file is not None:
         raise InvalidKey("give key or key_file, not both")
     if key is not None:
@@ -80,7 +85,12 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> by
         return found
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
     if not path:
-        raise InvalidKey("no key: give key, key_file or the environment variable BROKERD_KEY_FILE")
+        if without:
+            return without
+        raise InvalidKey(
+            "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix socket a client "
+            "configured with peer_uid and no key needs only its name"
+        )
     try:
         found = Path(path).read_bytes()
     except OSError as error:

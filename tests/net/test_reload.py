@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from net.house import Recorder
 import brokerd_client
 from brokerd.config.load import load
 from brokerd.daemon import Daemon, loop_factory
-from brokerd_client.errors import AuthenticationError, Denied, Disconnected, NoSuchClient
+from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
 
 
 class FromFile:
@@ -218,3 +219,13 @@ def test_an_administrator_reloads_and_hears_what_is_wrong(served: FromFile) -> N
         answer = alice.control("reload")
         assert not answer["reloaded"]
         assert "brokerd.yaml:3:" in answer["problems"][0]
+
+
+def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served: FromFile) -> None:
+    """With peer_uid and no key nothing else is needed on a Unix socket; elsewhere a key is."""
+    served.write(ALICE + BOB + f"  ops: {{peer_uid: [{os.getuid()}]}}\n")
+    assert served.reload() == []
+    with brokerd_client.connect(str(served.home / "sock"), name="ops") as ops:
+        assert ops.name == "ops"
+    with pytest.raises(InvalidKey, match="peer_uid"):
+        brokerd_client.connect("127.0.0.1:9", name="ops")
