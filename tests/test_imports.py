@@ -28,6 +28,14 @@ TALK = {
     "brokerd_client.message": ("brokerd_client.errors", "brokerd_client.wire", "brokerd_client.codec"),
     "brokerd_client.presence": ("brokerd_client.errors",),
     "brokerd_client.routes": ("brokerd_client.errors", "brokerd_client.topics"),
+    "brokerd_client.outgoing": ("brokerd_client.errors", "brokerd_client.wire"),
+    "brokerd_client.incoming": (
+        "brokerd_client.errors",
+        "brokerd_client.wire",
+        "brokerd_client.message",
+        "brokerd_client.outgoing",
+    ),
+    "brokerd_client.lot": ("brokerd_client.errors", "brokerd_client.wire", "brokerd_client.codec"),
     "brokerd_client.awaiting": ("brokerd_client.errors", "brokerd_client.routes", "brokerd_client.wire"),
 }
 #: What both faces share, besides the dialog.

@@ -39,11 +39,11 @@ from brokerd_client.errors import (
 )
 from brokerd_client.inbox import OVERHEAD, Gauge, Inbox
 from brokerd_client.life import State
+from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, Presence, Watch, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
-from brokerd_client.wire.envelope import check_address
 from brokerd_client.wire.handshake import NONCE_SIZE
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
@@ -453,18 +453,18 @@ class Client:
         With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
         Raises PayloadError or InvalidName for any of them before any is sent.
         """
-        encoded = [(check_address(to), *encode(payload, codec)) for to, payload in messages]
+        to, codecs, bodies = make_lot(messages, codec)
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
         if not receipt:
-            send = self._dialog.send
-            ids = [send(to, number, body) for to, number, body in encoded]
+            ids = self._dialog.send_many(to, codecs, bodies)
             self._write()
             return ids
-        calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in encoded]
+        calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in to]
         ask = self._dialog.send_for_receipt
         ids = [
-            ask(to, number, body, None, call, deadline) for (to, number, body), call in zip(encoded, calls, strict=True)
+            ask(each, number, body, None, call, deadline)
+            for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
         ]
         outcomes: list[Any] = []
         try:

@@ -31,11 +31,11 @@ from brokerd_client.dialog import LINGER_S, Batch, Dialog
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge, Inbox
 from brokerd_client.life import State
+from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, Presence, Watch, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
-from brokerd_client.wire.envelope import check_address
 from brokerd_client.wire.handshake import NONCE_SIZE
 
 __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
@@ -130,7 +130,7 @@ class _Box(Generic[T]):
         except IndexError:
             item = self._wait(timeout)
         if self._gauge.full and len(self.inbox.items) <= self.inbox.mark:
-            self._relieve()
+            self.relieve()
         return item
 
     def _wait(self, timeout: float | None) -> T:
@@ -147,7 +147,7 @@ class _Box(Generic[T]):
                     raise TimedOut(f"nothing arrived within {timeout:g} s")
                 self.filled.wait(remaining)
 
-    def _relieve(self) -> None:
+    def relieve(self) -> None:
         """Have the socket read again, if that was the message too many."""
         with self.filled:
             self.inbox.settle()
@@ -377,20 +377,19 @@ class Client:
         With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
         Raises PayloadError or InvalidName for any of them before any is sent.
         """
-        encoded = [(check_address(to), *encode(payload, codec)) for to, payload in messages]
+        to, codecs, bodies = make_lot(messages, codec)
         if not receipt:
             with self._sending(timeout):
-                send = self._dialog.send
-                ids = [send(to, number, body) for to, number, body in encoded]
+                ids = self._dialog.send_many(to, codecs, bodies)
                 self._write(*ids[-1:])
             return ids
         deadline = _deadline(timeout)
-        calls = [_Call() for _ in encoded]
+        calls = [_Call() for _ in to]
         with self._sending(timeout):
             ask = self._dialog.send_for_receipt
             ids = [
-                ask(to, number, body, None, call, deadline)
-                for (to, number, body), call in zip(encoded, calls, strict=True)
+                ask(each, number, body, None, call, deadline)
+                for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
             ]
             self._write(*calls)
         outcomes: list[Any] = []
@@ -513,19 +512,21 @@ class Client:
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests where no handler is set, until the client is closed."""
         self._check()
-        take, gauge = self._inbox.take, self._gauge
-        items, inbox = self._inbox.inbox.items, self._inbox.inbox
+        box, gauge = self._inbox, self._gauge
+        inbox = box.inbox
+        items, next_here = inbox.items, inbox.items.popleft
         with contextlib.suppress(Closed):
             while True:
                 # The common case without a call: the next message is here.
-                if items and (not gauge.full or len(items) - 1 > inbox.mark):
-                    try:
-                        item = items.popleft()
-                    except IndexError:
-                        continue
-                    yield item
-                else:
-                    yield take(None)
+                try:
+                    while True:
+                        item = next_here()
+                        # Only after it is taken: see Gauge.weigh.
+                        if gauge.full and len(items) <= inbox.mark:
+                            box.relieve()
+                        yield item
+                except IndexError:
+                    yield box.take(None)
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Have requests answered with what ``handler(message)`` returns, on a few threads of the client's own.

@@ -15,7 +15,6 @@ A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with what arr
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
@@ -26,7 +25,6 @@ from brokerd_client.errors import (
     BrokerdError,
     Closed,
     Disconnected,
-    FrameTooBig,
     InDoubt,
     MalformedEnvelope,
     RemoteError,
@@ -34,41 +32,22 @@ from brokerd_client.errors import (
     TimedOut,
     refusal,
 )
+from brokerd_client.incoming import Incoming
 from brokerd_client.life import NEXT, State, Step
 from brokerd_client.message import Message, Owner, Receipt
+from brokerd_client.outgoing import Outgoing
 from brokerd_client.routes import Route, Routes
 from brokerd_client.wire import handshake
-from brokerd_client.wire.envelope import (
-    BROKER,
-    Envelope,
-    Flag,
-    Kind,
-    check_address,
-    check_name,
-    check_pattern,
-    check_topic,
-    encode,
-    parse,
-)
-from brokerd_client.wire.framing import FrameReader, frame, frame_prefix, frame_span
+from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, check_name, check_pattern
+from brokerd_client.wire.framing import FrameReader, frame
 
-__all__ = ["LINGER_S", "MAX_FRAME", "Batch", "Dialog"]
+__all__ = ["LINGER_S", "Batch", "Dialog"]
 
 M = TypeVar("M", bound=Message)
 
-#: Length and header of a frame, at once.
-_PREFIX: Final = struct.Struct("!iBBBBQ")
-_HEADER_SIZE: Final = 12
-#: The broker is trusted, and a frame's memory is taken only as its bytes come; more than this is nonsense.
-MAX_FRAME: Final = 2**32
-#: Bodies from here on are put behind their header without building the whole in between.
-_MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
-#: Names and topics remembered in their other form; all are forgotten when there are more.
-_REMEMBERED: Final = 4096
 #: Seconds that outcomes are still taken in after close().
 LINGER_S: Final = 0.5
 
-_REPLY_KIND: Final = int(Kind.REPLY)
 _EVENT_KIND: Final = int(Kind.EVENT)
 
 
@@ -127,7 +106,6 @@ class Dialog(Generic[M]):
         self.routes = Routes()
         self._watches: dict[presence.Watch, list[Route]] = {}
         self._key = key
-        self._message = message
         self._next_id = first_id
         self._reconnect = reconnect
         self._timeout_s = timeout_s
@@ -137,18 +115,8 @@ class Dialog(Generic[M]):
         self._introduced = False
         self._handshake: handshake.Handshake | None = None
         self._reader = FrameReader()
-        #: The beginning of a frame whose end has not come yet.
-        self._partial = bytearray()
-        self._out: list[bytes] = []
-        #: Bytes put out on this connection so far, how many of them the face has taken, and how many it has seen off.
-        self._queued = 0
-        self._taken = 0
-        self._handed = 0
-        #: (end, id, to) of sends without a receipt that the face has not seen off yet.
-        self._unhanded: list[tuple[int, int, str]] = []
-        self._recipients: dict[str, bytes] = {}
-        self._topics: dict[str, bytes] = {}
-        self._texts: dict[bytes, str] = {}
+        self._incoming = Incoming(message)
+        self._outgoing = Outgoing()
 
     # The link
 
@@ -161,8 +129,8 @@ class Dialog(Generic[M]):
         """There is a connection; nonce: fresh random bytes for the handshake."""
         self._step(Step.OPEN)
         self._reader = FrameReader()
-        self._partial = bytearray()
-        self._queued = self._taken = self._handed = 0
+        self._incoming.reset()
+        self._outgoing.reset()
         self._handshake = handshake.as_dialer(self._key, nonce, name=self.name.encode(), allow_md5=False)
         first = next(self._handshake)
         assert first is handshake.RECEIVE, "the listener speaks first"
@@ -181,21 +149,16 @@ class Dialog(Generic[M]):
 
     def data_to_send(self) -> bytes:
         """Return what is to be written, and forget it."""
-        data = b"".join(self._out)
-        self._out.clear()
-        self._taken = self._queued
-        return data
+        return self._outgoing.data()
 
     @property
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data_to_send`."""
-        return self._queued - self._taken
+        return self._outgoing.untaken
 
     def wrote(self, size: int) -> None:
         """The face has handed that many more bytes to the operating system."""
-        self._handed += size
-        if self._handed == self._queued:
-            self._unhanded.clear()
+        self._outgoing.wrote(size)
 
     def lost(self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0) -> Batch[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
@@ -208,25 +171,22 @@ class Dialog(Generic[M]):
         self.reason = reason
         self.losses += 1
         self._handshake = None
-        self._out.clear()
-        self._taken = self._queued
+        self._outgoing.drop()
         self._link_deadline = None
         if self.state is State.WAITING:
             # A link that breaks at once must not be tried at once again, for ever.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
             self.retry_at = now + backoff.delay(self._attempt, chance)
             self._attempt += 1
-        may_have_left = self._handed + doubtful
+        may_have_left = self._outgoing.handed + doubtful
         for pending in self.awaiting.clear():
             self._forget_subscription(pending)
             if pending.waiter is not None:
                 left = pending.end <= may_have_left
                 batch.outcomes.append((pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left)))
-        for end, id, to in self._unhanded:
-            if end > self._handed:
-                batch.undelivered.append(self._loss(id, to, left=end <= may_have_left))
+        for end, id, to in self._outgoing.take_unhanded():
+            batch.undelivered.append(self._loss(id, to, left=end <= may_have_left))
         self.undelivered += len(batch.undelivered)
-        self._unhanded.clear()
         for watch in self._watches:
             watch.disconnected()
         return batch
@@ -280,14 +240,25 @@ class Dialog(Generic[M]):
 
     def send(self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out a MESSAGE nobody waits for; return its id."""
-        id = self._put(Kind.MESSAGE, 0, self._take_id(), to, codec, body, extension)
-        self._unhanded.append((self._queued, id, to))
+        id = self._take_id()
+        self._outgoing.put(Kind.MESSAGE, 0, id, to, codec, body, extension)
+        self._outgoing.unheard(id, to)
         return id
+
+    def send_many(self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]) -> list[int]:
+        """Put out a MESSAGE each, which nobody waits for; return their ids."""
+        self.require_ready()
+        first = self._next_id
+        ids = range(first, first + len(to))
+        self._outgoing.put_messages(ids, to, codecs, bodies)
+        self._next_id = ids.stop
+        return list(ids)
 
     def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out an EVENT nobody waits for; return its id."""
-        id = self._put_event(0, self._take_id(), topic, codec, body, extension)
-        self._unhanded.append((self._queued, id, topic))
+        id = self._take_id()
+        self._outgoing.put_event(0, id, topic, codec, body, extension)
+        self._outgoing.unheard(id, topic)
         return id
 
     def send_for_receipt(
@@ -300,8 +271,9 @@ class Dialog(Generic[M]):
         deadline: float | None,
     ) -> int:
         """Put out a MESSAGE; the waiter gets a Receipt or an error."""
-        id = self._put(Kind.MESSAGE, Flag.RECEIPT, self._take_id(), to, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.RECEIPT, to, self._queued, waiter, deadline))
+        id = self._take_id()
+        self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, id, to, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
         return id
 
     def publish_for_receipt(
@@ -314,8 +286,9 @@ class Dialog(Generic[M]):
         deadline: float | None,
     ) -> int:
         """Put out an EVENT; the waiter gets a Receipt or an error."""
-        id = self._put_event(Flag.RECEIPT, self._take_id(), topic, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.RECEIPT, "", self._queued, waiter, deadline, about=topic))
+        id = self._take_id()
+        self._outgoing.put_event(Flag.RECEIPT, id, topic, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic))
         return id
 
     def request(
@@ -328,22 +301,23 @@ class Dialog(Generic[M]):
         deadline: float | None,
     ) -> int:
         """Put out a REQUEST; the waiter gets the REPLY or an error."""
-        id = self._put(Kind.REQUEST, 0, self._take_id(), to, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.REQUEST, to, self._queued, waiter, deadline))
+        id = self._take_id()
+        self._outgoing.put(Kind.REQUEST, 0, id, to, codec, body, extension)
+        self.awaiting.add(Pending(id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
         return id
 
     def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
         """Put out the REPLY to a request; id: the request's."""
         self.require_ready()
-        self._put(Kind.REPLY, 0, id, to, codec, body, extension)
-        self._unhanded.append((self._queued, id, to))
+        self._outgoing.put(Kind.REPLY, 0, id, to, codec, body, extension)
+        self._outgoing.unheard(id, to)
 
     def fail(self, to: str, id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
         self.require_ready()
         body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-        self._put(Kind.ERROR, 0, id, to, 2, body, None)
-        self._unhanded.append((self._queued, id, to))
+        self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
+        self._outgoing.unheard(id, to)
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
         """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
@@ -408,42 +382,6 @@ class Dialog(Generic[M]):
         self._next_id = id + 1
         return id
 
-    def _put(
-        self, kind: int, flags: int, id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
-    ) -> int:
-        name = self._recipients.get(to)
-        if name is None:
-            name = check_address(to).encode()
-            _remember(self._recipients, to, name)
-        if extension is None and len(body) < _MAX_SHORT_BODY:
-            size = _HEADER_SIZE + len(name) + len(body)
-            self._out += (_PREFIX.pack(size, kind, flags, codec, len(name), id) + name, body)
-            self._queued += 4 + size
-        else:
-            self._emit(encode(Envelope(Kind(kind), id, to, body, codec, flags, extension=extension)))
-        return id
-
-    def _put_event(
-        self, flags: int, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
-    ) -> int:
-        name = self._topics.get(topic)
-        if name is None:
-            encoded = check_topic(topic).encode()
-            name = bytes((len(encoded),)) + encoded
-            _remember(self._topics, topic, name)
-        if extension is None and len(body) < _MAX_SHORT_BODY:
-            size = _HEADER_SIZE + len(name) + len(body)
-            self._out += (_PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, id) + name, body)
-            self._queued += 4 + size
-        else:
-            self._emit(encode(Envelope(Kind.EVENT, id, "", body, codec, flags, topic, extension)))
-        return id
-
-    def _emit(self, body: bytes) -> None:
-        prefix = frame_prefix(len(body))
-        self._out += (prefix, body)
-        self._queued += len(prefix) + len(body)
-
     def _operate(
         self,
         op: str,
@@ -457,8 +395,8 @@ class Dialog(Generic[M]):
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         id = self._next_id
         self._next_id = id + 1
-        self._put(Kind.REQUEST, 0, id, BROKER, 2, body, None)
-        pending = Pending(id, purpose, BROKER, self._queued, waiter, deadline, about)
+        self._outgoing.put(Kind.REQUEST, 0, id, BROKER, 2, body, None)
+        pending = Pending(id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about)
         self.awaiting.add(pending)
         return pending
 
@@ -510,8 +448,7 @@ class Dialog(Generic[M]):
             while (body := self._reader.next_frame(handshake.LIMIT)) is not None:
                 step = self._handshake.send(body)
                 while isinstance(step, handshake.Send):
-                    self._out.append(frame(step.body))
-                    self._queued += len(self._out[-1])
+                    self._outgoing.put_frame(frame(step.body))
                     step = self._handshake.send(None)
         except StopIteration:
             self._handshake = None
@@ -531,127 +468,22 @@ class Dialog(Generic[M]):
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 
     def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
-        """Take in every whole frame; keep the beginning of the last one for the next time."""
-        position, end = 0, len(data)
-        if self._partial:
-            position = self._complete(data, owner, batch, now)
-        unpack, texts, message_class = _PREFIX.unpack_from, self._texts, self._message
-        messages = batch.messages
-        append = messages.append
-        while position < end:
-            if end - position >= 16:
-                size, kind, flags, codec, name_size, id = unpack(data, position)
-                body = position + 16 + name_size
-                stop = position + 4 + size
-                # The ordinary frame; whatever this turns away is judged by wire.envelope, below.
-                if flags == 0 and 0 < kind < 4 and body <= stop <= end:
-                    raw = data[position + 16 : body]
-                    sender = texts.get(raw)
-                    if sender is None:
-                        sender = self._text(raw, id)
-                    message = message_class(kind, id, sender, codec, data[body:stop], owner)
-                    position = stop
-                    if kind < _REPLY_KIND:
-                        append(message)
-                    else:
-                        self._on_reply(message, batch, now)
-                    continue
-                if flags == 0 and kind == _EVENT_KIND and name_size and body < stop <= end:
-                    first = body + 1 + data[body]
-                    if first <= stop:
-                        raw = data[position + 16 : body]
-                        topic = data[body + 1 : first]
-                        message = message_class(
-                            kind,
-                            id,
-                            texts.get(raw) or self._text(raw, id),
-                            codec,
-                            data[first:stop],
-                            owner,
-                            texts.get(topic) or self._text(topic, id),
-                        )
-                        position = stop
-                        self._on_event(message, batch)
-                        continue
-            span = frame_span(data, position, end)
-            if span is None:
-                break
-            first, size = span
-            if size > MAX_FRAME:
-                raise FrameTooBig(size, MAX_FRAME)
-            if first + size > end:
-                break
-            position = first + size
-            self._on_frame(data[first:position], owner, batch, now)
-        if position < end:
-            self._partial += data[position:] if position else data
-        if messages:
-            batch.size += position
+        """Take in every whole frame."""
 
-    def _complete(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> int:
-        """Finish the frame that began earlier, as far as ``data`` goes; return how much of ``data`` that took.
-
-        Only what the frame lacks is added to it: joining whole reads would copy every byte twice.
-        """
-        partial, position = self._partial, 0
-        while True:
-            span = frame_span(partial, 0, len(partial))
-            if span is None:
-                missing = (4 if len(partial) < 4 else 12) - len(partial)
+        def other(frame: M | Envelope) -> None:
+            if not isinstance(frame, Envelope):
+                if frame._kind == _EVENT_KIND:
+                    self._on_event(frame, batch)
+                else:
+                    self._on_reply(frame, batch, now)
+            elif frame.kind is Kind.ERROR:
+                self._on_error(frame, batch)
+            elif frame.kind is Kind.RECEIPT:
+                self._on_receipt(frame.id, batch)
             else:
-                first, size = span
-                if size > MAX_FRAME:
-                    raise FrameTooBig(size, MAX_FRAME)
-                missing = first + size - len(partial)
-                if missing == 0:
-                    break
-            taken = data[position : position + missing]
-            if not taken:
-                return position
-            partial += taken
-            position += len(taken)
-        self._partial = bytearray()
-        with memoryview(partial) as view:
-            body = bytes(view[first:])
-        batch.size += len(body)
-        self._on_frame(body, owner, batch, now)
-        return position
+                raise MalformedEnvelope("the broker sends no ACK", frame.id)
 
-    def _text(self, raw: bytes, id: int) -> str:
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            raise MalformedEnvelope("a name or topic from the broker is not UTF-8", id) from error
-        _remember(self._texts, raw, text)
-        return text
-
-    def _on_frame(self, body: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
-        """Take in a frame that is out of the ordinary, or came in pieces."""
-        envelope = parse(body)
-        kind = envelope.kind
-        if kind is Kind.ERROR:
-            self._on_error(envelope, batch)
-        elif kind is Kind.RECEIPT:
-            self._on_receipt(envelope.id, batch)
-        elif kind is Kind.ACK:
-            raise MalformedEnvelope("the broker sends no ACK", envelope.id)
-        else:
-            message = self._message(
-                kind,
-                envelope.id,
-                envelope.name,
-                envelope.codec,
-                envelope.payload,
-                owner,
-                envelope.topic,
-                envelope.extension,
-            )
-            if kind is Kind.REPLY:
-                self._on_reply(message, batch, now)
-            elif kind is Kind.EVENT:
-                self._on_event(message, batch)
-            else:
-                batch.messages.append(message)
+        batch.size += self._incoming.read(data, owner, batch.messages, other)
 
     def _on_event(self, message: M, batch: Batch[M]) -> None:
         routes = self.routes.of(message.topic)
@@ -755,16 +587,6 @@ class Dialog(Generic[M]):
             elif sink in self._watches:
                 self._drop_watch(sink)
                 batch.ended.append((sink.sink, error))
-
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-def _remember(table: dict[K, V], key: K, value: V) -> None:
-    if len(table) >= _REMEMBERED:
-        table.clear()
-    table[key] = value
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fake_broker import FakeBroker, Session
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd_client import backoff, dialog
+from brokerd_client import backoff, dialog, outgoing
 from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import (
     AuthenticationError,
@@ -748,6 +749,46 @@ def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
     assert batch.messages[-1].body == b"one"
 
 
+RUNS = st.lists(
+    st.tuples(
+        st.integers(1, 12),
+        st.builds(
+            Envelope,
+            kind=st.sampled_from([Kind.MESSAGE, Kind.REQUEST]),
+            name=st.sampled_from(["bob", "eve", "carol/x1"]),
+            payload=st.sampled_from([b"", b"0123", b"9876", b"x" * 5000]),
+            codec=st.sampled_from([0, 2]),
+            extension=st.sampled_from([None, None, {}]),
+        ),
+    ),
+    max_size=12,
+)
+
+
+@given(RUNS, st.integers(1, 20_000))
+def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> None:
+    """Many frames that begin alike, and where that ends: the same messages as one by one, cut anywhere."""
+    pair = Pair()
+    pair.connect()
+    sent = [replace(envelope, id=index) for index, envelope in enumerate(e for count, e in runs for _ in range(count))]
+    data = b"".join(frame(encode(envelope)) for envelope in sent)
+    batch: Batch[Message] = Batch()
+    for start in range(0, len(data), step):
+        merge(batch, pair.hear(data[start : start + step]))
+    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in batch.messages]
+    assert got == [(e.kind, e.id, e.name, e.payload, e.codec, e.extension) for e in sent]
+    assert not batch.broken
+
+
+@pytest.mark.parametrize("alike", [0, 3, 5, 30])
+def test_run_ends_at_a_name_that_is_none(pair: Pair, alike: int) -> None:
+    """A sender that is not UTF-8 breaks the link wherever it stands; what came before it is delivered."""
+    good = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x")))
+    batch = pair.hear(good * alike + good.replace(b"bob", b"b\xffb") + good * 10)
+    assert isinstance(batch.broken, MalformedEnvelope)
+    assert len(batch.messages) == alike
+
+
 def test_long_form_of_a_length(pair: Pair) -> None:
     """A frame announced with -1 and 64 bits is a frame like any other, whole or in pieces."""
     body = encode(FRAMES[0])
@@ -824,6 +865,55 @@ def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
     assert json.loads(fifth.payload) == {"code": "mine", "message": "text", "name": "alice"}
 
 
+LOT = [("bob", 0, b"one"), ("carol/x1", 2, b"{}"), ("bob", 0, b""), ("bob", 0, b"two"), ("alice", 128, b"x" * 3000)]
+
+
+@pytest.mark.parametrize("limit", [2**31, 100])
+def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Messages sent together leave as the bytes of the same messages sent one after the other; so do long ones."""
+    monkeypatch.setattr(outgoing, "_MAX_SHORT_BODY", limit)
+    one, many = Pair(), Pair()
+    one.connect()
+    many.connect()
+    ids = [one.dialog.send(*message) for message in LOT]
+    assert many.dialog.send_many(*zip(*LOT, strict=True)) == ids
+    assert many.dialog.untaken == one.dialog.untaken
+    assert many.dialog.data_to_send() == one.dialog.data_to_send()
+    assert many.dialog.send("bob", 0, b"") == ids[-1] + 1
+    assert many.dialog.send_many((), (), ()) == []
+
+
+@pytest.mark.parametrize("handed", [0, 1, 21, 22, 60, 3000, None])
+@pytest.mark.parametrize("doubtful", [0, 30])
+def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: int) -> None:
+    """Where the connection goes in between, each of them is in doubt or was not sent, as if it had been sent alone."""
+    told = []
+    for together in (False, True):
+        pair = Pair()
+        pair.connect()
+        if together:
+            pair.dialog.send_many(*zip(*LOT, strict=True))
+        else:
+            for message in LOT:
+                pair.dialog.send(*message)
+        pair.dialog.send("bob", 0, b"last")
+        data = pair.dialog.data_to_send()
+        pair.dialog.wrote(len(data) if handed is None else handed)
+        told.append([(type(error), error.id, str(error)) for error in pair.lose(doubtful=doubtful).undelivered])
+    assert told[0] == told[1]
+    assert bool(told[0]) is (handed is not None)
+
+
+def test_many_with_a_bad_recipient_leave_nothing(pair: Pair) -> None:
+    """One recipient that is none, and nothing is put out; without a connection neither."""
+    with pytest.raises(InvalidName):
+        pair.dialog.send_many(["bob", "b b"], [0, 0], [b"", b""])
+    assert not pair.dialog.untaken
+    pair.lose()
+    with pytest.raises(Disconnected):
+        pair.dialog.send_many(["bob"], [0], [b""])
+
+
 @pytest.mark.parametrize("to", ["", "a b", "x/Y", "-a", "a/", "ä"])
 def test_bad_recipient_is_refused_here(pair: Pair, to: str) -> None:
     """Nothing leaves for a name that can't exist."""
@@ -845,13 +935,15 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         pair.dialog.publish(name, 0, b"")
         assert pair.hear_frame(Kind.MESSAGE, 1, name).messages[0].sender == name
         assert pair.hear_frame(Kind.EVENT, 1, "bob", topic=name).events[0][1].topic == name
-    for table in (pair.dialog._recipients, pair.dialog._topics, pair.dialog._texts, pair.dialog.routes._remembered):
-        assert len(table) <= 4096
+        pair.dialog.send_many([name], [0], [b""])
+    out, into = pair.dialog._outgoing, pair.dialog._incoming
+    for table in (out._recipients, out._starts, out._topics, into._texts, pair.dialog.routes._remembered):
+        assert 0 < len(table) <= 4096
 
 
 def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body beyond the short form is framed by wire.framing, to the same effect."""
-    monkeypatch.setattr(dialog, "_MAX_SHORT_BODY", 10)
+    monkeypatch.setattr(outgoing, "_MAX_SHORT_BODY", 10)
     pair.broker.seen.clear()
     pair.dialog.send("bob", 0, b"x" * 20)
     pair.dialog.publish("a", 0, b"y" * 20)
