@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import contextlib
 import signal
 import socket
@@ -78,6 +79,7 @@ class Daemon:
             "daemon.started",
             version=__version__,
             routing=routing.NAME,
+            **_why_python(),
             python=".".join(map(str, sys.version_info[:3])),
             loop=type(asyncio.get_running_loop()).__module__,
             listeners=[str(address) for address in self.addresses],
@@ -201,6 +203,14 @@ class Daemon:
         if self._stopping is None:
             await self.stop()
         await self.stopped.wait()
+
+
+def _why_python() -> dict[str, str]:
+    """Return a field that says why the slower routing loop runs, where it does."""
+    if routing.NAME != "python":
+        return {}
+    forced = os.environ.get("BROKERD_PURE") == "1"
+    return {"because": "BROKERD_PURE=1" if forced else "brokerd was installed without a working C compiler"}
 
 
 def _core_limits(config: Config) -> CoreLimits:
