@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import contextlib
+import os
 import signal
 import socket
 import sys
