@@ -42,6 +42,7 @@ TALK = {
 SHARED = {
     "brokerd_client.settings": LEAVES,
     "brokerd_client.forks": (),
+    "brokerd_client.chance": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog"),
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)

@@ -14,8 +14,6 @@ import asyncio
 import contextlib
 import inspect
 import os
-import random
-import secrets
 import socket
 import time
 from collections import deque
@@ -26,6 +24,7 @@ from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, cast, 
 from brokerd_client import forks, message
 from brokerd_client.address import validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
+from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.codec import encode
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import LINGER_S, Batch, Dialog
@@ -44,7 +43,6 @@ from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, Presence, Watch, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
-from brokerd_client.wire.handshake import NONCE_SIZE
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
 
@@ -325,7 +323,7 @@ class Client:
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
-            secrets.randbits(62),
+            first_id(),
             Message,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
@@ -873,7 +871,7 @@ class Client:
             link.transport.abort()
             return
         self._link = link
-        self._dialog.opened(secrets.token_bytes(NONCE_SIZE))
+        self._dialog.opened(nonce())
         self._arm()
 
     def _on_data(self, link: _Link, data: bytes) -> None:
@@ -911,7 +909,7 @@ class Client:
             doubtful = link.unwritten
             link.transport.abort()
         now = self._loop.time()
-        batch = self._dialog.lost(reason, now, random.random(), doubtful=doubtful)  # noqa: S311 - spreads retries
+        batch = self._dialog.lost(reason, now, chance(), doubtful=doubtful)
         self._stop_timer()
         self._absorb(batch)
         self._note_state()

@@ -13,8 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import random
-import secrets
 import threading
 import time
 import warnings
@@ -24,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import forks, message
+from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.channel import Channel
 from brokerd_client.codec import encode
 from brokerd_client.desk import Desk, Job, log
@@ -36,7 +35,6 @@ from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, Presence, Watch, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
-from brokerd_client.wire.handshake import NONCE_SIZE
 
 __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 
@@ -236,7 +234,7 @@ class Client:
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
-            secrets.randbits(62),
+            first_id(),
             Message,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
@@ -836,7 +834,7 @@ class Client:
 
     def _end_link(self, reason: BrokerdError, now: float) -> Batch[Message]:
         """Tell the dialog that the connection is gone; the I/O thread closes it."""
-        batch = self._dialog.lost(reason, now, random.random())  # noqa: S311 - spreads retries, protects nothing
+        batch = self._dialog.lost(reason, now, chance())
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         self._note_state()
@@ -904,7 +902,7 @@ class Client:
     def _open(self) -> None:
         with self._lock:
             if self._dialog.state is State.CONNECTING:
-                self._dialog.opened(secrets.token_bytes(NONCE_SIZE))
+                self._dialog.opened(nonce())
 
     def _lose(self, reason: BrokerdError) -> None:
         now = time.monotonic()
