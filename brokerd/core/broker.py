@@ -16,38 +16,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from brokerd.config.values import ClientConfig, WhenConnected, WhenFull
+from brokerd.config.values import ClientConfig, WhenConnected
+from brokerd.core.delivery import give_back, leave_behind, send
+from brokerd.core.events import OUTCOME_RESERVE, announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
-from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.service import serve
 from brokerd.core.session import Session
-from brokerd.core.topics import Matches, Topics
+from brokerd.core.topics import Topics
 from brokerd.core.verdict import Verdict
-from brokerd_client.errors import InvalidName, MalformedEnvelope
+from brokerd_client.errors import MalformedEnvelope
 from brokerd_client.wire.envelope import (
     BROKER,
-    HEADER,
     Envelope,
     ErrorCode,
     Flag,
     Kind,
-    check_topic,
     encode,
     error_payload,
     is_address,
     split,
-    split_address,
 )
 from brokerd_client.wire.framing import frame as make_frame
-from brokerd_client.wire.framing import frame_prefix
 
 __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
-
-#: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
-OUTCOME_RESERVE: Final = 256 * 1024
-
-#: Topics of one publisher whose subscribers the routing loop remembers.
-_REMEMBERED_FANS: Final = 4096
 
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
@@ -127,7 +118,7 @@ class Broker:
             self._release_waiters(member)
         if first:
             client.changed_at = now_wall
-            self._announce("online", client, now_wall)
+            announce_presence(self, "online", client, now_wall)
         return session
 
     def detach(self, session: Session, now_wall: float) -> None:
@@ -148,59 +139,22 @@ class Broker:
                 del responder.owed[(session.address, id)]
         session.asked.clear()
         for queued in session.outbox.take_unsent():
-            self._give_back(session, queued)
+            give_back(self, session, queued)
         for (_, id), requester in session.owed.items():
             requester.asked.pop((id, session.address), None)
             message = f"{session.address} disconnected before it answered"
             self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
         session.owed.clear()
         session.routes.clear()
-        self._leave_behind(session)
+        leave_behind(session)
         self._count(session)
         if not client.online:
             client.changed_at = now_wall
-            self._announce("offline", client, now_wall)
+            announce_presence(self, "offline", client, now_wall)
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
             self.totals[counter] += getattr(session, counter)
-
-    def _leave_behind(self, session: Session) -> None:
-        """Have nobody who comes later under the same address hear what becomes of this session's messages."""
-        for client in session.reached:
-            for each in client.sessions.values():
-                if isinstance(each.outbox, StreamOutbox):
-                    each.outbox.sender_left(session.stamp)
-        session.reached.clear()
-
-    def _sender_of(self, queued: Queued, name: str) -> Session | None:
-        """Return the session that a waiting frame came from, or None when that is gone."""
-        if queued.sender is not None:
-            sender: Session = queued.sender
-            return sender if sender.open else None
-        return None if queued.orphaned else self.exchange.find(name)
-
-    def _give_back(self, session: Session, queued: Queued) -> None:
-        """Find another way for a frame that its recipient did not take, or tell its sender."""
-        body = memoryview(queued.frame)[4:]
-        envelope, _ = split(body)
-        if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY) or envelope.name == BROKER:
-            return
-        sender = self._sender_of(queued, envelope.name)
-        if envelope.kind is Kind.REQUEST and sender is not None:
-            session.owed.pop((envelope.name, envelope.id), None)
-            sender.asked.pop((envelope.id, session.address), None)
-        other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
-        if other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame)):
-            other.outbox.put(queued)
-            self.touch(other)
-            if envelope.kind is Kind.REQUEST and sender is not None:
-                self._expect_answer(sender, other, envelope.id)
-        elif sender is not None:
-            to = session.address if queued.pinned else session.client.name
-            self.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
-        else:
-            self.dropped += 1
 
     # What the network layer asks
 
@@ -244,7 +198,7 @@ class Broker:
                 client.reconfigure(config)
                 for session in client.sessions.values():
                     self._drop_forbidden(session)
-        self.announce("$broker.reloaded", b"{}")
+        announce(self, "$broker.reloaded", b"{}")
         return gone
 
     def _drop_forbidden(self, session: Session) -> None:
@@ -258,7 +212,7 @@ class Broker:
         if not self.draining:
             self.draining = True
             self.generation += 1
-            self.announce("$broker.draining", b"{}")
+            announce(self, "$broker.draining", b"{}")
             # Who was held for room hears now that it is too late.
             for session in list(self._held):
                 self._release(session)
@@ -280,7 +234,7 @@ class Broker:
             session.held_by.outbox.stalled = True
             self._release(session)
 
-    def _hold(self, source: Session, target: Session, deadline: float) -> Verdict:
+    def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
         source.held_by = target
         target.waiters[source] = None
         self._held[source] = deadline
@@ -313,7 +267,7 @@ class Broker:
             meter = source.client.meter
             if meter is not None and not meter.allows(len(frame), now):
                 source.charged = False
-                return self._refused(source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate")
+                return self.refuse_frame(source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate")
         verdict = self._dispatch(source, envelope, frame, now)
         if verdict is Verdict.NEXT or verdict is Verdict.CLOSE:
             source.charged = False
@@ -325,22 +279,22 @@ class Broker:
         return source.outbox.waiting > source.outbox.limit + OUTCOME_RESERVE
 
     def _until_it_reads(self, source: Session) -> Verdict:
-        return self._hold(source, source, float("inf")) if source.outbox.blocked else Verdict.FLUSH
+        return self.hold(source, source, float("inf")) if source.outbox.blocked else Verdict.FLUSH
 
     def _dispatch(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
         if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
             message = "nothing sent here is stored, so nothing can be acknowledged"
-            return self._refused(source, envelope, ErrorCode.UNSUPPORTED, message)
+            return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
         refusal = self._expiry(source, envelope, now)
         if refusal is not None:
-            return self._refused(source, envelope, *refusal)
+            return self.refuse_frame(source, envelope, *refusal)
         if envelope.kind is Kind.EVENT:
-            return self._publish(source, envelope, frame, now)
+            return publish(self, source, envelope, frame, now)
         if not is_address(envelope.name):
             return self.malformed(source, envelope.id, f"{envelope.name!r} is no client name")
         if envelope.name.startswith("$"):
             return self._to_broker(source, envelope, frame)
-        return self._send(source, envelope, frame, now)
+        return send(self, source, envelope, frame, now)
 
     def _expiry(self, source: Session, envelope: Envelope, now: float) -> tuple[ErrorCode, str] | None:
         if envelope.extension is None or "ttl" not in envelope.extension:
@@ -353,189 +307,24 @@ class Broker:
 
     def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> Verdict:
         if envelope.name != BROKER:
-            return self._refused(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
+            return self.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
         if envelope.kind is not Kind.REQUEST:
-            return self._refused(source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only")
+            return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only")
         if envelope.flags & _RECEIPT:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         serve(self, source, envelope, bytes(frame[split(frame)[1] :]))
         return Verdict.NEXT
 
-    def _send(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
-        name, instance = split_address(envelope.name)
-        id, kind = envelope.id, envelope.kind
-        answered = source.owed.get((envelope.name, id)) if kind in (Kind.REPLY, Kind.ERROR) else None
-        if answered is None and source.client.policy.sending(name) is None:
-            return self._refused(source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}")
-        client = self.exchange.resolve(name)
-        if client is None:
-            return self._refused(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}")
-        if self.draining and answered is None:
-            return self._refused(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
-        target = answered or (client.sessions.get(envelope.name) if instance else client.pick())
-        if target is None:
-            return self._refused(source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected")
-        verdict = self._deliver(source, target, envelope, frame, now)
-        if verdict is Verdict.CLOSE:
-            message = f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
-            return self._refused(source, envelope, ErrorCode.FULL, message, target.address)
-        if verdict is not Verdict.NEXT:
-            return verdict
-        if answered is not None:
-            del source.owed[(envelope.name, id)]
-            answered.asked.pop((id, source.address), None)
-        if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
-            source.routes[envelope.name.encode()] = client
-        return Verdict.NEXT
-
-    def _deliver(self, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
-        """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
-        rest = frame[HEADER.size + len(envelope.name) :]
-        size = 4 + HEADER.size + len(source.stamp) + len(rest)
-        outbox = target.outbox
-        if not outbox.reserve(size):
-            if not outbox.blocked:
-                self.touch(target)
-                return Verdict.FLUSH
-            verdict = self._make_room(source, target, size, now)
-            if verdict is not Verdict.NEXT:
-                return verdict
-        wants_receipt = bool(envelope.flags & _RECEIPT)
-        head = _head(source, envelope, size)
-        if isinstance(outbox, FrameOutbox):
-            pinned = "/" in envelope.name
-            kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
-            whole = b"".join((head, rest))
-            outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept))
-        else:
-            outbox.tail += head
-            outbox.tail += rest
-            outbox.frames += 1
-            outbox.size += size
-        self.touch(target)
-        source.reached.add(target.client)
-        if envelope.kind is Kind.REQUEST:
-            self._expect_answer(source, target, envelope.id)
-        if wants_receipt:
-            self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-        return Verdict.NEXT
-
-    def _make_room(self, source: Session, target: Session, size: int, now: float) -> Verdict:
-        """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none."""
-        when_full = target.client.config.when_full
-        outbox = target.outbox
-        if when_full is WhenFull.WAIT and not outbox.stalled and not target.closing:
-            if source.hold_deadline is None:
-                source.hold_deadline = now + self.limits.wait_timeout
-            if source.hold_deadline > now:
-                return self._hold(source, target, source.hold_deadline)
-            outbox.stalled = True
-        elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
-            dropped = outbox.drop_oldest(size)
-            for queued in dropped or ():
-                self._tell_dropped(target, queued)
-            if dropped is not None:
-                return Verdict.NEXT
-        elif when_full is WhenFull.DISCONNECT:
-            self.close(target, "its queue is full and it does not read", cut=True)
-        return Verdict.CLOSE
-
-    def _tell_dropped(self, target: Session, queued: Queued) -> None:
-        envelope, _ = split(memoryview(queued.frame)[4:])
-        self.dropped += 1
-        sender = self._sender_of(queued, envelope.name)
-        if envelope.kind is Kind.REQUEST and sender is not None:
-            target.owed.pop((envelope.name, envelope.id), None)
-            sender.asked.pop((envelope.id, target.address), None)
-        if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
-            message = f"{target.address} does not read; the message made room for a newer one"
-            self.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
-
-    def _expect_answer(self, requester: Session, responder: Session, id: int) -> None:
-        responder.owed[(requester.address, id)] = requester
-        requester.asked[(id, responder.address)] = responder
-
-    # Events
-
-    def _publish(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
-        if envelope.name:
-            return self.malformed(source, envelope.id, "an EVENT names no recipient")
-        try:
-            check_topic(envelope.topic)
-        except InvalidName as error:
-            return self.malformed(source, envelope.id, str(error))
-        if source.client.policy.publishing(envelope.topic) is None:
-            message = f"{source.client.name} may not publish on {envelope.topic}"
-            return self._refused(source, envelope, ErrorCode.DENIED, message)
-        if self.draining:
-            return self._refused(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
-        rest = frame[HEADER.size :]
-        size = 4 + HEADER.size + len(source.stamp) + len(rest)
-        targets = _choose(self.topics.find(envelope.topic), size)
-        full = [target for target in targets if not target.outbox.reserve(size)]
-        for target in full:
-            if not target.outbox.blocked:
-                for each in full:
-                    self.touch(each)
-                return Verdict.FLUSH
-        left_out: set[Session] = set()
-        for target in full:
-            verdict = self._make_room(source, target, size, now)
-            if verdict is Verdict.HOLD:
-                return verdict
-            if verdict is Verdict.CLOSE:
-                left_out.add(target)
-        self.dropped += len(left_out)
-        if targets:
-            whole = b"".join((_head(source, envelope, size), rest))
-            for target in targets:
-                if target not in left_out:
-                    if isinstance(target.outbox, FrameOutbox):
-                        target.outbox.put(Queued(whole))
-                    else:
-                        target.outbox.append(whole)
-                    self.touch(target)
-        if envelope.flags & _RECEIPT:
-            self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-        elif source.client.meter is None:
-            self._remember_fan(source, envelope.topic, targets)
-        return Verdict.NEXT
-
-    def _remember_fan(self, source: Session, topic: str, targets: list[Session]) -> None:
-        """Let the routing loop pass on the next event on this topic by itself, where nobody has to be chosen."""
-        outboxes = tuple(target.outbox for target in targets)
-        plain = all(isinstance(outbox, StreamOutbox) for outbox in outboxes)
-        if outboxes and plain and not self.topics.find(topic).groups:
-            if len(source.fans) >= _REMEMBERED_FANS:
-                source.fans.clear()
-            source.fans[topic.encode()] = outboxes
-
-    def _pass_on(self, target: Session, whole: bytes) -> None:
+    def pass_on(self, target: Session, whole: bytes) -> None:
         target.outbox.append(whole)
         self.touch(target)
-
-    def _announce(self, what: str, client: Client, now_wall: float) -> None:
-        """Publish that a client came or went, to whoever may know of it."""
-        payload = f'{{"name": "{client.name}", "since": {now_wall}}}'.encode()
-        self.announce(f"$broker.{what}.{client.name}", payload, about=client.name)
-
-    def announce(self, topic: str, payload: bytes, about: str | None = None) -> None:
-        """Publish an event of the broker's own. about: a client; who may not send to it is not told."""
-        whole = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, payload, codec=2, topic=topic)))
-        found = self.topics.find(topic)
-        for target in _choose(found if about is None else _who_may_see(found, about), len(whole)):
-            if target.outbox.blocked and not target.outbox.reserve(len(whole), OUTCOME_RESERVE):
-                # It asked to miss nothing and does not read: an end it can see is better than a gap it can't.
-                self.close(target, "it asked for presence and does not read", cut=True)
-                continue
-            self._pass_on(target, whole)
 
     # Answers
 
     def answer(self, source: Session, envelope: Envelope) -> None:
         """Send the broker's own frame to a session."""
         if source.open:
-            self._pass_on(source, make_frame(encode(envelope)))
+            self.pass_on(source, make_frame(encode(envelope)))
 
     def refuse(self, source: Session, id: int, code: ErrorCode, message: str, name: str = "") -> None:
         """Send an ERROR. name: the recipient it is about."""
@@ -557,7 +346,7 @@ class Broker:
         self.refuse(source, id, ErrorCode.TOO_LARGE, message, name)
         return Verdict.NEXT
 
-    def _refused(
+    def refuse_frame(
         self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
     ) -> Verdict:
         """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another."""
@@ -571,45 +360,3 @@ class Broker:
 def _held_since(session: Session) -> float:
     """Return what sorts held sessions by how long their frame has waited, the longest first."""
     return float("inf") if session.hold_deadline is None else session.hold_deadline
-
-
-def _head(source: Session, envelope: Envelope, size: int) -> bytes:
-    """Return what precedes the untouched rest of a frame passed on: length, header, the sender's name."""
-    header = HEADER.pack(envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.stamp), envelope.id)
-    return b"".join((frame_prefix(size - 4), header, source.stamp))
-
-
-def _choose(found: Matches[Session], size: int) -> list[Session]:
-    """Return who gets an event of ``size`` bytes: everyone, and one member of each group.
-
-    That is a member that gets it anyway, or else one that has room for it, or else the least loaded.
-    """
-    if not found.groups:
-        return list(found.everyone)
-
-    def load(member: Session) -> tuple[bool, bool, int]:
-        outbox = member.outbox
-        return outbox.blocked and outbox.waiting + size > outbox.limit, outbox.blocked, outbox.waiting
-
-    chosen = dict(found.everyone)
-    # Once an event, not once a group: an even number of groups would leave the same members at the front.
-    found.turn += 1
-    for members in found.groups.values():
-        if not any(member in chosen for member in members):
-            ordered = list(members)
-            start = found.turn % len(ordered)
-            chosen[min(ordered[start:] + ordered[:start], key=load)] = None
-    return list(chosen)
-
-
-def _who_may_see(found: Matches[Session], about: str) -> Matches[Session]:
-    """Return those of the subscribers who may send to the client ``about``."""
-    seen: Matches[Session] = Matches()
-    # It comes and goes with the connections, so it can't be remembered with what was found.
-    seen.turn = found.turn = found.turn + 1
-    seen.everyone = {member: None for member in found.everyone if member.client.policy.sending(about) is not None}
-    for group, members in found.groups.items():
-        able = {member: None for member in members if member.client.policy.sending(about) is not None}
-        if able:
-            seen.groups[group] = able
-    return seen

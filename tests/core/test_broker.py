@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core import broker as broker_module
+from brokerd.core import events as events_module
 from brokerd.core.broker import Limits
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
@@ -461,7 +461,7 @@ def test_an_event_for_many_who_read_is_flushed_first() -> None:
 
 def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers may exceed the queue by the reserve; then nothing is read from the sender until it reads."""
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.block()
@@ -479,7 +479,7 @@ def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.Monk
 
 def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many errors in one go are written in between."""
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.send_bytes(frame(encode(Envelope(Kind.MESSAGE, 1, "nobody"))) * 100)
@@ -556,7 +556,7 @@ def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
 
 def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher on ever new topics does not fill the memory."""
-    monkeypatch.setattr(broker_module, "_REMEMBERED_FANS", 3)
+    monkeypatch.setattr(events_module, "_REMEMBERED_FANS", 3)
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic=">")
@@ -601,7 +601,7 @@ def test_presence_is_filtered_by_what_one_may_see() -> None:
 
 def test_a_subscriber_to_presence_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It asked to miss nothing: an end that it can see is better than a gap that it can't."""
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 300)
+    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 300)
     net = FakeNet(client("ann", queue=100), client("bob"))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>")

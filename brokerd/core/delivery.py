@@ -1,0 +1,169 @@
+"""A frame on its way to one connection: found, let in, put into its outbox; and given back when that connection goes.
+
+Functions of the broker (:mod:`brokerd.core.broker`), which hands them what it has to decide.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from brokerd.config.values import WhenFull
+from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.session import Session
+from brokerd.core.verdict import Verdict
+from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, split, split_address
+from brokerd_client.wire.framing import frame_prefix
+
+if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
+
+__all__ = ["frame_head", "give_back", "leave_behind", "make_room", "send"]
+
+_RECEIPT: Final = int(Flag.RECEIPT)
+
+
+def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
+    name, instance = split_address(envelope.name)
+    id, kind = envelope.id, envelope.kind
+    answered = source.owed.get((envelope.name, id)) if kind in (Kind.REPLY, Kind.ERROR) else None
+    if answered is None and source.client.policy.sending(name) is None:
+        return broker.refuse_frame(source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}")
+    client = broker.exchange.resolve(name)
+    if client is None:
+        return broker.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}")
+    if broker.draining and answered is None:
+        return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
+    target = answered or (client.sessions.get(envelope.name) if instance else client.pick())
+    if target is None:
+        return broker.refuse_frame(source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected")
+    verdict = _deliver(broker, source, target, envelope, frame, now)
+    if verdict is Verdict.CLOSE:
+        message = f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
+        return broker.refuse_frame(source, envelope, ErrorCode.FULL, message, target.address)
+    if verdict is not Verdict.NEXT:
+        return verdict
+    if answered is not None:
+        del source.owed[(envelope.name, id)]
+        answered.asked.pop((id, source.address), None)
+    if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
+        source.routes[envelope.name.encode()] = client
+    return Verdict.NEXT
+
+
+def _deliver(
+    broker: Broker, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float
+) -> Verdict:
+    """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
+    rest = frame[HEADER.size + len(envelope.name) :]
+    size = 4 + HEADER.size + len(source.stamp) + len(rest)
+    outbox = target.outbox
+    if not outbox.reserve(size):
+        if not outbox.blocked:
+            broker.touch(target)
+            return Verdict.FLUSH
+        verdict = make_room(broker, source, target, size, now)
+        if verdict is not Verdict.NEXT:
+            return verdict
+    wants_receipt = bool(envelope.flags & _RECEIPT)
+    head = frame_head(source, envelope, size)
+    if isinstance(outbox, FrameOutbox):
+        pinned = "/" in envelope.name
+        kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
+        whole = b"".join((head, rest))
+        outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept))
+    else:
+        outbox.tail += head
+        outbox.tail += rest
+        outbox.frames += 1
+        outbox.size += size
+    broker.touch(target)
+    source.reached.add(target.client)
+    if envelope.kind is Kind.REQUEST:
+        _expect_answer(source, target, envelope.id)
+    if wants_receipt:
+        broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
+    return Verdict.NEXT
+
+
+def make_room(broker: Broker, source: Session, target: Session, size: int, now: float) -> Verdict:
+    """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none."""
+    when_full = target.client.config.when_full
+    outbox = target.outbox
+    if when_full is WhenFull.WAIT and not outbox.stalled and not target.closing:
+        if source.hold_deadline is None:
+            source.hold_deadline = now + broker.limits.wait_timeout
+        if source.hold_deadline > now:
+            return broker.hold(source, target, source.hold_deadline)
+        outbox.stalled = True
+    elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
+        dropped = outbox.drop_oldest(size)
+        for queued in dropped or ():
+            _tell_dropped(broker, target, queued)
+        if dropped is not None:
+            return Verdict.NEXT
+    elif when_full is WhenFull.DISCONNECT:
+        broker.close(target, "its queue is full and it does not read", cut=True)
+    return Verdict.CLOSE
+
+
+def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
+    envelope, _ = split(memoryview(queued.frame)[4:])
+    broker.dropped += 1
+    sender = _sender_of(broker, queued, envelope.name)
+    if envelope.kind is Kind.REQUEST and sender is not None:
+        target.owed.pop((envelope.name, envelope.id), None)
+        sender.asked.pop((envelope.id, target.address), None)
+    if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
+        message = f"{target.address} does not read; the message made room for a newer one"
+        broker.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
+
+
+def _expect_answer(requester: Session, responder: Session, id: int) -> None:
+    responder.owed[(requester.address, id)] = requester
+    requester.asked[(id, responder.address)] = responder
+
+
+def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
+    """Return what precedes the untouched rest of a frame passed on: length, header, the sender's name."""
+    header = HEADER.pack(envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.stamp), envelope.id)
+    return b"".join((frame_prefix(size - 4), header, source.stamp))
+
+
+def leave_behind(session: Session) -> None:
+    """Have nobody who comes later under the same address hear what becomes of this session's messages."""
+    for client in session.reached:
+        for each in client.sessions.values():
+            if isinstance(each.outbox, StreamOutbox):
+                each.outbox.sender_left(session.stamp)
+    session.reached.clear()
+
+
+def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
+    """Return the session that a waiting frame came from, or None when that is gone."""
+    if queued.sender is not None:
+        sender: Session = queued.sender
+        return sender if sender.open else None
+    return None if queued.orphaned else broker.exchange.find(name)
+
+
+def give_back(broker: Broker, session: Session, queued: Queued) -> None:
+    """Find another way for a frame that its recipient did not take, or tell its sender."""
+    body = memoryview(queued.frame)[4:]
+    envelope, _ = split(body)
+    if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY) or envelope.name == BROKER:
+        return
+    sender = _sender_of(broker, queued, envelope.name)
+    if envelope.kind is Kind.REQUEST and sender is not None:
+        session.owed.pop((envelope.name, envelope.id), None)
+        sender.asked.pop((envelope.id, session.address), None)
+    other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
+    if other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame)):
+        other.outbox.put(queued)
+        broker.touch(other)
+        if envelope.kind is Kind.REQUEST and sender is not None:
+            _expect_answer(sender, other, envelope.id)
+    elif sender is not None:
+        to = session.address if queued.pinned else session.client.name
+        broker.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
+    else:
+        broker.dropped += 1
