@@ -18,7 +18,7 @@ from typing import Final
 
 from brokerd.config.values import ClientConfig, WhenConnected
 from brokerd.core.delivery import give_back, leave_behind, send
-from brokerd.core.events import OUTCOME_RESERVE, announce, announce_presence, publish
+from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.service import serve
 from brokerd.core.session import Session
@@ -39,6 +39,9 @@ from brokerd_client.wire.envelope import (
 from brokerd_client.wire.framing import frame as make_frame
 
 __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
+
+#: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
+OUTCOME_RESERVE: Final = 256 * 1024
 
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
@@ -218,6 +221,11 @@ class Broker:
                 self._release(session)
 
     @property
+    def outcome_reserve(self) -> int:
+        """Bytes of the broker's own that may wait for a client beyond its queue."""
+        return OUTCOME_RESERVE
+
+    @property
     def holds_somebody(self) -> bool:
         """Whether any session is held."""
         return bool(self._held)
@@ -276,7 +284,7 @@ class Broker:
 
     def _reads_nothing(self, source: Session) -> bool:
         """Return whether so many outcomes of its messages wait that it may not send more of them."""
-        return source.outbox.waiting > source.outbox.limit + OUTCOME_RESERVE
+        return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
     def _until_it_reads(self, source: Session) -> Verdict:
         return self.hold(source, source, float("inf")) if source.outbox.blocked else Verdict.FLUSH

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
 
-__all__ = ["OUTCOME_RESERVE", "announce", "announce_presence", "publish"]
+__all__ = ["announce", "announce_presence", "publish"]
 
-#: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
-OUTCOME_RESERVE: Final = 256 * 1024
 #: Topics of one publisher whose subscribers the routing loop remembers.
 _REMEMBERED_FANS: Final = 4096
 _RECEIPT: Final = int(Flag.RECEIPT)
@@ -95,7 +93,7 @@ def announce(broker: Broker, topic: str, payload: bytes, about: str | None = Non
     whole = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, payload, codec=2, topic=topic)))
     found = broker.topics.find(topic)
     for target in _choose(found if about is None else _who_may_see(found, about), len(whole)):
-        if target.outbox.blocked and not target.outbox.reserve(len(whole), OUTCOME_RESERVE):
+        if target.outbox.blocked and not target.outbox.reserve(len(whole), broker.outcome_reserve):
             # It asked to miss nothing and does not read: an end it can see is better than a gap it can't.
             broker.close(target, "it asked for presence and does not read", cut=True)
             continue

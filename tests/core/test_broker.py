@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokerd.config.values import RateConfig, WhenFull
+from brokerd.core import broker as broker_module
 from brokerd.core import events as events_module
 from brokerd.core.broker import Limits
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
@@ -461,7 +462,7 @@ def test_an_event_for_many_who_read_is_flushed_first() -> None:
 
 def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers may exceed the queue by the reserve; then nothing is read from the sender until it reads."""
-    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.block()
@@ -479,7 +480,7 @@ def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.Monk
 
 def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many errors in one go are written in between."""
-    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.send_bytes(frame(encode(Envelope(Kind.MESSAGE, 1, "nobody"))) * 100)
@@ -601,7 +602,7 @@ def test_presence_is_filtered_by_what_one_may_see() -> None:
 
 def test_a_subscriber_to_presence_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It asked to miss nothing: an end that it can see is better than a gap that it can't."""
-    monkeypatch.setattr(events_module, "OUTCOME_RESERVE", 300)
+    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 300)
     net = FakeNet(client("ann", queue=100), client("bob"))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>")
