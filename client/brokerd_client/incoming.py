@@ -137,6 +137,7 @@ class Incoming(Generic[M]):
             remember(self._runs, (name_size, body_size), fields)
         start = data[last : last + 8]
         message_class, append, before = self._message, messages.append, len(messages)
+        new = message_class.__new__
         raw, sender = None, ""
         for begun, id, name, body in fields.iter_unpack(memoryview(data)[position : position + count * step]):
             if begun != start:
@@ -145,7 +146,17 @@ class Incoming(Generic[M]):
                 known = self._texts.get(name)
                 sender = self._text(name, id) if known is None else known
                 raw = name
-            append(message_class(kind, id, sender, codec, body, owner))
+            # What its __init__ does, without the call.
+            message = new(message_class)
+            message._kind = kind
+            message.id = id
+            message.sender = sender
+            message.codec = codec
+            message.body = body
+            message._owner = owner
+            message.topic = ""
+            message.extension = None
+            append(message)
         return position + (len(messages) - before) * step
 
     def _complete(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
