@@ -56,11 +56,10 @@ class Keyring:
         self._order: OrderedDict[bytes, Credential] = OrderedDict()
         self._by_client: dict[str, list[Credential]] = {}
         for client in clients:
-            self._by_client[client.name] = credentials = [
-                Credential(client, key) for key in client.keys or [_public(client)]
-            ]
-            for credential in credentials:
-                self._order[credential.key.value] = credential
+            self._by_client[client.name] = [Credential(client, key) for key in client.keys or [_public(client)]]
+        # Until they are used, those that the file names first are tried first.
+        for credentials in reversed(self._by_client.values()):
+            self._order.update((credential.key.value, credential) for credential in reversed(credentials))
         self.limit = limit
         #: Every named search tries as many keys as the client with the most keys has.
         self._named_tries = max(map(len, self._by_client.values()), default=1)

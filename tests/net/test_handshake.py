@@ -271,6 +271,17 @@ def test_identify_by_key_bounds_the_search() -> None:
         assert sum(gets_in(name, b"") for name in found) == 39
 
 
+def test_keys_are_tried_in_the_order_of_the_file_until_they_are_used() -> None:
+    """With two tries the first two clients are found; the third is once it was here, in place of the second."""
+    with served(limits={"identify_by_key": 2}) as broker:
+        broker.login("carol").close()
+        broker.log.wait("client.disconnected", 1)
+        for count, name in enumerate(["carol", "alice"], start=2):
+            login(broker.address, key_of(name)).close()
+            broker.log.wait("client.disconnected", count)
+        assert rejection(broker.address, key_of("bob")) == REJECTION
+
+
 def test_no_key_is_searched_where_the_limit_is_zero() -> None:
     """identify_by_key: 0 serves only clients that say who they are."""
     with served(limits={"identify_by_key": 0}) as broker:
