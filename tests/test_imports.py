@@ -46,6 +46,7 @@ SHARED = {
     "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog"),
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
+BLOCKING = ("brokerd_client.blocking_boxes", "brokerd_client.blocking_feeds", "brokerd_client.blocking_link")
 PIPES = ("brokerd_client.bridge", "brokerd_client.connection.named_pipes")
 MODEL = ("brokerd.config.model", "brokerd.config.values")
 
@@ -63,7 +64,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **SHARED,
     "brokerd_client.bridge": (*LEAVES, "brokerd_client.connection.named_pipes"),
     "brokerd_client.channel": (*LEAVES, *PIPES),
-    "brokerd_client.blocking": (*FACE, "brokerd_client.channel"),
+    "brokerd_client.blocking_boxes": ("brokerd_client.errors", "brokerd_client.inbox", "brokerd_client.channel"),
+    "brokerd_client.blocking_feeds": (*FACE, "brokerd_client.blocking_boxes"),
+    "brokerd_client.blocking_link": (
+        *FACE,
+        "brokerd_client.channel",
+        "brokerd_client.blocking_boxes",
+        "brokerd_client.blocking_feeds",
+    ),
+    "brokerd_client.blocking": (*FACE, *BLOCKING),
     "brokerd_client.aio": (*FACE, *PIPES),
     "brokerd": (),
     "brokerd.config": LEAVES,

@@ -254,7 +254,7 @@ def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest
     def interrupt(call: object, deadline: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("brokerd_client.blocking._Call.wait", interrupt)
+    monkeypatch.setattr("brokerd_client.blocking_boxes.Call.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         alice.request("bob", 1)
     assert len(alice._dialog.awaiting) == 0

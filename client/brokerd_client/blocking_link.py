@@ -1,0 +1,399 @@
+"""What moves the bytes of a blocking client: its lock, its connection and its I/O thread.
+
+A part of the blocking face: it moves bytes, sleeps until the dialog's next deadline and wakes who waits.
+
+The I/O thread reads, connects again, and writes what a sender could not finish; senders write from their own thread,
+so that a send costs one system call. One lock guards the dialog. The I/O thread and the handlers' threads hold the
+client weakly: one that is dropped unclosed ends, with a ResourceWarning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from brokerd_client import forks
+from brokerd_client.blocking_boxes import Box, Call
+from brokerd_client.blocking_feeds import Message
+from brokerd_client.chance import chance, first_id, nonce
+from brokerd_client.channel import Channel
+from brokerd_client.desk import Desk, Job, log
+from brokerd_client.dialog import Batch, Dialog
+from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
+from brokerd_client.inbox import OVERHEAD, Gauge
+from brokerd_client.life import State
+from brokerd_client.settings import Settings
+
+__all__ = ["Link"]
+
+#: While a call waits for its outcome, which may be behind messages nobody takes, so many times ``inbox`` is read.
+_STRETCH: Final = 4
+#: Seconds until a listener whose queue of new connections is full is tried again.
+_CROWDED_S: Final = 0.01
+
+
+class Link:
+    """One client's conversation, and the thread that carries it on.
+
+    Where nothing else is said, the lock is held. answering: makes of a request handler a job that sends what it returns.
+    """
+
+    def __init__(
+        self, settings: Settings, answering: Callable[[Callable[[Message], object]], Callable[[Message], object]]
+    ) -> None:
+        self.allow_pickle_from = settings.allow_pickle_from
+        self._settings = settings
+        self._dialog: Dialog[Message] = Dialog(
+            settings.key,
+            settings.name,
+            first_id(),
+            Message,
+            reconnect=settings.reconnect,
+            timeout_s=settings.timeout_s,
+        )
+        self._channel = Channel(settings.address)
+        self._lock = threading.Lock()
+        #: The link has become ready, or will not any more, or everything is written.
+        self._changed = threading.Condition(self._lock)
+        #: Whether a send can be written at once: the link is ready and nothing is waiting to be written.
+        self._clear = False
+        #: Whether the connection is gone for the dialog, and only the I/O thread has not closed it yet.
+        self._dropping = False
+        self._dial_at = 0.0
+        self._forked = False
+        #: Whether nobody but the I/O thread has the client any more.
+        self._dropped = False
+        self._gauge = Gauge(settings.inbox)
+        #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
+        self._boxes: weakref.WeakSet[Box[Any]] = weakref.WeakSet()
+        self._inbox: Box[Message] = self._box()
+        self._ordered: Box[Job] = self._box()
+        self._requests: Box[Job] = self._box()
+        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
+        self._threads: list[threading.Thread] = []
+        self._thread = threading.Thread(
+            target=_move_bytes,
+            args=(weakref.ref(self), self._channel, (self._inbox, self._ordered, self._requests)),
+            name="brokerd client",
+            daemon=True,
+        )
+        self._thread.start()
+        forks.register(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, or the connection is lost and no other will be made."""
+        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
+
+    def __del__(self) -> None:
+        # A client whose constructor raised has no thread.
+        if getattr(self, "_thread", None) is None or self._forked or not self._thread.is_alive():
+            return
+        if self._dialog.state is not State.CLOSED:
+            # No source=self: who keeps the warning would keep the client.
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
+        # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
+        self._dropped = True
+        self._channel.ring()
+
+    def forked(self) -> None:
+        """This is a copy, in a child of the process that made the client. See brokerd_client.forks."""
+        self._forked = True
+        self._channel.disown()
+
+    def _check(self) -> None:
+        """Raise WrongProcess in a fork. Needs no lock: in a fork it may be held for ever."""
+        if self._forked:
+            raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._check()
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def _sending(self, timeout: float | None) -> Iterator[None]:
+        """Hold the lock, once a send can be written at once."""
+        self._check()
+        with self._lock:
+            if not self._clear:
+                self._wait_until_clear(timeout)
+            yield
+
+    def _wait_until_clear(self, timeout: float | None) -> None:
+        """Wait for the connection, and until what others have sent is written.
+
+        Raises TimedOut: others' bytes are still waiting. Raises Disconnected: there is no connection.
+        """
+        limit = self._settings.timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while not self._clear:
+            if self._dialog.state is State.READY:
+                # The broker takes nothing now: only the caller's own timeout counts.
+                remaining = None if timeout is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
+            else:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or self.closed:
+                    self._dialog.require_ready()
+            self._changed.wait(remaining)
+
+    def _write(self, *own: Any) -> None:
+        """Write what the dialog has put out.
+
+        own: the calls, or the last of the ids, of this thread. Raises Disconnected if their connection turns out to be
+        gone: an id's failure is raised here, a call's is its outcome.
+        """
+        data = self._dialog.data_to_send()
+        if not data:
+            return
+        try:
+            self._dialog.wrote(self._channel.write(data))
+        except OSError as error:
+            reason = Disconnected(f"writing failed: {error}")
+            batch = self._end_link(reason, time.monotonic())
+            ids = [each for each in own if isinstance(each, int)]
+            mine = [error for error in batch.undelivered if ids and getattr(error, "id", 0) == ids[-1]]
+            self._absorb(batch, time.monotonic(), heard=mine)
+            if mine:
+                raise mine[-1] from error
+            return
+        if self._channel.backlog:
+            self._clear = False
+            self._channel.ring()
+        elif self._gauge.full and own:
+            # An outcome is awaited: it may be behind what is not being read.
+            self._channel.ring()
+
+    def _outcome(self, call: Call, id: int, deadline: float | None) -> Any:
+        """Wait, without the lock, and return or raise what became of a call."""
+        try:
+            done = call.wait(deadline)
+        except BaseException:
+            self._abandon([id])
+            raise
+        if not done:
+            self._abandon([id])
+            if not call.done:
+                raise TimedOut(f"no answer to {id} in time")
+        if isinstance(call.value, BaseException):
+            raise call.value
+        return call.value
+
+    def _abandon(self, ids: list[int]) -> None:
+        """Nobody waits for these any more; without the lock."""
+        if ids:
+            with self._lock:
+                for id in ids:
+                    self._dialog.abandon(id)
+                self._write()
+
+    def _box(self) -> Box[Any]:
+        """Return a new box of this client; without the lock."""
+        box: Box[Any] = Box(self._lock, self._gauge, self._channel)
+        with self._lock:
+            self._boxes.add(box)
+        return box
+
+    def _hire(self, box: Box[Job], count: int) -> None:
+        """Have so many threads do the jobs in the box, if none does yet."""
+        name = "brokerd requests" if box is self._requests else "brokerd messages"
+        if box.ended is not None or any(thread.name == name for thread in self._threads):
+            return
+        for _ in range(count):
+            thread = threading.Thread(target=_work, args=(box,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _absorb(self, batch: Batch[Message], now: float, heard: Iterable[BrokerdError] = ()) -> None:
+        """Pass on what the dialog says has happened. heard: failures that somebody has been told of already."""
+        for call, value in batch.outcomes:
+            call.settle(value)
+        if self._dialog.state is not State.CLOSING:
+            if batch.messages:
+                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+            if batch.events:
+                self._desk.spread(batch.events)
+        for sink, why in batch.ended:
+            sink.box.end(why)
+        for error in batch.undelivered:
+            if error not in heard:
+                self._desk.tell_undelivered(error)
+        if batch.broken is not None:
+            # The peer may be owed the word that it was rejected.
+            with contextlib.suppress(OSError):
+                if self._channel.open and not self._channel.connecting:
+                    self._dialog.wrote(self._channel.write(self._dialog.data_to_send()))
+            self._absorb(self._end_link(batch.broken, now), now)
+
+    def _end_link(self, reason: BrokerdError, now: float) -> Batch[Message]:
+        """Tell the dialog that the connection is gone; the I/O thread closes it."""
+        batch = self._dialog.lost(reason, now, chance())
+        self._dial_at = self._dialog.retry_at
+        self._dropping = True
+        self._note_state()
+        self._channel.ring()
+        return batch
+
+    def _note_state(self) -> None:
+        """Tell who waits for the link what has become of it."""
+        state = self._dialog.state
+        self._clear = state is State.READY and not self._channel.backlog
+        if state is State.GONE:
+            why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
+            for box in list(self._boxes):
+                box.end(why)
+        elif state in (State.CLOSING, State.CLOSED):
+            for box in list(self._boxes):
+                box.end(Closed("the client is closed"))
+        self._changed.notify_all()
+
+    # The I/O thread; without the lock
+
+    def prepare(self) -> tuple[float | None, bool] | None:
+        """Do what is due; return (seconds to wait, whether to read), or None when there is nothing more to do."""
+        if self._dropped:
+            return None
+        now = time.monotonic()
+        with self._lock:
+            if self._dropping:
+                self._channel.drop()
+                self._dropping = False
+            self._absorb(self._dialog.tick(now), now)
+            if self._dropping:
+                self._channel.drop()
+                self._dropping = False
+            state = self._dialog.state
+            if state in (State.CLOSED, State.GONE):
+                return None
+            dialing = state in (State.IDLE, State.WAITING) and now >= self._dial_at
+            if dialing:
+                self._dialog.dialing(now)
+        if dialing or (state is State.CONNECTING and not self._channel.open and now >= self._dial_at):
+            self._dial(now)
+        with self._lock:
+            deadline = self._dialog.next_deadline()
+            if self._dialog.state is State.CONNECTING and not self._channel.open:
+                deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
+            limit = self._gauge.limit
+            over = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
+            reading = not over or (len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit)
+            closing = self._dialog.state is State.CLOSING
+        return (None if deadline is None else max(0.0, deadline - time.monotonic())), reading or closing
+
+    def _dial(self, now: float) -> None:
+        try:
+            done = self._channel.dial()
+        except BlockingIOError:
+            self._dial_at = now + _CROWDED_S
+            return
+        except OSError as error:
+            self._lose(Disconnected(f"can't connect to {self._settings.address}: {error.strerror or error}"))
+            return
+        if done:
+            self._open()
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._dialog.state is State.CONNECTING:
+                self._dialog.opened(nonce())
+
+    def _lose(self, reason: BrokerdError) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if not self._dropping and self._dialog.state not in (State.WAITING, State.GONE):
+                self._absorb(self._end_link(reason, now), now)
+
+    def act(self, *, readable: bool, writable: bool) -> None:
+        """Do what the socket is ready for."""
+        channel = self._channel
+        if channel.connecting:
+            if writable:
+                try:
+                    done = channel.connected()
+                except OSError as error:
+                    self._lose(Disconnected(f"can't connect to {self._settings.address}: {error.strerror or error}"))
+                    return
+                if done:
+                    self._open()
+            return
+        data: bytes | None = None
+        try:
+            if readable:
+                data = channel.read()
+            if writable:
+                self._flush()
+        except OSError as error:
+            self._lose(Disconnected(f"the connection broke: {error.strerror or error}"))
+            return
+        if data is None:
+            return
+        if not data:
+            self._lose(Disconnected(f"the broker closed the connection ({self._dialog.state.value})"))
+            return
+        now = time.monotonic()
+        with self._lock:
+            if self._dropping:
+                return
+            before = self._dialog.state
+            batch = self._dialog.receive(data, self, now)
+            self._absorb(batch, now)
+            if batch.broken is None:
+                self._write()
+            if self._dialog.state is not before and self._dialog.state is State.READY:
+                self._note_state()
+
+    def _flush(self) -> None:
+        with self._lock:
+            if self._channel.backlog and not self._dropping:
+                self._dialog.wrote(self._channel.flush())
+                if not self._channel.backlog:
+                    self._note_state()
+
+
+def _work(box: Box[Job]) -> None:
+    """Do the jobs of a box until it ends. Holds the client only while a job is being done."""
+    while True:
+        try:
+            function, item = box.take(None)
+        except BrokerdError:
+            return
+        try:
+            function(item)
+        except Exception:  # noqa: BLE001 - the handler's own, whatever it is
+            log().exception("a handler failed")
+        del function, item
+
+
+def _move_bytes(ref: weakref.ref[Link], channel: Channel, boxes: Iterable[Box[Any]]) -> None:
+    """Run a client's I/O thread. Holds the client only between two waits.
+
+    boxes: ended when the thread ends, for a client that was dropped unclosed can't do it.
+    """
+    try:
+        while (client := ref()) is not None:
+            try:
+                plan = client.prepare()
+            finally:
+                del client
+            if plan is None:
+                return
+            readable, writable = channel.wait(plan[0], reading=plan[1])
+            if (client := ref()) is None:
+                return
+            try:
+                client.act(readable=readable, writable=writable)
+            finally:
+                del client
+    finally:
+        channel.close()
+        for box in boxes:
+            with box.filled:
+                box.end(Closed("the client is closed"))
