@@ -47,6 +47,12 @@ SHARED = {
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
 BLOCKING = ("brokerd_client.blocking_boxes", "brokerd_client.blocking_feeds", "brokerd_client.blocking_link")
+AIO = (
+    "brokerd_client.aio_boxes",
+    "brokerd_client.aio_connection",
+    "brokerd_client.aio_feeds",
+    "brokerd_client.aio_link",
+)
 PIPES = ("brokerd_client.bridge", "brokerd_client.connection.named_pipes")
 MODEL = ("brokerd.config.model", "brokerd.config.values")
 
@@ -73,7 +79,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd_client.blocking_feeds",
     ),
     "brokerd_client.blocking": (*FACE, *BLOCKING),
-    "brokerd_client.aio": (*FACE, *PIPES),
+    "brokerd_client.aio_boxes": ("brokerd_client.errors", "brokerd_client.inbox"),
+    "brokerd_client.aio_connection": (*LEAVES, *PIPES),
+    "brokerd_client.aio_feeds": (*FACE, "brokerd_client.aio_boxes"),
+    "brokerd_client.aio_link": (
+        *FACE,
+        "brokerd_client.aio_boxes",
+        "brokerd_client.aio_connection",
+        "brokerd_client.aio_feeds",
+    ),
+    "brokerd_client.aio": (*FACE, *AIO),
     "brokerd": (),
     "brokerd.config": LEAVES,
     "brokerd.core": (*LEAVES, *MODEL, "brokerd_client.topics"),

@@ -40,7 +40,8 @@ _CROWDED_S: Final = 0.01
 class Link:
     """One client's conversation, and the thread that carries it on.
 
-    Where nothing else is said, the lock is held. answering: makes of a request handler a job that sends what it returns.
+    answering: makes of a request handler a job that sends what it returns. Where nothing else is said, its methods are
+        called with the lock held.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from net.house import configuration, house, key_of
 import brokerd_client
 from brokerd.net import listening
 from brokerd.net.pipes import PipeListener
-from brokerd_client import aio, bridge, channel
+from brokerd_client import aio, aio_connection, bridge, channel
 from brokerd_client.address import Address, parse
 from brokerd_client.errors import AddressError, Disconnected
 
@@ -27,7 +27,7 @@ def dialed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bridge.
     """Call it with what is to dial a pipe in Windows' place."""
 
     def install(dial: Callable[[str], bridge.BridgedSocket]) -> None:
-        for module in (aio, channel):
+        for module in (aio_connection, channel):
             monkeypatch.setattr(module, "dial_pipe", dial)
             monkeypatch.setattr(module, "validate_family", lambda family: None)
 
@@ -113,7 +113,7 @@ def test_a_loop_may_hand_over_any_bytes() -> None:
             heard.append(data)
 
     async def main() -> None:
-        aio._Link(Heard()).data_received(bytearray(b"bytes"))  # type: ignore[arg-type]
+        aio_connection.Connection(Heard()).data_received(bytearray(b"bytes"))  # type: ignore[arg-type]
 
     asyncio.run(main())
     assert heard == [b"bytes"]

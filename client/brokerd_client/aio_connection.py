@@ -1,0 +1,120 @@
+"""One connection of an asyncio client, from dialling to its end: tells its client what happens to it.
+
+A part of the asyncio face; the bytes mean nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol, cast
+
+from brokerd_client.address import Address, validate_family
+from brokerd_client.bridge import BridgedSocket, dial_pipe
+
+__all__ = ["Connection", "dial"]
+
+#: Seconds until a listener whose queue of new connections is full is tried again.
+_CROWDED_S: Final = 0.01
+
+
+class Hearer(Protocol):
+    """Who is told; each time with the connection."""
+
+    def _on_open(self, link: Connection) -> None: ...
+
+    def _on_data(self, link: Connection, data: bytes) -> None: ...
+
+    def _on_writable(self, link: Connection) -> None: ...
+
+    def _on_lost(self, link: Connection, error: Exception | None) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One connection: tells its client what happens to it."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, client: Hearer) -> None:
+        self._client = client
+        #: Done when the connection is closed, and everything of it freed.
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.paused = False
+        self.reading = True
+        #: Bytes given to the transport that it may not have written yet.
+        self.unwritten = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol: there is a connection."""
+        self.transport = cast("asyncio.Transport", transport)
+        # Paused then means just this: not everything has been written.
+        self.transport.set_write_buffer_limits(high=0)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            # A peer whose machine is gone says nothing for ever.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._client._on_open(self)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol: bytes have arrived."""
+        # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
+        self._client._on_data(self, bytes(data))
+
+    def pause_writing(self) -> None:
+        """asyncio.Protocol: not everything has been written."""
+        self.paused = True
+        self._client._on_writable(self)
+
+    def resume_writing(self) -> None:
+        """asyncio.Protocol: everything has been written."""
+        self.paused = False
+        self._client._on_writable(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio.Protocol: the connection is gone."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._client._on_lost(self, error)
+
+
+async def dial(address: Address, protocol: Callable[[], Connection]) -> None:
+    """Connect to the address. Raises OSError; AddressError where this machine does not have its family."""
+    loop = asyncio.get_running_loop()
+    validate_family(address.family)
+    if address.family == "AF_PIPE":
+        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe tells nobody that it is free
+            await asyncio.sleep(_CROWDED_S)
+        try:
+            await loop.create_connection(protocol, sock=pipe)
+        except BaseException:
+            pipe.close()
+            raise
+    elif address.family == "AF_UNIX":
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            # The loops take "the queue of new connections is full" for "under way".
+            while not _connected(sock, address.path):  # noqa: ASYNC110 - a listener tells nobody that it has room
+                await asyncio.sleep(_CROWDED_S)
+            await loop.create_unix_connection(protocol, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        await loop.create_connection(protocol, address.host, address.port)
+
+
+def _dialed(name: str) -> BridgedSocket | None:
+    try:
+        return dial_pipe(name)
+    except BlockingIOError:
+        return None
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,371 @@
+"""What moves the bytes of an asyncio client: its connection, the task that makes it again, and who waits for it.
+
+A part of the asyncio face: it moves bytes, is woken at the dialog's next deadline and wakes who waits. What the tasks
+send between two turns of the loop leaves with one system call.
+"""
+
+# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from brokerd_client import forks
+from brokerd_client.aio_boxes import Box
+from brokerd_client.aio_connection import Connection, dial
+from brokerd_client.aio_feeds import Feed, Message
+from brokerd_client.chance import chance, first_id, nonce
+from brokerd_client.desk import Desk, Job, log
+from brokerd_client.dialog import Batch, Dialog
+from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
+from brokerd_client.inbox import OVERHEAD, Gauge
+from brokerd_client.life import State
+from brokerd_client.settings import Settings
+
+__all__ = ["Link"]
+
+#: Requests a client's handler works on at once.
+_REQUEST_TASKS: Final = 64
+#: While a call waits for its outcome, which may be behind messages nobody takes, so many times ``inbox`` is read.
+_STRETCH: Final = 4
+#: Bytes put out that are not kept until the loop's next turn.
+_FLUSH_ABOVE: Final = 64 * 1024
+
+
+class Link:
+    """One client's conversation, and the task that keeps it connected.
+
+    answering: makes of a request handler a job that sends what it returns.
+    """
+
+    def __init__(
+        self, settings: Settings, answering: Callable[[Callable[[Message], object]], Callable[[Message], object]]
+    ) -> None:
+        self.allow_pickle_from = settings.allow_pickle_from
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._dialog: Dialog[Message] = Dialog(
+            settings.key,
+            settings.name,
+            first_id(),
+            Message,
+            reconnect=settings.reconnect,
+            timeout_s=settings.timeout_s,
+        )
+        self._link: Connection | None = None
+        #: Every link whose connection is not closed yet.
+        self._links: set[Connection] = set()
+        #: Whether a send can be put out at once: the link is ready and takes more.
+        self._clear = False
+        self._clear_waiters: list[asyncio.Future[None]] = []
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._forked = False
+        self._gauge = Gauge(settings.inbox)
+        self._feeds: set[Feed[Any]] = set()
+        self._inbox: Box[Message] = self._box()
+        self._ordered: Box[Job] = self._box()
+        self._requests: Box[Job] = self._box()
+        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
+        self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
+        self._ordered.on_put = lambda: self._hire(self._ordered, 1)
+        self._requests.on_put = lambda: self._hire(self._requests, _REQUEST_TASKS)
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
+        forks.register(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, or the connection is lost and no other will be made."""
+        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
+
+    def forked(self) -> None:
+        """This is a copy, in a child of the process that made the client. See brokerd_client.forks."""
+        self._forked = True
+        for link in self._links:
+            sock = link.transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    os.close(sock.fileno())
+
+    # Sending
+
+    def _check(self) -> None:
+        if self._forked:
+            raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        return None if timeout is None else self._loop.time() + timeout
+
+    async def _wait_until_clear(self, timeout: float | None) -> None:
+        """Wait for the connection, and until it takes more.
+
+        Raises TimedOut: earlier bytes are still waiting. Raises Disconnected: there is no connection.
+        """
+        self._check()
+        if self._clear:
+            return
+        limit = self._settings.timeout_s if timeout is None else timeout
+        deadline = self._loop.time() + limit
+        while not self._clear:
+            ready = self._dialog.state is State.READY
+            if self.closed or self._loop.time() >= deadline:
+                if not ready:
+                    self._dialog.require_ready()
+                if timeout is not None:
+                    raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
+            # The broker takes nothing now: only the caller's own timeout counts.
+            await self._wait_for_change(None if ready and timeout is None else deadline - self._loop.time())
+
+    async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Return whether the condition, which _note_state may make true, comes about in time."""
+        deadline = self._loop.time() + timeout
+        while not condition():
+            remaining = deadline - self._loop.time()
+            if remaining <= 0:
+                return False
+            await self._wait_for_change(remaining)
+        return True
+
+    async def _wait_for_change(self, timeout: float | None) -> None:
+        waiter = self._loop.create_future()
+        self._clear_waiters.append(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=timeout)
+        finally:
+            with contextlib.suppress(ValueError):
+                self._clear_waiters.remove(waiter)
+
+    def _write(self) -> None:
+        """Have what the dialog has put out leave: all that comes up in this turn of the loop at once."""
+        if self._dialog.untaken > _FLUSH_ABOVE:
+            self._flush()
+        elif not self._flushing and self._dialog.untaken:
+            self._flushing = True
+            self._loop.call_soon(self._flush_soon)
+
+    def _flush_soon(self) -> None:
+        self._flushing = False
+        self._flush()
+
+    def _flush(self) -> None:
+        link = self._link
+        if link is None or not self._dialog.untaken:
+            return
+        data = self._dialog.data_to_send()
+        link.unwritten += len(data)
+        link.transport.write(data)
+        if not link.paused:
+            self._on_writable(link)
+
+    async def _outcome(self, call: asyncio.Future[Any], id: int) -> Any:
+        """Send what was put out, and return or raise what becomes of it."""
+        self._write()
+        self._arm()
+        if self._gauge.full:
+            self._regulate()
+        try:
+            return await call
+        finally:
+            self._abandon(call, id)
+
+    def _abandon(self, call: asyncio.Future[Any], id: int) -> None:
+        """Nobody waits for this any more."""
+        if not call.done():
+            call.cancel()
+        elif not call.cancelled():
+            # Marks the exception as seen.
+            call.exception()
+        self._dialog.abandon(id)
+        self._write()
+
+    # What happens
+
+    def _on_open(self, link: Connection) -> None:
+        self._links.add(link)
+        if self._dialog.state is not State.CONNECTING:
+            link.transport.abort()
+            return
+        self._link = link
+        self._dialog.opened(nonce())
+        self._arm()
+
+    def _on_data(self, link: Connection, data: bytes) -> None:
+        if link is not self._link or self._forked:
+            return
+        before = self._dialog.state
+        batch = self._dialog.receive(data, self, self._loop.time())
+        self._absorb(batch)
+        if batch.broken is None:
+            self._flush()
+            if self._dialog.state is not before:
+                self._note_state()
+            self._regulate()
+
+    def _on_writable(self, link: Connection) -> None:
+        if link is self._link:
+            if not link.paused:
+                self._dialog.wrote(link.unwritten)
+                link.unwritten = 0
+            if self._clear is link.paused:
+                self._note_state()
+
+    def _on_lost(self, link: Connection, error: Exception | None) -> None:
+        self._links.discard(link)
+        if link is self._link and not self._forked:
+            state = self._dialog.state.value
+            why = f"the connection broke: {error}" if error else f"the broker closed the connection ({state})"
+            self._lose(Disconnected(why))
+
+    def _lose(self, reason: BrokerdError) -> None:
+        """The connection is gone, or to be given up."""
+        link, self._link = self._link, None
+        doubtful = 0
+        if link is not None:
+            doubtful = link.unwritten
+            link.transport.abort()
+        now = self._loop.time()
+        batch = self._dialog.lost(reason, now, chance(), doubtful=doubtful)
+        self._stop_timer()
+        self._absorb(batch)
+        self._note_state()
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _absorb(self, batch: Batch[Message]) -> None:
+        """Pass on what the dialog says has happened."""
+        for call, value in batch.outcomes:
+            if not call.done():
+                if isinstance(value, BaseException):
+                    call.set_exception(value)
+                else:
+                    call.set_result(value)
+        if not self.closed or self._dialog.state is State.GONE:
+            if batch.messages:
+                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+            if batch.events:
+                self._desk.spread(batch.events)
+        for feed, why in batch.ended:
+            feed.box.end(why)
+            self._feeds.discard(feed)
+        for error in batch.undelivered:
+            self._desk.tell_undelivered(error)
+        if batch.broken is not None:
+            # The peer may be owed the word that it was rejected.
+            self._flush()
+            self._lose(batch.broken)
+
+    def _note_state(self) -> None:
+        """Tell who waits for the link what has become of it."""
+        state = self._dialog.state
+        self._clear = state is State.READY and self._link is not None and not self._link.paused
+        if self.closed:
+            gone = state is State.GONE
+            for box in self._boxes():
+                why = f"the connection to the broker is gone: {self._dialog.reason}"
+                box.end(Disconnected(why) if gone else Closed("the client is closed"))
+            self._feeds.clear()
+        for waiter in self._clear_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _boxes(self) -> list[Box[Any]]:
+        return [self._inbox, self._ordered, self._requests, *(feed.box for feed in self._feeds)]
+
+    def _box(self) -> Box[Any]:
+        return Box(self._gauge, self._relieve)
+
+    def _relieve(self) -> None:
+        if self._gauge.full:
+            self._regulate()
+
+    def _regulate(self) -> None:
+        """Read, or leave the bytes in the broker, as there is room in this process."""
+        link = self._link
+        if link is None:
+            return
+        limit = self._gauge.limit
+        over = self._gauge.held > limit and self._gauge.weigh((box.inbox for box in self._boxes()), limit=limit)
+        self._gauge.full = over
+        stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit
+        reading = not over or stretched or self._dialog.state is State.CLOSING
+        if reading is not link.reading:
+            link.reading = reading
+            if reading:
+                link.transport.resume_reading()
+            else:
+                link.transport.pause_reading()
+
+    def _arm(self) -> None:
+        """Be called at the dialog's next deadline; connecting and waiting are timed by the keeper."""
+        if self._dialog.state in (State.CONNECTING, State.WAITING, State.GONE, State.CLOSED):
+            return
+        deadline = self._dialog.next_deadline()
+        if self._timer is not None:
+            if deadline is not None and self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            self._timer = self._loop.call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if not self._forked:
+            self._absorb(self._dialog.tick(self._loop.time()))
+            self._write()
+            self._arm()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _hire(self, box: Box[Job], most: int) -> None:
+        """Have tasks, ``most`` of them, do the jobs in the box."""
+        crew = self._crews[box]
+        for _ in range(min(most - len(crew), len(box.inbox.items))):
+            task = self._loop.create_task(self._work(box), name="brokerd handler")
+            crew.add(task)
+            # One that is cancelled before it begins leaves the crew here.
+            task.add_done_callback(crew.discard)
+
+    async def _work(self, box: Box[Job]) -> None:
+        try:
+            while True:
+                function, item = box.take_now()
+                try:
+                    result = function(item)
+                    if inspect.isawaitable(result):
+                        await result
+                except Exception:  # noqa: BLE001 - the handler's own, whatever it is
+                    log().exception("a handler failed")
+                del function, item
+        except IndexError:
+            # At once, not when the task is done: what is put in between is to find a place for a new one.
+            task = asyncio.current_task()
+            assert task is not None
+            self._crews[box].discard(task)
+
+    async def _keep_connected(self) -> None:
+        """Connect, and connect again, for as long as the dialog wants it."""
+        while True:
+            self._dialog.dialing(self._loop.time())
+            self._gone = self._loop.create_future()
+            try:
+                async with asyncio.timeout(self._settings.timeout_s):
+                    await dial(self._settings.address, lambda: Connection(self))
+            except TimeoutError:
+                if self._dialog.state is State.CONNECTING:
+                    self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
+            except (OSError, AddressError) as error:
+                reason = f"can't connect to {self._settings.address}: {getattr(error, 'strerror', None) or error}"
+                self._lose(error if isinstance(error, AddressError) else Disconnected(reason))
+            await self._gone
+            if self._dialog.state is not State.WAITING:
+                return
+            await asyncio.sleep(max(0.0, self._dialog.retry_at - self._loop.time()))
