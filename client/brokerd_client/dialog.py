@@ -15,7 +15,7 @@ A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with what arr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client import backoff, presence
@@ -48,7 +48,10 @@ M = TypeVar("M", bound=Message)
 #: Seconds that outcomes are still taken in after close().
 LINGER_S: Final = 0.5
 
+_MESSAGE_KIND: Final = int(Kind.MESSAGE)
 _EVENT_KIND: Final = int(Kind.EVENT)
+#: Looking into an enum takes as long as a few other lines of a send.
+_READY: Final = State.READY
 
 
 class Batch(Generic[M]):
@@ -117,6 +120,10 @@ class Dialog(Generic[M]):
         self._reader = FrameReader()
         self._incoming = Incoming(message)
         self._outgoing = Outgoing()
+        #: Return what is to be written, and forget it. Every send asks: this saves it a call.
+        self.data_to_send: Callable[[], bytes] = self._outgoing.data
+        #: Called with how many more bytes the face has handed to the operating system.
+        self.wrote: Callable[[int], None] = self._outgoing.wrote
 
     # The link
 
@@ -147,18 +154,10 @@ class Dialog(Generic[M]):
             batch.broken = error
         return batch
 
-    def data_to_send(self) -> bytes:
-        """Return what is to be written, and forget it."""
-        return self._outgoing.data()
-
     @property
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data_to_send`."""
         return self._outgoing.untaken
-
-    def wrote(self, size: int) -> None:
-        """The face has handed that many more bytes to the operating system."""
-        self._outgoing.wrote(size)
 
     def lost(self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0) -> Batch[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
@@ -240,8 +239,11 @@ class Dialog(Generic[M]):
 
     def send(self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out a MESSAGE nobody waits for; return its id."""
-        id = self._take_id()
-        self._outgoing.put(Kind.MESSAGE, 0, id, to, codec, body, extension)
+        if self.state is not _READY:
+            self.require_ready()
+        id = self._next_id
+        self._next_id = id + 1
+        self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
         self._outgoing.unheard(id, to)
         return id
 

@@ -24,6 +24,8 @@ _PREFIX: Final = struct.Struct("!iBBBBQ")
 _START: Final = struct.Struct("!iBBBB")
 _ID: Final = struct.Struct("!Q")
 _HEADER_SIZE: Final = 12
+#: Frames below this are built at once; the bodies of others are not copied for it.
+_COPIED: Final = 1024
 #: Bodies up to here have room, with any name, topic and header, in a frame with the short length.
 _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
 #: Names and topics remembered in their other form; all are forgotten when there are more.
@@ -96,7 +98,11 @@ class Outgoing:
         name = self._recipients[to]
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            self._parts += (_PREFIX.pack(size, kind, flags, codec, len(name), id) + name, body)
+            start = _PREFIX.pack(size, kind, flags, codec, len(name), id) + name
+            if size < _COPIED:
+                self._parts.append(start + body)
+            else:
+                self._parts += (start, body)
             self.queued += 4 + size
         else:
             self._put_body(encode(Envelope(Kind(kind), id, to, body, codec, flags, extension=extension)))
