@@ -37,6 +37,16 @@ TALK = {
     ),
     "brokerd_client.lot": ("brokerd_client.errors", "brokerd_client.wire", "brokerd_client.codec"),
     "brokerd_client.awaiting": ("brokerd_client.errors", "brokerd_client.routes", "brokerd_client.wire"),
+    "brokerd_client.batch": ("brokerd_client.errors", "brokerd_client.message"),
+    "brokerd_client.reception": (
+        *LEAVES,
+        "brokerd_client.awaiting",
+        "brokerd_client.batch",
+        "brokerd_client.incoming",
+        "brokerd_client.message",
+        "brokerd_client.presence",
+        "brokerd_client.routes",
+    ),
 }
 #: What both faces share, besides the dialog.
 SHARED = {

@@ -2,7 +2,8 @@
 
 Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no lots: ``now``, nonces, the first id
 and the chance of a wait are arguments. The faces (blocking, aio) move the bytes, sleep until :meth:`next_deadline`
-and wake who waits; every rule is here, and told to them in a :class:`Batch`.
+and wake who waits; every rule is here or in the dialog's parts (reception, outgoing, incoming, awaiting, routes,
+presence), and told to them in a :class:`Batch`.
 
 Every send has one outcome. One that asked to hear of it is in ``awaiting`` until it has; the others are heard of
 when they fail. When the connection goes, a send whose frame may have left this process is in doubt, one whose frame
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from brokerd_client import backoff, presence
-from brokerd_client.awaiting import Awaiting, Pending, Purpose
+from brokerd_client.awaiting import Pending, Purpose
+from brokerd_client.batch import Batch
 from brokerd_client.errors import (
     AuthenticationError,
     BrokerdError,
@@ -28,17 +30,15 @@ from brokerd_client.errors import (
     InDoubt,
     MalformedEnvelope,
     RemoteError,
-    RequestFailed,
     TimedOut,
-    refusal,
 )
-from brokerd_client.incoming import Incoming
 from brokerd_client.life import NEXT, State, Step
-from brokerd_client.message import Message, Owner, Receipt
+from brokerd_client.message import Message, Owner
 from brokerd_client.outgoing import Outgoing
-from brokerd_client.routes import Route, Routes
+from brokerd_client.reception import Reception
+from brokerd_client.routes import Route
 from brokerd_client.wire import handshake
-from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, check_name, check_pattern
+from brokerd_client.wire.envelope import BROKER, Flag, Kind, check_name, check_pattern
 from brokerd_client.wire.framing import FrameReader, frame
 
 __all__ = ["LINGER_S", "Batch", "Dialog"]
@@ -49,34 +49,11 @@ M = TypeVar("M", bound=Message)
 LINGER_S: Final = 0.5
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
-_EVENT_KIND: Final = int(Kind.EVENT)
 #: Looking into an enum takes as long as a few other lines of a send.
 _READY: Final = State.READY
 
 
-class Batch(Generic[M]):
-    """What happened, for the face to pass on.
-
-    messages: MESSAGE and REQUEST frames, in order; ``size`` is their bytes on the wire, about.
-    outcomes: (waiter, Message | dict | Receipt | BrokerdError) for who waits.
-    events: (sink, Message or Presence) for subscriptions and watches. ended: (sink, why) for those that are over.
-    undelivered: failures of sends that nobody waits for.
-    broken: set when the connection has to be closed and :meth:`Dialog.lost` called with it.
-    """
-
-    __slots__ = ("broken", "ended", "events", "messages", "outcomes", "size", "undelivered")
-
-    def __init__(self) -> None:
-        self.messages: list[M] = []
-        self.size = 0
-        self.outcomes: list[tuple[Any, Any]] = []
-        self.events: list[tuple[Any, Any]] = []
-        self.ended: list[tuple[Any, BrokerdError]] = []
-        self.undelivered: list[BrokerdError] = []
-        self.broken: BrokerdError | None = None
-
-
-class Dialog(Generic[M]):
+class Dialog(Reception[M]):
     """One client's conversation, over as many connections as it takes.
 
     key: never shown. name: "" where only the key says who we are. first_id: a random number below 2**62, so that
@@ -87,6 +64,7 @@ class Dialog(Generic[M]):
     def __init__(
         self, key: bytes, name: str, first_id: int, message: type[M], *, reconnect: bool = True, timeout_s: float = 10.0
     ) -> None:
+        super().__init__(message)
         self.state = State.IDLE
         self.name = name
         #: ``name``, or ``name/instance`` where the name is a pool's; "" before the first introduction.
@@ -97,17 +75,8 @@ class Dialog(Generic[M]):
         self.retry_at = 0.0
         #: Why there is no connection, where there is none.
         self.reason: BrokerdError | None = None
-        #: Replies and receipts that came after their caller had given up.
-        self.late = 0
-        #: Events that fit no subscription any more.
-        self.unrouted = 0
-        #: Sends that failed and that nobody waited for.
-        self.undelivered = 0
         #: Connections that were lost.
         self.losses = 0
-        self.awaiting = Awaiting()
-        self.routes = Routes()
-        self._watches: dict[presence.Watch, list[Route]] = {}
         self._key = key
         self._next_id = first_id
         self._reconnect = reconnect
@@ -118,7 +87,6 @@ class Dialog(Generic[M]):
         self._introduced = False
         self._handshake: handshake.Handshake | None = None
         self._reader = FrameReader()
-        self._incoming = Incoming(message)
         self._outgoing = Outgoing()
         #: Return what is to be written, and forget it. Every send asks: this saves it a call.
         self.data_to_send: Callable[[], bytes] = self._outgoing.data
@@ -417,18 +385,6 @@ class Dialog(Generic[M]):
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
 
-    def _forget_subscription(self, pending: Pending) -> None:
-        """Undo it here; the broker needs not be told."""
-        if pending.purpose is Purpose.SUBSCRIBE:
-            assert pending.route is not None
-            self.routes.discard(pending.route, pending.sink)
-        elif pending.purpose is Purpose.WATCH:
-            self._drop_watch(pending.sink)
-
-    def _drop_watch(self, watch: presence.Watch) -> None:
-        for route in self._watches.pop(watch, ()):
-            self.routes.discard(route, watch)
-
     def _loss(self, id: int, to: str, *, left: bool) -> Disconnected:
         why = f"the connection to the broker is gone ({self.reason})"
         if left:
@@ -469,62 +425,6 @@ class Dialog(Generic[M]):
         for watch in self._watches:
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 
-    def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
-        """Take in every whole frame."""
-
-        def other(frame: M | Envelope) -> None:
-            if not isinstance(frame, Envelope):
-                if frame._kind == _EVENT_KIND:
-                    self._on_event(frame, batch)
-                else:
-                    self._on_reply(frame, batch, now)
-            elif frame.kind is Kind.ERROR:
-                self._on_error(frame, batch)
-            elif frame.kind is Kind.RECEIPT:
-                self._on_receipt(frame.id, batch)
-            else:
-                raise MalformedEnvelope("the broker sends no ACK", frame.id)
-
-        batch.size += self._incoming.read(data, owner, batch.messages, other)
-
-    def _on_event(self, message: M, batch: Batch[M]) -> None:
-        routes = self.routes.of(message.topic)
-        if not routes:
-            self.unrouted += 1
-        for route in routes:
-            for sink in route.takers():
-                if not isinstance(sink, presence.Watch):
-                    batch.events.append((sink, message))
-                elif (change := sink.event(message.topic)) is not None:
-                    batch.events.append((sink.sink, change))
-
-    def _on_receipt(self, id: int, batch: Batch[M]) -> None:
-        pending = self.awaiting.get(id)
-        if pending is None or pending.purpose is not Purpose.RECEIPT:
-            self.late += 1
-            return
-        self.awaiting.pop(id)
-        batch.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
-
-    def _on_reply(self, message: M, batch: Batch[M], now: float) -> None:
-        pending = self.awaiting.get(message.id)
-        if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
-            self.late += 1
-            return
-        self.awaiting.pop(message.id)
-        if pending.purpose is Purpose.REQUEST:
-            batch.outcomes.append((pending.waiter, message))
-            return
-        answer = _json_object(message.body)
-        if answer is None:
-            raise MalformedEnvelope("the broker's answer is no JSON object", message.id)
-        if pending.purpose is Purpose.WHOAMI:
-            self._on_introduction(answer, now)
-        elif pending.purpose in (Purpose.WATCH, Purpose.RESYNC):
-            self._on_snapshot(pending.sink, answer, batch)
-        if pending.waiter is not None:
-            batch.outcomes.append((pending.waiter, answer))
-
     def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
         try:
             self.name, self.address = str(answer["name"]), str(answer["address"])
@@ -536,65 +436,3 @@ class Dialog(Generic[M]):
         self._link_deadline = None
         self._ready_since = now
         self.reason = None
-
-    def _on_snapshot(self, watch: presence.Watch, answer: dict[str, Any], batch: Batch[M]) -> None:
-        try:
-            changes = watch.snapshot(presence.client_list(answer))
-        except (KeyError, TypeError) as error:
-            raise MalformedEnvelope("the broker's list of clients is none") from error
-        if watch in self._watches:
-            batch.events += [(watch.sink, change) for change in changes]
-
-    def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
-        said = _json_object(envelope.payload) or {}
-        code, text, name = (str(said.get(field, "")) for field in ("code", "message", "name"))
-        pending = self.awaiting.get(envelope.id)
-        if envelope.name != BROKER:
-            if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
-                self.late += 1
-                return
-            self.awaiting.pop(envelope.id)
-            # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
-            failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
-            batch.outcomes.append((pending.waiter, failed))
-            return
-        error = refusal(code, text or code, name=name, id=envelope.id)
-        if pending is None or not pending.concerned_by(name):
-            self.undelivered += 1
-            batch.undelivered.append(error)
-            return
-        self.awaiting.pop(envelope.id)
-        self._on_refusal(pending, error, batch)
-
-    def _on_refusal(self, pending: Pending, error: BrokerdError, batch: Batch[M]) -> None:
-        """The broker has said no to this one."""
-        self._forget_subscription(pending)
-        if pending.purpose is Purpose.WHOAMI:
-            batch.broken = error
-        elif pending.purpose is Purpose.RESUBSCRIBE:
-            assert pending.route is not None
-            self._end(list(pending.route.sinks), pending.route, error, batch)
-        elif pending.purpose is Purpose.RESYNC:
-            self._end([pending.sink], None, error, batch)
-        elif pending.waiter is not None:
-            batch.outcomes.append((pending.waiter, error))
-
-    def _end(self, sinks: Sequence[object], route: Route | None, error: BrokerdError, batch: Batch[M]) -> None:
-        """Tell the sinks that there will be nothing more."""
-        for sink in sinks:
-            if not isinstance(sink, presence.Watch):
-                assert route is not None
-                self.routes.discard(route, sink)
-                batch.ended.append((sink, error))
-            elif sink in self._watches:
-                self._drop_watch(sink)
-                batch.ended.append((sink.sink, error))
-
-
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in the bytes, or None where there is none."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
