@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,12 @@ def script(source: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_cheap() -> None:
-    """Importing the library imports neither asyncio nor ssl nor logging; aio is there when asked for."""
+    """Importing the library imports nothing that takes long and is not needed; aio is there when asked for."""
     done = script(
         """
         import sys, brokerd_client
-        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "brokerd_client.aio"} & set(sys.modules)
+        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "random", "secrets", "brokerd_client.aio"}
+        heavy &= set(sys.modules)
         assert not heavy, heavy
         assert brokerd_client.aio.connect and brokerd_client.connection.Listener
         try:
@@ -355,3 +357,19 @@ def test_repr_shows_no_key(server: FakeServer) -> None:
     assert "ready" in repr(client)
     client.close()
     assert "closed" in repr(client)
+
+
+def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> None:
+    """Reading begins again also when the last message is taken between the weighing and the look at its result."""
+
+    class Slow(deque[Any]):
+        def popleft(self) -> Any:
+            client._gauge.weigh([client._inbox.inbox], limit=client._gauge.limit)
+            return super().popleft()
+
+    with join("alice", server, inbox=100) as client:
+        with client._lock:
+            client._inbox.inbox.items = Slow()
+            client._inbox.put([object()], 1000)
+        next(iter(client))
+        assert not client._gauge.full
