@@ -105,6 +105,8 @@ class RunningBroker:
         daemon = self._on_loop(self._make_daemon())
         self._daemon = daemon
         self.address = str(daemon.addresses[0])
+        # A port that the system has chosen is meant from here on, in every configuration it is to take over too.
+        daemon.config = self._config()
 
     def stop(self) -> None:
         """Drain it and stop."""

@@ -96,7 +96,8 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
             found = file.read()
     except OSError as error:
         raise InvalidKey(f"the key file {os.fspath(path)} can't be read: {error.strerror}") from error
-    found = found.removesuffix(b"\n")
+    # As the daemon does: one newline, of either kind.
+    found = found.removesuffix(b"\r\n") if found.endswith(b"\r\n") else found.removesuffix(b"\n")
     if not found:
         raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
     return found

@@ -6,13 +6,13 @@ python windows_pipes.py LIBRARY_DIRECTORY
 import os
 import socket
 import sys
-import threading
 import time
-import traceback
 
 sys.path.insert(0, sys.argv[1])
 
 import multiprocessing.connection as standard
+
+from windows_cases import TIMEOUT_S, aside, case, raised, run_cases
 
 from brokerd_client.connection import (
     AuthenticationError,
@@ -25,46 +25,7 @@ from brokerd_client.connection import (
     wait,
 )
 
-TIMEOUT_S = 30
 KEY = b"the key"
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
-
-
-def aside(function, *args, **kwargs):
-    """Run the function in a thread; calling what is returned waits for its result, or for what it raised."""
-    outcome = []
-
-    def run():
-        try:
-            outcome.append((function(*args, **kwargs), None))
-        except BaseException as error:  # noqa: BLE001 - handed on
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(TIMEOUT_S)
-        assert outcome, "still running"
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
-
-    return result
-
-
-def raised(expected, function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except expected as error:
-        return str(error)
-    raise AssertionError(f"{expected.__name__} was not raised")
 
 
 def talk(one, other):
@@ -264,13 +225,4 @@ def tcp_addresses_are_exclusive():
         raised(OSError, sock.bind, listener.address)
 
 
-for function in CASES:
-    try:
-        function()
-    except BaseException:  # noqa: BLE001 - printed, and the next case runs
-        print("FAILED", function.__name__, flush=True)
-        traceback.print_exc(file=sys.stdout)
-    else:
-        print("passed", function.__name__, flush=True)
-print("end", flush=True)
-os._exit(0)  # threads that a failed case left behind wait for ever
+run_cases()

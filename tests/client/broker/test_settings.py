@@ -62,6 +62,15 @@ def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], says:
         settle(**given)
 
 
+@pytest.mark.parametrize("content", [b"k", b"k\n", b"k\r\n"])
+def test_a_key_file_may_end_with_a_newline(tmp_path: Path, content: bytes) -> None:
+    """One is cut, that of Windows too, as the daemon does; another one is the key's."""
+    (tmp_path / "key").write_bytes(content)
+    assert settle(key_file=tmp_path / "key").key == b"k"
+    (tmp_path / "key").write_bytes(b"\n" + content)
+    assert settle(key_file=tmp_path / "key").key == b"\nk"
+
+
 def test_empty_key_file(tmp_path: Path) -> None:
     """A file that holds nothing but a newline holds no key."""
     (tmp_path / "key").write_bytes(b"\n")

@@ -1,0 +1,44 @@
+"""Signals where the event loop can't take them, as on Windows; the other way is tested with real daemons."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from brokerd.daemon import _signals_go_to
+
+
+class Deaf(asyncio.SelectorEventLoop):
+    """A loop that knows no signals."""
+
+    def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("number", "heard_by"), [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload")])
+def test_a_signal_wakes_a_loop_that_knows_none(number: str, heard_by: str) -> None:
+    """The loop, which waits for nothing else, calls what the signal is for; others are no concern; all is undone."""
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+
+    async def main() -> list[tuple[str, str]]:
+        heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        with _signals_go_to(
+            lambda name: heard.put_nowait(("end", name)), lambda name: heard.put_nowait(("reload", name))
+        ):
+            handler = signal.signal(signal.SIGUSR1, lambda *_: None)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(os.kill, os.getpid(), signal.SIGUSR1)
+            loop.call_soon(os.kill, os.getpid(), signal.Signals[number])
+            first = await asyncio.wait_for(heard.get(), 30)
+            signal.signal(signal.SIGUSR1, handler)
+            return [first, *iter(lambda: None if heard.empty() else heard.get_nowait(), None)]
+
+    with asyncio.Runner(loop_factory=Deaf) as runner:
+        assert runner.run(main()) == [(heard_by, number)]
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(-1) == -1
