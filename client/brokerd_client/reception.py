@@ -1,7 +1,7 @@
 """What the broker says to a client, and whom it concerns: outcomes, events, the end of a subscription. No I/O.
 
-Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer is somebody's only if its id and who it comes from, or is
-about, fit: see brokerd_client.awaiting.
+Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer is somebody's only if its id and who it comes from,
+or is about, fit: see brokerd_client.awaiting.
 """
 
 from __future__ import annotations
