@@ -41,7 +41,7 @@ def make_lot(messages: Iterable[tuple[str, object]], codec: str | int | None) ->
                 _known_address(each)
         except InvalidName:
             # Which is the first, the set has forgotten.
-            for each in to:
+            for each in to:  # pragma: no branch - one of them raises
                 check_address(each)
         return to, _RAW * len(to), cast("tuple[bytes, ...]", payloads)
     numbers: list[int] = []
