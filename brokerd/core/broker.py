@@ -4,14 +4,15 @@ The routing loop (:mod:`brokerd.core.routing`) passes ordinary messages on by it
 else to :meth:`Broker.handle`, one frame at a time. Nothing is dropped in silence: what can't be
 delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
 
-What is to be done by the network layer lies in four places: ``touched`` (sessions with bytes to write, or
+What is to be done by the network layer lies in five places: ``touched`` (sessions with bytes to write, or
 to be closed), ``released`` (sessions that may be read from again), ``orders`` (what an administrator
-asked of the daemon) and ``next_deadline``.
+asked of the daemon), ``next_deadline`` and ``has_arrears``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,7 @@ from brokerd.config.values import ClientConfig, WhenConnected
 from brokerd.core.delivery import give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
+from brokerd.core.outbox import Queued
 from brokerd.core.service import serve
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
@@ -93,6 +95,10 @@ class Broker:
         self.dropped = 0
         self.totals: Counter[str] = Counter()
         self._held: dict[Session, float] = {}
+        #: Numbers all comings and goings.
+        self._order = itertools.count(1)
+        #: Sessions that are gone, each with what the system did not take of its outbox.
+        self._leaving: deque[tuple[Session, deque[Queued]]] = deque()
 
     # Joining and leaving
 
@@ -115,6 +121,7 @@ class Broker:
         client = self.exchange.resolve(name)
         assert client is not None, "place_for said there is room"
         session = Session(client, instance, peer=peer, since=now_wall, link=link)
+        session.number = next(self._order)
         first = not client.online
         client.add(session)
         for member in client.sessions.values():
@@ -125,10 +132,11 @@ class Broker:
         return session
 
     def detach(self, session: Session, now_wall: float) -> None:
-        """Forget a session whose connection is gone, and answer for everything it still had to do."""
+        """Forget a session whose connection is gone; what it still had to do is answered for by work_off."""
         if not session.open:
             return
         session.open = False
+        session.left_at = next(self._order)
         client = session.client
         client.remove(session)
         for pattern, group in session.subscriptions:
@@ -141,19 +149,38 @@ class Broker:
             if responder.owed.get((session.address, id)) is session:
                 del responder.owed[(session.address, id)]
         session.asked.clear()
-        for queued in session.outbox.take_unsent():
-            give_back(self, session, queued)
-        for (_, id), requester in session.owed.items():
-            requester.asked.pop((id, session.address), None)
-            message = f"{session.address} disconnected before it answered"
-            self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
-        session.owed.clear()
+        self._leaving.append((session, deque(session.outbox.take_unsent())))
         session.routes.clear()
         leave_behind(session)
         self._count(session)
         if not client.online:
             client.changed_at = now_wall
             announce_presence(self, "offline", client, now_wall)
+
+    @property
+    def has_arrears(self) -> bool:
+        """Whether sessions that are gone still have messages to be answered for: see :meth:`work_off`."""
+        return bool(self._leaving)
+
+    def work_off(self, count: int) -> None:
+        """Answer for up to ``count`` messages of sessions that are gone.
+
+        A full queue can hold hundreds of thousands; all of them at once would hold up everybody else.
+        """
+        while self._leaving and count > 0:
+            session, queue = self._leaving[0]
+            count -= 1
+            if queue:
+                give_back(self, session, queue.popleft())
+            elif session.owed:
+                # Requests it took and did not answer, the oldest first. What it never took was given back before.
+                (asker, id), requester = next(iter(session.owed.items()))
+                del session.owed[(asker, id)]
+                requester.asked.pop((id, session.address), None)
+                message = f"{session.address} disconnected before it answered"
+                self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
+            else:
+                self._leaving.popleft()
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):

@@ -153,6 +153,9 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY) or envelope.name == BROKER:
         return
     sender = _sender_of(broker, queued, envelope.name)
+    if sender is not None and sender.number > session.left_at:
+        # It came when this session had gone: the frame is a predecessor's.
+        sender = None
     if envelope.kind is Kind.REQUEST and sender is not None:
         session.owed.pop((envelope.name, envelope.id), None)
         sender.asked.pop((envelope.id, session.address), None)

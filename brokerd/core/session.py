@@ -38,6 +38,7 @@ class Session:
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
     asked: its own requests not answered yet, by (id, address of who was asked).
+    number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
     """
 
@@ -55,8 +56,10 @@ class Session:
         "held_by",
         "hold_deadline",
         "instance",
+        "left_at",
         "link",
         "messages_in",
+        "number",
         "open",
         "outbox",
         "owed",
@@ -82,6 +85,8 @@ class Session:
         self.link = link
         self.outbox: Outbox = new_outbox(config)
         self.outbox.owner = self
+        self.number = 0
+        self.left_at = 0
         self.routes: dict[bytes, Seat] = {}
         self.fans: dict[bytes, tuple[Tail, ...]] = {}
         self.topics_version = 0

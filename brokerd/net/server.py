@@ -26,6 +26,8 @@ __all__ = ["Log", "Server"]
 
 #: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
 _ACCEPTS: Final = 32
+#: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
+_ARREARS: Final = 64
 #: Seconds without accepting after the system had no descriptor left.
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
 #: What the system says then; Windows has numbers of its own for sockets.
@@ -76,6 +78,7 @@ class Server:
         self._refusals = Refusals(self.loop, log)
         self._tick: asyncio.TimerHandle | None = None
         self._settling = False
+        self._working_off = False
         self._paused: list[Listening] = []
         self._empty: asyncio.Event = asyncio.Event()
         self._farewells: set[Farewell] = set()
@@ -262,8 +265,17 @@ class Server:
             self._settling = False
         while broker.orders:
             self.on_order(broker.orders.pop(0))
+        if broker.has_arrears and not self._working_off:
+            self._working_off = True
+            self.loop.call_soon(self._work_off)
         if broker.holds_somebody or self._tick is not None:
             self._set_timer()
+
+    def _work_off(self) -> None:
+        """Answer for some of what a session that is gone left behind; the rest in the next turns."""
+        self._working_off = False
+        self.broker.work_off(_ARREARS)
+        self.settle()
 
     def _set_timer(self) -> None:
         deadline = self.broker.next_deadline

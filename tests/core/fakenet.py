@@ -285,7 +285,8 @@ class FakeNet:
             return
         self._settling = True
         broker = self.broker
-        while broker.touched or broker.released:
+        while broker.touched or broker.released or broker.has_arrears:
+            broker.work_off(3)
             self.write_touched()
             released, broker.released = broker.released, []
             for session in released:

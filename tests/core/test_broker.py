@@ -707,3 +707,46 @@ def test_a_drain_ends_the_waiting_for_room() -> None:
     net.broker.drain()
     net.settle()
     assert ann.error() == (3, "shutting_down")
+
+
+def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
+    """A long queue and many requests, given back at once, would hold up everybody else."""
+    net = FakeNet(client("a"), client("b"))
+    alice, bob = net.connect("a"), net.connect("b")
+    for id in range(20):
+        alice.request("b", b"taken", id)
+    bob.block()
+    for id in range(20, 50):
+        alice.message("b", b"waiting", id)
+    alice.take()
+    broker = net.broker
+    net.peers.remove(bob)
+    broker.detach(bob.session, net.now)
+    assert (broker.has_arrears, broker.refused.total()) == (True, 0)
+    done = 0
+    while broker.has_arrears:
+        broker.work_off(7)
+        assert broker.refused.total() - done <= 7
+        done = broker.refused.total()
+    net.settle()
+    assert [envelope.id for envelope in alice.take()] == [*range(20, 50), *range(20)]
+
+
+def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
+    """Also when it comes while the frames are being given back."""
+    net = FakeNet(client("a"), client("b"))
+    alice, bob = net.connect("a"), net.connect("b")
+    bob.block()
+    for id in range(10):
+        alice.message("b", b"waiting", id)
+    broker = net.broker
+    net.peers.remove(bob)
+    broker.detach(bob.session, net.now)
+    broker.work_off(3)
+    net.peers.remove(alice)
+    broker.detach(alice.session, net.now)
+    successor = broker.attach("a", "i9", peer="test", now_wall=net.now)
+    while broker.has_arrears:
+        broker.work_off(3)
+    assert successor.errors_in == 0
+    assert broker.dropped == 7

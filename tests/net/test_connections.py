@@ -329,3 +329,27 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
         server = broker.daemon._server
         assert server is not None
         assert broker.call(lambda: (len(server.links), len(server._farewells))) == (0, 0)
+
+
+def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:
+    """Others' messages pass in between, and in the end the sender has every error."""
+    clients = {"alice": {}, "bob": {"queue": "4MiB", "when_full": "refuse"}, "carol": {}}
+    with house(configuration(str(socket_dir / "sock"), clients)) as here:
+        alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
+        count = 60_000
+        alice.write(b"".join(packed(MESSAGE, "bob", b"x" * 40, id=number) for number in range(count)))
+        alice.ping()
+        waiting = here.call(lambda: len(here.daemon.broker.exchange.find("bob").outbox.pieces()))  # type: ignore[union-attr]
+        assert waiting
+        bob.close()
+        here.log.wait("client.disconnected")
+        carol.ping()
+        alice.send(MESSAGE, "carol", b"the end")
+        assert carol.recv().body == b"the end"
+        while here.call(lambda: here.daemon.broker.has_arrears):
+            carol.ping()
+        errors = here.call(here.daemon.stats)["refused"]["offline"]
+        assert errors > 1000
+        assert {alice.recv().code for _ in range(errors)} == {"offline"}
+        for each in (alice, carol):
+            each.close()
