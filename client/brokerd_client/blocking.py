@@ -487,7 +487,7 @@ class _Answer:
                 request.reply(result)
         except (Disconnected, Closed):
             log().warning("a request of %s could not be answered: the connection is gone", request.sender)
-        except Exception as error:  # noqa: BLE001 - the handler's own, whatever it is
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the handler's own, whatever it is
             log().exception("the handler of a request of %s failed", request.sender)
             with contextlib.suppress(Disconnected, Closed):
                 request.fail(f"the handler failed: {type(error).__name__}")

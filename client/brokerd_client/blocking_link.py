@@ -368,7 +368,8 @@ def _work(box: Box[Job]) -> None:
             return
         try:
             function(item)
-        except Exception:  # noqa: BLE001 - the handler's own, whatever it is
+        # An exit would end this thread, which others' messages need, and not the program.
+        except (Exception, SystemExit):  # noqa: BLE001 - the handler's own, whatever it is
             log().exception("a handler failed")
         del function, item
 

@@ -191,7 +191,9 @@ def answer_challenge(key: bytes, *, name: bytes = b"", allow_md5: bool = True) -
     yield Send(mac if len(challenge) == _LEGACY_CHALLENGE_SIZE else b"{%s}%s%s" % (digest.encode("ascii"), mac, name))
     verdict = yield RECEIVE
     if verdict == FAILURE:
-        raise AuthenticationError("the peer rejected our answer: it does not accept the key used here")
+        raise AuthenticationError(
+            "the peer rejected our answer: it does not accept the key used here, or has no place left for who uses it"
+        )
     if verdict != WELCOME:
         raise AuthenticationError("the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener")
     return Established(key, digest, name)
