@@ -24,7 +24,7 @@ from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
-from brokerd_client.settings import Settings
+from brokerd_client.settings import Settings, unreachable
 
 __all__ = ["Link"]
 
@@ -363,7 +363,7 @@ class Link:
                 if self._dialog.state is State.CONNECTING:
                     self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
             except (OSError, AddressError) as error:
-                reason = f"can't connect to {self._settings.address}: {getattr(error, 'strerror', None) or error}"
+                reason = unreachable(self._settings.address, error)
                 self._lose(error if isinstance(error, AddressError) else Disconnected(reason))
             await self._gone
             if self._dialog.state is not State.WAITING:

@@ -27,7 +27,7 @@ from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
-from brokerd_client.settings import Settings
+from brokerd_client.settings import Settings, unreachable
 
 __all__ = ["Link"]
 
@@ -296,7 +296,7 @@ class Link:
             self._dial_at = now + _CROWDED_S
             return
         except OSError as error:
-            self._lose(Disconnected(f"can't connect to {self._settings.address}: {error.strerror or error}"))
+            self._lose(Disconnected(unreachable(self._settings.address, error)))
             return
         if done:
             self._open()
@@ -320,7 +320,7 @@ class Link:
                 try:
                     done = channel.connected()
                 except OSError as error:
-                    self._lose(Disconnected(f"can't connect to {self._settings.address}: {error.strerror or error}"))
+                    self._lose(Disconnected(unreachable(self._settings.address, error)))
                     return
                 if done:
                     self._open()

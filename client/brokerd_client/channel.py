@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import selectors
 import socket
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ class Channel:
             self.connecting = False
             return True
         self.drop()
-        return self._try_next(OSError(code, errno.errorcode.get(code, "unknown")))
+        return self._try_next(OSError(code, os.strerror(code)))
 
     def _try_next(self, error: OSError) -> bool:
         for family, sockaddr in self._candidates:
@@ -84,7 +85,7 @@ class Channel:
                 self.connecting = code != 0
                 return not self.connecting
             sock.close()
-            error = OSError(code, errno.errorcode.get(code, "unknown"))
+            error = OSError(code, os.strerror(code))
         raise error
 
     def write(self, data: bytes) -> int:

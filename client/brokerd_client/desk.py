@@ -141,7 +141,7 @@ class Desk(Generic[M]):
     def tell_undelivered(self, error: BrokerdError) -> None:
         """Pass on a failure nobody waits for; without a handler it is a warning in the log."""
         if self._on_undelivered is None or self.ordered.ended is not None:
-            log().warning("a message was not delivered: %s", error)
+            log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
         else:
             self.ordered.put([(self._on_undelivered, error)], OVERHEAD)
 

@@ -5,6 +5,7 @@ Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An arg
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from brokerd_client.address import Address, parse
 from brokerd_client.errors import InvalidKey
 from brokerd_client.wire.envelope import check_name
 
-__all__ = ["DEFAULT_ADDRESS", "DEFAULT_INBOX", "DEFAULT_TIMEOUT_S", "AnyAddress", "Settings", "resolve"]
+__all__ = ["DEFAULT_ADDRESS", "DEFAULT_INBOX", "DEFAULT_TIMEOUT_S", "AnyAddress", "Settings", "resolve", "unreachable"]
 
 DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
 #: Seconds for connecting, the handshake and the first answer.
@@ -101,3 +102,12 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
     if not found:
         raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
     return found
+
+
+def unreachable(address: Address, error: Exception) -> str:
+    """Return a sentence for a connection that could not be made."""
+    code = error.errno if isinstance(error, OSError) else None
+    reason = getattr(error, "strerror", None) or error
+    nobody = code in (errno.ENOENT, errno.ECONNREFUSED)
+    advice = " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)" if nobody else ""
+    return f"can't connect to {address}: {reason}{advice}"
