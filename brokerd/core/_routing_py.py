@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "Seat", "Tail", "feed"]
 
-NAME: Final = "python"
+NAME: Final[str] = "python"
 
 #: A short frame's length and its header in one.
 _HEAD: Final = struct.Struct("!iBBBBQ")
