@@ -249,7 +249,7 @@ cdef object _feed(
     cdef int64_t position = start
     # Up to 2**64 - 1: what a frame may announce.
     cdef uint64_t skip = source.skip
-    cdef int64_t before, size, payload, size_out, rest
+    cdef int64_t before, size, payload, size_out
     cdef int64_t messages = 0
     cdef int64_t size_in = 0
     cdef int64_t limit = broker.limits.max_message
