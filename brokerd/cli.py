@@ -47,11 +47,11 @@ def main(context: click.Context, config: Path) -> None:
 
 def _run(config: Path) -> int:
     """Run the broker until it is stopped; return the exit status."""
-    from brokerd import daemon
+    from brokerd import process
     from brokerd.config.problems import ConfigError
 
     try:
-        return daemon.run(config)
+        return process.run(config)
     except ConfigError as error:
         click.echo(str(error), err=True)
         return EX_CONFIG

@@ -26,8 +26,9 @@ from rich.text import Text
 
 import brokerd_client
 from brokerd.config.model import Config
-from brokerd.daemon import Daemon, loop_factory
+from brokerd.daemon import Daemon
 from brokerd.logs import quiet_log
+from brokerd.process import loop_factory
 from brokerd_client.errors import BrokerdError, NoSuchClient
 
 __all__ = ["STOCK_CLIENT", "Interpreter", "find_interpreter", "run"]

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from brokerd.config.model import Config
-from brokerd.daemon import Daemon, loop_factory
+from brokerd.daemon import Daemon
 from brokerd.logs import quiet_log
+from brokerd.process import loop_factory
 
 if TYPE_CHECKING:
     from brokerd_client import Client

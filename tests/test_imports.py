@@ -115,9 +115,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.supervise",
         "brokerd.monitor",
     ),
-    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs"),
-    "brokerd.demo": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs", "brokerd.testing"),
-    "brokerd.cli": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.demo", "brokerd.logs"),
+    "brokerd.process": (
+        *LEAVES,
+        "brokerd.config",
+        "brokerd.daemon",
+        "brokerd.logs",
+        "brokerd.net",
+        "brokerd.supervise",
+    ),
+    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.logs", "brokerd.process"),
+    "brokerd.demo": (
+        "brokerd_client",
+        "brokerd.config",
+        "brokerd.daemon",
+        "brokerd.logs",
+        "brokerd.process",
+        "brokerd.testing",
+    ),
+    "brokerd.cli": ("brokerd_client", "brokerd.config", "brokerd.demo", "brokerd.logs", "brokerd.process"),
     # A client like any other, with no look inside the daemon.
     "brokerd.ctl": ("brokerd_client",),
 }

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 from net.raw import Raw, login
 
 from brokerd.config.model import Config
-from brokerd.daemon import Daemon, loop_factory
+from brokerd.daemon import Daemon
+from brokerd.process import loop_factory
 from brokerd_client.address import Address
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from net.house import Recorder
 
 import brokerd_client
 from brokerd.config.load import load
-from brokerd.daemon import Daemon, loop_factory
+from brokerd.daemon import Daemon
+from brokerd.process import loop_factory
 from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
 
 

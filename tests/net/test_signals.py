@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from brokerd.daemon import _signals_go_to
+from brokerd.process import _signals_go_to
 
 
 class Deaf(asyncio.SelectorEventLoop):

@@ -1,0 +1,132 @@
+"""The process around the daemon: its event loop, its signals, its limits and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from brokerd.config.load import ConfigError, load
+from brokerd.config.model import Config
+from brokerd.daemon import Daemon
+from brokerd.net.listening import ListenError
+
+__all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
+
+#: Exit status for a configuration that can't be used, from sysexits.h.
+EX_CONFIG: Final = 78
+EX_FAILED: Final = 1
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the daemon's event loop: uvloop where it exists, else asyncio's.
+
+    On Windows it is the selector loop: the daemon reads and writes its sockets itself.
+    """
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.SelectorEventLoop
+    return uvloop.new_event_loop
+
+
+def run(config_path: Path) -> int:
+    """Run the broker until it is told to stop; return the process's exit status.
+
+    0 after a drain, 78 for a configuration that can't be used, 1 when it can't listen or was told
+    twice to stop.
+    """
+    try:
+        config = load(config_path)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
+        return EX_CONFIG
+    _allow_many_descriptors()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(config))
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: it is there for programs that use select()."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems say "no limit" and then take less.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _serve(config: Config) -> int:
+    daemon = Daemon(config)
+    status = 0
+
+    def on_signal(name: str) -> None:
+        nonlocal status
+        if not daemon.stop_soon(name):
+            daemon.log.warning("daemon.killed", reason=f"{name} once more")
+            status = EX_FAILED
+            daemon.kill()
+
+    with _signals_go_to(on_signal, daemon.reload_soon):
+        try:
+            await daemon.start()
+        except ListenError as error:
+            daemon.log.error("daemon.failed", reason=str(error))
+            return EX_FAILED
+        await daemon.stopped.wait()
+    return status
+
+
+@contextlib.contextmanager
+def _signals_go_to(end: Callable[[str], None], reload: Callable[[str], None]) -> Iterator[None]:
+    """Have the loop call these with a signal's name: ``end`` for those that end a process, ``reload`` for SIGHUP."""
+    loop = asyncio.get_running_loop()
+    actions = {signal.SIGTERM: end, signal.SIGINT: end}
+    if hasattr(signal, "SIGHUP"):
+        actions[signal.SIGHUP] = reload
+    if hasattr(signal, "SIGBREAK"):
+        # Windows: Ctrl-Break, or the console's window was closed.
+        actions[signal.SIGBREAK] = end
+    rings: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    try:
+        for number, action in actions.items():
+            loop.add_signal_handler(number, action, number.name)
+    except NotImplementedError:
+        rings = _signals_ring(loop, actions)
+    with rings:
+        yield
+
+
+@contextlib.contextmanager
+def _signals_ring(
+    loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[str], None]]
+) -> Iterator[None]:
+    """Do the same where the loop can't, on Windows: nothing but a socket wakes a loop that waits for sockets."""
+    ear, bell = socket.socketpair()
+
+    def on_ring() -> None:
+        for number in map(signal.Signals, ear.recv(64)):
+            if number in actions:
+                actions[number](number.name)
+
+    with ear, bell:
+        ear.setblocking(False)
+        bell.setblocking(False)
+        loop.add_reader(ear, on_ring)
+        # Python writes the number of every signal to this, whatever else is done about it.
+        ringing_before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in actions}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(ringing_before)
+            loop.remove_reader(ear)
