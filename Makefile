@@ -3,7 +3,7 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint coverage bench clean ready-run ready-test
+.PHONY: help run test test-all test-system lint coverage bench clean ready-run ready-test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,10 @@ test-all: ready-test ## run every test, the slow ones too, on all supported Pyth
 	.ci/test_all.sh $(VERSIONS) || status=1; \
 	[ $$status = 0 ] || echo "test-all: something above failed"; \
 	exit $$status
+
+# As root, on Debian or a relative of it: what is missing is installed with apt, and everything made is removed again.
+test-system: ready-test ## run the tests that boot a systemd and build and run the image
+	@$(BIN)/python -m pytest -m system tests/system
 
 lint: ready-test ## run ruff and mypy only
 	@status=0; \

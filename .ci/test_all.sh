@@ -35,7 +35,7 @@ for version in "$@"; do
     fi
     printf '\n== Python %s\n' "$version"
     ran=1
-    if .ci/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m ""; then
+    if .ci/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m "not system"; then
         outcome="$outcome $version passed,"
         compiled=.venv-$version/bin/python
     else

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from brokerd import __version__, daemon
+from brokerd import __version__, process
 from brokerd.cli import main
 from brokerd.config.load import load
 
@@ -104,7 +104,7 @@ def test_run_hands_the_configuration_to_the_daemon(tmp_path: Path, monkeypatch: 
         ran.append(path)
         return 7
 
-    monkeypatch.setattr(daemon, "run", run)
+    monkeypatch.setattr(process, "run", run)
 
     assert brokerd("--config", tmp_path / "a.yaml").exit_code == 7
     assert brokerd(BROKERD_CONFIG=str(tmp_path / "b.yaml")).exit_code == 7
