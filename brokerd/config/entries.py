@@ -205,6 +205,8 @@ class Entries:
             publish=self._rules("publish", raw, entry.publish),
             subscribe=self._rules("subscribe", raw, entry.subscribe),
             queue=entry.queue,
+            subscriptions=entry.subscriptions,
+            requests=entry.requests,
             when_full=entry.when_full,
             when_connected=entry.when_connected,
             rate=RateConfig(entry.rate.messages, entry.rate.bytes) if "rate" in raw else _UNLIMITED,

@@ -186,6 +186,10 @@ class ClientEntry(_Entry):
     """What the client may subscribe to: topic patterns; $broker.> is the presence of other clients."""
     queue: Size = _written("8MiB", units.size)
     """Bytes that may wait for this client."""
+    subscriptions: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
+    """How many subscriptions each of its connections may have."""
+    requests: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
+    """How many requests of each of its connections may be unanswered; one more ends the oldest."""
     when_full: Annotated[WhenFull, Field(strict=False)] = WhenFull.WAIT
     """What happens when the queue is full: wait, refuse, drop_oldest or disconnect."""
     when_connected: Annotated[WhenConnected, Field(strict=False)] = WhenConnected.REFUSE

@@ -151,6 +151,7 @@ class ClientConfig:
 
     keys: any of them is accepted within its window; empty only with ``peer_uid``.
     connections: how many may share the name. queue: bytes that may wait for the client.
+    subscriptions, requests: how many of a connection's own the broker keeps in mind.
     peer_uid: the users a Unix socket's peer may be, None for all.
     """
 
@@ -161,6 +162,8 @@ class ClientConfig:
     publish: tuple[Rule, ...]
     subscribe: tuple[Rule, ...]
     queue: int
+    subscriptions: int
+    requests: int
     when_full: WhenFull
     when_connected: WhenConnected
     rate: RateConfig

@@ -218,6 +218,8 @@ class Broker:
         """
         self.limits = limits
         self.generation += 1
+        # Outboxes of another kind may take the place of those that were found.
+        self.topics.forget()
         known = self.exchange.clients
         gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
         for name, config in clients.items():

@@ -80,6 +80,8 @@ def _deliver(
     source.reached.add(target.client)
     if envelope.kind is Kind.REQUEST:
         _expect_answer(source, target, envelope.id)
+        if len(source.asked) > source.client.config.requests:
+            _give_up_oldest(broker, source)
     if wants_receipt:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
     return Verdict.NEXT
@@ -121,6 +123,16 @@ def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
 def _expect_answer(requester: Session, responder: Session, id: int) -> None:
     responder.owed[(requester.address, id)] = requester
     requester.asked[(id, responder.address)] = responder
+
+
+def _give_up_oldest(broker: Broker, requester: Session) -> None:
+    """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
+    (id, address), responder = next(iter(requester.asked.items()))
+    del requester.asked[(id, address)]
+    responder.owed.pop((requester.address, id), None)
+    config = requester.client.config
+    message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
+    broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
 
 
 def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:

@@ -5,7 +5,7 @@ Functions of the broker (:mod:`brokerd.core.broker`). Source of the rules: docs/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from brokerd.core.delivery import frame_head, make_room
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["announce", "announce_presence", "publish"]
 
-#: Topics of one publisher whose subscribers the routing loop remembers.
-_REMEMBERED_FANS: Final = 4096
+#: How many subscribers the routing loop remembers for one publisher, those of all its topics together. A topic
+#: counts for some of them, however few it has.
+_REMEMBERED_OUTBOXES: Final = 65_536
+_SMALL_FAN: Final = 16
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
@@ -74,12 +76,18 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
 
 def _remember_fan(broker: Broker, source: Session, topic: str, targets: list[Session]) -> None:
     """Let the routing loop pass on the next event on this topic by itself, where nobody has to be chosen."""
-    outboxes = tuple(target.outbox for target in targets)
-    plain = all(isinstance(outbox, StreamOutbox) for outbox in outboxes)
-    if outboxes and plain and not broker.topics.find(topic).groups:
-        if len(source.fans) >= _REMEMBERED_FANS:
+    found = broker.topics.find(topic)
+    if not targets or found.groups:
+        return
+    if found.fan is None:
+        # One for all publishers: a thousand of them on a thousand topics would have a million otherwise.
+        outboxes = tuple(target.outbox for target in targets)
+        found.fan = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+    fan = cast("tuple[StreamOutbox, ...]", found.fan)
+    if fan:
+        if (len(source.fans) + 1) * max(len(fan), _SMALL_FAN) > _REMEMBERED_OUTBOXES:
             source.fans.clear()
-        source.fans[topic.encode()] = outboxes
+        source.fans[topic.encode()] = fan
 
 
 def announce_presence(broker: Broker, what: str, client: Client, now_wall: float) -> None:

@@ -133,6 +133,10 @@ def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) 
     topic, group = _subscription(arguments)
     if source.client.policy.subscribing(topic) is None:
         raise _Refusal(ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER)
+    config = source.client.config
+    if len(source.subscriptions) >= config.subscriptions and (topic, group) not in source.subscriptions:
+        message = f"no more than {config.subscriptions} subscriptions (clients.{config.name}.subscriptions)"
+        raise _Refusal(ErrorCode.FULL, message, BROKER)
     broker.topics.add(topic, source, group)
     source.subscriptions.add((topic, group))
     return {"topic": topic, "group": group}

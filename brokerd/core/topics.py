@@ -14,8 +14,9 @@ __all__ = ["Matches", "Topics", "covers"]
 
 Member = TypeVar("Member", bound=Hashable)
 
-#: Topics whose matches are remembered; above it the memory is emptied.
+#: Topics whose matches are remembered, and how many matches in all of them; above it the memory is emptied.
 _REMEMBERED: Final = 10_000
+_REMEMBERED_MATCHES: Final = 250_000
 
 
 def covers(rule_pattern: str, pattern: str) -> bool:
@@ -50,14 +51,19 @@ class Matches(Generic[Member]):
     """Who gets an event: every one of ``everyone``, and one member of each of ``groups``.
 
     turn: counts the events of a group, so that its members take turns.
+    fan: what whoever sends to everyone made of it, to be used again; None until then.
     """
 
-    __slots__ = ("everyone", "groups", "turn")
+    __slots__ = ("everyone", "fan", "groups", "turn")
 
     def __init__(self) -> None:
         self.everyone: dict[Member, None] = {}
         self.groups: dict[str, dict[Member, None]] = {}
         self.turn = 0
+        self.fan: object = None
+
+    def __len__(self) -> int:
+        return len(self.everyone) + sum(map(len, self.groups.values()))
 
 
 class Topics(Generic[Member]):
@@ -67,6 +73,7 @@ class Topics(Generic[Member]):
         self.version = 1
         self._root: _Node[Member] = _Node()
         self._remembered: dict[str, Matches[Member]] = {}
+        self._remembered_matches = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -112,7 +119,12 @@ class Topics(Generic[Member]):
 
     def _changed(self) -> None:
         self.version += 1
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was found: it will be looked for again."""
         self._remembered.clear()
+        self._remembered_matches = 0
 
     def find(self, topic: str) -> Matches[Member]:
         """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""
@@ -127,9 +139,11 @@ class Topics(Generic[Member]):
                             found.everyone[member] = None
                         else:
                             found.groups.setdefault(group, {})[member] = None
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
+            size = len(found)
+            if len(self._remembered) >= _REMEMBERED or self._remembered_matches + size > _REMEMBERED_MATCHES:
+                self.forget()
             self._remembered[topic] = found
+            self._remembered_matches += size
         return found
 
     def _walk(self, node: _Node[Member], tokens: list[str], depth: int) -> Iterator[_Node[Member]]:

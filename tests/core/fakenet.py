@@ -37,6 +37,8 @@ def client(name: str, **changes: Any) -> ClientConfig:
         "publish": (">",),
         "subscribe": (">", "$broker.>"),
         "queue": 1 << 20,
+        "subscriptions": 1000,
+        "requests": 10000,
         "when_full": WhenFull.WAIT,
         "when_connected": WhenConnected.REFUSE,
         "rate": RateConfig(None, None),

@@ -557,7 +557,8 @@ def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
 
 def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher on ever new topics does not fill the memory."""
-    monkeypatch.setattr(events_module, "_REMEMBERED_FANS", 3)
+    monkeypatch.setattr(events_module, "_REMEMBERED_OUTBOXES", 3)
+    monkeypatch.setattr(events_module, "_SMALL_FAN", 1)
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic=">")
@@ -565,6 +566,65 @@ def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ann.publish(f"t{number}")
         assert len(ann.session.fans) <= 3
     assert len(bob.take()) == 10
+
+
+def test_publishers_share_what_is_remembered_of_a_topic() -> None:
+    """However many publish on a topic, its subscribers are kept once."""
+    net = FakeNet(client("ann"), client("bob"), client("carol"))
+    ann, bob, carol = net.connect("ann"), net.connect("bob"), net.connect("carol")
+    carol.ask("subscribe", topic="a")
+    ann.publish("a")
+    bob.publish("a")
+    assert ann.session.fans[b"a"] is bob.session.fans[b"a"]
+
+
+def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None:
+    """After a reload that changes how a subscriber's queue is kept, events still arrive, and in it."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    ann.publish("a", b"1")
+    entries = {"ann": client("ann"), "bob": client("bob", when_full=WhenFull.DROP_OLDEST)}
+    net.broker.reconfigure(entries, net.broker.limits, 0.0)
+    ann.publish("a", b"2")
+    ann.publish("a", b"3")
+    assert [event.payload for event in bob.take()] == [b"1", b"2", b"3"]
+    assert ann.session.fans == {}
+
+
+# What a client may have the broker keep in mind
+
+
+def test_subscriptions_are_limited() -> None:
+    """One more than allowed is refused and named; repeating one, or ending one first, is not."""
+    net = FakeNet(client("ann", subscriptions=2))
+    ann = net.connect("ann")
+    ann.ask("subscribe", topic="a")
+    ann.ask("subscribe", topic="b", group="g")
+    with pytest.raises(AssertionError, match="full"):
+        ann.ask("subscribe", topic="c")
+    assert ann.ask("subscribe", topic="b", group="g") == {"topic": "b", "group": "g"}
+    ann.ask("unsubscribe", topic="a")
+    ann.ask("subscribe", topic="c")
+    assert len(net.broker.topics) == 2
+
+
+def test_unanswered_requests_are_limited() -> None:
+    """One more than allowed ends the oldest, which is told to its sender; an answer to it is then any message."""
+    net = FakeNet(client("ann", requests=2), client("bob", send_to=()))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    for id in (1, 2, 3):
+        ann.request("bob", id=id)
+    assert ann.error() == (1, "expired")
+    assert len(ann.session.asked) == len(bob.session.owed) == 2
+    bob.take()
+    bob.reply("ann", id=1)
+    assert bob.error() == (1, "denied")
+    bob.reply("ann", b"2", id=2)
+    bob.reply("ann", b"3", id=3)
+    assert [reply.payload for reply in ann.take()] == [b"2", b"3"]
+    assert not ann.session.asked
+    assert not bob.session.owed
 
 
 # Presence

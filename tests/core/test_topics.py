@@ -178,3 +178,16 @@ def test_what_was_found_is_remembered_until_a_subscription_changes(monkeypatch: 
     topics.find("b")
     topics.find("c")
     assert topics.find("a") is not second
+
+
+def test_what_is_remembered_is_bounded_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few topics with many subscribers count as much as many topics with few."""
+    monkeypatch.setattr(topics_module, "_REMEMBERED_MATCHES", 5)
+    topics: Topics[str] = Topics()
+    for name in ("ann", "bob"):
+        topics.add(">", name)
+    topics.add(">", "carol", "g")
+    first = topics.find("a")
+    assert topics.find("a") is first
+    topics.find("b")
+    assert topics.find("a") is not first
