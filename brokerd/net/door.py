@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import ipaddress
 import itertools
 import os
 import socket
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from brokerd.net.server import Server
 
-__all__ = ["Door", "Knock", "fresh_instance", "peer_uid"]
+__all__ = ["Door", "Knock", "fresh_instance", "origin_of", "peer_uid"]
 
 #: Failures an address may have before its answers are slowed.
 _FREE_FAILURES: Final = 10
@@ -71,7 +72,7 @@ class Knock:
         self.fd = sock.fileno()
         self.uid = peer_uid(sock)
         self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"
-        self.origin = f"uid {self.uid}" if self.uid is not None else self.peer.rpartition(":")[0]
+        self.origin = origin_of(peer, self.uid)
         self.listener = listener
         self.allow_md5 = allow_md5
         self.deadline = deadline
@@ -293,6 +294,19 @@ class Door:
         while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
             self._refuse(oldest, "not finished within limits.handshake_timeout", tell=True)
         self._watch()
+
+
+def origin_of(peer: object, uid: int | None) -> str:
+    """Return by what a peer's failures are counted: its user, its IPv4 address, or its IPv6 network of 64 bits.
+
+    Whoever has one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4). peer: as accept() gives it.
+    """
+    if uid is not None:
+        return f"uid {uid}"
+    if isinstance(peer, tuple) and ":" in str(peer[0]):
+        network = int(ipaddress.IPv6Address(peer[0])) >> 64 << 64
+        return f"{ipaddress.IPv6Address(network)}/64"
+    return str(peer[0]) if isinstance(peer, tuple) else "unix"
 
 
 def peer_uid(sock: socket.socket) -> int | None:

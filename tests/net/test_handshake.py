@@ -469,6 +469,24 @@ def test_an_address_that_keeps_failing_is_slowed_and_others_are_not() -> None:
         assert slowed >= 0.1 > welcomed
 
 
+@pytest.mark.parametrize(
+    ("peer", "uid", "origin"),
+    [
+        (("192.0.2.7", 4000), None, "192.0.2.7"),
+        (("2001:db8:1:2:3:4:5:6", 4000, 0, 0), None, "2001:db8:1:2::/64"),
+        (("2001:db8:1:2:ffff::", 4001, 0, 0), None, "2001:db8:1:2::/64"),
+        (("2001:db8:1:3::1", 4000, 0, 0), None, "2001:db8:1:3::/64"),
+        (("fe80::1%eth0", 4000, 0, 2), None, "fe80::/64"),
+        (("::1", 4000, 0, 0), None, "::/64"),
+        ("", 1000, "uid 1000"),
+        ("", None, "unix"),
+    ],
+)
+def test_failures_are_counted_by_who_can_be_told_apart(peer: object, uid: int | None, origin: str) -> None:
+    """An IPv4 address by itself, IPv6 addresses by their /64, a Unix socket's peer by its user."""
+    assert door.origin_of(peer, uid) == origin
+
+
 def test_the_door_is_empty_when_all_have_gone() -> None:
     """Nothing of a handshake is kept when it is over, well or badly."""
     with served() as broker:
