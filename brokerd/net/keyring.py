@@ -7,12 +7,13 @@ can let others go first. Source: docs/protocol.md, "Identity".
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Final
+from typing import Final, cast
 
 from brokerd.config.values import ClientConfig, Key
 from brokerd_client.wire.handshake import Proof
@@ -21,7 +22,6 @@ __all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search"]
 
 #: Keys tried before others get their turn: some 50 microseconds of work.
 SLICE: Final = 32
-_NOBODY: Final = b"\0" * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class Credential:
 
     client: ClientConfig
     key: Key
+
+
+#: What is tried in the place of a key that is not there. It has no client: nobody can ever have made an answer with it.
+_NOBODYS: Final = Credential(cast("ClientConfig", None), Key(os.urandom(32)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,9 @@ class Keyring:
         for credentials in reversed(self._by_client.values()):
             self._order.update((credential.key.value, credential) for credential in reversed(credentials))
         self.limit = limit
-        #: Every named search tries as many keys as the client with the most keys has.
-        self._named_tries = max(map(len, self._by_client.values()), default=1)
+        #: Every named search tries as many keys as the client with the most keys has: those of its own, and then
+        #: keys of nobody, so that neither the time nor the path taken says anything about the name.
+        self._nobodys = [_NOBODYS] * max(map(len, self._by_client.values()), default=1)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -75,10 +80,10 @@ class Keyring:
         """Return the keys of one client."""
         return self._by_client.get(name, [])
 
-    @property
-    def named_tries(self) -> int:
-        """How many keys are tried for any name, known or not."""
-        return self._named_tries
+    def tried_for(self, name: str) -> list[Credential]:
+        """Return what to try for a name: equally many keys for every name, known or not."""
+        credentials = self._by_client.get(name, self._nobodys)
+        return credentials + self._nobodys[len(credentials) :]
 
     def adopt_order(self, other: Keyring) -> None:
         """Try keys in the order of their last use in another keyring; keys it does not know come last."""
@@ -131,15 +136,11 @@ class Search:
         return None if self._rest else Identity(refusal="unknown key")
 
     def _among_named(self) -> Identity:
-        """Try a name's keys: always equally many, so that the time says nothing about the name."""
-        name = self._proof.name.decode(errors="replace")
-        credentials = self._ring.named(name)
+        """Try a name's keys: all of them, and always equally many."""
         found: Credential | None = None
-        for position in range(max(self._ring.named_tries, len(credentials))):
+        for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
             self.tried += 1
-            credential = credentials[position] if position < len(credentials) else None
-            right = self._proof.made_with(_NOBODY if credential is None else credential.key.value)
-            if right and credential is not None:
+            if self._proof.made_with(credential.key.value) and credential is not _NOBODYS:
                 found = credential
         return Identity(refusal="wrong key for the name it gave") if found is None else self._judge(found)
 
