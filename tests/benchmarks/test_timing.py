@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.timing import compare  # noqa: E402 - the directory is no package that is installed
+from benchmarks.timing import compare
 
 
 def test_equal_samples_do_not_differ() -> None:
