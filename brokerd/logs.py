@@ -4,8 +4,11 @@ Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuratio
 
     daemon.started  daemon.stopping  daemon.stopped  daemon.failed
     daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
-    client.connected  client.disconnected  client.refused  client.refused_more (many within a second, counted)
+    client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
+    client.unsubscribed  message.refused  message.dropped  admin.asked
     listener.paused
+
+Those that others can cause at will have a second form, with ``_more`` at its end: many within a second, counted.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The routing loop (:mod:`brokerd.core.routing`) passes ordinary messages on by it
 else to :meth:`Broker.handle`, one frame at a time. Nothing is dropped in silence: what can't be
 delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
 
-What is to be done by the network layer lies in five places: ``touched`` (sessions with bytes to write, or
+What is to be done by the network layer lies in six places: ``touched`` (sessions with bytes to write, or
 to be closed), ``released`` (sessions that may be read from again), ``orders`` (what an administrator
-asked of the daemon), ``next_deadline`` and ``has_arrears``.
+asked of the daemon), ``happenings`` (what belongs into the log), ``next_deadline`` and ``has_arrears``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from brokerd.config.values import ClientConfig, WhenConnected
 from brokerd.core.delivery import give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
+from brokerd.core.happenings import Happenings
 from brokerd.core.outbox import Queued
 from brokerd.core.service import serve
 from brokerd.core.session import Session
@@ -91,6 +92,7 @@ class Broker:
         self.touched: list[Session] = []
         self.released: list[Session] = []
         self.orders: list[Order] = []
+        self.happenings = Happenings()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
         self.totals: Counter[str] = Counter()
@@ -202,6 +204,9 @@ class Broker:
 
     def drained(self, session: Session) -> None:
         """Say that the system took bytes of the session's outbox: who waits for room may try again."""
+        if session.slow and not session.outbox.waiting:
+            session.slow = False
+            self.happenings.note("client.recovered", session, reason="it has read everything that waited for it")
         if session.outbox.waiting <= session.outbox.limit // 2:
             # What was sent to a pool's name may go to any of its members.
             for member in session.client.sessions.values():
@@ -238,6 +243,8 @@ class Broker:
             if session.client.policy.subscribing(pattern) is None:
                 self.topics.discard(pattern, session, group)
                 session.subscriptions.discard((pattern, group))
+                why = "its new rules do not allow the subscription"
+                self.happenings.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
         """Take no new message from now on, and tell those who listen."""
@@ -272,6 +279,8 @@ class Broker:
             self._release(session)
 
     def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
+        why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
+        self.happenings.note("client.held", source, target.address, reason=why)
         source.held_by = target
         target.waiters[source] = None
         self._held[source] = deadline
@@ -367,6 +376,7 @@ class Broker:
         """Send an ERROR. name: the recipient it is about."""
         self.refused[code] += 1
         source.errors_in += 1
+        self.happenings.note("message.refused", source, name, code, message)
         self.answer(source, Envelope(Kind.ERROR, id, BROKER, error_payload(code, message, name), codec=2))
 
     def malformed(self, source: Session, id: int, message: str) -> Verdict:
@@ -389,6 +399,7 @@ class Broker:
         """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another."""
         if envelope.kind is Kind.ERROR and not envelope.flags & _RECEIPT:
             self.dropped += 1
+            self.happenings.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return Verdict.NEXT

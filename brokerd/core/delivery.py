@@ -91,6 +91,10 @@ def make_room(broker: Broker, source: Session, target: Session, size: int, now: 
     """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none."""
     when_full = target.client.config.when_full
     outbox = target.outbox
+    if not target.slow:
+        target.slow = True
+        why = f"{outbox.waiting} bytes wait for it; its queue of {outbox.limit} is full"
+        broker.happenings.note("client.slow", target, source.address, when_full, why)
     if when_full is WhenFull.WAIT and not outbox.stalled and not target.closing:
         if source.hold_deadline is None:
             source.hold_deadline = now + broker.limits.wait_timeout
@@ -111,6 +115,7 @@ def make_room(broker: Broker, source: Session, target: Session, size: int, now: 
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
     envelope, _ = split(memoryview(queued.frame)[4:])
     broker.dropped += 1
+    broker.happenings.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
     sender = _sender_of(broker, queued, envelope.name)
     if envelope.kind is Kind.REQUEST and sender is not None:
         target.owed.pop((envelope.name, envelope.id), None)
@@ -182,3 +187,5 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
         broker.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
     else:
         broker.dropped += 1
+        why = "neither its recipient nor its sender is there any more"
+        broker.happenings.note("message.dropped", session, envelope.name, "offline", why)

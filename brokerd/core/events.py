@@ -57,6 +57,8 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
             return verdict
         if verdict is Verdict.CLOSE:
             left_out.add(target)
+            why = "an event it subscribed to: its queue is full"
+            broker.happenings.note("message.dropped", target, source.address, "full", why)
     broker.dropped += len(left_out)
     if targets:
         whole = b"".join((frame_head(source, envelope, size), rest))

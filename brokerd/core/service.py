@@ -54,6 +54,8 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
             if not source.client.policy.admin:
                 raise _Refusal(ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER)
             operation = _ADMIN[op]
+            whom = arguments.get("address")
+            broker.happenings.note("admin.asked", source, whom if isinstance(whom, str) else "", op)
         if operation is None:
             known = ", ".join(sorted((*_OPEN, *_ADMIN)))
             raise _Refusal(ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER)

@@ -34,6 +34,7 @@ class Session:
     charged: the frame being handled has been counted against the sender's rate already.
     closing: why it is to be closed once its outbox is written, or "".
     cut: it is to be closed at once, written or not.
+    slow: its queue was full, and has not been empty since.
     waiters: sessions held because this one's queue is full, in the order they came.
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
@@ -68,6 +69,7 @@ class Session:
         "routes",
         "since",
         "skip",
+        "slow",
         "stamp",
         "subscriptions",
         "topics_version",
@@ -98,6 +100,7 @@ class Session:
         self.charged = False
         self.closing = ""
         self.cut = False
+        self.slow = False
         self.waiters: dict[Session, None] = {}
         self.owed: dict[tuple[str, int], Session] = {}
         self.asked: dict[tuple[int, str], Session] = {}

@@ -228,8 +228,9 @@ class Link:
 
     def _broken(self, error: Exception) -> None:
         """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
-        self.server.log.error(
-            "daemon.bug", address=self.session.address, error=repr(error), trace=traceback.format_exception(error)
+        name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
+        self.server.floods.note(
+            "error", "daemon.bug", type(error).__name__, name=name, address=address, error=repr(error), trace=trace
         )
         self.lost("a bug in the broker")
 

@@ -16,10 +16,11 @@ from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
 from brokerd.net.door import Door, Knock, fresh_instance
 from brokerd.net.farewell import Farewell
+from brokerd.net.floods import Floods
 from brokerd.net.keyring import Keyring
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import Listening
-from brokerd.net.refusals import Refusals
+from brokerd.net.notices import report
 from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
@@ -75,7 +76,7 @@ class Server:
         self.listening: list[Listening] = []
         self.on_order: Callable[[Order], None] = lambda order: None
         self._door = Door(self)
-        self._refusals = Refusals(self.loop, log)
+        self.floods = Floods(self.loop, log)
         self._tick: asyncio.TimerHandle | None = None
         self._settling = False
         self._working_off = False
@@ -102,7 +103,7 @@ class Server:
 
     def log_to(self, log: Log) -> None:
         """Have events go to another log from now on."""
-        self.log = self._refusals.log = log
+        self.log = self.floods.log = log
 
     def stop_listening_at(self, addresses: Container[Address]) -> None:
         """Close the listening sockets of these configured addresses; connections made there stay."""
@@ -126,7 +127,6 @@ class Server:
         self.listening.clear()
         self._paused.clear()
         self._door.close()
-        self._refusals.close()
 
     def _on_acceptable(self, listening: Listening) -> None:
         for _ in range(_ACCEPTS):
@@ -193,8 +193,10 @@ class Server:
         link = Link(self, knock.sock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
-        self.log.info(
+        self.floods.note(
+            "info",
             "client.connected",
+            name,
             name=name,
             address=session.address,
             peer=knock.peer,
@@ -206,7 +208,10 @@ class Server:
 
     def on_refused(self, knock: Knock, reason: str) -> None:
         """Log that a connection was turned away."""
-        self._refusals.note(knock, reason)
+        client = None if knock.credential is None else knock.credential.client.name
+        fields: dict[str, Any] = {} if client is None else {"name": client}
+        fields |= {"peer": knock.peer, "listener": knock.listener, "reason": reason}
+        self.floods.note("warning", "client.refused", f"{client or knock.origin}: {reason}", **fields)
 
     # What the core decided
 
@@ -215,7 +220,15 @@ class Server:
         session = link.session
         self.links.discard(link)
         self.broker.detach(session, self.wall())
-        self.log.info("client.disconnected", name=session.client.name, address=session.address, reason=why)
+        self.floods.note(
+            "info",
+            "client.disconnected",
+            session.client.name,
+            name=session.client.name,
+            address=session.address,
+            peer=session.peer,
+            reason=why,
+        )
         self._note_if_empty()
         self.settle()
 
@@ -263,6 +276,8 @@ class Server:
                     session.link.resume()
         finally:
             self._settling = False
+        if broker.happenings:
+            report(broker.happenings.take(), self.floods)
         while broker.orders:
             self.on_order(broker.orders.pop(0))
         if broker.has_arrears and not self._working_off:
@@ -321,6 +336,7 @@ class Server:
             link.lost("the broker stopped")
         for farewell in farewells:
             farewell.close()
+        self.floods.close()
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None

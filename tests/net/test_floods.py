@@ -1,0 +1,155 @@
+"""How refusals are logged, by themselves or counted, and what becomes of a connection that meets a bug of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from net.house import Recorder, configuration, house
+from net.raw import packed
+
+from brokerd.core import routing
+from brokerd.net.floods import Floods
+
+
+def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -> None:
+    """The first of them have a line each, the rest one line with their number; none is left out."""
+    with house(configuration(str(socket_dir / "sock"))) as here:
+        for _ in range(300):
+            here.raw().close()
+        here.log.wait("client.refused_more")
+        # All three hundred are accounted for, however many periods they fell into.
+        here.login("alice").close()
+        here.log.wait("client.disconnected")
+        here.stop_soon()
+        here.log.wait("daemon.stopped")
+        more = sum(event.fields["count"] for event in here.log.named("client.refused_more"))
+        assert len(here.log.named("client.refused")) + more == 300
+
+
+def test_a_bug_ends_one_connection_and_is_loud(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed, the log has the trace, and the others go on."""
+    with house(configuration(str(socket_dir / "sock"))) as here:
+        alice, bob = here.login("alice"), here.login("bob")
+        right = routing.feed
+
+        def wrong(broker: object, source: object, *rest: object) -> object:
+            if getattr(source, "address", "") == "alice":
+                raise ZeroDivisionError("a bug")
+            return right(broker, source, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(routing, "feed", wrong)
+        alice.send(1, "bob", b"hello")
+        assert alice.is_closed()
+        event = here.log.wait("daemon.bug")[0]
+        assert event.level == "error"
+        assert "ZeroDivisionError" in event.fields["error"]
+        assert bob.ask("whoami").json["name"] == "bob"
+        alice.close()
+        bob.close()
+
+
+def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
+    """One event with both names, the address, where it came from, the code and the reason."""
+    clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
+    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("alice") as alice:
+        alice.send(1, "carol", b"hello")
+        alice.recv()
+        event = here.log.wait("message.refused")[0]
+        assert (event.level, event.fields) == (
+            "warning",
+            {
+                "name": "alice",
+                "address": "alice",
+                "peer": f"unix uid={os.getuid()}",
+                "to": "carol",
+                "code": "denied",
+                "reason": "alice may not send to carol",
+            },
+        )
+
+
+def test_a_senders_own_mistake_is_for_debugging(socket_dir: Path) -> None:
+    """What only tells a sender that nobody is there does not fill an operator's log."""
+    with house(configuration(str(socket_dir / "sock"))) as here, here.login("alice") as alice:
+        alice.send(1, "bob", b"hello")
+        alice.recv()
+        assert here.log.wait("message.refused")[0].level == "debug"
+
+
+def test_a_flood_of_refused_messages_is_counted(socket_dir: Path) -> None:
+    """Twenty thousand messages to somebody who may not get them: a few lines, and every one of them counted."""
+    clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
+    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("alice") as alice:
+        for _ in range(20):
+            alice.write(packed(1, "carol", b"hello") * 1000)
+            for _ in range(1000):
+                assert alice.recv().code == "denied"
+        here.stop_soon()
+        here.log.wait("daemon.stopped")
+        lines, more = here.log.named("message.refused"), here.log.named("message.refused_more")
+        assert len(lines) + len(more) < 30
+        counts = [event.fields.get("count", 1) for event in (*lines, *more)]
+        assert sum(counts) == 20_000
+        assert {reason for event in more for reason in event.fields["reasons"]} <= {"alice, carol: denied"}
+
+
+class _Clock:
+    """A loop's time and its timers, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Any]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, call: Any, *arguments: Any) -> Any:
+        due = (self.now + seconds, lambda: call(*arguments))
+        self.timers.append(due)
+        return SimpleNamespace(cancel=lambda: self.timers.remove(due))
+
+    def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while due := [timer for timer in self.timers if timer[0] <= end]:
+            self.now, call = first = min(due, key=lambda timer: timer[0])
+            self.timers.remove(first)
+            call()
+        self.now = end
+
+
+def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
+    """An hour of one refusal, ten times a second, is a hundred lines or so; when it has ceased it starts anew."""
+    clock, log = _Clock(), Recorder()
+    floods = Floods(clock, log)  # type: ignore[arg-type]
+
+    for _ in range(36_000):
+        floods.note("warning", "x.happened", "alice, bob: denied")
+        clock.advance(0.1)
+
+    assert len(log.events) < 150
+    clock.advance(200)
+    counted = sum(event.fields["count"] for event in log.named("x.happened_more"))
+    assert len(log.named("x.happened")) + counted == 36_000
+    log.events.clear()
+    for _ in range(3):
+        floods.note("warning", "x.happened", "alice, bob: denied")
+    assert len(log.named("x.happened")) == 3
+
+
+def test_a_flood_of_many_kinds_is_bounded() -> None:
+    """However many names somebody makes up, there are some dozens of lines, and one with the number of the rest."""
+    clock, log = _Clock(), Recorder()
+    floods = Floods(clock, log)  # type: ignore[arg-type]
+
+    for number in range(100_000):
+        floods.note("warning", "x.happened", f"alice, {number}: denied")
+    floods.close()
+
+    assert len(log.named("x.happened")) == 50
+    (more,) = log.named("x.happened_more")
+    assert more.fields["count"] == 99_950
+    assert len(more.fields["reasons"]) == 5
