@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import WhenFull
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.parcel import Parcel, joined
 from brokerd.core.session import Session
 from brokerd.core.verdict import Verdict
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, split, split_address
@@ -69,8 +70,10 @@ def _deliver(
     if isinstance(outbox, FrameOutbox):
         pinned = "/" in envelope.name
         kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
-        whole = b"".join((head, rest))
+        whole = joined(head, rest)
         outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept))
+    elif isinstance(rest.obj, Parcel):
+        outbox.append(joined(head, rest))
     else:
         outbox.tail += head
         outbox.tail += rest

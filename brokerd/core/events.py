@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from brokerd.core.delivery import frame_head, make_room
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.parcel import joined
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches
 from brokerd.core.verdict import Verdict
@@ -61,7 +62,7 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
             broker.happenings.note("message.dropped", target, source.address, "full", why)
     broker.dropped += len(left_out)
     if targets:
-        whole = b"".join((frame_head(source, envelope, size), rest))
+        whole = joined(frame_head(source, envelope, size), rest)
         for target in targets:
             if target not in left_out:
                 if isinstance(target.outbox, FrameOutbox):

@@ -1,7 +1,8 @@
 """Bytes that wait for one connection, and the quota they may fill.
 
 Two kinds with one interface. A StreamOutbox is a run of bytes in chunks that each begin with a whole
-frame: appending is cheap and the routing loop writes straight into its ``tail``. A FrameOutbox keeps
+frame: appending is cheap and the routing loop writes straight into its ``tail``. A long frame is a chunk by
+itself and is not copied (:mod:`brokerd.core.parcel`). A FrameOutbox keeps
 every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
 another member, and clients with ``when_full: drop_oldest``.
 
@@ -44,7 +45,7 @@ class StreamOutbox(Tail):
         self.room = min(CHUNK, limit)
         self.blocked = False
         self.stalled = False
-        self._older: deque[bytearray] = deque()
+        self._older: deque[bytearray | memoryview] = deque()
         self._older_bytes = 0
         #: Bytes of the first chunk that the system has taken, and of all chunks before it.
         self._head = 0
@@ -69,10 +70,19 @@ class StreamOutbox(Tail):
         self._make_room(size)
         return True
 
-    def append(self, frame: bytes) -> None:
-        """Append one whole frame, whatever the quota says: the broker's own answers are not refused."""
-        self._make_room(len(frame))
-        self.tail += frame
+    def append(self, frame: bytes | memoryview) -> None:
+        """Append one whole frame, whatever the quota says: the broker's own answers are not refused.
+
+        What is in a memoryview is kept as it is and must not change any more.
+        """
+        if isinstance(frame, memoryview):
+            self._close_tail()
+            self._older.append(frame)
+            self._older_bytes += len(frame)
+            self._set_room()
+        else:
+            self._make_room(len(frame))
+            self.tail += frame
         self.frames += 1
         self.size += len(frame)
 
@@ -85,12 +95,16 @@ class StreamOutbox(Tail):
             self._left[stamp] = self._taken + self._older_bytes + len(self.tail)
 
     def _make_room(self, size: int) -> None:
-        if self.tail and len(self.tail) + size > CHUNK:
+        if len(self.tail) + size > CHUNK:
+            self._close_tail()
+        self._set_room()
+        self.room = max(self.room, len(self.tail) + size)
+
+    def _close_tail(self) -> None:
+        if self.tail:
             self._older.append(self.tail)
             self._older_bytes += len(self.tail)
             self.tail = bytearray()
-        self._set_room()
-        self.room = max(self.room, len(self.tail) + size)
 
     def _set_room(self) -> None:
         self.room = min(CHUNK, self.limit - self._older_bytes + self._head)
@@ -154,13 +168,13 @@ class StreamOutbox(Tail):
         return queued
 
 
-def _stamp(chunk: bytearray, body: int) -> bytes:
+def _stamp(chunk: bytearray | memoryview, body: int) -> bytes:
     """Return the sender's name in the frame whose body begins there."""
     name_size = HEADER.unpack_from(chunk, body)[3]
     return bytes(chunk[body + HEADER.size : body + HEADER.size + name_size])
 
 
-def _frames(chunk: bytearray) -> Iterator[tuple[int, int, int]]:
+def _frames(chunk: bytearray | memoryview) -> Iterator[tuple[int, int, int]]:
     """Yield where each frame of a chunk begins, where its body does, and where it ends."""
     start = 0
     while start < len(chunk):
@@ -175,13 +189,13 @@ def _frames(chunk: bytearray) -> Iterator[tuple[int, int, int]]:
 class Queued:
     """One frame that waits.
 
-    frame: length prefix included. receipt: its sender asked for a RECEIPT.
+    frame: length prefix included; it does not change any more. receipt: its sender asked for a RECEIPT.
     pinned: it was sent to this very connection, not to its name.
     sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
     kept: it is never dropped for a newer one: an answer to what the recipient sent itself.
     """
 
-    frame: bytes
+    frame: bytes | memoryview
     receipt: bool = False
     pinned: bool = False
     sender: Any = None

@@ -10,9 +10,12 @@ from __future__ import annotations
 import select
 import socket
 import traceback
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from brokerd.core import routing
+from brokerd.core.parcel import SLACK, Parcel
+from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.framing import frame_span
@@ -20,15 +23,19 @@ from brokerd_client.wire.framing import frame_span
 if TYPE_CHECKING:
     import asyncio
 
+    from brokerd.core.broker import Broker
     from brokerd.core.session import Session
     from brokerd.net.keyring import Credential
     from brokerd.net.server import Server
+
+#: What routes the frames of a buffer: see routing.feed.
+_Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, Verdict]]"
 
 __all__ = ["GRACE", "READ_BUFFER", "Link", "has_hung_up", "tune"]
 
 #: Size of the one read buffer that all connections share, in bytes.
 READ_BUFFER: Final = 256 * 1024
-#: A frame longer than this is collected in a buffer of its own.
+#: A frame longer than this is collected in a buffer of its own, and passed on in it.
 _LARGE: Final = READ_BUFFER // 2
 #: More than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
@@ -52,7 +59,7 @@ class Link:
 
     credential: the key it proved to know.
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
-    large, wanted: a long frame being collected, and its whole size.
+    parcel: a long frame being collected, or waiting to be routed while its sender is held.
     """
 
     __slots__ = (
@@ -60,12 +67,11 @@ class Link:
         "credential",
         "fd",
         "grace",
-        "large",
+        "parcel",
         "server",
         "session",
         "sock",
         "tail",
-        "wanted",
         "writing",
     )
 
@@ -76,8 +82,7 @@ class Link:
         self.fd = sock.fileno()
         self.session: Session
         self.tail = b""
-        self.large: bytearray | None = None
-        self.wanted = 0
+        self.parcel: Parcel | None = None
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
         self.closed = False
@@ -113,10 +118,12 @@ class Link:
     def _read(self) -> int:
         """Read once and route what came; return how many bytes that was. The caller settles."""
         view = self.server.buffer
+        parcel = self.parcel
         kept = 0
         try:
-            if self.large is not None:
-                size = self.sock.recv_into(view, min(READ_BUFFER, self.wanted - len(self.large)))
+            if parcel is not None:
+                with parcel.space(READ_BUFFER) as space:
+                    size = self.sock.recv_into(space)
             elif self.tail:
                 kept = len(self.tail)
                 view[:kept] = self.tail
@@ -131,14 +138,13 @@ class Link:
         if not size:
             self.lost("closed by the client")
             return 0
-        if self.large is None:
+        if parcel is None:
             self.tail = b""
             self._route(view, kept + size)
-            return size
-        self.large += view[:size]
-        if len(self.large) == self.wanted:
-            whole, self.large = self.large, None
-            self._route(memoryview(whole), len(whole))
+        else:
+            parcel.filled += size
+            if parcel.is_whole:
+                self._route_parcel(parcel)
         return size
 
     def resume(self) -> None:
@@ -150,17 +156,25 @@ class Link:
         if kept:
             self._route(memoryview(kept), len(kept))
             self.server.settle()
+        elif self.parcel is not None and self.parcel.is_whole:
+            self._route_parcel(self.parcel)
+            self.server.settle()
 
-    def _route(self, view: memoryview, end: int) -> None:
+    def _route_parcel(self, parcel: Parcel) -> None:
+        """Route a long frame; the loop would copy it, so it goes to the broker at once."""
+        self.parcel = None
+        self._route(memoryview(parcel), parcel.end, SLACK, unusual)
+
+    def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed = routing.feed) -> None:
         server, session = self.server, self.session
         now = server.loop.time()
-        position, verdict = routing.feed(server.broker, session, view, 0, end, now)
+        position, verdict = feed(server.broker, session, view, start, end, now)
         while verdict is Verdict.FLUSH:
             server.write_touched()
             if self.closed or session.closing:
                 verdict = Verdict.CLOSE
                 break
-            position, verdict = routing.feed(server.broker, session, view, position, end, now)
+            position, verdict = feed(server.broker, session, view, position, end, now)
         if self.closed:
             pass
         elif verdict is Verdict.CLOSE:
@@ -174,17 +188,21 @@ class Link:
         """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
         if position == end:
             return
+        if isinstance(view.obj, Parcel):
+            self.parcel = view.obj
+            return
         try:
             span = frame_span(view, position, end)
         except BadLength:
             # Kept behind a held frame; the routing loop judges it when it gets there.
             span = None
-        self.tail = bytes(view[position:end])
         if span is not None and self.session.held_by is None:
             wanted = sum(span) - position
             # One that is longer than any message is not collected: it is passed over as soon as its header is there.
             if _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
-                self.large, self.wanted, self.tail = bytearray(self.tail), wanted, b""
+                self.parcel = Parcel(view[position:end], wanted)
+                return
+        self.tail = bytes(view[position:end])
 
     # Writing
 
@@ -252,7 +270,7 @@ class Link:
             self.grace.cancel()
         self.server.loop.remove_reader(self.fd)
         self.server.loop.remove_writer(self.fd)
-        self.tail, self.large = b"", None
+        self.tail, self.parcel = b"", None
         if written:
             self.server.see_off(self.sock)
         else:

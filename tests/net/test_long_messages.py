@@ -1,0 +1,95 @@
+"""Messages longer than the read buffer, through real sockets: collected, held, shared, and let go of."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from net.house import configuration, house
+from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, WANT_RECEIPT, Frame, packed
+
+BIG = os.urandom(1 << 20)
+
+
+def served(clients: Any = "alice bob carol") -> Any:
+    return house(configuration("127.0.0.1:0", clients))
+
+
+def test_long_and_short_messages_keep_their_order() -> None:
+    """What follows a long message in the same segment is delivered behind it, even if its sender is held meanwhile."""
+    with (
+        served({"alice": None, "bob": {"queue": "2MiB"}}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        stream = b"".join(
+            packed(MESSAGE, "bob", BIG if number % 2 else b"short", id=number, flags=WANT_RECEIPT)
+            for number in range(80)
+        )
+        alice.sock.setblocking(False)
+        rest = memoryview(stream)
+        # Until the broker reads no more: bob has not read a byte yet, and his queue is full.
+        while rest:
+            try:
+                rest = rest[alice.sock.send(rest) :]
+            except BlockingIOError:
+                if broker.call(lambda: broker.daemon.broker.holds_somebody):
+                    break
+        assert rest, "nobody was held"
+        alice.sock.settimeout(30)
+        received: list[Frame] = []
+        while rest:
+            received.append(bob.recv())
+            alice.sock.setblocking(False)
+            with suppress(BlockingIOError):
+                rest = rest[alice.sock.send(rest) :]
+        alice.sock.settimeout(30)
+        received += [bob.recv() for _ in range(80 - len(received))]
+        assert [(frame.id, frame.body) for frame in received] == [
+            (number, BIG if number % 2 else b"short") for number in range(80)
+        ]
+        assert [alice.recv().kind for _ in range(80)] == [RECEIPT] * 80
+
+
+def test_a_long_event_reaches_everybody() -> None:
+    """Subscribers that read at different times get the same bytes."""
+    with (
+        served("alice bob carol") as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("carol") as carol,
+    ):
+        for each in (bob, carol):
+            assert each.ask("subscribe", topic="news.>").kind == REPLY
+        for number in range(3):
+            alice.send(EVENT, "", b"\x06news.x" + BIG, id=number)
+        for each in (bob, carol):
+            assert [each.recv().body for _ in range(3)] == [b"\x06news.x" + BIG] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"connections": 2}])
+def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any]) -> None:
+    """Each long message that the system did not take whole is answered as offline."""
+    with served({"alice": None, "bob": {"queue": "64MiB", **options}}) as broker, broker.login("alice") as alice:
+        with broker.login("bob"):
+            for number in range(12):
+                alice.send(MESSAGE, "bob", BIG, id=number, flags=WANT_RECEIPT)
+                assert alice.recv().kind == RECEIPT
+        refused = alice.recv()
+        assert (refused.kind, refused.code) == (ERROR, "offline")
+        while refused.id < 11:
+            following = alice.recv()
+            assert (following.kind, following.code, following.id) == (ERROR, "offline", refused.id + 1)
+            refused = following
+
+
+def test_a_sender_that_leaves_in_the_middle_leaves_nothing_behind() -> None:
+    """Half a long message is nobody's: its recipient never sees it, and goes on getting what others send."""
+    with served() as broker, broker.login("bob") as bob, broker.login("carol") as carol:
+        with broker.login("alice") as alice:
+            alice.write(packed(MESSAGE, "bob", BIG)[: len(BIG) // 2])
+        broker.log.wait("client.disconnected")
+        carol.send(MESSAGE, "bob", b"whole", id=1)
+        assert bob.recv() == Frame(MESSAGE, 0, 0, "carol", 1, b"whole")
