@@ -23,9 +23,11 @@ from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import reply_to, stats
 from brokerd.logs import make_log
+from brokerd.net.handed import Handed, HandedSocket, listen_at
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import ListenError, Listening, listen
 from brokerd.net.server import Log, Server
+from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 
 __all__ = ["Daemon"]
@@ -34,11 +36,22 @@ __all__ = ["Daemon"]
 class Daemon:
     """One broker in the running event loop.
 
-    config: what it serves. log: where its events go.
+    config: what it serves. log: where its events go. supervisor: the service manager that is told how it fares.
+    handed: the sockets that the service manager listens at for it.
     """
 
-    def __init__(self, config: Config, log: Log | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: Log | None = None,
+        *,
+        supervisor: Supervisor | None = None,
+        handed: Handed | None = None,
+    ) -> None:
         self.config = config
+        self.supervisor = supervisor or Supervisor()
+        self._handed = handed or Handed()
+        self._allotted: dict[ListenConfig, list[HandedSocket]] = {}
         self._own_log = log is None
         self.log: Log = log or make_log(config.log.level, config.log.format)
         self.broker = Broker(
@@ -64,7 +77,8 @@ class Daemon:
         began = time.perf_counter()
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
-        opened = _listen_at(config.listen)
+        self._allotted = self._handed.allot(config.listen)
+        opened = _listen_at(config.listen, self._allotted)
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
         self._server.start(opened)
@@ -80,6 +94,26 @@ class Daemon:
             config=config.path,
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
         )
+        self._warn_of_unmet()
+        self.supervisor.ready(self._status)
+
+    def _status(self) -> str:
+        """Return how the broker fares, in a line for people."""
+        assert self._server is not None
+        connections, handshakes = len(self._server.links), self._server.handshakes
+        messages = self.broker.totals["messages_in"] + sum(link.session.messages_in for link in self._server.links)
+        return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
+
+    def _warn_of_unmet(self) -> None:
+        """Tell of entries whose socket the service manager does not hand over; they listen by themselves."""
+        for entry in self._handed.unmet(self.config.listen, self._allotted):
+            self.log.warning(
+                "listener.not_handed_over",
+                listener=str(entry.address),
+                name=entry.name,
+                reason=f"the service manager hands over no socket called {entry.name} nor one at this address "
+                f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)",
+            )
 
     def _on_order(self, order: Order) -> None:
         asker = order.source.client.name
@@ -111,19 +145,26 @@ class Daemon:
         entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
         """
         async with self._reloading:
+            problems: list[str] = []
+            self.supervisor.reloading()
             try:
                 # In a thread: with many clients it takes a while, and messages are to go on.
                 self.apply(await asyncio.to_thread(load, Path(self.config.path)), reason)
             except (ConfigError, ListenError) as error:
                 problems = str(error).splitlines()
                 self.log.warning("daemon.reload_refused", reason=reason, problems=problems)
-                return problems
-            return []
+            finally:
+                self.supervisor.reloaded(problems[0] if problems else "")
+            return problems
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError; then nothing has changed."""
         plan = compare(self.config, config)
-        self._take_over(config, plan, _listen_at(plan.opened))
+        allotted = self._handed.allot(config.listen)
+        self._refuse_swaps(plan, allotted)
+        self._take_over(config, plan, _listen_at(plan.opened, allotted))
+        self._allotted = allotted
+        self._warn_of_unmet()
         self.log.info(
             "daemon.reloaded",
             reason=reason,
@@ -132,6 +173,16 @@ class Daemon:
             removed=list(plan.removed),
             listeners=[str(address) for address in self.addresses],
         )
+
+    def _refuse_swaps(self, plan: Plan, allotted: dict[ListenConfig, list[HandedSocket]]) -> None:
+        """Raise ListenError if an address that stays would be listened at by other sockets than before."""
+        before = {entry.address: sockets for entry, sockets in self._allotted.items()}
+        for entry in plan.altered:
+            if allotted.get(entry, []) != before.get(entry.address, []):
+                raise ListenError(
+                    f"{entry.address}: with name: {entry.name} another socket of the service manager's would be "
+                    "listened at (restart the broker for that)"
+                )
 
     def _take_over(self, config: Config, plan: Plan, opened: list[Listening]) -> None:
         server = self._server
@@ -157,6 +208,7 @@ class Daemon:
         if self._stopping is not None:
             return False
         self.log.info("daemon.stopping", reason=reason, drain_timeout_s=self.config.limits.drain_timeout)
+        self.supervisor.stopping(self.config.limits.drain_timeout)
         self._stopping = asyncio.get_running_loop().create_task(self.stop())
         return True
 
@@ -170,6 +222,7 @@ class Daemon:
                 cut_off = await self._server.drain(self.config.limits.drain_timeout)
                 self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
         finally:
+            self.supervisor.close()
             self.stopped.set()
 
     def cut_off(self, name: str) -> None:
@@ -186,6 +239,7 @@ class Daemon:
         """Close everything at once."""
         if self._server is not None:
             self._server.cut_off()
+        self.supervisor.close()
         self.stopped.set()
 
     async def __aenter__(self) -> Self:
@@ -210,12 +264,12 @@ def _core_limits(config: Config) -> CoreLimits:
     return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
 
 
-def _listen_at(entries: Iterable[ListenConfig]) -> list[Listening]:
+def _listen_at(entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]]) -> list[Listening]:
     """Return the listening sockets of all entries. Raises ListenError; then none is left open."""
     opened: list[Listening] = []
     try:
         for entry in entries:
-            opened += listen(entry)
+            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry)
     except ListenError:
         for listening in opened:
             listening.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -14,7 +15,9 @@ from typing import Final
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
+from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
+from brokerd.supervise import Supervisor
 
 __all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
 
@@ -38,17 +41,20 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 def run(config_path: Path) -> int:
     """Run the broker until it is told to stop; return the process's exit status.
 
-    0 after a drain, 78 for a configuration that can't be used, 1 when it can't listen or was told
-    twice to stop.
+    0 after a drain, 78 for a configuration that can't be used, alone or with the sockets that the service manager hands
+    over, 1 when it can't listen or was told twice to stop.
     """
+    supervisor = Supervisor.from_environ()
     try:
         config = load(config_path)
-    except ConfigError as error:
+        handed = Handed.take(os.environ, os.getpid())
+    except (ConfigError, Misfit) as error:
+        supervisor.failed(str(error).partition("\n")[0])
         print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
         return EX_CONFIG
     _allow_many_descriptors()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(config))
+        return runner.run(_serve(config, supervisor, handed))
 
 
 def _allow_many_descriptors() -> None:
@@ -63,8 +69,8 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(config: Config) -> int:
-    daemon = Daemon(config)
+async def _serve(config: Config, supervisor: Supervisor, handed: Handed) -> int:
+    daemon = Daemon(config, supervisor=supervisor, handed=handed)
     status = 0
 
     def on_signal(name: str) -> None:
@@ -79,7 +85,9 @@ async def _serve(config: Config) -> int:
             await daemon.start()
         except ListenError as error:
             daemon.log.error("daemon.failed", reason=str(error))
-            return EX_FAILED
+            supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
+            # Starting again can help where an address is taken; a socket that nobody asked for stays one.
+            return EX_CONFIG if isinstance(error, Misfit) else EX_FAILED
         await daemon.stopped.wait()
     return status
 

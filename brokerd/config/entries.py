@@ -156,6 +156,12 @@ class Entries:
             first = place
         if first is not place:
             self._problem(where, f"{address} is given twice, first at {first} (keep one of them)")
+        if valid.name is not None:
+            place_of_name, _ = self._document.place((*path, "name"))
+            first = self._findings.sockets.setdefault(valid.name, place_of_name)
+            if first is not place_of_name:
+                what = f"the socket {valid.name!r} is given twice, first at {first} (keep one of them)"
+                self._problem((*path, "name"), what)
         self._findings.listen.append(
             ListenConfig(
                 address=address,
@@ -163,6 +169,7 @@ class Entries:
                 group=valid.group if address.is_file else None,
                 allow_md5=valid.allow_md5,
                 source=Source(place.file, place.line),
+                name=valid.name,
             )
         )
 

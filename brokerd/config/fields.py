@@ -33,6 +33,7 @@ __all__ = [
     "Rate",
     "Several",
     "Size",
+    "SocketName",
     "SubscribePattern",
     "Timeout",
     "UserId",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 _MODE: Final = re.compile(r"0?[0-7]{3}")
+#: What systemd takes for FileDescriptorName=.
+_SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
 
 
 def _right(error: ValueError) -> ValueError:
@@ -71,6 +74,12 @@ def _group(value: object) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32 - 1:
         return value
     raise ValueError("is no group (give a group's name or number)")
+
+
+def _socket_name(value: object) -> str:
+    if not isinstance(value, str) or not _SOCKET_NAME.fullmatch(value):
+        raise ValueError("is no socket's name (give FileDescriptorName= of the .socket unit: ASCII without a colon)")
+    return value
 
 
 def _key(value: object) -> bytes:
@@ -198,6 +207,11 @@ Group: TypeAlias = Annotated[
     Any,
     BeforeValidator(_group),
     WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}),
+]
+SocketName: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_socket_name),
+    WithJsonSchema({"type": "string", "pattern": f"^{_SOCKET_NAME.pattern}$"}),
 ]
 KeyBytes: TypeAlias = Annotated[
     bytes, BeforeValidator(_key), WithJsonSchema({"type": "string", "minLength": 1, "writeOnly": True})

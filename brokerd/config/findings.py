@@ -40,6 +40,8 @@ class Findings:
         #: Every address and every name, also of entries with problems, and where it is given.
         self.addresses: dict[str, Place] = {}
         self.names: dict[str, tuple[Document, Path]] = {}
+        #: The names of sockets handed over, and where they are given.
+        self.sockets: dict[str, Place] = {}
         #: Every key, whose it is and where it is given.
         self.keys: dict[bytes, tuple[str, Document, Path]] = {}
         #: Names in send_to without a wildcard, and where they are given.

@@ -30,6 +30,7 @@ from brokerd.config.fields import (
     Rate,
     Several,
     Size,
+    SocketName,
     SubscribePattern,
     Timeout,
     UserId,
@@ -109,6 +110,8 @@ class ListenEntry(_Entry):
     """File mode of a Unix socket, as octal digits in quotes."""
     group: Group | None = None
     """Group that gets the Unix socket's file: a name or a number."""
+    name: SocketName | None = None
+    """What systemd calls the socket it hands over for this entry, where that has another address."""
 
     @model_validator(mode="before")
     @classmethod

@@ -136,6 +136,7 @@ class ListenConfig:
 
     mode: the file mode of a Unix socket's file, None for every other address.
     group: the name or number of the group that gets the file, or None.
+    name: of the service manager's socket to listen at, where that is bound to another address; or None.
     """
 
     address: Address
@@ -143,6 +144,7 @@ class ListenConfig:
     group: str | int | None
     allow_md5: bool
     source: Source = field(compare=False)
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

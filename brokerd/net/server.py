@@ -85,6 +85,11 @@ class Server:
         self._farewells: set[Farewell] = set()
         self._farewell_s = GRACE
 
+    @property
+    def handshakes(self) -> int:
+        """Connections that have not proved yet who they are."""
+        return len(self._door)
+
     # Accepting
 
     def start(self, listening: Iterable[Listening]) -> None:

@@ -574,3 +574,15 @@ def test_a_client_whose_lines_moved_is_the_same() -> None:
     assert before.clients["a"].source == Source("brokerd.yaml", 2)
     assert after.clients["a"].source == Source("elsewhere", 4)
     assert before.clients["a"] != load_text(GOOD + text.replace("key: k", "key: l")).clients["a"]
+
+
+def test_the_name_of_a_handed_over_socket(tmp_path: Path) -> None:
+    """It is kept; one name is one entry's, and what systemd would not take for a name is an error."""
+    config = load_text("listen: [{address: 127.0.0.1:1, name: team}]\nclients: {a: {key: k}}\n")
+    assert config.listen[0].name == "team"
+    twice = "listen:\n  - {address: 127.0.0.1:1, name: team}\n  - {address: 127.0.0.1:2, name: team}\n"
+    assert lines_of(twice + "clients: {a: {key: k}}\n") == [
+        "f:3:34: listen[1].name: the socket 'team' is given twice, first at f:2:34 (keep one of them)"
+    ]
+    (line,) = lines_of('listen: [{address: "127.0.0.1:1", name: "a:b"}]\nclients: {a: {key: k}}\n')
+    assert "is no socket's name (give FileDescriptorName= of the .socket unit" in line

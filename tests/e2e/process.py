@@ -36,6 +36,9 @@ class Process:
         listen: Iterable[Any] = (),
         preexec: Any = None,
         stderr: int = subprocess.PIPE,
+        program: str = PROGRAM,
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Iterable[int] = (),
         **more: Any,
     ) -> None:
         self.directory = directory
@@ -54,12 +57,13 @@ class Process:
         self.config.chmod(0o600)
         self.lines: list[str] = []
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(self.config)],
+            [sys.executable, "-c", program, str(self.config)],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             preexec_fn=preexec,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=list(pass_fds),
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environ or {})},
         )
         self._news = threading.Condition()
         self._readers = [
