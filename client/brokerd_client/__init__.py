@@ -1,21 +1,22 @@
 """The library of the brokerd message broker: standard library only, no daemon needed.
 
-``connect`` is the client for ordinary code, ``aio`` the same for asyncio (imported at the first use),
-``connection`` the direct API, a drop-in for ``multiprocessing.connection``.
+``connect`` is the client for ordinary code, ``aio`` the same for asyncio, ``connection`` the direct API, a drop-in
+for ``multiprocessing.connection``. Each is imported when it is first asked for; only the exceptions are there at once.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from brokerd_client.blocking import Client, Message, PresenceWatch, Subscription, connect
 from brokerd_client.errors import *  # noqa: F403 - the exception tree is public as a whole, and has an __all__
 from brokerd_client.errors import __all__ as _errors
-from brokerd_client.message import Receipt
-from brokerd_client.presence import ClientInfo, Presence
 
 if TYPE_CHECKING:
     from brokerd_client import aio, connection
+    from brokerd_client.blocking import Client, PresenceWatch, Subscription, connect
+    from brokerd_client.blocking_feeds import Message
+    from brokerd_client.message import Receipt
+    from brokerd_client.presence import ClientInfo, Presence
 
 __all__ = [
     "Client",
@@ -31,11 +32,30 @@ __all__ = [
 ]
 __all__ += [name for name in _errors if name != "refusal"]
 
+#: Where each name comes from.
+_HOMES = {
+    "Client": "blocking",
+    "ClientInfo": "presence",
+    "Message": "blocking_feeds",
+    "Presence": "presence",
+    "PresenceWatch": "blocking",
+    "Receipt": "message",
+    "Subscription": "blocking",
+    "connect": "blocking",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import ``aio`` and ``connection`` when they are first asked for: asyncio takes long to import."""
-    if name in ("aio", "connection"):
-        import importlib
+    """Import what is asked for: the daemon needs nothing of it, and asyncio takes long to import."""
+    import importlib
 
+    if name in ("aio", "connection"):
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
