@@ -1,8 +1,8 @@
 """The command ``brokerd``: runs the broker, and what goes with it that needs no broker running.
 
-What talks to a running broker is ``brokerctl``. A mistake in a configuration is a line on standard error and exit
-status 78, never a traceback. Each command imports what it needs when it is called, so that ``brokerd key`` does
-not wait for an event loop.
+What talks to a running broker is ``brokerctl``; ``check --against-running`` alone asks one, as ``brokerctl`` does. A
+mistake in a configuration is a line on standard error and exit status 78, never a traceback. Each command imports what
+it needs when it is called, so that ``brokerd key`` does not wait for an event loop.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import click
 
 from brokerd import __version__
+
+if TYPE_CHECKING:
+    from brokerd.config.model import Config
 
 __all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
 
@@ -75,11 +78,17 @@ def _import_structlog_alone() -> None:
 
 @main.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--against-running", is_flag=True, help="Ask the running broker what a reload would change.")
+@click.option("--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON.")
 @click.pass_context
-def check(context: click.Context, file: Path | None) -> None:
+def check(context: click.Context, file: Path | None, against_running: bool, as_json: bool) -> None:
     """Check a configuration and everything it includes; change nothing.
 
     Every mistake is a line on standard error, and the exit status is then 78. Opens no socket and writes nothing.
+
+    With --against-running, the broker that runs with this configuration is asked what a reload would change: as the
+    client that BROKERD_NAME, BROKERD_KEY_FILE and BROKERD_ADDRESS say, or else as an administrator of the
+    configuration. The exit status is 0 only if the reload would work.
     """
     from brokerd.config.advice import advice
     from brokerd.config.load import load
@@ -93,6 +102,8 @@ def check(context: click.Context, file: Path | None) -> None:
         context.exit(EX_CONFIG)
     for warning in advice(config, datetime.now(UTC)):
         click.echo(f"warning: {warning}", err=True)
+    if against_running:
+        context.exit(_check_against_running(config, as_json))
     clients, listeners = len(config.clients), len(config.listen)
     click.echo(
         one_line(
@@ -102,14 +113,56 @@ def check(context: click.Context, file: Path | None) -> None:
     )
 
 
+def _check_against_running(config: Config, as_json: bool) -> int:
+    """Print what a reload of the running broker would change; return the exit status."""
+    import os
+
+    from brokerd.ctl.output import print_json
+    from brokerd.ctl.plan import judge, plan_lines
+    from brokerd.ctl.running import Administrator, ask_for_plan
+    from brokerd.ctl.status import Failure
+
+    now = datetime.now(UTC)
+    admins = [client for client in config.clients.values() if client.admin]
+    administrators = [
+        Administrator(client.name, key)
+        for client in admins
+        for key in ([key.value for key in client.keys if key.valid_at(now)] if client.keys else [None])
+    ]
+    try:
+        addresses = [str(entry.address) for entry in config.listen]
+        answer = ask_for_plan(config.path, addresses, administrators, os.environ)
+        if as_json:
+            print_json(answer)
+        else:
+            for line in plan_lines(answer):
+                click.echo(line)
+        judge(answer)
+    except Failure as failure:
+        click.echo(f"brokerd: {failure.format_message()}", err=True)
+        return failure.exit_code
+    return 0
+
+
 @main.command()
 @click.argument("name", required=False)
-def key(name: str | None) -> None:
-    """Print a fresh key; with a client's NAME, also the YAML to paste."""
+@click.option("--add", is_flag=True, help="Write the key to a file and make NAME a client with it.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="With --add: the configuration.")
+@click.pass_context
+def key(context: click.Context, name: str | None, add: bool, config: Path | None) -> None:
+    """Print a fresh key; with a client's NAME, also the YAML to paste.
+
+    With --add nothing is printed of the key: it is written to keys/NAME, beside the configuration, for the owner alone,
+    and clients.d/NAME.yaml makes NAME a client that has it. Both files are written, or none; never over another.
+    """
     import secrets
 
     if name is not None:
         _check_name(name)
+    if add:
+        if name is None:
+            raise click.UsageError("--add needs the NAME of the new client")
+        context.exit(_add_client(name, context.obj if config is None else config))
     fresh = secrets.token_urlsafe(_KEY_SIZE)
     click.echo(fresh)
     if name is not None:
@@ -121,6 +174,28 @@ def key(name: str | None) -> None:
             f"  {_quoted(name)}:\n"
             f"    key_file: {_quoted(f'keys/{name}')}"
         )
+
+
+def _add_client(name: str, config: Path) -> int:
+    """Make the files of a new client and say what to do next; return the exit status."""
+    from brokerd.config.newcomer import NotAdded, add_client
+    from brokerd.config.problems import ConfigError
+
+    try:
+        added = add_client(name, config)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        return EX_CONFIG
+    except NotAdded as error:
+        click.echo(f"brokerd: {error}", err=True)
+        return 1
+    click.echo(
+        f"added client {name}: {added.entry}, with its key in {added.key}\n"
+        f"Next: brokerctl reload\n"
+        f"Then: give the key to the client; it connects with its name and the key:\n"
+        f"  BROKERD_NAME={name} BROKERD_KEY_FILE={added.key} brokerctl ping"
+    )
+    return 0
 
 
 @main.command()

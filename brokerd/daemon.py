@@ -10,23 +10,26 @@ import os
 import sys
 import time
 from collections.abc import Coroutine, Iterable
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from brokerd import __version__
-from brokerd.config.load import ConfigError, load
+from brokerd.aside import aside
 from brokerd.config.model import Config
-from brokerd.config.plan import Plan, compare
+from brokerd.config.plan import taken_over
+from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import reply_to, stats
+from brokerd.keywatch import KeyWatch, uses_of
 from brokerd.logs import make_log
 from brokerd.net.handed import Handed, HandedSocket, listen_at
 from brokerd.net.keyring import Keyring
-from brokerd.net.listening import ListenError, Listening, listen
+from brokerd.net.listening import Found, ListenError, Listening, listen
 from brokerd.net.server import Log, Server
+from brokerd.reload import Cause, Outcome, Prepared, compared, obstacles, prepare, whole_plan
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 
@@ -64,6 +67,9 @@ class Daemon:
         self._server: Server | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
+        #: Whether a reload that a signal asked for has not begun yet.
+        self._reload_waits = False
+        self._keywatch: KeyWatch | None = None
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
 
@@ -82,6 +88,7 @@ class Daemon:
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
         self._server.start(opened)
+        self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), self._server.credentials)
         self.log.info(
             "daemon.started",
             version=__version__,
@@ -95,6 +102,7 @@ class Daemon:
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
         )
         self._warn_of_unmet()
+        self._keywatch.watch(config)
         self.supervisor.ready(self._status)
 
     def _status(self) -> str:
@@ -120,18 +128,28 @@ class Daemon:
         if order.op == "drain":
             reply_to(self.broker, order.source, order.id, {"draining": True})
             self.stop_soon(f"asked for by {asker}")
+        elif order.op == "keys":
+            reply_to(self.broker, order.source, order.id, self.keys())
+            self._settle()
         else:
             self._in_background(self._reload_for(order, f"asked for by {asker}"))
 
     async def _reload_for(self, order: Order, reason: str) -> None:
-        problems = await self.reload(reason)
-        reply_to(self.broker, order.source, order.id, {"reloaded": not problems, "problems": problems})
-        assert self._server is not None
-        self._server.settle()
+        dry_run = order.arguments.get("dry_run") is True
+        outcome = await self._reload(reason, dry_run=dry_run)
+        # Before anything is written: whoever is disconnected by the reload asked for is to hear of it.
+        reply_to(self.broker, order.source, order.id, outcome.as_reply(self.config.path, dry_run=dry_run))
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._server is not None:
+            self._server.settle()
 
     def reload_soon(self, reason: str) -> None:
-        """Begin to reload; how it went is in the log."""
-        self._in_background(self.reload(reason))
+        """Begin to reload; how it went is in the log. One that waits to begin will do for this one too."""
+        if not self._reload_waits:
+            self._reload_waits = True
+            self._in_background(self.reload(reason))
 
     def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -144,64 +162,88 @@ class Daemon:
         Returns what is wrong, a line each; with an empty list everything was taken over. A client whose
         entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
         """
+        outcome = await self._reload(reason)
+        self._settle()
+        return outcome.problems
+
+    async def _reload(self, reason: str, *, dry_run: bool = False) -> Outcome:
+        """Reload, or say what would come of it; the caller settles."""
         async with self._reloading:
+            self._reload_waits = False
+            cause: Cause = "config"
             problems: list[str] = []
-            self.supervisor.reloading()
+            prepared: Prepared | None = None
+            if not dry_run:
+                self.supervisor.reloading()
             try:
-                # In a thread: with many clients it takes a while, and messages are to go on.
-                self.apply(await asyncio.to_thread(load, Path(self.config.path)), reason)
-            except (ConfigError, ListenError) as error:
+                running, allotted = self.config, self._allotted
+                prepared = await aside(lambda: prepare(running, self._handed, allotted))
+                if self._server is None or self._stopping is not None:
+                    cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
+                elif dry_run:
+                    return self._outlook(prepared)
+                else:
+                    return self._take_over(prepared, reason)
+            except ConfigError as error:
                 problems = str(error).splitlines()
-                self.log.warning("daemon.reload_refused", reason=reason, problems=problems)
+            except ListenError as error:
+                cause, problems = "listen", str(error).splitlines()
             finally:
-                self.supervisor.reloaded(problems[0] if problems else "")
-            return problems
+                if not dry_run:
+                    self.supervisor.reloaded(problems[0] if problems else "")
+            if not dry_run:
+                self.log.warning("daemon.reload_refused", reason=reason, cause=cause, problems=problems)
+            plan = None if prepared is None else whole_plan(prepared.plan, ())
+            return Outcome(plan, problems, cause)
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError; then nothing has changed."""
-        plan = compare(self.config, config)
-        allotted = self._handed.allot(config.listen)
-        self._refuse_swaps(plan, allotted)
-        self._take_over(config, plan, _listen_at(plan.opened, allotted))
-        self._allotted = allotted
-        self._warn_of_unmet()
-        self.log.info(
-            "daemon.reloaded",
-            reason=reason,
-            added=list(plan.added),
-            changed=list(plan.changed),
-            removed=list(plan.removed),
-            listeners=[str(address) for address in self.addresses],
-        )
+        self._take_over(compared(self.config, config, self._handed, self._allotted), reason)
+        self._settle()
 
-    def _refuse_swaps(self, plan: Plan, allotted: dict[ListenConfig, list[HandedSocket]]) -> None:
-        """Raise ListenError if an address that stays would be listened at by other sockets than before."""
-        before = {entry.address: sockets for entry, sockets in self._allotted.items()}
-        for entry in plan.altered:
-            if allotted.get(entry, []) != before.get(entry.address, []):
-                raise ListenError(
-                    f"{entry.address}: with name: {entry.name} another socket of the service manager's would be "
-                    "listened at (restart the broker for that)"
-                )
+    def _outlook(self, prepared: Prepared) -> Outcome:
+        assert self._server is not None
+        problems = obstacles(prepared)
+        plan = whole_plan(prepared.plan, self._server.misfits(prepared.keyring))
+        return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
-    def _take_over(self, config: Config, plan: Plan, opened: list[Listening]) -> None:
-        server = self._server
+    def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
+        """Take it over: first all that can fail, and that leaves no trace then. The caller settles.
+
+        New addresses are open before old ones are closed. Raises ListenError; then nothing has changed.
+        """
+        server, plan, keyring = self._server, prepared.plan, prepared.keyring
         assert server is not None
-        self.config = config
-        keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
-        keyring.adopt_order(server.keyring)
+        if prepared.blocked:
+            raise ListenError("\n".join(prepared.blocked))
+        opened = _listen_at(plan.opened, prepared.allotted, prepared.found)
+        try:
+            server.alter(entry for entry, _ in plan.altered)
+        except ListenError:
+            for listening in opened:
+                listening.close()
+            raise
+        leaving = server.misfits(keyring)
+        config = self.config = taken_over(self.config, prepared.config)
+        self._allotted = prepared.allotted
         if plan.log and self._own_log:
             self.log = make_log(config.log.level, config.log.format)
             server.log_to(self.log)
-        gone = self.broker.reconfigure(config.clients, _core_limits(config), time.time())
-        server.reconfigure(keyring, config.limits, plan.altered)
+        self.broker.reconfigure(config.clients, _core_limits(config), time.time())
+        server.reconfigure(keyring, config.limits)
         server.start(opened)
         server.stop_listening_at({entry.address for entry in plan.closed})
-        server.disconnect(gone, "its name was removed from the configuration")
-        server.disconnect(
-            [link.session for link in server.links if not keyring.holds(link.credential)],
-            "the key it uses was removed from the configuration",
+        for session, why in leaving:
+            self.broker.close(session, why)
+        fields = whole_plan(plan, leaving)
+        self.log.info(
+            "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
         )
+        self._warn_of_unmet()
+        if self._keywatch is not None:
+            self._keywatch.log = self.log
+            self._keywatch.watch(config)
+        return Outcome(fields, warnings=prepared.warnings)
 
     def stop_soon(self, reason: str) -> bool:
         """Begin to drain; return False if that had begun already."""
@@ -218,6 +260,8 @@ class Daemon:
         What can't be written within ``limits.drain_timeout`` is cut off.
         """
         try:
+            if self._keywatch is not None:
+                self._keywatch.close()
             if self._server is not None:
                 cut_off = await self._server.drain(self.config.limits.drain_timeout)
                 self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
@@ -235,8 +279,21 @@ class Daemon:
         """Return what the `$broker` operation ``stats`` answers."""
         return stats(self.broker)
 
+    def keys(self) -> dict[str, Any]:
+        """Return what the `$broker` operation ``keys`` answers: every key's id, its time and its uses."""
+        server = self._server
+        assert server is not None
+        clients = uses_of(self.config, server.keyring, server.credentials(), datetime.now(UTC))
+        return {"clients": clients, "since": self.broker.started_at}
+
+    def key_expiries(self) -> dict[str, datetime]:
+        """Return for each client whose keys have an end the moment from which it can't be let in any more."""
+        return {} if self._keywatch is None else self._keywatch.expiries()
+
     def kill(self) -> None:
         """Close everything at once."""
+        if self._keywatch is not None:
+            self._keywatch.close()
         if self._server is not None:
             self._server.cut_off()
         self.supervisor.close()
@@ -264,12 +321,17 @@ def _core_limits(config: Config) -> CoreLimits:
     return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
 
 
-def _listen_at(entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]]) -> list[Listening]:
-    """Return the listening sockets of all entries. Raises ListenError; then none is left open."""
+def _listen_at(
+    entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]], found: Found | None = None
+) -> list[Listening]:
+    """Return the listening sockets of all entries. Raises ListenError; then none is left open.
+
+    allotted: those that the service manager listens at. found: what host names mean, where that has been looked up.
+    """
     opened: list[Listening] = []
     try:
         for entry in entries:
-            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry)
+            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry, found)
     except ListenError:
         for listening in opened:
             listening.close()

@@ -7,6 +7,7 @@ Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuratio
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
     listener.paused  listener.not_handed_over
+    key.expiring  key.expiring_more (of many clients at once, counted)  key.expired
 
 Those that others can cause at will have a second form, with ``_more`` at its end: many within a second, counted.
 """

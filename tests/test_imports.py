@@ -106,8 +106,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),
     "brokerd.monitor": (*MODEL, "brokerd.core", "brokerd.net", "brokerd.logs"),
+    "brokerd.aside": (),
+    "brokerd.keywatch": ("brokerd.config", "brokerd.net"),
+    "brokerd.reload": ("brokerd.config", "brokerd.core", "brokerd.net"),
     "brokerd.daemon": (
         *LEAVES,
+        "brokerd.aside",
+        "brokerd.keywatch",
+        "brokerd.reload",
         "brokerd.config",
         "brokerd.core",
         "brokerd.net",
@@ -132,7 +138,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.process",
         "brokerd.testing",
     ),
-    "brokerd.cli": ("brokerd_client", "brokerd.config", "brokerd.demo", "brokerd.logs", "brokerd.process"),
+    # It asks a running broker as brokerctl does.
+    "brokerd.cli": (
+        "brokerd_client",
+        "brokerd.config",
+        "brokerd.ctl",
+        "brokerd.demo",
+        "brokerd.logs",
+        "brokerd.process",
+    ),
     # A client like any other, with no look inside the daemon.
     "brokerd.ctl": ("brokerd_client",),
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from brokerd.config.model import ClientConfig, Config, ListenConfig
 from brokerd.config.problems import one_line
+from brokerd.config.validity import let_in_until
 
 __all__ = ["advice"]
 
@@ -18,7 +19,7 @@ def advice(config: Config, now: datetime) -> list[str]:
     if not config.clients:
         warnings.append(one_line(f"{config.path}: there are no clients: nobody can connect (add some to clients:)"))
     for client in config.clients.values():
-        warnings += map(one_line, _about_client(client, now))
+        warnings += map(one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning)))
     return warnings
 
 
@@ -27,7 +28,7 @@ def _about_listener(listen: ListenConfig) -> Iterator[str]:
         yield f"{listen.source}: this machine has no group {listen.group!r} (make it, or give another)"
 
 
-def _about_client(client: ClientConfig, now: datetime) -> Iterator[str]:
+def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta) -> Iterator[str]:
     where = f"{client.source}: client {client.name!r}"
     if client.keys and not any(key.valid_at(now) for key in client.keys):
         if all(key.expired_at(now) for key in client.keys):
@@ -35,6 +36,10 @@ def _about_client(client: ClientConfig, now: datetime) -> Iterator[str]:
             yield f"{where} can't connect: its last key expired at {last.isoformat()} (give it a new one)"
         else:
             yield f"{where} can't connect now: none of its keys is valid yet, or still (see not_before, not_after)"
+    last_key = let_in_until(client.keys, now)
+    if last_key is not None and last_key.not_after is not None and last_key.not_after - now <= warned_before:
+        until = last_key.not_after.isoformat()
+        yield f"{where} can't connect after {until}: its last key expires then (give it one that begins before)"
 
 
 def _group_exists(group: str) -> bool:

@@ -224,6 +224,8 @@ class Limits(_Entry):
     """The longest time a sender is held by a full queue (when_full: wait)."""
     drain_timeout: Duration = _written("10s", units.duration)
     """The time to deliver what is queued when the broker stops."""
+    expiry_warning: Duration = _written("14d", units.duration)
+    """How long before a client's last key expires it is warned of; 0 warns only when it has."""
 
 
 class Log(_Entry):

@@ -1,32 +1,63 @@
-"""What a reload would change: two configurations compared, nothing carried out."""
+"""What a reload would change: two configurations compared, nothing carried out.
+
+Every change is a phrase for people, ``queue: 8MiB -> 16MiB``. A key never stands in one, only its id.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from typing import Any, Final
 
-from brokerd.config.model import Config
-from brokerd.config.values import ListenConfig
+from brokerd.config.model import Config, Limits, Log
+from brokerd.config.values import ClientConfig, Key, ListenConfig, RateConfig
 
-__all__ = ["Plan", "compare"]
+__all__ = ["Plan", "compare", "overlaps", "taken_over"]
+
+#: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
+_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "files"})
+#: So much of a long list of rules is shown.
+_SHOWN: Final = 8
+#: Addresses that mean every address of the machine.
+_EVERYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared with, never bound
+#: What the name localhost may mean.
+_THIS_MACHINE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The differences between the running configuration and a new one.
 
-    added, changed, removed: names of clients. opened, closed: ``listen`` entries by their address;
-    altered: entries whose address stays and whose other settings change.
-    limits, log: whether that section changes.
+    added, removed: names of clients. changed: names, each with what changes.
+    opened, closed: ``listen`` entries by their address; altered: entries whose address stays and whose other
+    settings change, each with what changes.
+    limits, log: what changes in that section. restart: what a reload leaves as it is.
     """
 
     added: tuple[str, ...]
-    changed: tuple[str, ...]
+    changed: Mapping[str, tuple[str, ...]]
     removed: tuple[str, ...]
     opened: tuple[ListenConfig, ...]
     closed: tuple[ListenConfig, ...]
-    altered: tuple[ListenConfig, ...]
-    limits: bool
-    log: bool
+    altered: tuple[tuple[ListenConfig, tuple[str, ...]], ...]
+    limits: tuple[str, ...]
+    log: tuple[str, ...]
+    restart: tuple[str, ...]
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the plan for a reply or a log event: plain lists and mappings of text."""
+        return {
+            "added": list(self.added),
+            "changed": {name: list(changes) for name, changes in self.changed.items()},
+            "removed": list(self.removed),
+            "opened": [str(entry.address) for entry in self.opened],
+            "closed": [str(entry.address) for entry in self.closed],
+            "altered": {str(entry.address): list(changes) for entry, changes in self.altered},
+            "limits": list(self.limits),
+            "log": list(self.log),
+            "restart": list(self.restart),
+        }
 
 
 def compare(running: Config, new: Config) -> Plan:
@@ -34,13 +65,161 @@ def compare(running: Config, new: Config) -> Plan:
     before, after = running.clients, new.clients
     listening = {entry.address: entry for entry in running.listen}
     wanted = {entry.address: entry for entry in new.listen}
+    opened = tuple(entry for address, entry in wanted.items() if address not in listening)
+    closed = tuple(entry for address, entry in listening.items() if address not in wanted)
     return Plan(
         added=tuple(name for name in after if name not in before),
-        changed=tuple(name for name in after if name in before and after[name] != before[name]),
+        changed={
+            name: tuple(_client_changes(before[name], entry))
+            for name, entry in after.items()
+            if name in before and entry != before[name]
+        },
         removed=tuple(name for name in before if name not in after),
-        opened=tuple(entry for address, entry in wanted.items() if address not in listening),
-        closed=tuple(entry for address, entry in listening.items() if address not in wanted),
-        altered=tuple(entry for address, entry in wanted.items() if listening.get(address, entry) != entry),
-        limits=new.limits != running.limits,
-        log=new.log != running.log,
+        opened=opened,
+        closed=closed,
+        altered=tuple(
+            (entry, tuple(_changes(listening[address], entry, _LISTENER_WORDS)))
+            for address, entry in wanted.items()
+            if listening.get(address, entry) != entry
+        ),
+        limits=tuple(_changes(running.limits, new.limits, _LIMIT_WORDS)),
+        log=tuple(_changes(running.log, new.log, {})),
+        restart=tuple(f"{name} is taken over by a restart only" for name in _kept(running, new)),
     )
+
+
+def taken_over(running: Config, new: Config) -> Config:
+    """Return the new configuration with what only a restart takes over as it was."""
+    return replace(new, **{name: getattr(running, name) for name in _kept(running, new)})
+
+
+def _kept(running: Config, new: Config) -> list[str]:
+    names = [each.name for each in fields(Config) if each.name not in _RELOADED]
+    return [name for name in names if getattr(running, name) != getattr(new, name)]
+
+
+def overlaps(opened: Iterable[ListenConfig], closed: Collection[ListenConfig]) -> Iterator[str]:
+    """Say which new addresses can't be opened before an old one is closed, as one of the two means every address."""
+    for new in opened:
+        for old in closed:
+            if _overlap(new, old):
+                yield f"can't listen at {new.address} while this broker listens at {old.address} (restart it)"
+
+
+def _overlap(new: ListenConfig, old: ListenConfig) -> bool:
+    one, other = new.address, old.address
+    families = ("AF_INET", "AF_INET6")
+    if one.family not in families or other.family not in families or one.port != other.port or not one.port:
+        return False
+    hosts = {one.host, other.host}
+    if len(hosts) == 1 or ("localhost" in hosts and hosts <= _THIS_MACHINE):
+        return True
+    return bool(hosts & _EVERYWHERE) and (one.family == other.family or "localhost" in hosts)
+
+
+# Phrases
+
+
+def _client_changes(before: ClientConfig, after: ClientConfig) -> Iterator[str]:
+    yield from _key_changes(before.keys, after.keys)
+    yield from _changes(before, after, _CLIENT_WORDS, without=("keys",))
+
+
+def _key_changes(before: tuple[Key, ...], after: tuple[Key, ...]) -> Iterator[str]:
+    if before == after:
+        return
+    old, new = {key.value: key for key in before}, {key.value: key for key in after}
+    for value, key in new.items():
+        if value not in old:
+            yield f"key {key.key_id} added ({key.source})"
+        elif old[value] != key:
+            yield f"key {key.key_id}: accepted {_window(old[value])} -> {_window(key)}"
+    for value, key in old.items():
+        if value not in new:
+            yield f"key {key.key_id} removed ({key.source})"
+    if old == new:
+        yield "keys: in another order"
+
+
+def _window(key: Key) -> str:
+    begin = f"from {_moment(key.not_before)}" if key.not_before else ""
+    end = f"until {_moment(key.not_after)}" if key.not_after else ""
+    return " ".join(filter(None, (begin, end))) or "always"
+
+
+def _moment(when: datetime) -> str:
+    return when.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+_Words = Mapping[str, Callable[[Any], str]]
+
+
+def _changes(
+    before: ClientConfig | ListenConfig | Limits | Log,
+    after: ClientConfig | ListenConfig | Limits | Log,
+    words: _Words,
+    without: tuple[str, ...] = (),
+) -> Iterator[str]:
+    """Yield a phrase for every field that differs."""
+    if isinstance(before, (Limits, Log)):
+        names = list(type(before).model_fields)
+    else:
+        names = [each.name for each in fields(before) if each.compare and each.name not in without]
+    for name in names:
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            said = words.get(name, _said)
+            yield f"{name}: {said(old)} -> {said(new)}"
+
+
+def _said(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        shown = ", ".join(str(item) for item in value[:_SHOWN])
+        return f"[{shown}{f', and {len(value) - _SHOWN} more' if len(value) > _SHOWN else ''}]"
+    return str(value)
+
+
+def _size(count: int) -> str:
+    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if count and count % 1024**power == 0:
+            return f"{count // 1024**power}{unit}"
+    return f"{count} bytes"
+
+
+def _seconds(duration: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if duration and duration % length == 0:
+            return f"{duration / length:g}{unit}"
+    return f"{duration:g}s"
+
+
+def _mode(mode: int | None) -> str:
+    return "none" if mode is None else f"{mode:04o}"
+
+
+def _rate(rate: RateConfig) -> str:
+    messages = "" if rate.messages is None else f"{rate.messages:g} messages/s"
+    size = "" if rate.bytes is None else f"{rate.bytes:g} bytes/s"
+    return ", ".join(filter(None, (messages, size))) or "no limit"
+
+
+_CLIENT_WORDS: Final[_Words] = {
+    "queue": _size,
+    "rate": _rate,
+    "peer_uid": lambda users: "all" if users is None else _said(users),
+}
+_LISTENER_WORDS: Final[_Words] = {
+    "mode": _mode,
+    "group": lambda group: "the broker's own" if group is None else str(group),
+}
+_LIMIT_WORDS: Final[_Words] = {
+    "max_message": _size,
+    "handshake_timeout": _seconds,
+    "wait_timeout": _seconds,
+    "drain_timeout": _seconds,
+    "expiry_warning": _seconds,
+}

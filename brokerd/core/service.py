@@ -253,6 +253,12 @@ def _where(rule: Rule) -> str:
     return "default" if rule.source is None else str(rule.source)
 
 
+def _reload(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    if not isinstance(arguments.get("dry_run", False), bool):
+        raise _Refusal(ErrorCode.UNSUPPORTED, "dry_run is true or false", BROKER)
+    broker.order("reload", source, id, arguments)
+
+
 def _order(op: str) -> _Operation:
     def order(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
         broker.order(op, source, id, arguments)
@@ -272,6 +278,7 @@ _ADMIN: Final[dict[str, _Operation]] = {
     "connections": _connections,
     "disconnect": _disconnect,
     "can": _can,
-    "reload": _order("reload"),
+    "keys": _order("keys"),
+    "reload": _reload,
     "drain": _order("drain"),
 }

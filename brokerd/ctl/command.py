@@ -29,6 +29,7 @@ Exit status:
   3  timed out
   4  no broker could be reached, or it went away
   5  in doubt: the connection went before the outcome was known
+  78  the configuration has mistakes (reload)
   130  interrupted by Ctrl-C
 """
 

@@ -15,7 +15,9 @@ from click.shell_completion import get_completion_class
 
 import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, brokerctl, connecting
+from brokerd.ctl.keys import show_keys
 from brokerd.ctl.output import as_bytes, console, note, print_json, print_table, print_values, since
+from brokerd.ctl.plan import judge, plan_lines
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
 
 __all__ = ["COMMANDS"]
@@ -33,11 +35,17 @@ _timeout = click.option(
 @click.command()
 @_as_json
 @click.option("--watch", is_flag=True, help="Go on, and print who comes and goes, until Ctrl-C.")
+@click.option("--keys", is_flag=True, help="List every client's keys and their last use (administrators).")
 @connecting
 @click.pass_obj
-def clients(access: Access, as_json: bool, watch: bool) -> None:
+def clients(access: Access, as_json: bool, watch: bool, keys: bool) -> None:
     """List the clients you may send to, and who of them is online."""
+    if keys and watch:
+        raise Failure(Status.USAGE, "--keys is a list of one moment: leave out --watch")
     with access.connect() as client:
+        if keys:
+            show_keys(client.control("keys"), as_json)
+            return
         if watch:
             with ended_by_ctrl_c(is_the_end=True):
                 _watch(client, as_json)
@@ -155,21 +163,27 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
 
 
 @click.command()
+@click.option("--dry-run", is_flag=True, help="Change nothing: say what would change, and whether it would work.")
 @_as_json
 @_timeout
 @connecting
 @click.pass_obj
-def reload(access: Access, as_json: bool, timeout: float) -> None:
-    """Have the broker read its configuration again; a bad one changes nothing."""
+def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None:
+    """Have the broker read its configuration again; a bad one changes nothing.
+
+    Prints what changes: + comes, - goes, ~ changes, ! is worth a look. With mistakes in the configuration the exit
+    status is 78. A dry run binds no address, so that one that somebody else has shows only when it is done.
+    """
     with access.connect(timeout=timeout) as client:
-        answer = client.control("reload", timeout=timeout)
+        answer = client.control("reload", timeout=timeout, dry_run=dry_run)
     if as_json:
         print_json(answer)
-    elif answer["reloaded"]:
-        click.echo("reloaded")
-    if not answer["reloaded"]:
-        problems = "\n".join(answer["problems"])
-        raise Failure(Status.REFUSED, f"the configuration stays as it was:\n{problems}")
+    else:
+        for line in plan_lines(answer):
+            click.echo(line)
+        if answer["reloaded"]:
+            click.echo("reloaded")
+    judge(answer)
 
 
 @click.command()

@@ -39,6 +39,8 @@ class Status(IntEnum):
     """No broker answers at the address, or it went away."""
     IN_DOUBT = 5
     """The connection went before the outcome was known: it may have happened or not."""
+    CONFIG = 78
+    """The configuration has mistakes; they are named, and nothing was changed."""
     INTERRUPTED = 130
     """Ctrl-C came before it was done; what a shell says of it too."""
 

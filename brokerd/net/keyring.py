@@ -65,6 +65,8 @@ class Keyring:
         for credentials in reversed(self._by_client.values()):
             self._order.update((credential.key.value, credential) for credential in reversed(credentials))
         self.limit = limit
+        #: When each key last let somebody in, in seconds since the epoch, since the broker started.
+        self._last_used: dict[tuple[str, bytes], float] = {}
         #: Every named search tries as many keys as the client with the most keys has: those of its own, and then
         #: keys of nobody, so that neither the time nor the path taken says anything about the name.
         self._nobodys = [_NOBODYS] * max(map(len, self._by_client.values()), default=1)
@@ -85,15 +87,26 @@ class Keyring:
         credentials = self._by_client.get(name, self._nobodys)
         return credentials + self._nobodys[len(credentials) :]
 
-    def adopt_order(self, other: Keyring) -> None:
-        """Try keys in the order of their last use in another keyring; keys it does not know come last."""
+    def adopt_uses(self, other: Keyring) -> None:
+        """Know of the uses of another keyring, and try keys in their order; keys it does not know come last."""
         for value in other._order:
             if value in self._order:
                 self._order.move_to_end(value)
+        for (name, value), when in other._last_used.items():
+            if any(each.key.value == value for each in self.named(name)):
+                self._last_used[name, value] = when
 
     def holds(self, credential: Credential) -> bool:
         """Return whether the key still belongs to the client of that name."""
         return any(each.key.value == credential.key.value for each in self.named(credential.client.name))
+
+    def let_in(self, credential: Credential, now_wall: float) -> None:
+        """Note that the key has let somebody in. now_wall: in seconds since the epoch."""
+        self._last_used[credential.client.name, credential.key.value] = now_wall
+
+    def last_used(self, credential: Credential) -> float | None:
+        """Return when the key last let somebody in, None for not since the broker started."""
+        return self._last_used.get((credential.client.name, credential.key.value))
 
     def used(self, credential: Credential) -> None:
         """Have the key tried first from now on."""

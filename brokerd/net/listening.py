@@ -11,18 +11,29 @@ import os
 import shutil
 import socket
 import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from brokerd.config.values import ListenConfig
 from brokerd.net.pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
-__all__ = ["BACKLOG", "ListenError", "Listening", "listen"]
+__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "foresee", "listen", "look_up"]
+
+#: What host names of addresses mean, as ``socket.getaddrinfo`` says.
+Found: TypeAlias = Mapping[Address, list[Any]]
 
 #: Connections the system keeps for us until they are accepted; it caps this at its own limit.
 BACKLOG: Final = 4096
+_HINTS: Final = {
+    errno.EADDRINUSE: " (another program listens there)",
+    errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
+    errno.ENOENT: " (make the directory first)",
+    errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
+}
+_NO_SOCKET: Final = "a file that is no socket is there (choose another path or remove it)"
 
 
 class ListenError(Exception):
@@ -34,24 +45,50 @@ class Listening:
     """One listening socket, or what looks like one and takes a pipe's connections.
 
     address: where it really listens, a port chosen by the system filled in. inode: of its socket file,
-    so that nobody else's file is removed at the end.
+    so that nobody else's file is removed at the end. first_group: the group that the file was made with.
     """
 
     config: ListenConfig
     sock: socket.socket | PipeListener
     address: Address
     inode: tuple[int, int] | None = None
+    first_group: int = -1
 
-    def apply(self, config: ListenConfig) -> None:
-        """Take over changed settings of the same address."""
-        if config is self.config:
-            return
+    def alter(self, config: ListenConfig) -> Callable[[], None]:
+        """Take over changed settings of the same address; return what takes them back.
+
+        Raises ListenError; then nothing has changed.
+        """
+        before = self.config
+        status = self._change_file(before, config)
+
+        def undo() -> None:
+            self.config = before
+            if status is not None:
+                with contextlib.suppress(OSError):
+                    _restore(Path(self.address.path), status)
+
         self.config = config
-        if self.inode is not None:
-            with contextlib.suppress(OSError):
-                Path(self.address.path).chmod(config.mode if config.mode is not None else 0o600)
-                if config.group is not None:
-                    shutil.chown(self.address.path, group=config.group)
+        return undo
+
+    def _change_file(self, before: ListenConfig, after: ListenConfig) -> os.stat_result | None:
+        """Change mode and group of the socket's file; return its old status, None where nothing is to be changed."""
+        if self.inode is None or (before.mode, before.group) == (after.mode, after.group):
+            return None
+        path = Path(self.address.path)
+        try:
+            status = path.lstat()
+            if (status.st_dev, status.st_ino) != self.inode:
+                raise ListenError(f"can't change {path}: it is not this broker's socket any more (restart the broker)")
+            try:
+                _give_to(path, status, after, self.first_group)
+            except (OSError, LookupError):
+                _restore(path, status)
+                raise
+        except (OSError, LookupError) as error:
+            why = (error.strerror or error) if isinstance(error, OSError) else error.args[0]
+            raise ListenError(f"can't change {path}: {why}") from error
+        return status
 
     def close(self) -> None:
         """Stop listening and remove the socket file, if it is still ours."""
@@ -63,10 +100,42 @@ class Listening:
                     path.unlink()
 
 
-def listen(config: ListenConfig) -> list[Listening]:
+def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
+    """Return what the host names of these entries mean, for ``listen``; it may take long. Raises ListenError."""
+    found = {}
+    for entry in entries:
+        if entry.address.family in ("AF_INET", "AF_INET6"):
+            try:
+                found[entry.address] = _look_up(entry.address)
+            except OSError as error:
+                raise ListenError(f"can't listen at {entry.address}: {error.strerror or error}") from error
+    return found
+
+
+def foresee(config: ListenConfig) -> str:
+    """Return what can be seen to be in the way of listening there, without trying; "" where nothing can."""
+    address = config.address
+    if not address.is_file:
+        return ""
+    path = Path(address.path)
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return f"can't listen at {path}: {_NO_SOCKET}"
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"can't listen at {path}: {error.strerror}"
+    if not path.parent.is_dir():
+        return f"can't listen at {path}: {os.strerror(errno.ENOENT)}{_HINTS[errno.ENOENT]}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"can't listen at {path}: {os.strerror(errno.EACCES)}{_HINTS[errno.EACCES]}"
+    return ""
+
+
+def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
     """Return the listening sockets of one ``listen`` entry: one, or one for each address a host name has.
 
-    Raises ListenError.
+    found: what ``look_up`` found. Raises ListenError.
     """
     address = config.address
     try:
@@ -74,7 +143,7 @@ def listen(config: ListenConfig) -> list[Listening]:
             return [_listen_unix(config)]
         if address.family == "AF_PIPE":
             return [Listening(config, open_pipe(address.path), address)]
-        return _listen_tcp(config)
+        return _listen_tcp(config, (found or {}).get(address) or _look_up(address))
     except OSError as error:
         raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}") from error
 
@@ -83,18 +152,17 @@ def _hint(address: Address, error: OSError) -> str:
     if address.family == "AF_PIPE":
         there = error.errno == errno.EACCES
         return " (another program listens there, or connections of an earlier listener are left)" if there else ""
-    hints = {
-        errno.EADDRINUSE: " (another program listens there)",
-        errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
-        errno.ENOENT: " (make the directory first)",
-        errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
-    }
-    return hints.get(error.errno or 0, "")
+    return _HINTS.get(error.errno or 0, "")
 
 
-def _listen_tcp(config: ListenConfig) -> list[Listening]:
-    host, port = config.address.host, config.address.port
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def _look_up(address: Address) -> list[Any]:
+    return list(
+        socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+    )
+
+
+def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
+    port = config.address.port
     opened: list[Listening] = []
     missing: OSError | None = None
     try:
@@ -169,7 +237,8 @@ def _bind_file(listening: Listening, sock: socket.socket) -> None:
         sock.bind(str(path))
     finally:
         os.umask(umask)
-    listening.inode = _inode(path)
+    status = path.lstat()
+    listening.inode, listening.first_group = (status.st_dev, status.st_ino), status.st_gid
     if config.group is not None:
         shutil.chown(path, group=config.group)
 
@@ -181,9 +250,7 @@ def _take_over(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ListenError(
-            f"can't listen at {path}: a file that is no socket is there (choose another path or remove it)"
-        )
+        raise ListenError(f"can't listen at {path}: {_NO_SOCKET}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -196,6 +263,20 @@ def _take_over(path: Path) -> None:
         except OSError:
             pass
     raise ListenError(f"can't listen at {path}: another program is listening there (stop it, or choose another path)")
+
+
+def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_group: int) -> None:
+    """Give a socket's file its mode and group; on the way from the old to the new nobody has more than by either."""
+    mode = config.mode if config.mode is not None else 0o600
+    path.chmod(mode & status.st_mode)
+    shutil.chown(path, group=first_group if config.group is None else config.group)
+    path.chmod(mode)
+
+
+def _restore(path: Path, status: os.stat_result) -> None:
+    path.chmod(stat.S_IMODE(status.st_mode) & 0o600)
+    os.chown(path, -1, status.st_gid)
+    path.chmod(stat.S_IMODE(status.st_mode))
 
 
 def _inode(path: Path) -> tuple[int, int]:

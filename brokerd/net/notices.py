@@ -28,7 +28,7 @@ LEVELS: Final = {
 #: What codes are called where they are no error's.
 _CODES: Final = {"client.slow": "when_full", "client.unsubscribed": "group", "admin.asked": "op"}
 #: Operations that change nothing, and that a screen may ask for every second.
-_LOOKING: Final = frozenset({"stats", "connections", "can"})
+_LOOKING: Final = frozenset({"stats", "connections", "can", "keys"})
 
 
 def report(happenings: Iterable[Happening], floods: Floods) -> None:

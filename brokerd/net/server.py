@@ -14,12 +14,12 @@ from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
-from brokerd.net.door import Door, Knock, fresh_instance
+from brokerd.net.door import Door, Knock, fresh_instance, peer_uid
 from brokerd.net.farewell import Farewell
 from brokerd.net.floods import Floods
-from brokerd.net.keyring import Keyring
+from brokerd.net.keyring import Credential, Keyring
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
-from brokerd.net.listening import Listening
+from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
 from brokerd_client.address import Address
 
@@ -98,13 +98,25 @@ class Server:
             self.listening.append(each)
             self.loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
 
-    def reconfigure(self, keyring: Keyring, limits: Limits, altered: Iterable[ListenConfig]) -> None:
-        """Take over new keys and limits, and new settings of addresses listened at already."""
+    def reconfigure(self, keyring: Keyring, limits: Limits) -> None:
+        """Take over new keys and limits."""
+        keyring.adopt_uses(self.keyring)
         self.keyring = keyring
         self.limits = limits
+
+    def alter(self, altered: Iterable[ListenConfig]) -> None:
+        """Take over new settings of addresses listened at already. Raises ListenError; then nothing has changed."""
         settings = {entry.address: entry for entry in altered}
+        undo: list[Callable[[], None]] = []
         for listening in self.listening:
-            listening.apply(settings.get(listening.config.address, listening.config))
+            entry = settings.get(listening.config.address)
+            if entry is not None:
+                try:
+                    undo.append(listening.alter(entry))
+                except ListenError:
+                    for take_back in reversed(undo):
+                        take_back()
+                    raise
 
     def log_to(self, log: Log) -> None:
         """Have events go to another log from now on."""
@@ -113,16 +125,38 @@ class Server:
     def stop_listening_at(self, addresses: Container[Address]) -> None:
         """Close the listening sockets of these configured addresses; connections made there stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:
+            # Who has been connected by the system already is let in.
+            self._on_acceptable(each)
             self.loop.remove_reader(each.sock.fileno())
             self.listening.remove(each)
             self._paused = [paused for paused in self._paused if paused is not each]
             each.close()
 
-    def disconnect(self, sessions: Iterable[Session], why: str) -> None:
-        """Close connections once what waits for them is written."""
-        for session in sessions:
-            self.broker.close(session, why)
-        self.settle()
+    def credentials(self) -> list[Credential]:
+        """Return the key that each connection proved to know."""
+        return [link.credential for link in self.links]
+
+    def misfits(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
+        """Return the connections that a keyring, by default the one in force, would not let in, each with the reason.
+
+        A key whose time is over lets nobody in, and those whom it let in stay.
+        """
+        links = (link for link in self.links if not link.session.closing)
+        judged = ((link.session, self.misfit(link.credential, peer_uid(link.sock), keyring)) for link in links)
+        return [(session, why) for session, why in judged if why]
+
+    def misfit(self, credential: Credential, uid: int | None, keyring: Keyring | None = None) -> str:
+        """Return why a keyring has no place for who proved this credential, or ""."""
+        ring = self.keyring if keyring is None else keyring
+        known = ring.named(credential.client.name)
+        if not known:
+            return "its name was removed from the configuration"
+        if not ring.holds(credential):
+            return "the key it uses was removed from the configuration"
+        users = known[0].client.peer_uid
+        if users is not None and uid not in users:
+            return "its user is not in peer_uid any more"
+        return ""
 
     def stop_accepting(self) -> None:
         """Close every listening socket and turn away who is still at the door."""
@@ -189,12 +223,13 @@ class Server:
         """Begin the session of a connection that has proved who it is."""
         assert knock.credential is not None
         name = knock.credential.client.name
-        # While this handshake was finishing, another may have taken the place.
-        reason = self.room_for(name)
+        # While this handshake was finishing, another may have taken the place, or a reload the key.
+        reason = self.misfit(knock.credential, knock.uid) or self.room_for(name)
         if reason:
             knock.sock.close()
             self.on_refused(knock, reason)
             return
+        self.keyring.let_in(knock.credential, self.wall())
         link = Link(self, knock.sock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)

@@ -233,7 +233,7 @@ def test_reload_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> No
     refused = ctl("reload")
     drained = ctl("drain")
 
-    assert refused.exit_code == Status.REFUSED
+    assert refused.exit_code == Status.CONFIG
     assert "nonsense" in refused.output
     assert (drained.exit_code, drained.output) == (Status.DONE, "draining\n")
     assert daemon.wait(TIMEOUT_S) == 0

@@ -1,0 +1,161 @@
+"""A client added by a command: its key file and its entry below ``clients.d``, both or none.
+
+Writes two new files and the directories they need, never over another file, and takes everything back unless the
+whole configuration, read again, is good and has the client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import glob
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from brokerd.config.load import load
+
+__all__ = ["Added", "NotAdded", "add_client"]
+
+#: Bytes of a fresh key: as many as the digest it is used with has.
+_KEY_SIZE: Final = 32
+_OPEN_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+
+
+class NotAdded(Exception):
+    """The client can't be added; the text is what is in the way (what would be right). Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """The new files."""
+
+    entry: Path
+    key: Path
+
+
+def add_client(name: str, main: Path) -> Added:
+    """Make a client of this name, with a fresh key; return its files.
+
+    name: one that a client can have. main: the configuration's main file.
+    Raises NotAdded; raises ConfigError where the configuration has mistakes, before or after. Then nothing has changed.
+    """
+    config = load(main)
+    if name in config.clients:
+        raise NotAdded(f"client {name!r} is configured already, at {config.clients[name].source} (choose another name)")
+    home = main.absolute().parent
+    entry, key = home / "clients.d" / f"{name}.yaml", home / "keys" / name
+    if not any(_includes(Path(file), entry) for file in config.files):
+        raise NotAdded(f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])')
+    for file in (key, entry):
+        if file.is_symlink() or file.exists():
+            raise NotAdded(f"there is a file {file} already (move it away, or choose another name)")
+    quoted = name if yaml.safe_load(name) == name else f'"{name}"'
+    text = f"clients:\n  {quoted}:\n    key_file: {yaml.safe_dump(f'../keys/{name}').splitlines()[0]}\n"
+    with ExitStack() as undo:
+        try:
+            _make_directory(key.parent, 0o700, home, undo)
+            _make_directory(entry.parent, 0o755, home, undo)
+            # The key first: an entry without its key would be a mistake in the configuration.
+            _write_new(key, secrets.token_urlsafe(_KEY_SIZE) + "\n", 0o600, undo)
+            _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
+        except FileExistsError as error:
+            raise NotAdded(
+                f"there is a file {error.filename} already (move it away, or choose another name)"
+            ) from error
+        except OSError as error:
+            raise NotAdded(f"{error.filename or home} can't be written: {error.strerror} (see to it)") from error
+        if name not in load(main).clients:
+            raise NotAdded(f"{main} does not read {entry} (see to its include:)")
+        undo.pop_all()
+    return Added(entry, key)
+
+
+def _includes(file: Path, entry: Path) -> bool:
+    """Return whether a file's ``include`` will read the entry."""
+    root = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506 - it makes text only
+    home = file.absolute().parent
+    wanted = Path(os.path.normpath(entry)).parts
+    for pattern in (root or {}).get("include", ()):
+        whole = os.path.normpath(home / Path(pattern).expanduser())
+        parts = Path(whole).parts
+        if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, wanted, _literal_home(parts, pattern, home))):
+            return True
+    return False
+
+
+def _literal_home(parts: tuple[str, ...], pattern: str, home: Path) -> tuple[str, ...]:
+    """Return the pattern's parts, with the directory of the main file, which is no pattern, taken literally."""
+    if Path(pattern).expanduser().is_absolute():
+        return parts
+    count = len(home.parts)
+    return (*map(glob.escape, parts[:count]), *parts[count:])
+
+
+def _make_directory(path: Path, mode: int, home: Path, undo: ExitStack) -> None:
+    if path.is_dir():
+        return
+    path.mkdir(mode)
+    undo.callback(_quietly, path.rmdir)
+    _give_away(path, home)
+    _sync_directory(home)
+
+
+def _write_new(path: Path, text: str, mode: int, undo: ExitStack) -> None:
+    """Write a file that was not there, so that it is there whole or not at all. Raises FileExistsError, OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _file_to_remove(temporary):
+        handle = os.open(temporary, _OPEN_FLAGS, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            _give_away(temporary, path.parent)
+            if hasattr(os, "fchmod"):
+                os.fchmod(handle, mode)
+            os.fsync(handle)
+        try:
+            if os.name == "posix":
+                # Not a rename: that would replace a file made in the meantime.
+                os.link(temporary, path)
+            else:
+                temporary.rename(path)
+        except FileExistsError as error:
+            raise FileExistsError(error.errno, error.strerror, str(path)) from None
+        undo.callback(_quietly, path.unlink)
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def _file_to_remove(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _quietly(path.unlink)
+
+
+def _give_away(path: Path, like: Path) -> None:
+    """Let root's new file belong to whom its directory belongs: the broker, which has to read it, need not be root."""
+    if os.name == "posix" and os.geteuid() == 0:
+        status = like.stat()
+        os.chown(path, status.st_uid, status.st_gid)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _quietly(act: object) -> None:
+    assert callable(act)
+    with contextlib.suppress(OSError):
+        act()

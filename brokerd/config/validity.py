@@ -1,0 +1,51 @@
+"""Until when a client's keys let it in: states of keys, and the moment at which the last of them is over.
+
+Pure dates; no clock is read here. Source of the rules: docs/configuration.md, "keys".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from enum import StrEnum
+
+from brokerd.config.values import Key
+
+__all__ = ["KeyState", "let_in_until", "state_of"]
+
+
+class KeyState(StrEnum):
+    """What a key is worth at one moment."""
+
+    VALID = "valid"
+    """It is accepted."""
+    NOT_YET = "not yet"
+    """Its not_before is still to come."""
+    EXPIRED = "expired"
+    """Its not_after is past; it will not be accepted again."""
+
+
+def state_of(key: Key, now: datetime) -> KeyState:
+    """Return what the key is worth at ``now``, a time with its zone."""
+    if key.expired_at(now):
+        return KeyState.EXPIRED
+    return KeyState.VALID if key.valid_at(now) else KeyState.NOT_YET
+
+
+def let_in_until(keys: Iterable[Key], now: datetime) -> Key | None:
+    """Return the key whose ``not_after`` ends the time, begun at or before ``now``, in which some key is accepted.
+
+    None where that time has no end, or where no key is accepted now. A key that begins when another
+    ends, or before, carries on; one that begins later leaves a gap, and the time ends there.
+    """
+    windowed = sorted(keys, key=lambda key: key.not_before or now)
+    last: Key | None = None
+    for key in windowed:
+        reached = now if last is None or last.not_after is None else last.not_after
+        if key.expired_at(now) or (key.not_before is not None and key.not_before > reached):
+            continue
+        if key.not_after is None:
+            return None
+        if last is None or key.not_after > reached:
+            last = key
+    return last

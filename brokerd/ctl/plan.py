@@ -1,0 +1,56 @@
+"""What a reload changes, or would change, for people: the plan in a reply of `$broker`, as lines.
+
+What stands in a plan comes from files, and names in it from whoever wrote them: control characters are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from brokerd.ctl.output import printable
+from brokerd.ctl.status import Failure, Status
+
+__all__ = ["judge", "plan_lines"]
+
+
+def plan_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that show an answer to ``reload``: ``+`` comes, ``-`` goes, ``~`` changes, ``!`` is worth a look.
+
+    Problems are not among them: see ``judge``.
+    """
+    plan = answer.get("plan") or {}
+    shown = False
+    for line in _lines(plan):
+        shown = True
+        yield printable(line)
+    if answer.get("dry_run") and plan and not shown:
+        yield "nothing changes"
+    for warning in answer.get("warnings", ()):
+        yield printable(f"! {warning}")
+
+
+def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"+ client {name}" for name in plan.get("added", ()))
+    for name, changes in plan.get("changed", {}).items():
+        yield from (f"~ client {name}: {change}" for change in changes)
+    yield from (f"- client {name}" for name in plan.get("removed", ()))
+    for gone in plan.get("disconnected", ()):
+        yield f"! disconnected: {gone['address']} ({gone['peer']}): {gone['reason']}"
+    yield from (f"+ listener {address}" for address in plan.get("opened", ()))
+    for address, changes in plan.get("altered", {}).items():
+        yield from (f"~ listener {address}: {change}" for change in changes)
+    yield from (f"- listener {address}" for address in plan.get("closed", ()))
+    for section in ("limits", "log"):
+        yield from (f"~ {section}.{change}" for change in plan.get(section, ()))
+    yield from (f"! needs a restart: {what}" for what in plan.get("restart", ()))
+
+
+def judge(answer: Mapping[str, Any]) -> None:
+    """Raise Failure where the answer to ``reload`` is no: with a status of its own where the files have mistakes."""
+    if not answer["problems"]:
+        return
+    status = Status.CONFIG if answer.get("cause") == "config" else Status.REFUSED
+    said = "would be refused" if answer.get("dry_run") else "the configuration stays as it was"
+    problems = "\n".join(map(printable, answer["problems"]))
+    raise Failure(status, f"{said}:\n{problems}")
