@@ -7,6 +7,8 @@ it needs when it is called, so that ``brokerd key`` does not wait for an event l
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +17,13 @@ from typing import TYPE_CHECKING, Final, cast
 import click
 
 from brokerd import __version__
+from brokerd.config.files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
 
 if TYPE_CHECKING:
     from brokerd.config.model import Config
 
 __all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
 
-#: What is run when nothing else is said.
-DEFAULT_CONFIG: Final = "/etc/brokerd/brokerd.yaml"
 #: The exit status for a configuration that can't be used (sysexits.h).
 EX_CONFIG: Final = 78
 #: Bytes of a fresh key: as many as the digest it is used with has.
@@ -34,7 +35,7 @@ _KEY_SIZE: Final = 32
     "--config",
     envvar="BROKERD_CONFIG",
     default=DEFAULT_CONFIG,
-    show_default=f"$BROKERD_CONFIG, else {DEFAULT_CONFIG}",
+    show_default=f"$BROKERD_CONFIG, else the text in ${VARIABLE}, else {DEFAULT_CONFIG}",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="The configuration.",
@@ -43,13 +44,28 @@ _KEY_SIZE: Final = 32
 @click.pass_context
 def main(context: click.Context, config: Path) -> None:
     """Run the broker in the foreground; with a COMMAND, do that instead."""
-    context.obj = config
+    context.obj = _chosen(context, config)
     if context.invoked_subcommand is None:
-        context.exit(_run(config))
+        context.exit(_run(context.obj))
+
+
+def _chosen(context: click.Context, config: Path) -> Path:
+    """Return what the options and the environment mean: a file, or IN_ENVIRON for the text in the environment."""
+    source = context.get_parameter_source("config")
+    if not os.environ.get(VARIABLE) or source is click.core.ParameterSource.COMMANDLINE:
+        return config
+    if source is click.core.ParameterSource.ENVIRONMENT:
+        click.echo(f"BROKERD_CONFIG and {VARIABLE} are both set (keep one: a file, or the text itself)", err=True)
+        context.exit(EX_CONFIG)
+    return Path(IN_ENVIRON)
 
 
 def _run(config: Path) -> int:
     """Run the broker until it is stopped; return the exit status."""
+    if os.getpid() == 1:
+        # The first process of a container: the system drops a signal that it does not wait for, and a stop during the
+        # start would have to end in force. Once the event loop runs, the daemon waits for the signal itself.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _import_structlog_alone()
     from brokerd import process
     from brokerd.config.problems import ConfigError
@@ -115,8 +131,6 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
 
 def _check_against_running(config: Config, as_json: bool) -> int:
     """Print what a reload of the running broker would change; return the exit status."""
-    import os
-
     from brokerd.ctl.output import print_json
     from brokerd.ctl.plan import judge, plan_lines
     from brokerd.ctl.running import Administrator, ask_for_plan
@@ -142,6 +156,45 @@ def _check_against_running(config: Config, as_json: bool) -> int:
         click.echo(f"brokerd: {failure.format_message()}", err=True)
         return failure.exit_code
     return 0
+
+
+@main.command()
+@click.option("--address", metavar="ADDRESS", help="Where to ask; else the configuration says where it listens.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the broker may take to answer.",
+)
+@click.pass_context
+def health(context: click.Context, address: str | None, timeout: float) -> None:
+    """Ask the running broker for a sign of life; needs no key.
+
+    It lives if it challenges who connects. Exit status 0 if it does, 1 if not.
+    """
+    from brokerd import health
+    from brokerd.config.addresses import Entrance, entrances
+    from brokerd.config.files import Unreadable
+    from brokerd.config.problems import one_line
+    from brokerd_client.address import parse
+    from brokerd_client.errors import AddressError
+
+    asked = ""
+    try:
+        if address is not None:
+            entrance = Entrance(parse(address))
+        else:
+            entrance = health.entrance_to_ask(entrances(str(context.obj), os.environ))
+        asked = f"{entrance.address}: "
+        took = health.knock(entrance, timeout)
+    except AddressError as error:
+        raise click.BadParameter(str(error), param_hint="--address") from None
+    except (health.Unhealthy, Unreadable) as error:
+        click.echo(one_line(f"unhealthy: {asked}{error}"), err=True)
+        context.exit(1)
+    click.echo(one_line(f"healthy: {asked}answered in {took * 1000:.1f} ms"))
 
 
 @main.command()

@@ -6,6 +6,7 @@ Console lines on a terminal, JSON elsewhere (``log.format`` in docs/configuratio
     daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
+    client.left (closed without having sent a byte, as a health check does; only at level debug)
     listener.paused  listener.not_handed_over
     key.expiring  key.expiring_more (of many clients at once, counted)  key.expired
 

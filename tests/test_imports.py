@@ -138,12 +138,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.process",
         "brokerd.testing",
     ),
+    "brokerd.health": (*LEAVES, "brokerd.config"),
     # It asks a running broker as brokerctl does.
     "brokerd.cli": (
         "brokerd_client",
         "brokerd.config",
         "brokerd.ctl",
         "brokerd.demo",
+        "brokerd.health",
         "brokerd.logs",
         "brokerd.process",
     ),

@@ -336,7 +336,8 @@ class Entries:
         key = value.encode() if isinstance(value, str) else value
         if self._status is not None and self._document.file not in self._findings.exposed:
             # Once a file: one chmod puts all of its keys right.
-            exposure = key_store.exposed(self._document.file, self._status)
+            file = self._document.file
+            exposure = key_store.exposed(file, self._status, key_store.forbidden(file, self._findings.environ))
             if exposure:
                 self._findings.exposed.add(self._document.file)
                 self._problem(path, f"a key stands in this file, and {exposure}")

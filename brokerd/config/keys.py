@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["MAX_KEY", "KeyRefused", "exposed", "read_credential", "read_env", "read_file"]
+__all__ = ["MAX_KEY", "KeyRefused", "exposed", "forbidden", "read_credential", "read_env", "read_file"]
 
 #: The longest key file, in bytes; a longer one is some other file.
 MAX_KEY: Final = 64 * 1024
@@ -34,8 +34,7 @@ class KeyRefused(ValueError):
 def read_file(path: str, environ: Mapping[str, str]) -> bytes:
     """Return the key in a file: its bytes, with one trailing newline cut.
 
-    environ: a file below its CREDENTIALS_DIRECTORY may be readable by its group, as some versions of systemd
-        make them; the directory itself is closed to others.
+    environ: says which directories are closed to others, whatever the modes of the files in them: ``forbidden``.
     Raises KeyRefused.
     """
     try:
@@ -48,8 +47,7 @@ def read_file(path: str, environ: Mapping[str, str]) -> bytes:
             raise KeyRefused(f"{path} is a directory (give the file that holds the key)")
         if not stat.S_ISREG(status.st_mode):
             raise KeyRefused(f"{path} is no file (give the file that holds the key)")
-        shared = _OTHERS & ~stat.S_IRGRP if _is_credential(path, environ) else _OTHERS
-        exposure = exposed(path, status, shared)
+        exposure = exposed(path, status, forbidden(path, environ))
         if exposure:
             raise KeyRefused(exposure)
         content = os.read(handle, MAX_KEY + 1)
@@ -80,7 +78,7 @@ def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
     """Return the key in a credential that systemd hands over. Raises KeyRefused."""
     if "/" in name or name in (".", ".."):
         raise KeyRefused(f"{name} is no credential's name (give the name in LoadCredential=, without a path)")
-    directory = environ.get("CREDENTIALS_DIRECTORY")
+    directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SECRETS_DIRECTORY")
     if not directory:
         raise KeyRefused(f"there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential={name}:PATH)")
     return read_file(os.path.join(directory, name), environ)  # noqa: PTH118 - read_file takes text
@@ -98,8 +96,22 @@ def exposed(path: str, status: os.stat_result, shared: int = _OTHERS) -> str:
     return f"others than its owner can read or write {path}, mode {mode:04o} (chmod 600 {shlex.quote(path)})"
 
 
-def _is_credential(path: str, environ: Mapping[str, str]) -> bool:
-    directory = environ.get("CREDENTIALS_DIRECTORY")
+def forbidden(path: str, environ: Mapping[str, str]) -> int:
+    """Return the mode bits that a file with a key in it must not have.
+
+    A file below CREDENTIALS_DIRECTORY may be readable by its group, as some versions of systemd make it: the
+    directory itself is closed to others. One below BROKERD_SECRETS_DIRECTORY may be readable by all, as container
+    runtimes make it: nobody but this container sees the directory. Only who starts the broker can know that, so the
+    variable is set in the image and nowhere else.
+    """
+    if _is_below(path, environ.get("BROKERD_SECRETS_DIRECTORY")):
+        return stat.S_IWGRP | stat.S_IWOTH
+    if _is_below(path, environ.get("CREDENTIALS_DIRECTORY")):
+        return _OTHERS & ~stat.S_IRGRP
+    return _OTHERS
+
+
+def _is_below(path: str, directory: str | None) -> bool:
     return bool(directory) and Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory or ""))
 
 

@@ -48,6 +48,7 @@ class Knock:
 
     peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.
     listener: the address it came in by. origin: by what its failures are counted.
+    silent: whether it has sent nothing yet.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Knock:
         "proof",
         "reader",
         "refusal",
+        "silent",
         "sock",
         "steps",
         "uid",
@@ -82,6 +84,7 @@ class Knock:
         self.proof: Proof | None = None
         self.credential: Credential | None = None
         self.refusal = ""
+        self.silent = True
         self.done = False
 
 
@@ -132,9 +135,16 @@ class Door:
         except OSError as error:
             self._refuse(knock, error.strerror or type(error).__name__)
             return
+        if not data and knock.silent:
+            # A health check, a balancer's probe: nobody was refused, and a line for each would bury the rest.
+            self._forget(knock)
+            knock.sock.close()
+            self._server.log.debug("client.left", peer=knock.peer, listener=knock.listener)
+            return
         if not data:
             self._refuse(knock, "closed by the peer before it had proved who it is")
             return
+        knock.silent = False
         knock.reader.feed(data)
         if knock.proof is None:
             self._pull(knock)

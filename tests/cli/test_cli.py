@@ -25,8 +25,9 @@ BAD = "listen: [b.sock]\nclients:\n  alice: {kye: a}\n  bob: {key: b, send_to: [
 
 
 def brokerd(*arguments: str | Path, **environ: str) -> Result:
-    """Run the command in this process, with no BROKERD_CONFIG unless it is given."""
-    return CliRunner().invoke(main, list(map(str, arguments)), env={"BROKERD_CONFIG": None, **environ})
+    """Run the command in this process, with no configuration in the environment unless it is given."""
+    env = {"BROKERD_CONFIG": None, "BROKERD_CONFIG_YAML": None, **environ}
+    return CliRunner().invoke(main, list(map(str, arguments)), env=env)
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> Path:
@@ -201,3 +202,46 @@ def test_the_offline_commands_load_no_event_loop() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_configuration_in_the_environment() -> None:
+    """BROKERD_CONFIG_YAML holds the configuration itself; its mistakes carry its name, and --config goes before it."""
+    text = "listen: [b.sock]\nclients: {a: {key_env: A_KEY}}\n"
+
+    good = brokerd("check", BROKERD_CONFIG_YAML=text, A_KEY="k")
+    bad = brokerd("check", BROKERD_CONFIG_YAML=text)
+    other = brokerd("--config", "/no/such", "check", BROKERD_CONFIG_YAML=text, A_KEY="k")
+
+    assert (good.exit_code, good.stdout) == (0, "$BROKERD_CONFIG_YAML: ok, 1 client, 1 listener\n")
+    assert bad.exit_code == 78
+    assert bad.stderr == (
+        "$BROKERD_CONFIG_YAML:2:24: clients.a.key_env: the environment has no variable A_KEY "
+        "(set it, or give key_file)\n"
+    )
+    assert "there is no file /no/such" in other.stderr
+
+
+def test_two_configurations_in_the_environment_are_one_too_many(tmp_path: Path) -> None:
+    """A file and a text that are both named are refused; an empty text is none."""
+    file = write(tmp_path / "b.yaml", GOOD)
+
+    both = brokerd("check", BROKERD_CONFIG=str(file), BROKERD_CONFIG_YAML=GOOD)
+    empty = brokerd("check", BROKERD_CONFIG=str(file), BROKERD_CONFIG_YAML="")
+
+    assert (both.exit_code, both.stderr) == (
+        78,
+        "BROKERD_CONFIG and BROKERD_CONFIG_YAML are both set (keep one: a file, or the text itself)\n",
+    )
+    assert empty.exit_code == 0
+
+
+@pytest.mark.skipif(Path("/etc/brokerd/brokerd.yaml").exists(), reason="this machine has a configuration of its own")
+def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
+    """Whoever starts the broker with nothing learns what it looks for, and exit status 78."""
+    result = brokerd()
+
+    assert (result.exit_code, result.stdout) == (78, "")
+    assert result.stderr == (
+        "/etc/brokerd/brokerd.yaml:1:1: (file): there is no file /etc/brokerd/brokerd.yaml (write or mount one there, "
+        "name another in BROKERD_CONFIG, or put its text into BROKERD_CONFIG_YAML)\n"
+    )

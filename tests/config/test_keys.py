@@ -157,6 +157,34 @@ def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None
 
 
 @posix_modes
+@pytest.mark.parametrize("mode", [0o444, 0o644, 0o440, 0o600])
+def test_a_secret_of_a_container(tmp_path: Path, mode: int) -> None:
+    """A file in $BROKERD_SECRETS_DIRECTORY may be readable by all: as a key file, by name, and as a configuration."""
+    path = key_file(tmp_path / "ops", mode=mode)
+    file = key_file(tmp_path / "b.yaml", (LISTEN + "clients: {b: {key: inline}}\n").encode(), mode)
+    environ = {"BROKERD_SECRETS_DIRECTORY": str(tmp_path)}
+
+    as_file = load_text(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n", "f", environ)
+    by_name = load_text(LISTEN + "clients: {a: {key_credential: ops}}\n", "f", environ)
+
+    assert as_file.clients["a"].keys[0].value == by_name.clients["a"].keys[0].value == b"the key"
+    assert load(file, environ).clients["b"].keys[0].value == b"inline"
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o464, 0o446, 0o666])
+def test_a_secret_is_still_no_scratch_paper(tmp_path: Path, mode: int) -> None:
+    """Only reading is forgiven, and only inside that directory."""
+    path = key_file(tmp_path / "ops", mode=mode)
+    text = LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n"
+
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": str(tmp_path)})
+    path.chmod(0o444)
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": f"{tmp_path}/secrets"})
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": ""})
+
+
+@posix_modes
 def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
     """Neither '..' in a key file's path nor a path for a name borrows the credentials' forgiveness."""
     (tmp_path / "credentials").mkdir()

@@ -494,7 +494,8 @@ def test_the_door_is_empty_when_all_have_gone() -> None:
         rejection(broker.address, b"wrong")
         with broker.raw() as peer:
             peer.read_body()
-        broker.log.wait("client.refused", 2)
+        broker.log.wait("client.refused")
+        broker.log.wait("client.left")
         server = broker.daemon._server
         assert server is not None
         assert broker.call(lambda: (len(server._door), server._door._searches)) == (0, [])

@@ -1,0 +1,108 @@
+"""The texts a configuration is made of: files, the patterns that name them, and a variable in the place of a file.
+
+Opens files for reading and nothing else; what a text says is for others to read.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import stat
+from collections.abc import Mapping
+from typing import Final
+
+__all__ = ["DEFAULT_CONFIG", "IN_ENVIRON", "MAX_FILE", "VARIABLE", "Unreadable", "decoded", "matching", "text_of"]
+
+#: What is run when nothing else is said.
+DEFAULT_CONFIG: Final = "/etc/brokerd/brokerd.yaml"
+#: The environment variable that may hold a whole configuration, as containers like to be given one.
+VARIABLE: Final = "BROKERD_CONFIG_YAML"
+#: What stands for that variable where a file's name is asked for: its relative paths start from the working directory.
+IN_ENVIRON: Final = f"${VARIABLE}"
+#: The largest configuration file, in bytes: some million clients.
+MAX_FILE: Final = 256 * 2**20
+# O_NONBLOCK: a FIFO without a writer must not hold anybody up. O_BINARY: Windows would end the file at a Ctrl-Z.
+_OPEN_FLAGS: Final = (
+    os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+)
+
+
+class Unreadable(Exception):
+    """A file can't be read as text; the message is what is wrong (what would be right).
+
+    line, column: where in the file, 0 where it is the file as a whole.
+    """
+
+    def __init__(self, what: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(what)
+        self.line = line
+        self.column = column
+
+
+def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, os.stat_result | None]:
+    """Return a file's text and its status; no status for the text in the environment, which has no file.
+
+    environ: where IN_ENVIRON is looked up; without one it is a file's name like any other.
+    Raises Unreadable.
+    """
+    if environ is not None and file == IN_ENVIRON:
+        text = environ.get(VARIABLE)
+        if not text:
+            raise Unreadable(f"the environment has no {VARIABLE} (set it to the configuration's text)")
+        return decoded(os.fsencode(text)), None
+    try:
+        handle = os.open(file, _OPEN_FLAGS)
+    except (OSError, ValueError) as error:
+        raise Unreadable(_unopened(file, error)) from None
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise Unreadable(f"{file} is a directory (give a file)")
+        if stat.S_ISFIFO(status.st_mode):
+            os.set_blocking(handle, True)
+        elif not stat.S_ISREG(status.st_mode):
+            raise Unreadable(f"{file} is no file (give a file)")
+        with open(handle, "rb", closefd=False) as stream:
+            content = stream.read(MAX_FILE + 1)
+    except OSError as error:
+        raise Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None
+    finally:
+        os.close(handle)
+    if len(content) > MAX_FILE:
+        raise Unreadable(f"{file} is larger than {MAX_FILE // 2**20} MiB (split it with include:)")
+    return decoded(content), status
+
+
+def matching(pattern: str, base: str) -> list[str]:
+    """Return the files a pattern names, sorted; a pattern without wildcards names one, which may not exist."""
+    pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a Path would change how the name is shown
+    if not glob.has_magic(pattern):
+        return [os.path.join(base, pattern)]  # noqa: PTH118 - the same
+    # The directory of the file may itself hold characters that mean something to glob.
+    whole = os.path.join(glob.escape(base), pattern)  # noqa: PTH118 - the same
+    return sorted(glob.glob(whole))  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def decoded(content: bytes) -> str:
+    """Return the bytes as text. Raises Unreadable, with the place, where they are no UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        begin = content.rfind(b"\n", 0, error.start) + 1
+        column = len(content[begin : error.start].decode(errors="replace")) + 1
+        raise Unreadable("is not UTF-8 (save it as UTF-8)", content.count(b"\n", 0, error.start) + 1, column) from None
+
+
+def _unopened(file: str, error: OSError | ValueError) -> str:
+    if isinstance(error, ValueError):
+        return "is no path (give a file)"
+    if error.errno == errno.ENOENT and file == DEFAULT_CONFIG:
+        # Whoever named no file learns every way to give one; in a container the first is a volume.
+        right = f"write or mount one there, name another in BROKERD_CONFIG, or put its text into {VARIABLE}"
+        return f"there is no file {file} ({right})"
+    if error.errno == errno.ENOENT:
+        return f"there is no file {file} (make it, or give another)"
+    if error.errno == errno.EACCES:
+        return f"{file} can't be read: {error.strerror} (let this user read it)"
+    return f"{file} can't be opened: {error.strerror} (give a file)"
