@@ -165,8 +165,9 @@ class Link:
         self.parcel = None
         self._route(memoryview(parcel), parcel.end, SLACK, unusual)
 
-    def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed = routing.feed) -> None:
+    def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         server, session = self.server, self.session
+        feed = feed or routing.feed
         now = server.loop.time()
         position, verdict = feed(server.broker, session, view, start, end, now)
         while verdict is Verdict.FLUSH:
