@@ -95,6 +95,9 @@ class Broker:
         self.happenings = Happenings()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
+        #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
+        #: for any number. Each takes a thousand times as long as one that stays in it.
+        self.patience = -1
         self.totals: Counter[str] = Counter()
         self._held: dict[Session, float] = {}
         #: Numbers all comings and goings.

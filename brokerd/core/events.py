@@ -25,7 +25,7 @@ __all__ = ["announce", "announce_presence", "publish"]
 
 #: How many subscribers the routing loop remembers for one publisher, those of all its topics together. A topic
 #: counts for some of them, however few it has.
-_REMEMBERED_OUTBOXES: Final = 65_536
+_REMEMBERED_OUTBOXES: Final = 16_384
 _SMALL_FAN: Final = 16
 _RECEIPT: Final = int(Flag.RECEIPT)
 

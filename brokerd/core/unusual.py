@@ -27,6 +27,9 @@ def unusual(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
 ) -> tuple[int, Verdict]:
     """Deal with the one frame at ``position``; return where to go on and how, as feed does."""
+    if not broker.patience:
+        return position, Verdict.YIELD
+    broker.patience -= 1
     try:
         span = frame_span(buffer, position, end)
     except BadLength as error:

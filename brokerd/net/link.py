@@ -60,6 +60,7 @@ class Link:
     credential: the key it proved to know.
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
+    waits: others have their turn before what is in ``tail`` is routed.
     """
 
     __slots__ = (
@@ -72,6 +73,7 @@ class Link:
         "session",
         "sock",
         "tail",
+        "waits",
         "writing",
     )
 
@@ -83,6 +85,7 @@ class Link:
         self.session: Session
         self.tail = b""
         self.parcel: Parcel | None = None
+        self.waits = False
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
         self.closed = False
@@ -113,7 +116,7 @@ class Link:
         return len(touched) >= _MANY and self._may_read()
 
     def _may_read(self) -> bool:
-        return not (self.closed or self.session.closing or self.session.held_by is not None)
+        return not (self.closed or self.waits or self.session.closing or self.session.held_by is not None)
 
     def _read(self) -> int:
         """Read once and route what came; return how many bytes that was. The caller settles."""
@@ -166,9 +169,11 @@ class Link:
         self._route(memoryview(parcel), parcel.end, SLACK, unusual)
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
+        """Route what lies there. feed: who does, the routing loop unless given."""
         server, session = self.server, self.session
         feed = feed or routing.feed
         now = server.loop.time()
+        server.broker.patience = server.patience
         position, verdict = feed(server.broker, session, view, start, end, now)
         while verdict is Verdict.FLUSH:
             server.write_touched()
@@ -184,6 +189,20 @@ class Link:
             self._keep(view, position, end)
             if verdict is Verdict.HOLD:
                 server.loop.remove_reader(self.fd)
+            elif verdict is Verdict.YIELD:
+                server.loop.remove_reader(self.fd)
+                self.waits = True
+                server.loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Route on: the others have had their turn."""
+        if not self.waits:
+            return
+        self.waits = False
+        try:
+            self.resume()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+            self._broken(error)
 
     def _keep(self, view: memoryview, position: int, end: int) -> None:
         """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
@@ -199,8 +218,10 @@ class Link:
             span = None
         if span is not None and self.session.held_by is None:
             wanted = sum(span) - position
+            # It is there but for its turn.
+            there = wanted <= end - position
             # One that is longer than any message is not collected: it is passed over as soon as its header is there.
-            if _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
+            if not there and _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
                 self.parcel = Parcel(view[position:end], wanted)
                 return
         self.tail = bytes(view[position:end])
@@ -281,9 +302,16 @@ class Link:
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""
         for _ in range(_READS):
-            if not self._may_read() or not self._read():
+            if not self._go_on():
                 break
             self.server.settle()
+
+    def _go_on(self) -> bool:
+        """Route what waits for its turn, or else what has arrived; return whether there was anything."""
+        if self.waits:
+            self._take_turn()
+            return True
+        return self._may_read() and self._read() > 0
 
     def is_gone(self) -> bool:
         """Return whether the client has closed, without waiting for the event loop to say so.
@@ -292,7 +320,7 @@ class Link:
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
-            while self._may_read() and self._read():
+            while self._go_on():
                 self.server.settle()
             self.lost("closed by the client")
         return self.closed

@@ -29,6 +29,8 @@ __all__ = ["Log", "Server"]
 _ACCEPTS: Final = 32
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
 _ARREARS: Final = 64
+#: Frames of one sender that leave the routing loop handled in one turn of the event loop.
+_PATIENCE: Final = 128
 #: Seconds without accepting after the system had no descriptor left.
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
 #: What the system says then; Windows has numbers of its own for sockets.
@@ -84,6 +86,8 @@ class Server:
         self._empty: asyncio.Event = asyncio.Event()
         self._farewells: set[Farewell] = set()
         self._farewell_s = GRACE
+        #: See Broker.patience: some milliseconds' work.
+        self.patience = _PATIENCE
 
     @property
     def handshakes(self) -> int:
@@ -354,6 +358,7 @@ class Server:
         """
         self.stop_accepting()
         self._farewell_s = timeout_s
+        self.patience = -1
         self.broker.drain()
         self.settle()
         # What has been sent already is answered: it comes too late.

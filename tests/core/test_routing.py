@@ -10,7 +10,8 @@ from core.fakenet import FakeNet, Feed, Peer, client
 from brokerd.config.values import WhenFull
 from brokerd.core import _routing_py, routing
 from brokerd.core.broker import Limits
-from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
+from brokerd.core.verdict import Verdict
+from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
 STEPS = pytest.mark.parametrize("step", [None, 1, 3, 16, 17, 100])
@@ -236,6 +237,25 @@ def test_remembered_subscribers_are_forgotten_when_they_change(feed: Feed) -> No
     bob.leave()
     ann.publish("t", b"5")
     assert ann.payloads() == [b"3", b"4", b"5"]
+
+
+def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
+    """Frames that leave the loop are handled until patience is at its end; those that stay in it do not count."""
+    net, ann, bob = pair(feed)
+    ann.message("bob", b"0")
+    ping = frame(encode(Envelope(Kind.REQUEST, 1, BROKER, b'{"op": "ping"}', codec=2)))
+    message = frame(encode(Envelope(Kind.MESSAGE, 2, "bob", b"x")))
+    data = memoryview((ping + message * 5) * 4)
+    net.broker.patience = 3
+
+    position, verdict = feed(net.broker, ann.session, data, 0, len(data), 0.0)
+
+    assert (position, verdict) == (3 * len(data) // 4, Verdict.YIELD)
+    net.broker.patience = 3
+    assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (len(data), Verdict.NEXT)
+    net.settle()
+    assert len(bob.take()) == 21
+    assert [answer.kind for answer in ann.take()] == [Kind.REPLY] * 4
 
 
 def test_the_loop_keeps_the_quota(feed: Feed) -> None:

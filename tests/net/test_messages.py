@@ -30,6 +30,9 @@ from net.raw import (
     prefixed,
 )
 
+from brokerd.core import broker as broker_module
+from brokerd.core import service
+
 MAX_ID = 2**64 - 1
 
 
@@ -514,6 +517,35 @@ def test_clients_lists_whom_one_may_send_to() -> None:
         found = {each["name"]: each for each in alice.ask("clients").json["clients"]}
         assert {name: each["online"] for name, each in found.items()} == {"bob": True, "bert": False}
         assert all(isinstance(each["since"], (int, float)) for each in found.values())
+
+
+def test_who_asks_much_does_not_keep_others_from_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question in the middle of somebody's thousands is answered long before the last of those, and all are."""
+    served_names: list[str] = []
+
+    def serve(broker: Any, source: Any, *rest: Any) -> None:
+        served_names.append(source.client.name)
+        service.serve(broker, source, *rest)
+
+    monkeypatch.setattr(broker_module, "serve", serve)
+    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        monkeypatch.setattr(broker.daemon._server, "patience", 2)
+        count = 3000
+        ping = json.dumps({"op": "ping"}).encode()
+        alice.write(b"".join(packed(REQUEST, "$broker", ping, id=number, codec=JSON) for number in range(count)))
+        bob.ping()
+        assert [alice.recv().id for _ in range(count)] == list(range(count))
+    assert served_names.index("bob") < count
+
+
+def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent before the connection ended is delivered, however many turns it takes."""
+    with served() as broker, broker.login("bob") as bob:
+        monkeypatch.setattr(broker.daemon._server, "patience", 1)
+        alice = broker.login("alice")
+        alice.write(b"".join(packed(REQUEST, "bob", id=number) for number in range(500)))
+        alice.close()
+        assert [bob.recv().id for _ in range(500)] == list(range(500))
 
 
 @pytest.mark.parametrize(
