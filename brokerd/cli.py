@@ -96,8 +96,9 @@ def _import_structlog_alone() -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--against-running", is_flag=True, help="Ask the running broker what a reload would change.")
 @click.option("--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON.")
+@click.option("--memory", is_flag=True, help="Say how much memory its limits allow at most, and what for.")
 @click.pass_context
-def check(context: click.Context, file: Path | None, against_running: bool, as_json: bool) -> None:
+def check(context: click.Context, file: Path | None, against_running: bool, as_json: bool, memory: bool) -> None:
     """Check a configuration and everything it includes; change nothing.
 
     Every mistake is a line on standard error, and the exit status is then 78. Opens no socket and writes nothing.
@@ -127,6 +128,13 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
             f"{listeners} listener{'' if listeners == 1 else 's'}"
         )
     )
+    if memory:
+        from brokerd.config.bound import memory_bound
+
+        bound = memory_bound(config)
+        for part, size in bound.parts().items():
+            click.echo(f"{part:>18} {size / 2**20:12,.0f} MiB")
+        click.echo(f"{'at most':>18} {bound.total / 2**20:12,.0f} MiB")
 
 
 def _check_against_running(config: Config, as_json: bool) -> int:

@@ -83,6 +83,23 @@ def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path:
     assert "/etc/brokerd/brokerd.yaml" in brokerd("--help").stdout
 
 
+def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
+    """With --memory, a line for each part and one for all; a bigger queue shows in its part and in the sum."""
+
+    def sizes(queue: str) -> dict[str, int]:
+        file = tmp_path / f"{queue}.yaml"
+        file.touch(mode=0o600)
+        file.write_text(f"listen: [./s]\nclients: {{a: {{key: k, queue: {queue}}}}}\n")
+        lines = brokerd("check", "--memory", file).output.splitlines()[1:]
+        return {line[:18].strip(): int(line.split()[-2].replace(",", "")) for line in lines}
+
+    small, big = sizes("16MiB"), sizes("116MiB")
+    assert big["queues"] - small["queues"] == 300
+    assert big["at most"] - small["at most"] == 300
+    # Each is rounded by itself.
+    assert abs(sum(small.values()) - 2 * small["at most"]) <= len(small)
+
+
 def test_check_opens_no_socket_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checking leaves the directory as it was and never makes a socket."""
     file = write(tmp_path / "b.yaml", GOOD)
