@@ -24,7 +24,7 @@ from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import reply_to, stats
 from brokerd.keywatch import KeyWatch, uses_of
-from brokerd.logs import make_log
+from brokerd.logs import AuditError, LevelRefused, Logs
 from brokerd.net.handed import Handed, HandedSocket, listen_at
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import Found, ListenError, Listening, listen
@@ -32,6 +32,7 @@ from brokerd.net.server import Log, Server
 from brokerd.reload import Cause, Outcome, Prepared, compared, obstacles, prepare, whole_plan
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
+from brokerd_client.wire.envelope import BROKER, ErrorCode
 
 __all__ = ["Daemon"]
 
@@ -55,8 +56,11 @@ class Daemon:
         self.supervisor = supervisor or Supervisor()
         self._handed = handed or Handed()
         self._allotted: dict[ListenConfig, list[HandedSocket]] = {}
-        self._own_log = log is None
-        self.log: Log = log or make_log(config.log.level, config.log.format)
+        #: The log of its own, None where a program gives another.
+        self._logs: Logs | None = None
+        if log is None:
+            log = self._logs = Logs(config.log)
+        self.log: Log = log
         self.broker = Broker(
             config.clients.values(),
             limits=_core_limits(config),
@@ -128,11 +132,28 @@ class Daemon:
         if order.op == "drain":
             reply_to(self.broker, order.source, order.id, {"draining": True})
             self.stop_soon(f"asked for by {asker}")
+        elif order.op == "log_level":
+            self._answer_log_level(order)
         elif order.op == "keys":
             reply_to(self.broker, order.source, order.id, self.keys())
             self._settle()
         else:
             self._in_background(self._reload_for(order, f"asked for by {asker}"))
+
+    def _answer_log_level(self, order: Order) -> None:
+        wanted = order.arguments
+        try:
+            if self._logs is None:
+                raise LevelRefused("the log of this broker is its program's own")
+            if wanted:
+                self._logs.change_level(
+                    wanted.get("area"), wanted.get("level"), wanted.get("for"), by=order.source.client.name
+                )
+        except LevelRefused as error:
+            self.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
+        else:
+            reply_to(self.broker, order.source, order.id, {"levels": self._logs.levels()})
+        self._settle()
 
     async def _reload_for(self, order: Order, reason: str) -> None:
         dry_run = order.arguments.get("dry_run") is True
@@ -175,6 +196,9 @@ class Daemon:
             prepared: Prepared | None = None
             if not dry_run:
                 self.supervisor.reloading()
+                if self._logs is not None:
+                    # Whoever moved the audit file away to begin a new one asks for a reload too.
+                    self._logs.reopen()
             try:
                 running, allotted = self.config, self._allotted
                 prepared = await aside(lambda: prepare(running, self._handed, allotted))
@@ -188,6 +212,8 @@ class Daemon:
                 problems = str(error).splitlines()
             except ListenError as error:
                 cause, problems = "listen", str(error).splitlines()
+            except AuditError as error:
+                cause, problems = "audit", [str(error)]
             finally:
                 if not dry_run:
                     self.supervisor.reloaded(problems[0] if problems else "")
@@ -197,25 +223,29 @@ class Daemon:
             return Outcome(plan, problems, cause)
 
     def apply(self, config: Config, reason: str) -> None:
-        """Take over another configuration. Raises ListenError; then nothing has changed."""
+        """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
         self._take_over(compared(self.config, config, self._handed, self._allotted), reason)
         self._settle()
 
     def _outlook(self, prepared: Prepared) -> Outcome:
         assert self._server is not None
         problems = obstacles(prepared)
+        if self._logs is not None:
+            problems += self._logs.foresee(prepared.config.log)
         plan = whole_plan(prepared.plan, self._server.misfits(prepared.keyring))
         return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
     def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over: first all that can fail, and that leaves no trace then. The caller settles.
 
-        New addresses are open before old ones are closed. Raises ListenError; then nothing has changed.
+        New addresses are open before old ones are closed. Raises ListenError or AuditError; then nothing has changed.
         """
         server, plan, keyring = self._server, prepared.plan, prepared.keyring
         assert server is not None
         if prepared.blocked:
             raise ListenError("\n".join(prepared.blocked))
+        if self._logs is not None:
+            self._logs.check(prepared.config.log)
         opened = _listen_at(plan.opened, prepared.allotted, prepared.found)
         try:
             server.alter(entry for entry, _ in plan.altered)
@@ -226,9 +256,8 @@ class Daemon:
         leaving = server.misfits(keyring)
         config = self.config = taken_over(self.config, prepared.config)
         self._allotted = prepared.allotted
-        if plan.log and self._own_log:
-            self.log = make_log(config.log.level, config.log.format)
-            server.log_to(self.log)
+        if self._logs is not None:
+            self._logs.take_over(config.log)
         self.broker.reconfigure(config.clients, _core_limits(config), time.time())
         server.reconfigure(keyring, config.limits)
         server.start(opened)
@@ -241,7 +270,6 @@ class Daemon:
         )
         self._warn_of_unmet()
         if self._keywatch is not None:
-            self._keywatch.log = self.log
             self._keywatch.watch(config)
         return Outcome(fields, warnings=prepared.warnings)
 
@@ -299,6 +327,11 @@ class Daemon:
         self.supervisor.close()
         self.stopped.set()
 
+    def close_log(self) -> None:
+        """Write what waits for the log, if that can be done soon, and end it."""
+        if self._logs is not None:
+            self._logs.close()
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -307,6 +340,7 @@ class Daemon:
         if self._stopping is None:
             await self.stop()
         await self.stopped.wait()
+        self.close_log()
 
 
 def _why_python() -> dict[str, str]:

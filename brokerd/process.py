@@ -15,6 +15,7 @@ from typing import Final
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
+from brokerd.logs import AuditError
 from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
 from brokerd.supervise import Supervisor
@@ -70,7 +71,19 @@ def _allow_many_descriptors() -> None:
 
 
 async def _serve(config: Config, supervisor: Supervisor, handed: Handed) -> int:
-    daemon = Daemon(config, supervisor=supervisor, handed=handed)
+    try:
+        daemon = Daemon(config, supervisor=supervisor, handed=handed)
+    except AuditError as error:
+        supervisor.failed(str(error))
+        print(error, file=sys.stderr)  # noqa: T201 - there is no log yet
+        return EX_FAILED
+    try:
+        return await _until_stopped(daemon, supervisor)
+    finally:
+        daemon.close_log()
+
+
+async def _until_stopped(daemon: Daemon, supervisor: Supervisor) -> int:
     status = 0
 
     def on_signal(name: str) -> None:

@@ -25,8 +25,8 @@ from brokerd.net.listening import Found, foresee, look_up
 
 __all__ = ["Cause", "Outcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
 
-#: Why a reload is refused: a mistake in the files, an address, or the broker is about to stop.
-Cause: TypeAlias = Literal["", "config", "listen", "draining"]
+#: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop.
+Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class Entries:
             elif key in ("limits", "log"):
                 section, _ = self._validated((), File, {key: value})
                 if section is not None:
-                    setattr(self._findings, key, getattr(section, key))
+                    setattr(self._findings, key, self._with_paths(getattr(section, key)))
         listen, clients, include = root.get("listen", []), root.get("clients", {}), root.get("include", [])
         if "listen" in root:
             self._findings.listens = True
@@ -121,6 +121,14 @@ class Entries:
             for number, pattern in enumerate(include):
                 if section is not None or ("include", number) not in bad:
                     self.includes.append((("include", number), pattern))
+
+    def _with_paths(self, section: Any) -> Any:
+        """Return the section with a relative path starting from the directory of this file."""
+        audit = getattr(section, "audit", None)
+        if audit is None:
+            return section
+        whole = os.path.join(self._base, os.path.expanduser(audit))  # noqa: PTH111, PTH118 - as written
+        return section.model_copy(update={"audit": whole})
 
     def _validated_section(self, key: str, root: dict[str, Any]) -> None:
         """Report a section that is no list, or no mapping, as the model does."""

@@ -64,6 +64,7 @@ __all__ = [
     "ListenConfig",
     "ListenEntry",
     "Log",
+    "LogAreas",
     "LogFormat",
     "LogLevel",
     "RateConfig",
@@ -228,13 +229,36 @@ class Limits(_Entry):
     """How long before a client's last key expires it is warned of; 0 warns only when it has."""
 
 
+class LogAreas(_Entry):
+    """The level of some events, by the first word of their names; what is not given is as ``level`` says."""
+
+    daemon: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Start, reload, stop."""
+    client: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Who connects, is refused, is slow, leaves."""
+    message: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Messages that are refused or dropped."""
+    admin: Annotated[LogLevel, Field(strict=False)] | None = None
+    """What administrators ask for."""
+    listener: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Where clients connect."""
+    key: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Keys that expire."""
+    log: Annotated[LogLevel, Field(strict=False)] | None = None
+    """The log itself."""
+
+
 class Log(_Entry):
     """What is logged, and how."""
 
     level: Annotated[LogLevel, Field(strict=False)] = LogLevel.INFO
     """The least important event that is still logged: debug, info, warning or error."""
     format: Annotated[LogFormat, Field(strict=False)] = LogFormat.AUTO
-    """auto is console on a terminal and JSON elsewhere; console and json are always so."""
+    """auto is console on a terminal, the journal's own form under systemd and JSON elsewhere."""
+    areas: LogAreas = LogAreas()
+    """Levels of their own for some areas, such as {client: debug}."""
+    audit: NonEmpty | None = None
+    """A file for who came and was refused, what administrators did, and what changed, one JSON object a line."""
 
 
 class IncludedFile(_Entry):

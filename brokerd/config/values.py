@@ -68,7 +68,7 @@ class LogFormat(StrEnum):
     """How a line of the log is written."""
 
     AUTO = "auto"
-    """Console on a terminal, JSON elsewhere."""
+    """Console on a terminal, the journal's own form where standard error is the journal, JSON elsewhere."""
     CONSOLE = "console"
     JSON = "json"
 

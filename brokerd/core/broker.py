@@ -60,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Something an administrator asked that only the daemon can do: ``reload``, ``drain``, or ``keys``."""
+    """Something an administrator asked that only the daemon can do, such as ``reload`` or ``log_level``."""
 
     op: str
     source: Session

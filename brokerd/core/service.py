@@ -281,4 +281,5 @@ _ADMIN: Final[dict[str, _Operation]] = {
     "keys": _order("keys"),
     "reload": _reload,
     "drain": _order("drain"),
+    "log_level": _order("log_level"),
 }

@@ -1,4 +1,4 @@
-"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, drain; and completion.
+"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, drain, log-level; and completion.
 
 Each is an operation of ``$broker`` (docs/protocol.md, "Operations"); all but clients and ping are for clients
 with ``admin: true``.
@@ -201,6 +201,38 @@ def drain(access: Access, as_json: bool, timeout: float) -> None:
         click.echo("draining")
 
 
+@click.command("log-level")
+@click.argument("area", required=False)
+@click.argument("level", required=False)
+@click.option("--for", "for_", metavar="DURATION", help="How long, as in 10m; until the next reload if not given.")
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def log_level(
+    access: Access, area: str | None, level: str | None, for_: str | None, as_json: bool, timeout: float
+) -> None:
+    """Show the levels of the broker's log by area; with AREA and LEVEL, change one.
+
+    As in `log-level client debug --for 10m`. AREA may be all; LEVEL may be default, which is what the configuration
+    says. A change is gone at the next reload or restart.
+    """
+    if (area is None) != (level is None) or (area is None and for_ is not None):
+        raise Failure(Status.USAGE, "give an area and a level, such as client debug; or neither")
+    wanted = {"area": area, "level": level, "for": for_}
+    with access.connect(timeout=timeout) as client:
+        given = {key: value for key, value in wanted.items() if value is not None}
+        answer = client.control("log_level", timeout=timeout, **given)
+    if as_json:
+        print_json(answer)
+        return
+    rows = []
+    for name, found in answer["levels"].items():
+        left = f"for {found['seconds']:.0f} s more" if "seconds" in found else "until the next reload"
+        rows.append((name, found["level"], left if found["changed"] else ""))
+    print_table(("area", "level", "changed"), rows)
+
+
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
@@ -217,4 +249,4 @@ def completion(shell: str) -> None:
     click.echo(kind(brokerctl, {}, "brokerctl", "_BROKERCTL_COMPLETE").source())
 
 
-COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, drain, completion)
+COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, drain, log_level, completion)

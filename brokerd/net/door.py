@@ -139,7 +139,7 @@ class Door:
             # A health check, a balancer's probe: nobody was refused, and a line for each would bury the rest.
             self._forget(knock)
             knock.sock.close()
-            self._server.log.debug("client.left", peer=knock.peer, listener=knock.listener)
+            self._server.floods.note("debug", "client.left", knock.origin, peer=knock.peer, listener=knock.listener)
             return
         if not data:
             self._refuse(knock, "closed by the peer before it had proved who it is")

@@ -122,10 +122,6 @@ class Server:
                         take_back()
                     raise
 
-    def log_to(self, log: Log) -> None:
-        """Have events go to another log from now on."""
-        self.log = self.floods.log = log
-
     def stop_listening_at(self, addresses: Container[Address]) -> None:
         """Close the listening sockets of these configured addresses; connections made there stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:

@@ -1,0 +1,139 @@
+"""What an event looks like: one line in every form, whatever a client put into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from brokerd.log_lines import Form, console, journal_entry, json_line, prefixed
+
+#: What ends lines, moves cursors, turns text around, or looks like a field.
+HOSTILE = [
+    "two\nlines",
+    "\r\x1b[2K\x1b[31mgone",
+    "nul\x00bell\x07del\x7f",
+    "line\u2028paragraph\u2029next\x85",
+    "right\u202eto left\u2066\u200f",
+    "lone \ud800 surrogate",
+    'a="b" level=error event=daemon.killed',
+    "\x1b[2J",
+    "back\\slash 'quotes\" \t tab",
+    "<0>emergency",
+    "x" * 200_000,
+]
+FORMS = {"json": json_line, "console": console(colors=False), "colours": console(colors=True), "prefixed": prefixed}
+
+
+def entry(**fields: Any) -> Mapping[str, Any]:
+    return {"timestamp": "2026-01-01T00:00:00Z", "level": "warning", "event": "message.refused", **fields}
+
+
+def is_harmless(text: str, colors: bool = False) -> bool:
+    """Return whether nothing in the text does anything but be shown."""
+    if colors:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return text.isprintable()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("place", ["value", "list", "key", "nested"])
+def test_a_line_is_one_line_whatever_is_in_it(form: str, text: str, place: str) -> None:
+    """One line, every character of it printable, wherever the text stands: the colours are our own."""
+    value = {"value": text, "list": [text], "key": {text: 1}, "nested": [{"to": (text, {"x": text})}]}[place]
+
+    line = FORMS[form](entry(to=value, reason="none")).decode()
+
+    assert line.endswith("\n")
+    assert is_harmless(line[:-1], form == "colours")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_json_says_what_was_there(text: str) -> None:
+    """A program reads back exactly what was logged."""
+    assert json.loads(json_line(entry(to=text))) == {**entry(to=text)}
+
+
+def test_an_escape_in_a_colour_is_not_believed() -> None:
+    """An escape sequence of the client's is shown, not sent to the terminal."""
+    line = console(colors=True)(entry(to="\x1b[31mred")).decode()
+
+    assert "\\x1b[31mred" in line
+
+
+@pytest.mark.parametrize("form", ["console", "prefixed"])
+def test_no_field_can_be_forged(form: str) -> None:
+    """A text that looks like more fields stands in quotes."""
+    line = FORMS[form](entry(to='bob level=error event="daemon.killed"')).decode()
+
+    assert re.search(r"""to=(["']).*daemon\.killed.*\1""", line)
+
+
+def fields_of(data: bytes) -> dict[str, str]:
+    """Return the fields of a journal entry, as journald reads them: none may have the form with a length."""
+    lines = data.decode().split("\n")
+    assert lines.pop() == ""
+    fields = dict(line.split("=", 1) for line in lines)
+    assert len(fields) == len(lines), "no field is there twice"
+    assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*", name) for name in fields)
+    return fields
+
+
+@pytest.mark.parametrize(("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")])
+def test_the_journal_gets_priority_message_and_fields(level: str, priority: str) -> None:
+    """A level is a priority, the event a message for people, and each field one of the entry's."""
+    event = {**entry(name="alice", to="bob", count=3, reason="no way"), "level": level}
+
+    assert fields_of(journal_entry(event)) == {
+        "PRIORITY": priority,
+        "SYSLOG_IDENTIFIER": "brokerd",
+        "MESSAGE": 'message.refused name=alice to=bob count=3 reason="no way"',
+        "BROKERD_EVENT": "message.refused",
+        "BROKERD_NAME": "alice",
+        "BROKERD_TO": "bob",
+        "BROKERD_COUNT": "3",
+        "BROKERD_REASON": "no way",
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_journal_field_can_be_forged(text: str) -> None:
+    """The fields are those there should be, harmless and not too long, whatever stands in one."""
+    fields = fields_of(journal_entry(entry(to=text, more=[text])))
+
+    assert set(fields) == {
+        "PRIORITY",
+        "SYSLOG_IDENTIFIER",
+        "MESSAGE",
+        "BROKERD_EVENT",
+        "BROKERD_TO",
+        "BROKERD_MORE",
+    }
+    assert all(value.isprintable() for value in fields.values())
+    assert fields["PRIORITY"] == "4"
+
+
+def test_a_journal_entry_fits_a_datagram() -> None:
+    """However many long fields there are, an entry stays within what a datagram may be, and keeps its message."""
+    data = journal_entry(entry(**{f"field{number}": "y" * 40_000 for number in range(20)}))
+
+    assert len(data) <= 100_000
+    assert fields_of(data)["MESSAGE"].startswith("message.refused field0=yyy")
+
+
+@pytest.mark.parametrize(("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")])
+def test_the_prefix_is_the_priority(level: str, priority: str) -> None:
+    """Where only text can be written, systemd reads the priority in front of it."""
+    line = prefixed({**entry(name="alice"), "level": level})
+
+    assert line == f"<{priority}>message.refused name=alice\n".encode()
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), journal_entry])
+def test_what_is_no_json_is_shown_somehow(form: Form) -> None:
+    """A field that no format knows does not end the daemon."""
+    assert b"Path" in form(entry(what=__import__("pathlib").PurePosixPath("x")))

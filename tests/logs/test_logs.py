@@ -1,0 +1,322 @@
+"""The log of a daemon: levels by area, the audit, where it goes, and that nothing stops for it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokerd import logs
+from brokerd.config.model import Log, LogAreas
+from brokerd.logs import AuditError, LevelRefused, Logs
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 30.0
+
+
+@contextmanager
+def logging_to(stream: io.StringIO, **settings: Any) -> Iterator[Logs]:
+    """Have a log for the length of the block; all its lines are in the stream then."""
+    log = Logs(Log.model_validate(settings), stream)
+    yield log
+    assert log.flush(TIMEOUT_S)
+    log.close(TIMEOUT_S)
+
+
+def events(stream: io.StringIO) -> list[str]:
+    return [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
+
+
+def test_an_event_has_time_level_name_and_fields() -> None:
+    """In this order, one JSON object a line."""
+    stream = io.StringIO()
+    with logging_to(stream) as log:
+        log.warning("client.slow", name="bob", waiting=5)
+
+    entry = json.loads(stream.getvalue())
+    assert list(entry) == ["timestamp", "level", "event", "name", "waiting"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", entry["timestamp"])
+    assert (entry["level"], entry["event"]) == ("warning", "client.slow")
+
+
+def test_an_area_has_a_level_of_its_own() -> None:
+    """Events of the area are as its level says, all others as the level for all does."""
+    stream = io.StringIO()
+    with logging_to(stream, level="warning", areas={"client": "debug", "daemon": "error"}) as log:
+        log.debug("client.held")
+        log.info("message.refused")
+        log.warning("message.dropped")
+        log.warning("daemon.killed")
+        log.error("daemon.failed")
+
+    assert events(stream) == ["client.held", "message.dropped", "daemon.failed"]
+
+
+def test_a_level_changes_while_it_runs_and_back() -> None:
+    """For one area, for all, back to what the configuration says; each change is an event that says who asked."""
+    stream = io.StringIO()
+    with logging_to(stream) as log:
+        log.debug("client.held", number=1)
+        log.change_level("client", "debug", by="root")
+        log.debug("client.held", number=2)
+        log.debug("message.refused", number=3)
+        log.change_level("all", "error", by="root")
+        log.info("client.connected")
+        log.change_level("all", "default", by="root")
+        log.debug("client.held", number=4)
+        log.info("client.connected")
+
+    entries = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [entry["event"] for entry in entries] == [
+        "log.level_changed",
+        "client.held",
+        "log.level_changed",
+        "client.connected",
+    ]
+    assert {key: entries[0][key] for key in ("area", "to", "by")} == {"area": "client", "to": "debug", "by": "root"}
+
+
+def test_a_level_may_change_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time is over it is as before, without anybody doing anything."""
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
+    log = Logs(Log(), io.StringIO())
+    log.change_level("client", "debug", "10m", by="root")
+    assert log.levels()["client"] == {"level": "debug", "changed": True, "seconds": 600.0}
+    now += 599
+    assert log.levels()["client"]["level"] == "debug"
+    now += 2
+    assert log.levels()["client"] == {"level": "info", "changed": False}
+    monkeypatch.undo()
+    log.close()
+
+
+def test_a_reload_ends_what_was_changed() -> None:
+    """The configuration's levels hold again, its new ones at once."""
+    stream = io.StringIO()
+    with logging_to(stream) as log:
+        log.change_level("client", "debug", by="root")
+        log.take_over(Log.model_validate({"areas": {"message": "debug"}}))
+        assert {area: found["level"] for area, found in log.levels().items() if area in ("client", "message")} == {
+            "client": "info",
+            "message": "debug",
+        }
+        log.take_over(Log.model_validate({"format": "console"}))
+        log.info("client.connected")
+
+    assert "client.connected" in stream.getvalue().splitlines()[-1]
+    assert not stream.getvalue().splitlines()[-1].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("cliant", "debug"), "no such area"),
+        ((None, "debug"), "no such area"),
+        ((["client"], "debug"), "no such area"),
+        (("client", "loud"), "no such level"),
+        (("client", None), "no such level"),
+        (("client", ["debug"]), "no such level"),
+        (("client", "debug", "long"), "is no duration"),
+        (("client", "debug", []), "is no duration"),
+        (("client", "default", "1m"), "without end"),
+    ],
+)
+def test_a_wrong_level_is_refused(arguments: Any, says: str) -> None:
+    """Nothing changes, and the message says what would be right."""
+    log = Logs(Log(), io.StringIO())
+
+    with pytest.raises(LevelRefused, match=says):
+        log.change_level(*arguments, by="root")
+
+    assert not any(found["changed"] for found in log.levels().values())
+    log.close()
+
+
+def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
+    """Whatever the levels: who came and was refused, what administrators did, what changed; nothing else."""
+    path = tmp_path / "audit"
+    with logging_to(io.StringIO(), level="error", audit=str(path)) as log:
+        log.info("daemon.started")
+        log.info("client.connected", name="alice", key="0123abcd")
+        log.warning("client.refused", reason="unknown key")
+        log.warning("client.slow")
+        log.warning("message.refused", to="bob", code="denied")
+        log.warning("message.refused", to="$broker", code="denied")
+        log.info("admin.asked", op="disconnect")
+        log.debug("admin.asked", op="stats")
+        log.error("daemon.bug")
+        log.change_level("client", "debug", by="root")
+
+    assert [(entry["event"], entry.get("to")) for entry in map(json.loads, path.read_text().splitlines())] == [
+        ("daemon.started", None),
+        ("client.connected", None),
+        ("client.refused", None),
+        ("message.refused", "$broker"),
+        ("admin.asked", None),
+        ("log.level_changed", "debug"),
+    ]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_audit_is_begun_anew_where_it_was_moved(tmp_path: Path) -> None:
+    """Lines before that are in the old file, lines after it in the new one, none is in neither."""
+    path = tmp_path / "audit"
+    with logging_to(io.StringIO(), audit=str(path)) as log:
+        for number in range(100):
+            log.info("daemon.reloaded", number=number)
+            if number == 49:
+                path.rename(tmp_path / "audit.1")
+                log.reopen()
+
+    old, new = (tmp_path / "audit.1").read_text().splitlines(), path.read_text().splitlines()
+    assert [json.loads(line)["number"] for line in (*old, *new)] == list(range(100))
+    assert json.loads(new[0])["number"] == 50 or len(old) >= 50
+
+
+def test_an_audit_that_cannot_be_opened_again_goes_on(tmp_path: Path) -> None:
+    """The old file is still written, and the log says why there is no new one."""
+    directory = tmp_path / "d"
+    directory.mkdir()
+    stream = io.StringIO()
+    with logging_to(stream, audit=str(directory / "audit")) as log:
+        directory.rename(tmp_path / "moved")
+        log.reopen()
+        log.info("daemon.reloaded")
+
+    assert events(stream) == ["log.audit_failed", "daemon.reloaded"]
+    assert "daemon.reloaded" in (tmp_path / "moved" / "audit").read_text()
+
+
+def test_an_audit_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    """At the start, and when a reload names it: then nothing has changed. The message says which file and why."""
+    bad = Log.model_validate({"audit": str(tmp_path / "none" / "audit")})
+    with pytest.raises(AuditError, match=r"none/audit can't be opened: No such file or directory"):
+        Logs(bad, io.StringIO())
+    log = Logs(Log(), io.StringIO())
+    with pytest.raises(AuditError):
+        log.check(bad)
+    with pytest.raises(AuditError):
+        log.check(Log.model_validate({"audit": str(tmp_path)}))
+    log.close()
+
+
+def test_the_audit_comes_and_goes_with_reloads(tmp_path: Path) -> None:
+    """A reload may name a file, another one, and none."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    with logging_to(io.StringIO()) as log:
+        for audit in (str(first), str(second), None):
+            log.take_over(Log.model_validate({} if audit is None else {"audit": audit}))
+            log.info("daemon.reloaded", to=audit)
+            assert log.flush(TIMEOUT_S)
+
+    assert [json.loads(path.read_text())["to"] for path in (first, second)] == [str(first), str(second)]
+
+
+class Stream(io.StringIO):
+    """A stream with the descriptor of something else."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+@pytest.fixture
+def journal_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, int]]:
+    """A standard error that systemd has connected to the journal, and where what is written to it can be read."""
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    yield Stream(writing), reading
+    os.close(reading)
+    os.close(writing)
+
+
+def test_under_systemd_events_go_to_the_journal(socket_dir: Path, journal_stream: tuple[Stream, int]) -> None:
+    """Standard error is the journal: entries with priorities and fields; a JSON log is asked for by name."""
+    stream, reading = journal_stream
+    path = str(socket_dir / "journal")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(path)
+        journal.settimeout(TIMEOUT_S)
+        log = Logs(Log(), stream, journal=path)
+        log.warning("client.refused", name="alice\nPRIORITY=0", reason="unknown key")
+        entry = journal.recv(10_000).decode()
+        assert entry.splitlines() == [
+            "PRIORITY=4",
+            "SYSLOG_IDENTIFIER=brokerd",
+            'MESSAGE=client.refused name="alice\\nPRIORITY=0" reason="unknown key"',
+            "BROKERD_EVENT=client.refused",
+            "BROKERD_NAME=alice\\nPRIORITY=0",
+            "BROKERD_REASON=unknown key",
+        ]
+        log.close()
+        log = Logs(Log.model_validate({"format": "json"}), stream, journal=path)
+        log.info("client.connected")
+        assert json.loads(os.read(reading, 10_000))["event"] == "client.connected"
+        log.close()
+
+
+def test_without_the_journals_socket_its_prefixes_do(socket_dir: Path, journal_stream: tuple[Stream, int]) -> None:
+    """Where a sandbox hides the socket, priorities still reach the journal."""
+    stream, reading = journal_stream
+    log = Logs(Log(), stream, journal=str(socket_dir / "none"))
+    log.error("daemon.failed", reason="no")
+    assert os.read(reading, 10_000) == b"<3>daemon.failed reason=no\n"
+    log.close()
+
+
+def test_another_stream_is_not_the_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program started by a service inherits the variable, but its standard error may go elsewhere."""
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    with (tmp_path / "log").open("w") as stream:
+        log = Logs(Log(), stream)
+        log.info("client.connected")
+        log.close(TIMEOUT_S)
+    assert json.loads((tmp_path / "log").read_text())["event"] == "client.connected"
+
+
+def called_events() -> set[str]:
+    """Return every event that the daemon logs or notes, read from its source."""
+    found = set()
+    for path in (ROOT / "brokerd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+                if name in ("debug", "info", "warning", "error", "note", "_say", "_entry"):
+                    texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                    found |= {
+                        text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
+                    }
+    # Their counted form is described for all together.
+    return {event for event in found if event.removesuffix("_more") not in found - {event}}
+
+
+def test_every_event_is_documented_and_every_documented_one_exists() -> None:
+    """The source, the list in brokerd/logs.py and the table in docs/operations.md name the same events."""
+    called = called_events()
+    listed = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", re.search(r"(?s)\n\n    .*?\n\n", logs.__doc__ or "")[0]))  # type: ignore[index]
+    section = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("\n## Log events\n")[2]
+    section = section.partition("\n## ")[0]
+    table = set(re.findall(r"(?m)^\| `([a-z]+\.[a-z_]+)` \|", section))
+
+    assert len(called) > 20
+    assert listed == called
+    assert table == called
+
+
+def test_every_area_of_an_event_can_have_a_level() -> None:
+    """The areas of the configuration are the first words of the events."""
+    assert {event.partition(".")[0] for event in called_events()} == set(LogAreas.model_fields)

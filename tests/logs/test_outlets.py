@@ -1,0 +1,266 @@
+"""Where lines go: in order, whole, counted where they are lost, and never with anybody waiting."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from brokerd import log_outlets
+from brokerd.log_outlets import Descriptor, Journal, Outlet, Text, of_stream, open_for_append
+
+TIMEOUT_S = 30.0
+
+
+def lost_line(count: int) -> bytes:
+    return b"lost %d\n" % count
+
+
+class Gate:
+    """A target that takes a line when it is let, and says what it has."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.full = False
+        self.closed = False
+
+    def write(self, line: bytes) -> None:
+        self.reached.set()
+        assert self.opened.wait(TIMEOUT_S)
+        if self.full:
+            raise OSError(errno.ENOSPC, "no space left")
+        self.lines.append(line)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def test_lines_come_out_in_order(gate: Gate) -> None:
+    """Ten thousand lines from one thread arrive as they were put."""
+    outlet = Outlet(gate, lost_line)
+    gate.opened.set()
+    for number in range(5000):
+        outlet.put(b"%d\n" % number)
+
+    assert outlet.close(TIMEOUT_S)
+
+    assert gate.lines == [b"%d\n" % number for number in range(5000)]
+    assert gate.closed
+
+
+def test_whoever_logs_never_waits(gate: Gate) -> None:
+    """With nobody reading, putting goes on; what found no room is counted, and the count stands where it was lost."""
+    outlet = Outlet(gate, lost_line)
+    outlet.put(b"first\n")
+    assert gate.reached.wait(TIMEOUT_S)
+    for number in range(3 * log_outlets.MOST_LINES):
+        outlet.put(b"%d\n" % number)
+
+    assert not outlet.flush(0.01)
+    gate.opened.set()
+    assert outlet.flush(TIMEOUT_S)
+    outlet.put(b"last\n")
+    assert outlet.close(TIMEOUT_S)
+
+    kept = log_outlets.MOST_LINES
+    assert gate.lines == [
+        b"first\n",
+        *[b"%d\n" % number for number in range(kept)],
+        b"lost %d\n" % (2 * kept),
+        b"last\n",
+    ]
+
+
+def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
+    """Long lines are fewer."""
+    outlet = Outlet(gate, lost_line)
+    outlet.put(b"first\n")
+    assert gate.reached.wait(TIMEOUT_S)
+    line = bytes(100_000)
+    for _ in range(100):
+        outlet.put(line)
+
+    gate.opened.set()
+    assert outlet.close(TIMEOUT_S)
+
+    kept = log_outlets.MOST_BYTES // len(line)
+    assert gate.lines == [b"first\n", *[line] * kept, b"lost %d\n" % (100 - kept)]
+
+
+def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
+    """While nothing can be written lines are lost; the first one afterwards is the count."""
+    outlet = Outlet(gate, lost_line)
+    gate.opened.set()
+    gate.full = True
+    for _ in range(7):
+        outlet.put(b"gone\n")
+    assert outlet.flush(TIMEOUT_S)
+
+    gate.full = False
+    outlet.put(b"here\n")
+    assert outlet.close(TIMEOUT_S)
+
+    assert gate.lines == [b"lost 7\n", b"here\n"]
+
+
+def test_the_count_does_not_wait_for_the_next_line(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a quiet broker it is tried again by itself."""
+    monkeypatch.setattr(log_outlets, "_TRY_AGAIN", 0.01)
+    outlet = Outlet(gate, lost_line)
+    gate.opened.set()
+    gate.full = True
+    outlet.put(b"gone\n")
+    assert outlet.flush(TIMEOUT_S)
+    gate.full = False
+
+    end = monotonic() + TIMEOUT_S
+    while not gate.lines:
+        assert monotonic() < end
+    assert gate.lines == [b"lost 1\n"]
+    assert outlet.close(TIMEOUT_S)
+
+
+def test_closing_gives_up_in_time(gate: Gate) -> None:
+    """Nobody reads: the end comes when the time is over, and what is put after it goes nowhere."""
+    outlet = Outlet(gate, lost_line)
+    outlet.put(b"first\n")
+    assert gate.reached.wait(TIMEOUT_S)
+    outlet.put(b"second\n")
+    began = monotonic()
+
+    assert not outlet.close(0.05)
+
+    assert monotonic() - began < 5
+    outlet.put(b"third\n")
+    gate.opened.set()
+
+
+def test_closing_what_was_never_used_closes_it(gate: Gate) -> None:
+    """No thread is begun for it."""
+    outlet = Outlet(gate, lost_line)
+
+    assert outlet.close(1)
+    assert gate.closed
+
+
+def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up within a line: its rest comes before the next one, so that no line is ever in another."""
+    taken: list[bytes] = []
+    room = 4
+
+    def write(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "no space left")
+        size = min(room, len(data))
+        room -= size
+        taken.append(bytes(data[:size]))
+        return size
+
+    monkeypatch.setattr(os, "write", write)
+    target = Descriptor(9)
+    target.write(b"a line\n")
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"):
+            target.write(b"lost\n")
+    room = 100
+    target.write(b"next\n")
+
+    assert b"".join(taken) == b"a line\nnext\n"
+
+
+def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
+    """Nothing is lost when it says that it would block; and it stays as it was."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    outlet = Outlet(Descriptor(writing, owned=True), lost_line)
+    lines = [b"%d %s\n" % (number, b"x" * 1000) for number in range(500)]
+    for line in lines:
+        outlet.put(line)
+    got = bytearray()
+    while got.count(b"\n") < len(lines):
+        got += os.read(reading, 1 << 16)
+
+    assert bytes(got) == b"".join(lines)
+    assert not os.get_blocking(writing)
+    assert outlet.close(TIMEOUT_S)
+    os.close(reading)
+
+
+def test_a_blocking_descriptor_stays_blocking() -> None:
+    """Standard error may be shared with others, who do not expect it to say that it would block."""
+    reading, writing = os.pipe()
+    outlet = Outlet(Descriptor(writing, owned=True), lost_line)
+    outlet.put(b"line\n")
+    assert os.read(reading, 100) == b"line\n"
+    assert os.get_blocking(writing)
+    outlet.close(TIMEOUT_S)
+    os.close(reading)
+
+
+def test_a_stream_without_a_descriptor_is_written_as_text() -> None:
+    """A program may keep its standard error in memory; one that it has closed loses lines."""
+    stream = io.StringIO()
+    target = of_stream(stream)
+    target.write(b"line\n")
+    assert stream.getvalue() == "line\n"
+    assert isinstance(target, Text)
+    stream.close()
+    with pytest.raises(OSError, match="closed"):
+        target.write(b"line\n")
+    target.close()
+
+
+def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """It is made with mode 0600 and appended to; the mode of one that is there stays."""
+    path = tmp_path / "log"
+    target = Descriptor(open_for_append(str(path)), owned=True)
+    target.write(b"one\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)
+    target.replace(open_for_append(str(path)))
+    target.write(b"two\n")
+    target.close()
+    assert path.read_bytes() == b"one\ntwo\n"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_journal_is_found_again(socket_dir: Path) -> None:
+    """When it was started anew, entries reach the new one; while there is none, writing fails."""
+    path = str(socket_dir / "journal")
+
+    def start() -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.settimeout(TIMEOUT_S)
+        sock.bind(path)
+        return sock
+
+    with start() as first:
+        journal = Journal(path)
+        journal.write(b"A=1\n")
+        assert first.recv(100) == b"A=1\n"
+    with pytest.raises(OSError, match="refused"):
+        journal.write(b"A=2\n")
+    Path(path).unlink()
+    with pytest.raises(FileNotFoundError):
+        journal.write(b"A=2\n")
+    with start() as second:
+        journal.write(b"A=3\n")
+        assert second.recv(100) == b"A=3\n"
+    journal.close()
