@@ -92,7 +92,8 @@ class Daemon:
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
         self._server.start(opened)
-        self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), self._server.credentials)
+        later = asyncio.get_running_loop().call_later
+        self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), later, self._server.credentials)
         self.log.info(
             "daemon.started",
             version=__version__,

@@ -6,11 +6,10 @@ Names keys by their id, never shows one, and disconnects nobody: a key's time is
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from brokerd.config.model import Config
 from brokerd.config.validity import let_in_until, state_of
@@ -28,18 +27,29 @@ _LOOK_AGAIN: Final = timedelta(hours=1)
 _LINES: Final = 50
 
 
+class Timer(Protocol):
+    """Something that is to happen, and can be called off."""
+
+    def cancel(self) -> None:
+        """Call it off."""
+
+
 class KeyWatch:
     """Looks at the keys of a configuration when it comes into force, when one expires, and every hour.
 
-    log: where warnings go. now: returns the time of day with its zone. credentials: returns the key of each
-    connection there is.
+    log: where warnings go. now: returns the time of day with its zone. call_later: calls a function after so many
+    seconds, as an event loop's. credentials: returns the key of each connection there is.
     """
 
     def __init__(
-        self, log: Log, now: Callable[[], datetime], credentials: Callable[[], Iterable[Credential]] = tuple
+        self,
+        log: Log,
+        now: Callable[[], datetime],
+        call_later: Callable[[float, Callable[[], None]], Timer],
+        credentials: Callable[[], Iterable[Credential]],
     ) -> None:
         self.log = log
-        self._loop = asyncio.get_running_loop()
+        self._call_later = call_later
         self._now = now
         self._credentials = credentials
         self._clients: list[ClientConfig] = []
@@ -47,7 +57,7 @@ class KeyWatch:
         #: Until when what was said of a client need not be said again.
         self._quiet_until: dict[tuple[str, str], datetime] = {}
         self._seen_at: datetime | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
         self._lines = 0
 
     def watch(self, config: Config) -> None:
@@ -88,7 +98,7 @@ class KeyWatch:
             self.log.warning("key.expiring_more", count=self._lines - _LINES)
         # A moment later: at its last moment a key is still valid.
         wait = (min(upcoming) - now).total_seconds() + 0.001
-        self._timer = self._loop.call_later(wait, self._look)
+        self._timer = self._call_later(wait, self._look)
 
     def _look_at(self, client: ClientConfig, before: datetime | None, now: datetime) -> None:
         last = _last(client, now)

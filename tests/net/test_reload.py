@@ -43,6 +43,12 @@ class FromFile:
         problems: list[str] = self._run(self.daemon.reload("test"))
         return problems
 
+    def stop_soon(self) -> None:
+        async def stop() -> None:
+            self.daemon.stop_soon("test")
+
+        self._run(stop())
+
     def connect(self, name: str, key: str, at: str = "sock") -> Any:
         return brokerd_client.connect(str(self.home / at), name=name, key=key, reconnect=False)
 

@@ -1,0 +1,98 @@
+"""SIGHUP from outside: what the log says, and that no reload keeps the process from ending."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import yaml
+from e2e.process import TIMEOUT_S, Process
+from e2e.under_load import write_whole
+from net.raw import Raw
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
+
+
+def test_sighup_with_a_bad_file_is_in_the_log(socket_dir: Path) -> None:
+    """The mistakes stand there with their lines, and whoever is connected goes on."""
+    with Process(socket_dir) as broker, broker.login("alice") as alice:
+        text = broker.config.read_text()
+        write_whole(broker.config, text + "nonsense: 1\n")
+        broker.signal(signal.SIGHUP)
+        (event,) = broker.wait("daemon.reload_refused")
+        assert (event["reason"], event["cause"], event["level"]) == ("SIGHUP", "config", "warning")
+        assert "unknown key 'nonsense'" in event["problems"][0]
+        alice.ping()
+        write_whole(broker.config, text)
+        broker.signal(signal.SIGHUP)
+        (event,) = broker.wait("daemon.reloaded")
+        assert (event["added"], event["changed"], event["disconnected"]) == ([], {}, [])
+        alice.ping()
+
+
+def wait_until_it_reads(broker: Process, file: Path, alice: Raw) -> None:
+    """Return when the broker has the file open; it serves all the time."""
+    deadline = monotonic() + TIMEOUT_S
+    while str(file) not in descriptors(broker.popen.pid):
+        assert monotonic() < deadline
+        alice.ping()
+
+
+def descriptors(pid: int) -> set[str]:
+    """Return what a process has open."""
+    found = set()
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(each.readlink()))
+    return found
+
+
+@linux
+def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: Path) -> None:
+    """A disk that never answers holds up neither messages nor SIGTERM; signals that come meanwhile do not pile up."""
+    with Process(socket_dir) as broker, broker.login("alice") as alice:
+        fifo = socket_dir / "hangs.yaml"
+        os.mkfifo(fifo)
+        writer = os.open(fifo, os.O_RDWR)
+        whole = yaml.safe_load(broker.config.read_text())
+        write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+        broker.signal(signal.SIGHUP)
+        wait_until_it_reads(broker, fifo, alice)
+        for _ in range(5):
+            broker.signal(signal.SIGHUP)
+            alice.ping()
+        began = monotonic()
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+        assert monotonic() - began < 10
+        os.close(writer)
+        assert not broker.events("daemon.reloaded")
+        assert "Traceback" not in "".join(broker.lines)
+
+
+@linux
+def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> None:
+    """While a reload reads, however many signals make one more, which reads what there is then."""
+    with Process(socket_dir) as broker, broker.login("alice") as alice:
+        fifo = socket_dir / "slow.yaml"
+        os.mkfifo(fifo)
+        writer = os.open(fifo, os.O_RDWR)
+        whole = yaml.safe_load(broker.config.read_text())
+        write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+        broker.signal(signal.SIGHUP)
+        wait_until_it_reads(broker, fifo, alice)
+        write_whole(broker.config, yaml.safe_dump(whole))
+        for _ in range(5):
+            broker.signal(signal.SIGHUP)
+            alice.ping()
+        os.write(writer, b"clients: {carol: {key: c}}\n")
+        os.close(writer)
+        broker.wait("daemon.reloaded", 2)
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+        assert [event["added"] for event in broker.events("daemon.reloaded")] == [["carol"], []]

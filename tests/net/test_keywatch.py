@@ -1,0 +1,172 @@
+"""The watch over keys: what it warns of, when, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from net.house import Recorder
+
+from brokerd.config.load import load_text
+from brokerd.config.model import Config
+from brokerd.keywatch import KeyWatch
+from brokerd.net.keyring import Credential
+
+START = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+class Clock:
+    """The time of day, and what is to be done later: both go on only when told."""
+
+    def __init__(self) -> None:
+        self.set_by = timedelta()
+        self._elapsed = timedelta()
+        self._act: Callable[[], None] | None = None
+        self._due = timedelta()
+
+    @property
+    def now(self) -> datetime:
+        return START + self._elapsed + self.set_by
+
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> Clock:
+        self._act, self._due = act, self._elapsed + timedelta(seconds=delay_s)
+        return self
+
+    def cancel(self) -> None:
+        self._act = None
+
+    def go_on(self, **how_long: float) -> None:
+        """Let time pass, and have done what falls due."""
+        until = self._elapsed + timedelta(**how_long)
+        while self._act is not None and self._due <= until:
+            act, self._act, self._elapsed = self._act, None, self._due
+            act()
+        self._elapsed = until
+
+
+def config(*clients: str, warning: str = "14d") -> Config:
+    lines = "".join(f"  {name}: {{keys: [{keys}]}}\n" for name, _, keys in (each.partition(": ") for each in clients))
+    return load_text(f"listen: [/run/b.sock]\nlimits: {{expiry_warning: {warning}}}\nclients:\n{lines}", "f")
+
+
+class Watched:
+    def __init__(self, found: Config) -> None:
+        self.clock, self.log = Clock(), Recorder()
+        self.credentials: list[Credential] = []
+        self.watch = KeyWatch(self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials)
+        self.watch.watch(found)
+
+    def said(self) -> list[tuple[str, str, str]]:
+        """Return (level, event, client) of everything said since the last time."""
+        events, self.log.events = self.log.events, []
+        return [(level, event, fields.get("name", "")) for level, event, fields in events]
+
+
+def test_keys_that_never_expire_are_silent() -> None:
+    """Nothing is said and nothing is listed."""
+    watched = Watched(config("a: {key: a}", "b: {key: b, not_before: 2001-01-01}"))
+    watched.clock.go_on(days=400)
+
+    assert watched.said() == []
+    assert watched.watch.expiries() == {}
+
+
+def test_a_warning_comes_in_time_and_once_a_day() -> None:
+    """From limits.expiry_warning before the end on; then, at its moment, that it has expired, and so every day."""
+    watched = Watched(config("a: {key: a, not_after: 2026-06-11}", warning="7d"))
+    assert watched.said() == []
+    watched.clock.go_on(days=2, hours=23)
+    assert watched.said() == []
+    watched.clock.go_on(hours=2)
+    assert watched.said() == [("warning", "key.expiring", "a")]
+    watched.clock.go_on(days=6)
+    assert watched.said() == [("warning", "key.expiring", "a")] * 6
+    assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
+    # It is 01:00 on the day before; exactly at midnight the key is still accepted.
+    watched.clock.go_on(hours=23)
+    watched.said()
+    watched.clock.go_on(seconds=0.1)
+    assert watched.said() == [("warning", "key.expired", "a")]
+    watched.clock.go_on(days=3)
+    assert watched.said() == [("warning", "key.expired", "a")] * 3
+    assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
+
+
+def test_a_reload_says_it_again() -> None:
+    """Whoever reloads wants to see whether the warning is gone."""
+    bad, good = config("a: {key: a, not_after: 2026-06-11}"), config("a: {key: a, not_after: 2026-06-11}, {key: b}")
+    watched = Watched(bad)
+    assert watched.said() == [("warning", "key.expiring", "a")]
+    watched.watch.watch(bad)
+    assert watched.said() == [("warning", "key.expiring", "a")]
+    watched.watch.watch(good)
+    assert watched.said() == []
+
+
+def test_an_old_key_that_expires_beside_a_valid_one_is_news_and_no_warning() -> None:
+    """Said once, when it happens, with how many connections still use it; not at the next start."""
+    found = config("a: {key: a, not_after: 2026-06-02}, {key: b}")
+    watched = Watched(found)
+    client = found.clients["a"]
+    watched.credentials = [Credential(client, client.keys[0])] * 2 + [Credential(client, client.keys[1])]
+    watched.clock.go_on(days=5)
+
+    (event,) = watched.log.events
+    assert (event.level, event.event) == ("info", "key.expired")
+    assert (event.fields["key"], event.fields["last"], event.fields["connections"]) == (client.keys[0].key_id, False, 2)
+    assert watched.said()
+    watched.watch.watch(found)
+    assert watched.said() == []
+
+
+def test_a_gap_between_two_keys_is_warned_of() -> None:
+    """A new key that begins after the old one has ended does not keep the client in."""
+    watched = Watched(config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}"))
+
+    assert watched.said() == [("warning", "key.expiring", "a")]
+
+
+def test_when_the_clock_is_set_it_is_seen_within_the_hour() -> None:
+    """The watch does not rely on one timer set days ago."""
+    watched = Watched(config("a: {key: a, not_after: 2026-12-01}"))
+    watched.clock.set_by = timedelta(days=200)
+    watched.clock.go_on(hours=1, seconds=1)
+
+    assert watched.said() == [("warning", "key.expired", "a")]
+
+
+def test_many_clients_at_once_are_counted() -> None:
+    """Fifty have an event each; one event counts the rest."""
+    watched = Watched(config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200))))
+
+    said = watched.said()
+    assert len(said) == 51
+    assert said[-1] == ("warning", "key.expiring_more", "")
+
+
+def test_no_warning_before_it_happens_if_so_wanted() -> None:
+    """expiry_warning: 0 says only that it has happened."""
+    watched = Watched(config("a: {key: a, not_after: 2026-06-05}", warning="0"))
+    watched.clock.go_on(days=3)
+    assert watched.said() == []
+    watched.clock.go_on(days=1.5)
+    assert watched.said() == [("warning", "key.expired", "a")]
+
+
+def test_a_watch_that_is_closed_says_nothing_more() -> None:
+    """When the daemon stops, no timer is left."""
+    watched = Watched(config("a: {key: a, not_after: 2026-06-05}"))
+    watched.said()
+    watched.watch.close()
+    watched.clock.go_on(days=30)
+
+    assert watched.said() == []
+
+
+def test_no_event_shows_a_key() -> None:
+    """Ids, sources and times only."""
+    watched = Watched(config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}"))
+    watched.clock.go_on(days=10)
+
+    assert len(watched.log.events) > 3
+    assert "canary" not in repr(watched.log.events)

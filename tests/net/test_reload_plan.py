@@ -1,0 +1,371 @@
+"""What a reload says and does step by step: the plan before and after, and what can go wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from net.house import TIMEOUT_S
+from net.raw import WELCOME, Raw, prefixed
+from net.test_reload import BOB, FromFile, gone
+
+import brokerd_client
+from brokerd_client.errors import AuthenticationError, Disconnected, TimedOut
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
+OPS = "  ops: {key: the-key-of-ops, admin: true}\n"
+
+
+@pytest.fixture
+def served(socket_dir: Path) -> Iterator[FromFile]:
+    here = FromFile(socket_dir)
+    here.write(OPS + BOB)
+    here.start()
+    try:
+        yield here
+    finally:
+        here.close()
+
+
+@pytest.fixture
+def ops(served: FromFile) -> Iterator[Any]:
+    with served.connect("ops", "the-key-of-ops") as client:
+        yield client
+
+
+def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any) -> None:
+    """Who comes, goes and changes, who would be disconnected, which addresses; and all stays as it was."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(
+            "  ops: {key: the-key-of-ops, admin: true, queue: 1MiB}\n  carol: {key: c}\n",
+            listen=f", {served.home / 'second'}",
+        )
+        answer = ops.control("reload", dry_run=True)
+
+        assert (answer["reloaded"], answer["dry_run"], answer["problems"], answer["cause"]) == (False, True, [], "")
+        assert Path(answer["config"]) == served.home / "brokerd.yaml"
+        plan = answer["plan"]
+        assert (plan["added"], plan["removed"]) == (["carol"], ["bob"])
+        assert plan["changed"] == {"ops": ["queue: 8MiB -> 1MiB"]}
+        assert plan["opened"] == [str(served.home / "second")]
+        (leaving,) = plan["disconnected"]
+        assert leaving["address"] == "bob"
+        assert leaving["reason"] == "its name was removed from the configuration"
+        assert not (served.home / "second").exists()
+        assert not gone(bob)
+        assert served.log.named("daemon.reloaded") == []
+
+        done = ops.control("reload")
+        assert done["plan"] == plan
+        (logged,) = served.log.wait("daemon.reloaded")
+        assert plan.items() <= logged.fields.items()
+        assert gone(bob)
+        assert (served.home / "second").exists()
+
+
+def test_a_dry_run_of_a_bad_file_says_every_mistake(served: FromFile, ops: Any) -> None:
+    """With the kind of problem it is; nothing is logged as refused, for nothing was to be done."""
+    served.write("  ops: {key: k, admin: maybe}\n  bob: {kye: b}\n")
+
+    answer = ops.control("reload", dry_run=True)
+
+    assert (answer["reloaded"], answer["cause"], answer["plan"]) == (False, "config", None)
+    assert len(answer["problems"]) == 2
+    assert served.log.named("daemon.reload_refused") == []
+
+
+@pytest.mark.parametrize(
+    ("address", "says"), [("plain", "a file that is no socket"), ("missing/sock", "make the directory first")]
+)
+def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(served: FromFile, ops: Any, address: str, says: str) -> None:
+    """What can be seen without binding is a problem already then."""
+    (served.home / "plain").write_text("no socket")
+    served.write(OPS + BOB, listen=f", {served.home / address}")
+
+    foreseen, refused = ops.control("reload", dry_run=True), ops.control("reload")
+
+    assert foreseen["cause"] == refused["cause"] == "listen"
+    assert says in foreseen["problems"][0]
+    assert says in refused["problems"][0]
+
+
+def test_a_dry_run_binds_no_address(served: FromFile, ops: Any) -> None:
+    """A port that somebody else has is in its way only when it is done; the reply names the address both times."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        served.write(OPS + BOB + "  carol: {key: c}\n", listen=f", '{address}'")
+
+        assert ops.control("reload", dry_run=True)["plan"]["opened"] == [address]
+        answer = ops.control("reload")
+
+    assert (answer["reloaded"], answer["cause"]) == (False, "listen")
+    assert f"can't listen at {address}" in answer["problems"][0]
+    assert served.log.wait("daemon.reload_refused")[0].fields["cause"] == "listen"
+    assert "carol" not in served.daemon.config.clients
+
+
+def test_a_wildcard_that_covers_an_old_address_is_refused_whole(served: FromFile, ops: Any) -> None:
+    """New addresses are opened before old ones are closed; where that can't be, both runs say so."""
+    with socket.create_server(("127.1.2.3", 0)) as free:
+        port = free.getsockname()[1]
+    served.write(OPS + BOB, listen=f", '127.1.2.3:{port}'")
+    assert served.reload() == []
+    served.write(OPS + BOB + "  carol: {key: c}\n", listen=f", '0.0.0.0:{port}'")
+
+    foreseen, refused = ops.control("reload", dry_run=True), ops.control("reload")
+
+    assert foreseen["problems"] == refused["problems"]
+    assert f"0.0.0.0:{port} while this broker listens at 127.1.2.3:{port} (restart it)" in refused["problems"][0]
+    assert "carol" not in served.daemon.config.clients
+
+
+def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(served: FromFile, ops: Any) -> None:
+    """The reply is written before the connection ends, and says that it will."""
+    served.write("  ops: {key: another-key, admin: true}\n" + BOB)
+
+    answer = ops.control("reload")
+
+    assert answer["reloaded"]
+    (leaving,) = answer["plan"]["disconnected"]
+    assert (leaving["address"], leaving["reason"]) == ("ops", "the key it uses was removed from the configuration")
+    assert gone(ops)
+
+
+def test_a_user_who_is_no_longer_allowed_is_disconnected(served: FromFile) -> None:
+    """peer_uid holds for those who are connected already."""
+    uid = os.getuid()
+    served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid}]}}\n")
+    assert served.reload() == []
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid}, {uid + 1}]}}\n")
+        assert served.reload() == []
+        assert not gone(bob)
+        served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid + 1}]}}\n")
+        assert served.reload() == []
+        assert gone(bob)
+        assert "peer_uid" in served.log.wait("client.disconnected")[-1].fields["reason"]
+
+
+def test_a_key_file_with_another_key_is_a_change(served: FromFile) -> None:
+    """The same path, the same entry: the file is read again, and who has the old key goes."""
+    file = served.home / "bob.key"
+    file.write_text("bobs-first-key\n")
+    file.chmod(0o600)
+    served.write(OPS + "  bob: {key_file: bob.key}\n")
+    assert served.reload() == []
+    with served.connect("bob", "bobs-first-key") as bob:
+        assert served.reload() == []
+        assert not gone(bob)
+        file.write_text("bobs-second-key\n")
+        assert served.reload() == []
+        assert gone(bob)
+    assert list(served.log.named("daemon.reloaded")[-1].fields["changed"]) == ["bob"]
+    served.connect("bob", "bobs-second-key").close()
+    file.unlink()
+    assert "there is no file" in served.reload()[0]
+    served.connect("bob", "bobs-second-key").close()
+
+
+def test_a_queue_outlives_a_reload(served: FromFile, ops: Any) -> None:
+    """Bytes that wait for a client who does not read arrive afterwards, in order."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        body, count = bytes(100_000), 40
+        for _ in range(count):
+            ops.send("bob", body, receipt=True)
+        served.write(OPS + BOB + "  carol: {key: c}\n")
+        assert served.reload() == []
+        ops.send("bob", b"last", receipt=True)
+        for _ in range(count):
+            assert bob.recv(timeout=TIMEOUT_S).body == body
+        assert bob.recv(timeout=TIMEOUT_S).body == b"last"
+
+
+def test_a_mode_that_can_not_be_set_changes_nothing(
+    served: FromFile, ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sockets that change the second fails: the first has its old mode again, new ones are closed, all stays."""
+    one, two, new = (served.home / name for name in ("one", "two", "new"))
+
+    def listen(mode: str, more: str = "") -> str:
+        return f", {{address: {one}, mode: '{mode}'}}, {{address: {two}, mode: '{mode}'}}{more}"
+
+    served.write(OPS + BOB, listen=listen("0600"))
+    assert served.reload() == []
+    two.unlink()
+    two.write_text("somebody else's file")
+    served.write(OPS + BOB + "  carol: {key: c}\n", listen=listen("0666", f", {new}"))
+
+    answer = ops.control("reload")
+
+    assert "not this broker's socket any more" in answer["problems"][0]
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    assert not new.exists()
+    assert "carol" not in served.daemon.config.clients
+    # And the next time that is still a change to be made.
+    two.unlink()
+    served.write(OPS + BOB, listen=f", {{address: {one}, mode: '0666'}}")
+    assert served.reload() == []
+    assert stat.S_IMODE(one.stat().st_mode) == 0o666
+
+
+def test_an_unknown_group_changes_nothing(served: FromFile) -> None:
+    """A group that this machine does not have is refused with the socket's path, whole."""
+    path = served.home / "sock"
+    file = served.home / "brokerd.yaml"
+    file.write_text(file.read_text().replace(str(path), f"{{address: {path}, mode: '0660', group: no-such-group}}"))
+
+    (problem,) = served.reload()
+
+    assert str(path) in problem
+    assert "no-such-group" in problem
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
+def test_a_group_comes_and_goes(served: FromFile) -> None:
+    """A group taken out of the configuration gives the file back to the broker's own."""
+    path = served.home / "second"
+    for group, gid in ((", group: 12345", 12345), ("", os.getgid())):
+        served.write(OPS + BOB, listen=f", {{address: {path}, mode: '0660'{group}}}")
+        assert served.reload() == []
+        assert (path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)) == (gid, 0o660)
+
+
+def list_open(file: Path) -> int:
+    """Return how many descriptors of this process are of the file."""
+    there = 0
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            there += each.readlink() == file
+    return there
+
+
+@linux
+def test_a_disk_that_hangs_holds_up_nobody(served: FromFile, ops: Any) -> None:
+    """While a reload waits for its files, messages flow and clients connect; when they come, it goes on."""
+    fifo = served.home / "slow.yaml"
+    os.mkfifo(fifo)
+    file = served.home / "brokerd.yaml"
+    served.write(OPS + BOB)
+    with file.open("a") as text:
+        text.write("include: [slow.yaml]\n")
+    writer = os.open(fifo, os.O_RDWR)
+    answers: list[list[str]] = []
+    reload = threading.Thread(target=lambda: answers.append(served.reload()))
+    reload.start()
+    try:
+        # One for the writer, one for the reload.
+        while list_open(fifo) < 2:
+            ops.ping()
+        with pytest.raises(TimedOut):
+            ops.control("reload", timeout=0.05)
+        with served.connect("bob", "bobs-first-key") as bob:
+            ops.send("bob", "still", receipt=True)
+            assert bob.recv(timeout=TIMEOUT_S).payload == "still"
+        assert not answers
+        # The second reload, which waits behind the first, reads a file like any other.
+        served.write(OPS + BOB + "  dave: {key: d}\n")
+        os.write(writer, b"clients: {carol: {key: c}}\n")
+    finally:
+        os.close(writer)
+    reload.join(TIMEOUT_S)
+    assert answers == [[]]
+    served.log.wait("daemon.reloaded", 2)
+    first, second = served.log.named("daemon.reloaded")
+    assert (first.fields["added"], second.fields["added"]) == (["carol"], ["dave"])
+    assert second.fields["removed"] == ["carol"]
+
+
+def test_two_reloads_at_once_happen_one_after_the_other(served: FromFile) -> None:
+    """Each reads the files anew, and the last one sees the last state of them."""
+    served.write(OPS + BOB + "  carol: {key: c}\n")
+    threads = [threading.Thread(target=served.reload) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+
+    events = served.log.named("daemon.reloaded")
+    assert [event.fields["added"] for event in events] == [["carol"], [], [], [], []]
+
+
+def test_a_reload_while_draining_is_refused(served: FromFile) -> None:
+    """What stops takes over nothing; the log says why."""
+    served.write(OPS + BOB + "  carol: {key: c}\n")
+    served.stop_soon()
+
+    assert "the broker stops" in served.reload()[0]
+    assert served.log.named("daemon.reload_refused")[0].fields["cause"] == "draining"
+    assert "carol" not in served.daemon.config.clients
+
+
+def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -> None:
+    """Between the proof and the welcome a reload may come: what counts is the configuration at the end."""
+    raw = Raw(served.daemon.addresses[0])
+    raw.write(prefixed(raw.answer(b"bobs-first-key", b"bob")))
+    assert raw.read_body() == WELCOME
+    raw.challenge(b"bobs-first-key")
+    served.write(OPS + "  bob: {key: bobs-second-key}\n")
+    assert served.reload() == []
+
+    raw.write(prefixed(WELCOME))
+
+    assert raw.is_closed()
+    (refused,) = served.log.wait("client.refused")
+    assert refused.fields["reason"] == "the key it uses was removed from the configuration"
+    raw.close()
+
+
+def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
+    """Which key let somebody in, and when; a key that goes and comes back has not been used."""
+    served.connect("bob", "bobs-first-key").close()
+
+    def keys() -> dict[str, Any]:
+        return {each["name"]: each["keys"] for each in ops.control("keys")["clients"]}
+
+    before = keys()
+    served.write(OPS + "  bob: {keys: [{key: bobs-second-key}, {key: bobs-first-key}]}\n")
+    assert served.reload() == []
+    (second, first) = keys()["bob"]
+    assert first["last_used"] == before["bob"][0]["last_used"] is not None
+    assert (second["last_used"], second["state"], first["id"]) == (None, "valid", before["bob"][0]["id"])
+    assert keys()["ops"][0]["connections"] == 1
+    served.write(OPS + "  bob: {key: bobs-second-key}\n")
+    assert served.reload() == []
+    served.write(OPS + BOB)
+    assert served.reload() == []
+    assert keys()["bob"][0]["last_used"] is None
+
+
+def test_a_connection_stays_when_its_keys_time_is_over(served: FromFile, ops: Any) -> None:
+    """The time of a key is about being let in: who is in stays, who comes is refused, and the list says so."""
+    with served.connect("bob", "bobs-first-key") as bob:
+        served.write(OPS + "  bob: {keys: [{key: bobs-first-key, not_after: 2001-01-01}]}\n")
+        assert served.reload() == []
+        assert not gone(bob)
+        with pytest.raises((AuthenticationError, Disconnected)):
+            served.connect("bob", "bobs-first-key")
+        (key,) = next(each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob")
+        assert (key["state"], key["connections"]) == ("expired", 1)
+        (event,) = served.log.wait("key.expired")
+        assert (event.fields["name"], event.fields["last"], event.fields["connections"]) == ("bob", True, 1)
+        served.write(OPS + "  bob: {key: bobs-second-key}\n")
+        assert served.reload() == []
+        assert gone(bob)
+
+
+def test_a_client_that_its_user_vouches_for_is_listed_without_a_key(served: FromFile, ops: Any) -> None:
+    """Its one entry has no id, and counts its uses as any other."""
+    served.write(OPS + f"  bob: {{peer_uid: [{os.getuid()}]}}\n")
+    assert served.reload() == []
+    with brokerd_client.connect(str(served.home / "sock"), name="bob"):
+        (entry,) = next(each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob")
+    assert (entry["id"], entry["connections"], "peer_uid" in entry["source"]) == (None, 1, True)
