@@ -101,8 +101,10 @@ def announce_presence(broker: Broker, what: str, client: Client, now_wall: float
 
 def announce(broker: Broker, topic: str, payload: bytes, about: str | None = None) -> None:
     """Publish an event of the broker's own. about: a client; who may not send to it is not told."""
-    whole = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, payload, codec=2, topic=topic)))
     found = broker.topics.find(topic)
+    if not (found.everyone or found.groups):
+        return
+    whole = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, payload, codec=2, topic=topic)))
     for target in _choose(found if about is None else _who_may_see(found, about), len(whole)):
         if target.outbox.blocked and not target.outbox.reserve(len(whole), broker.outcome_reserve):
             # It asked to miss nothing and does not read: an end it can see is better than a gap it can't.

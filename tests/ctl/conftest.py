@@ -34,8 +34,8 @@ class Ctl:
     def key_file(self, name: str) -> Path:
         """Return a file with the client's key; a new name becomes a client."""
         path = self._folder / name
-        # One line end is cut from the file, and a key of random bytes may end with one.
-        path.write_bytes(self.broker.key(name) + b"\n")
+        # One line end of either kind is cut from the file, and a key of random bytes may end with half of one.
+        path.write_bytes(self.broker.key(name) + b"\r\n")
         return path
 
     def access(self, name: str) -> list[str]:

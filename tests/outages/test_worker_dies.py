@@ -76,6 +76,8 @@ async def _ask(broker: Process, workers: list[subprocess.Popen[bytes]], requests
             if number == requests // 2:
                 # Stopped first, so that it has requests that it can't answer any more.
                 workers[0].send_signal(signal.SIGSTOP)
-            elif number == requests // 2 + WINDOW // 2:
+            elif workers[0].returncode is None and counted.total() >= requests // 2 + WINDOW // 2:
+                # So many were sent and answered since, by the others, that it was its turn, too.
                 workers[0].kill()
+                workers[0].wait(TIMEOUT_S)
     return counted

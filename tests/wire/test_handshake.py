@@ -314,6 +314,8 @@ def test_a_digest_this_machine_lacks_is_an_authentication_error(monkeypatch: pyt
     dialer.feed(frame(CHALLENGE + NONCE[:20]))
 
     assert "HMAC-md5 is not available" in str(dialer.error)
+    with pytest.raises(AuthenticationError, match="HMAC-md5 is not available"):
+        Proof(NONCE, "md5", bytes(16)).maker([KEY])
 
 
 @pytest.mark.parametrize(
@@ -492,3 +494,12 @@ def test_no_error_shows_a_key_or_a_mac(error_of: str) -> None:
 
     assert "wrong key" not in told
     assert repr(listener.proofs[0].mac)[2:-1] not in told
+
+
+def test_the_key_that_made_an_answer_is_found_among_many() -> None:
+    """The first that fits is told by its place; None where none does."""
+    challenge = b"{sha256}" + bytes(40)
+    proof = Proof(challenge, "sha256", hmac.digest(b"right", challenge, "sha256"))
+    assert proof.maker([b"wrong", b"right", b"other", b"right"]) == 1
+    assert proof.maker(iter([b"wrong", b"other"])) is None
+    assert proof.maker([]) is None

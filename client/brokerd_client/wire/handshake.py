@@ -17,7 +17,7 @@ no key, MAC or nonce ever appears in an exception.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -90,7 +90,20 @@ class Proof:
 
     def made_with(self, key: bytes) -> bool:
         """Return whether ``key`` made this answer, in time that does not depend on where it differs."""
-        return hmac.compare_digest(_mac(key, self.challenge, self.digest), self.mac)
+        return self.maker((key,)) == 0
+
+    def maker(self, keys: Iterable[bytes]) -> int | None:
+        """Return the position of the first of ``keys`` that made this answer, or None; see made_with."""
+        # A search tries a thousand of them: nothing is looked up more than once.
+        challenge, digest, mac = self.challenge, self.digest, self.mac
+        same, made = hmac.compare_digest, hmac.digest
+        try:
+            for position, key in enumerate(keys):
+                if same(made(key, challenge, digest), mac):
+                    return position
+        except ValueError as error:
+            raise _unavailable(digest) from error
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +216,11 @@ def _mac(key: bytes, challenge: bytes, digest: str) -> bytes:
     try:
         return hmac.digest(key, challenge, digest)
     except ValueError as error:
-        raise AuthenticationError(f"HMAC-{digest} is not available on this machine; FIPS mode forbids MD5") from error
+        raise _unavailable(digest) from error
+
+
+def _unavailable(digest: str) -> AuthenticationError:
+    return AuthenticationError(f"HMAC-{digest} is not available on this machine; FIPS mode forbids MD5")
 
 
 def _read_challenge(message: bytes) -> bytes:
