@@ -259,7 +259,8 @@ class Daemon:
         self._allotted = prepared.allotted
         if self._logs is not None:
             self._logs.take_over(config.log)
-        self.broker.reconfigure(config.clients, _core_limits(config), time.time())
+        differing = (*plan.added, *plan.changed)
+        self.broker.reconfigure(config.clients, _core_limits(config), time.time(), differing)
         server.reconfigure(keyring, config.limits)
         server.start(opened)
         server.stop_listening_at({entry.address for entry in plan.closed})
@@ -271,7 +272,7 @@ class Daemon:
         )
         self._warn_of_unmet()
         if self._keywatch is not None:
-            self._keywatch.watch(config)
+            self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
 
     def stop_soon(self, reason: str) -> bool:

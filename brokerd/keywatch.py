@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
 from brokerd.config.model import Config
-from brokerd.config.validity import let_in_until, state_of
+from brokerd.config.validity import ending, let_in_until, state_of
 from brokerd.config.values import ClientConfig, Key
 from brokerd.net.keyring import Credential, Keyring
 from brokerd.net.server import Log
@@ -60,11 +60,12 @@ class KeyWatch:
         self._timer: Timer | None = None
         self._lines = 0
 
-    def watch(self, config: Config) -> None:
-        """Look at another configuration from now on, and say at once what there is to be said."""
-        self._clients = [
-            client for client in config.clients.values() if any(key.not_after is not None for key in client.keys)
-        ]
+    def watch(self, config: Config, clients: list[ClientConfig] | None = None) -> None:
+        """Look at another configuration from now on, and say at once what there is to be said.
+
+        clients: what ``ending`` returns of it, if that is known.
+        """
+        self._clients = ending(config.clients.values()) if clients is None else clients
         self._warned_before = timedelta(seconds=config.limits.expiry_warning)
         self._quiet_until.clear()
         self._seen_at = None

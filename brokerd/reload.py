@@ -17,7 +17,8 @@ from brokerd.config.advice import advice
 from brokerd.config.load import load
 from brokerd.config.model import Config
 from brokerd.config.plan import Plan, compare, overlaps
-from brokerd.config.values import ListenConfig
+from brokerd.config.validity import ending
+from brokerd.config.values import ClientConfig, ListenConfig
 from brokerd.core.session import Session
 from brokerd.net.handed import Handed, HandedSocket
 from brokerd.net.keyring import Keyring
@@ -33,13 +34,15 @@ Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining"]
 class Prepared:
     """Another configuration, ready to be taken over.
 
-    allotted: the service manager's sockets for its entries. blocked: why it can't be taken over, a line each.
-    found: what the host names of new addresses mean. warnings: what its author hardly meant, a line each.
+    ending: the clients that have a key with an end. allotted: the service manager's sockets for its entries.
+    blocked: why it can't be taken over, a line each. found: what the host names of new addresses mean.
+    warnings: what its author hardly meant, a line each.
     """
 
     config: Config
     plan: Plan
     keyring: Keyring
+    ending: list[ClientConfig]
     allotted: dict[ListenConfig, list[HandedSocket]]
     blocked: tuple[str, ...] = ()
     found: Found = field(default_factory=dict)
@@ -99,6 +102,7 @@ def compared(
         config,
         plan,
         Keyring(config.clients.values(), config.limits.identify_by_key),
+        ending(config.clients.values()),
         wanted,
         (*blocked, *_swaps(plan, allotted, wanted)),
     )

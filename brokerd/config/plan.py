@@ -90,7 +90,8 @@ def compare(running: Config, new: Config) -> Plan:
 
 def taken_over(running: Config, new: Config) -> Config:
     """Return the new configuration with what only a restart takes over as it was."""
-    return replace(new, **{name: getattr(running, name) for name in _kept(running, new)})
+    kept = {name: getattr(running, name) for name in _kept(running, new)}
+    return replace(new, **kept) if kept else new
 
 
 def _kept(running: Config, new: Config) -> list[str]:

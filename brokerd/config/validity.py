@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 
-from brokerd.config.values import Key
+from brokerd.config.values import ClientConfig, Key
 
-__all__ = ["KeyState", "let_in_until", "state_of"]
+__all__ = ["KeyState", "ending", "let_in_until", "state_of"]
 
 
 class KeyState(StrEnum):
@@ -30,6 +30,11 @@ def state_of(key: Key, now: datetime) -> KeyState:
     if key.expired_at(now):
         return KeyState.EXPIRED
     return KeyState.VALID if key.valid_at(now) else KeyState.NOT_YET
+
+
+def ending(clients: Iterable[ClientConfig]) -> list[ClientConfig]:
+    """Return those that have a key with an end."""
+    return [client for client in clients if any(key.not_after is not None for key in client.keys)]
 
 
 def let_in_until(keys: Iterable[Key], now: datetime) -> Key | None:

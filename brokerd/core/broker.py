@@ -219,9 +219,17 @@ class Broker:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
         self.orders.append(Order(op, source, id, arguments))
 
-    def reconfigure(self, clients: Mapping[str, ClientConfig], limits: Limits, now_wall: float) -> list[Session]:
+    def reconfigure(
+        self,
+        clients: Mapping[str, ClientConfig],
+        limits: Limits,
+        now_wall: float,
+        differing: Iterable[str] | None = None,
+    ) -> list[Session]:
         """Take over a new configuration; return the sessions whose names are gone, for the caller to close.
 
+        differing: the names among ``clients`` that are new or whose entry changed, if that is known; to compare a
+            hundred thousand entries takes half a second.
         A subscription that its client's new rules do not allow ends.
         """
         self.limits = limits
@@ -230,8 +238,8 @@ class Broker:
         self.topics.forget()
         known = self.exchange.clients
         gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
-        for name, config in clients.items():
-            client = known.get(name)
+        for name in clients if differing is None else differing:
+            config, client = clients[name], known.get(name)
             if client is None:
                 known[name] = Client(config, now_wall)
             elif client.config != config:

@@ -65,7 +65,7 @@ class Keyring:
         for credentials in reversed(self._by_client.values()):
             self._order.update((credential.key.value, credential) for credential in reversed(credentials))
         self.limit = limit
-        #: When each key last let somebody in, in seconds since the epoch, since the broker started.
+        #: When each key last let somebody in since the broker started, in seconds since the epoch; the latest last.
         self._last_used: dict[tuple[str, bytes], float] = {}
         #: Every named search tries as many keys as the client with the most keys has: those of its own, and then
         #: keys of nobody, so that neither the time nor the path taken says anything about the name.
@@ -92,13 +92,11 @@ class Keyring:
         return credentials + self._nobodys[len(credentials) :]
 
     def adopt_uses(self, other: Keyring) -> None:
-        """Know of the uses of another keyring, and try keys in their order; keys it does not know come last."""
-        for value in other._order:
-            if value in self._order:
-                self._order.move_to_end(value)
+        """Know of the uses of another keyring, and try keys in their order; those never used come last."""
         for (name, value), when in other._last_used.items():
             if any(each.key.value == value for each in self.named(name)):
                 self._last_used[name, value] = when
+                self._order.move_to_end(value)
 
     def holds(self, credential: Credential) -> bool:
         """Return whether the key still belongs to the client of that name."""
@@ -106,7 +104,9 @@ class Keyring:
 
     def let_in(self, credential: Credential, now_wall: float) -> None:
         """Note that the key has let somebody in. now_wall: in seconds since the epoch."""
-        self._last_used[credential.client.name, credential.key.value] = now_wall
+        used = credential.client.name, credential.key.value
+        self._last_used.pop(used, None)
+        self._last_used[used] = now_wall
 
     def last_used(self, credential: Credential) -> float | None:
         """Return when the key last let somebody in, None for not since the broker started."""

@@ -219,7 +219,7 @@ def test_disconnect() -> None:
     assert ops.gone == "disconnected by ops"
 
 
-@pytest.mark.parametrize("op", ["reload", "drain"])
+@pytest.mark.parametrize("op", ["reload", "drain", "keys"])
 def test_orders_are_passed_on(op: str) -> None:
     """What only the daemon can do is handed to it, with who asked; it answers."""
     net = FakeNet(client("ops", admin=True))
@@ -228,6 +228,15 @@ def test_orders_are_passed_on(op: str) -> None:
     (order,) = net.broker.orders
     assert (order.op, order.source, order.id, order.arguments) == (op, ops.session, 9, {"why": "x"})
     assert ops.take() == []
+
+
+def test_a_dry_run_is_asked_for_by_true_or_false() -> None:
+    """Anything else is refused: it might be meant either way."""
+    net = FakeNet(client("ops", admin=True))
+    ops = net.connect("ops")
+    assert refused(ops, "reload", dry_run="no") == ("unsupported", BROKER)
+    ops.op("reload", 9, dry_run=True)
+    assert [order.arguments for order in net.broker.orders] == [{"dry_run": True}]
 
 
 def test_can_explains_the_answer() -> None:
