@@ -6,12 +6,13 @@ The process around it, with its signals and exit statuses, is :mod:`brokerd.proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from brokerd import __version__
 from brokerd.aside import aside
@@ -34,7 +35,24 @@ from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "Elder"]
+
+
+class Elder(Protocol):
+    """A process that serves, and from which another one takes over everything.
+
+    offered: the configured addresses that it listens at.
+    """
+
+    offered: set[Address]
+
+    def take_over(
+        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
+    ) -> dict[str, object]:
+        """Fill the server, and return what there is to tell about it; raises where the other one serves on."""
+
+    def when_gone(self, act: Callable[[], None]) -> None:
+        """Call this when the other one has ended."""
 
 
 class Daemon:
@@ -74,6 +92,10 @@ class Daemon:
         #: Whether a reload that a signal asked for has not begun yet.
         self._reload_waits = False
         self._keywatch: KeyWatch | None = None
+        #: Why nothing may change now that another process would not know of; "" while it may.
+        self._kept_still = ""
+        #: Replaces the process; None where a daemon is only a part of one.
+        self.on_upgrade: Callable[[str, Order | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
 
@@ -82,20 +104,49 @@ class Daemon:
         """Where it listens, ports chosen by the system filled in."""
         return [] if self._server is None else [listening.address for listening in self._server.listening]
 
-    async def start(self) -> None:
-        """Listen at every configured address. Raises ListenError; then it listens at none."""
+    @property
+    def server(self) -> Server:
+        """The server; there is one once the daemon has started."""
+        assert self._server is not None
+        return self._server
+
+    @property
+    def handed(self) -> Handed:
+        """What the service manager handed over."""
+        return self._handed
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains, or has stopped."""
+        return self._stopping is not None or self.stopped.is_set()
+
+    async def start(self, elder: Elder | None = None) -> None:
+        """Listen at every configured address. Raises ListenError; then it listens at none.
+
+        elder: another process that serves, whose place this one takes.
+        """
         began = time.perf_counter()
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         self._allotted = self._handed.allot(config.listen)
-        opened = _listen_at(config.listen, self._allotted)
+        offered = () if elder is None else elder.offered
+        opened = _listen_at([entry for entry in config.listen if entry.address not in offered], self._allotted)
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
-        self._server.start(opened)
+        told: dict[str, Any] = {}
+        if elder is None:
+            self._server.start(opened)
+        else:
+            try:
+                told = elder.take_over(self._server, config.listen, opened)
+            except BaseException:
+                for listening in opened:
+                    listening.close()
+                raise
         later = asyncio.get_running_loop().call_later
         self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), later, self._server.credentials)
         self.log.info(
-            "daemon.started",
+            "daemon.started" if elder is None else "daemon.upgraded",
             version=__version__,
             routing=routing.NAME,
             **_why_python(),
@@ -105,10 +156,15 @@ class Daemon:
             clients=len(config.clients),
             config=config.path,
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
+            **told,
         )
         self._warn_of_unmet()
         self._keywatch.watch(config)
-        self.supervisor.ready(self._status)
+        if elder is None:
+            self.supervisor.ready(self._status)
+        else:
+            # The service manager takes no word from this process before it has heard of it.
+            elder.when_gone(lambda: self.supervisor.ready(self._status))
 
     def _status(self) -> str:
         """Return how the broker fares, in a line for people."""
@@ -138,6 +194,13 @@ class Daemon:
         elif order.op == "keys":
             reply_to(self.broker, order.source, order.id, self.keys())
             self._settle()
+        elif order.op == "upgrade":
+            if self.on_upgrade is not None:
+                self.on_upgrade(f"asked for by {asker}", order)
+            else:
+                problems = ["this broker is a part of another program, which would have to be replaced"]
+                reply_to(self.broker, order.source, order.id, {"upgraded": False, "problems": problems})
+                self.server.settle()
         else:
             self._in_background(self._reload_for(order, f"asked for by {asker}"))
 
@@ -190,6 +253,11 @@ class Daemon:
 
     async def _reload(self, reason: str, *, dry_run: bool = False) -> Outcome:
         """Reload, or say what would come of it; the caller settles."""
+        if self._kept_still:
+            self._reload_waits = False
+            if not dry_run:
+                self.log.warning("daemon.reload_refused", reason=reason, cause="upgrade", problems=[self._kept_still])
+            return Outcome(None, [self._kept_still], "upgrade")
         async with self._reloading:
             self._reload_waits = False
             cause: Cause = "config"
@@ -274,6 +342,24 @@ class Daemon:
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
+
+    async def settled(self) -> None:
+        """Return when nothing that was asked is without an answer, and everything decided is carried out."""
+        self.server.settle()
+        while self._background:
+            await asyncio.wait(self._background)
+            self.server.settle()
+
+    @contextlib.asynccontextmanager
+    async def undisturbed(self, why: str) -> AsyncIterator[None]:
+        """Have no reload begin inside, and none go on. why: what whoever asks for one is told."""
+        self._kept_still = why
+        try:
+            await self.settled()
+            async with self._reloading:
+                yield
+        finally:
+            self._kept_still = ""
 
     def stop_soon(self, reason: str) -> bool:
         """Begin to drain; return False if that had begun already."""

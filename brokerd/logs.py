@@ -6,10 +6,11 @@ means and what to do. The events:
 
     daemon.started  daemon.stopping  daemon.stopped  daemon.failed
     daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
+    daemon.upgrading  daemon.handing_over  daemon.upgraded  daemon.upgrade_failed
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
     client.left
-    listener.paused  listener.not_handed_over
+    listener.paused  listener.not_handed_over  listener.unchanged
     key.expiring  key.expired
     log.level_changed  log.lost  log.audit_failed
 

@@ -19,6 +19,9 @@ from brokerd.logs import AuditError
 from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
 from brokerd.supervise import Supervisor
+from brokerd.upgrade.channel import ChannelError
+from brokerd.upgrade.predecessor import Predecessor
+from brokerd.upgrade.successor import Successor
 
 __all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
 
@@ -45,6 +48,9 @@ def run(config_path: Path) -> int:
     0 after a drain, 78 for a configuration that can't be used, alone or with the sockets that the service manager hands
     over, 1 when it can't listen or was told twice to stop.
     """
+    elder = Successor.from_environ()
+    if elder is not None:
+        return _replace(elder, config_path)
     supervisor = Supervisor.from_environ()
     try:
         config = load(config_path)
@@ -56,6 +62,22 @@ def run(config_path: Path) -> int:
     _allow_many_descriptors()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config, supervisor, handed))
+
+
+def _replace(elder: Successor, config_path: Path) -> int:
+    """Take the place of a process that serves, or tell it why not; return the exit status."""
+    _allow_many_descriptors()
+    try:
+        elder.meet()
+        config = load(config_path)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve(config, Supervisor.from_environ(), elder.handed, elder))
+    except (ConfigError, ListenError, AuditError, ChannelError) as error:
+        elder.fail(str(error))
+        return EX_CONFIG if isinstance(error, (ConfigError, Misfit)) else EX_FAILED
+    except Exception as error:
+        elder.fail(f"a bug: {error!r}")
+        raise
 
 
 def _allow_many_descriptors() -> None:
@@ -70,20 +92,24 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(config: Config, supervisor: Supervisor, handed: Handed) -> int:
+async def _serve(config: Config, supervisor: Supervisor, handed: Handed, elder: Successor | None = None) -> int:
     try:
         daemon = Daemon(config, supervisor=supervisor, handed=handed)
     except AuditError as error:
+        if elder is not None:
+            raise
         supervisor.failed(str(error))
         print(error, file=sys.stderr)  # noqa: T201 - there is no log yet
         return EX_FAILED
     try:
-        return await _until_stopped(daemon, supervisor)
+        return await _until_stopped(daemon, supervisor, elder)
     finally:
         daemon.close_log()
 
 
-async def _until_stopped(daemon: Daemon, supervisor: Supervisor) -> int:
+async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successor | None) -> int:
+    predecessor = Predecessor(daemon, None if elder is None else elder.keeper)
+    daemon.on_upgrade = predecessor.soon
     status = 0
 
     def on_signal(name: str) -> None:
@@ -93,25 +119,34 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor) -> int:
             status = EX_FAILED
             daemon.kill()
 
-    with _signals_go_to(on_signal, daemon.reload_soon):
+    with _signals_go_to(on_signal, daemon.reload_soon, predecessor.soon):
         try:
-            await daemon.start()
+            await daemon.start(elder)
         except ListenError as error:
+            if elder is not None:
+                raise
             daemon.log.error("daemon.failed", reason=str(error))
             supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
             # Starting again can help where an address is taken; a socket that nobody asked for stays one.
             return EX_CONFIG if isinstance(error, Misfit) else EX_FAILED
         await daemon.stopped.wait()
+        await predecessor.close()
     return status
 
 
 @contextlib.contextmanager
-def _signals_go_to(end: Callable[[str], None], reload: Callable[[str], None]) -> Iterator[None]:
-    """Have the loop call these with a signal's name: ``end`` for those that end a process, ``reload`` for SIGHUP."""
+def _signals_go_to(
+    end: Callable[[str], None], reload: Callable[[str], None], upgrade: Callable[[str], None]
+) -> Iterator[None]:
+    """Have the loop call these with a signal's name: ``end`` for those that end a process.
+
+    ``reload`` for SIGHUP, ``upgrade`` for SIGUSR2.
+    """
     loop = asyncio.get_running_loop()
     actions = {signal.SIGTERM: end, signal.SIGINT: end}
     if hasattr(signal, "SIGHUP"):
         actions[signal.SIGHUP] = reload
+        actions[signal.SIGUSR2] = upgrade
     if hasattr(signal, "SIGBREAK"):
         # Windows: Ctrl-Break, or the console's window was closed.
         actions[signal.SIGBREAK] = end

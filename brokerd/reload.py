@@ -26,8 +26,9 @@ from brokerd.net.listening import Found, foresee, look_up
 
 __all__ = ["Cause", "Outcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
 
-#: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop.
-Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining"]
+#: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
+#: replaced.
+Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade"]
 
 
 @dataclass(frozen=True, slots=True)

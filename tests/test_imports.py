@@ -123,8 +123,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.supervise",
         "brokerd.monitor",
     ),
+    "brokerd.upgrade": (*LEAVES, *MODEL, "brokerd.aside", "brokerd.core", "brokerd.net", "brokerd.daemon"),
     "brokerd.process": (
         *LEAVES,
+        "brokerd.upgrade",
         "brokerd.config",
         "brokerd.daemon",
         "brokerd.logs",

@@ -89,6 +89,8 @@ class Broker:
         #: Route caches made before this number changed are stale.
         self.generation = 1
         self.draining = False
+        #: How many processes served before this one, without an end between them.
+        self.upgrades = 0
         self.touched: list[Session] = []
         self.released: list[Session] = []
         self.orders: list[Order] = []

@@ -13,7 +13,7 @@ An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -146,6 +146,28 @@ class StreamOutbox(Tail):
         self._head = head
         self._set_room()
         return False
+
+    @property
+    def begun(self) -> int:
+        """Bytes of what lies here that the system has taken already."""
+        return self._head
+
+    def chunks(self) -> list[bytearray | memoryview]:
+        """Return what lies here, in order; each chunk begins with a whole frame."""
+        return [*self._older, self.tail]
+
+    def left(self) -> dict[bytes, int]:
+        """Return up to where in ``chunks`` the bytes of senders that are gone may lie, by their stamps."""
+        return {stamp: end - self._taken for stamp, end in self._left.items()}
+
+    def refill(self, chunks: list[bytearray], begun: int, left: dict[bytes, int]) -> None:
+        """Make this empty outbox hold what ``chunks``, ``begun`` and ``left`` of another one returned."""
+        *older, self.tail = chunks
+        self._older.extend(older)
+        self._older_bytes = sum(map(len, older))
+        self._head = begun
+        self._left = dict(left)
+        self._set_room()
 
     def take_unsent(self) -> list[Queued]:
         """Return every frame the system did not take whole, oldest first, and forget them."""
@@ -288,6 +310,21 @@ class FrameOutbox(Tail):
         dropped = [queued for queued in passed if not queued.kept]
         self._waiting -= sum(len(queued.frame) for queued in dropped)
         return dropped
+
+    @property
+    def begun(self) -> int:
+        """Bytes of the first frame that the system has taken already."""
+        return self._head
+
+    def queue(self) -> list[Queued]:
+        """Return the frames that lie here, in order."""
+        return list(self._queue)
+
+    def refill(self, queue: Iterable[Queued], begun: int) -> None:
+        """Make this empty outbox hold what ``queue`` and ``begun`` of another one returned."""
+        self._queue.extend(queue)
+        self._head = begun
+        self._waiting = sum(len(queued.frame) for queued in self._queue) - begun
 
     def take_unsent(self) -> list[Queued]:
         """Return every frame the system did not take whole, oldest first, and forget them."""

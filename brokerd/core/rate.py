@@ -33,6 +33,15 @@ class Bucket:
         """Return whether the amount is there; more than a full bucket asks only that it be full."""
         return self._tokens >= min(amount, max(1.0, self._per_second))
 
+    def level(self, now: float) -> float:
+        """Return how much is there now."""
+        self.refill(now)
+        return self._tokens
+
+    def fill_to(self, level: float, now: float) -> None:
+        """Hold that much, as another bucket did."""
+        self._tokens, self._at = level, now
+
     def take(self, amount: float) -> None:
         """Take the amount out, into debt where it is more than a full bucket."""
         self._tokens -= amount
@@ -53,6 +62,16 @@ class Meter:
         if rate.messages is None and rate.bytes is None:
             return None
         return cls(rate.messages, rate.bytes)
+
+    def levels(self, now: float) -> list[float | None]:
+        """Return how much may still be sent at once: messages and bytes, None where that is not limited."""
+        return [None if bucket is None else bucket.level(now) for bucket in (self._messages, self._bytes)]
+
+    def fill_to(self, levels: list[float | None], now: float) -> None:
+        """Allow what another meter of the same rate did."""
+        for bucket, level in zip((self._messages, self._bytes), levels, strict=True):
+            if bucket is not None and level is not None:
+                bucket.fill_to(level, now)
 
     def allows(self, size: int, now: float) -> bool:
         """Return whether one message of ``size`` bytes may pass now, and count it if it may."""

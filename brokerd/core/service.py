@@ -169,6 +169,7 @@ def stats(broker: Broker) -> _Arguments:
         "version": broker.version,
         "routing": broker.routing,
         "started_at": broker.started_at,
+        "upgrades": broker.upgrades,
         "draining": broker.draining,
         "clients": len(broker.exchange.clients),
         "online": sum(client.online for client in broker.exchange.clients.values()),
@@ -280,6 +281,7 @@ _ADMIN: Final[dict[str, _Operation]] = {
     "can": _can,
     "keys": _order("keys"),
     "reload": _reload,
+    "upgrade": _order("upgrade"),
     "drain": _order("drain"),
     "log_level": _order("log_level"),
 }

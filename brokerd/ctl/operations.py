@@ -1,4 +1,6 @@
-"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, drain, log-level; and completion.
+"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, upgrade, drain, log-level.
+
+And completion.
 
 Each is an operation of ``$broker`` (docs/protocol.md, "Operations"); all but clients and ping are for clients
 with ``admin: true``.
@@ -21,6 +23,9 @@ from brokerd.ctl.plan import judge, plan_lines
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
 
 __all__ = ["COMMANDS"]
+
+#: Seconds in which a new process has come up and taken over, or has failed to.
+_UPGRADE_TIMEOUT_S: Final = 60.0
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _timeout = click.option(
@@ -188,6 +193,37 @@ def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None
 
 @click.command()
 @_as_json
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=_UPGRADE_TIMEOUT_S,
+    show_default=True,
+    help="Seconds to wait.",
+)
+@connecting
+@click.pass_obj
+def upgrade(access: Access, as_json: bool, timeout: float) -> None:
+    """Have the broker replace itself with the code and the configuration on disk; every connection goes on.
+
+    Returns when the new process answers. If it can't take over, the old one goes on, and says why.
+    """
+    with access.connect() as client:
+        answer = client.control("upgrade", timeout=timeout)
+    if as_json:
+        print_json(answer)
+    elif answer["upgraded"]:
+        count = answer["connections"]
+        click.echo(
+            f"upgraded to {answer['version']}, process {answer['pid']}: {count} "
+            f"connection{'' if count == 1 else 's'} went on after {answer['pause_ms']} ms"
+        )
+    if not answer["upgraded"]:
+        problems = "\n".join(answer["problems"])
+        raise Failure(Status.REFUSED, f"the broker goes on as it was:\n{problems}")
+
+
+@click.command()
+@_as_json
 @_timeout
 @connecting
 @click.pass_obj
@@ -249,4 +285,4 @@ def completion(shell: str) -> None:
     click.echo(kind(brokerctl, {}, "brokerctl", "_BROKERCTL_COMPLETE").source())
 
 
-COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, drain, log_level, completion)
+COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, upgrade, drain, log_level, completion)

@@ -16,8 +16,9 @@ import os
 import socket
 import struct
 from collections import OrderedDict
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from brokerd.net.keyring import Credential, Search
 from brokerd_client.address import format_peer
@@ -49,7 +50,13 @@ class Knock:
     peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.
     listener: the address it came in by. origin: by what its failures are counted.
     silent: whether it has sent nothing yet.
+    nonce: what it was challenged with. heard: every byte it has said; spoken: frames said to it. With these
+        another process can come to the same point: see Door.take_over.
+    muted: frames that were said already, and are not said again.
+    can_hand_over: another process could go on with the socket and with what is kept here.
     """
+
+    can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
         "allow_md5",
@@ -57,7 +64,10 @@ class Knock:
         "deadline",
         "done",
         "fd",
+        "heard",
         "listener",
+        "muted",
+        "nonce",
         "origin",
         "peer",
         "proof",
@@ -65,11 +75,21 @@ class Knock:
         "refusal",
         "silent",
         "sock",
+        "spoken",
         "steps",
         "uid",
     )
 
-    def __init__(self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, deadline: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: object,
+        listener: str,
+        *,
+        allow_md5: bool,
+        deadline: float,
+        nonce: bytes | None = None,
+    ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.uid = peer_uid(sock)
@@ -80,7 +100,11 @@ class Knock:
         self.deadline = deadline
         self.reader = FrameReader()
         # Whether MD5 may be used is decided when the client is known: see Search.
-        self.steps = as_listener(os.urandom(NONCE_SIZE), allow_md5=True, named=True)
+        self.nonce = nonce or os.urandom(NONCE_SIZE)
+        self.steps = as_listener(self.nonce, allow_md5=True, named=True)
+        self.heard = bytearray()
+        self.spoken = 0
+        self.muted = 0
         self.proof: Proof | None = None
         self.credential: Credential | None = None
         self.refusal = ""
@@ -116,6 +140,33 @@ class Door:
         self._watch()
         self._go_on(knock, None)
 
+    # Another process's handshakes
+
+    def knocks(self) -> list[Knock]:
+        """Return the unfinished handshakes, oldest first."""
+        return list(self._knocks)
+
+    def failures(self) -> list[tuple[str, int, float]]:
+        """Return (origin, failures, seconds since the last one) of whoever failed lately."""
+        now = self._loop.time()
+        return [(origin, count, now - at) for origin, (count, at) in self._failures.items()]
+
+    def remember_failures(self, failures: Iterable[tuple[str, int, float]]) -> None:
+        """Take over what ``failures`` of another door returned."""
+        now = self._loop.time()
+        for origin, count, age in failures:
+            self._failures[origin] = (count, now - age)
+
+    def take_over(self, knock: Knock) -> None:
+        """Go on with a handshake that another process began: from the start, but nothing is said twice."""
+        knock.muted = knock.spoken
+        self._knocks[knock] = None
+        self._loop.add_reader(knock.fd, self._on_readable, knock)
+        self._watch()
+        knock.silent = not knock.heard
+        knock.reader.feed(knock.heard)
+        self._go_on(knock, None)
+
     def close(self) -> None:
         """Turn everybody away."""
         for knock in list(self._knocks):
@@ -145,6 +196,7 @@ class Door:
             self._refuse(knock, "closed by the peer before it had proved who it is")
             return
         knock.silent = False
+        knock.heard += data
         knock.reader.feed(data)
         if knock.proof is None:
             self._pull(knock)
@@ -168,6 +220,9 @@ class Door:
                 step = knock.steps.send(result)
                 result = None
                 if isinstance(step, Send):
+                    if knock.muted:
+                        knock.muted -= 1
+                        continue
                     if step.body == FAILURE and self._delay(knock):
                         return
                     self._send(knock, step.body)
@@ -176,6 +231,10 @@ class Door:
                     if body is None:
                         return
                     result = body
+                elif knock.muted:
+                    # It has been welcomed already, with this key.
+                    assert knock.credential is not None
+                    result = knock.credential.key.value
                 else:
                     knock.proof = step
                     self._search(knock, step)
@@ -193,6 +252,7 @@ class Door:
         data = frame(body)
         if knock.sock.send(data) != len(data):
             raise OSError("the peer does not take even a handshake's bytes")
+        knock.spoken += 1
 
     # Whose key it is
 

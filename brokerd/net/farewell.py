@@ -45,6 +45,16 @@ class Farewell:
         self._on_closed = on_closed
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def sock(self) -> socket.socket:
+        """The socket, for another process to go on with."""
+        return self._sock
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until it is closed whatever has arrived."""
+        return self._deadline - self._loop.time()
+
     def begin(self) -> None:
         """Announce the end; close at once if nothing is on its way."""
         try:

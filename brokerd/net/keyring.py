@@ -98,6 +98,23 @@ class Keyring:
                 self._last_used[name, value] = when
                 self._order.move_to_end(value)
 
+    def uses(self) -> list[tuple[str, str, float]]:
+        """Return (client's name, id of the key, when it last let somebody in) of keys used, the latest one first."""
+        found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
+        return [(each.client.name, each.key.key_id, when) for each, when in found if when is not None]
+
+    def take_uses(self, uses: Iterable[tuple[str, str, float]]) -> None:
+        """Know of what ``uses`` of another keyring returned, as ``adopt_uses`` does."""
+        for name, key_id, when in reversed(list(uses)):
+            credential = self.find(name, key_id)
+            if credential is not None:
+                self.used(credential)
+                self.let_in(credential, when)
+
+    def find(self, name: str, key_id: str) -> Credential | None:
+        """Return the client's key of that id, or None."""
+        return next((each for each in self.named(name) if each.key.key_id == key_id), None)
+
     def holds(self, credential: Credential) -> bool:
         """Return whether the key still belongs to the client of that name."""
         return any(each.key.value == credential.key.value for each in self.named(credential.client.name))

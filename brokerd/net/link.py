@@ -11,7 +11,7 @@ import select
 import socket
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
 from brokerd.core.parcel import SLACK, Parcel
@@ -61,7 +61,10 @@ class Link:
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
     waits: others have their turn before what is in ``tail`` is routed.
+    can_hand_over: another process could go on with the socket and with what is kept here.
     """
+
+    can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
         "closed",
@@ -97,6 +100,21 @@ class Link:
         self.server.loop.add_reader(self.fd, self.on_readable)
         if early:
             self.resume()
+
+    def go_on(self) -> None:
+        """Begin where another process's link stopped; session, tail, parcel and waits are as they were there."""
+        session = self.session
+        if session.outbox.blocked:
+            self.writing = True
+            self.server.loop.add_writer(self.fd, self.on_writable)
+        if session.closing:
+            self.close_soon()
+        elif self.waits:
+            self.server.loop.call_soon(self._take_turn)
+        elif session.held_by is None:
+            self.server.loop.add_reader(self.fd, self.on_readable)
+        if session.outbox.waiting:
+            self.server.broker.touch(session)
 
     # Reading
 

@@ -274,9 +274,22 @@ class Server:
 
     def see_off(self, sock: socket.socket) -> None:
         """Close a socket when what was written to it has arrived."""
-        farewell = Farewell(sock, self.buffer, self._farewell_s, self.loop, self._on_seen_off)
+        self.farewell(sock, self._farewell_s)
+
+    def farewell(self, sock: socket.socket, time_s: float) -> None:
+        """Close a socket when what was written to it has arrived, or when its time is over."""
+        farewell = Farewell(sock, self.buffer, time_s, self.loop, self._on_seen_off)
         self._farewells.add(farewell)
         farewell.begin()
+
+    @property
+    def door(self) -> Door:
+        """The unfinished handshakes."""
+        return self._door
+
+    def farewells(self) -> list[Farewell]:
+        """Return the sockets that are being closed."""
+        return list(self._farewells)
 
     def _on_seen_off(self, farewell: Farewell) -> None:
         self._farewells.discard(farewell)

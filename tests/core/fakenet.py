@@ -14,6 +14,7 @@ from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenCo
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Limits
 from brokerd.core.session import Session
+from brokerd.core.snapshot import Pieces, capture, restore
 from brokerd.core.verdict import Verdict
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import FrameReader, frame
@@ -308,6 +309,19 @@ class FakeNet:
         self.peers.remove(peer)
         self.broker.detach(peer.session, self.now)
         self.settle()
+
+    def hand_over(self, *configs: ClientConfig) -> None:
+        """Have a new broker go on with all that this one has, as another process would; with other entries if given."""
+        old = self.broker
+        peers = sorted(self.peers, key=lambda peer: peer.session.number)
+        taken = capture(old, [peer.session for peer in peers], self.now)
+        entries = configs or [client.config for client in old.exchange.clients.values()]
+        self.broker = Broker(entries, limits=old.limits, version="test", now_wall=self.now)
+        pieces = Pieces(b"".join(taken.pieces))
+        sessions = restore(self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now)
+        assert not len(pieces), "bytes that nobody asked for"
+        for peer, session in zip(peers, sessions, strict=True):
+            peer.session, session.link = session, peer
 
     def leftovers(self) -> Mapping[str, object]:
         """Return what the broker still holds for connections; all of it is empty once they are gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -90,8 +91,21 @@ class Process:
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.wait(TIMEOUT_S)
+        for pid in self.successors():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for reader in self._readers:
             reader.join(TIMEOUT_S)
+
+    def successors(self) -> list[int]:
+        """Return the processes that were started to take its place and have not ended, oldest first."""
+        return [event["pid"] for event in self.events("daemon.upgrading") if self._is_ours(event["pid"])]
+
+    def _is_ours(self, pid: int) -> bool:
+        # A number that is given again belongs to somebody else.
+        with contextlib.suppress(OSError):
+            return os.fsencode(self.config) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events of that name logged so far."""

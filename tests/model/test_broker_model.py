@@ -537,6 +537,15 @@ class BrokerModel(RuleBasedStateMachine):
             self.views.pop(peer, None)
         self.net.settle()
 
+    @rule()
+    def be_replaced(self) -> None:
+        """Another process goes on with everything; nobody can tell."""
+        before = {peer.session for peer in self.net.peers}
+        self.net.hand_over()
+        self.sessions = [session for session in self.sessions if session not in before]
+        self.sessions += [peer.session for peer in self.net.peers]
+        STATISTICS["replaced"] += 1
+
     # What is always true
 
     def collect(self) -> None:

@@ -1,0 +1,302 @@
+"""What the broker holds of everybody, as plain values and bytes, and back again.
+
+For a process that takes over from another one: names, counters, subscriptions, requests without an answer, held
+senders and every byte that waits. No connection is touched and nothing is decided here. What is captured
+fits into JSON but for the bytes, which are in ``pieces``, in the order in which they are asked for again.
+
+The rules are those of a reload: restoring under another configuration does what
+:meth:`Broker.reconfigure` would. The form is FORMAT of :mod:`brokerd.upgrade.channel`; a change here is one there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
+from brokerd.core.broker import Broker
+from brokerd.core.exchange import Client
+from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.session import Session
+
+__all__ = ["Facts", "Pieces", "Snapshot", "capture", "restore"]
+
+Facts: TypeAlias = dict[str, Any]
+
+_RECEIPT: Final = 1
+_PINNED: Final = 2
+_ORPHANED: Final = 4
+_KEPT: Final = 8
+
+
+class Snapshot:
+    """Facts, and bytes beside them."""
+
+    def __init__(self) -> None:
+        self.facts: Facts = {}
+        self.pieces: list[bytes | bytearray | memoryview] = []
+
+
+class Pieces:
+    """The bytes of a snapshot, given out again in the order in which they were captured."""
+
+    def __init__(self, body: bytes | bytearray | memoryview) -> None:
+        self._rest = memoryview(body)
+
+    def take(self, size: int) -> memoryview:
+        """Return the next ``size`` bytes. Raises ValueError where there are fewer."""
+        if not 0 <= size <= len(self._rest):
+            raise ValueError(f"{size} bytes are wanted where {len(self._rest)} are left")
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._rest)
+
+
+# Out
+
+
+def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot:
+    """Return everything the broker holds; it holds all of it afterwards too.
+
+    sessions: every one that is open, in the order they came. now: as for ``handle``; times are captured as
+    seconds from it. Everything decided must have been carried out: nothing touched, released or ordered.
+    """
+    settled = not (broker.touched or broker.released or broker.orders)
+    assert settled, "what is decided is carried out first"
+    snapshot = Snapshot()
+    leaving = list(broker._leaving)
+    index = {session: position for position, session in enumerate(sessions)}
+    for session, _ in leaving:
+        index[session] = len(index)
+    snapshot.facts = {
+        "started_at": broker.started_at,
+        "upgrades": broker.upgrades,
+        "next_number": next(broker._order),
+        "dropped": broker.dropped,
+        "refused": dict(broker.refused),
+        "totals": dict(broker.totals),
+        "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
+        "sessions": [_session(broker, session, index, now) for session in index],
+        "outboxes": [_outbox(session, index, snapshot) for session in index if session.open],
+        "held": [
+            [index[session], index[_holder(session)], None if deadline == float("inf") else deadline - now]
+            for session, deadline in broker._held.items()
+        ],
+        "leaving": [[index[session], _queue(queue, index, snapshot)] for session, queue in leaving],
+    }
+    return snapshot
+
+
+def _holder(session: Session) -> Session:
+    assert session.held_by is not None
+    return session.held_by
+
+
+def _client(client: Client, now: float) -> Facts:
+    rate = client.config.rate
+    return {
+        "changed_at": client.changed_at,
+        "turn": client.turn,
+        "rate": [rate.messages, rate.bytes],
+        "levels": client.meter and client.meter.levels(now),
+    }
+
+
+def _session(broker: Broker, session: Session, index: Mapping[Session, int], now: float) -> Facts:
+    client = broker.exchange.resolve(session.client.name)
+    return {
+        "name": session.client.name,
+        "instance": session.instance,
+        "address": session.address,
+        "configured": client is session.client,
+        "peer": session.peer,
+        "since": session.since,
+        "number": session.number,
+        "left_at": session.left_at,
+        "skip": session.skip,
+        "charged": session.charged,
+        "hold_s": None if session.hold_deadline is None else session.hold_deadline - now,
+        "closing": session.closing,
+        "slow": session.slow,
+        "in": [session.messages_in, session.bytes_in, session.errors_in],
+        "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions), key=str),
+        "reached": sorted(client.name for client in session.reached),
+        # Where two had one address for a moment, one that is gone may still be named.
+        "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
+        "asked": [[id, address, index[each]] for (id, address), each in session.asked.items() if each in index],
+    }
+
+
+def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot) -> Facts:
+    outbox = session.outbox
+    facts: Facts = {
+        "frames": outbox.frames,
+        "size": outbox.size,
+        "limit": outbox.limit,
+        "blocked": outbox.blocked,
+        "stalled": outbox.stalled,
+        "begun": outbox.begun,
+    }
+    if isinstance(outbox, FrameOutbox):
+        facts["queue"] = _queue(outbox.queue(), index, snapshot)
+    else:
+        chunks = outbox.chunks()
+        snapshot.pieces += chunks
+        facts["chunks"] = [len(chunk) for chunk in chunks]
+        facts["left"] = [[stamp.decode(), end] for stamp, end in outbox.left().items()]
+    return facts
+
+
+def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snapshot) -> list[list[Any]]:
+    """Return [size, flags, sender] of each frame; the frames themselves are the snapshot's next bytes."""
+    items: list[list[Any]] = []
+    frames = []
+    for queued in queue:
+        sender = queued.sender
+        # All that is ever asked of a sender that has gone is whether it is still there.
+        orphaned = queued.orphaned or (sender is not None and not sender.open)
+        flags = queued.receipt * _RECEIPT | queued.pinned * _PINNED | orphaned * _ORPHANED | queued.kept * _KEPT
+        items.append([len(queued.frame), flags, None if orphaned or sender is None else index[sender]])
+        frames.append(queued.frame)
+    snapshot.pieces.append(b"".join(frames))
+    return items
+
+
+# And back
+
+
+def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Session]:
+    """Fill a broker that has just been made with what another one held; return the open sessions.
+
+    They are in the order in which they were given to ``capture``, and have no link. One whose name the configuration no
+    longer has is not in the exchange; it is to be closed, if it was not being closed already.
+    Raises KeyError, ValueError or TypeError for facts that ``capture`` did not write.
+    """
+    broker.started_at = facts["started_at"]
+    broker.upgrades = facts["upgrades"] + 1
+    broker._order = itertools.count(facts["next_number"])
+    broker.dropped = facts["dropped"]
+    broker.refused = Counter(facts["refused"])
+    broker.totals = Counter(facts["totals"])
+    for name, client_facts in facts["clients"].items():
+        _restore_client(broker.exchange.resolve(name), client_facts, now)
+    # Names that are not configured, any more or for this connection: by name, and how many had the same address before.
+    strangers: dict[tuple[str, int], Client] = {}
+    addresses: Counter[str] = Counter()
+    open_count = len(facts["outboxes"])
+    sessions: list[Session] = []
+    for position, each in enumerate(facts["sessions"]):
+        client = broker.exchange.resolve(each["name"]) if each["configured"] else None
+        if client is None:
+            former = (each["name"], addresses[each["address"]])
+            addresses[each["address"]] += 1
+            client = strangers.setdefault(former, Client(_former(each["name"]), each["since"]))
+        sessions.append(_restore_session(client, each, now))
+        sessions[-1].open = position < open_count
+    named = {name: [client] for name, client in broker.exchange.clients.items()}
+    for (name, _), client in strangers.items():
+        named.setdefault(name, []).append(client)
+    for session, each in zip(sessions, facts["sessions"], strict=True):
+        session.owed = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
+        session.asked = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
+        session.reached = {client for name in each["reached"] for client in named.get(name, ())}
+    for session, outbox_facts in zip(sessions, facts["outboxes"], strict=False):
+        _restore_outbox(session, outbox_facts, sessions, pieces)
+        if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
+            session.renew_outbox()
+        session.client.add(session)
+    for session, each in zip(sessions[:open_count], facts["sessions"], strict=False):
+        for pattern, group in each["subscriptions"]:
+            if session.client.policy.subscribing(pattern) is not None:
+                broker.topics.add(pattern, session, group)
+                session.subscriptions.add((pattern, group))
+    for source, target, left in facts["held"]:
+        sessions[source].held_by = sessions[target]
+        sessions[target].waiters[sessions[source]] = None
+        broker._held[sessions[source]] = float("inf") if left is None else now + left
+    for position, items in facts["leaving"]:
+        broker._leaving.append((sessions[position], deque(_restore_queue(items, sessions, pieces))))
+    return sessions[:open_count]
+
+
+def _restore_client(client: Client | None, facts: Facts, now: float) -> None:
+    if client is None:
+        return
+    client.changed_at = facts["changed_at"]
+    client.turn = facts["turn"]
+    rate = client.config.rate
+    if client.meter is not None and facts["rate"] == [rate.messages, rate.bytes]:
+        client.meter.fill_to(facts["levels"], now)
+
+
+def _restore_session(client: Client, facts: Facts, now: float) -> Session:
+    session = Session(client, facts["instance"], peer=facts["peer"], since=facts["since"])
+    # Whether a name is a pool may have changed; a connection keeps the address it has.
+    session.address = facts["address"]
+    session.stamp = session.address.encode()
+    session.number = facts["number"]
+    session.left_at = facts["left_at"]
+    session.skip = facts["skip"]
+    session.charged = facts["charged"]
+    session.hold_deadline = None if facts["hold_s"] is None else now + facts["hold_s"]
+    session.closing = facts["closing"]
+    session.slow = facts["slow"]
+    session.messages_in, session.bytes_in, session.errors_in = facts["in"]
+    return session
+
+
+def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pieces: Pieces) -> None:
+    outbox: StreamOutbox | FrameOutbox
+    # A name that is gone keeps the limit that its connection had.
+    limit = session.client.config.queue or facts["limit"]
+    if "queue" in facts:
+        outbox = FrameOutbox(limit)
+        outbox.refill(_restore_queue(facts["queue"], sessions, pieces), facts["begun"])
+    else:
+        outbox = StreamOutbox(limit)
+        left = {stamp.encode(): end for stamp, end in facts["left"]}
+        outbox.refill([bytearray(pieces.take(size)) for size in facts["chunks"]], facts["begun"], left)
+    outbox.owner = session
+    outbox.frames, outbox.size = facts["frames"], facts["size"]
+    outbox.blocked, outbox.stalled = facts["blocked"], facts["stalled"]
+    session.outbox = outbox
+
+
+def _restore_queue(items: list[list[Any]], sessions: list[Session], pieces: Pieces) -> list[Queued]:
+    return [
+        Queued(
+            bytes(pieces.take(size)),
+            receipt=bool(flags & _RECEIPT),
+            pinned=bool(flags & _PINNED),
+            sender=None if sender is None else sessions[sender],
+            orphaned=bool(flags & _ORPHANED),
+            kept=bool(flags & _KEPT),
+        )
+        for size, flags, sender in items
+    ]
+
+
+def _former(name: str) -> ClientConfig:
+    """Return the entry of a name that is no longer configured: it may do nothing, and keeps the outbox it has."""
+    return ClientConfig(
+        name=name,
+        keys=(),
+        connections=1,
+        send_to=(),
+        publish=(),
+        subscribe=(),
+        queue=0,
+        subscriptions=0,
+        requests=1,
+        when_full=WhenFull.REFUSE,
+        when_connected=WhenConnected.REFUSE,
+        rate=RateConfig(None, None),
+        allow_md5=False,
+        peer_uid=None,
+        admin=False,
+        source=Source("", 0),
+    )

@@ -1,0 +1,263 @@
+"""The running process's side of an upgrade: start the new one, hand everything over, be gone.
+
+Until the new process has said that it serves, nothing here is given up: whatever fails, the daemon goes on as if
+nothing had been asked. While the new process starts, everybody is served as usual; the pause begins with ``state`` and
+is one call that does not come back to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Final, NoReturn
+
+from brokerd import __version__
+from brokerd.aside import aside
+from brokerd.core.broker import Order
+from brokerd.core.service import reply_to
+from brokerd.daemon import Daemon
+from brokerd.net import handover
+from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, SIGNALS, Channel, ChannelError
+from brokerd.upgrade.notify import announce_successor
+
+__all__ = ["Predecessor"]
+
+#: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it.
+_HELLO_S: Final = 30.0
+_HANDOVER_S: Final = 10.0
+#: Seconds in which a new process that has said why it failed has to be gone.
+_MOMENT_S: Final = 2.0
+#: What belongs to this very process.
+_OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+_ENDING: Final = {signal.SIGINT, signal.SIGTERM}
+
+
+class _Failed(Exception):
+    """The upgrade does not take place; the message says why."""
+
+
+class _Heir:
+    """The new process, and what goes with it.
+
+    keeper: the pipe on which a keeper would be told of later ones; None where no new keeper is needed.
+    """
+
+    def __init__(self, keeper: int | None) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.channel = Channel(ours)
+        self.keeper: int | None = None
+        self.address = os.environ.get("NOTIFY_SOCKET", "")
+        self._popen: subprocess.Popen[bytes] | None = None
+        with contextlib.ExitStack() as stack:
+            stack.callback(theirs.close)
+            if keeper is None and not self.address:
+                self.keeper, keeper = os.pipe()
+                stack.callback(os.close, keeper)
+            environment = {name: value for name, value in os.environ.items() if name not in _OWN}
+            environment[HANDOVER_FD] = str(theirs.fileno())
+            passed = [theirs.fileno()]
+            if keeper is not None:
+                environment[KEEPER_FD] = str(keeper)
+                passed.append(keeper)
+            try:
+                self._popen = subprocess.Popen(  # noqa: S603 - the command that started this very process
+                    [sys.executable, *sys.orig_argv[1:]],
+                    env=environment,
+                    pass_fds=passed,
+                    # Ctrl-C and the like reach it through this process or the keeper, once.
+                    start_new_session=True,
+                )
+            except BaseException:
+                self.end()
+                raise
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    def kill(self) -> None:
+        """End it at once; afterwards it is certain to do nothing more."""
+        assert self._popen is not None
+        self._popen.kill()
+        self._popen.wait()
+
+    def end(self) -> str:
+        """Have it gone, and everything that was for it; return how it had ended by itself, or ""."""
+        self.channel.close()
+        if self.keeper is not None:
+            os.close(self.keeper)
+        if self._popen is None:
+            return ""
+        try:
+            # With the channel closed it ends by itself.
+            status = self._popen.wait(_MOMENT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "it did not end by itself"
+        return f"it ended with status {status}" if status >= 0 else f"signal {-status} ended it"
+
+
+class Predecessor:
+    """Replaces the process when asked to.
+
+    daemon: what it serves. keeper: the pipe to a keeper that is there already, or None.
+    """
+
+    def __init__(self, daemon: Daemon, keeper: int | None = None) -> None:
+        self._daemon = daemon
+        self._keeper = keeper
+        self._heir: _Heir | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def soon(self, reason: str, order: Order | None = None) -> None:
+        """Begin an upgrade. order: who asked through the broker, and hears how it went."""
+        problem = ""
+        if self._task is not None:
+            problem = "an upgrade is going on already"
+        elif self._daemon.stopping:
+            problem = "the broker is stopping"
+        elif not sys.platform.startswith("linux"):
+            problem = "processes hand over their sockets on Linux only"
+        if problem:
+            self._say_why_not(reason, problem, order)
+            return
+        self._task = asyncio.get_running_loop().create_task(self._run(reason, order))
+        self._task.add_done_callback(self._is_done)
+
+    def _is_done(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+
+    async def close(self) -> None:
+        """Give up an upgrade that is going on: the daemon has stopped."""
+        if self._heir is not None:
+            self._heir.channel.wake()
+        if self._task is not None:
+            await self._task
+
+    def _say_why_not(self, reason: str, problem: str, order: Order | None) -> None:
+        daemon = self._daemon
+        daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)
+        if order is not None:
+            reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problem.splitlines()})
+            daemon.server.settle()
+
+    async def _run(self, reason: str, order: Order | None) -> None:
+        try:
+            async with self._daemon.undisturbed("an upgrade is going on, which reads the configuration again"):
+                await self._attempt(reason, order)
+        except (_Failed, ChannelError) as error:
+            problem = f"the new process can't take over: {error}"
+        except OSError as error:
+            problem = f"no new process can be started: {error.strerror or error}"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the daemon goes on
+            problem = f"a bug: {error!r}"
+        heir, self._heir = self._heir, None
+        if heir is not None:
+            # It may take a moment to be gone, and everybody is served meanwhile.
+            how = await aside(heir.end)
+            problem += f" ({how})"
+        self._say_why_not(reason, problem, order)
+
+    async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
+        """Hand over and end this process. Whatever this raises: the process serves on."""
+        daemon = self._daemon
+        heir = self._heir = _Heir(self._keeper)
+        daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
+        handed = daemon.handed.sockets
+        offer = {
+            "format": FORMAT,
+            "version": __version__,
+            "listening": [handover.describe(each.config.address) for each in daemon.server.listening],
+            "handed": [[each.name, handover.describe(each.address)] for each in handed],
+        }
+        heir.channel.send("offer", offer, (), [each.sock.fileno() for each in handed], within_s=_HANDOVER_S)
+        # In a thread: everybody is served while the new process starts.
+        hello = (await aside(lambda: heir.channel.expect("hello", within_s=_HELLO_S))).facts
+        if FORMAT not in hello["formats"]:
+            raise _Failed(
+                f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
+            )
+        why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
+        await handover.let_go_of_bound(daemon.server, why)
+        await daemon.settled()
+        if daemon.stopping:
+            raise _Failed("the broker is stopping")
+        # The last word of this process, before the new one has its first: two at a time would garble the log.
+        daemon.log.info("daemon.handing_over", reason=reason, pid=heir.pid, version=hello["version"])
+        # From here on nothing else happens here.
+        with _signals_noted() as noted:
+            self._hand_over(heir, order, noted)
+            # There is no way back from here.
+            try:
+                self._leave(heir, str(hello["keeper"]), noted)
+            finally:
+                os._exit(0)
+
+    def _hand_over(self, heir: _Heir, order: Order | None, noted: list[int]) -> None:
+        """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
+        server, channel = self._daemon.server, heir.channel
+        frozen_at = time.monotonic()
+        taken, descriptors = handover.capture(server)
+        asked_by = None
+        if order is not None and order.source.open:
+            asked_by = [handover.position_of(server, order.source), order.id]
+        facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
+        channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S)
+        channel.expect("ready", within_s=_HANDOVER_S)
+        if not _ENDING.isdisjoint(noted):
+            raise _Failed("the broker is stopping")
+        channel.send("commit", within_s=_HANDOVER_S)
+        try:
+            channel.expect("serving", within_s=_HANDOVER_S)
+        except ChannelError:
+            heir.kill()
+            # Now that it can't do anything more: what it said before that decides.
+            with contextlib.suppress(ChannelError):
+                channel.expect("serving", within_s=_MOMENT_S)
+                return
+            raise
+
+    def _leave(self, heir: _Heir, keeper: str, noted: list[int]) -> None:
+        """Make the new process known as the daemon, pass on what signals came, and end."""
+        if self._keeper is not None:
+            os.write(self._keeper, b"%d\n" % heir.pid)
+        elif heir.keeper is None:
+            announce_successor(heir.address, heir.pid)
+        if heir.keeper is not None:
+            # What comes from now on waits for the keeper, which has the same process id.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in noted:
+            os.kill(heir.pid, number)
+        self._daemon.close_log()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if heir.keeper is not None:
+            os.set_inheritable(heir.keeper, True)
+            os.execv(  # noqa: S606 - a program of our own, named by the new process
+                sys.executable, [sys.executable, "-I", "-S", "-E", keeper, str(heir.keeper), str(heir.pid)]
+            )
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Note the signals that come meanwhile; the event loop, if it comes back, acts on them itself."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,439 @@
+"""Everything the broker holds, captured and restored in another broker: nobody can tell the difference."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from core.fakenet import FakeNet, client
+
+from brokerd.config.values import RateConfig, WhenFull
+from brokerd.core.broker import Limits
+from brokerd.core.outbox import FrameOutbox, StreamOutbox
+from brokerd.core.snapshot import Pieces, capture, restore
+from brokerd_client.wire.envelope import Kind
+
+
+def test_what_waits_arrives_once_and_in_order() -> None:
+    """Frames wait in chunks, of the first one a part is written; the client reads on as if nothing had been."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block(25)
+    sent = [b"%d" % number * 70_000 for number in range(5)] + [b"%d" % number for number in range(5)]
+    for payload in sent:
+        alice.message("bob", payload)
+
+    net.hand_over()
+    alice.message("bob", b"and one more")
+    bob.read()
+
+    assert bob.payloads() == [*sent, b"and one more"]
+    assert bob.session.messages_out == len(sent) + 1
+
+
+def test_a_pools_queue_keeps_what_is_known_of_each_frame() -> None:
+    """What waits for a member that leaves goes to another one, or back to its sender: after the change too."""
+    net = FakeNet(client("alice"), client("pool", connections=2))
+    alice, first, second = net.connect("alice"), net.connect("pool"), net.connect("pool")
+    first.block(5)
+    second.block(5)
+    alice.message("pool", b"for anybody", 1)
+    alice.message("pool", b"for anybody too", 2)
+    alice.message(first.address, b"for this one", 3, receipt=True)
+    alice.take()
+
+    net.hand_over()
+    first.leave()
+    second.read()
+
+    assert alice.error() == (3, "offline")
+    assert sorted(second.payloads()) == [b"for anybody", b"for anybody too"]
+
+
+def test_drop_oldest_still_knows_which_frames_stay() -> None:
+    """An answer to the client's own question is not dropped for a newer message."""
+    net = FakeNet(client("alice"), client("bob", queue=120, when_full=WhenFull.DROP_OLDEST))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block(1)
+    bob.op("ping", 7)
+    alice.message("bob", b"a" * 30, 1, receipt=True)
+
+    net.hand_over()
+    alice.message("bob", b"b" * 40, 2, receipt=True)
+    alice.message("bob", b"c" * 40, 3, receipt=True)
+    bob.read()
+
+    kinds = [(each.kind, each.payload[:1]) for each in bob.take()]
+    assert kinds == [(Kind.REPLY, b"{"), (Kind.MESSAGE, b"c")]
+
+
+def test_a_held_sender_stays_held_until_there_is_room() -> None:
+    """Its frame waits where it was, and goes on its way when the recipient reads."""
+    net = FakeNet(client("alice"), client("bob", queue=60))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    for number in range(3):
+        alice.message("bob", b"%d" % number * 30)
+    assert alice.held
+
+    net.hand_over()
+    assert alice.held
+    assert bob.session.waiters == {alice.session: None}
+    bob.read()
+
+    assert not alice.held
+    assert [payload[:1] for payload in bob.payloads()] == [b"0", b"1", b"2"]
+    # The frame that waited was counted once.
+    assert alice.session.messages_in == 3
+
+
+def test_a_held_sender_waits_no_longer_than_it_would_have() -> None:
+    """The time it had waited before counts."""
+    net = FakeNet(client("alice"), client("bob", queue=60), limits=Limits(wait_timeout=30.0))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    for number in range(2):
+        alice.message("bob", b"x" * 30, number)
+    net.advance(20)
+
+    net.hand_over()
+    net.advance(9)
+    assert alice.held
+    net.advance(1.5)
+
+    assert alice.error() == (1, "full")
+
+
+def test_who_does_not_read_its_answers_stays_held_without_an_end() -> None:
+    """It waits for itself, and for as long as it likes."""
+    net = FakeNet(client("alice", queue=40))
+    alice = net.connect("alice")
+    alice.block()
+    for number in range(4000):
+        alice.message("nobody", b"", number)
+    assert alice.session.held_by is alice.session
+
+    net.hand_over()
+    net.advance(10_000)
+    assert alice.session.held_by is alice.session
+    alice.read()
+
+    assert len(alice.take()) == 4000
+
+
+def test_a_request_is_answered_after_the_change() -> None:
+    """The answer finds who asked, whatever the rules say; and who leaves without an answer is answered for."""
+    net = FakeNet(client("alice"), client("bob", send_to=()))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.request("bob", b"?", 1)
+    alice.request("bob", b"?", 2)
+
+    net.hand_over()
+    bob.reply("alice", b"!", 1)
+    bob.leave()
+
+    answer, error = alice.take()
+    assert (answer.kind, answer.id, answer.payload) == (Kind.REPLY, 1, b"!")
+    assert (error.kind, error.id) == (Kind.ERROR, 2)
+
+
+def test_subscriptions_go_on() -> None:
+    """Everyone who subscribed gets the event, and one of each group."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"), client("dave"))
+    alice, bob, carol, dave = (net.connect(name) for name in ("alice", "bob", "carol", "dave"))
+    bob.ask("subscribe", topic="jobs.>")
+    carol.ask("subscribe", topic="jobs.*", group="g")
+    dave.ask("subscribe", topic="jobs.*", group="g")
+
+    net.hand_over()
+    alice.publish("jobs.new", b"one")
+    alice.publish("jobs.new", b"two")
+
+    assert bob.payloads() == [b"one", b"two"]
+    assert sorted(carol.payloads() + dave.payloads()) == [b"one", b"two"]
+    assert bob.ask("unsubscribe", topic="jobs.>") == {"topic": "jobs.>", "group": None}
+    assert len(net.broker.topics) == 2
+
+
+def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
+    """A member of a pool is gone and its messages are not dealt with yet: they are, afterwards."""
+    net = FakeNet(client("alice"), client("bob"), client("eve"))
+    alice, bob, eve = net.connect("alice"), net.connect("bob"), net.connect("eve")
+    alice.request("bob", b"?", 1)
+    bob.take()
+    bob.block()
+    alice.message("bob", b"waits", 2)
+    eve.message("bob", b"of one that goes too", 3)
+    eve.leave()
+    net.peers.remove(bob)
+    net.broker.detach(bob.session, net.now)
+
+    net.hand_over()
+    assert net.broker.has_arrears
+    net.settle()
+
+    assert sorted((each.id, each.kind) for each in alice.take()) == [(1, Kind.ERROR), (2, Kind.ERROR)]
+    assert net.broker.dropped == 1
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_who_comes_later_under_a_name_hears_nothing_of_a_predecessors_messages(connections: int) -> None:
+    """The sender is gone before the change, its successor comes after it: the message is nobody's."""
+    net = FakeNet(client("alice"), client("bob", connections=connections))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    alice.message("bob", b"waits", 1, receipt=True)
+    alice.leave()
+
+    net.hand_over()
+    later = net.connect("alice")
+    bob.leave()
+
+    assert later.take() == []
+    assert net.broker.dropped == 1
+
+
+def test_who_comes_later_under_a_name_hears_nothing_when_the_sender_goes_after_the_change() -> None:
+    """Whom it has sent something is remembered."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    alice.message("bob", b"waits", 1, receipt=True)
+    alice.take()
+
+    net.hand_over()
+    alice.leave()
+    later = net.connect("alice")
+    bob.leave()
+
+    assert later.take() == []
+
+
+def test_an_oversized_frame_is_passed_over_to_its_end() -> None:
+    """Half of it came before the change, half of it comes after."""
+    net = FakeNet(client("alice"), client("bob"), limits=Limits(max_message=100))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.send_bytes(b"\x00\x00\x01\x00" + b"\x01\x00\x00\x03" + bytes(8) + b"bob" + b"x" * 100)
+    assert alice.error() == (0, "too_large")
+
+    net.hand_over()
+    alice.send_bytes(b"x" * (256 - 115))
+    alice.message("bob", b"fits")
+
+    assert bob.payloads() == [b"fits"]
+
+
+def test_a_part_of_a_frame_is_completed() -> None:
+    """The network layer keeps it; the core goes on with the whole."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    whole = b"\x00\x00\x00\x12" + b"\x01\x00\x00\x03" + bytes(8) + b"bob" + b"abc"
+    alice.send_bytes(whole[:20])
+
+    net.hand_over()
+    alice.send_bytes(whole[20:])
+
+    assert bob.payloads() == [b"abc"]
+
+
+def test_counters_go_on() -> None:
+    """Of the broker, and of each connection; and how often it was replaced is counted."""
+    net = FakeNet(client("alice", admin=True), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"one")
+    alice.message("nobody", b"two")
+    bob.leave()
+    alice.take()
+    before = alice.ask("stats")
+    (peer_before,) = alice.ask("connections")["connections"]
+
+    net.hand_over()
+    after = alice.ask("stats")
+    (peer_after,) = alice.ask("connections")["connections"]
+
+    changes = {key for key in before if before[key] != after[key]}
+    assert changes == {"messages_in", "bytes_in", "messages_out", "bytes_out", "upgrades"}
+    assert (after["messages_in"], after["upgrades"]) == (before["messages_in"] + 2, 1)
+    assert peer_after["messages_in"] == peer_before["messages_in"] + 2
+    assert peer_after["since"] == peer_before["since"]
+
+
+def test_presence_is_as_it_was() -> None:
+    """Nobody came or went: nothing is announced, and everybody is there since when they were."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"))
+    alice = net.connect("alice")
+    net.advance(5)
+    net.connect("bob")
+    alice.ask("subscribe", topic="$broker.>")
+    before = alice.ask("clients")
+    net.advance(5)
+
+    net.hand_over()
+
+    assert alice.take() == []
+    assert alice.ask("clients") == before
+
+
+def test_rates_are_not_refilled_by_the_change() -> None:
+    """Who had used up what it may send in a second has not got it again."""
+    net = FakeNet(client("alice", rate=RateConfig(3.0, None)), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for number in range(3):
+        alice.message("bob", b"", number)
+
+    net.hand_over()
+    alice.message("bob", b"", 3)
+    net.advance(1)
+    alice.message("bob", b"", 4)
+
+    assert alice.error() == (3, "rate_limited")
+    assert len(bob.take()) == 4
+
+
+def test_a_changed_rate_begins_anew() -> None:
+    """As after a reload."""
+    net = FakeNet(client("alice", rate=RateConfig(1.0, None)), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob")
+
+    net.hand_over(client("alice", rate=RateConfig(None, 500.0)), client("bob"))
+    alice.message("bob")
+
+    assert len(bob.take()) == 2
+
+
+def test_a_name_that_is_gone_gets_what_waited_for_it_and_is_to_be_closed() -> None:
+    """Under a configuration without it, it is in no list, and nobody reaches it; its queue is still written."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"))
+    alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
+    bob.ask("subscribe", topic="a")
+    bob.block(3)
+    alice.message("bob", b"waits")
+    bob.message("carol", b"x")
+    carol.take()
+    carol.block()
+    bob.message("carol", b"is still to be written")
+
+    net.hand_over(client("alice"), client("carol"))
+    alice.message("bob", b"too late", 2)
+
+    assert alice.error() == (2, "no_such_client")
+    assert net.broker.exchange.resolve("bob") is not bob.session.client
+    assert len(net.broker.topics) == 0
+    assert bob.session.outbox.limit == client("bob").queue
+    bob.read()
+    assert bob.payloads() == [b"waits"]
+    for peer in (bob, carol, alice):
+        peer.leave()
+    assert not net.leftovers()
+
+
+def test_a_session_whose_name_was_gone_already_stays_out() -> None:
+    """Removed by a reload, configured again, and replaced: the old connection is not the new name's."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, old = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"first")
+    limits = Limits()
+    net.broker.reconfigure({"alice": client("alice")}, limits, net.now)
+    net.broker.reconfigure({"alice": client("alice"), "bob": client("bob")}, limits, net.now)
+    new = net.connect("bob")
+    net.settle()
+
+    net.hand_over()
+    alice.message("bob", b"second")
+
+    assert old.payloads() == [b"first"]
+    assert new.payloads() == [b"second"]
+    old.leave()
+    assert net.broker.exchange.find("bob") is new.session
+
+
+def test_a_subscription_that_new_rules_forbid_ends() -> None:
+    """As after a reload."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    bob.ask("subscribe", topic="b")
+
+    net.hand_over(client("alice"), client("bob", subscribe=("b",)))
+    alice.publish("a", b"a")
+    alice.publish("b", b"b")
+
+    assert bob.payloads() == [b"b"]
+    assert bob.session.subscriptions == {("b", None)}
+
+
+def test_an_empty_queue_becomes_the_kind_that_is_configured_now() -> None:
+    """One that holds something keeps its kind, with the new limit."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"))
+    alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
+    carol.block()
+    alice.message("carol", b"x")
+    alice.message("bob", b"x")
+
+    changed = {"when_full": WhenFull.DROP_OLDEST, "queue": 5000}
+    net.hand_over(client("alice"), client("bob", **changed), client("carol", **changed))
+
+    assert isinstance(bob.session.outbox, FrameOutbox)
+    assert isinstance(carol.session.outbox, StreamOutbox)
+    assert carol.session.outbox.limit == 5000
+    assert bob.session.messages_out == 1
+    alice.message("bob", b"y")
+    assert bob.payloads() == [b"x", b"y"]
+
+
+def test_a_client_with_two_connections_keeps_its_addresses() -> None:
+    """A name that is a pool now leaves the connection it had the address it had."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+
+    net.hand_over(client("alice"), client("bob", connections=3))
+    second = net.connect("bob")
+    bob.message("alice", b"x")
+
+    assert bob.address == "bob"
+    assert second.address.startswith("bob/")
+    (got,) = alice.take()
+    assert got.name == "bob"
+
+
+def test_capturing_changes_nothing() -> None:
+    """If the other process does not take over, everything goes on; and a second capture says the same."""
+    net = FakeNet(client("alice", rate=RateConfig(100.0, 1e6)), client("bob", queue=60), client("pool", connections=2))
+    alice, bob, pool = net.connect("alice"), net.connect("bob"), net.connect("pool")
+    bob.block(3)
+    pool.block(3)
+    alice.message("pool", b"p")
+    for number in range(3):
+        alice.message("bob", b"%d" % number * 30, number)
+    sessions = [alice.session, bob.session, pool.session]
+
+    first, second = (capture(net.broker, sessions, net.now) for _ in range(2))
+    assert first.facts | {"next_number": 0} == second.facts | {"next_number": 0}
+    assert b"".join(first.pieces) == b"".join(second.pieces)
+    bob.read()
+    pool.read()
+
+    assert [payload[:1] for payload in bob.payloads()] == [b"0", b"1", b"2"]
+    assert pool.payloads() == [b"p"]
+
+
+def test_numbers_go_on_where_they_were() -> None:
+    """Who comes after the change is newer than everybody before it."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice = net.connect("alice")
+    net.hand_over()
+    assert net.connect("bob").session.number > alice.session.number
+
+
+def test_facts_that_lack_bytes_are_refused() -> None:
+    """A state that was cut short is no state."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    alice.message("bob", b"waits")
+    taken = capture(net.broker, [alice.session, bob.session], net.now)
+    fresh = FakeNet(client("alice"), client("bob")).broker
+
+    with pytest.raises(ValueError, match="are wanted where"):
+        restore(fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now)

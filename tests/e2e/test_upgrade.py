@@ -1,0 +1,56 @@
+"""The daemon replaces itself, and its clients notice nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from e2e.process import Process
+from e2e.upgrade_load import CLIENTS, Load
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="needs Linux")
+
+UPGRADES = 5
+
+
+def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[str]:
+    """Upgrade that often in a row under full load; return the account of every message."""
+    clients = {**CLIENTS, "idle": {"connections": max(idle, 1)}}
+    with Process(directory, clients, log={"level": "info"}) as broker:
+        ops = broker.login("ops")
+        crowd = [broker.login("idle") for _ in range(idle)]
+        pauses = []
+        with ops, Load(broker) as load:
+            for _ in range(upgrades):
+                answer = ops.ask("upgrade").json
+                assert answer["upgraded"], answer
+                pauses.append(answer["pause_ms"])
+                load.check()
+            load.finish()
+            stats = ops.ask("stats").json
+        for raw in crowd:
+            raw.ping()
+            raw.close()
+        assert stats["upgrades"] == upgrades
+        assert not broker.events("daemon.bug")
+        assert not broker.events("client.refused")
+        last = broker.events("daemon.upgraded")[-1]["timestamp"]
+        gone = [each["name"] for each in broker.events("client.disconnected") if each["timestamp"] <= last]
+        assert set(gone) <= {"newcomer"}
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+    ms = ", ".join(f"{pause:g}" for pause in pauses)
+    return [
+        f"{upgrades} upgrades in a row, {answer['connections']} connections at the last: pauses of {ms} ms",
+        *(f"  {count:9,}  {what}" for what, count in load.account.items()),
+        f"  {stats['messages_in']:9,}  in all, as the broker counted; {stats['dropped']} dropped for newer ones",
+    ]
+
+
+def test_five_upgrades_in_a_row_under_full_load(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every message is accounted for, no connection ends, and nobody who comes is turned away."""
+    account = upgraded_under_load(socket_dir, UPGRADES)
+    with capsys.disabled():
+        print("", *account, sep="\n")
