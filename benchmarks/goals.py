@@ -100,4 +100,18 @@ GOALS: Final = (
 )
 
 #: What a profile shows to be in the way of a goal, by (workload, theirs); shown on the page while the goal is missed.
-REMARKS: Final[dict[tuple[str, str], str]] = {}
+REMARKS: Final[dict[tuple[str, str], str]] = {
+    ("roundtrip", "nats"): (
+        "most of the time nobody works: two processes are woken for every message. The relay, which looks at nothing, "
+        "comes to 0.6 to 0.7 x. For a round trip it spends 17 µs of processor time, brokerd 33 and nats-server 43. "
+        "brokerd makes the same three system calls for a message as the relay (wait, receive, send); its Python takes "
+        "3 µs of the 8 that a message costs more than in the relay, and a profile shows the rest in no one place. On a "
+        "machine with other work to do the ratio swings: 0.72 to 1.15 x were seen."
+    ),
+    ("connect", "nats"): (
+        "an answer without a name has to be searched for, 500 tries on average. A try takes 1.85 µs, of which 1.5 are "
+        "the standard library's HMAC: 1 ms of the 1.5 that a connection costs. With a name it costs 0.3 ms, for three "
+        "sends, three receives, two lines in the log, and a conversation in Python; nats-server, which compares a "
+        "password, takes 0.14."
+    ),
+}

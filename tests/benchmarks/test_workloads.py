@@ -16,7 +16,8 @@ if not sys.platform.startswith("linux"):
     pytest.skip("the benchmarks read /proc and use epoll: Linux only", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machinery import compiler  # noqa: E402 - the directory is no package that is installed
+from benchmarks.goals import GOALS, REMARKS  # noqa: E402 - the directory is no package that is installed
+from benchmarks.machinery import compiler  # noqa: E402
 from benchmarks.systems import SYSTEMS  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Entrant, Spoilt, Stage, Timing  # noqa: E402
 
@@ -115,3 +116,9 @@ def test_compiler_is_named_where_there_is_none(socket_dir: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="C compiler"):
         Stage(Entrant("direct"), [], socket_dir / "stage")
+
+
+def test_every_remark_is_about_a_goal() -> None:
+    """What is said of a missed goal is not lost because a workload got another name."""
+    assert REMARKS.keys() <= {(goal.workload, goal.theirs) for goal in GOALS}
+    assert all(goal.workload in WORKLOADS for goal in GOALS)
