@@ -30,6 +30,7 @@ from brokerd.net.handed import Handed, HandedSocket, listen_at
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import Found, ListenError, Listening, listen
 from brokerd.net.server import Log, Server
+from brokerd.net.users import unseen
 from brokerd.reload import Cause, Outcome, Prepared, compared, obstacles, prepare, whole_plan
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
@@ -158,7 +159,7 @@ class Daemon:
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
             **told,
         )
-        self._warn_of_unmet()
+        self._warn_of_surroundings()
         self._keywatch.watch(config)
         if elder is None:
             self.supervisor.ready(self._status)
@@ -173,8 +174,8 @@ class Daemon:
         messages = self.broker.totals["messages_in"] + sum(link.session.messages_in for link in self._server.links)
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
 
-    def _warn_of_unmet(self) -> None:
-        """Tell of entries whose socket the service manager does not hand over; they listen by themselves."""
+    def _warn_of_surroundings(self) -> None:
+        """Tell of what the configuration counts on and the service manager does not give."""
         for entry in self._handed.unmet(self.config.listen, self._allotted):
             self.log.warning(
                 "listener.not_handed_over",
@@ -182,6 +183,14 @@ class Daemon:
                 name=entry.name,
                 reason=f"the service manager hands over no socket called {entry.name} nor one at this address "
                 f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)",
+            )
+        for name, users in unseen(self.config.clients).items():
+            self.log.warning(
+                "client.users_unseen",
+                name=name,
+                peer_uid=users,
+                reason="this process has a user namespace of its own and can't tell these users from others: nobody is "
+                "let in as one of them (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)",
             )
 
     def _on_order(self, order: Order) -> None:
@@ -338,7 +347,7 @@ class Daemon:
         self.log.info(
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
         )
-        self._warn_of_unmet()
+        self._warn_of_surroundings()
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)

@@ -9,7 +9,7 @@ means and what to do. The events:
     daemon.upgrading  daemon.handing_over  daemon.upgraded  daemon.upgrade_failed
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
-    client.left
+    client.left  client.users_unseen
     listener.paused  listener.not_handed_over  listener.unchanged
     key.expiring  key.expired
     log.level_changed  log.lost  log.audit_failed

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from brokerd.net.keyring import Credential, Search
+from brokerd.net.users import is_seen
 from brokerd_client.address import format_peer
 from brokerd_client.bridge import BridgedSocket
 from brokerd_client.errors import AuthenticationError, FrameError
@@ -380,11 +381,12 @@ def origin_of(peer: object, uid: int | None) -> str:
 
 
 def peer_uid(sock: socket.socket) -> int | None:
-    """Return the user id at the other end of a Unix socket; None for other sockets and systems."""
+    """Return the user id at the other end of a Unix socket; None for other sockets and systems, and for one unseen."""
     # The other end of a bridged socket is this process, whoever uses the pipe.
     if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
         return None
-    return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+    uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+    return uid if is_seen(uid) else None
 
 
 def fresh_instance() -> str:

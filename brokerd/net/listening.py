@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ Found: TypeAlias = Mapping[Address, list[Any]]
 BACKLOG: Final = 4096
 _HINTS: Final = {
     errno.EADDRINUSE: " (another program listens there)",
+    errno.EPERM: " (it can get a group that the daemon's user belongs to, where the daemon's sandbox allows that)",
     errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
     errno.ENOENT: " (make the directory first)",
     errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
@@ -240,7 +240,7 @@ def _bind_file(listening: Listening, sock: socket.socket) -> None:
     status = path.lstat()
     listening.inode, listening.first_group = (status.st_dev, status.st_ino), status.st_gid
     if config.group is not None:
-        shutil.chown(path, group=config.group)
+        _give_to_group(path, config.group)
 
 
 def _take_over(path: Path) -> None:
@@ -269,13 +269,26 @@ def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_gro
     """Give a socket's file its mode and group; on the way from the old to the new nobody has more than by either."""
     mode = config.mode if config.mode is not None else 0o600
     path.chmod(mode & status.st_mode)
-    shutil.chown(path, group=first_group if config.group is None else config.group)
+    _give_to_group(path, first_group if config.group is None else config.group)
     path.chmod(mode)
+
+
+def _give_to_group(path: Path, group: str | int) -> None:
+    """Give a file to a group, if it is not the group's already: a sandbox may forbid even to try."""
+    if isinstance(group, str):
+        import grp
+
+        try:
+            group = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise LookupError(f"no such group: {group!r}") from None
+    if path.lstat().st_gid != group:
+        os.chown(path, -1, group)
 
 
 def _restore(path: Path, status: os.stat_result) -> None:
     path.chmod(stat.S_IMODE(status.st_mode) & 0o600)
-    os.chown(path, -1, status.st_gid)
+    _give_to_group(path, status.st_gid)
     path.chmod(stat.S_IMODE(status.st_mode))
 
 

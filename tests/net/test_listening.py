@@ -257,3 +257,10 @@ def test_the_brokers_side_has_no_delay(listen: str) -> None:
             return [link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for link in server.links]
 
         assert broker.call(options) == [1]
+
+
+def test_a_group_it_has_already_is_not_asked_for(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox may forbid chown altogether: a file whose group is right as it is made needs none."""
+    monkeypatch.setattr(os, "chown", lambda *_: pytest.fail("the system was asked to change the owner"))
+    with house(configuration({"address": str(socket_dir / "s"), "mode": "0660", "group": os.getgid()})):
+        assert (socket_dir / "s").stat().st_mode & 0o777 == 0o660

@@ -1,0 +1,49 @@
+"""Which users of this machine can be told apart at the other end of a Unix socket.
+
+In a user namespace of its own (systemd's PrivateUsers=yes) a process sees a few users, and all others as one: the
+overflow user, 65534. Taking that for a user would take everybody for it. Source: user_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from brokerd.config.values import ClientConfig
+
+__all__ = ["is_seen", "ranges_of", "unseen"]
+
+_UID_MAP: Final = "/proc/self/uid_map"
+
+
+def ranges_of(uid_map: str) -> tuple[range, ...]:
+    """Return the user ids that a process with this uid_map sees."""
+    lines = (line.split() for line in uid_map.splitlines())
+    return tuple(range(int(first), int(first) + int(count)) for first, _, count in lines)
+
+
+@functools.cache
+def _seen() -> tuple[range, ...] | None:
+    try:
+        return ranges_of(Path(_UID_MAP).read_text(encoding="ascii"))
+    except OSError:
+        # A system without user namespaces.
+        return None
+
+
+def is_seen(uid: int, seen: tuple[range, ...] | None = None) -> bool:
+    """Return whether this user is told from all others. seen: what is; this process's view unless given."""
+    seen = _seen() if seen is None else seen
+    return seen is None or any(uid in each for each in seen)
+
+
+def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None) -> dict[str, list[int]]:
+    """Return the clients whose peer_uid has users that can't be seen, and those users. seen: as ``is_seen``."""
+    found: dict[str, list[int]] = {}
+    for name, client in clients.items():
+        missing = [uid for uid in client.peer_uid or () if not is_seen(uid, seen)]
+        if missing:
+            found[name] = missing
+    return found
