@@ -1,0 +1,478 @@
+"""The service under a booted systemd: its units as they are shipped, with the project installed as pip installs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import machine as machines
+from system.machine import Machine, boot
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+UNIX = "/run/brokerd/brokerd.sock"
+TCP = "127.0.0.1:6000"
+DROP_INS = "/etc/systemd/system/brokerd.service.d"
+SHIPPED = "/usr/share/doc/brokerd/systemd"
+CONFIG = "/etc/brokerd/brokerd.yaml"
+CONFIGURATION = f"""\
+listen:
+  - {{address: {UNIX}, mode: "0660", group: brokerd}}
+  - {TCP}
+clients:
+  alice: {{key_file: keys/alice}}
+  bob: {{key_file: keys/bob}}
+"""
+
+
+@pytest.fixture(scope="module", params=list(machines.PYTHONS))
+def booted(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A booted Debian, for all tests of the module."""
+    with boot(request.param) as machine:
+        yield machine
+
+
+@pytest.fixture
+def machine(booted: Machine) -> Iterator[Machine]:
+    """The booted machine with a configuration of two clients, and nothing started; what a test did there is undone."""
+    for name in ("alice", "bob"):
+        booted.write(f"/etc/brokerd/keys/{name}", f"{name}'s key", owner="brokerd:brokerd")
+    booted.write(CONFIG, CONFIGURATION, owner="root:brokerd", mode=0o640)
+    booted.run("systemctl", "daemon-reload")
+    yield booted
+    booted.run("systemctl", "stop", "brokerd.socket", "brokerd.service", status=None)
+    booted.run("systemctl", "reset-failed", status=None)
+    booted.run("sh", "-c", f"rm -rf {DROP_INS} /etc/systemd/system/brokerd.socket.d /etc/brokerd/*/* /run/brokerd")
+    booted.run("journalctl", "--rotate")
+    booted.run("journalctl", "--vacuum-time=1us")
+
+
+def drop_in(machine: Machine, unit: str, text: str) -> None:
+    """Add to a unit."""
+    machine.write(f"/etc/systemd/system/{unit}.d/test-{len(text)}.conf", textwrap.dedent(text), mode=0o644)
+    machine.run("systemctl", "daemon-reload")
+
+
+def install(machine: Machine, shipped: str) -> None:
+    """Install a drop-in that the project ships."""
+    machine.run("mkdir", "-p", DROP_INS)
+    machine.run("cp", f"{SHIPPED}/{shipped}", f"{DROP_INS}/{shipped}")
+    machine.run("systemctl", "daemon-reload")
+
+
+def brokerctl(machine: Machine, *command: str, address: str = UNIX, name: str = "alice", **how: Any) -> str:
+    """Return what brokerctl inside prints, run by root."""
+    key = f"/etc/brokerd/keys/{name}"
+    return machine.run("brokerctl", "--address", address, "--name", name, "--key-file", key, *command, **how)
+
+
+def properties(machine: Machine) -> dict[str, str]:
+    names = ("ActiveState", "SubState", "Result", "ExecMainStatus", "NRestarts", "StatusText", "MainPID")
+    return machine.show("brokerd.service", *names)
+
+
+def messages(machine: Machine, unit: str = "brokerd.service") -> str:
+    """Return the text of a unit's journal."""
+    return "\n".join(str(entry.get("MESSAGE")) for entry in machine.journal(unit))
+
+
+#: Inside: stays connected as alice, and answers each line on its standard input with the broker's address for it.
+STAYS = """
+import sys, brokerd_client
+with brokerd_client.connect(sys.argv[1], name="alice", key_file="/etc/brokerd/keys/alice", reconnect=False) as alice:
+    for line in sys.stdin:
+        print(alice.request("$broker", {"op": "whoami"}, timeout=10).payload["address"], flush=True)
+"""
+
+
+@contextlib.contextmanager
+def staying(machine: Machine) -> Iterator[Any]:
+    """Give a function that returns the address of one client that stays connected."""
+    command = machine.command("/usr/bin/python3", "-c", STAYS, UNIX)
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+    assert client.stdin is not None
+    assert client.stdout is not None
+    stdin, stdout = client.stdin, client.stdout
+
+    def ask() -> str:
+        stdin.write("\n")
+        stdin.flush()
+        return stdout.readline().strip()
+
+    with client:
+        try:
+            yield ask
+        finally:
+            client.kill()
+
+
+def test_the_units_have_no_mistake(machine: Machine) -> None:
+    """systemd-analyze verify says nothing of the units, alone and with each drop-in it can have."""
+    for unit in ("brokerd.service", "brokerd.socket"):
+        assert machine.run("systemd-analyze", "verify", "--man=no", f"/etc/systemd/system/{unit}") == ""
+    shipped = {"brokerd-unix-only.conf", "brokerd-peer-uid.conf", "brokerd-credentials.conf"}
+    if machine.systemd_version >= 253:
+        shipped.add("brokerd-notify-reload.conf")
+    for each in shipped:
+        install(machine, each)
+        assert machine.run("systemd-analyze", "verify", "--man=no", "brokerd.service") == "", each
+        machine.run("rm", f"{DROP_INS}/{each}")
+
+
+def exposure(machine: Machine, *arguments: str) -> str:
+    text = machine.run("systemd-analyze", "security", "--no-pager", *arguments)
+    found = re.search(r"Overall exposure level for brokerd.service: ([0-9.]+)", text)
+    assert found, text
+    print(machine.suite, *arguments, found[1])
+    return found[1]
+
+
+def test_the_exposure_is_small(machine: Machine) -> None:
+    """By systemd's own measure at most 1.0 of 10, and at most 0.5 without a network; offline and as it is loaded."""
+    unit = "/etc/systemd/system/brokerd.service"
+    assert float(exposure(machine, "--offline=true", "--threshold=10", unit)) <= 1.0
+    assert float(exposure(machine, "--threshold=10", "brokerd.service")) <= 1.0
+    install(machine, "brokerd-unix-only.conf")
+    assert float(exposure(machine, "--threshold=5", "brokerd.service")) <= 0.5
+
+
+def test_it_starts_and_says_how_it_fares(machine: Machine) -> None:
+    """It is up when `systemctl start` returns, serves Unix and TCP clients, and its status has the counts."""
+    machine.run("systemctl", "start", "brokerd")
+    for address in (UNIX, TCP):
+        brokerctl(machine, "ping", address=address)
+    with staying(machine) as ask:
+        assert ask() == "alice"
+        status = machine.wait("1 connections", "systemctl", "status", "brokerd")
+    assert re.search(r'Status: "1 connections, 0 handshakes under way, [0-9]+ messages"', status)
+    (started,) = [line for line in messages(machine).splitlines() if "daemon.started" in line]
+    # The sandbox leaves the fast ways working.
+    assert "compiled" in started
+    assert "uvloop" in started
+
+
+def test_keys_do_not_reach_the_disk_by_a_crash(machine: Machine) -> None:
+    """The process writes no core dump, and nothing of its memory would be in one."""
+    machine.run("systemctl", "start", "brokerd")
+    pid = properties(machine)["MainPID"]
+    assert re.search(r"Max core file size\s+0\s+0", machine.run("cat", f"/proc/{pid}/limits"))
+    assert machine.run("cat", f"/proc/{pid}/coredump_filter").strip() == "00000000"
+
+
+def test_the_group_may_use_the_socket_and_others_may_not(machine: Machine) -> None:
+    """Members of the group brokerd can connect, bound by the broker or by systemd; others can't even try."""
+    machine.write("/tmp/key", "alice's key", owner="4711:4711")
+    ping = ["brokerctl", "--address", UNIX, "--name", "alice", "--key-file", "/tmp/key", "ping"]
+    member = ["setpriv", "--reuid=4711", "--regid=4711", "--groups=brokerd", *ping]
+    other = ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups", *ping]
+    for unit in ("brokerd.service", "brokerd.socket"):
+        if unit == "brokerd.socket":
+            machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+        machine.run("systemctl", "start", unit)
+        machine.run(*member)
+        refused = machine.run(*other, status=None)
+        assert "ermission denied" in refused
+        assert machine.run("stat", "-c", "%U:%G %a", UNIX).strip() == "brokerd:brokerd 660"
+        machine.run("systemctl", "stop", "brokerd.service")
+
+
+def test_a_reload_takes_over_and_disconnects_nobody(machine: Machine) -> None:
+    """`systemctl reload`: a client that was added can connect, and one that was connected still is."""
+    if machine.systemd_version >= 253:
+        install(machine, "brokerd-notify-reload.conf")
+    machine.run("systemctl", "start", "brokerd")
+    machine.write("/etc/brokerd/keys/carol", "carol's key", owner="brokerd:brokerd")
+    with staying(machine) as ask:
+        before = ask()
+        machine.write(CONFIG, CONFIGURATION + "  carol: {key_file: keys/carol}\n", owner="root:brokerd", mode=0o640)
+        machine.run("systemctl", "reload", "brokerd")
+        if machine.systemd_version < 253:
+            machine.wait("daemon.reloaded", "journalctl", "-u", "brokerd", "--no-pager")
+        # With notify-reload the manager has waited for it.
+        brokerctl(machine, "ping", name="carol")
+        assert ask() == before == "alice"
+    assert properties(machine)["NRestarts"] == "0"
+
+
+def test_a_reload_of_a_bad_file_fails_and_changes_nothing(machine: Machine) -> None:
+    """`systemctl reload` fails, the journal says where the mistake is, and the broker serves on as before."""
+    if machine.systemd_version >= 253:
+        install(machine, "brokerd-notify-reload.conf")
+    machine.run("systemctl", "start", "brokerd")
+    with staying(machine) as ask:
+        before = ask()
+        machine.write(CONFIG, CONFIGURATION.replace("alice:", "al ice:"), owner="root:brokerd", mode=0o640)
+        machine.run("systemctl", "reload", "brokerd", status=1)
+        assert f"{CONFIG}:5:3: clients.al ice" in messages(machine)
+        assert ask() == before
+    assert properties(machine)["ActiveState"] == "active"
+    brokerctl(machine, "ping")
+
+
+#: Inside: connects again and again, by turns to each address, until its standard input ends; then says what it met.
+KNOCKS = """
+import json, select, socket, sys, time
+from brokerd_client.address import parse
+addresses = [parse(each) for each in sys.argv[1:]]
+seen = {"answered": 0, "turned away": 0, "refused": [], "silent": 0}
+began, number, longest = time.monotonic(), 0, 0.0
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    address = addresses[number % len(addresses)]
+    number += 1
+    at = time.monotonic()
+    with socket.socket(socket.AF_UNIX if address.path else socket.AF_INET) as sock:
+        sock.settimeout(20)
+        try:
+            sock.connect(address.sockaddr)
+        except OSError as error:
+            seen["refused"].append(f"{address}: {error}")
+            continue
+        try:
+            # The broker speaks first: the length of its challenge.
+            seen["answered" if sock.recv(4) else "turned away"] += 1
+        except ConnectionResetError:
+            seen["turned away"] += 1
+        except TimeoutError:
+            seen["silent"] += 1
+    longest = max(longest, time.monotonic() - at)
+print(json.dumps(dict(seen, seconds=time.monotonic() - began, longest=longest)), flush=True)
+"""
+
+
+def test_nobody_is_refused_while_it_restarts(machine: Machine) -> None:
+    """With brokerd.socket a client that connects all the time, by Unix socket and TCP, is never refused: it waits."""
+    drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
+    machine.run("systemctl", "start", "brokerd.socket", "brokerd.service")
+    command = machine.command("/usr/bin/python3", "-c", KNOCKS, UNIX, TCP)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as knocking:
+        assert knocking.stdout is not None
+        assert knocking.stdout.readline() == "ready\n"
+        pids = set()
+        for _ in range(5):
+            machine.run("systemctl", "restart", "brokerd.service")
+            pids.add(properties(machine)["MainPID"])
+            brokerctl(machine, "ping", address=TCP)
+        account = json.loads(knocking.communicate("", timeout=60)[0])
+    print(machine.suite, account)
+    assert len(pids) == 5
+    assert account["refused"] == []
+    assert account["silent"] == 0
+    assert account["answered"] > 50
+
+
+def test_the_first_client_starts_it(machine: Machine) -> None:
+    """With brokerd.socket alone a connection starts the broker, which answers it; the socket outlives a stop."""
+    machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+    machine.run("systemctl", "start", "brokerd.socket")
+    assert properties(machine)["ActiveState"] == "inactive"
+    brokerctl(machine, "ping")
+    assert properties(machine)["ActiveState"] == "active"
+    # It listens at the manager's socket and at no other.
+    pid = properties(machine)["MainPID"]
+    assert "brokerd.sock" in machine.run("ss", "-xlp")
+    assert machine.run("ss", "-xlH").count(UNIX) == 1, pid
+    machine.run("systemctl", "stop", "brokerd.service")
+    brokerctl(machine, "ping")
+    machine.run("systemctl", "stop", "brokerd.socket", "brokerd.service")
+    assert not machine.host_path(UNIX).exists()
+
+
+def test_a_socket_has_its_entry_by_name(machine: Machine) -> None:
+    """A socket bound where the configuration does not say is listened at by the entry that has its name."""
+    machine.write(
+        CONFIG,
+        CONFIGURATION.replace(f"address: {UNIX}", f"name: brokerd, address: {UNIX}").replace(f"  - {TCP}\n", ""),
+        owner="root:brokerd",
+        mode=0o640,
+    )
+    drop_in(machine, "brokerd.socket", "[Socket]\nListenStream=\nListenStream=/run/elsewhere.sock\n")
+    machine.run("systemctl", "start", "brokerd.socket")
+    brokerctl(machine, "ping", address="/run/elsewhere.sock")
+
+
+def test_a_socket_without_an_entry_is_an_error(machine: Machine) -> None:
+    """The broker does not start, says what to write, and is not tried again and again."""
+    drop_in(machine, "brokerd.socket", "[Socket]\nListenStream=127.0.0.1:6001\n")
+    machine.run("systemctl", "start", "brokerd.socket")
+    machine.run("systemctl", "start", "brokerd.service", status=1)
+    assert "add `- 127.0.0.1:6001` to listen" in messages(machine)
+    state = properties(machine)
+    assert (state["ExecMainStatus"], state["NRestarts"]) == ("78", "0")
+
+
+def test_a_frozen_loop_is_restarted_by_the_watchdog(machine: Machine) -> None:
+    """A broker that stands still is ended and started anew, and serves again."""
+    drop_in(machine, "brokerd.service", "[Service]\nWatchdogSec=1\n")
+    machine.run("systemctl", "start", "brokerd")
+    first = properties(machine)["MainPID"]
+    # It lives as long as it turns: three times what the watchdog allows.
+    time.sleep(3)
+    assert properties(machine)["MainPID"] == first
+    machine.run("kill", "-STOP", first)
+    machine.wait("NRestarts=1", "systemctl", "show", "brokerd", "--property=NRestarts")
+    machine.wait("^active", "systemctl", "is-active", "brokerd")
+    brokerctl(machine, "ping")
+    assert properties(machine)["MainPID"] != first
+    text = messages(machine)
+    assert "Watchdog timeout" in text
+    # Where it stood, which is what one wants to know.
+    assert "Fatal Python error: Aborted" in text
+
+
+def test_a_stop_drains_and_ends_well(machine: Machine) -> None:
+    """`systemctl stop` lets what waits be read, ends with status 0, and leaves no socket file."""
+    machine.run("systemctl", "start", "brokerd")
+    text = machine.python(
+        """
+        import subprocess, sys, brokerd_client
+        keys = "/etc/brokerd/keys/"
+        with brokerd_client.connect(sys.argv[1], name="alice", key_file=keys + "alice") as alice, \\
+                brokerd_client.connect(sys.argv[1], name="bob", key_file=keys + "bob", reconnect=False) as bob:
+            for number in range(1000):
+                alice.send("bob", number)
+            alice.request("$broker", {"op": "ping"}, timeout=10)
+            stop = subprocess.Popen(["systemctl", "stop", "brokerd"])
+            print([bob.recv(timeout=20).payload for _ in range(1000)] == list(range(1000)), stop.wait(60))
+        """.replace("\n        ", "\n"),
+        UNIX,
+    )
+    assert text.split() == ["True", "0"]
+    state = properties(machine)
+    assert (state["ActiveState"], state["Result"], state["ExecMainStatus"]) == ("inactive", "success", "0")
+    assert not machine.host_path(UNIX).exists()
+
+
+def test_a_bad_configuration_is_not_tried_again_and_again(machine: Machine) -> None:
+    """It ends with status 78, stays ended, and the journal and the status say what is wrong."""
+    machine.write(CONFIG, CONFIGURATION + "  bob: {key_fil: x}\n", owner="root:brokerd", mode=0o640)
+    machine.run("systemctl", "start", "brokerd", status=1)
+    state = properties(machine)
+    assert (state["ActiveState"], state["ExecMainStatus"], state["NRestarts"]) == ("failed", "78", "0")
+    assert f"{CONFIG}:7:" in messages(machine)
+
+
+def test_keys_that_only_root_can_read_come_as_credentials(machine: Machine) -> None:
+    """LoadCredential= hands a copy to the broker; the file itself is closed to it."""
+    for name in ("alice", "bob"):
+        machine.write(f"/etc/brokerd/keys/{name}", f"{name}'s key", owner="root:root")
+    machine.run("systemctl", "start", "brokerd", status=1)
+    assert "can't be read" in messages(machine)
+    install(machine, "brokerd-credentials.conf")
+    text = CONFIGURATION.replace("key_file: keys/", "key_credential: ")
+    machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
+    machine.run("systemctl", "start", "brokerd")
+    brokerctl(machine, "ping")
+
+
+def test_a_new_key_made_by_root_can_be_read(machine: Machine) -> None:
+    """`brokerd key --add` and `systemctl reload`, both by root: the client is there."""
+    machine.write(CONFIG, CONFIGURATION + 'include: ["clients.d/*.yaml"]\n', owner="root:brokerd", mode=0o640)
+    machine.run("systemctl", "start", "brokerd")
+    machine.run("brokerd", "key", "--add", "carol")
+    machine.run("systemctl", "reload", "brokerd")
+    machine.wait("carol.*daemon.reloaded|daemon.reloaded.*carol", "journalctl", "-u", "brokerd", "--no-pager")
+    brokerctl(machine, "ping", name="carol")
+
+
+def test_without_a_network_it_serves_unix_sockets(machine: Machine) -> None:
+    """With the Unix-only drop-in it has no network of the machine's, and its Unix socket works as ever."""
+    install(machine, "brokerd-unix-only.conf")
+    machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+    machine.run("systemctl", "start", "brokerd")
+    brokerctl(machine, "ping")
+    own, pid1 = (machine.run("readlink", f"/proc/{pid}/ns/net") for pid in (properties(machine)["MainPID"], 1))
+    assert own != pid1
+
+
+def test_users_are_told_apart_with_the_drop_in(machine: Machine) -> None:
+    """peer_uid of another user than root is warned of in the sandbox, and works with the drop-in that opens it."""
+    text = CONFIGURATION + "  team: {peer_uid: [4711]}\n"
+    machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
+    program = "import sys, brokerd_client\nwith brokerd_client.connect(sys.argv[1], name='team') as c: print(c.name)"
+    as_team = ["setpriv", "--reuid=4711", "--regid=4711", "--groups=brokerd", "/usr/bin/python3", "-c", program, UNIX]
+    machine.run("systemctl", "start", "brokerd")
+    assert "client.users_unseen" in messages(machine)
+    machine.run(*as_team, status=1)
+    machine.run("systemctl", "stop", "brokerd")
+    install(machine, "brokerd-peer-uid.conf")
+    machine.run("systemctl", "start", "brokerd")
+    assert machine.run(*as_team).strip() == "team"
+
+
+def test_another_process_may_become_the_main_one(machine: Machine) -> None:
+    """MAINPID from the main process is believed, and the manager hears the other one from then on."""
+    machine.write(
+        "/usr/local/lib/heir.py",
+        textwrap.dedent(
+            """
+            import os, signal, sys, time
+            from brokerd.supervise import Supervisor
+            supervisor = Supervisor.from_environ()
+            supervisor.notify(READY=1, STATUS="old")
+            heir = os.fork()
+            if heir:
+                supervisor.notify(MAINPID=heir)
+                os._exit(0)
+            # Orphaned: the old one has ended.
+            while os.getppid() != 1:
+                time.sleep(0.01)
+            supervisor.notify(READY=1, STATUS="new")
+            signal.pause()
+            """
+        ),
+        mode=0o644,
+    )
+    drop_in(machine, "brokerd.service", "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/heir.py\n")
+    machine.run("systemctl", "start", "brokerd")
+    machine.wait("StatusText=new", "systemctl", "show", "brokerd", "--property=StatusText")
+    state = properties(machine)
+    assert (state["ActiveState"], state["NRestarts"]) == ("active", "0")
+
+
+def test_the_journal_has_priorities_and_fields(machine: Machine) -> None:
+    """A warning is one for the journal too (PRIORITY 4), and our own fields can be searched for."""
+    machine.run("systemctl", "start", "brokerd")
+    machine.write("/tmp/wrong", "not the key")
+    machine.run("brokerctl", "--address", UNIX, "--name", "alice", "--key-file", "/tmp/wrong", "ping", status=None)
+    (refused,) = machine.journal("brokerd.service", "BROKERD_EVENT=client.refused")
+    assert refused["PRIORITY"] == "4"
+    (started,) = machine.journal("brokerd.service", "BROKERD_EVENT=daemon.started")
+    assert started["PRIORITY"] == "6"
+
+
+def test_the_page_is_right() -> None:
+    """Every command of docs/operations.md, "systemd", works, in its order, on a machine that has only the program."""
+    page = (machines.ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.partition("\n## systemd\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) > 10
+    # The newer of the two has everything that the page speaks of.
+    with boot("trixie", units=False) as machine:
+        for command in commands:
+            printed = machine.run("sh", "-c", f"cd /usr/share/doc/brokerd && {command}")
+            if "ping" in command:
+                assert "alice: " in printed
+            if "verify" in command:
+                assert printed == ""
+        brokerctl(machine, "ping")
+        assert properties(machine)["ActiveState"] == "active"
+
+
+def test_nothing_of_the_machine_is_left_behind() -> None:
+    """A container that was stopped leaves no process, no cgroup and no mount."""
+    with boot("bookworm") as machine:
+        name, pid = machine.name, machine.pid
+        machine.run("systemctl", "start", "brokerd.socket")
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/{name}"))
+    assert name not in Path("/proc/self/mountinfo").read_text()
