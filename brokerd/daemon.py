@@ -388,8 +388,8 @@ class Daemon:
             if self._keywatch is not None:
                 self._keywatch.close()
             if self._server is not None:
-                cut_off = await self._server.drain(self.config.limits.drain_timeout)
-                self.log.info("daemon.stopped", cut_off=cut_off, messages=self.broker.totals["messages_in"])
+                drained = await self._server.drain(self.config.limits.drain_timeout)
+                self.log.info("daemon.stopped", **drained._asdict(), messages=self.broker.totals["messages_in"])
         finally:
             self.supervisor.close()
             self.stopped.set()
@@ -423,6 +423,11 @@ class Daemon:
             self._server.cut_off()
         self.supervisor.close()
         self.stopped.set()
+
+    def flush_log(self) -> None:
+        """Have everything logged so far written, if that can be done soon."""
+        if self._logs is not None:
+            self._logs.flush()
 
     def close_log(self) -> None:
         """Write what waits for the log, if that can be done soon, and end it."""

@@ -22,10 +22,10 @@ from brokerd.core.delivery import give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
-from brokerd.core.outbox import Queued
 from brokerd.core.service import serve
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
+from brokerd.core.unsent import Unsent
 from brokerd.core.verdict import Verdict
 from brokerd_client.errors import MalformedEnvelope
 from brokerd_client.wire.envelope import (
@@ -97,6 +97,8 @@ class Broker:
         self.happenings = Happenings()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
+        #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
+        self.given_back: Counter[str] = Counter()
         #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
         #: for any number. Each takes a thousand times as long as one that stays in it.
         self.patience = -1
@@ -105,7 +107,7 @@ class Broker:
         #: Numbers all comings and goings.
         self._order = itertools.count(1)
         #: Sessions that are gone, each with what the system did not take of its outbox.
-        self._leaving: deque[tuple[Session, deque[Queued]]] = deque()
+        self._leaving: deque[tuple[Session, Unsent]] = deque()
 
     # Joining and leaving
 
@@ -156,7 +158,7 @@ class Broker:
             if responder.owed.get((session.address, id)) is session:
                 del responder.owed[(session.address, id)]
         session.asked.clear()
-        self._leaving.append((session, deque(session.outbox.take_unsent())))
+        self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
         leave_behind(session)
         self._count(session)
@@ -169,6 +171,11 @@ class Broker:
         """Whether sessions that are gone still have messages to be answered for: see :meth:`work_off`."""
         return bool(self._leaving)
 
+    @property
+    def arrears(self) -> int:
+        """How many messages those are."""
+        return sum(len(queue) for _, queue in self._leaving)
+
     def work_off(self, count: int) -> None:
         """Answer for up to ``count`` messages of sessions that are gone.
 
@@ -177,8 +184,9 @@ class Broker:
         while self._leaving and count > 0:
             session, queue = self._leaving[0]
             count -= 1
-            if queue:
-                give_back(self, session, queue.popleft())
+            queued = queue.pop()
+            if queued is not None:
+                give_back(self, session, queued)
             elif session.owed:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
                 (asker, id), requester = next(iter(session.owed.items()))

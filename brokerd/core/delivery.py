@@ -170,7 +170,10 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     """Find another way for a frame that its recipient did not take, or tell its sender."""
     body = memoryview(queued.frame)[4:]
     envelope, _ = split(body)
-    if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY) or envelope.name == BROKER:
+    if envelope.name == BROKER:
+        return
+    if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
+        broker.given_back["lost"] += 1
         return
     sender = _sender_of(broker, queued, envelope.name)
     if sender is not None and sender.number > session.left_at:
@@ -182,13 +185,16 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
     if other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame)):
         other.outbox.put(queued)
+        broker.given_back["passed_on"] += 1
         broker.touch(other)
         if envelope.kind is Kind.REQUEST and sender is not None:
             _expect_answer(sender, other, envelope.id)
     elif sender is not None:
         to = session.address if queued.pinned else session.client.name
+        broker.given_back["reported"] += 1
         broker.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
     else:
         broker.dropped += 1
+        broker.given_back["lost"] += 1
         why = "neither its recipient nor its sender is there any more"
         broker.happenings.note("message.dropped", session, envelope.name, "offline", why)

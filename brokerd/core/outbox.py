@@ -13,13 +13,11 @@ An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable
+from typing import Final, TypeAlias
 
 from brokerd.core.routing import Tail
-from brokerd_client.wire.envelope import HEADER
-from brokerd_client.wire.framing import frame_span
+from brokerd.core.unsent import Chunk, Queued, Unsent, count_after, cut
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
 
@@ -37,7 +35,7 @@ class StreamOutbox(Tail):
     stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
     """
 
-    __slots__ = ("_head", "_left", "_older", "_older_bytes", "_taken", "blocked", "limit", "stalled")
+    __slots__ = ("_ends", "_head", "_left", "_older", "_older_bytes", "_taken", "blocked", "limit", "stalled")
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -45,7 +43,9 @@ class StreamOutbox(Tail):
         self.room = min(CHUNK, limit)
         self.blocked = False
         self.stalled = False
-        self._older: deque[bytearray | memoryview] = deque()
+        self._older: deque[Chunk] = deque()
+        #: For each of those: how many frames had been written since the beginning when it was closed; None if unknown.
+        self._ends: deque[int | None] = deque()
         self._older_bytes = 0
         #: Bytes of the first chunk that the system has taken, and of all chunks before it.
         self._head = 0
@@ -78,6 +78,7 @@ class StreamOutbox(Tail):
         if isinstance(frame, memoryview):
             self._close_tail()
             self._older.append(frame)
+            self._ends.append(self.frames + 1)
             self._older_bytes += len(frame)
             self._set_room()
         else:
@@ -103,6 +104,7 @@ class StreamOutbox(Tail):
     def _close_tail(self) -> None:
         if self.tail:
             self._older.append(self.tail)
+            self._ends.append(self.frames)
             self._older_bytes += len(self.tail)
             self.tail = bytearray()
 
@@ -132,6 +134,7 @@ class StreamOutbox(Tail):
         head = self._head + size
         while self._older and head >= len(self._older[0]):
             chunk = self._older.popleft()
+            self._ends.popleft()
             self._older_bytes -= len(chunk)
             self._taken += len(chunk)
             head -= len(chunk)
@@ -164,65 +167,36 @@ class StreamOutbox(Tail):
         """Make this empty outbox hold what ``chunks``, ``begun`` and ``left`` of another one returned."""
         *older, self.tail = chunks
         self._older.extend(older)
+        self._ends.extend([None] * len(older))
         self._older_bytes = sum(map(len, older))
         self._head = begun
         self._left = dict(left)
         self._set_room()
 
-    def take_unsent(self) -> list[Queued]:
+    @property
+    def unsent(self) -> int:
+        """Frames that the system did not take whole."""
+        count, head = 0, self._head
+        for chunk, end in zip(self._older, self._ends, strict=True):
+            count += count_after(chunk, head)
+            if end is not None:
+                return count + self.frames - end
+            head = 0
+        return count + count_after(self.tail, head)
+
+    def take_unsent(self) -> Unsent:
         """Return every frame the system did not take whole, oldest first, and forget them."""
-        head, chunks = self._head, [*self._older, self.tail]
-        at, left = self._taken, self._left
+        count = self.unsent
+        chunks = deque([*self._older, self.tail])
+        frames = cut(chunks, self._head, self._taken, self._left)
+        self._taken += sum(map(len, chunks))
         self._left = {}
         self._older.clear()
+        self._ends.clear()
         self._older_bytes = self._head = 0
         self.tail = bytearray()
         self._set_room()
-        queued: list[Queued] = []
-        for chunk in chunks:
-            for start, body, end in _frames(chunk):
-                if end > head:
-                    orphaned = bool(left) and at + end <= left.get(_stamp(chunk, body), 0)
-                    queued.append(Queued(bytes(chunk[start:end]), orphaned=orphaned))
-            at += len(chunk)
-            head = 0
-        self._taken = at
-        return queued
-
-
-def _stamp(chunk: bytearray | memoryview, body: int) -> bytes:
-    """Return the sender's name in the frame whose body begins there."""
-    name_size = HEADER.unpack_from(chunk, body)[3]
-    return bytes(chunk[body + HEADER.size : body + HEADER.size + name_size])
-
-
-def _frames(chunk: bytearray | memoryview) -> Iterator[tuple[int, int, int]]:
-    """Yield where each frame of a chunk begins, where its body does, and where it ends."""
-    start = 0
-    while start < len(chunk):
-        span = frame_span(chunk, start, len(chunk))
-        assert span is not None, "a chunk holds whole frames"
-        end = sum(span)
-        yield start, span[0], end
-        start = end
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """One frame that waits.
-
-    frame: length prefix included; it does not change any more. receipt: its sender asked for a RECEIPT.
-    pinned: it was sent to this very connection, not to its name.
-    sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
-    kept: it is never dropped for a newer one: an answer to what the recipient sent itself.
-    """
-
-    frame: bytes | memoryview
-    receipt: bool = False
-    pinned: bool = False
-    sender: Any = None
-    orphaned: bool = False
-    kept: bool = False
+        return Unsent(frames, count)
 
 
 class FrameOutbox(Tail):
@@ -326,12 +300,16 @@ class FrameOutbox(Tail):
         self._head = begun
         self._waiting = sum(len(queued.frame) for queued in self._queue) - begun
 
-    def take_unsent(self) -> list[Queued]:
+    @property
+    def unsent(self) -> int:
+        """Frames that the system did not take whole."""
+        return len(self._queue)
+
+    def take_unsent(self) -> Unsent:
         """Return every frame the system did not take whole, oldest first, and forget them."""
-        queued = list(self._queue)
-        self._queue.clear()
+        queue, self._queue = self._queue, deque()
         self._waiting = self._head = 0
-        return queued
+        return Unsent(iter(queue), len(queue))
 
 
 Outbox: TypeAlias = StreamOutbox | FrameOutbox

@@ -11,7 +11,7 @@ The rules are those of a reload: restoring under another configuration does what
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -20,6 +20,7 @@ from brokerd.core.broker import Broker
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.session import Session
+from brokerd.core.unsent import Unsent
 
 __all__ = ["Facts", "Pieces", "Snapshot", "capture", "restore"]
 
@@ -219,7 +220,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
         sessions[target].waiters[sessions[source]] = None
         broker._held[sessions[source]] = float("inf") if left is None else now + left
     for position, items in facts["leaving"]:
-        broker._leaving.append((sessions[position], deque(_restore_queue(items, sessions, pieces))))
+        broker._leaving.append((sessions[position], Unsent(iter(_restore_queue(items, sessions, pieces)), len(items))))
     return sessions[:open_count]
 
 

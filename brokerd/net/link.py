@@ -320,11 +320,11 @@ class Link:
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""
         for _ in range(_READS):
-            if not self._go_on():
+            if not self.advance():
                 break
             self.server.settle()
 
-    def _go_on(self) -> bool:
+    def advance(self) -> bool:
         """Route what waits for its turn, or else what has arrived; return whether there was anything."""
         if self.waits:
             self._take_turn()
@@ -338,7 +338,7 @@ class Link:
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
-            while self._go_on():
+            while self.advance():
                 self.server.settle()
             self.lost("closed by the client")
         return self.closed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import socket
 import sys
@@ -15,6 +14,7 @@ from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
 from brokerd.net.door import Door, Knock, fresh_instance, peer_uid
+from brokerd.net.draining import Drained, Draining
 from brokerd.net.farewell import Farewell
 from brokerd.net.floods import Floods
 from brokerd.net.keyring import Credential, Keyring
@@ -83,11 +83,18 @@ class Server:
         self._settling = False
         self._working_off = False
         self._paused: list[Listening] = []
-        self._empty: asyncio.Event = asyncio.Event()
+        #: Set when the last connection is gone.
+        self.empty: asyncio.Event = asyncio.Event()
         self._farewells: set[Farewell] = set()
         self._farewell_s = GRACE
+        self._draining: Draining | None = None
         #: See Broker.patience: some milliseconds' work.
         self.patience = _PATIENCE
+
+    @property
+    def is_seeing_off(self) -> bool:
+        """Whether the last bytes of a connection that is over are still on their way."""
+        return bool(self._farewells)
 
     @property
     def handshakes(self) -> int:
@@ -258,6 +265,8 @@ class Server:
     def on_lost(self, link: Link, why: str) -> None:
         """Answer for a connection that has just been closed."""
         session = link.session
+        if self._draining is not None:
+            self._draining.on_leaving(session)
         self.links.discard(link)
         self.broker.detach(session, self.wall())
         self.floods.note(
@@ -297,7 +306,7 @@ class Server:
 
     def _note_if_empty(self) -> None:
         if not self.links and not self._farewells:
-            self._empty.set()
+            self.empty.set()
 
     def write_touched(self) -> None:
         """Offer every outbox that has something new to the system."""
@@ -360,27 +369,14 @@ class Server:
 
     # The end
 
-    async def drain(self, timeout_s: float) -> int:
-        """Let go of every connection, its outbox written first; return how many had to be cut off.
+    async def drain(self, timeout_s: float) -> Drained:
+        """Let go of every connection, its outbox written first; return how it went.
 
         timeout_s: until those that do not read are cut off.
         """
-        self.stop_accepting()
         self._farewell_s = timeout_s
-        self.patience = -1
-        self.broker.drain()
-        self.settle()
-        # What has been sent already is answered: it comes too late.
-        for link in list(self.links):
-            link.catch_up()
-        for link in list(self.links):
-            self.broker.close(link.session, "the broker is shutting down")
-        self.settle()
-        if self.links or self._farewells:
-            self._empty.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), timeout_s)
-        return self.cut_off()
+        self._draining = Draining(self, timeout_s)
+        return await self._draining.run()
 
     def cut_off(self) -> int:
         """Close everything at once; return how many connections had bytes on their way."""

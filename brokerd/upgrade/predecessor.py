@@ -193,6 +193,7 @@ class Predecessor:
             raise _Failed("the broker is stopping")
         # The last word of this process, before the new one has its first: two at a time would garble the log.
         daemon.log.info("daemon.handing_over", reason=reason, pid=heir.pid, version=hello["version"])
+        daemon.flush_log()
         # From here on nothing else happens here.
         with _signals_noted() as noted:
             self._hand_over(heir, order, noted)

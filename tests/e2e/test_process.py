@@ -30,11 +30,14 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
     with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         queue_for(alice, "bob", 50)
         broker.signal(number)
-        assert alice.is_closed()
+        broker.wait("daemon.stopping")
+        while broker.socket.exists():
+            assert broker.popen.poll() is None
         with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
             Raw(broker.address)
         assert [bob.recv().id for _ in range(50)] == list(range(50))
         assert bob.is_closed()
+        assert alice.is_closed()
         assert broker.exit_status() == 0
         assert not broker.socket.exists()
         assert broker.events("daemon.stopping")[0]["reason"] == signal.Signals(number).name
@@ -62,7 +65,6 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
         queue_for(alice, "bob", 50)
         broker.signal()
         broker.wait("daemon.stopping")
-        assert alice.is_closed()
         began = monotonic()
         broker.signal(second)
         assert broker.exit_status() == 1
@@ -79,9 +81,13 @@ def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
         broker.login("bob"),
     ):
         queue_for(alice, "bob", 50)
+        began = monotonic()
         broker.signal()
         assert broker.exit_status() == 0
-        assert broker.events("daemon.stopped")[0]["cut_off"] == 1
+        assert monotonic() - began < 0.3 + 5
+        stopped = broker.events("daemon.stopped")[0]
+        assert (stopped["cut_off"], stopped["lost"]) == (1, 0)
+        assert alice.recv().code == "offline"
 
 
 def test_a_daemon_killed_hard_is_replaced(socket_dir: Path) -> None:

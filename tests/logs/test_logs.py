@@ -296,12 +296,18 @@ def called_events() -> set[str]:
             if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
                 if name in ("debug", "info", "warning", "error", "note", "_say", "_entry"):
-                    texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                    given = [leaf for each in node.args for leaf in _either(each)]
+                    texts = [each.value for each in given if isinstance(each, ast.Constant)]
                     found |= {
                         text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
                     }
     # Their counted form is described for all together.
     return {event for event in found if event.removesuffix("_more") not in found - {event}}
+
+
+def _either(node: ast.expr) -> list[ast.expr]:
+    """Return both sides of a choice, or else the expression itself."""
+    return [*_either(node.body), *_either(node.orelse)] if isinstance(node, ast.IfExp) else [node]
 
 
 def test_every_event_is_documented_and_every_documented_one_exists() -> None:

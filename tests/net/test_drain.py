@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from net.house import House, configuration, house
-from net.raw import EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
+from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
 
 from brokerd.net import link
 
@@ -32,6 +33,15 @@ def queue_for(sender: Raw, to: str, count: int) -> None:
     for number in range(count):
         sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
+
+
+def wait_until_taken(broker: House, name: str, count: int) -> None:
+    """Wait until the broker has taken so many messages from a client."""
+    session = broker.daemon.broker.exchange.clients[name].sessions[name]
+    deadline = monotonic() + 30
+    while session.messages_in < count:
+        assert monotonic() < deadline
+        threading.Event().wait(0.005)
 
 
 def wait_until_arrived(broker: House, name: str) -> None:
@@ -103,9 +113,143 @@ def test_the_drain_timeout_cuts_off() -> None:
         assert 0.3 <= monotonic() - began < 10
 
 
+def test_a_sender_hears_what_did_not_arrive(listen: str) -> None:
+    """Whose recipient does not read stays until that one is cut off, and is told of every message it did not take."""
+    with (
+        served(listen=listen, limits={"drain_timeout": "300ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        queue_for(alice, "bob", 60)
+        broker.stop_soon()
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        told = [alice.recv() for _ in range(stopped["reported"])]
+        assert alice.is_closed()
+        assert {(frame.kind, frame.code) for frame in told} == {(ERROR, "offline")}
+        # Told of each one once, in order, from the first that the system did not take whole.
+        assert [frame.id for frame in told] == list(range(60 - len(told), 60))
+        assert len(told) > 10
+        assert (stopped["cut_off"], stopped["flushed"], stopped["lost"]) == (1, 0, 0)
+        bob.close()
+
+
+def test_a_sender_leaves_when_everything_has_arrived() -> None:
+    """It need not wait for the end of the time: when its recipient has read everything, both are let go."""
+    with (
+        served(limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("carol") as carol,
+    ):
+        queue_for(alice, "bob", 60)
+        began = monotonic()
+        broker.stop_soon()
+        assert carol.is_closed()
+        assert [bob.recv().id for _ in range(60)] == list(range(60))
+        assert bob.is_closed()
+        assert alice.is_closed()
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        assert monotonic() - began < 20
+        assert stopped["flushed"] > 10
+        assert (stopped["cut_off"], stopped["reported"], stopped["lost"]) == (0, 0, 0)
+
+
+def test_two_who_wait_for_each_other_are_let_go() -> None:
+    """Each sent to the other, both read late: that is no circle."""
+    with (
+        served(limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        for sender, to in ((alice, "bob"), (bob, "alice")):
+            for number in range(70):
+                sender.send(MESSAGE, to, bytes(100_000), id=number)
+        for name in ("alice", "bob"):
+            wait_until_taken(broker, name, 70)
+            assert broker.daemon.broker.exchange.clients[name].sessions[name].outbox.waiting
+        broker.stop_soon()
+        broker.log.wait("daemon.stopping")
+        for each in (alice, bob):
+            assert [each.recv().id for _ in range(70)] == list(range(70))
+        assert alice.is_closed()
+        assert bob.is_closed()
+        assert broker.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
+
+
+def test_what_nobody_can_be_told_of_is_counted() -> None:
+    """Events are lost when their subscriber does not read: the log has a number."""
+    with (
+        served(limits={"drain_timeout": "300ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        bob.ask("subscribe", topic="t")
+        for number in range(60):
+            alice.send(EVENT, "", b"\x01t" + bytes(100_000), id=number)
+        wait_until_taken(broker, "alice", 60)
+        broker.stop_soon()
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        assert stopped["reported"] == 0
+        assert 10 < stopped["lost"] < 60
+
+
+def fill(broker: House, sender: Raw, to: str, size: int) -> None:
+    """Have the broker queue so many bytes of messages with 16 bytes each, on top of what the system takes."""
+    one = packed(MESSAGE, to, bytes(16))
+    run = one * (200_000 // len(one))
+    session = broker.daemon.broker.exchange.clients[to].sessions[to]
+    deadline = monotonic() + 60
+    while session.outbox.waiting < size and monotonic() < deadline:
+        sender.write(run)
+        sender.ask("ping")
+
+
+def drains_in_time(queues: int, size: int, timeout_s: float) -> dict[str, Any]:
+    """Return what the log says of a drain in which nobody reads; assert that it took little more than its time."""
+    names = [f"c{number}" for number in range(queues)]
+    clients: dict[str, Any] = {name: {"queue": size + 400_000} for name in names} | {"alice": {}}
+    with served(clients, limits={"drain_timeout": timeout_s}) as broker, contextlib.ExitStack() as crowd:
+        for name in names:
+            crowd.enter_context(broker.login(name))
+        alice = crowd.enter_context(broker.login("alice"))
+        for name in names:
+            fill(broker, alice, name, size)
+        reader = threading.Thread(target=alice.read_to_end)
+        reader.start()
+        began = monotonic()
+        broker.stop_soon()
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        took = monotonic() - began
+        reader.join(30)
+        assert timeout_s <= took < timeout_s + 1, f"{took:.3f} s"
+        return stopped
+
+
+def test_many_short_messages_do_not_hold_it_up() -> None:
+    """As many senders' messages as time allows are answered for, the others are counted; the end comes in time."""
+    stopped = drains_in_time(5, 2 * 2**20, 0.3)
+    assert stopped["cut_off"] == 5
+    assert stopped["reported"] > 0
+    assert stopped["reported"] + stopped["lost"] > 5 * 50_000
+
+
+@pytest.mark.slow
+def test_fifty_full_queues_do_not_hold_it_up() -> None:
+    """Eleven million messages wait for fifty clients that do not read: the end is less than a second late."""
+    stopped = drains_in_time(50, 8 * 2**20, 1.0)
+    assert stopped["cut_off"] == 50
+    assert stopped["reported"] > 0
+    assert stopped["reported"] + stopped["lost"] > 11_000_000
+
+
 def test_nobody_is_accepted_any_more(listen: str) -> None:
     """From the first moment of the drain there is nothing to connect to."""
-    with served(listen=listen) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        served(listen=listen) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("carol"),
+    ):
         queue_for(alice, "bob", 60)
         address = broker.address
         broker.stop_soon()
@@ -157,8 +301,8 @@ def test_a_held_sender_hears_that_it_is_too_late() -> None:
         broker.stop_soon()
         frame = alice.recv()
         assert (frame.id, frame.code) == (count - 1, "shutting_down")
-        assert alice.is_closed()
         assert [bob.recv().id for _ in range(count - 1)] == list(range(count - 1))
+        assert alice.is_closed()
 
 
 def test_a_reply_still_gets_through() -> None:

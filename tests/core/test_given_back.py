@@ -1,0 +1,45 @@
+"""What becomes of messages whose recipient is gone, in numbers: told to their senders, passed on, or lost."""
+
+from __future__ import annotations
+
+from core.fakenet import FakeNet, client
+
+BODY = bytes(400)
+
+
+def test_what_is_given_back_is_counted() -> None:
+    """A message comes back to its sender; one whose sender is gone is lost, and so is an event."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"))
+    alice, bob, carol = (net.connect(name) for name in ("alice", "bob", "carol"))
+    bob.op("subscribe", topic="t")
+    bob.block()
+    bob.op("ping")
+    alice.message("bob", BODY)
+    alice.request("bob", BODY, id=2)
+    alice.publish("t", BODY)
+    carol.message("bob", BODY)
+    carol.leave()
+    assert bob.session.outbox.unsent == 5
+    assert net.broker.arrears == 0
+
+    net.broker.detach(bob.session, net.now)
+
+    assert net.broker.arrears == 5
+    net.settle()
+    assert net.broker.arrears == 0
+    assert net.broker.given_back == {"reported": 2, "lost": 2}
+    assert [envelope.id for envelope in alice.take()] == [0, 2]
+
+
+def test_what_another_member_takes_is_passed_on() -> None:
+    """In a pool a waiting message goes to another connection."""
+    net = FakeNet(client("alice"), client("pool", connections=2))
+    alice, first = net.connect("alice"), net.connect("pool")
+    first.block()
+    alice.message("pool", BODY)
+    second = net.connect("pool")
+
+    first.leave()
+
+    assert net.broker.given_back == {"passed_on": 1}
+    assert second.payloads() == [BODY]
