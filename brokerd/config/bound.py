@@ -25,6 +25,9 @@ BASE: Final = 128 * _MIB
 _ALLOCATOR: Final = 1.5
 #: A queue whose frames are kept one by one, holding nothing but the shortest, costs this many times its bytes.
 _SINGLE_FRAMES: Final = 10
+#: When a recipient goes, each message that waited for it comes back as an error, to somebody who may not read either.
+#: The sender sends no more then, so every byte that waits is answered for once: the shortest by so many bytes.
+_OUTCOMES: Final = 12
 #: The broker's own answers that may wait beyond a client's queue (core.broker), and the read buffer's size.
 _RESERVE: Final = 256 * _KIB
 _READ_BUFFER: Final = 256 * _KIB
@@ -88,8 +91,7 @@ def _queue(client: ClientConfig, max_message: int) -> int:
     """Return what may wait for one connection: its queue, or one message that is longer; and the broker's answers."""
     single = client.connections > 1 or client.when_full is WhenFull.DROP_OLDEST
     waiting = max(client.queue, max_message + _KIB) + _RESERVE
-    # A name whose connections come and go leaves the queue of the last one to be answered for.
-    return 2 * waiting * (_SINGLE_FRAMES if single else 1)
+    return waiting * (_OUTCOMES + (_SINGLE_FRAMES if single else 1))
 
 
 def _most_costly(config: Config) -> Iterator[ClientConfig]:

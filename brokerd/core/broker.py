@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from brokerd.config.values import ClientConfig, WhenConnected
-from brokerd.core.delivery import give_back, leave_behind, send
+from brokerd.core.delivery import end_request, give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
@@ -189,9 +189,8 @@ class Broker:
                 give_back(self, session, queued)
             elif session.owed:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
-                (asker, id), requester = next(iter(session.owed.items()))
-                del session.owed[(asker, id)]
-                requester.asked.pop((id, session.address), None)
+                (_, id), requester = next(iter(session.owed.items()))
+                end_request(requester, id, session)
                 message = f"{session.address} disconnected before it answered"
                 self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
             else:

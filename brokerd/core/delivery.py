@@ -18,7 +18,7 @@ from brokerd_client.wire.framing import frame_prefix
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
 
-__all__ = ["frame_head", "give_back", "leave_behind", "make_room", "send"]
+__all__ = ["end_request", "frame_head", "give_back", "leave_behind", "make_room", "send"]
 
 _RECEIPT: Final = int(Flag.RECEIPT)
 
@@ -44,8 +44,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     if verdict is not Verdict.NEXT:
         return verdict
     if answered is not None:
-        del source.owed[(envelope.name, id)]
-        answered.asked.pop((id, source.address), None)
+        end_request(answered, id, source)
     if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
         source.routes[envelope.name.encode()] = client
     return Verdict.NEXT
@@ -121,8 +120,7 @@ def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
     broker.happenings.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
     sender = _sender_of(broker, queued, envelope.name)
     if envelope.kind is Kind.REQUEST and sender is not None:
-        target.owed.pop((envelope.name, envelope.id), None)
-        sender.asked.pop((envelope.id, target.address), None)
+        end_request(sender, envelope.id, target)
     if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
         message = f"{target.address} does not read; the message made room for a newer one"
         broker.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
@@ -133,11 +131,18 @@ def _expect_answer(requester: Session, responder: Session, id: int) -> None:
     requester.asked[(id, responder.address)] = responder
 
 
+def end_request(requester: Session, id: int, responder: Session) -> None:
+    """Forget that an answer is expected, from this very connection by that one: another may have its address by now."""
+    if requester.asked.get((id, responder.address)) is responder:
+        del requester.asked[(id, responder.address)]
+    if responder.owed.get((requester.address, id)) is requester:
+        del responder.owed[(requester.address, id)]
+
+
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
     """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
     (id, address), responder = next(iter(requester.asked.items()))
-    del requester.asked[(id, address)]
-    responder.owed.pop((requester.address, id), None)
+    end_request(requester, id, responder)
     config = requester.client.config
     message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
     broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
@@ -179,11 +184,13 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     if sender is not None and sender.number > session.left_at:
         # It came when this session had gone: the frame is a predecessor's.
         sender = None
-    if envelope.kind is Kind.REQUEST and sender is not None:
-        session.owed.pop((envelope.name, envelope.id), None)
-        sender.asked.pop((envelope.id, session.address), None)
     other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
-    if other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame)):
+    moves = other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame))
+    if envelope.kind is Kind.REQUEST and sender is not None:
+        end_request(sender, envelope.id, session)
+    if moves:
+        assert other is not None
+        assert isinstance(other.outbox, FrameOutbox)
         other.outbox.put(queued)
         broker.given_back["passed_on"] += 1
         broker.touch(other)

@@ -792,6 +792,29 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
     assert [envelope.id for envelope in alice.take()] == [*range(20, 50), *range(20)]
 
 
+def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> None:
+    """While what the old connection left is answered for, a request under the same id goes to the new one, and back."""
+    net = FakeNet(client("a"), client("b"))
+    alice, bob = net.connect("a"), net.connect("b")
+    alice.request("b", id=1)
+    broker = net.broker
+    net.peers.remove(bob)
+    broker.detach(bob.session, net.now)
+    # Nothing is carried out in between: what bob left is still to be answered for.
+    net._settling = True
+    successor = net.connect("b")
+    alice.request("b", id=1)
+    net._settling = False
+    net.settle()
+    assert alice.error() == (1, "offline")
+    assert alice.session.asked == {(1, "b"): successor.session}
+    successor.take()
+    successor.reply("a", b"here", id=1)
+    assert alice.payloads() == [b"here"]
+    assert not alice.session.asked
+    assert not successor.session.owed
+
+
 def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
     """Also when it comes while the frames are being given back."""
     net = FakeNet(client("a"), client("b"))
