@@ -15,6 +15,8 @@ __all__ = ["SLACK", "Parcel", "joined"]
 SLACK: Final = 128
 #: It grows by so much at least.
 _STEP: Final = 16 * 1024
+#: Added until it has that size: always the same ones, so that the processor need not fetch as many as it writes.
+_ZEROS: Final = memoryview(bytes(256 * 1024))
 
 
 class Parcel(bytearray):
@@ -44,7 +46,10 @@ class Parcel(bytearray):
         each time, no byte is moved more than once on average, should the memory behind it be taken.
         """
         if self.filled == len(self):
-            self += bytes(min(max(len(self), _STEP), self.end - self.filled))
+            missing = min(max(len(self), _STEP), self.end - self.filled)
+            while missing > 0:
+                self += _ZEROS[:missing]
+                missing -= len(_ZEROS)
         return memoryview(self)[self.filled : self.filled + most]
 
 
