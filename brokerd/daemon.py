@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
@@ -26,6 +27,7 @@ from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import reply_to, stats
 from brokerd.keywatch import KeyWatch, uses_of
 from brokerd.logs import AuditError, LevelRefused, Logs
+from brokerd.monitor.switch import Switch, preload
 from brokerd.net.handed import Handed, HandedSocket, listen_at
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import Found, ListenError, Listening, listen
@@ -42,10 +44,11 @@ __all__ = ["Daemon", "Elder"]
 class Elder(Protocol):
     """A process that serves, and from which another one takes over everything.
 
-    offered: the configured addresses that it listens at.
+    offered: the configured addresses that it listens at. monitored: the sockets of its monitor, kept open by both.
     """
 
     offered: set[Address]
+    monitored: list[Listening]
 
     def take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
@@ -61,6 +64,9 @@ class Daemon:
 
     config: what it serves. log: where its events go. supervisor: the service manager that is told how it fares.
     handed: the sockets that the service manager listens at for it.
+
+    reloads: how many were ``accepted`` and ``refused``; reload_refused: whether the last one was; reloaded_at: when
+    the configuration in use was taken over, in seconds since the epoch.
     """
 
     def __init__(
@@ -87,7 +93,11 @@ class Daemon:
             routing=routing.NAME,
             now_wall=time.time(),
         )
+        self.reloads: Counter[str] = Counter()
+        self.reload_refused = False
+        self.reloaded_at = self.broker.started_at
         self._server: Server | None = None
+        self._monitor = Switch(self)
         self._stopping: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
         #: Whether a reload that a signal asked for has not begun yet.
@@ -106,6 +116,11 @@ class Daemon:
         return [] if self._server is None else [listening.address for listening in self._server.listening]
 
     @property
+    def monitor_addresses(self) -> list[Address]:
+        """Where its monitor listens, the same way; empty where it has none."""
+        return self._monitor.addresses
+
+    @property
     def server(self) -> Server:
         """The server; there is one once the daemon has started."""
         assert self._server is not None
@@ -121,6 +136,18 @@ class Daemon:
         """Whether it drains, or has stopped."""
         return self._stopping is not None or self.stopped.is_set()
 
+    @property
+    def monitor_listening(self) -> list[Listening]:
+        """The sockets of its monitor."""
+        return self._monitor.listening
+
+    @property
+    def not_ready(self) -> str:
+        """Why it should be sent no new client, or ""."""
+        if self._stopping is not None or self.broker.draining:
+            return "the broker is draining"
+        return "" if self.addresses else "the broker is starting"
+
     async def start(self, elder: Elder | None = None) -> None:
         """Listen at every configured address. Raises ListenError; then it listens at none.
 
@@ -129,9 +156,17 @@ class Daemon:
         began = time.perf_counter()
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
+        if config.monitor is not None:
+            await aside(lambda: preload(config.monitor))
         self._allotted = self._handed.allot(config.listen)
         offered = () if elder is None else elder.offered
-        opened = _listen_at([entry for entry in config.listen if entry.address not in offered], self._allotted)
+        former = [] if elder is None else elder.monitored
+        stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
+        opened, monitored = _listen_for(
+            [entry for entry in config.listen if entry.address not in offered],
+            [] if config.monitor is None or stays else [config.monitor.listen],
+            self._allotted,
+        )
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = self._on_order
         told: dict[str, Any] = {}
@@ -141,9 +176,15 @@ class Daemon:
             try:
                 told = elder.take_over(self._server, config.listen, opened)
             except BaseException:
-                for listening in opened:
+                for listening in (*opened, *monitored):
                     listening.close()
                 raise
+        if stays:
+            monitored = former
+        else:
+            for listening in former:
+                listening.close()
+        self._monitor.turn(config.monitor, monitored)
         later = asyncio.get_running_loop().call_later
         self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), later, self._server.credentials)
         self.log.info(
@@ -296,6 +337,8 @@ class Daemon:
                 if not dry_run:
                     self.supervisor.reloaded(problems[0] if problems else "")
             if not dry_run:
+                self.reloads["refused"] += 1
+                self.reload_refused = True
                 self.log.warning("daemon.reload_refused", reason=reason, cause=cause, problems=problems)
             plan = None if prepared is None else whole_plan(prepared.plan, ())
             return Outcome(plan, problems, cause)
@@ -324,11 +367,11 @@ class Daemon:
             raise ListenError("\n".join(prepared.blocked))
         if self._logs is not None:
             self._logs.check(prepared.config.log)
-        opened = _listen_at(plan.opened, prepared.allotted, prepared.found)
+        opened, monitored = _listen_for(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
         try:
             server.alter(entry for entry, _ in plan.altered)
         except ListenError:
-            for listening in opened:
+            for listening in (*opened, *monitored):
                 listening.close()
             raise
         leaving = server.misfits(keyring)
@@ -341,8 +384,13 @@ class Daemon:
         server.reconfigure(keyring, config.limits)
         server.start(opened)
         server.stop_listening_at({entry.address for entry in plan.closed})
+        if plan.monitor:
+            self._monitor.turn(config.monitor, monitored)
         for session, why in leaving:
             self.broker.close(session, why)
+        self.reloads["accepted"] += 1
+        self.reload_refused = False
+        self.reloaded_at = time.time()
         fields = whole_plan(plan, leaving)
         self.log.info(
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
@@ -391,6 +439,7 @@ class Daemon:
                 drained = await self._server.drain(self.config.limits.drain_timeout)
                 self.log.info("daemon.stopped", **drained._asdict(), messages=self.broker.totals["messages_in"])
         finally:
+            self._monitor.off()
             self.supervisor.close()
             self.stopped.set()
 
@@ -421,6 +470,7 @@ class Daemon:
             self._keywatch.close()
         if self._server is not None:
             self._server.cut_off()
+        self._monitor.off()
         self.supervisor.close()
         self.stopped.set()
 
@@ -455,6 +505,22 @@ def _why_python() -> dict[str, str]:
 
 def _core_limits(config: Config) -> CoreLimits:
     return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
+
+
+def _listen_for(
+    clients: Iterable[ListenConfig],
+    monitor: Iterable[ListenConfig],
+    allotted: dict[ListenConfig, list[HandedSocket]],
+    found: Found | None = None,
+) -> tuple[list[Listening], list[Listening]]:
+    """Return the listening sockets for clients and for the monitor, as ``_listen_at`` does."""
+    opened = _listen_at(clients, allotted, found)
+    try:
+        return opened, _listen_at(monitor, {}, found)
+    except ListenError:
+        for listening in opened:
+            listening.close()
+        raise
 
 
 def _listen_at(

@@ -13,6 +13,7 @@ means and what to do. The events:
     listener.paused  listener.not_handed_over  listener.unchanged
     key.expiring  key.expired
     log.level_changed  log.lost  log.audit_failed
+    monitor.listening  monitor.exposed  monitor.closed  monitor.bug
 
 Those that others can cause at will have a second form, with ``_more`` at its end: many within a second, counted.
 """

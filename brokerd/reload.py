@@ -20,6 +20,7 @@ from brokerd.config.plan import Plan, compare, overlaps
 from brokerd.config.validity import ending
 from brokerd.config.values import ClientConfig, ListenConfig
 from brokerd.core.session import Session
+from brokerd.monitor.switch import preload
 from brokerd.net.handed import Handed, HandedSocket
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import Found, foresee, look_up
@@ -84,10 +85,12 @@ def prepare(running: Config, handed: Handed, allotted: dict[ListenConfig, list[H
     """
     prepared = compared(running, load(Path(running.path)), handed, allotted)
     plan = prepared.plan
+    preload(prepared.config.monitor)
+    new = (*(entry for entry in plan.opened if entry not in prepared.allotted), *plan.monitor_opened)
     return replace(
         prepared,
         plan=replace(plan, restart=(*plan.restart, *_another_version())),
-        found=look_up(entry for entry in plan.opened if entry not in prepared.allotted),
+        found=look_up(new),
         warnings=tuple(advice(prepared.config, datetime.now(UTC))),
     )
 
@@ -98,7 +101,8 @@ def compared(
     """Return a configuration that is there already, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
     wanted = handed.allot(config.listen)
-    blocked = overlaps((entry for entry in plan.opened if entry not in wanted), plan.closed)
+    new = (*(entry for entry in plan.opened if entry not in wanted), *plan.monitor_opened)
+    blocked = overlaps(new, (*plan.closed, *plan.monitor_closed))
     return Prepared(
         config,
         plan,
@@ -136,7 +140,7 @@ def _another_version() -> list[str]:
 def obstacles(prepared: Prepared) -> list[str]:
     """Return why it can't be taken over, as far as that can be seen without trying; a line each."""
     by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.allotted)
-    return [*prepared.blocked, *filter(None, map(foresee, by_itself))]
+    return [*prepared.blocked, *filter(None, map(foresee, (*by_itself, *prepared.plan.monitor_opened)))]
 
 
 def whole_plan(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:

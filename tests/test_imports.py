@@ -107,10 +107,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd.logs": (*MODEL, "brokerd.config.units", "brokerd.log_lines", "brokerd.log_outlets"),
     "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),
-    "brokerd.monitor": (*MODEL, "brokerd.core", "brokerd.net", "brokerd.logs"),
+    "brokerd.monitor": (*LEAVES, *MODEL, "brokerd.aside", "brokerd.core", "brokerd.net", "brokerd.logs"),
     "brokerd.aside": (),
     "brokerd.keywatch": ("brokerd.config", "brokerd.net"),
-    "brokerd.reload": ("brokerd.config", "brokerd.core", "brokerd.net"),
+    "brokerd.reload": ("brokerd.config", "brokerd.core", "brokerd.monitor", "brokerd.net"),
     "brokerd.daemon": (
         *LEAVES,
         "brokerd.aside",

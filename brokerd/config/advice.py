@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from brokerd.config.model import ClientConfig, Config, ListenConfig
+from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConfig
 from brokerd.config.problems import one_line
 from brokerd.config.validity import let_in_until
 
@@ -16,6 +16,8 @@ __all__ = ["advice"]
 def advice(config: Config, now: datetime) -> list[str]:
     """Return the warnings, as ``FILE:LINE: what is odd (what would be right)``. now: with its time zone."""
     warnings = [one_line(warning) for listen in config.listen for warning in _about_listener(listen)]
+    if config.monitor is not None:
+        warnings += map(one_line, _about_monitor(config.monitor))
     if not config.clients:
         warnings.append(one_line(f"{config.path}: there are no clients: nobody can connect (add some to clients:)"))
     for client in config.clients.values():
@@ -26,6 +28,14 @@ def advice(config: Config, now: datetime) -> list[str]:
 def _about_listener(listen: ListenConfig) -> Iterator[str]:
     if isinstance(listen.group, str) and not _group_exists(listen.group):
         yield f"{listen.source}: this machine has no group {listen.group!r} (make it, or give another)"
+
+
+def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:
+    if not monitor.is_local:
+        yield (
+            f"{monitor.source}: the monitor at {monitor.address} asks nobody for a password: whoever reaches it reads "
+            f"the metrics (give 127.0.0.1:{monitor.address.port}, or keep others away with a firewall)"
+        )
 
 
 def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta) -> Iterator[str]:

@@ -27,11 +27,14 @@ from brokerd.config.model import (
     KeyEntry,
     ListenConfig,
     ListenEntry,
+    MonitorConfig,
+    MonitorEntry,
     RateConfig,
     Rule,
     Source,
 )
-from brokerd.config.problems import Path, Problem
+from brokerd.config.problems import Path, Place, Problem
+from brokerd_client.address import Address
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire import envelope
 
@@ -111,6 +114,8 @@ class Entries:
         else:
             for number, entry in enumerate(listen):
                 self._listener(("listen", number), entry)
+        if "monitor" in root and "monitor" in self._model.model_fields:
+            self._monitor(root["monitor"])
         if not isinstance(clients, dict):
             self._validated_section("clients", root)
         else:
@@ -140,30 +145,15 @@ class Entries:
             self._problem((key,), "is an empty list (give at least one address)")
 
     def _listener(self, path: Path, entry: object) -> None:
-        valid: ListenEntry | None
-        valid, _ = self._validated_listener(path, entry)
+        valid: ListenEntry | None = self._validated_place(path, ListenEntry, entry)
         if valid is None:
             return
-        address = valid.address
         where: Path = (*path, "address") if isinstance(entry, Mapping) else path
-        if address.is_file:
-            address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
-            size = len(os.fsencode(address.path))
-            if size > _MAX_SOCKET_PATH or "\0" in address.path:
-                what = (
-                    f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size} (give a shorter one)"
-                )
-                self._problem(where, what)
-        elif isinstance(entry, Mapping):
+        address, place = self._address(where, valid.address)
+        if not address.is_file and isinstance(entry, Mapping):
             for key in ("mode", "group"):
                 if key in entry:
                     self._problem((*path, key), "only a Unix socket has a file (take it out)", at_key=True)
-        place, _ = self._document.place(where)
-        first = self._findings.addresses.setdefault(str(address), place)
-        if first is not place and address.port == 0 and address.family in ("AF_INET", "AF_INET6"):
-            first = place
-        if first is not place:
-            self._problem(where, f"{address} is given twice, first at {first} (keep one of them)")
         if valid.name is not None:
             place_of_name, _ = self._document.place((*path, "name"))
             first = self._findings.sockets.setdefault(valid.name, place_of_name)
@@ -181,15 +171,45 @@ class Entries:
             )
         )
 
-    def _validated_listener(self, path: Path, entry: object) -> tuple[ListenEntry | None, set[Path]]:
+    def _monitor(self, entry: object) -> None:
+        valid: MonitorEntry | None = self._validated_place(("monitor",), MonitorEntry, entry)
+        if valid is None:
+            return
+        where: Path = ("monitor", "address") if isinstance(entry, Mapping) else ("monitor",)
+        if valid.address.family == "AF_PIPE":
+            self._problem(where, "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)")
+            return
+        address, place = self._address(where, valid.address)
+        self._findings.monitor = MonitorConfig(address, valid.per_client, Source(place.file, place.line))
+
+    def _address(self, where: Path, address: Address) -> tuple[Address, Place]:
+        """Return an address to listen at, a relative path joined to this file's directory, and where it is given."""
+        if address.is_file:
+            address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
+            size = len(os.fsencode(address.path))
+            if size > _MAX_SOCKET_PATH or "\0" in address.path:
+                what = (
+                    f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size} (give a shorter one)"
+                )
+                self._problem(where, what)
+        place, _ = self._document.place(where)
+        first = self._findings.addresses.setdefault(str(address), place)
+        if first is not place and address.port == 0 and address.family in ("AF_INET", "AF_INET6"):
+            first = place
+        if first is not place:
+            self._problem(where, f"{address} is given twice, first at {first} (keep one of them)")
+        return address, place
+
+    def _validated_place(self, path: Path, model: type[BaseModel], entry: object) -> Any:
+        """Return the entry, which is a mapping or an address alone, or None, having reported what is wrong."""
         if isinstance(entry, Mapping):
-            return self._validated(path, ListenEntry, entry)
+            return self._validated(path, model, entry)[0]
         try:
-            return ListenEntry.model_validate(entry), set()
+            return model.model_validate(entry)
         except ValidationError as error:
             # The short form has no key: its error is the entry's.
-            self._problem(path, complaint(error.errors(include_url=False)[0], ListenEntry))
-            return None, set()
+            self._problem(path, complaint(error.errors(include_url=False)[0], model))
+            return None
 
     def _client(self, name: str, raw: object, clients: dict[str, Any]) -> None:
         path = ("clients", name)

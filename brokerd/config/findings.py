@@ -7,7 +7,7 @@ from typing import Final
 
 from brokerd.config.complaints import did_you_mean
 from brokerd.config.document import Document
-from brokerd.config.model import ClientConfig, Config, Limits, ListenConfig, Log, Rule
+from brokerd.config.model import ClientConfig, Config, Limits, ListenConfig, Log, MonitorConfig, Rule
 from brokerd.config.problems import ConfigError, Path, Place, Problem
 
 __all__ = ["Findings"]
@@ -33,6 +33,7 @@ class Findings:
         self.whole = True
         self.limits = Limits()
         self.log = Log()
+        self.monitor: MonitorConfig | None = None
         self.listen: list[ListenConfig] = []
         self.clients: dict[str, ClientConfig] = {}
         #: Whether any file lists a listener, good or bad.
@@ -64,6 +65,7 @@ class Findings:
             clients=self.clients,
             limits=self.limits,
             log=self.log,
+            monitor=self.monitor,
             files=tuple(self.files),
         )
 

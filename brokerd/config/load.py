@@ -52,6 +52,7 @@ def build(
     *,
     limits: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
+    monitor: Any = None,
     base: str = "",
 ) -> Config:
     """Return a configuration that a program made; see ``Config.build``."""
@@ -63,6 +64,7 @@ def build(
         },
         **({} if limits is None else {"limits": dict(limits)}),
         **({} if log is None else {"log": dict(log)}),
+        **({} if monitor is None else {"monitor": list(monitor) if isinstance(monitor, tuple) else monitor}),
     }
     files = _Files("(program)", None)
     files.judge(Document("(program)", root), base, None, File)

@@ -42,6 +42,7 @@ from brokerd.config.values import (
     ListenConfig,
     LogFormat,
     LogLevel,
+    MonitorConfig,
     RateConfig,
     Rule,
     Source,
@@ -67,6 +68,8 @@ __all__ = [
     "LogAreas",
     "LogFormat",
     "LogLevel",
+    "MonitorConfig",
+    "MonitorEntry",
     "RateConfig",
     "RateEntry",
     "Rule",
@@ -77,7 +80,7 @@ __all__ = [
 ]
 
 #: Keys that a later version serves; today their error says so instead of guessing at a slip of the pen.
-NOT_YET: Final = frozenset({"monitor", "tls"})
+NOT_YET: Final = frozenset({"tls"})
 #: Where a client's key may come from; a client gives one of them.
 KEY_FIELDS: Final = ("key", "key_file", "key_env", "key_credential", "keys")
 #: The same for one entry of ``keys``.
@@ -98,6 +101,13 @@ class _Entry(BaseModel):
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
+
+
+def _schema_of_both_forms(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of an address alone, or of a mapping with its options."""
+    short = schema["properties"]["address"]["anyOf"]
+    long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
+    return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
 
 
 class ListenEntry(_Entry):
@@ -122,10 +132,7 @@ class ListenEntry(_Entry):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
-        schema: JsonSchemaValue = handler.resolve_ref_schema(handler(core_schema))
-        short = schema["properties"]["address"]["anyOf"]
-        long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
-        return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
+        return _schema_of_both_forms(handler.resolve_ref_schema(handler(core_schema)))
 
 
 class KeyEntry(_Entry):
@@ -246,6 +253,8 @@ class LogAreas(_Entry):
     """Keys that expire."""
     log: Annotated[LogLevel, Field(strict=False)] | None = None
     """The log itself."""
+    monitor: Annotated[LogLevel, Field(strict=False)] | None = None
+    """The pages over HTTP."""
 
 
 class Log(_Entry):
@@ -259,6 +268,25 @@ class Log(_Entry):
     """Levels of their own for some areas, such as {client: debug}."""
     audit: NonEmpty | None = None
     """A file for who came and was refused, what administrators did, and what changed, one JSON object a line."""
+
+
+class MonitorEntry(_Entry):
+    """Where the broker tells how it is, over HTTP: an address alone, or a mapping with its options."""
+
+    address: Where
+    """HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, or a Unix socket's path. There is no password: keep it local."""
+    per_client: bool = False
+    """Whether there are metrics for each client, some eight for each name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Return the long form of an address that stands alone."""
+        return value if isinstance(value, Mapping) else {"address": value}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
+        return _schema_of_both_forms(handler.resolve_ref_schema(handler(core_schema)))
 
 
 class IncludedFile(_Entry):
@@ -281,6 +309,8 @@ class File(IncludedFile):
     """What the broker bears before it says no."""
     log: Log = Log()
     """What is logged, and how."""
+    monitor: MonitorEntry | None = None
+    """Where the broker tells how it is, over HTTP: /livez, /readyz and /metrics; off unless given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +325,7 @@ class Config:
     clients: Mapping[str, ClientConfig]
     limits: Limits = field(default_factory=Limits)
     log: Log = field(default_factory=Log)
+    monitor: MonitorConfig | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -307,19 +338,21 @@ class Config:
         *,
         limits: Mapping[str, Any] | None = None,
         log: Mapping[str, Any] | None = None,
+        monitor: Any = None,
         base: str = "",
     ) -> Config:
         """Return a configuration made by a program instead of a file, by the same rules.
 
         listen: an address in any form, a mapping as in the file, or a list of those (of entries: a pair of host and
             port is an entry). clients: name to a key, or to a mapping as in the file; keys may be bytes.
+        monitor: an address in any form, or a mapping as in the file; None for none.
         base: the directory that relative paths start from, unless it is the process's own.
         Raises ConfigError as ``load`` does.
         """
         # Here, because load imports this module.
         from brokerd.config.load import build
 
-        return build(listen, clients, limits=limits, log=log, base=base)
+        return build(listen, clients, limits=limits, log=log, monitor=monitor, base=base)
 
 
 class _Schema(GenerateJsonSchema):

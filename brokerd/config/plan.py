@@ -11,12 +11,13 @@ from datetime import datetime
 from typing import Any, Final
 
 from brokerd.config.model import Config, Limits, Log
-from brokerd.config.values import ClientConfig, Key, ListenConfig, RateConfig
+from brokerd.config.values import ClientConfig, Key, ListenConfig, MonitorConfig, RateConfig
+from brokerd_client.address import Address
 
 __all__ = ["Plan", "compare", "overlaps", "taken_over"]
 
 #: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
-_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "files"})
+_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files"})
 #: So much of a long list of rules is shown.
 _SHOWN: Final = 8
 #: Addresses that mean every address of the machine.
@@ -32,7 +33,8 @@ class Plan:
     added, removed: names of clients. changed: names, each with what changes.
     opened, closed: ``listen`` entries by their address; altered: entries whose address stays and whose other
     settings change, each with what changes.
-    limits, log: what changes in that section. restart: what a reload leaves as it is.
+    limits, log, monitor: what changes in that section. monitor_opened, monitor_closed: where the monitor begins to
+    listen, and where it ceases to. restart: what a reload leaves as it is.
     """
 
     added: tuple[str, ...]
@@ -43,6 +45,9 @@ class Plan:
     altered: tuple[tuple[ListenConfig, tuple[str, ...]], ...]
     limits: tuple[str, ...]
     log: tuple[str, ...]
+    monitor: tuple[str, ...]
+    monitor_opened: tuple[ListenConfig, ...]
+    monitor_closed: tuple[ListenConfig, ...]
     restart: tuple[str, ...]
 
     def as_fields(self) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class Plan:
             "altered": {str(entry.address): list(changes) for entry, changes in self.altered},
             "limits": list(self.limits),
             "log": list(self.log),
+            "monitor": list(self.monitor),
             "restart": list(self.restart),
         }
 
@@ -67,6 +73,7 @@ def compare(running: Config, new: Config) -> Plan:
     wanted = {entry.address: entry for entry in new.listen}
     opened = tuple(entry for address, entry in wanted.items() if address not in listening)
     closed = tuple(entry for address, entry in listening.items() if address not in wanted)
+    moves = _monitor_address(running) != _monitor_address(new)
     return Plan(
         added=tuple(name for name in after if name not in before),
         changed={
@@ -84,8 +91,15 @@ def compare(running: Config, new: Config) -> Plan:
         ),
         limits=tuple(_changes(running.limits, new.limits, _LIMIT_WORDS)),
         log=tuple(_changes(running.log, new.log, {})),
+        monitor=tuple(_monitor_changes(running.monitor, new.monitor)),
+        monitor_opened=(new.monitor.listen,) if new.monitor is not None and moves else (),
+        monitor_closed=(running.monitor.listen,) if running.monitor is not None and moves else (),
         restart=tuple(f"{name} is taken over by a restart only" for name in _kept(running, new)),
     )
+
+
+def _monitor_address(config: Config) -> Address | None:
+    return None if config.monitor is None else config.monitor.address
 
 
 def taken_over(running: Config, new: Config) -> Config:
@@ -171,6 +185,13 @@ def _changes(
         if old != new:
             said = words.get(name, _said)
             yield f"{name}: {said(old)} -> {said(new)}"
+
+
+def _monitor_changes(before: MonitorConfig | None, after: MonitorConfig | None) -> Iterator[str]:
+    for name, off in (("address", None), ("per_client", False)):
+        old, new = getattr(before, name, off), getattr(after, name, off)
+        if old != new:
+            yield f"{name}: {_said(old)} -> {_said(new)}"
 
 
 def _said(value: object) -> str:

@@ -10,6 +10,7 @@ a reload does not disconnect a client whose lines only moved.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -23,6 +24,7 @@ __all__ = [
     "ListenConfig",
     "LogFormat",
     "LogLevel",
+    "MonitorConfig",
     "RateConfig",
     "Rule",
     "Source",
@@ -145,6 +147,34 @@ class ListenConfig:
     allow_md5: bool
     source: Source = field(compare=False)
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """Where the monitor answers over HTTP, and how much it tells.
+
+    per_client: whether there are metrics for each client.
+    """
+
+    address: Address
+    per_client: bool
+    source: Source = field(compare=False)
+
+    @property
+    def listen(self) -> ListenConfig:
+        """The same place, as one to listen at. A Unix socket's file is its owner's alone."""
+        mode = 0o600 if self.address.is_file else None
+        return ListenConfig(self.address, mode=mode, group=None, allow_md5=False, source=self.source)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody but this machine's own programs can get there."""
+        if self.address.family == "AF_UNIX":
+            return True
+        try:
+            return ipaddress.ip_address(self.address.host).is_loopback
+        except ValueError:
+            return self.address.host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)

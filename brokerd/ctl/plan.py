@@ -41,7 +41,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for address, changes in plan.get("altered", {}).items():
         yield from (f"~ listener {address}: {change}" for change in changes)
     yield from (f"- listener {address}" for address in plan.get("closed", ()))
-    for section in ("limits", "log"):
+    for section in ("limits", "log", "monitor"):
         yield from (f"~ {section}.{change}" for change in plan.get(section, ()))
     yield from (f"! needs a restart: {what}" for what in plan.get("restart", ()))
 

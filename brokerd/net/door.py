@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from brokerd.net.keyring import Credential, Search
+from brokerd.net.tally import Outcome
 from brokerd.net.users import is_seen
 from brokerd_client.address import format_peer
 from brokerd_client.bridge import BridgedSocket
@@ -70,6 +71,7 @@ class Knock:
         "muted",
         "nonce",
         "origin",
+        "outcome",
         "peer",
         "proof",
         "reader",
@@ -110,6 +112,8 @@ class Knock:
         self.credential: Credential | None = None
         self.refusal = ""
         self.silent = True
+        #: What a failure would be counted as.
+        self.outcome = Outcome.REJECTED
         self.done = False
 
 
@@ -134,7 +138,9 @@ class Door:
         limits = self._server.limits
         if len(self._knocks) >= limits.handshakes:
             oldest = next(iter(self._knocks))
-            self._refuse(oldest, "more unfinished handshakes than limits.handshakes; this was the oldest")
+            self._refuse(
+                oldest, "more unfinished handshakes than limits.handshakes; this was the oldest", Outcome.REFUSED
+            )
         knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=self._loop.time() + limits.handshake_timeout)
         self._knocks[knock] = None
         self._loop.add_reader(knock.fd, self._on_readable, knock)
@@ -171,7 +177,7 @@ class Door:
     def close(self) -> None:
         """Turn everybody away."""
         for knock in list(self._knocks):
-            self._refuse(knock, "the broker stops")
+            self._refuse(knock, "the broker stops", Outcome.REFUSED)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -185,16 +191,17 @@ class Door:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._refuse(knock, error.strerror or type(error).__name__)
+            self._refuse(knock, error.strerror or type(error).__name__, Outcome.LOST)
             return
         if not data and knock.silent:
             # A health check, a balancer's probe: nobody was refused, and a line for each would bury the rest.
             self._forget(knock)
             knock.sock.close()
+            self._server.tally.handshakes[Outcome.LEFT] += 1
             self._server.floods.note("debug", "client.left", knock.origin, peer=knock.peer, listener=knock.listener)
             return
         if not data:
-            self._refuse(knock, "closed by the peer before it had proved who it is")
+            self._refuse(knock, "closed by the peer before it had proved who it is", Outcome.LOST)
             return
         knock.silent = False
         knock.heard += data
@@ -209,7 +216,7 @@ class Door:
         try:
             body = knock.reader.next_frame(LIMIT)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}", tell=True)
+            self._refuse(knock, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
             return
         if body is not None:
             self._go_on(knock, body)
@@ -243,11 +250,11 @@ class Door:
         except StopIteration:
             self._admit(knock)
         except AuthenticationError as error:
-            self._refuse(knock, knock.refusal or str(error), failed=True)
+            self._refuse(knock, knock.refusal or str(error), knock.outcome, failed=True)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}", tell=True)
+            self._refuse(knock, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
         except OSError as error:
-            self._refuse(knock, error.strerror or type(error).__name__)
+            self._refuse(knock, error.strerror or type(error).__name__, Outcome.LOST)
 
     def _send(self, knock: Knock, body: bytes) -> None:
         data = frame(body)
@@ -289,6 +296,8 @@ class Door:
         key = None
         if identity.accepted is not None:
             knock.refusal = self._server.room_for(identity.accepted.client.name)
+            if knock.refusal:
+                knock.outcome = Outcome.REFUSED
             key = None if knock.refusal else identity.accepted.key.value
         self._loop.add_reader(knock.fd, self._on_readable, knock)
         knock.proof = None
@@ -303,7 +312,7 @@ class Door:
         self._forget(knock)
         self._server.admit(knock)
 
-    def _refuse(self, knock: Knock, reason: str, *, failed: bool = False, tell: bool = False) -> None:
+    def _refuse(self, knock: Knock, reason: str, outcome: Outcome, *, failed: bool = False, tell: bool = False) -> None:
         """Turn a peer away. failed: it answered wrong, and was told. tell: it is told now that this is its failure.
 
         One that is only unlucky (too many at the door, the broker stops) is told nothing that it could take
@@ -318,7 +327,7 @@ class Door:
                 self._send(knock, FAILURE)
         self._forget(knock)
         knock.sock.close()
-        self._server.on_refused(knock, reason)
+        self._server.on_refused(knock, reason, outcome)
 
     def _forget(self, knock: Knock) -> None:
         knock.done = True
@@ -363,7 +372,7 @@ class Door:
         self._timer = None
         now = self._loop.time()
         while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
-            self._refuse(oldest, "not finished within limits.handshake_timeout", tell=True)
+            self._refuse(oldest, "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=True)
         self._watch()
 
 

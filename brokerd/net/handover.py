@@ -24,6 +24,7 @@ from brokerd.net.keyring import Credential
 from brokerd.net.link import Link
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.server import Server
+from brokerd.net.tally import Outcome
 from brokerd_client.address import Address
 
 __all__ = ["Inheritance", "capture", "describe", "let_go_of_bound", "position_of"]
@@ -229,7 +230,7 @@ class Inheritance:
                 knock.credential = server.keyring.find(*welcomed)
             if welcomed is not None and knock.credential is None:
                 knock.sock.close()
-                server.on_refused(knock, "the key it uses was removed from the configuration")
+                server.on_refused(knock, "the key it uses was removed from the configuration", Outcome.REJECTED)
             else:
                 server.door.take_over(knock)
         for session, why in server.misfits():

@@ -286,6 +286,7 @@ class Link:
 
     def _broken(self, error: Exception) -> None:
         """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
+        self.server.tally.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
         self.server.floods.note(
             "error", "daemon.bug", type(error).__name__, name=name, address=address, error=repr(error), trace=trace

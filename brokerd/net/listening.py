@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from brokerd.config.values import ListenConfig
+from brokerd.config.values import ListenConfig, Source
 from brokerd.net.pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
-__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "foresee", "listen", "look_up"]
+__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "foresee", "inherited", "listen", "look_up"]
 
 #: What host names of addresses mean, as ``socket.getaddrinfo`` says.
 Found: TypeAlias = Mapping[Address, list[Any]]
@@ -110,6 +110,17 @@ def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
             except OSError as error:
                 raise ListenError(f"can't listen at {entry.address}: {error.strerror or error}") from error
     return found
+
+
+def inherited(configured: Address, sock: socket.socket, address: Address) -> Listening:
+    """Return a socket that another process listens at, and its file with it. configured: where it was told to."""
+    config = ListenConfig(configured, mode=None, group=None, allow_md5=False, source=Source("", 0))
+    sock.setblocking(False)
+    inode = None
+    if address.is_file:
+        with contextlib.suppress(OSError):
+            inode = _inode(Path(address.path))
+    return Listening(config, sock, address, inode)
 
 
 def foresee(config: ListenConfig) -> str:

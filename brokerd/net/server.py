@@ -21,6 +21,7 @@ from brokerd.net.keyring import Credential, Keyring
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
+from brokerd.net.tally import Outcome, Tally
 from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
@@ -77,6 +78,8 @@ class Server:
         self.links: set[Link] = set()
         self.listening: list[Listening] = []
         self.on_order: Callable[[Order], None] = lambda order: None
+        self.on_left: Callable[[Session], None] = lambda session: None
+        self.tally = Tally()
         self._door = Door(self)
         self.floods = Floods(self.loop, log)
         self._tick: asyncio.TimerHandle | None = None
@@ -197,6 +200,7 @@ class Server:
 
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
+        self.tally.pauses += 1
         self.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
         self.loop.remove_reader(listening.sock.fileno())
         self._paused.append(listening)
@@ -234,12 +238,13 @@ class Server:
         reason = self.misfit(knock.credential, knock.uid) or self.room_for(name)
         if reason:
             knock.sock.close()
-            self.on_refused(knock, reason)
+            self.on_refused(knock, reason, Outcome.REFUSED)
             return
         self.keyring.let_in(knock.credential, self.wall())
         link = Link(self, knock.sock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
+        self.tally.handshakes[Outcome.ACCEPTED] += 1
         self.floods.note(
             "info",
             "client.connected",
@@ -253,8 +258,9 @@ class Server:
         link.open(session, knock.reader.take_rest())
         self.settle()
 
-    def on_refused(self, knock: Knock, reason: str) -> None:
-        """Log that a connection was turned away."""
+    def on_refused(self, knock: Knock, reason: str, outcome: Outcome) -> None:
+        """Count and log that a connection was turned away."""
+        self.tally.handshakes[outcome] += 1
         client = None if knock.credential is None else knock.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
         fields |= {"peer": knock.peer, "listener": knock.listener, "reason": reason}
@@ -269,6 +275,7 @@ class Server:
             self._draining.on_leaving(session)
         self.links.discard(link)
         self.broker.detach(session, self.wall())
+        self.on_left(session)
         self.floods.note(
             "info",
             "client.disconnected",

@@ -8,7 +8,8 @@ behind it N bytes, and M descriptors in groups of up to 253 (SCM_MAX_FD of Linux
 words, in the order in which they are said (old: the running process; new: the one that takes its place):
 
     old offer     format, version, listening: what it would hand over, and where it listens; handed: the names of the
-                  sockets that the service manager handed over, whose descriptors go with it
+                  sockets that the service manager handed over, monitor: where the monitor listens; the descriptors of
+                  both go with it
     new hello     version, formats: its configuration is good, and what it could not listen at before is open
     old state     format, frozen_at, asked_by, and what brokerd.net.handover captures; the old one does nothing else now
     new ready     everything is set up; no socket has been touched

@@ -172,14 +172,18 @@ class Predecessor:
         daemon = self._daemon
         heir = self._heir = _Heir(self._keeper)
         daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
-        handed = daemon.handed.sockets
+        handed, monitored = daemon.handed.sockets, daemon.monitor_listening
         offer = {
             "format": FORMAT,
             "version": __version__,
             "listening": [handover.describe(each.config.address) for each in daemon.server.listening],
             "handed": [[each.name, handover.describe(each.address)] for each in handed],
+            "monitor": [
+                [handover.describe(each.config.address), handover.describe(each.address)] for each in monitored
+            ],
         }
-        heir.channel.send("offer", offer, (), [each.sock.fileno() for each in handed], within_s=_HANDOVER_S)
+        descriptors = [*(each.sock.fileno() for each in handed), *(each.sock.fileno() for each in monitored)]
+        heir.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread: everybody is served while the new process starts.
         hello = (await aside(lambda: heir.channel.expect("hello", within_s=_HELLO_S))).facts
         if FORMAT not in hello["formats"]:

@@ -20,7 +20,7 @@ from brokerd.core.service import reply_to
 from brokerd.core.snapshot import Pieces
 from brokerd.net.handed import Handed, HandedSocket
 from brokerd.net.handover import Inheritance
-from brokerd.net.listening import Listening
+from brokerd.net.listening import Listening, inherited
 from brokerd.net.server import Server
 from brokerd.upgrade import keeper
 from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, READS, SIGNALS, Channel, ChannelError
@@ -36,6 +36,7 @@ class Successor:
     """This process, while another one still serves.
 
     offered: the configured addresses that it listens at. handed: what the service manager handed over to it.
+    monitored: the sockets of its monitor.
     keeper: the pipe to the keeper that stands where the first process was; None where there is none.
     """
 
@@ -44,6 +45,7 @@ class Successor:
         self.keeper = keeper
         self.offered: set[Address] = set()
         self.handed = Handed()
+        self.monitored: list[Listening] = []
 
     @classmethod
     def from_environ(cls) -> Self | None:
@@ -68,11 +70,13 @@ class Successor:
                 f"brokerd {offer.get('version')} hands over its state in the format {offer.get('format')}, "
                 f"and {__version__} reads {', '.join(map(str, READS))}"
             )
+        sockets = iter([socket.socket(fileno=descriptor) for descriptor in message.descriptors])
+        self.handed = Handed(HandedSocket(next(sockets), name, Address(*address)) for name, address in offer["handed"])
+        self.monitored = [
+            inherited(Address(*configured), next(sockets), Address(*address))
+            for configured, address in offer.get("monitor", ())
+        ]
         self.offered = {Address(*each) for each in offer["listening"]}
-        self.handed = Handed(
-            HandedSocket(socket.socket(fileno=descriptor), name, Address(*address))
-            for descriptor, (name, address) in zip(message.descriptors, offer["handed"], strict=True)
-        )
 
     def fail(self, reason: str) -> None:
         """Tell the running process why this one does not take over; it ends then."""

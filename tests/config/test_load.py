@@ -185,8 +185,18 @@ GOOD = "listen: [/run/b.sock]\n"
         ("clients: {}\n", "f:1:1: listen: is missing (give at least one address, such as /run/brokerd/brokerd.sock)"),
         # Keys nobody knows, and keys of a later version.
         (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
-        (GOOD + "zzz: 1\n", "f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log)"),
-        (GOOD + "monitor: 127.0.0.1:1\n", "f:2:1: monitor: not served by this version (take it out)"),
+        (GOOD + "zzz: 1\n", ("f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log, "
+         "monitor)")),
+        (GOOD + "monitor: 6060\n", ("f:2:10: monitor: 6060 is no address (give HOST:PORT, [IPV6]:PORT, a path, "
+         "@ABSTRACT or \\\\.\\pipe\\NAME)")),
+        (GOOD + "monitor: {address: 'h:1', per_clent: 1}\n", ("f:2:27: monitor.per_clent: unknown key 'per_clent' "
+         "(did you mean 'per_client'?)")),
+        (GOOD + "monitor: {per_client: true}\n", "f:2:1: monitor.address: is missing (give it)"),
+        (GOOD + "monitor: {address: 'h:1', per_client: 1}\n", ("f:2:39: monitor.per_client: is a number, not true or "
+         "false (give true or false)")),
+        ("monitor: /run/b.sock\n" + GOOD, ("f:1:10: monitor: /run/b.sock is given twice, first at f:2:10 "
+         "(keep one of them)")),
+        (GOOD + "monitor: []\n", "f:2:1: monitor: a list of 0 is no address (give a host and a port number)"),
         ("listen:\n- {address: a, tls: {}}\n", "f:2:16: listen[0].tls: not served by this version (take it out)"),
         # listen
         ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),

@@ -154,5 +154,6 @@ def test_the_plan_as_fields_is_plain() -> None:
         "altered": {},
         "limits": [],
         "log": [],
+        "monitor": [],
         "restart": [],
     }

@@ -31,6 +31,7 @@ SECTIONS: list[tuple[type[BaseModel], str]] = [
     (model.Limits, "limits"),
     (model.Log, "log"),
     (model.LogAreas, "areas"),
+    (model.MonitorEntry, "monitor"),
 ]
 
 
@@ -139,6 +140,8 @@ VALID = [
     {"listen": ["b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
     {"listen": ["b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
     {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none/*.yaml"]},
+    {"listen": ["b"], "monitor": "127.0.0.1:6060"},
+    {"listen": ["b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
 ]
 INVALID = [
     {"listen": [5]},
@@ -157,7 +160,8 @@ INVALID = [
     {"listen": ["b"], "clients": {"a": {"key": "k", "queue": "8M"}}},
     {"listen": ["b"], "clients": {"a": {"key": "k", "send_to": ["$broker"]}}},
     {"listen": ["b"], "limits": {"handshake_timeout": 0}},
-    {"listen": ["b"], "monitor": "127.0.0.1:6060"},
+    {"listen": ["b"], "monitor": 6060},
+    {"listen": ["b"], "monitor": {"per_client": True}},
     {"listen": ["b"], "log": {"level": "loud"}},
     {"listen": "b"},
 ]

@@ -1,0 +1,39 @@
+"""When keys end: what the key watch says about clients, and the ends of single keys, worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from brokerd.config.model import Config
+
+__all__ = ["Expiry", "ends_of_keys", "expiry_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """Clients and the ends of their last keys, in seconds since the epoch.
+
+    expired: how many clients can't connect any more. next: when the next one won't, None where that is not in sight.
+    """
+
+    expired: int
+    next: float | None
+
+
+def expiry_of(ends: Mapping[str, datetime], now: float) -> Expiry:
+    """Return what follows from ends: for clients by name, the moment at which their last key is over."""
+    moments = [end.timestamp() for end in ends.values()]
+    coming = [moment for moment in moments if moment >= now]
+    return Expiry(len(moments) - len(coming), min(coming, default=None))
+
+
+def ends_of_keys(config: Config) -> list[tuple[str, str, float]]:
+    """Return (client, id of the key, end) for every key with an end; it takes a while where there are many."""
+    return [
+        (client.name, key.key_id, key.not_after.timestamp())
+        for client in config.clients.values()
+        for key in client.keys
+        if key.not_after is not None
+    ]

@@ -1,0 +1,61 @@
+"""Metrics as text: in Prometheus's format or OpenMetrics, whichever is asked for, written in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+__all__ = ["Encoder", "chosen", "written"]
+
+Encoder = Callable[[Collector], bytes]
+
+_END: Final = b"# EOF\n"
+_OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
+_VERSIONS: Final = {"version=0.0.1", "version=1.0.0"}
+
+
+class _One(Collector):
+    """A collector of one family."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
+
+
+def chosen(accept: str) -> tuple[Encoder, str]:
+    """Return what writes the format that an Accept header asks for, and its content type.
+
+    OpenMetrics if it is among those, and in a version that we speak; else Prometheus's own, which everybody reads.
+    """
+    for each in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in each.split(";"))
+        versions = [part for part in parameters if part.startswith("version=")]
+        if kind == "application/openmetrics-text" and set(versions) <= _VERSIONS:
+            return choose_encoder(_OPENMETRICS)
+    return choose_encoder("")
+
+
+async def written(families: Iterable[Metric], encoder: Encoder) -> bytes:
+    """Return the text. Between two families, and two pieces of a long one, others get their turn of the loop.
+
+    Families in a row with the same name are one: the lines that describe it are written once.
+    """
+    whole = bytearray()
+    name, ends = "", b""
+    for family in families:
+        text = encoder(_One(family))
+        if text.endswith(_END):
+            text, ends = text[: -len(_END)], _END
+        while family.name == name and text.startswith(b"# "):
+            text = text.partition(b"\n")[2]
+        name = family.name
+        whole += text
+        await asyncio.sleep(0)
+    return bytes(whole + ends)

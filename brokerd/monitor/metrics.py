@@ -1,0 +1,181 @@
+"""The metrics: one reading of the counters as families with names, units and words, for Prometheus.
+
+Names follow its rules: ``brokerd_`` in front, base units, ``_total`` behind what only grows. The number of
+series is fixed, whatever clients do: labels have values from closed lists. Only where the configuration asks
+for metrics of each client does it grow, with the number of names in the configuration.
+docs/operations.md says of each what it means and when to worry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Final, TypeAlias, TypeVar
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from brokerd.monitor.expiry import Expiry
+from brokerd.monitor.lag import BOUNDS, Lag
+from brokerd.monitor.reading import Reading, Share, Watched
+from brokerd.net.tally import Outcome
+from brokerd_client.wire.envelope import ErrorCode
+
+__all__ = ["of_the_broker", "of_the_clients"]
+
+#: Clients in one piece of a family, so that writing it out can be interrupted.
+_PIECE: Final = 256
+
+_Item = TypeVar("_Item")
+_PerClient: TypeAlias = tuple[type[CounterMetricFamily | GaugeMetricFamily], str, str, Callable[[Share], float]]
+
+
+def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, *, python: str) -> list[Metric]:
+    """Return the families about the broker as a whole. python: its version."""
+    broker, config = watched.broker, watched.config
+    counts = reading.counts
+    info = InfoMetricFamily("brokerd_build", "The version, the routing loop that runs and the version of Python.")
+    info.add_metric([], {"version": broker.version, "routing": broker.routing, "python": python})
+    return [
+        info,
+        _gauge("start_time_seconds", "When the broker started, in seconds since the epoch.", broker.started_at),
+        _gauge(
+            "ready",
+            "1 while the broker takes clients, as /readyz says; 0 while it starts or drains.",
+            not watched.not_ready,
+        ),
+        _counter("messages_received", "Messages, requests, replies and events that clients sent.", counts.messages_in),
+        _counter("received_bytes", "Bytes of those, headers included.", counts.bytes_in),
+        _counter(
+            "messages_sent",
+            "Messages put out for clients: an event once for each that gets it, the broker's own answers too.",
+            counts.messages_out,
+        ),
+        _counter("sent_bytes", "Bytes of those, headers and lengths included.", counts.bytes_out),
+        _labelled_counter(
+            "refused", "Messages answered with an error, by its code.", "code", ErrorCode, reading.refused
+        ),
+        _counter("dropped", "Messages that nobody was told of: see when_full: drop_oldest.", reading.dropped),
+        _gauge("clients", "Clients in the configuration.", len(broker.exchange.clients)),
+        _gauge("clients_online", "Clients with at least one connection.", reading.online),
+        _gauge("connections", "Connections.", reading.connections),
+        _gauge("connections_limit", "limits.connections.", config.limits.connections),
+        _gauge("subscriptions", "Subscriptions to topics.", len(broker.topics)),
+        _gauge("queued_bytes", "Bytes that wait for clients.", reading.queued_bytes),
+        _gauge("fullest_queue_ratio", "How full the fullest queue is; at 1 nothing more is taken.", reading.fullest),
+        _gauge("slow_connections", "Connections that take no more bytes at the moment.", reading.slow),
+        _gauge("held_senders", "Connections not read from until somebody's full queue has room.", reading.held),
+        _gauge("pending_requests", "Requests delivered and not answered yet.", reading.owed),
+        *_about_the_door(watched),
+        *_about_reloads(watched),
+        _lag(lag),
+        _gauge("clients_expired", "Clients that can't connect because their last key has expired.", expiry.expired),
+        _maybe_gauge(
+            "next_client_expiry_timestamp_seconds",
+            "When the last key of the next client expires; no sample where none has an end.",
+            expiry.next,
+        ),
+    ]
+
+
+def _about_the_door(watched: Watched) -> Iterator[Metric]:
+    server = watched.server
+    tally = server.tally
+    limits = watched.config.limits
+    yield _gauge("listeners", "Sockets listened at.", len(server.listening))
+    yield _labelled_counter("handshakes", "Handshakes, by how they ended.", "result", Outcome, tally.handshakes)
+    yield _gauge("pending_handshakes", "Handshakes that have not finished.", server.handshakes)
+    yield _gauge("pending_handshakes_limit", "limits.handshakes.", limits.handshakes)
+    yield _counter("accept_pauses", "Times no connection was accepted for want of file descriptors.", tally.pauses)
+    yield _counter("bugs", "Connections given up over a bug in the broker: see daemon.bug in the log.", tally.bugs)
+
+
+def _about_reloads(watched: Watched) -> Iterator[Metric]:
+    yield _labelled_counter(
+        "reloads", "Reloads of the configuration.", "result", ("accepted", "refused"), watched.reloads
+    )
+    yield _gauge(
+        "config_last_reload_successful",
+        "0 while the configuration file is not the one in use because the last reload was refused.",
+        not watched.reload_refused,
+    )
+    yield _gauge(
+        "config_loaded_timestamp_seconds", "When the configuration in use was taken over.", watched.reloaded_at
+    )
+
+
+def of_the_clients(reading: Reading, ends_of_keys: Sequence[tuple[str, str, float]]) -> Iterator[Metric]:
+    """Yield the families about each client, in pieces: several in a row with the same name are one family.
+
+    ends_of_keys: (client, id of the key, end).
+    """
+    for make, name, words, value in _PER_CLIENT:
+        for part in _pieces(reading.clients):
+            family = make(f"brokerd_client_{name}", words, labels=["client"])
+            for client in part:
+                family.add_metric([client], value(reading.share(client)))
+            yield family
+    for keys in _pieces(ends_of_keys):
+        ends = GaugeMetricFamily(
+            "brokerd_key_expiry_timestamp_seconds", "When a key with not_after expires.", labels=["client", "key"]
+        )
+        for client, key, end in keys:
+            ends.add_metric([client, key], end)
+        yield ends
+
+
+_PER_CLIENT: Final[tuple[_PerClient, ...]] = (
+    (GaugeMetricFamily, "connections", "Connections of the client.", lambda share: share.connections),
+    (GaugeMetricFamily, "queued_bytes", "Bytes that wait for the client.", lambda share: share.queued_bytes),
+    (CounterMetricFamily, "messages_received", "Messages the client sent.", lambda share: share.counts.messages_in),
+    (CounterMetricFamily, "received_bytes", "Bytes of those.", lambda share: share.counts.bytes_in),
+    (CounterMetricFamily, "messages_sent", "Messages put out for the client.", lambda share: share.counts.messages_out),
+    (CounterMetricFamily, "sent_bytes", "Bytes of those.", lambda share: share.counts.bytes_out),
+    (
+        CounterMetricFamily,
+        "refused",
+        "Messages of the client answered with an error.",
+        lambda share: share.counts.errors,
+    ),
+)
+
+
+def _gauge(name: str, words: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"brokerd_{name}", words, value=float(value))
+
+
+def _maybe_gauge(name: str, words: str, value: float | None) -> Metric:
+    return GaugeMetricFamily(f"brokerd_{name}", words, value=value)
+
+
+def _counter(name: str, words: str, value: float) -> Metric:
+    return CounterMetricFamily(f"brokerd_{name}", words, value=value)
+
+
+def _labelled_counter(name: str, words: str, label: str, values: Iterable[str], counted: Mapping[Any, int]) -> Metric:
+    """Return a counter with a series for every value the label can have: what has not happened yet is 0, not absent."""
+    family = CounterMetricFamily(f"brokerd_{name}", words, labels=[label])
+    for value in values:
+        family.add_metric([str(value)], counted.get(value, 0))
+    return family
+
+
+def _lag(lag: Lag) -> Metric:
+    bounds = [*map(str, BOUNDS), "+Inf"]
+    return HistogramMetricFamily(
+        "brokerd_event_loop_lag_seconds",
+        "How late the event loop was, looked at ten times a second: what every message waits for.",
+        buckets=list(zip(bounds, accumulate(lag.counts), strict=True)),
+        sum_value=lag.total,
+    )
+
+
+def _pieces(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Yield parts of a sequence, one empty part of an empty one."""
+    for start in range(0, max(len(items), 1), _PIECE):
+        yield items[start : start + _PIECE]

@@ -1,0 +1,277 @@
+"""The pages over HTTP, and the limits that keep whoever asks from costing the broker anything it would miss.
+
+Whoever can reach the address can connect. So connections are few and short: one request each, some seconds at
+most, the oldest closed for a new one, so many accepted in a second; and reading the counters takes a small share
+of the event loop's time however often it is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import chain
+from typing import Final
+
+from aiohttp import web
+from prometheus_client import ProcessCollector
+from prometheus_client.core import Metric
+
+from brokerd.aside import aside
+from brokerd.config.model import Config, MonitorConfig
+from brokerd.core.session import Session
+from brokerd.monitor import exposition, metrics
+from brokerd.monitor.expiry import ends_of_keys, expiry_of
+from brokerd.monitor.lag import Lag
+from brokerd.monitor.reading import Departed, Watched, take
+from brokerd.net.listening import Listening
+from brokerd_client.address import Address
+
+__all__ = ["Site"]
+
+#: Connections at once. They share the process's descriptors with the clients.
+_MOST: Final = 16
+#: Seconds a connection may last.
+_LONGEST: Final = 10.0
+#: Connections accepted in a second: some thirty milliseconds' work.
+_A_SECOND: Final = 100
+#: For every second of reading the counters, seconds in which they are not read again.
+_REST: Final = 9
+#: Bytes of a page given to the system at once: a slow reader is not to have a copy of all of it kept.
+_PIECE: Final = 64 * 1024
+#: Bytes of one header, and of the request's first line.
+_LINE: Final = 4096
+_HEADERS: Final = {"Server": "brokerd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+_Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Site:
+    """The monitor of one daemon, wherever it listens at the moment."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._loop = asyncio.get_running_loop()
+        self.listening: list[Listening] = []
+        self._guests = _Guests(self._answer)
+        self._arrivals: set[asyncio.Task[object]] = set()
+        self._accepted = 0
+        self._second: asyncio.TimerHandle | None = None
+        self._pages: dict[str, _Page] = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
+        self._lag = Lag(self._loop)
+        self._process = ProcessCollector(registry=None)
+        self._departed: Departed | None = None
+        self._ends: tuple[Config, list[tuple[str, str, float]]] | None = None
+        self._reading = asyncio.Lock()
+        self._rested_at = 0.0
+        watched.server.on_left = self._on_left
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens, ports chosen by the system filled in."""
+        return [each.address for each in self.listening]
+
+    # What the daemon asks
+
+    def move(self, opened: list[Listening]) -> None:
+        """Answer at these sockets, and no more at those before."""
+        self._stop_listening()
+        self.listening = opened
+        for each in opened:
+            self._listen_at(each)
+        self._watched.log.info("monitor.listening", addresses=[str(address) for address in self.addresses])
+
+    def apply(self, config: MonitorConfig) -> None:
+        """Take over settings. The sockets are moved by :meth:`move`."""
+        if not config.is_local:
+            self._watched.log.warning(
+                "monitor.exposed",
+                address=str(config.address),
+                reason="it asks nobody for a password: whoever reaches it reads the metrics",
+            )
+        if not config.per_client:
+            self._departed = None
+        elif self._departed is None:
+            self._departed = Departed()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._watched.log.info("monitor.closed", addresses=[str(address) for address in self.addresses])
+        self._stop_listening()
+        self._guests.close()
+        self._lag.close()
+        if self._second is not None:
+            self._second.cancel()
+            self._second = None
+        self._watched.server.on_left = lambda session: None
+
+    # Accepting
+
+    def _listen_at(self, each: Listening) -> None:
+        self._loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+
+    def _stop_listening(self) -> None:
+        for each in self.listening:
+            self._loop.remove_reader(each.sock.fileno())
+            each.close()
+        self.listening = []
+
+    def _on_acceptable(self, each: Listening) -> None:
+        if self._second is None:
+            self._accepted = 0
+            self._second = self._loop.call_later(1.0, self._on_second)
+        try:
+            if self._accepted >= _A_SECOND:
+                raise BlockingIOError
+            sock, _ = each.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            pass
+        except OSError:
+            # No descriptor left, for one. Those who wait can wait.
+            self._accepted = _A_SECOND
+        else:
+            self._accepted += 1
+            sock.setblocking(False)
+            # What a slow reader has the system keep is bounded as well.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
+            task = self._loop.create_task(self._arrive(sock))
+            self._arrivals.add(task)
+            task.add_done_callback(self._arrivals.discard)
+        if self._accepted >= _A_SECOND:
+            for other in self.listening:
+                self._loop.remove_reader(other.sock.fileno())
+
+    def _on_second(self) -> None:
+        self._second = None
+        if self._accepted >= _A_SECOND:
+            for each in self.listening:
+                self._listen_at(each)
+
+    async def _arrive(self, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._guests, sock)
+        except OSError:
+            # Gone before it was begun.
+            sock.close()
+
+    # Answering
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            page = self._pages.get(request.path)
+            if page is None:
+                response: web.StreamResponse = _text(f"there are {', '.join(self._pages)}\n", 404)
+            elif request.method not in ("GET", "HEAD"):
+                response = _text("GET and HEAD only\n", 405)
+                response.headers["Allow"] = "GET, HEAD"
+            else:
+                response = await page(request)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to fail for the broker
+            self._watched.log.error(
+                "monitor.bug", page=request.path, error=repr(error), trace=traceback.format_exception(error)
+            )
+            response = _text("a bug in the monitor; the log says more\n", 500)
+        response.force_close()
+        return response
+
+    async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer, which says it all: the event loop turns."""
+        return _text("live\n")
+
+    async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
+        reason = self._watched.not_ready
+        return _text(f"not ready: {reason}\n", 503) if reason else _text("ready\n")
+
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        encoder, content_type = exposition.chosen(request.headers.get("Accept", ""))
+        async with self._reading:
+            await asyncio.sleep(self._rested_at - self._loop.time())
+            began = self._loop.time()
+            try:
+                text = await exposition.written(await self._families(), encoder)
+            finally:
+                ended = self._loop.time()
+                self._rested_at = ended + min(_REST * (ended - began), _LONGEST / 2)
+        response = web.StreamResponse(headers={**_HEADERS, "Content-Type": content_type})
+        response.content_length = len(text)
+        response.force_close()
+        await response.prepare(request)
+        if request.method == "GET":
+            for start in range(0, len(text), _PIECE):
+                await response.write(text[start : start + _PIECE])
+        return response
+
+    async def _families(self) -> Iterator[Metric]:
+        """Return all families, each made when it is asked for."""
+        watched, departed = self._watched, self._departed
+        # Aside: with many descriptors, or keys, these take a while.
+        process, expiry = await aside(
+            lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
+        )
+        reading = await take(watched, departed)
+        whole = metrics.of_the_broker(watched, reading, self._lag, expiry, python=platform.python_version())
+        if departed is None:
+            return chain(whole, process)
+        return chain(whole, process, metrics.of_the_clients(reading, await self._ends_of_keys(watched.config)))
+
+    async def _ends_of_keys(self, config: Config) -> list[tuple[str, str, float]]:
+        if self._ends is None or self._ends[0] is not config:
+            self._ends = config, await aside(lambda: ends_of_keys(config))
+        return self._ends[1]
+
+    def _on_left(self, session: Session) -> None:
+        if self._departed is not None:
+            self._departed.note(session)
+
+
+class _Guests(web.Server):
+    """Everybody connected to the monitor: few at once, and for a short time each."""
+
+    def __init__(self, answer: _Page) -> None:
+        # What is wrong with a stranger's request is told to him; nobody else need know.
+        silent = logging.getLogger("brokerd.monitor")
+        silent.disabled = True
+        super().__init__(
+            answer,
+            # Whoever has gone waits for no page.
+            handler_cancellation=True,
+            access_log=None,
+            logger=silent,
+            keepalive_timeout=_LONGEST,
+            lingering_time=0.0,
+            max_line_size=_LINE,
+            max_field_size=_LINE,
+            read_bufsize=_LINE,
+        )
+        self._there: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._there) >= _MOST:
+            oldest, first_timer = self._there.pop(next(iter(self._there)))
+            first_timer.cancel()
+            oldest.abort()
+        timer = asyncio.get_running_loop().call_later(_LONGEST, transport.abort)
+        self._there[handler] = transport, timer
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        there = self._there.pop(handler, None)
+        if there is not None:
+            there[1].cancel()
+
+    def close(self) -> None:
+        """Close every connection."""
+        for transport, timer in self._there.values():
+            timer.cancel()
+            transport.abort()
+
+
+def _text(text: str, status: int = 200) -> web.Response:
+    return web.Response(text=text, status=status, headers=_HEADERS)

@@ -1,0 +1,44 @@
+"""What the network layer counts beside its work: how handshakes ended, and what should never happen.
+
+Nothing here is touched for a message. The core keeps its own counters where its bytes move.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["Outcome", "Tally"]
+
+
+class Outcome(StrEnum):
+    """How a handshake ended."""
+
+    ACCEPTED = "accepted"
+    """The peer proved who it is and was let in."""
+    REJECTED = "rejected"
+    """It answered with no client's key, or with one that may not be used here and now."""
+    REFUSED = "refused"
+    """It may have been right, and there was no room for it, or the broker was stopping."""
+    MALFORMED = "malformed"
+    """What it said was no handshake."""
+    TIMEOUT = "timeout"
+    """It had not finished within ``limits.handshake_timeout``."""
+    LOST = "lost"
+    """It closed, or its connection broke, before it had proved anything."""
+    LEFT = "left"
+    """It closed without having sent a byte, as health checks do."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of one server since it began.
+
+    handshakes: by how they ended. pauses: times that no connection could be accepted for want of descriptors.
+    bugs: connections given up over a bug of ours.
+    """
+
+    handshakes: Counter[Outcome] = field(default_factory=Counter)
+    pauses: int = 0
+    bugs: int = 0

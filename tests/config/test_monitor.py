@@ -1,0 +1,101 @@
+"""The ``monitor:`` section: its forms, where it is local, and what is said where it is not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from brokerd.config.advice import advice
+from brokerd.config.load import ConfigError, load, load_text
+from brokerd.config.plan import compare
+
+LISTEN = "listen: [/run/b.sock]\nclients: {a: {key: k}}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "address", "per_client"),
+    [
+        ("127.0.0.1:6060", "127.0.0.1:6060", False),
+        ("'[::1]:6060'", "[::1]:6060", False),
+        ("[localhost, 6060]", "localhost:6060", False),
+        ("'@monitor'", "@monitor", False),
+        ("monitor.sock", "/etc/b/monitor.sock", False),
+        ("{address: 127.0.0.1:6060}", "127.0.0.1:6060", False),
+        ("{address: [127.0.0.1, 0], per_client: true}", "127.0.0.1:0", True),
+    ],
+)
+def test_the_forms_of_an_address(written: str, address: str, per_client: bool) -> None:
+    """An address alone in any form, or a mapping; a path is relative to its file."""
+    monitor = load_text(f"{LISTEN}monitor: {written}\n", "/etc/b/brokerd.yaml").monitor
+
+    assert monitor is not None
+    assert (str(monitor.address), monitor.per_client) == (address, per_client)
+
+
+def test_it_is_off_unless_given() -> None:
+    """No key, no monitor."""
+    assert load_text(LISTEN).monitor is None
+
+
+def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
+    """An included file can't switch it on."""
+    (tmp_path / "b.yaml").write_text("listen: [s]\ninclude: [c.yaml]\n")
+    (tmp_path / "c.yaml").write_text("monitor: 127.0.0.1:6060\n")
+
+    with pytest.raises(ConfigError, match=r"c\.yaml:1:1: monitor: has its place in the main file alone"):
+        load(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.9.9.9:1", True),
+        ("'[::1]:1'", True),
+        ("localhost:1", True),
+        ("/run/m", True),
+        ("'@m'", True),
+        ("0.0.0.0:1", False),
+        ("'[::]:1'", False),
+        ("192.0.2.1:1", False),
+        ("localhost.example.org:1", False),
+    ],
+)
+def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) -> None:
+    """``brokerd check`` names the risk and what would be right, once; of a local address it says nothing."""
+    config = load_text(f"{LISTEN}monitor: {address}\n", "b.yaml")
+
+    warnings = advice(config, datetime.now(UTC))
+
+    shown = address.strip("'")
+    port = shown.rpartition(":")[2]
+    expected = (
+        f"b.yaml:3: the monitor at {shown} asks nobody for a password: whoever reaches it reads the metrics "
+        f"(give 127.0.0.1:{port}, or keep others away with a firewall)"
+    )
+    assert warnings == ([] if local else [expected])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes", "opened", "closed"),
+    [
+        ("", "", [], [], []),
+        ("", "monitor: h:1\n", ["address: none -> h:1"], ["h:1"], []),
+        ("monitor: h:1\n", "", ["address: h:1 -> none"], [], ["h:1"]),
+        ("monitor: h:1\n", "monitor: h:2\n", ["address: h:1 -> h:2"], ["h:2"], ["h:1"]),
+        ("monitor: h:1\n", "monitor: {address: h:1, per_client: true}\n", ["per_client: false -> true"], [], []),
+        ("monitor: h:1\n", "# moved\nmonitor: {address: h:1}\n", [], [], []),
+    ],
+)
+def test_what_a_reload_would_change(
+    before: str, after: str, changes: list[str], opened: list[str], closed: list[str]
+) -> None:
+    """Only a new address is opened, in words for people too; where it is written does not matter."""
+    plan = compare(load_text(LISTEN + before), load_text(LISTEN + after))
+
+    assert plan.as_fields()["monitor"] == changes
+    assert [str(entry.address) for entry in plan.monitor_opened] == opened
+    assert [str(entry.address) for entry in plan.monitor_closed] == closed
+    assert plan.restart == ()

@@ -1,0 +1,176 @@
+"""Whoever asks, however badly: the broker's clients and the next one who asks notice nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from time import monotonic
+
+import pytest
+from monitor.scrape import connect, ended, get, watched
+from net.house import House
+from net.raw import MESSAGE
+
+from brokerd.monitor import site
+
+
+def test_silent_connections_hold_up_nobody() -> None:
+    """Forty connections say nothing: the pages come at once, messages pass, and only a few are kept open."""
+    with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        silent = [connect(broker) for _ in range(40)]
+        began = monotonic()
+        assert get(broker, "/readyz").status == 200
+        assert get(broker, "/metrics").status == 200
+        alice.send(MESSAGE, "bob", b"hello")
+        assert bob.recv().body == b"hello"
+        took = monotonic() - began
+
+        assert took < site._LONGEST / 2
+        # The oldest made room for the newer ones.
+        assert all(ended(each) for each in silent[: 40 - site._MOST])
+        for each in silent:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"GET /metr",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+        b"POST /livez HTTP/1.1\r\nContent-Length: 99\r\n\r\n",
+    ],
+    ids=["nothing", "half a line", "half a header", "no body"],
+)
+def test_a_connection_lasts_some_seconds_at_most(monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
+    """Whatever it has begun, it is closed."""
+    monkeypatch.setattr(site, "_LONGEST", 0.3)
+    with watched() as broker, connect(broker) as slow:
+        slow.sendall(beginning)
+
+        assert ended(slow)
+
+
+def test_a_connection_is_for_one_request() -> None:
+    """A second request on the same connection is not answered, however it was sent."""
+    with watched() as broker, connect(broker) as sock:
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n" * 50)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while data := sock.recv(65536):
+                answer += data
+
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n" + b"X-Many: x\r\n" * 100_000 + b"\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+        b"\r\n" * 1000,
+        b"NONSENSE\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n" + b"x" * 100_000,
+        b"GET /livez HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello",
+    ],
+    ids=["long line", "long header", "many headers", "TLS", "empty lines", "nonsense", "upgrade", "smuggled"],
+)
+def test_nonsense_is_answered_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request_text: bytes
+) -> None:
+    """The connection ends, nothing is logged or printed, and the next one who asks is served."""
+    monkeypatch.setattr(site, "_LONGEST", 1.0)
+    with watched() as broker:
+        with connect(broker) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(request_text)
+            assert ended(sock)
+        assert get(broker, "/livez").status == 200
+        bugs = broker.log.named("monitor.bug")
+
+    assert bugs == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for megabytes and does not read: others get theirs, and it is cut off in the end."""
+    monkeypatch.setattr(site, "_LONGEST", 2.0)
+    clients = {f"client-with-a-long-name-{number:040}": {} for number in range(3000)}
+    monitor = {"address": "127.0.0.1:0", "per_client": True}
+    with watched(clients, monitor=monitor) as broker, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect(broker.daemon.monitor_addresses[0].sockaddr)
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = slow.recv(1)
+        page = get(broker, "/metrics").body
+        assert get(broker, "/livez").status == 200
+
+        deadline = monotonic() + 30
+        while guests(broker):
+            assert monotonic() < deadline
+        with contextlib.suppress(ConnectionError):
+            while data := slow.recv(65536):
+                answer += data
+
+    assert len(answer) < len(page)
+
+
+def guests(broker: House) -> int:
+    """Return how many connections the monitor has."""
+    this = broker.daemon._monitor._site
+    assert this is not None
+    return broker.call(lambda: len(this._guests._there))
+
+
+def test_reading_the_counters_takes_a_small_share_of_the_time() -> None:
+    """However often it is asked for: after each reading there is a rest, nine times as long."""
+    with watched() as broker:
+        this = broker.daemon._monitor._site
+        assert this is not None
+        began = broker.call(this._loop.time)
+        assert get(broker, "/metrics").status == 200
+        rested_at = broker.call(lambda: this._rested_at)
+        ended_at = broker.call(this._loop.time)
+        broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 0.5))
+        since = monotonic()
+        assert get(broker, "/livez").status == 200
+        live = monotonic() - since
+        assert get(broker, "/metrics").status == 200
+        rested = monotonic() - since
+
+    assert began < rested_at < ended_at + site._REST * (ended_at - began)
+    assert live < 0.4
+    assert rested >= 0.45
+
+
+def test_a_crowd_is_let_in_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past so many connections in a second, the others wait for the next second; none is lost."""
+    monkeypatch.setattr(site, "_A_SECOND", 5)
+    with watched() as broker:
+        began = monotonic()
+        for _ in range(12):
+            assert get(broker, "/livez").status == 200
+        took = monotonic() - began
+
+    assert took > 1.5
+
+
+def test_whoever_has_gone_waits_for_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests whose connections have ended are not worked off: nobody could make a queue of them."""
+    with watched() as broker:
+        this = broker.daemon._monitor._site
+        assert this is not None
+        read = []
+        families_of = this._families
+        monkeypatch.setattr(this, "_families", lambda: read.append(1) or families_of())
+        broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 1.0))
+        for _ in range(10):
+            with connect(broker) as sock:
+                sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert get(broker, "/metrics").status == 200
+
+    assert len(read) == 1

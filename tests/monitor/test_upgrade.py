@@ -1,0 +1,107 @@
+"""The monitor across an upgrade of the daemon: the same sockets, and counters that go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+import yaml
+from e2e.process import Process
+from monitor.scrape import get, read_prometheus
+
+from brokerd_client.address import Address, parse
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="needs Linux")
+
+CLIENTS = {"ops": {"admin": True}}
+
+
+def listening_at(broker: Process) -> Address:
+    return parse(broker.wait("monitor.listening")[0]["addresses"][0])
+
+
+def received(at: Address) -> float:
+    families = {each.name: each for each in read_prometheus(get(at, "/metrics").body)}
+    return families["brokerd_messages_received"].samples[0].value
+
+
+def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
+    """Two upgrades while a health check asks without a pause: nobody is refused, and the counters go on.
+
+    Whoever was being answered by the old process in its last moment may be cut off, once an upgrade.
+    """
+    with Process(socket_dir, CLIENTS, monitor="127.0.0.1:0", log={"level": "info"}) as broker:
+        at = listening_at(broker)
+        answers: list[int | str] = []
+        done = threading.Event()
+
+        def ask() -> None:
+            while not done.wait(0.02):
+                try:
+                    answers.append(get(at, "/readyz").status)
+                except ConnectionRefusedError:
+                    answers.append("refused")
+                except (ConnectionError, HTTPException):
+                    answers.append("cut off")
+
+        asking = threading.Thread(target=ask)
+        with broker.login("ops") as ops:
+            asking.start()
+            try:
+                for _ in range(2):
+                    ops.ask("ping")
+                    before = received(at)
+                    answer = ops.ask("upgrade").json
+                    assert answer["upgraded"], answer
+                    assert received(at) > before
+            finally:
+                done.set()
+                asking.join(30)
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+
+    assert set(answers) <= {200, "cut off"}
+    assert answers.count("cut off") <= 2
+    assert answers.count(200) > 10
+
+
+@pytest.mark.parametrize("after", ["moved", "off"])
+def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: str) -> None:
+    """The new process has the monitor where its configuration says, and the old one's socket file is gone."""
+    path = socket_dir / "monitor"
+    with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
+        assert get(listening_at(broker), "/livez").status == 200
+        whole = yaml.safe_load(broker.config.read_text())
+        whole |= {"monitor": str(socket_dir / "other")} if after == "moved" else {}
+        if after == "off":
+            del whole["monitor"]
+        broker.config.write_text(yaml.safe_dump(whole))
+        with broker.login("ops") as ops:
+            answer = ops.ask("upgrade").json
+        assert answer["upgraded"], answer
+        broker.wait("daemon.upgraded")
+
+        assert not path.exists()
+        if after == "moved":
+            assert get(parse(str(socket_dir / "other")), "/livez").status == 200
+
+
+def test_an_upgrade_that_fails_leaves_the_monitor_alone(socket_dir: Path) -> None:
+    """The new process can't listen at another address: the old monitor answers on, its socket file stays."""
+    path = socket_dir / "monitor"
+    with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
+        at = listening_at(broker)
+        with socket.create_server(("127.0.0.1", 0)) as taken, broker.login("ops") as ops:
+            whole = yaml.safe_load(broker.config.read_text())
+            whole["listen"].append(f"127.0.0.1:{taken.getsockname()[1]}")
+            broker.config.write_text(yaml.safe_dump(whole))
+            answer = ops.ask("upgrade").json
+
+            assert not answer["upgraded"]
+        assert path.exists()
+        assert get(at, "/livez").status == 200
