@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,16 +21,21 @@ class Deaf(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("number", "heard_by"), [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload")])
+def _put(heard: asyncio.Queue[tuple[str, str]], what: str, name: str) -> None:
+    heard.put_nowait((what, name))
+
+
+@pytest.mark.parametrize(
+    ("number", "heard_by"), [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload"), ("SIGUSR2", "upgrade")]
+)
 def test_a_signal_wakes_a_loop_that_knows_none(number: str, heard_by: str) -> None:
     """The loop, which waits for nothing else, calls what the signal is for; others are no concern; all is undone."""
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
 
     async def main() -> list[tuple[str, str]]:
         heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        with _signals_go_to(
-            lambda name: heard.put_nowait(("end", name)), lambda name: heard.put_nowait(("reload", name))
-        ):
+        acts = [partial(_put, heard, what) for what in ("end", "reload", "upgrade")]
+        with _signals_go_to(*acts):
             handler = signal.signal(signal.SIGUSR1, lambda *_: None)
             loop = asyncio.get_running_loop()
             loop.call_soon(os.kill, os.getpid(), signal.SIGUSR1)
