@@ -54,6 +54,7 @@ class Crowd:
         self._clients: dict[str, Any] = {}
         self.refused: list[str] = []
         self.knocks = 0
+        self.keys_used: set[tuple[str, bytes]] = set()
         self._knocking: list[str] = []
         self._came: Counter[str] = Counter()
 
@@ -80,9 +81,11 @@ class Crowd:
 
     async def _knock(self, name: str) -> None:
         while not self._over.is_set():
+            key = self.keys[name]
             try:
-                async with aio.connect(self.address, name, self.keys[name], reconnect=False) as client:
+                async with aio.connect(self.address, name, key, reconnect=False) as client:
                     await client.ping()
+                self.keys_used.add((name, key))
                 self.knocks += 1
                 self._came[name] += 1
                 self._news.set()

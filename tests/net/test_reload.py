@@ -43,11 +43,16 @@ class FromFile:
         problems: list[str] = self._run(self.daemon.reload("test"))
         return problems
 
-    def stop_soon(self) -> None:
-        async def stop() -> None:
-            self.daemon.stop_soon("test")
+    def call(self, function: Any) -> Any:
+        """Return the function's result, called in the broker's thread."""
 
-        self._run(stop())
+        async def run() -> Any:
+            return function()
+
+        return self._run(run())
+
+    def stop_soon(self) -> None:
+        self.call(lambda: self.daemon.stop_soon("test"))
 
     def connect(self, name: str, key: str, at: str = "sock") -> Any:
         return brokerd_client.connect(str(self.home / at), name=name, key=key, reconnect=False)

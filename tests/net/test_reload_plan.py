@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import sys
@@ -18,6 +19,8 @@ from net.raw import WELCOME, Raw, prefixed
 from net.test_reload import BOB, FromFile, gone
 
 import brokerd_client
+from brokerd.config.load import load
+from brokerd_client.address import Address
 from brokerd_client.errors import AuthenticationError, Disconnected, TimedOut
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
@@ -237,6 +240,48 @@ def test_a_group_comes_and_goes(served: FromFile) -> None:
         served.write(OPS + BOB, listen=f", {{address: {path}, mode: '0660'{group}}}")
         assert served.reload() == []
         assert (path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)) == (gid, 0o660)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
+@pytest.mark.parametrize(("before", "after", "between"), [("0600", "0660", 0o600), ("0660", "0600", 0o600)])
+def test_nobody_has_more_than_by_the_old_or_the_new_entry(
+    served: FromFile, monkeypatch: pytest.MonkeyPatch, before: str, after: str, between: int
+) -> None:
+    """While a socket gets another group, its mode is what both entries allow."""
+    path = served.home / "second"
+    served.write(OPS + BOB, listen=f", {{address: {path}, mode: '{before}'}}")
+    assert served.reload() == []
+    seen = []
+    right = shutil.chown
+
+    def chown(*arguments: Any, **named: Any) -> None:
+        seen.append(stat.S_IMODE(path.stat().st_mode))
+        right(*arguments, **named)
+
+    monkeypatch.setattr(shutil, "chown", chown)
+    served.write(OPS + BOB, listen=f", {{address: {path}, mode: '{after}', group: 12345}}")
+    assert served.reload() == []
+    assert seen == [between]
+    assert stat.S_IMODE(path.stat().st_mode) == int(after, 8)
+
+
+def test_whoever_had_connected_before_a_listener_closes_is_let_in(served: FromFile) -> None:
+    """A connection that the system made, and the broker has not seen yet, is not thrown away with the listener."""
+    second = served.home / "second"
+    served.write(OPS + BOB, listen=f", {second}")
+    assert served.reload() == []
+    served.write(OPS + BOB)
+    config = load(served.home / "brokerd.yaml")
+
+    def connect_and_close() -> Raw:
+        raw = Raw(Address("AF_UNIX", path=str(second)))
+        served.daemon.apply(config, "test")
+        return raw
+
+    with served.call(connect_and_close) as raw:
+        assert not second.exists()
+        raw.log_in(b"bobs-first-key", b"bob")
+        raw.ping()
 
 
 def list_open(file: Path) -> int:
