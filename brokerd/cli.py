@@ -117,10 +117,11 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
     except ConfigError as error:
         click.echo(str(error), err=True)
         context.exit(EX_CONFIG)
+    if against_running:
+        # The broker's answer has the warnings too.
+        context.exit(_check_against_running(config, as_json))
     for warning in advice(config, datetime.now(UTC)):
         click.echo(f"warning: {warning}", err=True)
-    if against_running:
-        context.exit(_check_against_running(config, as_json))
     clients, listeners = len(config.clients), len(config.listen)
     click.echo(
         one_line(

@@ -7,6 +7,7 @@ whole configuration, read again, is good and has the client.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import glob
 import os
@@ -26,6 +27,8 @@ __all__ = ["Added", "NotAdded", "add_client"]
 #: Bytes of a fresh key: as many as the digest it is used with has.
 _KEY_SIZE: Final = 32
 _OPEN_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+#: What systems say of a file system without links.
+_NO_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class NotAdded(Exception):
@@ -119,16 +122,23 @@ def _write_new(path: Path, text: str, mode: int, undo: ExitStack) -> None:
             if hasattr(os, "fchmod"):
                 os.fchmod(handle, mode)
             os.fsync(handle)
-        try:
-            if os.name == "posix":
-                # Not a rename: that would replace a file made in the meantime.
-                os.link(temporary, path)
-            else:
-                temporary.rename(path)
-        except FileExistsError as error:
-            raise FileExistsError(error.errno, error.strerror, str(path)) from None
+        _put_in_place(temporary, path)
         undo.callback(_quietly, path.unlink)
     _sync_directory(path.parent)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Give a whole file its name. Raises FileExistsError; a rename alone would replace a file made in the meantime."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise FileExistsError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # For a moment it is there and empty, and ours.
+        os.close(os.open(path, _OPEN_FLAGS, 0o600))
+        temporary.replace(path)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access
@@ -21,11 +22,12 @@ __all__ = ["Administrator", "ask_for_plan"]
 _TRIES = 8
 
 
-class Administrator(NamedTuple):
-    """Somebody who may ask. key: None for one that its user vouches for."""
+@dataclass(frozen=True, slots=True)
+class Administrator:
+    """Somebody who may ask. key: None for one that its user vouches for; neither str nor repr shows it."""
 
     name: str
-    key: bytes | None
+    key: bytes | None = field(repr=False)
 
 
 def ask_for_plan(
@@ -63,10 +65,10 @@ def _connected(
         )
     failures = []
     for where in [address] if address else addresses:
-        for name, key in administrators[:_TRIES]:
+        for each in administrators[:_TRIES]:
             try:
-                return brokerd_client.connect(where, name, key, timeout=DEFAULT_TIMEOUT_S, reconnect=False)
+                return brokerd_client.connect(where, each.name, each.key, timeout=DEFAULT_TIMEOUT_S, reconnect=False)
             except (BrokerdError, OSError) as error:
-                failures.append(f"{name} at {where}: {error}")
+                failures.append(f"{each.name} at {where}: {error}")
     tried = "\n".join(failures)
     raise Failure(Status.UNREACHABLE, f"no broker lets an administrator of this configuration in:\n{tried}")

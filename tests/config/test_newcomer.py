@@ -161,6 +161,21 @@ def test_everything_is_taken_back_if_the_whole_is_bad(tmp_path: Path, monkeypatc
     assert everything(tmp_path) == before
 
 
+def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are the same there, and still none is replaced."""
+    file = main_file(tmp_path)
+
+    def unknown(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(source), None, str(target))
+
+    monkeypatch.setattr(newcomer.os, "link", unknown)
+
+    add_client("a", file)
+
+    assert "a" in load(file).clients
+    assert set(everything(tmp_path)) == {"brokerd.yaml", "clients.d", "clients.d/a.yaml", "keys", "keys/a"}
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the system at the second file takes the first one back."""
     file = main_file(tmp_path)

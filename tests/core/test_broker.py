@@ -709,14 +709,15 @@ def test_a_draining_broker_takes_nothing_new() -> None:
     assert net.try_connect("bob") is None
 
 
-def test_a_reload_ends_subscriptions_that_are_no_longer_allowed() -> None:
+@pytest.mark.parametrize("differing", [None, ["bob", "ann"]])
+def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(differing: list[str] | None) -> None:
     """The others stay; a client that is gone from the configuration is returned to be closed; a rate starts."""
     net = FakeNet(client("ann"), client("bob"), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for topic in ("a.b", "b"):
         bob.ask("subscribe", topic=topic)
     changed = {"ann": client("ann", rate=RateConfig(2, None)), "bob": client("bob", subscribe=["a.*"])}
-    assert net.broker.reconfigure(changed, net.broker.limits, net.now) == [cid.session]
+    assert net.broker.reconfigure(changed, net.broker.limits, net.now, differing) == [cid.session]
     net.broker.close(cid.session, "gone from the configuration")
     net.settle()
     assert cid.gone
