@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import stat
 import sys
@@ -252,13 +251,13 @@ def test_nobody_has_more_than_by_the_old_or_the_new_entry(
     served.write(OPS + BOB, listen=f", {{address: {path}, mode: '{before}'}}")
     assert served.reload() == []
     seen = []
-    right = shutil.chown
+    right = os.chown
 
     def chown(*arguments: Any, **named: Any) -> None:
         seen.append(stat.S_IMODE(path.stat().st_mode))
         right(*arguments, **named)
 
-    monkeypatch.setattr(shutil, "chown", chown)
+    monkeypatch.setattr(os, "chown", chown)
     served.write(OPS + BOB, listen=f", {{address: {path}, mode: '{after}', group: 12345}}")
     assert served.reload() == []
     assert seen == [between]
