@@ -201,7 +201,7 @@ def test_schema_is_a_json_schema() -> None:
     schema = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["properties"]) == {"listen", "clients", "include", "limits", "log"}
+    assert set(schema["properties"]) == {"listen", "clients", "include", "limits", "log", "monitor"}
 
 
 def test_version() -> None:
