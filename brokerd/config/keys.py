@@ -78,7 +78,7 @@ def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
     """Return the key in a credential that systemd hands over. Raises KeyRefused."""
     if "/" in name or name in (".", ".."):
         raise KeyRefused(f"{name} is no credential's name (give the name in LoadCredential=, without a path)")
-    directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SECRETS_DIRECTORY")
+    directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SEALED_DIRECTORY")
     if not directory:
         raise KeyRefused(f"there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential={name}:PATH)")
     return read_file(os.path.join(directory, name), environ)  # noqa: PTH118 - read_file takes text
@@ -100,11 +100,11 @@ def forbidden(path: str, environ: Mapping[str, str]) -> int:
     """Return the mode bits that a file with a key in it must not have.
 
     A file below CREDENTIALS_DIRECTORY may be readable by its group, as some versions of systemd make it: the
-    directory itself is closed to others. One below BROKERD_SECRETS_DIRECTORY may be readable by all, as container
+    directory itself is closed to others. One below BROKERD_SEALED_DIRECTORY may be readable by all, as container
     runtimes make it: nobody but this container sees the directory. Only who starts the broker can know that, so the
     variable is set in the image and nowhere else.
     """
-    if _is_below(path, environ.get("BROKERD_SECRETS_DIRECTORY")):
+    if _is_below(path, environ.get("BROKERD_SEALED_DIRECTORY")):
         return stat.S_IWGRP | stat.S_IWOTH
     if _is_below(path, environ.get("CREDENTIALS_DIRECTORY")):
         return _OTHERS & ~stat.S_IRGRP

@@ -191,17 +191,10 @@ class Door:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._refuse(knock, error.strerror or type(error).__name__, Outcome.LOST)
-            return
-        if not data and knock.silent:
-            # A health check, a balancer's probe: nobody was refused, and a line for each would bury the rest.
-            self._forget(knock)
-            knock.sock.close()
-            self._server.tally.handshakes[Outcome.LEFT] += 1
-            self._server.floods.note("debug", "client.left", knock.origin, peer=knock.peer, listener=knock.listener)
+            self._lose(knock, error)
             return
         if not data:
-            self._refuse(knock, "closed by the peer before it had proved who it is", Outcome.LOST)
+            self._lose(knock, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
             return
         knock.silent = False
         knock.heard += data
@@ -254,7 +247,7 @@ class Door:
         except FrameError as error:
             self._refuse(knock, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
         except OSError as error:
-            self._refuse(knock, error.strerror or type(error).__name__, Outcome.LOST)
+            self._lose(knock, error)
 
     def _send(self, knock: Knock, body: bytes) -> None:
         data = frame(body)
@@ -328,6 +321,19 @@ class Door:
         self._forget(knock)
         knock.sock.close()
         self._server.on_refused(knock, reason, outcome)
+
+    def _lose(self, knock: Knock, error: OSError) -> None:
+        """Let go of a peer that is gone: it is refused only if it had begun to answer.
+
+        A health check and a balancer's probe say nothing and leave: a line for each would bury the others.
+        """
+        if knock.silent and not knock.done and isinstance(error, ConnectionError):
+            self._forget(knock)
+            knock.sock.close()
+            self._server.tally.handshakes[Outcome.LEFT] += 1
+            self._server.floods.note("debug", "client.left", knock.origin, peer=knock.peer, listener=knock.listener)
+        else:
+            self._refuse(knock, error.strerror or str(error) or type(error).__name__, Outcome.LOST)
 
     def _forget(self, knock: Knock) -> None:
         knock.done = True

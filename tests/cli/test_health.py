@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -90,6 +91,23 @@ def test_who_sends_a_byte_and_leaves_is_refused() -> None:
             peer.sock.sendall(b"\0")
         assert "closed by the peer" in broker.log.wait("client.refused")[0].fields["reason"]
         assert not broker.log.named("client.left")
+
+
+def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
+    """A health check that gave up on a frozen broker leaves no warning when the broker goes on."""
+    with served() as broker:
+        peer = broker.raw()
+
+        def freeze() -> None:
+            # The loop stands still meanwhile. A reset: the broker's own bytes are lost, and it is told so.
+            gone = broker.raw()
+            gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()
+
+        peer.close()
+        broker.call(freeze)
+        broker.log.wait("client.left", 2)
+        assert not broker.log.named("client.refused")
 
 
 def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:

@@ -159,10 +159,10 @@ def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None
 @posix_modes
 @pytest.mark.parametrize("mode", [0o444, 0o644, 0o440, 0o600])
 def test_a_secret_of_a_container(tmp_path: Path, mode: int) -> None:
-    """A file in $BROKERD_SECRETS_DIRECTORY may be readable by all: as a key file, by name, and as a configuration."""
+    """A file in $BROKERD_SEALED_DIRECTORY may be readable by all: as a key file, by name, and as a configuration."""
     path = key_file(tmp_path / "ops", mode=mode)
     file = key_file(tmp_path / "b.yaml", (LISTEN + "clients: {b: {key: inline}}\n").encode(), mode)
-    environ = {"BROKERD_SECRETS_DIRECTORY": str(tmp_path)}
+    environ = {"BROKERD_SEALED_DIRECTORY": str(tmp_path)}
 
     as_file = load_text(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n", "f", environ)
     by_name = load_text(LISTEN + "clients: {a: {key_credential: ops}}\n", "f", environ)
@@ -178,10 +178,10 @@ def test_a_secret_is_still_no_scratch_paper(tmp_path: Path, mode: int) -> None:
     path = key_file(tmp_path / "ops", mode=mode)
     text = LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n"
 
-    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": str(tmp_path)})
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SEALED_DIRECTORY": str(tmp_path)})
     path.chmod(0o444)
-    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": f"{tmp_path}/secrets"})
-    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SECRETS_DIRECTORY": ""})
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SEALED_DIRECTORY": f"{tmp_path}/secrets"})
+    assert f"chmod 600 {path}" in refusal(text, {"BROKERD_SEALED_DIRECTORY": ""})
 
 
 @posix_modes
