@@ -1,0 +1,58 @@
+# The broker's image: Python, brokerd with its compiled routing loop, the libraries these load, and nothing else.
+#
+#   podman build -t brokerd .        (or docker build -t brokerd .)
+#
+# docs/operations.md, "Container", tells how to run it.
+
+FROM docker.io/library/python:3.13-slim-bookworm AS build
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+# No versions: Debian keeps only its latest, and nothing of this stage stays but what the compiler makes.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY client client
+COPY brokerd brokerd
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m pip wheel --wheel-dir /wheels .
+
+# The loop is optional to an install and not to this image: the build ends here if it is not there.
+RUN python -m venv --without-pip /opt/brokerd \
+    && python -m pip --python /opt/brokerd/bin/python install --no-cache-dir --no-compile --no-index --find-links /wheels brokerd \
+    && /opt/brokerd/bin/python -I -c 'from brokerd.core import _routing_c'
+
+COPY .ci/image_root.sh /usr/local/bin/
+RUN image_root.sh /opt/brokerd /image 10001
+
+
+FROM scratch
+
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="brokerd" \
+      org.opencontainers.image.description="A message broker whose client every Python already has" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.13-slim-bookworm"
+
+COPY --from=build /image /
+
+# What the runtime mounts there is for this container alone, so the modes of the files in it keep nobody out.
+ENV PATH=/opt/brokerd/bin:/usr/local/bin \
+    LANG=C.UTF-8 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    BROKERD_SEALED_DIRECTORY=/run/secrets
+
+# A number, so that Kubernetes can see that it is not root. Any other one works too.
+USER 10001:10001
+WORKDIR /etc/brokerd
+VOLUME ["/etc/brokerd", "/run/brokerd"]
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=6s --start-period=30s --retries=3 CMD ["brokerd", "health"]
+ENTRYPOINT ["brokerd"]

