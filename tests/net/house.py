@@ -51,15 +51,14 @@ class Recorder:
     def error(self, event: str, **fields: Any) -> None:
         self._record("error", event, fields)
 
-    def named(self, *events: str) -> list[Event]:
-        return [each for each in self.events if each.event in events]
+    def named(self, event: str) -> list[Event]:
+        return [each for each in self.events if each.event == event]
 
-    def wait(self, event: str | tuple[str, ...], count: int = 1) -> list[Event]:
-        """Return the events of that name, or of one of those names, when there are ``count``."""
+    def wait(self, event: str, count: int = 1) -> list[Event]:
+        """Return the events of that name when there are ``count``."""
         with self._news:
-            names = (event,) if isinstance(event, str) else event
-            assert self._news.wait_for(lambda: len(self.named(*names)) >= count, TIMEOUT_S), self.events
-        return self.named(*names)
+            assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), self.events
+        return self.named(event)
 
 
 class House:

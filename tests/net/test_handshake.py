@@ -442,14 +442,17 @@ def test_a_silent_peer_does_not_hold_up_accept() -> None:
 
 
 def test_a_peer_that_resets_is_forgotten() -> None:
-    """A reset in the middle of the handshake harms nobody; whether its bytes came before it is chance."""
+    """A reset in the middle of the handshake harms nobody, and nothing is kept of it."""
     with served() as broker:
         for _ in range(20):
             peer = broker.raw()
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.write(b"\0\0")
             peer.close()
-        broker.log.wait(("client.refused", "client.left"), 20)
+        # Whether the bytes are seen before the reset is chance, and so is which event it is.
+        deadline = monotonic() + 30
+        while broker.call(lambda: len(broker.daemon._server._door)):
+            assert monotonic() < deadline
         broker.login("alice").close()
 
 
