@@ -259,3 +259,20 @@ def test_nothing_is_dropped_in_vain() -> None:
     assert outbox.drop_oldest(50) is None
     assert b"".join(outbox.pieces()) == before
     assert outbox.waiting == 130
+
+
+@pytest.mark.parametrize("taken", [0, 1, 30, CHUNK, CHUNK + 30, 2 * CHUNK + 30, 3 * CHUNK])
+def test_what_another_process_filled_is_counted_too(taken: int) -> None:
+    """An outbox that goes on where another one stopped knows how many frames were not taken, and so after more."""
+    first, second = StreamOutbox(1 << 30), StreamOutbox(1 << 30)
+    for size in (30, CHUNK, 30, CHUNK, 30):
+        put(first, message(size))
+    second.refill([bytearray(chunk) for chunk in first.chunks()], first.begun, first.left())
+    second.frames = first.frames
+    for size in (CHUNK, 30):
+        put(first, message(size))
+        put(second, message(size))
+    for outbox in (first, second):
+        outbox.sent(taken)
+    assert second.unsent == first.unsent
+    assert len(taken_back(second)) == len(taken_back(first))

@@ -1,0 +1,259 @@
+"""The log of a whole daemon: nobody reads it, it is moved away, its levels change, and hostile bytes reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import yaml
+from e2e.process import TIMEOUT_S, Process, key_of
+from net.raw import EVENT, MESSAGE, REQUEST, Raw, Rejected, login, packed
+
+#: What ends lines, moves cursors, turns text around, or looks like a field.
+HOSTILE = 'x\n{"event": "daemon.killed"}\r\x1b[2J\x1b[31m\x00\x7f\x85\u2028\u202e level=error name=root\t"\''
+
+
+def brokerctl(broker: Process, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run brokerctl as a client."""
+    key = broker.directory / f"{name}.key"
+    access = ["--address", str(broker.socket), "--name", name, "--key-file", str(key)]
+    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *arguments, *access]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def configure(broker: Process, **sections: Any) -> None:
+    """Change sections of the configuration file."""
+    whole = yaml.safe_load(broker.config.read_text()) | sections
+    broker.config.write_text(yaml.safe_dump(whole))
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
+    """Standard error is a pipe that is full: clients come, talk and go, and the end comes when it should."""
+    reading, writing = os.pipe()
+    with contextlib.suppress(BlockingIOError):
+        os.set_blocking(writing, False)
+        while True:
+            os.write(writing, bytes(1 << 16))
+    os.set_blocking(writing, True)
+    with Process(socket_dir, stderr=writing, log={"level": "debug"}) as broker:
+        os.close(writing)
+        while not broker.socket.exists():
+            assert broker.popen.poll() is None
+        for _ in range(50):
+            alice = connect_in_time(broker, "alice")
+            with alice:
+                alice.send(MESSAGE, "bob", b"nobody there")
+                assert alice.recv().code == "offline"
+        began = monotonic()
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert monotonic() - began < 5
+    os.close(reading)
+
+
+def connect_in_time(broker: Process, name: str) -> Raw:
+    deadline = monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return login(broker.address, key_of(name), name.encode())
+        except (ConnectionRefusedError, Rejected):
+            assert monotonic() < deadline
+
+
+def test_every_line_is_out_before_the_process_is(socket_dir: Path) -> None:
+    """What happened just before the end is all there, in order."""
+    with Process(socket_dir, ["alice"]) as broker:
+        for _ in range(20):
+            broker.login("alice").close()
+        broker.signal()
+        assert broker.exit_status() == 0
+    names = [json.loads(line)["event"] for line in broker.lines]
+    assert names[0] == "daemon.started"
+    assert names[-1] == "daemon.stopped"
+    assert names.count("client.connected") == names.count("client.disconnected") == 20
+    stamps = [json.loads(line)["timestamp"] for line in broker.lines]
+    assert stamps == sorted(stamps)
+
+
+def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
+    """By an administrator, for a time or until the next reload; the answer shows it, and the audit who it was."""
+    clients = {"alice": None, "root": {"admin": True}}
+    with Process(socket_dir, clients, log={"audit": "audit.log"}) as broker, broker.login("alice") as alice:
+
+        def refused() -> int:
+            alice.send(MESSAGE, "root", b"hello")
+            alice.recv()
+            alice.ask("ping")
+            return len(broker.events("message.refused"))
+
+        assert refused() == 0
+        changed = brokerctl(broker, "root", "log-level", "message", "debug", "--for", "10m", "--json")
+        assert changed.returncode == 0, changed.stderr
+        shown = json.loads(changed.stdout)["levels"]
+        assert (shown["message"]["level"], shown["message"]["changed"]) == ("debug", True)
+        assert 590 < shown["message"]["seconds"] <= 600
+        refused()
+        broker.wait("message.refused")
+        table = brokerctl(broker, "root", "log-level")
+        assert "message\tdebug\tfor" in table.stdout
+        assert "client\tinfo\t" in table.stdout
+        for wrong in (("message",), ("message", "loud"), ("cliant", "debug"), ("client", "debug", "--for", "soon")):
+            failed = brokerctl(broker, "root", "log-level", *wrong)
+            assert failed.returncode in (1, 2), failed
+            assert "give" in failed.stderr
+        assert brokerctl(broker, "alice", "log-level").returncode != 0
+        broker.signal(signal.SIGHUP)
+        broker.wait("daemon.reloaded")
+        assert "message\tinfo\t\n" in brokerctl(broker, "root", "log-level").stdout
+        changes = [line for line in lines_of(socket_dir / "audit.log") if line["event"] == "log.level_changed"]
+        assert [(line["area"], line["to"], line["for_s"], line["by"]) for line in changes] == [
+            ("message", "debug", 600.0, "root")
+        ]
+
+
+def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
+    """Moved away, a SIGHUP begins it anew, even one that refuses the configuration; a bad place refuses the reload."""
+    with Process(socket_dir, {"alice": None, "root": {"admin": True}}, log={"audit": "audit.log"}) as broker:
+        audit = socket_dir / "audit.log"
+        broker.login("alice").close()
+        broker.wait("client.disconnected")
+        audit.rename(socket_dir / "audit.1")
+        configure(broker, limits={"max_mesage": 1})
+        broker.signal(signal.SIGHUP)
+        broker.wait("daemon.reload_refused")
+        assert brokerctl(broker, "root", "disconnect", "alice").returncode == 1
+        names = [line["event"] for line in lines_of(socket_dir / "audit.1")]
+        assert names == ["daemon.started", "client.connected", "client.disconnected"]
+        first, connected, asked = lines_of(audit)[:3]
+        assert first["event"] == "daemon.reload_refused"
+        assert (connected["name"], len(connected["key"])) == ("root", 8)
+        assert {key: asked[key] for key in ("event", "name", "op", "to")} == {
+            "event": "admin.asked",
+            "name": "root",
+            "op": "disconnect",
+            "to": "alice",
+        }
+        assert audit.stat().st_mode & 0o777 == 0o600
+        configure(broker, limits={}, log={"audit": "none/audit.log"})
+        failed = brokerctl(broker, "root", "reload", "--dry-run")
+        assert failed.returncode != 0
+        assert "audit" in failed.stdout + failed.stderr
+        failed = brokerctl(broker, "root", "reload")
+        assert failed.returncode != 0
+        assert "none/audit.log can't be opened" in failed.stderr
+        assert broker.wait("daemon.reload_refused", 2)[1]["cause"] == "audit"
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert lines_of(audit)[-1]["event"] == "daemon.stopped"
+
+
+def test_an_audit_that_cannot_be_opened_is_no_start(socket_dir: Path) -> None:
+    """Nothing is served without the record that was asked for."""
+    with Process(socket_dir, log={"audit": "none/audit.log"}) as broker:
+        assert broker.exit_status() == 1
+        assert "none/audit.log can't be opened: No such file or directory" in "".join(broker.lines)
+        assert not broker.socket.exists()
+
+
+def test_a_full_disk_under_the_audit_stops_nothing(socket_dir: Path) -> None:
+    """The broker goes on without the record that it can't write."""
+    with Process(socket_dir, log={"audit": "/dev/full"}) as broker:
+        for _ in range(3):
+            with broker.login("alice") as alice:
+                alice.ask("ping")
+        broker.signal()
+        assert broker.exit_status() == 0
+
+
+def attack(broker: Process) -> None:
+    """Put hostile bytes wherever a client's bytes can reach the log."""
+    hostile = HOSTILE.encode()
+    for name in (hostile[:60], b"\xff\xfe\n\x1b[31m", b"alice\n"):
+        with contextlib.suppress(Rejected, ConnectionError, EOFError):
+            login(broker.address, b"wrong, a canary", name)
+    for junk in (b"GET /\n\x1b[2J HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x20" + hostile[:32]):
+        with contextlib.closing(Raw(broker.address)) as raw:
+            raw.read_body()
+            raw.write(junk)
+            raw.is_closed()
+    with broker.login("alice") as alice, broker.login("root") as root:
+        # Refused topics, operations, subscriptions and arguments.
+        topic = hostile[:100]
+        alice.send(EVENT, "", bytes([len(topic)]) + topic + b"a body, a canary", id=1, flags=1)
+        alice.recv()
+        questions: list[dict[str, Any]] = [
+            {"op": HOSTILE},
+            {"op": "subscribe", "topic": HOSTILE},
+            {"op": "subscribe", "topic": "a.b", "group": HOSTILE},
+            {"op": "subscribe", "topic": HOSTILE.replace(" ", "").replace("\n", "\u2028")},
+            {"op": "drain", "why": HOSTILE},
+        ]
+        admins: list[dict[str, Any]] = [
+            {"op": "disconnect", "address": HOSTILE},
+            {"op": "can", "sender": HOSTILE, "verb": HOSTILE, "target": HOSTILE},
+            {"op": "log_level", "area": HOSTILE, "level": "debug"},
+            {"op": "log_level", "area": "client", "level": HOSTILE},
+            {"op": "log_level", "area": "client", "level": "debug", "for": HOSTILE},
+        ]
+        for client, asked in ((alice, questions), (root, [*questions[:4], *admins])):
+            for question in asked:
+                client.send(REQUEST, "$broker", json.dumps(question).encode(), codec=2)
+                client.recv()
+    for name in (hostile[:40], "zoë\u2028".encode(), b"$\x1b[31m", b"nobody", b"$nobody"):
+        with broker.login("alice") as alice:
+            # The name of a recipient: refused, or malformed and the end of the connection.
+            alice.write(packed(MESSAGE, "N" * len(name), b"a body, a canary").replace(b"N" * len(name), name))
+            with contextlib.suppress(EOFError, ConnectionError):
+                alice.recv()
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_no_line_is_forged_by_a_clients_bytes(socket_dir: Path, format: str) -> None:
+    """Wherever a client's hostile bytes reach the log, each event is one harmless line, and there is no key in any."""
+    clients = {"alice": {"publish": ["ok"], "subscribe": ["ok"], "send_to": ["root"]}, "root": {"admin": True}}
+    log = {"level": "debug", "format": format, "audit": "audit.log"}
+    with Process(socket_dir, clients, log=log) as broker:
+        while not broker.socket.exists():
+            assert broker.popen.poll() is None
+        connect_in_time(broker, "alice").close()
+        attack_when_started(broker)
+        broker.signal()
+        assert broker.exit_status() == 0
+    lines = [*broker.lines, *(socket_dir / "audit.log").read_text().splitlines(keepends=True)]
+    assert len(lines) > 50
+    for line in lines:
+        assert line.endswith("\n")
+        assert line[:-1].isprintable(), line
+        assert "canary" not in line
+    whole = "".join(lines)
+    assert "31m" in whole, "what was hostile is shown, escaped"
+    for line in broker.lines:
+        if format == "json":
+            assert json.loads(line)["event"] != "daemon.killed"
+        else:
+            assert line.partition("[")[0].endswith("Z ")
+    for line in lines_of(socket_dir / "audit.log"):
+        assert line["event"] not in ("daemon.killed", "daemon.bug")
+    for name in clients:
+        assert key_of(name).hex() not in whole
+
+
+def attack_when_started(broker: Process) -> None:
+    """Attack; the log need not be JSON to know that it listens."""
+    wait, broker.wait = broker.wait, lambda *_: []  # type: ignore[method-assign]
+    try:
+        attack(broker)
+    finally:
+        broker.wait = wait  # type: ignore[method-assign]

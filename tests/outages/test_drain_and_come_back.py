@@ -1,0 +1,94 @@
+"""A broker that drains under clients of the library: they hear of it, and are back when another one serves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from brokerd.testing import RunningBroker
+from brokerd_client.errors import BrokerdError, Offline
+
+TIMEOUT_S = 30.0
+
+
+def test_a_blocking_client_hears_of_a_drain_and_comes_back() -> None:
+    """The event is its last; then calls fail until there is a broker again, and the subscription is there again."""
+    with RunningBroker({"alice": {}, "bob": {}}) as broker:
+        alice, bob = broker.connect("alice"), broker.connect("bob")
+        news = bob.subscribe("$broker.draining")
+        broker.stop()
+        assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
+        broker.start()
+        _until_it_works(lambda: alice.ping())
+        _until_it_works(lambda: bob.ping())
+        alice.send("bob", b"back", receipt=True, timeout=TIMEOUT_S)
+        assert bob.recv(timeout=TIMEOUT_S).payload == b"back"
+        broker.stop()
+        assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
+
+
+def test_an_asyncio_client_hears_of_a_drain_and_comes_back() -> None:
+    """The same with asyncio."""
+
+    async def run(broker: RunningBroker) -> None:
+        alice, bob = await broker.connect_async("alice"), await broker.connect_async("bob")
+        async with alice, bob:
+            news = await bob.subscribe("$broker.draining")
+            await asyncio.to_thread(broker.stop)
+            assert (await news.recv(timeout=TIMEOUT_S)).topic == "$broker.draining"
+            await asyncio.to_thread(broker.start)
+            await _until_it_works_aio(lambda: alice.ping())
+            await _until_it_works_aio(lambda: bob.ping())
+            await alice.send("bob", b"back", receipt=True, timeout=TIMEOUT_S)
+            assert (await bob.recv(timeout=TIMEOUT_S)).payload == b"back"
+
+    with RunningBroker({"alice": {}, "bob": {}}) as broker:
+        asyncio.run(run(broker))
+
+
+def test_a_sender_of_the_library_is_told_what_was_not_delivered() -> None:
+    """Whose recipient does not read hears of each message through on_undelivered, before the connection ends."""
+    told: list[BrokerdError] = []
+    done = threading.Event()
+
+    def hear(error: BrokerdError) -> None:
+        told.append(error)
+        done.set()
+
+    with RunningBroker({"alice": {}, "bob": {}}, limits={"drain_timeout": "300ms"}) as broker:
+        alice = broker.connect("alice")
+        alice.on_undelivered(hear)
+        # A client of the library reads on until its inbox is full: more than that, and than the system takes.
+        broker.connect("bob", inbox=1)
+        for _ in range(80):
+            alice.send("bob", bytes(100_000))
+        alice.ping()
+        broker.stop()
+        assert done.wait(TIMEOUT_S)
+        assert {type(error) for error in told} == {Offline}
+        assert len(told) > 1
+
+
+def _until_it_works(call: Callable[[], object]) -> None:
+    for _ in range(100):
+        try:
+            call()
+        except BrokerdError:
+            threading.Event().wait(0.05)
+        else:
+            return
+    pytest.fail("it does not come back")
+
+
+async def _until_it_works_aio(call: Callable[[], Awaitable[object]]) -> None:
+    for _ in range(100):
+        try:
+            await call()
+        except BrokerdError:
+            await asyncio.sleep(0.05)
+        else:
+            return
+    pytest.fail("it does not come back")
