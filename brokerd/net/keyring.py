@@ -20,8 +20,8 @@ from brokerd_client.wire.handshake import Proof
 
 __all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search"]
 
-#: Keys tried before others get their turn: some 100 microseconds of work.
-SLICE: Final = 64
+#: Keys tried before others get their turn: some 60 microseconds of work.
+SLICE: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
