@@ -16,6 +16,7 @@
     │   ├── MalformedEnvelope        a frame that is no broker frame
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
+    │       └── TlsError             (ConnectionError) ... that of TLS: a certificate, a version, no TLS at all
     ├── Refused                      the broker, or the other client, said no: one class per error code
     │   ├── NoSuchClient  Offline  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
@@ -62,6 +63,7 @@ __all__ = [
     "RequestFailed",
     "ShuttingDown",
     "TimedOut",
+    "TlsError",
     "TooLarge",
     "UndecodablePayload",
     "Unsupported",
@@ -143,6 +145,15 @@ class UndecodablePayload(RemoteError):
 
 class AuthenticationError(RemoteError, multiprocessing.AuthenticationError):
     """The handshake failed; the message says which side rejected which, and why."""
+
+
+class TlsError(AuthenticationError, ConnectionError):
+    """There is no TLS channel with the peer, or none any more; the message says what would be right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        # Whoever reports an OSError shows this.
+        self.strerror = message
 
 
 class Refused(BrokerdError):

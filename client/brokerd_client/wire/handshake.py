@@ -7,7 +7,8 @@ A generator yields what it wants done and is resumed with the result:
 
     Send(body)      send one frame; resumed with None
     RECEIVE         resumed with the body of the next frame, read under LIMIT
-    Proof(...)      somebody answered our challenge; resumed with the key that made the answer, or None
+    Proof(...)      somebody answered our challenge; resumed with the key that made the answer (bound to the
+                    channel where the proof says so), or None
 
 It returns a result when the conversation succeeded and raises AuthenticationError when it did not. What
 has to be sent to the peer first (``#FAILURE#``) was yielded before that. Nonces and keys are arguments;
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from brokerd_client.errors import AuthenticationError
+from brokerd_client.wire.binding import Bindings, bound_key, choose, marked, unmarked
 
 __all__ = [
     "CHALLENGE",
@@ -81,12 +83,14 @@ class Proof:
 
     challenge: what the MAC was computed over. digest: a name of DIGESTS.
     name: the client's name if the answer carried one, else b"".
+    binding: what the key is bound to by wire.binding, "" where it is not: then resume with the bound key.
     """
 
     challenge: bytes = field(repr=False)
     digest: str
     mac: bytes = field(repr=False)
     name: bytes = b""
+    binding: str = ""
 
     def made_with(self, key: bytes) -> bool:
         """Return whether ``key`` made this answer, in time that does not depend on where it differs."""
@@ -110,7 +114,8 @@ class Proof:
 class Established:
     """Both sides have proved that they know the key.
 
-    key: the key in use. digest: the digest of the peer's answer. name: the name it gave, or b"".
+    key: the key in use, bound to the channel where there is one. digest: the digest of the peer's answer.
+    name: the name it gave, or b"".
     """
 
     key: bytes = field(repr=False)
@@ -124,8 +129,9 @@ Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Establ
 def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) -> Handshake:
     """Return the listening side of a handshake: challenge, then be challenged.
 
-    nonce: NONCE_SIZE fresh random bytes. allow_md5: whether HMAC-MD5 may be used, in either direction.
-    named: whether an answer may carry the client's name.
+    nonce: NONCE_SIZE fresh random bytes; over TLS with ``binding.offer`` behind them.
+    allow_md5: whether HMAC-MD5 may be used, in either direction.
+    named: whether an answer may carry the client's name, and say what its key is bound to.
     Raises AuthenticationError from the generator when either side rejects the other.
     """
     established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
@@ -134,13 +140,16 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
     return established
 
 
-def as_dialer(key: bytes, nonce: bytes, *, name: bytes = b"", allow_md5: bool = True) -> Handshake:
+def as_dialer(
+    key: bytes, nonce: bytes, *, name: bytes = b"", allow_md5: bool = True, bindings: Bindings | None = None
+) -> Handshake:
     """Return the dialing side of a handshake: be challenged, then challenge.
 
     key: never empty. name: sent behind the MAC to a broker, so that it need not search; b"" for
-        the answer of the standard library.
+        the answer of the standard library. bindings: over TLS the channel's binding data; the key is then bound to the
+        channel, in both directions, and there is no way back to an unbound one.
     """
-    yield from answer_challenge(key, name=name, allow_md5=allow_md5)
+    key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings)).key
     challenged = deliver_challenge(nonce, allow_md5=allow_md5)
     step = next(challenged)
     while True:
@@ -188,14 +197,19 @@ def deliver_challenge(
     return Established(key, proof.digest, proof.name)
 
 
-def answer_challenge(key: bytes, *, name: bytes = b"", allow_md5: bool = True) -> Handshake:
-    """Answer the peer's challenge with ``key`` and wait for its welcome."""
+def answer_challenge(
+    key: bytes, *, name: bytes = b"", allow_md5: bool = True, bindings: Bindings | None = None
+) -> Handshake:
+    """Answer the peer's challenge with ``key``, bound to the channel if there are bindings; wait for its welcome."""
     accept_key(key)
     message = yield RECEIVE
     assert message is not None
     challenge = _read_challenge(message)
-    digest = _challenge_digest(challenge)
-    if digest == "md5" and not allow_md5:
+    digest, random = _challenge_digest(challenge)
+    if bindings:
+        kind = choose(random[NONCE_SIZE:], bindings)
+        key, name = bound_key(key, kind, bindings[kind]), marked(name, kind)
+    if digest == "md5" and not (allow_md5 and not bindings):
         raise AuthenticationError(
             "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
             "see allow_md5"
@@ -224,6 +238,11 @@ def _unavailable(digest: str) -> AuthenticationError:
 
 
 def _read_challenge(message: bytes) -> bytes:
+    if message.startswith(FAILURE):
+        # A listener that knows what is wrong before anything was said tells it behind the word.
+        text = message[len(FAILURE) :].decode("ascii", "replace").strip() or "it did not say why"
+        why = "".join(letter if letter.isprintable() else "?" for letter in text)
+        raise AuthenticationError(f"the listener sent us away before any key was shown: {why}")
     if not message.startswith(CHALLENGE):
         raise AuthenticationError(
             "expected a challenge from the peer and got something else: is authentication switched on at both ends?"
@@ -234,13 +253,14 @@ def _read_challenge(message: bytes) -> bytes:
     return challenge
 
 
-def _challenge_digest(challenge: bytes) -> str:
+def _challenge_digest(challenge: bytes) -> tuple[str, bytes]:
+    """Return (digest, the rest of the challenge)."""
     if len(challenge) == _LEGACY_CHALLENGE_SIZE:
-        return "md5"
+        return "md5", challenge
     prefix = _digest_prefix(challenge)
     if prefix is None:
         raise AuthenticationError("the peer's challenge names no digest known here (" + ", ".join(DIGESTS) + ")")
-    return prefix[0]
+    return prefix
 
 
 def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
@@ -271,9 +291,13 @@ def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: boo
             raise AuthenticationError(
                 f"the peer's {digest} answer has {len(rest)} bytes where {DIGESTS[digest]} are right"
             )
+    try:
+        name, binding = unmarked(name)
+    except ValueError as error:
+        raise AuthenticationError(str(error)) from error
     if digest == "md5" and not allow_md5:
         raise AuthenticationError(
             "the peer answered with HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
             "see allow_md5"
         )
-    return Proof(challenge, digest, mac, name)
+    return Proof(challenge, digest, mac, name, binding)
