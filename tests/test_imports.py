@@ -64,7 +64,7 @@ AIO = (
     "brokerd_client.aio_link",
 )
 PIPES = ("brokerd_client.bridge", "brokerd_client.connection.named_pipes")
-MODEL = ("brokerd.config.model", "brokerd.config.values")
+MODEL = ("brokerd.config.model", "brokerd.config.values", "brokerd.config.subjects")
 
 #: Who may import what of the two packages. The longest matching prefix of a module's name decides; a prefix
 #: stands for itself and everything inside it, and a package may always import its own inside.
@@ -75,6 +75,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.wire": ("brokerd_client.errors",),
     "brokerd_client.codec": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.connection": LEAVES,
+    "brokerd_client.tls": LEAVES,
+    "brokerd_client.tls_stream": (*LEAVES, "brokerd_client.tls"),
+    "brokerd_client.tls_channel": (*LEAVES, "brokerd_client.channel", "brokerd_client.tls_stream"),
+    "brokerd_client.aio_tls": (*LEAVES, "brokerd_client.tls", "brokerd_client.aio_connection"),
     **TALK,
     "brokerd_client.dialog": (*LEAVES, "brokerd_client.codec", *TALK),
     **SHARED,
@@ -85,6 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.blocking_link": (
         *FACE,
         "brokerd_client.channel",
+        "brokerd_client.tls_channel",
         "brokerd_client.blocking_boxes",
         "brokerd_client.blocking_feeds",
     ),
@@ -96,6 +101,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *FACE,
         "brokerd_client.aio_boxes",
         "brokerd_client.aio_connection",
+        "brokerd_client.aio_tls",
         "brokerd_client.aio_feeds",
     ),
     "brokerd_client.aio": (*FACE, *AIO),
@@ -105,7 +111,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd.log_lines": (),
     "brokerd.log_outlets": (),
     "brokerd.logs": (*MODEL, "brokerd.config.units", "brokerd.log_lines", "brokerd.log_outlets"),
-    "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd.core", "brokerd.logs"),
+    "brokerd.net": (*LEAVES, *PIPES, *MODEL, "brokerd_client.tls_stream", "brokerd.core", "brokerd.logs"),
     "brokerd.supervise": ("brokerd.logs",),
     "brokerd.monitor": (*LEAVES, *MODEL, "brokerd.aside", "brokerd.core", "brokerd.net", "brokerd.logs"),
     "brokerd.aside": (),

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 from brokerd_client.errors import AddressError
@@ -27,7 +27,8 @@ SockAddr: TypeAlias = tuple[str, int] | str
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
-_FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
+_FORMS: Final = r"HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
+_TLS: Final = "tls://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,14 @@ class Address:
     """One place to listen at or connect to.
 
     family: decides which of the others mean something. host, port: AF_INET and AF_INET6.
-    path: AF_UNIX (an abstract name begins with a NUL character) and AF_PIPE.
+    path: AF_UNIX (an abstract name begins with a NUL character) and AF_PIPE. tls: whether TLS is spoken there.
     """
 
     family: Family
     host: str = ""
     port: int = 0
     path: str = ""
+    tls: bool = False
 
     @property
     def sockaddr(self) -> SockAddr:
@@ -54,18 +56,17 @@ class Address:
         return self.family == "AF_UNIX" and not self.path.startswith("\0")
 
     def __str__(self) -> str:
-        if self.family == "AF_INET6":
-            return f"[{self.host}]:{self.port}"
-        if self.family == "AF_INET":
-            return f"{self.host}:{self.port}"
+        if self.family in ("AF_INET", "AF_INET6"):
+            host = f"[{self.host}]" if self.family == "AF_INET6" else self.host
+            return f"{_TLS if self.tls else ''}{host}:{self.port}"
         return "@" + self.path[1:] if self.path.startswith("\0") else self.path
 
 
 def parse(address: str | Sequence[Any] | Address) -> Address:
     r"""Return the address in any form a person writes.
 
-    ``host:port``, ``[::1]:port``, a pair of host and port, ``@abstract``, ``\\.\pipe\name``; any other string
-    is the path of a Unix socket, and one that holds a ``/`` always is.
+    ``host:port`` and ``[::1]:port``, each with ``tls://`` before it where TLS is spoken; a pair of host and port,
+    ``@abstract``, ``\\.\pipe\name``; any other string is the path of a Unix socket, and one with a ``/`` always is.
     Raises AddressError, naming the forms.
     """
     if isinstance(address, Address):
@@ -80,9 +81,13 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
         return Address("AF_PIPE", path=address)
     if address[0] in "@\0":
         return Address("AF_UNIX", path="\0" + address[1:])
-    match = _BRACKETED.fullmatch(address) or _HOST_PORT.fullmatch(address)
+    tls = address.startswith(_TLS)
+    place = address.removeprefix(_TLS) if tls else address
+    match = _BRACKETED.fullmatch(place) or _HOST_PORT.fullmatch(place)
     if match:
-        return _from_pair((match["host"], int(match["port"])))
+        return replace(_from_pair((match["host"], int(match["port"]))), tls=tls)
+    if tls:
+        raise AddressError(f"{address!r} is no address: give tls://HOST:PORT or tls://[IPV6]:PORT")
     if "/" not in address and (":" in address or "[" in address):
         raise AddressError(f"{address!r} is no address: give {_FORMS}")
     if "\0" in address:

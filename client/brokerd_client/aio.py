@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import message
 from brokerd_client.aio_feeds import Message, Opening, PresenceWatch, Subscription
@@ -36,6 +36,9 @@ from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
 
@@ -502,6 +505,7 @@ def connect(
     reconnect: bool = True,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
+    ssl: SSLContext | bool | None = None,
 ) -> Opening[Client]:
     """Connect to a broker, once this is awaited or entered: ``async with connect(...) as client``.
 
@@ -510,7 +514,8 @@ def connect(
     timeout: seconds for all of this, and for a send to wait for a connection.
     reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
     inbox: bytes of messages kept in this process before the socket is left unread.
-    Raises AuthenticationError, Disconnected, TimedOut; AddressError, InvalidName, InvalidKey.
+    ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
+    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut; AddressError, InvalidName, InvalidKey.
     """
     settings = resolve(
         address,
@@ -521,6 +526,7 @@ def connect(
         reconnect=reconnect,
         allow_pickle_from=allow_pickle_from,
         inbox=inbox,
+        ssl=ssl,
     )
 
     async def open() -> Client:

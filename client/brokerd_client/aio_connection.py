@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
 
-__all__ = ["Connection", "dial"]
+__all__ = ["Connection", "Hearer", "dial"]
 
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
@@ -48,13 +48,23 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol: there is a connection."""
         self.transport = cast("asyncio.Transport", transport)
+        self.prepare()
+        self._client._on_open(self)
+
+    @property
+    def bindings(self) -> Mapping[str, bytes]:
+        """What the key is to be bound to: nothing, without TLS."""
+        return {}
+
+    def prepare(self) -> None:
+        """Set up the transport."""
+        transport = self.transport
         # Paused then means just this: not everything has been written.
-        self.transport.set_write_buffer_limits(high=0)
+        transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             # A peer whose machine is gone says nothing for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._client._on_open(self)
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""

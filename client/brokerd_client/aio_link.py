@@ -24,7 +24,7 @@ from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
-from brokerd_client.settings import Settings, unreachable
+from brokerd_client.settings import Settings, broken, no_connection
 
 __all__ = ["Link"]
 
@@ -191,7 +191,7 @@ class Link:
             link.transport.abort()
             return
         self._link = link
-        self._dialog.opened(nonce())
+        self._dialog.opened(nonce(), link.bindings)
         self._arm()
 
     def _on_data(self, link: Connection, data: bytes) -> None:
@@ -218,8 +218,11 @@ class Link:
         self._links.discard(link)
         if link is self._link and not self._forked:
             state = self._dialog.state.value
-            why = f"the connection broke: {error}" if error else f"the broker closed the connection ({state})"
-            self._lose(Disconnected(why))
+            if isinstance(error, OSError):
+                self._lose(broken(error))
+            else:
+                why = f"the connection broke: {error}" if error else f"the broker closed the connection ({state})"
+                self._lose(Disconnected(why))
 
     def _lose(self, reason: BrokerdError) -> None:
         """The connection is gone, or to be given up."""
@@ -358,14 +361,24 @@ class Link:
             self._gone = self._loop.create_future()
             try:
                 async with asyncio.timeout(self._settings.timeout_s):
-                    await dial(self._settings.address, lambda: Connection(self))
+                    await self._dial()
             except TimeoutError:
                 if self._dialog.state is State.CONNECTING:
                     self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
             except (OSError, AddressError) as error:
-                reason = unreachable(self._settings.address, error)
-                self._lose(error if isinstance(error, AddressError) else Disconnected(reason))
+                self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
             await self._gone
             if self._dialog.state is not State.WAITING:
                 return
             await asyncio.sleep(max(0.0, self._dialog.retry_at - self._loop.time()))
+
+    async def _dial(self) -> None:
+        """Connect, TLS included. Raises OSError, AddressError."""
+        address, context = self._settings.address, self._settings.tls
+        if context is None:
+            await dial(address, lambda: Connection(self))
+        else:
+            # It takes its time to load.
+            from brokerd_client.aio_tls import dial_tls
+
+            await dial_tls(address, context, self)

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import message
 from brokerd_client.blocking_boxes import Call
@@ -31,6 +31,9 @@ from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 
@@ -432,9 +435,9 @@ class Client(Link):
         if self._forked:
             return
         with self._lock:
-            if self._dialog.state is State.READY and self._channel.backlog:
+            if self._dialog.state is State.READY and self._channel.unwritten():
                 self._changed.wait_for(
-                    lambda: self._dialog.state is not State.READY or not self._channel.backlog, LINGER_S
+                    lambda: self._dialog.state is not State.READY or not self._channel.unwritten(), LINGER_S
                 )
             first = self._dialog.state not in (State.CLOSING, State.CLOSED)
             self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
@@ -521,6 +524,7 @@ def connect(
     reconnect: bool = True,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
+    ssl: SSLContext | bool | None = None,
 ) -> Client:
     """Connect to a broker and return the client, authenticated and introduced.
 
@@ -529,7 +533,8 @@ def connect(
     timeout: seconds for all of this, and for a send to wait for a connection.
     reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
     inbox: bytes of messages kept in this process before the socket is left unread.
-    Raises AuthenticationError, Disconnected, TimedOut; AddressError, InvalidName, InvalidKey.
+    ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
+    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut; AddressError, InvalidName, InvalidKey.
     """
     settings = resolve(
         address,
@@ -540,6 +545,7 @@ def connect(
         reconnect=reconnect,
         allow_pickle_from=allow_pickle_from,
         inbox=inbox,
+        ssl=ssl,
     )
     client = Client(settings)
     try:

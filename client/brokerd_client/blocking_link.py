@@ -24,10 +24,10 @@ from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.channel import Channel
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import Batch, Dialog
-from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
+from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, TlsError, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
-from brokerd_client.settings import Settings, unreachable
+from brokerd_client.settings import Settings, broken, no_connection
 
 __all__ = ["Link"]
 
@@ -57,7 +57,7 @@ class Link:
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
         )
-        self._channel = Channel(settings.address)
+        self._channel = _channel(settings)
         self._lock = threading.Lock()
         #: The link has become ready, or will not any more, or everything is written.
         self._changed = threading.Condition(self._lock)
@@ -296,15 +296,20 @@ class Link:
             self._dial_at = now + _CROWDED_S
             return
         except OSError as error:
-            self._lose(Disconnected(unreachable(self._settings.address, error)))
+            self._lose(no_connection(self._settings.address, error))
             return
         if done:
             self._open()
 
     def _open(self) -> None:
+        try:
+            bindings = self._channel.bindings
+        except TlsError as error:
+            self._lose(error)
+            return
         with self._lock:
             if self._dialog.state is State.CONNECTING:
-                self._dialog.opened(nonce())
+                self._dialog.opened(nonce(), bindings)
 
     def _lose(self, reason: BrokerdError) -> None:
         now = time.monotonic()
@@ -316,11 +321,11 @@ class Link:
         """Do what the socket is ready for."""
         channel = self._channel
         if channel.connecting:
-            if writable:
+            if readable or writable:
                 try:
                     done = channel.connected()
                 except OSError as error:
-                    self._lose(Disconnected(unreachable(self._settings.address, error)))
+                    self._lose(no_connection(self._settings.address, error))
                     return
                 if done:
                     self._open()
@@ -332,7 +337,7 @@ class Link:
             if writable:
                 self._flush()
         except OSError as error:
-            self._lose(Disconnected(f"the connection broke: {error.strerror or error}"))
+            self._lose(broken(error))
             return
         if data is None:
             return
@@ -353,10 +358,18 @@ class Link:
 
     def _flush(self) -> None:
         with self._lock:
-            if self._channel.backlog and not self._dropping:
+            if self._channel.unwritten() and not self._dropping:
                 self._dialog.wrote(self._channel.flush())
-                if not self._channel.backlog:
+                if not self._channel.unwritten():
                     self._note_state()
+
+
+def _channel(settings: Settings) -> Channel:
+    if settings.tls is None:
+        return Channel(settings.address)
+    from brokerd_client.tls_channel import TlsChannel
+
+    return TlsChannel(settings.address, settings.tls)
 
 
 def _work(box: Box[Job]) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import selectors
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
@@ -44,6 +44,15 @@ class Channel:
     def open(self) -> bool:
         """Whether there is a socket, connected or about to be."""
         return self._socket is not None
+
+    def unwritten(self) -> bool:
+        """Return whether something that was to be written has not left yet."""
+        return bool(self.backlog)
+
+    @property
+    def bindings(self) -> Mapping[str, bytes]:
+        """What the key is to be bound to: nothing, without TLS."""
+        return {}
 
     def dial(self) -> bool:
         """Begin to connect; return whether it is done already. Raises OSError where no candidate is left."""
@@ -135,10 +144,8 @@ class Channel:
         """
         mask = 0
         if self._socket is not None:
-            writing = self.connecting or bool(self.backlog)
-            mask = (selectors.EVENT_READ if reading and not self.connecting else 0) | (
-                selectors.EVENT_WRITE if writing else 0
-            )
+            read, write = self._wanted(reading=reading)
+            mask = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
         self._arm(mask)
         found = 0
         for key, ready in self._selector.select(timeout):
@@ -149,6 +156,10 @@ class Channel:
             else:
                 found = ready
         return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
+
+    def _wanted(self, *, reading: bool) -> tuple[bool, bool]:
+        """Return whether to wait until the socket can be read, and written."""
+        return reading and not self.connecting, self.connecting or self.unwritten()
 
     def _arm(self, mask: int) -> None:
         if mask == self._mask:

@@ -38,6 +38,7 @@ from brokerd_client.outgoing import Outgoing
 from brokerd_client.reception import Reception
 from brokerd_client.routes import Route
 from brokerd_client.wire import handshake
+from brokerd_client.wire.binding import Bindings
 from brokerd_client.wire.envelope import BROKER, Flag, Kind, check_name, check_pattern
 from brokerd_client.wire.framing import FrameReader, frame
 
@@ -100,13 +101,15 @@ class Dialog(Reception[M]):
         self._step(Step.DIAL)
         self._link_deadline = now + self._timeout_s
 
-    def opened(self, nonce: bytes) -> None:
-        """There is a connection; nonce: fresh random bytes for the handshake."""
+    def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
+        """There is a connection; nonce: fresh random bytes for the handshake. bindings: of TLS, for the key."""
         self._step(Step.OPEN)
         self._reader = FrameReader()
         self._incoming.reset()
         self._outgoing.reset()
-        self._handshake = handshake.as_dialer(self._key, nonce, name=self.name.encode(), allow_md5=False)
+        self._handshake = handshake.as_dialer(
+            self._key, nonce, name=self.name.encode(), allow_md5=False, bindings=bindings
+        )
         first = next(self._handshake)
         assert first is handshake.RECEIVE, "the listener speaks first"
 

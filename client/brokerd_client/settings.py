@@ -8,14 +8,27 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd_client.address import Address, parse
-from brokerd_client.errors import InvalidKey
+from brokerd_client.errors import AddressError, BrokerdError, Disconnected, InvalidKey, TlsError
 from brokerd_client.wire.envelope import check_name
 
-__all__ = ["DEFAULT_ADDRESS", "DEFAULT_INBOX", "DEFAULT_TIMEOUT_S", "AnyAddress", "Settings", "resolve", "unreachable"]
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_INBOX",
+    "DEFAULT_TIMEOUT_S",
+    "AnyAddress",
+    "Settings",
+    "broken",
+    "no_connection",
+    "resolve",
+    "unreachable",
+]
 
 DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
 #: Seconds for connecting, the handshake and the first answer.
@@ -37,6 +50,7 @@ class Settings:
     reconnect: bool = True
     allow_pickle_from: frozenset[str] = frozenset()
     inbox: int = DEFAULT_INBOX
+    tls: SSLContext | None = field(default=None, repr=False)
 
 
 def resolve(
@@ -49,9 +63,11 @@ def resolve(
     reconnect: bool,
     allow_pickle_from: Iterable[str],
     inbox: int,
+    ssl: SSLContext | bool | None = None,
 ) -> Settings:
     """Return the settings, defaults filled in.
 
+    ssl: a client's context, True for the default one; None: the default one if the address says tls://.
     Raises AddressError, InvalidName or InvalidKey, each saying what would be right.
     """
     if isinstance(allow_pickle_from, str):
@@ -62,6 +78,7 @@ def resolve(
     if name:
         check_name(name)
     where = parse(address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS)
+    where, tls = _tls(where, ssl)
     return Settings(
         where,
         name,
@@ -71,7 +88,28 @@ def resolve(
         reconnect,
         frozenset(allow_pickle_from),
         inbox,
+        tls,
     )
+
+
+def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLContext | None]:
+    """Return (the address, which says whether TLS is spoken there; the context to use)."""
+    if not where.tls and not given:
+        return where, None
+    if where.family not in ("AF_INET", "AF_INET6"):
+        raise AddressError(f"TLS is for TCP, and {where} is none: leave ssl away, or give tls://HOST:PORT")
+    if given is False:
+        raise AddressError(f"{where} says tls://, and ssl=False that there is none: give one of them")
+    # Here, and not above: it takes its time to load.
+    import ssl
+
+    if given is None or given is True:
+        given = ssl.create_default_context()
+    if not isinstance(given, ssl.SSLContext):
+        raise TypeError(f"ssl takes an ssl.SSLContext or True, not {type(given).__name__}")
+    if given.protocol is ssl.PROTOCOL_TLS_SERVER:
+        raise ValueError("ssl takes a client's context: ssl.create_default_context()")
+    return replace(where, tls=True), given
 
 
 def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, without: bytes) -> bytes:
@@ -111,3 +149,14 @@ def unreachable(address: Address, error: Exception) -> str:
     nobody = code in (errno.ENOENT, errno.ECONNREFUSED)
     advice = " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)" if nobody else ""
     return f"can't connect to {address}: {reason}{advice}"
+
+
+def no_connection(address: Address, error: Exception) -> BrokerdError:
+    """Return the error for a connection that could not be made."""
+    text = unreachable(address, error)
+    return TlsError(text) if isinstance(error, TlsError) else Disconnected(text)
+
+
+def broken(error: OSError) -> BrokerdError:
+    """Return the error for a connection that was made and broke."""
+    return error if isinstance(error, TlsError) else Disconnected(f"the connection broke: {error.strerror or error}")

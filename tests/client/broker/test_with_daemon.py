@@ -35,6 +35,16 @@ def uvloop_face() -> Face:
     return Asyncio(uvloop.new_event_loop)
 
 
+#: Three plain clients, a pool, an administrator and one with rules.
+ENTRIES: dict[str, dict[str, Any]] = {
+    "alice": {},
+    "bob": {},
+    "carol": {},
+    "worker": {"connections": 4},
+    "ops": {"admin": True},
+    "ruled": {"send_to": ["bob"], "publish": ["ok.>"], "subscribe": ["ok.>"]},
+}
+LIMITS = {"max_message": 1_000_000}
 FACES: list[Callable[[], Face]] = [Blocking, Asyncio, uvloop_face]
 
 
@@ -49,15 +59,7 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 @pytest.fixture
 def broker() -> Iterator[RunningBroker]:
     """A real broker with three plain clients, a pool, an administrator and one with rules."""
-    entries: dict[str, dict[str, Any]] = {
-        "alice": {},
-        "bob": {},
-        "carol": {},
-        "worker": {"connections": 4},
-        "ops": {"admin": True},
-        "ruled": {"send_to": ["bob"], "publish": ["ok.>"], "subscribe": ["ok.>"]},
-    }
-    with running(entries, limits={"max_message": 1_000_000}) as broker:
+    with running(ENTRIES, limits=LIMITS) as broker:
         yield broker
 
 
