@@ -140,6 +140,8 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
 
 def _check_against_running(config: Config, as_json: bool) -> int:
     """Print what a reload of the running broker would change; return the exit status."""
+    from dataclasses import replace
+
     from brokerd.ctl.output import print_json
     from brokerd.ctl.plan import judge, plan_lines
     from brokerd.ctl.running import Administrator, ask_for_plan
@@ -153,7 +155,7 @@ def _check_against_running(config: Config, as_json: bool) -> int:
         for key in ([key.value for key in client.keys if key.valid_at(now)] if client.keys else [None])
     ]
     try:
-        addresses = [str(entry.address) for entry in config.listen]
+        addresses = [str(replace(entry.address, tls=entry.tls is not None)) for entry in config.listen]
         answer = ask_for_plan(config.path, addresses, administrators, os.environ)
         if as_json:
             print_json(answer)

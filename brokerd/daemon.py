@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from brokerd import __version__
 from brokerd.aside import aside
+from brokerd.config.advice import about_plain
 from brokerd.config.model import Config
 from brokerd.config.plan import taken_over
 from brokerd.config.problems import ConfigError
@@ -201,6 +202,7 @@ class Daemon:
             **told,
         )
         self._warn_of_surroundings()
+        self._warn_of_plain({entry.address for entry in config.listen})
         self._keywatch.watch(config)
         if elder is None:
             self.supervisor.ready(self._status)
@@ -233,6 +235,14 @@ class Daemon:
                 reason="this process has a user namespace of its own and can't tell these users from others: nobody is "
                 "let in as one of them (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)",
             )
+
+    def _warn_of_plain(self, among: Container[Address]) -> None:
+        """Tell of listeners, of those configured addresses, whose traffic others can read and alter."""
+        assert self._server is not None
+        for listening in self._server.listening:
+            reason = about_plain(listening.config, listening.address)
+            if reason and listening.config.address in among:
+                self.log.warning("listener.plain", listener=str(listening.address), reason=reason)
 
     def _on_order(self, order: Order) -> None:
         asker = order.source.client.name
@@ -396,6 +406,7 @@ class Daemon:
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
         )
         self._warn_of_surroundings()
+        self._warn_of_plain({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)

@@ -46,6 +46,7 @@ class RunningBroker:
     """A broker in a thread of this process.
 
     address: where it listens, as ``brokerd_client.connect`` takes it. It stays the same across kill and start.
+    tls: as in a ``listen`` entry; it then listens on 127.0.0.1 with TLS, and clients are connected with ``ssl=``.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RunningBroker:
         clients: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         limits: Mapping[str, Any] | None = None,
+        tls: Mapping[str, Any] | None = None,
         log: Any = None,
     ) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="brokerd-"))
@@ -61,7 +63,9 @@ class RunningBroker:
         self._log = log or quiet_log()
         self._opened: list[Client] = []
         self._daemon: Daemon | None = None
-        self.address: str = str(self._dir / "sock") if sys.platform != "win32" else "127.0.0.1:0"
+        self._tls = tls
+        on_tcp = tls is not None or sys.platform == "win32"
+        self.address: str = "127.0.0.1:0" if on_tcp else str(self._dir / "sock")
         for name, entry in (clients or {}).items():
             self._enter(name, entry)
         self._loop = loop_factory()()
@@ -159,7 +163,10 @@ class RunningBroker:
         self._entries[name] = {**entry, **key}
 
     def _config(self) -> Config:
-        return Config.build(self.address, self._entries, limits=self._limits or None)
+        listen: dict[str, Any] = {"address": self.address.removeprefix("tls://")}
+        if self._tls is not None:
+            listen["tls"] = dict(self._tls)
+        return Config.build(listen, self._entries, limits=self._limits or None)
 
     async def _make_daemon(self) -> Daemon:
         daemon = Daemon(self._config(), self._log)
@@ -188,10 +195,13 @@ class RunningBroker:
 
 @contextlib.contextmanager
 def running(
-    clients: Mapping[str, Mapping[str, Any]] | None = None, *, limits: Mapping[str, Any] | None = None
+    clients: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    limits: Mapping[str, Any] | None = None,
+    tls: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningBroker]:
     """Run a broker for the length of a with statement; arguments as sections of a configuration file."""
-    with RunningBroker(clients, limits=limits) as running_broker:
+    with RunningBroker(clients, limits=limits, tls=tls) as running_broker:
         yield running_broker
 
 

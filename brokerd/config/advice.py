@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Final
 
-from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConfig
+from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConfig, Need
 from brokerd.config.problems import one_line
 from brokerd.config.validity import let_in_until
+from brokerd_client.address import Address
 
-__all__ = ["advice"]
+__all__ = ["about_plain", "advice", "is_exposed"]
+
+#: A certificate is to be replaced some time before its end.
+_SOON: Final = timedelta(days=14)
 
 
 def advice(config: Config, now: datetime) -> list[str]:
@@ -20,14 +26,52 @@ def advice(config: Config, now: datetime) -> list[str]:
         warnings += map(one_line, _about_monitor(config.monitor))
     if not config.clients:
         warnings.append(one_line(f"{config.path}: there are no clients: nobody can connect (add some to clients:)"))
+    seen = any(listen.tls is not None and listen.tls.client_ca for listen in config.listen)
+    bound = any(listen.tls is not None for listen in config.listen)
+    for listen in config.listen:
+        warnings += map(one_line, _about_certificate(listen, now))
     for client in config.clients.values():
         warnings += map(one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning)))
+        where = f"{client.source}: client {client.name!r} can't connect"
+        if client.certificate is not None and not seen:
+            warnings.append(one_line(f"{where}: no listener asks for its certificate (give one tls: client_ca)"))
+        elif client.binding is Need.REQUIRED and not bound:
+            warnings.append(one_line(f"{where}: no listener speaks TLS (give one tls:)"))
     return warnings
+
+
+def is_exposed(address: Address) -> bool:
+    """Return whether a TCP address may be reached from other machines; of a host's name only localhost can't."""
+    if address.family not in ("AF_INET", "AF_INET6") or address.host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(address.host.partition("%")[0]).is_loopback
+    except ValueError:
+        return True
+
+
+def about_plain(listen: ListenConfig, address: Address) -> str:
+    """Return what is odd about a listener without TLS at this address, or ""."""
+    if listen.tls is not None or listen.plain or not is_exposed(address):
+        return ""
+    return (
+        "plain TCP that other machines can reach: whoever is on the way can read and alter what passes "
+        "(give the listen entry tls: {certificate: FILE, key: FILE}, or plain: true if it is meant to be so)"
+    )
 
 
 def _about_listener(listen: ListenConfig) -> Iterator[str]:
     if isinstance(listen.group, str) and not _group_exists(listen.group):
         yield f"{listen.source}: this machine has no group {listen.group!r} (make it, or give another)"
+    plain = about_plain(listen, listen.address)
+    if plain:
+        yield f"{listen.source}: {listen.address} is {plain}"
+
+
+def _about_certificate(listen: ListenConfig, now: datetime) -> Iterator[str]:
+    if listen.tls is not None and listen.tls.not_after - now < _SOON:
+        end = listen.tls.not_after.isoformat()
+        yield f"{listen.source}: the certificate of {listen.address} expires at {end} (have a new one made, and reload)"
 
 
 def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:

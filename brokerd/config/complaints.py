@@ -14,7 +14,6 @@ from typing import Any, Final, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from brokerd.config.model import NOT_YET
 from brokerd.config.problems import Path
 
 __all__ = ["complaint", "did_you_mean", "unknown_key"]
@@ -36,8 +35,6 @@ def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the words for a key that the model does not have."""
-    if key in NOT_YET:
-        return "not served by this version (take it out)"
     short = key if len(key) <= 60 else key[:60] + "..."
     known = sorted(known)
     meant = did_you_mean(key, known)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from brokerd.config import keys as key_store
+from brokerd.config.certificates import load_tls
 from brokerd.config.complaints import complaint, did_you_mean, unknown_key
 from brokerd.config.document import Document, Map, Seq
 from brokerd.config.findings import Findings
@@ -34,6 +35,7 @@ from brokerd.config.model import (
     Source,
 )
 from brokerd.config.problems import Path, Place, Problem
+from brokerd.config.values import CertificateConfig, TlsConfig
 from brokerd_client.address import Address
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire import envelope
@@ -154,6 +156,7 @@ class Entries:
             for key in ("mode", "group"):
                 if key in entry:
                     self._problem((*path, key), "only a Unix socket has a file (take it out)", at_key=True)
+        tls = self._tls(path, valid)
         if valid.name is not None:
             place_of_name, _ = self._document.place((*path, "name"))
             first = self._findings.sockets.setdefault(valid.name, place_of_name)
@@ -168,7 +171,29 @@ class Entries:
                 allow_md5=valid.allow_md5,
                 source=Source(place.file, place.line),
                 name=valid.name,
+                tls=tls,
+                plain=valid.plain,
             )
+        )
+
+    def _tls(self, path: Path, entry: ListenEntry) -> TlsConfig | None:
+        """Return a listener's TLS, having reported what is wrong with it."""
+        if entry.address.family not in ("AF_INET", "AF_INET6"):
+            for key in ("tls", "plain"):
+                if key in entry.model_fields_set:
+                    self._problem((*path, key), "TLS is for TCP alone (take it out)", at_key=True)
+            return None
+        if entry.tls is None:
+            return None
+        if entry.plain:
+            self._problem(
+                (*path, "plain"), "says that there is no TLS, and tls is given (keep one of them)", at_key=True
+            )
+        return load_tls(
+            entry.tls,
+            self._base,
+            self._findings.environ,
+            lambda key, what: self._problem((*path, "tls", key), what),
         )
 
     def _monitor(self, entry: object) -> None:
@@ -249,7 +274,17 @@ class Entries:
             peer_uid=entry.peer_uid,
             admin=entry.admin,
             source=Source(self._document.file, line),
+            certificate=self._certificate(path, entry),
+            binding=entry.channel_binding,
         )
+
+    def _certificate(self, path: Path, entry: ClientEntry) -> CertificateConfig | None:
+        demanded = entry.certificate
+        if demanded is None:
+            return None
+        if not (demanded.subject or demanded.fingerprint):
+            self._problem((*path, "certificate"), "demands nothing (give subject, fingerprint or both)", at_key=True)
+        return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
 
     def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
         """Note the names in send_to; whether they exist shows when all files are read."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, InstanceOf
 from pydantic.json_schema import WithJsonSchema
 
-from brokerd.config import units
+from brokerd.config import subjects, units
 from brokerd_client import address as addresses
 from brokerd_client.address import Address
 from brokerd_client.errors import AddressError, InvalidName
@@ -22,6 +22,7 @@ from brokerd_client.wire import envelope
 __all__ = [
     "ByteRate",
     "Duration",
+    "Fingerprints",
     "Group",
     "KeyBytes",
     "Mode",
@@ -34,8 +35,10 @@ __all__ = [
     "Several",
     "Size",
     "SocketName",
+    "Subject",
     "SubscribePattern",
     "Timeout",
+    "TlsVersion",
     "UserId",
     "Where",
 ]
@@ -59,6 +62,8 @@ def _address(value: object) -> Address:
         addresses.validate_family(address.family)
     except AddressError as error:
         raise _right(error) from None
+    if address.tls:
+        raise ValueError("tls:// is what clients write (give HOST:PORT, and tls: {certificate: FILE, key: FILE})")
     return address
 
 
@@ -143,6 +148,28 @@ def _name_pattern(value: object) -> str:
     return text
 
 
+def _tls_version(value: object) -> str:
+    # Without quotes it is a number in YAML, and no less clear.
+    text = str(value) if isinstance(value, (str, float)) else ""
+    if text not in ("1.2", "1.3"):
+        raise ValueError('is no version of TLS that is spoken here (give "1.3" or "1.2")')
+    return text
+
+
+def _subject(value: object) -> tuple[tuple[str, str], ...]:
+    return subjects.parse(_text(value))
+
+
+def _fingerprints(value: object) -> tuple[str, ...]:
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    found = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
+    if not found or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in found):
+        raise ValueError(
+            "is no SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout -fingerprint -sha256 -in FILE)"
+        )
+    return tuple(found)
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("is no text (put it in quotes)")
@@ -212,6 +239,18 @@ SocketName: TypeAlias = Annotated[
     str,
     BeforeValidator(_socket_name),
     WithJsonSchema({"type": "string", "pattern": f"^{_SOCKET_NAME.pattern}$"}),
+]
+TlsVersion: TypeAlias = Annotated[
+    str, BeforeValidator(_tls_version), WithJsonSchema({"enum": ["1.2", "1.3", 1.2, 1.3]})
+]
+Subject: TypeAlias = Annotated[
+    Any, BeforeValidator(_subject), WithJsonSchema({"type": "string", "pattern": r"^[^=,]+=[^,]"})
+]
+_FINGERPRINT: Final = {"type": "string", "pattern": r"^[0-9A-Fa-f]{2}([: ]?[0-9A-Fa-f]{2}){31}$"}
+Fingerprints: TypeAlias = Annotated[
+    Any,
+    BeforeValidator(_fingerprints),
+    WithJsonSchema({"anyOf": [_FINGERPRINT, {"type": "array", "items": _FINGERPRINT, "minItems": 1}]}),
 ]
 KeyBytes: TypeAlias = Annotated[
     bytes, BeforeValidator(_key), WithJsonSchema({"type": "string", "minLength": 1, "writeOnly": True})

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["MAX_KEY", "KeyRefused", "exposed", "forbidden", "read_credential", "read_env", "read_file"]
+__all__ = [
+    "MAX_KEY",
+    "KeyRefused",
+    "exposed",
+    "forbidden",
+    "read_credential",
+    "read_env",
+    "read_file",
+    "read_private",
+]
 
 #: The longest key file, in bytes; a longer one is some other file.
 MAX_KEY: Final = 64 * 1024
@@ -37,10 +46,24 @@ def read_file(path: str, environ: Mapping[str, str]) -> bytes:
     environ: says which directories are closed to others, whatever the modes of the files in them: ``forbidden``.
     Raises KeyRefused.
     """
+    quoted = shlex.quote(path)
+    content = read_private(path, environ, f"make one: umask 077; brokerd key > {quoted}")
+    key = _cut_newline(content)
+    if not key:
+        raise KeyRefused(f"{path} is empty (write a key into it: brokerd key > {quoted})")
+    return key
+
+
+def read_private(path: str, environ: Mapping[str, str], missing: str) -> bytes:
+    """Return what is in a file that nobody but its owner may read.
+
+    environ: as for ``read_file``. missing: what would be right where there is no file.
+    Raises KeyRefused.
+    """
     try:
         handle = os.open(path, _OPEN_FLAGS)
     except (OSError, ValueError) as error:
-        raise KeyRefused(_unopened(path, error)) from None
+        raise KeyRefused(_unopened(path, error, missing)) from None
     try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
@@ -57,10 +80,7 @@ def read_file(path: str, environ: Mapping[str, str]) -> bytes:
         os.close(handle)
     if len(content) > MAX_KEY:
         raise KeyRefused(f"{path} is longer than {MAX_KEY // 1024} KiB (give the file that holds the key)")
-    key = _cut_newline(content)
-    if not key:
-        raise KeyRefused(f"{path} is empty (write a key into it: brokerd key > {shlex.quote(path)})")
-    return key
+    return content
 
 
 def read_env(name: str, environ: Mapping[str, str]) -> bytes:
@@ -121,12 +141,11 @@ def _cut_newline(content: bytes) -> bytes:
     return content
 
 
-def _unopened(path: str, error: OSError | ValueError) -> str:
+def _unopened(path: str, error: OSError | ValueError, missing: str) -> str:
     if isinstance(error, ValueError):
         return "is no path (give the file that holds the key)"
     if error.errno == errno.ENOENT:
-        quoted = shlex.quote(path)
-        return f"there is no file {path} (make one: umask 077; brokerd key > {quoted})"
+        return f"there is no file {path} ({missing})"
     if error.errno == errno.EACCES:
         return f"{path} can't be read: {error.strerror} (let this user own it, mode 0600)"
     return f"{path} can't be opened: {error.strerror} (give the file that holds the key)"

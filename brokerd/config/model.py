@@ -19,6 +19,7 @@ from brokerd.config import units
 from brokerd.config.fields import (
     ByteRate,
     Duration,
+    Fingerprints,
     Group,
     KeyBytes,
     Mode,
@@ -31,8 +32,10 @@ from brokerd.config.fields import (
     Several,
     Size,
     SocketName,
+    Subject,
     SubscribePattern,
     Timeout,
+    TlsVersion,
     UserId,
     Where,
 )
@@ -43,6 +46,7 @@ from brokerd.config.values import (
     LogFormat,
     LogLevel,
     MonitorConfig,
+    Need,
     RateConfig,
     Rule,
     Source,
@@ -53,7 +57,6 @@ from brokerd.config.values import (
 __all__ = [
     "KEY_FIELDS",
     "KEY_ITEM_FIELDS",
-    "NOT_YET",
     "ClientConfig",
     "ClientEntry",
     "Config",
@@ -70,17 +73,17 @@ __all__ = [
     "LogLevel",
     "MonitorConfig",
     "MonitorEntry",
+    "Need",
     "RateConfig",
     "RateEntry",
     "Rule",
     "Source",
+    "TlsEntry",
     "WhenConnected",
     "WhenFull",
     "json_schema",
 ]
 
-#: Keys that a later version serves; today their error says so instead of guessing at a slip of the pen.
-NOT_YET: Final = frozenset({"tls"})
 #: Where a client's key may come from; a client gives one of them.
 KEY_FIELDS: Final = ("key", "key_file", "key_env", "key_credential", "keys")
 #: The same for one entry of ``keys``.
@@ -110,6 +113,23 @@ def _schema_of_both_forms(schema: JsonSchemaValue) -> JsonSchemaValue:
     return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
 
 
+class TlsEntry(_Entry):
+    """TLS at a listener: what it shows, and what it wants to see."""
+
+    certificate: NonEmpty
+    """A file with the certificate in PEM, those that lead to its CA behind it, relative to this file."""
+    key: NonEmpty
+    """A file with the certificate's private key in PEM, which only its owner can read."""
+    client_ca: NonEmpty | None = None
+    """A file with the certificates, in PEM, of those who issue clients' certificates."""
+    client_certificate: Annotated[Need, Field(strict=False)] | None = None
+    """With client_ca, whether every client has to show a certificate: required (the default there) or optional."""
+    minimum: TlsVersion = _written("1.3", str)
+    """The lowest version of TLS that is spoken: 1.2 or 1.3."""
+    channel_binding: Annotated[Need, Field(strict=False)] = Need.OPTIONAL
+    """Whether clients have to bind their key to the TLS channel: required or optional."""
+
+
 class ListenEntry(_Entry):
     """A place to listen at: an address alone, or a mapping with its options."""
 
@@ -123,6 +143,10 @@ class ListenEntry(_Entry):
     """Group that gets the Unix socket's file: a name or a number."""
     name: SocketName | None = None
     """What systemd calls the socket it hands over for this entry, where that has another address."""
+    tls: TlsEntry | None = None
+    """TLS, on TCP: the certificate, its key, and what clients have to show."""
+    plain: bool = False
+    """On TCP without TLS, that this is meant: no warning that others can read and alter what passes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +187,17 @@ class RateEntry(_Entry):
     """Messages a second, such as 10000/s; no limit unless given."""
     bytes: ByteRate | None = None
     """Bytes a second, such as 50MiB/s; no limit unless given."""
+
+
+class CertificateEntry(_Entry):
+    """What a client's certificate has to be, beside the client's key."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["subject"]}, {"required": ["fingerprint"]}]})
+
+    subject: Subject | None = None
+    """The whole subject, such as CN=alice,O=Example, in any order."""
+    fingerprint: Fingerprints | None = None
+    """The certificate's SHA-256 in hexadecimal digits, or a list of those that are accepted."""
 
 
 class ClientEntry(_Entry):
@@ -211,6 +246,10 @@ class ClientEntry(_Entry):
     """Whether the client may use HMAC-MD5, the only digest Python 3.11 and older know."""
     peer_uid: Annotated[Several[UserId], Field(min_length=1)] | None = None
     """On a Unix socket, only these users may be this client; without a key, they need none."""
+    certificate: CertificateEntry | None = None
+    """The certificate the client has to show over TLS, besides having its key."""
+    channel_binding: Annotated[Need, Field(strict=False)] = Need.OPTIONAL
+    """Whether the client has to come over TLS and bind its key to the channel: required or optional."""
     admin: bool = False
     """Whether the client may watch and control the broker."""
 

@@ -14,20 +14,26 @@ import ipaddress
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from brokerd_client.address import Address
 
+if TYPE_CHECKING:
+    import ssl
+
 __all__ = [
+    "CertificateConfig",
     "ClientConfig",
     "Key",
     "ListenConfig",
     "LogFormat",
     "LogLevel",
     "MonitorConfig",
+    "Need",
     "RateConfig",
     "Rule",
     "Source",
+    "TlsConfig",
     "WhenConnected",
     "WhenFull",
 ]
@@ -55,6 +61,15 @@ class WhenConnected(StrEnum):
     """The new one is refused."""
     REPLACE = "replace"
     """The oldest one is closed."""
+
+
+class Need(StrEnum):
+    """Whether something has to be there."""
+
+    REQUIRED = "required"
+    """Who comes without it is turned away."""
+    OPTIONAL = "optional"
+    """It is taken where it is there."""
 
 
 class LogLevel(StrEnum):
@@ -133,12 +148,49 @@ class RateConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """TLS at one listener, its files read.
+
+    context: what new connections use; it holds the private key, and shows it to nobody. end_point: what a channel is
+    bound to (wire.binding). content: a digest of the files and settings, by which two are compared. not_after: the end
+    of the certificate's time. binding: whether clients have to bind their keys.
+    """
+
+    context: ssl.SSLContext = field(repr=False, compare=False)
+    end_point: bytes
+    content: str
+    not_after: datetime
+    client_ca: bool = False
+    binding: Need = Need.OPTIONAL
+
+    def __str__(self) -> str:
+        return f"{self.content[:8]}, good until {self.not_after:%Y-%m-%d}"
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateConfig:
+    """What a client's certificate has to be.
+
+    subject: as ``brokerd.config.subjects`` writes it, () for any. fingerprints: SHA-256 in lower-case hexadecimal
+    digits, any of which will do; () for any.
+    """
+
+    subject: tuple[tuple[str, str], ...] = ()
+    fingerprints: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        subject = ",".join(f"{name}={value}" for name, value in self.subject)
+        return " and ".join(filter(None, (subject, " or ".join(self.fingerprints))))
+
+
+@dataclass(frozen=True, slots=True)
 class ListenConfig:
     """One place to listen at.
 
     mode: the file mode of a Unix socket's file, None for every other address.
     group: the name or number of the group that gets the file, or None.
     name: of the service manager's socket to listen at, where that is bound to another address; or None.
+    tls: None without. plain: whether it is meant to have none.
     """
 
     address: Address
@@ -147,6 +199,8 @@ class ListenConfig:
     allow_md5: bool
     source: Source = field(compare=False)
     name: str | None = None
+    tls: TlsConfig | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +239,8 @@ class ClientConfig:
     connections: how many may share the name. queue: bytes that may wait for the client.
     subscriptions, requests: how many of a connection's own the broker keeps in mind.
     peer_uid: the users a Unix socket's peer may be, None for all.
+    certificate: what it has to show over TLS, None where nothing is demanded. binding: whether it has to come over TLS
+    and bind its key to the channel.
     """
 
     name: str
@@ -203,3 +259,5 @@ class ClientConfig:
     peer_uid: tuple[int, ...] | None
     admin: bool
     source: Source = field(compare=False)
+    certificate: CertificateConfig | None = None
+    binding: Need = Need.OPTIONAL

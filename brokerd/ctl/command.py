@@ -11,6 +11,7 @@ import click
 import brokerd_client
 from brokerd import __version__
 from brokerd.ctl.status import Failure, Status, failure_of
+from brokerd.ctl.trust import context_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Access", "brokerctl", "connecting", "main"]
@@ -41,12 +42,20 @@ class Access:
     address: str | None = None
     name: str | None = None
     key_file: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    cert_key: str | None = None
 
     def connect(self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False) -> brokerd_client.Client:
         """Return a connected client. Raises Failure where no broker can be reached."""
         try:
             return brokerd_client.connect(
-                self.address, self.name, key_file=self.key_file, timeout=timeout, reconnect=reconnect
+                self.address,
+                self.name,
+                key_file=self.key_file,
+                timeout=timeout,
+                reconnect=reconnect,
+                ssl=context_of(self.address, self.ca, self.cert, self.cert_key),
             )
         except TimedOut as error:
             raise Failure(Status.UNREACHABLE, f"no broker answered: {error}") from error
@@ -75,6 +84,28 @@ def connecting(function: _Function) -> _Function:
             callback=_store,
         ),
         click.option(
+            "--cert-key",
+            type=click.Path(dir_okay=False),
+            help="Over TLS, the private key of --cert, if it is in another file.  [env: BROKERD_CERT_KEY]",
+            expose_value=False,
+            callback=_store,
+        ),
+        click.option(
+            "--cert",
+            type=click.Path(dir_okay=False),
+            help="Over TLS, the certificate to show to the broker.  [env: BROKERD_CERT]",
+            expose_value=False,
+            callback=_store,
+        ),
+        click.option(
+            "--ca",
+            type=click.Path(dir_okay=False),
+            help="Over TLS, who may have issued the broker's certificate; the system's list if not given.  "
+            "[env: BROKERD_CA]",
+            expose_value=False,
+            callback=_store,
+        ),
+        click.option(
             "--name",
             help="The client to be; found by the key if not given.  [env: BROKERD_NAME]",
             expose_value=False,
@@ -82,7 +113,7 @@ def connecting(function: _Function) -> _Function:
         ),
         click.option(
             "--address",
-            help="HOST:PORT, [IPV6]:PORT, a path or @ABSTRACT.  [env: BROKERD_ADDRESS]",
+            help="HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path or @ABSTRACT.  [env: BROKERD_ADDRESS]",
             expose_value=False,
             callback=_store,
         ),

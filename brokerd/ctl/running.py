@@ -14,6 +14,7 @@ from typing import Any
 import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access
 from brokerd.ctl.status import Failure, Status, failure_of
+from brokerd.ctl.trust import context_of
 from brokerd_client.errors import BrokerdError
 
 __all__ = ["Administrator", "ask_for_plan"]
@@ -67,7 +68,10 @@ def _connected(
     for where in [address] if address else addresses:
         for each in administrators[:_TRIES]:
             try:
-                return brokerd_client.connect(where, each.name, each.key, timeout=DEFAULT_TIMEOUT_S, reconnect=False)
+                context = context_of(where, None, None, None)
+                return brokerd_client.connect(
+                    where, each.name, each.key, timeout=DEFAULT_TIMEOUT_S, reconnect=False, ssl=context
+                )
             except (BrokerdError, OSError) as error:
                 failures.append(f"{each.name} at {where}: {error}")
     tried = "\n".join(failures)

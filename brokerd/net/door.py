@@ -17,15 +17,19 @@ import socket
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
-from brokerd.net.keyring import Credential, Search
+from brokerd.config.values import TlsConfig
+from brokerd.net.keyring import Credential, Search, key_on
 from brokerd.net.tally import Outcome
+from brokerd.net.tls import NO_CHANNEL, SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
 from brokerd.net.users import is_seen
 from brokerd_client.address import format_peer
 from brokerd_client.bridge import BridgedSocket
-from brokerd_client.errors import AuthenticationError, FrameError
+from brokerd_client.errors import AuthenticationError, FrameError, TlsError
+from brokerd_client.tls_stream import TlsStream
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import FAILURE, LIMIT, NONCE_SIZE, Proof, Receive, Send, as_listener
 
@@ -44,6 +48,7 @@ _LONGEST_DELAY: Final = 1.0
 _FORGET_AFTER: Final = 60.0
 _REMEMBERED: Final = 10_000
 _UCRED: Final = struct.Struct("3i")
+_NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
 
 
 class Knock:
@@ -55,13 +60,13 @@ class Knock:
     nonce: what it was challenged with. heard: every byte it has said; spoken: frames said to it. With these
         another process can come to the same point: see Door.take_over.
     muted: frames that were said already, and are not said again.
+    tls, stream: how TLS is spoken with it, and the TLS that is, None without. channel: what is known by that.
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
 
-    can_hand_over: ClassVar[bool] = True
-
     __slots__ = (
         "allow_md5",
+        "channel",
         "credential",
         "deadline",
         "done",
@@ -80,6 +85,8 @@ class Knock:
         "sock",
         "spoken",
         "steps",
+        "stream",
+        "tls",
         "uid",
     )
 
@@ -92,8 +99,12 @@ class Knock:
         allow_md5: bool,
         deadline: float,
         nonce: bytes | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
-        self.sock = sock
+        self.tls = tls
+        self.stream = None if tls is None else TlsStream(sock, tls.context, end_point=tls.end_point)
+        self.sock: socket.socket | TlsStream = self.stream or sock
+        self.channel = NO_CHANNEL
         self.fd = sock.fileno()
         self.uid = peer_uid(sock)
         self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"
@@ -116,6 +127,11 @@ class Knock:
         self.outcome = Outcome.REJECTED
         self.done = False
 
+    @property
+    def can_hand_over(self) -> bool:
+        """As a link's: not over TLS, whose keys are in this process."""
+        return self.tls is None
+
 
 class Door:
     """All unfinished handshakes of a server, oldest first."""
@@ -129,11 +145,14 @@ class Door:
         self._searching = False
         self._timer: asyncio.TimerHandle | None = None
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._tls = TlsHandshakes(server.loop, self._on_channel, self._on_no_channel)
 
     def __len__(self) -> int:
         return len(self._knocks)
 
-    def knock(self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool) -> None:
+    def knock(
+        self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, tls: TlsConfig | None = None
+    ) -> None:
         """Begin the handshake with a connection just accepted."""
         limits = self._server.limits
         if len(self._knocks) >= limits.handshakes:
@@ -141,11 +160,35 @@ class Door:
             self._refuse(
                 oldest, "more unfinished handshakes than limits.handshakes; this was the oldest", Outcome.REFUSED
             )
-        knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=self._loop.time() + limits.handshake_timeout)
+        deadline = self._loop.time() + limits.handshake_timeout
+        knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls)
         self._knocks[knock] = None
-        self._loop.add_reader(knock.fd, self._on_readable, knock)
         self._watch()
+        if tls is not None:
+            self._tls.begin(knock)
+        else:
+            self._loop.add_reader(knock.fd, self._on_readable, knock)
+            self._go_on(knock, None)
+
+    def _on_channel(self, knock: Knock, channel: Channel) -> None:
+        """TLS is ready: begin the handshake that is about keys."""
+        knock.channel = channel
+        knock.steps = as_listener(challenge_nonce(channel), allow_md5=True, named=True)
+        self._loop.add_reader(knock.fd, self._on_readable, knock)
         self._go_on(knock, None)
+        self._read_on(knock)
+
+    def _on_no_channel(self, knock: Knock, reason: str) -> None:
+        assert knock.stream is not None
+        if knock.stream.engine.heard:
+            self._refuse(knock, reason, Outcome.REJECTED)
+        else:
+            self._lose(knock, ConnectionResetError(0, reason))
+
+    def _read_on(self, knock: Knock) -> None:
+        """Look again soon, where TLS has decrypted more than was read: the system knows nothing of it."""
+        if knock.stream is not None and knock.stream.buffered and not knock.done:
+            self._loop.call_soon(self._on_readable, knock)
 
     # Another process's handshakes
 
@@ -185,6 +228,8 @@ class Door:
     # The conversation
 
     def _on_readable(self, knock: Knock) -> None:
+        if knock.done or (knock.proof is not None and knock.reader.buffered > 2 * LIMIT):
+            return
         try:
             # Never more than the handshake can need at once; what lies behind it belongs to the session.
             data = knock.sock.recv(2 * LIMIT)
@@ -196,9 +241,13 @@ class Door:
         if not data:
             self._lose(knock, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
             return
+        if is_client_hello(data) and knock.stream is None and not knock.reader.buffered:
+            self._refuse(knock, SPEAKS_TLS, Outcome.MALFORMED, tell=True)
+            return
         knock.silent = False
         knock.heard += data
         knock.reader.feed(data)
+        self._read_on(knock)
         if knock.proof is None:
             self._pull(knock)
         elif knock.reader.buffered > 2 * LIMIT:
@@ -258,7 +307,21 @@ class Door:
     # Whose key it is
 
     def _search(self, knock: Knock, proof: Proof) -> None:
-        search = Search(self._server.keyring, proof, allow_md5=knock.allow_md5, uid=knock.uid, now=datetime.now(UTC))
+        if proof.binding:
+            if proof.binding not in knock.channel.bindings:
+                knock.refusal = _NOT_HERE
+                knock.proof = None
+                self._go_on(knock, None)
+                return
+            knock.channel = replace(knock.channel, bound=proof.binding)
+        search = Search(
+            self._server.keyring,
+            proof,
+            allow_md5=knock.allow_md5,
+            uid=knock.uid,
+            now=datetime.now(UTC),
+            channel=knock.channel,
+        )
         if not self._try(knock, search):
             heapq.heappush(self._searches, (search.tried, next(self._order), knock, search))
             if not self._searching:
@@ -291,10 +354,11 @@ class Door:
             knock.refusal = self._server.room_for(identity.accepted.client.name)
             if knock.refusal:
                 knock.outcome = Outcome.REFUSED
-            key = None if knock.refusal else identity.accepted.key.value
+            key = None if knock.refusal else key_on(knock.channel, identity.accepted.key.value)
         self._loop.add_reader(knock.fd, self._on_readable, knock)
         knock.proof = None
         self._go_on(knock, key)
+        self._read_on(knock)
         return True
 
     # The end of it
@@ -327,7 +391,7 @@ class Door:
 
         A health check and a balancer's probe say nothing and leave: a line for each would bury the others.
         """
-        if knock.silent and not knock.done and isinstance(error, ConnectionError):
+        if knock.silent and not knock.done and isinstance(error, ConnectionError) and not isinstance(error, TlsError):
             self._forget(knock)
             knock.sock.close()
             self._server.tally.handshakes[Outcome.LEFT] += 1
@@ -338,7 +402,10 @@ class Door:
     def _forget(self, knock: Knock) -> None:
         knock.done = True
         self._knocks.pop(knock, None)
-        self._loop.remove_reader(knock.fd)
+        if knock.tls is None:
+            self._loop.remove_reader(knock.fd)
+        else:
+            self._tls.leave(knock)
         knock.steps.close()
 
     def _count_failure(self, knock: Knock) -> None:
@@ -378,7 +445,8 @@ class Door:
         self._timer = None
         now = self._loop.time()
         while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
-            self._refuse(oldest, "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=True)
+            why = self._tls.overdue(oldest)
+            self._refuse(oldest, why or "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=not why)
         self._watch()
 
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from brokerd.config.values import ListenConfig
@@ -95,7 +95,8 @@ class Handed:
 
 def listen_at(entry: ListenConfig, sockets: Iterable[HandedSocket]) -> list[Listening]:
     """Return an entry's listening sockets: duplicates, so that the entry can go and come back by a reload."""
-    return [Listening(entry, each.sock.dup(), each.address) for each in sockets]
+    tls = entry.tls is not None
+    return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
 
 
 def _taken(fd: int, name: str) -> HandedSocket:

@@ -90,7 +90,7 @@ def _socket(sock: socket.socket) -> list[int]:
 
 def describe(address: Address) -> list[Any]:
     """Return an address as plain values, for ``Address(*values)``."""
-    return [address.family, address.host, address.port, address.path]
+    return [address.family, address.host, address.port, address.path, address.tls]
 
 
 def _listening(each: Listening) -> Facts:
@@ -122,6 +122,7 @@ def _link(link: Link, taken: Snapshot) -> Facts:
 
 
 def _knock(knock: Knock, server: Server, taken: Snapshot) -> Facts:
+    assert isinstance(knock.sock, socket.socket), "TLS can't be handed over"
     taken.pieces += [knock.nonce, knock.heard]
     welcomed = knock.credential if knock.spoken > 1 else None
     return {

@@ -16,9 +16,11 @@ from itertools import islice
 from typing import Final, cast
 
 from brokerd.config.values import ClientConfig, Key
+from brokerd.net.tls import NO_CHANNEL, Channel
+from brokerd_client.wire.binding import bound_key
 from brokerd_client.wire.handshake import Proof
 
-__all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search"]
+__all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search", "key_on"]
 
 #: Keys tried before others get their turn: some 60 microseconds of work.
 SLICE: Final = 32
@@ -139,17 +141,28 @@ class Search:
     """The search for the key that made one answer.
 
     allow_md5: whether the listener allows HMAC-MD5 for every client. uid: the user at the other end of a
-    Unix socket, None elsewhere. now: the time of day, for the keys' windows.
+    Unix socket, None elsewhere. now: the time of day, for the keys' windows. channel: how the peer came, and what its
+    key is bound to.
     """
 
-    __slots__ = ("_allow_md5", "_now", "_proof", "_rest", "_ring", "_uid", "tried")
+    __slots__ = ("_allow_md5", "_channel", "_now", "_proof", "_rest", "_ring", "_uid", "tried")
 
-    def __init__(self, ring: Keyring, proof: Proof, *, allow_md5: bool, uid: int | None, now: datetime) -> None:
+    def __init__(
+        self,
+        ring: Keyring,
+        proof: Proof,
+        *,
+        allow_md5: bool,
+        uid: int | None,
+        now: datetime,
+        channel: Channel = NO_CHANNEL,
+    ) -> None:
         self._ring = ring
         self._proof = proof
         self._allow_md5 = allow_md5
         self._uid = uid
         self._now = now
+        self._channel = channel
         self._rest: list[bytes] | None = None
         self.tried = 0
 
@@ -161,7 +174,8 @@ class Search:
             batch = list(self._ring.candidates(min(SLICE, self._ring.limit)))
         else:
             batch, self._rest = self._rest[:SLICE], self._rest[SLICE:]
-        position = self._proof.maker(batch)
+        bound = self._channel.bound
+        position = self._proof.maker([key_on(self._channel, key) for key in batch] if bound else batch)
         if position is not None:
             self.tried += position + 1
             return self._judge(self._ring.owner(batch[position]))
@@ -175,7 +189,7 @@ class Search:
         found: Credential | None = None
         for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
             self.tried += 1
-            if self._proof.made_with(credential.key.value) and credential is not _NOBODYS:
+            if self._proof.made_with(key_on(self._channel, credential.key.value)) and credential is not _NOBODYS:
                 found = credential
         return Identity(refusal="wrong key for the name it gave") if found is None else self._judge(found)
 
@@ -187,8 +201,17 @@ class Search:
             return Identity(credential, "it can only do HMAC-MD5: set allow_md5 for the client or the listener")
         if client.peer_uid is not None and self._uid not in client.peer_uid:
             return Identity(credential, "it does not come from a Unix socket and a user named in peer_uid")
+        refusal = self._channel.refusal(client)
+        if refusal:
+            return Identity(credential, refusal)
         self._ring.used(credential)
         return Identity(credential)
+
+
+def key_on(channel: Channel, key: bytes) -> bytes:
+    """Return the key as it is used on the channel."""
+    kind = channel.bound
+    return bound_key(key, kind, channel.bindings[kind]) if kind else key
 
 
 def _public(client: ClientConfig) -> Key:

@@ -17,6 +17,7 @@ from brokerd.core import routing
 from brokerd.core.parcel import SLACK, Parcel
 from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
+from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.framing import frame_span
 
@@ -61,12 +62,14 @@ class Link:
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
     waits: others have their turn before what is in ``tail`` is routed.
+    channel: what the handshake said of the way it came.
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
 
     can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
+        "channel",
         "closed",
         "credential",
         "fd",
@@ -80,10 +83,13 @@ class Link:
         "writing",
     )
 
-    def __init__(self, server: Server, sock: socket.socket, credential: Credential) -> None:
+    def __init__(
+        self, server: Server, sock: socket.socket, credential: Credential, channel: Channel = NO_CHANNEL
+    ) -> None:
         self.server = server
         self.sock = sock
         self.credential = credential
+        self.channel = channel
         self.fd = sock.fileno()
         self.session: Session
         self.tail = b""
@@ -256,21 +262,33 @@ class Link:
                 if outbox.sent(size):
                     break
         except (BlockingIOError, InterruptedError):
-            outbox.blocked = True
-            if not self.writing:
-                self.writing = True
-                self.server.loop.add_writer(self.fd, self.on_writable)
-            if session.closing:
-                self.close_soon()
+            self._wait_to_write()
         except OSError as error:
             self.lost(error.strerror or type(error).__name__)
         else:
+            # As _all_written, without the call: this is done for every message.
             outbox.blocked = False
             if self.writing:
                 self.writing = False
                 self.server.loop.remove_writer(self.fd)
             if session.closing:
                 self.lost(session.closing, written=True)
+
+    def _wait_to_write(self) -> None:
+        self.session.outbox.blocked = True
+        if not self.writing:
+            self.writing = True
+            self.server.loop.add_writer(self.fd, self.on_writable)
+        if self.session.closing:
+            self.close_soon()
+
+    def _all_written(self) -> None:
+        self.session.outbox.blocked = False
+        if self.writing:
+            self.writing = False
+            self.server.loop.remove_writer(self.fd)
+        if self.session.closing:
+            self.lost(self.session.closing, written=True)
 
     def on_writable(self) -> None:
         """Write on; whoever waited for room in this outbox may send again."""

@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -63,12 +63,12 @@ class Listening:
         status = self._change_file(before, config)
 
         def undo() -> None:
-            self.config = before
+            self.config, self.address = before, _named(before, self.address)
             if status is not None:
                 with contextlib.suppress(OSError):
                     _restore(Path(self.address.path), status)
 
-        self.config = config
+        self.config, self.address = config, _named(config, self.address)
         return undo
 
     def _change_file(self, before: ListenConfig, after: ListenConfig) -> os.stat_result | None:
@@ -207,10 +207,15 @@ def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> 
         sock.bind(sockaddr)
         sock.listen(BACKLOG)
         sock.setblocking(False)
-        return Listening(config, sock, parse(sock.getsockname()[:2]))
+        return Listening(config, sock, _named(config, parse(sock.getsockname()[:2])))
     except OSError:
         sock.close()
         raise
+
+
+def _named(config: ListenConfig, address: Address) -> Address:
+    """Return the address as clients are to write it."""
+    return replace(address, tls=config.tls is not None)
 
 
 def _listen_unix(config: ListenConfig) -> Listening:

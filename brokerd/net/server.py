@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Container, Iterable
 from typing import Any, Final, Protocol
 
+from brokerd.config import subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
@@ -22,6 +23,8 @@ from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
 from brokerd.net.tally import Outcome, Tally
+from brokerd.net.tls import NO_CHANNEL, Channel
+from brokerd.net.tls_link import TlsLink
 from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
@@ -152,10 +155,16 @@ class Server:
         A key whose time is over lets nobody in, and those whom it let in stay.
         """
         links = (link for link in self.links if not link.session.closing)
-        judged = ((link.session, self.misfit(link.credential, peer_uid(link.sock), keyring)) for link in links)
+        judged = ((link.session, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in links)
         return [(session, why) for session, why in judged if why]
 
-    def misfit(self, credential: Credential, uid: int | None, keyring: Keyring | None = None) -> str:
+    def misfit(
+        self,
+        credential: Credential,
+        uid: int | None,
+        keyring: Keyring | None = None,
+        channel: Channel = NO_CHANNEL,
+    ) -> str:
         """Return why a keyring has no place for who proved this credential, or ""."""
         ring = self.keyring if keyring is None else keyring
         known = ring.named(credential.client.name)
@@ -166,7 +175,7 @@ class Server:
         users = known[0].client.peer_uid
         if users is not None and uid not in users:
             return "its user is not in peer_uid any more"
-        return ""
+        return channel.refusal(known[0].client)
 
     def stop_accepting(self) -> None:
         """Close every listening socket and turn away who is still at the door."""
@@ -196,7 +205,8 @@ class Server:
                 # Gone before it was begun.
                 sock.close()
                 continue
-            self._door.knock(sock, peer, str(listening.address), allow_md5=listening.config.allow_md5)
+            entry = listening.config
+            self._door.knock(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
 
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
@@ -235,13 +245,13 @@ class Server:
         assert knock.credential is not None
         name = knock.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
-        reason = self.misfit(knock.credential, knock.uid) or self.room_for(name)
+        reason = self.misfit(knock.credential, knock.uid, channel=knock.channel) or self.room_for(name)
         if reason:
             knock.sock.close()
             self.on_refused(knock, reason, Outcome.REFUSED)
             return
         self.keyring.let_in(knock.credential, self.wall())
-        link = Link(self, knock.sock, knock.credential)
+        link = _link(self, knock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
@@ -254,6 +264,7 @@ class Server:
             peer=knock.peer,
             listener=knock.listener,
             key=knock.credential.key.key_id,
+            **_tls_fields(knock.channel),
         )
         link.open(session, knock.reader.take_rest())
         self.settle()
@@ -398,3 +409,22 @@ class Server:
             self._tick.cancel()
             self._tick = None
         return len(links) + len(farewells)
+
+
+def _link(server: Server, knock: Knock, credential: Credential) -> Link:
+    if knock.stream is not None:
+        return TlsLink(server, knock.stream, credential, knock.channel)
+    assert isinstance(knock.sock, socket.socket)
+    return Link(server, knock.sock, credential)
+
+
+def _uid(link: Link) -> int | None:
+    return None if link.channel.version else peer_uid(link.sock)
+
+
+def _tls_fields(channel: Channel) -> dict[str, Any]:
+    """Return what the log says of a connection over TLS."""
+    if not channel.version:
+        return {}
+    shown = {"subject": subjects.show(channel.subject)} if channel.fingerprint else {}
+    return {"tls": channel.version, "bound_to": channel.bound or "nothing", **shown}

@@ -18,7 +18,7 @@ class Outcome(StrEnum):
     ACCEPTED = "accepted"
     """The peer proved who it is and was let in."""
     REJECTED = "rejected"
-    """It answered with no client's key, or with one that may not be used here and now."""
+    """It answered with no client's key, or with one that may not be used here and now; or TLS failed."""
     REFUSED = "refused"
     """It may have been right, and there was no room for it, or the broker was stopping."""
     MALFORMED = "malformed"

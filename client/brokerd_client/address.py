@@ -27,7 +27,7 @@ SockAddr: TypeAlias = tuple[str, int] | str
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
-_FORMS: Final = r"HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
+_FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
 _TLS: Final = "tls://"
 
 

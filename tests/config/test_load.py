@@ -197,12 +197,12 @@ GOOD = "listen: [/run/b.sock]\n"
         ("monitor: /run/b.sock\n" + GOOD, ("f:1:10: monitor: /run/b.sock is given twice, first at f:2:10 "
          "(keep one of them)")),
         (GOOD + "monitor: []\n", "f:2:1: monitor: a list of 0 is no address (give a host and a port number)"),
-        ("listen:\n- {address: a, tls: {}}\n", "f:2:16: listen[0].tls: not served by this version (take it out)"),
+        ("listen:\n- {address: a:1, tls: {key: k}}\n", "f:2:18: listen[0].tls.certificate: is missing (give it)"),
         # listen
         ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),
         ("listen: /run/b\n", "f:1:9: listen: is text, not a list (give a list: [one, other], or one '- item' a line)"),
-        ("listen: [5]\n", ("f:1:10: listen[0]: 5 is no address (give HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or "
-         r"\\.\pipe\NAME)")),
+        ("listen: [5]\n", ("f:1:10: listen[0]: 5 is no address (give HOST:PORT, [IPV6]:PORT, a path, "
+         r"@ABSTRACT or \\.\pipe\NAME)")),
         ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is no port (give a number from 0 to 65535)"),
         ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is no address (give a host and a port number)"),
         ("listen: [{mode: '0600'}]\n", "f:1:10: listen[0].address: is missing (give it)"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import trustme
 import yaml
 from pydantic import BaseModel
 
@@ -25,7 +26,9 @@ PAGE = ROOT / "docs" / "configuration.md"
 SECTIONS: list[tuple[type[BaseModel], str]] = [
     (model.File, ""),
     (model.ListenEntry, "listen"),
+    (model.TlsEntry, "tls"),
     (model.ClientEntry, "clients"),
+    (model.CertificateEntry, "certificate"),
     (model.KeyEntry, "keys"),
     (model.RateEntry, "rate"),
     (model.Limits, "limits"),
@@ -41,6 +44,17 @@ def validator() -> Any:
     schema = json.loads((CONFIG / "brokerd.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+def write_tls_files(folder: Path) -> None:
+    """Write what the examples call tls/cert.pem, tls/key.pem and tls/ca.pem."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("broker.example")
+    (folder / "tls").mkdir(exist_ok=True)
+    (folder / "tls" / "key.pem").touch(mode=0o600)
+    issued.private_key_pem.write_to_path(folder / "tls" / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(folder / "tls" / "cert.pem")
+    authority.cert_pem.write_to_path(folder / "tls" / "ca.pem")
 
 
 def uncommented(text: str) -> str:
@@ -95,6 +109,7 @@ def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{name}\n")
         path.chmod(0o600)
+    write_tls_files(tmp_path)
 
     with pytest.raises(ConfigError) as refused:
         load_text(text, str(tmp_path / "b.yaml"))
@@ -132,6 +147,7 @@ def _without_key(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "key_file"}
 
 
+CERT = {"subject": "CN=alice,O=Example", "fingerprint": ["AB:" * 31 + "CD", "0" * 64]}
 VALID = [
     {"listen": ["/run/b.sock", ["localhost", 6000], {"address": "h:1", "allow_md5": True}]},
     {"listen": [{"address": "/b", "mode": "0660", "group": "g"}, {"address": ["h", 1]}, {"address": "/c", "group": 5}]},
@@ -142,10 +158,15 @@ VALID = [
     {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none/*.yaml"]},
     {"listen": ["b"], "monitor": "127.0.0.1:6060"},
     {"listen": ["b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
+    {"listen": ["b", {"address": "0.0.0.0:6000", "plain": True}], "clients": {"a": {"key": "k", "certificate": CERT}}},
 ]
 INVALID = [
     {"listen": [5]},
     {"listen": [{"mode": "0600"}]},
+    {"listen": [{"address": "h:1", "tls": {"certificate": "c"}}]},
+    {"listen": [{"address": "h:1", "tls": {"certificate": "c", "key": "k", "minimum": "1.1"}}]},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "certificate": {}}}},
+    {"listen": ["b"], "clients": {"a": {"key": "k", "certificate": {"fingerprint": "ab:cd"}}}},
     {"listen": [{"address": "/b", "mode": 384}]},
     {"listen": ["b"], "clients": {"a": {}}},
     {"listen": ["b"], "clients": {"a": {"key": "k", "key_file": "f"}}},
@@ -226,13 +247,14 @@ def _as_yaml(value: Any) -> str:
         return "[" + ", ".join(f'"{item}"' for item in value) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if value == "0600" else str(value)
+    return f'"{value}"' if value in ("0600", "1.3") else str(value)
 
 
 def test_the_page_shows_true_examples(tmp_path: Path) -> None:
     """Every block of YAML in the page is part of a configuration that is accepted."""
     blocks = re.findall(r"(?s)```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"))
     assert len(blocks) >= 4
+    write_tls_files(tmp_path)
     for block in blocks:
         tree = yaml.safe_load(block) or {}
         for name in re.findall(r"(?:key_file|file): ([\w./-]+)", block):

@@ -1,0 +1,167 @@
+"""A listener's certificate, private key and CA, from their files: read, held against each other and the clock.
+
+What comes out is ready to use, so that a file that is damaged later harms nobody but the next reload. The private key
+has to be as well kept as any key (``keys``). Nothing here shows what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import ssl
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from brokerd.config import keys
+from brokerd.config.model import TlsEntry
+from brokerd.config.values import Need, TlsConfig
+from brokerd_client.wire import certificate
+
+__all__ = ["MAX_PEM", "load_tls"]
+
+#: The largest file of certificates, in bytes: a system's whole list of CAs is a quarter of this.
+MAX_PEM: Final = 1024 * 1024
+_BEGIN: Final = "-----BEGIN CERTIFICATE-----"
+_END: Final = "-----END CERTIFICATE-----"
+_MAKE_KEY: Final = "give the file that openssl or your CA's program wrote beside the certificate"
+
+#: Told of each thing that is wrong: the key of the entry, and what is wrong (what would be right).
+Complain = Callable[[str, str], None]
+
+
+def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: Complain) -> TlsConfig | None:
+    """Return what a listener needs for TLS; None where something is wrong, and has been told to ``complain``.
+
+    base: where relative paths start. environ: for CREDENTIALS_DIRECTORY, as keys.read_private.
+    """
+    paths = {
+        field: os.path.join(base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
+        for field in ("certificate", "key", "client_ca")
+        if (value := getattr(entry, field)) is not None
+    }
+    if entry.client_certificate is not None and entry.client_ca is None:
+        complain("client_certificate", "means nothing without client_ca (give it, or take this out)")
+    contents: dict[str, bytes] = {}
+    der = b""
+    for field, path in paths.items():
+        try:
+            if field == "key":
+                contents[field] = keys.read_private(path, environ, _MAKE_KEY)
+            else:
+                contents[field] = _read_public(path)
+                ders = _certificates(path, contents[field])
+                der = ders[0] if field == "certificate" else der
+        except keys.KeyRefused as error:
+            complain(field, str(error))
+    if der:
+        wrong = _out_of_time(paths["certificate"], der)
+        if wrong:
+            complain("certificate", wrong)
+    if contents.keys() != paths.keys():
+        return None
+    context = _context(entry, paths, complain)
+    if context is None:
+        return None
+    settings = repr((entry.client_certificate, entry.minimum))
+    digest = hashlib.sha256(settings.encode())
+    for content in contents.values():
+        digest.update(hashlib.sha256(content).digest())
+    return TlsConfig(
+        context=context,
+        end_point=certificate.end_point(der),
+        content=digest.hexdigest(),
+        not_after=certificate.validity(der)[1],
+        client_ca=entry.client_ca is not None,
+        binding=entry.channel_binding,
+    )
+
+
+def _context(entry: TlsEntry, paths: Mapping[str, str], complain: Complain) -> ssl.SSLContext | None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2 if entry.minimum == "1.2" else ssl.TLSVersion.TLSv1_3
+    # A connection is never resumed: each shows its certificate again, to whoever is accepted then.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    try:
+        context.load_cert_chain(paths["certificate"], paths["key"], password=_no_password)
+    except keys.KeyRefused as error:
+        complain("key", f"{paths['key']} {error}")
+        return None
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            complain(
+                "key", f"{paths['key']} is not the key of {paths['certificate']} (give the two that belong together)"
+            )
+        elif error.reason in ("CA_MD_TOO_WEAK", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL"):
+            complain("certificate", f"{paths['certificate']} is too weak: {_words(error)} (have a stronger one made)")
+        else:
+            complain("key", f"{paths['key']} holds no private key that can be used: {_words(error)} (give it in PEM)")
+        return None
+    except OSError as error:
+        complain("key", f"{paths['key']} can't be read: {error.strerror} (see to the disk)")
+        return None
+    if "client_ca" in paths:
+        try:
+            context.load_verify_locations(paths["client_ca"])
+        except (ssl.SSLError, OSError) as error:
+            complain("client_ca", f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)")
+            return None
+        optional = entry.client_certificate is Need.OPTIONAL
+        context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
+    return context
+
+
+def _no_password() -> str:
+    raise keys.KeyRefused("is encrypted, and nobody is there to give a password (openssl pkey -in FILE -out PLAIN)")
+
+
+def _words(error: OSError) -> str:
+    return str(getattr(error, "reason", None) or error.strerror or error).lower().replace("_", " ")
+
+
+def _read_public(path: str) -> bytes:
+    """Return what is in a file that anybody may read. Raises KeyRefused."""
+    try:
+        # Never a FIFO without a writer: that would wait.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            content = os.read(handle, MAX_PEM + 1)
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        raise keys.KeyRefused(f"there is no file {path} (give the file that holds the certificate)") from None
+    except ValueError:
+        raise keys.KeyRefused("is no path (give the file that holds the certificate)") from None
+    except OSError as error:
+        raise keys.KeyRefused(f"{path} can't be read: {error.strerror} (let this user read it)") from None
+    if len(content) > MAX_PEM:
+        raise keys.KeyRefused(f"{path} is larger than {MAX_PEM // 1024} KiB (give the file that holds the certificate)")
+    return content
+
+
+def _certificates(path: str, content: bytes) -> list[bytes]:
+    """Return the certificates in a file in PEM, in DER, at least one. Raises KeyRefused."""
+    found = []
+    for piece in content.decode("latin-1").split(_BEGIN)[1:]:
+        text, end, _ = piece.partition(_END)
+        try:
+            der = ssl.PEM_cert_to_DER_cert(f"{_BEGIN}{text}{end}\n")
+            certificate.validity(der)
+            certificate.signature_hash(der)
+        except (ValueError, LookupError):
+            raise keys.KeyRefused(f"{path} holds a damaged certificate (copy it again)") from None
+        found.append(der)
+    if not found:
+        raise keys.KeyRefused(f"{path} holds no certificate (give it in PEM, which begins with {_BEGIN})")
+    return found
+
+
+def _out_of_time(path: str, der: bytes) -> str:
+    begin, end = certificate.validity(der)
+    now = datetime.now(UTC)
+    if now > end:
+        return f"{path} expired at {end.isoformat()} (have a new one made)"
+    if now < begin:
+        return f"{path} is not valid before {begin.isoformat()} (wait until then, or set the clock right)"
+    return ""

@@ -1,0 +1,415 @@
+"""A listener with TLS: who is let in, who is turned away and told what, and what it costs the others."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from authority import Authority, Issued
+from faces import PATIENCE, Asyncio, Blocking, Face
+from net.house import House, configuration, house, key_of
+from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, packed, prefixed
+from stock import TlsRaw, tls_login
+
+import brokerd_client
+from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, TlsError
+
+
+@pytest.fixture(params=[Blocking, Asyncio])
+def face(request: pytest.FixtureRequest) -> Iterator[Face]:
+    face: Face = request.param()
+    yield face
+    face.close()
+
+
+@pytest.fixture
+def here(server: Issued) -> Iterator[House]:
+    """A broker with one TLS listener."""
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+        yield here
+
+
+def refusal(here: House, number: int = 0) -> str:
+    return str(here.log.wait("client.refused", number + 1)[number].fields["reason"])
+
+
+# Certificates of clients
+
+
+def demanding(server: Issued, authority: Authority, alice: dict[str, Any], **tls: Any) -> Any:
+    entry = {"address": "127.0.0.1:0", "tls": server.entry(client_ca=authority.file, **tls)}
+    return configuration(entry, {"alice": alice, "bob": {}})
+
+
+def test_certificate_of_the_right_subject_is_let_in(face: Face, server: Issued, authority: Authority) -> None:
+    """With key and certificate as its entry demands a client comes in; the log says whom the certificate is about."""
+    shown = authority.issue("alice", "alice.example", common_name="alice")
+    demanded = {"certificate": {"fingerprint": shown.fingerprint.upper()}}
+    with house(demanding(server, authority, demanded)) as here:
+        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
+        subject = here.log.wait("client.connected")[0].fields["subject"]
+    assert "CN=alice" in subject
+
+    with house(demanding(server, authority, {"certificate": {"subject": subject}})) as here:
+        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
+
+
+def test_certificate_does_not_replace_the_key(face: Face, server: Issued, authority: Authority) -> None:
+    """The right certificate with a wrong key is worth nothing."""
+    shown = authority.issue("alice", "alice.example", common_name="alice")
+    with house(demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})) as here:
+        with pytest.raises(AuthenticationError):
+            face.connect(str(here.address), "alice", "not the key", ssl=authority.context(shown))
+        assert refusal(here) == "wrong key for the name it gave"
+
+
+@pytest.mark.parametrize("demanded", ["subject", "fingerprint"])
+def test_another_certificate_is_turned_away(demanded: str, face: Face, server: Issued, authority: Authority) -> None:
+    """Somebody else's certificate, though as good as any, does not do; the log says what it is."""
+    theirs = authority.issue("mallory", "mallory.example", common_name="mallory")
+    mine = authority.issue("alice", "alice.example", common_name="alice")
+    right = "CN=alice,O=x" if demanded == "subject" else mine.fingerprint
+    with house(demanding(server, authority, {"certificate": {demanded: right}})) as here:
+        with pytest.raises(AuthenticationError):
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(theirs))
+        assert f"(certificate: {demanded})" in refusal(here)
+        assert ("CN=mallory" if demanded == "subject" else theirs.fingerprint) in refusal(here)
+        assert here.log.named("client.refused")[0].fields["name"] == "alice"
+
+
+def test_no_certificate_where_one_is_demanded(face: Face, server: Issued, authority: Authority) -> None:
+    """Both sides say that a client's certificate is missing."""
+    with house(demanding(server, authority, {})) as here:
+        with pytest.raises(TlsError, match="demands a client certificate"):
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
+        assert "it shows no certificate, and this listener demands one (client_ca)" in refusal(here)
+
+
+def test_certificate_of_a_stranger_s_authority(face: Face, server: Issued, authority: Authority, tmp_path: Any) -> None:
+    """A certificate that client_ca did not issue is refused, and both sides say so."""
+    stranger = Authority(tmp_path).issue("alice", "alice.example")
+    with house(demanding(server, authority, {})) as here:
+        with pytest.raises(TlsError, match="does not accept our certificate"):
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger))
+        assert "its certificate is not accepted" in refusal(here)
+
+
+def test_certificates_may_be_optional(face: Face, server: Issued, authority: Authority) -> None:
+    """With client_certificate: optional only who has it in its entry needs one."""
+    shown = authority.issue("alice", "alice.example")
+    alice = {"certificate": {"fingerprint": [shown.fingerprint, "0" * 64]}}
+    with house(demanding(server, authority, alice, client_certificate="optional")) as here:
+        face.connect(str(here.address), "bob", key_of("bob"), ssl=authority.context())
+        with pytest.raises(AuthenticationError):
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
+        assert "it shows no certificate, and its entry demands one" in refusal(here)
+        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
+
+
+def test_changed_demand_closes_connections_that_miss_it(server: Issued, authority: Authority) -> None:
+    """A reload that demands another certificate lets go of who has shown the old one, with the reason; others stay."""
+    shown = authority.issue("alice", "alice.example")
+    context = authority.context(shown)
+    with house(demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})) as here:
+        where = str(here.address)
+        with (
+            brokerd_client.connect(where, "alice", key_of("alice"), ssl=context, reconnect=False) as alice,
+            brokerd_client.connect(where, "bob", key_of("bob"), ssl=context, reconnect=False) as bob,
+        ):
+            changed = demanding(server, authority, {"certificate": {"fingerprint": "0" * 64}})
+            here.call(lambda: here.daemon.apply(changed, "the test"))
+            reason = here.log.wait("client.disconnected")[0].fields["reason"]
+            assert shown.fingerprint in reason
+            with pytest.raises(Disconnected):
+                alice.recv(PATIENCE)
+            assert bob.ping() > 0
+
+
+# Who speaks what
+
+
+def test_unknown_issuer_is_said_on_both_sides(here: House, face: Face, tmp_path: Any) -> None:
+    """The client says that it can't verify the certificate, and what would help; the log, that it was not accepted."""
+    with pytest.raises(TlsError, match=r"can't be verified.*cafile"):
+        face.connect(str(here.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context())
+    assert "it does not accept this listener's certificate" in refusal(here)
+    assert here.log.named("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
+
+
+def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority: Authority) -> None:
+    """A certificate for another host is refused by name."""
+    other = authority.issue("other", "other.example")
+    with house(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
+        with pytest.raises(TlsError, match=r"is for another host.*127\.0\.0\.1"):
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
+        assert "it does not accept this listener's certificate" in refusal(here)
+
+
+def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext) -> None:
+    """Both sides say at once that the listener has no TLS, and what to do."""
+    with house(configuration("127.0.0.1:0")) as here:
+        with pytest.raises(TlsError, match="does not speak TLS: a plain listener is reached without tls://"):
+            face.connect(f"tls://{here.address}", "alice", key_of("alice"), ssl=trusting)
+        assert "it speaks TLS, and this listener does not" in refusal(here)
+
+
+def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) -> None:
+    """A plain client waits for the broker's word; at the deadline it gets one that says what would be right."""
+    limits = {"handshake_timeout": "200ms"}
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
+        with pytest.raises(AuthenticationError, match="this listener speaks TLS: use tls://HOST:PORT"):
+            face.connect(("127.0.0.1", here.address.port), "alice", key_of("alice"))
+        assert "a client without TLS waits for the broker to speak first" in refusal(here)
+
+
+def test_plain_client_that_speaks_at_a_listener_with_tls(here: House) -> None:
+    """Bytes that are no TLS are refused as such."""
+    with Raw(here.address) as raw:
+        raw.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40)))
+        raw.read_to_end()
+    assert "it does not speak TLS, which this listener does" in refusal(here)
+
+
+@pytest.mark.parametrize("minimum", ["1.2", "1.3"])
+def test_old_version_needs_the_minimum_lowered(minimum: str, face: Face, server: Issued, authority: Authority) -> None:
+    """A client that stops at TLS 1.2 is let in only where minimum says so; else both sides name the version."""
+    context = authority.context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum=minimum)})) as here:
+        if minimum == "1.2":
+            face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
+            assert here.log.wait("client.connected")[0].fields["tls"] == "TLSv1.2"
+        else:
+            with pytest.raises(TlsError, match="no version of TLS that is allowed"):
+                face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
+            assert 'minimum: "1.2"' in refusal(here)
+
+
+# Others are not held up
+
+
+def test_half_open_handshakes_delay_nobody(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+    """A crowd that begins TLS and stops, at every point, holds up neither those who come nor those who are there."""
+    first = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
+    hello = _client_hello(trusting)
+    silent = []
+    try:
+        for number in range(60):
+            silent.append(Raw(here.address))
+            silent[-1].write(hello[: number * len(hello) // 59])
+        began = time.monotonic()
+        face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+        assert first.ping() < 1
+        # The deadline of the silent ones is 5 s.
+        assert time.monotonic() - began < 3
+        assert here.log.named("client.refused") == []
+    finally:
+        for raw in silent:
+            raw.close()
+
+
+def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLContext) -> None:
+    """Who begins TLS and stops is turned away when limits.handshake_timeout is over."""
+    limits = {"handshake_timeout": "200ms"}
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
+        with Raw(here.address) as raw:
+            raw.write(_client_hello(trusting)[:50])
+            raw.read_to_end()
+        assert refusal(here) == "its TLS handshake was not finished within limits.handshake_timeout"
+        with TlsRaw(here.address, trusting) as silent:
+            silent.read_body()
+            assert silent.read_to_end() == prefixed(b"#FAILURE#")
+        assert refusal(here, 1) == "not finished within limits.handshake_timeout"
+
+
+def test_half_open_handshakes_are_bounded_in_number(server: Issued, trusting: ssl.SSLContext) -> None:
+    """One more than limits.handshakes drops the oldest."""
+    limits = {"handshakes": 3}
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
+        crowd = [Raw(here.address) for _ in range(4)]
+        assert crowd[0].is_closed()
+        assert "this was the oldest" in refusal(here)
+        for raw in crowd:
+            raw.close()
+
+
+def _client_hello(context: ssl.SSLContext) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1").do_handshake()
+    return outgoing.read()
+
+
+def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLContext) -> None:
+    """Frames that come in one record with the last #WELCOME#, more than one read of the door's, are all routed."""
+    count = 500
+    with tls_login(here.address, trusting, "bob") as bob:
+        early = b"".join(packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(count))
+        with tls_login(here.address, trusting, "alice", behind=early):
+            assert [bob.recv().id for _ in range(count)] == list(range(count))
+
+
+def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> None:
+    """Records cut into single bytes, and a frame in a record for each byte, are put together again."""
+    with TlsRaw(here.address, trusting) as raw:
+        raw.write_bytewise(prefixed(raw.answer(key_of("alice"), b"alice")))
+        assert raw.read_body() == b"#WELCOME#"
+        raw.challenge(key_of("alice"))
+        raw.write(prefixed(b"#WELCOME#"))
+        raw.ping()
+
+
+# Much, and slowly
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_large_messages_both_ways_at_once(
+    version: ssl.TLSVersion, face: Face, server: Issued, authority: Authority
+) -> None:
+    """Megabytes in both directions at the same time, more than any buffer holds, arrive unchanged."""
+    context = authority.context()
+    context.minimum_version = context.maximum_version = version
+    queue = {"queue": "64MiB"}
+    entry = {"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")}
+    with house(configuration(entry, {"alice": queue, "bob": queue})) as here:
+        clients = {
+            name: face.connect(str(here.address), name, key_of(name), ssl=context, inbox=2**26)
+            for name in ("alice", "bob")
+        }
+        bodies = {name: [bytes([number]) * 3_000_001 for number in range(5)] for name in clients}
+
+        def send(name: str, to: str) -> None:
+            for body in bodies[name]:
+                clients[name].send(to, body, timeout=PATIENCE)
+
+        senders = [threading.Thread(target=send, args=pair) for pair in (("alice", "bob"), ("bob", "alice"))]
+        for thread in senders:
+            thread.start()
+        for name, other in (("alice", "bob"), ("bob", "alice")):
+            assert [clients[name].recv(PATIENCE).body for _ in range(5)] == bodies[other]
+        for thread in senders:
+            thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("when_full", ["refuse", "drop_oldest", "wait"])
+def test_slow_reader_gets_what_was_accepted_in_order(when_full: str, server: Issued, trusting: ssl.SSLContext) -> None:
+    """A reader stops, and the accounts balance: what is not answered with an error comes later, whole."""
+    entry = {"address": "127.0.0.1:0", "tls": server.entry()}
+    clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}}
+    config = configuration(entry, clients, limits={"wait_timeout": "100ms"})
+    with (
+        house(config) as here,
+        tls_login(here.address, trusting, "bob") as bob,
+        tls_login(here.address, trusting, "alice") as alice,
+    ):
+        answered: dict[int, int] = {}
+        sent = 0
+        # The sockets' own buffers hold megabytes.
+        while ERROR not in answered.values():
+            assert sent < 10_000, "the queue was never full"
+            for _ in range(100):
+                alice.send(MESSAGE, "bob", sent.to_bytes(4, "big") * 1000, id=sent, flags=WANT_RECEIPT)
+                sent += 1
+            while len(answered) < sent:
+                frame = alice.recv()
+                answered[frame.id] = frame.kind
+        accepted = sorted(id for id, kind in answered.items() if kind == RECEIPT)
+        got = []
+        while len(got) < len(accepted):
+            frame = bob.recv()
+            assert frame.body == frame.id.to_bytes(4, "big") * 1000
+            got.append(frame.id)
+        assert got == accepted
+        alice.ping()
+        bob.ping()
+
+
+def test_goodbye_is_said_after_everything_was_written(server: Issued, trusting: ssl.SSLContext) -> None:
+    """A broker that drains writes what waits, ends TLS as TLS is ended, and only then closes."""
+    entry = {"address": "127.0.0.1:0", "tls": server.entry()}
+    with house(configuration(entry)) as here, tls_login(here.address, trusting, "bob") as bob:
+        with tls_login(here.address, trusting, "alice") as alice:
+            for number in range(50):
+                alice.send(1, "bob", b"x" * 10_000, id=number)
+            alice.ping()
+            here.stop_soon()
+            ids = [bob.recv().id for _ in range(50)]
+        assert ids == list(range(50))
+        # Without close_notify this raises an SSLError: nobody is to take a cut for the end.
+        bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
+        assert bob.sock.recv(1) == b""
+
+
+def test_client_that_vanishes_is_noticed(here: House, trusting: ssl.SSLContext) -> None:
+    """A connection that ends without TLS's goodbye, or is reset, is a client that closed; the name is free again."""
+    for _ in range(3):
+        alice = tls_login(here.address, trusting, "alice")
+        alice.ping()
+        bare = socket.socket(fileno=alice.sock.detach())
+        bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        bare.close()
+    here.log.wait("client.disconnected", 3)
+    with pytest.raises(Rejected), tls_login(here.address, trusting, "nobody"):
+        pass
+
+
+def test_tls_link_can_t_be_handed_over(here: House, trusting: ssl.SSLContext) -> None:
+    """Whoever wants to hand connections to another process is told that this one stays."""
+    with tls_login(here.address, trusting, "alice") as alice:
+        alice.ping()
+        (link,) = here.call(lambda: list(here.daemon._server.links))  # type: ignore[union-attr]
+        assert link.can_hand_over is False
+    with house(configuration("127.0.0.1:0")) as plain, plain.login("alice") as raw:
+        raw.ping()
+        (link,) = plain.call(lambda: list(plain.daemon._server.links))  # type: ignore[union-attr]
+        assert link.can_hand_over is True
+
+
+# Closing, and errors of the library
+
+
+def test_close_is_quick_and_what_was_sent_arrives(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+    """A client that sends and closes at once has everything delivered, and does not wait for the broker to close."""
+    bob = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
+    alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+    for number in range(200):
+        alice.send("bob", number)
+    began = time.monotonic()
+    alice.close()
+    assert time.monotonic() - began < 0.4
+    assert [bob.recv(PATIENCE).payload for _ in range(200)] == list(range(200))
+
+
+def test_reconnect_over_tls(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+    """A connection that is lost is made again, TLS and all."""
+    alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+    here.call(lambda: here.daemon.cut_off("alice"))
+    here.log.wait("client.connected", 2)
+    assert alice.ping() > 0
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "error"),
+    [
+        ("/run/b.sock", True, "TLS is for TCP"),
+        ("tls://h:1", False, "give one of them"),
+        ("h:1", "yes", r"an ssl\.SSLContext or True"),
+        ("h:1", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "a client's context"),
+    ],
+)
+def test_odd_combinations_are_refused(address: str, given: Any, error: str) -> None:
+    """What can't be meant is refused before anything is opened, with what would be right."""
+    with pytest.raises((BrokerdError, TypeError, ValueError), match=error):
+        brokerd_client.connect(address, "alice", "k", ssl=given)
+
+
+def test_address_decides_when_nothing_is_given(here: House) -> None:
+    """tls:// alone means to trust what the system trusts, which does not know this CA; so does ssl=True."""
+    for address, given in ((str(here.address), None), (str(here.address).removeprefix("tls://"), True)):
+        with pytest.raises(TlsError, match="can't be verified"):
+            brokerd_client.connect(address, "alice", key_of("alice"), ssl=given)
