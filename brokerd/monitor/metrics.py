@@ -44,6 +44,7 @@ def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, 
     return [
         info,
         _gauge("start_time_seconds", "When the broker started, in seconds since the epoch.", broker.started_at),
+        _counter("upgrades", "Times the broker has replaced itself since it started.", broker.upgrades),
         _gauge(
             "ready",
             "1 while the broker takes clients, as /readyz says; 0 while it starts or drains.",

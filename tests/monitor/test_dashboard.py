@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -97,6 +99,19 @@ def test_the_alerts_are_well_formed() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"].endswith(".")
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_commands_of_the_page_do_what_it_says() -> None:
+    """What an operator is told to type works as it stands, but for the port."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Monitoring\n")[2].partition("\n## ")[0]
+    (commands,) = re.findall(r"(?s)```sh\n(.*?)```", section)
+    with watched() as broker:
+        text = commands.replace("127.0.0.1:6060", str(broker.daemon.monitor_addresses[0]))
+        done = subprocess.run(["sh", "-e", "-c", text], capture_output=True, text=True, timeout=60, check=True)
+
+    assert done.stdout.startswith("ready\n")
+    assert "\nbrokerd_connections 0.0\n" in done.stdout
 
 
 def test_the_page_tells_of_every_metric_and_of_no_other(known: dict[str, set[str]]) -> None:

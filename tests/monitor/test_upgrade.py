@@ -25,9 +25,9 @@ def listening_at(broker: Process) -> Address:
     return parse(broker.wait("monitor.listening")[0]["addresses"][0])
 
 
-def received(at: Address) -> float:
+def value(at: Address, name: str) -> float:
     families = {each.name: each for each in read_prometheus(get(at, "/metrics").body)}
-    return families["brokerd_messages_received"].samples[0].value
+    return families[name].samples[0].value
 
 
 def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
@@ -51,17 +51,19 @@ def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
 
         asking = threading.Thread(target=ask)
         with broker.login("ops") as ops:
+            assert value(at, "brokerd_upgrades") == 0
             asking.start()
             try:
                 for _ in range(2):
                     ops.ask("ping")
-                    before = received(at)
+                    before = value(at, "brokerd_messages_received")
                     answer = ops.ask("upgrade").json
                     assert answer["upgraded"], answer
-                    assert received(at) > before
+                    assert value(at, "brokerd_messages_received") > before
             finally:
                 done.set()
                 asking.join(30)
+            assert value(at, "brokerd_upgrades") == 2
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
 
