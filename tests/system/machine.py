@@ -160,10 +160,12 @@ def boot(suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, st
         **(binds or {}),
     }
     arguments = ["-D", root, *(f"--bind-ro={here}:{there}" for here, there in shared.items())]
-    outside = {**os.environ, "CGROUPS": " ".join(map(str, _hierarchies()))}
-    if PYTHONS[suite] != "3.11":
-        # systemd 256 and later know the unified hierarchy alone.
-        outside["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
+    # The unified hierarchy alone: so are real machines, and systemd 256 and later know no other.
+    outside = {
+        **os.environ,
+        "CGROUPS": " ".join(map(str, _hierarchies())),
+        "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+    }
     with tempfile.TemporaryFile() as console:
         process = subprocess.Popen(
             ["unshare", "-m", "--propagation", "private", "bash", "-e", "-c", _BOOT, name, *map(str, arguments)],

@@ -351,6 +351,43 @@ def test_a_stop_drains_and_ends_well(machine: Machine) -> None:
     assert not machine.host_path(UNIX).exists()
 
 
+def upgrade(machine: Machine) -> str:
+    """Have the broker replace itself; return the new main process's id, once the manager knows it."""
+    before = properties(machine)["MainPID"]
+    machine.run("kill", "-USR2", before)
+    shown = machine.wait(f"MainPID=(?!{before}$)", "systemctl", "show", "brokerd", "--property=MainPID")
+    return shown.partition("=")[2].strip()
+
+
+def test_a_live_upgrade_keeps_its_clients_and_stays_supervised(machine: Machine) -> None:
+    """The manager follows to the new process: fed by it, stopped with a drain, and started anew when it dies."""
+    drop_in(machine, "brokerd.service", "[Service]\nWatchdogSec=5\n")
+    machine.run("systemctl", "start", "brokerd")
+    with staying(machine) as ask:
+        first = ask()
+        for _ in range(2):
+            pid = upgrade(machine)
+            assert ask() == first
+        # Longer than the watchdog waits: somebody feeds it.
+        time.sleep(7)
+        assert ask() == first
+    state = properties(machine)
+    assert (state["ActiveState"], state["MainPID"], state["NRestarts"]) == ("active", pid, "0")
+    machine.run("systemctl", "stop", "brokerd")
+    state = properties(machine)
+    assert (state["ActiveState"], state["Result"]) == ("inactive", "success")
+    text = messages(machine)
+    assert "daemon.stopped" in text
+    assert "SIGKILL" not in text
+    assert "left-over process" not in text
+    machine.run("systemctl", "start", "brokerd")
+    pid = upgrade(machine)
+    machine.run("kill", "-KILL", pid)
+    machine.wait("NRestarts=1", "systemctl", "show", "brokerd", "--property=NRestarts")
+    machine.wait("^active", "systemctl", "is-active", "brokerd")
+    brokerctl(machine, "ping")
+
+
 def test_a_bad_configuration_is_not_tried_again_and_again(machine: Machine) -> None:
     """It ends with status 78, stays ended, and the journal and the status say what is wrong."""
     machine.write(CONFIG, CONFIGURATION + "  bob: {key_fil: x}\n", owner="root:brokerd", mode=0o640)
