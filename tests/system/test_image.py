@@ -307,6 +307,23 @@ def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
     assert container.wait("daemon.reloaded")["added"] == ["carol"]
 
 
+def test_an_upgrade_keeps_every_connection(podman: Engine, place: Place) -> None:
+    """SIGUSR2 replaces the daemon; process 1 stays, clients stay, and a stop still drains with exit status 0."""
+    place.configure()
+    container = start(podman, place)
+    address = parse(str(place.socket))
+    with login(address, KEYS["bob"], b"bob") as bob, login(address, KEYS["alice"], b"alice") as alice:
+        podman("kill", "--signal=USR2", container.id)
+        container.wait("daemon.upgraded")
+        alice.send(MESSAGE, "bob", b"hello")
+        assert bob.recv().body == b"hello"
+        assert container.health()[0] == 0
+
+    podman("stop", "--time=30", container.id)
+
+    assert container.exit_status() == 0
+
+
 CAROL = "clients:\n  carol: {key_file: carol.key}\n"
 
 
@@ -369,6 +386,38 @@ def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place
 
     assert done.returncode == 78
     assert "(chmod 600 /etc/brokerd/alice.key)" in done.stderr
+
+
+def test_the_commands_of_the_page(podman: Engine, place: Place) -> None:
+    """docs/operations.md, "Container": typed in their order, each command does what the page says."""
+    home = place.directory / "home"
+    home.mkdir()
+    # The image is built already, and this machine's podman has a storage of its own here.
+    real = " ".join([str(shutil.which("podman")), *podman.storage])
+    script = f'#!/bin/sh\n[ "$1" = build ] && exec {real} tag {NAME} localhost/brokerd\nexec {real} "$@"\n'
+    (place.directory / "podman").write_text(script)
+    (place.directory / "podman").chmod(0o755)
+    page = (ROOT / "docs" / "operations.md").read_text().partition("\n## Container\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"(?s)```sh\n(.*?)```", page)
+    environment = {**podman.environment, "PATH": f"{place.directory}:{os.environ['PATH']}"}
+    # What waits for the daemon on the page is a person's pace.
+    waiting = 'until podman logs "$1" 2>&1 | grep -q daemon.$2; do :; done'
+    typed = "\n".join(blocks).replace("podman healthcheck run", "started").replace("podman stop", "stopped")
+    functions = (
+        f"wait_for() {{ {waiting}; }}\n"
+        'started() { wait_for "$1" started; podman healthcheck run "$1"; }\n'
+        'stopped() { podman stop "$1"; }\n'
+    )
+    typed = typed.replace("kill --signal USR2 broker", "kill --signal USR2 broker; wait_for broker upgraded")
+    command = podman.enter("timeout", "60", "sh", "-e", "-c", f"cd {home}\n{functions}{typed}")
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+    assert len(blocks) == 2
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("broker", "secretive"):
+        assert podman("inspect", "--format={{.State.ExitCode}}", name) == "0"
+    assert Container(podman, "broker").events("daemon.reloaded")
 
 
 # The example for compose
