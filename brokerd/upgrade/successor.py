@@ -107,6 +107,7 @@ class Successor:
         channel.send("serving", within_s=_PATIENCE_S)
         inheritance.begin()
         told: dict[str, object] = {
+            "pid": os.getpid(),
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
             "connections": len(inheritance.links),
             "handshakes": len(facts["knocks"]),
@@ -114,7 +115,7 @@ class Successor:
         }
         if facts["asked_by"] is not None:
             position, id = facts["asked_by"]
-            reply = {"upgraded": True, "problems": [], "version": __version__, "pid": os.getpid(), **told}
+            reply = {"upgraded": True, "problems": [], "version": __version__, **told}
             reply_to(server.broker, inheritance.sessions[position], id, reply)
             server.settle()
         return told

@@ -38,6 +38,7 @@ class Process:
         preexec: Any = None,
         stderr: int = subprocess.PIPE,
         program: str = PROGRAM,
+        prefix: Iterable[str] = (),
         environ: Mapping[str, str] | None = None,
         pass_fds: Iterable[int] = (),
         **more: Any,
@@ -58,7 +59,7 @@ class Process:
         self.config.chmod(0o600)
         self.lines: list[str] = []
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", program, str(self.config)],
+            [*prefix, sys.executable, "-c", program, str(self.config)],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

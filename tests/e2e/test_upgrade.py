@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from e2e.process import Process
 from e2e.upgrade_load import CLIENTS, Load
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="needs Linux")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
 
 UPGRADES = 5
 
@@ -47,6 +48,37 @@ def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[s
         *(f"  {count:9,}  {what}" for what, count in load.account.items()),
         f"  {stats['messages_in']:9,}  in all, as the broker counted; {stats['dropped']} dropped for newer ones",
     ]
+
+
+@pytest.mark.slow
+def test_ten_upgrades_in_a_row_with_a_thousand_connections(
+    socket_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same with a thousand more connections; how long nobody was served is printed."""
+    account = upgraded_under_load(socket_dir, 10, idle=1000)
+    with capsys.disabled():
+        print("", *account, sep="\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connections", [1000, 10_000])
+def test_how_long_the_pause_is(socket_dir: Path, connections: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else going on: each connection costs some microseconds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < connections + 100:
+        pytest.skip(f"only {hard} files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    clients = {"ops": {"admin": True}, "idle": {"connections": connections}}
+    with Process(socket_dir, clients, limits={"connections": connections + 10}) as broker, broker.login("ops") as ops:
+        crowd = [broker.login("idle") for _ in range(connections)]
+        pauses = [ops.ask("upgrade").json["pause_ms"] for _ in range(3)]
+        for raw in crowd:
+            raw.ping()
+            raw.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with capsys.disabled():
+        print(f"\n{connections:,} connections: pauses of {', '.join(f'{pause:g}' for pause in pauses)} ms")
+    assert max(pauses) < 5000
 
 
 def test_five_upgrades_in_a_row_under_full_load(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -306,7 +306,7 @@ class Load:
         def read() -> None:
             while (message := dropped.recv()).body != END:
                 got.add(NUMBER.unpack(message.body[:8])[0])
-                if not self.stop.is_set() and len(got) % 50 == 0:
+                if not self.stop.is_set() and len(got) % 10 == 0:
                     self.stop.wait(0.01)
 
         threads = [self._beside(lambda: take(dropper)), self._beside(read)]

@@ -1,0 +1,248 @@
+"""What a new process finds different, and what it takes over as it was: handshakes, listeners, keys, code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from e2e.process import key_of
+from e2e.upgradable import Upgradable, is_running
+from net.raw import CHALLENGE, MESSAGE, REQUEST, WELCOME, Raw, packed, prefixed
+from supervise.manager import Manager
+
+from brokerd_client.address import Address
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+
+CLIENTS = {"ops": {"admin": True}, "alice": None, "bob": None, "crowd": {"connections": 9}}
+
+
+def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
+    """Nothing said, half an answer, welcomed, half a challenge, all but done: what was begun is finished after it."""
+    key = key_of("crowd")
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
+        silent, halved, welcomed, challenged, answered = knocks = [Raw(broker.address) for _ in range(5)]
+        whole = prefixed(halved.answer(key, b"crowd"))
+        halved.write(whole[:20])
+        for raw in (welcomed, challenged, answered):
+            raw.write(prefixed(raw.answer(key, b"crowd")))
+            assert raw.read_body() == WELCOME
+        challenged.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40))[:30])
+        answered.challenge(key)
+
+        answer = broker.upgrade(ops)
+        assert answer["handshakes"] == len(knocks)
+
+        silent.log_in(key, b"crowd")
+        halved.write(whole[20:])
+        assert halved.read_body() == WELCOME
+        halved.challenge(key)
+        halved.write(prefixed(WELCOME))
+        welcomed.challenge(key)
+        welcomed.write(prefixed(WELCOME))
+        challenged.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40))[30:])
+        challenged.read_body()
+        challenged.write(prefixed(WELCOME))
+        # The last word of the handshake and a first frame in one.
+        answered.write(prefixed(WELCOME) + packed(MESSAGE, "alice", b"", id=3))
+        assert answered.recv().code == "offline"
+        for raw in knocks:
+            raw.ping()
+            raw.close()
+
+
+def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
+    """Welcomed under the old configuration; the new one does not know the key."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, Raw(broker.address) as raw:
+        raw.write(prefixed(raw.answer(key_of("bob"), b"bob")))
+        assert raw.read_body() == WELCOME
+        (socket_dir / "bob.key").write_bytes(b"another key")
+        assert broker.upgrade(ops)["upgraded"]
+        assert raw.is_closed()
+        assert broker.wait("client.refused")[0]["reason"] == "the key it uses was removed from the configuration"
+
+
+def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
+    """As after a reload: names and keys that are gone are disconnected with the reason, what is new can be used."""
+    old = socket_dir / "old.sock"
+    with (
+        Upgradable(socket_dir, CLIENTS, listen=[str(old), "127.0.0.1:0"]) as broker,
+        broker.login("ops") as ops,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("crowd", Address("AF_UNIX", path=str(old))) as crowd,
+    ):
+        tcp = broker.addresses()[2]
+        new = socket_dir / "new.sock"
+        text = broker.config.read_text().replace(str(old), str(new))
+        broker.config.write_text(
+            text.replace("  alice:\n    key_file: alice.key\n", "  carol:\n    key: carol is new\n")
+        )
+        (socket_dir / "bob.key").write_bytes(b"another key")
+        ops.ask("subscribe", topic="$broker.upgraded")
+
+        ops.send(REQUEST, "$broker", b'{"op": "upgrade"}', id=1)
+        reply, event = sorted((ops.recv(), ops.recv()), key=lambda frame: frame.kind)
+        assert reply.json["upgraded"]
+        assert event.body.endswith(b'{"version": "%s"}' % reply.json["version"].encode())
+
+        assert alice.is_closed()
+        assert bob.is_closed()
+        reasons = {event["name"]: event["reason"] for event in broker.wait("client.disconnected", 2)}
+        assert reasons == {
+            "alice": "its name was removed from the configuration",
+            "bob": "the key it uses was removed from the configuration",
+        }
+        crowd.ping()
+        assert not old.exists()
+        assert new.is_socket()
+        # The port that the system chose stays.
+        assert str(tcp) in broker.wait("daemon.upgraded")[0]["listeners"]
+        with broker.login("crowd", tcp) as other, broker.login("crowd", Address("AF_UNIX", path=str(new))) as third:
+            other.ping()
+            third.ping()
+
+
+def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
+    """The file is never gone while the broker is replaced, and is removed at the end."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
+        inode = broker.socket.stat().st_ino
+        assert broker.upgrade(ops)["upgraded"]
+        assert broker.socket.stat().st_ino == inode
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+        assert not broker.socket.exists()
+
+
+@pytest.mark.parametrize("first", ["0", "1"])
+def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: str) -> None:
+    """With a queue in place; and the version on disk may be another one."""
+    second = "1" if first == "0" else "0"
+    with (
+        Upgradable(socket_dir, CLIENTS, first=f"os.environ['BROKERD_PURE'] = '{first}'") as broker,
+        broker.login("ops") as ops,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        broker.before_successor(
+            f"os.environ['BROKERD_PURE'] = '{second}'\nimport brokerd\nbrokerd.__version__ = '99.9'"
+        )
+        alice.write(packed(MESSAGE, "bob", bytes(1000)) * 1000)
+        alice.ping()
+        answer = broker.upgrade(ops)
+        assert answer["version"] == "99.9"
+        loops = [broker.wait(event)[0]["routing"] for event in ("daemon.started", "daemon.upgraded")]
+        if len(set(loops)) == 1:
+            pytest.skip("the routing loop is not compiled here")
+        alice.write(packed(MESSAGE, "bob", b"last"))
+        for _ in range(1000):
+            assert bob.recv().body == bytes(1000)
+        assert bob.recv().body == b"last"
+        assert ops.ask("stats").json["version"] == "99.9"
+
+
+def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
+    """A part of it came before the upgrade, the rest after it; and one that waits whole for room goes on."""
+    with (
+        Upgradable(socket_dir, {**CLIENTS, "bob": {"queue": "1MiB"}}) as broker,
+        broker.login("ops") as ops,
+        broker.login("alice") as alice,
+        broker.login("crowd") as crowd,
+        broker.login("bob") as bob,
+    ):
+        frame = packed(MESSAGE, "bob", os.urandom(1 << 20))
+        writer = threading.Thread(target=crowd.write, args=(frame * 3,))
+        writer.start()
+        alice.write(frame[:400_000])
+        while not any(each["held"] for each in ops.ask("connections").json["connections"]):
+            threading.Event().wait(0.01)
+        assert broker.upgrade(ops)["upgraded"]
+        rest = threading.Thread(target=alice.write, args=(frame[400_000:],))
+        rest.start()
+        for _ in range(4):
+            assert bob.recv().body == frame[-(1 << 20) :]
+        writer.join()
+        rest.join()
+
+
+def test_the_first_process_stays_for_whoever_started_it(socket_dir: Path) -> None:
+    """It passes signals on, costs little, and ends as the one that serves ends."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
+        for _ in range(2):
+            assert broker.upgrade(ops)["upgraded"]
+        serving = broker.wait("daemon.upgraded", 2)[-1]["pid"]
+        assert broker.popen.pid != serving
+        assert broker.popen.poll() is None
+        command = Path(f"/proc/{broker.popen.pid}/cmdline").read_bytes().split(b"\0")
+        assert command[4].endswith(b"keeper.py")
+        # Of the processes in between, none is left.
+        assert [pid for pid in broker.successors() if is_running(pid)] == [serving]
+        broker.signal(signal.SIGHUP)
+        broker.wait("daemon.reloaded")
+        os.kill(serving, signal.SIGKILL)
+        assert broker.exit_status() == 128 + signal.SIGKILL
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="a process 1 of one's own takes root and unshare",
+)
+def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
+    """Where it ends, everything ends: so it passes signals on, reaps orphans, and ends as the broker does."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with Upgradable(socket_dir, CLIENTS, prefix=alone) as broker, broker.login("ops") as ops:
+        first = int(Path(f"/proc/{broker.popen.pid}/task/{broker.popen.pid}/children").read_text())
+        for _ in range(3):
+            assert broker.upgrade(ops)["upgraded"]
+        assert b"keeper.py" in Path(f"/proc/{first}/cmdline").read_bytes()
+        assert len(Path(f"/proc/{first}/task/{first}/children").read_text().split()) == 1
+        os.kill(first, signal.SIGHUP)
+        broker.wait("daemon.reloaded")
+        ops.ping()
+        os.kill(first, signal.SIGTERM)
+        assert broker.exit_status() == 0
+        assert broker.events("daemon.stopped")
+
+
+def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
+    """Told twice to stop, the broker ends with 1, and so does the process that was started."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, broker.login("bob"):
+        assert broker.upgrade(ops)["upgraded"]
+        ops.write(packed(MESSAGE, "bob", bytes(1000)) * 1000)
+        broker.signal(signal.SIGTERM)
+        broker.wait("daemon.stopping")
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 1
+
+
+def test_a_service_manager_hears_of_the_new_process(socket_dir: Path) -> None:
+    """MAINPID and a barrier from the old process, which then ends; the new one speaks after that."""
+    with Manager(socket_dir / "notify") as manager, socket.socket(socket.AF_UNIX) as given:
+        given.bind(str(socket_dir / "brokerd.sock"))
+        given.listen()
+        environ = {"WATCHDOG_USEC": "60000000"}
+        with manager.start(socket_dir, CLIENTS, sockets=[given], names="brokerd.socket", environ=environ) as broker:
+            manager.wait("READY")
+            with broker.login("ops") as ops:
+                assert ops.ask("upgrade").json["upgraded"]
+                new = broker.wait("daemon.upgrading")[0]["pid"]
+                assert manager.wait("MAINPID") == {"MAINPID": str(new)}
+                assert manager.next() == {"BARRIER": "1"}
+                assert broker.popen.wait(30) == 0
+                assert manager.wait("READY")["READY"] == "1"
+                with broker.login("alice") as alice:
+                    alice.ping()
+                # And once more, by the new process.
+                assert ops.ask("upgrade").json["upgraded"]
+                newer = broker.wait("daemon.upgrading", 2)[1]["pid"]
+                assert manager.wait("MAINPID") == {"MAINPID": str(newer)}
+            os.kill(newer, signal.SIGTERM)
+            broker.wait("daemon.stopped")
+            # The manager's socket is not the broker's to remove.
+            assert broker.socket.is_socket()

@@ -1,0 +1,303 @@
+"""The new process does not take over: the old one goes on as if nothing had been asked."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.upgradable import IMPATIENT, Upgradable, descriptors, is_running
+from net.raw import MESSAGE, WANT_RECEIPT, Raw, packed
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+
+CLIENTS = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64KiB"}, "late": {"connections": 9}}
+
+
+class Scene:
+    """Somebody held, somebody who does not read, half a frame, and an administrator."""
+
+    def __init__(self, broker: Upgradable) -> None:
+        self.broker = broker
+        self.ops, self.alice, self.bob = (broker.login(name) for name in ("ops", "alice", "bob"))
+        self.count = 0
+        self.filler = threading.Thread(target=self._fill)
+        self.filler.start()
+        while not any(each["address"] == "alice" and each["held"] for each in self._connections()):
+            threading.Event().wait(0.01)
+
+    def _connections(self) -> list[dict[str, object]]:
+        return self.ops.ask("connections").json["connections"]  # type: ignore[no-any-return]
+
+    def _fill(self) -> None:
+        for number in range(1500):
+            self.alice.send(MESSAGE, "bob", b"%06d" % number + bytes(1000))
+        self.alice.write(packed(MESSAGE, "bob", b"the end")[:10])
+
+    def all_goes_on(self) -> None:
+        """Read what waited: each message once, in order; and somebody new is let in."""
+        with self.broker.login("late") as late:
+            late.ping()
+        for number in range(1500):
+            assert self.bob.recv().body[:6] == b"%06d" % number
+        self.filler.join()
+        self.alice.write(packed(MESSAGE, "bob", b"the end")[10:])
+        assert self.bob.recv().body == b"the end"
+        self.alice.send(MESSAGE, "bob", b"x", id=5, flags=WANT_RECEIPT)
+        assert self.bob.recv().body == b"x"
+        assert self.alice.recv().id == 5
+
+    def close(self) -> None:
+        for raw in (self.ops, self.alice, self.bob):
+            raw.close()
+        self.filler.join()
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Upgradable]:
+    """One broker for all: each failure leaves it as it was."""
+    directory = Path(tempfile.mkdtemp(prefix="bd-"))
+    with Upgradable(directory, CLIENTS, first=IMPATIENT) as broker:
+        yield broker
+        assert not broker.events("daemon.upgraded")
+        assert not broker.events("daemon.bug")
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def scene(broker: Upgradable) -> Iterator[Scene]:
+    config = broker.config.read_text()
+    scene = Scene(broker)
+    yield scene
+    scene.close()
+    broker.config.write_text(config)
+    broker.before_successor("")
+
+
+RECEIVING = "from brokerd.upgrade import channel, successor\nimport os, signal, time\n"
+#: Only the state comes with descriptors.
+TAKING = """
+take = channel.Channel._take
+def taking(act, self, count, deadline, *given):
+    if count: act(*given)
+    return take(self, count, deadline)
+"""
+FAILURES = {
+    "a module that can't be imported": ("raise ImportError('planted')", "it ended with status 1"),
+    "an end without a word": ("sys.exit(7)", "it ended with status 7"),
+    "a format it does not read": (
+        RECEIVING + "successor.READS = channel.READS = (99,)",
+        "hands over its state in the format 1, and",
+    ),
+    "an offer it would read and a state it would not": (
+        RECEIVING + "successor.READS = (1, 99)\nsuccessor.READS = (1,)\n"
+        "was = channel.Channel.expect\n"
+        "def expect(self, say, **how):\n"
+        "    message = was(self, say, **how)\n"
+        "    if say == 'state': message.facts['format'] = 2\n"
+        "    return message\n"
+        "channel.Channel.expect = expect",
+        "a state of the format 2",
+    ),
+    "killed while it receives the state": (
+        RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
+        "signal 9 ended it",
+    ),
+    "hanging while it receives the state": (
+        RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(time.sleep, *given, 60)",
+        "it said nothing for 0.5 s",
+    ),
+    "a state it makes no sense of": (
+        RECEIVING + "from brokerd.core import snapshot\n"
+        "def fails(*_): raise KeyError('planted')\n"
+        "snapshot._restore_outbox = fails",
+        "a bug: KeyError('planted')",
+    ),
+    "a limit of open files too low for it": (
+        RECEIVING + TAKING + "import resource\n"
+        "def lower(): resource.setrlimit(resource.RLIMIT_NOFILE, (os.open('/dev/null', 0) + 2,) * 2)\n"
+        "channel.Channel._take = lambda *given: taking(lower, *given)",
+        "is the limit of open files reached?",
+    ),
+    "dead when it is told to begin": (
+        RECEIVING + "was = channel.Channel.expect\n"
+        "def expect(self, say, **how):\n"
+        "    message = was(self, say, **how)\n"
+        "    if say == 'commit': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return message\n"
+        "channel.Channel.expect = expect",
+        "signal 9 ended it",
+    ),
+    "hanging when it is told to begin": (
+        RECEIVING + "was = channel.Channel.expect\n"
+        "def expect(self, say, **how):\n"
+        "    message = was(self, say, **how)\n"
+        "    if say == 'commit': time.sleep(60)\n"
+        "    return message\n"
+        "channel.Channel.expect = expect",
+        "it said nothing for 0.5 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", FAILURES)
+def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
+    """The answer and the log say why, and everything is as it was, descriptors too."""
+    broker = scene.broker
+    code, problem = FAILURES[which]
+    broker.before_successor(code)
+    before = descriptors(broker.popen.pid)
+    failed = len(broker.events("daemon.upgrade_failed"))
+
+    answer = broker.upgrade(scene.ops)
+
+    assert not answer["upgraded"]
+    assert problem in "\n".join(answer["problems"])
+    assert problem in broker.wait("daemon.upgrade_failed", failed + 1)[-1]["problem"]
+    assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
+    assert descriptors(broker.popen.pid) == before
+    scene.all_goes_on()
+
+
+def test_a_bad_configuration_is_told_with_every_mistake(scene: Scene) -> None:
+    """As a reload tells it; nothing on the standard error but the log."""
+    config = scene.broker.config
+    config.write_text(config.read_text() + "limits: {connections: none}\nmonitors: 1\n")
+
+    answer = scene.broker.upgrade(scene.ops)
+
+    assert not answer["upgraded"]
+    problems = "\n".join(answer["problems"])
+    assert "limits.connections" in problems
+    assert "monitors" in problems
+    scene.all_goes_on()
+
+
+def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
+    """A new address in the configuration that somebody else has: told, and no file of the new process is left."""
+    config = scene.broker.config
+    blocked = scene.broker.directory / "blocked.sock"
+    blocked.write_text("no socket")
+    new = scene.broker.directory / "new.sock"
+    config.write_text(config.read_text().replace("listen:\n", f"listen:\n- {new}\n- {blocked}\n"))
+
+    answer = scene.broker.upgrade(scene.ops)
+
+    assert not answer["upgraded"]
+    assert "a file that is no socket is there" in "\n".join(answer["problems"])
+    assert not new.exists()
+    assert scene.broker.socket.is_socket()
+    scene.all_goes_on()
+
+
+def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
+    """And so is a reload; what goes on is not disturbed."""
+    broker = scene.broker
+    broker.before_successor("import time; time.sleep(1); raise ImportError('planted')")
+    with broker.login("late") as second:
+        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', id=1, codec=2))
+        broker.wait("daemon.upgrading", len(broker.events("daemon.upgrade_failed")) + 1)
+        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', id=2, codec=2))
+        scene.ops.write(packed(2, "$broker", b'{"op": "reload"}', id=3, codec=2))
+        answers = {frame.id: frame.json for frame in (scene.ops.recv() for _ in range(3))}
+        second.ping()
+    assert answers[2]["problems"] == ["an upgrade is going on already"]
+    assert answers[3]["problems"] == ["an upgrade is going on, which reads the configuration again"]
+    assert not answers[1]["upgraded"]
+    scene.all_goes_on()
+
+
+def test_a_signal_asks_for_it_too(scene: Scene) -> None:
+    """The log says why it failed."""
+    scene.broker.before_successor("sys.exit(3)")
+    failed = len(scene.broker.events("daemon.upgrade_failed"))
+    scene.broker.signal(signal.SIGUSR2)
+    event = scene.broker.wait("daemon.upgrade_failed", failed + 1)[-1]
+    assert event["reason"] == "SIGUSR2"
+    assert "it ended with status 3" in event["problem"]
+    scene.all_goes_on()
+
+
+def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
+    """The old process has as many connections as it may have open files."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    clients = {"ops": {"admin": True}, "crowd": {"connections": 100}}
+    with Upgradable(socket_dir, clients, preexec=few) as broker:
+        ops = broker.login("ops")
+        crowd: list[Raw] = []
+        while not broker.events("listener.paused"):
+            crowd.append(Raw(broker.address))
+            threading.Event().wait(0.005)
+        answer = broker.upgrade(ops)
+        assert answer["problems"][0].startswith("no new process can be started: Too many open files")
+        for raw in crowd:
+            raw.close()
+        ops.ping()
+        ops.close()
+
+
+def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
+    """Its time is over; the old process has served all the while."""
+    impatient = IMPATIENT.replace("_HELLO_S = 5.0", "_HELLO_S = 0.5")
+    with Upgradable(socket_dir, CLIENTS, first=impatient) as broker, broker.login("ops") as ops:
+        broker.before_successor("import time; time.sleep(60)")
+        answer = broker.upgrade(ops)
+        assert answer["problems"] == [
+            "the new process can't take over: it said nothing for 0.5 s (it did not end by itself)"
+        ]
+        assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Signals) -> None:
+    """The new process is not waited for and leaves nothing behind."""
+    with Upgradable(socket_dir, CLIENTS, first=IMPATIENT) as broker, broker.login("ops"):
+        broker.before_successor("import time; time.sleep(60)")
+        broker.signal(signal.SIGUSR2)
+        pid = broker.wait("daemon.upgrading")[0]["pid"]
+        broker.signal(number)
+        assert broker.exit_status() == 0
+        assert not is_running(pid)
+        assert broker.events("daemon.stopped")
+
+
+def test_a_stop_in_the_very_moment_of_the_handover_is_no_handover(socket_dir: Path) -> None:
+    """The signal comes while the new process sets everything up: the old one drains."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
+        broker.before_successor(
+            RECEIVING + "was = channel.Channel.send\n"
+            "def send(self, say, *given, **how):\n"
+            "    if say == 'ready': os.kill(os.getppid(), signal.SIGTERM)\n"
+            "    was(self, say, *given, **how)\n"
+            "channel.Channel.send = send"
+        )
+        broker.signal(signal.SIGUSR2)
+        assert broker.exit_status() == 0
+        assert broker.events("daemon.stopped")
+        assert not broker.events("daemon.upgraded")
+
+
+def test_it_is_refused_while_the_broker_drains(socket_dir: Path) -> None:
+    """It would have nothing to take over."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("alice") as alice, broker.login("bob"):
+        alice.sock.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            # Until nothing more is taken.
+            alice.write(packed(MESSAGE, "bob", bytes(1000)) * 2000)
+        broker.signal(signal.SIGTERM)
+        broker.wait("daemon.stopping")
+        broker.signal(signal.SIGUSR2)
+        event = broker.wait("daemon.upgrade_failed")[0]
+        assert event["problem"] == "the broker is stopping"
+        broker.signal(signal.SIGTERM)
+        broker.exit_status()
