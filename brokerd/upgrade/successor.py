@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -93,6 +94,16 @@ class Successor:
         server: new, with a new broker. listen: the entries of the configuration. opened: sockets of those
         that the running process did not listen at. Raises ChannelError; then nothing has been touched.
         """
+        # Everything made here stays, and looking through it for garbage would only make the pause longer.
+        gc.disable()
+        try:
+            return self._take_over(server, listen, opened)
+        finally:
+            gc.enable()
+
+    def _take_over(
+        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
+    ) -> dict[str, object]:
         channel = self._channel
         hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
         with _signals_ignored():
