@@ -119,7 +119,16 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
             status = EX_FAILED
             daemon.kill()
 
-    with _signals_go_to(on_signal, daemon.reload_soon, predecessor.soon):
+    def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
+        """Until then, signals are for the process that serves."""
+
+        def act(name: str) -> None:
+            if elder is None or elder.is_over:
+                action(name)
+
+        return act
+
+    with _signals_go_to(*map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))):
         try:
             await daemon.start(elder)
         except ListenError as error:

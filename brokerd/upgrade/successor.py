@@ -44,6 +44,8 @@ class Successor:
     def __init__(self, channel: Channel, keeper: int | None) -> None:
         self._channel = channel
         self.keeper = keeper
+        #: Whether this process serves now.
+        self.is_over = False
         self.offered: set[Address] = set()
         self.handed = Handed()
         self.monitored: list[Listening] = []
@@ -116,6 +118,7 @@ class Successor:
             channel.send("ready", within_s=_PATIENCE_S)
             channel.expect("commit", within_s=_PATIENCE_S)
         channel.send("serving", within_s=_PATIENCE_S)
+        self.is_over = True
         inheritance.begin()
         told: dict[str, object] = {
             "pid": os.getpid(),

@@ -57,6 +57,7 @@ def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
             raw.close()
 
 
+@pytest.mark.slow
 def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
     """Welcomed under the old configuration; the new one does not know the key."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, Raw(broker.address) as raw:
@@ -109,6 +110,7 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
             third.ping()
 
 
+@pytest.mark.slow
 def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
     """The file is never gone while the broker is replaced, and is removed at the end."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
@@ -120,7 +122,7 @@ def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
         assert not broker.socket.exists()
 
 
-@pytest.mark.parametrize("first", ["0", "1"])
+@pytest.mark.parametrize("first", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: str) -> None:
     """With a queue in place; and the version on disk may be another one."""
     second = "1" if first == "0" else "0"
@@ -147,6 +149,7 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
         assert ops.ask("stats").json["version"] == "99.9"
 
 
+@pytest.mark.slow
 def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
     """A part of it came before the upgrade, the rest after it; and one that waits whole for room goes on."""
     with (
@@ -210,6 +213,7 @@ def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
         assert broker.events("daemon.stopped")
 
 
+@pytest.mark.slow
 def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
     """Told twice to stop, the broker ends with 1, and so does the process that was started."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, broker.login("bob"):

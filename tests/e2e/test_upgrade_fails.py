@@ -147,7 +147,19 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("which", FAILURES)
+#: Told apart from the others by little; they take a second each.
+SELDOM = {
+    "an end without a word",
+    "an offer it would read and a state it would not",
+    "hanging while it receives the state",
+    "a state it makes no sense of",
+    "dead when it is told to begin",
+}
+
+
+@pytest.mark.parametrize(
+    "which", [pytest.param(which, marks=[pytest.mark.slow] if which in SELDOM else []) for which in FAILURES]
+)
 def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
     """The answer and the log say why, and everything is as it was, descriptors too."""
     broker = scene.broker
@@ -214,6 +226,7 @@ def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
     scene.all_goes_on()
 
 
+@pytest.mark.slow
 def test_a_signal_asks_for_it_too(scene: Scene) -> None:
     """The log says why it failed."""
     scene.broker.before_successor("sys.exit(3)")
@@ -225,6 +238,7 @@ def test_a_signal_asks_for_it_too(scene: Scene) -> None:
     scene.all_goes_on()
 
 
+@pytest.mark.slow
 def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
     """The old process has as many connections as it may have open files."""
 
@@ -246,6 +260,7 @@ def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
         ops.close()
 
 
+@pytest.mark.slow
 def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
     """Its time is over; the old process has served all the while."""
     impatient = IMPATIENT.replace("_HELLO_S = 5.0", "_HELLO_S = 0.5")
@@ -258,7 +273,7 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
         assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Signals) -> None:
     """The new process is not waited for and leaves nothing behind."""
     with Upgradable(socket_dir, CLIENTS, first=IMPATIENT) as broker, broker.login("ops"):
@@ -287,6 +302,7 @@ def test_a_stop_in_the_very_moment_of_the_handover_is_no_handover(socket_dir: Pa
         assert not broker.events("daemon.upgraded")
 
 
+@pytest.mark.slow
 def test_it_is_refused_while_the_broker_drains(socket_dir: Path) -> None:
     """It would have nothing to take over."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("alice") as alice, broker.login("bob"):
