@@ -94,8 +94,7 @@ def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
         return {line[:18].strip(): int(line.split()[-2].replace(",", "")) for line in lines}
 
     small, big = sizes("16MiB"), sizes("116MiB")
-    assert big["queues"] - small["queues"] == 300
-    assert big["at most"] - small["at most"] == 300
+    assert big["queues"] - small["queues"] == big["at most"] - small["at most"] >= 100
     # Each is rounded by itself.
     assert abs(sum(small.values()) - 2 * small["at most"]) <= len(small)
 
