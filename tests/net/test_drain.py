@@ -113,10 +113,10 @@ def test_the_drain_timeout_cuts_off() -> None:
         assert 0.3 <= monotonic() - began < 10
 
 
-def test_a_sender_hears_what_did_not_arrive(listen: str) -> None:
+def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
     """Whose recipient does not read stays until that one is cut off, and is told of every message it did not take."""
     with (
-        served(listen=listen, limits={"drain_timeout": "300ms"}) as broker,
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
@@ -133,10 +133,10 @@ def test_a_sender_hears_what_did_not_arrive(listen: str) -> None:
         bob.close()
 
 
-def test_a_sender_leaves_when_everything_has_arrived() -> None:
+def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
     """It need not wait for the end of the time: when its recipient has read everything, both are let go."""
     with (
-        served(limits={"drain_timeout": "60s"}) as broker,
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob") as bob,
         broker.login("carol") as carol,
@@ -177,10 +177,10 @@ def test_two_who_wait_for_each_other_are_let_go(socket_dir: Path) -> None:
         assert broker.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
-def test_what_nobody_can_be_told_of_is_counted() -> None:
+def test_what_nobody_can_be_told_of_is_counted(socket_dir: Path) -> None:
     """Events are lost when their subscriber does not read: the log has a number."""
     with (
-        served(limits={"drain_timeout": "300ms"}) as broker,
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):

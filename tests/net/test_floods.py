@@ -19,7 +19,10 @@ def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -
     """The first of them have a line each, the rest one line with their number; none is left out."""
     with house(configuration(str(socket_dir / "sock"))) as here:
         for _ in range(300):
-            here.raw().close()
+            with here.raw() as stranger:
+                stranger.read_body()
+                stranger.write(b"GET / HTTP/1.1\r\n\r\n")
+                assert stranger.is_turned_away()
         here.log.wait("client.refused_more")
         # All three hundred are accounted for, however many periods they fell into.
         here.login("alice").close()
