@@ -49,9 +49,9 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
             if field == "key":
                 contents[field] = keys.read_private(path, environ, _MAKE_KEY)
             else:
-                contents[field] = _read_public(path)
-                ders = _certificates(path, contents[field])
-                der = ders[0] if field == "certificate" else der
+                content = _read_public(path)
+                ders = _certificates(path, content)
+                contents[field], der = content, ders[0] if field == "certificate" else der
         except keys.KeyRefused as error:
             complain(field, str(error))
     if der:

@@ -1,0 +1,386 @@
+"""The files of a TLS listener: every mistake told with its place, at a check, at the start and at a reload."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from authority import Authority, Issued
+from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from faces import PATIENCE
+from net.house import configuration, house, key_of
+from net.raw import login
+from stock import TlsRaw, tls_login
+
+import brokerd_client
+from brokerd.cli import main
+from brokerd.config.advice import advice
+from brokerd.config.load import ConfigError, load, load_text
+from brokerd.config.subjects import normal, parse, show
+from brokerd.ctl.command import brokerctl
+from brokerd.testing import running
+from brokerd_client.errors import TlsError
+
+LISTEN = "listen:\n- address: 127.0.0.1:0\n  tls:\n    certificate: {0.certificate}\n    key: {0.key}\n"
+
+
+def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, "b.yaml", environ or {})
+    return [str(problem) for problem in refused.value.problems]
+
+
+@pytest.fixture
+def issued(authority: Authority, tmp_path: Path) -> Issued:
+    """A listener's files, to be damaged."""
+    server = authority.issue("to be damaged")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.write_bytes(server.certificate.read_bytes())
+    key.touch(mode=0o600)
+    key.write_bytes(server.key.read_bytes())
+    return Issued(certificate, key)
+
+
+def test_right_files_are_taken(issued: Issued) -> None:
+    """A certificate and its key make a listener with TLS 1.3."""
+    (listen,) = load_text(LISTEN.format(issued)).listen
+    assert listen.tls is not None
+    assert listen.tls.context.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert "-----" not in repr(listen)
+
+
+@pytest.mark.parametrize(("written", "version"), [('"1.2"', "TLSv1_2"), ("1.2", "TLSv1_2"), ("1.3", "TLSv1_3")])
+def test_minimum_is_text_or_a_number(issued: Issued, written: str, version: str) -> None:
+    """YAML takes a version without quotes for a number; it is understood all the same."""
+    (listen,) = load_text(LISTEN.format(issued) + f"    minimum: {written}\n").listen
+    assert listen.tls is not None
+    assert listen.tls.context.minimum_version.name == version
+
+
+@pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid"), reason="there are no modes here")
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
+    """The error names the chmod to run."""
+    issued.key.chmod(mode)
+    (problem,) = problems(LISTEN.format(issued))
+    assert problem.startswith("b.yaml:5:10: listen[0].tls.key: others than its owner can read or write")
+    assert f"(chmod 600 {issued.key})" in problem
+
+
+def test_key_among_credentials_may_be_its_group_s(issued: Issued) -> None:
+    """Below systemd's directory of credentials the modes are systemd's business."""
+    issued.key.chmod(0o440)
+    environ = {"CREDENTIALS_DIRECTORY": str(issued.key.parent)}
+    assert load_text(LISTEN.format(issued), "b.yaml", environ).listen[0].tls is not None
+
+
+def _another_key(issued: Issued, authority: Authority) -> None:
+    issued.key.write_bytes(authority.issue("another").key.read_bytes())
+
+
+def _encrypted(issued: Issued, authority: Authority) -> None:
+    key = serialization.load_pem_private_key(issued.key.read_bytes(), None)
+    form = serialization.PrivateFormat.PKCS8
+    locked = serialization.BestAvailableEncryption(b"password")
+    issued.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, locked))
+
+
+DAMAGES: list[tuple[Callable[[Issued, Authority], object], str, str]] = [
+    (_another_key, "5:10: listen[0].tls.key", "is not the key of"),
+    (_encrypted, "5:10: listen[0].tls.key", "is encrypted"),
+    (lambda issued, _: issued.key.write_text("no key"), "5:10: listen[0].tls.key", "no private key that can be used"),
+    (lambda issued, _: issued.key.unlink(), "5:10: listen[0].tls.key", "there is no file"),
+    (lambda issued, _: issued.certificate.unlink(), "4:18: listen[0].tls.certificate", "there is no file"),
+    (lambda issued, _: issued.certificate.write_text("x"), "4:18: listen[0].tls.certificate", "holds no certificate"),
+    (
+        lambda issued, _: issued.certificate.write_text(issued.certificate.read_text().replace("MII", "MIJ", 1)),
+        "4:18: listen[0].tls.certificate",
+        "damaged certificate",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "place", "words"), DAMAGES, ids=[words for _, _, words in DAMAGES])
+def test_every_mistake_has_its_place(
+    issued: Issued, authority: Authority, damage: Callable[..., Any], place: str, words: str
+) -> None:
+    """What is wrong with a file is said where the file is named, with what would be right."""
+    damage(issued, authority)
+    (problem,) = problems(LISTEN.format(issued))
+    assert problem.startswith(f"b.yaml:{place}: ")
+    assert words in problem
+    assert problem.endswith(")")
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    """Each of three missing files has an error of its own."""
+    nothing = Issued(tmp_path / "c", tmp_path / "k")
+    found = problems(LISTEN.format(nothing) + "    client_ca: ca\n")
+    assert [each.split(": ")[1] for each in found] == [
+        "listen[0].tls.certificate",
+        "listen[0].tls.key",
+        "listen[0].tls.client_ca",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "error"),
+    [
+        ("{address: /run/b, tls: {certificate: c, key: k}}", "listen[0].tls: TLS is for TCP alone"),
+        ("{address: /run/b, plain: true}", "listen[0].plain: TLS is for TCP alone"),
+        ("{address: 'tls://h:1'}", "listen[0].address: tls:// is what clients write"),
+    ],
+)
+def test_what_has_no_sense_is_refused(entry: str, error: str) -> None:
+    """TLS belongs to TCP, and the way clients write it does not belong into the configuration."""
+    (problem,) = problems(f"listen:\n- {entry}\n")
+    assert error in problem
+
+
+def test_contradictions_are_refused(issued: Issued) -> None:
+    """TLS that is said not to be there, and client certificates without anybody to issue them."""
+    text = LISTEN.format(issued) + "    client_certificate: optional\n  plain: true\n"
+    assert [each.split(": ")[1] for each in problems(text)] == ["listen[0].tls.client_certificate", "listen[0].plain"]
+
+
+def test_certificate_out_of_its_time(authority: Authority) -> None:
+    """One that has expired is refused; one that soon will is warned of."""
+    now = datetime.now(UTC)
+    old = authority.issue("old", until=now - timedelta(seconds=5))
+    (problem,) = problems(LISTEN.format(old))
+    assert "listen[0].tls.certificate: " in problem
+    assert "expired at" in problem
+
+    soon = authority.issue("soon", until=now + timedelta(days=3))
+    (warning,) = advice(load_text(LISTEN.format(soon) + "clients: {a: {key: k}}\n"), now)
+    assert "expires at" in warning
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("0.0.0.0:0", True),
+        ('"[::]:0"', True),
+        ("broker.example:6000", True),
+        ("10.1.2.3:6000", True),
+        ("127.0.0.1:0", False),
+        ("127.3.2.1:0", False),
+        ('"[::1]:0"', False),
+        ("localhost:6000", False),
+        ("/run/b", False),
+    ],
+)
+def test_check_warns_of_plain_tcp(address: str, warned: bool) -> None:
+    """A listener that other machines can reach without TLS is warned of, naming the option, unless it is meant."""
+    clients = "clients: {a: {key: k}}\n"
+    found = advice(load_text(f"listen: [{{address: {address}}}]\n{clients}"), datetime.now(UTC))
+    assert len(found) == warned
+    assert all("tls: {certificate: FILE, key: FILE}" in each and "plain: true" in each for each in found)
+    if warned:
+        assert advice(load_text(f"listen: [{{address: {address}, plain: true}}]\n{clients}"), datetime.now(UTC)) == []
+
+
+def test_check_command_tells_both(issued: Issued, tmp_path: Path) -> None:
+    """``brokerd check`` shows the warning and ends well, and shows the mistake and ends with 78."""
+    file = tmp_path / "b.yaml"
+    file.touch(mode=0o600)
+    file.write_text("listen: ['0.0.0.0:0']\nclients: {a: {key: k}}\n")
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert (result.exit_code, "plain TCP" in result.stderr) == (0, True)
+
+    file.write_text(LISTEN.format(issued) + "clients: {a: {key: k}}\n")
+    issued.key.chmod(0o644)
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert (result.exit_code, "chmod 600" in result.stderr) == (78, True)
+
+
+def test_daemon_warns_of_plain_tcp_once(server: Issued) -> None:
+    """One event at the start for each such listener, and none for those that are local, have TLS or are meant so."""
+    listen = [
+        "0.0.0.0:0",
+        "127.0.0.1:0",
+        {"address": "0.0.0.0:0", "plain": True},
+        {"address": "0.0.0.0:0", "tls": server.entry()},
+    ]
+    with house(configuration(listen)) as here:
+        (event,) = here.log.named("listener.plain")
+        assert event.level == "warning"
+        assert event.fields["listener"] == str(here.addresses[0])
+        assert "tls: {certificate: FILE, key: FILE}" in event.fields["reason"]
+
+
+# Reload
+
+
+def serial_of(raw: TlsRaw) -> int:
+    """Return the serial number of the certificate that the listener has shown."""
+    shown = raw.sock.getpeercert()  # type: ignore[attr-defined]
+    return int(shown["serialNumber"], 16)
+
+
+def test_renewed_certificate_under_traffic(
+    issued: Issued, authority: Authority, trusting: ssl.SSLContext, socket_dir: Path
+) -> None:
+    """New connections get the new certificate; those that are there go on, and no message is lost or late."""
+    listen = [{"address": "127.0.0.1:0", "tls": issued.entry()}, str(socket_dir / "sock")]
+    with house(configuration(listen)) as here, login(here.addresses[1], key_of("carol"), b"carol") as carol:
+        old = TlsRaw(here.address, trusting)
+        where = str(here.address)
+        with (
+            old,
+            brokerd_client.connect(where, "alice", key_of("alice"), ssl=trusting, reconnect=False) as alice,
+            brokerd_client.connect(where, "bob", key_of("bob"), ssl=trusting, reconnect=False) as bob,
+        ):
+            stop = threading.Event()
+            sent = 0
+
+            def send() -> None:
+                nonlocal sent
+                while not stop.is_set():
+                    alice.send("bob", sent, timeout=PATIENCE)
+                    sent += 1
+                    if sent % 100 == 0:
+                        alice.ping()
+
+            thread = threading.Thread(target=send)
+            thread.start()
+            try:
+                assert bob.recv(PATIENCE).payload == 0
+                renewed = authority.issue("renewed")
+                issued.certificate.write_bytes(renewed.certificate.read_bytes())
+                issued.key.write_bytes(renewed.key.read_bytes())
+                config = configuration(listen)
+                here.call(lambda: here.daemon.apply(config, "the test"))
+                with TlsRaw(here.address, trusting) as new:
+                    assert serial_of(new) != serial_of(old)
+            finally:
+                stop.set()
+                thread.join(PATIENCE)
+            assert [bob.recv(PATIENCE).payload for _ in range(sent - 1)] == list(range(1, sent))
+            (change,) = here.log.wait("daemon.reloaded")[0].fields["altered"].values()
+            assert change[0].startswith("tls: ")
+        carol.ping()
+        assert [event.fields["name"] for event in here.log.named("client.disconnected")] in (
+            ["alice", "bob"],
+            ["bob", "alice"],
+        )
+
+
+def test_bad_certificate_leaves_everything_as_it_was(
+    issued: Issued, authority: Authority, trusting: ssl.SSLContext, tmp_path: Path
+) -> None:
+    """A reload with files that do not fit is refused whole, says why, and the old certificate serves on."""
+    file = tmp_path / "b.yaml"
+    file.touch(mode=0o600)
+    file.write_text(LISTEN.format(issued) + 'clients: {alice: {key: "alice\'s key"}}\n')
+    with house(load(file)) as here, tls_login(here.address, trusting, "alice") as alice:
+        before = serial_of(alice)
+        _another_key(issued, authority)
+        here.call(lambda: here.daemon.reload_soon("the test"))
+        problems = here.log.wait("daemon.reload_refused")[0].fields["problems"]
+        assert "is not the key of" in problems[0]
+        alice.ping()
+        with TlsRaw(here.address, trusting) as new:
+            assert serial_of(new) == before
+
+
+def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext) -> None:
+    """An address that had none speaks TLS after a reload, to those who come then; who is there stays, in the clear."""
+    with house(configuration("127.0.0.1:0")) as here:
+        address = {"address": f"127.0.0.1:{here.address.port}"}
+        with here.login("alice") as alice:
+            plain, tls = configuration(address), configuration({**address, "tls": issued.entry()})
+            here.call(lambda: setattr(here.daemon, "config", plain))
+            for listening in here.daemon._server.listening:  # type: ignore[union-attr]
+                listening.config = plain.listen[0]
+            here.call(lambda: here.daemon.apply(tls, "the test"))
+            assert str(here.address) == f"tls://127.0.0.1:{here.address.port}"
+            with tls_login(here.address, trusting, "bob") as bob:
+                bob.ping()
+            alice.ping()
+
+
+# Subjects
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("CN=alice", [("commonName", "alice")]),
+        ("CN = alice, O = Example", [("organizationName", "Example"), ("commonName", "alice")]),
+        ("O=Example+CN=alice", [("organizationName", "Example"), ("commonName", "alice")]),
+        (r"CN=a\,b\\c\+d", [("commonName", r"a,b\c+d")]),
+        ("C=DE,ST=Berlin,L=Berlin,OU=x,emailAddress=a@b", None),
+        ("UID=al,DC=a,DC=b", [("userId", "al"), ("domainComponent", "b"), ("domainComponent", "a")]),
+    ],
+)
+def test_subject_in_text_is_that_of_the_certificate(text: str, pairs: list[tuple[str, str]] | None) -> None:
+    """What people write is compared with what the certificate has, in any order, and shown as it can be written."""
+    subject = parse(text)
+    assert parse(show(subject)) == subject
+    if pairs is not None:
+        assert subject == normal(pairs)
+
+
+@pytest.mark.parametrize("text", ["", "alice", "CN=", "CN=alice,", "=alice", "CN=a,,O=b", "CN=a\\"])
+def test_odd_subject_is_refused(text: str) -> None:
+    """The error shows the form."""
+    with pytest.raises(ValueError, match="CN=alice,O=Example"):
+        parse(text)
+
+
+def test_subject_must_be_whole() -> None:
+    """A part of a subject is not it, nor is one with something more."""
+    whole = parse("CN=alice,O=Example")
+    assert whole != parse("CN=alice")
+    assert whole != parse("CN=alice,O=Example,OU=x")
+    assert parse("CN=alice,CN=alice") != parse("CN=alice")
+
+
+# brokerctl
+
+
+def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path) -> None:
+    """--ca is what it takes, or BROKERD_CA; without either the error says so, and what is not for TLS is refused."""
+    key_file = tmp_path / "alice"
+    key_file.write_bytes(key_of("alice"))
+    tls = server.entry(client_ca=authority.file)
+    shown = authority.issue("alice", "alice.example")
+    with house(configuration({"address": "127.0.0.1:0", "tls": tls})) as here:
+        access = ["--address", str(here.address), "--name", "alice", "--key-file", str(key_file)]
+        cert = ["--cert", str(shown.certificate), "--cert-key", str(shown.key)]
+        run = CliRunner().invoke
+        assert run(brokerctl, [*access, "--ca", str(authority.file), *cert, "ping"]).exit_code == 0
+        variables = {
+            "BROKERD_CA": str(authority.file),
+            "BROKERD_CERT": str(shown.certificate),
+            "BROKERD_CERT_KEY": str(shown.key),
+        }
+        assert run(brokerctl, [*access, "ping"], env=variables).exit_code == 0
+        missing = run(brokerctl, [*access, "ping"])
+        assert (missing.exit_code, "brokerctl --ca" in missing.stderr) == (1, True)
+        refused = run(brokerctl, [*access, "--ca", str(authority.file), "ping"])
+        assert (refused.exit_code, "demands a client certificate" in refused.stderr) == (1, True)
+        absent = run(brokerctl, [*access, "--ca", str(tmp_path / "none"), "ping"])
+        assert (absent.exit_code, "give certificates in PEM" in absent.stderr) == (2, True)
+        half = run(brokerctl, [*access, "--ca", str(authority.file), "--cert", str(shown.certificate), "ping"])
+        assert (half.exit_code, "give both in PEM" in half.stderr) == (2, True)
+        plain = run(brokerctl, ["--address", "127.0.0.1:1", "--key-file", str(key_file), *cert, "ping"])
+        assert (plain.exit_code, "are for TLS" in plain.stderr) == (2, True)
+
+
+def test_testing_broker_speaks_tls(server: Issued, trusting: ssl.SSLContext) -> None:
+    """brokerd.testing takes tls as a listen entry does, and its clients a context."""
+    with running(tls=server.entry()) as broker:
+        alice, bob = broker.connect("alice", ssl=trusting), broker.connect("bob", ssl=trusting)
+        alice.send("bob", "hello")
+        assert bob.recv(PATIENCE).payload == "hello"
+        with pytest.raises(TlsError):
+            broker.connect("carol")
