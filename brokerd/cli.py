@@ -195,7 +195,8 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
     asked = ""
     try:
         if address is not None:
-            entrance = Entrance(parse(address))
+            where = parse(address)
+            entrance = Entrance(where, where.tls)
         else:
             entrance = health.entrance_to_ask(entrances(str(context.obj), os.environ))
         asked = f"{entrance.address}: "

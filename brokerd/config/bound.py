@@ -35,6 +35,8 @@ _READ_BUFFER: Final = 256 * _KIB
 _CONNECTION: Final = 16 * _KIB
 _HANDSHAKE: Final = 16 * _KIB
 _PUBLISHED: Final = 2 * _MIB
+#: TLS for one of either: OpenSSL's own state, and bytes under way in both directions (brokerd_client.tls_stream).
+_TLS: Final = 256 * _KIB
 #: A subscription of 128 tokens that shares none with another; a request that is not answered.
 _SUBSCRIPTION: Final = 48 * _KIB
 _REQUEST: Final = 640
@@ -55,6 +57,7 @@ class Bound:
     subscriptions: int
     requests: int
     caches: int
+    tls: int
 
     @property
     def total(self) -> int:
@@ -79,6 +82,7 @@ def memory_bound(config: Config) -> Bound:
         partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections),
         subscriptions=sum(client.subscriptions * _SUBSCRIPTION for client in connections),
         requests=sum(client.requests * _REQUEST for client in connections),
+        tls=_TLS * (limits.handshakes + len(connections)) * any(listen.tls is not None for listen in config.listen),
         caches=sum(_CONNECTION + _PUBLISHED * bool(client.publish) + known * _REACHED for client in connections),
     )
 

@@ -23,7 +23,7 @@ __all__ = ["TlsStream"]
 #: Bytes from the wire read at once, and bytes to send taken at once: this much is kept for every connection.
 _PIECE: Final = 32 * 1024
 #: Answers of TLS itself that wait for a peer who does not read.
-_MOST_UNSENT: Final = 4 * _PIECE
+_MOST_UNSENT: Final = 2 * _PIECE
 
 
 class TlsStream:

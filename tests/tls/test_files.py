@@ -22,6 +22,7 @@ from stock import TlsRaw, tls_login
 import brokerd_client
 from brokerd.cli import main
 from brokerd.config.advice import advice
+from brokerd.config.bound import memory_bound
 from brokerd.config.load import ConfigError, load, load_text
 from brokerd.config.subjects import normal, parse, show
 from brokerd.ctl.command import brokerctl
@@ -305,6 +306,16 @@ def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext)
             with tls_login(here.address, trusting, "bob") as bob:
                 bob.ping()
             alice.ping()
+
+
+def test_memory_of_tls_is_in_the_bound(issued: Issued) -> None:
+    """Each connection and each unfinished handshake counts, where there is TLS at all."""
+    clients = {"alice": {"connections": 7}}
+    limits = {"handshakes": 5}
+    without = memory_bound(configuration("127.0.0.1:0", clients, limits=limits))
+    tls = memory_bound(configuration({"address": "127.0.0.1:0", "tls": issued.entry()}, clients, limits=limits))
+    assert without.parts()["tls"] == 0
+    assert tls.total - without.total == tls.parts()["tls"] == 12 * 256 * 1024
 
 
 # Subjects

@@ -17,6 +17,7 @@ from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejec
 from stock import TlsRaw, tls_login
 
 import brokerd_client
+from brokerd.net.tls import TlsHandshakes
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, TlsError
 
 
@@ -211,6 +212,41 @@ def test_half_open_handshakes_delay_nobody(here: House, face: Face, trusting: ss
     finally:
         for raw in silent:
             raw.close()
+
+
+def test_one_handshake_a_turn_of_the_loop(
+    here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a crowd whose first bytes are all there, the broker answers one, and lets everybody else have a turn."""
+    turns = 0
+    steps: list[int] = []
+    go_on = TlsHandshakes._go_on
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        here._loop.call_soon(count)
+
+    def step(self: TlsHandshakes, knock: Any) -> None:
+        steps.append(turns)
+        go_on(self, knock)
+
+    monkeypatch.setattr(TlsHandshakes, "_go_on", step)
+    crowd = [Raw(here.address) for _ in range(40)]
+    hello = _client_hello(trusting)
+
+    def shout() -> None:
+        # In the broker's own thread, so that all of it is there before the broker looks.
+        for raw in crowd:
+            raw.write(hello)
+        count()
+
+    here.call(shout)
+    for raw in crowd:
+        assert raw.read(1) == b"\x16"
+        raw.close()
+    assert len(steps) >= 40
+    assert len(set(steps[:40])) == 40
 
 
 def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLContext) -> None:

@@ -1,0 +1,57 @@
+"""The daemon as a process, with TLS: what is handed over when it replaces itself, and what a health check hears."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+from pathlib import Path
+
+import pytest
+from authority import Authority, Issued
+from click.testing import CliRunner
+from e2e.process import Process, key_of
+from faces import PATIENCE
+
+import brokerd_client
+from brokerd.cli import main
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="no process replaces itself here")
+def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLContext) -> None:
+    """When the daemon replaces itself, connections over TLS are closed in order and made again; plain ones stay."""
+    listen = [{"address": "127.0.0.1:0", "tls": server.entry()}]
+    with Process(socket_dir, {"alice": {}, "bob": {}, "ops": {"admin": True}}, listen=listen) as broker:
+        _, address = broker.addresses()
+        assert address.tls
+        with (
+            broker.login("ops") as ops,
+            brokerd_client.connect(address, "alice", key_of("alice"), ssl=trusting) as alice,
+            brokerd_client.connect(address, "bob", key_of("bob"), ssl=trusting) as bob,
+        ):
+            alice.send("bob", "before", receipt=True)
+            assert bob.recv(PATIENCE).payload == "before"
+            answer = ops.ask("upgrade").json
+            assert answer["upgraded"], answer
+            ops.ping()
+            # Both are connected again by the library, to the successor.
+            assert bob.ping() > 0
+            alice.send("bob", "after", receipt=True)
+            assert bob.recv(PATIENCE).payload == "after"
+            assert alice.counters["losses"] == bob.counters["losses"] == 1
+        assert broker.events("daemon.bug") == []
+        assert {event["listener"] for event in broker.events("client.connected")[1:]} == {str(address)}
+        broker.signal(signal.SIGTERM)
+        assert broker.exit_status() == 0
+
+
+def test_health_over_tls(socket_dir: Path, server: Issued, authority: Authority) -> None:
+    """A health check finds the broker well over TLS, with or without a demand for certificates."""
+    listen = [
+        {"address": "127.0.0.1:0", "tls": server.entry()},
+        {"address": "localhost:0", "tls": server.entry(client_ca=authority.file)},
+    ]
+    with Process(socket_dir, listen=listen) as broker:
+        for address in broker.addresses()[1:]:
+            result = CliRunner().invoke(main, ["health", "--address", str(address)])
+            assert result.exit_code == 0, result.output
