@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from system import machine as machines
 from system.machine import Machine, boot
 
@@ -408,6 +409,24 @@ def test_keys_that_only_root_can_read_come_as_credentials(machine: Machine) -> N
     machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
     machine.run("systemctl", "start", "brokerd")
     brokerctl(machine, "ping")
+
+
+def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machine: Machine) -> None:
+    """systemd listens, and hands over certificate and private key, which belong to root: a client speaks TLS."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    machine.write("/etc/brokerd/tls/cert.pem", certificate.cert_chain_pems[0].bytes().decode())
+    machine.write("/etc/brokerd/tls/key.pem", certificate.private_key_pem.bytes().decode())
+    machine.write("/tmp/ca.pem", authority.cert_pem.bytes().decode())
+    given = "/run/credentials/brokerd.service"
+    tls = f"{{certificate: {given}/cert.pem, key: {given}/key.pem}}"
+    text = CONFIGURATION.replace(f"  - {TCP}\n", f"  - {{address: {TCP}, tls: {tls}}}\n")
+    machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
+    drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
+    loads = "".join(f"LoadCredential={name}:/etc/brokerd/tls/{name}\n" for name in ("cert.pem", "key.pem"))
+    drop_in(machine, "brokerd.service", f"[Service]\n{loads}")
+    machine.run("systemctl", "start", "brokerd.socket")
+    brokerctl(machine, "--ca", "/tmp/ca.pem", "ping", address=f"tls://{TCP}")
 
 
 def test_a_new_key_made_by_root_can_be_read(machine: Machine) -> None:
