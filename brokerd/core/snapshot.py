@@ -80,6 +80,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot
         "dropped": broker.dropped,
         "refused": dict(broker.refused),
         "totals": dict(broker.totals),
+        "given_back": dict(broker.given_back),
         "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
         "sessions": [_session(broker, session, index, now) for session in index],
         "outboxes": [_outbox(session, index, snapshot) for session in index if session.open],
@@ -183,6 +184,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
     broker.dropped = facts["dropped"]
     broker.refused = Counter(facts["refused"])
     broker.totals = Counter(facts["totals"])
+    broker.given_back = Counter(facts["given_back"])
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
     # Names that are not configured, any more or for this connection: by name, and how many had the same address before.

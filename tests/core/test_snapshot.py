@@ -9,7 +9,9 @@ from core.fakenet import FakeNet, client
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Limits
+from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
+from brokerd.core.session import Session
 from brokerd.core.snapshot import Pieces, capture, restore
 from brokerd_client.wire.envelope import Kind
 
@@ -437,3 +439,51 @@ def test_facts_that_lack_bytes_are_refused() -> None:
 
     with pytest.raises(ValueError, match="are wanted where"):
         restore(fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now)
+
+
+#: What a session is made of: captured, or there anew (found again, empty, or the connection's own).
+CAPTURED = {
+    "address",
+    "asked",
+    "bytes_in",
+    "charged",
+    "client",
+    "closing",
+    "errors_in",
+    "held_by",
+    "hold_deadline",
+    "instance",
+    "left_at",
+    "messages_in",
+    "number",
+    "open",
+    "outbox",
+    "owed",
+    "peer",
+    "reached",
+    "since",
+    "skip",
+    "slow",
+    "stamp",
+    "subscriptions",
+    "waiters",
+}
+MADE_ANEW = {"cut", "fans", "generation", "link", "routes", "topics_version"}
+
+
+def test_nothing_a_session_knows_is_forgotten() -> None:
+    """Whoever gives a session another attribute says here what becomes of it when the process is replaced."""
+    assert set(Session.__slots__) == CAPTURED | MADE_ANEW
+
+
+def test_nothing_the_broker_knows_is_forgotten() -> None:
+    """And so for the broker, its clients and both kinds of outbox."""
+    captured = {"exchange", "topics", "started_at", "upgrades", "refused", "dropped", "totals", "given_back"}
+    captured |= {"_held", "_order", "_leaving"}
+    settled = {"touched", "released", "orders", "happenings"}
+    of_this_process = {"limits", "version", "routing", "generation", "draining", "patience"}
+    assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
+    assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"}
+    both = {"_head", "blocked", "limit", "stalled"}
+    assert set(StreamOutbox.__slots__) == both | {"_ends", "_left", "_older", "_older_bytes", "_taken"}
+    assert set(FrameOutbox.__slots__) == both | {"_queue", "_waiting"}

@@ -1,4 +1,4 @@
-"""docs/operations.md: the commands of "Reload" and "Keys and rotation", typed in their order, do what the page says."""
+"""docs/operations.md: the commands of "Reload", "Keys and rotation" and "Upgrade", typed in order, do what it says."""
 
 from __future__ import annotations
 
@@ -81,6 +81,11 @@ def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
             rows = [line.split("\t") for line in shell.type(watch).splitlines() if line.startswith("bob")]
             assert [(row[-1].endswith("bob.2"), row[5]) for row in rows] == [(True, "1"), (False, "0")]
             assert "disconnected" not in shell.type(end)
+            assert bob.ping() > 0
+        (upgrade,) = blocks("Upgrade")
+        with connect(str(broker.socket), "bob", second, reconnect=False) as bob:
+            said = shell.type(upgrade)
+            assert re.match(r"upgraded to [\w.]+, process \d+: 2 connections went on after [\d.]+ ms\n", said)
             assert bob.ping() > 0
         assert not broker.events("client.refused")
         assert first.decode() not in "".join(broker.lines)

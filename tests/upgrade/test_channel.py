@@ -1,0 +1,144 @@
+"""What two processes say to each other during an upgrade, with both ends here."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from brokerd.upgrade.channel import Channel, ChannelError, Message
+
+pytestmark = pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="no descriptors can be sent here")
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with first, second:
+        yield Channel(first), Channel(second)
+
+
+def receiving(channel: Channel, within_s: float = 10.0) -> Future[Message]:
+    """Receive in a thread: nobody can take what is larger than the system's buffers before it is received."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(channel.receive, within_s=within_s)
+    pool.shutdown(wait=False)
+    return future
+
+
+def test_facts_bytes_and_descriptors_arrive_together(ends: tuple[Channel, Channel]) -> None:
+    """More of each than goes at once; and the descriptors are those of the same files, in order."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    pieces = [chance.randbytes(chance.choice([0, 1, 100, 70_000])) for _ in range(1500)]
+    files = [os.memfd_create(f"{number}") for number in range(600)]
+    future = receiving(ends[1])
+    try:
+        ends[0].send("state", {"a": [1, None, "ü"]}, pieces, files, within_s=10)
+        message = future.result(10)
+        assert (message.say, message.facts) == ("state", {"a": [1, None, "ü"]})
+        assert message.body == b"".join(pieces)
+        assert [os.fstat(each).st_ino for each in message.descriptors] == [os.fstat(each).st_ino for each in files]
+        for each in message.descriptors:
+            os.close(each)
+    finally:
+        for each in files:
+            os.close(each)
+
+
+def test_messages_keep_their_order(ends: tuple[Channel, Channel]) -> None:
+    """One behind the other, nothing of one in the next."""
+    ends[0].send("hello", {"n": 1}, [b"abc"], within_s=5)
+    ends[0].send("ready", within_s=5)
+    assert ends[1].expect("hello", within_s=5).body == b"abc"
+    assert ends[1].expect("ready", within_s=5).facts == {}
+
+
+def test_a_reason_ends_what_was_expected(ends: tuple[Channel, Channel]) -> None:
+    """The other one says why it failed."""
+    ends[0].send("failed", {"reason": "because"}, within_s=5)
+    with pytest.raises(ChannelError, match=r"^because$"):
+        ends[1].expect("hello", within_s=5)
+
+
+def test_another_word_than_expected_is_an_error(ends: tuple[Channel, Channel]) -> None:
+    """It is not taken for the one."""
+    ends[0].send("commit", within_s=5)
+    with pytest.raises(ChannelError, match="it said 'commit' where 'ready' was expected"):
+        ends[1].expect("ready", within_s=5)
+
+
+def test_silence_ends_in_time(ends: tuple[Channel, Channel]) -> None:
+    """In both directions."""
+    with pytest.raises(ChannelError, match=r"it said nothing for 0\.05 s"):
+        ends[1].receive(within_s=0.05)
+    with pytest.raises(ChannelError, match=r"it did not take 'state' within 0\.05 s"):
+        ends[0].send("state", {}, [bytes(10_000_000)], within_s=0.05)
+
+
+def test_an_end_is_seen(ends: tuple[Channel, Channel]) -> None:
+    """Whether it is waited for, or said something to."""
+    ends[0].close()
+    with pytest.raises(ChannelError, match="it closed the connection between us"):
+        ends[1].receive(within_s=5)
+    with pytest.raises(ChannelError, match="it ended before it took 'hello'"):
+        ends[1].send("hello", within_s=5)
+
+
+def test_who_waits_can_be_woken(ends: tuple[Channel, Channel]) -> None:
+    """From another thread, when the daemon is to stop; waking twice does no harm."""
+    future = receiving(ends[1], 30)
+    ends[1].wake()
+    with pytest.raises(ChannelError):
+        future.result(10)
+    ends[1].wake()
+    ends[1].close()
+    ends[1].wake()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 400 Bad",
+        b"bkUP\xff\xff\xff\xff",
+        b"bkUP\x00\x00\x00\x02[]",
+        b"bkUP\x00\x00\x00\x02{}",
+        b"bkUP\x00\x00\x00\x05abcde",
+        b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": "", "descriptors": 0}',
+    ],
+)
+def test_what_makes_no_sense_is_refused(ends: tuple[Channel, Channel], data: bytes) -> None:
+    """Another language, a length that can't be, no object, an object that lacks something."""
+    sock = ends[0]._sock
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    with pytest.raises(ChannelError):
+        ends[1].receive(within_s=5)
+
+
+def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None:
+    """Announced, and a byte without them comes: what belongs together is not guessed."""
+    sock: Any = ends[0]._sock
+    text = b'{"say": "state", "bytes": 0, "descriptors": 2}'
+    sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"D")
+    with pytest.raises(ChannelError):
+        ends[1].receive(within_s=5)
+
+
+def test_a_message_cut_anywhere_is_no_message() -> None:
+    """Whatever the byte after which the other process dies."""
+    text = b'{"say": "state", "bytes": 4, "descriptors": 0}'
+    whole = b"bkUP" + len(text).to_bytes(4) + text + b"body"
+    for end in range(len(whole)):
+        first, second = socket.socketpair()
+        with first, second:
+            first.sendall(whole[:end])
+            first.close()
+            with pytest.raises(ChannelError):
+                Channel(second).receive(within_s=5)
