@@ -435,9 +435,9 @@ class Client(Link):
         if self._forked:
             return
         with self._lock:
-            if self._dialog.state is State.READY and self._channel.unwritten():
+            if self._dialog.state is State.READY and self._channel.backlog:
                 self._changed.wait_for(
-                    lambda: self._dialog.state is not State.READY or not self._channel.unwritten(), LINGER_S
+                    lambda: self._dialog.state is not State.READY or not self._channel.backlog, LINGER_S
                 )
             first = self._dialog.state not in (State.CLOSING, State.CLOSED)
             self._absorb(self._dialog.close(time.monotonic()), time.monotonic())

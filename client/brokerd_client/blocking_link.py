@@ -360,7 +360,8 @@ class Link:
         with self._lock:
             if self._channel.unwritten() and not self._dropping:
                 self._dialog.wrote(self._channel.flush())
-                if not self._channel.unwritten():
+                # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
+                if not self._channel.backlog:
                     self._note_state()
 
 

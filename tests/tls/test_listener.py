@@ -332,6 +332,20 @@ def test_large_messages_both_ways_at_once(
             thread.join(PATIENCE)
 
 
+def test_sender_waits_for_its_own_bytes_only(
+    here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all that was to be sent is taken, sends go on, though a piece of it waits in TLS for its leave."""
+    with brokerd_client.connect(str(here.address), "alice", key_of("alice"), ssl=trusting) as alice:
+        with monkeypatch.context() as patched:
+            patched.setattr(alice._channel, "unwritten", lambda: True)
+            with alice._lock:
+                alice._clear = False
+            alice._flush()
+            assert alice._clear
+        assert alice.ping() > 0
+
+
 @pytest.mark.parametrize("when_full", ["refuse", "drop_oldest", "wait"])
 def test_slow_reader_gets_what_was_accepted_in_order(when_full: str, server: Issued, trusting: ssl.SSLContext) -> None:
     """A reader stops, and the accounts balance: what is not answered with an error comes later, whole."""
