@@ -11,7 +11,12 @@ import os
 import signal
 import sys
 
-PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: Those of them that there are: Windows imports this too.
+PASSED_ON = tuple(
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
 _PR_SET_CHILD_SUBREAPER = 36
 
 

@@ -19,7 +19,7 @@ UPGRADES = 5
 def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[str]:
     """Upgrade that often in a row under full load; return the account of every message."""
     clients = {**CLIENTS, "idle": {"connections": max(idle, 1)}}
-    with Process(directory, clients, log={"level": "info"}) as broker:
+    with Process(directory, clients, listen=["127.0.0.1:0"], log={"level": "info"}) as broker:
         ops = broker.login("ops")
         crowd = [broker.login("idle") for _ in range(idle)]
         pauses = []

@@ -149,6 +149,31 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
         assert ops.ask("stats").json["version"] == "99.9"
 
 
+@pytest.mark.parametrize("kib", [300, 4000])
+def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(socket_dir: Path, kib: int) -> None:
+    """Written and not received yet, or not even written: it broke the rules, and hears of it after the upgrade."""
+    with (
+        Upgradable(socket_dir, CLIENTS, listen=["127.0.0.1:0"]) as broker,
+        broker.login("ops") as ops,
+        broker.login("alice") as alice,
+    ):
+        bob = Raw.__new__(Raw)
+        bob.sock = socket.socket()
+        bob.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        bob.sock.settimeout(30)
+        bob.sock.connect(broker.addresses()[1].sockaddr)
+        with bob.log_in(key_of("bob"), b"bob"):
+            alice.write(packed(MESSAGE, "bob", bytes(1000)) * kib)
+            alice.ping()
+            bob.write(b"\xff\xff\xff\xf0")
+            ops.ping()
+            assert broker.upgrade(ops)["upgraded"]
+            for _ in range(kib):
+                assert bob.recv().body == bytes(1000)
+            assert bob.recv().code == "malformed"
+            assert bob.is_closed()
+
+
 @pytest.mark.slow
 def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
     """A part of it came before the upgrade, the rest after it; and one that waits whole for room goes on."""

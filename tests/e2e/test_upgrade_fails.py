@@ -286,20 +286,21 @@ def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Si
         assert broker.events("daemon.stopped")
 
 
-def test_a_stop_in_the_very_moment_of_the_handover_is_no_handover(socket_dir: Path) -> None:
-    """The signal comes while the new process sets everything up: the old one drains."""
+@pytest.mark.parametrize(("word", "upgraded"), [("ready", 0), ("serving", 1)])
+def test_a_stop_in_the_very_moment_of_the_handover_is_heard(socket_dir: Path, word: str, upgraded: int) -> None:
+    """While the new process sets everything up, the old one drains; once it may begin, the new one does."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
         broker.before_successor(
             RECEIVING + "was = channel.Channel.send\n"
             "def send(self, say, *given, **how):\n"
-            "    if say == 'ready': os.kill(os.getppid(), signal.SIGTERM)\n"
+            f"    if say == '{word}': os.kill(os.getppid(), signal.SIGTERM)\n"
             "    was(self, say, *given, **how)\n"
             "channel.Channel.send = send"
         )
         broker.signal(signal.SIGUSR2)
         assert broker.exit_status() == 0
         assert broker.events("daemon.stopped")
-        assert not broker.events("daemon.upgraded")
+        assert len(broker.events("daemon.upgraded")) == upgraded
 
 
 @pytest.mark.slow

@@ -139,7 +139,9 @@ class Load:
     # Floods, each end a process
 
     def _flood(self, role: str, name: str, other: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(MEMBER), role, str(self.broker.socket), name, key_of(name).decode(), other]
+        # One of the pairs over TCP.
+        address = str(self.broker.addresses()[name.endswith("1")])
+        command = [sys.executable, str(MEMBER), role, address, name, key_of(name).decode(), other]
         member = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(TESTS)}
         )
