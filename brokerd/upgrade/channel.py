@@ -109,7 +109,7 @@ class Channel:
             for start in range(0, len(descriptors), _DESCRIPTORS):
                 self._pass(descriptors[start : start + _DESCRIPTORS], deadline)
         except TimeoutError as error:
-            raise ChannelError(f"it did not take {say!r} within {within_s:g} s") from error
+            raise ChannelError(f"it did not take {say!r} within {round(within_s, 2):g} s") from error
         except OSError as error:
             raise ChannelError(f"it ended before it took {say!r} ({error.strerror or error})") from error
 
@@ -148,7 +148,7 @@ class Channel:
             say, body_size, count = facts.pop("say"), facts.pop("bytes"), facts.pop("descriptors")
             return Message(say, facts, self._read(body_size, deadline), list(self._take(count, deadline)))
         except TimeoutError as error:
-            raise ChannelError(f"it said nothing for {within_s:g} s") from error
+            raise ChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
         except OSError as error:
             raise ChannelError(f"it ended ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -30,10 +30,12 @@ from brokerd.upgrade.notify import announce_successor
 
 __all__ = ["Predecessor"]
 
-#: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it.
+#: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it: some
+#: more where much waits for clients.
 _HELLO_S: Final = 30.0
 _HANDOVER_S: Final = 10.0
-#: Seconds in which a new process that has said why it failed has to be gone.
+_BYTES_A_SECOND: Final = 200e6
+#: Seconds for what takes no time: a last word, and the end of a process that was told to end.
 _MOMENT_S: Final = 2.0
 #: What belongs to this very process.
 _OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
@@ -216,13 +218,14 @@ class Predecessor:
         if order is not None and order.source.open:
             asked_by = [handover.position_of(server, order.source), order.id]
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
-        channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S)
-        channel.expect("ready", within_s=_HANDOVER_S)
+        deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
+        channel.send("state", facts, taken.pieces, descriptors, within_s=deadline - time.monotonic())
+        channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         if not _ENDING.isdisjoint(noted):
             raise _Failed("the broker is stopping")
-        channel.send("commit", within_s=_HANDOVER_S)
+        channel.send("commit", within_s=_MOMENT_S)
         try:
-            channel.expect("serving", within_s=_HANDOVER_S)
+            channel.expect("serving", within_s=_MOMENT_S)
         except ChannelError:
             heir.kill()
             # Now that it can't do anything more: what it said before that decides.
