@@ -126,6 +126,7 @@ class Link:
 
     def on_readable(self) -> None:
         """Read and route what came: once, or while it goes to so many that a write for each would cost more."""
+        self.server.watch.note(self)
         try:
             rounds = _ROUNDS
             while self._read() >= _PLENTY and rounds and self._spreads_out():

@@ -25,6 +25,7 @@ from brokerd.net.notices import report
 from brokerd.net.tally import Outcome, Tally
 from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd.net.tls_link import TlsLink
+from brokerd.net.watch import Watch
 from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
@@ -85,6 +86,7 @@ class Server:
         self.tally = Tally()
         self._door = Door(self)
         self.floods = Floods(self.loop, log)
+        self.watch = Watch(self.loop)
         self._tick: asyncio.TimerHandle | None = None
         self._settling = False
         self._working_off = False
@@ -405,6 +407,7 @@ class Server:
         for farewell in farewells:
             farewell.close()
         self.floods.close()
+        self.watch.close()
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None

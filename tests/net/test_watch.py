@@ -1,0 +1,56 @@
+"""Connections that were reset while bytes of theirs were unread: noticed under every event loop."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+from net.house import configuration, house
+from net.raw import MESSAGE
+
+
+@pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
+def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, listen: str) -> None:
+    """The bytes are delivered and the name is free, though the loop reports both with one event."""
+    at = str(socket_dir / "sock") if listen == "unix" else listen
+    with house(configuration(at, "alice bob")) as here, here.login("bob") as bob:
+        alice = here.login("alice")
+        # Something it has not read makes its end a reset, on a Unix socket too.
+        bob.send(MESSAGE, "alice", b"unread")
+        bob.ping()
+        stands_still, go_on = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            stands_still.set()
+            assert go_on.wait(30)
+
+        waiting = threading.Thread(target=here.call, args=(stand_still,))
+        waiting.start()
+        assert stands_still.wait(30)
+        alice.send(MESSAGE, "bob", b"the last")
+        if listen != "unix":
+            alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        alice.close()
+        go_on.set()
+        waiting.join(30)
+
+        if listen == "unix":
+            assert bob.recv().body == b"the last"
+        here.log.wait("client.disconnected")
+        here.login("alice").close()
+
+
+def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
+    """The second look is the last one until something is read again: an idle broker does not wake up."""
+    with house(configuration(str(socket_dir / "sock"), "alice")) as here, here.login("alice") as alice:
+        # The first may still have been read at the door.
+        alice.ping()
+        alice.ping()
+        watch = here.daemon._server.watch  # type: ignore[union-attr]
+        assert here.call(lambda: watch._timer is not None)
+        here.call(watch._look)
+        assert here.call(lambda: (watch._timer, watch._links)) == (None, set())
+        alice.ping()
