@@ -19,6 +19,7 @@ class TlsRaw(Raw):
         super().__init__(address, timeout_s=timeout_s)
         plain: socket.socket = self.sock
         try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.sock = context.wrap_socket(plain, server_hostname="127.0.0.1")
         except BaseException:
             plain.close()

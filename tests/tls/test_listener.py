@@ -18,6 +18,7 @@ from stock import TlsRaw, tls_login
 
 import brokerd_client
 from brokerd.net.tls import TlsHandshakes
+from brokerd.net.tls_link import TlsLink
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, TlsError
 
 
@@ -391,6 +392,29 @@ def test_goodbye_is_said_after_everything_was_written(server: Issued, trusting: 
             ids = [bob.recv().id for _ in range(50)]
         assert ids == list(range(50))
         # Without close_notify this raises an SSLError: nobody is to take a cut for the end.
+        bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
+        assert bob.sock.recv(1) == b""
+
+
+def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: ssl.SSLContext) -> None:
+    """When the outbox is empty and only TLS still holds something, a drain waits for that too."""
+
+    def held() -> bool:
+        (link,) = [link for link in here.daemon._server.links if link.session.address == "bob"]  # type: ignore[union-attr]
+        assert isinstance(link, TlsLink)
+        return link._stream.unsent and not link.session.outbox.waiting
+
+    with tls_login(here.address, trusting, "bob") as bob, tls_login(here.address, trusting, "alice") as alice:
+        count = 0
+        while not here.call(held):
+            assert count < 10_000, "the sockets never filled"
+            alice.send(MESSAGE, "bob", b"x" * 20_000, id=count)
+            alice.ping()
+            count += 1
+        here.stop_soon()
+        # Alice's: every connection has been told to end by then.
+        here.log.wait("client.disconnected")
+        assert [bob.recv().id for _ in range(count)] == list(range(count))
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         assert bob.sock.recv(1) == b""
 
