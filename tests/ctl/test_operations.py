@@ -1,4 +1,4 @@
-"""clients, ping, stats, can, disconnect, reload, drain, bench and completion: what the broker says, and the status."""
+"""clients, ping, stats, can, disconnect, reload, upgrade, drain, completion: what the broker says, and the status."""
 
 from __future__ import annotations
 
@@ -205,8 +205,11 @@ def test_every_command_explains_itself(command: str) -> None:
     assert ("--key-file" in result.output) == (command != "completion")
 
 
-def test_reload_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> None:
-    """A good configuration is taken over, a bad one is refused with its errors, and draining ends the process."""
+def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> None:
+    """A good configuration is taken over, a bad one is refused with its errors, and draining ends the process.
+
+    Both by a reload and by a new process.
+    """
     key = socket_dir / "key"
     key.write_text("the key of ops\n")
     key.chmod(0o600)
@@ -229,11 +232,18 @@ def test_reload_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> No
         return CliRunner().invoke(brokerctl, [*access, *arguments])
 
     assert ctl("reload").output == "reloaded\n"
+    upgraded, as_json = ctl("upgrade"), ctl("upgrade", "--json")
     config.write_text(good + "nonsense: 1\n")
     refused = ctl("reload")
+    not_upgraded = ctl("upgrade")
     drained = ctl("drain")
 
+    assert upgraded.exit_code == Status.DONE
+    assert re.match(r"upgraded to \S+, process \d+: 1 connection went on after \S+ ms\n", upgraded.output)
+    assert json.loads(as_json.stdout)["upgraded"] is True
     assert refused.exit_code == Status.CONFIG
     assert "nonsense" in refused.output
+    assert not_upgraded.exit_code == Status.REFUSED
+    assert "nonsense" in not_upgraded.output
     assert (drained.exit_code, drained.output) == (Status.DONE, "draining\n")
     assert daemon.wait(TIMEOUT_S) == 0

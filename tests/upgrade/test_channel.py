@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -50,6 +51,30 @@ def test_facts_bytes_and_descriptors_arrive_together(ends: tuple[Channel, Channe
     finally:
         for each in files:
             os.close(each)
+
+
+def test_descriptors_that_the_system_will_not_take_yet_are_sent_again(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts those that are on their way, and whoever is not root may not have more than may be open."""
+    send_fds = socket.send_fds
+    refusals = [OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")] * 3
+
+    def reluctant(*given: Any) -> int:
+        if refusals:
+            raise refusals.pop()
+        return send_fds(*given)
+
+    monkeypatch.setattr(socket, "send_fds", reluctant)
+    ends[0].send("state", {}, (), [ends[0].fileno()], within_s=10)
+    (descriptor,) = ends[1].receive(within_s=10).descriptors
+    os.close(descriptor)
+
+
+def test_a_descriptor_that_can_not_be_sent_is_an_error(ends: tuple[Channel, Channel]) -> None:
+    """Whatever else the system says is the end of it."""
+    with pytest.raises(ChannelError, match="Bad file descriptor"):
+        ends[0].send("state", {}, (), [987_654], within_s=10)
 
 
 def test_messages_keep_their_order(ends: tuple[Channel, Channel]) -> None:
