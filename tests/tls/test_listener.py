@@ -412,8 +412,9 @@ def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: s
             alice.ping()
             count += 1
         here.stop_soon()
-        # Alice's: every connection has been told to end by then.
+        # Alice's; a turn of the loop later bob's has been told to end too.
         here.log.wait("client.disconnected")
+        here.call(lambda: None)
         assert [bob.recv().id for _ in range(count)] == list(range(count))
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         assert bob.sock.recv(1) == b""
