@@ -214,12 +214,11 @@ class Inheritance:
     def begin(self) -> None:
         """Go on where the other process stopped; from here on this one alone has the sockets."""
         server = self._server
+        unwanted = {each.config.address for each, entry in self._listening if entry is None}
         for listening, entry in self._listening:
-            if entry is None:
-                listening.close()
-            else:
+            if entry is not None:
                 self._alter(listening, entry)
-        server.start([each for each, entry in self._listening if entry is not None])
+        server.start([each for each, _ in self._listening])
         server.start(self._opened)
         server.links.update(self.links)
         for link in self.links:
@@ -234,6 +233,7 @@ class Inheritance:
                 server.on_refused(knock, "the key it uses was removed from the configuration", Outcome.REJECTED)
             else:
                 server.door.take_over(knock)
+        server.stop_listening_at(unwanted)
         for session, why in server.misfits():
             server.broker.close(session, why)
         announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}).encode())

@@ -110,6 +110,32 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
             third.ping()
 
 
+def test_who_comes_during_the_pause_is_let_in_after_it(socket_dir: Path) -> None:
+    """Where the new configuration listens, and where it listens no more."""
+    old = socket_dir / "old.sock"
+    with Upgradable(socket_dir, CLIENTS, listen=[str(old)]) as broker, broker.login("ops") as ops:
+        broker.config.write_text(broker.config.read_text().replace(f"- {old}\n", ""))
+        broker.before_successor(
+            "from pathlib import Path\nimport time\nfrom brokerd.net import handover\n"
+            "was = handover.Inheritance.begin\n"
+            "def begin(self):\n"
+            "    Path(sys.argv[1]).with_name('pause').touch()\n"
+            "    while not Path(sys.argv[1]).with_name('over').exists(): time.sleep(0.01)\n"
+            "    was(self)\n"
+            "handover.Inheritance.begin = begin"
+        )
+        ops.write(packed(REQUEST, "$broker", b'{"op": "upgrade"}', id=1))
+        while not (socket_dir / "pause").exists():
+            threading.Event().wait(0.01)
+        with Raw(broker.address) as first, Raw(Address("AF_UNIX", path=str(old))) as second:
+            (socket_dir / "over").touch()
+            for raw in (first, second):
+                raw.log_in(key_of("crowd"), b"crowd")
+                raw.ping()
+        assert ops.recv().json["upgraded"]
+        assert not old.exists()
+
+
 @pytest.mark.slow
 def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
     """The file is never gone while the broker is replaced, and is removed at the end."""
