@@ -38,7 +38,7 @@ _PUBLISHED: Final = 2 * _MIB
 #: TLS for one of either: OpenSSL's own state, and bytes under way in both directions (brokerd_client.tls_stream).
 _TLS: Final = 256 * _KIB
 #: A subscription of 128 tokens that shares none with another; a request that is not answered.
-_SUBSCRIPTION: Final = 48 * _KIB
+_SUBSCRIPTION: Final = 12 * _KIB
 _REQUEST: Final = 640
 #: A configured client, and one remembered by a connection that has sent to it.
 _CLIENT: Final = 8 * _KIB

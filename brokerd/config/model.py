@@ -232,7 +232,7 @@ class ClientEntry(_Entry):
     """What the client may subscribe to: topic patterns; $broker.> is the presence of other clients."""
     queue: Size = _written("8MiB", units.size)
     """Bytes that may wait for this client."""
-    subscriptions: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
+    subscriptions: Annotated[int, Field(ge=0, le=10_000_000)] = 10000
     """How many subscriptions each of its connections may have."""
     requests: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
     """How many requests of each of its connections may be unanswered; one more ends the oldest."""

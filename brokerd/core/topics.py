@@ -37,14 +37,47 @@ def covers(rule_pattern: str, pattern: str) -> bool:
 class _Node(Generic[Member]):
     """The subscriptions whose pattern ends here, and the tokens that may follow.
 
+    Most nodes have one child and no member, and a pattern can have 128 of them: no dict is made before it is needed.
     members: each with the groups it joined under this pattern; None stands for no group.
     """
 
-    __slots__ = ("children", "members")
+    __slots__ = ("_child", "_more", "_token", "members")
 
     def __init__(self) -> None:
-        self.children: dict[str, _Node[Member]] = {}
-        self.members: dict[Member, set[str | None]] = {}
+        self._token = ""
+        self._child: _Node[Member] | None = None
+        self._more: dict[str, _Node[Member]] | None = None
+        self.members: dict[Member, set[str | None]] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither a subscription ends here nor a token follows."""
+        return not (self.members or self._child or self._more)
+
+    def follow(self, token: str) -> _Node[Member] | None:
+        """Return the node behind a token, or None."""
+        if token == self._token:
+            return self._child
+        return None if self._more is None else self._more.get(token)
+
+    def grow(self, token: str) -> _Node[Member]:
+        """Return the node behind a token, made where there is none."""
+        child = self.follow(token)
+        if child is None:
+            child = _Node()
+            if self._child is None:
+                self._token, self._child = token, child
+            else:
+                self._more = self._more or {}
+                self._more[token] = child
+        return child
+
+    def cut(self, token: str) -> None:
+        """Forget the node behind a token."""
+        if token == self._token:
+            self._token, self._child = "", None
+        elif self._more is not None:
+            del self._more[token]
 
 
 class Matches(Generic[Member]):
@@ -83,7 +116,9 @@ class Topics(Generic[Member]):
         """Subscribe; return False if that very subscription was there already."""
         node = self._root
         for token in pattern.split("."):
-            node = node.children.setdefault(token, _Node())
+            node = node.grow(token)
+        if node.members is None:
+            node.members = {}
         joined = node.members.setdefault(member, set())
         if group in joined:
             return False
@@ -97,22 +132,22 @@ class Topics(Generic[Member]):
         path: list[tuple[_Node[Member], str]] = []
         node = self._root
         for token in pattern.split("."):
-            child = node.children.get(token)
+            child = node.follow(token)
             if child is None:
                 return False
             path.append((node, token))
             node = child
-        joined = node.members.get(member)
-        if joined is None or group not in joined:
+        joined = None if node.members is None else node.members.get(member)
+        if node.members is None or joined is None or group not in joined:
             return False
         joined.discard(group)
         if not joined:
             del node.members[member]
         for parent, token in reversed(path):
-            child = parent.children[token]
-            if child.members or child.children:
+            if not node.is_empty:
                 break
-            del parent.children[token]
+            parent.cut(token)
+            node = parent
         self._count -= 1
         self._changed()
         return True
@@ -132,8 +167,8 @@ class Topics(Generic[Member]):
         if found is None:
             found = Matches()
             tokens = topic.split(".")
-            for node in self._walk(self._root, tokens, 0):
-                for member, joined in node.members.items():
+            for node in self._walk(tokens):
+                for member, joined in (node.members or {}).items():
                     for group in joined:
                         if group is None:
                             found.everyone[member] = None
@@ -146,15 +181,18 @@ class Topics(Generic[Member]):
             self._remembered_matches += size
         return found
 
-    def _walk(self, node: _Node[Member], tokens: list[str], depth: int) -> Iterator[_Node[Member]]:
-        if depth == len(tokens):
-            yield node
-            return
-        children = node.children
-        wild = not (depth == 0 and tokens[0].startswith("$"))
-        if wild and (rest := children.get(">")) is not None:
-            yield rest
-        if (exact := children.get(tokens[depth])) is not None:
-            yield from self._walk(exact, tokens, depth + 1)
-        if wild and (star := children.get("*")) is not None:
-            yield from self._walk(star, tokens, depth + 1)
+    def _walk(self, tokens: list[str]) -> Iterator[_Node[Member]]:
+        """Yield each node whose pattern matches the topic."""
+        reached = [self._root]
+        for depth, token in enumerate(tokens):
+            wild = depth > 0 or not token.startswith("$")
+            further: list[_Node[Member]] = []
+            for node in reached:
+                if wild and (rest := node.follow(">")) is not None:
+                    yield rest
+                if (exact := node.follow(token)) is not None:
+                    further.append(exact)
+                if wild and (star := node.follow("*")) is not None:
+                    further.append(star)
+            reached = further
+        yield from reached

@@ -38,7 +38,7 @@ def client(name: str, **changes: Any) -> ClientConfig:
         "publish": (">",),
         "subscribe": (">", "$broker.>"),
         "queue": 1 << 20,
-        "subscriptions": 1000,
+        "subscriptions": 10000,
         "requests": 10000,
         "when_full": WhenFull.WAIT,
         "when_connected": WhenConnected.REFUSE,
@@ -329,7 +329,7 @@ class FakeNet:
         found: dict[str, object] = {
             "sessions": list(broker.exchange.sessions()),
             "subscriptions": len(broker.topics),
-            "tree": broker.topics._root.children,
+            "tree": not broker.topics._root.is_empty,
             "held": broker._held,
             "touched": [session for session in broker.touched if session.open],
             "released": [session for session in broker.released if session.open],

@@ -161,7 +161,7 @@ def test_empty_branches_are_cut() -> None:
     topics.discard("a.b.d", "ann")
     assert list(topics.find("a").everyone) == ["ann"]
     topics.discard("a", "ann")
-    assert topics._root.children == {}
+    assert topics._root.is_empty
 
 
 def test_what_was_found_is_remembered_until_a_subscription_changes(monkeypatch: pytest.MonkeyPatch) -> None:
