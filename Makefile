@@ -3,7 +3,7 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-system lint coverage bench clean ready-run ready-test
+.PHONY: help run test test-all test-system lint coverage fuzz bench clean ready-run ready-test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,13 @@ coverage: ready-test ## hold the sans-I/O parts to full branch coverage
 	@BROKERD_PURE=1 $(BIN)/python -m coverage run -m pytest -q tests/wire tests/core tests/client/broker
 	@$(BIN)/python -m coverage report --include='$(SANS_IO)' --omit=brokerd/core/routing.py --show-missing --fail-under=100
 
+# FUZZ="framing loops" runs those alone. What is found lies in .fuzz.
+FUZZ_S := 600
+fuzz: ready-test ## fuzz all targets for FUZZ_S seconds together, guided by coverage
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[fuzz]'
+	@cd tests && "$(CURDIR)/$(BIN)/python" -m fuzz --seconds $(FUZZ_S) $(FUZZ)
+
 # BENCH="--quick", or "--only WORKLOAD", or "--systems brokerd,nats": see python -m benchmarks --help
 bench: ready-test ## measure against other systems, some 12 minutes; writes docs/performance.md
 	@{ test -x $(BIN)/nats-server && $(BIN)/python -c 'import hiredis, nats, redis, zenoh, zmq'; } 2>/dev/null || \
@@ -56,7 +63,7 @@ bench: ready-test ## measure against other systems, some 12 minutes; writes docs
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove everything that was made here, the example clients' keys too
-	rm -rf .venv .venv-* .run build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .run .fuzz build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ready-run:

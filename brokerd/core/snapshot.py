@@ -20,9 +20,10 @@ from brokerd.core.broker import Broker
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.session import Session
+from brokerd.core.snapshot_check import BadSnapshot, check, check_frames
 from brokerd.core.unsent import Unsent
 
-__all__ = ["Facts", "Pieces", "Snapshot", "capture", "restore"]
+__all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "restore"]
 
 Facts: TypeAlias = dict[str, Any]
 
@@ -47,9 +48,9 @@ class Pieces:
         self._rest = memoryview(body)
 
     def take(self, size: int) -> memoryview:
-        """Return the next ``size`` bytes. Raises ValueError where there are fewer."""
+        """Return the next ``size`` bytes. Raises BadSnapshot where there are fewer."""
         if not 0 <= size <= len(self._rest):
-            raise ValueError(f"{size} bytes are wanted where {len(self._rest)} are left")
+            raise BadSnapshot(f"{size} bytes are wanted where {len(self._rest)} are left")
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
 
@@ -176,8 +177,9 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
 
     They are in the order in which they were given to ``capture``, and have no link. One whose name the configuration no
     longer has is not in the exchange; it is to be closed, if it was not being closed already.
-    Raises KeyError, ValueError or TypeError for facts that ``capture`` did not write.
+    Raises BadSnapshot for facts that ``capture`` did not write; the broker is then of no more use.
     """
+    check(facts)
     broker.started_at = facts["started_at"]
     broker.upgrades = facts["upgrades"] + 1
     broker._order = itertools.count(facts["next_number"])
@@ -262,7 +264,10 @@ def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pie
     else:
         outbox = StreamOutbox(limit)
         left = {stamp.encode(): end for stamp, end in facts["left"]}
-        outbox.refill([bytearray(pieces.take(size)) for size in facts["chunks"]], facts["begun"], left)
+        chunks = [pieces.take(size) for size in facts["chunks"]]
+        for chunk in chunks:
+            check_frames(chunk)
+        outbox.refill(list(map(bytearray, chunks)), facts["begun"], left)
     outbox.owner = session
     outbox.frames, outbox.size = facts["frames"], facts["size"]
     outbox.blocked, outbox.stalled = facts["blocked"], facts["stalled"]
@@ -270,16 +275,19 @@ def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pie
 
 
 def _restore_queue(items: list[list[Any]], sessions: list[Session], pieces: Pieces) -> list[Queued]:
+    frames = [pieces.take(size) for size, _, _ in items]
+    for frame in frames:
+        check_frames(frame, one=True)
     return [
         Queued(
-            bytes(pieces.take(size)),
+            bytes(frame),
             receipt=bool(flags & _RECEIPT),
             pinned=bool(flags & _PINNED),
             sender=None if sender is None else sessions[sender],
             orphaned=bool(flags & _ORPHANED),
             kept=bool(flags & _KEPT),
         )
-        for size, flags, sender in items
+        for frame, (_, flags, sender) in zip(frames, items, strict=True)
     ]
 
 

@@ -147,7 +147,7 @@ class Inheritance:
 
     opened: listening sockets that the other one did not have. sockets: every descriptor, in order; they belong to this
     object from now on. sessions: the open ones, in the order in which they were captured.
-    Raises KeyError, ValueError, TypeError or OSError for what can't have been captured.
+    Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for what can't have been captured.
     """
 
     def __init__(
@@ -172,6 +172,8 @@ class Inheritance:
         self.links = [self._link(*each, pieces) for each in zip(self.sessions, facts["links"], strict=True)]
         self._knocks = [(self._knock(each, pieces), each["welcomed"]) for each in facts["knocks"]]
         self._farewells = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
+        if len(pieces):
+            raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
         server.door.remember_failures(facts["failures"])
         server.keyring.take_uses(facts["keys"])
 

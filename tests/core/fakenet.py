@@ -165,6 +165,10 @@ class Peer:
         """End the connection."""
         self.net.lost(self, why)
 
+    def have(self, data: bytes) -> None:
+        """Begin with a part of a frame that came earlier."""
+        self._reader.feed(data)
+
     # What the system does
 
     def take_bytes(self, size: int) -> int:

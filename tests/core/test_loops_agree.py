@@ -5,30 +5,17 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Feed, Peer, client
-
-from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core import _routing_py
-from brokerd.core.broker import Limits
+from core.twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
 
 if os.environ.get("BROKERD_PURE") == "1":
     pytest.skip("BROKERD_PURE=1 leaves the compiled loop out", allow_module_level=True)
 _routing_c = pytest.importorskip("brokerd.core._routing_c", reason="the compiled loop was not built")
 
-HEADER = struct.Struct("!BBBBQ")
-MAX_MESSAGE = 200
 NAMES = ["a", "b", "c", "pool", "drops", "slow", "metered", "nobody", "$broker", "pool/x", "a" * 64, "B", "ä", "", "-"]
 TOPICS = ["t", "t.x", "t.y.z", "u", "$t", "t..x", "*", "t" * 255, ""]
-CALLS = ("handle", "too_large", "malformed", "answer", "refuse")
-
-
-def frame(body: bytes, *, length: int | None = None, long: bool = False) -> bytes:
-    size = len(body) if length is None else length
-    return (struct.pack("!iQ", -1, size) if long else struct.pack("!i", size)) + body
 
 
 def odd_frame(chance: random.Random) -> bytes:
@@ -87,114 +74,6 @@ def odd_step(chance: random.Random) -> tuple[Any, ...]:
             return "reconnect", seat
     frames = [odd_frame(chance) for _ in range(chance.randrange(1, 12))]
     return "send", seat, frames, chance.choice([1, 7, 100, 5000, 5000])
-
-
-class Recorded(FakeNet):
-    """A broker whose every call from the loop is written down."""
-
-    def __init__(self, feed: Feed) -> None:
-        super().__init__(
-            client("a"),
-            client("b", queue=2000),
-            client("c", send_to=("a", "b"), publish=("t.>",), queue=600, when_full=WhenFull.REFUSE),
-            client("pool", connections=3),
-            client("drops", queue=500, when_full=WhenFull.DROP_OLDEST),
-            client("slow", queue=300, when_full=WhenFull.DISCONNECT),
-            client("metered", rate=RateConfig(3, 400)),
-            limits=Limits(MAX_MESSAGE, 30.0),
-            feed=feed,
-        )
-        self.calls: list[tuple[Any, ...]] = []
-        for name in CALLS:
-            self._record(name)
-        self.seats = [self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")]
-        self.everyone: list[Peer] = list(self.seats)
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Have every cache filled: what is not ordinary then stands out."""
-        self.seats[1].op("subscribe", 1, topic="t.>")
-        for seat in self.seats[:6]:
-            for name in ("a", "b", "c"):
-                seat.message(name, b"first")
-            seat.publish("t.x", b"first")
-        assert self.seats[0].session.routes.keys() == {b"a", b"b", b"c"}
-        assert self.seats[0].session.fans.keys() == {b"t.x"}
-        self.calls.clear()
-
-    def _record(self, name: str) -> None:
-        original = getattr(self.broker, name)
-
-        def recorded(*arguments: Any) -> Any:
-            self.calls.append((name, *(_plain(argument) for argument in arguments)))
-            return original(*arguments)
-
-        setattr(self.broker, name, recorded)
-
-    def play(self, step: tuple[Any, ...]) -> None:
-        match step:
-            case ("advance", seconds):
-                self.advance(seconds)
-            case ("send", seat, whole, size):
-                self.seats[seat].send_bytes(b"".join(whole), size)
-            case ("repeat", seat, each, times):
-                self.seats[seat].send_bytes(each * times)
-            case ("subscribe", seat, topic):
-                if not self.seats[seat].gone:
-                    self.seats[seat].op("subscribe", 1, topic=topic)
-            case ("block", seat, room):
-                self.seats[seat].block(room)
-            case ("read", seat, size):
-                if not self.seats[seat].gone:
-                    self.seats[seat].read(size)
-            case ("reconnect", seat):
-                name = self.seats[seat].name
-                self.seats[seat].leave()
-                again = self.try_connect(name)
-                if again is not None:
-                    self.seats[seat] = again
-                    self.everyone.append(again)
-
-    def state(self) -> dict[str, Any]:
-        """Return all that can be seen from outside, and what the loop counts."""
-        return {
-            "calls": self.calls,
-            "refused": self.broker.refused,
-            "dropped": self.broker.dropped,
-            "peers": [
-                (
-                    bytes(peer.stream),
-                    peer.tail,
-                    peer.gone,
-                    peer.reading,
-                    peer.session.skip,
-                    peer.session.messages_in,
-                    peer.session.bytes_in,
-                    peer.session.messages_out,
-                    peer.session.bytes_out,
-                    peer.session.outbox.waiting,
-                    sorted(peer.session.routes),
-                    sorted(peer.session.fans),
-                )
-                for peer in self.everyone
-            ],
-        }
-
-
-def _plain(argument: Any) -> Any:
-    if isinstance(argument, memoryview):
-        return bytes(argument)
-    return getattr(argument, "address", argument)
-
-
-def agree(steps: Iterable[tuple[Any, ...]]) -> Recorded:
-    """Play the steps to both; return the plain one."""
-    plain, compiled = Recorded(_routing_py.feed), Recorded(_routing_c.feed)
-    for step in steps:
-        plain.play(step)
-        compiled.play(step)
-        assert compiled.state() == plain.state(), step
-    return plain
 
 
 @pytest.mark.parametrize("step", [1, 3, 5000])

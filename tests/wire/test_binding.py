@@ -146,3 +146,12 @@ def test_failure_instead_of_a_challenge_tells_why(behind: bytes, said: str) -> N
     next(steps)
     with pytest.raises(AuthenticationError, match=said):
         steps.send(FAILURE + behind)
+
+
+def test_a_channel_without_the_kind_that_is_offered_is_refused() -> None:
+    """A listener that knows no kind that this channel has data for ends in a refusal, not in a bug."""
+    near = answer_challenge(KEY, bindings={EXPORTER: b"data"})
+    next(near)
+
+    with pytest.raises(AuthenticationError, match="offers no kind of channel binding"):
+        near.send(b"#CHALLENGE#{sha256}" + NONCE)

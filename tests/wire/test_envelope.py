@@ -226,6 +226,7 @@ def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
         (header(flags=2) + b"\x00\x04" + "{}".encode("utf-16-le"), "the extension is not JSON"),
         (header(flags=2) + b"\x00\x09" + b'{"a":NaN}', "the extension is not JSON"),
         (header(flags=2) + b"\x00\x0e" + b'{"a":Infinity}', "the extension is not JSON"),
+        (header(flags=2) + b"\x00\x0b" + b'{"a":1e400}', "the extension is not JSON"),
         (header(flags=2) + b"\x00\x02[]", "not a JSON object"),
         (header(flags=2) + b"\x00\x04null", "not a JSON object"),
         (header(flags=2) + b'\x00\x04"{}"', "not a JSON object"),

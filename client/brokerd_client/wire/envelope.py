@@ -7,6 +7,7 @@ from its own buffer; whatever is out of the ordinary it hands to :func:`parse`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -232,7 +233,7 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
         raise MalformedEnvelope("the frame ends inside the extension", id)
     try:
         # str() first: json.loads would also take UTF-16 and UTF-32.
-        extension = json.loads(str(body[first:end], "utf-8"), parse_constant=_not_json)
+        extension = json.loads(str(body[first:end], "utf-8"), parse_constant=_not_json, parse_float=_number)
     # RecursionError: json.loads gives up on deep nesting that way.
     except (ValueError, RecursionError) as error:
         raise MalformedEnvelope("the extension is not JSON", id) from error
@@ -243,6 +244,14 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"JSON has no {constant}")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    # It could not be written again, and as a ttl it would have no end.
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
 
 
 def error_payload(code: ErrorCode, message: str, name: str = "") -> bytes:

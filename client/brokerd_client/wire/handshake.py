@@ -208,6 +208,8 @@ def answer_challenge(
     digest, random = _challenge_digest(challenge)
     if bindings:
         kind = choose(random[NONCE_SIZE:], bindings)
+        if kind not in bindings:
+            raise AuthenticationError("the listener offers no kind of channel binding that this channel has")
         key, name = bound_key(key, kind, bindings[kind]), marked(name, kind)
     if digest == "md5" and not (allow_md5 and not bindings):
         raise AuthenticationError(

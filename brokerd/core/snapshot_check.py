@@ -1,0 +1,287 @@
+"""What the facts of a snapshot have to be, found out before anything is made of them.
+
+Another process wrote them, maybe another version of the program. What does not fit together would be a broker that
+answers for half of its messages, or ends in the middle of somebody's frame; so it is refused, and the other
+process serves on. Keys that are not known here are passed over. Of the bytes only the frames' lengths are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from brokerd_client.errors import BadLength, InvalidName
+from brokerd_client.wire.envelope import check_pattern
+from brokerd_client.wire.framing import frame_span
+
+__all__ = ["BadSnapshot", "check", "check_frames"]
+
+Check: TypeAlias = Callable[[Any, str], None]
+
+#: Bits of what is remembered of a waiting frame.
+_FLAGS: Final = 0xF
+#: Length and header.
+_LEAST_FRAME: Final = 16
+#: Counters go on from here, in 63 bits.
+_MOST: Final = 2**62
+_MOST_ID: Final = 2**64 - 1
+
+
+class BadSnapshot(ValueError):
+    """Facts that ``capture`` did not write; the message says where, and what would be right."""
+
+
+def _refuse(path: str, wanted: str, value: object) -> None:
+    raise BadSnapshot(f"{path} is {value!r:.60}, and has to be {wanted}")
+
+
+def _number(value: Any, path: str) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        _refuse(path, "a number", value)
+
+
+def _count(value: Any, path: str) -> None:
+    if type(value) is not int or not 0 <= value <= _MOST:
+        _refuse(path, "a whole number from 0 on", value)
+
+
+def _id(value: Any, path: str) -> None:
+    if type(value) is not int or not 0 <= value <= _MOST_ID:
+        _refuse(path, "an unsigned 64-bit number", value)
+
+
+def _text(value: Any, path: str) -> None:
+    if type(value) is not str or not value.isascii():
+        _refuse(path, "ASCII text", value)
+
+
+def _any_text(value: Any, path: str) -> None:
+    if type(value) is not str:
+        _refuse(path, "text", value)
+
+
+def _flag(value: Any, path: str) -> None:
+    if type(value) is not bool:
+        _refuse(path, "true or false", value)
+
+
+def _pattern(value: Any, path: str) -> None:
+    _any_text(value, path)
+    try:
+        check_pattern(value)
+    except InvalidName:
+        _refuse(path, "a topic pattern", value)
+
+
+def _queue(value: Any, path: str) -> None:
+    if type(value) is not list:
+        _refuse(path, "a list", value)
+    for position, item in enumerate(value):
+        # Written out: there may be a million of them, and everybody waits.
+        if (
+            type(item) is not list
+            or len(item) != 3
+            or type(item[0]) is not int
+            or item[0] < _LEAST_FRAME
+            or type(item[1]) is not int
+            or not 0 <= item[1] <= _FLAGS
+            or not (item[2] is None or (type(item[2]) is int and item[2] >= 0))
+        ):
+            _refuse(f"{path}[{position}]", "[size, flags, sender] of a frame", item)
+
+
+def _optional(check: Check) -> Check:
+    def checked(value: Any, path: str) -> None:
+        if value is not None:
+            check(value, path)
+
+    return checked
+
+
+def _each(check: Check) -> Check:
+    def checked(value: Any, path: str) -> None:
+        if type(value) is not list:
+            _refuse(path, "a list", value)
+        for position, item in enumerate(value):
+            check(item, f"{path}[{position}]")
+
+    return checked
+
+
+def _row(*checks: Check) -> Check:
+    def checked(value: Any, path: str) -> None:
+        if type(value) is not list or len(value) != len(checks):
+            _refuse(path, f"a list of {len(checks)}", value)
+        for position, (item, check) in enumerate(zip(value, checks, strict=True)):
+            check(item, f"{path}[{position}]")
+
+    return checked
+
+
+def _named(check: Check) -> Check:
+    def checked(value: Any, path: str) -> None:
+        if type(value) is not dict:
+            _refuse(path, "an object", value)
+        for name, item in value.items():
+            check(item, f"{path}.{name}")
+
+    return checked
+
+
+def _record(fields: dict[str, Check]) -> Check:
+    def checked(value: Any, path: str) -> None:
+        if type(value) is not dict:
+            _refuse(path, "an object", value)
+        for name, check in fields.items():
+            if name not in value:
+                raise BadSnapshot(f"{path} has no {name}")
+            check(value[name], f"{path}.{name}")
+
+    return checked
+
+
+def _outbox(value: Any, path: str) -> None:
+    _OUTBOX(value, path)
+    _QUEUED(value, path) if "queue" in value else _STREAM(value, path)
+
+
+_OUTBOX: Final = _record(
+    {"frames": _count, "size": _count, "limit": _count, "blocked": _flag, "stalled": _flag, "begun": _count}
+)
+_QUEUED: Final = _record({"queue": _queue})
+_STREAM: Final = _record({"chunks": _each(_count), "left": _each(_row(_text, _count))})
+_SESSION: Final = _record(
+    {
+        "name": _text,
+        "instance": _text,
+        "address": _text,
+        "configured": _flag,
+        "peer": _any_text,
+        "since": _number,
+        "number": _count,
+        "left_at": _count,
+        "skip": _id,
+        "charged": _flag,
+        "hold_s": _optional(_number),
+        "closing": _any_text,
+        "slow": _flag,
+        "in": _row(_count, _count, _count),
+        "subscriptions": _each(_row(_pattern, _optional(_any_text))),
+        "reached": _each(_text),
+        "owed": _each(_row(_text, _id, _count)),
+        "asked": _each(_row(_id, _text, _count)),
+    }
+)
+_LIMIT: Final = _optional(_number)
+_FACTS: Final = _record(
+    {
+        "started_at": _number,
+        "upgrades": _count,
+        "next_number": _count,
+        "dropped": _count,
+        "refused": _named(_count),
+        "totals": _named(_count),
+        "clients": _named(
+            _record(
+                {
+                    "changed_at": _number,
+                    "turn": _count,
+                    "rate": _row(_LIMIT, _LIMIT),
+                    "levels": _optional(_row(_LIMIT, _LIMIT)),
+                }
+            )
+        ),
+        "sessions": _each(_SESSION),
+        "outboxes": _each(_outbox),
+        "held": _each(_row(_count, _count, _LIMIT)),
+        "leaving": _each(_row(_count, _queue)),
+    }
+)
+
+
+def check(facts: Any) -> None:
+    """Raise BadSnapshot for facts that don't have the form, or contradict themselves."""
+    _FACTS(facts, "facts")
+    sessions, outboxes = facts["sessions"], facts["outboxes"]
+    _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
+    gone = [position for position, _ in facts["leaving"]]
+    _hold(gone == list(range(len(outboxes), len(sessions))), "leaving are not those sessions that have no outbox")
+    for name, client in facts["clients"].items():
+        _check_levels(client["rate"], client["levels"], name)
+    for position, session in enumerate(sessions):
+        _check_session(session, sessions, f"sessions[{position}]", facts["next_number"])
+    addresses = [session["address"] for session in sessions[: len(outboxes)] if session["configured"]]
+    _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
+    for position, outbox in enumerate(outboxes):
+        _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
+    for position, queue in facts["leaving"]:
+        _check_senders(queue, len(sessions), f"leaving of sessions[{position}]")
+    held = [source for source, _, _ in facts["held"]]
+    _hold(len(set(held)) == len(held), "a session is held twice")
+    _hold(
+        all(max(source, target) < len(outboxes) for source, target, _ in facts["held"]),
+        "a session is held, or holds one, that is not open",
+    )
+
+
+def check_frames(chunk: memoryview, *, one: bool = False) -> None:
+    """Raise BadSnapshot unless the bytes are whole frames. one: exactly one frame."""
+    position = frames = 0
+    while position < len(chunk):
+        try:
+            span = frame_span(chunk, position, len(chunk))
+        except BadLength as error:
+            raise BadSnapshot(f"what waits does not consist of frames: {error}") from error
+        _hold(span is not None and sum(span) <= len(chunk), "what waits ends inside a frame")
+        assert span is not None
+        position = sum(span)
+        frames += 1
+    _hold(not one or frames == 1, "what waits as one frame is more than one, or none")
+
+
+def _hold(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BadSnapshot(otherwise)
+
+
+def _check_levels(rate: list[float | None], levels: list[float | None] | None, name: str) -> None:
+    _hold((levels is None) == (rate == [None, None]), f"what is left of the rate of {name} does not fit the rate")
+    present = [None, None] if levels is None else levels
+    for limit, level in zip(rate, present, strict=True):
+        _hold((limit is None) == (level is None), f"what is left of the rate of {name} does not fit the rate")
+        _hold(limit is None or level is None or level <= max(1.0, limit), f"{name} has more left than its rate")
+
+
+def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path: str, next_number: int) -> None:
+    name, _, _ = session["address"].partition("/")
+    _hold(name == session["name"], f"{path} has an address that is not below its name")
+    _hold(max(session["number"], session["left_at"]) < next_number, f"{path} came after all that have come")
+    subscriptions = [(pattern, group) for pattern, group in session["subscriptions"]]
+    _hold(len(set(subscriptions)) == len(subscriptions), f"{path} has a subscription twice")
+    for what, rows in (
+        ("owed", [(row[0], row[2]) for row in session["owed"]]),
+        ("asked", [row[1:] for row in session["asked"]]),
+    ):
+        for address, other in rows:
+            _hold(other < len(sessions), f"{path}.{what} names a session that is not there")
+            # An answer is found, and forgotten, by the address.
+            _hold(sessions[other]["address"] == address, f"{path}.{what} has another address than the session")
+        _hold(len({(row[0], row[1]) for row in session[what]}) == len(rows), f"{path}.{what} has one entry twice")
+
+
+def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
+    sizes = [item[0] for item in outbox["queue"]] if "queue" in outbox else outbox["chunks"]
+    if "queue" in outbox:
+        _check_senders(outbox["queue"], count, path)
+        _hold(len(sizes) <= outbox["frames"], f"{path} holds more frames than were ever put there")
+    else:
+        _hold(len(sizes) > 0 and 0 not in sizes[:-1], f"{path} has no chunk, or an empty one before others")
+        _hold(all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits")
+    _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
+    begun = outbox["begun"]
+    _hold(begun == 0 or begun < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
+
+
+def _check_senders(queue: list[list[Any]], count: int, path: str) -> None:
+    _hold(all(sender is None or sender < count for _, _, sender in queue), f"{path} has a sender that is not there")

@@ -1,0 +1,182 @@
+"""Facts that no process can have captured are refused, in words that say where, before anything is taken over."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from typing import Any
+
+import pytest
+from core.fakenet import FakeNet, client
+
+from brokerd.config.values import RateConfig
+from brokerd.core.broker import Broker
+from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
+
+CONFIGS = (client("alice"), client("bob"), client("pool", connections=2), client("metered", rate=RateConfig(5.0, None)))
+
+
+@functools.cache
+def captured() -> tuple[str, bytes]:
+    """Return what a broker hands over that holds some of everything: alice, bob and two of a pool, one more gone."""
+    net = FakeNet(*CONFIGS)
+    alice, bob, first, second = (net.connect(name) for name in ("alice", "bob", "pool", "pool"))
+    alice.op("subscribe", 1, topic="a.>")
+    bob.op("subscribe", 1, topic="b", group="g")
+    alice.request("bob", b"?", 1)
+    first.request("bob", b"?", 2)
+    for peer in (bob, first, second):
+        peer.block(3)
+    alice.message("bob", b"waits")
+    alice.message("pool", b"waits")
+    alice.message("pool", b"waits too")
+    third = net.connect("metered")
+    alice.message("metered", b"x")
+    third.block(2)
+    alice.message("metered", b"waits")
+    net.peers.remove(third)
+    net.broker.detach(third.session, net.now)
+    net.broker.hold(first.session, bob.session, net.now + 5)
+    taken = capture(net.broker, [peer.session for peer in net.peers], net.now)
+    return json.dumps(taken.facts), b"".join(taken.pieces)
+
+
+def taken_over(facts: Any, body: bytes) -> int:
+    """Return how many bytes a new broker leaves."""
+    pieces = Pieces(body)
+    restore(Broker(CONFIGS), facts, pieces, 0.0)
+    return len(pieces)
+
+
+def test_what_was_captured_is_taken_over() -> None:
+    """The facts that the other tests change are good ones."""
+    facts, body = captured()
+
+    assert taken_over(json.loads(facts), body) == 0
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ((), [], "facts is .*an object"),
+        (("dropped",), GONE, "facts has no dropped"),
+        (("started_at",), "soon", "facts.started_at is 'soon', and has to be a number"),
+        (("started_at",), float("inf"), "facts.started_at is inf"),
+        (("upgrades",), -1, "whole number"),
+        (("upgrades",), True, "whole number"),
+        (("next_number",), 1.0, "whole number"),
+        (("next_number",), 2**63, "whole number"),
+        (("next_number",), 1, "came after all that have come"),
+        (("refused",), [], "an object"),
+        (("totals", "messages_in"), None, "facts.totals.messages_in"),
+        (("sessions",), {}, "a list"),
+        (("sessions",), [], "more outboxes than sessions"),
+        (("sessions", 0, "name"), "ü", "ASCII text"),
+        (("sessions", 0, "address"), "bob", "not below its name"),
+        (("sessions", 0, "peer"), 5, "facts.sessions\\[0\\].peer is 5, and has to be text"),
+        (("sessions", 0, "configured"), 1, "true or false"),
+        (("sessions", 0, "skip"), 2**64, "64-bit"),
+        (("sessions", 0, "in"), [0, 0], "a list of 3"),
+        (("sessions", 0, "left_at"), 10**6, "came after"),
+        (("sessions", 0, "subscriptions"), [["a..b", None]], "a topic pattern"),
+        (("sessions", 0, "subscriptions"), [["a", None]] * 2, "subscription twice"),
+        (("sessions", 1, "owed"), [["alice", 1, 99]], "names a session that is not there"),
+        (("sessions", 1, "owed"), [["alice", 1, 1]], "another address than the session"),
+        (("sessions", 1, "owed"), [["alice", 1, 0]] * 2, "one entry twice"),
+        (("sessions", 0, "asked"), [[1, "bob", -1]], "whole number"),
+        (("sessions", 0, "asked"), [[1, "alice", 1]], "another address"),
+        (("sessions", 3, "address"), "pool/i3", "one address"),
+        (("clients", "metered", "levels"), None, "does not fit the rate"),
+        (("clients", "metered", "levels"), [1.0, 1.0], "does not fit the rate"),
+        (("clients", "metered", "levels"), [9.0, None], "more left than its rate"),
+        (("clients", "alice", "levels"), [None, None], "does not fit the rate"),
+        (("outboxes", 1, "limit"), GONE, "has no limit"),
+        (("outboxes", 1, "chunks"), GONE, "has no chunks"),
+        (("outboxes", 1, "chunks"), [], "no chunk"),
+        (("outboxes", 1, "chunks"), [0, 1], "an empty one"),
+        (("outboxes", 1, "begun"), 10**6, "beyond what was begun"),
+        (("outboxes", 1, "size"), 1, "more bytes than were ever put"),
+        (("outboxes", 1, "left"), [["alice", 10**6]], "beyond what waits"),
+        (("outboxes", 2, "frames"), 0, "more frames than were ever put"),
+        (("outboxes", 2, "queue"), {}, "a list"),
+        (("outboxes", 2, "queue", 0, 0), 15, r"queue\[0\] is .*of a frame"),
+        (("outboxes", 2, "queue", 0, 1), 16, "of a frame"),
+        (("outboxes", 2, "queue", 0, 2), -1, "of a frame"),
+        (("outboxes", 2, "queue", 0, 2), 99, "a sender that is not there"),
+        (("leaving",), [], "leaving are not"),
+        (("leaving", 0, 0), 0, "leaving are not"),
+        (("leaving", 0, 1, 0, 2), 99, "a sender that is not there"),
+        (("held", 0, 0), 4, "not open"),
+        (("held",), [[2, 1, 5.0], [2, 0, 5.0]], "held twice"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(path: tuple[Any, ...], value: object, expected: str) -> None:
+    """One value is changed, or taken out; the error says which."""
+    text, body = captured()
+    facts = json.loads(text)
+    holder = facts
+    for step in path[:-1]:
+        holder = holder[step]
+    if not path:
+        facts = value
+    elif value is GONE:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = copy.deepcopy(value)
+
+    with pytest.raises(BadSnapshot, match=expected):
+        taken_over(facts, body)
+
+
+def test_what_is_not_known_here_is_passed_over() -> None:
+    """A later version may tell more, in the same format."""
+    text, body = captured()
+    facts = json.loads(text)
+    facts["mood"] = facts["sessions"][0]["mood"] = "good"
+
+    assert taken_over(facts, body) == 0
+
+
+def test_bytes_that_are_missing_are_refused() -> None:
+    """What is to be delivered is there, or nothing is taken over."""
+    facts, body = captured()
+
+    with pytest.raises(BadSnapshot, match="bytes are wanted where"):
+        taken_over(json.loads(facts), body[:-1])
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"\0\0\0\x0c" + bytes(11), "ends inside a frame"),
+        (b"\xff\xff\xff\xfe" + bytes(12), "does not consist of frames"),
+        (bytes(18), "ends inside a frame"),
+    ],
+)
+def test_bytes_that_are_no_frames_are_refused(body: bytes, expected: str) -> None:
+    """They would be read as frames when their recipient leaves, if not before."""
+    text, rest = captured()
+    facts = json.loads(text)
+    outbox = facts["outboxes"][0]
+    outbox["chunks"], outbox["size"] = [len(body)], 1000
+
+    with pytest.raises(BadSnapshot, match=expected):
+        taken_over(facts, body + rest)
+
+
+def test_one_frame_is_one() -> None:
+    """Two in the place of one would both go where the first one goes."""
+    text, body = captured()
+    facts = json.loads(text)
+    queue = facts["outboxes"][2]["queue"]
+    first, second = b"\0\0\0\x0c" + bytes(12), b"\0\0\0\x0c" + bytes(12)
+    queue[0][0] = len(first + second)
+    facts["outboxes"][2]["size"] = 1000
+    before = sum(sum(each["chunks"]) for each in facts["outboxes"][:2])
+
+    with pytest.raises(BadSnapshot, match="more than one"):
+        taken_over(facts, body[:before] + first + second + body[before:])
