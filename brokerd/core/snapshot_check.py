@@ -182,6 +182,7 @@ _FACTS: Final = _record(
         "dropped": _count,
         "refused": _named(_count),
         "totals": _named(_count),
+        "given_back": _named(_count),
         "clients": _named(
             _record(
                 {

@@ -128,7 +128,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
         "outboxes": outboxes,
         "held": sorted(([*pair, left and float(left)] for *pair, left in facts["held"]), key=str),
         "leaving": [[position, told(queue, there)] for position, queue in facts["leaving"]],
-        **{name: facts[name] for name in ("started_at", "next_number", "dropped", "refused", "totals")},
+        **{name: facts[name] for name in ("started_at", "next_number", "dropped", "refused", "totals", "given_back")},
     }
 
 
