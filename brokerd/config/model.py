@@ -267,6 +267,8 @@ class Limits(_Entry):
     """Unfinished handshakes at once."""
     identify_by_key: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
     """Keys tried for a client that does not give its name."""
+    keepalive: Duration = _written("30s", units.duration)
+    """The time after which a client over TCP that answers nothing at all is disconnected; 0 leaves it to the system."""
     wait_timeout: Duration = _written("30s", units.duration)
     """The longest time a sender is held by a full queue (when_full: wait)."""
     drain_timeout: Duration = _written("10s", units.duration)

@@ -241,6 +241,7 @@ _LISTENER_WORDS: Final[_Words] = {
 _LIMIT_WORDS: Final[_Words] = {
     "max_message": _size,
     "handshake_timeout": _seconds,
+    "keepalive": _seconds,
     "wait_timeout": _seconds,
     "drain_timeout": _seconds,
     "expiry_warning": _seconds,

@@ -224,6 +224,7 @@ class Inheritance:
         server.start(self._opened)
         server.links.update(self.links)
         for link in self.links:
+            server.pulse.watch(link)
             link.go_on()
         for sock, left_s in self._farewells:
             server.farewell(sock, left_s)

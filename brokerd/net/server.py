@@ -22,6 +22,7 @@ from brokerd.net.keyring import Credential, Keyring
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
+from brokerd.net.pulse import Pulse
 from brokerd.net.tally import Outcome, Tally
 from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd.net.tls_link import TlsLink
@@ -87,6 +88,7 @@ class Server:
         self._door = Door(self)
         self.floods = Floods(self.loop, log)
         self.watch = Watch(self.loop)
+        self.pulse = Pulse(self)
         self._tick: asyncio.TimerHandle | None = None
         self._settling = False
         self._working_off = False
@@ -202,7 +204,7 @@ class Server:
                 self._pause(listening, error)
                 return
             try:
-                tune(sock)
+                tune(sock, self.limits.keepalive)
             except OSError:
                 # Gone before it was begun.
                 sock.close()
@@ -256,6 +258,7 @@ class Server:
         link = _link(self, knock, knock.credential)
         session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
+        self.pulse.watch(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
         self.floods.note(
             "info",
@@ -287,6 +290,7 @@ class Server:
         if self._draining is not None:
             self._draining.on_leaving(session)
         self.links.discard(link)
+        self.pulse.forget(link)
         self.broker.detach(session, self.wall())
         self.on_left(session)
         self.floods.note(
@@ -408,6 +412,7 @@ class Server:
             farewell.close()
         self.floods.close()
         self.watch.close()
+        self.pulse.close()
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None

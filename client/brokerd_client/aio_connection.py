@@ -12,6 +12,7 @@ from typing import Final, Protocol, cast
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
+from brokerd_client.keepalive import DEFAULT_S, keep_alive
 
 __all__ = ["Connection", "Hearer", "dial"]
 
@@ -64,7 +65,7 @@ class Connection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             # A peer whose machine is gone says nothing for ever.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            keep_alive(sock, DEFAULT_S)
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""

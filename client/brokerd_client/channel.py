@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
+from brokerd_client.keepalive import DEFAULT_S, keep_alive
 
 __all__ = ["Channel"]
 
@@ -87,7 +88,7 @@ class Channel:
             if family != getattr(socket, "AF_UNIX", None):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # A peer whose machine is gone says nothing for ever.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                keep_alive(sock, DEFAULT_S)
             code = sock.connect_ex(sockaddr)
             if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
                 self._socket = sock

@@ -1,0 +1,84 @@
+"""The pulse of established connections over TCP: whose other end has answered nothing for too long is given up.
+
+A client whose machine lost its power or its network sends no end of its connection. Idle ones the system itself asks
+(``tune`` in link.py). Those to whom bytes are under way are looked at here, a few times within ``limits.keepalive``,
+so that what waits for them goes back to its senders in time. Who does not read, but answers, stays.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+from brokerd_client.keepalive import Silence
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.net.link import Link
+    from brokerd.net.server import Server
+
+__all__ = ["Pulse"]
+
+_TCP: Final = (socket.AF_INET, socket.AF_INET6)
+#: Looks at each connection within limits.keepalive.
+_LOOKS: Final = 4
+_SHORTEST_PAUSE_S: Final = 0.25
+#: Connections looked at in one turn of the loop: less than a millisecond's work.
+_SLICE: Final = 200
+
+
+class Pulse:
+    """Looks at a server's TCP connections; keeps a timer only while there are some."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._watched: dict[Link, Silence] = {}
+        self._timer: asyncio.Handle | None = None
+        self._left: list[Link] = []
+
+    def watch(self, link: Link) -> None:
+        """Look at this connection from now on, if it is one over TCP, until it is forgotten."""
+        if link.sock.family in _TCP:
+            self._watched[link] = Silence()
+            if self._timer is None:
+                self._rest()
+
+    def forget(self, link: Link) -> None:
+        """Look at this connection no more."""
+        self._watched.pop(link, None)
+
+    def close(self) -> None:
+        """Look at nothing any more."""
+        self._watched.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _rest(self) -> None:
+        pause = max(self._server.limits.keepalive / _LOOKS, _SHORTEST_PAUSE_S)
+        self._timer = self._server.loop.call_later(pause, self._begin)
+
+    def _begin(self) -> None:
+        self._left = list(self._watched)
+        self._look()
+
+    def _look(self) -> None:
+        """Look at some, and at the others in the next turns."""
+        limit, now = self._server.limits.keepalive, self._server.loop.time()
+        for link in self._left[-_SLICE:]:
+            silence = self._watched.get(link)
+            if silence is not None and limit and silence.lasts(_socket_of(link), now) >= limit:
+                link.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
+        del self._left[-_SLICE:]
+        if self._left:
+            self._timer = self._server.loop.call_soon(self._look)
+        elif self._watched:
+            self._rest()
+        else:
+            self._timer = None
+
+
+def _socket_of(link: Link) -> object:
+    # A link over TLS has a stream in its place: see TlsLink.
+    return getattr(link.sock, "raw", link.sock)
