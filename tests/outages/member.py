@@ -1,0 +1,121 @@
+"""One end of the traffic that faults happen to, a process by itself, so that it can be killed, stopped and cut off.
+
+``member.py receive ADDRESS NAME KEY LEDGER`` notes every message and request it is given, and answers requests.
+``member.py send ADDRESS NAME KEY LEDGER RECIPIENT...`` sends numbered messages with receipts, and requests, to each
+recipient, and notes what became of each. A note is a line of the file LEDGER, written at once: it outlives the process.
+
+Both reconnect as the library does. A line on standard input ends the sending, a second one the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from brokerd_client import aio
+from brokerd_client.errors import BrokerdError
+
+#: Messages, and requests, under way at once to each recipient.
+MESSAGES, REQUESTS = 8, 4
+#: Seconds until a message or request is given up; more than any fault lasts.
+PATIENCE_S = 60.0
+PAUSE_S = 0.01
+
+
+class Ledger:
+    """Lines that are in the file when ``note`` returns."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def note(self, *words: object) -> None:
+        os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
+
+
+def receive(client: aio.Client, ledger: Ledger, all_here: asyncio.Event) -> None:
+    def take(message: aio.Message) -> None:
+        if message.sender == client.name:
+            all_here.set()
+        else:
+            ledger.note("message", message.sender, message.payload)
+
+    client.on_message(take)
+
+    def answer(message: aio.Message) -> object:
+        ledger.note("request", message.sender, message.payload)
+        return message.payload
+
+    client.on_request(answer)
+
+
+class Sender:
+    """Sends to one recipient after the other, in order, until told to stop."""
+
+    def __init__(self, client: aio.Client, ledger: Ledger, recipients: list[str]) -> None:
+        self.client = client
+        self.ledger = ledger
+        self.over = asyncio.Event()
+        self._sent: dict[int, tuple[str, int]] = {}
+        client.on_undelivered(self._undelivered)
+        self.tasks = [asyncio.create_task(self._send(each)) for each in recipients]
+
+    def _undelivered(self, error: BrokerdError) -> None:
+        """What had a receipt is given back after all."""
+        to, number = self._sent[getattr(error, "id", 0)]
+        self.ledger.note("message", to, number, type(error).__name__)
+
+    async def _send(self, to: str) -> None:
+        numbers = {"message": 0, "request": 0}
+        while not self.over.is_set():
+            first = numbers["message"]
+            numbers["message"] += MESSAGES
+            lot = [(to, number) for number in range(first, first + MESSAGES)]
+            try:
+                outcomes = await self.client.send_many(lot, receipt=True, timeout=PATIENCE_S)
+            except BrokerdError as error:
+                outcomes = [error] * MESSAGES
+            for (_, number), outcome in zip(lot, outcomes, strict=True):
+                if not isinstance(outcome, BrokerdError):
+                    self._sent[outcome.id] = to, number
+                self.ledger.note("message", to, number, type(outcome).__name__)
+            first = numbers["request"]
+            numbers["request"] += REQUESTS
+            asked = [self._ask(to, number) for number in range(first, first + REQUESTS)]
+            for number, word in enumerate(await asyncio.gather(*asked), first):
+                self.ledger.note("request", to, number, word)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _ask(self, to: str, number: int) -> str:
+        try:
+            answer = await self.client.request(to, number, timeout=PATIENCE_S)
+        except BrokerdError as error:
+            return type(error).__name__
+        assert answer.payload == number
+        return "Reply"
+
+
+async def main(role: str, address: str, name: str, key: str, ledger_file: str, *recipients: str) -> None:
+    ledger = Ledger(ledger_file)
+    client = await aio.connect(address, name, key, timeout=PATIENCE_S)
+    all_here = asyncio.Event()
+    sender = None
+    if role == "receive":
+        receive(client, ledger, all_here)
+    else:
+        sender = Sender(client, ledger, list(recipients))
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    if sender is not None:
+        sender.over.set()
+        await asyncio.gather(*sender.tasks)
+    else:
+        # All that was accepted for this client before comes before its own message to itself.
+        await client.send(name, "all", receipt=True, timeout=PATIENCE_S)
+        await asyncio.wait_for(all_here.wait(), PATIENCE_S)
+    print("done", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await client.close()
+
+
+asyncio.run(main(*sys.argv[1:]))
