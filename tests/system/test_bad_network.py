@@ -1,0 +1,188 @@
+"""Bad networks: other ends that vanish, links that are cut and heal, that delay, lose and double packets."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.process import Process, key_of
+from net.raw import MESSAGE, WANT_RECEIPT, Raw, login
+from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+from system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
+
+pytestmark = [pytest.mark.system, needs_networks()]
+
+NAMES = (*SENDERS, *RECIPIENTS)
+KEEPALIVE_S = 4.0
+
+
+def broker_there(directory: Path, link: Link, **more: Any) -> Process:
+    """Return a broker at its end of the link, listening there too."""
+    listen = [{"address": f"{ADDRESSES[BROKER]}:0", "plain": True}]
+    return Process(directory, (*NAMES, "probe"), listen=listen, preexec=link.inside(BROKER), **more)
+
+
+def enter(broker: Process, link: Link, name: str) -> Raw:
+    with link.visit(CLIENTS):
+        return login(broker.addresses()[1], key_of(name), name.encode())
+
+
+def disconnected(broker: Process, name: str) -> list[dict[str, Any]]:
+    return [event for event in broker.events("client.disconnected") if event["name"] == name]
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    with Link.wire() as wire:
+        yield wire
+
+
+def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path) -> None:
+    """It is disconnected when it has answered nothing for limits.keepalive; one that is only idle is not."""
+    with broker_there(socket_dir, link, limits={"keepalive": KEEPALIVE_S}) as broker:
+        idle = enter(broker, link, "r0")
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        with broker.login("s0") as local:
+            until(lambda: bool(disconnected(broker, "r0")), "it is never found")
+            took = time.monotonic() - began
+            assert disconnected(broker, "r0")[0]["reason"] == "Connection timed out"
+            local.send(MESSAGE, "r0", b"x", id=5)
+            assert local.recv().code == "offline"
+            assert not disconnected(broker, "s0")
+        idle.close()
+    assert KEEPALIVE_S / 2 < took < 2 * KEEPALIVE_S + 2
+    print(f"found after {took:.1f} s")
+
+
+def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_dir: Path) -> None:
+    """What had not left the broker's memory goes back to its sender then, and not a quarter of an hour later."""
+    with broker_there(socket_dir, link, limits={"keepalive": KEEPALIVE_S}) as broker:
+        gone = enter(broker, link, "r0")
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        with broker.login("s0") as local:
+            for number in range(100):
+                local.send(MESSAGE, "r0", bytes(60_000), id=number + 1, flags=WANT_RECEIPT)
+            outcomes: dict[int, list[str]] = {}
+            for _ in range(100):
+                frame = local.recv()
+                outcomes.setdefault(frame.id, []).append("receipt")
+            local.sock.settimeout(30)
+            first = local.recv()
+            took = time.monotonic() - began
+            assert first.code == "offline"
+            reason = disconnected(broker, "r0") or broker.wait("client.disconnected")
+            assert "limits.keepalive" in reason[0]["reason"]
+        gone.close()
+    assert KEEPALIVE_S <= took < 2 * KEEPALIVE_S + 2
+    print(f"found after {took:.1f} s")
+
+
+def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path) -> None:
+    """Its system answers for it: with full buffers and a queue of messages it stays for many times limits.keepalive."""
+    with broker_there(socket_dir, link, limits={"keepalive": 1}) as broker:
+        slow = enter(broker, link, "r0")
+        with broker.login("s0") as local:
+            for number in range(100):
+                local.send(MESSAGE, "r0", bytes(60_000), id=number + 1)
+            local.ping()
+            began = time.monotonic()
+            until(lambda: time.monotonic() - began > 8, "", 30)
+            assert not disconnected(broker, "r0")
+            for number in range(100):
+                assert slow.recv().id == number + 1
+        slow.close()
+
+
+def test_a_partition_heals(link: Link, socket_dir: Path) -> None:
+    """Cut for longer than the timeouts: those behind it are disconnected, come back, and know what is in doubt."""
+    limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
+    with broker_there(socket_dir, link, limits=limits) as broker:
+        address = str(broker.addresses()[1])
+        # Recipients with the broker, senders behind the link: what they sent is in doubt.
+        with Traffic(socket_dir, address, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)) as traffic:
+            link.cut(CLIENTS)
+            began = time.monotonic()
+            until(lambda: {"s0", "s1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+            found = time.monotonic() - began
+            link.heal(CLIENTS)
+            healed = time.monotonic()
+            traffic.goes_on()
+            back = time.monotonic() - healed
+            account = traffic.finish("a partition between senders and broker, longer than the timeouts")
+    account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
+
+
+def test_a_partition_that_recipients_are_behind_heals(link: Link, socket_dir: Path) -> None:
+    """Messages for them are given back as offline; they come back when they can."""
+    limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
+    with broker_there(socket_dir, link, limits=limits) as broker:
+        address = str(broker.addresses()[1])
+        with Traffic(socket_dir, address, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)) as traffic:
+            link.cut(CLIENTS)
+            began = time.monotonic()
+            until(lambda: {"r0", "r1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+            found = time.monotonic() - began
+            link.heal(CLIENTS)
+            healed = time.monotonic()
+            traffic.goes_on()
+            back = time.monotonic() - healed
+            account = traffic.finish(
+                "a partition between broker and recipients, longer than the timeouts", killed=RECIPIENTS
+            )
+    account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
+
+
+def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path) -> None:
+    """A link that is cut for less than limits.keepalive costs nobody a connection, and no message anything."""
+    with broker_there(socket_dir, link) as broker:
+        address = str(broker.addresses()[1])
+        with Traffic(socket_dir, address, inside=link.inside(CLIENTS)) as traffic:
+            link.cut(CLIENTS)
+            began = time.monotonic()
+            until(lambda: time.monotonic() - began > 2, "")
+            link.heal(CLIENTS)
+            traffic.goes_on()
+            gone = broker.events("client.disconnected")
+            account = traffic.finish("a link that is cut for 2 s")
+    assert gone == []
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("no connection ended")
+
+
+@pytest.mark.parametrize(
+    ("delay_ms", "jitter_ms", "loss", "twice"),
+    [(25, 0, 0.0, 0.0), (5, 10, 0.05, 0.0), (5, 10, 0.0, 0.2), (10, 20, 0.03, 0.03)],
+    ids=["delay", "loss", "duplication", "everything"],
+)
+def test_a_bad_link_loses_and_doubles_no_message(
+    socket_dir: Path, delay_ms: float, jitter_ms: float, loss: float, twice: float
+) -> None:
+    """Packets that come late, out of order, twice or never: messages still come once and in order."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    with (
+        Link.carried(delay_ms=delay_ms, jitter_ms=jitter_ms, loss=loss, twice=twice, seed=seed) as link,
+        broker_there(socket_dir, link) as broker,
+    ):
+        address = str(broker.addresses()[1])
+        with Traffic(socket_dir, address, inside=link.inside(CLIENTS)) as traffic:
+            probe = enter(broker, link, "probe")
+            began = time.monotonic()
+            for _ in range(5):
+                probe.ping()
+            trip = (time.monotonic() - began) / 5
+            probe.close()
+            traffic.goes_on(more=100)
+            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "probe"]
+            title = f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost, {twice:.0%} doubled"
+            account = traffic.finish(title)
+    assert gone == []
+    assert (account.refused, account.in_doubt) == (0, 0)
+    assert trip > 2 * delay_ms / 1000
+    account.record(f"round trip {trip * 1000:.0f} ms; no connection ended")
