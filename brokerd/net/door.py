@@ -60,6 +60,7 @@ class Knock:
     nonce: what it was challenged with. heard: every byte it has said; spoken: frames said to it. With these
         another process can come to the same point: see Door.take_over.
     muted: frames that were said already, and are not said again.
+    slowed: it has failed, and is told so later; until then nothing it says is listened to.
     tls, stream: how TLS is spoken with it, and the TLS that is, None without. channel: what is known by that.
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
@@ -82,6 +83,7 @@ class Knock:
         "reader",
         "refusal",
         "silent",
+        "slowed",
         "sock",
         "spoken",
         "steps",
@@ -119,6 +121,7 @@ class Knock:
         self.heard = bytearray()
         self.spoken = 0
         self.muted = 0
+        self.slowed = False
         self.proof: Proof | None = None
         self.credential: Credential | None = None
         self.refusal = ""
@@ -228,7 +231,7 @@ class Door:
     # The conversation
 
     def _on_readable(self, knock: Knock) -> None:
-        if knock.done or (knock.proof is not None and knock.reader.buffered > 2 * LIMIT):
+        if knock.done or knock.slowed or (knock.proof is not None and knock.reader.buffered > 2 * LIMIT):
             return
         try:
             # Never more than the handshake can need at once; what lies behind it belongs to the session.
@@ -423,6 +426,7 @@ class Door:
             count = 0
         if count < _FREE_FAILURES:
             return False
+        knock.slowed = True
         self._loop.remove_reader(knock.fd)
         delay = min((count - _FREE_FAILURES + 1) * _DELAY_STEP, _LONGEST_DELAY, max(knock.deadline - now, 0))
         self._loop.call_later(delay, self._fail_now, knock)
@@ -453,13 +457,16 @@ class Door:
 def origin_of(peer: object, uid: int | None) -> str:
     """Return by what a peer's failures are counted: its user, its IPv4 address, or its IPv6 network of 64 bits.
 
-    Whoever has one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4). peer: as accept() gives it.
+    Whoever has one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4). An IPv4 address that came to a
+    socket for both kinds, as systemd makes them, counts as what it is (2.5.5.2). peer: as accept() gives it.
     """
     if uid is not None:
         return f"uid {uid}"
     if isinstance(peer, tuple) and ":" in str(peer[0]):
-        network = int(ipaddress.IPv6Address(peer[0])) >> 64 << 64
-        return f"{ipaddress.IPv6Address(network)}/64"
+        address = ipaddress.IPv6Address(peer[0])
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
     return str(peer[0]) if isinstance(peer, tuple) else "unix"
 
 

@@ -484,12 +484,13 @@ def test_an_address_that_keeps_failing_is_slowed_and_others_are_not() -> None:
         (("2001:db8:1:3::1", 4000, 0, 0), None, "2001:db8:1:3::/64"),
         (("fe80::1%eth0", 4000, 0, 2), None, "fe80::/64"),
         (("::1", 4000, 0, 0), None, "::/64"),
+        (("::ffff:192.0.2.7", 4000, 0, 0), None, "192.0.2.7"),
         ("", 1000, "uid 1000"),
         ("", None, "unix"),
     ],
 )
 def test_failures_are_counted_by_who_can_be_told_apart(peer: object, uid: int | None, origin: str) -> None:
-    """An IPv4 address by itself, IPv6 addresses by their /64, a Unix socket's peer by its user."""
+    """An IPv4 address by itself, at a socket for both kinds too; IPv6 ones by their /64, a Unix peer by its user."""
     assert door.origin_of(peer, uid) == origin
 
 

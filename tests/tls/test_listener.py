@@ -291,6 +291,16 @@ def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLC
             assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
+def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLContext) -> None:
+    """Who has failed often is told so late, whatever it has said behind its answer, be it more than one read of it."""
+    knocks = 12
+    for number in range(knocks):
+        with TlsRaw(here.address, trusting) as raw:
+            raw.write(prefixed(raw.answer(b"wrong")) + prefixed(b"?") * 400)
+            assert raw.read_to_end() == prefixed(b"#FAILURE#"), number
+    assert {event.fields["reason"] for event in here.log.wait("client.refused", knocks)} == {"unknown key"}
+
+
 def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> None:
     """Records cut into single bytes, and a frame in a record for each byte, are put together again."""
     with TlsRaw(here.address, trusting) as raw:
