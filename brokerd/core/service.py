@@ -32,6 +32,9 @@ __all__ = ["PROTOCOL_VERSION", "reply_to", "serve", "stats"]
 
 PROTOCOL_VERSION: Final = 1
 
+#: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
+_LONGEST: Final = 255
+
 _Arguments: TypeAlias = dict[str, Any]
 _Operation: TypeAlias = "Callable[[Broker, Session, int, _Arguments], _Arguments | None]"
 
@@ -55,7 +58,7 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
                 raise _Refusal(ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER)
             operation = _ADMIN[op]
             whom = arguments.get("address")
-            broker.happenings.note("admin.asked", source, whom if isinstance(whom, str) else "", op)
+            broker.happenings.note("admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op)
         if operation is None:
             known = ", ".join(sorted((*_OPEN, *_ADMIN)))
             raise _Refusal(ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER)
@@ -85,10 +88,11 @@ def _read(payload: bytes) -> tuple[str, _Arguments]:
     return arguments.pop("op"), arguments
 
 
-def _text(arguments: _Arguments, key: str, default: str | None = None) -> str:
-    value = arguments.get(key, default)
-    if not isinstance(value, str):
-        raise _Refusal(ErrorCode.UNSUPPORTED, f"the operation needs {key}, a string", BROKER)
+def _text(arguments: _Arguments, key: str) -> str:
+    value = arguments.get(key)
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        message = f"the operation needs {key}, a string of at most {_LONGEST} characters"
+        raise _Refusal(ErrorCode.UNSUPPORTED, message, BROKER)
     return value
 
 

@@ -68,6 +68,27 @@ def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
     assert ann.ask("ping") == {}
 
 
+@pytest.mark.parametrize(
+    ("op", "key", "others"),
+    [
+        ("subscribe", "topic", {}),
+        ("disconnect", "address", {}),
+        ("can", "sender", {"verb": "send", "target": "ann"}),
+        ("can", "target", {"sender": "ann", "verb": "send"}),
+    ],
+)
+def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str, str]) -> None:
+    """A name of a megabyte is refused with what would be right; neither answer nor log is as long as it."""
+    net = FakeNet(client("ann", admin=True))
+    ann = net.connect("ann")
+    ann.op(op, 5, **{key: "x" * 2**20}, **others)
+    (answer,) = ann.take()
+    assert json.loads(answer.payload)["code"] == "unsupported"
+    assert len(answer.payload) < 300
+    assert b"at most 255 characters" in answer.payload
+    assert all(len(noted.other) + len(noted.reason) < 600 for noted in net.broker.happenings.take())
+
+
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])
 def test_the_broker_takes_requests_only(kind: Kind) -> None:
     """A MESSAGE or REPLY to ``$broker`` comes back, and so does what is sent to another name with a dollar."""
