@@ -6,35 +6,33 @@ The process around it, with its signals and exit statuses, is :mod:`brokerd.proc
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from brokerd import __version__
 from brokerd.aside import aside
-from brokerd.config.advice import about_plain
+from brokerd.cautions import warn_of_plain, warn_of_surroundings
 from brokerd.config.model import Config
 from brokerd.config.plan import taken_over
-from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import reply_to, stats
 from brokerd.keywatch import KeyWatch, uses_of
-from brokerd.logs import AuditError, LevelRefused, Logs
+from brokerd.logs import LevelRefused, Logs
 from brokerd.monitor.switch import Switch, preload
-from brokerd.net.handed import Handed, HandedSocket, listen_at
+from brokerd.net.handed import Handed, HandedSocket, listen_for
 from brokerd.net.keyring import Keyring
-from brokerd.net.listening import Found, ListenError, Listening, listen
+from brokerd.net.listening import Found, ListenError, Listening
 from brokerd.net.server import Log, Server
-from brokerd.net.users import unseen
-from brokerd.reload import Cause, Outcome, Prepared, compared, obstacles, prepare, whole_plan
+from brokerd.reload import Outcome, Prepared, compared, obstacles, whole_plan
+from brokerd.reloading import Reloading
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import BROKER, ErrorCode
@@ -100,12 +98,8 @@ class Daemon:
         self._server: Server | None = None
         self._monitor = Switch(self)
         self._stopping: asyncio.Task[None] | None = None
-        self._reloading = asyncio.Lock()
-        #: Whether a reload that a signal asked for has not begun yet.
-        self._reload_waits = False
+        self.reloading = Reloading(self)
         self._keywatch: KeyWatch | None = None
-        #: Why nothing may change now that another process would not know of; "" while it may.
-        self._kept_still = ""
         #: Replaces the process; None where a daemon is only a part of one.
         self.on_upgrade: Callable[[str, Order | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
@@ -131,6 +125,16 @@ class Daemon:
     def handed(self) -> Handed:
         """What the service manager handed over."""
         return self._handed
+
+    @property
+    def allotted(self) -> dict[ListenConfig, list[HandedSocket]]:
+        """Which entries of the configuration have which of those."""
+        return self._allotted
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has started, and neither drains nor has stopped."""
+        return self._server is not None and not self.stopping
 
     @property
     def stopping(self) -> bool:
@@ -163,7 +167,7 @@ class Daemon:
         offered = () if elder is None else elder.offered
         former = [] if elder is None else elder.monitored
         stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
-        opened, monitored = _listen_for(
+        opened, monitored = _open(
             [entry for entry in config.listen if entry.address not in offered],
             [] if config.monitor is None or stays else [config.monitor.listen],
             self._allotted,
@@ -201,8 +205,7 @@ class Daemon:
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
             **told,
         )
-        self._warn_of_surroundings()
-        self._warn_of_plain({entry.address for entry in config.listen})
+        self._warn({entry.address for entry in config.listen})
         self._keywatch.watch(config)
         if elder is None:
             self.supervisor.ready(self._status)
@@ -217,32 +220,11 @@ class Daemon:
         messages = self.broker.totals["messages_in"] + sum(link.session.messages_in for link in self._server.links)
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
 
-    def _warn_of_surroundings(self) -> None:
-        """Tell of what the configuration counts on and the service manager does not give."""
-        for entry in self._handed.unmet(self.config.listen, self._allotted):
-            self.log.warning(
-                "listener.not_handed_over",
-                listener=str(entry.address),
-                name=entry.name,
-                reason=f"the service manager hands over no socket called {entry.name} nor one at this address "
-                f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)",
-            )
-        for name, users in unseen(self.config.clients).items():
-            self.log.warning(
-                "client.users_unseen",
-                name=name,
-                peer_uid=users,
-                reason="this process has a user namespace of its own and can't tell these users from others: nobody is "
-                "let in as one of them (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)",
-            )
-
-    def _warn_of_plain(self, among: Container[Address]) -> None:
-        """Tell of listeners, of those configured addresses, whose traffic others can read and alter."""
-        assert self._server is not None
-        for listening in self._server.listening:
-            reason = about_plain(listening.config, listening.address)
-            if reason and listening.config.address in among:
-                self.log.warning("listener.plain", listener=str(listening.address), reason=reason)
+    def _warn(self, among: Container[Address]) -> None:
+        """Tell of what is not as the configuration means it. among: the addresses of what is new in it."""
+        config = self.config
+        warn_of_surroundings(self.log, config.listen, config.clients, self._handed, self._allotted)
+        warn_of_plain(self.log, self.server.listening, among)
 
     def _on_order(self, order: Order) -> None:
         asker = order.source.client.name
@@ -281,7 +263,7 @@ class Daemon:
 
     async def _reload_for(self, order: Order, reason: str) -> None:
         dry_run = order.arguments.get("dry_run") is True
-        outcome = await self._reload(reason, dry_run=dry_run)
+        outcome = await self.reloading.run(reason, dry_run=dry_run)
         # Before anything is written: whoever is disconnected by the reload asked for is to hear of it.
         reply_to(self.broker, order.source, order.id, outcome.as_reply(self.config.path, dry_run=dry_run))
         self._settle()
@@ -289,12 +271,6 @@ class Daemon:
     def _settle(self) -> None:
         if self._server is not None:
             self._server.settle()
-
-    def reload_soon(self, reason: str) -> None:
-        """Begin to reload; how it went is in the log. One that waits to begin will do for this one too."""
-        if not self._reload_waits:
-            self._reload_waits = True
-            self._in_background(self.reload(reason))
 
     def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -307,58 +283,22 @@ class Daemon:
         Returns what is wrong, a line each; with an empty list everything was taken over. A client whose
         entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
         """
-        outcome = await self._reload(reason)
+        outcome = await self.reloading.run(reason)
         self._settle()
         return outcome.problems
 
-    async def _reload(self, reason: str, *, dry_run: bool = False) -> Outcome:
-        """Reload, or say what would come of it; the caller settles."""
-        if self._kept_still:
-            self._reload_waits = False
-            if not dry_run:
-                self.log.warning("daemon.reload_refused", reason=reason, cause="upgrade", problems=[self._kept_still])
-            return Outcome(None, [self._kept_still], "upgrade")
-        async with self._reloading:
-            self._reload_waits = False
-            cause: Cause = "config"
-            problems: list[str] = []
-            prepared: Prepared | None = None
-            if not dry_run:
-                self.supervisor.reloading()
-                if self._logs is not None:
-                    # Whoever moved the audit file away to begin a new one asks for a reload too.
-                    self._logs.reopen()
-            try:
-                running, allotted = self.config, self._allotted
-                prepared = await aside(lambda: prepare(running, self._handed, allotted))
-                if self._server is None or self._stopping is not None:
-                    cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
-                elif dry_run:
-                    return self._outlook(prepared)
-                else:
-                    return self._take_over(prepared, reason)
-            except ConfigError as error:
-                problems = str(error).splitlines()
-            except ListenError as error:
-                cause, problems = "listen", str(error).splitlines()
-            except AuditError as error:
-                cause, problems = "audit", [str(error)]
-            finally:
-                if not dry_run:
-                    self.supervisor.reloaded(problems[0] if problems else "")
-            if not dry_run:
-                self.reloads["refused"] += 1
-                self.reload_refused = True
-                self.log.warning("daemon.reload_refused", reason=reason, cause=cause, problems=problems)
-            plan = None if prepared is None else whole_plan(prepared.plan, ())
-            return Outcome(plan, problems, cause)
+    def reload_soon(self, reason: str) -> None:
+        """Begin to reload; how it went is in the log. One that waits to begin will do for this one too."""
+        if self.reloading.wait():
+            self._in_background(self.reload(reason))
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
-        self._take_over(compared(self.config, config, self._handed, self._allotted), reason)
+        self.take_over(compared(self.config, config, self._handed, self._allotted), reason)
         self._settle()
 
-    def _outlook(self, prepared: Prepared) -> Outcome:
+    def outlook(self, prepared: Prepared) -> Outcome:
+        """Return what would come of taking it over."""
         assert self._server is not None
         problems = obstacles(prepared)
         if self._logs is not None:
@@ -366,7 +306,7 @@ class Daemon:
         plan = whole_plan(prepared.plan, self._server.misfits(prepared.keyring))
         return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
-    def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
+    def take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over: first all that can fail, and that leaves no trace then. The caller settles.
 
         New addresses are open before old ones are closed. Raises ListenError or AuditError; then nothing has changed.
@@ -377,7 +317,7 @@ class Daemon:
             raise ListenError("\n".join(prepared.blocked))
         if self._logs is not None:
             self._logs.check(prepared.config.log)
-        opened, monitored = _listen_for(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+        opened, monitored = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
         try:
             server.alter(entry for entry, _ in plan.altered)
         except ListenError:
@@ -405,8 +345,7 @@ class Daemon:
         self.log.info(
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
         )
-        self._warn_of_surroundings()
-        self._warn_of_plain({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
+        self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
@@ -417,17 +356,6 @@ class Daemon:
         while self._background:
             await asyncio.wait(self._background)
             self.server.settle()
-
-    @contextlib.asynccontextmanager
-    async def undisturbed(self, why: str) -> AsyncIterator[None]:
-        """Have no reload begin inside, and none go on. why: what whoever asks for one is told."""
-        self._kept_still = why
-        try:
-            await self.settled()
-            async with self._reloading:
-                yield
-        finally:
-            self._kept_still = ""
 
     def stop_soon(self, reason: str) -> bool:
         """Begin to drain; return False if that had begun already."""
@@ -485,6 +413,11 @@ class Daemon:
         self.supervisor.close()
         self.stopped.set()
 
+    def reopen_log(self) -> None:
+        """Begin anew a file of the log that was moved away."""
+        if self._logs is not None:
+            self._logs.reopen()
+
     def flush_log(self) -> None:
         """Have everything logged so far written, if that can be done soon."""
         if self._logs is not None:
@@ -518,35 +451,17 @@ def _core_limits(config: Config) -> CoreLimits:
     return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
 
 
-def _listen_for(
+def _open(
     clients: Iterable[ListenConfig],
     monitor: Iterable[ListenConfig],
     allotted: dict[ListenConfig, list[HandedSocket]],
     found: Found | None = None,
 ) -> tuple[list[Listening], list[Listening]]:
-    """Return the listening sockets for clients and for the monitor, as ``_listen_at`` does."""
-    opened = _listen_at(clients, allotted, found)
+    """Return the listening sockets for clients and for the monitor, as ``listen_for`` does."""
+    opened = listen_for(clients, allotted, found)
     try:
-        return opened, _listen_at(monitor, {}, found)
+        return opened, listen_for(monitor, {}, found)
     except ListenError:
         for listening in opened:
             listening.close()
         raise
-
-
-def _listen_at(
-    entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]], found: Found | None = None
-) -> list[Listening]:
-    """Return the listening sockets of all entries. Raises ListenError; then none is left open.
-
-    allotted: those that the service manager listens at. found: what host names mean, where that has been looked up.
-    """
-    opened: list[Listening] = []
-    try:
-        for entry in entries:
-            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry, found)
-    except ListenError:
-        for listening in opened:
-            listening.close()
-        raise
-    return opened

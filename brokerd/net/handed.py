@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from brokerd.config.values import ListenConfig
-from brokerd.net.listening import ListenError, Listening
+from brokerd.net.listening import Found, ListenError, Listening, listen
 from brokerd_client.address import Address, parse
 
-__all__ = ["Handed", "HandedSocket", "Misfit"]
+__all__ = ["Handed", "HandedSocket", "Misfit", "listen_at", "listen_for"]
 
 #: The first descriptor handed over, SD_LISTEN_FDS_START.
 _FIRST: Final = 3
@@ -97,6 +97,24 @@ def listen_at(entry: ListenConfig, sockets: Iterable[HandedSocket]) -> list[List
     """Return an entry's listening sockets: duplicates, so that the entry can go and come back by a reload."""
     tls = entry.tls is not None
     return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
+
+
+def listen_for(
+    entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]], found: Found | None = None
+) -> list[Listening]:
+    """Return the listening sockets of all entries. Raises ListenError; then none is left open.
+
+    allotted: those that the service manager listens at. found: what host names mean, where that has been looked up.
+    """
+    opened: list[Listening] = []
+    try:
+        for entry in entries:
+            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry, found)
+    except ListenError:
+        for listening in opened:
+            listening.close()
+        raise
+    return opened
 
 
 def _taken(fd: int, name: str) -> HandedSocket:

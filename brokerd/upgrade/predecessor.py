@@ -154,7 +154,9 @@ class Predecessor:
 
     async def _run(self, reason: str, order: Order | None) -> None:
         try:
-            async with self._daemon.undisturbed("an upgrade is going on, which reads the configuration again"):
+            async with self._daemon.reloading.undisturbed(
+                "an upgrade is going on, which reads the configuration again"
+            ):
                 await self._attempt(reason, order)
         except (_Failed, ChannelError) as error:
             problem = f"the new process can't take over: {error}"

@@ -1,0 +1,139 @@
+"""Reloads of a running daemon: one at a time, each refused or taken over whole, and none while the process is replaced.
+
+What is to be taken over is made ready by :mod:`brokerd.reload`, and the daemon takes it over; here is when, and who is
+told how it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from brokerd.aside import aside
+from brokerd.config.model import Config
+from brokerd.config.problems import ConfigError
+from brokerd.config.values import ListenConfig
+from brokerd.logs import AuditError
+from brokerd.net.handed import Handed, HandedSocket
+from brokerd.net.listening import ListenError
+from brokerd.net.server import Log
+from brokerd.reload import Cause, Outcome, Prepared, prepare, whole_plan
+from brokerd.supervise import Supervisor
+
+__all__ = ["Reloadable", "Reloading"]
+
+
+class Reloadable(Protocol):
+    """A daemon, as far as it is reloaded.
+
+    reloads: how reloads ended; those that were ``refused`` are counted here. reload_refused: whether the last one was.
+    """
+
+    config: Config
+    log: Log
+    supervisor: Supervisor
+    reloads: Counter[str]
+    reload_refused: bool
+
+    @property
+    def handed(self) -> Handed:
+        """What the service manager handed over."""
+
+    @property
+    def allotted(self) -> dict[ListenConfig, list[HandedSocket]]:
+        """Which entries of the configuration have which of those."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has started, and neither drains nor has stopped."""
+
+    def reopen_log(self) -> None:
+        """Begin anew a file of the log that was moved away."""
+
+    def outlook(self, prepared: Prepared) -> Outcome:
+        """Return what would come of taking it over."""
+
+    def take_over(self, prepared: Prepared, reason: str) -> Outcome:
+        """Take it over. Raises ListenError or AuditError; then nothing has changed."""
+
+    async def settled(self) -> None:
+        """Return when nothing that was asked is without an answer."""
+
+
+class Reloading:
+    """The reloads of one daemon."""
+
+    def __init__(self, daemon: Reloadable) -> None:
+        self._daemon = daemon
+        self._one = asyncio.Lock()
+        #: Whether a reload that a signal asked for has not begun yet.
+        self._waits = False
+        #: Why nothing may change now that another process would not know of; "" while it may.
+        self._kept_still = ""
+
+    def wait(self) -> bool:
+        """Have one reload wait to begin; return False where one does already, which reads all that is there by then."""
+        waits, self._waits = self._waits, True
+        return not waits
+
+    async def run(self, reason: str, *, dry_run: bool = False) -> Outcome:
+        """Reload, or say what would come of it; the caller settles."""
+        daemon = self._daemon
+        if self._kept_still:
+            self._waits = False
+            if not dry_run:
+                daemon.log.warning("daemon.reload_refused", reason=reason, cause="upgrade", problems=[self._kept_still])
+            return Outcome(None, [self._kept_still], "upgrade")
+        async with self._one:
+            self._waits = False
+            if dry_run:
+                return await self._attempt(reason, dry_run=True)
+            daemon.supervisor.reloading()
+            # Whoever moved the audit file away to begin a new one asks for a reload too.
+            daemon.reopen_log()
+            problem = "it failed"
+            try:
+                outcome = await self._attempt(reason)
+                problem = outcome.problems[0] if outcome.problems else ""
+            finally:
+                daemon.supervisor.reloaded(problem)
+            if outcome.problems:
+                daemon.reloads["refused"] += 1
+                daemon.reload_refused = True
+                daemon.log.warning(
+                    "daemon.reload_refused", reason=reason, cause=outcome.cause, problems=outcome.problems
+                )
+            return outcome
+
+    async def _attempt(self, reason: str, *, dry_run: bool = False) -> Outcome:
+        """Read, compare and take over, or only look; return how it went."""
+        daemon = self._daemon
+        running, handed, allotted = daemon.config, daemon.handed, daemon.allotted
+        cause: Cause
+        prepared: Prepared | None = None
+        try:
+            prepared = await aside(lambda: prepare(running, handed, allotted))
+            if daemon.serves:
+                return daemon.outlook(prepared) if dry_run else daemon.take_over(prepared, reason)
+            cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
+        except ConfigError as error:
+            cause, problems = "config", str(error).splitlines()
+        except ListenError as error:
+            cause, problems = "listen", str(error).splitlines()
+        except AuditError as error:
+            cause, problems = "audit", [str(error)]
+        return Outcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
+
+    @contextlib.asynccontextmanager
+    async def undisturbed(self, why: str) -> AsyncIterator[None]:
+        """Have no reload begin inside, and none go on. why: what whoever asks for one is told."""
+        self._kept_still = why
+        try:
+            await self._daemon.settled()
+            async with self._one:
+                yield
+        finally:
+            self._kept_still = ""
