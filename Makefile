@@ -3,15 +3,17 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-system lint coverage fuzz bench faults soak clean ready-run ready-test
+.PHONY: help run test test-all test-system lint coverage fuzz sanitize test-oldest \
+        lock audit sbom reproducible bench faults soak clean ready-run ready-test ready-tools
 
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 VERSIONS := 3.11 3.12 3.13
 export PYTHON
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: ready-run ## run a broker with three example clients, and say what to type next
 	@$(BIN)/python .ci/example_broker.py
@@ -56,6 +58,26 @@ fuzz: ready-test ## fuzz all targets for FUZZ_S seconds together, guided by cove
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[fuzz]'
 	@cd tests && "$(CURDIR)/$(BIN)/python" -m fuzz --seconds $(FUZZ_S) $(FUZZ)
 
+sanitize: ready-test ## run the tests on a routing loop compiled with AddressSanitizer and UBSan
+	@.ci/sanitize.sh $(VENV)
+
+test-oldest: ready-tools ## run the tests with the oldest dependencies that are allowed, on Python 3.11
+	@.ci/test_oldest.sh $(TOOLS)
+
+lock: ready-tools ## renew the locks of the dependencies, .ci/requirements-*.txt
+	@.ci/lock.sh $(TOOLS)
+
+audit: ready-tools ## ask whether anything is known against a locked dependency
+	@.ci/audit.sh $(TOOLS)
+
+sbom: ready-tools ## write the bill of materials, dist/brokerd.cdx.json
+	@mkdir -p dist
+	@$(TOOLS)/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+	--of JSON --output-file dist/brokerd.cdx.json .ci/requirements-run.txt && echo dist/brokerd.cdx.json
+
+reproducible: ready-tools ## build wheel and sdist twice, compare them to the byte, put them into dist
+	@.ci/reproducible.sh $(TOOLS)
+
 # BENCH="--quick", or "--only WORKLOAD", or "--systems brokerd,nats": see python -m benchmarks --help
 bench: ready-test ## measure against other systems, some 12 minutes; writes docs/performance.md
 	@{ test -x $(BIN)/nats-server && $(BIN)/python -c 'import hiredis, nats, redis, zenoh, zmq'; } 2>/dev/null || \
@@ -76,6 +98,9 @@ clean: ## remove everything that was made here, the example clients' keys too
 
 ready-run:
 	@.ci/setup.sh $(VENV) run
+
+ready-tools: ready-test
+	@.ci/tools.sh $(TOOLS) $(BIN)/python
 
 ready-test:
 	@.ci/setup.sh $(VENV) test

@@ -7,8 +7,11 @@
 # EXTRA:  "run" for what the commands need, "test" for what the checks need too.
 # PYTHON: the interpreter to build it from; without it the first of a few names that is 3.11 or later.
 #
+# What is installed is what the locks beside this file say, every file by its hash. A Python that they are not for, or
+# an index that does not have their versions, gets what pyproject.toml allows, and says so. UNLOCKED=1 asks for that.
+#
 # A stamp file inside VENV remembers what was installed and for which checkout: a second call does nothing until
-# pyproject.toml, or a file that is compiled, changes, or the checkout is moved.
+# pyproject.toml, a lock, or a file that is compiled, changes, or the checkout is moved.
 set -eu
 
 venv=$1
@@ -54,7 +57,7 @@ fi
 
 current() {
     [ -f "$1" ] && [ "$(cat "$1")" = "$PWD" ] || return 1
-    for source in pyproject.toml brokerd/core/*.pyx brokerd/core/*.pxd; do
+    for source in pyproject.toml .ci/requirements-*.txt brokerd/core/*.pyx brokerd/core/*.pxd; do
         if [ -e "$source" ] && [ "$source" -nt "$1" ]; then
             return 1
         fi
@@ -67,11 +70,41 @@ if current "$test_stamp" || { [ "$extra" = run ] && current "$run_stamp"; }; the
     exit 0
 fi
 
+pip() { "$venv/bin/python" -m pip "$@" </dev/null; }
+pip_install() { pip install --quiet --disable-pip-version-check --no-input "$@"; }
+
+# Returns 1 where the locks don't fit here; ends everything where a file is not the one that was locked.
+install_locked() {
+    "$venv/bin/python" -c '
+import sys
+sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_info[:2] <= (3, 13)))
+' || return 1
+    log=$venv/.locked.log
+    if pip_install --require-hashes "$@" >"$log" 2>&1; then
+        rm -f "$log"
+        return 0
+    fi
+    if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
+        cat "$log" >&2
+        say "a package is not the one that is locked in .ci/requirements-*.txt; UNLOCKED=1 installs what is there instead"
+        exit 1
+    fi
+    tail -n 3 "$log" >&2
+    return 1
+}
+
 say "installing into $venv ..."
 if [ "$extra" = test ]; then
     wanted='.[test]' stamp=$test_stamp
+    set -- --requirement .ci/requirements-test.txt
 else
     wanted=. stamp=$run_stamp
+    set -- --requirement .ci/requirements-run.txt --requirement .ci/requirements-build.txt
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --editable "$wanted" </dev/null
+if [ -z "${UNLOCKED:-}" ] && install_locked "$@"; then
+    pip_install --no-deps --no-build-isolation --editable .
+else
+    say "not locked: installing what pyproject.toml allows"
+    pip_install --editable "$wanted"
+fi
 printf '%s\n' "$PWD" >"$stamp"

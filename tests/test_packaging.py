@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -124,3 +126,42 @@ def test_pip_install_imports_both_packages(checkout: Path, tmp_path: Path, edita
 
     assert [Path(file).is_relative_to(checkout) for file in files] == [editable, editable]
     assert [Path(file).parent.name for file in files] == ["brokerd", "brokerd_client"]
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return the version of each package in a lock, by its canonical name; fail for one without a hash."""
+    text = (ROOT / ".ci" / f"requirements-{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    versions = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            assert "--hash=sha256:" in line, line
+            requirement = Requirement(line.partition("--hash")[0])
+            (pin,) = requirement.specifier
+            assert pin.operator == "=="
+            versions[canonicalize_name(requirement.name)] = pin.version
+    return versions
+
+
+@pytest.mark.parametrize(
+    ("lock", "wanted"),
+    [
+        ("run", PROJECT["project"]["dependencies"]),
+        ("build", PROJECT["build-system"]["requires"]),
+        ("test", PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]),
+    ],
+)
+def test_the_lock_has_what_is_wanted(lock: str, wanted: list[str]) -> None:
+    """Every requirement of pyproject.toml is locked in a version that it allows: else run `make lock`."""
+    versions = locked(lock)
+    for requirement in map(Requirement, wanted):
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not locked: run make lock"
+        assert requirement.specifier.contains(version), f"{requirement} is locked as {version}: run make lock"
+
+
+def test_locks_name_no_index() -> None:
+    """Where packages come from is for whoever installs them to say."""
+    for path in (ROOT / ".ci").glob("requirements-*.txt"):
+        text = path.read_text(encoding="utf-8")
+        assert "--index" not in text
+        assert "://" not in text

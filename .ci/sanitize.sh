@@ -1,0 +1,85 @@
+#!/bin/sh
+# Builds the compiled routing loop with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of this checkout, and runs
+# the tests that go through it. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
+#
+#   .ci/sanitize.sh VENV [PYTEST ARGUMENT]...
+#
+# Nothing instrumented is left in the checkout. That the sanitizers are at work is shown first, by mistakes planted in
+# a module that does nothing else.
+set -eu
+
+python=$PWD/$1/bin/python
+shift
+copy=$PWD/build/sanitize
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g"
+say() { printf 'sanitize: %s\n' "$*"; }
+
+command -v gcc >/dev/null || { say "gcc is needed, with its sanitizers"; exit 1; }
+for library in libasan.so libubsan.so libstdc++.so.6; do
+    path=$(gcc -print-file-name=$library)
+    # gcc gives a name back as it is where it has no such file.
+    [ "$path" != "$library" ] || { say "gcc has no $library"; exit 1; }
+    preload=${preload:+$preload }$path
+done
+
+rm -rf "$copy"
+mkdir -p "$copy"
+cp -R brokerd client config docs tests pyproject.toml README.md LICENSE "$copy"
+cd "$copy"
+find . '(' -name '*.so' -o -name '_routing_c.c' -o -name __pycache__ ')' -prune -exec rm -rf {} +
+
+CFLAGS="$flags" LDFLAGS="$flags" "$python" -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
+loop=$(echo brokerd/core/_routing_c.*.so)
+[ -e "$loop" ] || { say "the loop could not be compiled"; exit 1; }
+nm -D "$loop" | grep -q __asan_report || { say "the loop is not instrumented"; exit 1; }
+nm -D "$loop" | grep -q __ubsan_handle || { say "the loop is not instrumented"; exit 1; }
+
+# What Python itself leaks at its end is its own business; its small objects must not come out of one large block.
+instrumented() {
+    env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1 \
+        UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH="$copy:$copy/client" "$@"
+}
+
+mkdir planted
+cat >planted/planted.c <<'END'
+#include <Python.h>
+static PyObject *overflow(PyObject *self, PyObject *arguments) {
+    volatile size_t size = 8;
+    volatile char *bytes = malloc(size);
+    bytes[PyTuple_GET_SIZE(arguments) + 8] = 1;
+    free((void *)bytes);
+    Py_RETURN_NONE;
+}
+static PyObject *undefined(PyObject *self, PyObject *arguments) {
+    volatile int number = 0x7fffffff;
+    return PyLong_FromLong(number + 1 + (int)PyTuple_GET_SIZE(arguments));
+}
+static PyMethodDef methods[] = {
+    {"overflow", overflow, METH_VARARGS, NULL}, {"undefined", undefined, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "planted", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_planted(void) { return PyModule_Create(&module); }
+END
+# shellcheck disable=SC2086 - they are several
+gcc $flags -shared -fPIC -I"$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    -o planted/planted.so planted/planted.c
+for mistake in "overflow heap-buffer-overflow" "undefined signed.integer.overflow"; do
+    if (cd planted && instrumented "$python" -c "import planted; planted.${mistake% *}()" >report 2>&1); then
+        say "a planted mistake went unnoticed: ${mistake% *}"
+        exit 1
+    fi
+    grep -q "${mistake#* }" planted/report || { cat planted/report; say "a planted mistake was not told"; exit 1; }
+    say "noticed a planted mistake: $(grep -m 1 -o "${mistake#* }" planted/report)"
+done
+
+instrumented "$python" -c '
+import sys
+from brokerd.core import routing, _routing_c
+assert routing.NAME == "compiled" and routing.feed is _routing_c.feed, routing.NAME
+assert _routing_c.__file__.startswith(sys.argv[1]), _routing_c.__file__
+print("sanitize: running", _routing_c.__file__.removeprefix(sys.argv[1] + "/"))
+' "$copy"
+[ $# -gt 0 ] || set -- tests/core tests/net tests/fuzz
+instrumented "$python" -m pytest -p no:cacheprovider -q "$@"
+say "nothing found"
+cd ../..
+rm -rf "$copy"
