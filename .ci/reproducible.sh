@@ -25,8 +25,10 @@ build() {
     "$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --require-hashes \
         --requirement "$root/.ci/requirements-build.txt" --requirement "$root/.ci/requirements-tools.txt" </dev/null
     cd "$place"
+    # In place of these flags, not besides them, are those of the environment taken.
+    usual=$("$place/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS"))')
     # Where it was compiled stands nowhere: not in what a debugger reads, nor in a checksum of that.
-    CFLAGS="-g0 -ffile-prefix-map=$place=." LDFLAGS="-Wl,--build-id=none -Wl,-s" \
+    CFLAGS="$usual -DNDEBUG -g0 -ffile-prefix-map=$place=." LDFLAGS="-Wl,--build-id=none -Wl,-s" \
         "$place/venv/bin/python" -m build --no-isolation --outdir "$place/dist" . >"$place/log" 2>&1 || { cat "$place/log"; exit 1; }
     cd "$root"
     # setuptools takes the times of the files, of which it has just made some, and whoever is logged in.
