@@ -89,7 +89,7 @@ sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_in
         say "a package is not the one that is locked in .ci/requirements-*.txt; UNLOCKED=1 installs what is there instead"
         exit 1
     fi
-    tail -n 3 "$log" >&2
+    tail -n 1 "$log" >&2
     return 1
 }
 
