@@ -139,9 +139,10 @@ class Link:
     def _spreads_out(self) -> bool:
         """Return whether what was read goes to many, each of whom would get little with one write."""
         touched = self.server.broker.touched
-        return len(touched) >= _MANY and self._may_read()
+        return len(touched) >= _MANY and self.may_read()
 
-    def _may_read(self) -> bool:
+    def may_read(self) -> bool:
+        """Return whether it may be read from now: it is not over, not held, and it is not the others' turn."""
         return not (self.closed or self.waits or self.session.closing or self.session.held_by is not None)
 
     def _read(self) -> int:
@@ -350,7 +351,7 @@ class Link:
         if self.waits:
             self._take_turn()
             return True
-        return self._may_read() and self._read() > 0
+        return self.may_read() and self._read() > 0
 
     def is_gone(self) -> bool:
         """Return whether the client has closed, without waiting for the event loop to say so.

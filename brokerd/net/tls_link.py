@@ -61,14 +61,14 @@ class TlsLink(Link):
             # TLS itself had something to answer.
             self.writing = True
             self.server.loop.add_writer(self.fd, self.on_writable)
-        if self._stream.buffered and self._may_read() and not self._reading_on:
+        if self._stream.buffered and self.may_read() and not self._reading_on:
             # In a turn of its own, so that the others get theirs.
             self._reading_on = True
             self.server.loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         self._reading_on = False
-        if self._stream.buffered and self._may_read():
+        if self._stream.buffered and self.may_read():
             self.on_readable()
 
     # Writing

@@ -52,5 +52,6 @@ class Watch:
             # Errors are reported whatever is asked for.
             poll.register(fd, 0)
         for fd, events in poll.poll(0):
-            if events & (select.POLLERR | select.POLLHUP) and not links[fd].closed:
+            # Who is held and gone is found gone when he is read from again: what he sent before counts first.
+            if events & (select.POLLERR | select.POLLHUP) and links[fd].may_read():
                 links[fd].on_readable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,27 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
         here.call(watch._look)
         assert here.call(lambda: (watch._timer, watch._links)) == (None, set())
         alice.ping()
+
+
+@pytest.mark.parametrize("size", [4_000, 300_000])
+def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> None:
+    """Who is held by a full queue and goes is not read on by the second look: all of it arrives once there is room."""
+    clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
+    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("bob") as bob:
+        alice = here.login("alice")
+        alice.ping()
+        (session,) = here.daemon.broker.exchange.clients["alice"].sessions.values()
+        before = here.call(lambda: session.messages_in)
+        sent, deadline = 0, time.monotonic() + 30
+        while here.call(lambda: session.held_by) is None:
+            alice.send(MESSAGE, "bob", b"%7d" % sent + bytes(size))
+            sent += 1
+            while here.call(lambda: session.messages_in) < before + sent:
+                assert time.monotonic() < deadline
+        alice.close()
+        watch = here.daemon._server.watch  # type: ignore[union-attr]
+        for _ in range(3):
+            here.call(lambda: (watch.note(session.link), watch._look()))
+
+        assert [int(bob.recv().body[:7]) for _ in range(sent)] == list(range(sent))
+        here.log.wait("client.disconnected")
