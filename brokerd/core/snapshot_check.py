@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from brokerd_client.errors import BadLength, InvalidName
 from brokerd_client.wire.envelope import check_pattern
-from brokerd_client.wire.framing import frame_span
+from brokerd_client.wire.framing import LENGTH, frame_span
 
 __all__ = ["BadSnapshot", "check", "check_frames"]
 
@@ -21,6 +21,7 @@ Check: TypeAlias = Callable[[Any, str], None]
 
 #: Bits of what is remembered of a waiting frame.
 _FLAGS: Final = 0xF
+_PREFIX: Final = LENGTH.size
 #: Length and header.
 _LEAST_FRAME: Final = 16
 #: Counters go on from here, in 63 bits.
@@ -228,17 +229,26 @@ def check(facts: Any) -> None:
 
 def check_frames(chunk: memoryview, *, one: bool = False) -> None:
     """Raise BadSnapshot unless the bytes are whole frames. one: exactly one frame."""
-    position = frames = 0
-    while position < len(chunk):
-        try:
-            span = frame_span(chunk, position, len(chunk))
-        except BadLength as error:
-            raise BadSnapshot(f"what waits does not consist of frames: {error}") from error
-        _hold(span is not None and sum(span) <= len(chunk), "what waits ends inside a frame")
-        assert span is not None
-        position = sum(span)
-        frames += 1
-    _hold(not one or frames == 1, "what waits as one frame is more than one, or none")
+    position, end = 0, len(chunk)
+    length_at = LENGTH.unpack_from
+    # Written out: there may be a million of them, and everybody waits.
+    while position <= end - _PREFIX:
+        (size,) = length_at(chunk, position)
+        if size < 0:
+            size = _long(chunk, position)
+        position += _PREFIX + size
+        if one:
+            break
+    _hold(position == end, "what waits as one frame is more, or not whole" if one else "what waits ends inside a frame")
+
+
+def _long(chunk: memoryview, position: int) -> int:
+    """Return how much a frame of 2 GiB or more has behind the first four bytes."""
+    try:
+        span = frame_span(chunk, position, len(chunk))
+    except BadLength as error:
+        raise BadSnapshot(f"what waits does not consist of frames: {error}") from error
+    return len(chunk) if span is None else sum(span) - position - _PREFIX
 
 
 def _hold(holds: bool, otherwise: str) -> None:

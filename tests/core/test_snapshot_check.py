@@ -154,6 +154,8 @@ def test_bytes_that_are_missing_are_refused() -> None:
     [
         (b"\0\0\0\x0c" + bytes(11), "ends inside a frame"),
         (b"\xff\xff\xff\xfe" + bytes(12), "does not consist of frames"),
+        (b"\xff\xff\xff\xff" + bytes(7), "ends inside a frame"),
+        (b"\xff\xff\xff\xff\0\0\0\0\x80\0\0\0" + bytes(20), "ends inside a frame"),
         (bytes(18), "ends inside a frame"),
     ],
 )
@@ -178,5 +180,5 @@ def test_one_frame_is_one() -> None:
     facts["outboxes"][2]["size"] = 1000
     before = sum(sum(each["chunks"]) for each in facts["outboxes"][:2])
 
-    with pytest.raises(BadSnapshot, match="more than one"):
+    with pytest.raises(BadSnapshot, match="as one frame is more"):
         taken_over(facts, body[:before] + first + second + body[before:])

@@ -103,7 +103,11 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
     """Return the facts without what a restore may change: see ``restore`` and ``Broker.reconfigure``."""
     facts = copy.deepcopy(dict(facts))
     known = broker.exchange.clients
-    clients = {name: each for name, each in facts["clients"].items() if name in known}
+    clients = {
+        name: {key: each[key] for key in ("changed_at", "turn", "rate", "levels")}
+        for name, each in facts["clients"].items()
+        if name in known
+    }
     for name, each in clients.items():
         rate = known[name].config.rate
         if each["rate"] != [rate.messages, rate.bytes]:
