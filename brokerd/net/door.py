@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
 from brokerd.net.keyring import Credential, Search, key_on
+from brokerd.net.link import has_hung_up
 from brokerd.net.tally import Outcome
 from brokerd.net.tls import NO_CHANNEL, SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
 from brokerd.net.users import is_seen
@@ -250,6 +251,9 @@ class Door:
         knock.silent = False
         knock.heard += data
         knock.reader.feed(data)
+        if has_hung_up(knock.fd):
+            # The event loop may tell nobody of the end that comes behind this: see watch.py.
+            self._loop.call_soon(self._on_readable, knock)
         self._read_on(knock)
         if knock.proof is None:
             self._pull(knock)

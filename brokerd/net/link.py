@@ -366,7 +366,7 @@ class Link:
         return self.closed
 
 
-def has_hung_up(sock: socket.socket) -> bool:
+def has_hung_up(sock: socket.socket | int) -> bool:
     """Return whether the other end has closed, though bytes may be unread."""
     if not hasattr(select, "poll"):
         return False

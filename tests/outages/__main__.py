@@ -1,0 +1,53 @@
+"""``make faults``: runs every test of a fault, and writes the accounts that they found into docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import reliability
+from outages.traffic import Account
+
+TESTS = Path(__file__).resolve().parent.parent
+FILES = (
+    "outages/test_killed_and_stopped.py",
+    "outages/test_resets.py",
+    "outages/test_exhausted.py",
+    "system/test_bad_network.py",
+    "system/test_full_disk.py",
+)
+
+
+def table(accounts: Iterable[Account]) -> str:
+    """Return the accounts in Markdown."""
+    lines = [
+        "| fault | sent | delivered | refused | in doubt | gone with it | twice | out of order | unaccounted | seen |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.fault} | {each.sent:,} | {each.delivered:,} | {each.refused:,} | {each.in_doubt:,} | {each.died:,} "
+        f"| {each.twice:d} | {each.out_of_order:d} | {each.unaccounted:d} | {each.seen} |"
+        for each in accounts
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        rows = Path(directory) / "rows"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", *(str(TESTS / file) for file in FILES)]
+        status = subprocess.run(command, env={**os.environ, "BROKERD_FAULTS": str(rows)}, check=False).returncode
+        # One that was run twice, some positions and then all, has the row of its last time.
+        found = {row["fault"]: Account(**row) for row in map(json.loads, rows.read_text().splitlines())}
+    if status == 0:
+        reliability.put("faults", table(found.values()))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

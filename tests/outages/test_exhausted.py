@@ -1,0 +1,124 @@
+"""What the broker stands on gives way: descriptors, disks, the clock. Its clients do not notice."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from e2e.process import Process
+from e2e.under_load import write_whole
+from net.raw import Raw
+from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs what Linux has")
+
+NAMES = (*SENDERS, *RECIPIENTS, "late")
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def test_no_descriptors_are_left(socket_dir: Path) -> None:
+    """Accepting pauses, those who are there are served all the time, and it resumes when descriptors are free."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    limits = {"handshakes": 100, "handshake_timeout": "60s"}
+    with Process(socket_dir, NAMES, preexec=few, limits=limits) as broker:
+        broker.wait("daemon.started")
+        with Traffic(socket_dir, str(broker.socket)) as traffic:
+            crowd = [Raw(broker.address) for _ in range(60)]
+            broker.wait("listener.paused")
+            traffic.goes_on()
+            for each in crowd:
+                each.close()
+            with broker.login("late") as late:
+                late.ping()
+            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            account = traffic.finish("EMFILE: no descriptors are left, and then there are")
+    assert gone == []
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("accepting paused and resumed; no connection ended")
+
+
+def test_no_space_is_left_for_log_and_audit(socket_dir: Path) -> None:
+    """ENOSPC with every line: nobody waits for the log, nothing stops."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with Process(socket_dir, NAMES, stderr=full, log={"audit": "/dev/full"}) as broker:
+            until(broker.socket.exists, "it does not start")
+            with Traffic(socket_dir, str(broker.socket)) as traffic:
+                for _ in range(20):
+                    Raw(broker.address).close()
+                traffic.goes_on()
+                account = traffic.finish("ENOSPC where the log and the audit go")
+            broker.signal()
+            assert broker.exit_status() == 0
+    finally:
+        os.close(full)
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("no connection ended; SIGTERM ends it with status 0")
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (apt-get install libfaketime)")
+def test_the_clock_is_set(socket_dir: Path) -> None:
+    """A year forward, two years back: deadlines do not move, nobody is disconnected, newcomers are let in."""
+    clock = socket_dir / "clock"
+    clock.write_text("+0")
+    environ = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    with Process(socket_dir, NAMES, environ=environ, limits={"wait_timeout": "5s"}) as broker:
+        broker.wait("daemon.started")
+        with Traffic(socket_dir, str(broker.socket)) as traffic:
+            for number, (offset, years) in enumerate((("+31536000", 1), ("-31536000", -1), ("+0", 0)), 1):
+                # As an editor does: a file that is cut and written would be read empty.
+                write_whole(clock, offset)
+                with broker.login("late") as late:
+                    late.ping()
+                stamp = broker.wait("client.connected", len(NAMES) - 1 + number)[-1]["timestamp"]
+                off = datetime.fromisoformat(stamp).timestamp() - time.time()
+                assert abs(off - years * 31536000) < 3600, stamp
+                traffic.goes_on()
+            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            account = traffic.finish("the clock is set a year forward, two back, and right again")
+        assert not broker.events("daemon.bug")
+    assert gone == []
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("no connection ended; newcomers were let in each time")
+
+
+def test_the_disk_is_slow_during_a_reload(socket_dir: Path) -> None:
+    """The reload waits for a file that does not come; nobody else does."""
+    with Process(socket_dir, NAMES) as broker:
+        broker.wait("daemon.started")
+        with Traffic(socket_dir, str(broker.socket)) as traffic:
+            fifo = socket_dir / "slow.yaml"
+            os.mkfifo(fifo)
+            writer = os.open(fifo, os.O_RDWR)
+            whole = yaml.safe_load(broker.config.read_text())
+            write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+            broker.signal(signal.SIGHUP)
+            until(lambda: _reads(broker.popen.pid, fifo), "it does not read the file")
+            traffic.goes_on(more=100)
+            assert not broker.events("daemon.reloaded")
+            os.write(writer, b"clients: {new: {key: a key for somebody new}}\n")
+            os.close(writer)
+            assert broker.wait("daemon.reloaded")[0]["added"] == ["new"]
+            traffic.goes_on()
+            account = traffic.finish("a disk that does not answer during a reload")
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("no connection ended; the reload went through when the file came")
+
+
+def _reads(pid: int, file: Path) -> bool:
+    return any(os.path.realpath(each) == str(file) for each in Path(f"/proc/{pid}/fd").iterdir())

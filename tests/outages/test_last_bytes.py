@@ -1,0 +1,77 @@
+"""The last bytes and a reset come together: the bytes count, and so does the end."""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.process import Process, key_of
+from net.raw import MESSAGE, Raw, packed, prefixed
+from outages.traffic import until
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux")
+
+#: Far less than limits.handshake_timeout and limits.keepalive here.
+SOON_S = 10.0
+LIMITS = {"handshake_timeout": "60s", "keepalive": "60s"}
+
+
+def stop(broker: Process) -> None:
+    """Have the broker see what comes next all at once."""
+    broker.signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{broker.popen.pid}/stat")
+    until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "it does not stop")
+
+
+def reset(raw: Raw) -> None:
+    raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
+    """The message is delivered, and its sender is seen to be gone though nobody writes to it."""
+    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker, broker.login("bob") as bob:
+        alice = broker.login("alice", broker.addresses()[family == "tcp"])
+        alice.ping()
+        # Closing a Unix socket with unread bytes resets it.
+        bob.send(MESSAGE, "alice", b"unread")
+        assert select.select([alice.sock], [], [], SOON_S)[0]
+        stop(broker)
+        alice.write(packed(MESSAGE, "bob", b"the last one"))
+        reset(alice)
+        broker.signal(signal.SIGCONT)
+        assert bob.recv().body == b"the last one"
+        until(lambda: bool(broker.events("client.disconnected")), "it stays online", SOON_S)
+
+
+def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
+    """The peer is let go of at once, and not when its time is over."""
+    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker:
+        raw = Raw(broker.addresses()[1])
+        answer = prefixed(raw.answer(key_of("alice"), b"alice"))
+        stop(broker)
+        raw.write(answer[:20])
+        reset(raw)
+        broker.signal(signal.SIGCONT)
+        until(lambda: bool(broker.events("client.refused")), "it stays at the door", SOON_S)
+
+
+def test_the_end_of_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
+    """Who is let in and gone at once does not stay online."""
+    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker, broker.login("bob") as bob:
+        raw = Raw(broker.addresses()[1])
+        raw.write(prefixed(raw.answer(key_of("alice"), b"alice")))
+        raw.read_body()
+        raw.challenge(key_of("alice"))
+        stop(broker)
+        raw.write(prefixed(b"#WELCOME#") + packed(MESSAGE, "bob", b"the last one"))
+        reset(raw)
+        broker.signal(signal.SIGCONT)
+        assert bob.recv().body == b"the last one"
+        until(lambda: bool(broker.events("client.disconnected")), "it stays online", SOON_S)

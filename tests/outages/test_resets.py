@@ -1,0 +1,161 @@
+"""Connections are reset at every byte of a handshake and of a frame, in both directions."""
+
+from __future__ import annotations
+
+import queue
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from e2e.process import Process, key_of
+from outages.cutter import Cutter
+from outages.traffic import Account, until
+
+import brokerd_client
+from brokerd_client.errors import AuthenticationError, Disconnected, InDoubt, Offline
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts descriptors in /proc")
+
+TIMEOUT_S = 30.0
+PAYLOAD = 100
+#: Everyday some of the positions are enough, beginning with one by chance.
+every_byte = pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def positions(size: int, step: int) -> range:
+    first = random.randrange(step)
+    print(f"positions from {first} in steps of {step}")
+    return range(first, size, step)
+
+
+@contextmanager
+def broker_and_cutter(directory: Path) -> Iterator[tuple[Process, Cutter]]:
+    """Run a broker and a relay to it; what the cuts left behind in the broker is looked for at the end."""
+    with Process(directory, ("alice", "bob"), listen=["127.0.0.1:0"]) as broker:
+        tcp = broker.addresses()[1]
+        descriptors = Path(f"/proc/{broker.popen.pid}/fd")
+        before = len(list(descriptors.iterdir()))
+        with Cutter((tcp.host, tcp.port)) as cutter:
+            yield broker, cutter
+        until(lambda: len(list(descriptors.iterdir())) == before, "the broker keeps descriptors of connections cut")
+        assert not broker.events("daemon.bug")
+
+
+def connect(address: str, name: str) -> brokerd_client.Client:
+    return brokerd_client.connect(address, name, key=key_of(name), timeout=TIMEOUT_S, reconnect=False)
+
+
+@every_byte
+def test_at_every_byte_of_a_handshake(socket_dir: Path, step: int) -> None:
+    """The client is told at once, the broker keeps nothing, and others are served; then it gets in."""
+    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "bob") as other:
+        connect(cutter.address, "alice").close()
+        up, down = cutter.passed
+        assert min(up, down) > 100
+        ways = [*({"up": at} for at in positions(up, step)), *({"down": at} for at in positions(down, step))]
+        # Who is welcome can't know that its own welcome got lost: it hears of that when it wants something.
+        told = 0
+        for number, way in enumerate(ways, 1):
+            cutter.cut_after(**way)
+            try:
+                with connect(cutter.address, "alice") as client:
+                    client.ping()
+            except (Disconnected, AuthenticationError):
+                told += 1
+            cutter.wait_for_cuts(number)
+            other.ping()
+        assert told == len(ways)
+        with connect(cutter.address, "alice") as client:
+            client.ping()
+    account = Account("connections reset at every byte of a handshake", sent=len(ways), refused=told)
+    account.record(f"{up} bytes up, {down} down: each time the client was told, and nothing was left behind")
+
+
+@every_byte
+def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, step: int) -> None:
+    """A message cut short is not delivered; one whose receipt was cut is in doubt, and was delivered once."""
+    account = Account("connections reset at every byte of a message, and of its receipt")
+    got: list[int] = []
+    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "bob") as bob:
+        up, down = frame_sizes(cutter, bob)
+        whole: list[int] = []
+        perhaps: list[int] = []
+        for way in (*({"up": at} for at in positions(up + 1, step)), *({"down": at} for at in positions(down, step))):
+            account.sent += 1
+            with connect(cutter.address, "alice") as alice:
+                cutter.cut_after(**way)
+                try:
+                    alice.send("bob", b"%05d" % account.sent + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
+                except InDoubt:
+                    account.in_doubt += 1
+                cutter.wait_for_cuts(account.sent)
+                # Let in after that, she has been read to the end.
+            if "down" in way:
+                whole.append(account.sent)
+            elif way["up"] == up:
+                # Whole, but it may still be unread when the reset comes.
+                perhaps.append(account.sent)
+        with connect(str(broker.socket), "alice") as alice:
+            alice.send("bob", b"end", receipt=True, timeout=TIMEOUT_S)
+        while (payload := bob.recv(TIMEOUT_S).payload) != b"end":
+            got.append(int(payload.rstrip(b"\0")))
+    account.delivered, account.twice = len(set(got)), len(got) - len(set(got))
+    account.out_of_order = got != sorted(got)
+    account.unaccounted = len(set(whole) - set(got))
+    assert set(got) <= {*whole, *perhaps}
+    assert account.in_doubt == account.sent
+    account.record(f"{up} bytes of the message, {down} of the receipt; none of those cut short was delivered")
+
+
+def frame_sizes(cutter: Cutter, bob: brokerd_client.Client) -> tuple[int, int]:
+    """Return how many bytes a message and its receipt have."""
+    with connect(cutter.address, "alice") as alice:
+        alice.ping()
+        before = list(cutter.passed)
+        alice.send("bob", b"00001" + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
+        bob.recv(TIMEOUT_S)
+        return cutter.passed[0] - before[0], cutter.passed[1] - before[1]
+
+
+@every_byte
+def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, step: int) -> None:
+    """The one asked is cut off: the asker hears that it went offline, at once, unless the whole reply was through."""
+    account = Account("connections reset at every byte of a request to a client, and of its reply")
+    handed: queue.Queue[bytes] = queue.Queue()
+    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "alice") as alice:
+
+        def answerer() -> brokerd_client.Client:
+            bob = connect(cutter.address, "bob")
+
+            def answer(message: brokerd_client.Message) -> bytes:
+                handed.put(message.payload)
+                return bytes(message.payload)
+
+            bob.on_request(answer)
+            return bob
+
+        with answerer():
+            alice.ping()
+            before = list(cutter.passed)
+            alice.request("bob", b"00001" + bytes(PAYLOAD), timeout=TIMEOUT_S)
+            up, down = (after - earlier for after, earlier in zip(cutter.passed, before, strict=True))
+        for way in (
+            *({"down": at} for at in positions(down + 1, step)),
+            *({"up": at} for at in positions(up + 1, step)),
+        ):
+            account.sent += 1
+            with answerer():
+                cutter.cut_after(**way)
+                try:
+                    alice.request("bob", b"%05d" % account.sent + bytes(PAYLOAD), timeout=TIMEOUT_S)
+                    account.delivered += 1
+                except Offline:
+                    account.refused += 1
+                cutter.wait_for_cuts(account.sent)
+        came = [handed.get_nowait() for _ in range(handed.qsize())][1:]
+    account.twice = len(came) - len(set(came))
+    assert account.delivered + account.refused == account.sent
+    account.record(f"{down} bytes of the request, {up} of the reply; each asker was told at once")

@@ -1,0 +1,68 @@
+"""A disk that fills up under the audit, and is emptied again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.process import Process
+from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(
+        sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root on Linux"
+    ),
+]
+
+NAMES = (*SENDERS, *RECIPIENTS, "late")
+
+
+@pytest.fixture
+def small_disk(socket_dir: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = socket_dir / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -> None:
+    """Messages go on without the record; when there is room again it goes on, and says how many lines it lost."""
+    audit = small_disk / "audit.log"
+    with Process(socket_dir, NAMES, log={"audit": str(audit)}) as broker:
+        broker.wait("daemon.started")
+        with Traffic(socket_dir, str(broker.socket)) as traffic:
+            with (small_disk / "filler").open("wb", buffering=0) as filler:
+                until(lambda: not _takes_more(filler.fileno()), "the disk is never full")
+            for _ in range(60):
+                # Enough lines for what is left of the page the audit has begun.
+                with broker.login("late") as late:
+                    late.ping()
+            traffic.goes_on()
+            size = audit.stat().st_size
+            (small_disk / "filler").unlink()
+            with broker.login("late") as late:
+                late.ping()
+            until(lambda: b'"log.lost"' in audit.read_bytes()[size:], "the audit never goes on")
+            traffic.goes_on()
+            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            account = traffic.finish("ENOSPC under the audit, and room again")
+    assert gone == []
+    assert (account.refused, account.in_doubt) == (0, 0)
+    account.record("no connection ended; the audit went on and said what it lost")
+
+
+def _takes_more(file: int) -> bool:
+    try:
+        return os.write(file, bytes(4096)) > 0
+    except OSError:
+        return False
