@@ -200,7 +200,8 @@ class Work:
                 with contextlib.suppress(TimeoutError):
                     got.append(NUMBER.unpack(dropped.recv().body[:8])[0])
                     if len(got) % 100 == 0:
-                        self.stop.wait(0.5)
+                        # More comes meanwhile than its queue holds.
+                        self.stop.wait(1.0)
                 self.check()
             dropper.send(MESSAGE, "dropper", b"end")
             hearer.join(WAIT_S)
