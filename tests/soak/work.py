@@ -109,8 +109,8 @@ class Work:
     def _address(self) -> Address:
         return self._chance.choice(self._addresses)
 
-    def _login(self, name: str) -> Raw:
-        raw = login(self._address(), key_of(name), name.encode())
+    def _login(self, name: str, address: Address | None = None) -> Raw:
+        raw = login(address or self._address(), key_of(name), name.encode())
         raw.sock.settimeout(WAIT_S)
         return raw
 
@@ -154,7 +154,8 @@ class Work:
 
     def _slow_reader(self) -> None:
         """Its queue is full most of the time and its sender held; everything arrives, in order."""
-        with self._login("pusher") as pusher, self._login("slow") as slow:
+        # By the Unix socket: TCP's buffers would hold megabytes for it.
+        with self._login("pusher") as pusher, self._login("slow", self._addresses[0]) as slow:
             sent = 0
 
             def push() -> None:
@@ -177,7 +178,7 @@ class Work:
 
     def _drop_oldest(self) -> None:
         """Each message is received, in order, or comes back as full."""
-        with self._login("dropper") as dropper, self._login("dropped") as dropped:
+        with self._login("dropper") as dropper, self._login("dropped", self._addresses[0]) as dropped:
             got: list[int] = []
             refused: list[int] = []
             sent = 0
