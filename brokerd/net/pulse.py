@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Final
 
-from brokerd_client.keepalive import Silence
+from brokerd_client.keepalive import LOOKS, Silence
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Pulse"]
 
 _TCP: Final = (socket.AF_INET, socket.AF_INET6)
-#: Looks at each connection within limits.keepalive.
-_LOOKS: Final = 4
 _SHORTEST_PAUSE_S: Final = 0.25
 #: Connections looked at in one turn of the loop: less than a millisecond's work.
 _SLICE: Final = 200
@@ -56,7 +54,7 @@ class Pulse:
             self._timer = None
 
     def _rest(self) -> None:
-        pause = max(self._server.limits.keepalive / _LOOKS, _SHORTEST_PAUSE_S)
+        pause = max(self._server.limits.keepalive / LOOKS, _SHORTEST_PAUSE_S)
         self._timer = self._server.loop.call_later(pause, self._begin)
 
     def _begin(self) -> None:

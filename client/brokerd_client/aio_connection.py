@@ -6,13 +6,15 @@ A part of the asyncio face; the bytes mean nothing here.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
-from brokerd_client.keepalive import DEFAULT_S, keep_alive
+from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
 
 __all__ = ["Connection", "Hearer", "dial"]
 
@@ -45,6 +47,7 @@ class Connection(asyncio.Protocol):
         self.reading = True
         #: Bytes given to the transport that it may not have written yet.
         self.unwritten = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol: there is a connection."""
@@ -63,9 +66,20 @@ class Connection(asyncio.Protocol):
         # Paused then means just this: not everything has been written.
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock is not None and sock.family in TCP:
             # A peer whose machine is gone says nothing for ever.
             keep_alive(sock, DEFAULT_S)
+            self._look(sock, Silence())
+
+    def _look(self, sock: object, silence: Silence) -> None:
+        """Look, now and then, whether the peer still answers; tell the client when it is gone without a word."""
+        loop = self.closed.get_loop()
+        if self.closed.done():
+            return
+        if silence.lasts(sock, loop.time()) >= DEFAULT_S:
+            self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+        else:
+            self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
@@ -86,6 +100,8 @@ class Connection(asyncio.Protocol):
         """asyncio.Protocol: the connection is gone."""
         if not self.closed.done():
             self.closed.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
         self._client._on_lost(self, error)
 
 

@@ -11,11 +11,12 @@ import errno
 import os
 import selectors
 import socket
+import time
 from collections.abc import Iterator, Mapping
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
-from brokerd_client.keepalive import DEFAULT_S, keep_alive
+from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
 
 __all__ = ["Channel"]
 
@@ -36,6 +37,10 @@ class Channel:
         self._candidates: Iterator[tuple[int, tuple[object, ...] | str]] = iter(())
         self._selector = selectors.DefaultSelector()
         self._mask = 0
+        self._silence = Silence()
+        self._look_at = 0.0
+        #: The peer is gone without a word: reading raises that.
+        self._vanished = False
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
@@ -127,6 +132,7 @@ class Channel:
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
         assert self._socket is not None
+        self._raise_if_vanished()
         try:
             return self._socket.recv(_READ_SIZE)
         except (BlockingIOError, InterruptedError):
@@ -143,6 +149,9 @@ class Channel:
 
         reading: whether arriving bytes are wanted.
         """
+        timeout = self._look_for_silence(timeout)
+        if self._vanished:
+            return True, False
         mask = 0
         if self._socket is not None:
             read, write = self._wanted(reading=reading)
@@ -157,6 +166,21 @@ class Channel:
             else:
                 found = ready
         return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
+
+    def _look_for_silence(self, timeout: float | None) -> float | None:
+        """Look, now and then, whether the peer still answers; return the timeout, cut to when to look again."""
+        if self._socket is None or self.connecting or self._socket.family not in TCP:
+            return timeout
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + DEFAULT_S / LOOKS
+            self._vanished = self._silence.lasts(self._socket, now) >= DEFAULT_S
+        left = self._look_at - now
+        return left if timeout is None else min(timeout, left)
+
+    def _raise_if_vanished(self) -> None:
+        if self._vanished:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _wanted(self, *, reading: bool) -> tuple[bool, bool]:
         """Return whether to wait until the socket can be read, and written."""
@@ -185,7 +209,8 @@ class Channel:
             self._arm(0)
             self._socket.close()
             self._socket = None
-        self.connecting = False
+        self.connecting = self._vanished = False
+        self._silence = Silence()
         self.backlog = memoryview(b"")
 
     def close(self) -> None:

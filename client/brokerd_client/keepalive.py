@@ -14,14 +14,17 @@ import struct
 import sys
 from typing import Any, Final
 
-__all__ = ["DEFAULT_S", "Silence", "keep_alive"]
+__all__ = ["DEFAULT_S", "LOOKS", "TCP", "Silence", "keep_alive"]
 
 #: Seconds without an answer after which a connection is given up, unless told otherwise.
 DEFAULT_S: Final = 30.0
+#: Looks at a connection within that time.
+LOOKS: Final = 4
 #: As Linux's struct tcp_info begins: the state, two counts of what was repeated without an answer, and after eleven
 #: numbers the milliseconds since the last acknowledgement.
 _TCP_INFO: Final = struct.Struct("=xxBB4x48xI")
-_TCP: Final = (getattr(socket, "AF_INET", None), getattr(socket, "AF_INET6", None))
+#: The families of TCP's sockets.
+TCP: Final = (getattr(socket, "AF_INET", None), getattr(socket, "AF_INET6", None))
 #: The name on macOS of what the others call TCP_KEEPIDLE.
 _IDLE: Final = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
 
@@ -31,7 +34,7 @@ def keep_alive(sock: Any, limit_s: float) -> None:
 
     limit_s: whole seconds count, one at least; 0 changes nothing. Other sockets are left alone. Raises OSError.
     """
-    if sock.family not in _TCP or not limit_s:
+    if sock.family not in TCP or not limit_s:
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle = max(1, int(limit_s / 2))
@@ -74,7 +77,7 @@ class Silence:
 
 def _quiet_s(sock: Any) -> float | None:
     """Return the seconds since the last answer, None where nothing had to be repeated since then."""
-    if sys.platform != "linux" or sock.family not in _TCP:
+    if sys.platform != "linux" or sock.family not in TCP:
         return None
     try:
         repeats, probes, quiet_ms = _TCP_INFO.unpack(

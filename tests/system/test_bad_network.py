@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Iterator
@@ -11,8 +12,12 @@ from typing import Any
 import pytest
 from e2e.process import Process, key_of
 from net.raw import MESSAGE, WANT_RECEIPT, Raw, login
-from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+from outages.traffic import RECIPIENTS, SENDERS, WAIT_S, Traffic, until
 from system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
+
+import brokerd_client
+from brokerd_client import aio
+from brokerd_client.errors import InDoubt
 
 pytestmark = [pytest.mark.system, needs_networks()]
 
@@ -186,3 +191,35 @@ def test_a_bad_link_loses_and_doubles_no_message(
     assert (account.refused, account.in_doubt) == (0, 0)
     assert trip > 2 * delay_ms / 1000
     account.record(f"round trip {trip * 1000:.0f} ms; no connection ended")
+
+
+@pytest.mark.parametrize("face", ["blocking", "asyncio"])
+def test_a_client_finds_that_its_broker_has_vanished(
+    link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, face: str
+) -> None:
+    """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no call of its has run out."""
+    for module in ("brokerd_client.channel", "brokerd_client.aio_connection"):
+        monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
+    with broker_there(socket_dir, link) as broker:
+        address = str(broker.addresses()[1])
+
+        async def ask() -> None:
+            async with aio.connect(address, "s0", key_of("s0"), reconnect=False) as client:
+                await client.ping()
+                link.cut(CLIENTS)
+                await client.request("s0", 1, timeout=WAIT_S)
+
+        # A thread is in the network of the one that made it.
+        with link.visit(CLIENTS):
+            began = time.monotonic()
+            if face == "asyncio":
+                with pytest.raises(InDoubt):
+                    asyncio.run(ask())
+            else:
+                with brokerd_client.connect(address, "s0", key=key_of("s0"), reconnect=False) as client:
+                    client.ping()
+                    link.cut(CLIENTS)
+                    with pytest.raises(InDoubt):
+                        client.request("s0", 1, timeout=WAIT_S)
+            took = time.monotonic() - began
+    assert KEEPALIVE_S <= took < 2 * KEEPALIVE_S + 4
