@@ -106,11 +106,22 @@ class _Entry(BaseModel):
     )
 
 
-def _schema_of_both_forms(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """Return the schema of an address alone, or of a mapping with its options."""
-    short = schema["properties"]["address"]["anyOf"]
-    long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
-    return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
+class _AddressEntry(_Entry):
+    """An address alone, or a mapping with its options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Return the long form of an address that stands alone."""
+        return value if isinstance(value, Mapping) else {"address": value}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
+        """Return the schema of both forms."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        short = schema["properties"]["address"]["anyOf"]
+        long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
+        return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
 
 
 class TlsEntry(_Entry):
@@ -130,7 +141,7 @@ class TlsEntry(_Entry):
     """Whether clients have to bind their key to the TLS channel: required or optional."""
 
 
-class ListenEntry(_Entry):
+class ListenEntry(_AddressEntry):
     """A place to listen at: an address alone, or a mapping with its options."""
 
     address: Where
@@ -147,16 +158,6 @@ class ListenEntry(_Entry):
     """TLS, on TCP: the certificate, its key, and what clients have to show."""
     plain: bool = False
     """On TCP without TLS, that this is meant: no warning that others can read and alter what passes."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: object) -> object:
-        """Return the long form of an address that stands alone."""
-        return value if isinstance(value, Mapping) else {"address": value}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
-        return _schema_of_both_forms(handler.resolve_ref_schema(handler(core_schema)))
 
 
 class KeyEntry(_Entry):
@@ -311,23 +312,13 @@ class Log(_Entry):
     """A file for who came and was refused, what administrators did, and what changed, one JSON object a line."""
 
 
-class MonitorEntry(_Entry):
+class MonitorEntry(_AddressEntry):
     """Where the broker tells how it is, over HTTP: an address alone, or a mapping with its options."""
 
     address: Where
     """HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, or a Unix socket's path. There is no password: keep it local."""
     per_client: bool = False
     """Whether there are metrics for each client, some eight for each name."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: object) -> object:
-        """Return the long form of an address that stands alone."""
-        return value if isinstance(value, Mapping) else {"address": value}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
-        return _schema_of_both_forms(handler.resolve_ref_schema(handler(core_schema)))
 
 
 class IncludedFile(_Entry):

@@ -309,8 +309,10 @@ class Link:
         """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
         self.server.tally.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
+        # Not its repr: that of an error about text or bytes shows all of them, and they may be somebody's message.
+        what = f"{type(error).__name__}: {error}"
         self.server.floods.note(
-            "error", "daemon.bug", type(error).__name__, name=name, address=address, error=repr(error), trace=trace
+            "error", "daemon.bug", type(error).__name__, name=name, address=address, error=what, trace=trace
         )
         self.lost("a bug in the broker")
 

@@ -33,15 +33,20 @@ def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -
         assert len(here.log.named("client.refused")) + more == 300
 
 
-def test_a_bug_ends_one_connection_and_is_loud(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is closed, the log has the trace, and the others go on."""
+@pytest.mark.parametrize(
+    "bug", [ZeroDivisionError("a bug"), UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "a bug")]
+)
+def test_a_bug_ends_one_connection_and_is_loud(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception
+) -> None:
+    """The connection is closed, the log has the trace and nothing of what was sent, and the others go on."""
     with house(configuration(str(socket_dir / "sock"))) as here:
         alice, bob = here.login("alice"), here.login("bob")
         right = routing.feed
 
         def wrong(broker: object, source: object, *rest: object) -> object:
             if getattr(source, "address", "") == "alice":
-                raise ZeroDivisionError("a bug")
+                raise bug
             return right(broker, source, *rest)  # type: ignore[arg-type]
 
         monkeypatch.setattr(routing, "feed", wrong)
@@ -49,7 +54,9 @@ def test_a_bug_ends_one_connection_and_is_loud(socket_dir: Path, monkeypatch: py
         assert alice.is_closed()
         event = here.log.wait("daemon.bug")[0]
         assert event.level == "error"
-        assert "ZeroDivisionError" in event.fields["error"]
+        assert type(bug).__name__ in event.fields["error"]
+        assert "a bug" in "".join(event.fields["trace"])
+        assert "of a message" not in str(event.fields)
         assert bob.ask("whoami").json["name"] == "bob"
         alice.close()
         bob.close()
