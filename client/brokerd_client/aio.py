@@ -26,6 +26,7 @@ from brokerd_client.codec import encode
 from brokerd_client.desk import log
 from brokerd_client.dialog import LINGER_S
 from brokerd_client.errors import (
+    AlreadyAnswered,
     BrokerdError,
     Closed,
     Disconnected,
@@ -213,16 +214,17 @@ class Client(Link):
         """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
         number, body = encode(payload, codec)
         await self._wait_until_clear(None)
+        message.require_unanswered()
         self._dialog.reply(message.sender, message.id, number, body, extension)
         self._write()
-        if isinstance(message, Message):
-            message._answered = True
+        message.mark_answered()
 
     async def _fail(self, message: Message, text: str, code: str) -> None:
         await self._wait_until_clear(None)
+        message.require_unanswered()
         self._dialog.fail(message.sender, message.id, code, text)
         self._write()
-        message._answered = True
+        message.mark_answered()
 
     @overload
     async def publish(
@@ -483,13 +485,15 @@ def _answering(handler: Callable[[Message], object]) -> Callable[[Message], obje
             result = handler(request)
             if inspect.isawaitable(result):
                 result = await result
-            if result is not None or not hasattr(request, "_answered"):
+            if not request.answered:
                 await request.reply(result)
+            elif result is not None:
+                log().warning("a request of %s had been answered when its handler returned more", request.sender)
         except (Disconnected, Closed):
             log().warning("a request of %s could not be answered: the connection is gone", request.sender)
         except Exception as error:  # noqa: BLE001 - the handler's own, whatever it is
             log().exception("the handler of a request of %s failed", request.sender)
-            with contextlib.suppress(Disconnected, Closed):
+            with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
                 await request.fail(f"the handler failed: {type(error).__name__}")
 
     return answer

@@ -41,14 +41,12 @@ class Giver(message.Owner, Protocol):
 class Message(message.Message):
     """A message received by an asyncio client; a REQUEST can be answered."""
 
-    __slots__ = ("_answered",)
+    __slots__ = ()
 
     _owner: Giver
-    #: Set once it has been answered.
-    _answered: bool
 
     async def reply(self, payload: object, *, codec: str | int | None = None) -> None:
-        """Answer this request. Raises PayloadError, Disconnected or Closed."""
+        """Answer this request. Raises PayloadError, AlreadyAnswered, Disconnected or Closed."""
         await self._owner.reply(self, payload, codec=codec)
 
     async def fail(self, text: str, code: str = "failed") -> None:

@@ -25,7 +25,7 @@ from brokerd_client.blocking_link import Link
 from brokerd_client.codec import encode
 from brokerd_client.desk import log
 from brokerd_client.dialog import LINGER_S
-from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
+from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, TimedOut
 from brokerd_client.life import State
 from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
@@ -221,15 +221,17 @@ class Client(Link):
         """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
         number, body = encode(payload, codec)
         with self._sending(None):
+            message.require_unanswered()
             self._dialog.reply(message.sender, message.id, number, body, extension)
             self._write(message.id)
-        _mark_answered(message)
+            message.mark_answered()
 
     def _fail(self, message: Message, text: str, code: str) -> None:
         with self._sending(None):
+            message.require_unanswered()
             self._dialog.fail(message.sender, message.id, code, text)
             self._write(message.id)
-        _mark_answered(message)
+            message.mark_answered()
 
     @overload
     def publish(
@@ -486,19 +488,16 @@ class _Answer:
     def __call__(self, request: Message) -> None:
         try:
             result = self._handler(request)
-            if result is not None or not hasattr(request, "_answered"):
+            if not request.answered:
                 request.reply(result)
+            elif result is not None:
+                log().warning("a request of %s had been answered when its handler returned more", request.sender)
         except (Disconnected, Closed):
             log().warning("a request of %s could not be answered: the connection is gone", request.sender)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the handler's own, whatever it is
             log().exception("the handler of a request of %s failed", request.sender)
-            with contextlib.suppress(Disconnected, Closed):
+            with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
                 request.fail(f"the handler failed: {type(error).__name__}")
-
-
-def _mark_answered(request: message.Message) -> None:
-    if isinstance(request, Message):
-        request._answered = True
 
 
 def _deadline(timeout: float | None) -> float | None:

@@ -40,14 +40,12 @@ class Giver(message.Owner, Protocol):
 class Message(message.Message):
     """A message received by a blocking client; a REQUEST can be answered."""
 
-    __slots__ = ("_answered",)
+    __slots__ = ()
 
     _owner: Giver
-    #: Set once it has been answered.
-    _answered: bool
 
     def reply(self, payload: object, *, codec: str | int | None = None) -> None:
-        """Answer this request. Raises PayloadError, Disconnected or Closed."""
+        """Answer this request. Raises PayloadError, AlreadyAnswered, Disconnected or Closed."""
         self._owner.reply(self, payload, codec=codec)
 
     def fail(self, text: str, code: str = "failed") -> None:

@@ -7,6 +7,7 @@
     │   ├── AddressError             (ValueError) the address can't be understood or served here
     │   ├── InvalidName              (ValueError) not a client name, address or topic
     │   ├── InvalidKey               (ValueError) an empty or unreadable key
+    │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
     │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
     │   └── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
     ├── RemoteError                  the peer broke the rules; its connection is to be closed
@@ -37,6 +38,7 @@ import multiprocessing
 
 __all__ = [
     "AddressError",
+    "AlreadyAnswered",
     "AuthenticationError",
     "BadLength",
     "BrokerdError",
@@ -94,6 +96,10 @@ class InvalidKey(LocalError, ValueError):
 
 class PayloadError(LocalError, TypeError):
     """The payload can't be encoded, or is larger than can be sent."""
+
+
+class AlreadyAnswered(LocalError, RuntimeError):
+    """A request was given a second answer; whoever asked has the first."""
 
 
 class WrongProcess(LocalError, RuntimeError):

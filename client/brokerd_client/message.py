@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from brokerd_client import codec as codecs
-from brokerd_client.errors import UndecodablePayload
+from brokerd_client.errors import AlreadyAnswered, UndecodablePayload
 from brokerd_client.wire.envelope import CodecId, Kind
 
 __all__ = ["Message", "Owner", "Receipt", "with_ttl"]
@@ -43,9 +43,11 @@ class Message:
     codec: how they are encoded. topic: of an EVENT, else "". extension: the sender's JSON object, or None.
     """
 
-    __slots__ = ("_kind", "_owner", "_payload", "body", "codec", "extension", "id", "sender", "topic")
+    __slots__ = ("_answered", "_kind", "_owner", "_payload", "body", "codec", "extension", "id", "sender", "topic")
 
     _payload: Any
+    #: Set once it has been answered.
+    _answered: bool
 
     def __init__(
         self,
@@ -100,6 +102,20 @@ class Message:
             return self.body.decode()
         except UnicodeDecodeError as error:
             raise UndecodablePayload("the payload is not UTF-8 text") from error
+
+    @property
+    def answered(self) -> bool:
+        """Whether this request has been answered here."""
+        return hasattr(self, "_answered")
+
+    def mark_answered(self) -> None:
+        """Its one answer is on its way."""
+        self._answered = True
+
+    def require_unanswered(self) -> None:
+        """Raise AlreadyAnswered where an answer is on its way."""
+        if self.answered:
+            raise AlreadyAnswered(f"request {self.id} of {self.sender} has been answered: each gets one answer")
 
     def __len__(self) -> int:
         return len(self.body)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from faces import PATIENCE, Asyncio, Blocking, Face
 
+import brokerd_client
 from brokerd.testing import RunningBroker, running
 from brokerd_client.errors import (
+    AlreadyAnswered,
     AuthenticationError,
     Closed,
     Denied,
@@ -191,6 +193,47 @@ def test_failing_a_request_by_hand(connect: Connect) -> None:
     bob.recv(PATIENCE).fail("too late for that", code="closed_shop")
     asking.join(PATIENCE)
     assert [(error.code, str(error)) for error in caught] == [("closed_shop", "too late for that")]
+
+
+def test_request_gets_one_answer(connect: Connect) -> None:
+    """A second reply, or a refusal behind a reply, is an error where it is given; the first one counts."""
+    alice, bob = connect("alice"), connect("bob")
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(alice.request("bob", 1, timeout=PATIENCE).payload))
+    asking.start()
+    request = bob.recv(PATIENCE)
+    request.reply("first")
+    for again in (lambda: request.reply("second"), lambda: request.fail("no")):
+        with pytest.raises(AlreadyAnswered, match="of alice has been answered"):
+            again()
+    asking.join(PATIENCE)
+    assert answers == ["first"]
+
+
+@pytest.mark.parametrize("then", ["return", "raise"])
+def test_handler_that_has_answered_gives_no_second_answer(
+    connect: Connect, caplog: pytest.LogCaptureFixture, then: str
+) -> None:
+    """What a handler returns or raises after its own answer goes into the log here, and the handler lives on."""
+    alice, bob = connect("alice"), connect("bob")
+
+    def handle(message: Any) -> object:
+        if then == "raise":
+            raise ZeroDivisionError("after the answer")
+        return "second"
+
+    async def late(message: Any) -> object:
+        await message.reply("first")
+        return handle(message)
+
+    def at_once(message: Any) -> object:
+        message.reply("first")
+        return handle(message)
+
+    bob.on_request(at_once if isinstance(bob, brokerd_client.Client) else late)
+    for _ in range(2):
+        assert alice.request("bob", 1, timeout=PATIENCE).payload == "first"
+    until(lambda: "had been answered" in caplog.text or "after the answer" in caplog.text)
 
 
 def test_messages_go_to_a_handler_in_order(connect: Connect) -> None:
