@@ -217,12 +217,12 @@ class Link:
     def _on_lost(self, link: Connection, error: Exception | None) -> None:
         self._links.discard(link)
         if link is self._link and not self._forked:
-            state = self._dialog.state.value
             if isinstance(error, OSError):
                 self._lose(broken(error))
+            elif error is not None:
+                self._lose(Disconnected(f"the connection broke: {error}"))
             else:
-                why = f"the connection broke: {error}" if error else f"the broker closed the connection ({state})"
-                self._lose(Disconnected(why))
+                self._lose(self._dialog.hung_up())
 
     def _lose(self, reason: BrokerdError) -> None:
         """The connection is gone, or to be given up."""

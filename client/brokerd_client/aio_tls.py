@@ -13,7 +13,7 @@ from typing import Any, cast
 from brokerd_client.address import Address
 from brokerd_client.aio_connection import Connection, Hearer, dial
 from brokerd_client.errors import TlsError
-from brokerd_client.tls import Engine
+from brokerd_client.tls import Engine, explained
 
 __all__ = ["TlsConnection", "dial_tls"]
 
@@ -98,7 +98,7 @@ class TlsConnection(Connection):
 
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio.Protocol: the connection is gone."""
-        self._opened(error or TlsError("the broker closed the connection during the TLS handshake: its log says why"))
+        self._opened(error or explained(ssl.SSLEOFError(), listener=False))
         super().connection_lost(self._error or error)
 
 

@@ -342,7 +342,7 @@ class Link:
         if data is None:
             return
         if not data:
-            self._lose(Disconnected(f"the broker closed the connection ({self._dialog.state.value})"))
+            self._lose(self._dialog.hung_up())
             return
         now = time.monotonic()
         with self._lock:

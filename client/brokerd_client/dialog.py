@@ -340,6 +340,11 @@ class Dialog(Reception[M]):
 
     # Sending, below
 
+    def hung_up(self) -> Disconnected:
+        """Return the error for a connection that the broker has closed; it says how far we were, if not through."""
+        at = "" if self.state is State.READY else f" ({self.state.value})"
+        return Disconnected(f"the broker closed the connection{at}")
+
     def require_ready(self) -> None:
         """Raise Closed or Disconnected unless messages flow."""
         if self.state is State.READY:

@@ -177,6 +177,17 @@ def test_silent_broker_is_given_up_in_time() -> None:
     assert pair.dialog.tick(14).broken is None
 
 
+def test_connection_that_the_broker_closes_is_told_with_what_was_going_on(pair: Pair) -> None:
+    """Once messages pass there is nothing to add; before that, how far we were says what to look at."""
+    ready = str(pair.dialog.hung_up())
+    beginner = Pair()
+    beginner.dialog.dialing(0.0)
+    beginner.dialog.opened(NONCE)
+
+    assert ready == "the broker closed the connection"
+    assert str(beginner.dialog.hung_up()) == "the broker closed the connection (the handshake is under way)"
+
+
 def test_refused_introduction_breaks_the_link() -> None:
     """A broker that is shutting down refuses whoami: the link breaks with its reason."""
     pair = Pair()
