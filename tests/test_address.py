@@ -84,6 +84,8 @@ def test_an_address_is_its_own_reading() -> None:
         ("@", "can't be empty"),
         ("\0", "can't be empty"),
         ("/run/b\0.sock", "NUL character"),
+        ("tcp://localhost:6000", "leave out tcp:// and give HOST:PORT"),
+        ("unix:///run/b.sock", "leave out unix:// and give HOST:PORT"),
         ("localhost:", "HOST:PORT"),
         (":6000", "HOST:PORT"),
         ("localhost:port", "HOST:PORT"),

@@ -29,6 +29,7 @@ _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
 _FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
 _TLS: Final = "tls://"
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
         return replace(_from_pair((match["host"], int(match["port"]))), tls=tls)
     if tls:
         raise AddressError(f"{address!r} is no address: give tls://HOST:PORT or tls://[IPV6]:PORT")
+    if scheme := _SCHEME.match(address):
+        raise AddressError(f"{address!r} is no address: leave out {scheme[0]} and give {_FORMS}")
     if "/" not in address and (":" in address or "[" in address):
         raise AddressError(f"{address!r} is no address: give {_FORMS}")
     if "\0" in address:
