@@ -30,7 +30,23 @@ EX_CONFIG: Final = 78
 _KEY_SIZE: Final = 32
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands; whoever gives a file in the place of one is told how."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command, as click does. Raises UsageError."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not (args[0].endswith((".yaml", ".yml")) or Path(args[0]).is_file()):
+                raise
+            right = f"To run the broker with this file: brokerd --config {args[0]}"
+            raise click.UsageError(f"{error.message} {right}", ctx) from None
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config",
     envvar="BROKERD_CONFIG",

@@ -99,7 +99,10 @@ def _unopened(file: str, error: OSError | ValueError) -> str:
         return "is no path (give a file)"
     if error.errno == errno.ENOENT and file == DEFAULT_CONFIG:
         # Whoever named no file learns every way to give one; in a container the first is a volume.
-        right = f"write or mount one there, name another in BROKERD_CONFIG, or put its text into {VARIABLE}"
+        right = (
+            "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its text into "
+            f"{VARIABLE}; brokerd demo needs none"
+        )
         return f"there is no file {file} ({right})"
     if error.errno == errno.ENOENT:
         return f"there is no file {file} (make it, or give another)"

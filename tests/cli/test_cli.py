@@ -259,5 +259,21 @@ def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
     assert (result.exit_code, result.stdout) == (78, "")
     assert result.stderr == (
         "/etc/brokerd/brokerd.yaml:1:1: (file): there is no file /etc/brokerd/brokerd.yaml (write or mount one there, "
-        "name another in BROKERD_CONFIG, or put its text into BROKERD_CONFIG_YAML)\n"
+        "name another with --config or in BROKERD_CONFIG, or put its text into BROKERD_CONFIG_YAML; "
+        "brokerd demo needs none)\n"
     )
+
+
+@pytest.mark.parametrize("file", ["broker.yaml", "missing.yml", "there"])
+def test_a_file_in_the_place_of_a_command_is_answered_with_the_option(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`brokerd FILE` is told to be `brokerd --config FILE`; any other word is no command, and nothing more."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "there", GOOD)
+
+    slip, other = brokerd(file), brokerd("chekc")
+
+    assert (slip.exit_code, other.exit_code) == (2, 2)
+    assert f"To run the broker with this file: brokerd --config {file}\n" in slip.stderr
+    assert "--config" not in other.stderr.rpartition("Error:")[2]

@@ -336,7 +336,7 @@ CAROL = "clients:\n  carol: {key_file: carol.key}\n"
         (
             {},
             [],
-            "there is no file /etc/brokerd/brokerd.yaml (write or mount one there, name another in BROKERD_CONFIG",
+            "there is no file /etc/brokerd/brokerd.yaml (write or mount one there, name another with --config or in",
         ),
         ({"brokerd.yaml": "lisen: []\n"}, [], "/etc/brokerd/brokerd.yaml:1:1: lisen: unknown key 'lisen'"),
         ({}, ["--env=BROKERD_CONFIG_YAML=lisen: []"], "$BROKERD_CONFIG_YAML:1:1: lisen: unknown key 'lisen'"),
