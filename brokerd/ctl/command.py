@@ -73,51 +73,30 @@ def _store(context: click.Context, parameter: click.Parameter, value: str | None
         setattr(context.ensure_object(Access), parameter.name, value)
 
 
+def _option(name: str, words: str, *, file: bool = False) -> Callable[[_Function], _Function]:
+    return click.option(
+        f"--{name}",
+        type=click.Path(dir_okay=False) if file else None,
+        help=f"{words}  [env: BROKERD_{name.upper().replace('-', '_')}]",
+        expose_value=False,
+        callback=_store,
+    )
+
+
+#: Last first, as decorators go.
+_OPTIONS: Final = (
+    _option("key-file", "A file that holds this client's key.", file=True),
+    _option("cert-key", "Over TLS, the private key of --cert, if it is in another file.", file=True),
+    _option("cert", "Over TLS, the certificate to show to the broker.", file=True),
+    _option("ca", "Over TLS, who may have issued the broker's certificate; the system's list if not given.", file=True),
+    _option("name", "The client to be; found by the key if not given."),
+    _option("address", "HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path or @ABSTRACT."),
+)
+
+
 def connecting(function: _Function) -> _Function:
     """Give a command the options that say where the broker is; they may stand before or behind its name."""
-    for option in (
-        click.option(
-            "--key-file",
-            type=click.Path(dir_okay=False),
-            help="A file that holds this client's key.  [env: BROKERD_KEY_FILE]",
-            expose_value=False,
-            callback=_store,
-        ),
-        click.option(
-            "--cert-key",
-            type=click.Path(dir_okay=False),
-            help="Over TLS, the private key of --cert, if it is in another file.  [env: BROKERD_CERT_KEY]",
-            expose_value=False,
-            callback=_store,
-        ),
-        click.option(
-            "--cert",
-            type=click.Path(dir_okay=False),
-            help="Over TLS, the certificate to show to the broker.  [env: BROKERD_CERT]",
-            expose_value=False,
-            callback=_store,
-        ),
-        click.option(
-            "--ca",
-            type=click.Path(dir_okay=False),
-            help="Over TLS, who may have issued the broker's certificate; the system's list if not given.  "
-            "[env: BROKERD_CA]",
-            expose_value=False,
-            callback=_store,
-        ),
-        click.option(
-            "--name",
-            help="The client to be; found by the key if not given.  [env: BROKERD_NAME]",
-            expose_value=False,
-            callback=_store,
-        ),
-        click.option(
-            "--address",
-            help="HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path or @ABSTRACT.  [env: BROKERD_ADDRESS]",
-            expose_value=False,
-            callback=_store,
-        ),
-    ):
+    for option in _OPTIONS:
         function = option(function)
     return function
 
