@@ -21,6 +21,9 @@ def test_the_broker_is_killed(socket_dir: Path) -> None:
     with Process(socket_dir, NAMES) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
+            # Stopped first, so that there is something under way.
+            broker.signal(signal.SIGSTOP)
+            _until_nothing_moves(traffic)
             broker.signal(signal.SIGKILL)
             broker.exit_status()
             with Process(socket_dir, NAMES) as again:
