@@ -18,6 +18,8 @@ __all__ = ["DEFAULT_S", "LOOKS", "TCP", "Silence", "keep_alive"]
 
 #: Seconds without an answer after which a connection is given up, unless told otherwise.
 DEFAULT_S: Final = 30.0
+#: More seconds than that TCP does not wait in between.
+_LONGEST_S: Final = 32767
 #: Looks at a connection within that time.
 LOOKS: Final = 4
 #: As Linux's struct tcp_info begins: the state, two counts of what was repeated without an answer, and after eleven
@@ -42,7 +44,7 @@ def keep_alive(sock: Any, limit_s: float) -> None:
     every = max(1, rest // 3)
     for option, value in ((_IDLE, idle), (_option("TCP_KEEPINTVL"), every), (_option("TCP_KEEPCNT"), rest // every)):
         if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, min(value, 32767 if option == _IDLE else 127))
+            sock.setsockopt(socket.IPPROTO_TCP, option, min(value, _LONGEST_S))
 
 
 def _option(name: str) -> int | None:

@@ -49,6 +49,7 @@ def test_a_recipient_is_killed(socket_dir: Path) -> None:
     account.record("the others are served all the time")
 
 
+@pytest.mark.slow
 def test_a_sender_is_killed(socket_dir: Path) -> None:
     """What it sent arrives once and in order, or not at all; nobody else notices."""
     with Process(socket_dir, NAMES) as broker:
@@ -87,6 +88,7 @@ def test_a_recipient_is_stopped(socket_dir: Path) -> None:
     account.record("the others are served all the time")
 
 
+@pytest.mark.slow
 def test_the_broker_is_stopped(socket_dir: Path) -> None:
     """Everybody waits; when it goes on so does everything, on the same connections."""
     with Process(socket_dir, NAMES) as broker:

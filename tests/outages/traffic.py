@@ -150,7 +150,7 @@ class Traffic:
         """Return how many of its messages and requests to that recipient went well so far."""
         return sum(line[1] == to and line[3] in _GOOD for line in self.senders[sender].lines())
 
-    def goes_on(self, *, but: Iterable[str] = (), more: int = 40) -> None:
+    def goes_on(self, *, but: Iterable[str] = (), more: int = 24) -> None:
         """Return when everybody has been served some more by everybody, but for those recipients."""
         pairs = [(sender, to) for sender in self.senders for to in self.recipients if to not in but]
         before = {pair: self.good(*pair) for pair in pairs}
