@@ -57,6 +57,15 @@ def abstract() -> str:
     return f"@brokerd-test-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
+    """Started by hand, the same configuration listens by itself and nobody is warned."""
+    (entry,) = Config.build([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
+    with bound(("127.0.0.1", 0)) as sockets:
+        other = Handed([HandedSocket(sockets[0], "other", parse(sockets[0].getsockname()))])
+        assert other.unmet([entry], []) == [entry]
+    assert Handed().unmet([entry], []) == []
+
+
 def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> None:
     """A path, an abstract name, IPv4 and a host name each get the socket bound there, whatever it is called."""
     name = abstract()

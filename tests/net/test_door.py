@@ -1,0 +1,93 @@
+"""What the door remembers of whoever failed, and what it does with whoever talks on: seen from inside."""
+
+from __future__ import annotations
+
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from net.house import House, configuration, house, key_of
+from net.raw import Rejected, login, prefixed
+
+from brokerd.net import door
+from brokerd.net.door import Door
+from brokerd.net.keyring import Keyring
+
+
+def failures(here: House) -> list[tuple[str, int]]:
+    """Return whose failures are remembered, and how many."""
+    return [(origin, count) for origin, count, _ in here.call(here.daemon.server.door.failures)]
+
+
+def fail(here: House, times: int) -> None:
+    for _ in range(times):
+        with pytest.raises(Rejected):
+            login(here.address, b"wrong")
+
+
+def test_who_gets_in_has_failed_no_more() -> None:
+    """The right key from an address makes up for the wrong ones before it."""
+    with house(configuration("127.0.0.1:0")) as here:
+        fail(here, 3)
+        assert failures(here) == [("127.0.0.1", 3)]
+        here.login("alice").close()
+        assert failures(here) == []
+
+
+def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who failed long ago begins anew, and is told at once."""
+    monkeypatch.setattr(door, "_FORGET_AFTER", -1.0)
+    monkeypatch.setattr(door, "_FREE_FAILURES", 2)
+    with house(configuration("127.0.0.1:0")) as here:
+        fail(here, 4)
+        assert failures(here) == [("127.0.0.1", 1)]
+
+
+def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many addresses somebody has, the latest are kept."""
+    monkeypatch.setattr(door, "_REMEMBERED", 3)
+    with house(configuration("127.0.0.1:0")) as here:
+        for number in range(10):
+            knock: Any = SimpleNamespace(origin=f"192.0.2.{number}")
+            here.call(lambda knock=knock: here.daemon.server.door._count_failure(knock))
+        assert failures(here) == [(f"192.0.2.{number}", 1) for number in (7, 8, 9)]
+
+
+def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of it is read, and then the broker looks at that socket no more until the search is over."""
+    looks = 0
+    on_readable = Door._on_readable
+
+    def count(self: Door, knock: Any) -> None:
+        nonlocal looks
+        looks += 1
+        on_readable(self, knock)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Door, "_on_readable", count)
+        # More keys than one slice tries, and the slice after that has to wait.
+        patched.setattr(Door, "_search_on", lambda self: None)
+        clients = dict.fromkeys(f"c{number}" for number in range(100))
+        with house(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
+            peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
+            (knock,) = here.call(here.daemon.server.door.knocks)
+            deadline = monotonic() + 30
+            while here.call(lambda: knock.reader.buffered) <= 2 * door.LIMIT:
+                assert monotonic() < deadline
+            before = here.call(lambda: looks)
+            for _ in range(20):
+                here.call(lambda: None)
+            assert here.call(lambda: looks) <= before + 1
+            assert here.call(lambda: knock.reader.buffered) <= 4 * door.LIMIT
+
+
+def test_a_reload_keeps_the_order_in_which_keys_are_tried() -> None:
+    """Keys that were used before are tried first by the next keyring too, the latest first."""
+    clients = configuration("127.0.0.1:0", "alice bob carol").clients.values()
+    former, ring = Keyring(clients), Keyring(clients)
+    for when, name in enumerate(("carol", "bob")):
+        (credential,) = former.named(name)
+        former.let_in(credential, float(when))
+    ring.adopt_uses(former)
+    assert list(ring.candidates(3)) == [key_of(name) for name in ("bob", "carol", "alice")]
