@@ -165,3 +165,30 @@ def test_locks_name_no_index() -> None:
         text = path.read_text(encoding="utf-8")
         assert "--index" not in text
         assert "://" not in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script for POSIX shells")
+@pytest.mark.parametrize(
+    ("said", "status", "expected"),
+    [
+        ("No known vulnerabilities found", 0, 0),
+        ("Found 1 known vulnerability in 1 package", 1, 1),
+        ("ERROR:pip_audit._cli:yarl: Dependency not found and could not be audited", 1, 2),
+        ("ConnectionError: Max retries exceeded", 1, 2),
+    ],
+)
+def test_an_audit_that_did_not_take_place_is_not_a_clean_one(
+    tmp_path: Path, said: str, status: int, expected: int
+) -> None:
+    """What is known ends with 1, and a service that does not answer with 2, never with 0."""
+    tool = tmp_path / "bin" / "pip-audit"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {status}\n", encoding="utf-8")
+    tool.chmod(0o755)
+
+    done = subprocess.run(
+        [ROOT / ".ci" / "audit.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == expected
+    assert ("NOT AUDITED" in done.stdout) == (expected == 2)

@@ -10,6 +10,8 @@ import pytest
 from fuzz.corpus import CORPUS, TARGETS, inputs
 from fuzz.mutator import mutated
 
+#: For a longer look: so many times as many.
+FACTOR = int(os.environ.get("BROKERD_FUZZ_FACTOR", "1"))
 #: How many changed inputs each gets: what takes less than two seconds.
 CHANGED = {
     "framing": 8000,
@@ -53,7 +55,7 @@ def test_what_chance_makes_of_the_corpus_is_clean(target: str, seed: int) -> Non
     corpus = [content for _, content in inputs(target)]
     chance = random.Random(seed)
 
-    for _ in range(CHANGED[target]):
+    for _ in range(FACTOR * CHANGED[target]):
         content = change(chance.choice(corpus), chance.choice(corpus), chance)
         try:
             module.target(content)
