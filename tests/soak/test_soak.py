@@ -81,8 +81,8 @@ def test_a_short_soak_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[st
         print("", table(seen), sep="\n")
     assert picture(seen).count("<polyline") == 6
     verdicts = seen.verdicts()
-    # How fast a machine is that tests run on says nothing in so short a time.
-    assert [key for key in ("rss", "pss", "fds") if not verdicts[key].flat] == []
+    # In so short a time, how fast a machine is that tests run on says nothing, nor does memory shared with other tests.
+    assert [key for key in ("rss", "fds") if not verdicts[key].flat] == []
 
 
 @pytest.mark.slow

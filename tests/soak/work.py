@@ -15,12 +15,14 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from e2e.process import Process, key_of
 from e2e.under_load import write_whole
 from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, packed, prefixed
+from outages.traffic import until
 
 import brokerd_client
 from brokerd_client.address import Address
@@ -291,4 +293,7 @@ class Work:
         with self._one_at_a_time, self.broker.login("ops") as ops:
             answer = ops.ask("upgrade").json
             assert answer["upgraded"], answer
+            # Signals go to the first process, and only once its keeper is in its place are they passed on for sure.
+            cmdline = Path(f"/proc/{self.broker.popen.pid}/cmdline")
+            until(lambda: b"keeper.py" in cmdline.read_bytes(), "no keeper takes the first process's place")
         self.account["upgrades under all of this"] += 1
