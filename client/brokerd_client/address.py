@@ -104,7 +104,22 @@ def _from_pair(pair: Sequence[Any]) -> Address:
     host, port = pair[0], pair[1]
     if not 0 <= port <= 65535:
         raise AddressError(f"{port} is no port: give a number from 0 to 65535")
+    if not _can_be_looked_up(host):
+        raise AddressError(f"{host!r} is no host: give a name whose parts have 1 to 63 characters, or an IP address")
     return Address("AF_INET6" if ":" in host else "AF_INET", host=host, port=port)
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Return whether the resolver takes the name: for others it raises what is no OSError. "" is every interface."""
+    if "\0" in host:
+        return False
+    if host.isascii():
+        return not host or all(1 <= len(part) <= 63 for part in host.removesuffix(".").split("."))
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def infer_family(address: object) -> Family:
