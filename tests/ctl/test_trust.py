@@ -1,0 +1,62 @@
+"""brokerctl's options for TLS: what they mean together, and what can't be meant is said before anything is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brokerd.ctl.status import Failure, Status
+from brokerd.ctl.trust import context_of
+
+TLS = "tls://localhost:6000"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ADDRESS", "CA", "CERT", "CERT_KEY"):
+        monkeypatch.delenv(f"BROKERD_{name}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "complaint"),
+    [
+        ("localhost:6000", ("ca.pem", None, None), "give --address tls://HOST:PORT"),
+        (None, (None, None, "key.pem"), "give --address tls://HOST:PORT"),
+        (TLS, (None, None, "key.pem"), "give --cert too"),
+        (TLS, ("no/such.pem", None, None), "--ca no/such.pem can't be used: no such file"),
+        (TLS, (None, "no/such.pem", "no/key.pem"), "--cert no/such.pem with --cert-key no/key.pem can't be used"),
+    ],
+)
+def test_options_that_can_t_be_meant_are_refused(
+    address: str | None, given: tuple[str | None, ...], complaint: str
+) -> None:
+    """Each is a mistake of the command line, with what would be right."""
+    with pytest.raises(Failure) as caught:
+        context_of(address, *given)
+
+    assert caught.value.exit_code == Status.USAGE
+    assert complaint in caught.value.format_message()
+
+
+def test_a_file_that_is_no_certificate_is_named_and_not_shown(tmp_path: Path) -> None:
+    """The message says which file, and what belongs there; nothing of its content."""
+    (tmp_path / "cert").write_text("hunter2\n")
+
+    with pytest.raises(Failure, match="give both in PEM") as caught:
+        context_of(TLS, None, str(tmp_path / "cert"), None)
+
+    assert str(tmp_path / "cert") in caught.value.format_message()
+    assert "hunter2" not in caught.value.format_message()
+
+
+def test_variables_count_for_tls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TLS they mean nothing, and with it the same as the options; with neither there is nothing to set up."""
+    assert context_of(TLS, None, None, None) is None
+    monkeypatch.setenv("BROKERD_CA", "no/such.pem")
+
+    assert context_of("localhost:6000", None, None, None) is None
+    for where in (TLS, None):
+        monkeypatch.setenv("BROKERD_ADDRESS", TLS)
+        with pytest.raises(Failure, match=r"no/such\.pem can't be used"):
+            context_of(where, None, None, None)
