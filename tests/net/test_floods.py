@@ -12,7 +12,9 @@ from net.house import Recorder, configuration, house
 from net.raw import packed
 
 from brokerd.core import routing
+from brokerd.core.happenings import Happening
 from brokerd.net.floods import Floods
+from brokerd.net.notices import report
 
 
 def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -> None:
@@ -157,9 +159,23 @@ def test_a_flood_of_many_kinds_is_bounded() -> None:
 
     for number in range(100_000):
         floods.note("warning", "x.happened", f"alice, {number}: denied")
+    # Each of them names a peer's own text, and they are kept for up to a minute.
+    assert len(floods._flows["x.happened"].counted) <= 1001
     floods.close()
 
     assert len(log.named("x.happened")) == 50
     (more,) = log.named("x.happened_more")
     assert more.fields["count"] == 99_950
     assert len(more.fields["reasons"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("op", "level"), [("stats", "debug"), ("keys", "debug"), ("drain", "info"), ("reload", "info")]
+)
+def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level: str) -> None:
+    """A screen that asks for counts every second does not fill the log; what changes something stands in it."""
+    log = Recorder()
+    session: Any = SimpleNamespace(client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0")
+    report([Happening("admin.asked", session, "", op, "", 1)], Floods(_Clock(), log))  # type: ignore[arg-type]
+    (event,) = log.events
+    assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import pytest
 from net.raw import Raw
 from supervise.manager import Manager
 
+from brokerd import supervise
 from brokerd.supervise import Supervisor
 
 pytestmark = pytest.mark.skipif(
@@ -168,6 +171,26 @@ def test_a_manager_that_does_not_read_holds_up_nobody(socket_dir: Path) -> None:
         began = time.monotonic()
         assert not supervisor.notify(READY=1)
         assert time.monotonic() - began < 10
+
+
+def test_counts_do_not_take_the_place_of_draining(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it drains, the status says so until the end; signs of life go on."""
+    monkeypatch.setattr(supervise, "_STATUS_EVERY", 0.01)
+    counts = map(str, itertools.count())
+
+    async def drain(manager: Manager) -> None:
+        supervisor = Supervisor(manager.address, 0.02)
+        supervisor.ready(lambda: next(counts))
+        await asyncio.to_thread(manager.wait, "STATUS")
+        supervisor.stopping(1.0)
+        said = await asyncio.to_thread(manager.wait, "STOPPING")
+        assert said["STATUS"].startswith("draining")
+        for _ in range(3):
+            assert await asyncio.to_thread(manager.next) == {"WATCHDOG": "1"}
+        supervisor.close()
+
+    with Manager(socket_dir / "notify") as manager:
+        asyncio.run(drain(manager))
 
 
 def test_what_keeps_it_from_starting_is_told(socket_dir: Path) -> None:
