@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all test-system lint coverage fuzz sanitize test-oldest \
-        lock audit sbom reproducible bench faults soak clean ready-run ready-test ready-tools
+        lock audit sbom reproducible bench faults siege soak clean ready-run ready-test ready-tools
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -89,6 +89,10 @@ faults: ready-test ## run the tests of faults, and write their accounts into doc
 	@PYTHONPATH=tests $(BIN)/python -m outages
 
 SOAK_MIN := 20
+SIEGE_S := 60
+siege: ready-test ## attack a broker for SIEGE_S=60 seconds, and write its memory into docs/reliability.md
+	@PYTHONPATH=tests $(BIN)/python -m hostile --seconds $(SIEGE_S) --write
+
 soak: ready-test ## run SOAK_MIN=20 minutes of mixed work, say whether all stays flat, and write docs/reliability.md
 	@PYTHONPATH=tests $(BIN)/python -m soak --minutes $(SOAK_MIN) --write
 

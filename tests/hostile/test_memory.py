@@ -48,6 +48,14 @@ def resident(pid: int) -> int:
     raise AssertionError("no VmRSS")
 
 
+def until_listening(broker: Process) -> None:
+    """Wait for the socket: the log, which would say so, is switched off."""
+    deadline = time.monotonic() + 30
+    while not broker.socket.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def besiege(broker: Process, seconds: float) -> tuple[list[tuple[float, int]], list[float]]:
     """Attack for so long; return (seconds, bytes) samples of its memory, and how long each good message took."""
 
@@ -79,10 +87,7 @@ def test_memory_stays_under_the_bound(socket_dir: Path, seconds: int) -> None:
     """Under every attack at once the broker holds less than its configuration allows, and a good pair goes on."""
     seconds = int(os.environ.get("BROKERD_SIEGE_S", seconds))
     with Process(socket_dir, clients(), limits=LIMITS, log={"level": "error"}) as broker:
-        deadline = time.monotonic() + 30
-        while not broker.socket.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_listening(broker)
         bound = memory_bound(load(broker.config)).total
 
         samples, took = besiege(broker, seconds)
