@@ -10,7 +10,7 @@ from pathlib import Path
 import reliability
 from e2e.process import Process
 from hostile.attackers import ATTACKS
-from hostile.test_memory import LIMITS, besiege, clients, resident, until_listening
+from hostile.test_memory import LIMITS, LOG, besiege, clients, resident, until_listening
 
 from brokerd.config.bound import memory_bound
 from brokerd.config.load import load
@@ -26,7 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="bd-") as directory,
-        Process(Path(directory), clients(), limits=LIMITS, log={"level": "error"}) as broker,
+        Process(Path(directory), clients(), limits=LIMITS, log=LOG) as broker,
     ):
         until_listening(broker)
         bound = memory_bound(load(broker.config)).total / 2**20
