@@ -245,11 +245,12 @@ class Predecessor:
         if heir.keeper is not None:
             # What comes from now on waits for the keeper, which has the same process id.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for number in noted:
-            os.kill(heir.pid, number)
         self._daemon.close_log()
         sys.stdout.flush()
         sys.stderr.flush()
+        # Last of all: other threads block no signal, and one that came to them is noted too.
+        while noted:
+            os.kill(heir.pid, noted.pop(0))
         if heir.keeper is not None:
             os.set_inheritable(heir.keeper, True)
             os.execv(  # noqa: S606 - a program of our own, named by the new process
