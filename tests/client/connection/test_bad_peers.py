@@ -193,7 +193,8 @@ def test_errors_go_to_who_asks_for_them(dial: Any, aside: Any, monkeypatch: pyte
     assert "did not finish the handshake within 60 s" in reasons[half]
     assert "at most 256 are accepted: this is no handshake" in reasons[browser]
     assert "can't have the length -2" in reasons[negative]
-    assert "closed" in reasons[gone]
+    # The system may report an end with unread bytes behind it as a reset.
+    assert "closed" in reasons[gone] or "reset" in reasons[gone]
     assert "not accepted here" in reasons[None]
 
 
