@@ -33,6 +33,8 @@ __all__ = ["Log", "Server"]
 
 #: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
 _ACCEPTS: Final = 32
+#: Size of the buffer for what is thrown away, in bytes.
+_WASTE: Final = 64 * 1024
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
 _ARREARS: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
@@ -80,6 +82,8 @@ class Server:
         self.log = log
         self.wall = wall
         self.buffer = memoryview(bytearray(READ_BUFFER))
+        #: What is read to be thrown away: a connection may end while somebody else's frames lie in the buffer.
+        self._waste = memoryview(bytearray(_WASTE))
         self.links: set[Link] = set()
         self.listening: list[Listening] = []
         self.on_order: Callable[[Order], None] = lambda order: None
@@ -311,7 +315,7 @@ class Server:
 
     def farewell(self, sock: socket.socket, time_s: float) -> None:
         """Close a socket when what was written to it has arrived, or when its time is over."""
-        farewell = Farewell(sock, self.buffer, time_s, self.loop, self._on_seen_off)
+        farewell = Farewell(sock, self._waste, time_s, self.loop, self._on_seen_off)
         self._farewells.add(farewell)
         farewell.begin()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -16,7 +17,21 @@ from typing import Any
 
 import pytest
 from net.house import House, configuration, house, key_of
-from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, packed, prefixed
+from net.raw import (
+    ERROR,
+    FAILURE,
+    JSON,
+    MESSAGE,
+    RECEIPT,
+    REPLY,
+    REQUEST,
+    WANT_RECEIPT,
+    Raw,
+    Rejected,
+    login,
+    packed,
+    prefixed,
+)
 
 LISTENS = ["127.0.0.1:0", "unix"]
 
@@ -353,3 +368,29 @@ def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_d
         assert {alice.recv().code for _ in range(errors)} == {"offline"}
         for each in (alice, carol):
             each.close()
+
+
+def test_what_a_leaving_client_still_sends_spoils_no_other_frames(socket_dir: Path) -> None:
+    """The rest of it is thrown away in the middle of routing somebody else's, who must not notice."""
+    clients = {"alice": {"admin": True}, "bob": {"queue": "1KiB"}, "mallory": None, "deaf": {"queue": "1KiB"}}
+    with (
+        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        here.login("alice") as alice,
+        here.login("bob") as bob,
+        here.login("mallory") as mallory,
+        here.login("deaf"),
+    ):
+        # Held, and with more in the system's buffer than the broker wants to read.
+        mallory.sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            mallory.write(packed(MESSAGE, "deaf", b"\xff" * 50_000) * 200)
+        messages = [number.to_bytes(2, "big") * 450 for number in range(100)]
+        leave = json.dumps({"op": "disconnect", "address": "mallory"}).encode()
+
+        alice.write(
+            packed(REQUEST, "$broker", leave, codec=JSON) + b"".join(packed(MESSAGE, "bob", body) for body in messages)
+        )
+
+        assert [bob.recv().body for _ in messages] == messages
+        assert alice.recv().kind == REPLY
+        alice.ping()
