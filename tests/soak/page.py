@@ -44,7 +44,7 @@ _SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="1
 _WIDTH, _LEFT, _RIGHT, _PANEL, _GAP, _TOP, _BOTTOM = 760, 70, 20, 110, 34, 30, 40
 #: Panels: the title, and what is drawn in it with its colour. Some have a logarithmic scale.
 _PANELS = (
-    ("memory, MiB", (("rss", "#c2410c", "resident"), ("pss", "#334155", "proportional")), False),
+    ("memory, MiB", (("rss", "#c2410c", "resident"), ("anonymous", "#334155", "anonymous")), False),
     ("descriptors", (("fds", "#c2410c", ""),), False),
     (
         "round trip through the broker, µs",

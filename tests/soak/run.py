@@ -40,7 +40,7 @@ _MEMORY = Bound(0.03, 1.0)
 _MEMORY_WHY = "the allocator's arenas move by less; 3 bytes lost with each message are more in 20 minutes"
 SERIES = (
     Series("rss", "resident memory", "MiB", _MEMORY, _MEMORY_WHY),
-    Series("pss", "proportional memory", "MiB", _MEMORY, _MEMORY_WHY),
+    Series("anonymous", "anonymous memory", "MiB", _MEMORY, _MEMORY_WHY),
     Series("fds", "descriptors", "", Bound(0.0, 2.0), "connections come and go; one lost in five minutes is more"),
     Series(
         "median_ratio",
@@ -148,4 +148,4 @@ def _process(pid: int) -> dict[str, Any]:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, size = line.partition(":")
         sizes[name] = int(size.split()[0]) * 1024 / _MIB
-    return {"rss": sizes["Rss"], "pss": sizes["Pss"], "fds": len(list(Path(f"/proc/{pid}/fd").iterdir()))}
+    return {"rss": sizes["Rss"], "anonymous": sizes["Anonymous"], "fds": len(list(Path(f"/proc/{pid}/fd").iterdir()))}
