@@ -19,8 +19,8 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY brokerd brokerd
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m pip wheel --wheel-dir /wheels .
+RUN --mount=type=cache,target=/var/cache/pip \
+    python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels .
 
 # The loop is optional to an install and not to this image: the build ends here if it is not there.
 RUN python -m venv --without-pip /opt/brokerd \

@@ -87,7 +87,7 @@ class Engine:
     @property
     def proc(self) -> Path:
         """The /proc of the namespace, as this process sees it: process ids in it are podman's."""
-        return Path(f"/proc/{self._inner}/root/proc")
+        return Path("/proc", str(self._inner), "root", "proc")
 
     def enter(self, *command: str) -> list[str]:
         """Return what runs a command in the namespaces."""
@@ -295,7 +295,7 @@ def _pip_conf() -> str:
         timeout=TIMEOUT_S,
         check=False,
     ).stdout.strip()
-    index = f"index-url = {listed}\n" if listed.startswith("http") else ""
+    index = f"index_url = {listed}\n" if listed.startswith("http") else ""
     return f"[global]\ncert = {CA_BUNDLE}\n{index}"
 
 

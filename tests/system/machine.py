@@ -336,7 +336,7 @@ def _init_of(process: subprocess.Popen[bytes], console: Any) -> int:
             break
         for child in children.read_text().split():
             with contextlib.suppress(OSError):
-                if Path(f"/proc/{child}/root/run/systemd/private").is_socket():
+                if Path("/proc", child, "root", "run/systemd/private").is_socket():
                     return int(child)
         time.sleep(0.02)
     console.seek(0)
