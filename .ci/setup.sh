@@ -8,7 +8,9 @@
 # PYTHON: the interpreter to build it from; without it the first of a few names that is 3.11 or later.
 #
 # What is installed is what the locks beside this file say, every file by its hash. A Python that they are not for, or
-# an index that does not have their versions, gets what pyproject.toml allows, and says so. UNLOCKED=1 asks for that.
+# an index that does not have their versions, gets what pyproject.toml allows, and says so; with LOCKED=1 it is an error.
+# UNLOCKED=1 asks for what pyproject.toml allows. Everything else that goes wrong ends the installation: a file that is
+# not the one that was locked above all.
 #
 # A stamp file inside VENV remembers what was installed and for which checkout: a second call does nothing until
 # pyproject.toml, a lock, or a file that is compiled, changes, or the checkout is moved.
@@ -56,7 +58,12 @@ if [ ! -e "$venv" ]; then
 fi
 
 current() {
-    [ -f "$1" ] && [ "$(cat "$1")" = "$PWD" ] || return 1
+    [ -f "$1" ] || return 1
+    case $(cat "$1") in
+        "$PWD") ;;
+        "not locked: $PWD") [ -z "${LOCKED:-}" ] || return 1 ;;
+        *) return 1 ;;
+    esac
     for source in pyproject.toml .ci/requirements-*.txt brokerd/core/*.pyx brokerd/core/*.pxd; do
         if [ -e "$source" ] && [ "$source" -nt "$1" ]; then
             return 1
@@ -73,24 +80,27 @@ fi
 pip() { "$venv/bin/python" -m pip "$@" </dev/null; }
 pip_install() { pip install --quiet --disable-pip-version-check --no-input "$@"; }
 
-# Returns 1 where the locks don't fit here; ends everything where a file is not the one that was locked.
+# Returns 1 where the locks don't fit: the Python is another one, or the index lacks a version. Ends everything otherwise.
 install_locked() {
-    "$venv/bin/python" -c '
+    if ! "$venv/bin/python" -c '
 import sys
 sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_info[:2] <= (3, 13)))
-' || return 1
+'; then
+        say "the locks are for CPython 3.11 to 3.13"
+        return 1
+    fi
     log=$venv/.locked.log
     if pip_install --require-hashes "$@" >"$log" 2>&1; then
         rm -f "$log"
         return 0
     fi
+    cat "$log" >&2
     if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
-        cat "$log" >&2
         say "a package is not the one that is locked in .ci/requirements-*.txt; UNLOCKED=1 installs what is there instead"
-        exit 1
+    elif grep -q 'No matching distribution found for [^ ]*==' "$log"; then
+        return 1
     fi
-    tail -n 1 "$log" >&2
-    return 1
+    exit 1
 }
 
 say "installing into $venv ..."
@@ -101,10 +111,15 @@ else
     wanted=. stamp=$run_stamp
     set -- --requirement .ci/requirements-run.txt --requirement .ci/requirements-build.txt
 fi
+[ -z "${UNLOCKED:-}" ] || [ -z "${LOCKED:-}" ] || { say "LOCKED and UNLOCKED are both set"; exit 1; }
 if [ -z "${UNLOCKED:-}" ] && install_locked "$@"; then
     pip_install --no-deps --no-build-isolation --editable .
+    printf '%s\n' "$PWD" >"$stamp"
+elif [ -n "${LOCKED:-}" ]; then
+    say "LOCKED is set, and what is locked can't be installed; without it, what pyproject.toml allows is"
+    exit 1
 else
-    say "not locked: installing what pyproject.toml allows"
+    say "*** NOT LOCKED: installing what pyproject.toml allows, of which no hash is known (LOCKED=1 refuses that) ***"
     pip_install --editable "$wanted"
+    printf 'not locked: %s\n' "$PWD" >"$stamp"
 fi
-printf '%s\n' "$PWD" >"$stamp"

@@ -1,0 +1,187 @@
+"""What `.ci/setup.sh` does where the index and the locks don't agree: pip is the real one, and installs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = ROOT / ".ci" / "setup.sh"
+
+#: Something that pip can prepare an installation of, with what it has at hand.
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+
+[project]
+name = "checkout"
+version = "1"
+dependencies = ["thing"]
+"""
+
+#: The least that is asked for by ``pip install --editable``.
+BACKEND = """
+from pathlib import Path
+
+def prepare_metadata_for_build_editable(directory, config_settings=None):
+    (Path(directory) / "checkout-1.dist-info").mkdir()
+    (Path(directory) / "checkout-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\\nName: checkout\\nVersion: 1\\nRequires-Dist: thing\\n"
+    )
+    return "checkout-1.dist-info"
+
+def build_editable(*arguments): raise NotImplementedError
+def build_wheel(*arguments): raise NotImplementedError
+"""
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="a script for POSIX shells"),
+    pytest.mark.skipif(not (3, 11) <= sys.version_info[:2] <= (3, 13), reason="the locks are for Python 3.11 to 3.13"),
+    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip"),
+]
+
+
+class Checkout:
+    """A project with locks, an environment, and an index on disk with one package in it: thing 1.0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "checkout"
+        self.index = path / "index"
+        self.venv = self.path / ".venv"
+        (self.path / ".ci").mkdir(parents=True)
+        (self.venv / "bin").mkdir(parents=True)
+        self.index.mkdir()
+        shutil.copy(SETUP, self.path / ".ci")
+        (self.path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+        (self.path / "backend.py").write_text(BACKEND, encoding="utf-8")
+        python = self.venv / "bin" / "python"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+        wheel = self.index / "thing-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr("thing.py", "")
+            file.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+            file.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            file.writestr("thing-1.0.dist-info/RECORD", "")
+        self.digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        (self.path / ".ci" / "requirements-build.txt").touch()
+
+    def lock(self, requirement: str) -> None:
+        (self.path / ".ci" / "requirements-run.txt").write_text(f"{requirement}\n", encoding="utf-8")
+
+    def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Return what the script did; pip looks at this index only, and stops before it would install."""
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("PIP_") and name not in ("LOCKED", "UNLOCKED")
+        }
+        environment |= {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.index),
+            "PIP_DRY_RUN": "1",
+            "PIP_NO_CACHE_DIR": "1",
+        }
+        return subprocess.run(
+            [".ci/setup.sh", ".venv", "run"],
+            cwd=self.path,
+            env=environment | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the script takes the environment for one in which all is installed."""
+        return (self.venv / ".installed-run").exists()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    """A checkout whose lock is yet to be written."""
+    return Checkout(tmp_path)
+
+
+def test_what_is_locked_is_installed_without_a_word(checkout: Checkout) -> None:
+    """The file with the locked hash is taken, also where nothing else is allowed."""
+    checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
+
+    done = checkout.set_up(LOCKED="1")
+
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "installing into .venv ...\n"
+    assert checkout.ready
+
+
+def test_another_file_than_the_locked_one_is_never_installed(checkout: Checkout) -> None:
+    """A hash that does not match ends it; nothing else is tried."""
+    checkout.lock(f"thing==1.0 --hash=sha256:{'0' * 64}")
+
+    done = checkout.set_up()
+
+    assert done.returncode != 0
+    assert "is not the one that is locked" in done.stdout
+    assert "NOT LOCKED" not in done.stdout
+    assert not checkout.ready
+
+
+def test_a_lock_without_a_hash_is_never_passed_over(checkout: Checkout) -> None:
+    """A requirement that somebody wrote into the lock by hand ends it."""
+    checkout.lock("thing==1.0")
+
+    done = checkout.set_up()
+
+    assert done.returncode != 0
+    assert "Hashes are required" in done.stdout
+    assert "NOT LOCKED" not in done.stdout
+    assert not checkout.ready
+
+
+def test_a_version_that_the_index_lacks_is_told_loudly(checkout: Checkout) -> None:
+    """What pyproject.toml allows is installed in its place, and which version is missing is said."""
+    checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
+
+    done = checkout.set_up()
+
+    assert done.returncode == 0, done.stdout
+    assert "No matching distribution found for thing==2.0" in done.stdout
+    assert "*** NOT LOCKED: " in done.stdout
+    assert checkout.ready
+
+
+def test_only_the_locks_are_good_enough_on_demand(checkout: Checkout) -> None:
+    """With LOCKED=1 a version that the index lacks is an error, also in an environment that was made without."""
+    checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
+    assert checkout.set_up().returncode == 0
+    assert checkout.set_up().stdout == ""
+
+    done = checkout.set_up(LOCKED="1")
+
+    assert done.returncode != 0
+    assert "LOCKED is set" in done.stdout
+    assert "NOT LOCKED" not in done.stdout
+
+
+def test_nobody_can_want_both(checkout: Checkout) -> None:
+    """LOCKED=1 with UNLOCKED=1 is an error, not a guess."""
+    done = checkout.set_up(LOCKED="1", UNLOCKED="1")
+
+    assert done.returncode != 0
+    assert "both" in done.stdout
+    assert not checkout.ready
