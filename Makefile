@@ -28,6 +28,7 @@ test: ready-test ## run all checks and tests
 test-all: ready-test ## run every test, the slow ones too, on all supported Pythons found
 	@status=0; \
 	$(MAKE) --no-print-directory --keep-going lint coverage || status=1; \
+	.ci/tools.sh $(TOOLS) $(BIN)/python || echo "== without $(TOOLS): the tests that need what is in it are skipped"; \
 	.ci/test_all.sh $(VERSIONS) || status=1; \
 	[ $$status = 0 ] || echo "test-all: something above failed"; \
 	exit $$status
