@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 __all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
@@ -51,6 +52,8 @@ _HEAD: Final = struct.Struct("!4sI")
 _LARGEST_FACTS: Final = 1 << 30
 _DESCRIPTORS: Final = 253
 _PIECES: Final = 512
+#: Bytes that room is made for before any of them has come.
+_ROOM: Final = 1 << 20
 #: Seconds before descriptors are sent again that the system would not take: it counts those not received yet.
 _TRY_AGAIN_S: Final = 0.002
 
@@ -145,8 +148,8 @@ class Channel:
             if magic != _MAGIC or size > _LARGEST_FACTS:
                 raise ChannelError("it does not speak this language")
             facts = json.loads(self._read(size, deadline))
-            say, body_size, count = facts.pop("say"), facts.pop("bytes"), facts.pop("descriptors")
-            return Message(say, facts, self._read(body_size, deadline), list(self._take(count, deadline)))
+            say, body_size, count = facts.pop("say"), _number(facts.pop("bytes")), _number(facts.pop("descriptors"))
+            return Message(say, facts, self._read(body_size, deadline), self._take(count, deadline))
         except TimeoutError as error:
             raise ChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
         except OSError as error:
@@ -157,6 +160,8 @@ class Channel:
     def expect(self, say: str, *, within_s: float) -> Message:
         """Return the next message, which has to be this one. Raises ChannelError; for ``failed`` with its reason."""
         message = self.receive(within_s=within_s)
+        if message.say != say:
+            _close_all(message.descriptors)
         if message.say == "failed":
             raise ChannelError(str(message.facts.get("reason", "it did not say why")))
         if message.say != say:
@@ -164,29 +169,51 @@ class Channel:
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:
-        body = bytearray(size)
-        view = memoryview(body)
-        while view:
+        """Return so many bytes; room is made only for what has come and as much again, whatever was announced."""
+        body = bytearray()
+        got = 0
+        while got < size:
+            if got == len(body):
+                body += bytes(min(max(got, _ROOM), size - got))
             self._wait_until(deadline)
-            got = self._sock.recv_into(view)
-            if not got:
+            with memoryview(body) as view:
+                count = self._sock.recv_into(view[got:])
+            if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
-            view = view[got:]
+            got += count
         return body
 
-    def _take(self, count: int, deadline: float) -> Iterator[int]:
-        while count > 0:
-            self._wait_until(deadline)
-            data, descriptors, flags, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS)
-            if not data or not descriptors:
-                raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
-            count -= len(descriptors)
-            yield from descriptors
-            if flags & socket.MSG_CTRUNC or count < 0:
-                raise OSError(errno.EMFILE, "not all descriptors arrived; is the limit of open files reached?")
+    def _take(self, count: int, deadline: float) -> list[int]:
+        """Return so many descriptors. Whatever this raises: those that had come are closed."""
+        taken: list[int] = []
+        try:
+            while len(taken) < count:
+                self._wait_until(deadline)
+                data, descriptors, flags, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS)
+                taken += descriptors
+                if not data or not descriptors:
+                    raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
+                if flags & socket.MSG_CTRUNC or len(taken) > count:
+                    raise OSError(errno.EMFILE, "not all descriptors arrived; is the limit of open files reached?")
+        except BaseException:
+            _close_all(taken)
+            raise
+        return taken
 
     def _wait_until(self, deadline: float) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         self._sock.settimeout(left)
+
+
+def _number(value: object) -> int:
+    """Return a count as it came. Raises ValueError."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import socket
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -136,6 +137,8 @@ def test_who_waits_can_be_woken(ends: tuple[Channel, Channel]) -> None:
         b"bkUP\x00\x00\x00\x02{}",
         b"bkUP\x00\x00\x00\x05abcde",
         b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": "", "descriptors": 0}',
+        b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": -1, "descriptors": 0}',
+        b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": 0, "descriptors": -1}',
     ],
 )
 def test_what_makes_no_sense_is_refused(ends: tuple[Channel, Channel], data: bytes) -> None:
@@ -154,6 +157,55 @@ def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None
     sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"D")
     with pytest.raises(ChannelError):
         ends[1].receive(within_s=5)
+
+
+def pipe_that_goes_over(sender: Channel, text: bytes) -> int:
+    """Send a message and beside it one descriptor, of a pipe nobody else writes to; return the end to read from."""
+    ear, mouth = os.pipe()
+    os.set_blocking(ear, False)
+    sock: Any = sender._sock
+    sock.sendall(b"bkUP" + len(text).to_bytes(4) + text)
+    socket.send_fds(sock, [b"D"], [mouth])
+    os.close(mouth)
+    return ear
+
+
+def test_descriptors_of_a_message_that_breaks_off_are_closed(ends: tuple[Channel, Channel]) -> None:
+    """Nobody else knows of those that had come: the pipe ends, because nobody holds its other end any more."""
+    ear = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
+    try:
+        ends[0].close()
+        with pytest.raises(ChannelError, match="it closed the connection between us"):
+            ends[1].receive(within_s=5)
+        assert os.read(ear, 1) == b""
+    finally:
+        os.close(ear)
+
+
+def test_descriptors_beside_another_word_are_closed(ends: tuple[Channel, Channel]) -> None:
+    """What comes with a message that nobody wants belongs to nobody."""
+    ear = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
+    try:
+        with pytest.raises(ChannelError, match="it said 'state' where 'ready' was expected"):
+            ends[1].expect("ready", within_s=5)
+        assert os.read(ear, 1) == b""
+    finally:
+        os.close(ear)
+
+
+@pytest.mark.parametrize("length", [1 << 50, 1 << 80])
+def test_room_is_made_for_what_comes_not_for_what_is_announced(ends: tuple[Channel, Channel], length: int) -> None:
+    """More bytes than any machine has: those that came take their room, and the end is seen as any other."""
+    text = b'{"say": "state", "bytes": %d, "descriptors": 0}' % length
+    ends[0]._sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"few")
+    ends[0].close()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ChannelError, match="it closed the connection between us"):
+            ends[1].receive(within_s=5)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_message_cut_anywhere_is_no_message() -> None:
