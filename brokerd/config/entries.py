@@ -319,6 +319,8 @@ class Entries:
             if raw.get("peer_uid") is None and not self._meant_a_key(raw):
                 right = "give one of key, key_file, key_env, key_credential and keys, or peer_uid"
                 self._problem(path, f"has no way to authenticate ({right})", at_key=True)
+            elif raw.get("peer_uid") is not None:
+                self._findings.keyless.setdefault(name, (self._document, path))
             return ()
         if len(given) > 1:
             place, _ = self._document.place((*path, given[0]), at_key=True)

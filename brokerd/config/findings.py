@@ -45,6 +45,8 @@ class Findings:
         self.sockets: dict[str, Place] = {}
         #: Every key, whose it is and where it is given.
         self.keys: dict[bytes, tuple[str, Document, Path]] = {}
+        #: Clients without a key, and where they are given.
+        self.keyless: dict[str, tuple[Document, Path]] = {}
         #: Names in send_to without a wildcard, and where they are given.
         self.recipients: list[tuple[str, Document, Path]] = []
         #: Lists that clients have in common through an anchor become rules once. The list is kept beside its
@@ -57,6 +59,7 @@ class Findings:
         """Return the whole configuration. Raises ConfigError if there is any problem."""
         self._check_listeners()
         self._check_recipients()
+        self._check_keyless()
         if self.problems:
             raise ConfigError(self._sorted_problems())
         return Config(
@@ -90,6 +93,20 @@ class Findings:
                 place, shown = document.place(path)
                 right = meant or "give a name from clients:, or a pattern with '*'"
                 self.problems.append(Problem(place, shown, f"there is no client {name!r} ({right})"))
+
+    def _check_keyless(self) -> None:
+        """Report keys that everybody may know, because a client without one uses its name for a key."""
+        for name, (document, path) in self.keyless.items():
+            whose, where, key_path = self.keys.get(name.encode(errors="replace"), (name, document, path))
+            if whose != name:
+                client, _ = document.place(path, at_key=True)
+                place, shown = where.place(key_path)
+                # The name is not told: it is the key.
+                what = (
+                    f"is the name of the client at {client}, which has no key and uses its name, and names are no "
+                    "secret (give each client a key of its own: brokerd key)"
+                )
+                self.problems.append(Problem(place, shown, what))
 
     def _sorted_problems(self) -> list[Problem]:
         order = {file: number for number, file in enumerate(self.files)}

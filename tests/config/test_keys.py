@@ -236,6 +236,30 @@ def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "clients", ["  ops: {peer_uid: [0]}\n  a: {key: ops}\n", "  a: {key: ops}\n  ops: {peer_uid: [0]}\n"]
+)
+def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
+    """Whoever has no key uses its name, which everybody may know: with it they would all be the other client.
+
+    Neither the key nor the name, which are the same, is in the error.
+    """
+    (line,) = refusal(LISTEN + "clients:\n" + clients).splitlines()
+
+    place, where, what = line.split(": ", 2)
+    a, ops = (3, 4) if "  a: {key: ops}\n" + "  ops" in clients else (4, 3)
+    assert (place, where) == (f"f:{a}:12", "clients.a.key")
+    assert what == (
+        f"is the name of the client at f:{ops}:3, which has no key and uses its name, and names are no secret "
+        "(give each client a key of its own: brokerd key)"
+    )
+
+
+def test_a_client_may_have_the_name_of_another_with_a_key_for_its_key() -> None:
+    """It is a poor key, and harms nobody else: only a client without a key uses its name."""
+    assert len(load_text(LISTEN + "clients: {ops: {key: k, peer_uid: [0]}, a: {key: ops}}\n").clients) == 2
+
+
 def test_one_client_may_name_a_key_twice() -> None:
     """Sharing is between clients; a client's own keys may repeat."""
     config = load_text(LISTEN + "clients: {a: {keys: [{key: k, not_after: 2001-01-01}, {key: k}]}}\n")
