@@ -1,15 +1,17 @@
 """A listener's certificate, private key and CA, from their files: read, held against each other and the clock.
 
-What comes out is ready to use, so that a file that is damaged later harms nobody but the next reload. The private key
-has to be as well kept as any key (``keys``). Nothing here shows what is in it.
+What comes out is ready to use, so that a file that is damaged later harms nobody but the next reload. Each file is
+opened once, so that what was checked is what is used. The private key has to be as well kept as any key (``keys``).
+Nothing here shows what is in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
@@ -43,26 +45,27 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
     if entry.client_certificate is not None and entry.client_ca is None:
         complain("client_certificate", "means nothing without client_ca (give it, or take this out)")
     contents: dict[str, bytes] = {}
-    der = b""
+    ders: dict[str, list[bytes]] = {}
     for field, path in paths.items():
         try:
             if field == "key":
                 contents[field] = keys.read_private(path, environ, _MAKE_KEY)
             else:
                 content = _read_public(path)
-                ders = _certificates(path, content)
-                contents[field], der = content, ders[0] if field == "certificate" else der
+                ders[field] = _certificates(path, content)
+                contents[field] = content
         except keys.KeyRefused as error:
             complain(field, str(error))
-    if der:
-        wrong = _out_of_time(paths["certificate"], der)
+    if "certificate" in ders:
+        wrong = _out_of_time(paths["certificate"], ders["certificate"][0])
         if wrong:
             complain("certificate", wrong)
     if contents.keys() != paths.keys():
         return None
-    context = _context(entry, paths, complain)
+    context = _context(entry, paths, contents, ders.get("client_ca"), complain)
     if context is None:
         return None
+    der = ders["certificate"][0]
     settings = repr((entry.client_certificate, entry.minimum))
     digest = hashlib.sha256(settings.encode())
     for content in contents.values():
@@ -77,14 +80,25 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
     )
 
 
-def _context(entry: TlsEntry, paths: Mapping[str, str], complain: Complain) -> ssl.SSLContext | None:
+def _context(
+    entry: TlsEntry,
+    paths: Mapping[str, str],
+    contents: Mapping[str, bytes],
+    issuers: list[bytes] | None,
+    complain: Complain,
+) -> ssl.SSLContext | None:
+    """Return the listener's context; None where something is wrong. issuers: the client_ca's certificates, in DER."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if entry.minimum == "1.2" else ssl.TLSVersion.TLSv1_3
     # A connection is never resumed: each shows its certificate again, to whoever is accepted then.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     try:
-        context.load_cert_chain(paths["certificate"], paths["key"], password=_no_password)
+        with (
+            _named(contents["certificate"], paths["certificate"]) as chain,
+            _named(contents["key"], paths["key"]) as key,
+        ):
+            context.load_cert_chain(chain, key, password=_no_password)
     except keys.KeyRefused as error:
         complain("key", f"{paths['key']} {error}")
         return None
@@ -101,15 +115,32 @@ def _context(entry: TlsEntry, paths: Mapping[str, str], complain: Complain) -> s
     except OSError as error:
         complain("key", f"{paths['key']} can't be read: {error.strerror} (see to the disk)")
         return None
-    if "client_ca" in paths:
+    if issuers is not None:
         try:
-            context.load_verify_locations(paths["client_ca"])
+            context.load_verify_locations(cadata=b"".join(issuers))
         except (ssl.SSLError, OSError) as error:
             complain("client_ca", f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)")
             return None
         optional = entry.client_certificate is Need.OPTIONAL
         context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
     return context
+
+
+@contextlib.contextmanager
+def _named(content: bytes, path: str) -> Iterator[str]:
+    """Yield a name to open what was read from ``path``: the ssl module takes a certificate and its key by name only.
+
+    The name is that of a file in memory; where the system has none, ``path`` itself.
+    """
+    with contextlib.ExitStack() as stack:
+        name = path
+        if hasattr(os, "memfd_create"):
+            with contextlib.suppress(OSError):
+                memory = stack.enter_context(os.fdopen(os.memfd_create("brokerd"), "wb", buffering=0))
+                own = f"/proc/self/fd/{memory.fileno()}"
+                if memory.write(content) == len(content) and os.access(own, os.R_OK):
+                    name = own
+        yield name
 
 
 def _no_password() -> str:

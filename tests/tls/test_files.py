@@ -65,6 +65,35 @@ def test_minimum_is_text_or_a_number(issued: Issued, written: str, version: str)
     assert listen.tls.context.minimum_version.name == version
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
+def test_each_file_is_opened_once(
+    authority: Authority, issued: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was checked is what is used: a file replaced in that very moment changes nothing."""
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(authority.file.read_bytes())
+    text = LISTEN.format(issued) + f"    client_ca: {ca}\n"
+    (before,) = load_text(text).listen
+    opened: list[str] = []
+    os_open = os.open
+
+    def open_once(path: Any, *given: Any, **more: Any) -> int:
+        handle = os_open(path, *given, **more)
+        if Path(path).parent == tmp_path:
+            opened.append(Path(path).name)
+            Path(path).unlink()
+        return handle
+
+    monkeypatch.setattr(os, "open", open_once)
+    (listen,) = load_text(text).listen
+
+    assert sorted(opened) == ["ca.pem", "cert.pem", "key.pem"]
+    assert listen.tls is not None
+    assert before.tls is not None
+    assert listen.tls.content == before.tls.content
+    assert listen.tls.context.get_ca_certs(binary_form=True) == before.tls.context.get_ca_certs(binary_form=True) != []
+
+
 @pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid"), reason="there are no modes here")
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
 def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
