@@ -19,7 +19,6 @@ from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
 from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd_client.errors import BadLength
-from brokerd_client.keepalive import keep_alive
 from brokerd_client.wire.framing import frame_span
 
 if TYPE_CHECKING:
@@ -377,12 +376,8 @@ def has_hung_up(sock: socket.socket | int) -> bool:
     return any(event & _HUNG_UP for _, event in poll.poll(0))
 
 
-def tune(sock: socket.socket, keepalive_s: float = 0.0) -> None:
-    """Set the options of a connection's socket: not blocking; on TCP no delay, and signs of life asked for.
-
-    keepalive_s: as limits.keepalive. Raises OSError.
-    """
+def tune(sock: socket.socket) -> None:
+    """Set the options of a connection's socket: not blocking, and on TCP no delay. Raises OSError."""
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock, keepalive_s)

@@ -127,7 +127,9 @@ class Server:
         """Take over new keys and limits."""
         keyring.adopt_uses(self.keyring)
         self.keyring = keyring
-        self.limits = limits
+        before, self.limits = self.limits, limits
+        if limits.keepalive != before.keepalive:
+            self.pulse.reconfigure()
 
     def alter(self, altered: Iterable[ListenConfig]) -> None:
         """Take over new settings of addresses listened at already. Raises ListenError; then nothing has changed."""
@@ -208,7 +210,7 @@ class Server:
                 self._pause(listening, error)
                 return
             try:
-                tune(sock, self.limits.keepalive)
+                tune(sock)
             except OSError:
                 # Gone before it was begun.
                 sock.close()

@@ -7,10 +7,15 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from net.house import House, configuration, house, key_of
+from net.raw import login
 
-from brokerd.net.link import tune
+from brokerd.config.model import Config
+from brokerd.net import pulse
+from brokerd.net.server import Server
 from brokerd_client.keepalive import Silence, keep_alive
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="options and struct tcp_info as on Linux")
@@ -35,19 +40,18 @@ def options(sock: socket.socket) -> tuple[int, ...]:
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 30, 60, 3600, 0.5, 29.9, 10**7])
 def test_an_idle_peer_has_about_the_limit_to_answer(connection: socket.socket, limit: float) -> None:
     """Asked after half of the time, a few times; with whole seconds, and the system's own bounds."""
-    tune(connection, limit)
+    keep_alive(connection, limit)
     idle, every, count = options(connection)
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     in_all = idle + every * count
     assert limit * 0.8 - 1 <= in_all <= max(2, limit) or limit == 10**7
-    assert not connection.getblocking()
 
 
 @linux
 def test_zero_leaves_it_to_the_system(connection: socket.socket) -> None:
     """Nothing is set."""
     before = options(connection)
-    tune(connection, 0)
+    keep_alive(connection, 0)
     assert options(connection) == before
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
 
@@ -59,6 +63,69 @@ def test_other_sockets_are_left_alone() -> None:
         keep_alive(near, 30)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
         assert Silence().lasts(near, 5.0) == 0
+
+
+def kept_alive(broker: House) -> list[tuple[int, int]]:
+    """Return of each connection whether the system asks for signs of life, and the first time after how long."""
+
+    def look() -> list[tuple[int, int]]:
+        socks = [getattr(link.sock, "raw", link.sock) for link in server_of(broker).links]
+        return [
+            (each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), options(each)[0])
+            for each in socks
+            if each.family == socket.AF_INET
+        ]
+
+    return broker.call(look)
+
+
+def server_of(broker: House) -> Server:
+    server = broker.daemon._server
+    assert server is not None
+    return server
+
+
+@linux
+@pytest.mark.parametrize(("before", "after"), [(0, 40), (3600, 40), (40, 0)])
+def test_a_reload_holds_for_who_is_connected_already(socket_dir: Path, before: int, after: int) -> None:
+    """Over TCP each connection is asked as the new limit says, or not at all; a Unix socket has nothing to be told."""
+
+    def limited(keepalive: int) -> Config:
+        return configuration(["127.0.0.1:0", str(socket_dir / "s")], limits={"keepalive": keepalive})
+
+    with (
+        house(limited(before)) as broker,
+        broker.login("alice"),
+        login(broker.addresses[1], key_of("bob"), b"bob"),
+        broker.login("carol") as carol,
+    ):
+        assert {on for on, _ in kept_alive(broker)} == {int(before > 0)}
+        broker.call(lambda: broker.daemon.apply(limited(after), "test"))
+        # An answer from the broker, a turn later at least.
+        carol.ping()
+        assert {on for on, _ in kept_alive(broker)} == {int(after > 0)}
+        if after:
+            assert {idle for _, idle in kept_alive(broker)} == {after // 2}
+
+
+@linux
+def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are connected, each turn of the loop has to do with some; in the end none was left out."""
+    monkeypatch.setattr(pulse, "_SLICE", 1)
+
+    def limited(keepalive: int) -> Config:
+        return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
+
+    with (
+        house(limited(0)) as broker,
+        broker.login("alice"),
+        broker.login("bob"),
+        broker.login("carol") as carol,
+    ):
+        broker.call(lambda: broker.daemon.apply(limited(40), "test"))
+        for _ in range(4):
+            carol.ping()
+        assert kept_alive(broker) == [(1, 20)] * 3
 
 
 class Told:
