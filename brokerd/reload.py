@@ -6,6 +6,7 @@ asked, is an Outcome.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -130,11 +131,12 @@ def _another_version() -> list[str]:
     # Here, because it takes long to import.
     import importlib.metadata
 
-    try:
-        installed = importlib.metadata.version("brokerd")
-    except importlib.metadata.PackageNotFoundError:
+    # What it finds in a place that is not there it builds anew each time, in circles that wait for the collector.
+    there = [entry for entry in sys.path if entry and Path(entry).is_dir()]
+    found = next(iter(importlib.metadata.distributions(name="brokerd", path=there)), None)
+    if found is None or found.version == __version__:
         return []
-    return [] if installed == __version__ else [f"version {installed} is installed, and {__version__} runs"]
+    return [f"version {found.version} is installed, and {__version__} runs"]
 
 
 def obstacles(prepared: Prepared) -> list[str]:

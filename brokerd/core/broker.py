@@ -160,7 +160,11 @@ class Broker:
         session.asked.clear()
         self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
+        session.fans.clear()
         leave_behind(session)
+        # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits
+        # for the collector.
+        session.link = session.outbox.owner = None
         self._count(session)
         if not client.online:
             client.changed_at = now_wall

@@ -365,7 +365,8 @@ class Server:
                 self.write_touched()
                 released, broker.released = broker.released, []
                 for session in released:
-                    session.link.resume()
+                    if session.open:
+                        session.link.resume()
         finally:
             self._settling = False
         if broker.happenings:

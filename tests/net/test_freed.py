@@ -1,0 +1,177 @@
+"""What is over is freed at once: nothing of it waits for the garbage collector, which comes after thousands of it."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from net.house import TIMEOUT_S, House, configuration, house, key_of
+from net.raw import ERROR, EVENT, MESSAGE, REQUEST, WANT_RECEIPT, Rejected, packed, prefixed
+from outages.traffic import until
+
+from brokerd import reload
+from brokerd.config.load import load
+from brokerd.net.handed import Handed
+from brokerd.reload import prepare
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect what there is, and nothing more until the end."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def objects() -> Counter[str]:
+    """Return how many objects of each of the broker's own types there are."""
+    kinds = map(type, gc.get_objects())
+    named = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return Counter(name for name in named if name.startswith(("brokerd.", "brokerd_client.tls")))
+
+
+def leave(broker: House) -> None:
+    broker.login("alice").close()
+
+
+def reset(broker: House) -> None:
+    with broker.login("alice") as alice:
+        alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def break_off(broker: House) -> None:
+    with broker.login("alice") as alice:
+        alice.write(packed(MESSAGE, "bob", bytes(300_000))[:200_000])
+
+
+def talk_nonsense(broker: House) -> None:
+    with broker.login("alice") as alice:
+        alice.write(prefixed(b"\xff" * 40))
+        alice.read_to_end()
+
+
+def subscribe(broker: House) -> None:
+    with broker.login("alice") as alice, broker.login("bob") as bob:
+        bob.ask("subscribe", topic="news.>")
+        alice.ask("subscribe", topic="*.new")
+        alice.send(EVENT, "", b"one", between=b"\x08news.new")
+        assert bob.recv().kind == EVENT
+        assert alice.recv().kind == EVENT
+
+
+def leave_messages_behind(broker: House) -> None:
+    with broker.login("alice") as alice:
+        with broker.login("bob"):
+            for number in range(500):
+                alice.send(MESSAGE, "bob", bytes(40_000), id=number, flags=WANT_RECEIPT)
+                if alice.recv().kind == ERROR:
+                    break
+            else:
+                pytest.fail("never full")
+        assert alice.recv().kind == ERROR
+
+
+def leave_requests_behind(broker: House) -> None:
+    with broker.login("alice") as alice:
+        with broker.login("bob") as bob:
+            bob.send(REQUEST, "alice", b"?", id=4)
+            alice.send(REQUEST, "bob", b"?", id=5)
+            assert bob.recv().kind == REQUEST
+            assert alice.recv().kind == REQUEST
+        assert alice.recv().code == "offline"
+
+
+def be_replaced(broker: House) -> None:
+    with broker.login("carol") as first, broker.login("carol"):
+        first.read_to_end()
+
+
+def know_no_key(broker: House) -> None:
+    with suppress(Rejected), broker.raw() as raw:
+        raw.log_in(b"not the key", b"alice")
+
+
+def say_nothing(broker: House) -> None:
+    with broker.raw() as raw:
+        raw.read(4)
+
+
+WAYS = (
+    leave,
+    reset,
+    break_off,
+    talk_nonsense,
+    subscribe,
+    leave_messages_behind,
+    leave_requests_behind,
+    be_replaced,
+    know_no_key,
+    say_nothing,
+)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_connections_that_are_over_are_freed(listen: str, socket_dir: Path) -> None:
+    """However they ended: not one object more than before, without the collector's help."""
+    address = str(socket_dir / "s") if listen == "unix" else listen
+    clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "1MiB"}, "carol": {"when_connected": "replace"}}
+    with house(configuration(address, clients, limits={"wait_timeout": "50ms"})) as broker:
+        for way in WAYS:
+            way(broker)
+        until(lambda: nobody_is_there(broker), "the first have not left")
+        with uncollected():
+            before = objects()
+            for way in 3 * WAYS:
+                way(broker)
+            until(lambda: nobody_is_there(broker), "they have not left")
+            with suppress(AssertionError):
+                # Who was heard of last is remembered for a second.
+                until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
+            assert not objects() - before
+
+
+def nobody_is_there(broker: House) -> bool:
+    server = broker.daemon.server
+    return broker.call(
+        lambda: not (server.links or server.farewells() or len(server.door) or server.broker.has_arrears)
+    )
+
+
+def written(directory: Path) -> Path:
+    """Return the path of a new configuration file."""
+    path = directory / "brokerd.yaml"
+    path.write_text(f"listen: [127.0.0.1:0]\nclients: {{alice: {{key: {key_of('alice').decode()}}}}}\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_a_prepared_reload_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read the configuration again leaves no circles behind, also where a place for modules does not exist."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path / "not-there.zip")])
+    running = load(written(tmp_path))
+    prepare(running, Handed(), {})
+    with uncollected():
+        for _ in range(5):
+            prepare(running, Handed(), {})
+        assert gc.collect() == 0
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.0.0", True), (reload.__version__, False)])
+def test_a_reload_says_that_another_version_is_installed(
+    version: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a new process would run it."""
+    monkeypatch.setattr(reload, "__version__", version)
+    running = load(written(tmp_path))
+    restart = prepare(running, Handed(), {}).plan.restart
+    assert any("is installed, and 0.0.0 runs" in line for line in restart) is said

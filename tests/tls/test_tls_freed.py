@@ -1,0 +1,38 @@
+"""A TLS connection that is over is freed at once, as any other: see tests/net/test_freed.py."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from contextlib import suppress
+
+from authority import Issued
+from net.house import TIMEOUT_S, configuration, house
+from net.raw import Rejected
+from net.test_freed import nobody_is_there, objects, uncollected
+from outages.traffic import until
+from stock import TlsRaw, tls_login
+
+
+def test_tls_connections_that_are_over_are_freed(server: Issued, trusting: ssl.SSLContext) -> None:
+    """Who leaves, who breaks off in the handshake, who talks without TLS, and who knows no key."""
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+
+        def come_and_go() -> None:
+            tls_login(here.address, trusting, "alice").close()
+            with suppress(Rejected), TlsRaw(here.address, trusting) as raw:
+                raw.log_in(b"not the key", b"alice")
+            for said in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"):
+                with socket.create_connection((here.address.host, here.address.port)) as sock:
+                    sock.sendall(said)
+
+        come_and_go()
+        until(lambda: nobody_is_there(here), "the first have not left")
+        with uncollected():
+            before = objects()
+            for _ in range(3):
+                come_and_go()
+            until(lambda: nobody_is_there(here), "they have not left")
+            with suppress(AssertionError):
+                until(lambda: not here.call(objects) - before, "see below", TIMEOUT_S / 3)
+            assert not objects() - before
