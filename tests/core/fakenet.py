@@ -297,8 +297,8 @@ class FakeNet:
             self.write_touched()
             released, broker.released = broker.released, []
             for session in released:
-                peer: Peer = session.link
-                if not peer.gone and not session.closing:
+                if session.open and not session.closing:
+                    peer: Peer = session.link
                     peer.reading = True
                     self._route(peer)
         self._settling = False
