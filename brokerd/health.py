@@ -6,10 +6,11 @@ frozen broker too. Nothing is answered, so nothing is proved or refused. Source:
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from brokerd.config.addresses import Entrance
 from brokerd_client.address import Address
@@ -42,12 +43,17 @@ def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
 def knock(entrance: Entrance, timeout: float) -> float:
     """Wait for the broker's challenge, then leave; return how long it took, in seconds.
 
-    timeout: seconds, for everything together. Raises Unhealthy.
+    timeout: seconds, for everything together; only the system's looking up of a name is not cut short.
+    Raises Unhealthy.
     """
     began = time.monotonic()
+    deadline = began + timeout
     try:
-        with _connected(entrance.address, timeout) as sock, _speaking(sock, tls=entrance.tls) as stream:
-            _await_challenge(stream, began + timeout)
+        with (
+            _connected(entrance.address, deadline) as sock,
+            _speaking(sock, deadline, tls=entrance.tls) as stream,
+        ):
+            _await_challenge(stream, deadline)
     except (TimeoutError, BlockingIOError):
         # A Unix socket raises the second where TCP would wait: the queue in front of accept() is full.
         raise Unhealthy(f"no challenge within {timeout:g} s (it is stopped, stuck or overrun)") from None
@@ -60,22 +66,41 @@ def knock(entrance: Entrance, timeout: float) -> float:
     return time.monotonic() - began
 
 
-def _connected(address: Address, timeout: float) -> socket.socket:
+def _left(deadline: float) -> float:
+    """Return the seconds that are left. Raises TimeoutError."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _connected(address: Address, deadline: float) -> socket.socket:
     if address.family in ("AF_INET", "AF_INET6"):
-        return socket.create_connection((_LOOPBACK.get(address.host, address.host), address.port), timeout)
+        host = _LOOPBACK.get(address.host, address.host)
+        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+        for rest, (family, _, _, _, place) in zip(range(len(found), 1, -1), found, strict=False):
+            # A part of the time for each, so that one that does not answer is not the only one asked.
+            with contextlib.suppress(OSError):
+                return _connected_to(family, place, time.monotonic() + _left(deadline) / rest)
+        family, _, _, _, place = found[-1]
+        return _connected_to(family, place, deadline)
     if address.family == "AF_PIPE" or not hasattr(socket, "AF_UNIX"):
         raise Unhealthy("only sockets can be asked (give --address HOST:PORT)")
-    sock = socket.socket(socket.AF_UNIX)
+    return _connected_to(socket.AF_UNIX, address.path, deadline)
+
+
+def _connected_to(family: int, place: Any, deadline: float) -> socket.socket:
+    sock = socket.socket(family)
     try:
-        sock.settimeout(timeout)
-        sock.connect(address.path)
+        sock.settimeout(_left(deadline))
+        sock.connect(place)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _speaking(sock: socket.socket, *, tls: bool) -> socket.socket:
+def _speaking(sock: socket.socket, deadline: float, *, tls: bool) -> socket.socket:
     """Return the socket, TLS spoken on it where the broker does; whose certificate it shows does not matter here."""
     if not tls:
         return sock
@@ -84,6 +109,7 @@ def _speaking(sock: socket.socket, *, tls: bool) -> socket.socket:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    sock.settimeout(_left(deadline))
     return context.wrap_socket(sock)
 
 
@@ -91,10 +117,7 @@ def _await_challenge(stream: socket.socket, deadline: float) -> None:
     """Return when the challenge is there. Raises OSError, FrameError and Unhealthy."""
     reader = FrameReader()
     while (body := reader.next_frame(LIMIT)) is None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        stream.settimeout(left)
+        stream.settimeout(_left(deadline))
         data = stream.recv(LIMIT)
         if not data:
             raise Unhealthy("closed without a challenge (it is draining, or full: see its log)")

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from net.house import House, configuration, house
 
+import brokerd.health
 from brokerd.cli import main
 from brokerd.config.addresses import Entrance, entrances
 from brokerd.health import Unhealthy, entrance_to_ask, knock
@@ -206,6 +207,67 @@ def test_a_port_that_speaks_no_tls_is_not_healthy() -> None:
     """Where TLS is configured and something else answers, that is no sign of life."""
     with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address, pytest.raises(Unhealthy):
         knock(Entrance(address, tls=True), 10)
+
+
+class Clock:
+    """The time of the health check, which passes only when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(brokerd.health, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a slow look-up nor addresses that do not answer, one after the other, make it longer."""
+    clock, given = Clock(monkeypatch), []
+
+    def look_up(*asked: object, **more: object) -> list[tuple[object, ...]]:
+        clock.now += 1
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 1)) for last in (1, 2, 3)]
+
+    def connect(sock: socket.socket, place: object) -> None:
+        given.append(sock.gettimeout())
+        clock.now += given[-1] or 0
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(Unhealthy, match="no challenge within 10 s"):
+        knock(Entrance(parse("somewhere:1")), 10)
+
+    assert given == pytest.approx([3, 3, 3])
+
+
+def test_the_second_address_of_a_host_may_be_the_broker_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens at the first."""
+    with served() as broker, socket.create_server(("127.0.0.1", 0)) as nobody:
+        places = [("127.0.0.1", nobody.getsockname()[1]), ("127.0.0.1", broker.address.port)]
+        nobody.close()
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: found)
+        assert knock(Entrance(parse("somewhere:1")), 10) < 10
+
+
+def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What connecting took is not there for the handshake of TLS any more."""
+    clock, given = Clock(monkeypatch), []
+
+    def wrap(context: ssl.SSLContext, sock: socket.socket) -> None:
+        given.append(sock.gettimeout())
+        raise TimeoutError
+
+    def connect(sock: socket.socket, place: object) -> None:
+        clock.now += 4
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
+    with pytest.raises(Unhealthy, match="no challenge within 10 s"):
+        knock(Entrance(parse("127.0.0.1:1"), tls=True), 10)
+
+    assert given == [6]
 
 
 def test_the_nearest_entrance_is_asked() -> None:
