@@ -25,8 +25,8 @@ def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: 
             raise Failure(Status.USAGE, "--ca, --cert and --cert-key are for TLS: give --address tls://HOST:PORT")
         return None
     ca = ca or os.environ.get("BROKERD_CA")
-    if not cert:
-        cert, cert_key = os.environ.get("BROKERD_CERT"), cert_key or os.environ.get("BROKERD_CERT_KEY")
+    cert = cert or os.environ.get("BROKERD_CERT")
+    cert_key = cert_key or os.environ.get("BROKERD_CERT_KEY")
     if cert_key and not cert:
         raise Failure(Status.USAGE, "--cert-key is the key of a certificate: give --cert too")
     if not (ca or cert):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trustme
 
 from brokerd.ctl.status import Failure, Status
 from brokerd.ctl.trust import context_of
@@ -48,6 +49,24 @@ def test_a_file_that_is_no_certificate_is_named_and_not_shown(tmp_path: Path) ->
 
     assert str(tmp_path / "cert") in caught.value.format_message()
     assert "hunter2" not in caught.value.format_message()
+
+
+@pytest.mark.parametrize("by_option", [set(), {"cert"}, {"key"}, {"cert", "key"}])
+def test_each_option_goes_before_its_own_variable(
+    by_option: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate and its key may come by different ways; what is given by an option is not taken from elsewhere."""
+    issued = trustme.CA().issue_cert("mine")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(str(cert))
+    issued.private_key_pem.write_to_path(str(key))
+    for name, file in (("cert", cert), ("key", key)):
+        variable = "BROKERD_CERT" if name == "cert" else "BROKERD_CERT_KEY"
+        monkeypatch.setenv(variable, "no/such.pem" if name in by_option else str(file))
+
+    given = [str(file) if name in by_option else None for name, file in (("cert", cert), ("key", key))]
+
+    assert context_of(TLS, None, *given) is not None
 
 
 def test_variables_count_for_tls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
