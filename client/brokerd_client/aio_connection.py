@@ -6,6 +6,7 @@ A part of the asyncio face; the bytes mean nothing here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -67,8 +68,9 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in TCP:
-            # A peer whose machine is gone says nothing for ever.
-            keep_alive(sock, DEFAULT_S)
+            # A peer whose machine is gone says nothing for ever. One that has hung up already is told of by reading.
+            with contextlib.suppress(OSError):
+                keep_alive(sock, DEFAULT_S)
             self._look(sock, Silence())
 
     def _look(self, sock: object, silence: Silence) -> None:

@@ -367,6 +367,12 @@ class Link:
                     self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
             except (OSError, AddressError) as error:
                 self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
+            except Exception as error:  # noqa: BLE001 - a bug; but who waits for the connection is to hear of it
+                log().exception("connecting failed in a way that is not foreseen")
+                if self._dialog.state not in (State.WAITING, State.GONE, State.CLOSED):
+                    reason = no_connection(self._settings.address, error)
+                    reason.__cause__ = error
+                    self._lose(reason)
             await self._gone
             if self._dialog.state is not State.WAITING:
                 return

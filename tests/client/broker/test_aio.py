@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from fake_broker import FakeServer
 
-from brokerd_client import aio
+from brokerd_client import aio, aio_connection, aio_link
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -329,5 +330,68 @@ def test_wrong_process_is_said(server: FakeServer) -> None:
             await alice.close()
             alice._forked = False
             assert await alice.ping() >= 0
+
+    run(main)
+
+
+def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """connect() ends with what went wrong as the cause, which is logged too, instead of waiting for ever."""
+
+    async def fail(*given: object) -> None:
+        raise LookupError("nobody thought of this")
+
+    monkeypatch.setattr(aio_link, "dial", fail)
+
+    async def main() -> None:
+        with pytest.raises(Disconnected, match="nobody thought of this") as caught:
+            await join("alice", server)
+        assert isinstance(caught.value.__cause__, LookupError)
+
+    run(main)
+    assert "LookupError" in caplog.text
+
+
+def test_a_bug_while_connecting_again_is_not_the_end(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged and counted as a loss like any other, and another try follows."""
+    dial = aio_link.dial
+    failures: list[Exception] = [LookupError("nobody thought of this")]
+
+    async def fail_once(*given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await dial(*given)
+
+    async def main() -> None:
+        async with join("alice", server) as client:
+            monkeypatch.setattr(aio_link, "dial", fail_once)
+            server.drop("alice")
+            await until(lambda: not failures and client.connected)
+            assert client.counters["losses"] == 2
+
+    run(main)
+    assert "LookupError" in caplog.text
+
+
+def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some systems refuse to set options then: connect() hears that the connection is gone."""
+
+    def refuse(*given: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(aio_connection, "keep_alive", refuse)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            opening = asyncio.ensure_future(aio.connect(listener.getsockname(), "alice", "k").__aenter__())
+            accepted = await asyncio.to_thread(listener.accept)
+            accepted[0].close()
+            with pytest.raises(Disconnected):
+                await opening
 
     run(main)
