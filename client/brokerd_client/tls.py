@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import threading
 from typing import Final, cast
 
 from brokerd_client.errors import TlsError
@@ -116,7 +117,7 @@ class Engine:
     def read(self) -> bytes:
         """Return everything that has arrived. Raises TlsError, after what came before."""
         pieces: list[bytes] = []
-        buffer = memoryview(bytearray(_PIECE))
+        buffer = _room()
         self.more = True
         while self.more and not (pieces and self._error is not None):
             pieces.append(bytes(buffer[: self.read_into(buffer)]))
@@ -172,6 +173,22 @@ class Engine:
         found = self._ssl.getpeercert() or {}
         parts = found.get("subject", ())
         return tuple((name, value) for part in parts for name, value in part)  # type: ignore[misc,str-unpack,unused-ignore]
+
+
+class _Rooms(threading.local):
+    """Where one thread decrypts what has arrived, for one engine after the other."""
+
+    room: memoryview | None = None
+
+
+_rooms: Final = _Rooms()
+
+
+def _room() -> memoryview:
+    """Return this thread's buffer: made once, because making it costs as much as decrypting a small message."""
+    if _rooms.room is None:
+        _rooms.room = memoryview(bytearray(_PIECE))
+    return _rooms.room
 
 
 #: By whether this end listens.

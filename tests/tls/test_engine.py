@@ -1,0 +1,84 @@
+"""TLS without any socket: both ends in memory, bytes carried by hand."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from authority import Issued
+
+from brokerd_client.tls import Engine
+
+
+class Pair:
+    """A client's engine and a listener's, their handshake done."""
+
+    def __init__(self, server: Issued, trusting: ssl.SSLContext) -> None:
+        listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        listening.load_cert_chain(server.certificate, server.key)
+        self.client = Engine(trusting, hostname="localhost")
+        self.listener = Engine(listening, end_point=b"")
+        ends = (self.client, self.listener)
+        while not (self.client.ready and self.listener.ready):
+            for end, other in (ends, ends[::-1]):
+                if not end.ready:
+                    end.handshake()
+                other.feed(end.output())
+        # The listener's tickets for another time.
+        self.client.read()
+
+    def carry(self, data: bytes) -> bytes:
+        """Return what the client reads of what the listener wrote."""
+        self.listener.write(data)
+        self.client.feed(self.listener.output())
+        return self.client.read()
+
+
+@pytest.fixture
+def pair(server: Issued, trusting: ssl.SSLContext) -> Pair:
+    return Pair(server, trusting)
+
+
+@pytest.fixture
+def _traced() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [1, 16384, 65536, 65537, 1_000_000])
+def test_what_is_written_is_read(pair: Pair, size: int) -> None:
+    """Less than a record, many records, more than is decrypted at once: all of it, and nothing is left."""
+    data = bytes(number % 251 for number in range(size))
+    assert pair.carry(data) == data
+    assert not pair.client.more
+
+
+@pytest.mark.usefixtures("_traced")
+def test_a_small_message_takes_no_large_buffer(pair: Pair) -> None:
+    """What is decrypted goes through a buffer that is there already, whichever connection it comes by."""
+    pair.carry(b"first")
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    assert pair.carry(b"second") == b"second"
+    assert tracemalloc.get_traced_memory()[1] - before < 16 * 1024
+
+
+def test_threads_do_not_share_that_buffer(server: Issued, trusting: ssl.SSLContext) -> None:
+    """Decrypting lets other threads run: clients in two of them, at the same time, read each their own."""
+    begin = threading.Barrier(2)
+
+    def read_much(letter: bytes) -> set[bytes]:
+        pair = Pair(server, trusting)
+        begin.wait(20)
+        return {bytes(set(pair.carry(letter * 60_000))) for _ in range(200)}
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(read_much, [b"a", b"b"]))
+    assert found == [{b"a"}, {b"b"}]
