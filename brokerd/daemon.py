@@ -212,6 +212,7 @@ class Daemon:
         else:
             # The service manager takes no word from this process before it has heard of it.
             elder.when_gone(lambda: self.supervisor.ready(self._status))
+        self.reloading.begin()
 
     def _status(self) -> str:
         """Return how the broker fares, in a line for people."""
@@ -288,7 +289,10 @@ class Daemon:
         return outcome.problems
 
     def reload_soon(self, reason: str) -> None:
-        """Begin to reload; how it went is in the log. One that waits to begin will do for this one too."""
+        """Begin to reload, once it has started; how it went is in the log.
+
+        One that waits to begin will do for this one too.
+        """
         if self.reloading.wait():
             self._in_background(self.reload(reason))
 

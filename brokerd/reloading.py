@@ -69,10 +69,15 @@ class Reloading:
     def __init__(self, daemon: Reloadable) -> None:
         self._daemon = daemon
         self._one = asyncio.Lock()
+        self._begun = asyncio.Event()
         #: Whether a reload that a signal asked for has not begun yet.
         self._waits = False
         #: Why nothing may change now that another process would not know of; "" while it may.
         self._kept_still = ""
+
+    def begin(self) -> None:
+        """The daemon has started: what was asked until now is done, and what is asked from now on at once."""
+        self._begun.set()
 
     def wait(self) -> bool:
         """Have one reload wait to begin; return False where one does already, which reads all that is there by then."""
@@ -82,6 +87,7 @@ class Reloading:
     async def run(self, reason: str, *, dry_run: bool = False) -> Outcome:
         """Reload, or say what would come of it; the caller settles."""
         daemon = self._daemon
+        await self._begun.wait()
         if self._kept_still:
             self._waits = False
             if not dry_run:
@@ -130,6 +136,7 @@ class Reloading:
     @contextlib.asynccontextmanager
     async def undisturbed(self, why: str) -> AsyncIterator[None]:
         """Have no reload begin inside, and none go on. why: what whoever asks for one is told."""
+        await self._begun.wait()
         self._kept_still = why
         try:
             await self._daemon.settled()

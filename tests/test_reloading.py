@@ -1,14 +1,18 @@
-"""What the service manager is told of a reload that a bug ends."""
+"""Reloads at odd moments: one that a bug ends, one asked for before there is anything to reload."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from net.house import Recorder
 
-from brokerd import reloading
+from brokerd import daemon, reloading
+from brokerd.config.load import load
 from brokerd.reloading import Reloading
 
 
@@ -25,6 +29,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
 
     async def twice() -> None:
         subject = Reloading(daemon)
+        subject.begin()
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(subject.run("the test"), 30)
@@ -32,3 +37,35 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reloading, "prepare", broken)
     asyncio.run(twice())
     assert told == ["reloading", "it failed"] * 2
+
+
+def test_a_reload_asked_for_during_the_start_takes_place_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file may have changed since it was read: nothing is refused, and nobody is told that the broker stops."""
+    file = tmp_path / "b.yaml"
+    file.touch(mode=0o600)
+    file.write_text("listen: [127.0.0.1:0]\nclients: {a: {key: k}}\nmonitor: 127.0.0.1:0\n")
+    log = Recorder()
+
+    async def at_once(function: Callable[[], object]) -> object:
+        return function()
+
+    async def serve() -> None:
+        broker = daemon.Daemon(load(file), log)
+
+        async def ask_meanwhile(function: Callable[[], object]) -> None:
+            broker.reload_soon("SIGHUP")
+            for _ in range(10):
+                await asyncio.sleep(0)
+            function()
+
+        monkeypatch.setattr(reloading, "aside", at_once)
+        monkeypatch.setattr(daemon, "aside", ask_meanwhile)
+        async with broker:
+            await asyncio.wait_for(broker.settled(), 30)
+
+    asyncio.run(serve())
+    assert not log.named("daemon.reload_refused")
+    order = [each.event for each in log.events if each.event in ("daemon.started", "daemon.reloaded")]
+    assert order == ["daemon.started", "daemon.reloaded"]

@@ -174,6 +174,9 @@ class Predecessor:
     async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
         """Hand over and end this process. Whatever this raises: the process serves on."""
         daemon = self._daemon
+        if daemon.stopping:
+            # Asked for while it started, and then to stop.
+            raise _Failed("the broker is stopping")
         heir = self._heir = _Heir(self._keeper)
         daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
         handed, monitored = daemon.handed.sockets, daemon.monitor_listening
