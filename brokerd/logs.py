@@ -35,7 +35,7 @@ from brokerd.config.values import LogFormat, LogLevel
 from brokerd.log_lines import Entry, Form, console, journal_entry, json_line, prefixed
 from brokerd.log_outlets import Descriptor, Journal, Outlet, Target, of_stream, open_for_append
 
-__all__ = ["AUDITED", "AuditError", "LevelRefused", "Logs", "quiet_log"]
+__all__ = ["AUDITED", "AuditError", "LevelRefused", "Logs", "in_words", "quiet_log"]
 
 #: Events that the audit has, whatever the levels; besides everything of the areas in _AUDITED_AREAS.
 AUDITED: Final = frozenset(
@@ -277,6 +277,14 @@ def _opened(path: str) -> int:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AuditError(f"the audit file {path} can't be opened: {reason} (see to log.audit)") from None
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error as the log has it.
+
+    Not its repr: that of an error about text or bytes shows all of them, and they may be somebody's message.
+    """
+    return f"{type(error).__name__}: {error}"
 
 
 class _Nowhere:

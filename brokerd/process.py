@@ -15,7 +15,7 @@ from typing import Final
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
-from brokerd.logs import AuditError
+from brokerd.logs import AuditError, in_words
 from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
 from brokerd.supervise import Supervisor
@@ -76,7 +76,7 @@ def _replace(elder: Successor, config_path: Path) -> int:
         elder.fail(str(error))
         return EX_CONFIG if isinstance(error, (ConfigError, Misfit)) else EX_FAILED
     except Exception as error:
-        elder.fail(f"a bug: {error!r}")
+        elder.fail(f"a bug: {in_words(error)}")
         raise
 
 

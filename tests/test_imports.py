@@ -149,7 +149,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.supervise",
         "brokerd.monitor",
     ),
-    "brokerd.upgrade": (*LEAVES, *MODEL, "brokerd.aside", "brokerd.core", "brokerd.net", "brokerd.daemon"),
+    "brokerd.upgrade": (
+        *LEAVES,
+        *MODEL,
+        "brokerd.aside",
+        "brokerd.core",
+        "brokerd.daemon",
+        "brokerd.logs",
+        "brokerd.net",
+    ),
     "brokerd.process": (
         *LEAVES,
         "brokerd.upgrade",

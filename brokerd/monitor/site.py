@@ -24,6 +24,7 @@ from prometheus_client.core import Metric
 from brokerd.aside import aside
 from brokerd.config.model import Config, MonitorConfig
 from brokerd.core.session import Session
+from brokerd.logs import in_words
 from brokerd.monitor import exposition, metrics
 from brokerd.monitor.expiry import ends_of_keys, expiry_of
 from brokerd.monitor.lag import Lag
@@ -174,7 +175,7 @@ class Site:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to fail for the broker
             self._watched.log.error(
-                "monitor.bug", page=request.path, error=repr(error), trace=traceback.format_exception(error)
+                "monitor.bug", page=request.path, error=in_words(error), trace=traceback.format_exception(error)
             )
             response = _text("a bug in the monitor; the log says more\n", 500)
         response.force_close()

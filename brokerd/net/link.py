@@ -17,6 +17,7 @@ from brokerd.core import routing
 from brokerd.core.parcel import SLACK, Parcel
 from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
+from brokerd.logs import in_words
 from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.framing import frame_span
@@ -308,11 +309,8 @@ class Link:
         """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
         self.server.tally.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
-        # Not its repr: that of an error about text or bytes shows all of them, and they may be somebody's message.
-        what = f"{type(error).__name__}: {error}"
-        self.server.floods.note(
-            "error", "daemon.bug", type(error).__name__, name=name, address=address, error=what, trace=trace
-        )
+        about, what = type(error).__name__, in_words(error)
+        self.server.floods.note("error", "daemon.bug", about, name=name, address=address, error=what, trace=trace)
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:

@@ -33,6 +33,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from brokerd.logs import in_words
+
 __all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
 
 #: The format of the state that this version writes, and those it can read.
@@ -155,7 +157,7 @@ class Channel:
         except OSError as error:
             raise ChannelError(f"it ended ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ChannelError(f"it does not speak this language: {error!r}") from error
+            raise ChannelError(f"it does not speak this language: {in_words(error)}") from error
 
     def expect(self, say: str, *, within_s: float) -> Message:
         """Return the next message, which has to be this one. Raises ChannelError; for ``failed`` with its reason."""

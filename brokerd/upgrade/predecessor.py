@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from types import FrameType
 from typing import Final, NoReturn
@@ -24,6 +25,7 @@ from brokerd.aside import aside
 from brokerd.core.broker import Order
 from brokerd.core.service import reply_to
 from brokerd.daemon import Daemon
+from brokerd.logs import in_words
 from brokerd.net import handover
 from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, SIGNALS, Channel, ChannelError
 from brokerd.upgrade.notify import announce_successor
@@ -163,7 +165,9 @@ class Predecessor:
         except OSError as error:
             problem = f"no new process can be started: {error.strerror or error}"
         except Exception as error:  # noqa: BLE001 - whatever it is, the daemon goes on
-            problem = f"a bug: {error!r}"
+            problem = f"a bug: {in_words(error)}"
+            trace = traceback.format_exception(error)
+            self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
         heir, self._heir = self._heir, None
         if heir is not None:
             # It may take a moment to be gone, and everybody is served meanwhile.

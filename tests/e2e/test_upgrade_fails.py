@@ -118,7 +118,7 @@ FAILURES = {
         RECEIVING + "from brokerd.core import snapshot\n"
         "def fails(*_): raise KeyError('planted')\n"
         "snapshot._restore_outbox = fails",
-        "a bug: KeyError('planted')",
+        "a bug: KeyError: 'planted'",
     ),
     "a limit of open files too low for it": (
         RECEIVING + TAKING + "import resource\n"

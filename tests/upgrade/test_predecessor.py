@@ -1,0 +1,54 @@
+"""The running process's side of an upgrade: what is said of a bug in it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+
+import pytest
+from net.house import Recorder, configuration
+
+from brokerd.daemon import Daemon
+from brokerd.upgrade import predecessor
+from brokerd.upgrade.channel import Channel, ChannelError
+from brokerd.upgrade.predecessor import Predecessor
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes upgrade on Linux")
+
+
+def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has its trace, and what went wrong in words; the text that an error is about may be somebody's."""
+    log = Recorder()
+
+    bug = UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "planted")
+
+    def fail(*given: object) -> None:
+        raise bug
+
+    async def serve() -> None:
+        async with Daemon(configuration("127.0.0.1:0"), log) as daemon:
+            subject = Predecessor(daemon)
+            subject.soon("the test")
+            await asyncio.wait_for(asyncio.gather(*filter(None, [subject._task])), 30)
+
+    monkeypatch.setattr(predecessor, "_Heir", fail)
+    asyncio.run(serve())
+
+    (bug,), (failed,) = log.named("daemon.bug"), log.named("daemon.upgrade_failed")
+    assert bug.level == "error"
+    assert "in fail" in "".join(bug.fields["trace"])
+    assert failed.fields["problem"].startswith("a bug: UnicodeDecodeError: ")
+    assert "of a message" not in str(log.events)
+
+
+def test_what_the_other_says_is_not_in_the_error() -> None:
+    """What makes no sense may be anything, a message among it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        text = b'"\xff of a message"'
+        ours.sendall(b"bkUP" + len(text).to_bytes(4) + text)
+        with pytest.raises(ChannelError) as caught:
+            Channel(theirs).receive(within_s=5)
+    assert "UnicodeDecodeError" in str(caught.value)
+    assert "of a message" not in str(caught.value)
