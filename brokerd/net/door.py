@@ -10,131 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import ipaddress
 import itertools
 import os
 import socket
-import struct
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
-from brokerd.net.keyring import Credential, Search, key_on
+from brokerd.net.failures import Failures
+from brokerd.net.keyring import Search, key_on
+from brokerd.net.knock import Knock
 from brokerd.net.link import has_hung_up
 from brokerd.net.tally import Outcome
-from brokerd.net.tls import NO_CHANNEL, SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
-from brokerd.net.users import is_seen
-from brokerd_client.address import format_peer
-from brokerd_client.bridge import BridgedSocket
+from brokerd.net.tls import SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
 from brokerd_client.errors import AuthenticationError, FrameError, TlsError
-from brokerd_client.tls_stream import TlsStream
-from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.handshake import FAILURE, LIMIT, NONCE_SIZE, Proof, Receive, Send, as_listener
+from brokerd_client.wire.framing import frame
+from brokerd_client.wire.handshake import FAILURE, LIMIT, Proof, Receive, Send, as_listener
 
 if TYPE_CHECKING:
     import asyncio
 
     from brokerd.net.server import Server
 
-__all__ = ["Door", "Knock", "fresh_instance", "origin_of", "peer_uid"]
+__all__ = ["Door", "fresh_instance"]
 
-#: Failures an address may have before its answers are slowed.
-_FREE_FAILURES: Final = 10
-_DELAY_STEP: Final = 0.05
-_LONGEST_DELAY: Final = 1.0
-#: Failures are forgotten after this many seconds.
-_FORGET_AFTER: Final = 60.0
-_REMEMBERED: Final = 10_000
-_UCRED: Final = struct.Struct("3i")
 _NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
-
-
-class Knock:
-    """One connection that has not proved yet who it is.
-
-    peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.
-    listener: the address it came in by. origin: by what its failures are counted.
-    silent: whether it has sent nothing yet.
-    nonce: what it was challenged with. heard: every byte it has said; spoken: frames said to it. With these
-        another process can come to the same point: see Door.take_over.
-    muted: frames that were said already, and are not said again.
-    slowed: it has failed, and is told so later; until then nothing it says is listened to.
-    tls, stream: how TLS is spoken with it, and the TLS that is, None without. channel: what is known by that.
-    can_hand_over: another process could go on with the socket and with what is kept here.
-    """
-
-    __slots__ = (
-        "allow_md5",
-        "channel",
-        "credential",
-        "deadline",
-        "done",
-        "fd",
-        "heard",
-        "listener",
-        "muted",
-        "nonce",
-        "origin",
-        "outcome",
-        "peer",
-        "proof",
-        "reader",
-        "refusal",
-        "silent",
-        "slowed",
-        "sock",
-        "spoken",
-        "steps",
-        "stream",
-        "tls",
-        "uid",
-    )
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        peer: object,
-        listener: str,
-        *,
-        allow_md5: bool,
-        deadline: float,
-        nonce: bytes | None = None,
-        tls: TlsConfig | None = None,
-    ) -> None:
-        self.tls = tls
-        self.stream = None if tls is None else TlsStream(sock, tls.context, end_point=tls.end_point)
-        self.sock: socket.socket | TlsStream = self.stream or sock
-        self.channel = NO_CHANNEL
-        self.fd = sock.fileno()
-        self.uid = peer_uid(sock)
-        self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"
-        self.origin = origin_of(peer, self.uid)
-        self.listener = listener
-        self.allow_md5 = allow_md5
-        self.deadline = deadline
-        self.reader = FrameReader()
-        # Whether MD5 may be used is decided when the client is known: see Search.
-        self.nonce = nonce or os.urandom(NONCE_SIZE)
-        self.steps = as_listener(self.nonce, allow_md5=True, named=True)
-        self.heard = bytearray()
-        self.spoken = 0
-        self.muted = 0
-        self.slowed = False
-        self.proof: Proof | None = None
-        self.credential: Credential | None = None
-        self.refusal = ""
-        self.silent = True
-        #: What a failure would be counted as.
-        self.outcome = Outcome.REJECTED
-        self.done = False
-
-    @property
-    def can_hand_over(self) -> bool:
-        """As a link's: not over TLS, whose keys are in this process."""
-        return self.tls is None
 
 
 class Door:
@@ -148,7 +50,8 @@ class Door:
         self._order = itertools.count()
         self._searching = False
         self._timer: asyncio.TimerHandle | None = None
-        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        #: Who has failed lately.
+        self.failures = Failures()
         self._tls = TlsHandshakes(server.loop, self._on_channel, self._on_no_channel)
 
     def __len__(self) -> int:
@@ -199,17 +102,6 @@ class Door:
     def knocks(self) -> list[Knock]:
         """Return the unfinished handshakes, oldest first."""
         return list(self._knocks)
-
-    def failures(self) -> list[tuple[str, int, float]]:
-        """Return (origin, failures, seconds since the last one) of whoever failed lately."""
-        now = self._loop.time()
-        return [(origin, count, now - at) for origin, (count, at) in self._failures.items()]
-
-    def remember_failures(self, failures: Iterable[tuple[str, int, float]]) -> None:
-        """Take over what ``failures`` of another door returned."""
-        now = self._loop.time()
-        for origin, count, age in failures:
-            self._failures[origin] = (count, now - age)
 
     def take_over(self, knock: Knock) -> None:
         """Go on with a handshake that another process began: from the start, but nothing is said twice."""
@@ -372,7 +264,7 @@ class Door:
 
     def _admit(self, knock: Knock) -> None:
         assert knock.credential is not None, "a handshake ends well only with a key that was found"
-        self._failures.pop(knock.origin, None)
+        self.failures.forgive(knock.origin)
         self._forget(knock)
         self._server.admit(knock)
 
@@ -385,7 +277,7 @@ class Door:
         if knock.done:
             return
         if failed:
-            self._count_failure(knock)
+            self.failures.count(knock.origin, self._loop.time())
         if tell:
             with contextlib.suppress(OSError):
                 self._send(knock, FAILURE)
@@ -415,24 +307,15 @@ class Door:
             self._tls.leave(knock)
         knock.steps.close()
 
-    def _count_failure(self, knock: Knock) -> None:
-        count, _ = self._failures.pop(knock.origin, (0, 0.0))
-        self._failures[knock.origin] = (count + 1, self._loop.time())
-        if len(self._failures) > _REMEMBERED:
-            self._failures.popitem(last=False)
-
     def _delay(self, knock: Knock) -> bool:
         """Return whether the failure is told later, because its origin has failed often."""
-        count, at = self._failures.get(knock.origin, (0, 0.0))
         now = self._loop.time()
-        if now - at > _FORGET_AFTER:
-            self._failures.pop(knock.origin, None)
-            count = 0
-        if count < _FREE_FAILURES:
+        delay = self.failures.delay(knock.origin, now)
+        if not delay:
             return False
         knock.slowed = True
         self._loop.remove_reader(knock.fd)
-        delay = min((count - _FREE_FAILURES + 1) * _DELAY_STEP, _LONGEST_DELAY, max(knock.deadline - now, 0))
+        delay = min(delay, max(knock.deadline - now, 0))
         self._loop.call_later(delay, self._fail_now, knock)
         return True
 
@@ -456,31 +339,6 @@ class Door:
             why = self._tls.overdue(oldest)
             self._refuse(oldest, why or "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=not why)
         self._watch()
-
-
-def origin_of(peer: object, uid: int | None) -> str:
-    """Return by what a peer's failures are counted: its user, its IPv4 address, or its IPv6 network of 64 bits.
-
-    Whoever has one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4). An IPv4 address that came to a
-    socket for both kinds, as systemd makes them, counts as what it is (2.5.5.2). peer: as accept() gives it.
-    """
-    if uid is not None:
-        return f"uid {uid}"
-    if isinstance(peer, tuple) and ":" in str(peer[0]):
-        address = ipaddress.IPv6Address(peer[0])
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
-    return str(peer[0]) if isinstance(peer, tuple) else "unix"
-
-
-def peer_uid(sock: socket.socket) -> int | None:
-    """Return the user id at the other end of a Unix socket; None for other sockets and systems, and for one unseen."""
-    # The other end of a bridged socket is this process, whoever uses the pipe.
-    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
-        return None
-    uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
-    return uid if is_seen(uid) else None
 
 
 def fresh_instance() -> str:

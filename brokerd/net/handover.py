@@ -19,8 +19,8 @@ from brokerd.core.events import announce
 from brokerd.core.parcel import SLACK, Parcel
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
-from brokerd.net.door import Knock
 from brokerd.net.keyring import Credential
+from brokerd.net.knock import Knock
 from brokerd.net.link import Link
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.server import Server
@@ -56,7 +56,7 @@ def capture(server: Server) -> tuple[Snapshot, list[int]]:
         "links": [_link(link, taken) for link in links],
         "knocks": [_knock(knock, server, taken) for knock in knocks],
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in farewells],
-        "failures": server.door.failures(),
+        "failures": server.door.failures.ages(server.loop.time()),
         "keys": server.keyring.uses(),
     }
     sockets = [each.sock for group in (server.listening, links, knocks, farewells) for each in group]
@@ -174,7 +174,7 @@ class Inheritance:
         self._farewells = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
         if len(pieces):
             raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
-        server.door.remember_failures(facts["failures"])
+        server.door.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
 
     def _socket(self, facts: Facts) -> socket.socket:

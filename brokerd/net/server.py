@@ -14,11 +14,12 @@ from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
-from brokerd.net.door import Door, Knock, fresh_instance, peer_uid
+from brokerd.net.door import Door, fresh_instance
 from brokerd.net.draining import Drained, Draining
 from brokerd.net.farewell import Farewell
 from brokerd.net.floods import Floods
 from brokerd.net.keyring import Credential, Keyring
+from brokerd.net.knock import Knock
 from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
@@ -26,6 +27,7 @@ from brokerd.net.pulse import Pulse
 from brokerd.net.tally import Outcome, Tally
 from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd.net.tls_link import TlsLink
+from brokerd.net.users import peer_uid
 from brokerd.net.watch import Watch
 from brokerd_client.address import Address
 

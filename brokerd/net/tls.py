@@ -25,7 +25,7 @@ from brokerd_client.wire.handshake import FAILURE, NONCE_SIZE
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.door import Knock
+    from brokerd.net.knock import Knock
 
 __all__ = ["NO_CHANNEL", "SPEAKS_TLS", "Channel", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
 

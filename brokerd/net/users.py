@@ -1,4 +1,4 @@
-"""Which users of this machine can be told apart at the other end of a Unix socket.
+"""Which user of this machine is at the other end of a Unix socket, and which users can be told apart there.
 
 In a user namespace of its own (systemd's PrivateUsers=yes) a process sees a few users, and all others as one: the
 overflow user, 65534. Taking that for a user would take everybody for it. Source: user_namespaces(7).
@@ -7,15 +7,19 @@ overflow user, 65534. Taking that for a user would take everybody for it. Source
 from __future__ import annotations
 
 import functools
+import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from brokerd.config.values import ClientConfig
+from brokerd_client.bridge import BridgedSocket
 
-__all__ = ["is_seen", "ranges_of", "unseen"]
+__all__ = ["is_seen", "peer_uid", "ranges_of", "unseen"]
 
 _UID_MAP: Final = "/proc/self/uid_map"
+_UCRED: Final = struct.Struct("3i")
 
 
 def ranges_of(uid_map: str) -> tuple[range, ...]:
@@ -47,3 +51,12 @@ def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None =
         if missing:
             found[name] = missing
     return found
+
+
+def peer_uid(sock: socket.socket) -> int | None:
+    """Return the user id at the other end of a Unix socket; None for other sockets and systems, and for one unseen."""
+    # The other end of a bridged socket is this process, whoever uses the pipe.
+    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
+        return None
+    uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+    return uid if is_seen(uid) else None

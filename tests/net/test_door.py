@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from time import monotonic
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from net.house import House, configuration, house, key_of
 from net.raw import Rejected, login, prefixed
 
-from brokerd.net import door
+from brokerd.net import failures as failures_module
 from brokerd.net.door import Door
 from brokerd.net.keyring import Keyring
+from brokerd_client.wire.handshake import LIMIT
 
 
 def failures(here: House) -> list[tuple[str, int]]:
     """Return whose failures are remembered, and how many."""
-    return [(origin, count) for origin, count, _ in here.call(here.daemon.server.door.failures)]
+    return [(origin, count) for origin, count, _ in here.call(lambda: here.daemon.server.door.failures.ages(0.0))]
 
 
 def fail(here: House, times: int) -> None:
@@ -37,8 +37,8 @@ def test_who_gets_in_has_failed_no_more() -> None:
 
 def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who failed long ago begins anew, and is told at once."""
-    monkeypatch.setattr(door, "_FORGET_AFTER", -1.0)
-    monkeypatch.setattr(door, "_FREE_FAILURES", 2)
+    monkeypatch.setattr(failures_module, "_FORGET_AFTER", -1.0)
+    monkeypatch.setattr(failures_module, "_FREE_FAILURES", 2)
     with house(configuration("127.0.0.1:0")) as here:
         fail(here, 4)
         assert failures(here) == [("127.0.0.1", 1)]
@@ -46,12 +46,11 @@ def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many addresses somebody has, the latest are kept."""
-    monkeypatch.setattr(door, "_REMEMBERED", 3)
-    with house(configuration("127.0.0.1:0")) as here:
-        for number in range(10):
-            knock: Any = SimpleNamespace(origin=f"192.0.2.{number}")
-            here.call(lambda knock=knock: here.daemon.server.door._count_failure(knock))
-        assert failures(here) == [(f"192.0.2.{number}", 1) for number in (7, 8, 9)]
+    monkeypatch.setattr(failures_module, "_REMEMBERED", 3)
+    those = failures_module.Failures()
+    for number in range(10):
+        those.count(f"192.0.2.{number}", float(number))
+    assert those.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
 
 
 def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +72,13 @@ def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pyte
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
             (knock,) = here.call(here.daemon.server.door.knocks)
             deadline = monotonic() + 30
-            while here.call(lambda: knock.reader.buffered) <= 2 * door.LIMIT:
+            while here.call(lambda: knock.reader.buffered) <= 2 * LIMIT:
                 assert monotonic() < deadline
             before = here.call(lambda: looks)
             for _ in range(20):
                 here.call(lambda: None)
             assert here.call(lambda: looks) <= before + 1
-            assert here.call(lambda: knock.reader.buffered) <= 4 * door.LIMIT
+            assert here.call(lambda: knock.reader.buffered) <= 4 * LIMIT
 
 
 def test_a_reload_keeps_the_order_in_which_keys_are_tried() -> None:

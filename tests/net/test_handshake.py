@@ -26,7 +26,7 @@ from net.raw import (
     prefixed,
 )
 
-from brokerd.net import door
+from brokerd.net import door, failures
 from brokerd.net.keyring import Search
 from brokerd_client.address import Address
 
@@ -461,7 +461,7 @@ def test_a_peer_that_resets_is_forgotten() -> None:
 
 def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """After ten failures #FAILURE# comes later; the right key is welcome before that even from there."""
-    monkeypatch.setattr(door, "_DELAY_STEP", 1.0)
+    monkeypatch.setattr(failures, "_DELAY_STEP", 1.0)
     with served() as broker:
         began = monotonic()
         for _ in range(10):
@@ -496,7 +496,7 @@ def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(monkeypatch:
 )
 def test_failures_are_counted_by_who_can_be_told_apart(peer: object, uid: int | None, origin: str) -> None:
     """An IPv4 address by itself, at a socket for both kinds too; IPv6 ones by their /64, a Unix peer by its user."""
-    assert door.origin_of(peer, uid) == origin
+    assert failures.origin_of(peer, uid) == origin
 
 
 def test_the_door_is_empty_when_all_have_gone() -> None:
