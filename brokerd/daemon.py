@@ -23,19 +23,19 @@ from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
-from brokerd.core.service import reply_to, stats
+from brokerd.core.service import stats
 from brokerd.keywatch import KeyWatch, uses_of
-from brokerd.logs import LevelRefused, Logs
+from brokerd.logs import Logs
 from brokerd.monitor.switch import Switch, preload
 from brokerd.net.handed import Handed, HandedSocket, listen_for
 from brokerd.net.keyring import Keyring
 from brokerd.net.listening import Found, ListenError, Listening
 from brokerd.net.server import Log, Server
+from brokerd.orders import Orders
 from brokerd.reload import Outcome, Prepared, compared, obstacles, whole_plan
 from brokerd.reloading import Reloading
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
-from brokerd_client.wire.envelope import BROKER, ErrorCode
 
 __all__ = ["Daemon", "Elder"]
 
@@ -80,7 +80,6 @@ class Daemon:
         self.supervisor = supervisor or Supervisor()
         self._handed = handed or Handed()
         self._allotted: dict[ListenConfig, list[HandedSocket]] = {}
-        #: The log of its own, None where a program gives another.
         self._logs: Logs | None = None
         if log is None:
             log = self._logs = Logs(config.log)
@@ -120,6 +119,11 @@ class Daemon:
         """The server; there is one once the daemon has started."""
         assert self._server is not None
         return self._server
+
+    @property
+    def logs(self) -> Logs | None:
+        """The log of its own, None where a program gives another."""
+        return self._logs
 
     @property
     def handed(self) -> Handed:
@@ -173,7 +177,7 @@ class Daemon:
             self._allotted,
         )
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
-        self._server.on_order = self._on_order
+        self._server.on_order = Orders(self).carry_out
         told: dict[str, Any] = {}
         if elder is None:
             self._server.start(opened)
@@ -227,53 +231,12 @@ class Daemon:
         warn_of_surroundings(self.log, config.listen, config.clients, self._handed, self._allotted)
         warn_of_plain(self.log, self.server.listening, among)
 
-    def _on_order(self, order: Order) -> None:
-        asker = order.source.client.name
-        if order.op == "drain":
-            reply_to(self.broker, order.source, order.id, {"draining": True})
-            self.stop_soon(f"asked for by {asker}")
-        elif order.op == "log_level":
-            self._answer_log_level(order)
-        elif order.op == "keys":
-            reply_to(self.broker, order.source, order.id, self.keys())
-            self._settle()
-        elif order.op == "upgrade":
-            if self.on_upgrade is not None:
-                self.on_upgrade(f"asked for by {asker}", order)
-            else:
-                problems = ["this broker is a part of another program, which would have to be replaced"]
-                reply_to(self.broker, order.source, order.id, {"upgraded": False, "problems": problems})
-                self.server.settle()
-        else:
-            self._in_background(self._reload_for(order, f"asked for by {asker}"))
-
-    def _answer_log_level(self, order: Order) -> None:
-        wanted = order.arguments
-        try:
-            if self._logs is None:
-                raise LevelRefused("the log of this broker is its program's own")
-            if wanted:
-                self._logs.change_level(
-                    wanted.get("area"), wanted.get("level"), wanted.get("for"), by=order.source.client.name
-                )
-        except LevelRefused as error:
-            self.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
-        else:
-            reply_to(self.broker, order.source, order.id, {"levels": self._logs.levels()})
-        self._settle()
-
-    async def _reload_for(self, order: Order, reason: str) -> None:
-        dry_run = order.arguments.get("dry_run") is True
-        outcome = await self.reloading.run(reason, dry_run=dry_run)
-        # Before anything is written: whoever is disconnected by the reload asked for is to hear of it.
-        reply_to(self.broker, order.source, order.id, outcome.as_reply(self.config.path, dry_run=dry_run))
-        self._settle()
-
     def _settle(self) -> None:
         if self._server is not None:
             self._server.settle()
 
-    def _in_background(self, work: Coroutine[Any, Any, object]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do this beside everything else; ``settled`` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -294,7 +257,7 @@ class Daemon:
         One that waits to begin will do for this one too.
         """
         if self.reloading.wait():
-            self._in_background(self.reload(reason))
+            self.in_background(self.reload(reason))
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
