@@ -35,6 +35,7 @@ class TlsLink(Link):
         # It does all that a Link asks of a socket.
         super().__init__(server, cast("socket.socket", stream), credential, channel)
         self._stream = stream
+        stream.trust()
         self._reading_on = False
 
     # Reading
@@ -70,6 +71,10 @@ class TlsLink(Link):
         self._reading_on = False
         if self._stream.buffered and self.may_read():
             self.on_readable()
+
+    def advance(self) -> bool:
+        """Route what has arrived, as a Link does; a read that brought nothing may have left something."""
+        return super().advance() or (self._stream.buffered and self.may_read())
 
     # Writing
 

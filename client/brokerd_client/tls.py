@@ -78,7 +78,7 @@ class Engine:
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLError as error:
-            raise explained(error, listener=self._end_point is not None) from error
+            raise self._explained(error) from error
         except ValueError as error:
             # A hostname that no certificate can have.
             raise TlsError(str(error)) from error
@@ -108,7 +108,7 @@ class Engine:
             # Nothing in this protocol is ended by the end of the stream, so that a missing goodbye hides nothing.
             self.ended = True
         except ssl.SSLError as error:
-            self._error = explained(error, listener=self._end_point is not None)
+            self._error = self._explained(error)
             if not got:
                 raise self._error from error
             self.more = True
@@ -130,7 +130,12 @@ class Engine:
             while view:
                 view = view[self._ssl.write(cast("bytes", view)) :]
         except ssl.SSLError as error:
-            raise explained(error, listener=self._end_point is not None) from error
+            raise self._explained(error) from error
+
+    def _explained(self, error: ssl.SSLError) -> TlsError:
+        if self.ready and isinstance(error, ssl.SSLEOFError):
+            return TlsError("the peer has closed the connection")
+        return explained(error, listener=self._end_point is not None)
 
     def finish(self) -> None:
         """Say goodbye: nothing more is written here."""

@@ -70,10 +70,17 @@ class TlsChannel(Channel):
     def _send(self, data: bytes | memoryview) -> int:
         assert self._stream is not None
         sent = 0
-        with self._turn, contextlib.suppress(BlockingIOError):
-            self._stream.flush()
-            while sent < len(data):
-                sent += self._stream.send(memoryview(data)[sent:])
+        with self._turn:
+            try:
+                self._stream.flush()
+                while sent < len(data):
+                    sent += self._stream.send(memoryview(data)[sent:])
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                # What was taken before may have left. The next write fails again.
+                if not sent:
+                    raise
         return sent
 
     def read(self) -> bytes | None:

@@ -1,14 +1,19 @@
-"""What a TlsStream keeps of answers that TLS itself gives, and that the peer does not read."""
+"""A TlsStream when its connection ends in the middle of something, and what it keeps for a peer that does not read."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from authority import Issued
 
+from brokerd_client.address import Address
 from brokerd_client.errors import TlsError
+from brokerd_client.tls_channel import TlsChannel
 from brokerd_client.tls_stream import TlsStream
 
 
@@ -26,6 +31,45 @@ class Answering:
         return bytes(32 * 1024)
 
 
+class Breaking:
+    """A socket that takes so many bytes, and then says that the connection is gone."""
+
+    def __init__(self, sock: socket.socket, left: int) -> None:
+        self._sock = sock
+        self._left = left
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, data: bytes) -> int:
+        if not self._left:
+            raise ConnectionResetError
+        sent = self._sock.send(data[: self._left])
+        self._left -= sent
+        return sent
+
+
+@pytest.fixture
+def ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStream, TlsStream]]:
+    """Both ends of one channel: the listener's, the client's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.certificate, server.key)
+    # As a listener has it: nothing is unread then where a test closes an end.
+    context.num_tickets = 0
+    sockets = socket.socketpair()
+    for sock in sockets:
+        sock.setblocking(False)
+    listener = TlsStream(sockets[0], context, end_point=b"-")
+    client = TlsStream(sockets[1], trusting, hostname="127.0.0.1")
+    for _ in range(20):
+        # Each as far as it gets.
+        if [listener.handshake(), client.handshake()] == [True, True]:
+            break
+    yield listener, client
+    for sock in sockets:
+        sock.close()
+
+
 def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None:
     """A peer that has TLS answer again and again and does not read is given up; little is kept until then."""
     ours, theirs = socket.socketpair()
@@ -36,8 +80,80 @@ def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None
                 ours.send(bytes(65536))
         stream = TlsStream(ours, trusting, hostname="localhost")
         stream.engine = Answering()  # type: ignore[assignment]
-        for _ in range(2):
+        for _ in range(3):
             with pytest.raises(BlockingIOError):
                 stream.recv_into(memoryview(bytearray(1024)))
         with pytest.raises(TlsError, match="does not read the answers"):
             stream.recv_into(memoryview(bytearray(1024)))
+
+
+def test_what_came_counts_though_nothing_can_be_written_any_more(ends: tuple[TlsStream, TlsStream]) -> None:
+    """Last bytes of a peer that is gone with unread ones are read, and then its end."""
+    ours, theirs = ends
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(32768))
+    assert ours.unsent
+    theirs.send(b"the last")
+    theirs.close()
+    assert ours.recv(100) == b"the last"
+    with contextlib.suppress(ConnectionResetError):
+        assert ours.recv(100) == b""
+
+
+def test_what_was_sent_before_the_connection_broke_counts_as_sent(ends: tuple[TlsStream, TlsStream]) -> None:
+    """A whole message may be in what has left: it must not be given back as not sent. The next write fails."""
+    ours, theirs = ends
+    ours.raw = Breaking(ours.raw, 20_000)  # type: ignore[assignment]
+    assert ours.send(b"m" * 32768) == 32768
+    with pytest.raises(ConnectionResetError):
+        ours.send(b"more")
+    came = b""
+    for _ in range(50):
+        with contextlib.suppress(BlockingIOError):
+            came += theirs.recv(32768)
+    assert came == b"m" * 16384
+
+
+def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, TlsStream]) -> None:
+    """What was written before counts as written; the rest waits, and trying it fails."""
+    ours, _ = ends
+    channel = TlsChannel(Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context())
+    try:
+        channel._stream = ours
+        ours.raw = Breaking(ours.raw, 40_000)  # type: ignore[assignment]
+        assert channel.write(bytes(100_000)) == 65536
+        assert len(channel.backlog) == 100_000 - 65536
+        with pytest.raises(ConnectionResetError):
+            channel.flush()
+    finally:
+        channel.close()
+
+
+@pytest.mark.parametrize("size", [1, 30, 1000])
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_a_cut_inside_a_record_ends_it(ends: tuple[TlsStream, TlsStream], size: int, end: str) -> None:
+    """Whatever part of a record is missing, nothing of it is read, and then there is the end."""
+    ours, theirs = ends
+    theirs.send(b"whole")
+    theirs.engine.write(b"x" * 1200)
+    theirs.raw.send(theirs.engine.output()[:size])
+    _end(theirs.raw, end)
+    assert ours.recv(4096) == b"whole"
+    assert ours.recv(4096) == b""
+    # And again, if somebody asks.
+    assert ours.recv(4096) == b""
+
+
+def _end(sock: socket.socket, how: str) -> None:
+    act: dict[str, Callable[[], None]] = {"close": sock.close, "shutdown": lambda: sock.shutdown(socket.SHUT_WR)}
+    act[how]()
+
+
+def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStream]) -> None:
+    """It is no failed handshake, which the end of a connection before it would be."""
+    ours, theirs = ends
+    theirs.close()
+    assert ours.recv(4096) == b""
+    with pytest.raises(TlsError, match="the peer has closed the connection"):
+        ours.engine.write(b"x")

@@ -1,0 +1,175 @@
+"""Peers whose TLS has nothing or next to nothing in it: they are taken in small sips, and given up in the end.
+
+What a turn of the event loop takes in is counted, not timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from authority import Authority, Issued
+from net.house import House, configuration, house
+from net.raw import MESSAGE, Raw, packed
+from records import APPLICATION_DATA, Forger, forger_of
+from stock import tls_login
+
+from brokerd_client.tls import Engine
+
+#: The kinds of records that have nothing in them, some hundred kilobytes of each; every one costs some microseconds.
+FLOODS: dict[str, Callable[[Forger], bytes]] = {
+    "updates of keys": lambda forger: b"".join(forger.key_update() for _ in range(8000)),
+    "updates of keys to be answered": lambda forger: b"".join(forger.key_update(answered=True) for _ in range(8000)),
+    "empty records": lambda forger: b"".join(forger.record(APPLICATION_DATA, b"") for _ in range(8000)),
+}
+
+
+@pytest.fixture
+def here(server: Issued) -> Iterator[House]:
+    """A broker with one TLS listener."""
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+        yield here
+
+
+@pytest.fixture
+def sips(here: House, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Bytes of TLS that the broker has taken in, by the turn of its event loop."""
+    taken: Counter[int] = Counter()
+    turn = 0
+    feed = Engine.feed
+
+    def count() -> None:
+        nonlocal turn
+        turn += 1
+        here._loop.call_soon(count)
+
+    def note(self: Engine, data: bytes | memoryview) -> None:
+        # A client in this process is not meant.
+        if self._end_point is not None:
+            taken[turn] += len(data)
+        feed(self, data)
+
+    monkeypatch.setattr(Engine, "feed", note)
+    here.call(count)
+    return taken
+
+
+def all_at_once(here: House, forger: Forger, flood: bytes) -> None:
+    """Have as much of the flood as fits lie before the broker when it looks; the rest follows."""
+    forger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+    first = flood[:200_000]
+    here.call(lambda: forger.write_bare(first))
+    # It may be given up meanwhile.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        forger.write_bare(flood[len(first) :])
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
+    kind: str, here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+) -> None:
+    """No turn of the loop is spent on it alone, others are served, and the log says why it is gone."""
+    with (
+        tls_login(here.address, authority.context(), "bob") as bob,
+        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+    ):
+        alice.ping()
+        all_at_once(here, alice, FLOODS[kind](alice))
+        bob.ping()
+        (gone,) = here.log.wait("client.disconnected")
+        assert "TLS" in str(gone.fields["reason"])
+        bob.ping()
+    # One piece until it is known for what it is, and no more than two sips a turn from then on.
+    most = sorted(sips.values(), reverse=True)
+    assert most[0] <= 36 * 1024
+    assert most[1] <= 12 * 1024
+    assert sum(most) < 150_000
+
+
+def test_a_stranger_with_nothing_to_say_is_turned_away(
+    here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+) -> None:
+    """Who has not proved who it is gets less, and the reason is logged."""
+    with (
+        tls_login(here.address, authority.context(), "bob") as bob,
+        Forger(here.address, authority.context(), tmp_path / "secrets") as stranger,
+    ):
+        bob.ping()
+        sips.clear()
+        all_at_once(here, stranger, FLOODS["updates of keys"](stranger))
+        (refused,) = here.log.wait("client.refused")
+        assert "with nothing in them" in str(refused.fields["reason"])
+        bob.ping()
+    assert max(sips.values()) <= 4 * 1024
+    assert sum(sips.values()) < 40_000
+
+
+def test_single_bytes_are_put_together_in_turns(
+    here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+) -> None:
+    """Messages in records of one byte each all arrive, in order; meanwhile the others have their turns."""
+    count = 500
+    data = b"".join(packed(MESSAGE, "bob", bytes(20), id=number) for number in range(count))
+    with (
+        tls_login(here.address, authority.context(), "bob") as bob,
+        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+    ):
+        alice.ping()
+        all_at_once(here, alice, alice.records(data, 1))
+        assert [bob.recv().id for _ in range(count)] == list(range(count))
+        alice.ping()
+        assert here.log.named("client.disconnected") == []
+    most = sorted(sips.values(), reverse=True)
+    assert most[0] <= 36 * 1024
+    assert most[1] <= 12 * 1024
+
+
+def test_a_handshake_in_pieces_is_taken_in_turns(here: House, sips: Counter[int], authority: Authority) -> None:
+    """A ClientHello as long as may be, each byte in a record of its own, costs the others no long turn."""
+    hello = b"\x01" + (131_000).to_bytes(3, "big") + b"\x03\x03" + bytes(131_000)
+    with tls_login(here.address, authority.context(), "bob") as bob, Raw(here.address) as stranger:
+        flood = b"".join(b"\x16\x03\x01\0\1" + hello[at : at + 1] for at in range(len(hello)))
+        stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+        here.call(lambda: stranger.write(flood[:200_000]))
+        stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        bob.ping()
+    assert max(sips.values()) <= 36 * 1024
+
+
+def test_a_client_that_leaves_behind_a_flood_is_heard_out(
+    here: House, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said behind much that was nothing counts, though another connection takes its place at once."""
+    with tls_login(here.address, authority.context(), "bob") as bob:
+        alice = forger_of(here.address, authority.context(), tmp_path / "secrets", "alice")
+        alice.ping()
+        flood = b"".join(alice.key_update() for _ in range(2000))
+        last = alice.records(packed(MESSAGE, "bob", b"the last one"))
+
+        def leave() -> bool:
+            # In the broker's own thread, so that it does not look before everything is there.
+            alice.write_bare(flood + last)
+            alice.close()
+            (link,) = [link for link in here.daemon._server.links if link.session.address == "alice"]  # type: ignore[union-attr]
+            return link.is_gone()
+
+        assert here.call(leave)
+        assert bob.recv().body == b"the last one"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl (apt-get install openssl)")
+def test_renegotiation_is_refused(server: Issued, authority: Authority) -> None:
+    """A client that asks for another handshake in TLS 1.2, each of which would cost a signature, is told no."""
+    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})) as here:
+        command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{here.address.port}"]
+        asked = subprocess.run(command, input=b"R\n" * 50, capture_output=True, timeout=30, check=False)
+        assert b"RENEGOTIATING" in asked.stdout + asked.stderr
+        assert b"no renegotiation" in asked.stdout + asked.stderr
+        with tls_login(here.address, authority.context(), "bob") as bob:
+            bob.ping()
