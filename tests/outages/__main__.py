@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parent.parent
 FILES = (
     "outages/test_killed_and_stopped.py",
     "outages/test_resets.py",
+    "outages/test_replaced.py",
     "outages/test_exhausted.py",
     "system/test_bad_network.py",
     "system/test_full_disk.py",

@@ -1,4 +1,4 @@
-"""A relay for TCP between clients and a broker that resets both of its connections after so many bytes."""
+"""A relay for TCP between clients and a broker that ends both of its connections after so many bytes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from typing import Self
 __all__ = ["Cutter"]
 
 _RESET = struct.pack("ii", 1, 0)
+#: Far less than any timeout or keepalive.
+_SOON_S = 3.0
 
 
 class Cutter:
     """Takes one connection after the other.
 
     up, down: bytes that still pass from the client to the broker and back, None for all. passed: bytes of the latest
-    connection that have passed, up and down. cuts: connections that were reset.
+    connection that have passed, up and down. cuts: connections that were cut. gently: both ends are told of an end in
+    order, as if the other one had closed, and are to close themselves; else both are reset.
     """
 
-    def __init__(self, broker: tuple[str, int]) -> None:
+    def __init__(self, broker: tuple[str, int], *, gently: bool = False) -> None:
+        self._gently = gently
         self._broker = broker
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
@@ -52,11 +56,11 @@ class Cutter:
         self._listener.close()
 
     def cut_after(self, *, up: int | None = None, down: int | None = None) -> None:
-        """Reset the connection when so many more bytes have passed, each way; with 0 before the next one does."""
+        """Cut the connection when so many more bytes have passed, each way; with 0 before the next one does."""
         self.up, self.down = up, down
 
     def wait_for_cuts(self, count: int) -> None:
-        """Return when so many connections have been reset in all."""
+        """Return when so many connections have been cut in all."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.cuts >= count, 30), f"{self.cuts} of {count} cuts"
 
@@ -90,7 +94,7 @@ class Cutter:
             left = self.up if sock is client else self.down
             if left is not None and len(data) >= left:
                 other.sendall(data[:left])
-                self._reset(client, broker)
+                self._end(client, broker)
                 return True
             if not data:
                 return True
@@ -103,10 +107,21 @@ class Cutter:
                 self.down = left - len(data)
         return False
 
-    def _reset(self, *socks: socket.socket) -> None:
+    def _end(self, *socks: socket.socket) -> None:
         for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            sock.close()
+            if self._gently:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_WR)
+            else:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                sock.close()
+        if self._gently:
+            for sock in socks:
+                sock.settimeout(_SOON_S)
+                # Where it does not end in time this is a TimeoutError, and no cut is counted.
+                with contextlib.suppress(ConnectionError):
+                    while sock.recv(65536):
+                        pass
         self.up = self.down = None
         with self._changed:
             self.cuts += 1

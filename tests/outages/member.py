@@ -1,8 +1,9 @@
 """One end of the traffic that faults happen to, a process by itself, so that it can be killed, stopped and cut off.
 
-``member.py receive ADDRESS NAME KEY LEDGER`` notes every message and request it is given, and answers requests.
-``member.py send ADDRESS NAME KEY LEDGER RECIPIENT...`` sends numbered messages with receipts, and requests, to each
-recipient, and notes what became of each. A note is a line of the file LEDGER, written at once: it outlives the process.
+``member.py FACE receive ADDRESS NAME KEY LEDGER CA`` notes every message and request it is given, and answers requests.
+``member.py FACE send ADDRESS NAME KEY LEDGER CA RECIPIENT...`` sends numbered messages with receipts, and requests, to
+each recipient, and notes what became of each. A note is a line of the file LEDGER, written at once: it outlives the
+process. FACE is asyncio or blocking. CA is the file of who vouches for the broker, where it speaks TLS, else "-".
 
 Both reconnect as the library does. A line on standard input ends the sending, a second one the process.
 """
@@ -10,27 +11,13 @@ Both reconnect as the library does. A line on standard input ends the sending, a
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
+
+import blocking_member
+from ledger import MESSAGES, PATIENCE_S, PAUSE_S, REQUESTS, Ledger, Outcomes, context_of
 
 from brokerd_client import aio
 from brokerd_client.errors import BrokerdError
-
-#: Messages, and requests, under way at once to each recipient.
-MESSAGES, REQUESTS = 8, 4
-#: Seconds until a message or request is given up; more than any fault lasts.
-PATIENCE_S = 60.0
-PAUSE_S = 0.01
-
-
-class Ledger:
-    """Lines that are in the file when ``note`` returns."""
-
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-    def note(self, *words: object) -> None:
-        os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
 
 
 def receive(client: aio.Client, ledger: Ledger, all_here: asyncio.Event) -> None:
@@ -56,14 +43,9 @@ class Sender:
         self.client = client
         self.ledger = ledger
         self.over = asyncio.Event()
-        self._sent: dict[int, tuple[str, int]] = {}
-        client.on_undelivered(self._undelivered)
+        self._outcomes = Outcomes(ledger)
+        client.on_undelivered(self._outcomes.undelivered)
         self.tasks = [asyncio.create_task(self._send(each)) for each in recipients]
-
-    def _undelivered(self, error: BrokerdError) -> None:
-        """What had a receipt is given back after all."""
-        to, number = self._sent[getattr(error, "id", 0)]
-        self.ledger.note("message", to, number, type(error).__name__)
 
     async def _send(self, to: str) -> None:
         numbers = {"message": 0, "request": 0}
@@ -71,14 +53,12 @@ class Sender:
             first = numbers["message"]
             numbers["message"] += MESSAGES
             lot = [(to, number) for number in range(first, first + MESSAGES)]
+            outcomes: list[object]
             try:
                 outcomes = await self.client.send_many(lot, receipt=True, timeout=PATIENCE_S)
             except BrokerdError as error:
                 outcomes = [error] * MESSAGES
-            for (_, number), outcome in zip(lot, outcomes, strict=True):
-                if not isinstance(outcome, BrokerdError):
-                    self._sent[outcome.id] = to, number
-                self.ledger.note("message", to, number, type(outcome).__name__)
+            self._outcomes.note(to, first, outcomes)
             first = numbers["request"]
             numbers["request"] += REQUESTS
             asked = [self._ask(to, number) for number in range(first, first + REQUESTS)]
@@ -95,9 +75,9 @@ class Sender:
         return "Reply"
 
 
-async def main(role: str, address: str, name: str, key: str, ledger_file: str, *recipients: str) -> None:
+async def main(role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str) -> None:
     ledger = Ledger(ledger_file)
-    client = await aio.connect(address, name, key, timeout=PATIENCE_S)
+    client = await aio.connect(address, name, key, ssl=context_of(ca), timeout=PATIENCE_S)
     all_here = asyncio.Event()
     sender = None
     if role == "receive":
@@ -118,4 +98,8 @@ async def main(role: str, address: str, name: str, key: str, ledger_file: str, *
     await client.close()
 
 
-asyncio.run(main(*sys.argv[1:]))
+if __name__ == "__main__":
+    if sys.argv[1] == "blocking":
+        blocking_member.main(*sys.argv[2:])
+    else:
+        asyncio.run(main(*sys.argv[2:]))

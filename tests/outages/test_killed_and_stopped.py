@@ -10,55 +10,57 @@ from pathlib import Path
 import pytest
 from e2e.process import Process
 from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+from outages.ways import Way
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux")
 
 NAMES = (*SENDERS, *RECIPIENTS)
 
 
-def test_the_broker_is_killed(socket_dir: Path) -> None:
+def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
     """What was under way is in doubt; everybody is back; only what was in its memory is gone with it."""
-    with Process(socket_dir, NAMES) as broker:
+    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
-        with Traffic(socket_dir, str(broker.socket)) as traffic:
+        with way.traffic(socket_dir, broker) as traffic:
             # Stopped first, so that there is something under way.
             broker.signal(signal.SIGSTOP)
             _until_nothing_moves(traffic)
             broker.signal(signal.SIGKILL)
             broker.exit_status()
-            with Process(socket_dir, NAMES) as again:
+            with Process(socket_dir, NAMES, listen=way.listen_again(broker)) as again:
                 again.wait("daemon.started")
                 took = until(lambda: len(again.events("client.connected")) == len(NAMES), "not everybody is back")
                 traffic.goes_on()
-                account = traffic.finish("SIGKILL of the broker, started again", killed=["broker"])
+                account = traffic.finish(way.title("SIGKILL of the broker, started again"), killed=["broker"])
     assert account.in_doubt > 0
     account.record(f"all clients back after {took:.1f} s")
 
 
-def test_a_recipient_is_killed(socket_dir: Path) -> None:
+@pytest.mark.parametrize("way", ["plain", pytest.param("tls", marks=pytest.mark.slow)], indirect=True)
+def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
     """Requests it had not answered fail, messages come back as offline; another one takes its place."""
-    with Process(socket_dir, NAMES) as broker:
+    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
-        with Traffic(socket_dir, str(broker.socket)) as traffic:
+        with way.traffic(socket_dir, broker) as traffic:
             traffic.recipients["r0"].end()
             traffic.goes_on(but=["r0"])
             traffic.restart("r0")
             traffic.goes_on()
-            account = traffic.finish("SIGKILL of a recipient, started again", killed=["r0"])
+            account = traffic.finish(way.title("SIGKILL of a recipient, started again"), killed=["r0"])
     assert account.refused > 0
     account.record("the others are served all the time")
 
 
 @pytest.mark.slow
-def test_a_sender_is_killed(socket_dir: Path) -> None:
+def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
     """What it sent arrives once and in order, or not at all; nobody else notices."""
-    with Process(socket_dir, NAMES) as broker:
+    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
-        with Traffic(socket_dir, str(broker.socket)) as traffic:
+        with way.traffic(socket_dir, broker) as traffic:
             killed = traffic.senders.pop("s0")
             killed.end()
             traffic.goes_on()
-            account = traffic.finish("SIGKILL of a sender")
+            account = traffic.finish(way.title("SIGKILL of a sender"))
             noted = {tuple(line[:3]) for line in killed.lines() if line[3] in ("Receipt", "Reply")}
             came = {
                 (kind, name, number)
@@ -73,34 +75,34 @@ def test_a_sender_is_killed(socket_dir: Path) -> None:
     account.record("all it had receipts for arrived")
 
 
-def test_a_recipient_is_stopped(socket_dir: Path) -> None:
+def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
     """Messages wait for it, others are served; when it goes on it gets all of them, or their senders were told."""
-    with Process(socket_dir, NAMES, limits={"wait_timeout": "1s"}) as broker:
+    with Process(socket_dir, NAMES, listen=way.listen(), limits={"wait_timeout": "1s"}) as broker:
         broker.wait("daemon.started")
-        with Traffic(socket_dir, str(broker.socket)) as traffic:
+        with way.traffic(socket_dir, broker) as traffic:
             pid = traffic.recipients["r0"].popen.pid
             os.kill(pid, signal.SIGSTOP)
             traffic.goes_on(but=["r0"])
             os.kill(pid, signal.SIGCONT)
             traffic.goes_on()
-            account = traffic.finish("SIGSTOP of a recipient, then SIGCONT")
+            account = traffic.finish(way.title("SIGSTOP of a recipient, then SIGCONT"))
     assert not broker.events("client.disconnected") or account.in_doubt == 0
     account.record("the others are served all the time")
 
 
 @pytest.mark.slow
-def test_the_broker_is_stopped(socket_dir: Path) -> None:
+def test_the_broker_is_stopped(socket_dir: Path, way: Way) -> None:
     """Everybody waits; when it goes on so does everything, on the same connections."""
-    with Process(socket_dir, NAMES) as broker:
+    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
-        with Traffic(socket_dir, str(broker.socket)) as traffic:
+        with way.traffic(socket_dir, broker) as traffic:
             broker.signal(signal.SIGSTOP)
             until(lambda: _is_stopped(broker.popen.pid), "it does not stop")
             _until_nothing_moves(traffic)
             broker.signal(signal.SIGCONT)
             traffic.goes_on()
             gone = len(broker.events("client.disconnected"))
-            account = traffic.finish("SIGSTOP of the broker, then SIGCONT")
+            account = traffic.finish(way.title("SIGSTOP of the broker, then SIGCONT"))
     assert gone == 0
     assert (account.in_doubt, account.refused) == (0, 0)
     account.record("no connection ended")

@@ -1,4 +1,8 @@
-"""Connections are reset at every byte of a handshake and of a frame, in both directions."""
+"""Connections are reset at every byte of a handshake and of a frame, in both directions; TLS is also cut short.
+
+Cut short means that both ends are told of an end in order, by TCP, though TLS has not said goodbye: as somebody on the
+way can do who can neither read nor write what passes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import pytest
 from e2e.process import Process, key_of
 from outages.cutter import Cutter
 from outages.traffic import Account, until
+from outages.ways import Way
 
 import brokerd_client
 from brokerd_client.errors import AuthenticationError, Disconnected, InDoubt, Offline
@@ -20,9 +25,18 @@ from brokerd_client.errors import AuthenticationError, Disconnected, InDoubt, Of
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts descriptors in /proc")
 
 TIMEOUT_S = 30.0
+PLAIN = Way()
 PAYLOAD = 100
-#: Everyday some of the positions are enough, beginning with one by chance.
-every_byte = pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
+#: How it is cut. Everyday some of the positions are enough, beginning with one by chance.
+every_byte = pytest.mark.parametrize(
+    ("way", "cut", "step"),
+    [
+        pytest.param(*each, step, marks=marks)
+        for steps, marks in (((19, 61, 61), ()), ((1, 1, 1), (pytest.mark.slow,)))
+        for each, step in zip([("plain", "reset"), ("tls", "reset"), ("tls", "cut short")], steps, strict=True)
+    ],
+    indirect=["way"],
+)
 
 
 def positions(size: int, step: int) -> range:
@@ -32,70 +46,70 @@ def positions(size: int, step: int) -> range:
 
 
 @contextmanager
-def broker_and_cutter(directory: Path) -> Iterator[tuple[Process, Cutter]]:
+def broker_and_cutter(directory: Path, way: Way, cut: str) -> Iterator[tuple[Process, Cutter]]:
     """Run a broker and a relay to it; what the cuts left behind in the broker is looked for at the end."""
-    with Process(directory, ("alice", "bob"), listen=["127.0.0.1:0"]) as broker:
+    with Process(directory, ("alice", "bob"), listen=way.listen() or ["127.0.0.1:0"]) as broker:
         tcp = broker.addresses()[1]
         descriptors = Path(f"/proc/{broker.popen.pid}/fd")
         before = len(list(descriptors.iterdir()))
-        with Cutter((tcp.host, tcp.port)) as cutter:
+        with Cutter((tcp.host, tcp.port), gently=cut == "cut short") as cutter:
             yield broker, cutter
         until(lambda: len(list(descriptors.iterdir())) == before, "the broker keeps descriptors of connections cut")
         assert not broker.events("daemon.bug")
 
 
-def connect(address: str, name: str) -> brokerd_client.Client:
-    return brokerd_client.connect(address, name, key=key_of(name), timeout=TIMEOUT_S, reconnect=False)
+def connect(address: str, name: str, way: Way = PLAIN) -> brokerd_client.Client:
+    return brokerd_client.connect(address, name, key=key_of(name), timeout=TIMEOUT_S, reconnect=False, ssl=way.context)
 
 
 @every_byte
-def test_at_every_byte_of_a_handshake(socket_dir: Path, step: int) -> None:
+def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step: int) -> None:
     """The client is told at once, the broker keeps nothing, and others are served; then it gets in."""
-    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "bob") as other:
-        connect(cutter.address, "alice").close()
+    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "bob") as other:
+        connect(cutter.address, "alice", way).close()
         up, down = cutter.passed
         assert min(up, down) > 100
-        ways = [*({"up": at} for at in positions(up, step)), *({"down": at} for at in positions(down, step))]
+        places = [*({"up": at} for at in positions(up, step)), *({"down": at} for at in positions(down, step))]
         # Who is welcome can't know that its own welcome got lost: it hears of that when it wants something.
         told = 0
-        for number, way in enumerate(ways, 1):
-            cutter.cut_after(**way)
+        for number, place in enumerate(places, 1):
+            cutter.cut_after(**place)
             try:
-                with connect(cutter.address, "alice") as client:
+                with connect(cutter.address, "alice", way) as client:
                     client.ping()
             except (Disconnected, AuthenticationError):
                 told += 1
             cutter.wait_for_cuts(number)
             other.ping()
-        assert told == len(ways)
-        with connect(cutter.address, "alice") as client:
+        assert told == len(places)
+        with connect(cutter.address, "alice", way) as client:
             client.ping()
-    account = Account("connections reset at every byte of a handshake", sent=len(ways), refused=told)
+    account = Account(way.title(f"connections {cut} at every byte of a handshake"), sent=len(places), refused=told)
     account.record(f"{up} bytes up, {down} down: each time the client was told, and nothing was left behind")
 
 
 @every_byte
-def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, step: int) -> None:
+def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, way: Way, cut: str, step: int) -> None:
     """A message cut short is not delivered; one whose receipt was cut is in doubt, and was delivered once."""
-    account = Account("connections reset at every byte of a message, and of its receipt")
+    account = Account(way.title(f"connections {cut} at every byte of a message, and of its receipt"))
     got: list[int] = []
-    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "bob") as bob:
-        up, down = frame_sizes(cutter, bob)
+    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "bob") as bob:
+        up, down = frame_sizes(cutter, bob, way)
         whole: list[int] = []
         perhaps: list[int] = []
-        for way in (*({"up": at} for at in positions(up + 1, step)), *({"down": at} for at in positions(down, step))):
+        for place in (*({"up": at} for at in positions(up + 1, step)), *({"down": at} for at in positions(down, step))):
             account.sent += 1
-            with connect(cutter.address, "alice") as alice:
-                cutter.cut_after(**way)
+            with connect(cutter.address, "alice", way) as alice:
+                cutter.cut_after(**place)
                 try:
                     alice.send("bob", b"%05d" % account.sent + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
                 except InDoubt:
                     account.in_doubt += 1
                 cutter.wait_for_cuts(account.sent)
                 # Let in after that, she has been read to the end.
-            if "down" in way:
+            if "down" in place:
                 whole.append(account.sent)
-            elif way["up"] == up:
+            elif place["up"] == up:
                 # Whole, but it may still be unread when the reset comes.
                 perhaps.append(account.sent)
         with connect(str(broker.socket), "alice") as alice:
@@ -110,9 +124,9 @@ def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, step: int)
     account.record(f"{up} bytes of the message, {down} of the receipt; none of those cut short was delivered")
 
 
-def frame_sizes(cutter: Cutter, bob: brokerd_client.Client) -> tuple[int, int]:
+def frame_sizes(cutter: Cutter, bob: brokerd_client.Client, way: Way) -> tuple[int, int]:
     """Return how many bytes a message and its receipt have."""
-    with connect(cutter.address, "alice") as alice:
+    with connect(cutter.address, "alice", way) as alice:
         alice.ping()
         before = list(cutter.passed)
         alice.send("bob", b"00001" + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
@@ -121,14 +135,14 @@ def frame_sizes(cutter: Cutter, bob: brokerd_client.Client) -> tuple[int, int]:
 
 
 @every_byte
-def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, step: int) -> None:
+def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, way: Way, cut: str, step: int) -> None:
     """The one asked is cut off: the asker hears that it went offline, at once, unless the whole reply was through."""
-    account = Account("connections reset at every byte of a request to a client, and of its reply")
+    account = Account(way.title(f"connections {cut} at every byte of a request to a client, and of its reply"))
     handed: queue.Queue[bytes] = queue.Queue()
-    with broker_and_cutter(socket_dir) as (broker, cutter), connect(str(broker.socket), "alice") as alice:
+    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "alice") as alice:
 
         def answerer() -> brokerd_client.Client:
-            bob = connect(cutter.address, "bob")
+            bob = connect(cutter.address, "bob", way)
 
             def answer(message: brokerd_client.Message) -> bytes:
                 handed.put(message.payload)
@@ -142,13 +156,13 @@ def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, step: int) -
             before = list(cutter.passed)
             alice.request("bob", b"00001" + bytes(PAYLOAD), timeout=TIMEOUT_S)
             up, down = (after - earlier for after, earlier in zip(cutter.passed, before, strict=True))
-        for way in (
+        for place in (
             *({"down": at} for at in positions(down + 1, step)),
             *({"up": at} for at in positions(up + 1, step)),
         ):
             account.sent += 1
             with answerer():
-                cutter.cut_after(**way)
+                cutter.cut_after(**place)
                 try:
                     alice.request("bob", b"%05d" % account.sent + bytes(PAYLOAD), timeout=TIMEOUT_S)
                     account.delivered += 1

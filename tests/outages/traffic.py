@@ -67,17 +67,21 @@ class Account:
 
 
 class Member:
-    """One process of the traffic. inside: what is to be done in it before it begins, such as entering a network."""
+    """One process of the traffic. command: see member.py. inside: what is to be done in it before it begins, such as
+    entering a network.
+    """
 
-    def __init__(
-        self, role: str, address: str, name: str, ledger: Path, others: Iterable[str], inside: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, name: str, ledger: Path, command: list[str], inside: Callable[[], None] | None) -> None:
         self.name = name
         self.ledger = ledger
         ledger.touch()
-        command = [sys.executable, str(MEMBER), role, address, name, key_of(name).decode(), str(ledger), *others]
         self.popen = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, preexec_fn=inside
+            [sys.executable, str(MEMBER), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            preexec_fn=inside,
         )
 
     def wait_for(self, word: str) -> None:
@@ -105,7 +109,11 @@ class Member:
 
 
 class Traffic:
-    """Senders that send to every recipient all the time. A member killed by a test is left out by ``without``."""
+    """Senders that send to every recipient all the time.
+
+    ca: who vouches for the broker, where that is spoken to over TLS. blocking: whose clients are, the others' are
+    asyncio's.
+    """
 
     def __init__(
         self,
@@ -114,11 +122,15 @@ class Traffic:
         *,
         senders: Sequence[str] = SENDERS,
         recipients: Sequence[str] = RECIPIENTS,
+        ca: Path | None = None,
+        blocking: Iterable[str] = (),
         inside: Callable[[], None] | None = None,
         inside_senders: Callable[[], None] | None = None,
     ) -> None:
         self._directory = directory
         self._address = address
+        self._ca = "-" if ca is None else str(ca)
+        self._blocking = frozenset(blocking)
         self._inside = inside
         self.recipients = {name: self._start("receive", name, ()) for name in recipients}
         for each in self.recipients.values():
@@ -131,7 +143,9 @@ class Traffic:
 
     def _start(self, role: str, name: str, others: Iterable[str]) -> Member:
         ledger = self._directory / f"{name}.ledger"
-        return Member(role, self._address, name, ledger, others, self._inside)
+        face = "blocking" if name in self._blocking else "asyncio"
+        what = [face, role, self._address, name, key_of(name).decode(), str(ledger), self._ca, *others]
+        return Member(name, ledger, what, self._inside)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,61 @@
+"""What both faces' ends of the traffic note, and how much of it is under way."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from collections.abc import Iterable
+
+from brokerd_client.errors import BrokerdError
+
+#: Messages, and requests, under way at once to each recipient.
+MESSAGES, REQUESTS = 8, 4
+#: Seconds until a message or request is given up; more than any fault lasts.
+PATIENCE_S = 60.0
+PAUSE_S = 0.01
+
+
+class Ledger:
+    """Lines that are in the file when ``note`` returns."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def note(self, *words: object) -> None:
+        os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Outcomes:
+    """What became of messages with a receipt; the latest note of one counts, and may come from any thread."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._sent: dict[int, tuple[str, int]] = {}
+        self._early: dict[int, str] = {}
+
+    def note(self, to: str, first: int, outcomes: Iterable[object]) -> None:
+        """Note the outcomes of messages numbered from ``first``."""
+        with self._lock:
+            for number, outcome in enumerate(outcomes, first):
+                self._ledger.note("message", to, number, type(outcome).__name__)
+                if not isinstance(outcome, BrokerdError):
+                    id = outcome.id  # type: ignore[attr-defined]
+                    self._sent[id] = to, number
+                    if id in self._early:
+                        self._ledger.note("message", to, number, self._early[id])
+
+    def undelivered(self, error: BrokerdError) -> None:
+        """Note that what had a receipt is given back after all; the sender may not know of the receipt yet."""
+        id = getattr(error, "id", 0)
+        with self._lock:
+            if id in self._sent:
+                self._ledger.note("message", *self._sent[id], type(error).__name__)
+            else:
+                self._early[id] = type(error).__name__
+
+
+def context_of(ca: str) -> ssl.SSLContext | None:
+    """Return what to connect with; ca: the file of who vouches for the broker, "-" where there is no TLS."""
+    return None if ca == "-" else ssl.create_default_context(cafile=ca)
