@@ -100,7 +100,7 @@ class Broker:
         #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
         self.given_back: Counter[str] = Counter()
         #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
-        #: for any number. Each takes a thousand times as long as one that stays in it.
+        #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
         self.patience = -1
         self.totals: Counter[str] = Counter()
         self._held: dict[Session, float] = {}
@@ -151,6 +151,7 @@ class Broker:
         for pattern, group in session.subscriptions:
             self.topics.discard(pattern, session, group)
         session.subscriptions.clear()
+        self.topics.abandon(session)
         self._release(session)
         self._release_waiters(session)
         # A name removed and configured again may have two connections for a moment: only its own are ended.
@@ -205,6 +206,11 @@ class Broker:
             self.totals[counter] += getattr(session, counter)
 
     # What the network layer asks
+
+    def spend(self, count: int) -> None:
+        """Say that the frame being handled takes as long as ``count`` more: its sender's turn is over the sooner."""
+        if self.patience > 0:
+            self.patience = max(0, self.patience - count)
 
     def touch(self, session: Session) -> None:
         """Have the session's outbox written, or the session closed."""

@@ -27,6 +27,10 @@ __all__ = ["announce", "announce_presence", "publish"]
 #: counts for some of them, however few it has.
 _REMEMBERED_OUTBOXES: Final = 16_384
 _SMALL_FAN: Final = 16
+#: Nodes of the tree of subscriptions that are looked at in the time that a frame takes.
+_NODES: Final = 64
+#: Subscriptions that are gone through for an event in that time.
+_MATCHES: Final = 32
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
@@ -44,7 +48,10 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
         return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
     rest = frame[HEADER.size :]
     size = 4 + HEADER.size + len(source.stamp) + len(rest)
-    targets = _choose(broker.topics.find(envelope.topic), size)
+    found = _find(broker, source, envelope.topic)
+    if found is None:
+        return Verdict.YIELD
+    targets = _choose(found, size)
     full = [target for target in targets if not target.outbox.reserve(size)]
     for target in full:
         if not target.outbox.blocked:
@@ -75,6 +82,15 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
     elif source.client.meter is None:
         _remember_fan(broker, source, envelope.topic, targets)
     return Verdict.NEXT
+
+
+def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
+    """Return who gets an event on ``topic``; None where the others have their turn before all of them are found."""
+    if broker.patience < 0:
+        return broker.topics.find(topic)
+    found, looked_at = broker.topics.search(topic, source, (broker.patience + 1) * _NODES)
+    broker.spend(looked_at // _NODES + (0 if found is None else len(found) // _MATCHES))
+    return found
 
 
 def _remember_fan(broker: Broker, source: Session, topic: str, targets: list[Session]) -> None:

@@ -1,14 +1,17 @@
 """Subscriptions: who gets the event published on a topic.
 
 Patterns hang in a tree, one level a token, so that a look-up walks the topic's own tokens and never
-sees a subscription that does not match. Found sets are kept for topics published again, until a
-subscription changes. Source of the rules: docs/protocol.md, "Topics".
+sees a subscription that does not match. Thousands of patterns with many wildcards can make that a long way, so
+it can be gone in pieces. Found sets are kept for topics published again, until a subscription changes.
+Source of the rules: docs/protocol.md, "Topics".
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
+
+from brokerd_client.topics import matches
 
 __all__ = ["Matches", "Topics", "covers"]
 
@@ -17,6 +20,8 @@ Member = TypeVar("Member", bound=Hashable)
 #: Topics whose matches are remembered, and how many matches in all of them; above it the memory is emptied.
 _REMEMBERED: Final = 10_000
 _REMEMBERED_MATCHES: Final = 250_000
+#: Nodes of the tree looked at between two chances to stop: some tens of microseconds' work.
+_PIECE: Final = 128
 
 
 def covers(rule_pattern: str, pattern: str) -> bool:
@@ -99,11 +104,28 @@ class Matches(Generic[Member]):
         return len(self.everyone) + sum(map(len, self.groups.values()))
 
 
+class _Search(Generic[Member]):
+    """One topic's way through the tree, not at its end yet.
+
+    walk: the rest of the way. nodes: those whose pattern matches, so far. Who is subscribed there is looked up at the
+    end, so that whoever leaves meanwhile is not found.
+    """
+
+    __slots__ = ("nodes", "topic", "walk")
+
+    def __init__(self, topic: str, walk: Iterator[tuple[int, list[_Node[Member]]]]) -> None:
+        self.topic = topic
+        self.walk = walk
+        self.nodes: dict[_Node[Member], None] = {}
+
+
 class Topics(Generic[Member]):
     """All subscriptions. version: changes with every one of them."""
 
     def __init__(self) -> None:
         self.version = 1
+        #: By who began them.
+        self._searches: dict[Hashable, _Search[Member]] = {}
         self._root: _Node[Member] = _Node()
         self._remembered: dict[str, Matches[Member]] = {}
         self._remembered_matches = 0
@@ -123,6 +145,10 @@ class Topics(Generic[Member]):
         if group in joined:
             return False
         joined.add(group)
+        for search in self._searches.values():
+            # Its way may have led past here already.
+            if matches(pattern, search.topic):
+                search.nodes[node] = None
         self._count += 1
         self._changed()
         return True
@@ -165,34 +191,69 @@ class Topics(Generic[Member]):
         """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""
         found = self._remembered.get(topic)
         if found is None:
-            found = Matches()
-            tokens = topic.split(".")
-            for node in self._walk(tokens):
-                for member, joined in (node.members or {}).items():
-                    for group in joined:
-                        if group is None:
-                            found.everyone[member] = None
-                        else:
-                            found.groups.setdefault(group, {})[member] = None
-            size = len(found)
-            if len(self._remembered) >= _REMEMBERED or self._remembered_matches + size > _REMEMBERED_MATCHES:
-                self.forget()
-            self._remembered[topic] = found
-            self._remembered_matches += size
+            nodes = (node for _, nodes in self._walk(topic.split(".")) for node in nodes)
+            found = self._remember(topic, nodes)
         return found
 
-    def _walk(self, tokens: list[str]) -> Iterator[_Node[Member]]:
-        """Yield each node whose pattern matches the topic."""
+    def search(self, topic: str, owner: Hashable, nodes: int) -> tuple[Matches[Member] | None, int]:
+        """Go on to look for who gets an event on ``topic``.
+
+        owner: who searches, one topic at a time; see abandon. nodes: how many of the tree may be looked at now, about.
+        Returns (what find returns, or None: there is more to look at; how many nodes were looked at).
+        """
+        found = self._remembered.get(topic)
+        if found is not None:
+            self.abandon(owner)
+            return found, 0
+        search = self._searches.get(owner)
+        if search is None or search.topic != topic:
+            search = self._searches[owner] = _Search(topic, self._walk(topic.split(".")))
+        looked_at = 0
+        for count, matching in search.walk:
+            search.nodes.update(dict.fromkeys(matching))
+            looked_at += count
+            if looked_at >= nodes:
+                return None, looked_at
+        self.abandon(owner)
+        return self._remember(topic, search.nodes), looked_at
+
+    def abandon(self, owner: Hashable) -> None:
+        """Forget how far the search of ``owner`` has come, if there is one."""
+        self._searches.pop(owner, None)
+
+    def _remember(self, topic: str, nodes: Iterable[_Node[Member]]) -> Matches[Member]:
+        """Return who is subscribed at the nodes, kept for the next event on ``topic``."""
+        found: Matches[Member] = Matches()
+        for node in nodes:
+            for member, joined in (node.members or {}).items():
+                for group in joined:
+                    if group is None:
+                        found.everyone[member] = None
+                    else:
+                        found.groups.setdefault(group, {})[member] = None
+        size = len(found)
+        if len(self._remembered) >= _REMEMBERED or self._remembered_matches + size > _REMEMBERED_MATCHES:
+            self.forget()
+        self._remembered[topic] = found
+        self._remembered_matches += size
+        return found
+
+    def _walk(self, tokens: list[str]) -> Iterator[tuple[int, list[_Node[Member]]]]:
+        """Yield (how many nodes were looked at, those of them whose pattern matches the topic), piece by piece."""
         reached = [self._root]
         for depth, token in enumerate(tokens):
             wild = depth > 0 or not token.startswith("$")
             further: list[_Node[Member]] = []
-            for node in reached:
-                if wild and (rest := node.follow(">")) is not None:
-                    yield rest
-                if (exact := node.follow(token)) is not None:
-                    further.append(exact)
-                if wild and (star := node.follow("*")) is not None:
-                    further.append(star)
+            for start in range(0, len(reached), _PIECE):
+                piece = reached[start : start + _PIECE]
+                matching: list[_Node[Member]] = []
+                for node in piece:
+                    if wild and (rest := node.follow(">")) is not None:
+                        matching.append(rest)
+                    if (exact := node.follow(token)) is not None:
+                        further.append(exact)
+                    if wild and (star := node.follow("*")) is not None:
+                        further.append(star)
+                yield len(piece), matching
             reached = further
-        yield from reached
+        yield len(reached), reached

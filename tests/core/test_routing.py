@@ -258,6 +258,40 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
     assert [answer.kind for answer in ann.take()] == [Kind.REPLY] * 4
 
 
+def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None:
+    """An event that thousands of patterns nearly match is delivered in order, after many turns of the others."""
+    net = FakeNet(client("ann"), client("bob", subscriptions=20_000), feed=feed)
+    ann, bob = net.connect("ann"), net.connect("bob")
+    for number in range(4096):
+        net.broker.topics.add(".".join("a*"[number >> bit & 1] for bit in range(12)) + ".no", bob.session)
+    bob.ask("subscribe", topic="a.>")
+    topic = ".".join("a" * 12)
+    events = [frame(encode(Envelope(Kind.EVENT, 0, "", b"%d" % n, topic=f"{topic}.{n}"))) for n in range(3)]
+    data = memoryview(b"".join(events))
+    position, turns = 0, 0
+    while position < len(data):
+        net.broker.patience = 8
+        position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
+        turns += verdict is Verdict.YIELD
+    net.settle()
+    assert turns > 3 * 8192 // (10 * 64)
+    assert bob.payloads() == [b"0", b"1", b"2"]
+
+
+def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -> None:
+    """Who goes in the middle of a search leaves nothing of it behind."""
+    net, ann, bob = pair(feed)
+    bob.ask("subscribe", topic=">")
+    data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=".".join("a" * 128)))))
+    for number in range(127):
+        net.broker.topics.add(".".join("a" * (number + 1)) + ".*.b", bob.session)
+    net.broker.patience = 1
+    assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, Verdict.YIELD)
+    assert net.broker.topics._searches
+    ann.leave()
+    assert not net.broker.topics._searches
+
+
 def test_the_loop_keeps_the_quota(feed: Feed) -> None:
     """Messages in one buffer do not pass the quota of somebody who does not read, by not one byte."""
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=WhenFull.REFUSE), feed=feed)

@@ -117,6 +117,78 @@ def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, cove
     assert covers(rule, pattern) is covered
 
 
+@given(
+    before=st.lists(PATTERNS, max_size=6),
+    changes=st.lists(st.tuples(st.booleans(), PATTERNS), max_size=6),
+    topic=TOPICS,
+    pieces=st.integers(1, 3),
+)
+def test_a_search_in_pieces_finds_who_is_subscribed_at_its_end(
+    before: list[str], changes: list[tuple[bool, str]], topic: str, pieces: int
+) -> None:
+    """Whoever subscribes or leaves while somebody searches is found or not as if all had been searched at the end."""
+    topics: Topics[str] = Topics()
+    for pattern in before:
+        topics.add(pattern, pattern)
+    rest = list(changes)
+    while (found := topics.search(topic, "owner", pieces)[0]) is None:
+        if rest:
+            joins, pattern = rest.pop()
+            (topics.add if joins else topics.discard)(pattern, pattern)
+    topics.forget()
+    assert found.everyone.keys() == topics.find(topic).everyone.keys()
+    assert not topics._searches
+
+
+def test_a_search_goes_no_further_than_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand patterns that agree with the topic in all but their last token are not looked at all at once."""
+    monkeypatch.setattr(topics_module, "_PIECE", 8)
+    topics: Topics[int] = Topics()
+    topic = ".".join("a" * 12)
+    for number in range(1024):
+        topics.add(".".join("a*"[number >> bit & 1] for bit in range(10)) + ".a.b", number)
+    topics.add(topic, -1)
+    looked_at = []
+    while True:
+        found, count = topics.search(topic, "owner", 100)
+        looked_at.append(count)
+        if found is not None:
+            break
+    assert max(looked_at) < 108
+    assert sum(looked_at) > 2048
+    assert list(found.everyone) == [-1]
+    assert topics.search(topic, "owner", 100) == (found, 0)
+
+
+def test_who_subscribes_where_a_search_has_passed_is_found() -> None:
+    """Behind the search, where nobody was subscribed, somebody is now; and who was found already may have left."""
+    topics: Topics[str] = Topics()
+    for pattern in ("a.>", "a.*.c"):
+        topics.add(pattern, "ann")
+    assert topics.search("a.b.c", "owner", 2) == (None, 2)
+    topics.add(">", "bob")
+    topics.add("x.>", "cid")
+    topics.discard("a.>", "ann")
+    found, _ = topics.search("a.b.c", "owner", 99)
+    assert found is not None
+    assert set(found.everyone) == {"ann", "bob"}
+
+
+def test_a_search_for_something_else_begins_anew() -> None:
+    """An owner searches for one topic at a time; what it has found for another is nothing to this one."""
+    topics: Topics[str] = Topics()
+    topics.add("a.b", "ann")
+    topics.add("c.d", "cid")
+    assert topics.search("a.b", "owner", 1) == (None, 1)
+    while (found := topics.search("c.d", "owner", 1)[0]) is None:
+        pass
+    assert list(found.everyone) == ["cid"]
+    topics.search("a.b", "owner", 1)
+    topics.abandon("owner")
+    topics.abandon("owner")
+    assert not topics._searches
+
+
 def test_groups_are_found_by_name_across_patterns() -> None:
     """A group is one group, whatever patterns its members used; without one a member stands for itself."""
     topics: Topics[str] = Topics()
