@@ -32,6 +32,10 @@ __all__ = ["PROTOCOL_VERSION", "reply_to", "serve", "stats"]
 
 PROTOCOL_VERSION: Final = 1
 
+#: Longest operation, in bytes of JSON: some milliseconds' work, where what one message may hold would be seconds'.
+_LARGEST: Final = 128 * 1024
+#: Clients that are listed in the time that a frame takes.
+_CLIENTS: Final = 32
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
 _LONGEST: Final = 255
 
@@ -77,6 +81,9 @@ def reply_to(broker: Broker, source: Session, id: int, reply: _Arguments) -> Non
 
 
 def _read(payload: bytes) -> tuple[str, _Arguments]:
+    if len(payload) > _LARGEST:
+        message = f"an operation of {len(payload)} bytes; $broker takes at most {_LARGEST}"
+        raise _Refusal(ErrorCode.UNSUPPORTED, message, BROKER)
     try:
         arguments = json.loads(payload)
     except (ValueError, RecursionError) as error:
@@ -115,6 +122,7 @@ def _ping(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _A
 
 def _clients(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
     may_see = source.client.policy.sending
+    broker.spend(len(broker.exchange.clients) // _CLIENTS)
     return {
         "clients": [
             {"name": client.name, "online": client.online, "since": client.changed_at}

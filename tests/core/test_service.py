@@ -68,6 +68,31 @@ def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
     assert ann.ask("ping") == {}
 
 
+def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
+    """What no operation needs is refused by its size: a message has room for millions of empty lists."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    ping = b'{"op": "ping"}'
+    ann.request(BROKER, ping.ljust(128 * 1024), 4)
+    (answer,) = ann.take()
+    assert answer.kind is Kind.REPLY
+    ann.request(BROKER, ping.ljust(128 * 1024 + 1), 5)
+    assert ann.error() == (5, "unsupported")
+
+
+def test_a_list_of_all_clients_takes_as_long_as_many_questions() -> None:
+    """Who asks for it lets others go first the sooner; a list is answered whole in any case."""
+    net = FakeNet(*(client(f"c{number}") for number in range(640)))
+    peer = net.connect("c0")
+    net.broker.patience = 100
+    peer.op("clients")
+    assert net.broker.patience == 79
+    net.broker.patience = 3
+    peer.op("clients")
+    assert net.broker.patience == 0
+    assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640, 640]
+
+
 @pytest.mark.parametrize(
     ("op", "key", "others"),
     [
@@ -78,10 +103,10 @@ def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
     ],
 )
 def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str, str]) -> None:
-    """A name of a megabyte is refused with what would be right; neither answer nor log is as long as it."""
+    """A name of 64 KiB is refused with what would be right; neither answer nor log is as long as it."""
     net = FakeNet(client("ann", admin=True))
     ann = net.connect("ann")
-    ann.op(op, 5, **{key: "x" * 2**20}, **others)
+    ann.op(op, 5, **{key: "x" * 2**16}, **others)
     (answer,) = ann.take()
     assert json.loads(answer.payload)["code"] == "unsupported"
     assert len(answer.payload) < 300
