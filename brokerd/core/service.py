@@ -36,6 +36,8 @@ PROTOCOL_VERSION: Final = 1
 _LARGEST: Final = 128 * 1024
 #: Clients that are listed in the time that a frame takes.
 _CLIENTS: Final = 32
+#: Connections that are described in that time.
+_CONNECTIONS: Final = 4
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
 _LONGEST: Final = 255
 
@@ -195,6 +197,8 @@ def stats(broker: Broker) -> _Arguments:
 
 
 def _connections(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    sessions = list(broker.exchange.sessions())
+    broker.spend(len(sessions) // _CONNECTIONS)
     return {
         "connections": [
             {
@@ -214,7 +218,7 @@ def _connections(broker: Broker, source: Session, id: int, arguments: _Arguments
                 "subscriptions": len(session.subscriptions),
                 "owed": len(session.owed),
             }
-            for session in broker.exchange.sessions()
+            for session in sessions
         ]
     }
 

@@ -93,6 +93,17 @@ def test_a_list_of_all_clients_takes_as_long_as_many_questions() -> None:
     assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640, 640]
 
 
+def test_a_list_of_all_connections_takes_as_long_as_many_questions() -> None:
+    """As a list of clients does, for administrators too."""
+    net = FakeNet(client("pool", connections=40), client("ann", admin=True))
+    ann = net.connect("ann")
+    for _ in range(39):
+        net.connect("pool")
+    net.broker.patience = 100
+    ann.op("connections")
+    assert net.broker.patience == 89
+
+
 @pytest.mark.parametrize(
     ("op", "key", "others"),
     [
