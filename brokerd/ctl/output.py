@@ -42,8 +42,12 @@ console = Console(highlight=False)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Print one JSON document on one line, at once."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print one JSON document on one line, at once; what a terminal would obey is escaped, as JSON allows."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isprintable():
+        # Within strings alone. json.dumps escapes no control characters but those of ASCII.
+        text = "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+    click.echo(text)
     sys.stdout.flush()
 
 

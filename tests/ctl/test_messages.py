@@ -296,6 +296,20 @@ def test_listen_prints_json_lines(ctl: Any, begin: Begin) -> None:
     ]
 
 
+def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> None:
+    """Escapes of one byte, of two, and those that turn the text around come as JSON's; a script reads the same."""
+    process, alice = listening(ctl, begin, "--count", "1", "--json")
+    text = "grüße \x1b[31m \x7f \x9b31m \x85 \u202e \u2028 \U000e0041"
+
+    alice.send("bob", text.encode())
+
+    status, out, _ = ended(process)
+    assert status == Status.DONE
+    assert json.loads(out)["payload"] == text
+    assert out.removesuffix("\n").isprintable()
+    assert "grüße" in out
+
+
 def test_listen_writes_bare_bytes(ctl: Any, begin: Begin) -> None:
     """With --raw the payloads come out as they are, one behind the other."""
     alice = ctl.broker.connect("alice")
