@@ -187,6 +187,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "brokerd.health": (*LEAVES, "brokerd.config"),
     # It asks a running broker as brokerctl does.
+    "brokerd.__main__": ("brokerd.cli",),
     "brokerd.cli": (
         "brokerd_client",
         "brokerd.config",

@@ -46,6 +46,17 @@ def test_check_says_ok_in_one_line(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}: ok, 2 clients, 1 listener\n", "")
 
 
+def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
+    """``python -m brokerd`` is the command, name and exit status included."""
+    this = [sys.executable, "-m", "brokerd"]
+    version = subprocess.run([*this, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"brokerd, version {__version__}\n", "")
+    check = subprocess.run(
+        [*this, "check", str(write(tmp_path / "b.yaml", BAD))], capture_output=True, check=False, timeout=30
+    )
+    assert check.returncode == 78
+
+
 def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
     """A bad file is its lines on standard error, nothing on standard output, and exit status 78."""
     file = write(tmp_path / "b.yaml", BAD)

@@ -1,0 +1,8 @@
+"""``python -m brokerd``: the command brokerd, with an interpreter of one's choice or where no script is installed."""
+
+from __future__ import annotations
+
+from brokerd.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="brokerd")
