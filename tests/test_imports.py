@@ -53,7 +53,8 @@ SHARED = {
     "brokerd_client.settings": LEAVES,
     "brokerd_client.forks": (),
     "brokerd_client.chance": ("brokerd_client.errors", "brokerd_client.wire"),
-    "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog"),
+    "brokerd_client.undelivered": (),
+    "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog", "brokerd_client.undelivered"),
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
 BLOCKING = ("brokerd_client.blocking_boxes", "brokerd_client.blocking_feeds", "brokerd_client.blocking_link")

@@ -441,6 +441,7 @@ class Client(Link):
             tasks = {self._keeper, *(task for crew in self._crews.values() for task in crew)} - {here}
             for task in tasks:
                 task.cancel()
+            self._warn_of_more()
         await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
 
     async def _close_link(self) -> None:

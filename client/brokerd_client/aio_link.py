@@ -64,6 +64,7 @@ class Link:
         self._clear_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
+        self._warning: asyncio.TimerHandle | None = None
         self._forked = False
         self._gauge = Gauge(settings.inbox)
         self._feeds: set[Feed[Any]] = set()
@@ -256,11 +257,22 @@ class Link:
             feed.box.end(why)
             self._feeds.discard(feed)
         for error in batch.undelivered:
-            self._desk.tell_undelivered(error)
+            self._desk.tell_undelivered(error, self._loop.time())
+        due = self._desk.warning_due
+        if due is not None and self._warning is None:
+            self._warning = self._loop.call_at(due, self._warn_of_more)
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
             self._flush()
             self._lose(batch.broken)
+
+    def _warn_of_more(self) -> None:
+        """Log what was not delivered and has only been counted until now."""
+        if self._warning is not None:
+            self._warning.cancel()
+            self._warning = None
+        if not self._forked:
+            self._desk.warn_of_more(self._loop.time())
 
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""

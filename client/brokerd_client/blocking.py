@@ -453,6 +453,9 @@ class Client(Link):
         here = threading.current_thread()
         if self._thread is not here:
             self._thread.join(_THREAD_GRACE_S)
+        with self._lock:
+            # What the thread has said already is not said twice.
+            self._desk.warn_of_more(time.monotonic())
         deadline = time.monotonic() + _HANDLER_GRACE_S
         for thread in self._threads:
             if thread is not here:

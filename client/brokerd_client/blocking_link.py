@@ -224,9 +224,13 @@ class Link:
                 self._desk.spread(batch.events)
         for sink, why in batch.ended:
             sink.box.end(why)
-        for error in batch.undelivered:
-            if error not in heard:
-                self._desk.tell_undelivered(error)
+        if batch.undelivered:
+            was_due = self._desk.warning_due
+            for error in batch.undelivered:
+                if error not in heard:
+                    self._desk.tell_undelivered(error, now)
+            if was_due is None and self._desk.warning_due is not None:
+                self._channel.ring()
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
             with contextlib.suppress(OSError):
@@ -261,6 +265,8 @@ class Link:
     def prepare(self) -> tuple[float | None, bool] | None:
         """Do what is due; return (seconds to wait, whether to read), or None when there is nothing more to do."""
         if self._dropped:
+            with self._lock:
+                self._desk.warn_of_more(time.monotonic())
             return None
         now = time.monotonic()
         with self._lock:
@@ -272,7 +278,11 @@ class Link:
                 self._channel.drop()
                 self._dropping = False
             state = self._dialog.state
-            if state in (State.CLOSED, State.GONE):
+            over = state in (State.CLOSED, State.GONE)
+            due = self._desk.warning_due
+            if due is not None and (over or now >= due):
+                self._desk.warn_of_more(now)
+            if over:
                 return None
             dialing = state in (State.IDLE, State.WAITING) and now >= self._dial_at
             if dialing:
@@ -283,9 +293,12 @@ class Link:
             deadline = self._dialog.next_deadline()
             if self._dialog.state is State.CONNECTING and not self._channel.open:
                 deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
+            due = self._desk.warning_due
+            if due is not None:
+                deadline = due if deadline is None else min(deadline, due)
             limit = self._gauge.limit
-            over = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
-            reading = not over or (len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit)
+            full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
+            reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit)
             closing = self._dialog.state is State.CLOSING
         return (None if deadline is None else max(0.0, deadline - time.monotonic())), reading or closing
 

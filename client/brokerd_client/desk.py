@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from brokerd_client.errors import BrokerdError
 from brokerd_client.inbox import OVERHEAD, Inbox
 from brokerd_client.message import Message
+from brokerd_client.undelivered import Undelivered
 from brokerd_client.wire.envelope import Kind
 
 __all__ = ["Box", "Desk", "Feed", "Job", "log"]
@@ -74,6 +75,7 @@ class Desk(Generic[M]):
         self._on_message: Callable[[M], object] | None = None
         self._on_request: Callable[[M], object] | None = None
         self._on_undelivered: Callable[[BrokerdError], object] | None = None
+        self._undelivered = Undelivered()
 
     def handle_messages(self, handler: Callable[[M], object]) -> None:
         """Give messages to the handler, those that wait already first."""
@@ -138,12 +140,26 @@ class Desk(Generic[M]):
             else:
                 self.ordered.put([(callback, item) for item in items], size)
 
-    def tell_undelivered(self, error: BrokerdError) -> None:
-        """Pass on a failure nobody waits for; without a handler it is a warning in the log."""
-        if self._on_undelivered is None or self.ordered.ended is not None:
-            log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
-        else:
+    def tell_undelivered(self, error: BrokerdError, now: float) -> None:
+        """Pass on a failure nobody waits for; without a handler it is a warning in the log, or one of many."""
+        if self._on_undelivered is not None and self.ordered.ended is None:
             self.ordered.put([(self._on_undelivered, error)], OVERHEAD)
+            return
+        to = getattr(error, "name", "")
+        kind = type(error).__name__
+        if self._undelivered.note(f"{kind} {to}" if to else kind, now):
+            log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
+
+    @property
+    def warning_due(self) -> float | None:
+        """When ``warn_of_more`` is to be called, None while there is nothing to warn of."""
+        return self._undelivered.due
+
+    def warn_of_more(self, now: float) -> None:
+        """Log what was only counted until now."""
+        more = self._undelivered.more(now)
+        if more:
+            log().warning("%s", more)
 
 
 def log() -> Any:

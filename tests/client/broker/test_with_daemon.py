@@ -12,6 +12,7 @@ from faces import PATIENCE, Asyncio, Blocking, Face
 
 import brokerd_client
 from brokerd.testing import RunningBroker, running
+from brokerd_client import undelivered
 from brokerd_client.errors import (
     AlreadyAnswered,
     AuthenticationError,
@@ -292,6 +293,36 @@ def test_undelivered_sends_are_logged_without_a_handler(connect: Connect, caplog
     alice = connect("alice")
     alice.send("carol", "x")
     until(lambda: "carol" in caplog.text)
+
+
+def lines_and_counts(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
+    """Return how many undelivered messages have a line of their own, and how many are counted."""
+    texts = [record.getMessage() for record in caplog.records if "delivered" in record.getMessage()]
+    counts = [int(text.partition(" ")[0]) for text in texts if " more messages " in text]
+    return len(texts) - len(counts), sum(counts)
+
+
+def test_many_undelivered_sends_are_counted_in_the_log(
+    connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few have their lines and one line counts the others, a while later and though nothing else happens."""
+    monkeypatch.setattr(undelivered, "_PERIOD_S", 0.1)
+    alice = connect("alice")
+    alice.send_many([("carol", number) for number in range(100)])
+    until(lambda: sum(lines_and_counts(caplog)) == 100)
+    assert lines_and_counts(caplog)[0] < 20
+    assert "carol" in caplog.records[-1].getMessage()
+
+
+def test_what_was_only_counted_is_told_at_the_end(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """close() is no reason for silence."""
+    alice = connect("alice")
+    alice.send_many([("carol", number) for number in range(100)])
+    until(lambda: alice.counters["undelivered"] == 100)
+    alice.close()
+    lines, counted = lines_and_counts(caplog)
+    assert lines + counted == 100
+    assert lines < 20
 
 
 def test_refusals_that_follow_close_are_still_heard(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
