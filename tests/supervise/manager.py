@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,12 +55,15 @@ class Manager:
             if meant in said if isinstance(meant, str) else meant(said):
                 return said
 
-    def is_silent_for(self, seconds: float, after: int) -> bool:
-        """Return whether at most ``after`` more things are said, and then nothing for so long."""
-        self._sock.settimeout(seconds)
+    def is_silent_for(self, seconds: float) -> bool:
+        """Return whether nothing is said for so long, from now on: what was said before does not count."""
         try:
-            for _ in range(after + 1):
-                self.next()
+            self._sock.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    self.next()
+            self._sock.settimeout(seconds)
+            self.next()
         except TimeoutError:
             return True
         finally:
