@@ -23,7 +23,7 @@ from brokerd.ctl.command import Access, connecting
 from brokerd.ctl.output import as_bytes, console, print_json, print_table
 from brokerd.ctl.status import ended_by_ctrl_c
 
-__all__ = ["COMMANDS", "ORDERS", "Rates", "Row"]
+__all__ = ["COMMANDS", "ORDERS", "Rates", "Row", "columns_in"]
 
 _COUNTERS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 
@@ -136,7 +136,10 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
                 if number == (count or 1) and (count or not as_json):
                     return
                 time.sleep(interval)
-        _live(looks, order, interval, count)
+        elif console.is_dumb_terminal:
+            _scroll(looks, order, interval, count)
+        else:
+            _live(looks, order, interval, count)
 
 
 def _looks(client: Any, rates: Rates, interval: float) -> Iterator[tuple[dict[str, Any], list[Row]]]:
@@ -144,6 +147,16 @@ def _looks(client: Any, rates: Rates, interval: float) -> Iterator[tuple[dict[st
         stats = client.control("stats")
         connections = client.control("connections")["connections"]
         yield stats, rates.rows(connections, time.monotonic())
+
+
+def _scroll(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interval: float, count: int | None) -> None:
+    """Print one look below the other, every row of it: the terminal can't move its cursor, and can be scrolled."""
+    for number, (stats, rows) in enumerate(looks, start=1):
+        shown = _table(sorted(rows, key=ORDERS[order][1]), order, console.width)
+        console.print(_heading(stats), shown, "", sep="\n", soft_wrap=True)
+        if number == count:
+            return
+        time.sleep(interval)
 
 
 def _live(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interval: float, count: int | None) -> None:
@@ -207,21 +220,68 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:
-    table = Table(expand=True)
-    for number, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if 1 < number < len(_COLUMNS) - 1 else "left", no_wrap=True)
-    for row in rows[: max(1, console.height - 7)]:
+#: What is left out first where not all columns have room; never the one that the rows are sorted by.
+_LEAST: Final = ("of", "from", "bytes in/s", "bytes out/s", "errors", "out/s", "in/s", "", "waiting")
+_SORTED_BY: Final = {
+    "waiting": {"waiting"},
+    "in": {"in/s"},
+    "out": {"out/s"},
+    "bytes": {"bytes in/s", "bytes out/s"},
+    "errors": {"errors"},
+}
+#: Characters between two columns, and those of an address that are worth more than a column.
+_GAP: Final = 2
+_ADDRESS: Final = 12
+
+
+def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
+    """Return the columns that have room side by side, each whole but the address, which may be shortened.
+
+    width: of the screen, in characters. needed: by each column. order: what the rows are sorted by.
+    """
+    columns = list(needed)
+    kept = _SORTED_BY.get(order, set())
+    for least in (*(each for each in _LEAST if each not in kept), *(each for each in _LEAST if each in kept)):
+        wanted = sum(needed[each] for each in columns[1:]) + min(needed[columns[0]], _ADDRESS)
+        if wanted + _GAP * (len(columns) - 1) <= width:
+            break
+        columns.remove(least)
+    return columns
+
+
+def _table(rows: Sequence[Row], order: str, width: int) -> Table:
+    cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
+    needed = {column: max([len(column), *(len(each[column]) for each in cells)]) for column in _COLUMNS}
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    columns = columns_in(width, needed, order)
+    # What the others leave.
+    needed["address"] = min(needed["address"], width - sum(needed[each] + _GAP for each in columns[1:]))
+    for column in columns:
+        kind: Any = "left" if column in ("address", "from", "") else "right"
+        table.add_column(column, justify=kind, no_wrap=True, width=needed[column])
+    for row, each in zip(rows, cells, strict=True):
         style = "bold red" if row.slow else "yellow" if row.held else ""
-        table.add_row(*(Text(cell) for cell in _cells(row)), style=style)
-    heading = Text(
+        table.add_row(*(Text(each[column]) for column in columns), style=style)
+    return table
+
+
+def _heading(stats: Mapping[str, Any]) -> Text:
+    return Text(
         f"brokerd {stats['version']}, {stats['online']} of {stats['clients']} clients online, "
         f"{stats['connections']} connections, {as_bytes(stats['waiting_bytes'])} waiting"
         + (", draining" if stats["draining"] else ""),
         style="bold",
+        no_wrap=True,
+        overflow="ellipsis",
     )
+
+
+def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:
     keys = "  ".join(f"{key} {name}" for name, (key, _) in ORDERS.items())
-    return Group(heading, table, Text(f"sorted by {order}.  {keys}  q quit", style="dim"))
+    footer = Text(f"sorted by {order}.  q quit  {keys}", style="dim", no_wrap=True, overflow="ellipsis")
+    # A line each for what stands above and below.
+    shown = rows[: max(1, console.height - 3)]
+    return Group(_heading(stats), _table(shown, order, console.width), footer)
 
 
 COMMANDS: Final = (top,)

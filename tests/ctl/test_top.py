@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from brokerd.ctl.status import Status
-from brokerd.ctl.top import ORDERS, Rates, Row
+from brokerd.ctl.top import ORDERS, Rates, Row, columns_in
 
 TIMEOUT_S = 30
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
@@ -132,9 +132,9 @@ def test_top_in_a_pipe_looks_once(ctl: Any) -> None:
 class Terminal:
     """A terminal of its own for one process; keeps everything shown on it."""
 
-    def __init__(self, command: list[str], begin: Begin) -> None:
+    def __init__(self, command: list[str], begin: Begin, **environ: str) -> None:
         self._control, terminal = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30"}
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30", **environ}
         for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
             environment.pop(name, None)
         self.process = begin(
@@ -143,15 +143,20 @@ class Terminal:
             )
         )
         os.close(terminal)
-        self.shown = b""
+        self.shown = self.everything = b""
 
     def wait_for(self, text: bytes) -> None:
         """Return when the text has been shown since the last call; forget what was before it."""
         deadline = time.monotonic() + TIMEOUT_S
         while text not in self.shown:
             assert select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
-            self.shown += os.read(self._control, 65536)
+            self.shown += self._read()
         self.shown = self.shown.partition(text)[2]
+
+    def _read(self) -> bytes:
+        data = os.read(self._control, 65536)
+        self.everything += data
+        return data
 
     def type(self, keys: bytes) -> None:
         """Press keys."""
@@ -160,7 +165,7 @@ class Terminal:
     def end(self) -> int:
         """Return the exit status, when it has ended."""
         try:
-            while os.read(self._control, 65536):
+            while self._read():
                 pass
         except OSError:
             # Linux says so when the other side is closed.
@@ -185,6 +190,70 @@ def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
     terminal.type(b"q")
 
     assert terminal.end() == Status.DONE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_top_scrolls_on_a_terminal_that_can_do_nothing_else(ctl: Any, begin: Begin) -> None:
+    """With TERM=dumb looks are printed one below the other, without a single escape, for as many as are wanted."""
+    ctl.broker.add("ops", admin=True)
+    ctl.broker.connect("bob")
+    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
+    terminal = Terminal([*command, "--interval", "0.1", "--count", "3", "--sort", "name"], begin, TERM="dumb")
+    for _ in range(3):
+        terminal.wait_for(b"2 of 2 clients online")
+        terminal.wait_for(b"bob")
+        terminal.wait_for(b"ops")
+    assert terminal.end() == Status.DONE
+    assert b"\x1b" not in terminal.everything
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_top_on_a_narrow_terminal_shows_less_and_that_whole(ctl: Any, begin: Begin) -> None:
+    """At 40 columns some are left out; what is shown is not cut, and how it ends can still be read."""
+    ctl.broker.add("ops", admin=True)
+    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
+    terminal = Terminal(command, begin, COLUMNS="40")
+    terminal.wait_for(b"brokerd ")
+    terminal.wait_for(b"address")
+    terminal.wait_for(b"in/s")
+    terminal.wait_for(b"waiting")
+    terminal.wait_for(b"0 B")
+    terminal.wait_for(b"sorted by waiting.  q quit")
+    terminal.type(b"q")
+    assert terminal.end() == Status.DONE
+
+
+#: As wide as columns with large numbers are.
+NEEDED = {
+    "address": 25,
+    "from": 21,
+    "in/s": 7,
+    "out/s": 7,
+    "bytes in/s": 10,
+    "bytes out/s": 11,
+    "waiting": 10,
+    "of": 9,
+    "errors": 6,
+    "": 4,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("width", [300, 140, 100, 80, 60, 40, 30, 12, 1])
+def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
+    """What is sorted by stays longest, and next who is slow; of an address enough is left to know it by."""
+    columns = columns_in(width, NEEDED, order)
+    assert columns[0] == "address"
+    assert [each for each in NEEDED if each in columns] == columns
+    others = sum(NEEDED[each] + 2 for each in columns[1:])
+    assert len(columns) == 1 or others + 12 <= width
+    if width >= 40:
+        # Rates in bytes are the widest, and there are two of them.
+        assert "" in columns or (width, order) == (40, "bytes")
+        sorted_by = {"in": "in/s", "out": "out/s", "bytes": "bytes out/s", "name": "address"}.get(order, order)
+        assert sorted_by in columns
+    if width == 300:
+        assert columns == list(NEEDED)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
