@@ -17,7 +17,7 @@ import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
 from brokerd.ctl.output import message_object, note, print_json, print_message, print_payload
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c, failure_of
-from brokerd_client.errors import BrokerdError, TimedOut
+from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
 from brokerd_client.wire.envelope import Kind
 
 __all__ = ["COMMANDS"]
@@ -246,7 +246,7 @@ def _arriving(receive: Callable[..., Any], count: int | None, timeout: float | N
     """Yield what arrives, ``count`` at most, for ``timeout`` seconds at most.
 
     Raises Failure if there were fewer than ``count`` when the time was over; without a count, that is the
-    end that was asked for.
+    end that was asked for. Raises Failure too where the broker went away, which nobody asks for.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     for arrived in itertools.count():
@@ -258,6 +258,9 @@ def _arriving(receive: Callable[..., Any], count: int | None, timeout: float | N
             if count is None:
                 return
             raise Failure(Status.TIMED_OUT, f"timed out: {arrived} of {count} arrived in {timeout} s") from error
+        except (Disconnected, Closed) as error:
+            ended = failure_of(error)
+            raise Failure(Status(ended.exit_code), f"{ended.message} (--reconnect waits for it)") from error
         yield message
 
 

@@ -260,6 +260,14 @@ def listening(ctl: Any, begin: Begin, *arguments: str) -> tuple[subprocess.Popen
     return process, alice
 
 
+def hear(feed: Any, name: str, *, online: bool) -> None:
+    """Return when a client is said to have come or gone."""
+    while True:
+        presence = feed.recv(timeout=TIMEOUT_S)
+        if (presence.name, presence.online) == (name, online):
+            return
+
+
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
     """Return the status, output and error output of a process when it has ended."""
     out, err = process.communicate(timeout=TIMEOUT_S)
@@ -366,15 +374,33 @@ def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status
     assert (line, code, err) == (b"alice\tone\n", status, "")
 
 
-def test_listen_ends_with_its_broker(ctl: Any, begin: Begin) -> None:
-    """A listener whose broker goes away says so, and does not wait for ever."""
-    process, _ = listening(ctl, begin)
+@pytest.mark.parametrize("arguments", [[], ["--count", "2"], ["--timeout", "60"]])
+def test_listen_ends_with_its_broker(ctl: Any, begin: Begin, arguments: list[str]) -> None:
+    """A listener whose broker goes away says so and how to have it wait: nobody takes that for an end asked for."""
+    process, _ = listening(ctl, begin, *arguments)
 
     ctl.broker.stop()
 
     code, _, err = ended(process)
     assert code == Status.UNREACHABLE
-    assert err.startswith("brokerctl: ")
+    assert err.startswith("brokerctl: the connection to the broker is gone: ")
+    assert err.endswith("(--reconnect waits for it)\n")
+
+
+def test_listen_can_outlive_its_broker(ctl: Any, begin: Begin) -> None:
+    """With --reconnect it comes back as the library does, and goes on counting."""
+    process, alice = listening(ctl, begin, "--reconnect", "--count", "2")
+    alice.send("bob", "before")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"alice\tbefore\n"
+
+    with alice.watch_presence() as feed:
+        ctl.broker.disconnect("bob")
+        hear(feed, "bob", online=False)
+        hear(feed, "bob", online=True)
+    alice.send("bob", "after")
+
+    assert ended(process) == (Status.DONE, "alice\tafter\n", "")
 
 
 # -- publish and subscribe
