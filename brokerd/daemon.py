@@ -44,10 +44,12 @@ class Elder(Protocol):
     """A process that serves, and from which another one takes over everything.
 
     offered: the configured addresses that it listens at. monitored: the sockets of its monitor, kept open by both.
+    reloads: how those of its configuration ended, known when it is taken over.
     """
 
     offered: set[Address]
     monitored: list[Listening]
+    reloads: Counter[str]
 
     def take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
@@ -188,6 +190,7 @@ class Daemon:
                 for listening in (*opened, *monitored):
                     listening.close()
                 raise
+            self.reloads.update(elder.reloads)
         if stays:
             monitored = former
         else:

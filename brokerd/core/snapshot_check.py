@@ -15,7 +15,7 @@ from brokerd_client.errors import BadLength, InvalidName
 from brokerd_client.wire.envelope import check_pattern
 from brokerd_client.wire.framing import LENGTH, frame_span
 
-__all__ = ["BadSnapshot", "check", "check_frames"]
+__all__ = ["BadSnapshot", "check", "check_counts", "check_frames"]
 
 Check: TypeAlias = Callable[[Any, str], None]
 
@@ -225,6 +225,11 @@ def check(facts: Any) -> None:
         all(max(source, target) < len(outboxes) for source, target, _ in facts["held"]),
         "a session is held, or holds one, that is not open",
     )
+
+
+def check_counts(value: Any, path: str) -> None:
+    """Raise BadSnapshot unless these are counters by their names."""
+    _named(_count)(value, path)
 
 
 def check_frames(chunk: memoryview, *, one: bool = False) -> None:

@@ -58,6 +58,7 @@ def capture(server: Server) -> tuple[Snapshot, list[int]]:
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in farewells],
         "failures": server.door.failures.ages(server.loop.time()),
         "keys": server.keyring.uses(),
+        "tally": server.tally.values(),
     }
     sockets = [each.sock for group in (server.listening, links, knocks, farewells) for each in group]
     return taken, [sock.fileno() for sock in sockets]
@@ -176,6 +177,8 @@ class Inheritance:
             raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
         server.door.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
+        # An older process does not tell.
+        server.tally.go_on_from(facts.get("tally", {}))
 
     def _socket(self, facts: Facts) -> socket.socket:
         family, type, proto = facts["socket"]

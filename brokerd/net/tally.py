@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from brokerd.core.snapshot_check import BadSnapshot, check_counts
+
 __all__ = ["Outcome", "Tally"]
 
 
@@ -33,7 +35,7 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class Tally:
-    """Counters of one server since it began.
+    """Counters of one server since the broker started.
 
     handshakes: by how they ended. pauses: times that no connection could be accepted for want of descriptors.
     bugs: connections given up over a bug of ours.
@@ -42,3 +44,23 @@ class Tally:
     handshakes: Counter[Outcome] = field(default_factory=Counter)
     pauses: int = 0
     bugs: int = 0
+
+    def values(self) -> dict[str, dict[str, int]]:
+        """Return all of it as plain values, for another process."""
+        handshakes = {outcome.value: count for outcome, count in self.handshakes.items()}
+        return {"handshakes": handshakes, "others": {"pauses": self.pauses, "bugs": self.bugs}}
+
+    def go_on_from(self, values: dict[str, dict[str, int]]) -> None:
+        """Count on from what ``values`` of another process returned; what it did not count is 0.
+
+        Raises BadSnapshot for what can't be that; then nothing has changed.
+        """
+        if not isinstance(values, dict):
+            raise BadSnapshot("tally is no object")
+        handshakes, others = values.get("handshakes", {}), values.get("others", {})
+        check_counts(handshakes, "tally.handshakes")
+        check_counts(others, "tally.others")
+        for outcome in Outcome:
+            self.handshakes[outcome] += handshakes.get(outcome.value, 0)
+        self.pauses += others.get("pauses", 0)
+        self.bugs += others.get("bugs", 0)

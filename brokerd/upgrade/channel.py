@@ -11,7 +11,8 @@ words, in the order in which they are said (old: the running process; new: the o
                   sockets that the service manager handed over, monitor: where the monitor listens; the descriptors of
                   both go with it
     new hello     version, formats: its configuration is good, and what it could not listen at before is open
-    old state     format, frozen_at, asked_by, and what brokerd.net.handover captures; the old one does nothing else now
+    old state     format, frozen_at, asked_by, reloads: how many ended how, and what brokerd.net.handover captures; the
+                  old one does nothing else now
     new ready     everything is set up; no socket has been touched
     old commit    it is yours
     new serving   taken; said before the first socket is touched, so that the old one may go on if this never comes

@@ -227,6 +227,7 @@ class Predecessor:
         if order is not None and order.source.open:
             asked_by = [handover.position_of(server, order.source), order.id]
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
+        facts["reloads"] = dict(self._daemon.reloads)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
         channel.send("state", facts, taken.pieces, descriptors, within_s=deadline - time.monotonic())
         channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))

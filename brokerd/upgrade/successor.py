@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Self
 
@@ -19,6 +20,7 @@ from brokerd import __version__
 from brokerd.config.values import ListenConfig
 from brokerd.core.service import reply_to
 from brokerd.core.snapshot import Pieces
+from brokerd.core.snapshot_check import check_counts
 from brokerd.net.handed import Handed, HandedSocket
 from brokerd.net.handover import Inheritance
 from brokerd.net.listening import Listening, inherited
@@ -37,7 +39,7 @@ class Successor:
     """This process, while another one still serves.
 
     offered: the configured addresses that it listens at. handed: what the service manager handed over to it.
-    monitored: the sockets of its monitor.
+    monitored: the sockets of its monitor. reloads: what it counted of those, once it has been taken over.
     keeper: the pipe to the keeper that stands where the first process was; None where there is none.
     """
 
@@ -49,6 +51,7 @@ class Successor:
         self.offered: set[Address] = set()
         self.handed = Handed()
         self.monitored: list[Listening] = []
+        self.reloads: Counter[str] = Counter()
 
     @classmethod
     def from_environ(cls) -> Self | None:
@@ -115,6 +118,9 @@ class Successor:
             if facts["format"] not in READS:
                 raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
             inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened)
+            reloads = facts.get("reloads", {})
+            check_counts(reloads, "reloads")
+            self.reloads.update(reloads)
             channel.send("ready", within_s=_PATIENCE_S)
             channel.expect("commit", within_s=_PATIENCE_S)
         channel.send("serving", within_s=_PATIENCE_S)

@@ -8,12 +8,13 @@ import signal
 import socket
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
 from e2e.process import key_of
 from e2e.upgradable import Upgradable, is_running
-from net.raw import CHALLENGE, MESSAGE, REQUEST, WELCOME, Raw, packed, prefixed
+from net.raw import CHALLENGE, MESSAGE, REQUEST, WELCOME, Raw, Rejected, login, packed, prefixed
 from supervise.manager import Manager
 
 from brokerd_client.address import Address
@@ -67,6 +68,46 @@ def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
         assert broker.upgrade(ops)["upgraded"]
         assert raw.is_closed()
         assert broker.wait("client.refused")[0]["reason"] == "the key it uses was removed from the configuration"
+
+
+def counters(page: str) -> dict[str, float]:
+    """Return the samples on the monitor's page that an upgrade is to carry over."""
+    kinds = ("handshakes_total", "accept_pauses_total", "bugs_total", "reloads_total", "messages_received_total")
+    text = urllib.request.urlopen(f"http://{page}/metrics", timeout=30).read().decode()
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {
+        name: float(value) for name, value in samples.items() if name.startswith(tuple(f"brokerd_{k}" for k in kinds))
+    }
+
+
+def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Path) -> None:
+    """Whoever watches the broker sees no counter fall, and no key that was in use look as if it never was."""
+    with (
+        Upgradable(socket_dir, CLIENTS, monitor="127.0.0.1:0") as broker,
+        broker.login("ops") as ops,
+    ):
+        (page,) = broker.wait("monitor.listening")[0]["addresses"]
+        broker.login("alice").close()
+        for _ in range(3):
+            with pytest.raises(Rejected):
+                login(broker.address, b"wrong")
+        assert ops.ask("reload").json["reloaded"]
+        good = broker.config.read_text()
+        broker.config.write_text("listen: 7\n")
+        assert not ops.ask("reload").json["reloaded"]
+        broker.config.write_text(good)
+        used, before = ops.ask("keys").json["clients"], counters(page)
+
+        assert broker.upgrade(ops)["upgraded"]
+
+        after = counters(page)
+        assert ops.ask("keys").json["clients"] == used
+        (alice,) = [each for each in used if each["name"] == "alice"]
+        assert alice["keys"][0]["last_used"] is not None
+        assert all(after[name] >= value for name, value in before.items())
+        assert after['brokerd_handshakes_total{result="accepted"}'] == 2
+        assert after['brokerd_handshakes_total{result="rejected"}'] == 3
+        assert [after[f'brokerd_reloads_total{{result="{how}"}}'] for how in ("accepted", "refused")] == [1, 1]
 
 
 def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
