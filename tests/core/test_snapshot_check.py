@@ -13,6 +13,7 @@ from core.fakenet import FakeNet, client
 from brokerd.config.values import RateConfig
 from brokerd.core.broker import Broker
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
+from brokerd.core.snapshot_check import check_counts
 
 CONFIGS = (client("alice"), client("bob"), client("pool", connections=2), client("metered", rate=RateConfig(5.0, None)))
 
@@ -182,3 +183,11 @@ def test_one_frame_is_one() -> None:
 
     with pytest.raises(BadSnapshot, match="as one frame is more"):
         taken_over(facts, body[:before] + first + second + body[before:])
+
+
+def test_counters_are_whole_numbers_by_their_names() -> None:
+    """Whatever else another process calls a counter is refused, with its place."""
+    check_counts({"accepted": 3, "refused": 0}, "reloads")
+    for odd in ([], {"accepted": -1}, {"accepted": 0.5}, {"accepted": None}):
+        with pytest.raises(BadSnapshot, match=r"^reloads"):
+            check_counts(odd, "reloads")
