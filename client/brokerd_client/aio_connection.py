@@ -19,6 +19,8 @@ from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
 
 __all__ = ["Connection", "Hearer", "dial"]
 
+#: Bytes read at once, of what is left.
+_PIECE: Final = 64 * 1024
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
 
@@ -98,8 +100,22 @@ class Connection(asyncio.Protocol):
         self.paused = False
         self._client._on_writable(self)
 
+    def eof_received(self) -> None:
+        """asyncio.Protocol: nothing more comes. To close would be to wait until a peer reads that is gone."""
+        self.transport.abort()
+
+    def _read_out(self) -> None:
+        """Take in what had come and was not read yet: the loops drop it when a write fails."""
+        sock = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError), socket.socket(fileno=os.dup(sock.fileno())) as copy:
+            copy.setblocking(False)
+            while data := copy.recv(_PIECE):
+                self.data_received(data)
+
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio.Protocol: the connection is gone."""
+        if isinstance(error, OSError):
+            self._read_out()
         if not self.closed.done():
             self.closed.set_result(None)
         if self._timer is not None:

@@ -84,8 +84,11 @@ class TlsConnection(Connection):
     def _fail(self, error: TlsError) -> None:
         self._error = error
         assert self._raw is not None
-        # The peer may be owed the word of what was wrong; close() lets it leave.
+        # The peer may be owed the word of what was wrong.
         _pass_on(self._engine, self._raw)
+        if self._raw.get_write_buffer_size():
+            # It takes nothing: to close would be to wait for it.
+            self._raw.abort()
         self._raw.close()
         self._opened(error)
 
@@ -115,7 +118,11 @@ class _Encrypting:
 
     def write(self, data: bytes) -> None:
         """As a transport's."""
-        self._engine.write(data)
+        try:
+            self._engine.write(data)
+        except TlsError:
+            # It has failed, or the peer has; whoever writes hears of it as of any connection that is gone.
+            self._raw.abort()
         _pass_on(self._engine, self._raw)
 
     def can_write_eof(self) -> bool:

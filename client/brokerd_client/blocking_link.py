@@ -147,25 +147,16 @@ class Link:
             self._changed.wait(remaining)
 
     def _write(self, *own: Any) -> None:
-        """Write what the dialog has put out.
-
-        own: the calls, or the last of the ids, of this thread. Raises Disconnected if their connection turns out to be
-        gone: an id's failure is raised here, a call's is its outcome.
-        """
+        """Write what the dialog has put out. own: the calls, or the last of the ids, of this thread."""
         data = self._dialog.data_to_send()
         if not data:
             return
         try:
             self._dialog.wrote(self._channel.write(data))
-        except OSError as error:
-            reason = Disconnected(f"writing failed: {error}")
-            batch = self._end_link(reason, time.monotonic())
-            ids = [each for each in own if isinstance(each, int)]
-            mine = [error for error in batch.undelivered if ids and getattr(error, "id", 0) == ids[-1]]
-            self._absorb(batch, time.monotonic(), heard=mine)
-            if mine:
-                raise mine[-1] from error
-            return
+        except OSError:
+            # The I/O thread finds that out too, reads what came before, and then tells everybody: nothing that has come
+            # is lost because somebody wrote before it was read.
+            self._channel.keep(data)
         if self._channel.backlog:
             self._clear = False
             self._channel.ring()
@@ -343,24 +334,34 @@ class Link:
                 if done:
                     self._open()
             return
+        gone: OSError | None = None
         data: bytes | None = None
         try:
-            if readable:
-                data = channel.read()
             if writable:
                 self._flush()
         except OSError as error:
-            self._lose(broken(error))
-            return
-        if data is None:
-            return
-        if not data:
+            gone = error
+        try:
+            if readable or gone is not None:
+                data = channel.read()
+            while data:
+                if not self._take_in(data) or gone is None:
+                    return
+                # Nothing more comes than is here.
+                data = channel.read()
+        except OSError as error:
+            gone = gone or error
+        if gone is not None:
+            self._lose(broken(gone))
+        elif data is not None:
             self._lose(self._dialog.hung_up())
-            return
+
+    def _take_in(self, data: bytes) -> bool:
+        """Have the dialog read it; return whether the connection goes on."""
         now = time.monotonic()
         with self._lock:
             if self._dropping:
-                return
+                return False
             before = self._dialog.state
             batch = self._dialog.receive(data, self, now)
             self._absorb(batch, now)
@@ -368,6 +369,7 @@ class Link:
                 self._write()
             if self._dialog.state is not before and self._dialog.state is State.READY:
                 self._note_state()
+            return not self._dropping
 
     def _flush(self) -> None:
         with self._lock:

@@ -109,12 +109,16 @@ class Channel:
         Raises OSError: the connection is gone.
         """
         if self.backlog:
-            self.backlog = memoryview(b"".join((self.backlog, data)))
+            self.keep(data)
             return 0
         sent = self._send(data)
         if sent < len(data):
             self.backlog = memoryview(data)[sent:]
         return sent
+
+    def keep(self, data: bytes) -> None:
+        """Put it behind the backlog."""
+        self.backlog = memoryview(b"".join((self.backlog, data)))
 
     def flush(self) -> int:
         """Write what goes of the backlog; return how many bytes went. Raises OSError: the connection is gone."""

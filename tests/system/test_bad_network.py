@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from e2e.process import Process, key_of
 from net.raw import MESSAGE, WANT_RECEIPT, Raw, login
-from outages.traffic import RECIPIENTS, SENDERS, WAIT_S, Traffic, until
+from outages.traffic import RECIPIENTS, SENDERS, WAIT_S, until
+from outages.ways import Way, tls_way
 from system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
+from tls.stock import TlsRaw
 
 import brokerd_client
 from brokerd_client import aio
@@ -25,15 +27,30 @@ NAMES = (*SENDERS, *RECIPIENTS)
 KEEPALIVE_S = 4.0
 
 
-def broker_there(directory: Path, link: Link, **more: Any) -> Process:
+def broker_there(directory: Path, link: Link, way: Way, **more: Any) -> Process:
     """Return a broker at its end of the link, listening there too."""
-    listen = [{"address": f"{ADDRESSES[BROKER]}:0", "plain": True}]
+    listen = way.listen() if way.shown else way.listen(plain=True)
     return Process(directory, (*NAMES, "probe"), listen=listen, preexec=link.inside(BROKER), **more)
 
 
-def enter(broker: Process, link: Link, name: str) -> Raw:
+def enter(broker: Process, link: Link, way: Way, name: str) -> Raw:
     with link.visit(CLIENTS):
-        return login(broker.addresses()[1], key_of(name), name.encode())
+        if way.context is None:
+            return login(way.address(broker), key_of(name), name.encode())
+        raw = TlsRaw(way.address(broker), way.context, host=way.host)
+        return raw.log_in(key_of(name), name.encode())
+
+
+@pytest.fixture(scope="module")
+def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Way:
+    """TLS across the link."""
+    return tls_way(tmp_path_factory.mktemp("ca"), ADDRESSES[BROKER])
+
+
+@pytest.fixture(params=["tcp", "tls"])
+def way(request: pytest.FixtureRequest, over_tls: Way) -> Way:
+    """How the clients come."""
+    return over_tls if request.param == "tls" else Way(ADDRESSES[BROKER])
 
 
 def disconnected(broker: Process, name: str) -> list[dict[str, Any]]:
@@ -46,10 +63,10 @@ def link() -> Iterator[Link]:
         yield wire
 
 
-def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path) -> None:
+def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, way: Way) -> None:
     """It is disconnected when it has answered nothing for limits.keepalive; one that is only idle is not."""
-    with broker_there(socket_dir, link, limits={"keepalive": KEEPALIVE_S}) as broker:
-        idle = enter(broker, link, "r0")
+    with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
+        idle = enter(broker, link, way, "r0")
         link.cut(CLIENTS)
         began = time.monotonic()
         with broker.login("s0") as local:
@@ -64,10 +81,10 @@ def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path) 
     print(f"found after {took:.1f} s")
 
 
-def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_dir: Path) -> None:
+def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_dir: Path, way: Way) -> None:
     """What had not left the broker's memory goes back to its sender then, and not a quarter of an hour later."""
-    with broker_there(socket_dir, link, limits={"keepalive": KEEPALIVE_S}) as broker:
-        gone = enter(broker, link, "r0")
+    with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
+        gone = enter(broker, link, way, "r0")
         link.cut(CLIENTS)
         began = time.monotonic()
         with broker.login("s0") as local:
@@ -88,10 +105,10 @@ def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_d
     print(f"found after {took:.1f} s")
 
 
-def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path) -> None:
+def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path, way: Way) -> None:
     """Its system answers for it: with full buffers and a queue of messages it stays for many times limits.keepalive."""
-    with broker_there(socket_dir, link, limits={"keepalive": 1}) as broker:
-        slow = enter(broker, link, "r0")
+    with broker_there(socket_dir, link, way, limits={"keepalive": 1}) as broker:
+        slow = enter(broker, link, way, "r0")
         with broker.login("s0") as local:
             for number in range(100):
                 local.send(MESSAGE, "r0", bytes(60_000), id=number + 1)
@@ -104,57 +121,59 @@ def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path)
         slow.close()
 
 
-def test_a_partition_heals(link: Link, socket_dir: Path) -> None:
+def test_a_partition_heals(link: Link, socket_dir: Path, way: Way) -> None:
     """Cut for longer than the timeouts: those behind it are disconnected, come back, and know what is in doubt."""
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
-    with broker_there(socket_dir, link, limits=limits) as broker:
-        address = str(broker.addresses()[1])
-        # Recipients with the broker, senders behind the link: what they sent is in doubt.
-        with Traffic(socket_dir, address, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)) as traffic:
-            link.cut(CLIENTS)
-            began = time.monotonic()
-            until(lambda: {"s0", "s1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
-            found = time.monotonic() - began
-            link.heal(CLIENTS)
-            healed = time.monotonic()
-            traffic.goes_on()
-            back = time.monotonic() - healed
-            account = traffic.finish("a partition between senders and broker, longer than the timeouts")
+    # Recipients with the broker, senders behind the link: what they sent is in doubt.
+    with (
+        broker_there(socket_dir, link, way, limits=limits) as broker,
+        way.traffic(socket_dir, broker, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)) as traffic,
+    ):
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        until(lambda: {"s0", "s1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+        found = time.monotonic() - began
+        link.heal(CLIENTS)
+        healed = time.monotonic()
+        traffic.goes_on()
+        back = time.monotonic() - healed
+        account = traffic.finish(way.title("a partition between senders and broker, longer than the timeouts"))
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
-def test_a_partition_that_recipients_are_behind_heals(link: Link, socket_dir: Path) -> None:
+def test_a_partition_that_recipients_are_behind_heals(link: Link, socket_dir: Path, way: Way) -> None:
     """Messages for them are given back as offline; they come back when they can."""
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
-    with broker_there(socket_dir, link, limits=limits) as broker:
-        address = str(broker.addresses()[1])
-        with Traffic(socket_dir, address, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)) as traffic:
-            link.cut(CLIENTS)
-            began = time.monotonic()
-            until(lambda: {"r0", "r1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
-            found = time.monotonic() - began
-            link.heal(CLIENTS)
-            healed = time.monotonic()
-            traffic.goes_on()
-            back = time.monotonic() - healed
-            account = traffic.finish(
-                "a partition between broker and recipients, longer than the timeouts", killed=RECIPIENTS
-            )
+    with (
+        broker_there(socket_dir, link, way, limits=limits) as broker,
+        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)) as traffic,
+    ):
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        until(lambda: {"r0", "r1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+        found = time.monotonic() - began
+        link.heal(CLIENTS)
+        healed = time.monotonic()
+        traffic.goes_on()
+        back = time.monotonic() - healed
+        fault = way.title("a partition between broker and recipients, longer than the timeouts")
+        account = traffic.finish(fault, killed=RECIPIENTS)
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
-def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path) -> None:
+def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path, way: Way) -> None:
     """A link that is cut for less than limits.keepalive costs nobody a connection, and no message anything."""
-    with broker_there(socket_dir, link) as broker:
-        address = str(broker.addresses()[1])
-        with Traffic(socket_dir, address, inside=link.inside(CLIENTS)) as traffic:
-            link.cut(CLIENTS)
-            began = time.monotonic()
-            until(lambda: time.monotonic() - began > 2, "")
-            link.heal(CLIENTS)
-            traffic.goes_on()
-            gone = broker.events("client.disconnected")
-            account = traffic.finish("a link that is cut for 2 s")
+    with (
+        broker_there(socket_dir, link, way) as broker,
+        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
+    ):
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 2, "")
+        link.heal(CLIENTS)
+        traffic.goes_on()
+        gone = broker.events("client.disconnected")
+        account = traffic.finish(way.title("a link that is cut for 2 s"))
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
     account.record("no connection ended")
@@ -166,27 +185,26 @@ def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path) -> None:
     ids=["delay", "loss", "duplication", "everything"],
 )
 def test_a_bad_link_loses_and_doubles_no_message(
-    socket_dir: Path, delay_ms: float, jitter_ms: float, loss: float, twice: float
+    socket_dir: Path, way: Way, delay_ms: float, jitter_ms: float, loss: float, twice: float
 ) -> None:
     """Packets that come late, out of order, twice or never: messages still come once and in order."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with (
         Link.carried(delay_ms=delay_ms, jitter_ms=jitter_ms, loss=loss, twice=twice, seed=seed) as link,
-        broker_there(socket_dir, link) as broker,
+        broker_there(socket_dir, link, way) as broker,
+        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
     ):
-        address = str(broker.addresses()[1])
-        with Traffic(socket_dir, address, inside=link.inside(CLIENTS)) as traffic:
-            probe = enter(broker, link, "probe")
-            began = time.monotonic()
-            for _ in range(5):
-                probe.ping()
-            trip = (time.monotonic() - began) / 5
-            probe.close()
-            traffic.goes_on(more=100)
-            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "probe"]
-            title = f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost, {twice:.0%} doubled"
-            account = traffic.finish(title)
+        probe = enter(broker, link, way, "probe")
+        began = time.monotonic()
+        for _ in range(5):
+            probe.ping()
+        trip = (time.monotonic() - began) / 5
+        probe.close()
+        traffic.goes_on(more=100)
+        gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "probe"]
+        title = f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost, {twice:.0%} doubled"
+        account = traffic.finish(way.title(title))
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
     assert trip > 2 * delay_ms / 1000
@@ -195,16 +213,16 @@ def test_a_bad_link_loses_and_doubles_no_message(
 
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
 def test_a_client_finds_that_its_broker_has_vanished(
-    link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, face: str
+    link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str
 ) -> None:
     """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no call of its has run out."""
     for module in ("brokerd_client.channel", "brokerd_client.aio_connection"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
-    with broker_there(socket_dir, link) as broker:
+    with broker_there(socket_dir, link, way) as broker:
         address = str(broker.addresses()[1])
 
         async def ask() -> None:
-            async with aio.connect(address, "s0", key_of("s0"), reconnect=False) as client:
+            async with aio.connect(address, "s0", key_of("s0"), ssl=way.context, reconnect=False) as client:
                 await client.ping()
                 link.cut(CLIENTS)
                 await client.request("s0", 1, timeout=WAIT_S)
@@ -216,7 +234,9 @@ def test_a_client_finds_that_its_broker_has_vanished(
                 with pytest.raises(InDoubt):
                     asyncio.run(ask())
             else:
-                with brokerd_client.connect(address, "s0", key=key_of("s0"), reconnect=False) as client:
+                with brokerd_client.connect(
+                    address, "s0", key=key_of("s0"), ssl=way.context, reconnect=False
+                ) as client:
                     client.ping()
                     link.cut(CLIENTS)
                     with pytest.raises(InDoubt):

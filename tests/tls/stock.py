@@ -15,12 +15,14 @@ from brokerd_client.address import Address
 class TlsRaw(Raw):
     """One connection over TLS that has said nothing yet inside it."""
 
-    def __init__(self, address: Address, context: ssl.SSLContext, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, address: Address, context: ssl.SSLContext, *, host: str = "127.0.0.1", timeout_s: float = 30.0
+    ) -> None:
         super().__init__(address, timeout_s=timeout_s)
         plain: socket.socket = self.sock
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.sock = context.wrap_socket(plain, server_hostname="127.0.0.1")
+            self.sock = context.wrap_socket(plain, server_hostname=host)
         except BaseException:
             plain.close()
             raise

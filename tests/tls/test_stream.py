@@ -1,7 +1,8 @@
-"""A TlsStream when its connection ends in the middle of something, and what it keeps for a peer that does not read."""
+"""TLS when its connection ends in the middle of something, and what is kept for a peer that does not read."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -12,6 +13,8 @@ import pytest
 from authority import Issued
 
 from brokerd_client.address import Address
+from brokerd_client.aio_connection import Connection
+from brokerd_client.aio_tls import dial_tls
 from brokerd_client.errors import TlsError
 from brokerd_client.tls_channel import TlsChannel
 from brokerd_client.tls_stream import TlsStream
@@ -157,3 +160,40 @@ def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStre
     assert ours.recv(4096) == b""
     with pytest.raises(TlsError, match="the peer has closed the connection"):
         ours.engine.write(b"x")
+
+
+def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trusting: ssl.SSLContext) -> None:
+    """What somebody has altered on the way ends an asyncio connection at once, and not when all is written."""
+
+    class Told:
+        def __init__(self) -> None:
+            self.opened, self.lost = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+        def _on_open(self, link: Connection) -> None:
+            link.transport.write(bytes(50_000_000))
+            self.opened.set()
+
+        def _on_data(self, link: Connection, data: bytes) -> None: ...
+
+        def _on_writable(self, link: Connection) -> None: ...
+
+        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+            self.lost.set_result(error)
+
+    def shake_hands(listener: socket.socket) -> ssl.SSLSocket:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(server.certificate, server.key)
+        return context.wrap_socket(listener.accept()[0], server_side=True)
+
+    async def main() -> None:
+        told = Told()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            shaken = asyncio.create_task(asyncio.to_thread(shake_hands, listener))
+            await dial_tls(Address("AF_INET", *listener.getsockname(), tls=True), trusting, told)
+            peer = await shaken
+            await told.opened.wait()
+            with socket.socket(fileno=peer.detach()) as bare:
+                bare.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+                assert isinstance(await asyncio.wait_for(told.lost, 10), TlsError)
+
+    asyncio.run(main())

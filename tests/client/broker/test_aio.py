@@ -14,6 +14,8 @@ import pytest
 from fake_broker import FakeServer
 
 from brokerd_client import aio, aio_connection, aio_link
+from brokerd_client.address import Address
+from brokerd_client.aio_connection import Connection, dial
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -393,5 +395,34 @@ def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
             accepted[0].close()
             with pytest.raises(Disconnected):
                 await opening
+
+    run(main)
+
+
+def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
+    """A peer, or somebody on the way, that says that nothing more comes and does not read is gone at once."""
+
+    class Told:
+        def __init__(self) -> None:
+            self.lost = asyncio.get_running_loop().create_future()
+
+        def _on_open(self, link: Connection) -> None:
+            link.transport.write(bytes(50_000_000))
+
+        def _on_data(self, link: Connection, data: bytes) -> None: ...
+
+        def _on_writable(self, link: Connection) -> None: ...
+
+        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+            self.lost.set_result(error)
+
+    async def main() -> None:
+        told = Told()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Connection(told))
+            peer, _ = listener.accept()
+            with peer:
+                peer.shutdown(socket.SHUT_WR)
+                assert await asyncio.wait_for(told.lost, PATIENCE) is None
 
     run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -484,6 +485,23 @@ def test_send_without_a_broker_says_that_nothing_was_sent(connect: Connect, brok
         with pytest.raises(Disconnected) as caught:
             act()
         assert type(caught.value) is Disconnected
+
+
+def test_messages_that_came_before_the_connection_broke_are_there(connect: Connect, broker: RunningBroker) -> None:
+    """What the broker delivered and nobody had taken yet is not lost with the connection, though a write finds it gone.
+
+    The broker has told the sender that it was delivered: nobody would ever know.
+    """
+    alice, bob = connect("alice"), connect("bob", inbox=1)
+    for number in range(20):
+        alice.send("bob", [number, "x" * 2000], receipt=True)
+    broker.stop()
+    # The first may still be taken by the system, and the next finds out.
+    for _ in range(3):
+        with contextlib.suppress(Disconnected):
+            bob.send("alice", b"y" * 200_000, timeout=0.05)
+    assert [bob.recv(PATIENCE).payload[0] for _ in range(20)] == list(range(20))
+    broker.start()
 
 
 def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: RunningBroker) -> None:
