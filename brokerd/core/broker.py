@@ -148,8 +148,7 @@ class Broker:
         session.left_at = next(self._order)
         client = session.client
         client.remove(session)
-        for pattern, group in session.subscriptions:
-            self.topics.discard(pattern, session, group)
+        self.topics.leave(session, session.subscriptions)
         session.subscriptions.clear()
         self.topics.abandon(session)
         self._release(session)
@@ -173,8 +172,8 @@ class Broker:
 
     @property
     def has_arrears(self) -> bool:
-        """Whether sessions that are gone still have messages to be answered for: see :meth:`work_off`."""
-        return bool(self._leaving)
+        """Whether sessions that are gone have left something to be done: see :meth:`work_off`."""
+        return bool(self._leaving) or not self.topics.is_tidy
 
     @property
     def arrears(self) -> int:
@@ -182,9 +181,9 @@ class Broker:
         return sum(len(queue) for _, queue in self._leaving)
 
     def work_off(self, count: int) -> None:
-        """Answer for up to ``count`` messages of sessions that are gone.
+        """Answer for up to ``count`` messages of sessions that are gone, and put away their subscriptions.
 
-        A full queue can hold hundreds of thousands; all of them at once would hold up everybody else.
+        There can be hundreds of thousands; all of them at once would hold up everybody else.
         """
         while self._leaving and count > 0:
             session, queue = self._leaving[0]
@@ -200,6 +199,7 @@ class Broker:
                 self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
             else:
                 self._leaving.popleft()
+        self.topics.tidy(count)
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):

@@ -8,6 +8,7 @@ Source of the rules: docs/protocol.md, "Topics".
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
@@ -126,6 +127,9 @@ class Topics(Generic[Member]):
         self.version = 1
         #: By who began them.
         self._searches: dict[Hashable, _Search[Member]] = {}
+        #: Who has left, and is found no more; and what of them is still in the tree.
+        self._gone: set[Member] = set()
+        self._remains: deque[tuple[Member, list[tuple[str, str | None]]]] = deque()
         self._root: _Node[Member] = _Node()
         self._remembered: dict[str, Matches[Member]] = {}
         self._remembered_matches = 0
@@ -136,6 +140,8 @@ class Topics(Generic[Member]):
 
     def add(self, pattern: str, member: Member, group: str | None = None) -> bool:
         """Subscribe; return False if that very subscription was there already."""
+        # Twice as fast as it grows: who comes and goes all the time leaves no more behind than it could have at once.
+        self.tidy(2)
         node = self._root
         for token in pattern.split("."):
             node = node.grow(token)
@@ -155,6 +161,38 @@ class Topics(Generic[Member]):
 
     def discard(self, pattern: str, member: Member, group: str | None = None) -> bool:
         """Unsubscribe; return False if there was no such subscription. Empty branches are cut."""
+        if not self._cut(pattern, member, group):
+            return False
+        self._count -= 1
+        self._changed()
+        return True
+
+    def leave(self, member: Member, subscriptions: Iterable[tuple[str, str | None]]) -> None:
+        """Find a member no more, from now on. subscriptions: all that it has; tidy takes them out of the tree."""
+        rest = list(subscriptions)
+        if rest:
+            self._gone.add(member)
+            self._remains.append((member, rest))
+            self._count -= len(rest)
+            self._changed()
+
+    @property
+    def is_tidy(self) -> bool:
+        """Whether nothing is left of those who left."""
+        return not self._remains
+
+    def tidy(self, count: int) -> None:
+        """Take up to ``count`` subscriptions of those who left out of the tree."""
+        while self._remains and count > 0:
+            member, rest = self._remains[0]
+            pattern, group = rest.pop()
+            self._cut(pattern, member, group)
+            if not rest:
+                self._remains.popleft()
+                self._gone.discard(member)
+            count -= 1
+
+    def _cut(self, pattern: str, member: Member, group: str | None) -> bool:
         path: list[tuple[_Node[Member], str]] = []
         node = self._root
         for token in pattern.split("."):
@@ -174,8 +212,6 @@ class Topics(Generic[Member]):
                 break
             parent.cut(token)
             node = parent
-        self._count -= 1
-        self._changed()
         return True
 
     def _changed(self) -> None:
@@ -226,6 +262,8 @@ class Topics(Generic[Member]):
         found: Matches[Member] = Matches()
         for node in nodes:
             for member, joined in (node.members or {}).items():
+                if member in self._gone:
+                    continue
                 for group in joined:
                     if group is None:
                         found.everyone[member] = None

@@ -793,6 +793,28 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
     assert [envelope.id for envelope in alice.take()] == [*range(20, 50), *range(20)]
 
 
+def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
+    """Ten thousand of them at once would hold up everybody else; nothing is sent to it meanwhile."""
+    net = FakeNet(client("a"), client("b"))
+    alice, bob = net.connect("a"), net.connect("b")
+    for number in range(50):
+        bob.ask("subscribe", topic=f"t.{number}")
+    alice.ask("subscribe", topic="t.*")
+    broker = net.broker
+    net.peers.remove(bob)
+    broker.detach(bob.session, net.now)
+    assert (broker.has_arrears, len(broker.topics), bob.session.subscriptions) == (True, 1, set())
+    assert list(broker.topics.find("t.7").everyone) == [alice.session]
+    slices = 0
+    while broker.has_arrears:
+        broker.work_off(7)
+        slices += 1
+    assert slices >= 50 // 7
+    net.settle()
+    alice.publish("t.7", b"x")
+    assert alice.payloads() == [b"x"]
+
+
 def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> None:
     """While what the old connection left is answered for, a request under the same id goes to the new one, and back."""
     net = FakeNet(client("a"), client("b"))

@@ -189,6 +189,46 @@ def test_a_search_for_something_else_begins_anew() -> None:
     assert not topics._searches
 
 
+def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
+    """Also by a search that is under way; the others stay, and at last nothing is left but them."""
+    topics: Topics[str] = Topics()
+    patterns = [("a.>", None), ("a.*.c", "g"), ("a.b.c", None), ("x", None)]
+    for pattern, group in patterns:
+        topics.add(pattern, "ann", group)
+    topics.add("a.b.c", "bob")
+    assert set(topics.find("a.b.c").everyone) == {"ann", "bob"}
+    assert topics.search("a.b.z", "owner", 2) == (None, 2)
+    topics.leave("ann", patterns)
+    assert (len(topics), topics.is_tidy) == (1, False)
+    found, _ = topics.search("a.b.z", "owner", 99)
+    assert found is not None
+    for left in (found, topics.find("x")):
+        assert not len(left)
+    for _ in range(3):
+        topics.tidy(1)
+        assert list(topics.find("a.b.c").everyone) == ["bob"]
+        assert not topics.find("a.b.c").groups
+        topics.forget()
+        assert not topics.is_tidy
+    topics.tidy(1)
+    assert topics.is_tidy
+    assert topics.discard("a.b.c", "bob")
+    assert topics._root.is_empty
+    topics.leave("cid", [])
+    assert topics.is_tidy
+
+
+def test_who_comes_and_goes_leaves_no_more_behind_than_it_had() -> None:
+    """Each new subscription puts away two of those that are left, so that they never pile up."""
+    topics: Topics[int] = Topics()
+    for number in range(20):
+        patterns = [(f"{number}.{each}", None) for each in range(10)]
+        for pattern, _ in patterns:
+            topics.add(pattern, number)
+        topics.leave(number, patterns)
+        assert sum(len(rest) for _, rest in topics._remains) <= 10
+
+
 def test_groups_are_found_by_name_across_patterns() -> None:
     """A group is one group, whatever patterns its members used; without one a member stands for itself."""
     topics: Topics[str] = Topics()
