@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the compiled routing loop with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of this checkout, and runs
-# the tests that go through it. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
+# the everyday tests on it, some 13 minutes on two cores. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
 #
 #   .ci/sanitize.sh VENV [PYTEST ARGUMENT]...
 #
@@ -24,7 +24,8 @@ done
 
 rm -rf "$copy"
 mkdir -p "$copy"
-cp -R brokerd client config docs tests pyproject.toml README.md LICENSE "$copy"
+cp -R .ci benchmarks brokerd client config docs systemd tests \
+    .dockerignore CHANGELOG.md Dockerfile LICENSE Makefile README.md pyproject.toml "$copy"
 cd "$copy"
 find . '(' -name '*.so' -o -name '_routing_c.c' -o -name __pycache__ ')' -prune -exec rm -rf {} +
 
@@ -34,11 +35,23 @@ loop=$(echo brokerd/core/_routing_c.*.so)
 nm -D "$loop" | grep -q __asan_report || { say "the loop is not instrumented"; exit 1; }
 nm -D "$loop" | grep -q __ubsan_handle || { say "the loop is not instrumented"; exit 1; }
 
-# What Python itself leaks at its end is its own business; its small objects must not come out of one large block.
+# What Python itself leaks at its end is its own business; its small objects must not come out of one large block. Every process
+# that is started writes what AddressSanitizer finds into a file of its own, for a test may well expect that a broker dies; UBSan
+# knows no such file once the other is there: it ends the process, and a test with it. What is freed is kept
+# out of use up to 64 MiB, not the usual 256: the broker's memory under attack is held to its bound here too.
+reports=$copy/reports
+mkdir "$reports"
 instrumented() {
-    env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1 \
-        UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH="$copy:$copy/client" "$@"
+    env LD_PRELOAD="$preload" PYTHONMALLOC=malloc PYTHONPATH="$copy:$copy/client" \
+        ASAN_OPTIONS="detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1:quarantine_size_mb=64:log_path=$reports/asan" \
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1" PATH="$copy/bin:$PATH" "$@"
 }
+# curl hangs before its first line when AddressSanitizer is loaded into it; it runs as it is.
+mkdir bin
+if curl=$(command -v curl); then
+    printf '#!/bin/sh\nunset LD_PRELOAD\nexec "%s" "$@"\n' "$curl" >bin/curl
+    chmod +x bin/curl
+fi
 
 mkdir planted
 cat >planted/planted.c <<'END'
@@ -63,12 +76,14 @@ END
 gcc $flags -shared -fPIC -I"$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     -o planted/planted.so planted/planted.c
 for mistake in "overflow heap-buffer-overflow" "undefined signed.integer.overflow"; do
-    if (cd planted && instrumented "$python" -c "import planted; planted.${mistake% *}()" >report 2>&1); then
+    if (cd planted && instrumented "$python" -c "import planted; planted.${mistake% *}()" >output 2>&1); then
         say "a planted mistake went unnoticed: ${mistake% *}"
         exit 1
     fi
-    grep -q "${mistake#* }" planted/report || { cat planted/report; say "a planted mistake was not told"; exit 1; }
-    say "noticed a planted mistake: $(grep -m 1 -o "${mistake#* }" planted/report)"
+    noticed=$(cat "$reports"/* planted/output 2>/dev/null | grep -m 1 -o "${mistake#* }") ||
+        { cat planted/output; say "a planted mistake was not told"; exit 1; }
+    say "noticed a planted mistake: $noticed"
+    rm -f "$reports"/*
 done
 
 instrumented "$python" -c '
@@ -78,11 +93,18 @@ assert routing.NAME == "compiled" and routing.feed is _routing_c.feed, routing.N
 assert _routing_c.__file__.startswith(sys.argv[1]), _routing_c.__file__
 print("sanitize: running", _routing_c.__file__.removeprefix(sys.argv[1] + "/"))
 ' "$copy"
-# What is left out is a bound on time, which holds for a loop at its usual speed.
-[ $# -gt 0 ] || set -- tests/core tests/net tests/fuzz \
-    --deselect tests/net/test_drain.py::test_many_short_messages_do_not_hold_it_up
+# What is left out sets the clock, with a library that hangs beside AddressSanitizer: both take the place of the C library's calls.
+[ $# -gt 0 ] || set -- tests --deselect tests/outages/test_exhausted.py::test_the_clock_is_set
+status=0
 # More of what chance makes than on other days, where both loops are compared.
-BROKERD_SEEDS=300 BROKERD_FUZZ_FACTOR=3 instrumented "$python" -m pytest -p no:cacheprovider -q "$@"
-say "nothing found"
+BROKERD_SEEDS=300 BROKERD_FUZZ_FACTOR=3 instrumented "$python" -m pytest -p no:cacheprovider -q "$@" || status=$?
+for report in "$reports"/*; do
+    [ -e "$report" ] || continue
+    cat "$report"
+    say "found something, see above: $report"
+    exit 1
+done
+say "nothing found by the sanitizers"
+[ $status = 0 ] || { say "but tests failed"; exit $status; }
 cd ../..
 rm -rf "$copy"
