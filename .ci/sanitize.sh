@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the compiled routing loop with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of this checkout, and runs
-# the everyday tests on it, some 13 minutes on two cores. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
+# the everyday tests on it, some 15 minutes. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
 #
 #   .ci/sanitize.sh VENV [PYTEST ARGUMENT]...
 #
