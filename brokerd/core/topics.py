@@ -82,7 +82,8 @@ class _Node(Generic[Member]):
         """Forget the node behind a token."""
         if token == self._token:
             self._token, self._child = "", None
-        elif self._more is not None:
+        else:
+            assert self._more is not None, "only a token that leads on is cut"
             del self._more[token]
 
 
