@@ -245,6 +245,23 @@ def test_a_request_to_the_broker_has_its_receipt() -> None:
     ]
 
 
+def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
+    """A client removed and configured again may have two connections for a moment, which count for themselves."""
+    net = FakeNet(client("ann", requests=1), client("bob"))
+    bob, older = net.connect("bob"), net.connect("ann")
+    older.request("bob", b"first", 7)
+    net.broker.reconfigure({"bob": client("bob")}, net.broker.limits, net.now)
+    net.broker.reconfigure({"ann": client("ann"), "bob": client("bob")}, net.broker.limits, net.now)
+    newer = net.connect("ann")
+    newer.request("bob", b"second", 7)
+
+    older.request("bob", b"third", 8)
+
+    assert older.error() == (7, "expired")
+    bob.reply("ann", b"answer", 7)
+    assert newer.payloads() == [b"answer"]
+
+
 def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() -> None:
     """A client removed and configured again may have two connections for a moment; the older one's end ends its own."""
     net = FakeNet(client("ann"), client("bob"))
