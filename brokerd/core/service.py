@@ -36,6 +36,8 @@ PROTOCOL_VERSION: Final = 1
 _LARGEST: Final = 128 * 1024
 #: Clients that are listed in the time that a frame takes.
 _CLIENTS: Final = 32
+#: Tokens of a pattern for which the tree of subscriptions grows, or is cut, in that time.
+_TOKENS: Final = 16
 #: Connections that are described in that time.
 _CONNECTIONS: Final = 4
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
@@ -134,8 +136,9 @@ def _clients(broker: Broker, source: Session, id: int, arguments: _Arguments) ->
     }
 
 
-def _subscription(arguments: _Arguments) -> tuple[str, str | None]:
+def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | None]:
     topic, group = _text(arguments, "topic"), arguments.get("group")
+    broker.spend(topic.count(".") // _TOKENS)
     try:
         check_pattern(topic)
     except InvalidName as error:
@@ -146,7 +149,7 @@ def _subscription(arguments: _Arguments) -> tuple[str, str | None]:
 
 
 def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
-    topic, group = _subscription(arguments)
+    topic, group = _subscription(broker, arguments)
     if source.client.policy.subscribing(topic) is None:
         raise _Refusal(ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER)
     config = source.client.config
@@ -159,7 +162,7 @@ def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) 
 
 
 def _unsubscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
-    topic, group = _subscription(arguments)
+    topic, group = _subscription(broker, arguments)
     broker.topics.discard(topic, source, group)
     source.subscriptions.discard((topic, group))
     return {"topic": topic, "group": group}

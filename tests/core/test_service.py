@@ -104,6 +104,17 @@ def test_a_list_of_all_connections_takes_as_long_as_many_questions() -> None:
     assert net.broker.patience == 89
 
 
+@pytest.mark.parametrize("op", ["subscribe", "unsubscribe"])
+def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> None:
+    """For each of them the tree grows, and is cut again."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    for topic, left in (("a.b.c", 99), (".".join("a" * 128), 92)):
+        net.broker.patience = 100
+        ann.op(op, topic=topic)
+        assert net.broker.patience == left
+
+
 @pytest.mark.parametrize(
     ("op", "key", "others"),
     [
