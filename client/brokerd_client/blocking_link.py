@@ -204,8 +204,8 @@ class Link:
             self._threads.append(thread)
             thread.start()
 
-    def _absorb(self, batch: Batch[Message], now: float, heard: Iterable[BrokerdError] = ()) -> None:
-        """Pass on what the dialog says has happened. heard: failures that somebody has been told of already."""
+    def _absorb(self, batch: Batch[Message], now: float) -> None:
+        """Pass on what the dialog says has happened."""
         for call, value in batch.outcomes:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
@@ -218,8 +218,7 @@ class Link:
         if batch.undelivered:
             was_due = self._desk.warning_due
             for error in batch.undelivered:
-                if error not in heard:
-                    self._desk.tell_undelivered(error, now)
+                self._desk.tell_undelivered(error, now)
             if was_due is None and self._desk.warning_due is not None:
                 self._channel.ring()
         if batch.broken is not None:

@@ -135,6 +135,9 @@ class Engine:
     def _explained(self, error: ssl.SSLError) -> TlsError:
         if self.ready and isinstance(error, ssl.SSLEOFError):
             return TlsError("the peer has closed the connection")
+        if self.ready and getattr(error, "reason", None) in _VERSION_REASONS:
+            # There was one that both speak.
+            return TlsError("TLS failed: what came is not TLS")
         return explained(error, listener=self._end_point is not None)
 
     def finish(self) -> None:
@@ -205,6 +208,12 @@ _VERSION: Final = {
     False: "the broker speaks no version of TLS that is allowed here: its listen entry says which it does (minimum)",
     True: 'it speaks no version of TLS that is allowed here: it must be newer, or the listen entry say minimum: "1.2"',
 }
+_VERSION_REASONS: Final = (
+    "UNSUPPORTED_PROTOCOL",
+    "WRONG_VERSION_NUMBER",
+    "WRONG_SSL_VERSION",
+    "NO_PROTOCOLS_AVAILABLE",
+)
 _CLOSED: Final = {
     False: "the broker closed the connection during the TLS handshake: its log says why",
     True: "closed by the peer during the TLS handshake",
@@ -232,7 +241,7 @@ def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
         return TlsError(_alert(reason.lower().replace("_", " "), reason, listener=listener))
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return TlsError("it shows no certificate, and this listener demands one (client_ca)")
-    if reason in ("UNSUPPORTED_PROTOCOL", "WRONG_VERSION_NUMBER", "WRONG_SSL_VERSION", "NO_PROTOCOLS_AVAILABLE"):
+    if reason in _VERSION_REASONS:
         return TlsError(_VERSION[listener])
     return TlsError(f"TLS failed: {reason.lower().replace('_', ' ') or error}")
 

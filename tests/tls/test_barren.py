@@ -131,6 +131,21 @@ def test_single_bytes_are_put_together_in_turns(
     assert most[1] <= 12 * 1024
 
 
+def test_bytes_that_are_no_tls_end_a_connection(here: House, authority: Authority, tmp_path: Path) -> None:
+    """Frames in the clear in the middle of it are not read as such, and the log says what was wrong."""
+    with (
+        tls_login(here.address, authority.context(), "bob") as bob,
+        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+    ):
+        alice.send(MESSAGE, "bob", b"encrypted")
+        alice.write_bare(packed(MESSAGE, "bob", b"in the clear"))
+        (gone,) = here.log.wait("client.disconnected")
+        assert "TLS" in str(gone.fields["reason"])
+        assert "minimum" not in str(gone.fields["reason"])
+        assert bob.recv().body == b"encrypted"
+        bob.ping()
+
+
 def test_a_handshake_in_pieces_is_taken_in_turns(here: House, sips: Counter[int], authority: Authority) -> None:
     """A ClientHello as long as may be, each byte in a record of its own, costs the others no long turn."""
     hello = b"\x01" + (131_000).to_bytes(3, "big") + b"\x03\x03" + bytes(131_000)
