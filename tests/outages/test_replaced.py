@@ -55,7 +55,7 @@ def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
                 traffic.goes_on()
             account = traffic.finish(way.title("SIGTERM of the broker, started again, 3 times"))
         assert not broker.events("daemon.bug")
-    account.record()
+    account.record("everybody was back each time")
 
 
 @pytest.mark.slow
