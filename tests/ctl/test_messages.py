@@ -377,7 +377,11 @@ def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status
 @pytest.mark.parametrize("arguments", [[], ["--count", "2"], ["--timeout", "60"]])
 def test_listen_ends_with_its_broker(ctl: Any, begin: Begin, arguments: list[str]) -> None:
     """A listener whose broker goes away says so and how to have it wait: nobody takes that for an end asked for."""
-    process, _ = listening(ctl, begin, *arguments)
+    process, alice = listening(ctl, begin, *arguments)
+    # The broker says that bob is there before bob's own process knows it.
+    alice.send("bob", b"are you there?")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"alice\tare you there?\n"
 
     ctl.broker.stop()
 
