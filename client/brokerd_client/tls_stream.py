@@ -151,7 +151,7 @@ class TlsStream:
 
     def _judge(self, got: int, fed: int) -> None:
         """Be wary of a peer whose bytes are mostly TLS's own. Raises TlsError: there is nothing in them at all."""
-        if got >= fed * _YIELD:
+        if fed and got >= fed * _YIELD:
             self._wary = False
         elif fed > _RECORD:
             self._wary = True

@@ -16,6 +16,7 @@ from brokerd_client.address import Address
 from brokerd_client.aio_connection import Connection
 from brokerd_client.aio_tls import dial_tls
 from brokerd_client.errors import TlsError
+from brokerd_client.tls import Engine
 from brokerd_client.tls_channel import TlsChannel
 from brokerd_client.tls_stream import TlsStream
 
@@ -131,6 +132,26 @@ def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, Tl
             channel.flush()
     finally:
         channel.close()
+
+
+def test_a_read_of_nothing_does_not_make_up_for_a_flood(
+    ends: tuple[TlsStream, TlsStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends records of single bytes is read in sips, however often the system has had no more of them."""
+    ours, theirs = ends
+    flood = b""
+    while len(flood) < 3 * 32768:
+        theirs.engine.write(b"x")
+        flood += theirs.engine.output()
+    fed: list[int] = []
+    feed = Engine.feed
+    monkeypatch.setattr(Engine, "feed", lambda self, data: (fed.append(len(data)), feed(self, data))[1])
+    for start in range(0, len(flood), 32768):
+        theirs.raw.sendall(flood[start : start + 32768])
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.recv(65536)
+    assert max(fed) == 4096
 
 
 @pytest.mark.parametrize("size", [1, 30, 1000])
