@@ -81,6 +81,7 @@ class Connection(asyncio.Protocol):
         if self.closed.done():
             return
         if silence.lasts(sock, loop.time()) >= DEFAULT_S:
+            self._read_out()
             self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
         else:
             self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
@@ -107,10 +108,15 @@ class Connection(asyncio.Protocol):
     def _read_out(self) -> None:
         """Take in what had come and was not read yet: the loops drop it when a write fails."""
         sock = self.transport.get_extra_info("socket")
-        with contextlib.suppress(OSError, AttributeError), socket.socket(fileno=os.dup(sock.fileno())) as copy:
+        if sock is None:
+            return
+        pieces: list[bytes] = []
+        with contextlib.suppress(OSError), socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
             copy.setblocking(False)
-            while data := copy.recv(_PIECE):
-                self.data_received(data)
+            while piece := copy.recv(_PIECE):
+                pieces.append(piece)
+        if pieces:
+            self.data_received(b"".join(pieces))
 
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio.Protocol: the connection is gone."""

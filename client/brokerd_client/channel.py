@@ -39,7 +39,7 @@ class Channel:
         self._mask = 0
         self._silence = Silence()
         self._look_at = 0.0
-        #: The peer is gone without a word: reading raises that.
+        #: The peer is gone without a word: reading raises that, behind what had come.
         self._vanished = False
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
@@ -136,10 +136,10 @@ class Channel:
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
         assert self._socket is not None
-        self._raise_if_vanished()
         try:
             return self._socket.recv(_READ_SIZE)
         except (BlockingIOError, InterruptedError):
+            self._raise_if_vanished()
             return None
 
     def shut(self) -> None:

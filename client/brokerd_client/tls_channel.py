@@ -86,11 +86,11 @@ class TlsChannel(Channel):
     def read(self) -> bytes | None:
         """Return what has arrived, as a Channel does."""
         assert self._stream is not None
-        self._raise_if_vanished()
         with self._turn:
             try:
                 return self._stream.recv(_READ_SIZE)
             except (BlockingIOError, InterruptedError):
+                self._raise_if_vanished()
                 return None
 
     def shut(self) -> None:
