@@ -126,7 +126,8 @@ class Client(Link):
         """Send a message to a client: its id at once, or with ``receipt`` a Receipt once the broker has taken it on.
 
         ttl: seconds it stays deliverable where it has to wait. timeout: seconds for all of this.
-        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal.
+        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal,
+        and of a connection that breaks before this has left.
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -441,6 +442,7 @@ class Client(Link):
             tasks = {self._keeper, *(task for crew in self._crews.values() for task in crew)} - {here}
             for task in tasks:
                 task.cancel()
+            self._desk.log_failures(self._loop.time())
             self._warn_of_more()
         await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
 
@@ -451,8 +453,9 @@ class Client(Link):
         first = self._dialog.state is State.READY
         self._absorb(self._dialog.close(self._loop.time()))
         self._note_state()
-        for box in (self._inbox, self._ordered, self._requests):
+        for box in (self._inbox, self._requests):
             box.inbox.clear()
+        self._desk.drop_jobs()
         if self._dialog.state is State.CLOSING and self._link is not None:
             self._regulate()
             self._arm()

@@ -259,8 +259,12 @@ class Link:
         for error in batch.undelivered:
             self._desk.tell_undelivered(error, self._loop.time())
         due = self._desk.warning_due
-        if due is not None and self._warning is None:
-            self._warning = self._loop.call_at(due, self._warn_of_more)
+        if due is not None:
+            if self._dialog.state in (State.CLOSED, State.GONE):
+                # No more will follow, and the loop may end before it is due.
+                self._warn_of_more()
+            elif self._warning is None:
+                self._warning = self._loop.call_at(due, self._warn_of_more)
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
             self._flush()

@@ -128,7 +128,8 @@ class Client(Link):
         """Send a message to a client: its id at once, or with ``receipt`` a Receipt once the broker has taken it on.
 
         ttl: seconds it stays deliverable where it has to wait. timeout: seconds for all of this.
-        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal.
+        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal,
+        and of a connection that breaks before this has left.
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -138,7 +139,7 @@ class Client(Link):
             call = Call()
             with self._sending(timeout):
                 id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
-                self._write(call)
+                self._write(awaited=True)
             return cast("Receipt", self._outcome(call, id, deadline))
         if self._forked:
             self._check()
@@ -146,7 +147,7 @@ class Client(Link):
             if not self._clear:
                 self._wait_until_clear(timeout)
             id = self._dialog.send(to, number, body, extension)
-            self._write(id)
+            self._write()
         return id
 
     def send_many(
@@ -166,7 +167,7 @@ class Client(Link):
         if not receipt:
             with self._sending(timeout):
                 ids = self._dialog.send_many(to, codecs, bodies)
-                self._write(*ids[-1:])
+                self._write()
             return ids
         deadline = _deadline(timeout)
         calls = [Call() for _ in to]
@@ -176,7 +177,7 @@ class Client(Link):
                 ask(each, number, body, None, call, deadline)
                 for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
             ]
-            self._write(*calls)
+            self._write(awaited=True)
         outcomes: list[Any] = []
         try:
             for call, id in zip(calls, ids, strict=True):
@@ -207,7 +208,7 @@ class Client(Link):
         call = Call()
         with self._sending(timeout):
             id = self._dialog.request(to, number, body, with_ttl(extension, ttl), call, deadline)
-            self._write(call)
+            self._write(awaited=True)
         return cast("Message", self._outcome(call, id, deadline))
 
     def reply(
@@ -223,14 +224,14 @@ class Client(Link):
         with self._sending(None):
             message.require_unanswered()
             self._dialog.reply(message.sender, message.id, number, body, extension)
-            self._write(message.id)
+            self._write()
             message.mark_answered()
 
     def _fail(self, message: Message, text: str, code: str) -> None:
         with self._sending(None):
             message.require_unanswered()
             self._dialog.fail(message.sender, message.id, code, text)
-            self._write(message.id)
+            self._write()
             message.mark_answered()
 
     @overload
@@ -276,13 +277,13 @@ class Client(Link):
         if not receipt:
             with self._sending(timeout):
                 id = self._dialog.publish(topic, number, body, extension)
-                self._write(id)
+                self._write()
             return id
         deadline = _deadline(timeout)
         call = Call()
         with self._sending(timeout):
             id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
-            self._write(call)
+            self._write(awaited=True)
         return cast("Receipt", self._outcome(call, id, deadline))
 
     # Receiving
@@ -365,7 +366,7 @@ class Client(Link):
             if callback is not None:
                 self._hire(self._ordered, 1)
             id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
-            self._write(call)
+            self._write(awaited=True)
         self._outcome(call, id, deadline)
         return subscription
 
@@ -376,7 +377,7 @@ class Client(Link):
         with self._lock:
             assert subscription._route is not None
             id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
-            self._write(call)
+            self._write(awaited=True)
             subscription.box.end(Closed("the subscription was ended"))
         if id is not None:
             # Whatever the answer is, and if there is none: nothing more comes.
@@ -391,7 +392,7 @@ class Client(Link):
         call = Call()
         with self._sending(timeout):
             id, feed._watch = self._dialog.watch(feed, call, deadline)
-            self._write(call)
+            self._write(awaited=True)
         self._outcome(call, id, deadline)
         return feed
 
@@ -409,7 +410,7 @@ class Client(Link):
         call = Call()
         with self._sending(timeout):
             id = self._dialog.control(op, arguments, call, deadline)
-            self._write(call)
+            self._write(awaited=True)
         return cast("dict[str, Any]", self._outcome(call, id, deadline))
 
     def clients(self) -> list[ClientInfo]:
@@ -446,7 +447,9 @@ class Client(Link):
             if self._dialog.state is State.CLOSING and first:
                 self._channel.shut()
             for box in list(self._boxes):
-                box.inbox.clear()
+                if box is not self._ordered:
+                    box.inbox.clear()
+            self._desk.drop_jobs()
             self._note_state()
         self._channel.ring()
         _open_clients.discard(self)

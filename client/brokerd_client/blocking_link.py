@@ -146,8 +146,8 @@ class Link:
                     self._dialog.require_ready()
             self._changed.wait(remaining)
 
-    def _write(self, *own: Any) -> None:
-        """Write what the dialog has put out. own: the calls, or the last of the ids, of this thread."""
+    def _write(self, *, awaited: bool = False) -> None:
+        """Write what the dialog has put out. awaited: whether this thread waits for what becomes of it."""
         data = self._dialog.data_to_send()
         if not data:
             return
@@ -160,8 +160,8 @@ class Link:
         if self._channel.backlog:
             self._clear = False
             self._channel.ring()
-        elif self._gauge.full and own:
-            # An outcome is awaited: it may be behind what is not being read.
+        elif awaited and self._gauge.full:
+            # The outcome may be behind what is not being read.
             self._channel.ring()
 
     def _outcome(self, call: Call, id: int, deadline: float | None) -> Any:
@@ -226,16 +226,17 @@ class Link:
             with contextlib.suppress(OSError):
                 if self._channel.open and not self._channel.connecting:
                     self._dialog.wrote(self._channel.write(self._dialog.data_to_send()))
-            self._absorb(self._end_link(batch.broken, now), now)
+            self._end_link(batch.broken, now)
 
-    def _end_link(self, reason: BrokerdError, now: float) -> Batch[Message]:
-        """Tell the dialog that the connection is gone; the I/O thread closes it."""
+    def _end_link(self, reason: BrokerdError, now: float) -> None:
+        """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it."""
         batch = self._dialog.lost(reason, now, chance())
         self._dial_at = self._dialog.retry_at
         self._dropping = True
+        # Before the boxes end, so that on_undelivered hears of a last loss too.
+        self._absorb(batch, now)
         self._note_state()
         self._channel.ring()
-        return batch
 
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""
@@ -318,7 +319,7 @@ class Link:
         now = time.monotonic()
         with self._lock:
             if not self._dropping and self._dialog.state not in (State.WAITING, State.GONE):
-                self._absorb(self._end_link(reason, now), now)
+                self._end_link(reason, now)
 
     def act(self, *, readable: bool, writable: bool) -> None:
         """Do what the socket is ready for."""

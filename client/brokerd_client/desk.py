@@ -93,14 +93,7 @@ class Desk(Generic[M]):
 
     def _sort_again(self) -> None:
         waiting: Inbox[M] = self.inbox.inbox
-        # Others may be taking from it at this moment.
-        earlier = []
-        while waiting.items:
-            try:
-                earlier.append(waiting.items.popleft())
-            except IndexError:
-                break
-        waiting.settle()
+        earlier = waiting.take_all()
         if earlier:
             self.sort(earlier, sum(len(message) + OVERHEAD for message in earlier))
 
@@ -144,11 +137,29 @@ class Desk(Generic[M]):
         """Pass on a failure nobody waits for; without a handler it is a warning in the log, or one of many."""
         if self._on_undelivered is not None and self.ordered.ended is None:
             self.ordered.put([(self._on_undelivered, error)], OVERHEAD)
-            return
+        else:
+            self._warn(error, now)
+
+    def _warn(self, error: BrokerdError, now: float) -> None:
         to = getattr(error, "name", "")
         kind = type(error).__name__
         if self._undelivered.note(f"{kind} {to}" if to else kind, now):
             log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
+
+    def drop_jobs(self) -> None:
+        """Drop what the handler of messages and callbacks have not been called with; failures are told all the same."""
+        failures = self._take_failures()
+        if failures:
+            self.ordered.put(failures, OVERHEAD * len(failures))
+
+    def log_failures(self, now: float) -> None:
+        """Warn of the failures that no handler will be told of any more."""
+        for _, error in self._take_failures():
+            self._warn(error, now)
+
+    def _take_failures(self) -> list[Job]:
+        """Take all that is to be done in order, and return the failures among it."""
+        return [job for job in self.ordered.inbox.take_all() if isinstance(job[1], BrokerdError)]
 
     @property
     def warning_due(self) -> float | None:

@@ -9,6 +9,7 @@ only later, when :meth:`Inbox.settle` compares what was put with what is left.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
@@ -75,6 +76,16 @@ class Inbox(Generic[T]):
             self._counted -= count
             self._gauge.held -= size
         self.mark = self._counted - self._batches[0][0] if self._batches else -1
+
+    def take_all(self) -> list[T]:
+        """Take everything in it."""
+        taken: list[T] = []
+        # Others may be taking from it at this moment.
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.items.popleft())
+        self.settle()
+        return taken
 
     def clear(self) -> None:
         """Forget everything in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import select
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from brokerd_client.errors import (
     TimedOut,
     WrongProcess,
 )
+from brokerd_client.keepalive import Silence
 
 PATIENCE = 20.0
 
@@ -424,5 +426,94 @@ def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
             with peer:
                 peer.shutdown(socket.SHUT_WR)
                 assert await asyncio.wait_for(told.lost, PATIENCE) is None
+
+    run(main)
+
+
+def test_failures_of_sends_are_told_though_close_follows_at_once(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What on_undelivered has not been called with yet is logged by close(), which ends the handlers."""
+
+    async def main() -> None:
+        alice, bob = await join("alice", server), await join("bob", server)
+        held_up = asyncio.Event()
+
+        async def hold_up(message: aio.Message) -> None:
+            held_up.set()
+            await asyncio.Event().wait()
+
+        alice.on_message(hold_up)
+        alice.on_undelivered(lambda error: None)
+        await bob.send("alice", "x")
+        await held_up.wait()
+        ids = [await alice.send("nobody", number) for number in range(3)]
+        await until(lambda: alice.counters["undelivered"] == 3)
+        await alice.close()
+        await bob.close()
+        logged = [record.getMessage() for record in caplog.records]
+        assert [text.split()[1] for text in logged if "not delivered" in text] == [str(id) for id in ids]
+
+    run(main)
+
+
+def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the loop may end before the next line is due."""
+
+    async def main() -> None:
+        alice = await join("alice", server, reconnect=False)
+        server.act(lambda broker: setattr(server, "reading", False))
+        await alice.send_many([("bob", bytes(5000))] * 1000)
+        (link,) = alice._links
+        closing = asyncio.ensure_future(alice.close())
+        # Its first turn: then it waits for the rest to leave.
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing, link.closed])
+        texts = [record.getMessage() for record in caplog.records if "delivered" in record.getMessage()]
+        counts = [int(text.partition(" ")[0]) for text in texts if " more messages " in text]
+        assert len(texts) - len(counts) + sum(counts) == alice.counters["undelivered"] > 100
+
+    run(main)
+
+
+def test_what_came_before_a_peer_vanished_is_read() -> None:
+    """Bytes that nobody wanted yet are here, and come before the news that the peer is gone."""
+
+    class Gone(Silence):
+        def lasts(self, sock: object, now: float) -> float:
+            return 1000.0
+
+    class Told:
+        def __init__(self) -> None:
+            self.heard: list[object] = []
+
+        def _on_open(self, link: Connection) -> None:
+            link.transport.pause_reading()
+            self.link = link
+
+        def _on_data(self, link: Connection, data: bytes) -> None:
+            self.heard.append(data)
+
+        def _on_writable(self, link: Connection) -> None: ...
+
+        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+            self.heard.append(type(error))
+
+    async def main() -> None:
+        told = Told()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Connection(told))
+            peer, _ = listener.accept()
+            with peer:
+                peer.sendall(b"the last")
+                fileno = told.link.transport.get_extra_info("socket").fileno()
+                assert await asyncio.to_thread(select.select, [fileno], [], [], PATIENCE)
+                told.link._look(told.link.transport.get_extra_info("socket"), Gone())
+                assert told.heard == [b"the last", TimeoutError]
+                told.link.transport.abort()
+                await told.link.closed
 
     run(main)

@@ -373,3 +373,71 @@ def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> 
             client._inbox.put([object()], 1000)
         next(iter(client))
         assert not client._gauge.full
+
+
+def break_writes(client: Client) -> None:
+    """Have the next write, and every later one, find the connection gone, as one whose peer has reset it."""
+
+    def fail(data: object) -> int:
+        raise BrokenPipeError("gone")
+
+    client._channel._send = fail  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("reconnect", [True, False])
+def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconnect: bool) -> None:
+    """send returns its id, and the handler hears that it was not sent, also where no other connection will be made."""
+    alice = join("alice", server, reconnect=reconnect)
+    told: list[Any] = []
+    alice.on_undelivered(told.append)
+    break_writes(alice)
+    id = alice.send("bob", "x")
+    until(lambda: bool(told))
+    assert [(type(error), error.id) for error in told] == [(Disconnected, id)]
+    alice.close()
+
+
+def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeServer) -> None:
+    """What on_undelivered has not been called with yet is not dropped by close(), as messages are."""
+    alice, bob = join("alice", server), join("bob", server)
+    told: list[Any] = []
+    got: list[object] = []
+    gate = threading.Event()
+
+    def hold_up(message: brokerd_client.Message) -> None:
+        got.append(message.payload)
+        gate.wait(PATIENCE)
+
+    alice.on_message(hold_up)
+    alice.on_undelivered(told.append)
+    bob.send_many([("alice", "first"), ("alice", "second")])
+    until(lambda: got == ["first"])
+    ids = [alice.send("nobody", number) for number in range(3)]
+    until(lambda: alice.counters["undelivered"] == 3)
+    closing = threading.Thread(target=alice.close)
+    closing.start()
+    until(lambda: alice._inbox.ended is not None)
+    gate.set()
+    closing.join(PATIENCE)
+    until(lambda: len(told) == 3)
+    assert [error.id for error in told] == ids
+    assert got == ["first"]
+    bob.close()
+
+
+def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that nobody wanted yet are here, and come before the news that the peer is gone."""
+    monkeypatch.setattr("brokerd_client.channel.Silence.lasts", lambda *given: 1000.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        contextlib.closing(Channel(parse(listener.getsockname()))) as channel,
+    ):
+        done = channel.dial()
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(b"the last")
+            until(lambda: done or channel.connected())
+            until(lambda: channel.wait(0, reading=False) == (True, False))
+            assert channel.read() == b"the last"
+            with pytest.raises(TimeoutError):
+                channel.read()
