@@ -356,7 +356,9 @@ class Daemon:
         """Close a client's connections at once, whatever waits for them."""
         client = self.broker.exchange.resolve(name)
         for session in [] if client is None else list(client.sessions.values()):
-            session.link.lost("cut off")
+            # The end of one may be that of another, who is told of it.
+            if session.open:
+                session.link.lost("cut off")
 
     def stats(self) -> dict[str, Any]:
         """Return what the `$broker` operation ``stats`` answers."""

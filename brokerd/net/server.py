@@ -244,7 +244,9 @@ class Server:
             # A client that comes back at once may be faster than the news that it went.
             client = self.broker.exchange.resolve(name)
             for session in [] if client is None else list(client.sessions.values()):
-                session.link.is_gone()
+                # What one has said may be the end of another: a write to that one fails.
+                if session.open:
+                    session.link.is_gone()
             there, leaving = self.broker.place_for(name)
         if not there:
             return "the broker is draining" if self.broker.draining else "its name is connected already"

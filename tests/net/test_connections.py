@@ -33,6 +33,8 @@ from net.raw import (
     prefixed,
 )
 
+from brokerd.core.session import Session
+
 LISTENS = ["127.0.0.1:0", "unix"]
 
 
@@ -161,6 +163,46 @@ def test_a_held_client_may_come_back_at_once(listen: str) -> None:
         with broker.login("alice") as alice:
             assert alice.ask("whoami").json["name"] == "alice"
         assert not broker.log.named("client.refused")
+
+
+def sessions_of(broker: House, name: str) -> list[Session]:
+    return broker.call(lambda: list(broker.daemon.broker.exchange.clients[name].sessions.values()))
+
+
+def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(socket_dir: Path) -> None:
+    """What is read of one, to find out whether it is there, is written to another, which ends by that."""
+    config = configuration(str(socket_dir / "s"), {"pool": {"connections": 2}})
+    with house(config) as broker, broker.login("pool") as first:
+        second = broker.login("pool")
+        server, gone = broker.daemon.server, sessions_of(broker, "pool")[1]
+
+        def look() -> tuple[str, bool]:
+            # In the broker's own thread, so that it knows nothing of this yet.
+            first.send(MESSAGE, gone.address, b"to the other")
+            second.close()
+            return server.room_for("pool"), gone.open
+
+        assert broker.call(look) == ("", False)
+        with broker.login("pool") as third:
+            third.ping()
+            assert first.recv().code == "offline"
+
+
+def test_all_connections_are_cut_though_one_ends_by_the_end_of_another(socket_dir: Path) -> None:
+    """Whoever is told of the first end may find that it is gone itself."""
+    with house(configuration(str(socket_dir / "s"), {"pool": {"connections": 3}})) as broker:
+        members = [broker.login("pool") for _ in range(3)]
+        links = [session.link for session in sessions_of(broker, "pool")]
+
+        def cut() -> bool:
+            broker.daemon.server.on_left = lambda _: links[1].lost("with the first")
+            broker.daemon.cut_off("pool")
+            return bool(broker.daemon.server.links)
+
+        assert not broker.call(cut)
+        for member in members:
+            assert member.is_closed()
+            member.close()
 
 
 def test_a_client_half_closed_is_closed() -> None:
