@@ -74,7 +74,10 @@ class TlsLink(Link):
 
     def advance(self) -> bool:
         """Route what has arrived, as a Link does; a read that brought nothing may have left something."""
-        return super().advance() or (self._stream.buffered and self.may_read())
+        there = super().advance()
+        # Whoever asked may not ask again.
+        self._after_reading()
+        return there or (self._stream.buffered and self.may_read())
 
     # Writing
 

@@ -21,6 +21,7 @@ from net.raw import MESSAGE, Raw, packed
 from records import APPLICATION_DATA, Forger, forger_of
 from stock import tls_login
 
+from brokerd.net import link as link_module
 from brokerd_client.tls import Engine
 
 #: The kinds of records that have nothing in them, some hundred kilobytes of each; every one costs some microseconds.
@@ -177,6 +178,31 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
 
         assert here.call(leave)
         assert bob.recv().body == b"the last one"
+
+
+def test_what_tls_still_has_when_somebody_knocks_is_read(
+    here: House, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is looked at because another one has its name is read on, though the system has nothing more of it."""
+    monkeypatch.setattr(link_module, "_READS", 1)
+    with (
+        tls_login(here.address, authority.context(), "bob") as bob,
+        tls_login(here.address, authority.context(), "alice") as alice,
+    ):
+        alice.ping()
+        count = 20
+        data = b"".join(packed(MESSAGE, "bob", bytes(1024), id=number) for number in range(count))
+
+        def look() -> bool:
+            # In the broker's own thread, so that it does not read before everything is there; and more than it has
+            # room for at once.
+            here.daemon.server.buffer = memoryview(bytearray(8192))
+            alice.write(data)
+            (link,) = [link for link in here.daemon.server.links if link.session.address == "alice"]
+            return link.is_gone()
+
+        assert not here.call(look)
+        assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl (apt-get install openssl)")
