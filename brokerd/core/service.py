@@ -38,6 +38,8 @@ _LARGEST: Final = 128 * 1024
 _CLIENTS: Final = 32
 #: Tokens of a pattern for which the tree of subscriptions grows, or is cut, in that time.
 _TOKENS: Final = 16
+#: Searches under way that are told of a subscription in that time.
+_SEARCHES: Final = 4
 #: Connections that are described in that time.
 _CONNECTIONS: Final = 4
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
@@ -138,7 +140,7 @@ def _clients(broker: Broker, source: Session, id: int, arguments: _Arguments) ->
 
 def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | None]:
     topic, group = _text(arguments, "topic"), arguments.get("group")
-    broker.spend(topic.count(".") // _TOKENS)
+    broker.spend(topic.count(".") // _TOKENS + broker.topics.searches // _SEARCHES)
     try:
         check_pattern(topic)
     except InvalidName as error:

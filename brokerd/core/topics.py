@@ -211,6 +211,9 @@ class Topics(Generic[Member]):
         for parent, token in reversed(path):
             if not node.is_empty:
                 break
+            for search in self._searches.values():
+                # One that waits long must not collect all that come and go.
+                search.nodes.pop(node, None)
             parent.cut(token)
             node = parent
         return True
@@ -253,6 +256,11 @@ class Topics(Generic[Member]):
                 return None, looked_at
         self.abandon(owner)
         return self._remember(topic, search.nodes), looked_at
+
+    @property
+    def searches(self) -> int:
+        """How many are under way; each of them looks at every new subscription."""
+        return len(self._searches)
 
     def abandon(self, owner: Hashable) -> None:
         """Forget how far the search of ``owner`` has come, if there is one."""

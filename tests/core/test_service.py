@@ -115,6 +115,18 @@ def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> No
         assert net.broker.patience == left
 
 
+def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
+    """Each search that is under way is told of it."""
+    net = FakeNet(client("ann"))
+    ann = net.connect("ann")
+    net.broker.topics.add("a.b.c", ann.session)
+    for owner in range(40):
+        assert net.broker.topics.search("a.b.c", owner, 1) == (None, 1)
+    net.broker.patience = 100
+    ann.op("subscribe", topic="x")
+    assert net.broker.patience == 89
+
+
 @pytest.mark.parametrize(
     ("op", "key", "others"),
     [

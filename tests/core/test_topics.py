@@ -189,6 +189,22 @@ def test_a_search_for_something_else_begins_anew() -> None:
     assert not topics._searches
 
 
+def test_a_search_that_waits_keeps_nothing_of_who_came_and_went() -> None:
+    """Its owner may be held for long, while somebody subscribes and unsubscribes all the time."""
+    topics: Topics[str] = Topics()
+    topics.add("a.>", "ann")
+    assert topics.search("a.b.c", "owner", 1) == (None, 1)
+    for _ in range(100):
+        topics.add("a.*.c", "bob")
+        topics.discard("a.*.c", "bob")
+    assert len(topics._searches["owner"].nodes) <= 1
+    assert topics.searches == 1
+    found, _ = topics.search("a.b.c", "owner", 99)
+    assert found is not None
+    assert list(found.everyone) == ["ann"]
+    assert topics.searches == 0
+
+
 def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
     """Also by a search that is under way; the others stay, and at last nothing is left but them."""
     topics: Topics[str] = Topics()
