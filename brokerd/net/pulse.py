@@ -28,7 +28,7 @@ _SLICE: Final = 200
 
 
 class Pulse:
-    """Looks at a server's TCP connections; keeps a timer only while there are some."""
+    """Looks at a server's TCP connections; keeps a timer only while there are some, and a limit."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -56,7 +56,7 @@ class Pulse:
         self._outdated = set(self._watched)
         if self._timer is not None:
             self._timer.cancel()
-            self._begin()
+        self._begin()
 
     def close(self) -> None:
         """Look at nothing any more."""
@@ -67,8 +67,9 @@ class Pulse:
             self._timer = None
 
     def _rest(self) -> None:
-        pause = max(self._server.limits.keepalive / LOOKS, _SHORTEST_PAUSE_S)
-        self._timer = self._server.loop.call_later(pause, self._begin)
+        limit, self._timer = self._server.limits.keepalive, None
+        if limit and self._watched:
+            self._timer = self._server.loop.call_later(max(limit / LOOKS, _SHORTEST_PAUSE_S), self._begin)
 
     def _begin(self) -> None:
         self._left = list(self._watched)
@@ -87,10 +88,8 @@ class Pulse:
         del self._left[-_SLICE:]
         if self._left:
             self._timer = self._server.loop.call_soon(self._look)
-        elif self._watched:
-            self._rest()
         else:
-            self._timer = None
+            self._rest()
 
     def _tell_system(self, link: Link) -> None:
         """Have the system ask an idle one for signs of life, as ``limits.keepalive`` says."""

@@ -128,6 +128,21 @@ def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch:
         assert kept_alive(broker) == [(1, 20)] * 3
 
 
+@linux
+def test_nobody_is_looked_at_without_a_limit() -> None:
+    """An idle broker does not wake up for it; with a limit it does."""
+
+    def limited(keepalive: int) -> Config:
+        return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
+
+    with house(limited(0)) as broker, broker.login("alice"):
+        pulse = server_of(broker).pulse
+        assert broker.call(lambda: pulse._timer) is None
+        for limit in (40, 0):
+            broker.call(lambda limit=limit: broker.daemon.apply(limited(limit), "test"))  # type: ignore[misc]
+            assert broker.call(lambda: pulse._timer is not None) is bool(limit)
+
+
 class Told:
     """A socket of which the system says what a test wants."""
 
