@@ -145,10 +145,11 @@ def _choose(found: Matches[Session], size: int) -> list[Session]:
     # Once an event, not once a group: an even number of groups would leave the same members at the front.
     found.turn += 1
     for members in found.groups.values():
-        if not any(member in chosen for member in members):
-            ordered = list(members)
-            start = found.turn % len(ordered)
-            chosen[min(ordered[start:] + ordered[:start], key=load)] = None
+        if chosen.keys().isdisjoint(members):
+            ordered = [member for member in members if member not in found.left]
+            if ordered:
+                start = found.turn % len(ordered)
+                chosen[min(ordered[start:] + ordered[:start], key=load)] = 1
     return list(chosen)
 
 
@@ -157,9 +158,10 @@ def _who_may_see(found: Matches[Session], about: str) -> Matches[Session]:
     seen: Matches[Session] = Matches()
     # It comes and goes with the connections, so it can't be remembered with what was found.
     seen.turn = found.turn = found.turn + 1
-    seen.everyone = {member: None for member in found.everyone if member.client.policy.sending(about) is not None}
+    seen.left = found.left
+    seen.everyone = {member: 1 for member in found.everyone if member.client.policy.sending(about) is not None}
     for group, members in found.groups.items():
-        able = {member: None for member in members if member.client.policy.sending(about) is not None}
+        able = {member: 1 for member in members if member.client.policy.sending(about) is not None}
         if able:
             seen.groups[group] = able
     return seen

@@ -174,6 +174,183 @@ def test_who_subscribes_where_a_search_has_passed_is_found() -> None:
     assert set(found.everyone) == {"ann", "bob"}
 
 
+GROUPS = st.sampled_from([None, "g", "h"])
+SUBSCRIPTIONS = st.tuples(st.sampled_from(["a.b", "a.*", ">", "c"]), st.sampled_from("stu"), GROUPS)
+
+
+@given(
+    before=st.sets(SUBSCRIPTIONS, max_size=12),
+    changes=st.lists(st.tuples(st.sampled_from(["join", "end", "leave", "tidy"]), SUBSCRIPTIONS), max_size=12),
+    pieces=st.integers(1, 6),
+    start=st.integers(0, 12),
+)
+def test_who_joins_or_leaves_a_group_during_a_search_is_taken_into_account(
+    before: set[tuple[str, str, str | None]],
+    changes: list[tuple[str, tuple[str, str, str | None]]],
+    pieces: int,
+    start: int,
+) -> None:
+    """Whatever happens while somebody searches, the groups and their members are those of its end."""
+    topics: Topics[str] = Topics()
+    there: set[tuple[str, str, str | None]] = set()
+    gone: set[str] = set()
+
+    def join(pattern: str, member: str, group: str | None) -> None:
+        if member not in gone:
+            topics.add(pattern, member, group)
+            there.add((pattern, member, group))
+
+    for each in before:
+        join(*each)
+    rest = list(changes)
+    while (found := topics.search("a.b", "owner", pieces)[0]) is None:
+        start -= 1
+        if rest and start < 0:
+            what, (pattern, member, group) = rest.pop()
+            if what == "end" and there:
+                pattern, member, group = min(there, key=lambda each: (each[0] != pattern, each[1] != member, str(each)))
+            if what == "join":
+                join(pattern, member, group)
+            elif what == "end" and member not in gone:
+                topics.discard(pattern, member, group)
+                there.discard((pattern, member, group))
+            elif what == "leave" and member not in gone:
+                gone.add(member)
+                topics.leave(member, [(one, in_) for one, who, in_ in there if who == member])
+                there = {each for each in there if each[1] != member}
+            else:
+                topics.tidy(1)
+    groups = {group: set(members) - found.left for group, members in found.groups.items()}
+    right: dict[str | None, set[str]] = {}
+    for pattern, member, group in there:
+        if matches(pattern, "a.b"):
+            right.setdefault(group, set()).add(member)
+    assert set(found.everyone) == right.pop(None, set())
+    assert {group: members for group, members in groups.items() if members} == right
+    assert not topics._searches
+
+
+def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() -> None:
+    """Behind the search, just there and before it: what is found is what is true at its end."""
+    topics: Topics[str] = Topics()
+    for member in ("ann", "bob"):
+        for group in ("g", "h"):
+            topics.add("a.b", member, group)
+            topics.add("a.*", member, group)
+    search = None
+    while search is None or len(search.found) < 2:
+        assert topics.search("a.b", "owner", 1)[0] is None
+        search = topics._searches["owner"]
+    behind, before = (search.member, next(iter(search.members)))
+    assert behind is not None
+    pattern = "a.b" if search.node is topics._root.grow("a").grow("b") else "a.*"
+    topics.discard(pattern, behind, "g")
+    topics.add(pattern, behind, "i")
+    topics.add(pattern, before, "i")
+    topics.discard("a.b", before, "h")
+    topics.discard("a.*", before, "h")
+    for _ in range(99):
+        found, _ = topics.search("a.b", "owner", 1)
+        if found is not None:
+            break
+    assert found is not None
+    assert found.groups == {"g": {behind: 1, before: 2}, "h": {behind: 2}, "i": {behind: 1, before: 1}}
+    topics.search("a.b", "other", 1)
+    topics.discard(pattern, behind, "i")
+    assert set(topics.find("a.b").groups["i"]) == {before}
+
+
+def test_a_group_that_was_found_and_has_ended_is_none() -> None:
+    """The last member of a group leaves it while the rest is looked up; another is still in it by another pattern."""
+    topics: Topics[str] = Topics()
+    for group in ("g", "h"):
+        topics.add("a", "ann", group)
+        topics.add("*", "ann", group)
+    topics.add("a", "bob", "h")
+    search = None
+    while search is None or len(search.found) < 4:
+        assert topics.search("a", "owner", 1)[0] is None
+        search = topics._searches["owner"]
+    topics.discard("a", "ann", "g")
+    topics.discard("*", "ann", "g")
+    topics.discard("*", "ann", "h")
+    found, _ = topics.search("a", "owner", 99)
+    assert found is not None
+    assert found.groups in ({"h": {"ann": 1, "bob": 1}}, {"h": {"bob": 1, "ann": 1}})
+    assert len(found) == 2
+
+
+def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
+    """Though what he was subscribed to is still in the tree."""
+    topics: Topics[str] = Topics()
+    for member in ("ann", "bob", "cid"):
+        topics.add("a", member)
+    while topics.search("a", "owner", 1)[0] is None:
+        if topics._searches["owner"].found.everyone and not topics._gone:
+            topics.leave("cid", [("a", None)])
+    assert set(topics.find("a").everyone) == {"ann", "bob"}
+
+
+def test_a_group_that_is_left_before_a_search_comes_to_it_is_not_found() -> None:
+    """Though the others of the same member were found already."""
+    topics: Topics[str] = Topics()
+    for group in "ghi":
+        topics.add("a", "ann", group)
+    left = []
+    while (found := topics.search("a", "owner", 1)[0]) is None:
+        search = topics._searches["owner"]
+        if search.found.groups and not left:
+            left += search.groups
+            assert topics.discard("a", "ann", left[0])
+    assert len(left) == 2
+    assert set(found.groups) == set("ghi") - {left[0]}
+
+
+def test_the_groups_at_the_end_of_a_search_are_looked_up_in_pieces() -> None:
+    """Three members of a thousand groups each on one topic are not looked at all at once."""
+    topics: Topics[str] = Topics()
+    for number in range(3000):
+        topics.add("a.b", "abc"[number % 3], f"g{number // 3}")
+    looked_at = []
+    while True:
+        found, count = topics.search("a.b", "owner", 100)
+        looked_at.append(count)
+        if found is not None:
+            break
+    assert max(looked_at) < 110
+    assert len(looked_at) >= 100
+    assert len(found) == 3000
+    assert all(set(members) == set("abc") for members in found.groups.values())
+
+
+def test_of_searches_that_have_found_many_one_goes_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred of them hold no more than one of them and a little; each comes to its end, whoever does not go on."""
+    monkeypatch.setattr(topics_module, "_FEW", 10)
+    topics: Topics[str] = Topics()
+    for number in range(100):
+        topics.add("a.*", "ann", f"g{number}")
+    owners = [f"{number}" for number in range(20)]
+    assert all(topics.search(f"a.{owner}", owner, 8)[0] is None for owner in owners for _ in range(9))
+    held = "0"
+    done: list[str] = []
+    turns = 0
+    while len(done) < 19:
+        turns += 1
+        assert sum(len(search.found) for search in topics._searches.values()) <= 100 + 20 * 13
+        for owner in owners:
+            if owner != held and owner not in done:
+                found, _ = topics.search(f"a.{owner}", owner, 8)
+                if found is not None:
+                    assert len(found) == 100
+                    done.append(owner)
+    assert turns < 20 * 60
+    assert "0" not in topics._searches
+    while (found := topics.search("a.0", "0", 8)[0]) is None:
+        pass
+    assert len(found) == 100
+    assert not topics._long
+
+
 def test_a_search_for_something_else_begins_anew() -> None:
     """An owner searches for one topic at a time; what it has found for another is nothing to this one."""
     topics: Topics[str] = Topics()
