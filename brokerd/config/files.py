@@ -69,6 +69,8 @@ def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, o
         raise Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None
     finally:
         os.close(handle)
+    if not content and stat.S_ISFIFO(status.st_mode):
+        raise Unreadable(f"{file} is a FIFO, and nobody writes anything into it (give a file)")
     if len(content) > MAX_FILE:
         raise Unreadable(f"{file} is larger than {MAX_FILE // 2**20} MiB (split it with include:)")
     return decoded(content), status

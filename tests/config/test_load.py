@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -490,14 +492,48 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
-    """A FIFO without a writer is an empty file as a configuration, and refused as a key, at once."""
+    """A FIFO without a writer is refused at once: as a configuration, in an include and as a key."""
     os.mkfifo(tmp_path / "fifo", 0o600)
 
-    assert lines_of_file(tmp_path / "fifo") == ["fifo:1:1: (file): is empty (a configuration has listen: and clients:)"]
+    assert lines_of_file(tmp_path / "fifo") == [
+        "fifo:1:1: (file): fifo is a FIFO, and nobody writes anything into it (give a file)"
+    ]
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: fifo}}\n")
     assert lines_of_file(file) == [
         "b.yaml:2:25: clients.a.key_file: fifo is no file (give the file that holds the key)"
     ]
+    file = write(tmp_path / "c.yaml", "listen: [b.sock]\ninclude: [fifo]\nclients: {a: {key: k}}\n")
+    assert lines_of_file(file) == [
+        "c.yaml:2:11: include[0]: fifo is a FIFO, and nobody writes anything into it (give a file)"
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_with_a_writer_is_read(tmp_path: Path) -> None:
+    """What a shell's process substitution hands over is a configuration, and may be included, as any file."""
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    writer = os.open(tmp_path / "fifo", os.O_RDWR)
+    os.write(writer, b"clients: {a: {key: k}}\n")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY)
+    os.close(writer)
+    try:
+        file = write(tmp_path / "b.yaml", "listen: [b.sock]\ninclude: [fifo]\n")
+        assert set(load(file).clients) == {"a"}
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("other", ["socket", "/dev/null"])
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files here")
+def test_what_is_no_file_is_not_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """A device or a socket is no configuration, not even an empty one."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("socket")
+        file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: [{other}]\nclients: {{a: {{key: k}}}}\n")
+        (line,) = lines_of_file(file)
+    assert line.startswith(f"b.yaml:2:11: include[0]: {other} ")
+    assert line.endswith("(give a file)")
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="nothing is closed to root")
