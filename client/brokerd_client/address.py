@@ -27,6 +27,7 @@ SockAddr: TypeAlias = tuple[str, int] | str
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
+_QUAD: Final = re.compile(r"[0-9]+(\.[0-9]+){3}")
 _FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
 _TLS: Final = "tls://"
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -84,8 +85,11 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
         return Address("AF_UNIX", path="\0" + address[1:])
     tls = address.startswith(_TLS)
     place = address.removeprefix(_TLS) if tls else address
-    match = _BRACKETED.fullmatch(place) or _HOST_PORT.fullmatch(place)
+    bracketed = _BRACKETED.fullmatch(place)
+    match = bracketed or _HOST_PORT.fullmatch(place)
     if match:
+        if bracketed and ":" not in match["host"]:
+            raise AddressError(_no_ipv6(match["host"]))
         return replace(_from_pair((match["host"], int(match["port"]))), tls=tls)
     if tls:
         raise AddressError(f"{address!r} is no address: give tls://HOST:PORT or tls://[IPV6]:PORT")
@@ -106,7 +110,26 @@ def _from_pair(pair: Sequence[Any]) -> Address:
         raise AddressError(f"{port} is no port: give a number from 0 to 65535")
     if not _can_be_looked_up(host):
         raise AddressError(f"{host!r} is no host: give a name whose parts have 1 to 63 characters, or an IP address")
+    if ":" in host and not _is_ip(host):
+        raise AddressError(_no_ipv6(host))
+    if _QUAD.fullmatch(host) and not _is_ip(host):
+        raise AddressError(f"{host!r} is no IPv4 address: give four numbers from 0 to 255, without zeros before them")
     return Address("AF_INET6" if ":" in host else "AF_INET", host=host, port=port)
+
+
+def _is_ip(host: str) -> bool:
+    # Here, because it takes some milliseconds, and most addresses are paths or names.
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _no_ipv6(host: str) -> str:
+    return f"{host!r} is no IPv6 address: give one such as [::1]:6000, or a name or an IPv4 address without brackets"
 
 
 def _can_be_looked_up(host: str) -> bool:

@@ -159,6 +159,20 @@ def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["b.yaml"]
 
 
+def test_an_address_that_can_be_none_is_78_before_anything_is_listened_at(tmp_path: Path) -> None:
+    """Brackets around what is no IPv6 address, and four numbers that are no IPv4 address, are mistakes of the file."""
+    write(tmp_path / "b.yaml", "listen: ['[zz]:5', 1.2.3.999:5]\nmonitor: 1.2.3.999:6\nclients: {a: {key: k}}\n")
+
+    for command in ([], ["check"]):
+        result = CliRunner().invoke(main, ["--config", str(tmp_path / "b.yaml"), *command])
+        assert result.exit_code == 78
+        assert [line.split(" ", 1)[1].split(" (")[0] for line in result.stderr.splitlines()] == [
+            "listen[0]: 'zz' is no IPv6 address",
+            "listen[1]: '1.2.3.999' is no IPv4 address",
+            "monitor: '1.2.3.999' is no IPv4 address",
+        ]
+
+
 def test_no_file_is_one_line(tmp_path: Path) -> None:
     """A file that does not exist is one line and 78, for run and check."""
     for arguments in (["--config", tmp_path / "no.yaml"], ["check", tmp_path / "no.yaml"]):
