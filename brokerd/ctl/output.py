@@ -10,7 +10,6 @@ import base64
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,12 +79,9 @@ def print_values(values: Mapping[str, str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return the text with its control characters written as escapes, line ends too."""
+    """Return the text with all that a terminal or an editor obeys written as escapes, line ends too."""
     return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs")
-        else character
-        for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 

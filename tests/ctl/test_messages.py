@@ -318,6 +318,17 @@ def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> Non
     assert "grüße" in out
 
 
+def test_text_holds_nothing_that_a_terminal_or_an_editor_obeys(ctl: Any, begin: Begin) -> None:
+    """Line ends of every kind, and what turns the text around, are escapes; a message is one line whatever reads it."""
+    process, alice = listening(ctl, begin, "--count", "1")
+
+    alice.send("bob", "grüße \x9b31m \x85 \u202e \u2066 \u2028 \u2029 \U000e0041 end".encode())
+
+    status, out, _ = ended(process)
+    assert status == Status.DONE
+    assert out == "alice\tgrüße \\x9b31m \\x85 \\u202e \\u2066 \\u2028 \\u2029 \\U000e0041 end\n"
+
+
 def test_listen_writes_bare_bytes(ctl: Any, begin: Begin) -> None:
     """With --raw the payloads come out as they are, one behind the other."""
     alice = ctl.broker.connect("alice")
