@@ -160,7 +160,8 @@ class Link:
         data = self._dialog.data_to_send()
         link.unwritten += len(data)
         link.transport.write(data)
-        if not link.paused:
+        # One that is closing has not taken it: the connection was gone, which its end will tell.
+        if not link.paused and not link.transport.is_closing():
             self._on_writable(link)
 
     async def _outcome(self, call: asyncio.Future[Any], id: int) -> Any:

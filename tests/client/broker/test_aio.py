@@ -7,6 +7,7 @@ import contextlib
 import errno
 import select
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ from brokerd_client.errors import (
 from brokerd_client.keepalive import Silence
 
 PATIENCE = 20.0
+
+
+def wait_until_gone(name: str, server: FakeServer) -> None:
+    """Wait until the fake broker has closed that connection; no loop turns meanwhile."""
+    deadline = time.monotonic() + PATIENCE
+    while name in server.broker.online:
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.005)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -515,5 +524,23 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
                 assert told.heard == [b"the last", TimeoutError]
                 told.link.transport.abort()
                 await told.link.closed
+
+    run(main)
+
+
+def test_a_send_that_finds_the_connection_gone_is_told(server: FakeServer) -> None:
+    """What the loop could not take is no send that has left: on_undelivered hears of each."""
+
+    async def main() -> None:
+        alice = await join("alice", server)
+        told: list[Any] = []
+        alice.on_undelivered(told.append)
+        server.drop("alice")
+        # The loop stands still, so that a write is the first to find out.
+        wait_until_gone("alice", server)
+        ids = [await alice.send("bob", number) for number in range(3)]
+        await until(lambda: len(told) == 3)
+        assert [(type(error), error.id) for error in told] == [(InDoubt, id) for id in ids]
+        await alice.close()
 
     run(main)
