@@ -302,6 +302,9 @@ class Link:
         except OSError as error:
             self._lose(no_connection(self._settings.address, error))
             return
+        except Exception as error:  # noqa: BLE001 - a bug; but who waits for the connection is to hear of it
+            self._lose_by_bug(no_connection(self._settings.address, error), error)
+            return
         if done:
             self._open()
 
@@ -321,8 +324,19 @@ class Link:
             if not self._dropping and self._dialog.state not in (State.WAITING, State.GONE):
                 self._end_link(reason, now)
 
+    def _lose_by_bug(self, reason: BrokerdError, error: Exception) -> None:
+        log().exception("a connection is lost in a way that is not foreseen")
+        reason.__cause__ = error
+        self._lose(reason)
+
     def act(self, *, readable: bool, writable: bool) -> None:
         """Do what the socket is ready for."""
+        try:
+            self._act(readable=readable, writable=writable)
+        except Exception as error:  # noqa: BLE001 - a bug; but who waits is to hear of it, and another may work
+            self._lose_by_bug(Disconnected(f"the connection broke: {error}"), error)
+
+    def _act(self, *, readable: bool, writable: bool) -> None:
         channel = self._channel
         if channel.connecting:
             if readable or writable:

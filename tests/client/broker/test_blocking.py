@@ -441,3 +441,40 @@ def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatc
             assert channel.read() == b"the last"
             with pytest.raises(TimeoutError):
                 channel.read()
+
+
+def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """connect() ends with what went wrong as the cause, which is logged too, instead of with its timeout."""
+
+    def fail(channel: Channel) -> bool:
+        raise LookupError("nobody thought of this")
+
+    monkeypatch.setattr(Channel, "dial", fail)
+    with pytest.raises(Disconnected, match="nobody thought of this") as caught:
+        join("alice", server)
+    assert isinstance(caught.value.__cause__, LookupError)
+    assert "LookupError" in caplog.text
+
+
+def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, who waits hears that the connection is gone, and there is another one."""
+    alice, bob = join("alice", server), join("bob", server)
+    read = alice._channel.read
+    failures: list[Exception] = [LookupError("nobody thought of this")]
+
+    def fail_once() -> bytes | None:
+        if failures:
+            raise failures.pop()
+        return read()
+
+    alice._channel.read = fail_once  # type: ignore[method-assign]
+    with pytest.raises(InDoubt, match="nobody thought of this"):
+        alice.ping()
+    assert "LookupError" in caplog.text
+    until(lambda: alice.connected)
+    bob.send("alice", "x")
+    assert alice.recv(PATIENCE).payload == "x"
+    alice.close()
+    bob.close()
