@@ -22,6 +22,8 @@ python=${3:-}
 
 say() { printf '%s\n' "$*" >&2; }
 
+[ -z "${UNLOCKED:-}" ] || [ -z "${LOCKED:-}" ] || { say "LOCKED and UNLOCKED are both set"; exit 1; }
+
 # Some names are there and do not run: pyenv's, for a version that is not switched on.
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
@@ -60,7 +62,7 @@ fi
 current() {
     [ -f "$1" ] || return 1
     case $(cat "$1") in
-        "$PWD") ;;
+        "$PWD") [ -z "${UNLOCKED:-}" ] || return 1 ;;
         "not locked: $PWD") [ -z "${LOCKED:-}" ] || return 1 ;;
         *) return 1 ;;
     esac
@@ -104,6 +106,8 @@ sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_in
 }
 
 say "installing into $venv ..."
+# What they say of it is over.
+rm -f "$test_stamp" "$run_stamp"
 if [ "$extra" = test ]; then
     wanted='.[test]' stamp=$test_stamp
     set -- --requirement .ci/requirements-test.txt
@@ -111,7 +115,6 @@ else
     wanted=. stamp=$run_stamp
     set -- --requirement .ci/requirements-run.txt --requirement .ci/requirements-build.txt
 fi
-[ -z "${UNLOCKED:-}" ] || [ -z "${LOCKED:-}" ] || { say "LOCKED and UNLOCKED are both set"; exit 1; }
 if [ -z "${UNLOCKED:-}" ] && install_locked "$@"; then
     pip_install --no-deps --no-build-isolation --editable .
     printf '%s\n' "$PWD" >"$stamp"

@@ -178,10 +178,26 @@ def test_only_the_locks_are_good_enough_on_demand(checkout: Checkout) -> None:
     assert "NOT LOCKED" not in done.stdout
 
 
+def test_what_is_not_locked_is_installed_on_demand(checkout: Checkout) -> None:
+    """UNLOCKED=1 does so also in an environment with what is locked; once is enough."""
+    checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
+    assert checkout.set_up().returncode == 0
+
+    done = checkout.set_up(UNLOCKED="1")
+
+    assert done.returncode == 0, done.stdout
+    assert "*** NOT LOCKED: " in done.stdout
+    assert checkout.set_up(UNLOCKED="1").stdout == ""
+
+
 def test_nobody_can_want_both(checkout: Checkout) -> None:
-    """LOCKED=1 with UNLOCKED=1 is an error, not a guess."""
+    """LOCKED=1 with UNLOCKED=1 is an error, not a guess, whatever is installed."""
     done = checkout.set_up(LOCKED="1", UNLOCKED="1")
 
     assert done.returncode != 0
     assert "both" in done.stdout
     assert not checkout.ready
+
+    checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
+    assert checkout.set_up().returncode == 0
+    assert checkout.set_up(LOCKED="1", UNLOCKED="1").returncode != 0
