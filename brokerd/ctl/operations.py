@@ -203,7 +203,7 @@ def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None
 @connecting
 @click.pass_obj
 def upgrade(access: Access, as_json: bool, timeout: float) -> None:
-    """Have the broker replace itself with the code and the configuration on disk; every connection goes on.
+    """Have the broker replace itself with the code and the configuration on disk; plain connections go on.
 
     Returns when the new process answers. If it can't take over, the old one goes on, and says why.
     """
