@@ -15,7 +15,7 @@ from brokerd_client.errors import TlsError
 from brokerd_client.wire import certificate
 from brokerd_client.wire.binding import END_POINT, EXPORTER
 
-__all__ = ["Engine", "explained"]
+__all__ = ["Engine", "explained", "room"]
 
 #: The first byte of a record: change_cipher_spec, alert, handshake or application_data (RFC 8446, 5.1).
 _RECORD_TYPES: Final = range(0x14, 0x18)
@@ -117,7 +117,7 @@ class Engine:
     def read(self) -> bytes:
         """Return everything that has arrived. Raises TlsError, after what came before."""
         pieces: list[bytes] = []
-        buffer = _room()
+        buffer = room()
         self.more = True
         while self.more and not (pieces and self._error is not None):
             pieces.append(bytes(buffer[: self.read_into(buffer)]))
@@ -192,7 +192,7 @@ class _Rooms(threading.local):
 _rooms: Final = _Rooms()
 
 
-def _room() -> memoryview:
+def room() -> memoryview:
     """Return this thread's buffer: made once, because making it costs as much as decrypting a small message."""
     if _rooms.room is None:
         _rooms.room = memoryview(bytearray(_PIECE))

@@ -19,7 +19,7 @@ import ssl
 from typing import Final
 
 from brokerd_client.errors import TlsError
-from brokerd_client.tls import Engine
+from brokerd_client.tls import Engine, room
 
 __all__ = ["TlsStream"]
 
@@ -161,8 +161,8 @@ class TlsStream:
 
     def recv(self, size: int) -> bytes:
         """As a socket's: b"" is the end. Raises OSError."""
-        buffer = bytearray(size)
-        return bytes(memoryview(buffer)[: self.recv_into(memoryview(buffer))])
+        view = room()[:size]
+        return bytes(view[: self.recv_into(view)])
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """As a socket's: return how many bytes were taken. They are as good as sent: :meth:`flush`. Raises OSError."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,6 +133,22 @@ def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, Tl
             channel.flush()
     finally:
         channel.close()
+
+
+def test_a_small_read_takes_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -> None:
+    """What is decrypted goes through a buffer that is there already, however much is asked for."""
+    ours, theirs = ends
+    theirs.send(b"first")
+    assert ours.recv(65536) == b"first"
+    theirs.send(b"second")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        assert ours.recv(65536) == b"second"
+        # What the system is asked for is half as much.
+        assert tracemalloc.get_traced_memory()[1] - before < 48 * 1024
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_read_of_nothing_does_not_make_up_for_a_flood(
