@@ -98,6 +98,8 @@ class Link:
         if self._dialog.state is not State.CLOSED:
             # No source=self: who keeps the warning would keep the client.
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
+        # Without the lock, which the thread that is stopped for this may hold, at a box.
+        self._desk.warn_of_more(time.monotonic())
         # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
         self._dropped = True
         self._channel.ring()
@@ -256,8 +258,6 @@ class Link:
     def prepare(self) -> tuple[float | None, bool] | None:
         """Do what is due; return (seconds to wait, whether to read), or None when there is nothing more to do."""
         if self._dropped:
-            with self._lock:
-                self._desk.warn_of_more(time.monotonic())
             return None
         now = time.monotonic()
         with self._lock:

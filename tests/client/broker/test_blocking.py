@@ -121,6 +121,21 @@ def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
     until(lambda: threading.active_count() == before)
 
 
+def test_dropped_client_says_what_it_only_counted(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Of its undelivered messages too each is in a line of the log, or in a count."""
+
+    def fail_and_drop() -> None:
+        client = join("alice", server)
+        client.send_many([("nobody", number) for number in range(100)])
+        until(lambda: client.counters["undelivered"] == 100)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fail_and_drop()
+        until(lambda: bool(gc.collect() or "95 more messages" in caplog.text))
+    until(lambda: "alice" not in server.broker.online)
+
+
 def test_close_joins_every_thread(server: FakeServer) -> None:
     """After close() nothing of the client is running."""
     before = set(threading.enumerate())
