@@ -123,6 +123,8 @@ class Dialog(Reception[M]):
                 self._read(data, owner, batch, now)
         except RemoteError as error:
             batch.broken = error
+        for refusal in batch.undelivered:
+            self._outgoing.refused(getattr(refusal, "id", 0))
         return batch
 
     @property

@@ -38,7 +38,7 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 class Outgoing:
     """The bytes of one connection after the other, counted from each connection's first."""
 
-    __slots__ = ("_parts", "_recipients", "_starts", "_taken", "_topics", "_unhanded", "handed", "queued")
+    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unhanded", "handed", "queued")
 
     def __init__(self) -> None:
         #: Bytes put out on this connection so far, and how many of them the face has seen off.
@@ -48,6 +48,8 @@ class Outgoing:
         self._parts: list[bytes] = []
         #: Sends without a receipt that the face has not seen off yet.
         self._unhanded: list[Iterable[tuple[int, int, str]]] = []
+        #: Ids of which the broker has said no before the face had seen all off: of these somebody has heard.
+        self._refused: set[int] = set()
         self._recipients = _Recipients()
         self._starts = _Starts(self._recipients)
         self._topics: dict[str, bytes] = {}
@@ -79,6 +81,13 @@ class Outgoing:
         self.handed += size
         if self.handed == self.queued and self._unhanded:
             self._unhanded.clear()
+            if self._refused:
+                self._refused.clear()
+
+    def refused(self, id: int) -> None:
+        """The broker has said no to this one, so that it has left: a loss says nothing about it."""
+        if self._unhanded:
+            self._refused.add(id)
 
     def unheard(self, id: int, to: str) -> None:
         """Nobody waits for what becomes of the frame that was put out last."""
@@ -87,8 +96,9 @@ class Outgoing:
     def take_unhanded(self) -> Iterator[tuple[int, int, str]]:
         """Yield, and forget, (where its frame ends, id, to) of every send nobody waits for that is not seen off yet."""
         unhanded, self._unhanded = self._unhanded, []
+        refused, self._refused = self._refused, set()
         for end, id, to in chain.from_iterable(unhanded):
-            if end > self.handed:
+            if end > self.handed and id not in refused:
                 yield end, id, to
 
     def put(

@@ -526,6 +526,31 @@ def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
     assert len(pair.lose().undelivered) == 1
 
 
+def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> None:
+    """A face that can't say what has left of many may hear of the first before the last has gone."""
+    first, second, third = (pair.dialog.send(name, 0, b"x") for name in ("nobody", "bob", "nobody"))
+    data = pair.dialog.data_to_send()
+    pair.session.receive(data[: len(data) // 3 + 2])
+    heard, pair.session.out = bytes(pair.session.out), bytearray()
+    assert [error.id for error in pair.hear(heard).undelivered] == [first]  # type: ignore[attr-defined]
+    batch = pair.lose(doubtful=len(data))
+    assert [error.id for error in batch.undelivered] == [second, third]  # type: ignore[attr-defined]
+    assert pair.dialog.undelivered == 3
+
+
+def test_what_was_refused_is_forgotten_when_all_has_left(pair: Pair) -> None:
+    """Nothing grows with the messages that nobody takes."""
+    for _ in range(3):
+        pair.dialog.send("nobody", 0, b"x")
+        data = pair.dialog.data_to_send()
+        pair.session.receive(data)
+        heard, pair.session.out = bytes(pair.session.out), bytearray()
+        assert len(pair.hear(heard).undelivered) == 1
+        assert len(pair.dialog._outgoing._refused) == 1
+        pair.dialog.wrote(len(data))
+        assert not pair.dialog._outgoing._refused
+
+
 def test_subscription_under_way_at_a_loss_is_over(pair: Pair) -> None:
     """Its caller hears of the loss, so it is not made again behind his back."""
     pair.dialog.subscribe("a", None, "sink", "w", None)
