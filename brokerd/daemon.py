@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from brokerd import __version__
 from brokerd.aside import aside
@@ -38,6 +38,9 @@ from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 
 __all__ = ["Daemon", "Elder"]
+
+#: Subscriptions held against new rules in one turn of the event loop while a reload waits: some milliseconds' work.
+_REVIEWED: Final = 64
 
 
 class Elder(Protocol):
@@ -319,6 +322,12 @@ class Daemon:
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
+
+    async def reviewed(self) -> None:
+        """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
+        while self.broker.review:
+            self.broker.review.work_off(_REVIEWED)
+            await asyncio.sleep(0)
 
     async def settled(self) -> None:
         """Return when nothing that was asked is without an answer, and everything decided is carried out."""

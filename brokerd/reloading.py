@@ -59,6 +59,9 @@ class Reloadable(Protocol):
     def take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over. Raises ListenError or AuditError; then nothing has changed."""
 
+    async def reviewed(self) -> None:
+        """Return when everything that the last reload forbade has ended."""
+
     async def settled(self) -> None:
         """Return when nothing that was asked is without an answer."""
 
@@ -122,6 +125,7 @@ class Reloading:
         prepared: Prepared | None = None
         try:
             prepared = await aside(lambda: prepare(running, handed, allotted))
+            await daemon.reviewed()
             if daemon.serves:
                 return daemon.outlook(prepared) if dry_run else daemon.take_over(prepared, reason)
             cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from brokerd.config.values import ClientConfig, WhenConnected
+from brokerd.config.values import ClientConfig, Rule, WhenConnected
 from brokerd.core.delivery import end_request, give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
+from brokerd.core.review import Review
 from brokerd.core.service import serve
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
@@ -82,6 +83,7 @@ class Broker:
     ) -> None:
         self.exchange = Exchange(clients, now_wall)
         self.topics: Topics[Session] = Topics()
+        self.review = Review(self.topics, self._on_forbidden)
         self.limits = limits or Limits()
         self.version = version
         self.routing = routing
@@ -172,8 +174,8 @@ class Broker:
 
     @property
     def has_arrears(self) -> bool:
-        """Whether sessions that are gone have left something to be done: see :meth:`work_off`."""
-        return bool(self._leaving) or not self.topics.is_tidy
+        """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`work_off`."""
+        return bool(self._leaving or self.review) or not self.topics.is_tidy
 
     @property
     def arrears(self) -> int:
@@ -182,6 +184,8 @@ class Broker:
 
     def work_off(self, count: int) -> None:
         """Answer for up to ``count`` messages of sessions that are gone, and put away their subscriptions.
+
+        Those that new rules forbid are put away too.
 
         There can be hundreds of thousands; all of them at once would hold up everybody else.
         """
@@ -200,6 +204,7 @@ class Broker:
             else:
                 self._leaving.popleft()
         self.topics.tidy(count)
+        self.review.work_off(count)
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
@@ -249,7 +254,7 @@ class Broker:
 
         differing: the names among ``clients`` that are new or whose entry changed, if that is known; to compare a
             hundred thousand entries takes half a second.
-        A subscription that its client's new rules do not allow ends.
+        A subscription that its client's new rules do not allow receives nothing from now on; work_off ends it.
         """
         self.limits = limits
         self.generation += 1
@@ -262,19 +267,19 @@ class Broker:
             if client is None:
                 known[name] = Client(config, now_wall)
             elif client.config != config:
+                narrower = not _patterns(client.config.subscribe) <= _patterns(config.subscribe)
+                if config.subscribe != client.config.subscribe:
+                    for session in client.sessions.values():
+                        self.review.finish(session)
                 client.reconfigure(config)
-                for session in client.sessions.values():
-                    self._drop_forbidden(session)
+                for session in client.sessions.values() if narrower else ():
+                    self.review.begin(session)
         announce(self, "$broker.reloaded", b"{}")
         return gone
 
-    def _drop_forbidden(self, session: Session) -> None:
-        for pattern, group in list(session.subscriptions):
-            if session.client.policy.subscribing(pattern) is None:
-                self.topics.discard(pattern, session, group)
-                session.subscriptions.discard((pattern, group))
-                why = "its new rules do not allow the subscription"
-                self.happenings.note("client.unsubscribed", session, pattern, group or "", why)
+    def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
+        why = "its new rules do not allow the subscription"
+        self.happenings.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
         """Take no new message from now on, and tell those who listen."""
@@ -433,6 +438,10 @@ class Broker:
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return Verdict.NEXT
+
+
+def _patterns(rules: Iterable[Rule]) -> set[str]:
+    return {rule.pattern for rule in rules}
 
 
 def _held_since(session: Session) -> float:

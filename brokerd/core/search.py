@@ -6,19 +6,35 @@ cut, and whose turn it is, is :mod:`brokerd.core.topics`. Source of the rules: d
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from typing import Final, Generic, TypeVar
 
-__all__ = ["Matches", "Node", "Search"]
+__all__ = ["Ends", "Matches", "Node", "Search"]
 
 Member = TypeVar("Member", bound=Hashable)
+
+#: Subscriptions that are looked at in the time in which a pattern is held against the rules.
+_JUDGED: Final = 8
+
+
+class Ends(dict[Member, "set[str | None]"]):
+    """Whose subscriptions end at a node: each member with the groups it joined there; None stands for no group.
+
+    pattern: what leads to the node.
+    """
+
+    __slots__ = ("pattern",)
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.pattern = pattern
 
 
 class Node(Generic[Member]):
     """The subscriptions whose pattern ends here, and the tokens that may follow.
 
     Most nodes have one child and no member, and a pattern can have 128 of them: no dict is made before it is needed.
-    members: each with the groups it joined under this pattern; None stands for no group.
+    members: whose subscriptions end here.
     """
 
     __slots__ = ("_child", "_more", "_token", "members")
@@ -27,7 +43,7 @@ class Node(Generic[Member]):
         self._token = ""
         self._child: Node[Member] | None = None
         self._more: dict[str, Node[Member]] | None = None
-        self.members: dict[Member, set[str | None]] | None = None
+        self.members: Ends[Member] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -142,17 +158,18 @@ class Search(Generic[Member]):
         if member == self.member:
             self.groups.clear()
 
-    def look_up(self, count: int, gone: Container[Member]) -> int:
-        """Look at some ``count`` subscriptions; return how many it were, fewer where there are no more.
+    def look_up(self, count: int, gone: Container[Member], restricted: Mapping[Member, Callable[[str], bool]]) -> int:
+        """Look at some ``count`` subscriptions; return how many it were, about, fewer where there are no more.
 
-        gone: members that are passed over.
+        gone: members that are passed over. restricted: members that are passed over where their pattern is not allowed.
         """
         looked_at = 0
         while looked_at < count:
             if self.groups:
                 assert self.node is not None
+                assert self.node.members is not None
                 assert self.member is not None
-                joined = (self.node.members or {}).get(self.member, ())
+                joined = self.node.members.get(self.member) or ()
                 while self.groups and looked_at < count:
                     group, _ = self.groups.popitem()
                     looked_at += 1
@@ -161,9 +178,14 @@ class Search(Generic[Member]):
             elif self.members:
                 self.member, _ = self.members.popitem()
                 looked_at += 1
-                if self.member not in gone:
-                    assert self.node is not None
-                    self.groups = dict.fromkeys((self.node.members or {}).get(self.member, ()))
+                assert self.node is not None
+                assert self.node.members is not None
+                ends = self.node.members
+                if self.member in ends and self.member not in gone:
+                    allowed = restricted.get(self.member)
+                    looked_at += 0 if allowed is None else _JUDGED
+                    if allowed is None or allowed(ends.pattern):
+                        self.groups = dict.fromkeys(ends[self.member])
             elif self.nodes:
                 self.node, _ = self.nodes.popitem()
                 looked_at += 1

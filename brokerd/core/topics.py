@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
-from brokerd.core.search import Matches, Node, Search
+from brokerd.core.search import Ends, Matches, Node, Search
 from brokerd_client.topics import matches
 
 __all__ = ["Matches", "Topics", "covers"]
@@ -61,6 +61,8 @@ class Topics(Generic[Member]):
         self._gone: set[Member] = set()
         self._remains: deque[tuple[Member, list[tuple[str, str | None]]]] = deque()
         self._root: Node[Member] = Node()
+        #: Who is found under some patterns only, and under which.
+        self._restricted: dict[Member, Callable[[str], bool]] = {}
         self._remembered: dict[str, Matches[Member]] = {}
         self._remembered_matches = 0
         self._count = 0
@@ -76,7 +78,7 @@ class Topics(Generic[Member]):
         for token in pattern.split("."):
             node = node.grow(token)
         if node.members is None:
-            node.members = {}
+            node.members = Ends(pattern)
         joined = node.members.setdefault(member, set())
         if group in joined:
             return False
@@ -97,16 +99,38 @@ class Topics(Generic[Member]):
         node = self._cut(pattern, member, group)
         if node is None:
             return False
-        for search in self._searches.values():
-            if search.has_passed(node, member, group):
-                search.found.drop(member, group)
+        allowed = self._restricted.get(member)
+        if allowed is None or allowed(pattern):
+            for search in self._searches.values():
+                if search.has_passed(node, member, group):
+                    search.found.drop(member, group)
         self._count -= 1
         self._changed()
         return True
 
+    def restrict(self, member: Member, allowed: Callable[[str], bool]) -> None:
+        """Find a member, from now on and until ``free``, only under patterns that are allowed.
+
+        allowed: says the same of a pattern until then.
+        """
+        self._restricted[member] = allowed
+        for owner in list(self._searches):
+            self.abandon(owner)
+        self._changed()
+
+    def prune(self, pattern: str, member: Member, group: str | None) -> None:
+        """End a subscription under which its member is not found any more."""
+        self._cut(pattern, member, group)
+        self._count -= 1
+
+    def free(self, member: Member) -> None:
+        """Find a member under all its patterns again."""
+        self._restricted.pop(member, None)
+
     def leave(self, member: Member, subscriptions: Iterable[tuple[str, str | None]]) -> None:
         """Find a member no more, from now on. subscriptions: all that it has; tidy takes them out of the tree."""
         rest = list(subscriptions)
+        self.free(member)
         if rest:
             self._gone.add(member)
             self._remains.append((member, rest))
@@ -174,7 +198,7 @@ class Topics(Generic[Member]):
             search = Search(topic, self._walk(topic.split(".")))
             for _, matching in search.walk:
                 search.nodes.update(dict.fromkeys(matching))
-            search.look_up(sys.maxsize, self._gone)
+            search.look_up(sys.maxsize, self._gone, self._restricted)
             found = self._remember(topic, search.found)
         return found
 
@@ -201,9 +225,9 @@ class Topics(Generic[Member]):
         if len(search.found) >= _FEW and not self._has_turn(owner, search):
             return None, looked_at
         wanted = (nodes - looked_at) // _EACH + 1
-        looked_up = search.look_up(wanted, self._gone)
+        looked_up = search.look_up(wanted, self._gone, self._restricted)
         looked_at += looked_up * _EACH
-        if looked_up == wanted:
+        if looked_up >= wanted:
             return None, looked_at
         self.abandon(owner)
         return self._remember(topic, search.found), looked_at

@@ -163,6 +163,7 @@ def test_a_subscription_ended_by_new_rules_is_noted() -> None:
         alice.op("subscribe", topic=topic, **({} if group is None else {"group": group}))
 
     net.broker.reconfigure({"alice": client("alice", subscribe=("ok",))}, net.broker.limits, 0.0)
+    net.settle()
 
     assert sorted(taken(net)) == [
         ("client.unsubscribed", "alice", "a.b", "", 1),

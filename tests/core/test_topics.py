@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokerd.core import topics as topics_module
-from brokerd.core.topics import Topics, covers
+from brokerd.core.topics import Matches, Topics, covers
 from brokerd_client.topics import matches
 
 FITTING = [
@@ -289,6 +289,23 @@ def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
         if topics._searches["owner"].found.everyone and not topics._gone:
             topics.leave("cid", [("a", None)])
     assert set(topics.find("a").everyone) == {"ann", "bob"}
+
+
+def test_matches_are_counted() -> None:
+    """By member and group, so that one of two patterns may end; a group without members is none."""
+    found: Matches[str] = Matches()
+    for member, group in (("ann", "g"), ("ann", "g"), ("bob", "g"), ("ann", None)):
+        found.add(member, group)
+    for member, group, groups in (
+        ("ann", "g", {"g": {"ann": 1, "bob": 1}}),
+        ("ann", "g", {"g": {"bob": 1}}),
+        ("bob", "g", {}),
+        ("ann", None, {}),
+    ):
+        found.drop(member, group)
+        assert found.groups == groups
+        assert bool(found.everyone) == (group is not None)
+    assert len(found) == 0
 
 
 def test_a_group_that_is_left_before_a_search_comes_to_it_is_not_found() -> None:

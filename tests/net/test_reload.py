@@ -15,6 +15,8 @@ from net.house import Recorder
 
 import brokerd_client
 from brokerd.config.load import load
+from brokerd.core.broker import Broker
+from brokerd.core.review import Review
 from brokerd.daemon import Daemon
 from brokerd.process import loop_factory
 from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
@@ -242,3 +244,25 @@ def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served:
         assert ops.name == "ops"
     with pytest.raises(InvalidKey, match="peer_uid"):
         brokerd_client.connect("127.0.0.1:9", name="ops")
+
+
+def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
+    served: FromFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the broker had no time for it yet, the next reload finds nothing left to do, and nothing is there again."""
+    left: list[int] = []
+    finish = Review.finish
+    monkeypatch.setattr(Broker, "work_off", lambda self, count: None)
+    monkeypatch.setattr(Review, "finish", lambda self, session: left.append(len(self)) or finish(self, session))
+    with served.connect("bob", "bobs-first-key") as bob:
+        for number in range(300):
+            bob.subscribe(f"t.{number}")
+        served.write('  bob: {key: bobs-first-key, subscribe: ["t.7"]}\n')
+        assert served.reload() == []
+        assert served.call(lambda: (len(served.daemon.broker.review), len(served.daemon.broker.topics))) == (1, 300)
+
+        served.write('  bob: {key: bobs-first-key, subscribe: ["t.*"]}\n')
+        assert served.reload() == []
+
+        assert left == [0, 0]
+        assert served.call(lambda: len(served.daemon.broker.topics)) == 1
