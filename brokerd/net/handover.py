@@ -227,7 +227,7 @@ class Inheritance:
         server.start(self._opened)
         server.links.update(self.links)
         for link in self.links:
-            server.pulse.watch(link)
+            server.pulse.watch(link, inherited=True)
             link.go_on()
         for sock, left_s in self._farewells:
             server.farewell(sock, left_s)

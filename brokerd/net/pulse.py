@@ -38,11 +38,15 @@ class Pulse:
         #: Of which the system was told another ``limits.keepalive``.
         self._outdated: set[Link] = set()
 
-    def watch(self, link: Link) -> None:
-        """Look at this connection from now on, if it is one over TCP, until it is forgotten."""
+    def watch(self, link: Link, *, inherited: bool = False) -> None:
+        """Look at this connection from now on, if it is one over TCP, until it is forgotten.
+
+        inherited: another process has told the system something of it.
+        """
         if link.sock.family in _TCP:
             self._watched[link] = Silence()
-            self._tell_system(link)
+            if self._server.limits.keepalive or inherited:
+                self._tell_system(link)
             if self._timer is None:
                 self._rest()
 

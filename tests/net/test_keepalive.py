@@ -129,6 +129,17 @@ def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch:
 
 
 @linux
+def test_without_a_limit_what_the_listening_socket_has_holds() -> None:
+    """A service manager that listens for the broker may have the system ask (KeepAlive=yes); 0 leaves it at that."""
+    with house(configuration("127.0.0.1:0", limits={"keepalive": 0})) as broker:
+        (listening,) = server_of(broker).listening
+        broker.call(lambda: listening.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
+        with broker.login("alice") as alice:
+            alice.ping()
+            assert [on for on, _ in kept_alive(broker)] == [1]
+
+
+@linux
 def test_nobody_is_looked_at_without_a_limit() -> None:
     """An idle broker does not wake up for it; with a limit it does."""
 
