@@ -175,7 +175,12 @@ class Broker:
     @property
     def has_arrears(self) -> bool:
         """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`work_off`."""
-        return bool(self._leaving or self.review) or not self.topics.is_tidy
+        return self.owes_answers or bool(self.review) or not self.topics.is_tidy
+
+    @property
+    def owes_answers(self) -> bool:
+        """Whether somebody is still to be told what became of a message to a session that is gone."""
+        return bool(self._leaving)
 
     @property
     def arrears(self) -> int:

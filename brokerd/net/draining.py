@@ -142,7 +142,7 @@ class Draining:
     async def _tell(self) -> None:
         """Tell the senders of what could not be delivered, and let them go."""
         until = self._loop.time() + _TELL
-        while self._broker.has_arrears and self._loop.time() < until:
+        while self._broker.owes_answers and self._loop.time() < until:
             self._broker.work_off(_SLICE)
             self._server.settle()
             await asyncio.sleep(0)

@@ -15,6 +15,7 @@ import pytest
 from net.house import House, configuration, house
 from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
 
+from brokerd.core.topics import Topics
 from brokerd.net import draining, link, server
 
 LISTENS = ["127.0.0.1:0", "unix"]
@@ -271,6 +272,18 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
     assert stopped["cut_off"] in (5, 6)
     assert 0 < stopped["reported"] < 2 * (1000 * draining._TELL + draining._SLICE)
     assert stopped["reported"] + stopped["lost"] > 5 * 50_000
+
+
+def test_nobody_waits_for_subscriptions_to_be_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is to be told anything of those; the broker ends without them."""
+    monkeypatch.setattr(Topics, "tidy", lambda self, count: None)
+    monkeypatch.setattr(draining, "_TELL", 3600.0)
+    with served() as broker:
+        with broker.login("alice") as alice:
+            alice.ask("subscribe", topic="a.b")
+        broker.log.wait("client.disconnected")
+        broker.stop_soon()
+        broker.log.wait("daemon.stopped")
 
 
 @pytest.mark.slow
