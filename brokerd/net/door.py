@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
 from brokerd.net.failures import Failures
-from brokerd.net.keyring import Search, key_on
+from brokerd.net.keyring import Identity, Search, key_on
 from brokerd.net.knock import Knock
 from brokerd.net.link import has_hung_up
 from brokerd.net.tally import Outcome
@@ -245,12 +245,23 @@ class Door:
         identity = search.step()
         if identity is None:
             return False
+        self._identified(knock, identity)
+        return True
+
+    def _identified(self, knock: Knock, identity: Identity) -> None:
+        """Give the handshake the key that was found, if there is one and room for its client."""
+        if knock.done:
+            return
         knock.refusal = identity.refusal
         if identity.credential is not None:
             knock.credential = identity.credential
         key = None
         if identity.accepted is not None:
-            knock.refusal = self._server.room_for(identity.accepted.client.name)
+            refusal = self._server.room_for(identity.accepted.client.name)
+            if refusal is None:
+                self._loop.call_soon(self._identified, knock, identity)
+                return
+            knock.refusal = refusal
             if knock.refusal:
                 knock.outcome = Outcome.REFUSED
             key = None if knock.refusal else key_on(knock.channel, identity.accepted.key.value)
@@ -258,7 +269,6 @@ class Door:
         knock.proof = None
         self._go_on(knock, key)
         self._read_on(knock)
-        return True
 
     # The end of it
 

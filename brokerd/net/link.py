@@ -341,7 +341,8 @@ class Link:
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""
         for _ in range(_READS):
-            if not self.advance():
+            # When others have their turn, this is no way to come before them.
+            if self.waits or not self.advance():
                 break
             self.server.settle()
 
@@ -352,15 +353,18 @@ class Link:
             return True
         return self.may_read() and self._read() > 0
 
-    def is_gone(self) -> bool:
+    def is_gone(self) -> bool | None:
         """Return whether the client has closed, without waiting for the event loop to say so.
 
-        What it sent before that is routed first, unless it was not to be read from any more.
+        What it sent before that is routed first, unless it was not to be read from any more. None: it has closed, and
+        that takes more turns of the event loop.
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
-            while self.advance():
+            while not self.waits and self.advance():
                 self.server.settle()
+            if self.waits:
+                return None
             self.lost("closed by the client")
         return self.closed
 

@@ -47,6 +47,7 @@ _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
 _OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} | {
     getattr(errno, name) for name in ("WSAEMFILE", "WSAENOBUFS") if hasattr(errno, name)
 }
+_TAKEN: Final = "its name is connected already"
 #: Connections that are held at once: on Windows a loop can wait for 512 sockets, and those that listen are among them.
 _MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
 
@@ -235,8 +236,11 @@ class Server:
 
     # The door asks
 
-    def room_for(self, name: str) -> str:
-        """Make room for one more connection of ``name``; return why there is none, or ""."""
+    def room_for(self, name: str) -> str | None:
+        """Make room for one more connection of ``name``; return why there is none, or "".
+
+        None: whoever has the place is gone, and what that one sent is to be routed first; ask again in another turn.
+        """
         if len(self.links) >= self.limits.connections:
             return "more connections than limits.connections"
         there, leaving = self.broker.place_for(name)
@@ -245,11 +249,11 @@ class Server:
             client = self.broker.exchange.resolve(name)
             for session in [] if client is None else list(client.sessions.values()):
                 # What one has said may be the end of another: a write to that one fails.
-                if session.open:
-                    session.link.is_gone()
+                if session.open and session.link.is_gone() is None:
+                    return None
             there, leaving = self.broker.place_for(name)
         if not there:
-            return "the broker is draining" if self.broker.draining else "its name is connected already"
+            return "the broker is draining" if self.broker.draining else _TAKEN
         if leaving is not None:
             leaving.link.lost("replaced by a new connection")
         return ""
@@ -260,9 +264,9 @@ class Server:
         name = knock.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
         reason = self.misfit(knock.credential, knock.uid, channel=knock.channel) or self.room_for(name)
-        if reason:
+        if reason != "":
             knock.sock.close()
-            self.on_refused(knock, reason, Outcome.REFUSED)
+            self.on_refused(knock, reason or _TAKEN, Outcome.REFUSED)
             return
         self.keyring.let_in(knock.credential, self.wall())
         link = _link(self, knock, knock.credential)

@@ -19,6 +19,7 @@ import pytest
 from net.house import House, configuration, house, key_of
 from net.raw import (
     ERROR,
+    EVENT,
     FAILURE,
     JSON,
     MESSAGE,
@@ -162,6 +163,29 @@ def test_a_held_client_may_come_back_at_once(listen: str) -> None:
             alice.close()
         with broker.login("alice") as alice:
             assert alice.ask("whoami").json["name"] == "alice"
+        assert not broker.log.named("client.refused")
+
+
+def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(socket_dir: Path) -> None:
+    """Nobody else is held up by that, nothing of it is lost, and what it says now comes behind it."""
+    with served(listen=str(socket_dir / "s")) as broker, broker.login("bob") as bob:
+        bob.ask("subscribe", topic="t.*")
+        alice, server = broker.login("alice"), broker.daemon.server
+        alice.ping()
+        events = [packed(EVENT, "", between=b"\x05t.%03d" % number, id=number) for number in range(101)]
+
+        def leave() -> str | None:
+            # In the broker's own thread, so that it does not look before everything is there. Each of them leaves the
+            # routing loop.
+            server.patience = 4
+            alice.write(b"".join(events[:100]))
+            alice.close()
+            return server.room_for("alice")
+
+        assert broker.call(leave) is None
+        with broker.login("alice") as again:
+            again.write(events[100])
+            assert [bob.recv().id for _ in range(101)] == list(range(101))
         assert not broker.log.named("client.refused")
 
 
