@@ -1,7 +1,7 @@
 """What administrators ask a running daemon for through the broker, and what they are answered.
 
 The core has judged who may ask, and hands on what only the daemon can do: drain, reload, replace the process, change
-the levels of the log, say how the keys are used. Source: docs/protocol.md, "The broker as a client".
+the levels of the log, say how the keys are used. Source: docs/protocol.md, "Operations".
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def feed(broker: Broker, source: Session, buffer: memoryview, start: int, end: i
     """Route the whole frames in ``buffer[start:end]``.
 
     Returns (where the first byte not consumed is, why it stopped there): NEXT for a frame that has not
-    arrived whole, FLUSH and HOLD for one to be fed again, CLOSE when nothing more may be read.
+    arrived whole, FLUSH, HOLD and YIELD for one to be fed again, CLOSE when nothing more may be read.
     now: seconds of a monotonic clock.
     """
     position = start
