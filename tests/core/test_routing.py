@@ -303,6 +303,26 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     assert sorted(payload for member in pool[1:] for payload in member.payloads()) == [b"0", b"1", b"2"]
 
 
+def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: Feed) -> None:
+    """Its sender's turn is over the sooner by the nodes of the tree, and by the subscribers."""
+    net = FakeNet(client("ann"), client("pool", connections=64), feed=feed)
+    ann, pool = net.connect("ann"), [net.connect("pool") for _ in range(64)]
+    for each in pool:
+        net.broker.topics.add("t", each.session)
+    for number in range(1024):
+        net.broker.topics.add(".".join("a*"[number >> bit & 1] for bit in range(10)) + ".no", pool[0].session)
+    costs = []
+    for topic in ("nobody", ".".join("a" * 10) + ".x", "t", "t"):
+        data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=topic))))
+        net.broker.patience = 100
+        assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), Verdict.NEXT)
+        costs.append(99 - net.broker.patience)
+    # Who was found is remembered; a pool's members are gone through all the same.
+    assert costs[0] == 0
+    assert costs[1] == 2047 // 64
+    assert costs[2] > costs[3] == 64 // 32
+
+
 def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -> None:
     """Who goes in the middle of a search leaves nothing of it behind."""
     net, ann, bob = pair(feed)
