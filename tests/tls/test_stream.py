@@ -15,7 +15,7 @@ from authority import Issued
 
 from brokerd_client.address import Address
 from brokerd_client.aio_connection import Connection
-from brokerd_client.aio_tls import dial_tls
+from brokerd_client.aio_tls import _Encrypting, dial_tls
 from brokerd_client.errors import TlsError
 from brokerd_client.tls import Engine
 from brokerd_client.tls_channel import TlsChannel
@@ -198,6 +198,23 @@ def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStre
     assert ours.recv(4096) == b""
     with pytest.raises(TlsError, match="the peer has closed the connection"):
         ours.engine.write(b"x")
+
+
+def test_an_asyncio_write_after_the_end_ends_the_connection(ends: tuple[TlsStream, TlsStream]) -> None:
+    """Whoever writes hears of it as of any connection that is gone, not by an error in the middle of a send."""
+
+    class Raw:
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    ours, theirs = ends
+    theirs.close()
+    assert ours.recv(4096) == b""
+    raw = Raw()
+    _Encrypting(ours.engine, raw).write(b"x")  # type: ignore[arg-type]
+    assert raw.aborted
 
 
 def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trusting: ssl.SSLContext) -> None:
