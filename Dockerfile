@@ -19,8 +19,19 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY brokerd brokerd
+COPY .ci/requirements-run.txt .ci/requirements-build.txt .ci/
+# What the locks say, every file by its hash. For an index that does not have their versions, --build-arg UNLOCKED=1
+# asks for what pyproject.toml allows.
+ARG UNLOCKED=
 RUN --mount=type=cache,target=/var/cache/pip \
-    python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels .
+    if [ -n "$UNLOCKED" ]; then \
+        python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels .; \
+    else \
+        python -m pip install --no-cache-dir --require-hashes --requirement .ci/requirements-build.txt \
+        && python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels --require-hashes \
+            --requirement .ci/requirements-run.txt \
+        && python -m pip wheel --wheel-dir /wheels --no-deps --no-build-isolation .; \
+    fi
 
 # The loop is optional to an install and not to this image: the build ends here if it is not there.
 RUN python -m venv --without-pip /opt/brokerd \

@@ -56,10 +56,14 @@ IN_NAMESPACE = "umount /sys/fs/cgroup/unified 2>/dev/null; exec tail -f /dev/nul
 
 
 class Engine:
-    """podman, with a storage of its own, in namespaces that end with it. directory: where everything is kept."""
+    """podman, with a storage of its own, in namespaces that end with it.
+
+    directory: where everything is kept. unlocked: the image is not made of what is locked.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.unlocked = False
         # podman's own are higher than what a machine may give to it.
         limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
         hard = {name: resource.getrlimit(kind)[1] for name, kind in limits.items()}
@@ -300,8 +304,17 @@ def _pip_conf() -> str:
 
 
 def _build(running: Engine) -> None:
-    options = ["--isolation=chroot", "--network=host", "--pull-never", "--format=docker", f"--tag={NAME}"]
-    done = subprocess.run(
+    done = _bud(running)
+    if done.returncode and "No matching distribution found for" in done.stderr:
+        # The index of this machine does not have what is locked.
+        running.unlocked = True
+        done = _bud(running, "--build-arg=UNLOCKED=1")
+    assert done.returncode == 0, f"the image can't be built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def _bud(running: Engine, *more: str) -> subprocess.CompletedProcess[str]:
+    options = ["--isolation=chroot", "--network=host", "--pull-never", "--format=docker", f"--tag={NAME}", *more]
+    return subprocess.run(
         running.enter("buildah", *running.storage, "bud", *options, str(ROOT)),
         env=running.environment,
         capture_output=True,
@@ -309,4 +322,3 @@ def _build(running: Engine) -> None:
         timeout=INSTALL_TIMEOUT_S,
         check=False,
     )
-    assert done.returncode == 0, f"the image can't be built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -179,6 +179,24 @@ def test_every_library_is_there(podman: Engine) -> None:
     assert int(loaded) > 20
 
 
+def test_what_the_image_runs_with_is_what_is_locked(podman: Engine) -> None:
+    """Every package in it has the version that the lock has, unless the index of this machine does not have that."""
+    lock = (ROOT / ".ci" / "requirements-run.txt").read_text()
+    locked = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", lock))
+    script = (
+        "import importlib.metadata, json\n"
+        "print(json.dumps({each.name: each.version for each in importlib.metadata.distributions()}))\n"
+    )
+    found = json.loads(podman("run", "--rm", *HARDENED, "--entrypoint=python", NAME, "-c", script))
+    installed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
+
+    assert installed.pop("brokerd")
+    assert {"click", "pydantic", "pyyaml"} <= installed.keys()
+    if podman.unlocked:
+        pytest.skip("the index of this machine does not have what is locked")
+    assert installed.items() <= locked.items()
+
+
 def test_commands_run_without_a_broker(podman: Engine) -> None:
     """brokerd check, key and schema, and brokerctl, are there for whoever has nothing but the image."""
     key = podman("run", "--rm", *HARDENED, NAME, "key")
