@@ -97,6 +97,8 @@ class Server:
         self.watch = Watch(self.loop)
         self.pulse = Pulse(self)
         self._tick: asyncio.TimerHandle | None = None
+        #: When that is. uvloop's handle of a time that has passed knows none.
+        self._tick_at = 0.0
         self._settling = False
         self._working_off = False
         self._paused: list[Listening] = []
@@ -395,10 +397,11 @@ class Server:
 
     def _set_timer(self) -> None:
         deadline = self.broker.next_deadline
-        if self._tick is not None and (deadline is None or deadline < self._tick.when()):
+        if self._tick is not None and (deadline is None or deadline < self._tick_at):
             self._tick.cancel()
             self._tick = None
         if self._tick is None and deadline is not None and deadline != float("inf"):
+            self._tick_at = deadline
             self._tick = self.loop.call_at(deadline, self._on_tick)
 
     def _on_tick(self) -> None:

@@ -64,6 +64,8 @@ class Link:
         self._clear_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
+        #: When that is. uvloop's handle of a time that has passed knows none.
+        self._timer_at = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
         self._gauge = Gauge(settings.inbox)
@@ -326,11 +328,12 @@ class Link:
             return
         deadline = self._dialog.next_deadline()
         if self._timer is not None:
-            if deadline is not None and self._timer.when() <= deadline:
+            if deadline is not None and self._timer_at <= deadline:
                 return
             self._timer.cancel()
             self._timer = None
         if deadline is not None:
+            self._timer_at = deadline
             self._timer = self._loop.call_at(deadline, self._tick)
 
     def _tick(self) -> None:

@@ -628,3 +628,22 @@ def test_two_listeners_one_order() -> None:
         assert [bob.recv().id for _ in range(3000)] == list(range(3000))
         with login(broker.address, key_of("carol")) as carol:
             carol.ping()
+
+
+def test_a_deadline_that_has_passed_is_waited_for_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a held sender's time may be over before the timer is set, and another's sooner still."""
+    with served({"alice": None}) as broker:
+        server = broker.daemon.server
+        ticks: list[float] = []
+
+        def set_twice() -> None:
+            for seconds in (1.0, 2.0):
+                deadline = server.loop.time() - seconds
+                monkeypatch.setattr(broker_module.Broker, "next_deadline", property(lambda self, at=deadline: at))
+                server._set_timer()
+            monkeypatch.undo()
+            monkeypatch.setattr(server.broker, "tick", ticks.append)
+
+        broker.call(set_twice)
+        broker.call(lambda: None)
+        assert broker.call(lambda: len(ticks)) == 1
