@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from e2e.process import Process, key_of
 from interop.interpreters import ALL_VERSIONS, interpreters
+from outages.traffic import until
 
 import brokerd_client
 from brokerd_client.blocking import Client
@@ -97,8 +98,13 @@ def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Proces
     )
     assert stock.returncode == 1
     assert "AuthenticationError" in stock.stderr
-    refused = [event for event in broker.events("client.refused") if event.get("name") == name]
-    assert "allow_md5" in refused[-1]["reason"]
+
+    def reasons() -> list[str]:
+        return [event["reason"] for event in broker.events("client.refused") if event.get("name") == name]
+
+    # The log is written beside the work.
+    until(lambda: bool(reasons()), "the log says nothing")
+    assert "allow_md5" in reasons()[-1]
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
