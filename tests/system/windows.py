@@ -92,8 +92,8 @@ def install_dependencies(system: Windows) -> Path:
     version = system.run("-c", "import sys; print('%d.%d' % sys.version_info[:2])", timeout_s=120).split()[-1]
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = [each for each in dependencies if "sys_platform != 'win32'" not in each]
-    # The oldest pydantic that is allowed: later ones need a bcryptprimitives.dll, which not every wine has.
-    wanted = [each.replace(">=", "==") if each.startswith("pydantic") else each for each in wanted]
+    # An older pydantic than is allowed: later ones need a bcryptprimitives.dll, which not every wine has.
+    wanted = ["pydantic==2.7.0" if each.startswith("pydantic") else each for each in wanted]
     # pip judges conditions by the system it runs on: click needs this one on Windows.
     wanted.append("colorama")
     tag = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
