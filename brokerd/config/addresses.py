@@ -52,7 +52,7 @@ def _entrances(file: str, text: str, seen: set[str]) -> list[Entrance]:
         return list(_addresses(listen, base))
     includes = sections.get("include")
     for pattern in includes if isinstance(includes, list) else []:
-        for included in matching(pattern, base) if isinstance(pattern, str) and "\0" not in pattern else []:
+        for included in _matching(pattern, base):
             true = os.path.realpath(included)
             if true in seen:
                 continue
@@ -64,6 +64,15 @@ def _entrances(file: str, text: str, seen: set[str]) -> list[Entrance]:
             if found:
                 return found
     return []
+
+
+def _matching(pattern: object, base: str) -> list[str]:
+    if not isinstance(pattern, str) or "\0" in pattern:
+        return []
+    try:
+        return matching(pattern, base)
+    except Unreadable:
+        return []
 
 
 def _addresses(listen: list[Any], base: str) -> Iterator[Entrance]:

@@ -6,6 +6,7 @@ Opens files for reading and nothing else; what a text says is for others to read
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import os
 import stat
@@ -77,13 +78,80 @@ def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, o
 
 
 def matching(pattern: str, base: str) -> list[str]:
-    """Return the files a pattern names, sorted; a pattern without wildcards names one, which may not exist."""
+    """Return the files that a pattern names, sorted; a pattern without wildcards names one, which may not exist.
+
+    A directory that can't be listed never counts as an empty one. Raises Unreadable for it, and for a missing one.
+    """
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a Path would change how the name is shown
+    return sorted(_matching(pattern, base))
+
+
+def _matching(pattern: str, base: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [os.path.join(base, pattern)]  # noqa: PTH118 - the same
-    # The directory of the file may itself hold characters that mean something to glob.
-    whole = os.path.join(glob.escape(base), pattern)  # noqa: PTH118 - the same
-    return sorted(glob.glob(whole))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    directory_pattern, name_pattern = os.path.split(pattern)
+    found: list[str] = []
+    for directory in _matching(directory_pattern, base):
+        if glob.has_magic(directory_pattern) and not _is_directory(directory):
+            continue
+        if glob.has_magic(name_pattern):
+            names = _listed(directory, pattern)
+            if not name_pattern.startswith("."):
+                names = [name for name in names if not name.startswith(".")]
+            found += [os.path.join(directory, name) for name in fnmatch.filter(names, name_pattern)]  # noqa: PTH118
+        elif _is_there(whole := os.path.join(directory, name_pattern)):  # noqa: PTH118 - the same
+            found.append(whole)
+    return found
+
+
+def _listed(directory: str, pattern: str) -> list[str]:
+    """Return the names in a directory. Raises Unreadable."""
+    directory = directory or "."
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - the names alone
+    except FileNotFoundError:
+        what = f"there is no directory {directory}{_target_of(directory)}"
+        raise Unreadable(f"{what} (make it, or take {pattern} out)") from None
+    except NotADirectoryError:
+        raise Unreadable(f"{directory} is not a directory (give a pattern of files in a directory)") from None
+    except OSError as error:
+        raise Unreadable(f"the directory {directory} can't be listed: {error.strerror} ({_let_in(error)})") from None
+
+
+def _is_directory(path: str) -> bool:
+    """Return whether what a wildcard has matched is a directory. Raises Unreadable where that can't be known."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - the same
+    except FileNotFoundError:
+        if not _is_there(path):
+            return False
+        raise Unreadable(f"{path} is not there{_target_of(path)} (make that, or remove the link)") from None
+    except OSError as error:
+        raise Unreadable(f"{path} can't be read: {error.strerror} ({_let_in(error)})") from None
+
+
+def _is_there(path: str) -> bool:
+    """Return whether a file has this name, be it a link to nothing. Raises Unreadable where that can't be known."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unreadable(f"{path} can't be read: {error.strerror} ({_let_in(error)})") from None
+    return True
+
+
+def _target_of(path: str) -> str:
+    """Return what to add about a symbolic link whose target is missing, "" for any other path."""
+    try:
+        return f", where the link {path} leads: {os.readlink(path)}"  # noqa: PTH115 - the same
+    except (OSError, ValueError):
+        return ""
+
+
+def _let_in(error: OSError) -> str:
+    closed = error.errno in (errno.EACCES, errno.EPERM)
+    return "let this user read and search every directory on the way" if closed else "see to the file system"
 
 
 def decoded(content: bytes) -> str:
@@ -107,7 +175,7 @@ def _unopened(file: str, error: OSError | ValueError) -> str:
         )
         return f"there is no file {file} ({right})"
     if error.errno == errno.ENOENT:
-        return f"there is no file {file} (make it, or give another)"
+        return f"there is no file {file}{_target_of(file)} (make it, or give another)"
     if error.errno == errno.EACCES:
         return f"{file} can't be read: {error.strerror} (let this user read it)"
     return f"{file} can't be opened: {error.strerror} (give a file)"

@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from brokerd.config.document import Document, read
 from brokerd.config.entries import Entries
@@ -20,6 +20,8 @@ from brokerd.config.model import Config, File, IncludedFile
 from brokerd.config.problems import ConfigError, Path, Place, Problem
 
 __all__ = ["MAX_FILE", "Config", "ConfigError", "build", "load", "load_text"]
+
+_NOT_A_PATH: Final = "is no path (give a file or a pattern)"
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> Config:
@@ -146,7 +148,15 @@ class _Files:
 
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
         """Read the files that one entry of ``include`` names; one that was read before adds nothing."""
-        for file in matching(pattern, base):
+        try:
+            files = matching(pattern, base)
+        except Unreadable as error:
+            self._refuse_include(document, path, str(error))
+            return
+        except ValueError:
+            self._refuse_include(document, path, _NOT_A_PATH)
+            return
+        for file in files:
             try:
                 true = os.path.realpath(file)
                 if true in self._seen:
@@ -154,14 +164,20 @@ class _Files:
                 self._seen.add(true)
                 text, status = text_of(file)
             except Unreadable as error:
-                self.findings.whole = False
-                place, shown = document.place(path)
                 if error.line:
+                    self.findings.whole = False
                     self.findings.files[file] = None
-                    place, shown = Place(file, error.line, error.column), ""
-                self.findings.problems.append(Problem(place, shown, str(error)))
+                    place = Place(file, error.line, error.column)
+                    self.findings.problems.append(Problem(place, "", str(error)))
+                else:
+                    self._refuse_include(document, path, str(error))
             except ValueError:
-                place, shown = document.place(path)
-                self.findings.problems.append(Problem(place, shown, "is no path (give a file or a pattern)"))
+                self._refuse_include(document, path, _NOT_A_PATH)
             else:
                 self._read(text, file, status, IncludedFile)
+
+    def _refuse_include(self, document: Document, path: Path, what: str) -> None:
+        """Report an entry of ``include`` whose files can't be read, or not all of them."""
+        self.findings.whole = False
+        place, shown = document.place(path)
+        self.findings.problems.append(Problem(place, shown, what))

@@ -49,22 +49,17 @@ def add_client(name: str, main: Path) -> Added:
     name: one that a client can have. main: the configuration's main file.
     Raises NotAdded; raises ConfigError where the configuration has mistakes, before or after. Then nothing has changed.
     """
-    config = load(main)
-    if name in config.clients:
-        raise NotAdded(f"client {name!r} is configured already, at {config.clients[name].source} (choose another name)")
     home = main.absolute().parent
     entry, key = home / "clients.d" / f"{name}.yaml", home / "keys" / name
-    if not any(_includes(Path(file), entry) for file in config.files):
-        raise NotAdded(f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])')
-    for file in (key, entry):
-        if file.is_symlink() or file.exists():
-            raise NotAdded(f"there is a file {file} already (move it away, or choose another name)")
     quoted = name if yaml.safe_load(name) == name else f'"{name}"'
     text = f"clients:\n  {quoted}:\n    key_file: {yaml.safe_dump(f'../keys/{name}').splitlines()[0]}\n"
     with ExitStack() as undo:
         try:
+            if main.is_file():
+                # A configuration that includes files of a directory can't be read without that directory.
+                _make_directory(entry.parent, 0o755, home, undo)
+            _check_new(name, main, entry, key)
             _make_directory(key.parent, 0o700, home, undo)
-            _make_directory(entry.parent, 0o755, home, undo)
             # The key first: an entry without its key would be a mistake in the configuration.
             _write_new(key, secrets.token_urlsafe(_KEY_SIZE) + "\n", 0o600, undo)
             _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
@@ -78,6 +73,18 @@ def add_client(name: str, main: Path) -> Added:
             raise NotAdded(f"{main} does not read {entry} (see to its include:)")
         undo.pop_all()
     return Added(entry, key)
+
+
+def _check_new(name: str, main: Path, entry: Path, key: Path) -> None:
+    """Raise NotAdded if the configuration has the client, or its files, or would not read its entry."""
+    config = load(main)
+    if name in config.clients:
+        raise NotAdded(f"client {name!r} is configured already, at {config.clients[name].source} (choose another name)")
+    if not any(_includes(Path(file), entry) for file in config.files):
+        raise NotAdded(f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])')
+    for file in (key, entry):
+        if file.is_symlink() or file.exists():
+            raise NotAdded(f"there is a file {file} already (move it away, or choose another name)")
 
 
 def _includes(file: Path, entry: Path) -> bool:

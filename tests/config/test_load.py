@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -488,6 +489,89 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
     (tmp_path / "dir").mkdir()
 
     assert lines_of_file(file) == ["b.yaml:2:11: include[0]: dir is a directory (give a file)"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wrong"),
+    [
+        ("gone/*.yaml", "there is no directory gone (make it, or take gone/*.yaml out)"),
+        ("gone*/../gone/*.yaml", None),
+        ("d/gone/*.yaml", "there is no directory d/gone (make it, or take d/gone/*.yaml out)"),
+        ("gone/*/x.yaml", "there is no directory gone (make it, or take gone/* out)"),
+        ("b.yaml/*", "b.yaml is not a directory (give a pattern of files in a directory)"),
+        (
+            "link/*.yaml",
+            "there is no directory link, where the link link leads: nowhere (make it, or take link/*.yaml out)",
+        ),
+        ("li*/*.yaml", "link is not there, where the link link leads: nowhere (make that, or remove the link)"),
+        ("li*", "there is no file link, where the link link leads: nowhere (make it, or give another)"),
+        ("loop/*", "the directory loop can't be listed: Too many levels of symbolic links (see to the file system)"),
+        ("d/*.yaml", None),
+        ("d/*/*.yaml", None),
+        ("*/no-such.yaml", "link is not there, where the link link leads: nowhere (make that, or remove the link)"),
+        ("[dx]/no-such.yaml", None),
+        ("[dx]/k*", None),
+        (".*", None),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="links are not for everybody here")
+def test_an_include_directory_that_is_missing_is_an_error(tmp_path: Path, pattern: str, wrong: str | None) -> None:
+    """A pattern may match nothing, but only in a directory that exists."""
+    file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n")
+    write(tmp_path / "d" / "notes.txt", "not a directory")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+
+    if wrong is None:
+        assert list(load(file).clients) == ["a"]
+    else:
+        assert lines_of_file(file) == [f"b.yaml:2:11: include[0]: {wrong}"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "function", "path", "wrong"),
+    [
+        ("d/*.yaml", "listdir", "d", "the directory d can't be listed"),
+        ("*/*.yaml", "listdir", "d", "the directory d can't be listed"),
+        ("*.yaml", "listdir", ".", "the directory . can't be listed"),
+        ("*/*.yaml", "stat", "d", "d can't be read"),
+        ("*/x.yaml", "lstat", "d/x.yaml", "d/x.yaml can't be read"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("number", "right"),
+    [
+        (errno.EACCES, "let this user read and search every directory on the way"),
+        (errno.EIO, "see to the file system"),
+        (errno.ESTALE, "see to the file system"),
+    ],
+)
+def test_an_include_directory_that_cannot_be_read_is_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+    function: str,
+    path: str,
+    wrong: str,
+    number: int,
+    right: str,
+) -> None:
+    """A failure to list or to look, wherever it comes, is reported and never taken for an empty directory."""
+    file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n")
+    write(tmp_path / "d" / "x.yaml", "clients: {x: {key: x}}\n")
+    monkeypatch.chdir(tmp_path)
+    real = getattr(os, function)
+
+    def fails(at: object, *args: object, **kwargs: object) -> object:
+        if at == path:
+            raise OSError(number, os.strerror(number))
+        return real(at, *args, **kwargs)
+
+    monkeypatch.setattr(os, function, fails)
+
+    with pytest.raises(ConfigError) as refused:
+        load(file.name)
+    assert str(refused.value) == f"b.yaml:2:11: include[0]: {wrong}: {os.strerror(number)} ({right})"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")

@@ -110,6 +110,7 @@ def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
         path.write_text(f"{name}\n")
         path.chmod(0o600)
     write_tls_files(tmp_path)
+    (tmp_path / "clients.d").mkdir()
 
     with pytest.raises(ConfigError) as refused:
         load_text(text, str(tmp_path / "b.yaml"))
@@ -155,7 +156,7 @@ VALID = [
     {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}}},
     {"listen": ["b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
     {"listen": ["b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
-    {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none/*.yaml"]},
+    {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none*.yaml"]},
     {"listen": ["b"], "monitor": "127.0.0.1:6060"},
     {"listen": ["b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
     {"listen": ["b", {"address": "0.0.0.0:6000", "plain": True}], "clients": {"a": {"key": "k", "certificate": CERT}}},

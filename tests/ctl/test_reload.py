@@ -37,6 +37,7 @@ class Site:
         self.home = home
         self.config = home / "brokerd.yaml"
         (home / "ops.key").write_text("the key of ops\n")
+        (home / "clients.d").mkdir()
         self.write(GOOD)
 
     def write(self, text: str) -> None:

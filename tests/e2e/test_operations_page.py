@@ -61,6 +61,7 @@ class Shell:
 def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
     """A look, a reload, a new client, and its key changed while it is connected: no connection is lost."""
     clients = {"ops": {"admin": True, "connections": 4}}
+    (socket_dir / "clients.d").mkdir()
     with Process(socket_dir, clients, include=["clients.d/*.yaml"]) as broker:
         broker.wait("daemon.started")
         shell = Shell(socket_dir)

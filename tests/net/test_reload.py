@@ -189,6 +189,23 @@ def test_a_bad_file_changes_nothing_and_says_why(served: FromFile, broken: str, 
     served.connect("alice", "alices-first-key").close()
 
 
+def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: FromFile) -> None:
+    """The clients of that directory stay connected until it is back."""
+    (served.home / "d").mkdir(mode=0o700)
+    (served.home / "d" / "carol.yaml").touch(mode=0o600)
+    (served.home / "d" / "carol.yaml").write_text("clients: {carol: {key: carols-key}}\n")
+    served.write(ALICE + BOB + "include: ['d/*.yaml']\n")
+    assert served.reload() == []
+    with served.connect("carol", "carols-key") as carol:
+        (served.home / "d").rename(served.home / "elsewhere")
+        (problem,) = served.reload()
+        assert "there is no directory" in problem
+        assert not gone(carol)
+        (served.home / "elsewhere").rename(served.home / "d")
+        assert served.reload() == []
+        assert not gone(carol)
+
+
 def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> None:
     """A new client in the same file is not there either: all or nothing."""
     (served.home / "plain").write_text("no socket")
