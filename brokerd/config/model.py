@@ -272,7 +272,7 @@ class Limits(_Entry):
     """The time after which a client over TCP that answers nothing at all is disconnected; 0 leaves it to the system."""
     wait_timeout: Duration = _written("30s", units.duration)
     """The longest time a sender is held by a full queue (when_full: wait)."""
-    drain_timeout: Duration = _written("10s", units.duration)
+    drain_timeout: Duration = _written("8s", units.duration)
     """The time to deliver what is queued when the broker stops."""
     expiry_warning: Duration = _written("14d", units.duration)
     """How long before a client's last key expires it is warned of; 0 warns only when it has."""

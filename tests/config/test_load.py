@@ -130,7 +130,7 @@ def test_defaults() -> None:
     limits = config.limits
     assert (limits.max_message, limits.connections, limits.handshakes) == (16 * 2**20, 10_000, 256)
     assert (limits.identify_by_key, limits.handshake_timeout) == (1000, 5)
-    assert (limits.wait_timeout, limits.drain_timeout) == (30, 10)
+    assert (limits.wait_timeout, limits.drain_timeout) == (30, 8)
     assert (config.log.level, config.log.format) == (LogLevel.INFO, LogFormat.AUTO)
 
 

@@ -73,6 +73,18 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
         assert broker.events("daemon.killed")
 
 
+@pytest.mark.slow
+def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir: Path) -> None:
+    """The default leaves room before the SIGKILL that container runtimes send 10 seconds after SIGTERM."""
+    with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob"):
+        queue_for(alice, "bob", 50)
+        began = monotonic()
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert 8 <= monotonic() - began < 10
+        assert broker.events("daemon.stopped")[0]["cut_off"] == 1
+
+
 def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
     """A client that never reads is cut off; that is counted, and still a clean end."""
     with (
