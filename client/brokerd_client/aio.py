@@ -353,7 +353,8 @@ class Client(Link):
             try:
                 await self._outcome(call, id)
             except BaseException:
-                self._feeds.discard(subscription)
+                # A cancelled task may have its answer already: the subscription exists, at the broker too.
+                self._drop_subscription(subscription, None, None)
                 raise
             return subscription
 
@@ -361,16 +362,23 @@ class Client(Link):
 
     async def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
-        assert subscription._route is not None
         call = self._loop.create_future()
-        deadline = self._deadline(self._settings.timeout_s)
-        id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
-        subscription.box.end(Closed("the subscription was ended"))
-        self._feeds.discard(subscription)
+        id = self._drop_subscription(subscription, call, self._deadline(self._settings.timeout_s))
         if id is not None:
             # Whatever the answer is, and if there is none: nothing more comes.
             with contextlib.suppress(Disconnected, Closed, TimedOut):
                 await self._outcome(call, id)
+
+    def _drop_subscription(
+        self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
+    ) -> int | None:
+        """End the subscription here, and send unsubscribe; return that operation's id, None where none was needed."""
+        assert subscription._route is not None
+        id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
+        subscription.box.end(Closed("the subscription was ended"))
+        self._feeds.discard(subscription)
+        self._write()
+        return id
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> Opening[PresenceWatch]:
         """Iterate over Presence: every client this one may send to as it is now, then every change."""
@@ -385,7 +393,8 @@ class Client(Link):
             try:
                 await self._outcome(call, id)
             except BaseException:
-                self._feeds.discard(feed)
+                # A cancelled task may have its answer already: the watch exists, its subscriptions too.
+                self._drop_watch(feed)
                 raise
             return feed
 
@@ -393,6 +402,9 @@ class Client(Link):
 
     def _unwatch(self, feed: PresenceWatch) -> None:
         self._check()
+        self._drop_watch(feed)
+
+    def _drop_watch(self, feed: PresenceWatch) -> None:
         assert feed._watch is not None
         self._dialog.unwatch(feed._watch)
         self._write()
@@ -447,15 +459,18 @@ class Client(Link):
         await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
 
     async def _close_link(self) -> None:
-        if self._dialog.state is State.READY:
-            self._flush()
-            await self._until(lambda: self._dialog.state is not State.READY or self._clear, LINGER_S)
-        first = self._dialog.state is State.READY
-        self._absorb(self._dialog.close(self._loop.time()))
-        self._note_state()
-        for box in (self._inbox, self._requests):
-            box.inbox.clear()
-        self._desk.drop_jobs()
+        try:
+            if self._dialog.state is State.READY:
+                self._flush()
+                await self._until(lambda: self._dialog.state is not State.READY or self._clear, LINGER_S)
+        finally:
+            # Cancelled or not: from here on the client is closed, and every task that waits gets Closed.
+            first = self._dialog.state is State.READY
+            self._absorb(self._dialog.close(self._loop.time()))
+            self._note_state()
+            for box in (self._inbox, self._requests):
+                box.inbox.clear()
+            self._desk.drop_jobs()
         if self._dialog.state is State.CLOSING and self._link is not None:
             self._regulate()
             self._arm()

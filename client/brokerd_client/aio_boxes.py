@@ -82,9 +82,10 @@ class Box(Generic[T]):
             self._waiters.append(waiter)
             try:
                 await waiter
-            except asyncio.CancelledError:
-                if not waiter.cancelled():
-                    # Woken and cancelled at once: the item is somebody else's.
+            except BaseException:
+                # Cancelled, or a coroutine that is closed.
+                if waiter.done() and not waiter.cancelled():
+                    # Woken at the same time: the item is for the next waiter.
                     self._wake(1)
                 else:
                     with contextlib.suppress(ValueError):

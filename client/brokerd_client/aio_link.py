@@ -168,11 +168,11 @@ class Link:
 
     async def _outcome(self, call: asyncio.Future[Any], id: int) -> Any:
         """Send what was put out, and return or raise what becomes of it."""
-        self._write()
-        self._arm()
-        if self._gauge.full:
-            self._regulate()
         try:
+            self._write()
+            self._arm()
+            if self._gauge.full:
+                self._regulate()
             return await call
         finally:
             self._abandon(call, id)
