@@ -28,16 +28,19 @@ from brokerd.core.session import Session
 from brokerd.core.topics import Topics
 from brokerd.core.unsent import Unsent
 from brokerd.core.verdict import Verdict
-from brokerd_client.errors import MalformedEnvelope
+from brokerd_client.errors import ExtensionTooDeep, MalformedEnvelope
 from brokerd_client.wire.envelope import (
     BROKER,
+    MAX_TTL,
     Envelope,
     ErrorCode,
     Flag,
     Kind,
     encode,
     error_payload,
+    head,
     is_address,
+    is_ttl,
     split,
 )
 from brokerd_client.wire.framing import frame as make_frame
@@ -342,8 +345,11 @@ class Broker:
         """Decide about one whole frame. frame: its body; it is only looked at, and copied where it is kept."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
+        too_deep = ""
         try:
             envelope, _ = split(frame)
+        except ExtensionTooDeep as error:
+            envelope, too_deep = head(frame), str(error)
         except MalformedEnvelope as error:
             return self.malformed(source, error.id, str(error))
         if not source.charged:
@@ -354,7 +360,10 @@ class Broker:
             if meter is not None and not meter.allows(len(frame), now):
                 source.charged = False
                 return self.refuse_frame(source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate")
-        verdict = self._dispatch(source, envelope, frame, now)
+        if too_deep:
+            verdict = self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, too_deep)
+        else:
+            verdict = self._dispatch(source, envelope, frame, now)
         if verdict is Verdict.NEXT or verdict is Verdict.CLOSE:
             source.charged = False
             source.hold_deadline = None
@@ -386,8 +395,8 @@ class Broker:
         if envelope.extension is None or "ttl" not in envelope.extension:
             return None
         ttl = envelope.extension["ttl"]
-        if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
-            return ErrorCode.UNSUPPORTED, "ttl is a number of seconds"
+        if not is_ttl(ttl):
+            return ErrorCode.UNSUPPORTED, f"ttl is not a number of seconds up to {MAX_TTL}"
         waited = 0.0 if source.hold_deadline is None else now - (source.hold_deadline - self.limits.wait_timeout)
         return (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over") if waited >= ttl else None
 

@@ -15,6 +15,7 @@
     │   │   ├── BadLength            a length no frame can have
     │   │   └── FrameTooBig          more was announced than the limit of the moment
     │   ├── MalformedEnvelope        a frame that is no broker frame
+    │   │   └── ExtensionTooDeep     ... its extension has too many levels
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
     │       └── TlsError             (ConnectionError) ... that of TLS: a certificate, a version, no TLS at all
@@ -47,6 +48,7 @@ __all__ = [
     "Denied",
     "Disconnected",
     "Expired",
+    "ExtensionTooDeep",
     "FrameError",
     "FrameTooBig",
     "Full",
@@ -143,6 +145,10 @@ class MalformedEnvelope(RemoteError):
     def __init__(self, message: str, id: int = 0) -> None:
         super().__init__(message)
         self.id = id
+
+
+class ExtensionTooDeep(MalformedEnvelope):
+    """The frame's extension has more levels than the protocol allows; the rest of the frame may be read."""
 
 
 class UndecodablePayload(RemoteError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from brokerd_client import codec as codecs
 from brokerd_client.errors import AlreadyAnswered, UndecodablePayload
-from brokerd_client.wire.envelope import CodecId, Kind
+from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 
 __all__ = ["Message", "Owner", "Receipt", "with_ttl"]
 
@@ -133,6 +133,6 @@ def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[
     """Return the extension with the time to live, in seconds, put in; None where there is neither."""
     if ttl is None:
         return extension
-    if ttl < 0:
-        raise ValueError(f"ttl is a number of seconds, not {ttl}")
+    if not is_ttl(ttl) or ttl < 0:
+        raise ValueError(f"{ttl!r:.40} is not a valid ttl: give seconds, from 0 to {MAX_TTL}")
     return {**(extension or {}), "ttl": ttl}

@@ -15,7 +15,7 @@ from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import events as events_module
 from brokerd.core.broker import Limits
-from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
+from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
 KINDS = pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
@@ -155,7 +155,7 @@ def test_one_may_send_to_oneself() -> None:
 # Time to live
 
 
-@pytest.mark.parametrize("ttl", [1, 0.001, 10**400, 1e300])
+@pytest.mark.parametrize("ttl", [1, 0.001, 1e9, 2**31 - 1])
 def test_a_message_within_its_ttl_passes(ttl: float) -> None:
     """A message that need not wait passes with any time to live; the extension is the sender's."""
     net = FakeNet(client("ann"), client("bob"))
@@ -173,10 +173,15 @@ def test_a_message_within_its_ttl_passes(ttl: float) -> None:
         (0, "expired"),
         (-1, "expired"),
         (0.0, "expired"),
+        (-(10**20), "expired"),
+        (2**31, "unsupported"),
+        (1e300, "unsupported"),
+        (10**20, "unsupported"),
         ("5", "unsupported"),
         (None, "unsupported"),
         (True, "unsupported"),
         ([5], "unsupported"),
+        ({}, "unsupported"),
     ],
 )
 def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
@@ -187,6 +192,37 @@ def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
     ann.send(Envelope(kind, 4, name, b"x", topic=topic, extension={"ttl": ttl}))
     assert ann.error() == (4, code)
     assert bob.take() == []
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.EVENT])
+def test_extension_nested_too_deeply_is_unsupported(kind: Kind) -> None:
+    """Neither end is disconnected, nothing is delivered, and what follows passes; an ERROR is not answered by one."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.ask("subscribe", topic="t")
+    parts = (b"", b"\1t") if kind is Kind.EVENT else (b"bob", b"")
+    for levels in (33, 976, 20_000):
+        raw = b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+        extension = len(raw).to_bytes(2, "big") + raw
+        ann.send_bytes(frame(HEADER.pack(kind, Flag.EXTENSION, 0, len(parts[0]), 4), *parts, extension, b"payload"))
+        if kind is Kind.ERROR:
+            assert ann.take() == []
+        else:
+            assert ann.error() == (4, "unsupported")
+        assert bob.take() == []
+    ann.message("bob", b"next")
+    assert bob.payloads() == [b"next"]
+    assert ann.session.messages_in == 4
+
+
+def test_extension_nested_too_deeply_counts_for_the_rate() -> None:
+    """A client can't send more of these frames than of others."""
+    net = FakeNet(client("ann", rate=RateConfig(2, None)), client("bob"))
+    ann = net.connect("ann")
+    raw = b'{"a":' + b"[" * 40 + b"]" * 40 + b"}"
+    whole = frame(HEADER.pack(1, Flag.EXTENSION, 0, 3, 4), b"bob", len(raw).to_bytes(2, "big"), raw)
+    ann.send_bytes(whole * 5)
+    assert [error_of(each) for each in ann.take()] == ["unsupported"] * 2 + ["rate_limited"] * 3
 
 
 def test_a_message_may_expire_while_its_sender_is_held() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
+from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelope, PayloadError
 from brokerd_client.wire.envelope import (
     BROKER,
     HEADER,
@@ -26,6 +27,7 @@ from brokerd_client.wire.envelope import (
     check_topic,
     encode,
     error_payload,
+    head,
     is_address,
     is_name,
     parse,
@@ -230,7 +232,6 @@ def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
         (header(flags=2) + b"\x00\x02[]", "not a JSON object"),
         (header(flags=2) + b"\x00\x04null", "not a JSON object"),
         (header(flags=2) + b'\x00\x04"{}"', "not a JSON object"),
-        (header(flags=2) + struct.pack("!H", 60000) + b"[" * 60000, "the extension is not JSON"),
         (header(flags=2) + struct.pack("!H", 6005) + b'{"a":' + b"9" * 5999 + b"}", "the extension is not JSON"),
         (header(kind=5, flags=2) + b"\x01a\x00\x05{}", "ends inside the extension"),
     ],
@@ -330,6 +331,8 @@ def deeply_nested() -> list[Any]:
         (Envelope(Kind.MESSAGE, extension={"a": "b" * 65535}), "at most 65535 bytes"),
         (Envelope(Kind.MESSAGE, extension={"a": float("nan")}), "can't be written as JSON"),
         (Envelope(Kind.MESSAGE, extension={"a": b"bytes"}), "can't be written as JSON"),
+        (Envelope(Kind.MESSAGE, extension={"a": 10**309}), "a number is too large"),
+        (Envelope(Kind.MESSAGE, extension={"a": [-2 * 10**308]}), "a number is too large"),
         (Envelope(Kind.MESSAGE, extension=holding_itself()), "can't be written as JSON"),
     ],
 )
@@ -343,6 +346,119 @@ def test_an_extension_nested_too_deeply_is_refused() -> None:
     """The caller learns of it as of any other extension that can't be written."""
     with pytest.raises(PayloadError, match="can't be written as JSON"):
         encode(Envelope(Kind.MESSAGE, extension={"a": deeply_nested()}))
+    with pytest.raises(PayloadError, match="deeper than 32 levels"):
+        encode(Envelope(Kind.MESSAGE, extension=json.loads(nested(33))))
+
+
+def nested(levels: int, inner: str = "") -> bytes:
+    """Return an extension of so many levels, objects and lists by turns, as JSON."""
+    opened = ['{"a":' if level % 2 == 0 else "[" for level in range(levels - 1)] + ["{" if levels % 2 else "["]
+    closed = ["}" if level % 2 == 0 else "]" for level in reversed(range(levels))]
+    return "".join([*opened, inner, *closed]).encode()
+
+
+def extended(raw: bytes) -> bytes:
+    """Return a MESSAGE with these bytes for its extension."""
+    return header(name_size=3, flags=2) + b"bob" + struct.pack("!H", len(raw)) + raw + b"payload"
+
+
+@pytest.mark.parametrize("raw", [nested(1), nested(32), b'{"a":[' + b",".join([b"[{}]"] * 5000) + b"]}"])
+def test_extension_with_32_levels_passes(raw: bytes) -> None:
+    """Only levels count, and neither how many objects and lists there are nor where."""
+    parsed = parse(extended(raw))
+
+    assert parsed.extension == json.loads(raw)
+    assert parse(encode(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        nested(33),
+        nested(34),
+        nested(976),
+        nested(15_000),
+        b'{"a":' + b"[" * 32 + b"]" * 32 + b"}",
+        b'{"a":{},"b":' + nested(33)[5:-1] + b',"c":' + nested(32) + b"}",
+        b"[" * 60_000,
+        nested(33, '"]]}}": 1'),
+    ],
+)
+def test_extension_with_33_levels_raises(raw: bytes) -> None:
+    """The id, and all of the frame before the extension, can still be read."""
+    with pytest.raises(ExtensionTooDeep, match="deeper than 32 levels") as caught:
+        parse(extended(raw))
+
+    assert caught.value.id == ID
+    assert head(extended(raw)) == Envelope(Kind.MESSAGE, ID, "bob", flags=Flag.EXTENSION)
+
+
+@pytest.mark.parametrize("text", ["[" * 50, "\\[" * 40, '\\"[[[[{{' * 10, '\\\\"' + ',"b":"' + "{" * 50, "é[" * 40])
+def test_extension_with_brackets_in_a_string_passes(text: str) -> None:
+    """What is in a string is no level."""
+    raw = ('{"a":"' + text.replace("\\[", "[") + '"}').encode()
+
+    assert parse(extended(raw)).extension == json.loads(raw)
+
+
+@given(
+    st.recursive(
+        st.text('[]{}"\\a', max_size=5) | st.integers(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[]{}"\\', max_size=3), inner, max_size=3),
+        max_leaves=30,
+    ),
+    st.integers(0, 31),
+)
+def test_extension_depth_is_that_of_its_values(value: Any, around: int) -> None:
+    """Counted in the JSON as in the objects that it stands for."""
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    for _ in range(around):
+        value = [value]
+    extension = {"a": value}
+    raw = json.dumps(extension).encode()
+    if depth(extension) > 32:
+        with pytest.raises(ExtensionTooDeep):
+            parse(extended(raw))
+        with pytest.raises(PayloadError, match="deeper than 32 levels"):
+            encode(Envelope(Kind.MESSAGE, extension=extension))
+    else:
+        assert parse(extended(raw)).extension == extension
+        assert parse(encode(Envelope(Kind.MESSAGE, extension=extension))).extension == extension
+
+
+@pytest.mark.parametrize("limit", [640, 4300, 0])
+@pytest.mark.parametrize(
+    ("number", "passes"),
+    [
+        ("9" * 308, True),
+        ("1" + "0" * 308, True),
+        ("-1" + "0" * 308, True),
+        ("9" * 309, False),
+        ("-" + "9" * 309, False),
+        ("1" + "0" * 309, False),
+        ("9" * 4000, False),
+        ("9" * 60_000, False),
+        ("0." + "9" * 4000, True),
+        ("1" + "0" * 4000 + "e-4000", True),
+        ("1" + "0" * 309 + ".0", False),
+    ],
+)
+def test_extension_number_passes_if_a_float_holds_it(number: str, passes: bool, limit: int) -> None:
+    """No interpreter's limit on the digits of an int decides."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(limit)
+    try:
+        outcome = parsed_or_refused(extended(f'{{"ttl":{number},"digits":"{"8" * 5000}"}}'.encode()))
+        if isinstance(outcome, Envelope):
+            assert parse(encode(outcome)) == outcome
+    finally:
+        sys.set_int_max_str_digits(before)
+
+    assert isinstance(outcome, Envelope) is passes
 
 
 def test_the_longest_extension_fits() -> None:

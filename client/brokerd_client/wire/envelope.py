@@ -15,12 +15,15 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag, StrEnum
 from typing import Any, Final, NoReturn
 
-from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
+from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelope, PayloadError
 
 __all__ = [
     "BROKER",
     "HEADER",
+    "MAX_DEPTH",
+    "MAX_EXTENSION",
     "MAX_TOPIC",
+    "MAX_TTL",
     "CodecId",
     "Envelope",
     "ErrorCode",
@@ -32,8 +35,10 @@ __all__ = [
     "check_topic",
     "encode",
     "error_payload",
+    "head",
     "is_address",
     "is_name",
+    "is_ttl",
     "parse",
     "split",
     "split_address",
@@ -46,11 +51,25 @@ BROKER: Final = "$broker"
 #: Longest topic, in bytes of UTF-8.
 MAX_TOPIC: Final = 255
 MAX_ID: Final = 2**64 - 1
+#: Longest extension, in bytes of JSON.
+MAX_EXTENSION: Final = 0xFFFF
+#: Levels of objects and arrays that an extension may have; its own object is the first. No interpreter's
+#: recursion limit decides this: a frame that passes here can be read everywhere.
+MAX_DEPTH: Final = 32
+#: Longest ``ttl``, in seconds: 68 years.
+MAX_TTL: Final = 2**31 - 1
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(/[0-9a-z]{1,16})?")
 _SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
 _EXTENSION_LENGTH: Final = struct.Struct("!H")
+#: Digits that the largest 64-bit float has; a number with fewer always fits.
+_FLOAT_DIGITS: Final = 309
+#: A JSON string, also one whose end is missing.
+_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+_SQUARE: Final = bytes.maketrans(b"{}", b"[]")
+_NO_DIGITS: Final = bytes(byte if byte in b"0123456789" else 32 for byte in range(256))
 
 
 class Kind(IntEnum):
@@ -156,8 +175,6 @@ def encode(envelope: Envelope) -> bytes:
     if envelope.extension is not None:
         flags |= Flag.EXTENSION
         extension = _json(envelope.extension)
-        if len(extension) > 0xFFFF:
-            raise PayloadError(f"an extension has at most 65535 bytes of JSON; this one has {len(extension)}")
         parts += (_EXTENSION_LENGTH.pack(len(extension)), extension)
     header = HEADER.pack(envelope.kind, flags, envelope.codec, len(name), envelope.id)
     return b"".join((header, *parts, envelope.payload))
@@ -177,7 +194,17 @@ def _json(extension: Mapping[str, Any]) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"the extension can't be written as JSON: {error}") from error
     # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for it.
-    return text.encode(errors="backslashreplace")
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) > MAX_EXTENSION:
+        raise PayloadError(f"an extension has at most {MAX_EXTENSION} bytes of JSON; this one has {len(encoded)}")
+    if _is_too_deep(encoded):
+        raise PayloadError(f"the extension is nested deeper than {MAX_DEPTH} levels")
+    if _has_long_number(encoded):
+        try:
+            _STRICT.decode(text)
+        except ValueError as error:
+            raise PayloadError(f"the extension can't be written as JSON: {error}") from error
+    return encoded
 
 
 def parse(body: bytes | bytearray | memoryview) -> Envelope:
@@ -191,8 +218,22 @@ def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
 
     Checks the layout only: whether the name may be a recipient, and the kind come from a client,
     is for the one who receives it to judge.
-    Raises MalformedEnvelope, with the id where it was readable.
+    Raises MalformedEnvelope, with the id where it was readable; ExtensionTooDeep, of which :func:`head` reads the rest.
     """
+    envelope, position = _head(body)
+    if envelope.flags & Flag.EXTENSION:
+        extension, position = _extension(body, position, envelope.id)
+        envelope = replace(envelope, extension=extension)
+    return envelope, position
+
+
+def head(body: bytes | bytearray | memoryview) -> Envelope:
+    """Return the envelope without extension and payload, neither of which is looked at."""
+    return _head(body)[0]
+
+
+def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
+    """Return (the envelope without extension and payload, where the extension or the payload begins)."""
     if len(body) < HEADER.size:
         raise MalformedEnvelope(f"a broker frame has at least {HEADER.size} bytes; this one has {len(body)}")
     kind_number, flags, codec, name_size, id = HEADER.unpack_from(body)
@@ -208,10 +249,7 @@ def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
         if position >= len(body):
             raise MalformedEnvelope("the frame ends before the topic's length", id)
         topic, position = _text(body, position + 1, body[position], id, "topic")
-    extension = None
-    if flags & Flag.EXTENSION:
-        extension, position = _extension(body, position, id)
-    return Envelope(kind, id, name, b"", codec, flags, topic, extension), position
+    return Envelope(kind, id, name, b"", codec, flags, topic), position
 
 
 def _text(body: bytes | bytearray | memoryview, start: int, size: int, id: int, what: str) -> tuple[str, int]:
@@ -231,15 +269,34 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
     end = first + _EXTENSION_LENGTH.unpack_from(body, start)[0]
     if end > len(body):
         raise MalformedEnvelope("the frame ends inside the extension", id)
+    raw = bytes(body[first:end])
     try:
-        # str() first: json.loads would also take UTF-16 and UTF-32.
-        extension = json.loads(str(body[first:end], "utf-8"), parse_constant=_not_json, parse_float=_number)
-    # RecursionError: json.loads gives up on deep nesting that way.
+        text = raw.decode()
+        if _is_too_deep(raw):
+            raise ExtensionTooDeep(f"the extension is nested deeper than {MAX_DEPTH} levels", id)
+        extension = (_STRICT if _has_long_number(raw) else _PLAIN).decode(text)
+    # RecursionError: the caller itself has left no room for some levels.
     except (ValueError, RecursionError) as error:
         raise MalformedEnvelope("the extension is not JSON", id) from error
     if not isinstance(extension, dict):
         raise MalformedEnvelope("the extension is not a JSON object", id)
     return extension, end
+
+
+def _is_too_deep(raw: bytes) -> bool:
+    """Return whether more than MAX_DEPTH objects and arrays are open at once, whether the rest is JSON or not."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return False
+    brackets = _STRING.sub(b"", raw).translate(_SQUARE, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        # The innermost level of each branch goes.
+        brackets = brackets.replace(b"[]", b"")
+    return b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH
+
+
+def _has_long_number(raw: bytes) -> bool:
+    """Return whether there is a number, or digits in a string, that may be too large for a 64-bit float."""
+    return len(raw) >= _FLOAT_DIGITS and max(map(len, raw.translate(_NO_DIGITS).split()), default=0) >= _FLOAT_DIGITS
 
 
 def _not_json(constant: str) -> NoReturn:
@@ -252,6 +309,23 @@ def _number(text: str) -> float:
     if math.isinf(number):
         raise ValueError("a number is too large")
     return number
+
+
+def _integer(text: str) -> int:
+    # Above some length, which is a setting of the interpreter, int() raises: it is not asked.
+    if len(text) > _FLOAT_DIGITS + 1 or math.isinf(float(text)):
+        raise ValueError("a number is too large")
+    return int(text)
+
+
+#: The latter looks at the size of every integer, which takes longer.
+_PLAIN: Final = json.JSONDecoder(parse_constant=_not_json, parse_float=_number)
+_STRICT: Final = json.JSONDecoder(parse_constant=_not_json, parse_float=_number, parse_int=_integer)
+
+
+def is_ttl(value: object) -> bool:
+    """Return whether the value can be a ``ttl``: a number of seconds up to MAX_TTL; with 0 or less it is over."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= MAX_TTL
 
 
 def error_payload(code: ErrorCode, message: str, name: str = "") -> bytes:
