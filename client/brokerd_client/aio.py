@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import message
 from brokerd_client.aio_feeds import Message, Opening, PresenceWatch, Subscription
-from brokerd_client.aio_link import Link
+from brokerd_client.aio_link import Link, ends_worker
 from brokerd_client.codec import encode
 from brokerd_client.desk import log
 from brokerd_client.dialog import LINGER_S
@@ -227,6 +227,13 @@ class Client(Link):
         self._write()
         message.mark_answered()
 
+    def _fail_at_once(self, message: Message, text: str) -> None:
+        """Answer a request with an error where that needs no waiting."""
+        if self._clear and not message.answered:
+            self._dialog.fail(message.sender, message.id, "failed", text)
+            self._write()
+            message.mark_answered()
+
     @overload
     async def publish(
         self,
@@ -306,8 +313,9 @@ class Client(Link):
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Have requests answered with what ``handler(message)`` returns; a function or a coroutine function.
 
-        An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only. A handler that
-        has called message.reply() or message.fail() itself returns None. Can be used as a decorator.
+        An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only; also one that is
+        not an Exception. KeyboardInterrupt and SystemExit then end the event loop, as in every task. A handler that has
+        called message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
         self._check()
         self._desk.handle_requests(handler)
@@ -447,6 +455,7 @@ class Client(Link):
         try:
             await self._close_link()
         finally:
+            self._ended = True
             self._stop_timer()
             for link in self._links:
                 link.transport.abort()
@@ -500,20 +509,31 @@ def _answering(handler: Callable[[Message], object]) -> Callable[[Message], obje
     """Return a job that answers a request with what the handler returns."""
 
     async def answer(request: Message) -> None:
+        result: object = None
+        returned = False
         try:
             result = handler(request)
             if inspect.isawaitable(result):
                 result = await result
+            returned = True
             if not request.answered:
                 await request.reply(result)
             elif result is not None:
                 log().warning("a request of %s had been answered when its handler returned more", request.sender)
-        except (Disconnected, Closed):
-            log().warning("a request of %s could not be answered: the connection is gone", request.sender)
-        except Exception as error:  # noqa: BLE001 - the handler's own, whatever it is
+        except BaseException as error:
+            if isinstance(error, GeneratorExit):
+                raise
+            if returned and isinstance(error, (Disconnected, Closed)):
+                log().warning("a request of %s could not be answered: the connection is gone", request.sender)
+                return
+            text = f"the handler failed: {type(error).__name__}"
+            if ends_worker(error):
+                # Its task must not wait any more.
+                request._owner._fail_at_once(request, text)
+                raise
             log().exception("the handler of a request of %s failed", request.sender)
             with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
-                await request.fail(f"the handler failed: {type(error).__name__}")
+                await request.fail(text)
 
     return answer
 

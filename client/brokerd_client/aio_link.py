@@ -26,7 +26,7 @@ from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import Settings, broken, no_connection
 
-__all__ = ["Link"]
+__all__ = ["Link", "ends_worker"]
 
 #: Requests a client's handler works on at once.
 _REQUEST_TASKS: Final = 64
@@ -75,11 +75,13 @@ class Link:
         self._requests: Box[Job] = self._box()
         self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
         self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
+        #: Whether close() has cancelled every task of the client.
+        self._ended = False
         self._ordered.on_put = lambda: self._hire(self._ordered, 1)
         self._requests.on_put = lambda: self._hire(self._requests, _REQUEST_TASKS)
         self._gone: asyncio.Future[None] = self._loop.create_future()
-        self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
         forks.register(self)
+        self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
 
     @property
     def closed(self) -> bool:
@@ -349,15 +351,21 @@ class Link:
             self._timer = None
 
     def _hire(self, box: Box[Job], most: int) -> None:
-        """Have tasks, ``most`` of them, do the jobs in the box."""
+        """Start tasks, ``most`` of them in all, that do the jobs in the box."""
         crew = self._crews[box]
-        for _ in range(min(most - len(crew), len(box.inbox.items))):
+        wanted = min(most - len(crew), len(box.inbox.items))
+        while wanted > 0 and box.inbox.items:
             task = self._loop.create_task(self._work(box), name="brokerd handler")
+            if task.done():
+                # Begun by create_task itself (asyncio.eager_task_factory), and over: at least one job is done.
+                continue
             crew.add(task)
-            # One that is cancelled before it begins leaves the crew here.
-            task.add_done_callback(crew.discard)
+            task.add_done_callback(lambda done: self._on_worker_done(box, done))
+            wanted -= 1
 
     async def _work(self, box: Box[Job]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             while True:
                 function, item = box.take_now()
@@ -365,14 +373,24 @@ class Link:
                     result = function(item)
                     if inspect.isawaitable(result):
                         await result
-                except Exception:  # noqa: BLE001 - the handler's own, whatever it is
+                except BaseException as error:
+                    if ends_worker(error):
+                        raise
                     log().exception("a handler failed")
                 del function, item
         except IndexError:
             # At once, not when the task is done: what is put in between is to find a place for a new one.
-            task = asyncio.current_task()
-            assert task is not None
             self._crews[box].discard(task)
+
+    def _on_worker_done(self, box: Box[Job], task: asyncio.Task[None]) -> None:
+        """Start another worker for the jobs that a cancelled worker has left; not when everything is cancelled."""
+        self._crews[box].discard(task)
+        if not task.cancelled():
+            # An exit, which has left the loop already; this marks it as seen.
+            task.exception()
+        ending = self._ended or (task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0))
+        if box.inbox.items and box.on_put is not None and not ending:
+            box.on_put()
 
     async def _keep_connected(self) -> None:
         """Connect, and connect again, for as long as the dialog wants it."""
@@ -408,3 +426,11 @@ class Link:
             from brokerd_client.aio_tls import dial_tls
 
             await dial_tls(address, context, self)
+
+
+def ends_worker(error: BaseException) -> bool:
+    """Return whether what a handler raised is for the event loop, or for the task: it is cancelled from outside."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))

@@ -1,0 +1,302 @@
+"""Handlers of the asyncio face: whatever they raise, every request has an answer and every message its handler."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from memory_broker import MemoryBroker, play
+
+from brokerd_client import aio
+from brokerd_client.errors import Disconnected, RequestFailed
+
+
+class PanicException(BaseException):
+    """What pyo3 raises where Rust panics: not an Exception."""
+
+
+ERRORS: list[Callable[[], BaseException]] = [
+    lambda: PanicException("panic"),
+    lambda: pytest.fail.Exception("failed"),
+    lambda: asyncio.CancelledError(),
+    lambda: Disconnected("from another client of the handler's"),
+    lambda: IndexError("an ordinary one"),
+    lambda: StopAsyncIteration(),
+]
+IDS = ["panic", "pytest.fail", "CancelledError", "Disconnected", "IndexError", "StopAsyncIteration"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until the condition holds."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it did not come about")
+
+
+def handler_that_raises(make: Callable[[], BaseException], seen: list[Any], kind: str) -> Callable[[Any], Any]:
+    """Return a function, or a coroutine function, that notes each payload and raises for the payload "raise"."""
+
+    def handle(message: aio.Message) -> object:
+        seen.append(message.payload)
+        if message.payload == "raise":
+            raise make()
+        return message.payload
+
+    async def handle_later(message: aio.Message) -> object:
+        if message.payload == "raise" and make is ERRORS[2]:
+            cancelled = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            seen.append(message.payload)
+            await cancelled
+        await asyncio.sleep(0)
+        return handle(message)
+
+    return handle if kind == "function" else handle_later
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine"])
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+def test_request_handler_that_raises_anything_answers_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make: Callable[[], BaseException], kind: str
+) -> None:
+    """The requester gets RequestFailed with the type's name at once, the log has the rest, the next one is answered."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            bob.on_request(handler_that_raises(make, [], kind))
+            for _ in range(70):
+                with pytest.raises(RequestFailed, match=type(make()).__name__):
+                    await alice.request("bob", "raise", timeout=5)
+            assert (await alice.request("bob", "fine", timeout=5)).payload == "fine"
+
+    play(monkeypatch, scenario)
+    assert type(make()).__name__ in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine"])
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+def test_batch_whose_handler_raises_anything_is_handled_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make: Callable[[], BaseException], kind: str
+) -> None:
+    """Messages, events for a callback and failed sends behind the one that raises wait for no further message."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            seen: list[Any] = []
+            bob.on_message(handler_that_raises(make, seen, kind))
+            await alice.send_many([("bob", payload) for payload in ("raise", 1, "raise", 2, 3)])
+            await until(lambda: len(seen) == 5)
+            assert seen == ["raise", 1, "raise", 2, 3]
+
+            events: list[Any] = []
+            async with bob.subscribe("a", callback=handler_that_raises(make, events, kind)):
+                for payload in ("raise", 1, "raise", 2):
+                    await alice.publish("a", payload)
+                await until(lambda: len(events) == 4)
+
+            failures: list[int] = []
+
+            def undelivered(error: Any) -> None:
+                failures.append(error.id)
+                raise make()
+
+            bob.on_undelivered(undelivered)
+            ids = await bob.send_many([("nobody", 1)] * 4)
+            await until(lambda: failures == ids)
+
+    play(monkeypatch, scenario)
+    assert type(make()).__name__ in caplog.text
+
+
+def test_handler_cancelled_from_outside_answers_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that cancels a handler's task, or the handler itself, ends that task; the next jobs get another one."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            seen: list[Any] = []
+
+            async def handle(message: aio.Message) -> object:
+                seen.append(message.payload)
+                if message.payload == "cancel":
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.cancel()
+                    await asyncio.sleep(0)
+                return message.payload
+
+            bob.on_request(handle)
+            with pytest.raises(RequestFailed, match="CancelledError"):
+                await alice.request("bob", "cancel", timeout=5)
+            assert (await alice.request("bob", 1, timeout=5)).payload == 1
+            seen.clear()
+            bob.on_message(handle)
+            await alice.send_many([("bob", payload) for payload in ("cancel", 1, "cancel", 2)])
+            await until(lambda: len(seen) == 4)
+
+    play(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseException]) -> None:
+    """As in every task, the exit leaves the loop; where the loop runs on, so does the client."""
+    monkeypatch = pytest.MonkeyPatch()
+    seen: list[Any] = []
+    answers: list[Any] = []
+
+    async def begin() -> tuple[aio.Client, aio.Client]:
+        network = MemoryBroker("alice", "bob")
+        monkeypatch.setattr("brokerd_client.aio_link.dial", network.dial)
+        alice, bob = await network.join("alice"), await network.join("bob")
+
+        def handle(message: aio.Message) -> object:
+            seen.append(message.payload)
+            if message.payload == "exit":
+                raise error
+            return message.payload
+
+        bob.on_message(handle)
+        bob.on_request(handle)
+        return alice, bob
+
+    async def ask(client: aio.Client, payload: str) -> None:
+        try:
+            answers.append((await client.request("bob", payload, timeout=5)).payload)
+        except RequestFailed as failed:
+            answers.append(str(failed))
+
+    async def close(*clients: aio.Client) -> None:
+        for client in clients:
+            await client.close()
+
+    loop = asyncio.new_event_loop()
+    try:
+        alice, bob = loop.run_until_complete(begin())
+        asking = loop.create_task(ask(alice, "exit"))
+        with pytest.raises(error):
+            loop.run_until_complete(asking)
+        loop.run_until_complete(asking)
+        assert error.__name__ in answers[0]
+        sending = loop.create_task(alice.send_many([("bob", payload) for payload in ("exit", "more")]))
+        loop.run_until_complete(sending)
+        with pytest.raises(error):
+            loop.run_until_complete(asyncio.sleep(0.05))
+        loop.run_until_complete(ask(alice, "after"))
+        assert answers[1:] == ["after"]
+        assert seen == ["exit", "exit", "more", "after"]
+        loop.run_until_complete(close(alice, bob))
+    finally:
+        monkeypatch.undo()
+        loop.close()
+
+
+def test_run_that_ends_with_jobs_left_warns_of_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio.run cancels every task of an unclosed client: no task is started for the jobs that are left."""
+
+    async def main() -> None:
+        network = MemoryBroker("alice", "bob")
+        monkeypatch.setattr("brokerd_client.aio_link.dial", network.dial)
+        alice, bob = await network.join("alice"), await network.join("bob")
+        begun = asyncio.Event()
+
+        async def hang(message: aio.Message) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        bob.on_message(hang)
+        bob.on_request(hang)
+        await alice.send_many([("bob", 1)] * 3)
+        await begun.wait()
+
+    asyncio.run(main())
+    assert caplog.records == []
+
+
+def run_eager(scenario: Callable[[MemoryBroker], Awaitable[object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a scenario where create_task begins each task at once."""
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        pytest.skip("eager tasks are in Python 3.12 and later")
+
+    async def eager(network: MemoryBroker) -> None:
+        asyncio.get_running_loop().set_task_factory(factory)
+        await scenario(network)
+
+    play(monkeypatch, eager)
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine"])
+def test_eager_handlers_of_one_read_are_all_called(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Messages, requests and events that one read brought are handled, though nothing else arrives."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            seen: list[Any] = []
+
+            def note(message: aio.Message) -> object:
+                seen.append(message.payload)
+                return message.payload
+
+            async def note_later(message: aio.Message) -> object:
+                await asyncio.sleep(0)
+                return note(message)
+
+            handler = note if kind == "function" else note_later
+            bob.on_message(handler)
+            bob.on_request(handler)
+            first, second = await bob.subscribe("a", callback=handler), await bob.subscribe("b", callback=handler)
+            tasks = [
+                asyncio.get_running_loop().create_task(alice.request("bob", number, timeout=5)) for number in range(70)
+            ]
+            await alice.publish("a", "a")
+            await alice.publish("b", "b")
+            await alice.send("bob", "message")
+            replies = await asyncio.gather(*tasks)
+            assert [reply.payload for reply in replies] == list(range(70))
+            await until(lambda: len(seen) == 73)
+            assert {"a", "b", "message"} <= set(seen)
+            await first.close()
+            await second.close()
+            assert all(not crew for crew in bob._crews.values())
+
+    run_eager(scenario, monkeypatch)
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+def test_eager_handler_that_raises_anything_answers_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], BaseException]
+) -> None:
+    """As with tasks that begin at the loop's next step."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            bob.on_request(handler_that_raises(make, [], "function"))
+            for _ in range(70):
+                with pytest.raises(RequestFailed):
+                    await alice.request("bob", "raise", timeout=5)
+            assert (await alice.request("bob", "fine", timeout=5)).payload == "fine"
+
+    run_eager(scenario, monkeypatch)
+
+
+def test_eager_handler_that_closes_its_client_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() is called while the read that brought the message is still being passed on."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice:
+            bob = await network.join("bob")
+
+            async def handle(message: aio.Message) -> None:
+                await bob.close()
+
+            bob.on_message(handle)
+            await alice.send_many([("bob", 1)] * 3)
+            await until(lambda: bob.closed and not bob._links)
+            await bob.close()
+
+    run_eager(scenario, monkeypatch)
