@@ -7,7 +7,6 @@ would keep a daemon from ending.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,15 +16,19 @@ __all__ = ["aside"]
 _Result = TypeVar("_Result")
 
 
-async def aside(work: Callable[[], _Result]) -> _Result:
-    """Return what ``work()`` returns, or raise what it raises; it runs in a thread of its own."""
+async def aside(work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None) -> _Result:
+    """Return what ``work()`` returns, or raise what it raises; it runs in a thread of its own.
+
+    discard: gets the result of work that was cancelled meanwhile.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_Result] = loop.create_future()
 
     def tell(result: _Result | None, error: BaseException | None) -> None:
         if done.cancelled():
-            return
-        if error is not None:
+            if error is None and discard is not None:
+                discard(result)  # type: ignore[arg-type]  # without an error it is a result
+        elif error is not None:
             done.set_exception(error)
         else:
             done.set_result(result)  # type: ignore[arg-type]  # without an error it is a result
@@ -36,9 +39,12 @@ async def aside(work: Callable[[], _Result]) -> _Result:
             result = work()
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits is to see it
             failed = error
-        # When the loop is closed, nobody wants to know any more.
-        with contextlib.suppress(RuntimeError):
+        try:
             loop.call_soon_threadsafe(tell, result, failed)
+        except RuntimeError:
+            # The loop is closed: the result has no recipient.
+            if failed is None and discard is not None:
+                discard(result)  # type: ignore[arg-type]  # without an error it is a result
 
     threading.Thread(target=run, name="aside", daemon=True).start()
     return await done

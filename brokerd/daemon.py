@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, Self
 
@@ -37,10 +38,14 @@ from brokerd.reloading import Reloading
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
 
-__all__ = ["Daemon", "Elder"]
+__all__ = ["Daemon", "Elder", "Stopped"]
 
 #: Subscriptions held against new rules in one turn of the event loop while a reload waits: some milliseconds' work.
 _REVIEWED: Final = 64
+
+
+class Stopped(Exception):
+    """The daemon was told to stop while it started."""
 
 
 class Elder(Protocol):
@@ -163,7 +168,7 @@ class Daemon:
         return "" if self.addresses else "the broker is starting"
 
     async def start(self, elder: Elder | None = None) -> None:
-        """Listen at every configured address. Raises ListenError; then it listens at none.
+        """Listen at every configured address. Raises ListenError or Stopped; then it listens at none.
 
         elder: another process that serves, whose place this one takes.
         """
@@ -172,15 +177,17 @@ class Daemon:
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         if config.monitor is not None:
             await aside(lambda: preload(config.monitor))
-        self._allotted = self._handed.allot(config.listen)
+        # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
+        self._allotted = allotted = await aside(lambda: self._handed.allot(config.listen))
         offered = () if elder is None else elder.offered
         former = [] if elder is None else elder.monitored
         stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
-        opened, monitored = _open(
-            [entry for entry in config.listen if entry.address not in offered],
-            [] if config.monitor is None or stays else [config.monitor.listen],
-            self._allotted,
-        )
+        wanted = [entry for entry in config.listen if entry.address not in offered]
+        monitor = [] if config.monitor is None or stays else [config.monitor.listen]
+        opened, monitored = await aside(lambda: _open(wanted, monitor, allotted), discard=_close_all)
+        if self.stopping:
+            _close_all((opened, monitored))
+            raise Stopped
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = Orders(self).carry_out
         told: dict[str, Any] = {}
@@ -267,41 +274,44 @@ class Daemon:
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
-        self.take_over(compared(self.config, config, self._handed, self._allotted), reason)
+        self.take_over(self.opened(compared(self.config, config, self._handed, self._allotted)), reason)
         self._settle()
 
-    def outlook(self, prepared: Prepared) -> Outcome:
-        """Return what would come of taking it over."""
-        assert self._server is not None
+    def foreseen(self, prepared: Prepared) -> list[str]:
+        """Return why it can't be taken over, as far as that can be seen without trying; to be called aside."""
         problems = obstacles(prepared)
         if self._logs is not None:
             problems += self._logs.foresee(prepared.config.log)
+        return problems
+
+    def opened(self, prepared: Prepared) -> Prepared:
+        """Return it with a new audit file opened; to be called aside. Raises AuditError."""
+        return prepared if self._logs is None else replace(prepared, audit=self._logs.opened_audit(prepared.config.log))
+
+    def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+        """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
+        assert self._server is not None
         plan = whole_plan(prepared.plan, self._server.misfits(prepared.keyring))
         return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
     def take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over: first all that can fail, and that leaves no trace then. The caller settles.
 
-        New addresses are open before old ones are closed. Raises ListenError or AuditError; then nothing has changed.
+        prepared: with what it needs ``opened``. New addresses are open before old ones are closed.
+        Raises ListenError; then nothing has changed.
         """
         server, plan, keyring = self._server, prepared.plan, prepared.keyring
         assert server is not None
-        if prepared.blocked:
-            raise ListenError("\n".join(prepared.blocked))
-        if self._logs is not None:
-            self._logs.check(prepared.config.log)
-        opened, monitored = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
         try:
-            server.alter(entry for entry, _ in plan.altered)
-        except ListenError:
-            for listening in (*opened, *monitored):
-                listening.close()
+            opened, monitored = self._listening_for(prepared)
+        except BaseException:
+            prepared.discard()
             raise
         leaving = server.misfits(keyring)
         config = self.config = taken_over(self.config, prepared.config)
         self._allotted = prepared.allotted
         if self._logs is not None:
-            self._logs.take_over(config.log)
+            self._logs.take_over(config.log, prepared.audit)
         differing = (*plan.added, *plan.changed)
         self.broker.reconfigure(config.clients, _core_limits(config), time.time(), differing)
         server.reconfigure(keyring, config.limits)
@@ -322,6 +332,19 @@ class Daemon:
         if self._keywatch is not None:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
+
+    def _listening_for(self, prepared: Prepared) -> tuple[list[Listening], list[Listening]]:
+        """Return the new listening sockets, for clients and for the monitor, having altered the old ones."""
+        plan = prepared.plan
+        if prepared.blocked:
+            raise ListenError("\n".join(prepared.blocked))
+        opened, monitored = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+        try:
+            self.server.alter(entry for entry, _ in plan.altered)
+        except ListenError:
+            _close_all((opened, monitored))
+            raise
+        return opened, monitored
 
     async def reviewed(self) -> None:
         """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
@@ -430,6 +453,12 @@ def _why_python() -> dict[str, str]:
 
 def _core_limits(config: Config) -> CoreLimits:
     return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
+
+
+def _close_all(groups: Iterable[Iterable[Listening]]) -> None:
+    for group in groups:
+        for listening in group:
+            listening.close()
 
 
 def _open(

@@ -73,7 +73,7 @@ class Logs:
         self._form, target = _place(self._settings.format, self._stream, journal)
         self._main = self._outlet(target, self._form)
         self._audit: tuple[Outlet, Descriptor] | None = None
-        self._open_audit(self._settings.audit)
+        self._begin_audit(None if self._settings.audit is None else _opened(self._settings.audit))
         atexit.register(self.close)
 
     def _outlet(self, target: Target, form: Form) -> Outlet:
@@ -160,21 +160,31 @@ class Logs:
     # Other settings, other files
 
     def reopen(self) -> None:
-        """Begin the audit file anew where it was moved away; when that fails, go on with the old one."""
+        """Begin the audit file anew where it was moved away; when that fails, go on with the old one.
+
+        Slow where the file system is: to be called aside.
+        """
         if self._audit is None:
             return
         try:
-            self._replace_audit(self._audit, str(self._settings.audit))
+            self._replace_audit(self._audit, _opened(str(self._settings.audit)))
         except AuditError as error:
             self.error("log.audit_failed", reason=str(error))
 
-    def check(self, settings: Settings) -> None:
-        """Raise AuditError if the settings name an audit file that can't be opened."""
-        if settings.audit is not None and settings.audit != self._settings.audit:
-            os.close(_opened(settings.audit))
+    def opened_audit(self, settings: Settings) -> int | None:
+        """Return a descriptor of another audit file that the settings name, for ``take_over``; None without one.
+
+        Slow where the file system is: to be called aside. Raises AuditError.
+        """
+        if settings.audit is None or settings.audit == self._settings.audit:
+            return None
+        return _opened(settings.audit)
 
     def foresee(self, settings: Settings) -> list[str]:
-        """Return why ``check`` would refuse the settings, as far as that shows without a file being made."""
+        """Return why the settings would be refused, as far as that shows without a file being made.
+
+        Slow where the file system is: to be called aside.
+        """
         if settings.audit is None or settings.audit == self._settings.audit or os.path.exists(settings.audit):  # noqa: PTH110
             return []
         directory = os.path.dirname(os.path.abspath(settings.audit))  # noqa: PTH100, PTH120 - as written
@@ -182,14 +192,13 @@ class Logs:
             return []
         return [f"the audit file {settings.audit} can't be made there (see to log.audit)"]
 
-    def take_over(self, settings: Settings) -> None:
-        """Go on with other settings, which ``check`` has found good; levels changed while it ran are forgotten."""
+    def take_over(self, settings: Settings, audit: int | None = None) -> None:
+        """Go on with other settings; levels changed while it ran are forgotten.
+
+        audit: what ``opened_audit`` returned for them; it belongs to this object from now on.
+        """
         if settings.audit != self._settings.audit:
-            try:
-                self._open_audit(settings.audit)
-            except AuditError as error:
-                self.error("log.audit_failed", reason=str(error))
-                settings = settings.model_copy(update={"audit": self._settings.audit})
+            self._begin_audit(audit)
         self._changed.clear()
         if settings.format != self._settings.format:
             self._form, target = _place(settings.format, self._stream, self._journal)
@@ -198,21 +207,20 @@ class Logs:
             before.close(0.1)
         self._settings = settings
 
-    def _open_audit(self, path: str | None) -> None:
+    def _begin_audit(self, descriptor: int | None) -> None:
         before = self._audit
-        if path is None:
+        if descriptor is None:
             self._audit = None
             if before is not None:
                 before[0].close(0.1)
         elif before is None:
-            target = Descriptor(_opened(path), owned=True)
+            target = Descriptor(descriptor, owned=True)
             self._audit = (self._outlet(target, json_line), target)
         else:
-            self._replace_audit(before, path)
+            self._replace_audit(before, descriptor)
 
-    def _replace_audit(self, audit: tuple[Outlet, Descriptor], path: str) -> None:
+    def _replace_audit(self, audit: tuple[Outlet, Descriptor], descriptor: int) -> None:
         outlet, target = audit
-        descriptor = _opened(path)
         outlet.call(lambda: target.replace(descriptor))
 
     # The end

@@ -14,7 +14,7 @@ from typing import Final
 
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
-from brokerd.daemon import Daemon
+from brokerd.daemon import Daemon, Stopped
 from brokerd.logs import AuditError, in_words
 from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
@@ -118,6 +118,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
             daemon.log.warning("daemon.killed", reason=f"{name} once more")
             status = EX_FAILED
             daemon.kill()
+            predecessor.kill()
 
     def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
         """Until then, signals are for the process that serves."""
@@ -130,7 +131,8 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
 
     with _signals_go_to(*map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))):
         try:
-            await daemon.start(elder)
+            if not await _started(daemon, elder):
+                return status
         except ListenError as error:
             if elder is not None:
                 raise
@@ -141,6 +143,20 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
         await daemon.stopped.wait()
         await predecessor.close()
     return status
+
+
+async def _started(daemon: Daemon, elder: Successor | None) -> bool:
+    """Start the daemon; return False if it was told to stop meanwhile, whatever the start waits for."""
+    starting = asyncio.ensure_future(daemon.start(elder))
+    stopped = asyncio.ensure_future(daemon.stopped.wait())
+    await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    starting.cancel()
+    try:
+        await starting
+    except (Stopped, asyncio.CancelledError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ asked, is an Outcome.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ class Prepared:
 
     ending: the clients that have a key with an end. allotted: the service manager's sockets for its entries.
     blocked: why it can't be taken over, a line each. found: what the host names of new addresses mean.
-    warnings: what its author hardly meant, a line each.
+    warnings: what its author hardly meant, a line each. audit: a descriptor of a new audit file, None without one.
     """
 
     config: Config
@@ -50,6 +51,12 @@ class Prepared:
     blocked: tuple[str, ...] = ()
     found: Found = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    audit: int | None = None
+
+    def discard(self) -> None:
+        """Let go of what was opened for it: it is not taken over."""
+        if self.audit is not None:
+            os.close(self.audit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,14 @@ class Reloadable(Protocol):
     def reopen_log(self) -> None:
         """Begin anew a file of the log that was moved away."""
 
-    def outlook(self, prepared: Prepared) -> Outcome:
-        """Return what would come of taking it over."""
+    def foreseen(self, prepared: Prepared) -> list[str]:
+        """Return why it can't be taken over, as far as that can be seen without trying; called aside."""
+
+    def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+        """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
+
+    def opened(self, prepared: Prepared) -> Prepared:
+        """Return it with what it needs opened, as far as that may take long; called aside. Raises AuditError."""
 
     def take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over. Raises ListenError or AuditError; then nothing has changed."""
@@ -102,7 +108,7 @@ class Reloading:
                 return await self._attempt(reason, dry_run=True)
             daemon.supervisor.reloading()
             # Whoever moved the audit file away to begin a new one asks for a reload too.
-            daemon.reopen_log()
+            await aside(daemon.reopen_log)
             problem = "it failed"
             try:
                 outcome = await self._attempt(reason)
@@ -124,10 +130,16 @@ class Reloading:
         cause: Cause
         prepared: Prepared | None = None
         try:
-            prepared = await aside(lambda: prepare(running, handed, allotted))
+            ready = prepared = await aside(lambda: prepare(running, handed, allotted))
+            problems = []
+            if dry_run:
+                problems = await aside(lambda: daemon.foreseen(ready))
+            else:
+                prepared = await aside(lambda: daemon.opened(ready), discard=Prepared.discard)
             await daemon.reviewed()
             if daemon.serves:
-                return daemon.outlook(prepared) if dry_run else daemon.take_over(prepared, reason)
+                return daemon.outlook(prepared, problems) if dry_run else daemon.take_over(prepared, reason)
+            prepared.discard()
             cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
         except ConfigError as error:
             cause, problems = "config", str(error).splitlines()

@@ -48,17 +48,17 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
     file.write_text("listen: [127.0.0.1:0]\nclients: {a: {key: k}}\nmonitor: 127.0.0.1:0\n")
     log = Recorder()
 
-    async def at_once(function: Callable[[], object]) -> object:
+    async def at_once(function: Callable[[], object], **_: object) -> object:
         return function()
 
     async def serve() -> None:
         broker = daemon.Daemon(load(file), log)
 
-        async def ask_meanwhile(function: Callable[[], object]) -> None:
+        async def ask_meanwhile(function: Callable[[], object], **_: object) -> object:
             broker.reload_soon("SIGHUP")
             for _ in range(10):
                 await asyncio.sleep(0)
-            function()
+            return function()
 
         monkeypatch.setattr(reloading, "aside", at_once)
         monkeypatch.setattr(daemon, "aside", ask_meanwhile)

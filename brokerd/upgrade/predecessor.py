@@ -39,6 +39,8 @@ _HANDOVER_S: Final = 10.0
 _BYTES_A_SECOND: Final = 200e6
 #: Seconds for what takes no time: a last word, and the end of a process that was told to end.
 _MOMENT_S: Final = 2.0
+#: Seconds for a new process to end by itself when this one has stopped, before it is killed.
+_GRACE_S: Final = 0.3
 #: What belongs to this very process.
 _OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 _ENDING: Final = {signal.SIGINT, signal.SIGTERM}
@@ -94,6 +96,13 @@ class _Heir:
         self._popen.kill()
         self._popen.wait()
 
+    def abandon(self) -> None:
+        """Kill it without waiting until it has ended: this process ends too."""
+        assert self._popen is not None
+        self.channel.wake()
+        self.channel.close()
+        self._popen.kill()
+
     def end(self) -> str:
         """Have it gone, and everything that was for it; return how it had ended by itself, or ""."""
         self.channel.close()
@@ -141,11 +150,20 @@ class Predecessor:
         self._task = None
 
     async def close(self) -> None:
-        """Give up an upgrade that is going on: the daemon has stopped."""
+        """Give up an upgrade that is going on, whatever it waits for: the daemon has stopped."""
+        task = self._task
+        if task is None:
+            return
         if self._heir is not None:
             self._heir.channel.wake()
+            await asyncio.wait((task,), timeout=_GRACE_S)
+        task.cancel()
+        await asyncio.wait((task,))
+
+    def kill(self) -> None:
+        """Give up an upgrade at once, and the new process with it."""
         if self._task is not None:
-            await self._task
+            self._task.cancel()
 
     def _say_why_not(self, reason: str, problem: str, order: Order | None) -> None:
         daemon = self._daemon
@@ -164,16 +182,28 @@ class Predecessor:
             problem = f"the new process can't take over: {error}"
         except OSError as error:
             problem = f"no new process can be started: {error.strerror or error}"
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the daemon goes on
             problem = f"a bug: {in_words(error)}"
             trace = traceback.format_exception(error)
             self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
-        heir, self._heir = self._heir, None
-        if heir is not None:
-            # It may take a moment to be gone, and everybody is served meanwhile.
-            how = await aside(heir.end)
+        if self._heir is not None:
+            try:
+                # It may take a moment to be gone, and everybody is served meanwhile.
+                how = await aside(self._heir.end)
+            except asyncio.CancelledError:
+                self._abandon()
+                raise
+            self._heir = None
             problem += f" ({how})"
         self._say_why_not(reason, problem, order)
+
+    def _abandon(self) -> None:
+        if self._heir is not None:
+            self._heir.abandon()
+            self._heir = None
 
     async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
         """Hand over and end this process. Whatever this raises: the process serves on."""
@@ -218,7 +248,7 @@ class Predecessor:
             finally:
                 os._exit(0)
 
-    def _hand_over(self, heir: _Heir, order: Order | None, noted: list[int]) -> None:
+    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted) -> None:
         """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
         server, channel = self._daemon.server, heir.channel
         frozen_at = time.monotonic()
@@ -229,10 +259,9 @@ class Predecessor:
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
         facts["reloads"] = dict(self._daemon.reloads)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
-        channel.send("state", facts, taken.pieces, descriptors, within_s=deadline - time.monotonic())
-        channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
-        if not _ENDING.isdisjoint(noted):
-            raise _Failed("the broker is stopping")
+        with noted.ending_fails():
+            channel.send("state", facts, taken.pieces, descriptors, within_s=deadline - time.monotonic())
+            channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         channel.send("commit", within_s=_MOMENT_S)
         try:
             channel.expect("serving", within_s=_MOMENT_S)
@@ -244,7 +273,7 @@ class Predecessor:
                 return
             raise
 
-    def _leave(self, heir: _Heir, keeper: str, noted: list[int]) -> None:
+    def _leave(self, heir: _Heir, keeper: str, noted: _Noted) -> None:
         """Make the new process known as the daemon, pass on what signals came, and end."""
         if self._keeper is not None:
             os.write(self._keeper, b"%d\n" % heir.pid)
@@ -266,15 +295,38 @@ class Predecessor:
             )
 
 
+class _Noted(list[int]):
+    """Signals that came during the handover."""
+
+    _fails = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal, as its handler. Raises _Failed inside ``ending_fails``."""
+        self.append(number)
+        if self._fails:
+            self._fail()
+
+    @contextlib.contextmanager
+    def ending_fails(self) -> Iterator[None]:
+        """Raise _Failed as soon as a signal that ends the broker has come, whatever is waited for inside."""
+        self._fails = True
+        try:
+            self._fail()
+            yield
+        finally:
+            self._fails = False
+
+    def _fail(self) -> None:
+        if not _ENDING.isdisjoint(self):
+            self._fails = False
+            raise _Failed("the broker is stopping")
+
+
 @contextlib.contextmanager
-def _signals_noted() -> Iterator[list[int]]:
+def _signals_noted() -> Iterator[_Noted]:
     """Note the signals that come meanwhile; the event loop, if it comes back, acts on them itself."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    noted = _Noted()
+    before = {number: signal.signal(number, noted.note) for number in SIGNALS}
     try:
         yield noted
     finally:

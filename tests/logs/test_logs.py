@@ -204,9 +204,9 @@ def test_an_audit_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
         Logs(bad, io.StringIO())
     log = Logs(Log(), io.StringIO())
     with pytest.raises(AuditError):
-        log.check(bad)
+        log.opened_audit(bad)
     with pytest.raises(AuditError):
-        log.check(Log.model_validate({"audit": str(tmp_path)}))
+        log.opened_audit(Log.model_validate({"audit": str(tmp_path)}))
     log.close()
 
 
@@ -215,7 +215,8 @@ def test_the_audit_comes_and_goes_with_reloads(tmp_path: Path) -> None:
     first, second = tmp_path / "1", tmp_path / "2"
     with logging_to(io.StringIO()) as log:
         for audit in (str(first), str(second), None):
-            log.take_over(Log.model_validate({} if audit is None else {"audit": audit}))
+            settings = Log.model_validate({} if audit is None else {"audit": audit})
+            log.take_over(settings, log.opened_audit(settings))
             log.info("daemon.reloaded", to=audit)
             assert log.flush(TIMEOUT_S)
 

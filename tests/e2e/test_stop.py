@@ -1,0 +1,181 @@
+"""A stop in every state: what hangs, a file, a name service or a new process, never holds up the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from e2e.process import PROGRAM, Process
+from e2e.upgradable import IMPATIENT, Upgradable, is_running
+from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="FIFOs, and upgrades, are on Linux")
+
+#: Much more than an end takes, and less than any wait of the broker.
+SOON_S = 8.0
+
+
+@contextmanager
+def held_fifo(path: Path) -> Iterator[None]:
+    """Make a FIFO with a writer that never writes: a read from it hangs, as one of a dead NFS."""
+    os.mkfifo(path, 0o600)
+    writer = os.open(path, os.O_RDWR)
+    try:
+        yield
+    finally:
+        os.close(writer)
+
+
+def include(broker: Process, name: str) -> None:
+    text = broker.config.read_text()
+    broker.config.write_text(f"{text}include: [{name}]\n")
+
+
+def hang_a_reload(broker: Process) -> None:
+    broker.wait("daemon.started")
+    include(broker, "fifo")
+    broker.signal(signal.SIGHUP)
+    fifo = f"{broker.directory}/fifo"
+    while fifo not in descriptors_of(broker.popen.pid):
+        time.sleep(0.01)
+
+
+def descriptors_of(pid: int) -> list[str]:
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(str(each.readlink()))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def ends_soon(broker: Process, began: float) -> int:
+    status = broker.exit_status()
+    assert time.monotonic() - began < SOON_S
+    return status
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: bool) -> None:
+    """Also with an upgrade that waits for the reload: SIGTERM drains, and the exit status is 0."""
+    with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
+        hang_a_reload(broker)
+        if upgrade:
+            broker.signal(signal.SIGUSR2)
+            time.sleep(0.2)
+        began = time.monotonic()
+        broker.signal()
+        assert ends_soon(broker, began) == 0
+        assert not broker.socket.exists()
+        assert not broker.events("daemon.upgrading")
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(socket_dir: Path, upgrade: bool) -> None:
+    """A drain that would take a minute is cut short, whatever else is waited for."""
+    with (
+        held_fifo(socket_dir / "fifo"),
+        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        for number in range(50):
+            alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            assert alice.recv().kind == RECEIPT
+        hang_a_reload(broker)
+        if upgrade:
+            broker.signal(signal.SIGUSR2)
+        broker.signal()
+        broker.wait("daemon.stopping")
+        began = time.monotonic()
+        broker.signal()
+        assert ends_soon(broker, began) == 1
+        assert broker.events("daemon.killed")
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals: int) -> None:
+    """The new process reads a file that does not answer: it is killed, and leaves nothing behind."""
+    with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
+        broker.wait("daemon.started")
+        include(broker, "fifo")
+        broker.signal(signal.SIGUSR2)
+        pid = broker.wait("daemon.upgrading")[0]["pid"]
+        while f"{socket_dir}/fifo" not in descriptors_of(pid):
+            time.sleep(0.01)
+        began = time.monotonic()
+        for _ in range(signals):
+            broker.signal()
+        assert ends_soon(broker, began) in (0, signals - 1)
+        assert not broker.socket.exists()
+        while is_running(pid):
+            assert time.monotonic() - began < SOON_S
+            time.sleep(0.01)
+
+
+def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -> None:
+    """The new process has the state and says nothing: SIGTERM does not wait for its time to be over."""
+    first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
+    with Upgradable(socket_dir, first=first) as broker:
+        broker.before_successor(
+            "import time\nfrom brokerd.upgrade import successor\n"
+            "class Slow(successor.Inheritance):\n"
+            "    def __init__(self, *given): time.sleep(60)\n"
+            "successor.Inheritance = Slow\n"
+        )
+        broker.wait("daemon.started")
+        broker.signal(signal.SIGUSR2)
+        pid = broker.wait("daemon.handing_over")[0]["pid"]
+        time.sleep(0.2)
+        began = time.monotonic()
+        broker.signal()
+        assert ends_soon(broker, began) == 0
+        assert broker.events("daemon.stopped")
+        assert not is_running(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, number: int) -> None:
+    """A name service that does not answer holds up the start and not the end."""
+    program = (
+        "import socket, time\n"
+        'def hangs(*_, **__):\n    print(\'{"event": "asked"}\', flush=True)\n    time.sleep(60)\n'
+        f"socket.getaddrinfo = hangs\n{PROGRAM}"
+    )
+    with Process(socket_dir, listen=["broker.example:6000"], program=program) as broker:
+        broker.wait("asked")
+        began = time.monotonic()
+        broker.signal(number)
+        assert ends_soon(broker, began) == 0
+        assert not broker.events("daemon.started")
+
+
+@pytest.mark.parametrize("change", ["the same file", "another file"])
+def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(socket_dir: Path, change: str) -> None:
+    """Clients are served while its file system does not answer, and the broker ends when it is told to."""
+    program = (
+        "import time\nfrom brokerd import logs\n"
+        "opened = []\nopen_for_append = logs.open_for_append\n"
+        "def hangs(path):\n"
+        "    opened.append(path)\n"
+        '    if len(opened) == HUNG:\n        print(\'{"event": "hangs"}\', flush=True)\n        time.sleep(60)\n'
+        "    return open_for_append(path)\n"
+        f"logs.open_for_append = hangs\n{PROGRAM}"
+    )
+    hung = program.replace("HUNG", "2" if change == "the same file" else "3")
+    with Process(socket_dir, log={"audit": "audit.log"}, program=hung) as broker, broker.login("alice") as alice:
+        if change == "another file":
+            broker.config.write_text(broker.config.read_text().replace("audit.log", "other.log"))
+        broker.signal(signal.SIGHUP)
+        broker.wait("hangs")
+        alice.ping()
+        began = time.monotonic()
+        broker.signal()
+        assert ends_soon(broker, began) == 0
