@@ -39,9 +39,11 @@ class Box(Generic[T]):
         self._wake(len(items))
 
     def end(self, why: BrokerdError) -> None:
-        """Nothing more will come."""
+        """Nothing more will come; what is left can still be taken, and no longer counts against the client's inbox."""
         if self.ended is None:
             self.ended = why
+            self.inbox.release()
+            self._relieve()
         self._wake(len(self._waiters))
 
     def _wake(self, count: int) -> None:

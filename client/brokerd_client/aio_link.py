@@ -32,6 +32,8 @@ __all__ = ["Link", "ends_worker"]
 _REQUEST_TASKS: Final = 64
 #: While a call waits for its outcome, which may be behind messages nobody takes, so many times ``inbox`` is read.
 _STRETCH: Final = 4
+#: States in which the socket is read however full the inbox is.
+_ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 #: Bytes put out that are not kept until the loop's next turn.
 _FLUSH_ABOVE: Final = 64 * 1024
 
@@ -316,7 +318,8 @@ class Link:
         over = self._gauge.held > limit and self._gauge.weigh((box.inbox for box in self._boxes()), limit=limit)
         self._gauge.full = over
         stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit
-        reading = not over or stretched or self._dialog.state is State.CLOSING
+        # Without the handshake and the introduction there is no connection: they are read whatever is held.
+        reading = not over or stretched or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:
             link.reading = reading
             if reading:

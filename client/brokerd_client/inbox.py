@@ -48,7 +48,7 @@ class Gauge:
 class Inbox(Generic[T]):
     """A queue whose items are counted a batch at a time."""
 
-    __slots__ = ("_batches", "_counted", "_gauge", "items", "mark")
+    __slots__ = ("_batches", "_counted", "_gauge", "_released", "items", "mark")
 
     def __init__(self, gauge: Gauge) -> None:
         self.items: deque[T] = deque()
@@ -56,11 +56,15 @@ class Inbox(Generic[T]):
         #: (items, bytes) of each batch that may still have items in the queue.
         self._batches: deque[tuple[int, int]] = deque()
         self._counted = 0
+        self._released = False
         #: When no more items than this are left, settling uncounts something.
         self.mark = -1
 
     def put(self, items: list[T], size: int) -> None:
         """Add what one read brought, ``size`` bytes in all."""
+        if self._released:
+            self.items.extend(items)
+            return
         if not self._batches:
             self.mark = 0
         self._batches.append((len(items), size))
@@ -76,6 +80,14 @@ class Inbox(Generic[T]):
             self._counted -= count
             self._gauge.held -= size
         self.mark = self._counted - self._batches[0][0] if self._batches else -1
+
+    def release(self) -> None:
+        """Stop counting what is in it, for good: it gets nothing more, and what is left can still be taken."""
+        self._released = True
+        self._gauge.held -= sum(size for _, size in self._batches)
+        self._batches.clear()
+        self._counted = 0
+        self.mark = -1
 
     def take_all(self) -> list[T]:
         """Take everything in it."""

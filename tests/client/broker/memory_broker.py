@@ -14,6 +14,8 @@ from fake_broker import FakeBroker, Session
 from brokerd_client import aio, aio_link
 
 PATIENCE = 20.0
+#: Bytes delivered at once, as by a read of a socket.
+_PIECE = 4096
 
 
 class MemoryTransport(asyncio.Transport):
@@ -90,9 +92,10 @@ class MemoryTransport(asyncio.Transport):
     def _deliver(self) -> None:
         if self._closing or not self._reading or not self.session.out:
             return
-        data = bytes(self.session.out)
-        self.session.out.clear()
+        data = bytes(self.session.out[:_PIECE])
+        del self.session.out[:_PIECE]
         self._network.deliver(self, self._protocol, data)
+        self.pump()
 
 
 class MemoryBroker:

@@ -42,3 +42,22 @@ def test_full_above_the_limit_of_all_inboxes_together() -> None:
     one.items.popleft()
     assert not gauge.weigh((one, two), limit=10)
     assert gauge.held == 6
+
+
+def test_released_inbox_counts_nothing_more_and_keeps_its_items() -> None:
+    """What is left, taken or not yet settled, is uncounted once; what is put later is not counted."""
+    gauge = Gauge(100)
+    other: Inbox[int] = Inbox(gauge)
+    other.put([0], 7)
+    inbox: Inbox[int] = Inbox(gauge)
+    inbox.put([1, 2], 50)
+    inbox.put([3], 30)
+    inbox.items.popleft()
+    inbox.release()
+    assert gauge.held == 7
+    inbox.put([4], 1000)
+    inbox.settle()
+    assert gauge.held == 7
+    inbox.release()
+    assert inbox.take_all() == [2, 3, 4]
+    assert gauge.held == 7

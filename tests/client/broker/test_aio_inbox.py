@@ -1,0 +1,174 @@
+"""What the asyncio face counts against ``inbox``, and what it reads though the inbox is full."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from fake_broker import Session
+from memory_broker import MemoryBroker, play
+
+from brokerd_client import aio
+from brokerd_client.errors import Closed, Denied
+from brokerd_client.wire.envelope import Envelope, ErrorCode, Kind
+
+INBOX = 1 << 14
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until the condition holds."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.0005)
+    raise AssertionError("it did not come about")
+
+
+async def require_reading(alice: aio.Client, bob: aio.Client) -> None:
+    """Raise AssertionError where the inbox counts as full though nothing is left in it."""
+    await bob.send("alice", "read")
+    assert (await alice.recv(2)).payload == "read"
+    async with alice.subscribe("after") as feed:
+        await bob.publish("after", "event")
+        assert (await feed.recv(2)).payload == "event"
+    alice._regulate()
+    assert alice._gauge.held <= 1000
+
+
+def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve subscriptions end with sixty events each that no task took: messages still arrive."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
+            for _ in range(12):
+                async with alice.subscribe("a.>") as feed:
+                    for number in range(61):
+                        await bob.publish("a.b", bytes([number]) * 100)
+                    assert (await feed.recv(2)).body[0] == 0
+                    await until(lambda feed=feed: len(feed.box.inbox.items) > 30)  # type: ignore[misc]
+            await require_reading(alice, bob)
+
+    play(monkeypatch, scenario)
+
+
+def test_changes_left_in_ended_watches_leave_room_in_the_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that ends with a hundred changes that no task took counts for nothing."""
+    names = ["alice", "bob", *(f"other-{number}" for number in range(100))]
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
+            for _ in range(5):
+                async with alice.watch_presence() as watch:
+                    await watch.recv(2)
+            await require_reading(alice, bob)
+
+    play(monkeypatch, scenario, *names)
+
+
+def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscription that is refused on a new connection keeps its events, and they do not count."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
+            feed = await alice.subscribe("a")
+            watch = await alice.watch_presence()
+            for number in range(100):
+                await bob.publish("a", bytes([number]) * 100)
+            await until(lambda: alice._gauge.full)
+
+            def refuse(session: Session, envelope: Envelope) -> bool:
+                if envelope.name == "$broker" and (
+                    b'"topic":"a"' in envelope.payload or b"clients" in envelope.payload
+                ):
+                    network.broker.refuse(session, envelope, ErrorCode.DENIED)
+                    return True
+                return False
+
+            network.broker.intercept = refuse
+            network.drop("alice")
+            await until(lambda: feed.box.ended is not None and watch.box.ended is not None)
+            await require_reading(alice, bob)
+            left = [(await feed.recv(2)).body[0] for _ in range(len(feed.box.inbox.items))]
+            assert left == list(range(len(left)))
+            assert len(left) > 10
+            with pytest.raises(Denied):
+                await feed.recv(2)
+
+    play(monkeypatch, scenario)
+
+
+def test_events_left_at_the_end_can_still_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterating over an ended subscription gives what had come, and then ends."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
+            feed = await alice.subscribe("a")
+            for number in range(20):
+                await bob.publish("a", number)
+            await until(lambda: len(feed.box.inbox.items) == 20)
+            await feed.unsubscribe()
+            assert [event.payload async for event in feed] == list(range(20))
+            with pytest.raises(Closed):
+                await feed.recv(2)
+
+    play(monkeypatch, scenario)
+
+
+def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handshake and introduction are read whatever the inbox holds; requests work, no message is lost."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=1 << 16) as alice, network.join("bob") as bob:
+            bob.on_request(lambda message: message.payload)
+            feed = await alice.subscribe("a")
+            for number in range(200):
+                await bob.send("alice", bytes([number]) * 1000)
+            await until(lambda: alice._gauge.full)
+            count = len(alice._inbox.inbox.items)
+            assert count > 50
+            for losses in (1, 2):
+                network.drop("alice")
+                await until(lambda losses=losses: alice.connected and alice.counters["losses"] == losses)  # type: ignore[misc]
+                assert (await alice.request("bob", "still there", timeout=2)).payload == "still there"
+            await bob.publish("a", "event")
+            assert [(await alice.recv(2)).body[0] for _ in range(count)] == list(range(count))
+            assert (await feed.recv(2)).payload == "event"
+
+    play(monkeypatch, scenario)
+
+
+def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that come between handshake and introduction do not keep a client from becoming ready."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        def flood(session: Session, envelope: Envelope) -> bool:
+            if session.name == "alice" and b"whoami" in envelope.payload:
+                for number in range(100):
+                    session.deliver(Envelope(Kind.MESSAGE, number, "bob", bytes(1000)))
+                    network.pump_all()
+            return False
+
+        network.broker.intercept = flood
+        async with network.join("alice", inbox=1 << 12, timeout=5) as alice:
+            network.broker.intercept = None
+            assert [(await alice.recv(2)).id for _ in range(100)] == list(range(100))
+            assert alice.connected
+
+    play(monkeypatch, scenario)
+
+
+def test_full_inbox_leaves_the_socket_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound itself stays: on a ready connection nothing more is read until there is room."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
+            for _ in range(200):
+                await bob.send("alice", bytes(1000))
+                await asyncio.sleep(0)
+            await bob.ping()
+            held = alice._gauge.held
+            assert INBOX < held < 2 * INBOX
+            assert [len((await alice.recv(2)).body) for _ in range(200)] == [1000] * 200
+
+    play(monkeypatch, scenario)
