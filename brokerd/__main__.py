@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brokerd.cli import main
+from brokerd.entry import brokerd
 
 if __name__ == "__main__":
-    main(prog_name="brokerd")
+    brokerd()

@@ -18,6 +18,7 @@ import click
 
 from brokerd import __version__
 from brokerd.config.files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
+from brokerd.entry import release_signals
 
 if TYPE_CHECKING:
     from brokerd.config.model import Config
@@ -60,6 +61,9 @@ class _Commands(click.Group):
 @click.pass_context
 def main(context: click.Context, config: Path) -> None:
     """Run the broker in the foreground; with a COMMAND, do that instead."""
+    if context.invoked_subcommand is not None:
+        # Signals were held for a broker, and none is started.
+        release_signals()
     context.obj = _chosen(context, config)
     if context.invoked_subcommand is None:
         context.exit(_run(context.obj))

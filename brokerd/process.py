@@ -15,6 +15,7 @@ from typing import Final
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon, Stopped
+from brokerd.entry import release_signals
 from brokerd.logs import AuditError, in_words
 from brokerd.net.handed import Handed, Misfit
 from brokerd.net.listening import ListenError
@@ -129,7 +130,10 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
 
         return act
 
-    with _signals_go_to(*map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))):
+    actions = map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))
+    with _signals_go_to(*actions), _signal_ignored("SIGUSR1"):
+        # What came since the first moment of the process is acted on now.
+        release_signals()
         try:
             if not await _started(daemon, elder):
                 return status
@@ -183,6 +187,20 @@ def _signals_go_to(
         rings = _signals_ring(loop, actions)
     with rings:
         yield
+
+
+@contextlib.contextmanager
+def _signal_ignored(name: str) -> Iterator[None]:
+    """Ignore a signal, on systems that have it: it means nothing here, and would end the process."""
+    number = getattr(signal, name, None)
+    if number is None:
+        yield
+        return
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.upgrade",
         "brokerd.config",
         "brokerd.daemon",
+        "brokerd.entry",
         "brokerd.logs",
         "brokerd.net",
         "brokerd.supervise",
@@ -188,12 +189,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "brokerd.health": (*LEAVES, "brokerd.config"),
     # It asks a running broker as brokerctl does.
-    "brokerd.__main__": ("brokerd.cli",),
+    "brokerd.__main__": ("brokerd.entry",),
+    "brokerd.entry": ("brokerd.cli", "brokerd.ctl"),
     "brokerd.cli": (
         "brokerd_client",
         "brokerd.config",
         "brokerd.ctl",
         "brokerd.demo",
+        "brokerd.entry",
         "brokerd.health",
         "brokerd.logs",
         "brokerd.process",
