@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 __all__ = ["end_request", "frame_head", "give_back", "leave_behind", "make_room", "send"]
 
+#: Frames that are dropped for a newer one in one turn, and in the time that a frame takes.
+_DROPPED: Final = 256
+_DROPS: Final = 2
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
 def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
     name, instance = split_address(envelope.name)
     id, kind = envelope.id, envelope.kind
-    answered = source.owed.get((envelope.name, id)) if kind in (Kind.REPLY, Kind.ERROR) else None
-    if answered is None and source.client.policy.sending(name) is None:
+    answered: Session | None = None
+    if kind is Kind.REPLY or kind is Kind.ERROR:
+        answered = source.owed.get((envelope.name, id))
+        if answered is None:
+            return _deny_answer(broker, source, envelope)
+    elif source.client.policy.sending(name) is None:
         return broker.refuse_frame(source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}")
     client = broker.exchange.resolve(name)
     if client is None:
@@ -47,6 +54,13 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
         end_request(answered, id, source)
     if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
         source.routes[envelope.name.encode()] = client
+    return Verdict.NEXT
+
+
+def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> Verdict:
+    """Refuse an answer that is not, or no longer, asked for; the sender of an ERROR hears of it too."""
+    message = f"{envelope.name} has no request {envelope.id} to {source.address} outstanding"
+    broker.refuse(source, envelope.id, ErrorCode.DENIED, message, envelope.name)
     return Verdict.NEXT
 
 
@@ -90,7 +104,10 @@ def _deliver(
 
 
 def make_room(broker: Broker, source: Session, target: Session, size: int, now: float) -> Verdict:
-    """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none."""
+    """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none.
+
+    YIELD: more has to be dropped than may be at once.
+    """
     when_full = target.client.config.when_full
     outbox = target.outbox
     if not target.slow:
@@ -104,11 +121,12 @@ def make_room(broker: Broker, source: Session, target: Session, size: int, now: 
             return broker.hold(source, target, source.hold_deadline)
         outbox.stalled = True
     elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
-        dropped = outbox.drop_oldest(size)
+        dropped = outbox.drop_oldest(size, _DROPPED)
         for queued in dropped or ():
             _tell_dropped(broker, target, queued)
         if dropped is not None:
-            return Verdict.NEXT
+            broker.spend(len(dropped) // _DROPS)
+            return Verdict.NEXT if outbox.has_made_room(size) else Verdict.YIELD
     elif when_full is WhenFull.DISCONNECT:
         broker.close(target, "its queue is full and it does not read", cut=True)
     return Verdict.CLOSE

@@ -12,8 +12,10 @@ An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many t
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
 from brokerd.core.routing import Tail
@@ -202,19 +204,38 @@ class StreamOutbox(Tail):
 class FrameOutbox(Tail):
     """Frames kept one by one: see StreamOutbox for the attributes they share.
 
-    Its ``tail`` stays empty and its ``room`` 0: the routing loop never writes here.
+    Its ``tail`` stays empty and its ``room`` 0: the routing loop never writes here. Frames that are never dropped
+    have a queue of their own, so that the oldest of the others is found without a walk past them.
     """
 
-    __slots__ = ("_head", "_queue", "_waiting", "blocked", "limit", "stalled")
+    __slots__ = (
+        "_begun",
+        "_head",
+        "_kept",
+        "_plain",
+        "_plain_bytes",
+        "_plain_gone",
+        "_waiting",
+        "blocked",
+        "limit",
+        "stalled",
+    )
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
         self.blocked = False
         self.stalled = False
-        self._queue: deque[Queued] = deque()
-        self._waiting = 0
+        #: The frame of which the system has taken the first ``_head`` bytes.
+        self._begun: Queued | None = None
         self._head = 0
+        #: Frames that may be dropped, their bytes, and how many such frames have left this queue.
+        self._plain: deque[Queued] = deque()
+        self._plain_bytes = 0
+        self._plain_gone = 0
+        #: Frames that are never dropped, each with how many of the others precede it since the beginning.
+        self._kept: deque[tuple[int, Queued]] = deque()
+        self._waiting = 0
 
     @property
     def waiting(self) -> int:
@@ -231,21 +252,50 @@ class FrameOutbox(Tail):
 
     def put(self, queued: Queued) -> None:
         """Append one whole frame with what is to be remembered of it."""
-        self._queue.append(queued)
-        self._waiting += len(queued.frame)
+        self._insert(queued)
         self.frames += 1
         self.size += len(queued.frame)
 
+    def _insert(self, queued: Queued) -> None:
+        size = len(queued.frame)
+        if queued.kept:
+            self._kept.append((self._plain_gone + len(self._plain), queued))
+        else:
+            self._plain.append(queued)
+            self._plain_bytes += size
+        self._waiting += size
+
+    def _next(self) -> Queued | None:
+        """Remove and return the frame whose turn it is, or None."""
+        if self._kept and self._kept[0][0] <= self._plain_gone:
+            return self._kept.popleft()[1]
+        return self._next_plain() if self._plain else None
+
+    def _next_plain(self) -> Queued:
+        queued = self._plain.popleft()
+        self._plain_bytes -= len(queued.frame)
+        self._plain_gone += 1
+        return queued
+
+    def _in_order(self) -> Iterator[Queued]:
+        """Yield every frame that waits, in order; nothing may change meanwhile."""
+        if self._begun is not None:
+            yield self._begun
+        place = self._plain_gone
+        plain = iter(self._plain)
+        for precede, queued in self._kept:
+            yield from itertools.islice(plain, max(0, precede - place))
+            place = max(place, precede)
+            yield queued
+        yield from plain
+
     def pieces(self) -> list[bytearray | memoryview]:
         """Return what to write next, in order."""
-        if not self._queue:
-            return []
-        pieces: list[bytearray | memoryview] = [memoryview(self._queue[0].frame)[self._head :]]
-        for queued in self._queue:
-            if len(pieces) == _PIECES:
-                break
-            if queued is not self._queue[0]:
-                pieces.append(memoryview(queued.frame))
+        pieces: list[bytearray | memoryview] = [
+            memoryview(queued.frame) for queued in itertools.islice(self._in_order(), _PIECES)
+        ]
+        if self._head:
+            pieces[0] = memoryview(pieces[0])[self._head :]
         return pieces
 
     def sent(self, size: int) -> bool:
@@ -254,36 +304,39 @@ class FrameOutbox(Tail):
             self.stalled = False
         self._waiting -= size
         head = self._head + size
-        while self._queue and head >= len(self._queue[0].frame):
-            head -= len(self._queue.popleft().frame)
+        begun = self._begun
+        while head:
+            if begun is None:
+                begun = self._next()
+                assert begun is not None, "no more is taken than waits"
+            if head < len(begun.frame):
+                break
+            head -= len(begun.frame)
+            begun = None
+        self._begun = begun
         self._head = head
-        return not self._queue
+        return not self._waiting
 
-    def drop_oldest(self, size: int) -> list[Queued] | None:
-        """Drop the oldest frames until ``size`` more bytes fit the quota, and return them.
+    def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
+        """Drop the oldest frames until ``size`` more bytes fit the quota, ``most`` frames at once; return them.
 
         A frame of which the system has taken a part stays, since its end must follow; when nothing else
         is left, there is room for any frame. None: what may be dropped is not enough, and nothing was.
         """
-        queue = self._queue
-        begun = [queue.popleft()] if self._head else []
-        passed: list[Queued] = []
-        kept: list[Queued] = []
         excess = self._waiting + size - self.limit
-        while queue and excess > 0:
-            oldest = queue.popleft()
-            passed.append(oldest)
-            if oldest.kept:
-                kept.append(oldest)
-            else:
-                excess -= len(oldest.frame)
-        enough = excess <= 0 or not kept
-        queue.extendleft(reversed(begun + (kept if enough else passed)))
-        if not enough:
+        if excess > self._plain_bytes and self._kept:
             return None
-        dropped = [queued for queued in passed if not queued.kept]
-        self._waiting -= sum(len(queued.frame) for queued in dropped)
+        dropped: list[Queued] = []
+        while self._plain and excess > 0 and len(dropped) < most:
+            oldest = self._next_plain()
+            excess -= len(oldest.frame)
+            self._waiting -= len(oldest.frame)
+            dropped.append(oldest)
         return dropped
+
+    def has_made_room(self, size: int) -> bool:
+        """Return whether ``drop_oldest`` has done all it can for a frame of ``size`` bytes."""
+        return self._waiting + size <= self.limit or not self._plain
 
     @property
     def begun(self) -> int:
@@ -292,24 +345,30 @@ class FrameOutbox(Tail):
 
     def queue(self) -> list[Queued]:
         """Return the frames that lie here, in order."""
-        return list(self._queue)
+        return list(self._in_order())
 
     def refill(self, queue: Iterable[Queued], begun: int) -> None:
         """Make this empty outbox hold what ``queue`` and ``begun`` of another one returned."""
-        self._queue.extend(queue)
-        self._head = begun
-        self._waiting = sum(len(queued.frame) for queued in self._queue) - begun
+        for queued in queue:
+            if begun and self._begun is None:
+                self._begun, self._head = queued, begun
+                self._waiting = len(queued.frame) - begun
+            else:
+                self._insert(queued)
 
     @property
     def unsent(self) -> int:
         """Frames that the system did not take whole."""
-        return len(self._queue)
+        return len(self._plain) + len(self._kept) + (self._begun is not None)
 
     def take_unsent(self) -> Unsent:
         """Return every frame the system did not take whole, oldest first, and forget them."""
-        queue, self._queue = self._queue, deque()
-        self._waiting = self._head = 0
-        return Unsent(iter(queue), len(queue))
+        count, rest = self.unsent, FrameOutbox(self.limit)
+        rest._begun, rest._plain, rest._kept = self._begun, self._plain, self._kept
+        rest._plain_gone = self._plain_gone
+        self._begun, self._plain, self._kept = None, deque(), deque()
+        self._waiting = self._head = self._plain_bytes = 0
+        return Unsent(rest._in_order(), count)
 
 
 Outbox: TypeAlias = StreamOutbox | FrameOutbox

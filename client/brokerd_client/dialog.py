@@ -79,7 +79,7 @@ class Dialog(Reception[M]):
         #: Connections that were lost.
         self.losses = 0
         self._key = key
-        self._next_id = first_id
+        self._first_id = self._next_id = first_id
         self._reconnect = reconnect
         self._timeout_s = timeout_s
         self._link_deadline: float | None = None
@@ -434,6 +434,12 @@ class Dialog(Reception[M]):
             self._resubscribe(route)
         for watch in self._watches:
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
+
+    def _has_answered(self, id: int) -> bool:
+        if self._first_id <= id < self._next_id:
+            return False
+        self._outgoing.refused(id)
+        return True
 
     def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
         try:

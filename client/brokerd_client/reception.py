@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 from brokerd_client import presence
 from brokerd_client.awaiting import Awaiting, Pending, Purpose
 from brokerd_client.batch import Batch
-from brokerd_client.errors import BrokerdError, MalformedEnvelope, RequestFailed, refusal
+from brokerd_client.errors import BrokerdError, Denied, MalformedEnvelope, RequestFailed, refusal
 from brokerd_client.incoming import Incoming
 from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.routes import Route, Routes
@@ -33,7 +33,7 @@ class Reception(Generic[M]):
     """
 
     def __init__(self, message: type[M]) -> None:
-        #: Replies and receipts that came after their caller had given up.
+        #: Replies and receipts that came after their caller had given up, and own answers that came too late.
         self.late = 0
         #: Events that fit no subscription any more.
         self.unrouted = 0
@@ -123,6 +123,10 @@ class Reception(Generic[M]):
             return
         error = refusal(code, text or code, name=name, id=envelope.id)
         if pending is None or not pending.concerned_by(name):
+            if code == Denied.code and self._has_answered(envelope.id):
+                # The requester has its outcome, or has left: nothing was lost.
+                self.late += 1
+                return
             self.undelivered += 1
             batch.undelivered.append(error)
             return
@@ -164,6 +168,10 @@ class Reception(Generic[M]):
     def _drop_watch(self, watch: presence.Watch) -> None:
         for route in self._watches.pop(watch, ()):
             self.routes.discard(route, watch)
+
+    def _has_answered(self, id: int) -> bool:
+        """Return whether the id is not one of this client's own, so that only an answer can have had it."""
+        raise NotImplementedError
 
     def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
         """The broker has said who we are."""

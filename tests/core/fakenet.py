@@ -198,6 +198,8 @@ class FakeNet:
         self.on_losing: Callable[[Peer], None] = lambda peer: None
         self._instances = 0
         self._settling = False
+        #: Peers whose frame is handled again after the others had their turn.
+        self._yielded: list[Peer] = []
 
     def connect(self, name: str) -> Peer:
         """Let a client in. There has to be room, or somebody to be replaced."""
@@ -252,7 +254,9 @@ class FakeNet:
                 peer.reading = False
             else:
                 peer.tail = bytes(view[position:end])
-                peer.reading = verdict is not Verdict.HOLD
+                peer.reading = verdict not in (Verdict.HOLD, Verdict.YIELD)
+                if verdict is Verdict.YIELD:
+                    self._yielded.append(peer)
         self.settle()
 
     def write_touched(self) -> None:
@@ -292,9 +296,14 @@ class FakeNet:
             return
         self._settling = True
         broker = self.broker
-        while broker.touched or broker.released or broker.has_arrears:
+        while broker.touched or broker.released or broker.has_arrears or self._yielded:
             broker.work_off(3)
             self.write_touched()
+            yielded, self._yielded = self._yielded, []
+            for peer in yielded:
+                if not peer.gone and not peer.session.closing:
+                    peer.reading = True
+                    self._route(peer)
             released, broker.released = broker.released, []
             for session in released:
                 if session.open and not session.closing:

@@ -18,7 +18,7 @@ from brokerd.core.broker import Limits
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
-KINDS = pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
+KINDS = pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
 EVERY_WAY = pytest.mark.parametrize("when_full", list(WhenFull))
 
 
@@ -36,11 +36,14 @@ def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet
 # Delivery and refusal
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
 def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
     """Kind, id, codec and payload are the sender's, the name is the broker's word for the sender."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
+    if kind is Kind.REPLY:
+        bob.request("ann", id=2**64 - 1)
+        ann.take()
     ann.send(Envelope(kind, 2**64 - 1, "bob", b"\x00\xff", codec=200))
     assert bob.take() == [Envelope(kind, 2**64 - 1, "ann", b"\x00\xff", codec=200)]
     assert ann.take() == []
@@ -96,7 +99,7 @@ def test_a_receipt_is_followed_by_an_error_when_the_recipient_goes_without_readi
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block(5)
     ann.message("bob", b"half taken", 1, receipt=True)
-    ann.reply("bob", b"", 2)
+    ann.request("bob", b"", 2)
     ann.publish("topic")
     bob.leave()
     assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 1), (Kind.ERROR, 1), (Kind.ERROR, 2)]
@@ -288,17 +291,35 @@ def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_f
     """Errors about errors would go round in circles: without RECEIPT one ends there, and is counted."""
     net = FakeNet(client("ann", send_to=[]))
     ann = net.connect("ann")
-    ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}"))
+    ann.send(Envelope(Kind.ERROR, 5, BROKER, b"{}"))
     assert ann.take() == []
     assert net.broker.dropped == 1
-    ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}", flags=Flag.RECEIPT))
-    assert ann.error() == (5, "denied")
+    ann.send(Envelope(Kind.ERROR, 5, BROKER, b"{}", flags=Flag.RECEIPT))
+    assert ann.error() == (5, "unsupported")
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
+@pytest.mark.parametrize("to", ["bob", "nobody", "bob/1", "pool"])
+@pytest.mark.parametrize("flags", [0, Flag.RECEIPT])
+def test_answer_without_an_outstanding_request_is_denied(kind: Kind, to: str, flags: int) -> None:
+    """The answer is not delivered, whatever send_to allows, and its sender's rate counts it."""
+    limited = client("ann", rate=RateConfig(2, None))
+    net = FakeNet(limited, client("bob"), client("pool", connections=2))
+    ann, bob, pool = net.connect("ann"), net.connect("bob"), net.connect("pool")
+    for _ in range(2):
+        ann.send(Envelope(kind, 5, to, b"{}", flags=flags))
+        assert ann.error() == (5, "denied")
+    ann.message("bob", b"", 6)
+    assert ann.error() == (6, "rate_limited")
+    assert bob.take() == pool.take() == []
 
 
 def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
     """An ERROR for somebody who goes is nobody's business any more."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
+    bob.request("ann", id=5)
+    ann.take()
     bob.block()
     ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}"))
     bob.leave()
@@ -321,7 +342,7 @@ def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
 
 
 def test_a_requester_that_goes_leaves_nothing_behind() -> None:
-    """A REPLY for somebody who went is refused like any message to somebody absent."""
+    """A REPLY to a requester that has left answers no outstanding request."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"", 1)
@@ -329,7 +350,7 @@ def test_a_requester_that_goes_leaves_nothing_behind() -> None:
     ann.leave()
     assert not bob.session.owed
     bob.reply("ann", b"!", 1)
-    assert bob.error() == (1, "offline")
+    assert bob.error() == (1, "denied")
     bob.leave()
     assert not net.leftovers()
 

@@ -139,13 +139,13 @@ def test_an_event_that_found_no_room_is_noted() -> None:
 
 
 def test_an_error_that_reaches_nobody_is_noted() -> None:
-    """A client's own ERROR to somebody who is not there is dropped, with a note."""
+    """A client's own ERROR that the broker does not serve is dropped, with a note."""
     net = FakeNet(client("alice"), client("bob"))
     alice = net.connect("alice")
 
-    alice.send_bytes(_error_to("bob"))
+    alice.send_bytes(_error_to("$broker"))
 
-    assert taken(net) == [("message.dropped", "alice", "bob", "offline", 1)]
+    assert taken(net) == [("message.dropped", "alice", "$broker", "unsupported", 1)]
 
 
 def _error_to(name: str) -> bytes:

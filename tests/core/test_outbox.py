@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,3 +278,50 @@ def test_what_another_process_filled_is_counted_too(taken: int) -> None:
         outbox.sent(taken)
     assert second.unsent == first.unsent
     assert len(taken_back(second)) == len(taken_back(first))
+
+
+def test_dropping_the_oldest_costs_the_same_whatever_else_waits() -> None:
+    """However many frames that stay lie before it, the oldest of the others is found at once."""
+
+    def seconds(kept: int) -> float:
+        outbox = FrameOutbox(30 * (kept + 10))
+        for number in range(kept):
+            outbox.put(Queued(message(30, number), kept=True))
+        began = time.perf_counter()
+        for number in range(300):
+            assert outbox.drop_oldest(30) is not None
+            outbox.put(Queued(message(30, number)))
+        return time.perf_counter() - began
+
+    assert seconds(50_000) < 20 * min(seconds(1) for _ in range(5)) + 0.05
+
+
+def test_frames_that_stay_and_frames_that_may_go_keep_their_order() -> None:
+    """Both kinds come out in the order in which they were put, whatever was dropped in between."""
+    outbox = FrameOutbox(10_000)
+    expected = []
+    for number in range(60):
+        queued = Queued(message(30, number), kept=number % 3 == 0)
+        outbox.put(queued)
+        expected.append(queued)
+        if number % 7 == 0:
+            outbox.limit = outbox.waiting
+            for dropped in outbox.drop_oldest(30) or ():
+                expected.remove(dropped)
+    assert outbox.queue() == expected
+    outbox.sent(45)
+    assert outbox.queue() == expected[1:]
+    again = FrameOutbox(10_000)
+    again.refill(outbox.queue(), outbox.begun)
+    assert b"".join(again.pieces()) == b"".join(outbox.pieces())
+    assert again.waiting == outbox.waiting
+    assert [queued.frame for queued in taken_back(again)] == [queued.frame for queued in expected[1:]]
+
+
+def test_dropping_may_be_done_in_turns() -> None:
+    """No more frames are dropped at once than asked for; the outbox says when there is room."""
+    outbox = dropping(*(Queued(message(20, number)) for number in range(5)))
+    assert len(outbox.drop_oldest(60, 2) or ()) == 2
+    assert not outbox.has_made_room(60)
+    assert len(outbox.drop_oldest(60, 2) or ()) == 1
+    assert outbox.has_made_room(60)

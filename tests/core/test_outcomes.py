@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from core.fakenet import FakeNet, client, error_of
 
 from brokerd.config.values import WhenFull
+from brokerd.core import delivery
 from brokerd.core.broker import OUTCOME_RESERVE, Limits
 from brokerd_client.wire.envelope import Kind
 
@@ -111,6 +114,45 @@ def test_a_reply_that_found_no_room_may_be_given_again() -> None:
     bob.reply("ann", b"again", 10)
     assert ann.payloads() == [b"x" * 10, b"again"]
     assert bob.take() == []
+
+
+def test_a_long_message_that_replaces_many_does_so_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue of short messages gives way little by little, and other senders have their turn in between."""
+    monkeypatch.setattr(delivery, "_DROPPED", 3)
+    net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=2000))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    for number in range(40):
+        ann.message("bob", b"x" * 31, number)
+    dropped, counts = net.broker.dropped, []
+    feed = net.feed
+
+    def watched(*arguments: Any) -> Any:
+        before = net.broker.dropped
+        try:
+            return feed(*arguments)
+        finally:
+            counts.append(net.broker.dropped - before)
+
+    net.feed = watched
+    ann.message("bob", b"y" * 1900, 99)
+    assert max(counts) == 3
+    assert net.broker.dropped - dropped > 30
+    bob.read()
+    assert [each.id for each in bob.take()][-1] == 99
+
+
+def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
+    """A REPLY without a request takes no room, so that a newer message still replaces an older one."""
+    net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=300))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    for number in range(50):
+        ann.reply("bob", b"", number)
+        ann.message("bob", b"x" * 50, 100 + number)
+    assert {error_of(each) for each in ann.take()} == {"denied"}
+    bob.read()
+    assert [each.id for each in bob.take()][-1] == 149
 
 
 def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:

@@ -487,4 +487,5 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"}
     both = {"_head", "blocked", "limit", "stalled"}
     assert set(StreamOutbox.__slots__) == both | {"_ends", "_left", "_older", "_older_bytes", "_taken"}
-    assert set(FrameOutbox.__slots__) == both | {"_queue", "_waiting"}
+    apart = {"_begun", "_kept", "_plain", "_plain_bytes", "_plain_gone", "_waiting"}
+    assert set(FrameOutbox.__slots__) == both | apart

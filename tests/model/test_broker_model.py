@@ -214,6 +214,9 @@ class BrokerModel(RuleBasedStateMachine):
             return "expired"
         if envelope.kind is Kind.EVENT:
             return None if any(fits(each, envelope.topic) for each in self.patterns_of(config, "publish")) else "denied"
+        if envelope.kind is Kind.REPLY:
+            # One that is asked for is not asked about here.
+            return "denied"
         if not any(fnmatchcase(name, each) for each in self.patterns_of(config, "send_to")):
             return "denied"
         if name not in self.configs:
@@ -695,8 +698,7 @@ class BrokerModel(RuleBasedStateMachine):
             return
         taken = sum(len(sent.taken) for sent in sents)
         errors = len(outcomes.errors)
-        # Whoever may send to the requester anyway may answer it twice.
-        replies = min(outcomes.replies, 1)
+        replies = outcomes.replies
         assert outcomes.receipts <= len(sents)
         if kinds == {Kind.EVENT}:
             assert errors + outcomes.receipts <= 1

@@ -334,6 +334,25 @@ def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
     assert len(pair.dialog.awaiting) == 1
 
 
+def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> None:
+    """The requester has its outcome already, so that nothing was lost; other refusals of an answer are reported."""
+    pair.dialog.reply("carol", 7, 0, b"late answer")
+    payload = error_payload(ErrorCode.DENIED, "not outstanding", "carol")
+    batch = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
+    assert (batch.outcomes, batch.undelivered, pair.dialog.late, pair.dialog.undelivered) == ([], [], 1, 0)
+    payload = error_payload(ErrorCode.RATE_LIMITED, "too fast", "carol")
+    batch = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
+    assert [error.id for error in batch.undelivered] == [7]
+
+
+def test_dialog_denied_send_is_reported(pair: Pair) -> None:
+    """A message of this client that the rules forbid is no late answer."""
+    id = pair.dialog.send("carol", 0, b"x")
+    payload = error_payload(ErrorCode.DENIED, "no", "carol")
+    batch = pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
+    assert ([error.id for error in batch.undelivered], pair.dialog.late) == ([id], 0)
+
+
 def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
     """Whatever code the other client says, even one of the broker's, it is RequestFailed with that code."""
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
