@@ -208,7 +208,7 @@ class Broker:
                 (_, id), requester = next(iter(session.owed.items()))
                 end_request(requester, id, session)
                 message = f"{session.address} disconnected before it answered"
-                self.refuse(requester, id, ErrorCode.OFFLINE, message, session.address)
+                self.refuse(requester, id, ErrorCode.ABANDONED, message, session.address)
             else:
                 self._leaving.popleft()
         self.topics.tidy(count)

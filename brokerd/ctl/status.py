@@ -11,6 +11,7 @@ from typing import IO, Any
 import click
 
 from brokerd_client.errors import (
+    Abandoned,
     AuthenticationError,
     BrokerdError,
     Closed,
@@ -69,6 +70,8 @@ def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
 
 def failure_of(error: BrokerdError) -> Failure:
     """Return the end that an error of the library means."""
+    if isinstance(error, Abandoned):
+        return Failure(Status.IN_DOUBT, f"{error.code}: {error}")
     if isinstance(error, Refused):
         return Failure(Status.REFUSED, f"{error.code}: {error}")
     if isinstance(error, AuthenticationError):

@@ -20,7 +20,7 @@
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
     │       └── TlsError             (ConnectionError) ... that of TLS: a certificate, a version, no TLS at all
     ├── Refused                      the broker, or the other client, said no: one class per error code
-    │   ├── NoSuchClient  Offline  Denied  Full  TooLarge  Expired
+    │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
     │   └── RequestFailed            the other client answered a request with an error of its own
     ├── Disconnected                 (ConnectionError) the connection to the broker is gone
@@ -38,6 +38,7 @@ from __future__ import annotations
 import multiprocessing
 
 __all__ = [
+    "Abandoned",
     "AddressError",
     "AlreadyAnswered",
     "AuthenticationError",
@@ -197,6 +198,12 @@ class Offline(Refused):
     code = "offline"
 
 
+class Abandoned(Refused):
+    """The request was delivered, and its recipient's connection ended before it answered."""
+
+    code = "abandoned"
+
+
 class Denied(Refused):
     """The sender's rules do not allow it."""
 
@@ -287,6 +294,7 @@ _BY_CODE: dict[str, type[Refused]] = {
     for cls in (
         NoSuchClient,
         Offline,
+        Abandoned,
         Denied,
         Full,
         TooLarge,

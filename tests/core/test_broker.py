@@ -327,7 +327,7 @@ def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
 
 
 def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
-    """Whoever asked hears offline, once, for what was taken as for what was not; what was answered stays answered."""
+    """A requester hears abandoned of what was taken, and offline of what was not; what was answered stays answered."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     for id in (1, 2):
@@ -337,8 +337,20 @@ def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
     ann.request("bob", b"", 3)
     ann.take()
     bob.leave()
-    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(2, "offline"), (3, "offline")]
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(2, "abandoned"), (3, "offline")]
     assert not ann.session.asked
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_request_of_which_a_part_was_taken_is_not_delivered(connections: int) -> None:
+    """A recipient without the last byte of a request cannot have begun with it."""
+    net = FakeNet(client("ann"), client("bob", connections=connections))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"whole", 1)
+    bob.block(20)
+    ann.request("bob", b"in part", 2)
+    bob.leave()
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(1, "abandoned"), (2, "offline")]
 
 
 def test_a_requester_that_goes_leaves_nothing_behind() -> None:
@@ -886,7 +898,7 @@ def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> N
     alice.request("b", id=1)
     net._settling = False
     net.settle()
-    assert alice.error() == (1, "offline")
+    assert alice.error() == (1, "abandoned")
     assert alice.session.asked == {(1, "b"): successor.session}
     successor.take()
     successor.reply("a", b"here", id=1)

@@ -249,6 +249,18 @@ def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
     assert results[0].output.startswith("brokerctl: in doubt: ")
 
 
+def test_request_abandoned_by_its_recipient_ends_in_doubt(ctl: Any) -> None:
+    """The recipient had the request, so that a script must not repeat it without thought."""
+    bob = ctl.broker.connect("bob")
+    leaving = threading.Thread(target=lambda: (bob.recv(timeout=TIMEOUT_S), bob.close()))
+    leaving.start()
+
+    result = ctl("alice", "request", "bob", "hello")
+    leaving.join(TIMEOUT_S)
+
+    assert (result.exit_code, result.output.startswith("brokerctl: abandoned: bob ")) == (Status.IN_DOUBT, True)
+
+
 # -- listen
 
 

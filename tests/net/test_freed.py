@@ -88,7 +88,7 @@ def leave_requests_behind(broker: House) -> None:
             alice.send(REQUEST, "bob", b"?", id=5)
             assert bob.recv().kind == REQUEST
             assert alice.recv().kind == REQUEST
-        assert alice.recv().code == "offline"
+        assert alice.recv().code == "abandoned"
 
 
 def be_replaced(broker: House) -> None:

@@ -107,13 +107,13 @@ def test_a_client_may_answer_with_an_error() -> None:
 
 
 def test_a_request_whose_recipient_goes_is_answered() -> None:
-    """When the one who was asked disconnects, the asker hears ``offline`` by the request's id."""
+    """When the one who was asked disconnects, the asker hears ``abandoned`` by the request's id."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"question", id=5)
         bob.recv()
         bob.close()
         error = alice.recv()
-        assert (error.id, error.code) == (5, "offline")
+        assert (error.id, error.code) == (5, "abandoned")
 
 
 def test_extensions_pass_untouched() -> None:
@@ -148,7 +148,7 @@ def test_an_event_goes_to_whoever_subscribed() -> None:
 def test_offline() -> None:
     """A configured client that is not connected: ``offline``, by the message's id."""
     with served() as broker, broker.login("alice") as alice:
-        for kind in (MESSAGE, REQUEST, REPLY):
+        for kind in (MESSAGE, REQUEST):
             alice.send(kind, "bob", b"x", id=kind)
             error = alice.recv()
             assert (error.id, error.name, error.codec, error.code) == (kind, "$broker", JSON, "offline")

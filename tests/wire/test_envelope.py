@@ -114,6 +114,7 @@ def test_the_wire_numbers_are_fixed() -> None:
     assert {str(code) for code in ErrorCode} == {
         "no_such_client",
         "offline",
+        "abandoned",
         "denied",
         "full",
         "too_large",

@@ -113,6 +113,7 @@ class ErrorCode(StrEnum):
 
     NO_SUCH_CLIENT = "no_such_client"
     OFFLINE = "offline"
+    ABANDONED = "abandoned"
     DENIED = "denied"
     FULL = "full"
     TOO_LARGE = "too_large"
