@@ -52,6 +52,8 @@ OUTCOME_RESERVE: Final = 256 * 1024
 
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
+#: Kinds that answer a request.
+_ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,24 +436,39 @@ class Broker:
         self.close(source, "malformed")
         return Verdict.CLOSE
 
-    def too_large(self, source: Session, id: int, name: str, size: int) -> Verdict:
+    def too_large(self, source: Session, kind: int, id: int, name: str, size: int) -> Verdict:
         """Answer an oversized frame; with NEXT it is to be passed over. size: payload bytes it announced."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"
+        if kind in _ANSWERS:
+            self._fail_request(source, name, id, ErrorCode.TOO_LARGE, message)
         self.refuse(source, id, ErrorCode.TOO_LARGE, message, name)
         return Verdict.NEXT
 
     def refuse_frame(
         self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
     ) -> Verdict:
-        """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another."""
+        """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another.
+
+        The requester that waits for a refused answer is told as well.
+        """
+        if envelope.kind in _ANSWERS:
+            self._fail_request(source, envelope.name, envelope.id, code, message)
         if envelope.kind is Kind.ERROR and not envelope.flags & _RECEIPT:
             self.dropped += 1
             self.happenings.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return Verdict.NEXT
+
+    def _fail_request(self, answerer: Session, requester: str, id: int, code: ErrorCode, message: str) -> None:
+        """End the request whose answer was refused, if it is outstanding, and tell its requester."""
+        session = answerer.owed.get((requester, id))
+        if session is not None:
+            end_request(session, id, answerer)
+            why = f"the answer of {answerer.address} was refused: {message}"
+            self.refuse(session, id, code, why, answerer.address)
 
 
 def _patterns(rules: Iterable[Rule]) -> set[str]:

@@ -51,7 +51,7 @@ def unusual(
         if end < named:
             return position, Verdict.NEXT
         name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
-        verdict = broker.too_large(source, id, name if is_address(name) else "", payload)
+        verdict = broker.too_large(source, kind, id, name if is_address(name) else "", payload)
         if verdict is not Verdict.NEXT:
             return position, verdict
         position = min(stop, end)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from core.fakenet import FakeNet, client, error_of
 
-from brokerd.config.values import WhenFull
+from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import delivery
 from brokerd.core.broker import OUTCOME_RESERVE, Limits
-from brokerd_client.wire.envelope import Kind
+from brokerd_client.wire.envelope import BROKER, Envelope, Kind
 
 
 def test_a_frame_after_a_held_one_begins_anew() -> None:
@@ -99,8 +100,8 @@ def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
     assert [each.id for each in ann.take()] == [1, 2]
 
 
-def test_a_reply_that_found_no_room_may_be_given_again() -> None:
-    """A request stays unanswered while its REPLY is refused: it may be repeated, and goes with the responder."""
+def test_refused_reply_for_want_of_room_ends_the_request() -> None:
+    """The requester hears of it in its own queue, and another answer comes too late."""
     net = FakeNet(client("ann", when_full=WhenFull.REFUSE, queue=60), client("bob", send_to=[]))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 9)
@@ -112,8 +113,40 @@ def test_a_reply_that_found_no_room_may_be_given_again() -> None:
     assert bob.error() == (10, "full")
     ann.read()
     bob.reply("ann", b"again", 10)
-    assert ann.payloads() == [b"x" * 10, b"again"]
-    assert bob.take() == []
+    assert bob.error() == (10, "denied")
+    got = ann.take()
+    assert [got[0].payload, error_of(got[1])] == [b"x" * 10, "full"]
+    assert not ann.session.asked
+    assert not bob.session.owed
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
+@pytest.mark.parametrize("code", ["too_large", "rate_limited", "expired", "unsupported"])
+@pytest.mark.parametrize("connections", [1, 2])
+def test_refused_answer_is_reported_to_the_requester_at_once(kind: Kind, code: str, connections: int) -> None:
+    """The requester gets the refusal's code with its request's id, and the answerer's name; the request is over."""
+    rate = RateConfig(1 if code == "rate_limited" else None, None)
+    bob_config = client("bob", send_to=[], rate=rate, connections=connections)
+    net = FakeNet(client("ann"), bob_config, limits=Limits(max_message=100))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 9)
+    bob.take()
+    extension = {"expired": {"ttl": 0}, "unsupported": {"ttl": "5"}}.get(code)
+    if code == "rate_limited":
+        bob.message("nobody", b"", 1)
+        bob.take()
+    bob.send(Envelope(kind, 9, "ann", b"x" * (101 if code == "too_large" else 1), extension=extension))
+
+    (error,) = ann.take()
+    assert (error.kind, error.id, error.name, error_of(error)) == (Kind.ERROR, 9, BROKER, code)
+    said = json.loads(error.payload)
+    assert said["name"] == bob.address
+    assert bob.address in said["message"]
+    # An ERROR that can't be delivered is not answered by another, but for its size, which is judged before its kind.
+    heard = [] if kind is Kind.ERROR and code != "too_large" else [(9, code)]
+    assert [(each.id, error_of(each)) for each in bob.take()] == heard
+    assert not ann.session.asked
+    assert not bob.session.owed
 
 
 def test_a_long_message_that_replaces_many_does_so_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
