@@ -294,7 +294,7 @@ class Client(Link):
         """
         if self._forked:
             self._check()
-        return await self._inbox.take(timeout)
+        return await self._inbox.take(self._limit(timeout))
 
     def __aiter__(self) -> Self:
         """Yield messages, and requests where no handler is set, until the client is closed."""
@@ -544,7 +544,7 @@ def connect(
     key: bytes | str | None = None,
     *,
     key_file: str | os.PathLike[str] | None = None,
-    timeout: float = DEFAULT_TIMEOUT_S,
+    timeout: float | None = DEFAULT_TIMEOUT_S,
     reconnect: bool = True,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
@@ -554,7 +554,7 @@ def connect(
 
     address: as address.parse takes it; else $BROKERD_ADDRESS, else /run/brokerd/brokerd.sock. name: else $BROKERD_NAME,
         else the broker finds it by the key. key, or key_file (one trailing newline is cut): else $BROKERD_KEY_FILE.
-    timeout: seconds for all of this, and for a send to wait for a connection.
+    timeout: seconds for all of this, and for a send to wait for a connection; infinity, or None, for no end.
     reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
     inbox: bytes of messages kept in this process before the socket is left unread.
     ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.

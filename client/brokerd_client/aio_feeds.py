@@ -6,8 +6,7 @@ A part of the asyncio face; each hands what is asked of it on to its client.
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -32,6 +31,8 @@ class Giver(message.Owner, Protocol):
     def _fail_at_once(self, message: Message, text: str) -> None: ...
 
     def _check(self) -> None: ...
+
+    def _limit(self, timeout: float | None) -> float | None: ...
 
     def _box(self) -> Box[Any]: ...
 
@@ -91,10 +92,52 @@ class Opening(Generic[O]):
         assert self._opened is not None
         await self._opened.__aexit__(kind, error, trace)
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        async with self as opened:
-            async for item in opened:
-                yield item
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return Iteration(self._open)
+
+
+class Iteration(Generic[O]):
+    """An iterator over something that it opens at its first step, and closes at its end or when it is dropped.
+
+    A step that is cancelled, as by a timeout, ends nothing: the next step goes on.
+    """
+
+    def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
+        self._open = open
+        self._ended = False
+        #: Suspended inside an ``async with``: the event loop closes a generator that is dropped, and with it what is
+        #: open.
+        self._holder: AsyncGenerator[O, None] | None = None
+        self._items: AsyncIterator[Any] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._items is None:
+                holder = _hold(self._open)
+                opened = await anext(holder)
+                self._holder, self._items = holder, aiter(opened)
+            return await anext(self._items)
+        except Exception:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """End the iteration, and close what it has opened."""
+        self._ended = True
+        holder, self._holder, self._items = self._holder, None, None
+        if holder is not None:
+            await holder.aclose()
+
+
+# Not a method: a generator that refers to its iterator would be dropped only by the garbage collector.
+async def _hold(open: Callable[[], Awaitable[O]]) -> AsyncGenerator[O, None]:
+    async with await open() as opened:
+        yield opened
 
 
 class Feed(Generic[T]):
@@ -107,12 +150,16 @@ class Feed(Generic[T]):
     async def recv(self, timeout: float | None = None) -> T:
         """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
         self._client._check()
-        return await self.box.take(timeout)
+        return await self.box.take(self._client._limit(timeout))
 
-    async def __aiter__(self) -> AsyncIterator[T]:
-        with contextlib.suppress(Closed):
-            while True:
-                yield await self.recv()
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.recv()
+        except Closed:
+            raise StopAsyncIteration from None
 
     async def close(self) -> None:
         """Ask for nothing more."""

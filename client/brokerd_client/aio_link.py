@@ -24,7 +24,7 @@ from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
-from brokerd_client.settings import Settings, broken, no_connection
+from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
 __all__ = ["Link", "ends_worker"]
 
@@ -105,8 +105,16 @@ class Link:
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
 
+    def _limit(self, timeout: float | None) -> float | None:
+        """Return the timeout in seconds, None where it has no end. Raises ValueError for one that is not valid."""
+        return None if timeout is None else check_timeout(timeout)
+
     def _deadline(self, timeout: float | None) -> float | None:
-        return None if timeout is None else self._loop.time() + timeout
+        """Return when a call with this timeout is given up. Raises ValueError for a timeout that is not valid."""
+        if timeout is None:
+            return None
+        limit = check_timeout(timeout)
+        return None if limit is None else self._loop.time() + limit
 
     async def _wait_until_clear(self, timeout: float | None) -> None:
         """Wait for the connection, and until it takes more.
@@ -116,7 +124,9 @@ class Link:
         self._check()
         if self._clear:
             return
-        limit = self._settings.timeout_s if timeout is None else timeout
+        limit = self._settings.timeout_s if timeout is None else check_timeout(timeout)
+        if limit is None:
+            limit = ENDLESS_S
         deadline = self._loop.time() + limit
         while not self._clear:
             ready = self._dialog.state is State.READY

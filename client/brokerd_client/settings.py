@@ -22,9 +22,11 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_INBOX",
     "DEFAULT_TIMEOUT_S",
+    "ENDLESS_S",
     "AnyAddress",
     "Settings",
     "broken",
+    "check_timeout",
     "no_connection",
     "resolve",
     "unreachable",
@@ -35,6 +37,9 @@ DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
 DEFAULT_TIMEOUT_S: Final = 10.0
 #: Bytes of messages kept in this process before the socket is left unread.
 DEFAULT_INBOX: Final = 8 * 2**20
+
+#: Seconds, some three years: a timeout of as much or more has no end. The system's calls can't take much more.
+ENDLESS_S: Final = 1e8
 
 AnyAddress: TypeAlias = str | Sequence[Any] | Address
 
@@ -53,12 +58,32 @@ class Settings:
     tls: SSLContext | None = field(default=None, repr=False)
 
 
+def check_timeout(timeout: float | None) -> float | None:
+    """Return the timeout in seconds, None where it has no end: None itself, infinity, ENDLESS_S and more.
+
+    Raises TypeError: it is not a number. Raises ValueError: it is negative, or nan.
+    """
+    if timeout is None:
+        return None
+    try:
+        # Not float(), which takes text as well.
+        seconds = timeout + 0.0
+    except OverflowError:
+        seconds = ENDLESS_S if timeout > 0 else -1.0
+    except TypeError:
+        raise TypeError(f"a timeout is a number of seconds or None, not {type(timeout).__name__}") from None
+    # Not "< 0": nan compares as false with everything.
+    if not seconds >= 0:
+        raise ValueError(f"a timeout is a number of seconds of at least 0, not {timeout}")
+    return None if seconds >= ENDLESS_S else seconds
+
+
 def resolve(
     address: AnyAddress | None,
     name: str | None,
     key: bytes | str | None,
     key_file: str | os.PathLike[str] | None,
-    timeout: float,
+    timeout: float | None,
     *,
     reconnect: bool,
     allow_pickle_from: Iterable[str],
@@ -74,6 +99,7 @@ def resolve(
         raise TypeError("allow_pickle_from takes several names: give a list, even for one")
     if inbox <= 0:
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
+    limit = check_timeout(timeout)
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
         check_name(name)
@@ -84,7 +110,7 @@ def resolve(
         name,
         # A client that needs no key, because its user vouches for it, uses its name: docs/protocol.md, "Without a key".
         _key(key, key_file, name.encode() if where.family == "AF_UNIX" else b""),
-        timeout,
+        ENDLESS_S if limit is None else limit,
         reconnect,
         frozenset(allow_pickle_from),
         inbox,

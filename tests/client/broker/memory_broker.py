@@ -70,6 +70,7 @@ class MemoryTransport(asyncio.Transport):
             self._network.broker.left(self.session)
             self._network.transports.discard(self)
             self._loop.call_soon(self._protocol.connection_lost, None)
+            self._network.pump_all()
 
     close = abort
 

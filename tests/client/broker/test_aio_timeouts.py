@@ -1,0 +1,226 @@
+"""Timeouts of the asyncio face: every number has a meaning or is refused, and a step that times out ends nothing."""
+
+# ruff: noqa: ASYNC109 - timeouts are passed on to calls that take them
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from faces import Asyncio, Face
+from fake_broker import FakeServer
+from memory_broker import MemoryBroker, play
+
+from brokerd_client import aio
+from brokerd_client.errors import Denied, TimedOut
+
+#: Every call that takes a timeout.
+CALLS: dict[str, Callable[[aio.Client, Any], Awaitable[Any]]] = {
+    "send": lambda client, timeout: client.send("bob", 1, timeout=timeout),
+    "send with receipt": lambda client, timeout: client.send("bob", 1, receipt=True, timeout=timeout),
+    "send_many": lambda client, timeout: client.send_many([("bob", 1)], timeout=timeout),
+    "send_many with receipts": lambda client, timeout: client.send_many([("bob", 1)], receipt=True, timeout=timeout),
+    "request": lambda client, timeout: client.request("bob", 1, timeout=timeout),
+    "publish": lambda client, timeout: client.publish("t", 1, timeout=timeout),
+    "publish with receipt": lambda client, timeout: client.publish("t", 1, receipt=True, timeout=timeout),
+    "recv": lambda client, timeout: client.recv(timeout),
+    "subscribe": lambda client, timeout: _closed(client.subscribe("t", timeout=timeout)),
+    "watch_presence": lambda client, timeout: _closed(client.watch_presence(timeout=timeout)),
+    "control": lambda client, timeout: client.control("ping", timeout=timeout),
+    "subscription": lambda client, timeout: _received(client, timeout),
+}
+
+
+async def _closed(opening: Any) -> None:
+    await (await opening).close()
+
+
+async def _received(client: aio.Client, timeout: Any) -> None:
+    async with client.subscribe("to.me") as feed:
+        await client.publish("to.me", 1)
+        await feed.recv(timeout)
+
+
+def uvloop_face() -> Face:
+    """The asyncio face on uvloop."""
+    return Asyncio(pytest.importorskip("uvloop").new_event_loop)
+
+
+@pytest.mark.parametrize("make", [Asyncio, uvloop_face], ids=["asyncio", "uvloop"])
+def test_timeout_that_is_endless_or_huge_is_a_timeout(server: FakeServer, make: Callable[[], Face]) -> None:
+    """Infinity, 1e10 and more: every call works as with a small number, connect too."""
+    face = make()
+    try:
+        bob = face.connect(server.path, "bob", "bob")
+        bob.on_request(lambda message: message.payload)
+        for timeout in (math.inf, 1e10, 10**400, 1e300, 1 << 40, None):
+            alice = face.connect(server.path, "alice", "alice", timeout=timeout)
+            for name, call in CALLS.items():
+                if name == "recv":
+                    bob.send("alice", 1)
+                face.run(lambda call=call, client=alice._inner, timeout=timeout: call(client, timeout))  # type: ignore[misc]
+            alice.close()
+    finally:
+        face.close()
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1, -0.001, -math.inf, -(10**400)])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_timeout_that_is_not_valid_is_refused(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client, Any], Awaitable[Any]], timeout: float
+) -> None:
+    """ValueError says what a timeout is; nothing was sent, and nothing is left."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob"):
+            network.broker.seen.clear()
+            with pytest.raises(ValueError, match="a timeout is a number of seconds of at least 0, not"):
+                await call(alice, timeout)
+            assert not any(envelope.name == "bob" or envelope.topic == "t" for envelope in network.broker.seen)
+            assert len(alice._dialog.awaiting) == 0
+            with pytest.raises(TypeError, match="a timeout is a number of seconds or None, not str"):
+                await call(alice, "5")
+
+    play(monkeypatch, scenario)
+
+
+def test_connect_with_a_timeout_that_is_not_valid_is_refused() -> None:
+    """Before anything is opened."""
+    for timeout in (math.nan, -1):
+        with pytest.raises(ValueError, match="timeout"):
+            aio.connect("/nowhere", "alice", "k", timeout=timeout)
+
+
+@pytest.mark.parametrize("how", ["subscription", "aiter", "opening", "messages"])
+def test_anext_that_times_out_does_not_end_the_iterator(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The next step gives the next item, and ``async for`` goes on with those behind it."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            subscription = await alice.subscribe("a")
+            iterator: Any = {
+                "subscription": subscription,
+                "aiter": aiter(subscription),
+                "opening": aiter(alice.subscribe("a")),
+                "messages": alice,
+            }[how]
+
+            async def send(number: int) -> None:
+                await (bob.send("alice", number) if how == "messages" else bob.publish("a", number))
+
+            for number in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(iterator), 0.01)
+                await send(number)
+                assert (await asyncio.wait_for(anext(iterator), 2)).payload == number
+            for number in range(3, 6):
+                await send(number)
+            got = []
+            async for message in iterator:
+                got.append(message.payload)
+                if len(got) == 3:
+                    break
+            assert got == [3, 4, 5]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(iterator), 0.01)
+            await alice.close()
+            with pytest.raises(StopAsyncIteration):
+                await anext(iterator)
+
+    play(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["watch", "opening"])
+def test_anext_of_presence_that_times_out_does_not_end_the_iterator(
+    monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """A change that comes later is told."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice:
+            iterator: Any = await alice.watch_presence() if opened else aiter(alice.watch_presence())
+            first = [(await asyncio.wait_for(anext(iterator), 2)).name for _ in range(3)]
+            assert sorted(first) == ["alice", "bob", "carol"]
+            for online in (True, False):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(iterator), 0.01)
+                if online:
+                    bob = await network.join("bob")
+                else:
+                    await bob.close()
+                change = await asyncio.wait_for(anext(iterator), 2)
+                assert (change.name, change.online) == ("bob", online)
+            if opened:
+                await iterator.close()
+            else:
+                await iterator.aclose()
+
+    play(monkeypatch, scenario)
+
+
+def test_iterator_that_is_dropped_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After break, after aclose(), and when its first step is cancelled before the subscription is there."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            subscriptions = network.broker.online["alice"].subscriptions
+
+            async def require_none() -> None:
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert subscriptions == []
+                assert alice._feeds == set()
+
+            sending = asyncio.ensure_future(_publish_often(bob))
+            async for event in alice.subscribe("a"):
+                assert subscriptions == [("a", "")]
+                assert event.topic == "a"
+                break
+            sending.cancel()
+            await require_none()
+
+            iterator: Any = aiter(alice.subscribe("a"))
+            for _ in range(3):
+                task = asyncio.ensure_future(anext(iterator))
+                await asyncio.sleep(0)
+                task.cancel()
+                await require_none()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(iterator), 0.01)
+            assert subscriptions == [("a", "")]
+            await iterator.aclose()
+            await require_none()
+            with pytest.raises(StopAsyncIteration):
+                await anext(iterator)
+
+            denied: Any = aiter(alice.subscribe("denied"))
+            with pytest.raises(Denied):
+                await anext(denied)
+            with pytest.raises(StopAsyncIteration):
+                await anext(denied)
+            await require_none()
+
+    play(monkeypatch, scenario)
+
+
+async def _publish_often(client: aio.Client) -> None:
+    while True:
+        await client.publish("a", 1)
+        await asyncio.sleep(0.001)
+
+
+def test_recv_that_times_out_keeps_the_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timeout of 0 takes what is there, and TimedOut ends nothing."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, alice.subscribe("a") as feed:
+            for number in range(3):
+                with pytest.raises(TimedOut):
+                    await feed.recv(0)
+                await alice.publish("a", number)
+                await alice.ping()
+                assert (await feed.recv(0)).payload == number
+
+    play(monkeypatch, scenario)
