@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
-import sys
 from collections.abc import Callable, Container, Iterable
 from typing import Any, Final, Protocol
 
@@ -14,13 +12,14 @@ from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.session import Session
+from brokerd.net.acceptor import Acceptor
 from brokerd.net.door import Door, fresh_instance
 from brokerd.net.draining import Drained, Draining
 from brokerd.net.farewell import Farewell
 from brokerd.net.floods import Floods
 from brokerd.net.keyring import Credential, Keyring
 from brokerd.net.knock import Knock
-from brokerd.net.link import GRACE, READ_BUFFER, Link, tune
+from brokerd.net.link import GRACE, READ_BUFFER, Link
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
 from brokerd.net.pulse import Pulse
@@ -33,23 +32,13 @@ from brokerd_client.address import Address
 
 __all__ = ["Log", "Server"]
 
-#: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
-_ACCEPTS: Final = 32
 #: Size of the buffer for what is thrown away, in bytes.
 _WASTE: Final = 64 * 1024
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
 _ARREARS: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
 _PATIENCE: Final = 128
-#: Seconds without accepting after the system had no descriptor left.
-_OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
-#: What the system says then; Windows has numbers of its own for sockets.
-_OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} | {
-    getattr(errno, name) for name in ("WSAEMFILE", "WSAENOBUFS") if hasattr(errno, name)
-}
 _TAKEN: Final = "its name is connected already"
-#: Connections that are held at once: on Windows a loop can wait for 512 sockets, and those that listen are among them.
-_MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
 
 
 class Log(Protocol):
@@ -93,6 +82,7 @@ class Server:
         self.on_left: Callable[[Session], None] = lambda session: None
         self.tally = Tally()
         self._door = Door(self)
+        self._acceptor = Acceptor(self)
         self.floods = Floods(self.loop, log)
         self.watch = Watch(self.loop)
         self.pulse = Pulse(self)
@@ -101,7 +91,6 @@ class Server:
         self._tick_at = 0.0
         self._settling = False
         self._working_off = False
-        self._paused: list[Listening] = []
         #: Set when the last connection is gone.
         self.empty: asyncio.Event = asyncio.Event()
         self._farewells: set[Farewell] = set()
@@ -120,13 +109,18 @@ class Server:
         """Connections that have not proved yet who they are."""
         return len(self._door)
 
+    @property
+    def seen_off(self) -> int:
+        """Return how many connections that are over still have their last bytes on their way."""
+        return len(self._farewells)
+
     # Accepting
 
     def start(self, listening: Iterable[Listening]) -> None:
         """Accept connections from these sockets too."""
         for each in listening:
             self.listening.append(each)
-            self.loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+            self._acceptor.add(each)
 
     def reconfigure(self, keyring: Keyring, limits: Limits) -> None:
         """Take over new keys and limits."""
@@ -154,10 +148,9 @@ class Server:
         """Close the listening sockets of these configured addresses; connections made there stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:
             # Who has been connected by the system already is let in.
-            self._on_acceptable(each)
-            self.loop.remove_reader(each.sock.fileno())
+            self._acceptor.accept_some(each)
+            self._acceptor.remove(each)
             self.listening.remove(each)
-            self._paused = [paused for paused in self._paused if paused is not each]
             each.close()
 
     def credentials(self) -> list[Credential]:
@@ -195,46 +188,10 @@ class Server:
     def stop_accepting(self) -> None:
         """Close every listening socket and turn away who is still at the door."""
         for each in self.listening:
-            self.loop.remove_reader(each.sock.fileno())
+            self._acceptor.remove(each)
             each.close()
         self.listening.clear()
-        self._paused.clear()
         self._door.close()
-
-    def _on_acceptable(self, listening: Listening) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                if len(self.links) + len(self._door) + len(self._farewells) >= _MOST_SOCKETS:
-                    raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
-                sock, peer = listening.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
-                return
-            except OSError as error:
-                if error.errno not in _OUT_OF_DESCRIPTORS:
-                    raise
-                self._pause(listening, error)
-                return
-            try:
-                tune(sock)
-            except OSError:
-                # Gone before it was begun.
-                sock.close()
-                continue
-            entry = listening.config
-            self._door.knock(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
-
-    def _pause(self, listening: Listening, error: OSError) -> None:
-        """Leave connections in the system's queue until there are descriptors again."""
-        self.tally.pauses += 1
-        self.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
-        self.loop.remove_reader(listening.sock.fileno())
-        self._paused.append(listening)
-        self.loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE, self._resume, listening)
-
-    def _resume(self, listening: Listening) -> None:
-        if listening in self._paused:
-            self._paused.remove(listening)
-            self.loop.add_reader(listening.sock.fileno(), self._on_acceptable, listening)
 
     # The door asks
 

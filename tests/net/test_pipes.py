@@ -20,7 +20,7 @@ from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEI
 
 import brokerd_client.bridge
 from brokerd.config.model import Config
-from brokerd.net import link, listening, server
+from brokerd.net import acceptor, link, listening
 from brokerd.net.pipes import PipeListener, open_pipe
 from brokerd_client.address import Address
 from brokerd_client.bridge import BridgedSocket, bridge
@@ -535,7 +535,7 @@ def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
 
 def test_no_more_are_accepted_than_the_loop_can_wait_for(at_pipe: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Further peers wait, and one is let in when another has left."""
-    monkeypatch.setattr(server, "_MOST_SOCKETS", 2)
+    monkeypatch.setattr(acceptor, "_MOST_SOCKETS", 2)
     alice, bob = at_pipe.login("alice"), at_pipe.login("bob")
     third = at_pipe.raw()
     at_pipe.house.log.wait("listener.paused", 3)
