@@ -498,8 +498,7 @@ class Client(Link):
 
     async def wait_until_ready(self) -> None:
         """Wait for the first introduction. Raises why there is none."""
-        beginning = (State.IDLE, State.CONNECTING, State.AUTHENTICATING, State.INTRODUCING)
-        while self._dialog.state in beginning:
+        while self._dialog.beginning:
             await self._wait_for_change(None)
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
             raise self._dialog.reason

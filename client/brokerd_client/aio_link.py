@@ -411,7 +411,7 @@ class Link:
             self._dialog.dialing(self._loop.time())
             self._gone = self._loop.create_future()
             try:
-                async with asyncio.timeout(self._settings.timeout_s):
+                async with asyncio.timeout_at(self._dialog.next_deadline()):
                     await self._dial()
             except TimeoutError:
                 if self._dialog.state is State.CONNECTING:

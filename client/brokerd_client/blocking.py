@@ -474,10 +474,9 @@ class Client(Link):
 
     def wait_until_ready(self, timeout: float) -> None:
         """Wait for the first introduction. Raises why there is none."""
-        beginning = (State.IDLE, State.CONNECTING, State.AUTHENTICATING, State.INTRODUCING)
         with self._lock:
             # The dialog's own deadline comes first; a look-up of the host's name may outlast it.
-            if not self._changed.wait_for(lambda: self._dialog.state not in beginning, timeout + _HANDLER_GRACE_S):
+            if not self._changed.wait_for(lambda: not self._dialog.beginning, timeout + _HANDLER_GRACE_S):
                 raise TimedOut(f"no connection to {self._settings.address} within {timeout:g} s")
             if self._dialog.state is State.GONE and self._dialog.reason is not None:
                 raise self._dialog.reason

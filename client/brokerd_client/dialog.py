@@ -48,6 +48,8 @@ M = TypeVar("M", bound=Message)
 
 #: Seconds that outcomes are still taken in after close().
 LINGER_S: Final = 0.5
+#: Doublings of the first wait before connecting for the first time is tried again.
+_CROWDED: Final = 3
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
 #: Looking into an enum takes as long as a few other lines of a send.
@@ -86,6 +88,8 @@ class Dialog(Reception[M]):
         self._attempt = 0
         self._ready_since = 0.0
         self._introduced = False
+        #: Until when connecting for the first time may be tried again; None before the first try.
+        self._first_deadline: float | None = None
         self._handshake: handshake.Handshake | None = None
         self._reader = FrameReader()
         self._outgoing = Outgoing()
@@ -99,7 +103,9 @@ class Dialog(Reception[M]):
     def dialing(self, now: float) -> None:
         """The face begins to connect."""
         self._step(Step.DIAL)
-        self._link_deadline = now + self._timeout_s
+        if self._first_deadline is None:
+            self._first_deadline = now + self._timeout_s
+        self._link_deadline = now + self._timeout_s if self._introduced else self._first_deadline
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """There is a connection; nonce: fresh random bytes for the handshake. bindings: of TLS, for the key."""
@@ -139,16 +145,25 @@ class Dialog(Reception[M]):
         """
         batch: Batch[M] = Batch()
         lived = now - self._ready_since if self.state is State.READY else 0.0
-        self._step(Step.LOSE if self._reconnect and self._introduced else Step.GIVE_UP)
+        again = self._reconnect if self._introduced else self._was_cut_off(reason)
+        attempt = 0 if lived >= backoff.CAP_S else self._attempt
+        if not self._introduced:
+            # The broker has no room, so that many others try too: the waits begin longer.
+            attempt += _CROWDED
+        wait = backoff.delay(attempt, chance)
+        if not self._introduced and self._first_deadline is not None:
+            again = again and now + wait < self._first_deadline
+        self._step(Step.LOSE if again else Step.GIVE_UP)
         self.reason = reason
-        self.losses += 1
+        if self._introduced or not again:
+            self.losses += 1
         self._handshake = None
         self._outgoing.drop()
         self._link_deadline = None
         if self.state is State.WAITING:
             # A link that breaks at once must not be tried at once again, for ever.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
-            self.retry_at = now + backoff.delay(self._attempt, chance)
+            self.retry_at = now + wait
             self._attempt += 1
         may_have_left = self._outgoing.handed + doubtful
         for pending in self.awaiting.clear():
@@ -162,6 +177,20 @@ class Dialog(Reception[M]):
         for watch in self._watches:
             watch.disconnected()
         return batch
+
+    def _was_cut_off(self, reason: BrokerdError) -> bool:
+        """Return whether the peer ended the connection before it had let us in, without a word.
+
+        A broker does that when it has more unfinished handshakes than it has room for. Nothing was sent by then that
+        could be sent twice.
+        """
+        under_way = self.state in (State.AUTHENTICATING, State.INTRODUCING)
+        return reason.cut_off or (under_way and type(reason) is Disconnected)
+
+    @property
+    def beginning(self) -> bool:
+        """Whether it is not decided yet what becomes of connecting for the first time."""
+        return not self._introduced and self.state not in (State.GONE, State.CLOSING, State.CLOSED)
 
     def close(self, now: float) -> Batch[M]:
         """The caller closes: who waits hears Closed; what the broker still says is taken in for LINGER_S."""
@@ -448,7 +477,9 @@ class Dialog(Reception[M]):
             raise MalformedEnvelope(f"the broker's introduction lacks {error}") from error
         self.introduction = answer
         self._step(Step.INTRODUCE)
-        self._introduced = True
+        if not self._introduced:
+            # Tries to connect for the first time say nothing of later ones.
+            self._introduced, self._attempt = True, 0
         self._link_deadline = None
         self._ready_since = now
         self.reason = None

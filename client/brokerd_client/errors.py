@@ -80,6 +80,9 @@ __all__ = [
 class BrokerdError(Exception):
     """Whatever the library raises is one of these."""
 
+    #: Whether the peer ended a connection in the middle of its handshake, without a word: another try may succeed.
+    cut_off = False
+
 
 class LocalError(BrokerdError):
     """The caller made a mistake; nothing was sent."""

@@ -180,7 +180,13 @@ def unreachable(address: Address, error: Exception) -> str:
 def no_connection(address: Address, error: Exception) -> BrokerdError:
     """Return the error for a connection that could not be made."""
     text = unreachable(address, error)
-    return TlsError(text) if isinstance(error, TlsError) else Disconnected(text)
+    if isinstance(error, TlsError):
+        found: BrokerdError = TlsError(text)
+        found.cut_off = error.cut_off
+    else:
+        found = Disconnected(text)
+        found.cut_off = isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError))
+    return found
 
 
 def broken(error: OSError) -> BrokerdError:

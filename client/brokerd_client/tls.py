@@ -226,7 +226,9 @@ def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
     """Return the error in words that say what would be right. listener: whether this end listens."""
     reason = str(getattr(error, "reason", None) or "")
     if isinstance(error, ssl.SSLEOFError):
-        return TlsError(_CLOSED[listener])
+        cut = TlsError(_CLOSED[listener])
+        cut.cut_off = True
+        return cut
     if isinstance(error, ssl.SSLCertVerificationError):
         what = str(error.verify_message).rstrip(".")
         if listener:

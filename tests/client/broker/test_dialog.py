@@ -166,6 +166,59 @@ def test_first_connection_that_fails_is_final() -> None:
         pair.dialog.send("bob", 0, b"")
 
 
+def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
+    """A broker without room ends a connection without a word: within the time for connecting another try follows."""
+    pair = Pair(timeout_s=3, reconnect=False)
+    pair.dialog.dialing(10)
+    for now in (10.0, 11.0, 11.9):
+        pair.dialog.opened(NONCE)
+        batch = pair.dialog.lost(pair.dialog.hung_up(), now, 0.3)
+        assert pair.dialog.state is State.WAITING
+        assert pair.dialog.beginning
+        assert batch.outcomes == []
+        assert now < pair.dialog.retry_at < now + 1
+        pair.dialog.dialing(pair.dialog.retry_at)
+        assert pair.dialog.next_deadline() == 13
+    pair.dialog.opened(NONCE)
+    pair.dialog.lost(pair.dialog.hung_up(), 12.9, 0.9)
+    assert pair.dialog.state is State.GONE
+    assert not pair.dialog.beginning
+    assert str(pair.dialog.reason) == "the broker closed the connection (the handshake is under way)"
+    assert pair.dialog.losses == 1
+
+
+def test_first_connection_cut_off_and_made_counts_no_loss() -> None:
+    """Once it is made nothing is left of the tries before."""
+    pair = Pair()
+    pair.dialog.dialing(0)
+    pair.dialog.opened(NONCE)
+    pair.dialog.lost(pair.dialog.hung_up(), 0, 0.9)
+    pair.connect()
+    assert (pair.dialog.state, pair.dialog.losses) == (State.READY, 0)
+    pair.dialog.lost(LOST, 1, 0.9)
+    assert pair.dialog.retry_at - 1 <= backoff.BASE_S
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_off(cut_off: bool) -> None:
+    """A reset may be a want of room; a refusal says that there is no listener."""
+    pair = Pair()
+    pair.dialog.dialing(0)
+    reason = Disconnected("no connection")
+    reason.cut_off = cut_off
+    pair.dialog.lost(reason, 0.0, 0.5)
+    assert pair.dialog.state is (State.WAITING if cut_off else State.GONE)
+
+
+def test_first_connection_that_is_rejected_is_final() -> None:
+    """A wrong key stays wrong."""
+    pair = Pair(key=b"not hers")
+    batch = pair.connect()
+    assert isinstance(batch.broken, AuthenticationError)
+    pair.dialog.lost(batch.broken, 0.0, 0.5)
+    assert pair.dialog.state is State.GONE
+
+
 def test_silent_broker_is_given_up_in_time() -> None:
     """A broker that says nothing is given up at the link's deadline, once."""
     pair = Pair(timeout_s=3)
