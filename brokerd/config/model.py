@@ -265,7 +265,7 @@ class Limits(_Entry):
     handshake_timeout: Timeout = _written("5s", units.duration)
     """The time a connection has to prove who it is."""
     handshakes: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Unfinished handshakes at once."""
+    """Unfinished handshakes at once; above that new connections wait, or a silent peer gives way to them."""
     identify_by_key: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
     """Keys tried for a client that does not give its name."""
     keepalive: Duration = _written("30s", units.duration)

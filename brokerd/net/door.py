@@ -14,11 +14,13 @@ import itertools
 import os
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
+from brokerd.net.admission import Admission, Rank
 from brokerd.net.failures import Failures
 from brokerd.net.keyring import Identity, Search, key_on
 from brokerd.net.knock import Knock
@@ -38,6 +40,10 @@ __all__ = ["Door", "fresh_instance"]
 
 _NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
 
+_GIVES_WAY: Final = (
+    "more unfinished handshakes than limits.handshakes; its origin had the most, and this was the least advanced"
+)
+
 
 class Door:
     """All unfinished handshakes of a server, oldest first."""
@@ -53,6 +59,9 @@ class Door:
         #: Who has failed lately.
         self.failures = Failures()
         self._tls = TlsHandshakes(server.loop, self._on_channel, self._on_no_channel)
+        self._admission = Admission()
+        #: Called when a place has become free.
+        self.on_room: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._knocks)
@@ -60,26 +69,45 @@ class Door:
     def knock(
         self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, tls: TlsConfig | None = None
     ) -> None:
-        """Begin the handshake with a connection just accepted."""
+        """Begin the handshake with a connection just accepted; where there is no room, another gives way."""
         limits = self._server.limits
         if len(self._knocks) >= limits.handshakes:
-            oldest = next(iter(self._knocks))
-            self._refuse(
-                oldest, "more unfinished handshakes than limits.handshakes; this was the oldest", Outcome.REFUSED
-            )
+            self._make_room()
         deadline = self._loop.time() + limits.handshake_timeout
         knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls)
-        self._knocks[knock] = None
-        self._watch()
+        self._add(knock)
         if tls is not None:
             self._tls.begin(knock)
         else:
             self._loop.add_reader(knock.fd, self._on_readable, knock)
             self._go_on(knock, None)
 
+    def seconds_to_room(self) -> float:
+        """Return in how many seconds one more connection may be accepted, 0 for at once."""
+        if len(self._knocks) < self._server.limits.handshakes:
+            return 0.0
+        return self._admission.least(self._loop.time())[1]
+
+    def _make_room(self) -> None:
+        now = self._loop.time()
+        least, _ = self._admission.least(now)
+        assert least is not None, "a room of no places is full of nothing"
+        self._admission.gave_way(least.origin, now)
+        self._refuse(least, _GIVES_WAY, Outcome.REFUSED)
+
+    def _add(self, knock: Knock) -> None:
+        self._knocks[knock] = None
+        self._admission.add(knock, self._loop.time())
+        self._watch()
+
+    def _advance(self, knock: Knock, rank: Rank) -> None:
+        if not knock.done:
+            self._admission.advance(knock, rank, self._loop.time())
+
     def _on_channel(self, knock: Knock, channel: Channel) -> None:
         """TLS is ready: begin the handshake that is about keys."""
         knock.channel = channel
+        self._advance(knock, Rank.SILENT)
         knock.steps = as_listener(challenge_nonce(channel), allow_md5=True, named=True)
         self._loop.add_reader(knock.fd, self._on_readable, knock)
         self._go_on(knock, None)
@@ -106,9 +134,8 @@ class Door:
     def take_over(self, knock: Knock) -> None:
         """Go on with a handshake that another process began: from the start, but nothing is said twice."""
         knock.muted = knock.spoken
-        self._knocks[knock] = None
+        self._add(knock)
         self._loop.add_reader(knock.fd, self._on_readable, knock)
-        self._watch()
         knock.silent = not knock.heard
         knock.reader.feed(knock.heard)
         self._go_on(knock, None)
@@ -184,8 +211,10 @@ class Door:
                     # It has been welcomed already, with this key.
                     assert knock.credential is not None
                     result = knock.credential.key.value
+                    self._advance(knock, Rank.PROVED)
                 else:
                     knock.proof = step
+                    self._advance(knock, Rank.JUDGED)
                     self._search(knock, step)
                     return
         except StopIteration:
@@ -265,6 +294,8 @@ class Door:
             if knock.refusal:
                 knock.outcome = Outcome.REFUSED
             key = None if knock.refusal else key_on(knock.channel, identity.accepted.key.value)
+            if key is not None:
+                self._advance(knock, Rank.PROVED)
         self._loop.add_reader(knock.fd, self._on_readable, knock)
         knock.proof = None
         self._go_on(knock, key)
@@ -275,6 +306,7 @@ class Door:
     def _admit(self, knock: Knock) -> None:
         assert knock.credential is not None, "a handshake ends well only with a key that was found"
         self.failures.forgive(knock.origin)
+        self._admission.got_in(knock.origin, self._loop.time())
         self._forget(knock)
         self._server.admit(knock)
 
@@ -310,7 +342,9 @@ class Door:
 
     def _forget(self, knock: Knock) -> None:
         knock.done = True
-        self._knocks.pop(knock, None)
+        if self._knocks.pop(knock, knock) is None:
+            self._admission.remove(knock)
+        self.on_room()
         if knock.tls is None:
             self._loop.remove_reader(knock.fd)
         else:
@@ -324,6 +358,7 @@ class Door:
         if not delay:
             return False
         knock.slowed = True
+        self._advance(knock, Rank.FAILED)
         self._loop.remove_reader(knock.fd)
         delay = min(delay, max(knock.deadline - now, 0))
         self._loop.call_later(delay, self._fail_now, knock)

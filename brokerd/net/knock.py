@@ -9,6 +9,7 @@ import os
 import socket
 
 from brokerd.config.values import TlsConfig
+from brokerd.net.admission import Rank
 from brokerd.net.failures import origin_of
 from brokerd.net.keyring import Credential
 from brokerd.net.tally import Outcome
@@ -33,6 +34,7 @@ class Knock:
     muted: frames that were said already, and are not said again.
     slowed: it has failed, and is told so later; until then nothing it says is listened to.
     tls, stream: how TLS is spoken with it, and the TLS that is, None without. channel: what is known by that.
+    rank, moved_at: how far it has got, and since when: see Admission.
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
 
@@ -45,12 +47,14 @@ class Knock:
         "fd",
         "heard",
         "listener",
+        "moved_at",
         "muted",
         "nonce",
         "origin",
         "outcome",
         "peer",
         "proof",
+        "rank",
         "reader",
         "refusal",
         "silent",
@@ -100,6 +104,8 @@ class Knock:
         #: What a failure would be counted as.
         self.outcome = Outcome.REJECTED
         self.done = False
+        self.rank = Rank.SILENT
+        self.moved_at = 0.0
 
     @property
     def can_hand_over(self) -> bool:

@@ -26,7 +26,7 @@ from net.raw import (
     prefixed,
 )
 
-from brokerd.net import door, failures
+from brokerd.net import admission, door, failures
 from brokerd.net.keyring import Search
 from brokerd_client.address import Address
 
@@ -414,8 +414,9 @@ def test_talking_does_not_move_the_deadline() -> None:
         assert "handshake_timeout" in last_refusal(broker)["reason"]
 
 
-def test_unfinished_handshakes_are_bounded() -> None:
-    """One more than limits.handshakes drops the oldest; and a good client gets in meanwhile."""
+def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than limits.handshakes drops the oldest, once its grace is over; a good client gets in meanwhile."""
+    monkeypatch.setattr(admission, "GRACE_S", 0.1)
     with served(limits={"handshakes": 5}) as broker:
         silent = [broker.raw() for _ in range(8)]
         try:

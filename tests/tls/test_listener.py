@@ -17,6 +17,7 @@ from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejec
 from stock import TlsRaw, tls_login
 
 import brokerd_client
+from brokerd.net import admission
 from brokerd.net.tls import TlsHandshakes
 from brokerd.net.tls_link import TlsLink
 from brokerd_client import aio, blocking, dialog
@@ -265,13 +266,16 @@ def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLCon
         assert refusal(here, 1) == "not finished within limits.handshake_timeout"
 
 
-def test_half_open_handshakes_are_bounded_in_number(server: Issued, trusting: ssl.SSLContext) -> None:
-    """One more than limits.handshakes drops the oldest."""
+def test_half_open_handshakes_are_bounded_in_number(
+    server: Issued, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than limits.handshakes drops the oldest, once its grace is over."""
+    monkeypatch.setattr(admission, "GRACE_S", 0.1)
     limits = {"handshakes": 3}
     with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
         crowd = [Raw(here.address) for _ in range(4)]
         assert crowd[0].is_closed()
-        assert "this was the oldest" in refusal(here)
+        assert "limits.handshakes" in refusal(here)
         for raw in crowd:
             raw.close()
 

@@ -1,0 +1,304 @@
+"""Which unfinished handshakes give way: a crowd of clients gets in, and a flood keeps out no client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from e2e.process import Process
+from e2e.process import key_of as file_key_of
+from net.house import configuration, house, key_of
+from net.raw import CHALLENGE, WELCOME, Raw, Rejected, prefixed
+
+from brokerd.net import admission as admission_module
+from brokerd.net.admission import GRACE_S, Admission, Rank
+from brokerd_client.address import Address
+
+CROWD = Path(__file__).with_name("crowd.py")
+FLOODER = Path(__file__).with_name("flooder.py")
+
+
+def peer(origin: str, admission: Admission, now: float = 0.0) -> Any:
+    """Return an unfinished handshake, as far as the admission looks at it."""
+
+    class Peer(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    knock = Peer(origin=origin, rank=Rank.SILENT, moved_at=0.0)
+    admission.add(knock, now)
+    return knock
+
+
+# The decision
+
+
+def test_admission_origin_with_most_handshakes_gives_way() -> None:
+    """The oldest of the crowd goes, however old the only peer of another origin is."""
+    admission = Admission()
+    peer("lonely", admission)
+    crowd = [peer("crowd", admission, 1.0 + number) for number in range(3)]
+    assert admission.least(now=100.0) == (crowd[0], 0.0)
+    admission.remove(crowd[0])
+    assert admission.least(now=100.0) == (crowd[1], 0.0)
+
+
+def test_admission_peer_that_got_further_gives_way_later() -> None:
+    """Of one origin: first a peer that has failed, then a silent one, one whose answer is judged, one with a key."""
+    admission = Admission()
+    peers = {rank: peer("a", admission) for rank in reversed(Rank)}
+    for rank, each in peers.items():
+        admission.advance(each, rank, 0.0)
+    gone = []
+    while (least := admission.least(now=100.0)[0]) is not None:
+        gone.append(least.rank)
+        admission.remove(least)
+    assert gone == [Rank.FAILED, Rank.SILENT, Rank.JUDGED, Rank.PROVED]
+
+
+def test_admission_proved_peer_gives_way_after_a_silent_one_of_another_origin() -> None:
+    """One against one, the peer with a key stays."""
+    admission = Admission()
+    proved, silent = peer("a", admission), peer("b", admission, 5.0)
+    admission.advance(proved, Rank.PROVED, 0.0)
+    assert admission.least(now=100.0)[0] is silent
+
+
+def test_admission_within_the_grace_nobody_gives_way() -> None:
+    """A step forward begins the grace again; a peer that has failed has none."""
+    admission = Admission()
+    first = peer("a", admission)
+    assert admission.least(0.25) == (first, GRACE_S - 0.25)
+    admission.advance(first, Rank.JUDGED, 0.5)
+    assert admission.least(0.5) == (first, GRACE_S)
+    admission.advance(first, Rank.FAILED, 0.5)
+    assert admission.least(0.5) == (first, 0.0)
+
+
+def test_admission_grace_shrinks_with_silence_and_grows_with_success() -> None:
+    """Each peer that gives way halves its origin's grace, each that gets in doubles it; after a minute all is new."""
+    admission = Admission()
+    admission.got_in("b", 0.0)
+    for _ in range(3):
+        admission.gave_way("a", 0.0)
+    assert admission.grace("a", 0.0) == GRACE_S / 16
+    assert admission.grace("b", 0.0) == GRACE_S
+    admission.got_in("a", 0.0)
+    assert admission.grace("a", 0.0) == GRACE_S / 8
+    assert admission.grace("a", 61.0) == GRACE_S
+
+
+def test_admission_flood_from_many_origins_shortens_the_grace_of_strangers() -> None:
+    """A thousand addresses do not have a thousand graces; an origin whose clients got in keeps its own."""
+    admission = Admission()
+    admission.got_in("home", 0.0)
+    for number in range(20):
+        admission.gave_way(f"bot {number}", 0.0)
+    assert admission.grace("a bot not seen yet", 0.0) < 0.001
+    assert admission.grace("bot 19", 0.0) < 0.001
+    assert admission.grace("home", 0.0) == GRACE_S
+
+
+def test_admission_remembers_a_bounded_number_of_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest are kept, and an origin without handshakes takes no room at all."""
+    monkeypatch.setattr(admission_module, "_REMEMBERED", 3)
+    admission = Admission()
+    for number in range(10):
+        admission.gave_way(f"{number}", 0.0)
+        admission.remove(peer(f"{number}", admission))
+    assert list(admission._halvings) == ["7", "8", "9"]
+    assert (admission._crowds, admission._by_weight, admission._most) == ({}, {}, 0)
+
+
+# A crowd
+
+
+def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
+    """Five times as many clients as places connect at once: nobody is turned away."""
+    names = [f"c{number}" for number in range(40)]
+    listen = str(socket_dir / "sock")
+    with house(configuration(listen, dict.fromkeys(names), limits={"handshakes": 8})) as here:
+        with contextlib.ExitStack() as stack:
+            crowd = {name: stack.enter_context(here.raw()) for name in names}
+            assert here.call(lambda: here.daemon.server.handshakes) <= 8
+            for name, raw in crowd.items():
+                raw.log_in(key_of(name), name.encode()).ping()
+        assert here.log.named("client.refused") == []
+
+
+def test_listeners_with_newcomers_take_turns() -> None:
+    """With one place, a crowd at one listener leaves every second place to the other listener."""
+    names = [f"c{number}" for number in range(12)]
+    listen = ["127.0.0.1:0", "127.0.0.1:0"]
+    with house(configuration(listen, dict.fromkeys(names), limits={"handshakes": 1})) as here:
+        first, second = here.addresses
+        with contextlib.ExitStack() as stack:
+            places = [first] * 9 + [second] * 3
+            crowd = [stack.enter_context(Raw(each)) for each in places]
+            waiting = dict(zip(crowd, names, strict=True))
+            order = []
+            while waiting:
+                # One of them has been challenged.
+                for raw in waiting:
+                    raw.sock.settimeout(0.005)
+                    with contextlib.suppress(TimeoutError):
+                        if raw.sock.recv(1, socket.MSG_PEEK):
+                            break
+                else:
+                    continue
+                raw.sock.settimeout(30)
+                name = waiting.pop(raw)
+                raw.log_in(key_of(name), name.encode()).ping()
+                order.append(raw.sock.getpeername()[1])
+        last = max(position for position, port in enumerate(order) if port == second.port)
+        assert last <= 7, order
+        assert here.log.named("client.refused") == []
+
+
+def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -> Counter[str]:
+    """Have clients connect at once, a thousand in each of some processes; return how they ended."""
+    outcomes: Counter[str] = Counter()
+    environ = {**os.environ, "PYTHONPATH": str(CROWD.parents[1])}
+    with contextlib.ExitStack() as stack:
+        members = []
+        for first in range(0, crowd, 1000):
+            command = [sys.executable, str(CROWD), str(address), face, str(ca or ""), str(first), "1000"]
+            member = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+            members.append(stack.enter_context(member))
+            stack.callback(member.kill)
+        for member in members:
+            assert member.stdout is not None
+            assert member.stdout.readline() == "ready\n"
+        for member in members:
+            assert member.stdin is not None
+            member.stdin.write("go\n")
+            member.stdin.flush()
+        for member in members:
+            assert member.stdout is not None
+            outcomes.update(json.loads(member.stdout.readline()))
+    return outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "face", "crowd"),
+    [
+        *((kind, face, 1000) for kind in ("unix", "tcp", "tls") for face in ("aio", "threads")),
+        ("unix", "aio", 3000),
+        ("tcp", "aio", 3000),
+    ],
+)
+def test_herd_of_first_connects_gets_in(socket_dir: Path, kind: str, face: str, crowd: int) -> None:
+    """All connect within the default timeout, whatever they come by."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < crowd + 1000:
+        pytest.skip(f"needs {crowd + 1000} file descriptors, and {hard} are allowed")
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    ca, certificate, key = (socket_dir / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    authority.cert_pem.write_to_path(str(ca))
+    certificate.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    key.chmod(0o600)
+    listen = ["127.0.0.1:0", {"address": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}}]
+    with Process(socket_dir, [f"c{number}" for number in range(crowd)], listen=listen) as broker:
+        address = dict(zip(("unix", "tcp", "tls"), broker.addresses(), strict=True))[kind]
+        began = time.monotonic()
+        outcomes = _connect_at_once(address, face, ca if kind == "tls" else None, crowd)
+        refused = len(broker.events("client.refused"))
+        refused += sum(event["count"] for event in broker.events("client.refused_more"))
+    print(f"\n{crowd} over {kind}, {face}: {time.monotonic() - began:.2f} s, {refused} handshakes gave way")
+    assert outcomes == {"in": crowd}
+
+
+# A flood
+
+
+@contextlib.contextmanager
+def flood(address: Address, rate: float, seconds: float, kind: str, source: str = "127.0.0.1") -> Iterator[None]:
+    """Have a process make connections from the source; it ends with the block at the latest."""
+    command = [sys.executable, str(FLOODER), address.host, str(address.port), source, str(rate), str(seconds), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as flooder:
+        assert flooder.stdout is not None
+        assert flooder.stdout.readline() == "ready\n"
+        try:
+            yield
+        finally:
+            flooder.kill()
+
+
+def far_away(address: Address, name: str, key: bytes, source: str, latency_s: float) -> float:
+    """Log in from the source with each answer so much later; return how long it took. Raises what Raw.log_in does."""
+    began = time.monotonic()
+    raw = Raw.__new__(Raw)
+    raw.sock = socket.socket()
+    raw.sock.settimeout(10)
+    with raw:
+        raw.sock.bind((source, 0))
+        raw.sock.connect(address.sockaddr)
+        answer = raw.answer(key, name.encode())
+        time.sleep(latency_s)
+        raw.write(prefixed(answer))
+        if raw.read_body() != WELCOME:
+            raise Rejected
+        time.sleep(latency_s)
+        raw.write(prefixed(CHALLENGE + b"{sha256}" + os.urandom(40)))
+        raw.read_body()
+        time.sleep(latency_s)
+        raw.write(prefixed(WELCOME))
+        raw.ping()
+    return time.monotonic() - began
+
+
+def _succeed(
+    address: Address, names: list[str], key: Any, source: str, latency_s: float, tries: int = 1
+) -> list[float | str]:
+    """Return how long each took that got in, one after the other; or why it did not. tries: of each."""
+    outcomes: list[float | str] = []
+    for name in names:
+        for left in reversed(range(tries)):
+            try:
+                outcomes.append(far_away(address, name, key(name), source, latency_s))
+                break
+            except (OSError, EOFError, Rejected) as error:
+                if not left:
+                    outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
+    """A client 50 ms away gets in while another address fills every place 30 times a second."""
+    names = ["alice", "bob", "carol"]
+    with house(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here, flood(here.address, 250, 20, "nothing"):
+        here.log.wait("client.refused", 10)
+        outcomes = _succeed(here.address, names, key_of, "127.0.0.2", 0.05)
+        assert [type(each) for each in outcomes] == [float] * 3, outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nothing", "half", "wrong", "hello"])
+@pytest.mark.parametrize("source", ["127.0.0.2", "127.0.0.1"], ids=["elsewhere", "same address"])
+def test_flood_of_2500_connections_a_second_locks_no_client_out(socket_dir: Path, kind: str, source: str) -> None:
+    """Of ten clients 50 ms away all get in; from the address of the flood with some more tries, as the library has."""
+    names = [f"c{number}" for number in range(10)]
+    with Process(socket_dir, names, listen=["127.0.0.1:0"]) as broker:
+        address = broker.addresses()[1]
+        with flood(address, 2500, 60, kind):
+            time.sleep(2)
+            outcomes = _succeed(address, names, file_key_of, source, 0.05, tries=1 if source == "127.0.0.2" else 5)
+        refused = sum(event["count"] for event in broker.events("client.refused_more"))
+    took = [round(each, 3) for each in outcomes if isinstance(each, float)]
+    print(f"\n{kind} from 127.0.0.1, clients from {source}: in after {took} s; {refused} refused meanwhile")
+    assert [type(each) for each in outcomes] == [float] * 10, outcomes
