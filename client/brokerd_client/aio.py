@@ -16,6 +16,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
@@ -51,9 +52,9 @@ UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError]
 class Client(Link):
     """A named client of a broker; made by :func:`connect`. Any task of its event loop may use it.
 
-    Every call raises Closed after close(), WrongProcess in a fork. Those that send wait while the connection is being
-    made again, for ``timeout`` seconds (where None is given, that of connect()), and then raise Disconnected: nothing
-    was sent.
+    Every call raises Closed after close(), WrongProcess in a fork, WrongLoop in another event loop or thread. Those
+    that send wait while the connection is being made again, for ``timeout`` seconds (where None is given, that of
+    connect()), and then raise Disconnected: nothing was sent.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -132,8 +133,8 @@ class Client(Link):
         number, body = encode(payload, codec)
         if ttl is not None:
             extension = with_ttl(extension, ttl)
-        deadline = self._deadline(timeout)
-        if self._forked or not self._clear:
+        deadline = None if timeout is None else self._deadline(timeout)
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         if not receipt:
             id = self._dialog.send(to, number, body, extension)
@@ -198,7 +199,7 @@ class Client(Link):
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         deadline = self._deadline(timeout)
-        if self._forked or not self._clear:
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         call = self._loop.create_future()
         id = self._dialog.request(to, number, body, extension, call, deadline)
@@ -274,8 +275,8 @@ class Client(Link):
         """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        deadline = self._deadline(timeout)
-        if self._forked or not self._clear:
+        deadline = None if timeout is None else self._deadline(timeout)
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         if not receipt:
             id = self._dialog.publish(topic, number, body, extension)
@@ -292,8 +293,7 @@ class Client(Link):
 
         Raises TimedOut; Closed; Disconnected where the connection is gone for good.
         """
-        if self._forked:
-            self._check()
+        self._check()
         return await self._inbox.take(self._limit(timeout))
 
     def __aiter__(self) -> Self:
@@ -301,6 +301,7 @@ class Client(Link):
         return self
 
     async def __anext__(self) -> Message:
+        self._check()
         try:
             return self._inbox.take_now()
         except IndexError:
@@ -452,6 +453,7 @@ class Client(Link):
         """
         if self._forked:
             return
+        self._check()
         try:
             await self._close_link()
         finally:
@@ -489,6 +491,7 @@ class Client(Link):
             await asyncio.wait([self._link.closed], timeout=LINGER_S)
 
     async def __aenter__(self) -> Self:
+        self._check()
         return self
 
     async def __aexit__(
@@ -498,6 +501,7 @@ class Client(Link):
 
     async def wait_until_ready(self) -> None:
         """Wait for the first introduction. Raises why there is none."""
+        self._check()
         while self._dialog.beginning:
             await self._wait_for_change(None)
         if self._dialog.state is State.GONE and self._dialog.reason is not None:

@@ -166,6 +166,7 @@ class Feed(Generic[T]):
         raise NotImplementedError
 
     async def __aenter__(self) -> Self:
+        self._client._check()
         return self
 
     async def __aexit__(

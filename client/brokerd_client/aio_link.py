@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import inspect
 import os
+from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, Final
 
 from brokerd_client import forks
@@ -21,7 +23,7 @@ from brokerd_client.aio_feeds import Feed, Message
 from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import Batch, Dialog
-from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongProcess
+from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
 from brokerd_client.inbox import OVERHEAD, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
@@ -50,6 +52,7 @@ class Link:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
         self._loop = asyncio.get_running_loop()
+        self._thread_id = get_ident()
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
@@ -93,6 +96,8 @@ class Link:
     def forked(self) -> None:
         """This is a copy, in a child of the process that made the client. See brokerd_client.forks."""
         self._forked = True
+        # No thread's: so a send needs no look at _forked.
+        self._thread_id = 0
         for link in self._links:
             sock = link.transport.get_extra_info("socket")
             if sock is not None:
@@ -102,8 +107,23 @@ class Link:
     # Sending
 
     def _check(self) -> None:
+        """Raise WrongProcess in a fork, WrongLoop outside the client's event loop."""
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+        here = running_loop()
+        if here is self._loop:
+            return
+        if here is not None:
+            raise WrongLoop(
+                "this client belongs to another event loop: connect again in this loop; "
+                "if its own loop runs in another thread, use asyncio.run_coroutine_threadsafe"
+            )
+        # Between two runs of the loop its own thread may set handlers.
+        if get_ident() != self._thread_id or self._loop.is_running():
+            raise WrongLoop(
+                "this client belongs to the thread of its event loop: use asyncio.run_coroutine_threadsafe in others, "
+                "or connect a blocking client"
+            )
 
     def _limit(self, timeout: float | None) -> float | None:
         """Return the timeout in seconds, None where it has no end. Raises ValueError for one that is not valid."""

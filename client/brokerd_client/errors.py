@@ -9,6 +9,7 @@
     │   ├── InvalidKey               (ValueError) an empty or unreadable key
     │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
     │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
+    │   ├── WrongLoop                (RuntimeError) an asyncio client used outside the event loop that made it
     │   └── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
     ├── RemoteError                  the peer broke the rules; its connection is to be closed
     │   ├── FrameError
@@ -72,6 +73,7 @@ __all__ = [
     "TooLarge",
     "UndecodablePayload",
     "Unsupported",
+    "WrongLoop",
     "WrongProcess",
     "refusal",
 ]
@@ -106,6 +108,10 @@ class PayloadError(LocalError, TypeError):
 
 class AlreadyAnswered(LocalError, RuntimeError):
     """A request was given a second answer; whoever asked has the first."""
+
+
+class WrongLoop(LocalError, RuntimeError):
+    """An asyncio client was used in another event loop, or in another thread, than the one that made it."""
 
 
 class WrongProcess(LocalError, RuntimeError):

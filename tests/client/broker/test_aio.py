@@ -336,12 +336,13 @@ def test_wrong_process_is_said(server: FakeServer) -> None:
 
     async def main() -> None:
         async with join("alice", server) as alice:
-            alice._forked = True
+            thread_id = alice._thread_id
+            alice._forked, alice._thread_id = True, 0
             for act in (lambda: alice.ping(), lambda: alice.recv(), lambda: alice.send("bob", 1)):
                 with pytest.raises(WrongProcess):
                     await act()
             await alice.close()
-            alice._forked = False
+            alice._forked, alice._thread_id = False, thread_id
             assert await alice.ping() >= 0
 
     run(main)

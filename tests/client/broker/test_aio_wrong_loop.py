@@ -1,0 +1,162 @@
+"""An asyncio client outside its event loop: every public method raises WrongLoop and says what would be right."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_broker import FakeServer
+
+from brokerd_client import aio
+from brokerd_client.errors import WrongLoop
+
+Use = Callable[[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message], Any]
+
+CALLS: dict[str, Use] = {
+    "send": lambda client, feed, watch, request: client.send("bob", 1),
+    "send with receipt": lambda client, feed, watch, request: client.send("bob", 1, receipt=True),
+    "send_many": lambda client, feed, watch, request: client.send_many([("bob", 1)]),
+    "send_many with receipts": lambda client, feed, watch, request: client.send_many([("bob", 1)], receipt=True),
+    "request": lambda client, feed, watch, request: client.request("bob", 1),
+    "reply": lambda client, feed, watch, request: client.reply(request, 1),
+    "publish": lambda client, feed, watch, request: client.publish("a", 1),
+    "publish with receipt": lambda client, feed, watch, request: client.publish("a", 1, receipt=True),
+    "recv": lambda client, feed, watch, request: client.recv(1),
+    "__anext__": lambda client, feed, watch, request: anext(client),
+    "on_request": lambda client, feed, watch, request: client.on_request(print),
+    "on_message": lambda client, feed, watch, request: client.on_message(print),
+    "on_undelivered": lambda client, feed, watch, request: client.on_undelivered(print),
+    "subscribe": lambda client, feed, watch, request: client.subscribe("b"),
+    "watch_presence": lambda client, feed, watch, request: client.watch_presence(),
+    "control": lambda client, feed, watch, request: client.control("ping"),
+    "clients": lambda client, feed, watch, request: client.clients(),
+    "whoami": lambda client, feed, watch, request: client.whoami(),
+    "ping": lambda client, feed, watch, request: client.ping(),
+    "close": lambda client, feed, watch, request: client.close(),
+    "wait_until_ready": lambda client, feed, watch, request: client.wait_until_ready(),
+    "__aenter__": lambda client, feed, watch, request: client.__aenter__(),
+    "__aexit__": lambda client, feed, watch, request: client.__aexit__(None, None, None),
+    "message.reply": lambda client, feed, watch, request: request.reply(1),
+    "message.fail": lambda client, feed, watch, request: request.fail("no"),
+    "subscription.recv": lambda client, feed, watch, request: feed.recv(1),
+    "subscription.__anext__": lambda client, feed, watch, request: anext(feed),
+    "subscription.__aenter__": lambda client, feed, watch, request: feed.__aenter__(),
+    "subscription.close": lambda client, feed, watch, request: feed.close(),
+    "subscription.unsubscribe": lambda client, feed, watch, request: feed.unsubscribe(),
+    "watch.recv": lambda client, feed, watch, request: watch.recv(1),
+    "watch.close": lambda client, feed, watch, request: watch.close(),
+}
+#: Does no more than return the client.
+HARMLESS = {"__aiter__", "closed", "forked", "name", "address", "connected", "counters"}
+
+
+def test_every_public_method_is_tried_below() -> None:
+    """A method that is added is added here too."""
+    methods = {name for name, _ in inspect.getmembers(aio.Client, callable) if not name.startswith("_")}
+    assert methods - HARMLESS <= set(CALLS)
+
+
+async def awaited(result: Any) -> Any:
+    """Return the result, awaited where it can be."""
+    return await result if inspect.isawaitable(result) else result
+
+
+def messages_of(use: Callable[[Use], object]) -> dict[str, str]:
+    """Return the text of the WrongLoop that each call raises."""
+    found = {}
+    for name, call in CALLS.items():
+        with pytest.raises(WrongLoop) as caught:
+            use(call)
+        found[name] = str(caught.value)
+    return found
+
+
+async def prepared(
+    server: FakeServer,
+) -> tuple[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message, asyncio.Task[Any]]:
+    """Return a connected client, what belongs to it, and a task that waits for the answer of its request."""
+    client = await aio.connect(server.path, "alice", "alice")
+    asking = asyncio.ensure_future(client.request("alice", 1, timeout=None))
+    return client, await client.subscribe("a"), await client.watch_presence(), await client.recv(5), asking
+
+
+def test_client_used_in_another_loop_of_its_thread_raises_wrong_loop(server: FakeServer) -> None:
+    """Two asyncio.run in a row, for example; nothing is sent, and the client still works in its own loop."""
+    loop = asyncio.new_event_loop()
+    try:
+        *parts, asking = loop.run_until_complete(prepared(server))
+        client = parts[0]
+        sent = len(server.broker.seen)
+        found = messages_of(lambda call: asyncio.run(awaited_in_loop(lambda: call(*parts))))
+        assert all("connect again in this loop" in text for text in found.values())
+        assert len(server.broker.seen) == sent
+        assert loop.run_until_complete(client.ping()) >= 0
+        # Between two runs of its loop.
+        client.on_message(print)
+        loop.run_until_complete(client.close())
+        with pytest.raises(OSError, match="closed"):
+            loop.run_until_complete(asking)
+    finally:
+        loop.close()
+
+
+async def awaited_in_loop(make: Callable[[], Any]) -> Any:
+    """Call and await inside the running loop."""
+    return await awaited(make())
+
+
+def test_client_used_in_another_thread_raises_wrong_loop(server: FakeServer) -> None:
+    """With a loop of its own or without one; the client's loop runs meanwhile."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        *parts, asking = asyncio.run_coroutine_threadsafe(prepared(server), loop).result(10)
+
+        def step(make: Callable[[], Any]) -> object:
+            # A coroutine that is driven by no loop at all.
+            result = make()
+            if inspect.isawaitable(result):
+                iterator = result.__await__()
+                try:
+                    return next(iterator)
+                finally:
+                    iterator.close()
+            return result
+
+        in_loop = messages_of(lambda call: asyncio.run(awaited_in_loop(lambda: call(*parts))))
+        without = messages_of(lambda call: step(lambda: call(*parts)))
+        assert all("run_coroutine_threadsafe" in text for text in (*in_loop.values(), *without.values()))
+        asyncio.run_coroutine_threadsafe(parts[0].close(), loop).result(10)
+        with pytest.raises(OSError, match="closed"):
+            asyncio.run_coroutine_threadsafe(awaited(asking), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def test_client_whose_loop_is_closed_raises_wrong_loop(server: FakeServer) -> None:
+    """The error, not a RuntimeError of the closed loop."""
+
+    async def connect() -> aio.Client:
+        client = await aio.connect(server.path, "alice", "alice")
+        await client.close()
+        return client
+
+    client = asyncio.run(connect())
+    calls: list[Callable[[], Awaitable[object]]] = [lambda: client.send("bob", 1), client.ping, client.close]
+    for call in calls:
+        with pytest.raises(WrongLoop):
+            asyncio.run(awaited_in_loop(call))
+
+
+def test_documentation_tells_of_wrong_loop() -> None:
+    """docs/client.md has it in its list of errors."""
+    text = (Path(__file__).parents[3] / "docs" / "client.md").read_text()
+    assert "WrongLoop" in text
