@@ -22,8 +22,9 @@ from brokerd.core.delivery import end_request, give_back, leave_behind, send
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
+from brokerd.core.parting import drain_in_steps, has_finished, retire
 from brokerd.core.review import Review
-from brokerd.core.service import serve
+from brokerd.core.service import reply_to, serve
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
 from brokerd.core.unsent import Unsent
@@ -106,6 +107,10 @@ class Broker:
         self.dropped = 0
         #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
         self.given_back: Counter[str] = Counter()
+        #: Refusals, by their codes, that the system did not take from the outbox of the message's sender.
+        self.unheard: Counter[str] = Counter()
+        #: Sessions that wait for the answer to ``finished``: see :meth:`answer_finished`.
+        self.finishing: dict[Session, None] = {}
         #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
         #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
         self.patience = -1
@@ -141,7 +146,7 @@ class Broker:
         first = not client.online
         client.add(session)
         for member in client.sessions.values():
-            self._release_waiters(member)
+            self.release_waiters(member)
         if first:
             client.changed_at = now_wall
             announce_presence(self, "online", client, now_wall)
@@ -154,12 +159,15 @@ class Broker:
         session.open = False
         session.left_at = next(self._order)
         client = session.client
-        client.remove(session)
+        self.finishing.pop(session, None)
+        session.marks = None
+        if not session.retired:
+            client.remove(session)
         self.topics.leave(session, session.subscriptions)
         session.subscriptions.clear()
         self.topics.abandon(session)
-        self._release(session)
-        self._release_waiters(session)
+        self.release(session)
+        self.release_waiters(session)
         # A name removed and configured again may have two connections for a moment: only its own are ended.
         for (id, _), responder in session.asked.items():
             if responder.owed.get((session.address, id)) is session:
@@ -247,7 +255,7 @@ class Broker:
         if session.outbox.waiting <= session.outbox.limit // 2:
             # What was sent to a pool's name may go to any of its members.
             for member in session.client.sessions.values():
-                self._release_waiters(member)
+                self.release_waiters(member)
 
     def order(self, op: str, source: Session, id: int, arguments: dict[str, object]) -> None:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
@@ -292,14 +300,21 @@ class Broker:
         self.happenings.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
-        """Take no new message from now on, and tell those who listen."""
-        if not self.draining:
-            self.draining = True
-            self.generation += 1
-            announce(self, "$broker.draining", b"{}")
-            # Who was held for room hears now that it is too late.
-            for session in list(self._held):
-                self._release(session)
+        """Take no new message from now on, and tell every client that listens."""
+        for _ in drain_in_steps(self):
+            pass
+
+    def answer_finished(self, session: Session) -> bool:
+        """Answer ``finished`` if it is time; return whether it was."""
+        assert session.finishing is not None
+        if not has_finished(self, session):
+            return False
+        del self.finishing[session]
+        # What is delivered to it from now on might arrive when it has closed.
+        retire(self, session)
+        reply_to(self, session, session.finishing, {})
+        session.finished = True
+        return True
 
     @property
     def outcome_reserve(self) -> int:
@@ -321,7 +336,7 @@ class Broker:
         for session in [session for session, deadline in self._held.items() if deadline <= now]:
             assert session.held_by is not None
             session.held_by.outbox.stalled = True
-            self._release(session)
+            self.release(session)
 
     def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
         why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
@@ -331,15 +346,21 @@ class Broker:
         self._held[source] = deadline
         return Verdict.HOLD
 
-    def _release(self, session: Session) -> None:
+    def held(self) -> list[Session]:
+        """Return the sessions that are held."""
+        return list(self._held)
+
+    def release(self, session: Session) -> None:
+        """Have a session read from again, if it is held."""
         if session.held_by is not None:
             del self._held[session], session.held_by.waiters[session]
             session.held_by = None
             self.released.append(session)
 
-    def _release_waiters(self, target: Session) -> None:
+    def release_waiters(self, target: Session) -> None:
+        """Have the sessions that wait for room in this one's queue try again."""
         for sender in sorted(target.waiters, key=_held_since):
-            self._release(sender)
+            self.release(sender)
 
     # One frame
 
@@ -420,15 +441,25 @@ class Broker:
 
     def answer(self, source: Session, envelope: Envelope) -> None:
         """Send the broker's own frame to a session."""
-        if source.open:
+        if source.open and not source.mute:
             self.pass_on(source, make_frame(encode(envelope)))
 
     def refuse(self, source: Session, id: int, code: ErrorCode, message: str, name: str = "") -> None:
         """Send an ERROR. name: the recipient it is about."""
+        if source.mute:
+            self._lose(source, code, message, name)
+            return
         self.refused[code] += 1
         source.errors_in += 1
         self.happenings.note("message.refused", source, name, code, message)
         self.answer(source, Envelope(Kind.ERROR, id, BROKER, error_payload(code, message, name), codec=2))
+
+    def _lose(self, source: Session, code: ErrorCode, message: str, name: str) -> None:
+        """Count a message that can't be delivered, and whose sender can't be told."""
+        if name != BROKER:
+            self.dropped += 1
+            self.given_back["lost"] += 1
+            self.happenings.note("message.dropped", source, name, code, message)
 
     def malformed(self, source: Session, id: int, message: str) -> Verdict:
         """Answer a malformed frame; the connection ends once the answer is written."""

@@ -5,6 +5,7 @@ Functions of the broker (:mod:`brokerd.core.broker`), which hands them what it h
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import WhenFull
@@ -39,7 +40,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     client = broker.exchange.resolve(name)
     if client is None:
         return broker.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}")
-    if broker.draining and answered is None:
+    if (broker.draining or source.parting) and answered is None and not source.mute:
         return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
     target = answered or (client.sessions.get(envelope.name) if instance else client.pick())
     if target is None:
@@ -52,7 +53,13 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
         return verdict
     if answered is not None:
         end_request(answered, id, source)
-    if kind is Kind.MESSAGE and client.direct is target.outbox and not instance and source.client.meter is None:
+    if (
+        kind is Kind.MESSAGE
+        and client.direct is target.outbox
+        and not instance
+        and source.client.meter is None
+        and not source.mute
+    ):
         source.routes[envelope.name.encode()] = client
     return Verdict.NEXT
 
@@ -94,7 +101,7 @@ def _deliver(
         outbox.size += size
     broker.touch(target)
     source.reached.add(target.client)
-    if envelope.kind is Kind.REQUEST:
+    if envelope.kind is Kind.REQUEST and not source.mute:
         _expect_answer(source, target, envelope.id)
         if len(source.asked) > source.client.config.requests:
             _give_up_oldest(broker, source)
@@ -185,15 +192,17 @@ def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
     """Return the session that a waiting frame came from, or None when that is gone."""
     if queued.sender is not None:
         sender: Session = queued.sender
-        return sender if sender.open else None
+        return sender if sender.open and not sender.mute else None
     return None if queued.orphaned else broker.exchange.find(name)
 
 
 def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     """Find another way for a frame that its recipient did not take, or tell its sender."""
     body = memoryview(queued.frame)[4:]
-    envelope, _ = split(body)
+    envelope, start = split(body)
     if envelope.name == BROKER:
+        if envelope.kind is Kind.ERROR:
+            _count_unheard(broker, bytes(body[start:]))
         return
     if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
         broker.given_back["lost"] += 1
@@ -223,3 +232,10 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
         broker.given_back["lost"] += 1
         why = "neither its recipient nor its sender is there any more"
         broker.happenings.note("message.dropped", session, envelope.name, "offline", why)
+
+
+def _count_unheard(broker: Broker, payload: bytes) -> None:
+    """Count a message whose sender did not hear that it failed. payload: the ERROR's."""
+    said = json.loads(payload)
+    if said["name"] != BROKER:
+        broker.unheard[said["code"]] += 1

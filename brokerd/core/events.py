@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
 
-__all__ = ["announce", "announce_presence", "publish"]
+__all__ = ["announce", "announce_presence", "publish", "recipients"]
 
 #: How many subscribers the routing loop remembers for one publisher, those of all its topics together. A topic
 #: counts for some of them, however few it has.
@@ -44,7 +44,7 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
     if source.client.policy.publishing(envelope.topic) is None:
         message = f"{source.client.name} may not publish on {envelope.topic}"
         return broker.refuse_frame(source, envelope, ErrorCode.DENIED, message)
-    if broker.draining:
+    if (broker.draining or source.parting) and not source.mute:
         return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
     rest = frame[HEADER.size :]
     size = 4 + HEADER.size + len(source.stamp) + len(rest)
@@ -79,7 +79,7 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
                 broker.touch(target)
     if envelope.flags & _RECEIPT:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-    elif source.client.meter is None:
+    elif source.client.meter is None and not source.mute:
         _remember_fan(broker, source, envelope.topic, targets)
     return Verdict.NEXT
 
@@ -127,6 +127,12 @@ def announce(broker: Broker, topic: str, payload: bytes, about: str | None = Non
             broker.close(target, "it asked for presence and does not read", cut=True)
             continue
         broker.pass_on(target, whole)
+
+
+def recipients(broker: Broker, topic: str, size: int) -> list[Session]:
+    """Return the sessions that get an event of the broker's own on ``topic``."""
+    found = broker.topics.find(topic)
+    return _choose(found, size) if found.everyone or found.groups else []
 
 
 def _choose(found: Matches[Session], size: int) -> list[Session]:

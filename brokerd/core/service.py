@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.config.values import Rule
+from brokerd.core.parting import DRAINING, part
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import (
     BROKER,
@@ -152,6 +153,8 @@ def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | Non
 
 def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
     topic, group = _subscription(broker, arguments)
+    if source.retired:
+        raise _Refusal(ErrorCode.SHUTTING_DOWN, "the broker closes this connection", BROKER)
     if source.client.policy.subscribing(topic) is None:
         raise _Refusal(ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER)
     config = source.client.config
@@ -168,6 +171,22 @@ def _unsubscribe(broker: Broker, source: Session, id: int, arguments: _Arguments
     broker.topics.discard(topic, source, group)
     source.subscriptions.discard((topic, group))
     return {"topic": topic, "group": group}
+
+
+def _goaway(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    source.goaway = True
+    reply_to(broker, source, id, {})
+    if broker.draining:
+        part(broker, source)
+
+
+def _finished(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    if not (source.goaway and source.told):
+        raise _Refusal(ErrorCode.UNSUPPORTED, f"{DRAINING} and goaway come before finished", BROKER)
+    if source.finishing is not None:
+        raise _Refusal(ErrorCode.UNSUPPORTED, "finished has been asked already", BROKER)
+    source.finishing = id
+    broker.finishing[source] = None
 
 
 # For clients with admin: true
@@ -294,6 +313,8 @@ _OPEN: Final[dict[str, _Operation]] = {
     "clients": _clients,
     "subscribe": _subscribe,
     "unsubscribe": _unsubscribe,
+    "goaway": _goaway,
+    "finished": _finished,
 }
 _ADMIN: Final[dict[str, _Operation]] = {
     "stats": _stats,

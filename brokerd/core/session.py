@@ -10,6 +10,7 @@ from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
+    from brokerd.core.parting import Marks
     from brokerd.core.routing import Seat, Tail
 
 __all__ = ["Session", "new_outbox"]
@@ -41,6 +42,12 @@ class Session:
     asked: its own requests not answered yet, by (id, address of who was asked).
     number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
+
+    goaway: it has asked to be told before the broker closes it. told: it has been.
+    parting: its new messages are refused, because its connection is about to end.
+    finishing: the id of its request ``finished``, once it has asked. finished: that has been answered.
+    marks, marked_at: see :func:`brokerd.core.parting.has_finished`.
+    retired: nothing more is delivered to it. mute: nothing more is sent to it at all.
     """
 
     __slots__ = (
@@ -53,25 +60,34 @@ class Session:
         "cut",
         "errors_in",
         "fans",
+        "finished",
+        "finishing",
         "generation",
+        "goaway",
         "held_by",
         "hold_deadline",
         "instance",
         "left_at",
         "link",
+        "marked_at",
+        "marks",
         "messages_in",
+        "mute",
         "number",
         "open",
         "outbox",
         "owed",
+        "parting",
         "peer",
         "reached",
+        "retired",
         "routes",
         "since",
         "skip",
         "slow",
         "stamp",
         "subscriptions",
+        "told",
         "topics_version",
         "waiters",
     )
@@ -106,6 +122,11 @@ class Session:
         self.asked: dict[tuple[int, str], Session] = {}
         self.reached: set[Client] = set()
         self.subscriptions: set[tuple[str, str | None]] = set()
+        self.goaway = self.told = self.parting = False
+        self.finishing: int | None = None
+        self.finished = self.retired = self.mute = False
+        self.marks: Marks | None = None
+        self.marked_at = 0
         self.messages_in = 0
         self.bytes_in = 0
         self.errors_in = 0
@@ -114,9 +135,10 @@ class Session:
         """Return what the routing loop remembers of earlier frames, emptied where it is no longer true.
 
         By recipient: the seat a message goes to. By topic: the outboxes an event goes to.
-        A frame that the broker has begun with goes back to it, not past it: then nothing is remembered.
+        A frame that the broker has begun with goes back to it, not past it: then nothing is remembered. Nor is
+        anything for a connection that is about to end.
         """
-        if self.charged:
+        if self.charged or self.parting or self.mute:
             return {}, {}
         if self.generation != broker.generation:
             self.generation = broker.generation

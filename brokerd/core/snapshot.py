@@ -125,6 +125,7 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "hold_s": None if session.hold_deadline is None else session.hold_deadline - now,
         "closing": session.closing,
         "slow": session.slow,
+        "goaway": session.goaway,
         "in": [session.messages_in, session.bytes_in, session.errors_in],
         "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions), key=str),
         "reached": sorted(client.name for client in session.reached),
@@ -250,6 +251,7 @@ def _restore_session(client: Client, facts: Facts, now: float) -> Session:
     session.hold_deadline = None if facts["hold_s"] is None else now + facts["hold_s"]
     session.closing = facts["closing"]
     session.slow = facts["slow"]
+    session.goaway = facts["goaway"]
     session.messages_in, session.bytes_in, session.errors_in = facts["in"]
     return session
 

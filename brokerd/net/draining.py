@@ -1,9 +1,9 @@
 """The end of a broker that was told to stop: what waits is delivered, or its senders are told that it was not.
 
-First everything that has arrived already is answered. Then each client takes what waits for it, for as long as
-``limits.drain_timeout`` allows; whoever has nothing to wait for is let go at once, and whoever sent something that
-still waits for another stays, to hear what becomes of it. Who has not read by then is cut off, and its senders are
-told: of as much as can be told in a fraction of a second, however much it is.
+Clients that have asked for it are told, and leave when all they have sent is written or reported; the others get a
+half-close once nothing is owed to them (:mod:`brokerd.net.parting`). That lasts as long as ``limits.drain_timeout``
+allows. A client that has not read by then is cut off, and its senders are told: of as much as can be told in a
+fraction of a second, however much it is. All of it is done in turns with the event loop.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from brokerd.core.parting import drain_in_steps
+from brokerd.net.parting import Parting, Turns
+
 if TYPE_CHECKING:
-    from brokerd.core.exchange import Client
     from brokerd.core.session import Session
-    from brokerd.net.link import Link
     from brokerd.net.server import Server
 
 __all__ = ["Drained", "Draining"]
@@ -25,13 +26,6 @@ _TELL: Final = 0.4
 _WRITE: Final = 0.2
 #: Messages answered for between two looks at the clock: some milliseconds' work.
 _SLICE: Final = 256
-#: Seconds between two looks at who need not wait any more, at least.
-_LOOK_AGAIN: Final = 0.02
-#: The share of the time in which what has arrived already is answered, and what is read of each connection for that.
-_CATCH_UP: Final = 0.5
-_READS: Final = 16
-#: Seconds of work after which others have their turn.
-_TURN: Final = 0.01
 
 
 class Drained(NamedTuple):
@@ -54,9 +48,10 @@ class Draining:
         self._server = server
         self._broker = server.broker
         self._loop = server.loop
-        self._timeout_s = timeout_s
         self._deadline = self._loop.time() + timeout_s
         self._before = self._broker.given_back.copy()
+        self._parting = Parting(server, lambda link: True, "the broker is shutting down")
+        self._turns = Turns(self._loop)
         #: Of sessions for which something waits: how many frames do, and how many the system had taken.
         self._waited: dict[Session, tuple[int, int]] = {}
         self._flushed = 0
@@ -65,23 +60,31 @@ class Draining:
         """Let go of every connection; return how it went."""
         server, broker = self._server, self._broker
         server.stop_accepting()
-        server.patience = -1
-        broker.drain()
+        for _ in drain_in_steps(broker):
+            server.settle()
+            await self._turns.yield_if_due()
         server.settle()
-        await self._catch_up()
-        for link in server.links:
+        for link in list(server.links):
             outbox = link.session.outbox
-            if outbox.waiting:
+            if outbox.waiting and not link.closed:
                 unsent = outbox.unsent
                 self._waited[link.session] = (unsent, outbox.frames - unsent)
+                await self._turns.yield_if_due()
         await self._flush()
-        slow = [link for link in server.links if link.session.outbox.waiting]
-        for link in slow:
-            link.lost("it did not read within limits.drain_timeout")
+        slow = await self._cut_off()
         await self._tell()
-        cut_off = len(slow) + server.cut_off()
+        for link in list(server.links):
+            if not link.closed:
+                slow += 1
+                self._parting.count_unread(link)
+                link.lost("the broker stopped")
+                await self._turns.yield_if_due()
+        cut_off = slow + server.cut_off()
         given_back = broker.given_back - self._before
-        return Drained(cut_off, self._flushed, given_back["reported"], given_back["lost"] + broker.arrears)
+        # A refusal that its sender has not read has reported nothing.
+        reported = max(0, given_back["reported"] - broker.unheard["offline"])
+        lost = given_back["lost"] + broker.unheard.total() + broker.arrears + self._parting.counted
+        return Drained(cut_off, self._flushed, reported, lost)
 
     def on_leaving(self, session: Session) -> None:
         """Count what a session that is about to end has been written of what waited for it."""
@@ -90,45 +93,13 @@ class Draining:
             outbox = session.outbox
             self._flushed += min(unsent, outbox.frames - outbox.unsent - taken)
 
-    async def _catch_up(self) -> None:
-        """Answer what has arrived: it comes too late."""
-        until = self._loop.time() + self._timeout_s * _CATCH_UP
-        turn = self._loop.time() + _TURN
-        for link in list(self._server.links):
-            for _ in range(_READS):
-                if not link.advance():
-                    break
-                self._server.settle()
-                now = self._loop.time()
-                if now >= until:
-                    return
-                if now >= turn:
-                    await asyncio.sleep(0)
-                    turn = self._loop.time() + _TURN
-
     async def _flush(self) -> None:
-        """Wait until everybody has taken what waits, or the time is over."""
-        pause = _LOOK_AGAIN
+        """Wait until every client has taken what waits for it and is gone, or the time is over."""
         while True:
-            began = self._loop.time()
-            self._let_go()
-            # With a great many clients the looking takes its time, and the writing is to have more of it.
-            pause = max(_LOOK_AGAIN, 10 * (self._loop.time() - began))
+            pause = await self._parting.look(self._deadline)
             left = self._deadline - self._loop.time()
             if left <= 0 or await self._is_empty_within(min(pause, left)):
                 return
-
-    def _let_go(self) -> None:
-        """Close who need not stay; who is closed takes first what waits for it."""
-        links = [link for link in self._server.links if not link.session.closing]
-        waiting: set[Client] = {link.session.client for link in self._server.links if link.session.outbox.waiting}
-        for link in links:
-            if not _waits_for_others(link, waiting):
-                self._close(link)
-        self._server.settle()
-
-    def _close(self, link: Link) -> None:
-        self._broker.close(link.session, "the broker is shutting down")
 
     async def _is_empty_within(self, seconds: float) -> bool:
         """Wait for the end of all connections; return whether it came."""
@@ -139,20 +110,30 @@ class Draining:
                 await asyncio.wait_for(server.empty.wait(), seconds)
         return not (server.links or server.is_seeing_off)
 
+    async def _cut_off(self) -> int:
+        """Close the connections that have not taken what waits for them; return how many those were."""
+        count = 0
+        until = self._deadline + _TELL
+        for link in list(self._server.links):
+            if link.session.outbox.waiting and not link.closed:
+                if self._loop.time() >= until:
+                    break
+                count += 1
+                self._parting.count_unread(link)
+                link.lost("it did not read within limits.drain_timeout")
+                await self._turns.yield_if_due()
+        return count
+
     async def _tell(self) -> None:
         """Tell the senders of what could not be delivered, and let them go."""
+        broker, server = self._broker, self._server
         until = self._loop.time() + _TELL
-        while self._broker.owes_answers and self._loop.time() < until:
-            self._broker.work_off(_SLICE)
-            self._server.settle()
+        while broker.owes_answers and self._loop.time() < until:
+            broker.work_off(_SLICE)
+            server.settle()
             await asyncio.sleep(0)
-        for link in self._server.links:
-            self._close(link)
-        self._server.settle()
+        for session in list(broker.finishing):
+            broker.answer_finished(session)
+        await self._parting.end(until)
+        server.settle()
         await self._is_empty_within(_WRITE)
-
-
-def _waits_for_others(link: Link, waiting: set[Client]) -> bool:
-    """Return whether something it sent may still come back to this client."""
-    session = link.session
-    return any(client in waiting for client in session.reached if client is not session.client)

@@ -21,8 +21,9 @@ from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
 from brokerd.net.keyring import Credential
 from brokerd.net.knock import Knock
-from brokerd.net.link import Link
+from brokerd.net.link import GRACE, Link
 from brokerd.net.listening import ListenError, Listening
+from brokerd.net.parting import Parting
 from brokerd.net.server import Server
 from brokerd.net.tally import Outcome
 from brokerd_client.address import Address
@@ -70,12 +71,18 @@ def position_of(server: Server, session: Session) -> int:
 
 
 async def let_go_of_bound(server: Server, why: str) -> None:
-    """Close the connections that no other process can go on with; return when what waits for them is written."""
-    for link in server.links:
-        if not link.can_hand_over:
-            server.broker.close(link.session, why)
+    """Close the connections that no other process can go on with; return when they are closed.
+
+    No other such connection is accepted from now on: see ``Server.accept_bound``.
+    """
+    server.hold_back_bound()
+    parting = Parting(server, lambda link: not link.can_hand_over, why)
+    deadline = server.loop.time() + GRACE
+    while parting.links() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
+        await asyncio.sleep(await parting.look(deadline))
+    await parting.end(deadline + GRACE)
     server.settle()
-    while any(link.session.closing and not link.can_hand_over for link in server.links):  # noqa: ASYNC110 - rare
+    while parting.links():  # noqa: ASYNC110 - rare
         # Each has GRACE to take what is written for it.
         await asyncio.sleep(_LOOK_AGAIN_S)
 

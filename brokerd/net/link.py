@@ -7,6 +7,7 @@ senders when the connection ends.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import traceback
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
 from brokerd.core.parcel import SLACK, Parcel
+from brokerd.core.parting import mute
 from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
 from brokerd.logs import in_words
 from brokerd.net.tls import NO_CHANNEL, Channel
+from brokerd.net.unread import UnreadCounter
+from brokerd_client.bridge import BridgedSocket
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.framing import frame_span
 
@@ -64,6 +68,7 @@ class Link:
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
     waits: others have their turn before what is in ``tail`` is routed.
     channel: what the handshake said of the way it came.
+    ending: why the broker has begun to end it, or "".
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
 
@@ -73,6 +78,7 @@ class Link:
         "channel",
         "closed",
         "credential",
+        "ending",
         "fd",
         "grace",
         "parcel",
@@ -99,6 +105,7 @@ class Link:
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
         self.closed = False
+        self.ending = ""
 
     def open(self, session: Session, early: bytes) -> None:
         """Begin: early are bytes that came in behind the handshake."""
@@ -166,7 +173,7 @@ class Link:
             self.lost(error.strerror or type(error).__name__)
             return 0
         if not size:
-            self.lost("closed by the client")
+            self.lost(self.ending or "closed by the client")
             return 0
         if parcel is None:
             self.tail = b""
@@ -337,6 +344,37 @@ class Link:
         else:
             self.sock.close()
         self.server.on_lost(self, why)
+
+    @property
+    def progress(self) -> tuple[int, int, int, int]:
+        """What changes with every byte that is read."""
+        parcel = self.parcel
+        return self.session.bytes_in, len(self.tail), 0 if parcel is None else parcel.filled, self.session.skip
+
+    def half_close(self, why: str) -> None:
+        """Tell the client that nothing more comes, and read on. Its outbox is written."""
+        self.ending = why
+        mute(self.server.broker, self.session)
+        if not isinstance(self.sock, BridgedSocket):
+            # A pipe has no half that could stay open.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
+
+    def unread_messages(self, most: int) -> int:
+        """Read what the client has sent and nothing routes any more; return how many messages that were.
+
+        most: bytes to read.
+        """
+        if self.closed:
+            return 0
+        counter, buffer, parcel = UnreadCounter(self.session.skip), self.server.buffer, self.parcel
+        counter.feed(self.tail if parcel is None else memoryview(parcel)[SLACK : parcel.filled])
+        self.tail, self.parcel = b"", None
+        with contextlib.suppress(OSError):
+            while most > 0 and (size := self.sock.recv_into(buffer)):
+                counter.feed(buffer[:size])
+                most -= size
+        return counter.count
 
     def catch_up(self) -> None:
         """Route what has arrived, without waiting for the event loop to say that something has."""

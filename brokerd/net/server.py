@@ -22,6 +22,7 @@ from brokerd.net.knock import Knock
 from brokerd.net.link import GRACE, READ_BUFFER, Link
 from brokerd.net.listening import ListenError, Listening
 from brokerd.net.notices import report
+from brokerd.net.parting import Finishing
 from brokerd.net.pulse import Pulse
 from brokerd.net.tally import Outcome, Tally
 from brokerd.net.tls import NO_CHANNEL, Channel
@@ -96,6 +97,9 @@ class Server:
         self._farewells: set[Farewell] = set()
         self._farewell_s = GRACE
         self._draining: Draining | None = None
+        self._finishing = Finishing(self)
+        #: Listening sockets at which nobody is accepted before another process does, or this one goes on.
+        self._held_back: list[Listening] = []
         #: See Broker.patience: some milliseconds' work.
         self.patience = _PATIENCE
 
@@ -192,6 +196,20 @@ class Server:
             each.close()
         self.listening.clear()
         self._door.close()
+
+    def hold_back_bound(self) -> None:
+        """Leave in the system's queue the connections that no other process could go on with."""
+        for each in self.listening:
+            if each.config.tls is not None and each not in self._held_back:
+                self._acceptor.remove(each)
+                self._held_back.append(each)
+
+    def accept_bound(self) -> None:
+        """Accept those connections again."""
+        held_back, self._held_back = self._held_back, []
+        for each in held_back:
+            if each in self.listening:
+                self._acceptor.add(each)
 
     # The door asks
 
@@ -345,6 +363,8 @@ class Server:
             self.loop.call_soon(self._work_off)
         if broker.holds_somebody or self._tick is not None:
             self._set_timer()
+        if broker.finishing:
+            self._finishing.look_soon()
 
     def _work_off(self) -> None:
         """Answer for some of what a session that is gone left behind; the rest in the next turns."""
@@ -388,6 +408,7 @@ class Server:
         self.floods.close()
         self.watch.close()
         self.pulse.close()
+        self._finishing.close()
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None

@@ -6,9 +6,11 @@ away one piece, of some kilobytes, may still wait here; it counts as sent, as by
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import TYPE_CHECKING, Final, cast
 
+from brokerd.core.parting import mute
 from brokerd.core.session import Session
 from brokerd.net.link import Link
 from brokerd.net.tls import Channel
@@ -99,6 +101,18 @@ class TlsLink(Link):
             self.lost(error.strerror or type(error).__name__)
         else:
             self._all_written()
+
+    def half_close(self, why: str) -> None:
+        """Tell the client that nothing more comes, as a Link does; with a goodbye of TLS before that."""
+        self.ending = why
+        mute(self.server.broker, self.session)
+        if self._stream.buffered:
+            # OpenSSL fails when it finds data while it says goodbye, and the data are lost.
+            return
+        with contextlib.suppress(OSError):
+            self._stream.finish()
+            if not self._stream.unsent:
+                self._stream.raw.shutdown(socket.SHUT_WR)
 
     def lost(self, why: str, *, written: bool = False) -> None:
         """End the connection, as a Link does; with a goodbye, where all that was to be said was said."""

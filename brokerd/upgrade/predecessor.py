@@ -189,6 +189,8 @@ class Predecessor:
             problem = f"a bug: {in_words(error)}"
             trace = traceback.format_exception(error)
             self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
+        if self._daemon.serves:
+            self._daemon.server.accept_bound()
         if self._heir is not None:
             try:
                 # It may take a moment to be gone, and everybody is served meanwhile.

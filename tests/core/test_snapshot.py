@@ -450,6 +450,7 @@ CAPTURED = {
     "client",
     "closing",
     "errors_in",
+    "goaway",
     "held_by",
     "hold_deadline",
     "instance",
@@ -469,11 +470,13 @@ CAPTURED = {
     "waiters",
 }
 MADE_ANEW = {"cut", "fans", "generation", "link", "routes", "topics_version"}
+#: Only connections that are about to end have these, and none of those is captured.
+PARTING = {"finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
 
 
 def test_nothing_a_session_knows_is_forgotten() -> None:
     """Whoever gives a session another attribute says here what becomes of it when the process is replaced."""
-    assert set(Session.__slots__) == CAPTURED | MADE_ANEW
+    assert set(Session.__slots__) == CAPTURED | MADE_ANEW | PARTING
 
 
 def test_nothing_the_broker_knows_is_forgotten() -> None:
@@ -483,6 +486,8 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     settled = {"touched", "released", "orders", "happenings"}
     # What is under review is held against the rules when it is restored.
     of_this_process = {"limits", "version", "routing", "generation", "draining", "patience", "review"}
+    # Of connections that are about to end, none of which is captured.
+    of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
     assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"}
     both = {"_head", "blocked", "limit", "stalled"}

@@ -1,0 +1,120 @@
+"""The last steps of a session that the broker is about to close: it is told, finishes, and gets nothing more.
+
+Functions of the broker (:mod:`brokerd.core.broker`). Source of the rules: docs/protocol.md, "Going away".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from brokerd.core.events import recipients
+from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, Kind, encode
+from brokerd_client.wire.framing import frame as make_frame
+
+if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
+    from brokerd.core.outbox import Outbox
+    from brokerd.core.session import Session
+
+__all__ = ["DRAINING", "Marks", "drain_in_steps", "has_finished", "mark", "mute", "part", "retire", "tell"]
+
+#: The topic of the event that announces the end of the connection.
+DRAINING: Final = "$broker.draining"
+_EVENT: Final = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, b"{}", codec=CodecId.JSON, topic=DRAINING)))
+
+#: Sessions that frames wait for, with the outbox, and how many bytes it must have written for the last of them.
+Marks: TypeAlias = "list[tuple[Session, Outbox, int]]"
+
+
+def drain_in_steps(broker: Broker) -> Iterator[None]:
+    """Take no new message from now on, tell every client that listens, and release held senders; a step for each."""
+    if broker.draining:
+        return
+    broker.draining = True
+    broker.generation += 1
+    told = dict.fromkeys(recipients(broker, DRAINING, len(_EVENT)))
+    told.update(dict.fromkeys(session for session in broker.exchange.sessions() if session.goaway))
+    for session in told:
+        if session.open:
+            tell(broker, session)
+        yield
+    # A sender that was held for room hears now that its message comes too late.
+    for session in broker.held():
+        broker.release(session)
+        yield
+
+
+def tell(broker: Broker, session: Session) -> None:
+    """Send a session the event that announces its end, once."""
+    if not session.told:
+        session.told = True
+        broker.pass_on(session, _EVENT)
+
+
+def part(broker: Broker, session: Session) -> None:
+    """Refuse new messages of this session from now on, and tell it so if it has asked to be told."""
+    session.parting = session.goaway
+    if session.goaway:
+        tell(broker, session)
+
+
+def retire(broker: Broker, session: Session) -> None:
+    """Deliver nothing more to a session: it is found by no name, topic or answer."""
+    if session.retired or not session.open:
+        return
+    session.retired = True
+    session.client.remove(session)
+    broker.topics.leave(session, session.subscriptions)
+    session.subscriptions.clear()
+    broker.topics.abandon(session)
+    for (id, _), responder in session.asked.items():
+        if responder.owed.get((session.address, id)) is session:
+            del responder.owed[(session.address, id)]
+    session.asked.clear()
+    broker.release_waiters(session)
+
+
+def mute(broker: Broker, session: Session) -> None:
+    """Send a session nothing more: its further frames are delivered where possible, else counted as lost."""
+    retire(broker, session)
+    session.mute = True
+
+
+def mark(session: Session) -> Marks:
+    """Return where frames of this session may wait: what its recipients' outboxes must have written."""
+    return [
+        (other, other.outbox, other.outbox.size)
+        for client in session.reached
+        for other in client.sessions.values()
+        if other is not session and other.outbox.waiting
+    ]
+
+
+def has_finished(broker: Broker, session: Session) -> bool:
+    """Return whether every frame of this session has been written to its recipient, or reported.
+
+    It has not while another client still waits for an answer of this one: a client that has sent ``finished``
+    itself does not wait.
+    """
+    if _owes(session.owed.values()):
+        return False
+    marks = session.marks
+    if marks is None or not all(other.open for other, _, _ in marks):
+        # What waited for a connection that is gone is being reported, or waits for another of the same name.
+        if broker.owes_answers:
+            return False
+        marks = None
+    if marks is None or (not marks and session.marked_at != session.messages_in):
+        marks = mark(session)
+        session.marked_at = session.messages_in
+    session.marks = [each for each in marks if _is_waiting(*each)]
+    return not session.marks
+
+
+def _is_waiting(session: Session, outbox: Outbox, size: int) -> bool:
+    return session.outbox is outbox and outbox.size - outbox.waiting < size
+
+
+def _owes(requesters: Iterable[Session]) -> bool:
+    return any(each.open and not each.retired and each.finishing is None for each in requesters)

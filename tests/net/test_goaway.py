@@ -1,0 +1,345 @@
+"""What a client is told before the broker closes its connection, and what becomes of messages under way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from net.house import House, configuration, house
+from net.raw import ERROR, EVENT, JSON, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Frame, Raw, packed
+
+LISTENS = ["127.0.0.1:0", "unix"]
+DRAINING = b"\x10$broker.draining{}"
+
+
+def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
+    return house(configuration(listen, clients, **more))
+
+
+@pytest.fixture(params=LISTENS)
+def listen(request: pytest.FixtureRequest, socket_dir: Path) -> str:
+    return str(socket_dir / "s") if request.param == "unix" else request.param
+
+
+def ask(raw: Raw, op: str, id: int) -> None:
+    raw.send(REQUEST, "$broker", json.dumps({"op": op}).encode(), id=id, codec=JSON)
+
+
+def queue_for(sender: Raw, to: str, count: int) -> None:
+    """Have the broker take that many messages of 100 kB for a client."""
+    for number in range(count):
+        sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
+        assert sender.recv().kind == RECEIPT
+
+
+def is_draining(frame: Frame) -> bool:
+    return (frame.kind, frame.name, frame.body) == (EVENT, "$broker", DRAINING)
+
+
+def lost(broker: House) -> int:
+    return int(broker.log.wait("daemon.stopped")[0].fields["lost"])
+
+
+def reach(sender: Raw, to: Raw, name: str) -> None:
+    """Have the sender reach a client once, so that the broker knows it for a sender."""
+    sender.send(MESSAGE, name, b"first")
+    assert to.recv().body == b"first"
+
+
+def test_goaway_before_a_drain_gets_one_event_and_closes_by_itself(listen: str) -> None:
+    with served(listen=listen, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+        assert alice.ask("goaway").json == {}
+        alice.ask("subscribe", topic="$broker.draining")
+        broker.stop_soon()
+        assert is_draining(alice.recv())
+        # The next frame is the answer, and no second event.
+        assert alice.ask("finished").json == {}
+        alice.close()
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        assert (stopped["cut_off"], stopped["lost"]) == (0, 0)
+
+
+def test_goaway_during_a_drain_is_told_behind_its_answer() -> None:
+    with served(limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        # Something waits for bob, so that alice stays a moment.
+        queue_for(alice, "bob", 60)
+        broker.stop_soon()
+        broker.log.wait("daemon.stopping")
+        assert alice.ask("goaway").json == {}
+        assert is_draining(alice.recv())
+        assert [bob.recv().id for _ in range(60)] == list(range(60))
+
+
+def test_message_after_the_event_is_refused() -> None:
+    with served() as broker, broker.login("alice") as alice, broker.login("bob"):
+        alice.ask("goaway")
+        broker.stop_soon()
+        assert is_draining(alice.recv())
+        alice.send(MESSAGE, "bob", b"late", id=5)
+        frame = alice.recv()
+        assert (frame.id, frame.code) == (5, "shutting_down")
+
+
+def test_finished_is_answered_when_the_recipient_has_read(socket_dir: Path) -> None:
+    # Not TCP, whose buffers may grow until they take all of it.
+    with (
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        alice.ask("goaway")
+        queue_for(alice, "bob", 70)
+        broker.stop_soon()
+        assert is_draining(alice.recv())
+        ask(alice, "finished", 9)
+        # Another answer overtakes it: it waits for bob.
+        assert alice.ask("ping", id=8).json == {}
+        alice.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            alice.recv()
+        alice.sock.settimeout(30)
+        assert [bob.recv().id for _ in range(70)] == list(range(70))
+        assert alice.recv().id == 9
+        alice.close()
+        assert lost(broker) == 0
+
+
+def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -> None:
+    """The recipient never reads: at the end of the time the sender hears of each message, and then the answer."""
+    with (
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        alice.ask("goaway")
+        queue_for(alice, "bob", 60)
+        broker.stop_soon()
+        assert is_draining(alice.recv())
+        ask(alice, "finished", 99)
+        told = []
+        while (frame := alice.recv()).id != 99:
+            assert frame.code == "offline"
+            told.append(frame.id)
+        assert frame.kind == REPLY
+        assert told == list(range(60 - len(told), 60))
+        assert broker.log.wait("daemon.stopped")[0].fields["reported"] == len(told) > 0
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_finished_before_the_event_or_twice_is_unsupported(asked: int, socket_dir: Path) -> None:
+    with (
+        served(listen=str(socket_dir / "s"), limits={"drain_timeout": "500ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
+        alice.ask("goaway")
+        if not asked:
+            assert alice.ask("finished").code == "unsupported"
+            return
+        queue_for(alice, "bob", 60)
+        broker.stop_soon()
+        assert is_draining(alice.recv())
+        ask(alice, "finished", 98)
+        assert alice.ask("finished", id=99).code == "unsupported"
+
+
+def test_request_in_hand_is_answered_during_a_drain(listen: str) -> None:
+    """The one that asks and the one that works both have said goaway; nothing else holds the drain."""
+    with (
+        served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        for each in (alice, bob):
+            each.ask("goaway")
+        alice.send(REQUEST, "bob", b"?", id=9)
+        bob.recv()
+        broker.stop_soon()
+        assert is_draining(bob.recv())
+        assert is_draining(alice.recv())
+        # bob is not let go while alice waits for its answer.
+        ask(bob, "finished", 1)
+        assert bob.ask("ping", id=2).json == {}
+        bob.send(REPLY, "alice", b"!", id=9)
+        assert alice.recv().body == b"!"
+        assert bob.recv().id == 1
+        assert alice.ask("finished").json == {}
+        alice.close()
+        bob.close()
+        assert lost(broker) == 0
+
+
+def test_request_in_hand_of_a_stock_client_is_answered_during_a_drain() -> None:
+    with (
+        served(limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        alice.send(REQUEST, "bob", b"?", id=9)
+        bob.recv()
+        broker.stop_soon()
+        broker.log.wait("daemon.stopping")
+        # Longer than the silence after which an idle one is closed.
+        threading.Event().wait(0.8)
+        bob.send(REPLY, "alice", b"!", id=9)
+        assert alice.recv().body == b"!"
+        assert alice.is_closed()
+        assert bob.is_closed()
+        assert lost(broker) == 0
+
+
+def test_frame_behind_the_half_close_of_a_stock_client_is_delivered(listen: str) -> None:
+    """Its recipient has only received, and is half-closed after it."""
+    with (
+        served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        reach(alice, bob, "bob")
+        broker.stop_soon()
+        assert alice.read_to_end() == b""
+        alice.send(MESSAGE, "bob", b"behind")
+        alice.send(EVENT, "", b"\x01tnobody")
+        assert bob.recv().body == b"behind"
+        alice.close()
+        assert bob.is_closed()
+        assert lost(broker) == 0
+
+
+def test_frame_behind_the_half_close_that_reaches_nobody_is_counted(listen: str) -> None:
+    with served(listen=listen, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+        broker.stop_soon()
+        assert alice.read_to_end() == b""
+        for number in range(3):
+            alice.send(MESSAGE, "bob", b"behind", id=number)
+        ask(alice, "ping", 7)
+        alice.close()
+        assert lost(broker) == 3
+
+
+def test_goaway_client_that_never_finishes_does_not_extend_the_drain() -> None:
+    with served(limits={"drain_timeout": "300ms"}) as broker, broker.login("alice") as alice:
+        alice.ask("goaway")
+        began = monotonic()
+        broker.stop_soon()
+        broker.log.wait("daemon.stopped")
+        assert 0.3 <= monotonic() - began < 5
+
+
+@pytest.mark.parametrize("goaway", [False, True])
+def test_client_that_floods_does_not_extend_the_drain(goaway: bool, listen: str) -> None:
+    """Whatever is taken of its messages is reported, delivered or counted."""
+    with (
+        served(listen=listen, limits={"drain_timeout": "700ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        reach(alice, bob, "bob")
+        if goaway:
+            alice.ask("goaway")
+        stop = threading.Event()
+
+        def flood() -> None:
+            run = packed(MESSAGE, "bob", b"x") * 500
+            alice.sock.setblocking(True)
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    alice.sock.sendall(run)
+
+        def drink(raw: Raw) -> None:
+            with contextlib.suppress(OSError):
+                raw.read_to_end()
+
+        threads = [threading.Thread(target=flood), *(threading.Thread(target=drink, args=(r,)) for r in (alice, bob))]
+        for thread in threads:
+            thread.start()
+        began = monotonic()
+        broker.stop_soon()
+        broker.log.wait("daemon.stopped")
+        took = monotonic() - began
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert took < 5
+
+
+def test_stock_sender_under_load_is_accounted_for(listen: str) -> None:
+    """Sent is what arrived, what came back, and what the log counts as lost."""
+    for _ in range(3):
+        _account(listen)
+
+
+@pytest.mark.slow
+def test_stock_sender_in_many_stops_is_accounted_for(listen: str) -> None:
+    for _ in range(100):
+        _account(listen)
+
+
+def _account(listen: str) -> None:
+    with (
+        served(listen=listen, limits={"drain_timeout": "5s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        reach(alice, bob, "bob")
+        sent, got, back = [0], [0], [0]
+        ended = threading.Event()
+
+        def send() -> None:
+            burst = packed(MESSAGE, "bob", b"x" * 50) * 20
+            while not ended.is_set():
+                alice.sock.sendall(burst)
+                sent[0] += 20
+                threading.Event().wait(0.0005)
+            alice.sock.shutdown(socket.SHUT_WR)
+
+        def count(raw: Raw, kind: int, into: list[int]) -> None:
+            try:
+                while True:
+                    into[0] += raw.recv().kind == kind
+            except (EOFError, OSError):
+                return
+
+        def back_until_the_end() -> None:
+            count(alice, ERROR, back)
+            ended.set()
+
+        threads = [
+            threading.Thread(target=send),
+            threading.Thread(target=back_until_the_end),
+            threading.Thread(target=count, args=(bob, MESSAGE, got)),
+        ]
+        for thread in threads:
+            thread.start()
+        threading.Event().wait(0.02)
+        broker.stop_soon()
+        for thread in threads:
+            thread.join(30)
+        missing = sent[0] - got[0] - back[0]
+        assert lost(broker) == missing, (sent, got, back)
+
+
+def test_drain_with_long_operations_keeps_turns() -> None:
+    """One client has asked for the list of 3,000 clients 2,000 times: the drain ends in time, others get turns."""
+    names = {f"c{number}": {"key": f"key {number}"} for number in range(3000)}
+    with (
+        served(names | {"alice": {}, "bob": {}}, limits={"drain_timeout": "500ms"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        bob.ask("goaway")
+        run = packed(REQUEST, "$broker", b'{"op":"clients"}', codec=JSON) * 2000
+        threading.Thread(target=alice.sock.sendall, args=(run,), daemon=True).start()
+        began = monotonic()
+        broker.stop_soon()
+        assert is_draining(bob.recv())
+        assert bob.ask("finished").json == {}
+        bob.close()
+        broker.log.wait("daemon.stopped")
+        assert monotonic() - began < 5
