@@ -26,7 +26,7 @@ TALK = {
     "brokerd_client.topics": (),
     "brokerd_client.inbox": (),
     "brokerd_client.message": ("brokerd_client.errors", "brokerd_client.wire", "brokerd_client.codec"),
-    "brokerd_client.presence": ("brokerd_client.errors",),
+    "brokerd_client.presence": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.routes": ("brokerd_client.errors", "brokerd_client.topics"),
     "brokerd_client.outgoing": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.incoming": (

@@ -561,7 +561,8 @@ def connect(
     reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
     inbox: bytes of messages kept in this process before the socket is left unread.
     ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
-    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut; AddressError, InvalidName, InvalidKey.
+    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut, ProtocolError, and nothing else once it
+    connects; AddressError, InvalidName, InvalidKey for what it is given.
     """
     settings = resolve(
         address,

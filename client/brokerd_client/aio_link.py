@@ -24,7 +24,7 @@ from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
-from brokerd_client.inbox import OVERHEAD, Gauge
+from brokerd_client.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
@@ -32,8 +32,6 @@ __all__ = ["Link", "ends_worker"]
 
 #: Requests a client's handler works on at once.
 _REQUEST_TASKS: Final = 64
-#: While a call waits for its outcome, which may be behind messages nobody takes, so many times ``inbox`` is read.
-_STRETCH: Final = 4
 #: States in which the socket is read however full the inbox is.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 #: Bytes put out that are not kept until the loop's next turn.
@@ -60,6 +58,7 @@ class Link:
             Message,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
+            inbox=settings.inbox,
         )
         self._link: Connection | None = None
         #: Every link whose connection is not closed yet.
@@ -295,6 +294,7 @@ class Link:
             self._feeds.discard(feed)
         for error in batch.undelivered:
             self._desk.tell_undelivered(error, self._loop.time())
+        self._desk.report(batch, self._loop.time())
         due = self._desk.warning_due
         if due is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
@@ -347,7 +347,7 @@ class Link:
         limit = self._gauge.limit
         over = self._gauge.held > limit and self._gauge.weigh((box.inbox for box in self._boxes()), limit=limit)
         self._gauge.full = over
-        stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit
+        stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit
         # Without the handshake and the introduction there is no connection: they are read whatever is held.
         reading = not over or stretched or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:

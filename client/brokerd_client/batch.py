@@ -19,10 +19,21 @@ class Batch(Generic[M]):
     outcomes: (waiter, Message | dict | Receipt | BrokerdError) for who waits.
     events: (sink, Message or Presence) for subscriptions and watches. ended: (sink, why) for those that are over.
     undelivered: failures of sends that nobody waits for.
+    unreadable: why a frame was skipped, one error each. warnings: sentences for the log.
     broken: set when the connection has to be closed and :meth:`brokerd_client.dialog.Dialog.lost` called with it.
     """
 
-    __slots__ = ("broken", "ended", "events", "messages", "outcomes", "size", "undelivered")
+    __slots__ = (
+        "broken",
+        "ended",
+        "events",
+        "messages",
+        "outcomes",
+        "size",
+        "undelivered",
+        "unreadable",
+        "warnings",
+    )
 
     def __init__(self) -> None:
         self.messages: list[M] = []
@@ -31,4 +42,6 @@ class Batch(Generic[M]):
         self.events: list[tuple[Any, Any]] = []
         self.ended: list[tuple[Any, BrokerdError]] = []
         self.undelivered: list[BrokerdError] = []
+        self.unreadable: list[BrokerdError] = []
+        self.warnings: list[str] = []
         self.broken: BrokerdError | None = None

@@ -25,14 +25,12 @@ from brokerd_client.channel import Channel
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, TlsError, WrongProcess
-from brokerd_client.inbox import OVERHEAD, Gauge
+from brokerd_client.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import Settings, broken, no_connection
 
 __all__ = ["Link"]
 
-#: While a call waits for its outcome, which may be behind messages nobody takes, so many times ``inbox`` is read.
-_STRETCH: Final = 4
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
 
@@ -56,6 +54,7 @@ class Link:
             Message,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
+            inbox=settings.inbox,
         )
         self._channel = _channel(settings)
         self._lock = threading.Lock()
@@ -217,10 +216,11 @@ class Link:
                 self._desk.spread(batch.events)
         for sink, why in batch.ended:
             sink.box.end(why)
-        if batch.undelivered:
+        if batch.undelivered or batch.unreadable or batch.warnings or batch.broken:
             was_due = self._desk.warning_due
             for error in batch.undelivered:
                 self._desk.tell_undelivered(error, now)
+            self._desk.report(batch, now)
             if was_due is None and self._desk.warning_due is not None:
                 self._channel.ring()
         if batch.broken is not None:
@@ -289,7 +289,7 @@ class Link:
                 deadline = due if deadline is None else min(deadline, due)
             limit = self._gauge.limit
             full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
-            reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= _STRETCH * limit)
+            reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
             closing = self._dialog.state is State.CLOSING
         return (None if deadline is None else max(0.0, deadline - time.monotonic())), reading or closing
 

@@ -5,12 +5,14 @@ Both faces use one; their boxes differ in how one waits at them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
+from brokerd_client.batch import Batch
 from brokerd_client.errors import BrokerdError
 from brokerd_client.inbox import OVERHEAD, Inbox
-from brokerd_client.message import Message
+from brokerd_client.message import Message, extension_cost
 from brokerd_client.undelivered import Undelivered
 from brokerd_client.wire.envelope import Kind
 
@@ -22,6 +24,8 @@ M = TypeVar("M", bound=Message)
 Job: TypeAlias = tuple[Callable[[Any], object], Any]
 
 _REQUEST = int(Kind.REQUEST)
+#: Bytes that an error costs in this process, its texts and the job that it is a part of aside.
+_ERROR_COST: Final = 800
 
 
 class Box(Protocol):
@@ -76,6 +80,7 @@ class Desk(Generic[M]):
         self._on_request: Callable[[M], object] | None = None
         self._on_undelivered: Callable[[BrokerdError], object] | None = None
         self._undelivered = Undelivered()
+        self._unreadable = Undelivered("more messages could not be read")
 
     def handle_messages(self, handler: Callable[[M], object]) -> None:
         """Give messages to the handler, those that wait already first."""
@@ -95,7 +100,7 @@ class Desk(Generic[M]):
         waiting: Inbox[M] = self.inbox.inbox
         earlier = waiting.take_all()
         if earlier:
-            self.sort(earlier, sum(len(message) + OVERHEAD for message in earlier))
+            self.sort(earlier, sum(map(_weight, earlier)))
 
     def sort(self, messages: list[M], size: int) -> None:
         """Pass on messages and requests in their order; ``size`` bytes in all."""
@@ -126,7 +131,7 @@ class Desk(Generic[M]):
         for feed, item in events:
             by_feed.setdefault(feed, []).append(item)
         for feed, items in by_feed.items():
-            size = sum(OVERHEAD + len(item) if isinstance(item, Message) else OVERHEAD for item in items)
+            size = sum(map(_weight, items))
             callback = feed.callback
             if callback is None:
                 feed.box.put(items, size)
@@ -136,7 +141,7 @@ class Desk(Generic[M]):
     def tell_undelivered(self, error: BrokerdError, now: float) -> None:
         """Pass on a failure nobody waits for; without a handler it is a warning in the log, or one of many."""
         if self._on_undelivered is not None and self.ordered.ended is None:
-            self.ordered.put([(self._on_undelivered, error)], OVERHEAD)
+            self.ordered.put([(self._on_undelivered, error)], _weight(error))
         else:
             self._warn(error, now)
 
@@ -150,7 +155,7 @@ class Desk(Generic[M]):
         """Drop what the handler of messages and callbacks have not been called with; failures are told all the same."""
         failures = self._take_failures()
         if failures:
-            self.ordered.put(failures, OVERHEAD * len(failures))
+            self.ordered.put(failures, sum(_weight(error) for _, error in failures))
 
     def log_failures(self, now: float) -> None:
         """Warn of the failures that no handler will be told of any more."""
@@ -161,16 +166,38 @@ class Desk(Generic[M]):
         """Take all that is to be done in order, and return the failures among it."""
         return [job for job in self.ordered.inbox.take_all() if isinstance(job[1], BrokerdError)]
 
+    def report(self, batch: Batch[M], now: float) -> None:
+        """Log what was wrong with what the broker has sent."""
+        for error in batch.unreadable:
+            if self._unreadable.note(type(error).__name__, now):
+                log().warning("message %s was skipped: %s", getattr(error, "id", 0), error)
+        for sentence in batch.warnings:
+            log().warning("%s", sentence)
+        cause = None if batch.broken is None else batch.broken.__cause__
+        if cause is not None and not isinstance(cause, BrokerdError):
+            log().error("a connection is lost in a way that is not foreseen", exc_info=cause)
+
     @property
     def warning_due(self) -> float | None:
         """When ``warn_of_more`` is to be called, None while there is nothing to warn of."""
-        return self._undelivered.due
+        due = [each.due for each in (self._undelivered, self._unreadable) if each.due is not None]
+        return min(due, default=None)
 
     def warn_of_more(self, now: float) -> None:
         """Log what was only counted until now."""
-        more = self._undelivered.more(now)
-        if more:
-            log().warning("%s", more)
+        for each in (self._undelivered, self._unreadable):
+            more = each.more(now)
+            if more:
+                log().warning("%s", more)
+
+
+def _weight(item: object) -> int:
+    """Return the bytes that a message, an error or a change of presence costs while it waits."""
+    if isinstance(item, Message):
+        return OVERHEAD + len(item) + (0 if item.extension is None else extension_cost(item.extension))
+    if isinstance(item, BrokerdError):
+        return _ERROR_COST + sys.getsizeof(str(item)) + sys.getsizeof(getattr(item, "name", ""))
+    return OVERHEAD
 
 
 def log() -> Any:

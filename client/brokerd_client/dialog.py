@@ -28,10 +28,10 @@ from brokerd_client.errors import (
     Closed,
     Disconnected,
     InDoubt,
-    MalformedEnvelope,
-    RemoteError,
+    ProtocolError,
     TimedOut,
 )
+from brokerd_client.inbox import STRETCH, largest_message
 from brokerd_client.life import NEXT, State, Step
 from brokerd_client.message import Message, Owner
 from brokerd_client.outgoing import Outgoing
@@ -39,7 +39,16 @@ from brokerd_client.reception import Reception
 from brokerd_client.routes import Route
 from brokerd_client.wire import handshake
 from brokerd_client.wire.binding import Bindings
-from brokerd_client.wire.envelope import BROKER, Flag, Kind, check_name, check_pattern
+from brokerd_client.wire.envelope import (
+    BROKER,
+    Flag,
+    Kind,
+    check_name,
+    check_pattern,
+    is_address,
+    is_name,
+    split_address,
+)
 from brokerd_client.wire.framing import FrameReader, frame
 
 __all__ = ["LINGER_S", "Batch", "Dialog"]
@@ -61,13 +70,23 @@ class Dialog(Reception[M]):
 
     key: never shown. name: "" where only the key says who we are. first_id: a random number below 2**62, so that
         nobody else's ids are ours. message: the class of what is received. reconnect: whether a loss is followed
-        by another try. timeout_s: seconds for connecting, handshake and introduction.
+        by another try. timeout_s: seconds for connecting, handshake and introduction. inbox: bytes of messages that
+        the client keeps; with it grows the longest message that is accepted.
     """
 
     def __init__(
-        self, key: bytes, name: str, first_id: int, message: type[M], *, reconnect: bool = True, timeout_s: float = 10.0
+        self,
+        key: bytes,
+        name: str,
+        first_id: int,
+        message: type[M],
+        *,
+        reconnect: bool = True,
+        timeout_s: float = 10.0,
+        inbox: int = 0,
     ) -> None:
-        super().__init__(message)
+        self._largest = largest_message(inbox)
+        super().__init__(message, self._largest)
         self.state = State.IDLE
         self.name = name
         #: ``name``, or ``name/instance`` where the name is a pool's; "" before the first introduction.
@@ -120,15 +139,22 @@ class Dialog(Reception[M]):
         assert first is handshake.RECEIVE, "the listener speaks first"
 
     def receive(self, data: bytes, owner: Owner, now: float) -> Batch[M]:
-        """Take in bytes of the connection. owner: the client that the messages will belong to."""
+        """Take in bytes of the connection. owner: the client that the messages will belong to.
+
+        Whatever goes wrong with them ends the connection, and with it every call that waits: ``batch.broken``.
+        """
         batch: Batch[M] = Batch()
         try:
             if self._handshake is not None:
                 data = self._authenticate(data)
             if data:
                 self._read(data, owner, batch, now)
-        except RemoteError as error:
+        except (AuthenticationError, ProtocolError) as error:
             batch.broken = error
+        except Exception as error:  # noqa: BLE001 - a mistake of ours, too, must not leave a call without its outcome
+            what = f"{error}" if isinstance(error, BrokerdError) else f"{type(error).__name__}: {error}"
+            batch.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
+            batch.broken.__cause__ = error
         for refusal in batch.undelivered:
             self._outgoing.refused(getattr(refusal, "id", 0))
         return batch
@@ -185,7 +211,8 @@ class Dialog(Reception[M]):
         could be sent twice.
         """
         under_way = self.state in (State.AUTHENTICATING, State.INTRODUCING)
-        return reason.cut_off or (under_way and type(reason) is Disconnected)
+        # What has a cause behind it is the broker's refusal.
+        return reason.cut_off or (under_way and type(reason) is Disconnected and reason.__cause__ is None)
 
     @property
     def beginning(self) -> bool:
@@ -211,6 +238,7 @@ class Dialog(Reception[M]):
         return {
             "late": self.late,
             "undelivered": self.undelivered,
+            "unreadable": self.unreadable,
             "unrouted": self.unrouted,
             "losses": self.losses,
         }
@@ -319,9 +347,7 @@ class Dialog(Reception[M]):
     def fail(self, to: str, id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
         self.require_ready()
-        body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-        self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
-        self._outgoing.unheard(id, to)
+        self._refuse(to, id, code, text)
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
         """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
@@ -470,11 +496,24 @@ class Dialog(Reception[M]):
         self._outgoing.refused(id)
         return True
 
-    def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
-        try:
-            self.name, self.address = str(answer["name"]), str(answer["address"])
-        except KeyError as error:
-            raise MalformedEnvelope(f"the broker's introduction lacks {error}") from error
+    def _refuse(self, to: str, id: int, code: str, text: str) -> None:
+        if self.state in (State.INTRODUCING, State.READY):
+            body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
+            self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
+            self._outgoing.unheard(id, to)
+
+    def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
+        name, address, limits = answer.get("name"), answer.get("address"), answer.get("limits", {})
+        if not isinstance(name, str) or not is_name(name):
+            raise ProtocolError("the broker's introduction has no valid name for this client")
+        if self.name and name != self.name:
+            raise ProtocolError(f"the broker calls this client {name}, and it is {self.name}")
+        if not isinstance(address, str) or not is_address(address) or split_address(address)[0] != name:
+            raise ProtocolError(f"the broker's introduction has no valid address for {name}")
+        most = limits.get("max_message", 0) if isinstance(limits, dict) else None
+        if type(most) is not int or most < 0:
+            raise ProtocolError("the broker's introduction has limits that are not valid")
+        self.name, self.address = name, address
         self.introduction = answer
         self._step(Step.INTRODUCE)
         if not self._introduced:
@@ -483,3 +522,8 @@ class Dialog(Reception[M]):
         self._link_deadline = None
         self._ready_since = now
         self.reason = None
+        if most > self._largest:
+            batch.warnings.append(
+                f"the broker passes on messages of up to {most} bytes, and this client accepts {self._largest}: "
+                f"give it an inbox of at least {-(-most // STRETCH)} bytes"
+            )

@@ -11,7 +11,8 @@
     │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
     │   ├── WrongLoop                (RuntimeError) an asyncio client used outside the event loop that made it
     │   └── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
-    ├── RemoteError                  the peer broke the rules; its connection is to be closed
+    ├── RemoteError                  the peer broke the rules
+    │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or with the connection as a whole
     │   ├── FrameError
     │   │   ├── BadLength            a length no frame can have
     │   │   └── FrameTooBig          more was announced than the limit of the moment
@@ -63,6 +64,7 @@ __all__ = [
     "NoSuchClient",
     "Offline",
     "PayloadError",
+    "ProtocolError",
     "RateLimited",
     "Refused",
     "RemoteError",
@@ -119,7 +121,11 @@ class WrongProcess(LocalError, RuntimeError):
 
 
 class RemoteError(BrokerdError):
-    """The peer broke the rules; its connection is to be closed."""
+    """The peer broke the rules."""
+
+
+class ProtocolError(RemoteError, ConnectionError):
+    """The broker broke the rules of the protocol (docs/protocol.md); ``__cause__`` is the error behind it, if any."""
 
 
 class FrameError(RemoteError):

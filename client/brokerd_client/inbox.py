@@ -14,12 +14,21 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["OVERHEAD", "Gauge", "Inbox"]
+__all__ = ["OVERHEAD", "STRETCH", "Gauge", "Inbox", "largest_message"]
 
 T = TypeVar("T")
 
 #: Bytes a received message costs in this process beyond its frame.
 OVERHEAD: Final = 200
+#: While a call waits for its outcome, which may be behind messages nobody takes, so many times the limit is read.
+STRETCH: Final = 4
+#: Bytes of a message that every client accepts: the broker's ``limits.max_message`` unless set.
+_ACCEPTED: Final = 16 * 2**20
+
+
+def largest_message(inbox: int) -> int:
+    """Return the bytes of the longest message that a client with this ``inbox`` accepts."""
+    return max(_ACCEPTED, STRETCH * inbox)
 
 
 class Gauge:

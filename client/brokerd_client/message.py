@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from brokerd_client import codec as codecs
 from brokerd_client.errors import AlreadyAnswered, UndecodablePayload
 from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 
-__all__ = ["Message", "Owner", "Receipt", "with_ttl"]
+__all__ = ["VALUE_COST", "Message", "Owner", "Receipt", "extension_cost", "with_ttl"]
+
+#: Bytes that each value of an extension costs in this process, about.
+VALUE_COST: Final = 100
 
 
 class Owner(Protocol):
@@ -127,6 +130,23 @@ class Message:
     def __repr__(self) -> str:
         about = f" topic={self.topic!r}" if self.topic else ""
         return f"<{self.kind.name} {self.id} from {self.sender!r}{about} {len(self.body)} bytes>"
+
+
+def extension_cost(extension: Mapping[str, Any]) -> int:
+    """Return the bytes that an extension costs in this process, about."""
+    cost = 0
+    waiting: list[object] = [extension]
+    while waiting:
+        value = waiting.pop()
+        cost += VALUE_COST
+        if isinstance(value, Mapping):
+            waiting += value.values()
+            cost += sum(map(len, value))
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            cost += len(value)
+    return cost
 
 
 def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:

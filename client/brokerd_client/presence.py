@@ -11,12 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from brokerd_client.errors import ProtocolError
+from brokerd_client.wire.envelope import is_name
+
 __all__ = ["OFFLINE_PREFIX", "ONLINE_PREFIX", "PATTERNS", "ClientInfo", "Presence", "Watch", "client_list"]
 
 ONLINE_PREFIX: Final = "$broker.online."
 OFFLINE_PREFIX: Final = "$broker.offline."
 #: A client's name may hold dots, which a topic takes for more tokens.
 PATTERNS: Final = (ONLINE_PREFIX + ">", OFFLINE_PREFIX + ">")
+#: Names that one watch remembers at most: ten times as many as a broker was ever tried with.
+_MOST: Final = 2**20
+#: Seconds since the epoch that a time is below: some 30,000 years.
+_END_OF_TIME: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,24 @@ class Presence:
 
 
 def client_list(answer: Mapping[str, Any]) -> list[ClientInfo]:
-    """Return the clients in the answer of the ``clients`` operation."""
-    return [ClientInfo(entry["name"], bool(entry["online"]), entry.get("since")) for entry in answer["clients"]]
+    """Return the clients in the answer of the ``clients`` operation. Raises ProtocolError."""
+    clients = answer.get("clients")
+    if not isinstance(clients, list):
+        raise ProtocolError("the broker's list of clients is not a list")
+    return [_client(entry) for entry in clients]
+
+
+def _client(entry: object) -> ClientInfo:
+    if not isinstance(entry, dict):
+        raise ProtocolError("the broker's list of clients has an entry that is not an object")
+    name, online, since = entry.get("name"), entry.get("online"), entry.get("since")
+    if not isinstance(name, str) or not is_name(name):
+        raise ProtocolError("the broker's list of clients has an entry without a valid name")
+    if not isinstance(online, bool):
+        raise ProtocolError(f"the broker's list of clients does not say whether {name} is online")
+    if since is not None and not (type(since) in (int, float) and abs(since) < _END_OF_TIME):
+        raise ProtocolError(f"the broker's list of clients has a time for {name} that is not valid")
+    return ClientInfo(name, online, since)
 
 
 class Watch:
@@ -72,12 +95,14 @@ class Watch:
     def event(self, topic: str) -> Presence | None:
         """Return the change a presence event tells, or None where it is none.
 
-        An event before the list came is told by the list.
+        An event before the list came is told by the list. Raises ProtocolError.
         """
         online = topic.startswith(ONLINE_PREFIX)
         name = topic[len(ONLINE_PREFIX if online else OFFLINE_PREFIX) :]
-        if not self._synced or self._known.get(name) is online:
+        if not self._synced or self._known.get(name) is online or not is_name(name):
             return None
+        if len(self._known) >= _MOST and name not in self._known:
+            raise ProtocolError(f"the broker has named more than {_MOST} clients")
         self._known[name] = online
         return Presence(name, online)
 

@@ -13,52 +13,69 @@ from typing import Any, Final, Generic, TypeVar
 from brokerd_client import presence
 from brokerd_client.awaiting import Awaiting, Pending, Purpose
 from brokerd_client.batch import Batch
-from brokerd_client.errors import BrokerdError, Denied, MalformedEnvelope, RequestFailed, refusal
-from brokerd_client.incoming import Incoming
+from brokerd_client.errors import (
+    BrokerdError,
+    Denied,
+    Disconnected,
+    FrameTooBig,
+    ProtocolError,
+    RequestFailed,
+    refusal,
+)
+from brokerd_client.incoming import Incoming, Unreadable
 from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.routes import Route, Routes
-from brokerd_client.wire.envelope import BROKER, Envelope, Kind
+from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
 
 __all__ = ["Reception"]
 
 M = TypeVar("M", bound=Message)
 
 _EVENT_KIND: Final = int(Kind.EVENT)
+#: Bytes of an ERROR's payload, and of an answer of the broker that is not asked for by the caller, that are read.
+_MOST_SAID: Final = 2**20
+#: Characters of an ERROR's texts that are kept: its code; its name; its message, the broker's own and a client's.
+_MOST_CODE: Final = 64
+_MOST_NAME: Final = 255
+_MOST_TEXT: Final = 1000
+_MOST_CLIENT_TEXT: Final = 2**16
 
 
 class Reception(Generic[M]):
     """The receiving half of a dialog: who waits for what, and what becomes of it.
 
-    message: the class of what is received.
+    message: the class of what is received. largest: bytes of the longest payload that is accepted.
     """
 
-    def __init__(self, message: type[M]) -> None:
+    def __init__(self, message: type[M], largest: int) -> None:
         #: Replies and receipts that came after their caller had given up, and own answers that came too late.
         self.late = 0
         #: Events that fit no subscription any more.
         self.unrouted = 0
         #: Sends that failed and that nobody waited for.
         self.undelivered = 0
+        #: Frames that could not be read, or were too long, and were skipped.
+        self.unreadable = 0
         self.awaiting = Awaiting()
         self.routes = Routes()
         self._watches: dict[presence.Watch, list[Route]] = {}
-        self._incoming = Incoming(message)
+        self._incoming = Incoming(message, largest)
 
     def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
         """Take in every whole frame."""
 
-        def other(frame: M | Envelope) -> None:
-            if not isinstance(frame, Envelope):
+        def other(frame: M | Envelope | Unreadable) -> None:
+            if isinstance(frame, Unreadable):
+                self._on_unreadable(frame, batch)
+            elif not isinstance(frame, Envelope):
                 if frame._kind == _EVENT_KIND:
                     self._on_event(frame, batch)
                 else:
                     self._on_reply(frame, batch, now)
             elif frame.kind is Kind.ERROR:
                 self._on_error(frame, batch)
-            elif frame.kind is Kind.RECEIPT:
-                self._on_receipt(frame.id, batch)
             else:
-                raise MalformedEnvelope("the broker sends no ACK", frame.id)
+                self._on_receipt(frame.id, batch)
 
         batch.size += self._incoming.read(data, owner, batch.messages, other)
 
@@ -70,7 +87,7 @@ class Reception(Generic[M]):
             for sink in route.takers():
                 if not isinstance(sink, presence.Watch):
                     batch.events.append((sink, message))
-                elif (change := sink.event(message.topic)) is not None:
+                elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
                     batch.events.append((sink.sink, change))
 
     def _on_receipt(self, id: int, batch: Batch[M]) -> None:
@@ -86,31 +103,61 @@ class Reception(Generic[M]):
         if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
             self.late += 1
             return
-        self.awaiting.pop(message.id)
         if pending.purpose is Purpose.REQUEST:
+            self.awaiting.pop(message.id)
             batch.outcomes.append((pending.waiter, message))
             return
-        answer = _json_object(message.body)
-        if answer is None:
-            raise MalformedEnvelope("the broker's answer is no JSON object", message.id)
-        if pending.purpose is Purpose.WHOAMI:
-            self._on_introduction(answer, now)
-        elif pending.purpose in (Purpose.WATCH, Purpose.RESYNC):
-            self._on_snapshot(pending.sink, answer, batch)
+        try:
+            answer = self._answer(pending, message, batch, now)
+        except ProtocolError as error:
+            self._fail(pending, error, batch)
+            return
+        self.awaiting.pop(message.id)
         if pending.waiter is not None:
             batch.outcomes.append((pending.waiter, answer))
 
-    def _on_snapshot(self, watch: presence.Watch, answer: dict[str, Any], batch: Batch[M]) -> None:
-        try:
-            changes = watch.snapshot(presence.client_list(answer))
-        except (KeyError, TypeError) as error:
-            raise MalformedEnvelope("the broker's list of clients is none") from error
-        if watch in self._watches:
-            batch.events += [(watch.sink, change) for change in changes]
+    def _answer(self, pending: Pending, message: M, batch: Batch[M], now: float) -> dict[str, Any]:
+        """Return the answer of an operation, taken in. Raises ProtocolError where it is not valid."""
+        listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
+        answer = _json_object(message.body, None if listed or pending.purpose is Purpose.CONTROL else _MOST_SAID)
+        if answer is None:
+            raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object")
+        if pending.purpose is Purpose.WHOAMI:
+            self._on_introduction(answer, batch, now)
+        elif listed:
+            changes = pending.sink.snapshot(presence.client_list(answer))
+            if pending.sink in self._watches:
+                batch.events += [(pending.sink.sink, change) for change in changes]
+        return answer
+
+    def _fail(self, pending: Pending, error: ProtocolError, batch: Batch[M]) -> None:
+        """End a call whose answer is not valid. Raises the error where no caller waits: the connection is over."""
+        if pending.waiter is None and pending.purpose is not Purpose.FORGET:
+            raise error
+        self.awaiting.pop(pending.id)
+        self._withdraw(pending)
+        if pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, error))
+
+    def _on_unreadable(self, frame: Unreadable, batch: Batch[M]) -> None:
+        """Report a frame that was skipped: to the call that it answers, else to the log, and to a requester."""
+        self.unreadable += 1
+        pending = self.awaiting.get(frame.id)
+        if pending is not None and _may_answer(frame, pending):
+            error = ProtocolError(f"the answer to {frame.id} can't be read: {frame.error}")
+            error.__cause__ = frame.error
+            self._fail(pending, error, batch)
+            return
+        batch.unreadable.append(frame.error)
+        if frame.kind == Kind.REQUEST and is_address(frame.name):
+            code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
+            self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
-        said = _json_object(envelope.payload) or {}
-        code, text, name = (str(said.get(field, "")) for field in ("code", "message", "name"))
+        said = _json_object(envelope.payload, _MOST_SAID) or {}
+        most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
+        code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
+        name = _text(said.get("name"), _MOST_NAME)
         pending = self.awaiting.get(envelope.id)
         if envelope.name != BROKER:
             if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
@@ -137,7 +184,8 @@ class Reception(Generic[M]):
         """The broker has said no to this one."""
         self._forget_subscription(pending)
         if pending.purpose is Purpose.WHOAMI:
-            batch.broken = error
+            batch.broken = Disconnected(f"the broker refused the connection: {error}")
+            batch.broken.__cause__ = error
         elif pending.purpose is Purpose.RESUBSCRIBE:
             assert pending.route is not None
             self._end(list(pending.route.sinks), pending.route, error, batch)
@@ -173,15 +221,41 @@ class Reception(Generic[M]):
         """Return whether the id is not one of this client's own, so that only an answer can have had it."""
         raise NotImplementedError
 
-    def _on_introduction(self, answer: dict[str, Any], now: float) -> None:
-        """The broker has said who we are."""
+    def _withdraw(self, pending: Pending) -> None:
+        """Undo what a caller who has given up was about to get."""
+        raise NotImplementedError
+
+    def _refuse(self, to: str, id: int, code: str, text: str) -> None:
+        """Answer a request with an ERROR, if that can be sent."""
+        raise NotImplementedError
+
+    def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
+        """The broker has said who we are. Raises ProtocolError where it is not valid."""
         raise NotImplementedError
 
 
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in the bytes, or None where there is none."""
+def _may_answer(frame: Unreadable, pending: Pending) -> bool:
+    """Return whether a frame that can't be read, with the id of the call, is the answer to it."""
+    if frame.kind == Kind.RECEIPT:
+        return pending.purpose is Purpose.RECEIPT
+    if frame.kind == Kind.REPLY and pending.purpose is Purpose.RECEIPT:
+        return False
+    return frame.kind in (Kind.REPLY, Kind.ERROR) and (
+        frame.name in ("", BROKER) or (pending.purpose is Purpose.REQUEST and pending.answered_by(frame.name))
+    )
+
+
+def _json_object(body: bytes, most: int | None) -> dict[str, Any] | None:
+    """Return the JSON object in the bytes, or None where there is none, or where there are more than ``most``."""
+    if most is not None and len(body) > most:
+        return None
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _text(value: object, most: int) -> str:
+    """Return the beginning of a text that was received, without what can't be written; "" for any other value."""
+    return value[:most].encode(errors="replace").decode() if isinstance(value, str) else ""

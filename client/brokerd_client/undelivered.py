@@ -1,4 +1,4 @@
-"""Warnings of messages that were not delivered: each by itself while they are few, counted while they are many.
+"""Warnings of what went wrong with messages: each by itself while they are few, counted while they are many.
 
 A program in a loop can be refused a million messages a second, and a line for each would bury everything else that it
 logs. So the first few within a second have a line each, and one line counts the rest. While that goes on, the second
@@ -24,12 +24,14 @@ _NAMED: Final = 5
 
 
 class Undelivered:
-    """What of one client's messages was not delivered, and how much of that has been said.
+    """What of one client's messages was not delivered, or could not be read, and how much of that has been said.
 
-    due: when what was only counted is to be said, on the clock of ``now``; None while there is nothing.
+    what: the words for it. due: when what was only counted is to be said, on the clock of ``now``; None while there
+        is nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "more messages were not delivered") -> None:
+        self._what = what
         self.due: float | None = None
         self._period_s = _PERIOD_S
         self._ends = 0.0
@@ -59,4 +61,4 @@ class Undelivered:
         self._period_s = min(self._period_s * 2, _LONGEST_S)
         self._ends, self._lines = now + self._period_s, 0
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counted.most_common(_NAMED))
-        return f"{counted.total()} more messages were not delivered: {reasons}"
+        return f"{counted.total()} {self._what}: {reasons}"

@@ -144,7 +144,8 @@ class FakeBroker:
                 return
             session.subscriptions.append((said["topic"], said.get("group", "")))
         elif said["op"] == "unsubscribe":
-            session.subscriptions.remove((said["topic"], said.get("group", "")))
+            with contextlib.suppress(ValueError):
+                session.subscriptions.remove((said["topic"], said.get("group", "")))
         elif said["op"] != "ping":
             self.refuse(session, envelope, ErrorCode.UNSUPPORTED)
             return

@@ -17,24 +17,26 @@ from brokerd_client import backoff, dialog, outgoing
 from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import (
     AuthenticationError,
+    BadLength,
     Closed,
     Denied,
     Disconnected,
-    FrameError,
     FrameTooBig,
     InDoubt,
     InvalidName,
     MalformedEnvelope,
     Offline,
+    ProtocolError,
     RemoteError,
     RequestFailed,
     ShuttingDown,
     TimedOut,
 )
+from brokerd_client.incoming import HEAD
 from brokerd_client.life import NEXT, State
 from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
-from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Kind, encode, error_payload
+from brokerd_client.wire.envelope import HEADER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
 from brokerd_client.wire.framing import frame
 
 NONCE = b"n" * 40
@@ -52,7 +54,7 @@ OWNER = Owner()
 
 def merge(into: Batch[Message], more: Batch[Message]) -> None:
     """Add one batch to another."""
-    for field in ("messages", "outcomes", "events", "ended", "undelivered"):
+    for field in ("messages", "outcomes", "events", "ended", "undelivered", "unreadable", "warnings"):
         getattr(into, field).extend(getattr(more, field))
     into.size += more.size
     into.broken = into.broken or more.broken
@@ -248,7 +250,9 @@ def test_refused_introduction_breaks_the_link() -> None:
         pair.broker.refuse(session, envelope, ErrorCode.SHUTTING_DOWN),
         True,
     )
-    assert isinstance(pair.connect().broken, ShuttingDown)
+    broken = pair.connect().broken
+    assert type(broken) is Disconnected
+    assert isinstance(broken.__cause__, ShuttingDown)
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"[]", b"no json", b"\xff"])
@@ -259,7 +263,8 @@ def test_introduction_that_is_none_breaks_the_link(answer: bytes) -> None:
         session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2)),
         True,
     )
-    assert isinstance(pair.connect().broken, MalformedEnvelope)
+    assert isinstance(pair.connect().broken, ProtocolError)
+    assert not pair.dialog.introduction
 
 
 def test_every_state_but_the_last_can_be_closed() -> None:
@@ -813,11 +818,80 @@ def test_watch_refused_on_a_new_connection_ends(pair: Pair, refused: bytes) -> N
     assert len(pair.dialog.routes) == 0
 
 
-@pytest.mark.parametrize("answer", [b"{}", b'{"clients": 5}', b'{"clients": [1]}'])
-def test_list_of_clients_that_is_none_breaks_the_link(pair: Pair, answer: bytes) -> None:
-    """The broker's mistake, not ours."""
+BAD_LISTS = [
+    b"{}",
+    b"7",
+    b"[1]",
+    b"\xff",
+    b'{"clients": 5}',
+    b'{"clients": [1]}',
+    *(
+        b'{"clients": [{"name": "a", "online": true}, ' + entry + b"]}"
+        for entry in (
+            b'{"online": true}',
+            b'{"name": 5, "online": true}',
+            b'{"name": "\\ud800", "online": true}',
+            b'{"name": "a/b", "online": true}',
+            b'{"name": "$broker", "online": true}',
+            b'{"name": "b"}',
+            b'{"name": "b", "online": 1}',
+            b'{"name": "b", "online": null}',
+            b'{"name": "b", "online": true, "since": "now"}',
+            b'{"name": "b", "online": true, "since": true}',
+            b'{"name": "b", "online": true, "since": NaN}',
+            b'{"name": "b", "online": true, "since": Infinity}',
+            b'{"name": "b", "online": true, "since": 1e400}',
+            b'{"name": "b", "online": true, "since": 1' + b"0" * 4000 + b"}",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", BAD_LISTS)
+def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: bytes) -> None:
+    """Its caller hears of it, the watch leaves nothing behind, and the connection goes on."""
     id, _ = pair.dialog.watch("sink", "w", None)
-    assert isinstance(pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2).broken, MalformedEnvelope)
+    batch = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
+    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", ProtocolError)]
+    assert (batch.broken, batch.events, len(pair.dialog.routes)) == (None, [], 0)
+    pair.talk()
+    assert pair.session is not None
+    assert pair.session.subscriptions == []
+
+
+@pytest.mark.parametrize("answer", BAD_LISTS)
+def test_watch_resumed_with_a_list_that_is_not_valid_breaks_the_link(pair: Pair, answer: bytes) -> None:
+    """No call waits that could hear of it."""
+    pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    pair.lose()
+    pair.broker.intercept = lambda session, envelope: (
+        b"clients" in envelope.payload
+        and (session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2)), True)
+    )
+    assert isinstance(pair.connect().broken, ProtocolError)
+
+
+def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
+    """Nothing that can't be a client's name, and nothing from another sender, is told or remembered."""
+    _, watch = pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    known = len(watch._known)
+    for name, sender in (("x" * 65, "$broker"), ("a b", "$broker"), ("-", "$broker"), ("eve", "bob")):
+        assert not pair.hear_frame(Kind.EVENT, name=sender, topic=f"$broker.online.{name}").events
+    assert len(watch._known) == known
+
+
+def test_presence_of_more_names_than_any_broker_has_breaks_the_link(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a watch remembers is bounded."""
+    monkeypatch.setattr("brokerd_client.presence._MOST", 5)
+    _, watch = pair.dialog.watch("sink", "w", None)
+    pair.talk()
+    batches = [pair.hear_frame(Kind.EVENT, name="$broker", topic=f"$broker.online.n{n}") for n in range(3)]
+    assert [type(batch.broken) for batch in batches] == [type(None), type(None), ProtocolError]
+    assert len(watch._known) == 5
 
 
 # Bytes in
@@ -888,13 +962,14 @@ def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> No
     assert not batch.broken
 
 
+@pytest.mark.parametrize("name", [b"b\xffb", b"b b", b"/ab", b"b/A"])
 @pytest.mark.parametrize("alike", [0, 3, 5, 30])
-def test_run_ends_at_a_name_that_is_none(pair: Pair, alike: int) -> None:
-    """A sender that is not UTF-8 breaks the link wherever it stands; what came before it is delivered."""
+def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> None:
+    """A message whose sender is not valid is skipped wherever it stands; all others are delivered."""
     good = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x")))
-    batch = pair.hear(good * alike + good.replace(b"bob", b"b\xffb") + good * 10)
-    assert isinstance(batch.broken, MalformedEnvelope)
-    assert len(batch.messages) == alike
+    batch = pair.hear(good * alike + good.replace(b"bob", name) + good * 10)
+    assert (len(batch.messages), len(batch.unreadable), batch.broken) == (alike + 10, 1, None)
+    assert isinstance(batch.unreadable[0], MalformedEnvelope)
 
 
 def test_long_form_of_a_length(pair: Pair) -> None:
@@ -910,10 +985,32 @@ def test_long_form_of_a_length(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 12])
 @pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"\xff\xff\xff\xfe" + b"\0" * 12, BadLength),
+        (b"\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 4, FrameTooBig),
+        (b"\x40\0\0\0" + b"\0" * HEAD, FrameTooBig),
+    ],
+)
+def test_lengths_that_no_frame_has_break_the_link(
+    pair: Pair, data: bytes, cause: type[RemoteError], pieces: int
+) -> None:
+    """Where the next frame begins is not known any more; what came before is delivered."""
+    batch = pair.hear(frame(encode(FRAMES[0])))
+    step = len(data) if pieces == 1 else 1
+    for start in range(0, len(data), step):
+        merge(batch, pair.hear(data[start : start + step]))
+        if batch.broken:
+            break
+    assert isinstance(batch.broken, ProtocolError)
+    assert isinstance(batch.broken.__cause__, cause)
+    assert len(batch.messages) == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 12])
+@pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"\xff\xff\xff\xfe" + b"\0" * 12, FrameError),
-        (b"\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 4, FrameTooBig),
         (b"\0\0\0\x02ab", MalformedEnvelope),
         (b"\0\0\0\x0c\x09" + b"\0" * 11, MalformedEnvelope),
         (b"\0\0\0\x0c\x01\0\0\x05" + b"\0" * 8, MalformedEnvelope),
@@ -924,15 +1021,50 @@ def test_long_form_of_a_length(pair: Pair) -> None:
         (b"\0\0\0\x0d\x05\0\0\x01" + b"\0" * 8 + b"a", MalformedEnvelope),
     ],
 )
-def test_broken_frames_break_the_link(pair: Pair, data: bytes, error: type[RemoteError], pieces: int) -> None:
-    """What no broker sends ends the connection; what came before it is delivered."""
-    batch = pair.hear(frame(encode(FRAMES[0])))
-    for start in range(0, len(data), len(data) if pieces == 1 else 1):
-        merge(batch, pair.hear(data[start : start + (len(data) if pieces == 1 else 1)]))
-        if batch.broken:
-            break
-    assert isinstance(batch.broken, error)
-    assert len(batch.messages) == 1
+def test_frames_that_cannot_be_read_are_skipped(pair: Pair, data: bytes, error: type[RemoteError], pieces: int) -> None:
+    """What is before and behind them is delivered."""
+    good = frame(encode(FRAMES[0]))
+    batch: Batch[Message] = Batch()
+    for each in (good, data, good, data * 2, good):
+        step = len(each) if pieces == 1 else 1
+        for start in range(0, len(each), step):
+            merge(batch, pair.hear(each[start : start + step]))
+    assert [type(each) for each in batch.unreadable] == [error] * 3
+    assert (len(batch.messages), batch.broken, pair.dialog.unreadable) == (3, None, 3)
+
+
+TOO_DEEP = b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"
+
+
+def with_extension(
+    raw: bytes, kind: Kind = Kind.REQUEST, id: int = 7, name: bytes = b"bob", rest: bytes = b""
+) -> bytes:
+    """Return a frame with these bytes for its extension."""
+    return frame(HEADER.pack(kind, 2, 0, len(name), id), name, len(raw).to_bytes(2, "big"), raw, rest)
+
+
+def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
+    """Its requester does not wait for its timeout; a message is only reported."""
+    batch = pair.hear(with_extension(TOO_DEEP) + with_extension(b"no json") + with_extension(TOO_DEEP, Kind.MESSAGE))
+    assert len(batch.unreadable) == 3
+    pair.broker.seen.clear()
+    pair.talk()
+    answers = [(each.kind, each.name, each.id, json.loads(each.payload)["code"]) for each in pair.broker.seen]
+    assert answers == [(Kind.ERROR, "bob", 7, "unreadable")] * 2
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
+@pytest.mark.parametrize("purpose", ["request", "control"])
+def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpose: str) -> None:
+    """The call that it answers gets an error, and nothing waits for ever."""
+    if purpose == "request":
+        id, name = pair.dialog.request("bob", 0, b"", None, "w", None), b"bob"
+    else:
+        id, name = pair.dialog.control("ping", {}, "w", None), b"$broker"
+    assert not pair.hear(with_extension(TOO_DEEP, kind, id, b"carol")).outcomes
+    batch = pair.hear(with_extension(TOO_DEEP, kind, id, name))
+    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", ProtocolError)]
+    assert (batch.unreadable, batch.broken, len(pair.dialog.awaiting)) == ([], None, 0)
 
 
 @given(st.binary(max_size=200), st.integers(1, 40))
@@ -1045,7 +1177,14 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         assert pair.hear_frame(Kind.EVENT, 1, "bob", topic=name).events[0][1].topic == name
         pair.dialog.send_many([name], [0], [b""])
     out, into = pair.dialog._outgoing, pair.dialog._incoming
-    for table in (out._recipients, out._starts, out._topics, into._texts, pair.dialog.routes._remembered):
+    for table in (
+        out._recipients,
+        out._starts,
+        out._topics,
+        into._senders,
+        into._topics,
+        pair.dialog.routes._remembered,
+    ):
         assert 0 < len(table) <= 4096
 
 
@@ -1062,7 +1201,7 @@ def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.Monkey
 def test_counters_name_what_went_wrong(pair: Pair) -> None:
     """The counters can be read by name."""
     pair.lose()
-    assert pair.dialog.counters == {"late": 0, "undelivered": 0, "unrouted": 0, "losses": 1}
+    assert pair.dialog.counters == {"late": 0, "undelivered": 0, "unreadable": 0, "unrouted": 0, "losses": 1}
 
 
 def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:

@@ -267,7 +267,7 @@ def test_refusals_are_typed(connect: Connect) -> None:
         with pytest.raises(error):
             act()
     assert ops.send("ops", 1, receipt=True).to == "ops"
-    assert ops.counters == {"late": 0, "undelivered": 0, "unrouted": 0, "losses": 0}
+    assert ops.counters == {"late": 0, "undelivered": 0, "unreadable": 0, "unrouted": 0, "losses": 0}
 
 
 def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
