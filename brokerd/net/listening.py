@@ -10,7 +10,8 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -33,6 +34,9 @@ _HINTS: Final = {
     errno.ENOENT: " (make the directory first)",
     errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
 }
+#: Seconds to wait for another broker that begins to listen in the same directory, and between two tries.
+_LOCK_S: Final = 3.0
+_LOCK_AGAIN_S: Final = 0.002
 _NO_SOCKET: Final = "a file that is no socket is there (choose another path or remove it)"
 
 
@@ -53,6 +57,17 @@ class Listening:
     address: Address
     inode: tuple[int, int] | None = None
     first_group: int = -1
+
+    def is_lost(self) -> bool:
+        """Return whether its socket file is gone, or is another one: no client can connect any more."""
+        if self.inode is None:
+            return False
+        try:
+            return _inode(Path(self.address.path)) != self.inode
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
 
     def alter(self, config: ListenConfig) -> Callable[[], None]:
         """Take over changed settings of the same address; return what takes them back.
@@ -91,13 +106,16 @@ class Listening:
         return status
 
     def close(self) -> None:
-        """Stop listening and remove the socket file, if it is still ours."""
-        self.sock.close()
+        """Remove the socket file, if it is still ours, and stop listening.
+
+        In this order: while the socket listens, no other broker takes the file over, and its inode stays its own.
+        """
         if self.inode is not None:
             path = Path(self.address.path)
             with contextlib.suppress(OSError):
                 if _inode(path) == self.inode:
                     path.unlink()
+        self.sock.close()
 
 
 def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
@@ -220,17 +238,21 @@ def _named(config: ListenConfig, address: Address) -> Address:
 
 def _listen_unix(config: ListenConfig) -> Listening:
     address = config.address
-    if address.is_file:
-        _take_over(Path(address.path))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening = Listening(config, sock, address)
     try:
         if address.is_file:
-            _bind_file(listening, sock)
+            with _alone_in(Path(address.path).parent):
+                _take_over(Path(address.path))
+                _bind_file(listening, sock)
+                sock.listen(BACKLOG)
         else:
             sock.bind(address.path)
-        sock.listen(BACKLOG)
+            sock.listen(BACKLOG)
         sock.setblocking(False)
+    except ListenError:
+        listening.close()
+        raise
     except LookupError as error:
         listening.close()
         raise ListenError(f"can't listen at {address}: {error}") from error
@@ -242,6 +264,38 @@ def _listen_unix(config: ListenConfig) -> Listening:
             ) from error
         raise
     return listening
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep other brokers from listening in this directory meanwhile.
+
+    Two that find the same stale file would otherwise both replace it. The lock is that of the directory itself
+    (flock), so no file is left, and it ends with the process. A cleaner may hold the lock for long, and some file
+    systems have none: then it is done without.
+    """
+    import fcntl
+
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        # What is wrong with the directory shows when the socket is bound.
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _LOCK_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_AGAIN_S)
+            except OSError:
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(handle)
 
 
 def _bind_file(listening: Listening, sock: socket.socket) -> None:

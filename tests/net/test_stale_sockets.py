@@ -1,0 +1,180 @@
+"""Socket files that a dead broker left behind: of several that start over one, exactly one listens."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokerd.config.values import ListenConfig, Source
+from brokerd.net import listening
+from brokerd.net.listening import ListenError, Listening, listen
+from brokerd_client.address import Address
+
+
+def at(path: Path) -> ListenConfig:
+    return ListenConfig(Address("AF_UNIX", path=str(path)), 0o600, None, False, Source("here", 1))
+
+
+def leave_stale(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+def is_reached(path: Path, winner: Listening) -> bool:
+    """Return whether a client that connects to the path reaches this socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        accepted, _ = winner.sock.accept()
+        accepted.close()
+    return True
+
+
+def race(path: Path, starters: int) -> tuple[list[Listening], list[str]]:
+    """Start all at once over one stale file; return who listens, and what the others were told."""
+    leave_stale(path)
+    barrier = threading.Barrier(starters)
+    won: list[Listening] = []
+    told: list[str] = []
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            won.extend(listen(at(path)))
+        except ListenError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(starters)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won, told
+
+
+@pytest.mark.parametrize("starters", [2, 4])
+def test_listen_raced_over_a_stale_file_has_one_winner(socket_dir: Path, starters: int) -> None:
+    """Clients reach the winner, the others are told of it, and nothing is left."""
+    path = socket_dir / "s"
+    for _ in range(60):
+        won, told = race(path, starters)
+        try:
+            assert len(won) == 1
+            assert len(told) == starters - 1
+            assert all("another program is listening there" in each for each in told)
+            assert is_reached(path, won[0])
+        finally:
+            for each in won:
+                each.close()
+        assert list(socket_dir.iterdir()) == []
+
+
+def _start(path: Path, conversation: Connection) -> None:
+    """Try whenever told to, say whether it listens, and close when told."""
+    while conversation.recv():
+        try:
+            opened = listen(at(path))
+        except ListenError as error:
+            conversation.send(str(error))
+        else:
+            conversation.send("")
+        conversation.recv()
+        for each in opened if "opened" in locals() else ():
+            each.close()
+        opened = []
+        conversation.send("closed")
+
+
+@pytest.mark.slow
+def test_listen_raced_by_processes_has_one_winner(socket_dir: Path) -> None:
+    """Processes exclude each other as threads do: 500 times, two of them over one stale file."""
+    path = socket_dir / "s"
+    fork: Any = multiprocessing.get_context("fork")
+    pairs = [fork.Pipe() for _ in range(2)]
+    processes = [fork.Process(target=_start, args=(path, theirs), daemon=True) for _, theirs in pairs]
+    for process in processes:
+        process.start()
+    ours = [mine for mine, _ in pairs]
+    for _ in range(500):
+        leave_stale(path)
+        for each in ours:
+            each.send(True)
+        said = [each.recv() for each in ours]
+        assert said.count("") == 1, said
+        for each in ours:
+            each.send(None)
+        assert [each.recv() for each in ours] == ["closed"] * 2
+        path.unlink(missing_ok=True)
+    for each in ours:
+        each.send(False)
+    for process in processes:
+        process.join(30)
+
+
+def test_close_raced_by_a_start_never_removes_the_new_brokers_file(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that starts between the look at the file and its removal finds the old one still listening."""
+    path = socket_dir / "s"
+    (ending,) = listen(at(path))
+    told: list[str] = []
+    look = listening._inode
+
+    def look_and_start(path: Path) -> tuple[int, int]:
+        found = look(path)
+        try:
+            listen(at(path))
+        except ListenError as error:
+            told.append(str(error))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(listening, "_inode", look_and_start)
+        ending.close()
+    (reason,) = told
+    assert "another program is listening there" in reason
+    assert list(socket_dir.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_listen_in_a_locked_directory_waits_for_the_lock(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that stays, such as a cleaner's, holds up a start only for a time."""
+    monkeypatch.setattr(listening, "_LOCK_S", 0.2)
+    path = socket_dir / "s"
+    handle = os.open(socket_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        won: list[Listening] = []
+        thread = threading.Thread(target=lambda: won.extend(listen(at(path))))
+        thread.start()
+        thread.join(0.05)
+        assert not path.exists()
+        thread.join()
+        assert is_reached(path, won[0])
+        won[0].close()
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize("function", ["open", "flock"])
+def test_listen_in_a_directory_that_cannot_be_locked_goes_on(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """One that only admits new files, or a file system without locks, is no obstacle."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise PermissionError(13, "planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os if function == "open" else fcntl, function, fails)
+        (opened,) = listen(at(socket_dir / "s"))
+    assert is_reached(socket_dir / "s", opened)
+    opened.close()
