@@ -6,6 +6,7 @@ The process around it, with its signals and exit statuses, is :mod:`brokerd.proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from brokerd.logs import Logs
 from brokerd.monitor.switch import Switch, preload
 from brokerd.net.handed import Handed, HandedSocket, listen_for
 from brokerd.net.keyring import Keyring
-from brokerd.net.listening import Found, ListenError, Listening
+from brokerd.net.listening import Found, ListenError, Listening, listen
 from brokerd.net.server import Log, Server
 from brokerd.orders import Orders
 from brokerd.reload import Outcome, Prepared, compared, obstacles, whole_plan
@@ -40,6 +41,8 @@ from brokerd_client.address import Address
 
 __all__ = ["Daemon", "Elder", "Stopped"]
 
+#: Seconds between two looks at the files of the sockets: a cleaner of temporary directories may remove one.
+LOOK_S: Final = 10.0
 #: Subscriptions held against new rules in one turn of the event loop while a reload waits: some milliseconds' work.
 _REVIEWED: Final = 64
 
@@ -113,6 +116,9 @@ class Daemon:
         self.on_upgrade: Callable[[str, Order | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        #: Where no client can connect any more, as the log has it already.
+        self._lost: set[Address] = set()
 
     @property
     def addresses(self) -> list[Address]:
@@ -229,6 +235,7 @@ class Daemon:
         else:
             # The service manager takes no word from this process before it has heard of it.
             elder.when_gone(lambda: self.supervisor.ready(self._status))
+        self._looking = asyncio.get_running_loop().create_task(self._look_after_files())
         self.reloading.begin()
 
     def _status(self) -> str:
@@ -285,8 +292,20 @@ class Daemon:
         return problems
 
     def opened(self, prepared: Prepared) -> Prepared:
-        """Return it with a new audit file opened; to be called aside. Raises AuditError."""
-        return prepared if self._logs is None else replace(prepared, audit=self._logs.opened_audit(prepared.config.log))
+        """Return it with its new sockets and audit file opened; to be called aside.
+
+        Raises ListenError or AuditError; then nothing is open.
+        """
+        if prepared.blocked:
+            raise ListenError("\n".join(prepared.blocked))
+        plan = prepared.plan
+        opened = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+        try:
+            audit = None if self._logs is None else self._logs.opened_audit(prepared.config.log)
+        except BaseException:
+            _close_all(opened)
+            raise
+        return replace(prepared, opened=opened, audit=audit)
 
     def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
@@ -302,9 +321,10 @@ class Daemon:
         """
         server, plan, keyring = self._server, prepared.plan, prepared.keyring
         assert server is not None
+        opened, monitored = prepared.opened
         try:
-            opened, monitored = self._listening_for(prepared)
-        except BaseException:
+            server.alter(entry for entry, _ in plan.altered)
+        except ListenError:
             prepared.discard()
             raise
         leaving = server.misfits(keyring)
@@ -333,18 +353,46 @@ class Daemon:
             self._keywatch.watch(config, prepared.ending)
         return Outcome(fields, warnings=prepared.warnings)
 
-    def _listening_for(self, prepared: Prepared) -> tuple[list[Listening], list[Listening]]:
-        """Return the new listening sockets, for clients and for the monitor, having altered the old ones."""
-        plan = prepared.plan
-        if prepared.blocked:
-            raise ListenError("\n".join(prepared.blocked))
-        opened, monitored = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+    async def _look_after_files(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            # Without a thread to look with, it is tried again.
+            with contextlib.suppress(RuntimeError):
+                await self.listen_again()
+
+    async def listen_again(self) -> None:
+        """Listen again where a socket's file is gone or has been replaced; connections made before stay."""
+        listening = [*self.server.listening, *self._monitor.listening]
+        lost = await aside(lambda: [each for each in listening if each.is_lost()])
+        for each in lost:
+            await self._listen_again(each)
+
+    async def _listen_again(self, former: Listening) -> None:
+        config, address = former.config, former.address
         try:
-            self.server.alter(entry for entry, _ in plan.altered)
-        except ListenError:
-            _close_all((opened, monitored))
-            raise
-        return opened, monitored
+            opened = await aside(lambda: listen(config), discard=lambda opened: _close_all((opened,)))
+        except ListenError as error:
+            if address not in self._lost:
+                self._lost.add(address)
+                self.log.error("listener.lost", listener=str(address), reason=str(error))
+            return
+        of_server = any(each is former for each in self.server.listening)
+        of_monitor = any(each is former for each in self._monitor.listening)
+        if not self.serves or not (of_server or of_monitor) or former.config is not config:
+            # A reload or the end was faster.
+            _close_all((opened,))
+            return
+        if of_server:
+            self.server.listen_instead(former, *opened)
+        else:
+            self._monitor.turn(self.config.monitor, opened)
+        self._lost.discard(address)
+        self.log.warning("listener.restored", listener=str(address), reason="its socket file was removed or replaced")
+
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     async def reviewed(self) -> None:
         """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
@@ -374,6 +422,7 @@ class Daemon:
         What can't be written within ``limits.drain_timeout`` is cut off.
         """
         try:
+            self._stop_looking()
             if self._keywatch is not None:
                 self._keywatch.close()
             if self._server is not None:
@@ -409,6 +458,7 @@ class Daemon:
 
     def kill(self) -> None:
         """Close everything at once."""
+        self._stop_looking()
         if self._keywatch is not None:
             self._keywatch.close()
         if self._server is not None:

@@ -10,7 +10,7 @@ means and what to do. The events:
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
     client.left  client.users_unseen
-    listener.paused  listener.plain  listener.not_handed_over  listener.unchanged
+    listener.paused  listener.plain  listener.not_handed_over  listener.unchanged  listener.lost  listener.restored
     key.expiring  key.expired
     log.level_changed  log.lost  log.audit_failed
     monitor.listening  monitor.exposed  monitor.closed  monitor.bug

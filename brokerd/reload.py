@@ -25,7 +25,7 @@ from brokerd.core.session import Session
 from brokerd.monitor.switch import preload
 from brokerd.net.handed import Handed, HandedSocket
 from brokerd.net.keyring import Keyring
-from brokerd.net.listening import Found, foresee, look_up
+from brokerd.net.listening import Found, Listening, foresee, look_up
 
 __all__ = ["Cause", "Outcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
 
@@ -40,7 +40,8 @@ class Prepared:
 
     ending: the clients that have a key with an end. allotted: the service manager's sockets for its entries.
     blocked: why it can't be taken over, a line each. found: what the host names of new addresses mean.
-    warnings: what its author hardly meant, a line each. audit: a descriptor of a new audit file, None without one.
+    warnings: what its author hardly meant, a line each. opened: sockets that listen at new addresses, for clients and
+    for the monitor. audit: a descriptor of a new audit file, None without one.
     """
 
     config: Config
@@ -51,10 +52,14 @@ class Prepared:
     blocked: tuple[str, ...] = ()
     found: Found = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    opened: tuple[list[Listening], list[Listening]] = field(default_factory=lambda: ([], []))
     audit: int | None = None
 
     def discard(self) -> None:
         """Let go of what was opened for it: it is not taken over."""
+        for group in self.opened:
+            for listening in group:
+                listening.close()
         if self.audit is not None:
             os.close(self.audit)
 

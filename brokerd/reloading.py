@@ -60,7 +60,10 @@ class Reloadable(Protocol):
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
 
     def opened(self, prepared: Prepared) -> Prepared:
-        """Return it with what it needs opened, as far as that may take long; called aside. Raises AuditError."""
+        """Return it with its sockets and files opened; called aside. Raises ListenError or AuditError."""
+
+    async def listen_again(self) -> None:
+        """Listen again where a socket's file is gone."""
 
     def take_over(self, prepared: Prepared, reason: str) -> Outcome:
         """Take it over. Raises ListenError or AuditError; then nothing has changed."""
@@ -109,6 +112,7 @@ class Reloading:
             daemon.supervisor.reloading()
             # Whoever moved the audit file away to begin a new one asks for a reload too.
             await aside(daemon.reopen_log)
+            await daemon.listen_again()
             problem = "it failed"
             try:
                 outcome = await self._attempt(reason)

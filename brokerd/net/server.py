@@ -151,11 +151,21 @@ class Server:
     def stop_listening_at(self, addresses: Container[Address]) -> None:
         """Close the listening sockets of these configured addresses; connections made there stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:
-            # Who has been connected by the system already is let in.
-            self._acceptor.accept_some(each)
-            self._acceptor.remove(each)
-            self.listening.remove(each)
-            each.close()
+            self._stop_listening(each)
+
+    def listen_instead(self, former: Listening, listening: Listening) -> None:
+        """Accept connections from another socket of the same address; those made at the former one stay."""
+        position = next(number for number, each in enumerate(self.listening) if each is former)
+        self.start([listening])
+        self._stop_listening(former)
+        self.listening.insert(position, self.listening.pop())
+
+    def _stop_listening(self, listening: Listening) -> None:
+        # Who has been connected by the system already is let in.
+        self._acceptor.accept_some(listening)
+        self._acceptor.remove(listening)
+        self.listening = [each for each in self.listening if each is not listening]
+        listening.close()
 
     def credentials(self) -> list[Credential]:
         """Return the key that each connection proved to know."""

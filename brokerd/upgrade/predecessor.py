@@ -213,6 +213,8 @@ class Predecessor:
         if daemon.stopping:
             # Asked for while it started, and then to stop.
             raise _Failed("the broker is stopping")
+        # What is handed over is a socket that clients can reach.
+        await daemon.listen_again()
         heir = self._heir = _Heir(self._keeper)
         daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
         handed, monitored = daemon.handed.sockets, daemon.monitor_listening

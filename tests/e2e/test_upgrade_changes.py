@@ -110,6 +110,20 @@ def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Pat
         assert [after[f'brokerd_reloads_total{{result="{how}"}}'] for how in ("accepted", "refused")] == [1, 1]
 
 
+def test_an_upgrade_listens_again_where_a_socket_file_is_gone(socket_dir: Path) -> None:
+    """The new process can be reached at the path that a cleaner had removed; connections made before stay."""
+    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
+        broker.socket.unlink()
+        assert broker.upgrade(ops)["upgraded"]
+        with broker.login("alice") as alice:
+            alice.ping()
+        ops.ping()
+        assert broker.events("listener.restored")
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert not broker.socket.exists()
+
+
 def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
     """As after a reload: names and keys that are gone are disconnected with the reason, what is new can be used."""
     old = socket_dir / "old.sock"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from net.house import Recorder
 
 import brokerd_client
+from brokerd import daemon as daemons
 from brokerd.config.load import load
 from brokerd.core.broker import Broker
 from brokerd.core.review import Review
@@ -204,6 +206,66 @@ def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: FromFi
         (served.home / "elsewhere").rename(served.home / "d")
         assert served.reload() == []
         assert not gone(carol)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no socket files there")
+@pytest.mark.parametrize("how", ["removed", "stale"])
+def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, how: str) -> None:
+    """A cleaner of /tmp took it: connections made before stay, new ones come in, and the log tells."""
+    path = served.home / "sock"
+    with served.connect("alice", "alices-first-key") as alice:
+        path.unlink()
+        if how == "stale":
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(str(path))
+        assert served.reload() == []
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with served.connect("bob", "bobs-first-key") as bob:
+            alice.send("bob", "hello", receipt=True)
+            assert bob.recv(timeout=5).payload == "hello"
+        (restored,) = served.log.named("listener.restored")
+        assert restored.fields["listener"] == str(path)
+        assert served.reload() == []
+        assert len(served.log.named("listener.restored")) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no socket files there")
+def test_a_reload_leaves_another_brokers_socket_file_alone(served: FromFile) -> None:
+    """The log says once that nobody reaches this broker there, and the file stays; what the reload is for happens."""
+    path = served.home / "sock"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        served.write(ALICE)
+        for _ in range(2):
+            assert served.reload() == []
+        (lost,) = served.log.named("listener.lost")
+        assert "another program is listening there" in lost.fields["reason"]
+        assert path.is_socket()
+    path.unlink()
+    assert served.reload() == []
+    assert served.log.named("listener.restored")
+    served.connect("alice", "alices-first-key").close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no socket files there")
+def test_a_socket_file_that_is_gone_comes_back_by_itself(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every some seconds the broker looks whether it can be reached; its monitor, too."""
+    monkeypatch.setattr(daemons, "LOOK_S", 0.05)
+    here = FromFile(socket_dir)
+    here.write(ALICE + f"monitor: {socket_dir}/page\n")
+    here.start()
+    try:
+        for name in ("sock", "page"):
+            (socket_dir / name).unlink()
+        here.log.wait("listener.restored", 2)
+        here.connect("alice", "alices-first-key").close()
+        with socket.socket(socket.AF_UNIX) as page:
+            page.connect(str(socket_dir / "page"))
+    finally:
+        here.close()
+    assert {path.name for path in socket_dir.iterdir()} == {"brokerd.yaml"}
 
 
 def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> None:
