@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from brokerd.config.values import ClientConfig, Rule, WhenConnected
-from brokerd.core.delivery import end_request, give_back, leave_behind, send
+from brokerd.core.deadlines import Deadlines
+from brokerd.core.delivery import (
+    end_request,
+    expire_request,
+    give_back,
+    leave_behind,
+    send,
+    tell_expired,
+)
 from brokerd.core.events import announce, announce_presence, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
@@ -51,6 +59,8 @@ __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
 
+#: Messages past their ttl that are answered for at once.
+_EXPIRED: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
 #: Kinds that answer a request.
@@ -115,6 +125,8 @@ class Broker:
         #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
         self.patience = -1
         self.totals: Counter[str] = Counter()
+        #: Requests with a ttl that have no outcome yet: who asked, the id, and the address of who was asked.
+        self.deadlines: Deadlines[tuple[Session, int, str]] = Deadlines()
         self._held: dict[Session, float] = {}
         #: Numbers all comings and goings.
         self._order = itertools.count(1)
@@ -173,6 +185,9 @@ class Broker:
             if responder.owed.get((session.address, id)) is session:
                 del responder.owed[(session.address, id)]
         session.asked.clear()
+        for (id, address), deadline in session.expiring.items():
+            self.deadlines.discard(deadline, (session, id, address))
+        session.expiring.clear()
         self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
         session.fans.clear()
@@ -216,7 +231,7 @@ class Broker:
             elif session.owed:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
                 (_, id), requester = next(iter(session.owed.items()))
-                end_request(requester, id, session)
+                end_request(self, requester, id, session)
                 message = f"{session.address} disconnected before it answered"
                 self.refuse(requester, id, ErrorCode.ABANDONED, message, session.address)
             else:
@@ -327,16 +342,36 @@ class Broker:
         return bool(self._held)
 
     @property
+    def has_deadlines(self) -> bool:
+        """Whether :meth:`tick` will have something to do."""
+        return bool(self._held) or bool(self.deadlines)
+
+    @property
     def next_deadline(self) -> float | None:
-        """When :meth:`tick` has something to do, in the time of ``now``; None while nobody is held."""
-        return min(self._held.values(), default=None)
+        """When :meth:`tick` has something to do, in the time of ``now``; None while there is no deadline."""
+        held, asked = min(self._held.values(), default=None), self.deadlines.next
+        return asked if held is None else held if asked is None else min(held, asked)
 
     def tick(self, now: float) -> None:
-        """Release who has been held for as long as may be; the message it was held for is then refused."""
+        """Release senders held for as long as may be, and end requests whose ttl is over.
+
+        The message that a sender was held for is then refused. Very many requests are ended in several calls.
+        """
         for session in [session for session, deadline in self._held.items() if deadline <= now]:
             assert session.held_by is not None
-            session.held_by.outbox.stalled = True
+            if session.hold_deadline is not None and session.hold_deadline <= now:
+                session.held_by.outbox.stalled = True
             self.release(session)
+        for requester, id, address in self.deadlines.due(now, _EXPIRED):
+            expire_request(self, requester, id, address)
+
+    def expire(self, session: Session, now: float) -> None:
+        """Take out of a session's outbox what comes first there and whose ttl is over; tell the senders.
+
+        It is called before the outbox is written. Very many are taken out in several calls.
+        """
+        for queued in session.outbox.take_expired(now, _EXPIRED):
+            tell_expired(self, session, queued)
 
     def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
         why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
@@ -379,6 +414,7 @@ class Broker:
             source.messages_in += 1
             source.bytes_in += len(frame)
             source.charged = True
+            source.arrived = now
             meter = source.client.meter
             if meter is not None and not meter.allows(len(frame), now):
                 source.charged = False
@@ -420,8 +456,7 @@ class Broker:
         ttl = envelope.extension["ttl"]
         if not is_ttl(ttl):
             return ErrorCode.UNSUPPORTED, f"ttl is not a number of seconds up to {MAX_TTL}"
-        waited = 0.0 if source.hold_deadline is None else now - (source.hold_deadline - self.limits.wait_timeout)
-        return (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over") if waited >= ttl else None
+        return (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over") if now - source.arrived >= ttl else None
 
     def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> Verdict:
         if envelope.name != BROKER:
@@ -497,7 +532,7 @@ class Broker:
         """End the request whose answer was refused, if it is outstanding, and tell its requester."""
         session = answerer.owed.get((requester, id))
         if session is not None:
-            end_request(session, id, answerer)
+            end_request(self, session, id, answerer)
             why = f"the answer of {answerer.address} was refused: {message}"
             self.refuse(session, id, code, why, answerer.address)
 

@@ -19,7 +19,17 @@ from brokerd_client.wire.framing import frame_prefix
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
 
-__all__ = ["end_request", "frame_head", "give_back", "leave_behind", "make_room", "send"]
+__all__ = [
+    "deadline_of",
+    "end_request",
+    "expire_request",
+    "frame_head",
+    "give_back",
+    "leave_behind",
+    "make_room",
+    "send",
+    "tell_expired",
+]
 
 #: Frames that are dropped for a newer one in one turn, and in the time that a frame takes.
 _DROPPED: Final = 256
@@ -52,7 +62,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     if verdict is not Verdict.NEXT:
         return verdict
     if answered is not None:
-        end_request(answered, id, source)
+        end_request(broker, answered, id, source)
     if (
         kind is Kind.MESSAGE
         and client.direct is target.outbox
@@ -78,11 +88,12 @@ def _deliver(
     rest = frame[HEADER.size + len(envelope.name) :]
     size = 4 + HEADER.size + len(source.stamp) + len(rest)
     outbox = target.outbox
+    deadline = deadline_of(source, envelope)
     if not outbox.reserve(size):
         if not outbox.blocked:
             broker.touch(target)
             return Verdict.FLUSH
-        verdict = make_room(broker, source, target, size, now)
+        verdict = make_room(broker, source, target, size, now, deadline)
         if verdict is not Verdict.NEXT:
             return verdict
     wants_receipt = bool(envelope.flags & _RECEIPT)
@@ -91,7 +102,9 @@ def _deliver(
         pinned = "/" in envelope.name
         kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
         whole = joined(head, rest)
-        outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept))
+        outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept, deadline=deadline))
+    elif deadline is not None:
+        outbox.append_timed(Queued(joined(head, rest), receipt=wants_receipt, sender=source, deadline=deadline))
     elif isinstance(rest.obj, Parcel):
         outbox.append(joined(head, rest))
     else:
@@ -102,7 +115,7 @@ def _deliver(
     broker.touch(target)
     source.reached.add(target.client)
     if envelope.kind is Kind.REQUEST and not source.mute:
-        _expect_answer(source, target, envelope.id)
+        _expect_answer(broker, source, target, envelope.id, deadline)
         if len(source.asked) > source.client.config.requests:
             _give_up_oldest(broker, source)
     if wants_receipt:
@@ -110,7 +123,16 @@ def _deliver(
     return Verdict.NEXT
 
 
-def make_room(broker: Broker, source: Session, target: Session, size: int, now: float) -> Verdict:
+def deadline_of(source: Session, envelope: Envelope) -> float | None:
+    """Return when the ttl of the frame being handled is over; None where it has none."""
+    if envelope.extension is None or "ttl" not in envelope.extension:
+        return None
+    return float(source.arrived + envelope.extension["ttl"])
+
+
+def make_room(
+    broker: Broker, source: Session, target: Session, size: int, now: float, deadline: float | None = None
+) -> Verdict:
     """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none.
 
     YIELD: more has to be dropped than may be at once.
@@ -125,7 +147,8 @@ def make_room(broker: Broker, source: Session, target: Session, size: int, now: 
         if source.hold_deadline is None:
             source.hold_deadline = now + broker.limits.wait_timeout
         if source.hold_deadline > now:
-            return broker.hold(source, target, source.hold_deadline)
+            until = source.hold_deadline if deadline is None else min(deadline, source.hold_deadline)
+            return broker.hold(source, target, until)
         outbox.stalled = True
     elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
         dropped = outbox.drop_oldest(size, _DROPPED)
@@ -144,22 +167,75 @@ def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
     broker.dropped += 1
     broker.happenings.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
     sender = _sender_of(broker, queued, envelope.name)
+    if _is_over(queued, envelope, sender, target):
+        return
     if envelope.kind is Kind.REQUEST and sender is not None:
-        end_request(sender, envelope.id, target)
+        end_request(broker, sender, envelope.id, target)
     if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
         message = f"{target.address} does not read; the message made room for a newer one"
         broker.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
 
 
-def _expect_answer(requester: Session, responder: Session, id: int) -> None:
+def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
+    """Answer for a frame whose ttl was over before it was written to its recipient."""
+    envelope, _ = split(memoryview(queued.frame)[4:])
+    sender = _sender_of(broker, queued, envelope.name)
+    message = f"its ttl was over before {target.address} had read what waited before it"
+    if envelope.kind is Kind.REQUEST and sender is not None:
+        if not _is_over(queued, envelope, sender, target):
+            expire_request(broker, sender, envelope.id, target.address, message)
+        return
+    if envelope.kind is Kind.REPLY or envelope.kind is Kind.ERROR:
+        # The requester was to get it: it is told in its place.
+        broker.refuse(
+            target, envelope.id, ErrorCode.EXPIRED, f"the answer of {envelope.name}: {message}", envelope.name
+        )
+    if sender is None or envelope.kind in (Kind.EVENT, Kind.ERROR):
+        broker.dropped += 1
+        broker.happenings.note("message.dropped", target, envelope.name, ErrorCode.EXPIRED, message)
+    else:
+        broker.refuse(sender, envelope.id, ErrorCode.EXPIRED, message, target.address)
+
+
+def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder: Session) -> bool:
+    """Return whether a waiting request's sender has heard already that its ttl is over."""
+    if queued.deadline is None or envelope.kind is not Kind.REQUEST or sender is None:
+        return False
+    return sender.expiring.get((envelope.id, holder.address)) != queued.deadline
+
+
+def expire_request(broker: Broker, requester: Session, id: int, address: str, why: str = "") -> None:
+    """End a request whose ttl is over."""
+    responder = requester.asked.get((id, address))
+    if responder is not None:
+        end_request(broker, requester, id, responder)
+        message = why or f"its ttl was over before {address} answered"
+        broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
+
+
+def _expect_answer(broker: Broker, requester: Session, responder: Session, id: int, deadline: float | None) -> None:
+    key = id, responder.address
+    if requester.expiring:
+        _forget_deadline(broker, requester, key)
     responder.owed[(requester.address, id)] = requester
-    requester.asked[(id, responder.address)] = responder
+    requester.asked[key] = responder
+    if deadline is not None:
+        requester.expiring[key] = deadline
+        broker.deadlines.add(deadline, (requester, *key))
 
 
-def end_request(requester: Session, id: int, responder: Session) -> None:
+def _forget_deadline(broker: Broker, requester: Session, key: tuple[int, str]) -> None:
+    deadline = requester.expiring.pop(key, None)
+    if deadline is not None:
+        broker.deadlines.discard(deadline, (requester, *key))
+
+
+def end_request(broker: Broker, requester: Session, id: int, responder: Session) -> None:
     """Forget that an answer is expected, from this very connection by that one: another may have its address by now."""
     if requester.asked.get((id, responder.address)) is responder:
         del requester.asked[(id, responder.address)]
+        if requester.expiring:
+            _forget_deadline(broker, requester, (id, responder.address))
     if responder.owed.get((requester.address, id)) is requester:
         del responder.owed[(requester.address, id)]
 
@@ -167,7 +243,7 @@ def end_request(requester: Session, id: int, responder: Session) -> None:
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
     """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
     (id, address), responder = next(iter(requester.asked.items()))
-    end_request(requester, id, responder)
+    end_request(broker, requester, id, responder)
     config = requester.client.config
     message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
     broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
@@ -211,10 +287,12 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     if sender is not None and sender.number > session.left_at:
         # It came when this session had gone: the frame is a predecessor's.
         sender = None
+    if _is_over(queued, envelope, sender, session):
+        return
     other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
     moves = other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame))
     if envelope.kind is Kind.REQUEST and sender is not None:
-        end_request(sender, envelope.id, session)
+        end_request(broker, sender, envelope.id, session)
     if moves:
         assert other is not None
         assert isinstance(other.outbox, FrameOutbox)
@@ -222,7 +300,7 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
         broker.given_back["passed_on"] += 1
         broker.touch(other)
         if envelope.kind is Kind.REQUEST and sender is not None:
-            _expect_answer(sender, other, envelope.id)
+            _expect_answer(broker, sender, other, envelope.id, queued.deadline)
     elif sender is not None:
         to = session.address if queued.pinned else session.client.name
         broker.given_back["reported"] += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, cast
 
-from brokerd.core.delivery import frame_head, make_room
+from brokerd.core.delivery import deadline_of, frame_head, make_room
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.parcel import joined
 from brokerd.core.session import Session
@@ -70,10 +70,13 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
     broker.dropped += len(left_out)
     if targets:
         whole = joined(frame_head(source, envelope, size), rest)
+        deadline = deadline_of(source, envelope)
         for target in targets:
             if target not in left_out:
                 if isinstance(target.outbox, FrameOutbox):
-                    target.outbox.put(Queued(whole))
+                    target.outbox.put(Queued(whole, deadline=deadline))
+                elif deadline is not None:
+                    target.outbox.append_timed(Queued(whole, deadline=deadline))
                 else:
                     target.outbox.append(whole)
                 broker.touch(target)

@@ -6,6 +6,9 @@ itself and is not copied (:mod:`brokerd.core.parcel`). A FrameOutbox keeps
 every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
 another member, and clients with ``when_full: drop_oldest``.
 
+A frame with a ttl is told apart in both kinds. ``pieces`` ends before one whose time was over at the last
+``take_expired``, which returns it when it comes first.
+
 An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many the system took, and sets
 ``blocked`` while it takes none.
 """
@@ -35,9 +38,24 @@ class StreamOutbox(Tail):
     limit: bytes that may wait.
     blocked: the system took less than was offered; set and cleared by whoever writes.
     stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
+    timed: how many frames with a ttl wait here.
     """
 
-    __slots__ = ("_ends", "_head", "_left", "_older", "_older_bytes", "_taken", "blocked", "limit", "stalled")
+    __slots__ = (
+        "_as_of",
+        "_closed",
+        "_ends",
+        "_head",
+        "_left",
+        "_older",
+        "_older_bytes",
+        "_taken",
+        "_timed",
+        "blocked",
+        "limit",
+        "stalled",
+        "timed",
+    )
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -49,6 +67,11 @@ class StreamOutbox(Tail):
         #: For each of those: how many frames had been written since the beginning when it was closed; None if unknown.
         self._ends: deque[int | None] = deque()
         self._older_bytes = 0
+        #: How many chunks have been closed, and those of them that are a frame with a ttl, by their number.
+        self._closed = 0
+        self._timed: deque[tuple[int, Queued]] = deque()
+        self.timed = 0
+        self._as_of = 0.0
         #: Bytes of the first chunk that the system has taken, and of all chunks before it.
         self._head = 0
         self._taken = 0
@@ -82,12 +105,19 @@ class StreamOutbox(Tail):
             self._older.append(frame)
             self._ends.append(self.frames + 1)
             self._older_bytes += len(frame)
+            self._closed += 1
             self._set_room()
         else:
             self._make_room(len(frame))
             self.tail += frame
         self.frames += 1
         self.size += len(frame)
+
+    def append_timed(self, queued: Queued) -> None:
+        """Append one whole frame that has a ttl."""
+        self.append(memoryview(queued.frame))
+        self._timed.append((self._closed - 1, queued))
+        self.timed += 1
 
     def sender_left(self, stamp: bytes) -> None:
         """Remember that what waits here under this stamp is from a connection that is gone.
@@ -108,6 +138,7 @@ class StreamOutbox(Tail):
             self._older.append(self.tail)
             self._ends.append(self.frames)
             self._older_bytes += len(self.tail)
+            self._closed += 1
             self.tail = bytearray()
 
     def _set_room(self) -> None:
@@ -120,14 +151,52 @@ class StreamOutbox(Tail):
                 return [self.tail] if self.tail else []
             return [memoryview(self.tail)[self._head :]]
         pieces: list[bytearray | memoryview] = [memoryview(self._older[0])[self._head :]]
+        most = min(_PIECES, self._before_expired()) if self.timed else _PIECES
+        if not most:
+            return []
         for chunk in self._older:
-            if len(pieces) == _PIECES:
+            if len(pieces) == most:
                 return pieces
             if chunk is not self._older[0]:
                 pieces.append(chunk)
-        if self.tail and len(pieces) < _PIECES:
+        if self.tail and len(pieces) < most:
             pieces.append(self.tail)
         return pieces
+
+    def _before_expired(self) -> int:
+        """Return how many chunks may be written before the first that has expired; one that is begun may."""
+        first = self._closed - len(self._older)
+        for number, queued in itertools.islice(self._timed, _PIECES):
+            if number - first >= _PIECES:
+                break
+            if queued.deadline is not None and queued.deadline <= self._as_of and (number > first or not self._head):
+                return number - first
+        return _PIECES
+
+    def take_expired(self, now: float, most: int) -> list[Queued]:
+        """Remove and return up to ``most`` frames that come first and whose time is over."""
+        self._as_of = now
+        expired: list[Queued] = []
+        while self._timed and not self._head and len(expired) < most:
+            number, queued = self._timed[0]
+            if number != self._closed - len(self._older) or queued.deadline is None or queued.deadline > now:
+                break
+            self._forget_first()
+            expired.append(queued)
+        if expired:
+            self._set_room()
+        return expired
+
+    def _forget_first(self) -> int:
+        """Forget the first of the closed chunks; return its size."""
+        if self._timed and self._timed[0][0] == self._closed - len(self._older):
+            self._timed.popleft()
+            self.timed -= 1
+        size = len(self._older.popleft())
+        self._ends.popleft()
+        self._older_bytes -= size
+        self._taken += size
+        return size
 
     def sent(self, size: int) -> bool:
         """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
@@ -135,11 +204,7 @@ class StreamOutbox(Tail):
             self.stalled = False
         head = self._head + size
         while self._older and head >= len(self._older[0]):
-            chunk = self._older.popleft()
-            self._ends.popleft()
-            self._older_bytes -= len(chunk)
-            self._taken += len(chunk)
-            head -= len(chunk)
+            head -= self._forget_first()
         if not self._older and head >= len(self.tail):
             self._taken += len(self.tail)
             # A new object, not clear(): the one handed out by pieces() may still be looked at.
@@ -165,9 +230,23 @@ class StreamOutbox(Tail):
         """Return up to where in ``chunks`` the bytes of senders that are gone may lie, by their stamps."""
         return {stamp: end - self._taken for stamp, end in self._left.items()}
 
-    def refill(self, chunks: list[bytearray], begun: int, left: dict[bytes, int]) -> None:
-        """Make this empty outbox hold what ``chunks``, ``begun`` and ``left`` of another one returned."""
+    def timed_frames(self) -> list[tuple[int, Queued]]:
+        """Return which of ``chunks`` are frames with a ttl."""
+        first = self._closed - len(self._older)
+        return [(number - first, queued) for number, queued in self._timed]
+
+    def refill(
+        self,
+        chunks: list[bytearray],
+        begun: int,
+        left: dict[bytes, int],
+        timed: Iterable[tuple[int, Queued]] = (),
+    ) -> None:
+        """Make this empty outbox hold what ``chunks``, ``begun``, ``left`` and ``timed_frames`` of another returned."""
         *older, self.tail = chunks
+        self._closed = len(older)
+        self._timed.extend(timed)
+        self.timed = len(self._timed)
         self._older.extend(older)
         self._ends.extend([None] * len(older))
         self._older_bytes = sum(map(len, older))
@@ -189,13 +268,15 @@ class StreamOutbox(Tail):
     def take_unsent(self) -> Unsent:
         """Return every frame the system did not take whole, oldest first, and forget them."""
         count = self.unsent
-        chunks = deque([*self._older, self.tail])
-        frames = cut(chunks, self._head, self._taken, self._left)
-        self._taken += sum(map(len, chunks))
+        timed = dict(self.timed_frames())
+        chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
+        self._taken += self._older_bytes + len(self.tail)
+        frames = cut(chunks, self._head, self._taken - self._older_bytes - len(self.tail), self._left)
         self._left = {}
         self._older.clear()
         self._ends.clear()
-        self._older_bytes = self._head = 0
+        self._timed.clear()
+        self._older_bytes = self._head = self.timed = 0
         self.tail = bytearray()
         self._set_room()
         return Unsent(frames, count)
@@ -209,6 +290,7 @@ class FrameOutbox(Tail):
     """
 
     __slots__ = (
+        "_as_of",
         "_begun",
         "_head",
         "_kept",
@@ -219,6 +301,7 @@ class FrameOutbox(Tail):
         "blocked",
         "limit",
         "stalled",
+        "timed",
     )
 
     def __init__(self, limit: int) -> None:
@@ -236,6 +319,8 @@ class FrameOutbox(Tail):
         #: Frames that are never dropped, each with how many of the others precede it since the beginning.
         self._kept: deque[tuple[int, Queued]] = deque()
         self._waiting = 0
+        self.timed = 0
+        self._as_of = 0.0
 
     @property
     def waiting(self) -> int:
@@ -264,15 +349,25 @@ class FrameOutbox(Tail):
             self._plain.append(queued)
             self._plain_bytes += size
         self._waiting += size
+        self.timed += queued.deadline is not None
 
-    def _next(self) -> Queued | None:
-        """Remove and return the frame whose turn it is, or None."""
+    def _first(self) -> Queued | None:
+        """Return the frame whose turn it is, or None."""
         if self._kept and self._kept[0][0] <= self._plain_gone:
-            return self._kept.popleft()[1]
-        return self._next_plain() if self._plain else None
+            return self._kept[0][1]
+        return self._plain[0] if self._plain else None
+
+    def _next(self) -> Queued:
+        """Remove and return the frame whose turn it is."""
+        if self._kept and self._kept[0][0] <= self._plain_gone:
+            queued = self._kept.popleft()[1]
+            self.timed -= queued.deadline is not None
+            return queued
+        return self._next_plain()
 
     def _next_plain(self) -> Queued:
         queued = self._plain.popleft()
+        self.timed -= queued.deadline is not None
         self._plain_bytes -= len(queued.frame)
         self._plain_gone += 1
         return queued
@@ -291,9 +386,10 @@ class FrameOutbox(Tail):
 
     def pieces(self) -> list[bytearray | memoryview]:
         """Return what to write next, in order."""
-        pieces: list[bytearray | memoryview] = [
-            memoryview(queued.frame) for queued in itertools.islice(self._in_order(), _PIECES)
-        ]
+        frames: Iterator[Queued] = itertools.islice(self._in_order(), _PIECES)
+        if self.timed:
+            frames = itertools.takewhile(self._may_be_written, frames)
+        pieces: list[bytearray | memoryview] = [memoryview(queued.frame) for queued in frames]
         if self._head:
             pieces[0] = memoryview(pieces[0])[self._head :]
         return pieces
@@ -308,7 +404,6 @@ class FrameOutbox(Tail):
         while head:
             if begun is None:
                 begun = self._next()
-                assert begun is not None, "no more is taken than waits"
             if head < len(begun.frame):
                 break
             head -= len(begun.frame)
@@ -316,6 +411,21 @@ class FrameOutbox(Tail):
         self._begun = begun
         self._head = head
         return not self._waiting
+
+    def _may_be_written(self, queued: Queued) -> bool:
+        return queued.deadline is None or queued.deadline > self._as_of or queued is self._begun
+
+    def take_expired(self, now: float, most: int) -> list[Queued]:
+        """Remove and return up to ``most`` frames that come first and whose time is over."""
+        self._as_of = now
+        expired: list[Queued] = []
+        while self._begun is None and len(expired) < most:
+            first = self._first()
+            if first is None or self._may_be_written(first):
+                break
+            expired.append(self._next())
+            self._waiting -= len(first.frame)
+        return expired
 
     def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
         """Drop the oldest frames until ``size`` more bytes fit the quota, ``most`` frames at once; return them.
@@ -367,7 +477,7 @@ class FrameOutbox(Tail):
         rest._begun, rest._plain, rest._kept = self._begun, self._plain, self._kept
         rest._plain_gone = self._plain_gone
         self._begun, self._plain, self._kept = None, deque(), deque()
-        self._waiting = self._head = self._plain_bytes = 0
+        self._waiting = self._head = self._plain_bytes = self.timed = 0
         return Unsent(rest._in_order(), count)
 
 

@@ -32,6 +32,7 @@ class Session:
     skip: bytes of an oversized frame still to be passed over.
     held_by: nothing more is read from it until that session has room; hold_deadline says until when
         the frame it was held for may wait.
+    arrived: when the frame being handled came; its ttl counts from there.
     charged: the frame being handled has been counted against the sender's rate already.
     closing: why it is to be closed once its outbox is written, or "".
     cut: it is to be closed at once, written or not.
@@ -40,6 +41,7 @@ class Session:
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
     asked: its own requests not answered yet, by (id, address of who was asked).
+    expiring: until when an answer may come, of those of its requests that have a ttl.
     number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
 
@@ -52,6 +54,7 @@ class Session:
 
     __slots__ = (
         "address",
+        "arrived",
         "asked",
         "bytes_in",
         "charged",
@@ -59,6 +62,7 @@ class Session:
         "closing",
         "cut",
         "errors_in",
+        "expiring",
         "fans",
         "finished",
         "finishing",
@@ -113,6 +117,7 @@ class Session:
         self.open = True
         self.held_by: Session | None = None
         self.hold_deadline: float | None = None
+        self.arrived = 0.0
         self.charged = False
         self.closing = ""
         self.cut = False
@@ -120,6 +125,7 @@ class Session:
         self.waiters: dict[Session, None] = {}
         self.owed: dict[tuple[str, int], Session] = {}
         self.asked: dict[tuple[int, str], Session] = {}
+        self.expiring: dict[tuple[int, str], float] = {}
         self.reached: set[Client] = set()
         self.subscriptions: set[tuple[str, str | None]] = set()
         self.goaway = self.told = self.parting = False

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
@@ -84,12 +85,12 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot
         "given_back": dict(broker.given_back),
         "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
         "sessions": [_session(broker, session, index, now) for session in index],
-        "outboxes": [_outbox(session, index, snapshot) for session in index if session.open],
+        "outboxes": [_outbox(session, index, snapshot, now) for session in index if session.open],
         "held": [
             [index[session], index[_holder(session)], None if deadline == float("inf") else deadline - now]
             for session, deadline in broker._held.items()
         ],
-        "leaving": [[index[session], _queue(queue, index, snapshot)] for session, queue in leaving],
+        "leaving": [[index[session], _queue(queue, index, snapshot), _timed(queue, now)] for session, queue in leaving],
     }
     return snapshot
 
@@ -122,6 +123,7 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "left_at": session.left_at,
         "skip": session.skip,
         "charged": session.charged,
+        "waited_s": now - session.arrived if session.charged else 0.0,
         "hold_s": None if session.hold_deadline is None else session.hold_deadline - now,
         "closing": session.closing,
         "slow": session.slow,
@@ -132,10 +134,15 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         # Where two had one address for a moment, one that is gone may still be named.
         "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
         "asked": [[id, address, index[each]] for (id, address), each in session.asked.items() if each in index],
+        "expiring": [
+            [id, address, deadline - now]
+            for (id, address), deadline in session.expiring.items()
+            if session.asked.get((id, address)) in index
+        ],
     }
 
 
-def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot) -> Facts:
+def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, now: float) -> Facts:
     outbox = session.outbox
     facts: Facts = {
         "frames": outbox.frames,
@@ -146,11 +153,17 @@ def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot) 
         "begun": outbox.begun,
     }
     if isinstance(outbox, FrameOutbox):
-        facts["queue"] = _queue(outbox.queue(), index, snapshot)
+        queue = outbox.queue()
+        facts["queue"] = _queue(queue, index, snapshot)
+        facts["timed"] = _timed(queue, now)
     else:
         chunks = outbox.chunks()
         snapshot.pieces += chunks
         facts["chunks"] = [len(chunk) for chunk in chunks]
+        facts["timed"] = [
+            [position, (queued.deadline or now) - now, *_told_of(queued, index)]
+            for position, queued in outbox.timed_frames()
+        ]
         facts["left"] = [[stamp.decode(), end] for stamp, end in outbox.left().items()]
     return facts
 
@@ -160,14 +173,24 @@ def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snap
     items: list[list[Any]] = []
     frames = []
     for queued in queue:
-        sender = queued.sender
-        # All that is ever asked of a sender that has gone is whether it is still there.
-        orphaned = queued.orphaned or (sender is not None and not sender.open)
-        flags = queued.receipt * _RECEIPT | queued.pinned * _PINNED | orphaned * _ORPHANED | queued.kept * _KEPT
-        items.append([len(queued.frame), flags, None if orphaned or sender is None else index[sender]])
+        items.append([len(queued.frame), *_told_of(queued, index)])
         frames.append(queued.frame)
     snapshot.pieces.append(b"".join(frames))
     return items
+
+
+def _timed(queue: Iterable[Queued], now: float) -> list[list[Any]]:
+    """Return [position, seconds left] of each frame that has a ttl."""
+    return [[position, queued.deadline - now] for position, queued in enumerate(queue) if queued.deadline is not None]
+
+
+def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
+    """Return the flags of a frame, and its sender."""
+    sender = queued.sender
+    # All that is ever asked of a sender that has gone is whether it is still there.
+    orphaned = queued.orphaned or (sender is not None and not sender.open)
+    flags = queued.receipt * _RECEIPT | queued.pinned * _PINNED | orphaned * _ORPHANED | queued.kept * _KEPT
+    return flags, None if orphaned or sender is None else index[sender]
 
 
 # And back
@@ -209,9 +232,12 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
     for session, each in zip(sessions, facts["sessions"], strict=True):
         session.owed = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
         session.asked = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
+        session.expiring = {(id, address): now + left for id, address, left in each["expiring"]}
+        for (id, address), deadline in session.expiring.items():
+            broker.deadlines.add(deadline, (session, id, address))
         session.reached = {client for name in each["reached"] for client in named.get(name, ())}
     for session, outbox_facts in zip(sessions, facts["outboxes"], strict=False):
-        _restore_outbox(session, outbox_facts, sessions, pieces)
+        _restore_outbox(session, outbox_facts, sessions, pieces, now)
         if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
             session.renew_outbox()
         session.client.add(session)
@@ -224,8 +250,9 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
         sessions[source].held_by = sessions[target]
         sessions[target].waiters[sessions[source]] = None
         broker._held[sessions[source]] = float("inf") if left is None else now + left
-    for position, items in facts["leaving"]:
-        broker._leaving.append((sessions[position], Unsent(iter(_restore_queue(items, sessions, pieces)), len(items))))
+    for position, items, timed in facts["leaving"]:
+        queue = _restore_queue(items, sessions, pieces, timed, now)
+        broker._leaving.append((sessions[position], Unsent(iter(queue), len(items))))
     return sessions[:open_count]
 
 
@@ -248,6 +275,7 @@ def _restore_session(client: Client, facts: Facts, now: float) -> Session:
     session.left_at = facts["left_at"]
     session.skip = facts["skip"]
     session.charged = facts["charged"]
+    session.arrived = now - facts["waited_s"]
     session.hold_deadline = None if facts["hold_s"] is None else now + facts["hold_s"]
     session.closing = facts["closing"]
     session.slow = facts["slow"]
@@ -256,41 +284,52 @@ def _restore_session(client: Client, facts: Facts, now: float) -> Session:
     return session
 
 
-def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pieces: Pieces) -> None:
+def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pieces: Pieces, now: float) -> None:
     outbox: StreamOutbox | FrameOutbox
     # A name that is gone keeps the limit that its connection had.
     limit = session.client.config.queue or facts["limit"]
     if "queue" in facts:
         outbox = FrameOutbox(limit)
-        outbox.refill(_restore_queue(facts["queue"], sessions, pieces), facts["begun"])
+        outbox.refill(_restore_queue(facts["queue"], sessions, pieces, facts["timed"], now), facts["begun"])
     else:
         outbox = StreamOutbox(limit)
         left = {stamp.encode(): end for stamp, end in facts["left"]}
         chunks = [pieces.take(size) for size in facts["chunks"]]
         for chunk in chunks:
             check_frames(chunk)
-        outbox.refill(list(map(bytearray, chunks)), facts["begun"], left)
+        timed = [
+            (position, replace(_known(chunks[position], flags, sender, sessions), deadline=now + rest))
+            for position, rest, flags, sender in facts["timed"]
+        ]
+        outbox.refill(list(map(bytearray, chunks)), facts["begun"], left, timed)
     outbox.owner = session
     outbox.frames, outbox.size = facts["frames"], facts["size"]
     outbox.blocked, outbox.stalled = facts["blocked"], facts["stalled"]
     session.outbox = outbox
 
 
-def _restore_queue(items: list[list[Any]], sessions: list[Session], pieces: Pieces) -> list[Queued]:
+def _restore_queue(
+    items: list[list[Any]], sessions: list[Session], pieces: Pieces, timed: list[list[Any]], now: float
+) -> list[Queued]:
     frames = [pieces.take(size) for size, _, _ in items]
     for frame in frames:
         check_frames(frame, one=True)
-    return [
-        Queued(
-            bytes(frame),
-            receipt=bool(flags & _RECEIPT),
-            pinned=bool(flags & _PINNED),
-            sender=None if sender is None else sessions[sender],
-            orphaned=bool(flags & _ORPHANED),
-            kept=bool(flags & _KEPT),
-        )
-        for frame, (_, flags, sender) in zip(frames, items, strict=True)
-    ]
+    queue = [_known(frame, flags, sender, sessions) for frame, (_, flags, sender) in zip(frames, items, strict=True)]
+    for position, left in timed:
+        queue[position] = replace(queue[position], deadline=now + left)
+    return queue
+
+
+def _known(frame: memoryview, flags: int, sender: int | None, sessions: list[Session]) -> Queued:
+    """Return a frame with what is remembered of it."""
+    return Queued(
+        bytes(frame),
+        receipt=bool(flags & _RECEIPT),
+        pinned=bool(flags & _PINNED),
+        sender=None if sender is None else sessions[sender],
+        orphaned=bool(flags & _ORPHANED),
+        kept=bool(flags & _KEPT),
+    )
 
 
 def _former(name: str) -> ClientConfig:

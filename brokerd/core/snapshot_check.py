@@ -26,6 +26,8 @@ _PREFIX: Final = LENGTH.size
 _LEAST_FRAME: Final = 16
 #: Counters go on from here, in 63 bits.
 _MOST: Final = 2**62
+#: Seconds that may be left of a ttl, or have passed since its end.
+_LONGEST: Final = 2**33
 _MOST_ID: Final = 2**64 - 1
 
 
@@ -40,6 +42,12 @@ def _refuse(path: str, wanted: str, value: object) -> None:
 def _number(value: Any, path: str) -> None:
     if type(value) not in (int, float) or not math.isfinite(value):
         _refuse(path, "a number", value)
+
+
+def _seconds(value: Any, path: str) -> None:
+    _number(value, path)
+    if abs(value) > _LONGEST:
+        _refuse(path, "a number of seconds that a ttl can have", value)
 
 
 def _count(value: Any, path: str) -> None:
@@ -150,8 +158,14 @@ def _outbox(value: Any, path: str) -> None:
 _OUTBOX: Final = _record(
     {"frames": _count, "size": _count, "limit": _count, "blocked": _flag, "stalled": _flag, "begun": _count}
 )
-_QUEUED: Final = _record({"queue": _queue})
-_STREAM: Final = _record({"chunks": _each(_count), "left": _each(_row(_text, _count))})
+_QUEUED: Final = _record({"queue": _queue, "timed": _each(_row(_count, _seconds))})
+_STREAM: Final = _record(
+    {
+        "chunks": _each(_count),
+        "left": _each(_row(_text, _count)),
+        "timed": _each(_row(_count, _seconds, _count, _optional(_count))),
+    }
+)
 _SESSION: Final = _record(
     {
         "name": _text,
@@ -164,6 +178,7 @@ _SESSION: Final = _record(
         "left_at": _count,
         "skip": _id,
         "charged": _flag,
+        "waited_s": _number,
         "hold_s": _optional(_number),
         "closing": _any_text,
         "slow": _flag,
@@ -173,6 +188,7 @@ _SESSION: Final = _record(
         "reached": _each(_text),
         "owed": _each(_row(_text, _id, _count)),
         "asked": _each(_row(_id, _text, _count)),
+        "expiring": _each(_row(_id, _text, _seconds)),
     }
 )
 _LIMIT: Final = _optional(_number)
@@ -198,7 +214,7 @@ _FACTS: Final = _record(
         "sessions": _each(_SESSION),
         "outboxes": _each(_outbox),
         "held": _each(_row(_count, _count, _LIMIT)),
-        "leaving": _each(_row(_count, _queue)),
+        "leaving": _each(_row(_count, _queue, _each(_row(_count, _seconds)))),
     }
 )
 
@@ -208,7 +224,7 @@ def check(facts: Any) -> None:
     _FACTS(facts, "facts")
     sessions, outboxes = facts["sessions"], facts["outboxes"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
-    gone = [position for position, _ in facts["leaving"]]
+    gone = [position for position, _, _ in facts["leaving"]]
     _hold(gone == list(range(len(outboxes), len(sessions))), "leaving are not those sessions that have no outbox")
     for name, client in facts["clients"].items():
         _check_levels(client["rate"], client["levels"], name)
@@ -218,8 +234,9 @@ def check(facts: Any) -> None:
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
     for position, outbox in enumerate(outboxes):
         _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
-    for position, queue in facts["leaving"]:
+    for position, queue, timed in facts["leaving"]:
         _check_senders(queue, len(sessions), f"leaving of sessions[{position}]")
+        _check_timed(timed, len(queue), f"leaving of sessions[{position}]")
     held = [source for source, _, _ in facts["held"]]
     _hold(len(set(held)) == len(held), "a session is held twice")
     _hold(
@@ -273,6 +290,10 @@ def _check_levels(rate: list[float | None], levels: list[float | None] | None, n
 def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path: str, next_number: int) -> None:
     name, _, _ = session["address"].partition("/")
     _hold(name == session["name"], f"{path} has an address that is not below its name")
+    asked = {(id, address) for id, address, _ in session["asked"]}
+    expiring = [(id, address) for id, address, _ in session["expiring"]]
+    _hold(set(expiring) <= asked, f"{path}.expiring names a request that was not asked")
+    _hold(len(set(expiring)) == len(expiring), f"{path}.expiring has one entry twice")
     _hold(max(session["number"], session["left_at"]) < next_number, f"{path} came after all that have come")
     subscriptions = [(pattern, group) for pattern, group in session["subscriptions"]]
     _hold(len(set(subscriptions)) == len(subscriptions), f"{path} has a subscription twice")
@@ -295,9 +316,20 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
     else:
         _hold(len(sizes) > 0 and 0 not in sizes[:-1], f"{path} has no chunk, or an empty one before others")
         _hold(all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits")
+    # The last chunk of a stream holds frames without a ttl.
+    _check_timed(outbox["timed"], len(sizes) if "queue" in outbox else len(sizes) - 1, path)
+    if "queue" not in outbox:
+        _hold(all(row[2] <= _FLAGS for row in outbox["timed"]), f"{path}.timed has flags that are not known")
+        _check_senders([[0, *row[2:]] for row in outbox["timed"]], count, path)
     _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
     begun = outbox["begun"]
     _hold(begun == 0 or begun < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
+
+
+def _check_timed(timed: list[list[Any]], places: int, path: str) -> None:
+    positions = [row[0] for row in timed]
+    _hold(positions == sorted(set(positions)), f"{path}.timed is not in order")
+    _hold(not positions or positions[-1] < places, f"{path}.timed names a frame that is not there")
 
 
 def _check_senders(queue: list[list[Any]], count: int, path: str) -> None:

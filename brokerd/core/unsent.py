@@ -28,6 +28,7 @@ class Queued:
     pinned: it was sent to this very connection, not to its name.
     sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
     kept: it is never dropped for a newer one: an answer to what the recipient sent itself.
+    deadline: it is not written from then on, on the clock of ``now``; None where it has no ttl.
     """
 
     frame: bytes | memoryview
@@ -36,6 +37,7 @@ class Queued:
     sender: Any = None
     orphaned: bool = False
     kept: bool = False
+    deadline: float | None = None
 
 
 class Unsent:
@@ -62,13 +64,19 @@ class Unsent:
         return next(self._frames, None)
 
 
-def cut(chunks: deque[Chunk], head: int, at: int, left: Mapping[bytes, int]) -> Iterator[Queued]:
+def cut(chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Mapping[bytes, int]) -> Iterator[Queued]:
     """Yield every frame of the chunks that ends behind the first ``head`` bytes; a chunk is let go of when it is done.
 
+    chunks: each with what is remembered of it, where it is one frame of which anything is.
     at: where in the stream the first chunk begins. left: see StreamOutbox.
     """
     while chunks:
-        chunk = chunks.popleft()
+        chunk, known = chunks.popleft()
+        if known is not None:
+            yield known
+            at += len(chunk)
+            head = 0
+            continue
         for start, body, end in _frames(chunk):
             if end > head:
                 orphaned = bool(left) and at + end <= left.get(_stamp(chunk, body), 0)

@@ -267,10 +267,17 @@ class Link:
         session = self.session
         outbox = session.outbox
         try:
+            if outbox.timed:
+                self.server.broker.expire(session, self.server.loop.time())
             while pieces := outbox.pieces():
                 size = self.sock.send(pieces[0]) if len(pieces) == 1 or not _sendmsg else _sendmsg(self.sock, pieces)
                 if outbox.sent(size):
                     break
+                if outbox.timed:
+                    self.server.broker.expire(session, self.server.loop.time())
+            if outbox.timed and outbox.waiting:
+                # More has expired than is answered for in one turn.
+                raise BlockingIOError
         except (BlockingIOError, InterruptedError):
             self._wait_to_write()
         except OSError as error:

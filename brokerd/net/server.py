@@ -371,7 +371,7 @@ class Server:
         if broker.has_arrears and not self._working_off:
             self._working_off = True
             self.loop.call_soon(self._work_off)
-        if broker.holds_somebody or self._tick is not None:
+        if broker.has_deadlines or self._tick is not None:
             self._set_timer()
         if broker.finishing:
             self._finishing.look_soon()

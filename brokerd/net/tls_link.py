@@ -91,8 +91,13 @@ class TlsLink(Link):
             while True:
                 if not stream.flush():
                     raise BlockingIOError
+                if outbox.timed:
+                    self.server.broker.expire(session, self.server.loop.time())
                 pieces = outbox.pieces()
                 if not pieces:
+                    if outbox.waiting:
+                        # More has expired than is answered for in one turn.
+                        raise BlockingIOError
                     break
                 outbox.sent(stream.send(pieces[0] if len(pieces) == 1 else _together(pieces)))
         except (BlockingIOError, InterruptedError):

@@ -39,8 +39,8 @@ from brokerd.logs import in_words
 __all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
 
 #: The format of the state that this version writes, and those it can read.
-FORMAT: Final = 1
-READS: Final = (1,)
+FORMAT: Final = 2
+READS: Final = (2,)
 
 #: In the environment of the new process: its end of the channel, and the pipe to the keeper.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"

@@ -276,8 +276,13 @@ class FakeNet:
     def write(self, peer: Peer) -> None:
         """Offer the peer's outbox to the system."""
         outbox = peer.session.outbox
-        peer.take_bytes(_NO_LIMIT)
-        outbox.blocked = peer.writing = bool(outbox.pieces())
+        moved = True
+        while moved:
+            before = outbox.waiting
+            if outbox.timed:
+                self.broker.expire(peer.session, self.now)
+            moved = peer.take_bytes(_NO_LIMIT) > 0 or outbox.waiting != before
+        outbox.blocked = peer.writing = bool(outbox.waiting)
         if peer.session.closing:
             peer.reading = False
             if not outbox.blocked:
@@ -344,6 +349,7 @@ class FakeNet:
             "subscriptions": len(broker.topics),
             "tree": not broker.topics._root.is_empty,
             "held": broker._held,
+            "deadlines": bool(broker.deadlines),
             "touched": [session for session in broker.touched if session.open],
             "released": [session for session in broker.released if session.open],
         }

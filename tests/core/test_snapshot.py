@@ -444,12 +444,14 @@ def test_facts_that_lack_bytes_are_refused() -> None:
 #: What a session is made of: captured, or there anew (found again, empty, or the connection's own).
 CAPTURED = {
     "address",
+    "arrived",
     "asked",
     "bytes_in",
     "charged",
     "client",
     "closing",
     "errors_in",
+    "expiring",
     "goaway",
     "held_by",
     "hold_deadline",
@@ -482,7 +484,7 @@ def test_nothing_a_session_knows_is_forgotten() -> None:
 def test_nothing_the_broker_knows_is_forgotten() -> None:
     """And so for the broker, its clients and both kinds of outbox."""
     captured = {"exchange", "topics", "started_at", "upgrades", "refused", "dropped", "totals", "given_back"}
-    captured |= {"_held", "_order", "_leaving"}
+    captured |= {"_held", "_order", "_leaving", "deadlines"}
     settled = {"touched", "released", "orders", "happenings"}
     # What is under review is held against the rules when it is restored.
     of_this_process = {"limits", "version", "routing", "generation", "draining", "patience", "review"}
@@ -490,7 +492,8 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
     assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"}
-    both = {"_head", "blocked", "limit", "stalled"}
-    assert set(StreamOutbox.__slots__) == both | {"_ends", "_left", "_older", "_older_bytes", "_taken"}
+    both = {"_as_of", "_head", "blocked", "limit", "stalled", "timed"}
+    stream = {"_closed", "_ends", "_left", "_older", "_older_bytes", "_taken", "_timed"}
+    assert set(StreamOutbox.__slots__) == both | stream
     apart = {"_begun", "_kept", "_plain", "_plain_bytes", "_plain_gone", "_waiting"}
     assert set(FrameOutbox.__slots__) == both | apart

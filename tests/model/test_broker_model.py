@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from brokerd.config.values import ClientConfig, RateConfig, WhenConnected, WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core.broker import Limits
+from brokerd.core.outbox import FrameOutbox, Outbox
 from brokerd.core.session import Session
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import frame
@@ -96,9 +97,15 @@ class Outcomes:
     replies: int = 0
 
 
+def everything_in(outbox: Outbox) -> bytes:
+    """Return every byte that waits, also of what will not be written because its ttl is over."""
+    whole = [queued.frame for queued in outbox.queue()] if isinstance(outbox, FrameOutbox) else outbox.chunks()
+    return b"".join(whole)[outbox.begun :]
+
+
 def waiting_frames(peer: Peer) -> Iterator[Envelope]:
     """Yield every frame of the outbox of which the system has not taken the whole."""
-    data = bytes(peer.stream) + b"".join(peer.session.outbox.pieces())
+    data = bytes(peer.stream) + everything_in(peer.session.outbox)
     start = 0
     while start < len(data):
         size = int.from_bytes(data[start : start + 4])
@@ -610,7 +617,8 @@ class BrokerModel(RuleBasedStateMachine):
             session = peer.session
             own = sum(len(encode(each)) + 4 for each in waiting_frames(peer) if each.name != BROKER)
             assert own <= max(self.highest[peer.name], LONGEST_FRAME) + LONGEST_FRAME
-            assert session.outbox.waiting == sum(map(len, session.outbox.pieces()))
+            assert session.outbox.waiting == len(everything_in(session.outbox))
+            assert sum(map(len, session.outbox.pieces())) <= session.outbox.waiting
 
     @invariant()
     def everything_has_its_place(self) -> None:
@@ -630,9 +638,13 @@ class BrokerModel(RuleBasedStateMachine):
             for (id, address), responder in session.asked.items():
                 assert responder.address == address
                 assert responder.owed[session.address, id] is session
+            assert set(session.expiring) <= set(session.asked)
+            assert all(deadline > self.net.now - 0.1 for deadline in session.expiring.values())
             if session.held_by is not None:
                 assert session.held_by.outbox.blocked, "held, and the one it waits for reads"
                 assert broker._held[session] > self.net.now
+        remembered = sum(len(slot) for slot in broker.deadlines._slots.values())
+        assert remembered == sum(len(session.expiring) for session in live)
         assert len(broker.topics) == sum(len(session.subscriptions) for session in live)
         for peer in self.net.peers:
             assert peer.session.subscriptions == self.subscribed[peer]

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -647,3 +648,22 @@ def test_a_deadline_that_has_passed_is_waited_for_like_any_other(monkeypatch: py
         broker.call(set_twice)
         broker.call(lambda: None)
         assert broker.call(lambda: len(ticks)) == 1
+
+
+def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> None:
+    """What waits in the broker for longer than its ttl comes back as `expired`; the others arrive."""
+    with served({"alice": None, "bob": None}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        extension = b'{"ttl": 0.05}'
+        # More than the system's buffers take, so that what comes behind it waits in the broker.
+        for _ in range(40):
+            alice.send(MESSAGE, "bob", bytes(100_000))
+        for id in range(1, 4):
+            between = len(extension).to_bytes(2) + extension
+            alice.send(MESSAGE, "bob", b"late", id=id, flags=EXTENSION, between=between)
+        alice.send(MESSAGE, "bob", b"the end", id=4)
+        alice.ping()
+        time.sleep(0.1)
+        while (frame := bob.recv()).body != b"the end":
+            assert len(frame.body) == 100_000
+        errors = [alice.recv() for _ in range(3)]
+        assert [(error.id, error.code) for error in errors] == [(1, "expired"), (2, "expired"), (3, "expired")]

@@ -117,7 +117,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
     for each in facts["sessions"]:
         each["hold_s"] = each["hold_s"] and float(each["hold_s"])
         each["configured"] = each["configured"] and each["name"] in known
-        for what in ("subscriptions", "reached", "owed", "asked"):
+        for what in ("subscriptions", "reached", "owed", "asked", "expiring"):
             each[what] = sorted(each[what], key=str)
         each["reached"] = sorted({name for name in each["reached"] if name in names})
         if not each["configured"]:
@@ -135,7 +135,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
         "sessions": sessions,
         "outboxes": outboxes,
         "held": sorted(([*pair, left and float(left)] for *pair, left in facts["held"]), key=str),
-        "leaving": [[position, told(queue, there)] for position, queue in facts["leaving"]],
+        "leaving": [[position, told(queue, there)] for position, queue, _ in facts["leaving"]],
         **{name: facts[name] for name in ("started_at", "next_number", "dropped", "refused", "totals", "given_back")},
     }
 

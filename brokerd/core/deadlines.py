@@ -1,0 +1,71 @@
+"""Deadlines of what waits for an answer: each is added and taken back at the same cost, however many there are.
+
+Time is cut into slots. A deadline is found when its slot is over, so up to one slot late and never early.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+__all__ = ["Deadlines"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+#: Slots of time per second.
+_SLOTS: Final = 32
+#: Slots that are empty and may stay in the heap, before it is built again.
+_STALE: Final = 64
+
+
+class Deadlines(Generic[Key]):
+    """Keys, each with a deadline on the clock of ``now``."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, dict[Key, None]] = {}
+        self._heap: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._slots)
+
+    def add(self, deadline: float, key: Key) -> None:
+        """Remember a deadline."""
+        number = math.ceil(deadline * _SLOTS)
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = {}
+            heapq.heappush(self._heap, number)
+        slot[key] = None
+
+    def discard(self, deadline: float, key: Key) -> None:
+        """Forget a deadline, if it is still remembered."""
+        number = math.ceil(deadline * _SLOTS)
+        slot = self._slots.get(number)
+        if slot is not None:
+            slot.pop(key, None)
+            if not slot:
+                del self._slots[number]
+                if len(self._heap) > _STALE + 2 * len(self._slots):
+                    self._heap = list(self._slots)
+                    heapq.heapify(self._heap)
+
+    @property
+    def next(self) -> float | None:
+        """When ``due`` has something to return; None where nothing is remembered."""
+        while self._heap and self._heap[0] not in self._slots:
+            heapq.heappop(self._heap)
+        return self._heap[0] / _SLOTS if self._heap else None
+
+    def due(self, now: float, most: int) -> list[Key]:
+        """Return and forget up to ``most`` keys whose slot is over."""
+        found: list[Key] = []
+        while len(found) < most and (earliest := self.next) is not None and earliest <= now:
+            number = self._heap[0]
+            slot = self._slots[number]
+            while slot and len(found) < most:
+                found.append(slot.popitem()[0])
+            if not slot:
+                del self._slots[number]
+        return found
