@@ -142,7 +142,7 @@ class Client(Link):
             return id
         call = self._loop.create_future()
         id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
-        return cast("Receipt", await self._outcome(call, id))
+        return cast("Receipt", await self._outcome(call, id, deadline))
 
     async def send_many(
         self,
@@ -174,7 +174,7 @@ class Client(Link):
         try:
             for call, id in zip(calls, ids, strict=True):
                 try:
-                    outcomes.append(await self._outcome(call, id))
+                    outcomes.append(await self._outcome(call, id, deadline))
                 except BrokerdError as error:
                     outcomes.append(error)
         finally:
@@ -203,7 +203,7 @@ class Client(Link):
             await self._wait_until_clear(timeout)
         call = self._loop.create_future()
         id = self._dialog.request(to, number, body, extension, call, deadline)
-        return cast("Message", await self._outcome(call, id))
+        return cast("Message", await self._outcome(call, id, deadline))
 
     async def reply(
         self,
@@ -284,7 +284,7 @@ class Client(Link):
             return id
         call = self._loop.create_future()
         id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
-        return cast("Receipt", await self._outcome(call, id))
+        return cast("Receipt", await self._outcome(call, id, deadline))
 
     # Receiving
 
@@ -360,7 +360,7 @@ class Client(Link):
             id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
             self._feeds.add(subscription)
             try:
-                await self._outcome(call, id)
+                await self._outcome(call, id, deadline)
             except BaseException:
                 # A cancelled task may have its answer already: the subscription exists, at the broker too.
                 self._drop_subscription(subscription, None, None)
@@ -372,11 +372,12 @@ class Client(Link):
     async def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
         call = self._loop.create_future()
-        id = self._drop_subscription(subscription, call, self._deadline(self._settings.timeout_s))
+        deadline = self._deadline(self._settings.timeout_s)
+        id = self._drop_subscription(subscription, call, deadline)
         if id is not None:
             # Whatever the answer is, and if there is none: nothing more comes.
             with contextlib.suppress(Disconnected, Closed, TimedOut):
-                await self._outcome(call, id)
+                await self._outcome(call, id, deadline)
 
     def _drop_subscription(
         self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
@@ -400,7 +401,7 @@ class Client(Link):
             id, feed._watch = self._dialog.watch(feed, call, deadline)
             self._feeds.add(feed)
             try:
-                await self._outcome(call, id)
+                await self._outcome(call, id, deadline)
             except BaseException:
                 # A cancelled task may have its answer already: the watch exists, its subscriptions too.
                 self._drop_watch(feed)
@@ -426,7 +427,7 @@ class Client(Link):
         await self._wait_until_clear(timeout)
         call = self._loop.create_future()
         id = self._dialog.control(op, arguments, call, deadline)
-        return cast("dict[str, Any]", await self._outcome(call, id))
+        return cast("dict[str, Any]", await self._outcome(call, id, deadline))
 
     async def clients(self) -> list[ClientInfo]:
         """Return the clients this one may send to, and which of them are online."""
@@ -460,7 +461,7 @@ class Client(Link):
             self._ended = True
             self._stop_timer()
             for link in self._links:
-                link.transport.abort()
+                link.abort()
             here = asyncio.current_task()
             tasks = {self._keeper, *(task for crew in self._crews.values() for task in crew)} - {here}
             for task in tasks:

@@ -36,9 +36,15 @@ class Hearer(Protocol):
 
     def _on_lost(self, link: Connection, error: Exception | None) -> None: ...
 
+    def _on_bug(self, link: Connection, error: BaseException) -> None: ...
+
 
 class Connection(asyncio.Protocol):
-    """One connection: tells its client what happens to it."""
+    """One connection: tells its client what happens to it.
+
+    What the event loop calls lets no exception out, whatever its kind: the loop would log it, and the client would look
+    alive. An exception ends the connection instead.
+    """
 
     transport: asyncio.Transport
 
@@ -55,8 +61,21 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol: there is a connection."""
         self.transport = cast("asyncio.Transport", transport)
+        try:
+            self._made()
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def _made(self) -> None:
         self.prepare()
         self._client._on_open(self)
+
+    def _on_bug(self, error: BaseException) -> None:
+        self._client._on_bug(self, error)
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
 
     @property
     def bindings(self) -> Mapping[str, bytes]:
@@ -80,26 +99,41 @@ class Connection(asyncio.Protocol):
         loop = self.closed.get_loop()
         if self.closed.done():
             return
-        if silence.lasts(sock, loop.time()) >= DEFAULT_S:
-            self._read_out()
-            self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-        else:
-            self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
+        try:
+            if silence.lasts(sock, loop.time()) >= DEFAULT_S:
+                self._read_out()
+                self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+            else:
+                self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
-        # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
-        self._client._on_data(self, bytes(data))
+        try:
+            # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
+            self._received(bytes(data))
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def _received(self, data: bytes) -> None:
+        self._client._on_data(self, data)
 
     def pause_writing(self) -> None:
         """asyncio.Protocol: not everything has been written."""
         self.paused = True
-        self._client._on_writable(self)
+        self._note_writable()
 
     def resume_writing(self) -> None:
         """asyncio.Protocol: everything has been written."""
         self.paused = False
-        self._client._on_writable(self)
+        self._note_writable()
+
+    def _note_writable(self) -> None:
+        try:
+            self._client._on_writable(self)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
 
     def eof_received(self) -> None:
         """asyncio.Protocol: nothing more comes. To close would be to wait until a peer reads that is gone."""
@@ -120,13 +154,18 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio.Protocol: the connection is gone."""
-        if isinstance(error, OSError):
-            self._read_out()
-        if not self.closed.done():
-            self.closed.set_result(None)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._client._on_lost(self, error)
+        try:
+            if isinstance(error, OSError):
+                self._read_out()
+        finally:
+            if not self.closed.done():
+                self.closed.set_result(None)
+            if self._timer is not None:
+                self._timer.cancel()
+            try:
+                self._client._on_lost(self, error)
+            except BaseException as bug:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+                self._on_bug(bug)
 
 
 async def dial(address: Address, protocol: Callable[[], Connection]) -> None:

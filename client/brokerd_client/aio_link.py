@@ -34,6 +34,10 @@ __all__ = ["Link", "ends_worker"]
 _REQUEST_TASKS: Final = 64
 #: States in which the socket is read however full the inbox is.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
+#: Seconds after its deadline at which a call ends that the dialog has not ended.
+_GRACE_S: Final = 0.05
+#: States of a client that has no connection, and knows it.
+_WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
 #: Bytes put out that are not kept until the loop's next turn.
 _FLUSH_ABOVE: Final = 64 * 1024
 
@@ -81,11 +85,14 @@ class Link:
         self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
+        #: Whether no task connects again any more.
+        self._deserted = False
         self._ordered.on_put = lambda: self._hire(self._ordered, 1)
         self._requests.on_put = lambda: self._hire(self._requests, _REQUEST_TASKS)
         self._gone: asyncio.Future[None] = self._loop.create_future()
         forks.register(self)
         self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
+        self._keeper.add_done_callback(self._on_keeper_done)
 
     @property
     def closed(self) -> bool:
@@ -192,22 +199,32 @@ class Link:
         link = self._link
         if link is None or not self._dialog.untaken:
             return
-        data = self._dialog.data_to_send()
-        link.unwritten += len(data)
-        link.transport.write(data)
-        # One that is closing has not taken it: the connection was gone, which its end will tell.
-        if not link.paused and not link.transport.is_closing():
-            self._on_writable(link)
+        try:
+            data = self._dialog.data_to_send()
+            link.unwritten += len(data)
+            link.transport.write(data)
+            # One that is closing has not taken it: the connection was gone, which its end will tell.
+            if not link.paused and not link.transport.is_closing():
+                self._on_writable(link)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            # A part of it may have left: the next frame would be read as the rest of this one.
+            self._on_bug(link, error)
 
-    async def _outcome(self, call: asyncio.Future[Any], id: int) -> Any:
+    async def _outcome(self, call: asyncio.Future[Any], id: int, deadline: float | None) -> Any:
         """Send what was put out, and return or raise what becomes of it."""
+        timer: asyncio.TimerHandle | None = None
         try:
             self._write()
             self._arm()
             if self._gauge.full:
                 self._regulate()
+            if deadline is not None and not call.done():
+                # The dialog's own deadline comes first, unless it has lost the call.
+                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, id)
             return await call
         finally:
+            if timer is not None:
+                timer.cancel()
             self._abandon(call, id)
 
     def _abandon(self, call: asyncio.Future[Any], id: int) -> None:
@@ -225,7 +242,7 @@ class Link:
     def _on_open(self, link: Connection) -> None:
         self._links.add(link)
         if self._dialog.state is not State.CONNECTING:
-            link.transport.abort()
+            link.abort()
             return
         self._link = link
         self._dialog.opened(nonce(), link.bindings)
@@ -261,20 +278,65 @@ class Link:
             else:
                 self._lose(self._dialog.hung_up())
 
+    def _on_bug(self, link: Connection | None, error: BaseException) -> None:
+        """Log an exception that no rule foresees, and lose the connection over it: the next one may work.
+
+        Raises the exception again where it is for the event loop: KeyboardInterrupt and SystemExit.
+        """
+        exits = isinstance(error, (KeyboardInterrupt, SystemExit))
+        if not exits:
+            log().error("a connection is lost in a way that is not foreseen", exc_info=error)
+        if link is not None:
+            link.abort()
+        if not self._forked and (link is self._link or self._link is None):
+            reason = Disconnected(f"the connection broke: {type(error).__name__}: {error}")
+            reason.__cause__ = error
+            self._lose(reason)
+        if exits:
+            raise error
+
     def _lose(self, reason: BrokerdError) -> None:
-        """The connection is gone, or to be given up."""
+        """Give up the connection, which may be gone already; do nothing where there is none."""
+        before = self._dialog.state
+        if before in (State.IDLE, State.WAITING, State.GONE):
+            return
         link, self._link = self._link, None
         doubtful = 0
-        if link is not None:
-            doubtful = link.unwritten
-            link.transport.abort()
-        now = self._loop.time()
-        batch = self._dialog.lost(reason, now, chance(), doubtful=doubtful)
-        self._stop_timer()
-        self._absorb(batch)
+        try:
+            if link is not None:
+                doubtful = link.unwritten
+                link.abort()
+            batch = self._dialog.lost(reason, self._loop.time(), chance(), doubtful=doubtful)
+            self._stop_timer()
+            self._absorb(batch)
+        except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
+            log().exception("the loss of a connection failed in a way that is not foreseen")
+            if self._dialog.state not in _WITHOUT_CONNECTION:
+                self._give_up(error)
         self._note_state()
+        if self._dialog.state is State.WAITING and self._deserted:
+            self._give_up(reason)
         if not self._gone.done():
             self._gone.set_result(None)
+
+    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+        """End the client where the task has ended that would connect again: cancelled from outside, or by a bug."""
+        self._deserted = True
+        error = None if keeper.cancelled() else keeper.exception()
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            log().error("a client does not connect any more, in a way that is not foreseen", exc_info=error)
+        if self._link is None and not self._forked and not self.closed:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """End the client for good; every call that waits raises Disconnected."""
+        reason = Disconnected(f"the client does not connect any more: {error or 'its task was cancelled'}")
+        reason.__cause__ = error
+        self._dialog.state, self._dialog.reason = State.GONE, reason
+        for pending in self._dialog.awaiting.clear():
+            if pending.waiter is not None and not pending.waiter.done():
+                pending.waiter.set_exception(reason)
+        self._note_state()
 
     def _absorb(self, batch: Batch[Message]) -> None:
         """Pass on what the dialog says has happened."""
@@ -373,10 +435,14 @@ class Link:
 
     def _tick(self) -> None:
         self._timer = None
-        if not self._forked:
+        if self._forked:
+            return
+        try:
             self._absorb(self._dialog.tick(self._loop.time()))
             self._write()
             self._arm()
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(self._link, error)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -438,12 +504,15 @@ class Link:
                     self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
             except (OSError, AddressError) as error:
                 self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
-            except Exception as error:  # noqa: BLE001 - a bug; but who waits for the connection is to hear of it
+            except BaseException as error:
+                # A bug; but the tasks that wait for the connection are to hear of it.
+                if ends_worker(error):
+                    raise
                 log().exception("connecting failed in a way that is not foreseen")
-                if self._dialog.state not in (State.WAITING, State.GONE, State.CLOSED):
-                    reason = no_connection(self._settings.address, error)
-                    reason.__cause__ = error
-                    self._lose(reason)
+                seen = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+                reason = no_connection(self._settings.address, seen)
+                reason.__cause__ = error
+                self._lose(reason)
             await self._gone
             if self._dialog.state is not State.WAITING:
                 return
@@ -459,6 +528,11 @@ class Link:
             from brokerd_client.aio_tls import dial_tls
 
             await dial_tls(address, context, self)
+
+
+def _expire(call: asyncio.Future[Any], id: int) -> None:
+    if not call.done():
+        call.set_exception(TimedOut(f"no answer to {id} in time"))
 
 
 def ends_worker(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from brokerd_client.address import Address
 from brokerd_client.aio_connection import Connection, Hearer, dial
-from brokerd_client.errors import TlsError
+from brokerd_client.errors import Disconnected, TlsError
 from brokerd_client.tls import Engine, explained
 
 __all__ = ["TlsConnection", "dial_tls"]
@@ -37,17 +37,18 @@ class TlsConnection(Connection):
         """What the key is to be bound to."""
         return self._bindings
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio.Protocol: there is a connection."""
-        self.transport = cast("asyncio.Transport", transport)
+    def _made(self) -> None:
         self._raw = self.transport
         self.prepare()
         self._go_on(b"")
 
-    def data_received(self, data: bytes) -> None:
-        """asyncio.Protocol: bytes have arrived."""
+    def _received(self, data: bytes) -> None:
         if self._error is None:
-            self._go_on(bytes(data))
+            self._go_on(data)
+
+    def _on_bug(self, error: BaseException) -> None:
+        self._opened(Disconnected(f"TLS failed in a way that is not foreseen: {type(error).__name__}"))
+        super()._on_bug(error)
 
     def _go_on(self, data: bytes) -> None:
         raw, engine = self._raw, self._engine

@@ -1,0 +1,330 @@
+"""Exceptions that no rule foresees, in any callback of the asyncio face: a lost connection, never a dead client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from fake_broker import Session
+from memory_broker import MemoryBroker, play
+
+from brokerd_client import aio, aio_link
+from brokerd_client.errors import BrokerdError, Disconnected, TimedOut
+from brokerd_client.wire.envelope import Envelope, Kind
+
+
+class PanicException(BaseException):
+    """What pyo3 raises where Rust panics: not an Exception."""
+
+
+ERRORS: list[Callable[[], BaseException]] = [
+    lambda: LookupError("unforeseen"),
+    lambda: PanicException("unforeseen"),
+    lambda: asyncio.CancelledError("unforeseen"),
+    lambda: AssertionError("unforeseen"),
+]
+IDS = ["LookupError", "panic", "CancelledError", "AssertionError"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a client connect again at once."""
+    monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until the condition holds."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.001)
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> list[BaseException]:
+    """Make a method raise the error at its next call; return a list that is empty once it has."""
+    left = [error]
+    method = getattr(owner, name)
+
+    def act(*args: Any, **options: Any) -> Any:
+        if left:
+            raise left.pop()
+        return method(*args, **options)
+
+    monkeypatch.setattr(owner, name, act)
+    return left
+
+
+#: Where the exception is raised: the object and its method; what makes the loop call it.
+PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
+    "data received": (lambda client: client._dialog, "receive", lambda client: None),
+    "messages passed on": (lambda client: client, "_absorb", lambda client: None),
+    "writing": (lambda client: client._link.transport, "write", lambda client: None),  # type: ignore[union-attr]
+    "writable": (lambda client: client, "_on_writable", lambda client: client._link.pause_writing()),  # type: ignore[union-attr]
+    "a look at the peer": (
+        lambda client: Peer,
+        "lasts",
+        lambda client: client._link._look(None, Peer()),  # type: ignore[union-attr, arg-type]
+    ),
+    "the timer": (lambda client: client._dialog, "tick", lambda client: client._tick()),
+}
+
+
+class Peer:
+    """Stands in for keepalive.Silence."""
+
+    def lasts(self, *args: object) -> float:
+        """Return that the peer answers."""
+        return 0.0
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_exception_in_a_callback_is_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: Any, make: Callable[[], BaseException]
+) -> None:
+    """A call that waits gets an error, the log has the exception, and the client connects again."""
+    owner, method, provoke = place
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            feed = await alice.subscribe("a")
+            # Bob answers nothing.
+            asking = asyncio.ensure_future(alice.request("bob", 1, timeout=None))
+            await bob.recv(5)
+            left = once(monkeypatch, owner(alice), method, make())
+            provoke(alice)
+            await alice.send("bob", 1)
+            await alice.send("alice", 1)
+            await until(lambda: not left)
+            with pytest.raises(Disconnected):
+                await asking
+            await until(lambda: alice.connected)
+            monkeypatch.undo()
+            monkeypatch.setattr(aio_link, "dial", network.dial)
+            assert await alice.ping() >= 0
+            await bob.publish("a", "event")
+            assert (await feed.recv(5)).payload == "event"
+            assert alice.counters["losses"] == 1
+
+    play(monkeypatch, scenario)
+    assert "unforeseen" in caplog.text
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+@pytest.mark.parametrize("what", ["opened", "dial"])
+def test_exception_while_connecting_again_is_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, make: Callable[[], BaseException]
+) -> None:
+    """Another try follows."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice:
+            left = once(monkeypatch, *((alice._dialog, "opened") if what == "opened" else (alice, "_dial")), make())
+            network.drop("alice")
+            await until(lambda: not left and alice.connected)
+            assert await alice.ping() >= 0
+            assert alice.counters["losses"] == 2
+
+    play(monkeypatch, scenario)
+    assert "unforeseen" in caplog.text
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=IDS)
+def test_exception_while_connecting_for_the_first_time_ends_connect(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], BaseException]
+) -> None:
+    """connect() raises Disconnected, and the exception is its cause."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        for name in ("nonce", "dial"):
+            error = make()
+
+            def fail(*args: object, error: BaseException = error) -> Any:
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(aio_link, name, fail)
+                with pytest.raises(Disconnected, match="unforeseen") as caught:
+                    await network.join("alice", timeout=5)
+                assert caught.value.__cause__ is error
+
+    play(monkeypatch, scenario)
+
+
+def test_exception_in_the_handling_of_a_loss_ends_the_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No task waits for a client that can't connect again: every call raises Disconnected."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        alice = await network.join("alice")
+        tasks = [
+            asyncio.ensure_future(alice.recv()),
+            asyncio.ensure_future(alice.request("alice", 1, timeout=None)),
+            asyncio.ensure_future(anext(await alice.subscribe("a"))),
+        ]
+        await asyncio.sleep(0)
+        once(monkeypatch, alice._dialog, "lost", LookupError("unforeseen"))
+        network.drop("alice")
+        # The request comes back to alice itself, as a message for the first of the tasks.
+        for task in tasks[1:]:
+            with pytest.raises(Disconnected, match="unforeseen"):
+                await asyncio.wait_for(task, 5)
+        with pytest.raises(Disconnected):
+            await alice.send("bob", 1)
+        await alice.close()
+
+    play(monkeypatch, scenario)
+    assert "unforeseen" in caplog.text
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
+    monkeypatch: pytest.MonkeyPatch, connected: bool
+) -> None:
+    """A program that cancels every task cancels the one that connects again: at the next loss every call says so."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        alice = await network.join("alice")
+        waiting = asyncio.ensure_future(alice.recv())
+        if not connected:
+            monkeypatch.setattr(aio_link, "chance", lambda: 0.99)
+            network.drop("alice")
+            await until(lambda: not alice.connected)
+        alice._keeper.cancel()
+        await asyncio.sleep(0.01)
+        if connected:
+            assert await alice.ping() >= 0
+            network.drop("alice")
+        with pytest.raises(Disconnected, match="does not connect any more"):
+            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(Disconnected):
+            await alice.ping()
+        await alice.close()
+
+    play(monkeypatch, scenario)
+
+
+def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt in the middle of a read: the rest of the stream is not taken for the next message."""
+
+    async def begin() -> tuple[MemoryBroker, aio.Client]:
+        network = MemoryBroker("alice")
+        monkeypatch.setattr(aio_link, "dial", network.dial)
+        return network, await network.join("alice")
+
+    async def reconnected(client: aio.Client) -> None:
+        await until(lambda: client.connected and client.counters["losses"] == 1)
+        assert await client.ping() >= 0
+        await client.close()
+
+    loop = asyncio.new_event_loop()
+    try:
+        _, alice = loop.run_until_complete(begin())
+        once(monkeypatch, alice._dialog, "receive", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(alice.ping())
+        monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+        loop.run_until_complete(reconnected(alice))
+    finally:
+        loop.close()
+
+
+CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
+    "send with receipt": lambda client: client.send("bob", 1, receipt=True, timeout=0.1),
+    "send_many with receipts": lambda client: client.send_many([("bob", 1)] * 3, receipt=True, timeout=0.1),
+    "request": lambda client: client.request("bob", 1, timeout=0.1),
+    "publish with receipt": lambda client: client.publish("a", 1, receipt=True, timeout=0.1),
+    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
+    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._open(),
+    "control": lambda client: client.control("ping", timeout=0.1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_call_that_the_dialog_forgot_ends_at_its_timeout(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]]
+) -> None:
+    """Whatever happened to the call inside, its task does not wait for longer."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice:
+            network.broker.intercept = lambda session, envelope: True
+            calling = asyncio.ensure_future(call(alice))
+            await asyncio.sleep(0.01)
+            alice._dialog.awaiting.clear()
+            began = time.monotonic()
+            try:
+                outcome = await asyncio.wait_for(calling, 5)
+            except TimedOut as error:
+                outcome = [error]
+            assert {type(each) for each in outcome} == {TimedOut}
+            assert time.monotonic() - began < 2
+            network.broker.intercept = None
+            assert alice._feeds == set()
+            assert len(alice._dialog.routes) == 0
+
+    play(monkeypatch, scenario)
+
+
+OPERATIONS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
+    "ping": lambda client: client.control("ping", timeout=0.1),
+    "clients": lambda client: client.control("clients", timeout=0.1),
+    "whoami": lambda client: client.control("whoami", timeout=0.1),
+    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
+    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._open(),
+}
+
+
+@pytest.mark.parametrize("call", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[1]",
+        b"7",
+        b"null",
+        b"",
+        b"\xff",
+        b'{"clients": 7}',
+        b'{"clients": [7]}',
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"9" * 5000,
+    ],
+    ids=lambda answer: answer[:16].decode(errors="replace"),
+)
+def test_operation_answered_with_anything_has_an_outcome(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]], answer: bytes
+) -> None:
+    """In time, whatever the broker says; the client goes on, on this connection or on the next."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice", timeout=5) as alice:
+
+            def lie(session: Session, envelope: Envelope) -> bool:
+                said = json.loads(envelope.payload)
+                if call is OPERATIONS["watch_presence"] and said["op"] != "clients":
+                    return False
+                if said["op"] == "subscribe":
+                    session.subscriptions.append((said["topic"], ""))
+                session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2))
+                network.broker.intercept = None
+                return True
+
+            network.broker.intercept = lie
+            began = time.monotonic()
+            try:
+                opened = await asyncio.wait_for(call(alice), 5)
+            except BrokerdError:
+                opened = None
+            assert time.monotonic() - began < 2
+            if isinstance(opened, (aio.Subscription, aio.PresenceWatch)):
+                await opened.close()
+            await until(lambda: alice.connected)
+            assert await alice.ping() >= 0
+
+    play(monkeypatch, scenario)
