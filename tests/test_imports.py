@@ -95,9 +95,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd_client.blocking_boxes",
         "brokerd_client.blocking_feeds",
     ),
+    "brokerd_client.lookup": (),
     "brokerd_client.blocking": (*FACE, *BLOCKING),
     "brokerd_client.aio_boxes": ("brokerd_client.errors", "brokerd_client.inbox"),
-    "brokerd_client.aio_connection": (*LEAVES, *PIPES, "brokerd_client.keepalive"),
+    "brokerd_client.aio_connection": (*LEAVES, *PIPES, "brokerd_client.keepalive", "brokerd_client.lookup"),
     "brokerd_client.aio_feeds": (*FACE, "brokerd_client.aio_boxes"),
     "brokerd_client.aio_link": (
         *FACE,

@@ -16,8 +16,9 @@ from typing import Final, Protocol, cast
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
 from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
+from brokerd_client.lookup import Candidate, Lookup, numeric
 
-__all__ = ["Connection", "Hearer", "dial"]
+__all__ = ["Connection", "Hearer", "Resolver", "dial"]
 
 #: Bytes read at once, of what is left.
 _PIECE: Final = 64 * 1024
@@ -168,7 +169,43 @@ class Connection(asyncio.Protocol):
                 self._on_bug(bug)
 
 
-async def dial(address: Address, protocol: Callable[[], Connection]) -> None:
+class Resolver:
+    """Finds the addresses of host names for one client, in a thread of its own.
+
+    Not in the event loop's executor: a look-up can't be cancelled, and asyncio.run waits for that executor's threads. A
+    look-up that outlasts an attempt to connect is used by the next attempt, so that there is one thread at most.
+    """
+
+    def __init__(self) -> None:
+        self._lookup: Lookup | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def find(self, host: str, port: int) -> list[Candidate]:
+        """Return the addresses of the host, not looked up where it is an address itself. Raises OSError."""
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        lookup = self._lookup
+        if lookup is None:
+            lookup = self._lookup = Lookup(host, port, lambda: self._tell(loop))
+        if not lookup.done:
+            await waiter
+        self._lookup = None
+        return lookup.result()
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A loop that is closed waits for nothing.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def dial(address: Address, protocol: Callable[[], Connection], resolver: Resolver | None = None) -> None:
     """Connect to the address. Raises OSError; AddressError where this machine does not have its family."""
     loop = asyncio.get_running_loop()
     validate_family(address.family)
@@ -192,7 +229,16 @@ async def dial(address: Address, protocol: Callable[[], Connection]) -> None:
             sock.close()
             raise
     else:
-        await loop.create_connection(protocol, address.host, address.port)
+        error = OSError(f"{address.host} has no address")
+        for family, sockaddr in await (resolver or Resolver()).find(address.host, address.port):
+            host, port = cast("tuple[str, int]", sockaddr[:2])
+            try:
+                await loop.create_connection(protocol, host, port, family=family)
+            except OSError as failed:
+                error = failed
+            else:
+                return
+        raise error
 
 
 def _dialed(name: str) -> BridgedSocket | None:

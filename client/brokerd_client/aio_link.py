@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from brokerd_client import forks
 from brokerd_client.aio_boxes import Box
-from brokerd_client.aio_connection import Connection, dial
+from brokerd_client.aio_connection import Connection, Resolver, dial
 from brokerd_client.aio_feeds import Feed, Message
 from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.desk import Desk, Job, log
@@ -64,6 +64,7 @@ class Link:
             timeout_s=settings.timeout_s,
             inbox=settings.inbox,
         )
+        self._resolver = Resolver()
         self._link: Connection | None = None
         #: Every link whose connection is not closed yet.
         self._links: set[Connection] = set()
@@ -522,12 +523,12 @@ class Link:
         """Connect, TLS included. Raises OSError, AddressError."""
         address, context = self._settings.address, self._settings.tls
         if context is None:
-            await dial(address, lambda: Connection(self))
+            await dial(address, lambda: Connection(self), self._resolver)
         else:
             # It takes its time to load.
             from brokerd_client.aio_tls import dial_tls
 
-            await dial_tls(address, context, self)
+            await dial_tls(address, context, self, self._resolver)
 
 
 def _expire(call: asyncio.Future[Any], id: int) -> None:

@@ -11,7 +11,7 @@ import ssl
 from typing import Any, cast
 
 from brokerd_client.address import Address
-from brokerd_client.aio_connection import Connection, Hearer, dial
+from brokerd_client.aio_connection import Connection, Hearer, Resolver, dial
 from brokerd_client.errors import Disconnected, TlsError
 from brokerd_client.tls import Engine, explained
 
@@ -142,7 +142,7 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
         raw.write(output)
 
 
-async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer) -> None:
+async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver) -> None:
     """Connect to the address and have TLS ready. Raises OSError, TlsError among them."""
     made: list[TlsConnection] = []
 
@@ -151,7 +151,7 @@ async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer) ->
         return made[-1]
 
     try:
-        await dial(address, make)
+        await dial(address, make, resolver)
         await made[-1].opened
     except BaseException:
         for connection in made:

@@ -111,7 +111,7 @@ class MemoryBroker:
         self.before: Callable[[str], object] = lambda name: None
         self.after: Callable[[str], object] = lambda name: None
 
-    async def dial(self, address: object, protocol: Callable[[], asyncio.Protocol]) -> None:
+    async def dial(self, address: object, protocol: Callable[[], asyncio.Protocol], *more: object) -> None:
         """Stand in for aio_connection.dial."""
         await asyncio.sleep(0)
         made = protocol()

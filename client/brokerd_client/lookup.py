@@ -1,0 +1,66 @@
+"""The addresses of a host's name, looked up in a thread of its own, so that a slow look-up holds up nothing else.
+
+The system offers no way to end a look-up: the thread is a daemon, and ends with its look-up.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from typing import TypeAlias
+
+__all__ = ["Candidate", "Lookup", "numeric"]
+
+#: A family, and an address of it as the socket module takes it.
+Candidate: TypeAlias = tuple[int, tuple[object, ...] | str]
+
+
+class Lookup:
+    """One look-up under way. tell: called in the look-up's thread when it is done."""
+
+    def __init__(self, host: str, port: int, tell: Callable[[], object]) -> None:
+        self._host = host
+        self._port = port
+        self._tell = tell
+        self._found: list[Candidate] | Exception | None = None
+        try:
+            threading.Thread(target=self._run, name="brokerd look-up", daemon=True).start()
+        except RuntimeError as error:
+            # The system has no more threads.
+            raise OSError(str(error)) from error
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result."""
+        return self._found is not None
+
+    def result(self) -> list[Candidate]:
+        """Return the addresses. Raises BlockingIOError while there is no result, OSError where there is no address."""
+        if self._found is None:
+            raise BlockingIOError(f"the look-up of {self._host} is under way")
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    def _run(self) -> None:
+        try:
+            self._found = _ask(self._host, self._port, 0)
+        except OSError as error:
+            self._found = error
+        except Exception as error:  # noqa: BLE001 - a name that the idna codec refuses, for example
+            self._found = OSError(f"{self._host} is not a valid host name: {error}")
+        self._tell()
+
+
+def numeric(host: str, port: int) -> list[Candidate] | None:
+    """Return the address that ``host`` spells out, or None where it is a name, which has to be looked up."""
+    try:
+        return _ask(host, port, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return None
+
+
+def _ask(host: str, port: int, flags: int) -> list[Candidate]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]

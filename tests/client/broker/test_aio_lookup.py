@@ -1,0 +1,132 @@
+"""Host names of the asyncio face: a slow look-up holds up neither connect() nor the end of the program."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from brokerd_client import aio, aio_connection
+from brokerd_client.aio_connection import Resolver
+from brokerd_client.errors import Disconnected, TimedOut
+
+
+class SlowNames:
+    """Stands in for socket.getaddrinfo: every name takes until it is released."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self.released = threading.Event()
+        self.asked = 0
+        self.answer: Any = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 9))]
+
+    def __call__(self, host: Any, *args: Any, **options: Any) -> Any:
+        if options.get("flags", 0) & socket.AI_NUMERICHOST or "slow" not in str(host):
+            return self._real(host, *args, **options)
+        self.asked += 1
+        self.released.wait(20)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowNames]:
+    """Make every name that has "slow" in it slow."""
+    slow = SlowNames(socket.getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    yield slow
+    slow.released.set()
+    for thread in threading.enumerate():
+        if thread.name == "brokerd look-up":
+            thread.join(20)
+
+
+@pytest.mark.parametrize("url", ["slow.example:6000", "tls://slow.example:6000"])
+def test_connect_to_a_slow_name_times_out_and_the_loop_ends(names: SlowNames, url: str) -> None:
+    """TimedOut comes in time, and asyncio.run does not wait for the look-up."""
+
+    async def main() -> float:
+        began = time.monotonic()
+        with pytest.raises(TimedOut):
+            await aio.connect(url, "alice", "k", timeout=0.1)
+        return time.monotonic() - began
+
+    began = time.monotonic()
+    assert asyncio.run(main()) < 5
+    assert time.monotonic() - began < 10
+    assert not names.released.is_set()
+
+
+def test_resolver_whose_look_up_outlasts_an_attempt_uses_it_for_the_next(names: SlowNames) -> None:
+    """One thread at most, however often a client tries to connect meanwhile."""
+
+    async def main() -> None:
+        resolver = Resolver()
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(resolver.find("slow.example", 1), 0.01)
+        assert names.asked == 1
+        names.released.set()
+        assert await resolver.find("slow.example", 1) == [(socket.AF_INET, ("127.0.0.1", 9))]
+        assert names.asked == 1
+        await resolver.find("slow.example", 1)
+        assert names.asked == 2
+
+    asyncio.run(main())
+
+
+def test_name_without_an_address_is_told(names: SlowNames) -> None:
+    """The system's own words, as Disconnected."""
+    names.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    names.released.set()
+
+    async def main() -> None:
+        with pytest.raises(Disconnected, match=r"slow\.example:6000: Name or service not known"):
+            await aio.connect("slow.example:6000", "alice", "k", timeout=5)
+
+    asyncio.run(main())
+
+
+def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
+    """The first that accepts is used; where none does the last error is told."""
+    names.released.set()
+
+    async def main() -> None:
+        made: list[aio_connection.Connection] = []
+
+        class Quiet(asyncio.Protocol):
+            def __init__(self) -> None:
+                made.append(self)  # type: ignore[arg-type]
+
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as closed:
+            port, refusing = listener.getsockname()[1], closed.getsockname()[1]
+            closed.close()
+            entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+            names.answer = [(*entry, ("127.0.0.1", refusing)), (*entry, ("127.0.0.1", port))]
+            address = aio_connection.Address("AF_INET", "slow.example", port)
+            await aio_connection.dial(address, Quiet)  # type: ignore[arg-type]
+            accepted, _ = listener.accept()
+            accepted.close()
+            assert len(made) == 1
+            names.answer = names.answer[:1]
+            with pytest.raises(ConnectionRefusedError):
+                await aio_connection.dial(address, Quiet)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+def test_address_that_is_a_number_needs_no_thread(names: SlowNames) -> None:
+    """Neither IPv4 nor IPv6."""
+
+    async def main() -> None:
+        for host in ("127.0.0.1", "::1"):
+            assert [address[0] for _, address in await Resolver().find(host, 1)] == [host]
+        assert not any(thread.name == "brokerd look-up" for thread in threading.enumerate())
+
+    asyncio.run(main())
