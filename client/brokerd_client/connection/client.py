@@ -11,6 +11,7 @@ from brokerd_client.address import Family, format_peer, infer_family, validate_f
 from brokerd_client.connection.doors import no_delay
 from brokerd_client.connection.keys import Key, chosen_key
 from brokerd_client.connection.negotiation import Channel, Negotiation, SocketChannel, described, nonce
+from brokerd_client.connection.readiness import deadline_after, shortened
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, FrameError, TimedOut
 from brokerd_client.wire.handshake import as_dialer
@@ -40,7 +41,7 @@ def Client(  # noqa: N802 - the standard library's name
     Raises AuthenticationError: one side rejected the other, and which. TimedOut. EOFError: the listener hung up during
     the handshake. OSError: nobody listens there, and the like.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout, time.monotonic())
     key = chosen_key(authenticate, authkey)
     family = family or infer_family(address)
     validate_family(family)
@@ -67,7 +68,7 @@ def _connect(address: Any, family: Family, deadline: float | None) -> Channel:
         retry = _RETRY_FROM
         while True:
             try:
-                sock.settimeout(_remaining(deadline))
+                sock.settimeout(shortened(_remaining(deadline)))
                 sock.connect(address)
                 break
             except BlockingIOError:

@@ -21,7 +21,9 @@ from brokerd_client.connection.doors import arbitrary_address, default_family, o
 from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.keys import Key, chosen_key
 from brokerd_client.connection.negotiation import Negotiation, described, nonce
+from brokerd_client.connection.readiness import deadline_after
 from brokerd_client.connection.stream import Connection
+from brokerd_client.connection.turn import new_turn, refuse_nested_call
 from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
 from brokerd_client.wire.handshake import as_listener
 
@@ -64,7 +66,7 @@ class Listener:
         on_error: OnError = "raise",
     ) -> None:
         self._key = chosen_key(authenticate, authkey)
-        if handshake_timeout <= 0 or max_handshakes < 1:
+        if not handshake_timeout > 0 or max_handshakes < 1:
             raise ValueError("handshake_timeout and max_handshakes must be above 0")
         if on_error not in ("raise", "skip") and not callable(on_error):
             raise ValueError(f'on_error should be "raise", "skip" or a callable, not {on_error!r}')
@@ -77,7 +79,7 @@ class Listener:
         self._closed = False
         self._last_accepted: Any = None
         # Whoever holds it moves everything below. Re-entrant: on_error and signal handlers may close the listener.
-        self._turn = threading.RLock()
+        self._turn = new_turn()
         self._negotiations: dict[int, Negotiation] = {}
         self._ready: deque[tuple[Connection, object]] = deque()
         self._errors: deque[AuthenticationError] = deque()
@@ -117,21 +119,35 @@ class Listener:
 
         timeout: seconds; None waits for ever. Any number of threads may be here at once.
         Raises TimedOut; Closed, where close() was called before or meanwhile; AuthenticationError, as ``on_error``
-        says: the listener goes on, and the next call returns the next connection.
+        says: the listener goes on, and the next call returns the next connection. After any other exception a
+        connection that was complete is returned by the next call; a peer whose handshake it cut off is hung up on.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._turn.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
-            raise TimedOut(f"nobody was accepted within {timeout} s")
+        turn = self._turn
+        if turn._is_owned():
+            refuse_nested_call("accept")
+        deadline = deadline_after(timeout, time.monotonic())
+        accepted: tuple[Connection, object] | None = None
         try:
-            self._resume()
-            while (connection := self._next()) is None:
-                self._serve(deadline)
-                if deadline is not None and time.monotonic() >= deadline and not self._ready and not self._errors:
-                    raise TimedOut(f"nobody was accepted within {timeout} s")
-            return connection
-        finally:
-            self._left_at = time.monotonic()
-            self._turn.release()
+            if not turn.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+                raise TimedOut(f"no connection was accepted within {timeout} s")
+            self._wait_for_next(deadline, timeout)
+            accepted = self._ready[0]
+            self._last_accepted = accepted[1] or None
+            self._ready.popleft()
+            turn.release()
+            return accepted[0]
+        except BaseException as error:
+            # First of all, and without a question before it: a second signal must come later than this.
+            try:  # noqa: SIM105
+                turn.release()
+            except RuntimeError:
+                pass
+            if accepted is not None and not (self._ready and self._ready[0] is accepted):
+                self._ready.appendleft(accepted)
+            if self._closed and isinstance(error, Exception) and not isinstance(error, Closed):
+                # close() was called in the middle of it, by a signal handler or on_error.
+                raise Closed("listener is closed") from error
+            raise
 
     def close(self) -> None:
         """Close; whoever is in accept() raises Closed. Connections already accepted live on."""
@@ -146,7 +162,7 @@ class Listener:
         self._forget_peers()
 
     def _forget_peers(self) -> None:
-        for negotiation in self._negotiations.values():
+        for negotiation in list(self._negotiations.values()):
             negotiation.channel.close()
         self._negotiations.clear()
         for connection, _ in self._ready:
@@ -156,7 +172,7 @@ class Listener:
 
     def _reset_after_fork(self) -> None:
         # Peers half-way through belong to the parent; closing the copies here does not hang up on them.
-        self._turn = threading.RLock()
+        self._turn = new_turn()
         if not self._closed:
             self._forget_peers()
             self._door.renew()
@@ -164,28 +180,36 @@ class Listener:
     def _resume(self) -> None:
         """Give every handshake the time back during which nobody was here to move it."""
         away = time.monotonic() - self._left_at
-        for negotiation in self._negotiations.values():
+        for negotiation in list(self._negotiations.values()):
             negotiation.deadline += away
 
-    def _next(self) -> Connection | None:
-        """Return a connection that is ready, or raise what is to be raised; None: neither has come yet."""
+    def _wait_for_next(self, deadline: float | None, timeout: float | None) -> None:
+        """Move the handshakes until a connection is ready. Raises as accept."""
+        try:
+            self._resume()
+            while not self._next_is_here():
+                self._serve(deadline)
+                if deadline is not None and time.monotonic() >= deadline and not self._ready and not self._errors:
+                    raise TimedOut(f"no connection was accepted within {timeout} s")
+        finally:
+            self._left_at = time.monotonic()
+
+    def _next_is_here(self) -> bool:
+        """Return whether a connection is ready, or raise what is to be raised."""
         if self._closed:
             raise Closed("listener is closed")
-        if self._ready:
-            connection, peer = self._ready.popleft()
-            self._last_accepted = peer or None
-            return connection
-        if self._errors:
+        if not self._ready and self._errors:
             raise self._errors.popleft()
-        return None
+        return bool(self._ready)
 
     def _serve(self, deadline: float | None) -> None:
         """Wait once, and do what has become possible: take a peer, move handshakes, drop whose time is over."""
-        deadlines = [negotiation.deadline for negotiation in self._negotiations.values()]
+        negotiations = list(self._negotiations.values())
+        deadlines = [negotiation.deadline for negotiation in negotiations]
         if deadline is not None:
             deadlines.append(deadline)
         timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
-        come, moved = self._door.wait([each.channel for each in self._negotiations.values()], timeout)
+        come, moved = self._door.wait([each.channel for each in negotiations], timeout)
         for descriptor in moved:
             # on_error may have closed the listener since.
             if (negotiation := self._negotiations.get(descriptor)) is not None:
@@ -229,7 +253,11 @@ class Listener:
         except (AuthenticationError, FrameError, EOFError, OSError) as error:
             self._drop(descriptor, negotiation, error)
             return
-        del self._negotiations[descriptor]
+        except BaseException:
+            self._negotiations.pop(descriptor, None)
+            negotiation.channel.close()
+            raise
+        self._negotiations.pop(descriptor, None)
         self._ready.append((negotiation.channel.into_connection(self._max_message), negotiation.peer))
 
     def _drop_oldest(self, why: str) -> None:
@@ -237,7 +265,7 @@ class Listener:
         self._drop(descriptor, oldest, TimedOut(why))
 
     def _drop(self, descriptor: int, negotiation: Negotiation, why: Exception) -> None:
-        del self._negotiations[descriptor]
+        self._negotiations.pop(descriptor, None)
         negotiation.channel.close()
         peer = format_peer(negotiation.peer)
         error = described(why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer)

@@ -22,6 +22,8 @@ if sys.platform == "win32":
     from multiprocessing import reduction
     from typing import Any, Final
 
+    from brokerd_client.connection.readiness import shortened
+    from brokerd_client.connection.turn import new_turn, refuse_nested_call, release_if_held
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
@@ -39,21 +41,53 @@ if sys.platform == "win32":
         ) -> None:
             super().__init__(handle, readable, writable)
             self.max_message: Final = max_message
-            self._sending = threading.Lock()
-            self._receiving = threading.Lock()
+            self._sending = new_turn()
+            self._receiving = new_turn()
+            #: True while a message is received, and for good where an exception cut that off.
+            self._in_receive = False
+
+        def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:
+            """Send as the standard library does, of a buffer with several dimensions too."""
+            view = memoryview(buf)
+            if view.ndim != 1:
+                view = view.cast("B") if view.nbytes else memoryview(b"")
+            super().send_bytes(view, offset, size)
 
         def _send_bytes(self, buf: Any) -> None:
-            with self._sending:
-                super()._send_bytes(buf)  # type: ignore[misc]
+            # The system takes a message whole or not at all.
+            if self._sending._is_owned():
+                refuse_nested_call("send")
+            try:
+                with self._sending:
+                    super()._send_bytes(buf)  # type: ignore[misc]
+            except BaseException:
+                release_if_held(self._sending)
+                raise
 
         def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:
             if self.max_message is not None:
                 maxsize = self.max_message if maxsize is None else min(maxsize, self.max_message)
-            with self._receiving:
-                received: io.BytesIO = super()._recv_bytes(maxsize)  # type: ignore[misc]
-                return received
+            if self._receiving._is_owned():
+                refuse_nested_call("receive")
+            try:
+                with self._receiving:
+                    if self._in_receive:
+                        # The rest of a message would be taken for the next one.
+                        self.close()
+                        raise OSError("can't receive: the connection was cut off in the middle of a message")
+                    self._in_receive = True
+                    received: io.BytesIO = super()._recv_bytes(maxsize)  # type: ignore[misc]
+                    self._in_receive = False
+                    return received
+            except (EOFError, OSError):
+                self._in_receive = False
+                release_if_held(self._receiving)
+                raise
+            except BaseException:
+                release_if_held(self._receiving)
+                raise
 
-        sendBytes = standard.PipeConnection.send_bytes  # noqa: N815
+        sendBytes = send_bytes  # noqa: N815
         recvBytes = standard.PipeConnection.recv_bytes  # noqa: N815
         recvBytesInto = standard.PipeConnection.recv_bytes_into  # noqa: N815
 
@@ -76,7 +110,7 @@ if sys.platform == "win32":
             return self.connection.fileno()
 
         def wait(self, timeout: float | None) -> None:
-            standard.wait([self.connection], timeout)
+            standard.wait([self.connection], shortened(timeout))
 
         def send_frame(self, body: bytes) -> None:
             self.connection.send_bytes(body)
@@ -186,7 +220,7 @@ if sys.platform == "win32":
                     return True, set()
             come = [self._connecting.event]
             waiting = [*come, self._bell, *(channel.connection for channel in channels)]
-            ready = standard.wait(waiting, timeout)
+            ready = standard.wait(waiting, shortened(timeout))
             if self._bell in ready:
                 self._bell.recv_bytes()
             return come[0] in ready, {each.fileno() for each in ready if isinstance(each, PipeConnection)}
@@ -243,9 +277,9 @@ if sys.platform == "win32":
     def dial(address: str, deadline: float | None) -> PipeChannel:
         """Return a channel to the pipe. Raises TimedOut, if it is busy until the deadline, and OSError."""
         while True:
-            left_ms = _LOOK_EVERY_MS if deadline is None else int((deadline - time.monotonic()) * 1000)
+            left_ms = _LOOK_EVERY_MS if deadline is None else (deadline - time.monotonic()) * 1000
             try:
-                _winapi.WaitNamedPipe(address, max(1, min(left_ms, _LOOK_EVERY_MS)))
+                _winapi.WaitNamedPipe(address, max(1, int(min(left_ms, _LOOK_EVERY_MS))))
                 handle = _winapi.CreateFile(
                     address,
                     _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,

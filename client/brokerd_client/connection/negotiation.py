@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from brokerd_client.connection.keys import Key, key_bytes
 from brokerd_client.connection.readiness import readable
-from brokerd_client.connection.stream import Connection
+from brokerd_client.connection.stream import Connection, adopted
 from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
@@ -81,7 +81,7 @@ class SocketChannel:
 
     def into_connection(self, max_message: int | None) -> Connection:
         self._socket.settimeout(None)
-        return Connection(self._socket.detach(), max_message=max_message)
+        return adopted(self._socket, max_message=max_message)
 
     def close(self) -> None:
         self._socket.close()
@@ -101,13 +101,19 @@ class Negotiation:
         self._conversation = conversation
         self._key = key
         self._step: object = next(conversation)
+        #: True while the conversation moves, and for good where an exception cut that off.
+        self._moving = False
 
     def advance(self) -> bool:
         """Go on as far as the bytes that have come allow; return whether the handshake is over, and succeeded.
 
         Raises AuthenticationError: one side rejected the other. FrameError: what came is no frame of a handshake.
-        EOFError, OSError: the peer is gone.
+        EOFError, OSError: the peer is gone. After any other exception the handshake can't go on: bytes may be lost, and
+        a generator that an exception has left looks like one that is through.
         """
+        if self._moving:
+            raise OSError("the handshake was cut off by an exception at this end")
+        self._moving = True
         while True:
             result: bytes | None = None
             if isinstance(self._step, Send):
@@ -117,10 +123,14 @@ class Negotiation:
             else:
                 result = self.channel.next_frame()
                 if result is None:
+                    self._moving = False
                     return False
             try:
                 self._step = self._conversation.send(result)
-            except StopIteration:
+            except StopIteration as end:
+                if end.value is None:
+                    raise OSError("the handshake was cut off by an exception at this end") from None
+                self._moving = False
                 return True
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 
-from brokerd_client.connection.stream import Connection
+from brokerd_client.connection.stream import Connection, adopted
 
 __all__ = ["Pipe"]
 
@@ -20,6 +20,6 @@ else:
             one, other = socket.socketpair()
             one.settimeout(None)  # there may be a default timeout
             other.settimeout(None)
-            return Connection(one.detach()), Connection(other.detach())
+            return adopted(one), adopted(other)
         reader, writer = os.pipe()
         return Connection(reader, writable=False), Connection(writer, readable=False)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import select
 import sys
 import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-__all__ = ["readable", "wait"]
+__all__ = ["deadline_after", "readable", "shortened", "wait"]
 
 #: In seconds; poll() counts milliseconds in a C int. Whoever waits longer looks at the clock and waits again.
 _LONGEST_WAIT: Final = 1_000_000
+
+
+def deadline_after(timeout: float | None, now: float) -> float | None:
+    """Return when the timeout, in seconds from ``now``, is over; None for no limit. Raises ValueError for NaN."""
+    if timeout is None:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("timeout is not a number")
+    return now + timeout
+
+
+def shortened(timeout: float | None) -> float | None:
+    """Return the timeout, made short enough for the system's calls; at its end the caller looks at the clock."""
+    return None if timeout is None else min(max(timeout, 0), _LONGEST_WAIT)
+
 
 if sys.platform != "win32":
 
@@ -20,7 +36,8 @@ if sys.platform != "win32":
 
         timeout: seconds; None waits for ever, and a negative time does not wait.
         """
-        milliseconds = None if timeout is None else 1000 * min(max(timeout, 0), _LONGEST_WAIT)
+        seconds = shortened(timeout)
+        milliseconds = None if seconds is None else 1000 * seconds
         poller = select.poll()
         for descriptor in descriptors:
             poller.register(descriptor, select.POLLIN)
@@ -33,8 +50,7 @@ else:
 
         timeout: seconds; None waits for ever, and a negative time does not wait.
         """
-        seconds = None if timeout is None else min(max(timeout, 0), _LONGEST_WAIT)
-        return set(select.select(list(descriptors), (), (), seconds)[0])
+        return set(select.select(list(descriptors), (), (), shortened(timeout))[0])
 
 
 if sys.platform == "win32":
@@ -42,7 +58,12 @@ if sys.platform == "win32":
 
     def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
         """Return those of the objects that are ready: connections, sockets, handles; [] when the time is over."""
-        return _wait_for_handles(list(object_list), timeout)
+        objects = list(object_list)
+        deadline = deadline_after(timeout, time.monotonic())
+        while True:
+            ready: list[Any] = _wait_for_handles(objects, shortened(timeout))
+            if ready or deadline is None or (timeout := deadline - time.monotonic()) <= 0:
+                return ready
 
 else:
 
@@ -50,12 +71,16 @@ else:
         """Return those of the objects that can be read from, or whose peer is gone, in the order given.
 
         object_list: connections, sockets, file descriptors, process sentinels. timeout: seconds; None waits for
-        ever, and a negative time does not wait. [] when the time is over.
+        ever, as math.inf does, and a negative time does not wait. [] when the time is over.
         """
         objects = [(obj if isinstance(obj, int) else obj.fileno(), obj) for obj in object_list]
         descriptors = [descriptor for descriptor, _ in objects]
-        deadline = None if timeout is None else time.monotonic() + timeout
-        ready = readable(descriptors, timeout)
+        # A connection may have a message that the system knows no more.
+        holding = {descriptor for descriptor, obj in objects if getattr(obj, "_holds_message", False)}
+        if holding:
+            timeout = 0
+        deadline = deadline_after(timeout, time.monotonic())
+        ready = readable(descriptors, timeout) | holding
         while not ready and deadline is not None:
             # Timers are coarser than clocks: never come back early.
             timeout = deadline - time.monotonic()

@@ -178,3 +178,18 @@ def test_topics_and_patterns(pattern: str, topic: str, fits: bool) -> None:
     """``*`` is one token, a final ``>`` one or more; anything else is itself."""
     assert matches(pattern, topic) is fits
     assert has_wildcard(pattern) is (pattern not in ("a.b", "a*"))
+
+
+@pytest.mark.parametrize("codec", [None, "raw", 200])
+@pytest.mark.parametrize(
+    "view",
+    [
+        memoryview(bytes(range(12))).cast("B", (3, 4)),
+        memoryview(bytes(range(96))).cast("d", (3, 4)),
+        memoryview(bytes(range(24)))[::2],
+    ],
+    ids=["rows of bytes", "rows of numbers", "gaps"],
+)
+def test_encode_of_a_buffer_of_any_shape_takes_all_its_bytes(view: memoryview, codec: str | int | None) -> None:
+    """A payload may have several dimensions, longer items, and gaps, which are left out."""
+    assert encode(view, codec)[1] == view.tobytes()

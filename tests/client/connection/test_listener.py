@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client.connection.conftest import Aside
 
 from brokerd_client.connection import Client, Closed, InvalidKey, Listener, TimedOut, doors
 
@@ -381,3 +383,54 @@ def test_unknown_family_is_a_value_error() -> None:
     """A family that does not exist is a ValueError that names those that do."""
     with pytest.raises(ValueError, match="AF_INET6"):
         Listener(family="AF_APPLETALK")
+
+
+# Time, and calls from a signal handler that interrupts accept().
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10, 1e300])
+def test_accept_and_client_with_a_time_beyond_the_system_s_wait(tmp_path: Path, aside: Aside, timeout: float) -> None:
+    """Infinity and other times beyond what the system can count are times like any other."""
+    for address in (str(tmp_path / "here"), ("localhost", 0)):
+        with Listener(address, authkey=b"key", handshake_timeout=math.inf) as listener:
+            accepted = aside(listener.accept, timeout)
+            with Client(listener.address, authkey=b"key", timeout=timeout) as client, accepted.result(30) as server:
+                client.send(1)
+                assert server.recv() == 1
+
+
+def test_timeout_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+    """NaN is a mistake of the caller; a negative time does not wait."""
+    with Listener(str(tmp_path / "here"), authkey=b"key") as listener:
+        with pytest.raises(ValueError, match="not a number"):
+            listener.accept(math.nan)
+        with pytest.raises(ValueError, match="not a number"):
+            Client(listener.address, authkey=b"key", timeout=math.nan)
+        with pytest.raises(TimedOut):
+            listener.accept(-1)
+        with pytest.raises(TimedOut):
+            Client(listener.address, authkey=b"key", timeout=-1)
+    with pytest.raises(ValueError, match="above 0"):
+        Listener(handshake_timeout=math.nan)
+
+
+@pytest.mark.parametrize("act", ["close", "accept"])
+def test_listener_used_by_a_signal_handler_inside_accept(tmp_path: Path, act: str) -> None:
+    """close() ends the interrupted accept with Closed; a nested accept raises, and the interrupted one goes on."""
+    raised: list[BaseException] = []
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            getattr(listener, act)()
+        except RuntimeError as error:
+            raised.append(error)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with Listener(str(tmp_path / "here"), authkey=b"key") as listener:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(Closed if act == "close" else TimedOut):
+                listener.accept(0.3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(raised) == (act == "accept")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import multiprocessing
 import os
 import pickle
@@ -475,3 +477,180 @@ def test_wait_tells_who_is_ready(pair: tuple[Connection, Connection]) -> None:
         assert wait([read, left, one, other]) == [read, left, one]
     os.close(read)
     os.close(write)
+
+
+# Buffers of all shapes.
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (300, 400), (2, 3, 4), (0, 3)], ids=str)
+@pytest.mark.parametrize("code", ["B", "i"])
+def test_send_bytes_of_several_dimensions_sends_all(
+    pair: tuple[Connection, Connection], shape: tuple[int, ...], code: str
+) -> None:
+    """A contiguous buffer of several dimensions is sent byte for byte, whatever its items."""
+    one, other = pair
+    data = os.urandom(math.prod(shape) * struct.calcsize(code))
+    view = memoryview(data).cast(code, shape) if data else memoryview(empty_rows())  # type: ignore[call-overload]
+    sender = threading.Thread(target=lambda: (one.send_bytes(view), one.send_bytes(b"behind")))
+    sender.start()
+    assert other.recv_bytes() == data
+    assert other.recv_bytes() == b"behind"
+    sender.join()
+
+
+def empty_rows() -> Any:
+    """A buffer of shape (0, 3): no item, several dimensions."""
+    return ((ctypes.c_ubyte * 3) * 0)()
+
+
+def test_send_bytes_of_several_dimensions_counts_offset_in_bytes(pair: tuple[Connection, Connection]) -> None:
+    """Offset and size are bytes of the whole buffer, not rows."""
+    one, other = pair
+    view = memoryview(bytes(range(12))).cast("B", (3, 4))
+    one.send_bytes(view, 3, 6)
+    assert other.recv_bytes() == bytes(range(3, 9))
+    with pytest.raises(ValueError, match="buffer length"):
+        one.send_bytes(view, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("view", "error"),
+    [
+        (memoryview(bytes(200))[::2], TypeError),
+        (memoryview(bytes(40_000))[::2], BufferError),
+        (memoryview(array("i", range(100)))[::2], TypeError),
+        (memoryview(bytes(40_000)).cast("B", (200, 200))[::2], TypeError),
+    ],
+    ids=["short", "long", "integers", "rows"],
+)
+def test_send_bytes_of_a_buffer_with_gaps_raises_and_sends_nothing(
+    pair: tuple[Connection, Connection], view: memoryview, error: type[Exception]
+) -> None:
+    """What is not contiguous is refused as by the standard library, but before the length has left."""
+    one, other = pair
+    with pytest.raises(error):
+        one.send_bytes(view)
+    assert one.writable
+    one.send_bytes(b"behind")
+    assert other.recv_bytes() == b"behind"
+
+
+def test_recv_bytes_into_several_dimensions_fills_all(pair: tuple[Connection, Connection]) -> None:
+    """The offset counts bytes; a buffer with gaps is refused before anything is read."""
+    one, other = pair
+    buffer = bytearray(12)
+    one.send_bytes(b"abcdefgh")
+    with pytest.raises(TypeError):
+        other.recv_bytes_into(memoryview(bytearray(40))[::2])
+    assert other.recv_bytes_into(memoryview(buffer).cast("B", (3, 4)), 3) == 8
+    assert buffer == b"\0\0\0abcdefgh\0"
+    one.send_bytes(b"")
+    assert other.recv_bytes_into(empty_rows()) == 0
+
+
+# Time.
+
+
+def test_wait_as_long_as_infinity_returns_what_is_ready(pair: tuple[Connection, Connection]) -> None:
+    """Infinity and other times beyond what the system can count are times like any other."""
+    one, other = pair
+    for timeout in (math.inf, 1e10, 1e300):
+        one.send_bytes(b"here")
+        assert other.poll(timeout)
+        assert wait([other], timeout) == [other]
+        assert other.recv_bytes() == b"here"
+        threading.Timer(0.02, one.send_bytes, [b"later"]).start()
+        assert other.poll(timeout)
+        assert other.recv_bytes() == b"later"
+    assert not other.poll(-1)
+    assert wait([other], -math.inf) == []
+
+
+def test_wait_for_a_time_that_is_not_a_number_is_refused(pair: tuple[Connection, Connection]) -> None:
+    """NaN is a mistake of the caller."""
+    with pytest.raises(ValueError, match="not a number"):
+        pair[1].poll(math.nan)
+    with pytest.raises(ValueError, match="not a number"):
+        wait([pair[1]], math.nan)
+
+
+# Calls from a signal handler that interrupts a call of the same connection.
+
+
+def in_signal_handler(call: Any, act: Any) -> tuple[Any, BaseException | None]:
+    """Call ``call``, ``act`` from a signal handler meanwhile; return what act raised, and what call did."""
+    raised: list[BaseException | None] = []
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            act()
+            raised.append(None)
+        except (OSError, RuntimeError) as error:
+            raised.append(error)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        call()
+    except (OSError, RuntimeError) as error:
+        return raised[0], error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return raised[0], None
+
+
+def test_recv_inside_a_recv_raises(pair: tuple[Connection, Connection]) -> None:
+    """A signal handler's recv can't wait for the recv that it interrupts; that one goes on."""
+    one, other = pair
+
+    def nested() -> None:
+        try:
+            other.recv()
+        finally:
+            one.send("for the first")
+
+    got: list[object] = []
+    raised, error = in_signal_handler(lambda: got.append(other.recv()), nested)
+    assert isinstance(raised, RuntimeError)
+    assert error is None
+    assert got == ["for the first"]
+
+
+def test_send_inside_a_send_raises(pair: tuple[Connection, Connection]) -> None:
+    """A signal handler's send can't wait for the send that it interrupts; that one goes on."""
+    one, other = pair
+    reader = threading.Timer(0.2, lambda: got.append(len(other.recv_bytes())))
+    got: list[int] = []
+    reader.start()
+    raised, error = in_signal_handler(lambda: one.send_bytes(bytes(5_000_000)), lambda: one.send_bytes(b"nested"))
+    reader.join()
+    assert isinstance(raised, RuntimeError)
+    assert error is None
+    assert got == [5_000_000]
+
+
+def test_send_inside_a_recv_sends(pair: tuple[Connection, Connection]) -> None:
+    """The two directions have nothing to do with each other."""
+    one, other = pair
+
+    def act() -> None:
+        other.send_bytes(b"nested")
+        one.send_bytes(one.recv_bytes())
+
+    got: list[bytes] = []
+    assert in_signal_handler(lambda: got.append(other.recv_bytes()), act) == (None, None)
+    assert got == [b"nested"]
+
+
+def test_close_inside_a_call_ends_it(pair: tuple[Connection, Connection]) -> None:
+    """A signal handler's close() has the interrupted call raise Closed."""
+    one, other = pair
+    raised, error = in_signal_handler(other.recv_bytes, other.close)
+    assert raised is None
+    assert isinstance(error, Closed)
+    one, other = Pipe()
+    with other:
+        raised, error = in_signal_handler(lambda: one.send_bytes(bytes(50_000_000)), one.close)
+        assert raised is None
+        assert isinstance(error, Closed)

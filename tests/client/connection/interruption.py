@@ -1,0 +1,86 @@
+"""An exception at a chosen bytecode, and signals that raise at random moments."""
+
+from __future__ import annotations
+
+import dis
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import brokerd_client
+
+__all__ = ["RETURN", "Interrupt", "interrupted_at", "random_signals"]
+
+_PACKAGE: Final = str(Path(brokerd_client.__file__).parent)
+
+
+#: No handler covers this bytecode, and the interpreter looks for no signals there.
+RETURN: Final = "return to the caller"
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
+    """Call the function and raise Interrupt before its bytecode of that number, counted over the library's frames.
+
+    Return the name of that bytecode, "return to the caller" for the last one of the call, "" if it was not reached.
+    """
+    left = bytecode
+    name = ""
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left, name
+        if not frame.f_code.co_filename.startswith(_PACKAGE):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+                outermost = frame.f_back is None or not frame.f_back.f_code.co_filename.startswith(_PACKAGE)
+                if outermost and name in ("RETURN_VALUE", "RETURN_CONST"):
+                    name = RETURN
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except Interrupt:
+        return name
+    finally:
+        sys.settrace(before)
+    return ""
+
+
+@contextmanager
+def random_signals(*, longest_s: float, seed: int = 1) -> Iterator[list[bool]]:
+    """Raise Interrupt from a signal handler at random moments while the yielded list's first item is true."""
+    chance = random.Random(seed)
+    armed = [False]
+
+    def again() -> None:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, longest_s))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        again()
+        if armed[0]:
+            armed[0] = False
+            raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    again()
+    try:
+        yield armed
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
