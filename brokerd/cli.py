@@ -21,6 +21,8 @@ from brokerd.config.files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
 from brokerd.entry import release_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from brokerd.config.model import Config
 
 __all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
@@ -149,6 +151,8 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
             f"{listeners} listener{'' if listeners == 1 else 's'}"
         )
     )
+    for where in _places(config):
+        click.echo(one_line(f"  {where}"))
     if memory:
         from brokerd.config.bound import memory_bound
 
@@ -156,6 +160,23 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
         for part, size in bound.parts().items():
             click.echo(f"{part:>18} {size / 2**20:12,.0f} MiB")
         click.echo(f"{'at most':>18} {bound.total / 2**20:12,.0f} MiB")
+
+
+def _places(config: Config) -> Iterator[str]:
+    """Yield where the broker will listen, one place a line."""
+    for entry in config.listen:
+        address = entry.address
+        if address.is_file:
+            yield f"listens at {os.path.abspath(address.path)} (Unix socket, mode {entry.mode:04o})"  # noqa: PTH100
+        elif address.family == "AF_UNIX":
+            yield f"listens at {address} (Unix socket without a file)"
+        elif address.family == "AF_PIPE":
+            yield f"listens at {address} (named pipe)"
+        else:
+            yield f"listens at {address} ({'TLS' if entry.tls is not None else 'TCP'})"
+    if config.monitor is not None:
+        where = config.monitor.address
+        yield f"monitor at {os.path.abspath(where.path) if where.is_file else where} (HTTP)"  # noqa: PTH100 - as above
 
 
 def _check_against_running(config: Config, as_json: bool) -> int:

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _MODE: Final = re.compile(r"0?[0-7]{3}")
+#: A path with "/" or the end of a socket's name, @ABSTRACT, a pipe, or a host and a port; the loader knows more.
+_ADDRESS_PATTERN: Final = r"^([^/:]*/.*|[^/:]*\.sock(et)?|@.+|\\\\.+|[^/]+:[0-9]{1,5})$"
 #: What systemd takes for FileDescriptorName=.
 _SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
 
@@ -215,7 +217,7 @@ Where: TypeAlias = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1},
+                {"type": "string", "pattern": _ADDRESS_PATTERN},
                 {
                     "type": "array",
                     "prefixItems": [{"type": "string"}, {"type": "integer", "minimum": 0, "maximum": 65535}],

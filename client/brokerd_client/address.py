@@ -27,6 +27,11 @@ SockAddr: TypeAlias = tuple[str, int] | str
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
+_HOST: Final = re.compile(r"[^\W\d_][\w.-]*|" + r"[0-9]+(\.[0-9]+){3}")
+_PATH_ENDS: Final = (".sock", ".socket")
+#: What other programs write in front of a path.
+_PATH_SCHEMES: Final = ("unix:", "unix-connect:", "unix-listen:", "file:", "ipc:", "local:")
+_LONGEST_PORT: Final = 5
 _QUAD: Final = re.compile(r"[0-9]+(\.[0-9]+){3}")
 _FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
 _TLS: Final = "tls://"
@@ -68,15 +73,15 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
     r"""Return the address in any form a person writes.
 
     ``host:port`` and ``[::1]:port``, each with ``tls://`` before it where TLS is spoken; a pair of host and port,
-    ``@abstract``, ``\\.\pipe\name``; any other string is the path of a Unix socket, and one with a ``/`` always is.
-    Raises AddressError, naming the forms.
+    ``@abstract``, ``\\.\pipe\name``, or the path of a Unix socket. A path has a ``/`` in it, or ends in ``.sock`` or
+    ``.socket``, so that no host without a port becomes a file. Raises AddressError, naming the forms.
     """
     if isinstance(address, Address):
         return address
     if isinstance(address, (list, tuple)):
         return _from_pair(address)
     if not isinstance(address, str):
-        raise AddressError(f"{address!r} is no address: give {_FORMS}")
+        raise AddressError(_not_text(address))
     if not address or address in ("@", "\0"):
         raise AddressError(f"an address can't be empty: give {_FORMS}")
     if address.startswith("\\\\"):
@@ -95,11 +100,43 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
         raise AddressError(f"{address!r} is no address: give tls://HOST:PORT or tls://[IPV6]:PORT")
     if scheme := _SCHEME.match(address):
         raise AddressError(f"{address!r} is no address: leave out {scheme[0]} and give {_FORMS}")
-    if "/" not in address and (":" in address or "[" in address):
-        raise AddressError(f"{address!r} is no address: give {_FORMS}")
     if "\0" in address:
         raise AddressError(f"{address!r} is no address: a path can't hold a NUL character")
+    _check_path(address)
     return Address("AF_UNIX", path=os.path.expanduser(address))  # noqa: PTH111 - a Path would drop a leading "./"
+
+
+def _check_path(address: str) -> None:
+    """Raise AddressError unless the text is plainly the path of a file."""
+    begin, slash, rest = address.partition("/")
+    if not slash and not address.endswith(_PATH_ENDS):
+        raise AddressError(_incomplete(address))
+    if not slash and ":" in address:
+        raise AddressError(f"{address!r} is no address: give {_FORMS}")
+    if ":" in begin:
+        if begin.lower() in _PATH_SCHEMES and rest:
+            raise AddressError(f"{address!r} is not a valid address: give {address[len(begin) :]} without {begin!r}")
+        raise AddressError(f"{address!r} is not a valid address: give HOST:PORT alone, or begin a path with ./")
+    if address.endswith("/"):
+        raise AddressError(f"{address!r} is a directory: give the path of a socket in it")
+
+
+def _not_text(value: object) -> str:
+    if type(value) is int and 0 < value < 10**_LONGEST_PORT:
+        return _incomplete(str(value))
+    return f"{value!r} is no address: give {_FORMS}"
+
+
+def _incomplete(address: str) -> str:
+    """Return what is missing in a text that is neither a path nor a host with a port."""
+    if address.isascii() and address.isdecimal() and len(address) <= _LONGEST_PORT:
+        return f"{address} is a port without a host: give HOST:{address}, such as localhost:{address}"
+    bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    if ":" in bare and _is_ip(bare):
+        return f"{address!r} has no port: give [HOST]:PORT, such as [{bare}]:6000"
+    if ":" in address or "[" in address or not _HOST.fullmatch(address):
+        return f"{address!r} is no address: give {_FORMS}"
+    return f"{address!r} has no port: give {address}:PORT, or ./{address} for the path of a Unix socket"
 
 
 def _from_pair(pair: Sequence[Any]) -> Address:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import trustme
 import yaml
 from click.testing import CliRunner, Result
 
@@ -37,13 +38,59 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
     return path
 
 
-def test_check_says_ok_in_one_line(tmp_path: Path) -> None:
-    """A good file is one line on standard output, and exit status 0."""
+def test_check_says_ok_and_where_the_broker_will_listen(tmp_path: Path) -> None:
+    """A good file is one line on standard output, and one for each address; exit status 0."""
     file = write(tmp_path / "b.yaml", GOOD)
 
     result = brokerd("check", file)
 
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{file}: ok, 2 clients, 1 listener\n", "")
+    right = f"{file}: ok, 2 clients, 1 listener\n  listens at {tmp_path}/b.sock (Unix socket, mode 0600)\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (0, right, "")
+
+
+def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is shown whole, so that a file in the wrong place is noticed."""
+    monkeypatch.chdir(tmp_path)
+    authority = trustme.CA()
+    issued = authority.issue_cert("broker.example")
+    Path("key.pem").touch(mode=0o600)
+    issued.private_key_pem.write_to_path("key.pem")
+    issued.cert_chain_pems[0].write_to_path("cert.pem")
+    tls = "{address: '[::1]:6001', tls: {certificate: cert.pem, key: key.pem}}"
+    text = "listen: [./6000, {address: run/b, mode: '0660'}, localhost:6000, '@b', %s]\nmonitor: %s\n"
+
+    for monitor, shown in (("127.0.0.1:6060", "127.0.0.1:6060"), ("./page", f"{tmp_path}/page")):
+        write(Path("b.yaml"), text % (tls, monitor) + "clients: {a: {key: k}}\n")
+        assert brokerd("check", "b.yaml").stdout.splitlines() == [
+            "b.yaml: ok, 1 client, 5 listeners",
+            f"  listens at {tmp_path}/6000 (Unix socket, mode 0600)",
+            f"  listens at {tmp_path}/run/b (Unix socket, mode 0660)",
+            "  listens at localhost:6000 (TCP)",
+            "  listens at @b (Unix socket without a file)",
+            "  listens at [::1]:6001 (TLS)",
+            f"  monitor at {shown} (HTTP)",
+        ]
+
+
+def test_check_refuses_an_address_that_is_not_plainly_a_path(tmp_path: Path) -> None:
+    """A port alone, a host alone and a path behind a scheme become no socket files; each error says what is missing."""
+    file = write(
+        tmp_path / "b.yaml",
+        'listen: ["6000", localhost, 127.0.0.1, "unix:/run/b.sock", {address: sock}]\n'
+        "monitor: localhost\nclients: {a: {key: k}}\n",
+    )
+
+    result = brokerd("check", file)
+
+    assert (result.exit_code, result.stdout) == (78, "")
+    assert [line.split(": ", 1)[1] for line in result.stderr.splitlines()] == [
+        "listen[0]: 6000 is a port without a host (give HOST:6000, such as localhost:6000)",
+        "listen[1]: 'localhost' has no port (give localhost:PORT, or ./localhost for the path of a Unix socket)",
+        "listen[2]: '127.0.0.1' has no port (give 127.0.0.1:PORT, or ./127.0.0.1 for the path of a Unix socket)",
+        "listen[3]: 'unix:/run/b.sock' is not a valid address (give /run/b.sock without 'unix:')",
+        "listen[4].address: 'sock' has no port (give sock:PORT, or ./sock for the path of a Unix socket)",
+        "monitor: 'localhost' has no port (give localhost:PORT, or ./localhost for the path of a Unix socket)",
+    ]
 
 
 def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
@@ -76,7 +123,7 @@ def test_check_warns_on_standard_error(tmp_path: Path) -> None:
 
     result = brokerd("check", file)
 
-    assert (result.exit_code, result.stdout) == (0, f"{file}: ok, 1 client, 1 listener\n")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"{file}: ok, 1 client, 1 listener")
     assert re.fullmatch(rf"warning: {re.escape(str(file))}:2: client 'a' can't connect: .* \(.*\)\n", result.stderr)
 
 
@@ -101,7 +148,7 @@ def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
         file = tmp_path / f"{queue}.yaml"
         file.touch(mode=0o600)
         file.write_text(f"listen: [./s]\nclients: {{a: {{key: k, queue: {queue}}}}}\n")
-        lines = brokerd("check", "--memory", file).output.splitlines()[1:]
+        lines = brokerd("check", "--memory", file).output.splitlines()[2:]
         return {line[:18].strip(): int(line.split()[-2].replace(",", "")) for line in lines}
 
     small, big = sizes("16MiB"), sizes("116MiB")
@@ -253,7 +300,9 @@ def test_a_configuration_in_the_environment() -> None:
     bad = brokerd("check", BROKERD_CONFIG_YAML=text)
     other = brokerd("--config", "/no/such", "check", BROKERD_CONFIG_YAML=text, A_KEY="k")
 
-    assert (good.exit_code, good.stdout) == (0, "$BROKERD_CONFIG_YAML: ok, 1 client, 1 listener\n")
+    first, where = good.stdout.splitlines()
+    assert (good.exit_code, first) == (0, "$BROKERD_CONFIG_YAML: ok, 1 client, 1 listener")
+    assert where == f"  listens at {Path.cwd()}/b.sock (Unix socket, mode 0600)"
     assert bad.exit_code == 78
     assert bad.stderr == (
         "$BROKERD_CONFIG_YAML:2:24: clients.a.key_env: the environment has no variable A_KEY "

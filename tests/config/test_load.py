@@ -190,8 +190,8 @@ GOOD = "listen: [/run/b.sock]\n"
         (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
         (GOOD + "zzz: 1\n", ("f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log, "
          "monitor)")),
-        (GOOD + "monitor: 6060\n", ("f:2:10: monitor: 6060 is no address (give HOST:PORT, [IPV6]:PORT, a path, "
-         "@ABSTRACT or \\\\.\\pipe\\NAME)")),
+        (GOOD + "monitor: 6060\n", ("f:2:10: monitor: 6060 is a port without a host (give HOST:6060, "
+         "such as localhost:6060)")),
         (GOOD + "monitor: {address: 'h:1', per_clent: 1}\n", ("f:2:27: monitor.per_clent: unknown key 'per_clent' "
          "(did you mean 'per_client'?)")),
         (GOOD + "monitor: {per_client: true}\n", "f:2:1: monitor.address: is missing (give it)"),
@@ -204,22 +204,21 @@ GOOD = "listen: [/run/b.sock]\n"
         # listen
         ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),
         ("listen: /run/b\n", "f:1:9: listen: is text, not a list (give a list: [one, other], or one '- item' a line)"),
-        ("listen: [5]\n", ("f:1:10: listen[0]: 5 is no address (give HOST:PORT, [IPV6]:PORT, a path, "
-         r"@ABSTRACT or \\.\pipe\NAME)")),
+        ("listen: [5]\n", "f:1:10: listen[0]: 5 is a port without a host (give HOST:5, such as localhost:5)"),
         ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is no port (give a number from 0 to 65535)"),
         ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is no address (give a host and a port number)"),
         ("listen: [{mode: '0600'}]\n", "f:1:10: listen[0].address: is missing (give it)"),
-        ("listen: [{address: b, mode: 0600}]\n", ("f:1:29: listen[0].mode: is no file mode "
+        ("listen: [{address: /b, mode: 0600}]\n", ("f:1:30: listen[0].mode: is no file mode "
          '(give three octal digits in quotes, such as "0600" or "0660")')),
-        ("listen: [{address: b, group: [a]}]\n",
-         "f:1:23: listen[0].group: is no group (give a group's name or number)"),
+        ("listen: [{address: /b, group: [a]}]\n",
+         "f:1:24: listen[0].group: is no group (give a group's name or number)"),
         ("listen: [{address: 'h:1', mode: '0600'}]\n", ("f:1:27: listen[0].mode: only a Unix socket has a file "
          "(take it out)")),
         ("listen: [{address: '@h', group: g}]\n", ("f:1:26: listen[0].group: only a Unix socket has a file "
          "(take it out)")),
-        ("listen: [b, {address: b}]\n", ("f:1:23: listen[1].address: b is given twice, first at f:1:10 "
+        ("listen: [/b, {address: /b}]\n", ("f:1:24: listen[1].address: /b is given twice, first at f:1:10 "
          "(keep one of them)")),
-        ("listen: [" + "x" * 108 + "]\n", ("f:1:10: listen[0]: a Unix socket's path has at most 107 bytes; this has "
+        ("listen: [/" + "x" * 107 + "]\n", ("f:1:10: listen[0]: a Unix socket's path has at most 107 bytes; this has "
          "108 (give a shorter one)")),
         # clients
         (GOOD + "clients: [a]\n", "f:2:1: clients: is a list, not a mapping (give keys with values)"),
@@ -636,7 +635,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbflisten: [b.sock]\r\nclients: {}\r\n")
 
     assert len(load(file).listen) == 1
-    assert lines_of("\ufeffx: 1\nlisten: [b]\n")[0].startswith("f:1:1: x:")
+    assert lines_of("\ufeffx: 1\nlisten: [/b]\n")[0].startswith("f:1:1: x:")
 
 
 def test_loading_writes_nothing(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_it_is_off_unless_given() -> None:
 
 def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
     """An included file can't switch it on."""
-    (tmp_path / "b.yaml").write_text("listen: [s]\ninclude: [c.yaml]\n")
+    (tmp_path / "b.yaml").write_text("listen: [./s]\ninclude: [c.yaml]\n")
     (tmp_path / "c.yaml").write_text("monitor: 127.0.0.1:6060\n")
 
     with pytest.raises(ConfigError, match=r"c\.yaml:1:1: monitor: has its place in the main file alone"):

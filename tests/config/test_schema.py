@@ -133,7 +133,7 @@ def test_the_active_values_that_come_along_are_the_defaults() -> None:
     written = yaml.safe_load((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
 
     def config(limits: Any, log: Any, worker: dict[str, Any]) -> Any:
-        return model.Config.build("b", {"worker": worker}, limits=limits, log=log)
+        return model.Config.build("./b", {"worker": worker}, limits=limits, log=log)
 
     spelt_out = config(written["limits"], written["log"], {**_without_key(written["clients"]["worker"]), "key": "k"})
     by_default = config({}, {}, {"key": "k"})
@@ -151,41 +151,50 @@ def _without_key(entry: dict[str, Any]) -> dict[str, Any]:
 CERT = {"subject": "CN=alice,O=Example", "fingerprint": ["AB:" * 31 + "CD", "0" * 64]}
 VALID = [
     {"listen": ["/run/b.sock", ["localhost", 6000], {"address": "h:1", "allow_md5": True}]},
+    {"listen": ["b.sock", "./6000", "run/b:1", "[::1]:6000", "@b", "h.example:0", "b.socket", "./a:1"]},
     {"listen": [{"address": "/b", "mode": "0660", "group": "g"}, {"address": ["h", 1]}, {"address": "/c", "group": 5}]},
-    {"listen": ["b"], "clients": {"a": {"key": "k"}, "b.c-d": {"peer_uid": [0]}}},
-    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
-    {"listen": ["b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
-    {"listen": ["b"], "log": {"level": "error", "format": "json"}, "include": ["none*.yaml"]},
-    {"listen": ["b"], "monitor": "127.0.0.1:6060"},
-    {"listen": ["b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
-    {"listen": ["b", {"address": "0.0.0.0:6000", "plain": True}], "clients": {"a": {"key": "k", "certificate": CERT}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k"}, "b.c-d": {"peer_uid": [0]}}},
+    {"listen": ["./b"], "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
+    {"listen": ["./b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
+    {"listen": ["./b"], "log": {"level": "error", "format": "json"}, "include": ["none*.yaml"]},
+    {"listen": ["./b"], "monitor": "127.0.0.1:6060"},
+    {"listen": ["./b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
+    {
+        "listen": ["./b", {"address": "0.0.0.0:6000", "plain": True}],
+        "clients": {"a": {"key": "k", "certificate": CERT}},
+    },
 ]
 INVALID = [
     {"listen": [5]},
     {"listen": [{"mode": "0600"}]},
     {"listen": [{"address": "h:1", "tls": {"certificate": "c"}}]},
     {"listen": [{"address": "h:1", "tls": {"certificate": "c", "key": "k", "minimum": "1.1"}}]},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "certificate": {}}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "certificate": {"fingerprint": "ab:cd"}}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "certificate": {}}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "certificate": {"fingerprint": "ab:cd"}}}},
     {"listen": [{"address": "/b", "mode": 384}]},
-    {"listen": ["b"], "clients": {"a": {}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "key_file": "f"}}},
-    {"listen": ["b"], "clients": {"a": {"key": 5}}},
-    {"listen": ["b"], "clients": {"a": {"keys": []}}},
-    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "file": "f"}]}}},
-    {"listen": ["b"], "clients": {"a": {"keys": [{"key": "k", "not_after": 5}]}}},
-    {"listen": ["b"], "clients": {"a b": {"key": "k"}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "conections": 5}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "connections": 0}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "when_full": "wiat"}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "queue": "8M"}}},
-    {"listen": ["b"], "clients": {"a": {"key": "k", "send_to": ["$broker"]}}},
-    {"listen": ["b"], "limits": {"handshake_timeout": 0}},
-    {"listen": ["b"], "monitor": 6060},
-    {"listen": ["b"], "monitor": {"per_client": True}},
-    {"listen": ["b"], "log": {"level": "loud"}},
+    {"listen": ["./b"], "clients": {"a": {}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "key_file": "f"}}},
+    {"listen": ["./b"], "clients": {"a": {"key": 5}}},
+    {"listen": ["./b"], "clients": {"a": {"keys": []}}},
+    {"listen": ["./b"], "clients": {"a": {"keys": [{"key": "k", "file": "f"}]}}},
+    {"listen": ["./b"], "clients": {"a": {"keys": [{"key": "k", "not_after": 5}]}}},
+    {"listen": ["./b"], "clients": {"a b": {"key": "k"}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "conections": 5}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "connections": 0}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "when_full": "wiat"}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "queue": "8M"}}},
+    {"listen": ["./b"], "clients": {"a": {"key": "k", "send_to": ["$broker"]}}},
+    {"listen": ["./b"], "limits": {"handshake_timeout": 0}},
+    {"listen": ["./b"], "monitor": 6060},
+    {"listen": ["./b"], "monitor": {"per_client": True}},
+    {"listen": ["./b"], "log": {"level": "loud"}},
     {"listen": "b"},
+    {"listen": ["6000"]},
+    {"listen": ["localhost"]},
+    {"listen": ["unix:/run/b.sock"]},
+    {"listen": ["127.0.0.1", "./b"]},
+    {"listen": ["./b"], "monitor": "localhost"},
 ]
 
 

@@ -122,7 +122,7 @@ _PIECES = st.sampled_from(
 @example(["{"], [":"])
 def test_a_key_broken_in_any_way_is_not_printed(before: list[str], after: list[str]) -> None:
     """With any punctuation around the value of ``key:``, no error holds the key."""
-    text = f"listen: [b]\nclients:\n  a:\n    key: {''.join(after)}{CANARY}{''.join(before)}\n"
+    text = f"listen: [./b]\nclients:\n  a:\n    key: {''.join(after)}{CANARY}{''.join(before)}\n"
 
     try:
         shown = repr(load_text(text, "f"))
@@ -170,7 +170,7 @@ def test_the_models_show_no_key() -> None:
 
 def test_a_configuration_is_not_pickled() -> None:
     """Keys do not leave the process by pickling a configuration by accident."""
-    config = load_text(f"listen: [b]\nclients: {{a: {{key: {CANARY}}}}}\n")
+    config = load_text(f"listen: [./b]\nclients: {{a: {{key: {CANARY}}}}}\n")
 
     with pytest.raises(TypeError):
         pickle.dumps(config)

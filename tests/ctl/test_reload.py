@@ -22,7 +22,7 @@ from brokerd.ctl.status import Status
 
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
 GOOD = (
-    "listen: [sock]\n"
+    "listen: [b.sock]\n"
     'include: ["clients.d/*.yaml"]\n'
     "clients:\n"
     "  ops: {key: the key of ops, admin: true, connections: 4}\n"
@@ -45,7 +45,7 @@ class Site:
         self.config.chmod(0o600)
 
     def ctl(self, *arguments: str) -> Result:
-        access = ["--address", f"{self.home}/sock", "--name", "ops", "--key-file", f"{self.home}/ops.key"]
+        access = ["--address", f"{self.home}/b.sock", "--name", "ops", "--key-file", f"{self.home}/ops.key"]
         return CliRunner().invoke(brokerctl, [*access, *arguments])
 
     def brokerd(self, *arguments: str, **environ: str) -> Result:
@@ -68,9 +68,9 @@ def site(begin: Begin, socket_dir: Path) -> Site:
 
 def test_a_dry_run_prints_the_plan(site: Site) -> None:
     """A line for each thing; the exit status is 0, as the reload would work, and nothing has changed."""
-    with brokerd_client.connect(f"{site.home}/sock", name="bob", key="the key of bob", reconnect=False) as bob:
+    with brokerd_client.connect(f"{site.home}/b.sock", name="bob", key="the key of bob", reconnect=False) as bob:
         site.write(
-            GOOD.replace("listen: [sock]", "listen: [sock, second]").replace("connections: 4", "connections: 5")
+            GOOD.replace("[b.sock]", "[b.sock, second.sock]").replace("connections: 4", "connections: 5")
             + "  carol: {key: c}\n"
         )
         text = site.config.read_text()
@@ -85,7 +85,7 @@ def test_a_dry_run_prints_the_plan(site: Site) -> None:
             "~ client ops: connections: 4 -> 5",
             "- client bob",
             f"! disconnected: bob (unix uid={os.getuid()}): its name was removed from the configuration",
-            f"+ listener {site.home}/second",
+            f"+ listener {site.home}/second.sock",
         ]
         assert checked.stdout == plain.stdout
         assert json.loads(as_json.stdout)["plan"]["added"] == ["carol"]
@@ -118,7 +118,7 @@ def test_a_bad_file_is_78_with_its_mistakes(site: Site) -> None:
 def test_an_address_in_the_way_is_1(site: Site) -> None:
     """The files are right, and it can't be done: another status, and the reason."""
     (site.home / "plain").write_text("no socket")
-    site.write(GOOD.replace("[sock]", "[sock, plain]"))
+    site.write(GOOD.replace("[b.sock]", "[b.sock, ./plain]"))
 
     for result in (site.ctl("reload", "--dry-run"), site.ctl("reload"), site.check()):
         assert result.exit_code == Status.REFUSED
@@ -133,7 +133,7 @@ def test_check_finds_an_administrator_by_itself(site: Site) -> None:
 
     assert site.check().exit_code == Status.DONE
     assert site.check(**ops).exit_code == Status.DONE
-    assert site.check(**ops, BROKERD_ADDRESS=f"{site.home}/sock").exit_code == Status.DONE
+    assert site.check(**ops, BROKERD_ADDRESS=f"{site.home}/b.sock").exit_code == Status.DONE
     denied = site.check(BROKERD_NAME="bob", BROKERD_KEY_FILE=str(key))
     assert (denied.exit_code, "denied" in denied.stderr) == (Status.REFUSED, True)
     assert json.loads(site.check("--json").stdout)["dry_run"] is True
@@ -155,8 +155,8 @@ def test_check_says_if_nobody_answers(tmp_path: Path) -> None:
     """No broker, and a configuration without an administrator, are told apart."""
     file = tmp_path / "b.yaml"
     for text, status, says in (
-        ("listen: [sock]\nclients: {ops: {key: k, admin: true}}\n", Status.UNREACHABLE, "ops at "),
-        ("listen: [sock]\nclients: {ops: {key: k}}\n", Status.USAGE, "set BROKERD_NAME and BROKERD_KEY_FILE"),
+        ("listen: [b.sock]\nclients: {ops: {key: k, admin: true}}\n", Status.UNREACHABLE, "ops at "),
+        ("listen: [b.sock]\nclients: {ops: {key: k}}\n", Status.USAGE, "set BROKERD_NAME and BROKERD_KEY_FILE"),
     ):
         file.write_text(text)
         file.chmod(0o600)
@@ -201,7 +201,7 @@ def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
     bin = Path(sys.executable).parent
     pinged = subprocess.run(
         ["sh", "-c", command],
-        env={"PATH": f"{bin}:{os.environ['PATH']}", "BROKERD_ADDRESS": f"{site.home}/sock"},
+        env={"PATH": f"{bin}:{os.environ['PATH']}", "BROKERD_ADDRESS": f"{site.home}/b.sock"},
         capture_output=True,
         text=True,
         timeout=60,
