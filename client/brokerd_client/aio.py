@@ -215,14 +215,14 @@ class Client(Link):
     ) -> None:
         """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
         number, body = encode(payload, codec)
-        await self._wait_until_clear(None)
+        await self._wait_until_clear(None, answer=True)
         message.require_unanswered()
         self._dialog.reply(message.sender, message.id, number, body, extension)
         self._write()
         message.mark_answered()
 
     async def _fail(self, message: Message, text: str, code: str) -> None:
-        await self._wait_until_clear(None)
+        await self._wait_until_clear(None, answer=True)
         message.require_unanswered()
         self._dialog.fail(message.sender, message.id, code, text)
         self._write()
@@ -230,7 +230,7 @@ class Client(Link):
 
     def _fail_at_once(self, message: Message, text: str) -> None:
         """Answer a request with an error where that needs no waiting."""
-        if self._clear and not message.answered:
+        if self._can_answer and not message.answered:
             self._dialog.fail(message.sender, message.id, "failed", text)
             self._write()
             message.mark_answered()
@@ -472,12 +472,12 @@ class Client(Link):
 
     async def _close_link(self) -> None:
         try:
-            if self._dialog.state is State.READY:
+            if self._dialog.may_answer:
                 self._flush()
-                await self._until(lambda: self._dialog.state is not State.READY or self._clear, LINGER_S)
+                await self._until(lambda: not self._dialog.may_answer or self._can_answer, LINGER_S)
         finally:
             # Cancelled or not: from here on the client is closed, and every task that waits gets Closed.
-            first = self._dialog.state is State.READY
+            first = self._dialog.may_answer
             self._absorb(self._dialog.close(self._loop.time()))
             self._note_state()
             for box in (self._inbox, self._requests):

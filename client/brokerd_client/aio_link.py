@@ -143,8 +143,13 @@ class Link:
         limit = check_timeout(timeout)
         return None if limit is None else self._loop.time() + limit
 
-    async def _wait_until_clear(self, timeout: float | None) -> None:
-        """Wait for the connection, and until it takes more.
+    @property
+    def _can_answer(self) -> bool:
+        """Whether an answer can be put out at once."""
+        return self._dialog.may_answer and self._link is not None and not self._link.paused
+
+    async def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
+        """Wait for the connection, and until it takes more. answer: or until it takes answers.
 
         Raises TimedOut: earlier bytes are still waiting. Raises Disconnected: there is no connection.
         """
@@ -155,8 +160,8 @@ class Link:
         if limit is None:
             limit = ENDLESS_S
         deadline = self._loop.time() + limit
-        while not self._clear:
-            ready = self._dialog.state is State.READY
+        while not self._clear and not (answer and self._can_answer):
+            ready = self._dialog.may_answer if answer else self._dialog.state is State.READY
             if self.closed or self._loop.time() >= deadline:
                 if not ready:
                     self._dialog.require_ready()

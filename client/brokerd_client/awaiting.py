@@ -29,6 +29,8 @@ class Purpose(Enum):
     WHOAMI = "who we are, right after the handshake"
     RESUBSCRIBE = "a subscription, made again on a new connection or for a watch"
     RESYNC = "the list of clients, on a new connection"
+    GOAWAY = "to be told before the broker closes the connection"
+    FINISHED = "all that was sent on the connection is written or reported"
     FORGET = "an operation whose answer nobody needs"
 
 

@@ -221,14 +221,14 @@ class Client(Link):
     ) -> None:
         """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
         number, body = encode(payload, codec)
-        with self._sending(None):
+        with self._sending(None, answer=True):
             message.require_unanswered()
             self._dialog.reply(message.sender, message.id, number, body, extension)
             self._write()
             message.mark_answered()
 
     def _fail(self, message: Message, text: str, code: str) -> None:
-        with self._sending(None):
+        with self._sending(None, answer=True):
             message.require_unanswered()
             self._dialog.fail(message.sender, message.id, code, text)
             self._write()
@@ -438,10 +438,8 @@ class Client(Link):
         if self._forked:
             return
         with self._lock:
-            if self._dialog.state is State.READY and self._channel.backlog:
-                self._changed.wait_for(
-                    lambda: self._dialog.state is not State.READY or not self._channel.backlog, LINGER_S
-                )
+            if self._dialog.may_answer and self._channel.backlog:
+                self._changed.wait_for(lambda: not self._dialog.may_answer or not self._channel.backlog, LINGER_S)
             first = self._dialog.state not in (State.CLOSING, State.CLOSED)
             self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
             if self._dialog.state is State.CLOSING and first:

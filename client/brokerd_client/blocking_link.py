@@ -120,23 +120,23 @@ class Link:
             yield
 
     @contextlib.contextmanager
-    def _sending(self, timeout: float | None) -> Iterator[None]:
-        """Hold the lock, once a send can be written at once."""
+    def _sending(self, timeout: float | None, *, answer: bool = False) -> Iterator[None]:
+        """Hold the lock, once a send, or an answer, can be written at once."""
         self._check()
         with self._lock:
             if not self._clear:
-                self._wait_until_clear(timeout)
+                self._wait_until_clear(timeout, answer=answer)
             yield
 
-    def _wait_until_clear(self, timeout: float | None) -> None:
-        """Wait for the connection, and until what others have sent is written.
+    def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
+        """Wait for the connection, and until what others have sent is written. answer: it takes answers, at least.
 
         Raises TimedOut: others' bytes are still waiting. Raises Disconnected: there is no connection.
         """
         limit = self._settings.timeout_s if timeout is None else timeout
         deadline = time.monotonic() + limit
-        while not self._clear:
-            if self._dialog.state is State.READY:
+        while not self._clear and not (answer and self._dialog.may_answer and not self._channel.backlog):
+            if self._dialog.state is State.READY or (answer and self._dialog.may_answer):
                 # The broker takes nothing now: only the caller's own timeout counts.
                 remaining = None if timeout is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
@@ -265,6 +265,9 @@ class Link:
                 self._channel.drop()
                 self._dropping = False
             self._absorb(self._dialog.tick(now), now)
+            if self._dialog.state is State.DRAINING:
+                # A call that has timed out may have been the last that kept the connection.
+                self._write()
             if self._dropping:
                 self._channel.drop()
                 self._dropping = False
@@ -381,7 +384,7 @@ class Link:
             self._absorb(batch, now)
             if batch.broken is None:
                 self._write()
-            if self._dialog.state is not before and self._dialog.state is State.READY:
+            if self._dialog.state is not before and self._dialog.may_answer:
                 self._note_state()
             return not self._dropping
 

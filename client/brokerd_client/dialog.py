@@ -63,6 +63,8 @@ _CROWDED: Final = 3
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
 #: Looking into an enum takes as long as a few other lines of a send.
 _READY: Final = State.READY
+#: States in which an answer can be sent.
+_LINKED: Final = (State.READY, State.DRAINING)
 
 
 class Dialog(Reception[M]):
@@ -110,6 +112,8 @@ class Dialog(Reception[M]):
         #: Until when connecting for the first time may be tried again; None before the first try.
         self._first_deadline: float | None = None
         self._handshake: handshake.Handshake | None = None
+        #: Whether the broker tells before it closes this connection; and whether ``finished`` has been sent on it.
+        self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._outgoing = Outgoing()
         #: Return what is to be written, and forget it. Every send asks: this saves it a call.
@@ -129,6 +133,7 @@ class Dialog(Reception[M]):
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """There is a connection; nonce: fresh random bytes for the handshake. bindings: of TLS, for the key."""
         self._step(Step.OPEN)
+        self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._incoming.reset()
         self._outgoing.reset()
@@ -155,6 +160,7 @@ class Dialog(Reception[M]):
             what = f"{error}" if isinstance(error, BrokerdError) else f"{type(error).__name__}: {error}"
             batch.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
             batch.broken.__cause__ = error
+        self._finish()
         for refusal in batch.undelivered:
             self._outgoing.refused(getattr(refusal, "id", 0))
         return batch
@@ -170,7 +176,7 @@ class Dialog(Reception[M]):
         chance: a random number in [0, 1). doubtful: bytes beyond those told to :meth:`wrote` that may have left.
         """
         batch: Batch[M] = Batch()
-        lived = now - self._ready_since if self.state is State.READY else 0.0
+        lived = now - self._ready_since if self.state in _LINKED else 0.0
         again = self._reconnect if self._introduced else self._was_cut_off(reason)
         attempt = 0 if lived >= backoff.CAP_S else self._attempt
         if not self._introduced:
@@ -263,6 +269,7 @@ class Dialog(Reception[M]):
             self._withdraw(pending)
             to = pending.to or pending.about
             batch.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
+        self._finish()
         return batch
 
     # What a caller sends. Each needs a READY link, and raises Disconnected or Closed where there is none
@@ -340,13 +347,13 @@ class Dialog(Reception[M]):
 
     def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
         """Put out the REPLY to a request; id: the request's."""
-        self.require_ready()
+        self._require_link()
         self._outgoing.put(Kind.REPLY, 0, id, to, codec, body, extension)
         self._outgoing.unheard(id, to)
 
     def fail(self, to: str, id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
-        self.require_ready()
+        self._require_link()
         self._refuse(to, id, code, text)
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
@@ -394,6 +401,7 @@ class Dialog(Reception[M]):
         pending = self.awaiting.pop(id)
         if pending is not None:
             self._withdraw(pending)
+            self._finish()
 
     # Sending, below
 
@@ -409,6 +417,16 @@ class Dialog(Reception[M]):
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("the client is closed")
         raise Disconnected(f"there is no connection to the broker: {self.reason or self.state.value}")
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether an answer can be sent."""
+        return self.state in _LINKED
+
+    def _require_link(self) -> None:
+        """Raise Closed or Disconnected unless answers can be sent."""
+        if self.state not in _LINKED:
+            self.require_ready()
 
     def _take_id(self) -> int:
         if self.state is not State.READY:
@@ -485,6 +503,7 @@ class Dialog(Reception[M]):
     def _introduce(self) -> None:
         """Ask who we are, and for everything we had subscribed to."""
         self._operate("whoami", {}, Purpose.WHOAMI)
+        self._operate("goaway", {}, Purpose.GOAWAY)
         for route in self.routes:
             self._resubscribe(route)
         for watch in self._watches:
@@ -497,10 +516,25 @@ class Dialog(Reception[M]):
         return True
 
     def _refuse(self, to: str, id: int, code: str, text: str) -> None:
-        if self.state in (State.INTRODUCING, State.READY):
+        if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
             self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
             self._outgoing.unheard(id, to)
+
+    def _on_goaway(self) -> None:
+        self._goaway = True
+
+    def _on_draining(self) -> bool:
+        """Send only answers from now on; return whether this connection had asked to be told."""
+        if self._goaway and self.state is State.READY:
+            self._step(Step.DRAIN)
+        return self._goaway
+
+    def _finish(self) -> None:
+        """Ask whether all that was sent is written or reported, once no call waits for its outcome."""
+        if self.state is State.DRAINING and not self._finishing and not self.awaiting:
+            self._finishing = True
+            self._operate("finished", {}, Purpose.FINISHED)
 
     def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
         name, address, limits = answer.get("name"), answer.get("address"), answer.get("limits", {})

@@ -16,6 +16,7 @@ class State(Enum):
     AUTHENTICATING = "the handshake is under way"
     INTRODUCING = "authenticated; the broker has been asked who we are"
     READY = "messages flow"
+    DRAINING = "the broker closes the connection soon; only answers are sent"
     WAITING = "the connection is gone; the next try has its time"
     CLOSING = "close() was called; what the broker still says about earlier sends is taken in"
     GONE = "the connection is gone and no other will be made"
@@ -29,6 +30,7 @@ class Step(Enum):
     OPEN = "there is a connection"
     AUTHENTICATE = "both sides have proved that they know the key"
     INTRODUCE = "the broker has said who we are"
+    DRAIN = "the broker has said that it closes the connection soon"
     LOSE = "the connection is gone, or could not be made; another try follows"
     GIVE_UP = "the connection is gone, or could not be made; no other try follows"
     CLOSE = "the caller closes"
@@ -55,7 +57,13 @@ NEXT: Final[dict[State, dict[Step, State]]] = {
         Step.GIVE_UP: State.GONE,
         Step.CLOSE: State.CLOSED,
     },
-    State.READY: {Step.LOSE: State.WAITING, Step.GIVE_UP: State.GONE, Step.CLOSE: State.CLOSING},
+    State.READY: {
+        Step.DRAIN: State.DRAINING,
+        Step.LOSE: State.WAITING,
+        Step.GIVE_UP: State.GONE,
+        Step.CLOSE: State.CLOSING,
+    },
+    State.DRAINING: {Step.LOSE: State.WAITING, Step.GIVE_UP: State.GONE, Step.CLOSE: State.CLOSING},
     State.WAITING: {Step.DIAL: State.CONNECTING, Step.CLOSE: State.CLOSED},
     State.CLOSING: {Step.LOSE: State.CLOSED, Step.GIVE_UP: State.CLOSED, Step.CLOSE: State.CLOSING},
     State.GONE: {Step.CLOSE: State.CLOSED},

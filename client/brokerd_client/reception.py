@@ -32,6 +32,8 @@ __all__ = ["Reception"]
 M = TypeVar("M", bound=Message)
 
 _EVENT_KIND: Final = int(Kind.EVENT)
+#: The event that announces the end of the connection.
+_DRAINING: Final = "$broker.draining"
 #: Bytes of an ERROR's payload, and of an answer of the broker that is not asked for by the caller, that are read.
 _MOST_SAID: Final = 2**20
 #: Characters of an ERROR's texts that are kept: its code; its name; its message, the broker's own and a client's.
@@ -81,7 +83,9 @@ class Reception(Generic[M]):
 
     def _on_event(self, message: M, batch: Batch[M]) -> None:
         routes = self.routes.of(message.topic)
-        if not routes:
+        if message.topic == _DRAINING and message.sender == BROKER and self._on_draining():
+            pass
+        elif not routes:
             self.unrouted += 1
         for route in routes:
             for sink in route.takers():
@@ -124,6 +128,10 @@ class Reception(Generic[M]):
             raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object")
         if pending.purpose is Purpose.WHOAMI:
             self._on_introduction(answer, batch, now)
+        elif pending.purpose is Purpose.GOAWAY:
+            self._on_goaway()
+        elif pending.purpose is Purpose.FINISHED:
+            batch.broken = Disconnected("the broker closes the connection: it stops, or another process replaces it")
         elif listed:
             changes = pending.sink.snapshot(presence.client_list(answer))
             if pending.sink in self._watches:
@@ -219,6 +227,14 @@ class Reception(Generic[M]):
 
     def _has_answered(self, id: int) -> bool:
         """Return whether the id is not one of this client's own, so that only an answer can have had it."""
+        raise NotImplementedError
+
+    def _on_goaway(self) -> None:
+        """The broker tells before it closes this connection."""
+        raise NotImplementedError
+
+    def _on_draining(self) -> bool:
+        """Send only answers from now on; return whether this connection had asked to be told."""
         raise NotImplementedError
 
     def _withdraw(self, pending: Pending) -> None:

@@ -146,7 +146,7 @@ class FakeBroker:
         elif said["op"] == "unsubscribe":
             with contextlib.suppress(ValueError):
                 session.subscriptions.remove((said["topic"], said.get("group", "")))
-        elif said["op"] != "ping":
+        elif said["op"] not in ("ping", "goaway", "finished"):
             self.refuse(session, envelope, ErrorCode.UNSUPPORTED)
             return
         session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", json.dumps(answer).encode(), 2))

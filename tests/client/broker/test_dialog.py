@@ -571,9 +571,8 @@ def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) ->
     assert type(outcomes["kept"]) is Disconnected
     assert outcomes["cut"].id == second
     pair.connect()
-    assert [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST][
-        -1
-    ] == b'{"op":"whoami"}'
+    asked = [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST]
+    assert asked[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
 
 
 def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
@@ -1230,3 +1229,128 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
     pair.dialog.abandon(second)
     batch = pair.talk()
     assert (batch.outcomes, batch.undelivered, len(pair.dialog.awaiting)) == ([], [], 0)
+
+
+# The broker goes away
+
+
+def draining(pair: Pair) -> Batch[Message]:
+    """Tell the dialog that its connection is about to be closed, and let both sides talk."""
+    batch = pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
+    if batch.broken is None:
+        merge(batch, pair.talk())
+    return batch
+
+
+def asked(pair: Pair) -> list[str]:
+    """Return the operations that the broker was asked for, in order."""
+    return [json.loads(each.payload)["op"] for each in pair.broker.seen if each.name == "$broker"]
+
+
+def test_draining_event_ends_the_link_once_finished_is_answered(pair: Pair) -> None:
+    batch = draining(pair)
+    assert asked(pair) == ["whoami", "goaway", "finished"]
+    assert type(batch.broken) is Disconnected
+    assert pair.dialog.counters["unrouted"] == 0
+    assert batch.broken is not None
+    pair.dialog.lost(batch.broken, pair.now, 0.5)
+    assert pair.dialog.state is State.WAITING
+    pair.connect()
+    assert pair.dialog.state is State.READY
+
+
+def test_draining_dialog_sends_nothing_new_and_answers(pair: Pair) -> None:
+    pair.hear_frame(Kind.REQUEST, 9, payload=b"?")
+    pair.dialog.control("ping", {}, "pending", None)
+    pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
+    assert pair.dialog.state is State.DRAINING
+    for send in (
+        lambda: pair.dialog.send("bob", 0, b""),
+        lambda: pair.dialog.send_many(["bob"], [0], [b""]),
+        lambda: pair.dialog.publish("t", 0, b""),
+        lambda: pair.dialog.request("bob", 0, b"", None, None, None),
+        lambda: pair.dialog.control("ping", {}, None, None),
+    ):
+        with pytest.raises(Disconnected, match="closes the connection soon"):
+            send()
+    pair.dialog.reply("bob", 9, 0, b"!")
+    pair.dialog.fail("bob", 10, "failed", "no")
+    pair.talk()
+    assert [each.kind for each in pair.broker.seen if each.name == "bob"] == [Kind.REPLY, Kind.ERROR]
+
+
+@pytest.mark.parametrize("end", ["answer", "timeout", "abandon"])
+def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
+    pair.broker.intercept = lambda session, envelope: envelope.name == "bob"
+    id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
+    assert draining(pair).broken is None
+    assert asked(pair)[-1] == "goaway"
+    if end == "answer":
+        assert pair.hear_frame(Kind.REPLY, id, payload=b"!").outcomes
+    elif end == "timeout":
+        assert pair.dialog.tick(5.0).outcomes
+    else:
+        pair.dialog.abandon(id)
+    assert type(pair.talk().broken) is Disconnected
+    assert asked(pair)[-1] == "finished"
+
+
+def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None:
+    def refuse(session: Session, envelope: Envelope) -> bool:
+        if envelope.name == "bob":
+            pair.broker.refuse(session, envelope, ErrorCode.SHUTTING_DOWN)
+        return envelope.name == "bob"
+
+    pair.broker.intercept = refuse
+    ids = [pair.dialog.send("bob", 0, b"x") for _ in range(3)]
+    batch = draining(pair)
+    assert [(type(error), error.id) for error in batch.undelivered if isinstance(error, ShuttingDown)] == [
+        (ShuttingDown, id) for id in ids
+    ]
+    assert batch.broken is not None
+
+
+@pytest.mark.parametrize("subscribed", [False, True])
+def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None:
+    """A broker that does not know the operation refuses it; a subscriber gets the event all the same."""
+    pair = Pair()
+
+    def refuse(session: Session, envelope: Envelope) -> bool:
+        unknown = b"goaway" in envelope.payload
+        if unknown:
+            pair.broker.refuse(session, envelope, ErrorCode.UNSUPPORTED)
+        return unknown
+
+    pair.broker.intercept = refuse
+    pair.connect()
+    if subscribed:
+        pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
+        pair.talk()
+    batch = draining(pair)
+    assert (len(batch.events), batch.broken, pair.dialog.state) == (subscribed, None, State.READY)
+
+
+def test_draining_event_reaches_its_subscribers_too(pair: Pair) -> None:
+    pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
+    pair.talk()
+    batch = draining(pair)
+    assert [sink for sink, _ in batch.events] == ["sink"]
+    assert batch.broken is not None
+
+
+def test_draining_event_of_another_client_changes_nothing(pair: Pair) -> None:
+    pair.hear_frame(Kind.EVENT, name="bob", topic="$broker.draining")
+    assert pair.dialog.state is State.READY
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_draining_dialog_that_is_closed_or_cut_ends(pair: Pair, close: bool) -> None:
+    pair.broker.intercept = lambda session, envelope: b"finished" in envelope.payload
+    draining(pair)
+    assert pair.dialog.state is State.DRAINING
+    if close:
+        pair.dialog.close(pair.now)
+        assert pair.dialog.state is State.CLOSING
+    else:
+        pair.lose()
+        assert pair.dialog.state is State.WAITING
