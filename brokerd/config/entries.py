@@ -205,7 +205,9 @@ class Entries:
             self._problem(where, "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)")
             return
         address, place = self._address(where, valid.address)
-        self._findings.monitor = MonitorConfig(address, valid.per_client, Source(place.file, place.line))
+        self._findings.monitor = MonitorConfig(
+            address, valid.per_client, Source(place.file, place.line), tuple(valid.hosts)
+        )
 
     def _address(self, where: Path, address: Address) -> tuple[Address, Place]:
         """Return an address to listen at, a relative path joined to this file's directory, and where it is given."""

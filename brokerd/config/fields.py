@@ -24,6 +24,7 @@ __all__ = [
     "Duration",
     "Fingerprints",
     "Group",
+    "HostName",
     "KeyBytes",
     "Mode",
     "Moment",
@@ -47,6 +48,7 @@ _MODE: Final = re.compile(r"0?[0-7]{3}")
 #: A path with "/" or the end of a socket's name, @ABSTRACT, a pipe, or a host and a port; the loader knows more.
 _ADDRESS_PATTERN: Final = r"^([^/:]*/.*|[^/:]*\.sock(et)?|@.+|\\\\.+|[^/]+:[0-9]{1,5})$"
 #: What systemd takes for FileDescriptorName=.
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
 
 
@@ -150,6 +152,13 @@ def _name_pattern(value: object) -> str:
     return text
 
 
+def _host_name(value: object) -> str:
+    text = _text(value)
+    if not _HOST_NAME.fullmatch(text):
+        raise ValueError("is not a valid host name (give a name without a port, such as broker.example)")
+    return text
+
+
 def _tls_version(value: object) -> str:
     # Without quotes it is a number in YAML, and no less clear.
     text = str(value) if isinstance(value, (str, float)) else ""
@@ -241,6 +250,11 @@ SocketName: TypeAlias = Annotated[
     str,
     BeforeValidator(_socket_name),
     WithJsonSchema({"type": "string", "pattern": f"^{_SOCKET_NAME.pattern}$"}),
+]
+HostName: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_host_name),
+    WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"}),
 ]
 TlsVersion: TypeAlias = Annotated[
     str, BeforeValidator(_tls_version), WithJsonSchema({"enum": ["1.2", "1.3", 1.2, 1.3]})

@@ -21,6 +21,7 @@ from brokerd.config.fields import (
     Duration,
     Fingerprints,
     Group,
+    HostName,
     KeyBytes,
     Mode,
     Moment,
@@ -319,6 +320,8 @@ class MonitorEntry(_AddressEntry):
     """HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, or a Unix socket's path. There is no password: keep it local."""
     per_client: bool = False
     """Whether there are metrics for each client, some eight for each name."""
+    hosts: Several[HostName] = ()
+    """Names it is asked for by, without a port. IP addresses, localhost and the name in ``address`` need none."""
 
 
 class IncludedFile(_Entry):

@@ -188,7 +188,7 @@ def _changes(
 
 
 def _monitor_changes(before: MonitorConfig | None, after: MonitorConfig | None) -> Iterator[str]:
-    for name, off in (("address", None), ("per_client", False)):
+    for name, off in (("address", None), ("per_client", False), ("hosts", ())):
         old, new = getattr(before, name, off), getattr(after, name, off)
         if old != new:
             yield f"{name}: {_said(old)} -> {_said(new)}"

@@ -207,12 +207,18 @@ class ListenConfig:
 class MonitorConfig:
     """Where the monitor answers over HTTP, and how much it tells.
 
-    per_client: whether there are metrics for each client.
+    per_client: whether there are metrics for each client. hosts: names it answers by, besides that of the address.
     """
 
     address: Address
     per_client: bool
     source: Source = field(compare=False)
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def answered_hosts(self) -> frozenset[str]:
+        """Every name that a request may have in its Host header, in small letters."""
+        return frozenset(host.rstrip(".").lower() for host in (*self.hosts, self.address.host))
 
     @property
     def listen(self) -> ListenConfig:

@@ -1,8 +1,8 @@
 """The pages over HTTP, and the limits that keep whoever asks from costing the broker anything it would miss.
 
 Whoever can reach the address can connect. So connections are few and short: one request each, some seconds at
-most, the oldest closed for a new one, so many accepted in a second; and reading the counters takes a small share
-of the event loop's time however often it is asked for.
+most, a bounded number answered in a second; and reading the counters takes a small share of the event loop's time
+however often it is asked for. Connections without a request give way to newer ones (pending.py).
 """
 
 from __future__ import annotations
@@ -27,25 +27,37 @@ from brokerd.core.session import Session
 from brokerd.logs import in_words
 from brokerd.monitor import exposition, metrics
 from brokerd.monitor.expiry import ends_of_keys, expiry_of
+from brokerd.monitor.hosts import fits
 from brokerd.monitor.lag import Lag
+from brokerd.monitor.pending import Pending
 from brokerd.monitor.reading import Departed, Watched, take
+from brokerd.net.failures import origin_of
 from brokerd.net.listening import Listening
 from brokerd_client.address import Address
 
 __all__ = ["Site"]
 
-#: Connections at once. They share the process's descriptors with the clients.
+#: Connections at once that are answered, and as many whose request is not here. They share the process's descriptors
+#: with the clients.
 _MOST: Final = 16
+#: Connections at once whose request waits for the next second.
+_MOST_WHOLE: Final = 64
 #: Seconds a connection may last.
 _LONGEST: Final = 10.0
-#: Connections accepted in a second: some thirty milliseconds' work.
+#: Requests answered in a second: some thirty milliseconds' work.
 _A_SECOND: Final = 100
+#: Connections accepted in a second: some hundred milliseconds' work, where none of them says anything.
+_ACCEPTED: Final = 2000
 #: For every second of reading the counters, seconds in which they are not read again.
 _REST: Final = 9
 #: Bytes of a page given to the system at once: a slow reader is not to have a copy of all of it kept.
 _PIECE: Final = 64 * 1024
 #: Bytes of one header, and of the request's first line.
 _LINE: Final = 4096
+_MISDIRECTED: Final = (
+    "this monitor answers where it is asked for by an IP address, as localhost, or by a name of its configuration: "
+    "ask so, or add the name to monitor.hosts\n"
+)
 _HEADERS: Final = {"Server": "brokerd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -59,8 +71,13 @@ class Site:
         self._loop = asyncio.get_running_loop()
         self.listening: list[Listening] = []
         self._guests = _Guests(self._answer)
+        self._pending = Pending(_MOST, _MOST_WHOLE, _LONGEST, self._on_whole)
         self._arrivals: set[asyncio.Task[object]] = set()
+        #: Connections accepted, and requests answered, in this second.
         self._accepted = 0
+        self._answered = 0
+        self._paused = False
+        self._hosts: frozenset[str] | None = frozenset()
         self._second: asyncio.TimerHandle | None = None
         self._pages: dict[str, _Page] = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
         self._lag = Lag(self._loop)
@@ -94,6 +111,8 @@ class Site:
                 address=str(config.address),
                 reason="it asks nobody for a password: whoever reaches it reads the metrics",
             )
+        # No browser reaches a Unix socket: there the header says nothing.
+        self._hosts = None if config.address.family == "AF_UNIX" else config.answered_hosts
         if not config.per_client:
             self._departed = None
         elif self._departed is None:
@@ -103,6 +122,7 @@ class Site:
         """Answer nobody any more."""
         self._watched.log.info("monitor.closed", addresses=[str(address) for address in self.addresses])
         self._stop_listening()
+        self._pending.close()
         self._guests.close()
         self._lag.close()
         if self._second is not None:
@@ -113,7 +133,8 @@ class Site:
     # Accepting
 
     def _listen_at(self, each: Listening) -> None:
-        self._loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+        if not self._paused:
+            self._loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
 
     def _stop_listening(self) -> None:
         for each in self.listening:
@@ -122,41 +143,59 @@ class Site:
         self.listening = []
 
     def _on_acceptable(self, each: Listening) -> None:
-        if self._second is None:
-            self._accepted = 0
-            self._second = self._loop.call_later(1.0, self._on_second)
+        self._begin_second()
         try:
-            if self._accepted >= _A_SECOND:
-                raise BlockingIOError
-            sock, _ = each.sock.accept()
+            sock, peer = each.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionError):
-            pass
+            return
         except OSError:
             # No descriptor left, for one. Those who wait can wait.
-            self._accepted = _A_SECOND
+            self._accepted = _ACCEPTED
         else:
             self._accepted += 1
             sock.setblocking(False)
             # What a slow reader has the system keep is bounded as well.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
-            task = self._loop.create_task(self._arrive(sock))
-            self._arrivals.add(task)
-            task.add_done_callback(self._arrivals.discard)
-        if self._accepted >= _A_SECOND:
-            for other in self.listening:
-                self._loop.remove_reader(other.sock.fileno())
+            self._pending.add(sock, origin_of(peer, None))
+        self._pause_at_bound()
+
+    def _pause_at_bound(self) -> None:
+        """Accept nothing more in this second where that would cost too much."""
+        if self._accepted >= _ACCEPTED and not self._paused:
+            self._paused = True
+            for each in self.listening:
+                self._loop.remove_reader(each.sock.fileno())
+
+    def _begin_second(self) -> None:
+        if self._second is None:
+            self._accepted = self._answered = 0
+            self._second = self._loop.call_later(1.0, self._on_second)
 
     def _on_second(self) -> None:
         self._second = None
-        if self._accepted >= _A_SECOND:
+        if len(self._pending):
+            self._on_whole()
+        if self._paused:
+            self._paused = False
             for each in self.listening:
                 self._listen_at(each)
 
-    async def _arrive(self, sock: socket.socket) -> None:
+    def _on_whole(self) -> None:
+        """Answer the requests that are here, as many as this second has room for; the others wait for the next."""
+        self._begin_second()
+        while self._answered < _A_SECOND and (request := self._pending.take()) is not None:
+            self._answered += 1
+            task = self._loop.create_task(self._arrive(*request))
+            self._arrivals.add(task)
+            task.add_done_callback(self._arrivals.discard)
+
+    async def _arrive(self, sock: socket.socket, head: bytes) -> None:
+        self._guests.heads[sock.fileno()] = head
         try:
             await self._loop.connect_accepted_socket(self._guests, sock)
         except OSError:
             # Gone before it was begun.
+            self._guests.heads.pop(sock.fileno(), None)
             sock.close()
 
     # Answering
@@ -164,8 +203,10 @@ class Site:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             page = self._pages.get(request.path)
-            if page is None:
-                response: web.StreamResponse = _text(f"there are {', '.join(self._pages)}\n", 404)
+            if not self._may_answer(request):
+                response: web.StreamResponse = _text(_MISDIRECTED, 421)
+            elif page is None:
+                response = _text(f"there are {', '.join(self._pages)}\n", 404)
             elif request.method not in ("GET", "HEAD"):
                 response = _text("GET and HEAD only\n", 405)
                 response.headers["Allow"] = "GET, HEAD"
@@ -180,6 +221,15 @@ class Site:
             response = _text("a bug in the monitor; the log says more\n", 500)
         response.force_close()
         return response
+
+    def _may_answer(self, request: web.BaseRequest) -> bool:
+        """Return whether the request asks for this monitor, and not for a name that was made to lead here."""
+        if self._hosts is None:
+            return True
+        # A whole URL in the first line goes before the header (RFC 9112, 3.2.2).
+        _, colons, rest = request.raw_path.partition("://")
+        asked = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
+        return fits([*request.headers.getall("Host", ()), asked], self._hosts)
 
     async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer, which says it all: the event loop turns."""
@@ -251,6 +301,8 @@ class _Guests(web.Server):
             read_bufsize=_LINE,
         )
         self._there: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+        #: What has been read of each connection already, by its descriptor.
+        self.heads: dict[int, bytes] = {}
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -260,6 +312,8 @@ class _Guests(web.Server):
             oldest.abort()
         timer = asyncio.get_running_loop().call_later(_LONGEST, transport.abort)
         self._there[handler] = transport, timer
+        sock = transport.get_extra_info("socket")
+        handler.data_received(self.heads.pop(sock.fileno(), b""))
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)

@@ -197,6 +197,8 @@ GOOD = "listen: [/run/b.sock]\n"
         (GOOD + "monitor: {per_client: true}\n", "f:2:1: monitor.address: is missing (give it)"),
         (GOOD + "monitor: {address: 'h:1', per_client: 1}\n", ("f:2:39: monitor.per_client: is a number, not true or "
          "false (give true or false)")),
+        (GOOD + "monitor: {address: 'h:1', hosts: ['b:80']}\n", ("f:2:35: monitor.hosts[0]: is not a valid host name "
+         "(give a name without a port, such as broker.example)")),
         ("monitor: /run/b.sock\n" + GOOD, ("f:1:10: monitor: /run/b.sock is given twice, first at f:2:10 "
          "(keep one of them)")),
         (GOOD + "monitor: []\n", "f:2:1: monitor: a list of 0 is no address (give a host and a port number)"),

@@ -86,6 +86,7 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
         ("monitor: h:1\n", "", ["address: h:1 -> none"], [], ["h:1"]),
         ("monitor: h:1\n", "monitor: h:2\n", ["address: h:1 -> h:2"], ["h:2"], ["h:1"]),
         ("monitor: h:1\n", "monitor: {address: h:1, per_client: true}\n", ["per_client: false -> true"], [], []),
+        ("monitor: h:1\n", "monitor: {address: h:1, hosts: [b.example]}\n", ["hosts: [] -> [b.example]"], [], []),
         ("monitor: h:1\n", "# moved\nmonitor: {address: h:1}\n", [], [], []),
     ],
 )
@@ -99,3 +100,10 @@ def test_what_a_reload_would_change(
     assert [str(entry.address) for entry in plan.monitor_opened] == opened
     assert [str(entry.address) for entry in plan.monitor_closed] == closed
     assert plan.restart == ()
+
+
+def test_hosts_are_those_given_and_that_of_the_address() -> None:
+    """In small letters and without the last dot, as a Host header is compared."""
+    monitor = load_text(LISTEN + "monitor: {address: H:1, hosts: [B.Example., c_d]}\n").monitor
+    assert monitor is not None
+    assert monitor.answered_hosts == {"h", "b.example", "c_d"}

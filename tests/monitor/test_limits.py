@@ -39,7 +39,7 @@ def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     [
         b"",
         b"GET /metr",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+        b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
         b"POST /livez HTTP/1.1\r\nContent-Length: 99\r\n\r\n",
     ],
     ids=["nothing", "half a line", "half a header", "no body"],
@@ -56,7 +56,7 @@ def test_a_connection_lasts_some_seconds_at_most(monkeypatch: pytest.MonkeyPatch
 def test_a_connection_is_for_one_request() -> None:
     """A second request on the same connection is not answered, however it was sent."""
     with watched() as broker, connect(broker) as sock:
-        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n" * 50)
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 50)
         answer = b""
         with contextlib.suppress(ConnectionError):
             while data := sock.recv(65536):
@@ -106,7 +106,7 @@ def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.Monkey
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(30)
         slow.connect(broker.daemon.monitor_addresses[0].sockaddr)
-        slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         answer = slow.recv(1)
         page = get(broker, "/metrics").body
         assert get(broker, "/livez").status == 200
@@ -153,7 +153,7 @@ def test_other_pages_do_not_wait_for_the_counters() -> None:
         this = broker.daemon._monitor._site
         assert this is not None
         broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 60))
-        metrics.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        metrics.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
         assert get(broker, "/livez").status == 200
         assert get(broker, "/readyz").status == 200
@@ -185,7 +185,7 @@ def test_whoever_has_gone_waits_for_no_page(monkeypatch: pytest.MonkeyPatch) -> 
         broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 1.0))
         for _ in range(10):
             with connect(broker) as sock:
-                sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert get(broker, "/metrics").status == 200
 
     assert len(read) == 1

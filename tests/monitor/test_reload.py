@@ -114,7 +114,7 @@ def test_a_reload_about_other_things_leaves_it_alone(served: FromFile) -> None:
         half.sendall(b"GET /livez HT")
         assert get(address, "/livez").status == 200
         assert served.reload("monitor: {address: '127.0.0.1:0', per_client: true}\nlimits: {handshakes: 9}\n") == []
-        half.sendall(b"TP/1.1\r\nHost: x\r\n\r\n")
+        half.sendall(b"TP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
         assert half.recv(1000).startswith(b"HTTP/1.1 200")
     assert served.daemon.monitor_addresses == [address]
@@ -189,3 +189,15 @@ def test_it_is_exposed_once_more_only_where_it_changed(served: FromFile) -> None
     assert served.reload(exposed + "limits: {handshakes: 9}\n") == []
 
     assert len(served.log.named("monitor.exposed")) == 1
+
+
+def test_reload_that_changes_the_names_takes_them_over(served: FromFile) -> None:
+    """Names of ``hosts`` count at once, and the monitor stays where it is."""
+    assert served.reload("monitor: {address: '127.0.0.1:0'}\n") == []
+    house = house_of(served)
+    before = house.daemon.monitor_addresses
+    headers = {"Host": "broker.example"}
+    assert get(house, "/livez", headers=headers).status == 421
+    assert served.reload("monitor: {address: '127.0.0.1:0', hosts: [broker.example]}\n") == []
+    assert get(house, "/livez", headers=headers).status == 200
+    assert house.daemon.monitor_addresses == before

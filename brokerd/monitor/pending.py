@@ -1,0 +1,128 @@
+"""Connections to the monitor whose request has not been answered yet: few, for a short time, fair to each origin.
+
+A silent connection costs a socket and nothing else, and gives way to a newer one: the oldest that has not sent a whole
+request, of the origin that has most. So nobody keeps a health check from being heard by connecting often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Final
+
+__all__ = ["Pending"]
+
+#: Bytes read before the request counts as whole, so that the answer says what is wrong with it.
+_MOST_HEAD: Final = 8 * 1024
+#: What ends a request's head; a bare line feed is for the parser to judge.
+_ENDS: Final = (b"\r\n\r\n", b"\n\n")
+
+
+class _Peer:
+    """One connection. whole: whether its request is here."""
+
+    __slots__ = ("head", "origin", "sock", "timer", "whole")
+
+    def __init__(self, sock: socket.socket, origin: str) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.head = bytearray()
+        self.whole = False
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Pending:
+    """The connections of one monitor that wait for their request, or for their turn.
+
+    most: connections at once without a whole request. most_whole: with one. longest_s: seconds that one may last.
+    on_whole: called when a request has become whole.
+    """
+
+    def __init__(self, most: int, most_whole: int, longest_s: float, on_whole: Callable[[], object]) -> None:
+        self._most = most
+        self._most_whole = most_whole
+        self._longest_s = longest_s
+        self._on_whole = on_whole
+        self._loop = asyncio.get_running_loop()
+        #: Both in the order in which they came.
+        self._unfinished: dict[_Peer, None] = {}
+        self._whole: dict[_Peer, None] = {}
+        #: Requests of each origin that were taken since none was left.
+        self._turns: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._unfinished) + len(self._whole)
+
+    def add(self, sock: socket.socket, origin: str) -> None:
+        """Take in an accepted connection, which is non-blocking."""
+        peer = _Peer(sock, origin)
+        self._unfinished[peer] = None
+        peer.timer = self._loop.call_later(self._longest_s, self._drop, peer)
+        self._loop.add_reader(sock.fileno(), self._read, peer)
+        # A health check's request is usually here already: it is heard before a silent peer could displace it.
+        self._read(peer)
+        for peers, most in ((self._unfinished, self._most), (self._whole, self._most_whole)):
+            if len(peers) > most:
+                self._drop(_least(peers))
+
+    def take(self) -> tuple[socket.socket, bytes] | None:
+        """Return the next connection whose request is whole, and the request; origins take turns."""
+        first: dict[str, _Peer] = {}
+        for peer in self._whole:
+            first.setdefault(peer.origin, peer)
+        if not first:
+            self._turns.clear()
+            return None
+        peer = min(first.values(), key=lambda each: self._turns[each.origin])
+        self._turns[peer.origin] += 1
+        self._forget(peer)
+        return peer.sock, bytes(peer.head)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for peer in [*self._unfinished, *self._whole]:
+            self._drop(peer)
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            data = peer.sock.recv(_MOST_HEAD)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(peer)
+            return
+        peer.head += data
+        # TLS, or another protocol: the answer is due at once.
+        foreign = not peer.head[:1].isalpha() and not peer.head[:1].isspace()
+        if foreign or len(peer.head) >= _MOST_HEAD or any(end in peer.head for end in _ENDS):
+            self._loop.remove_reader(peer.sock.fileno())
+            del self._unfinished[peer]
+            peer.whole = True
+            self._whole[peer] = None
+            self._on_whole()
+
+    def _drop(self, peer: _Peer) -> None:
+        self._forget(peer)
+        with contextlib.suppress(OSError):
+            peer.sock.close()
+
+    def _forget(self, peer: _Peer) -> None:
+        if peer.whole:
+            del self._whole[peer]
+        else:
+            del self._unfinished[peer]
+            self._loop.remove_reader(peer.sock.fileno())
+        if peer.timer is not None:
+            peer.timer.cancel()
+
+
+def _least(peers: Collection[_Peer]) -> _Peer:
+    """Return the connection that gives way: the oldest of the origin that has most."""
+    counts = Counter(peer.origin for peer in peers)
+    most = max(counts.values())
+    return next(peer for peer in peers if counts[peer.origin] == most)
