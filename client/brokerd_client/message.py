@@ -16,7 +16,7 @@ from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 __all__ = ["VALUE_COST", "Message", "Owner", "Receipt", "extension_cost", "with_ttl"]
 
 #: Bytes that each value of an extension costs in this process, about.
-VALUE_COST: Final = 100
+VALUE_COST: Final = 64
 
 
 class Owner(Protocol):

@@ -1,0 +1,209 @@
+"""What a broker can make a client hold: long frames, errors, extensions, names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from faces import Asyncio, Blocking, Face
+from fake_broker import FakeServer, Session
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dialog import Pair, merge
+
+from brokerd_client.dialog import Batch
+from brokerd_client.errors import FrameTooBig, ProtocolError
+from brokerd_client.inbox import largest_message
+from brokerd_client.incoming import HEAD
+from brokerd_client.message import Message, extension_cost
+from brokerd_client.wire.envelope import HEADER, Envelope, Kind, encode
+from brokerd_client.wire.framing import frame
+
+MIB = 2**20
+PIECE = 65536
+
+
+@pytest.fixture(params=[Blocking, Asyncio], ids=["blocking", "asyncio"])
+def face(request: pytest.FixtureRequest) -> Iterator[Face]:
+    """Each of the two faces."""
+    face: Face = request.param()
+    yield face
+    face.close()
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """A dialog that is ready, and accepts 16 MiB."""
+    pair = Pair()
+    pair.connect()
+    return pair
+
+
+def announced(size: int, kind: int = Kind.MESSAGE, name: bytes = b"bob") -> bytes:
+    """Return the beginning of a frame whose payload has this size."""
+    return (HEADER.size + len(name) + size).to_bytes(4, "big") + HEADER.pack(kind, 0, 0, len(name), 7) + name
+
+
+def feed(pair: Pair, size: int) -> tuple[Batch[Message], int]:
+    """Let the dialog have so many bytes in pieces, and then a message; return what came and the most it held."""
+    batch: Batch[Message] = Batch()
+    piece = bytes(PIECE)
+    tracemalloc.start()
+    try:
+        for start in range(0, size, PIECE):
+            merge(batch, pair.hear(piece[: min(PIECE, size - start)]))
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    merge(batch, pair.hear_frame(Kind.MESSAGE, 8, payload=b"next"))
+    return batch, held
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.EVENT, Kind.REPLY])
+def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> None:
+    """It is told of once; a requester is answered; the next message arrives."""
+    size = 16 * MIB + HEAD
+    head = announced(size, kind)
+    if kind is Kind.EVENT:
+        head += b"\1t"
+    merge(first := Batch(), pair.hear(head))
+    batch, held = feed(pair, size - (2 if kind is Kind.EVENT else 0))
+    assert held < MIB
+    assert [message.body for message in batch.messages] == [b"next"]
+    assert [type(error) for error in (*first.unreadable, *batch.unreadable)] == [FrameTooBig]
+    pair.broker.seen.clear()
+    pair.talk()
+    answers = [(each.kind, each.name, json.loads(each.payload)["code"]) for each in pair.broker.seen]
+    assert answers == ([(Kind.ERROR, "bob", "too_large")] if kind is Kind.REQUEST else [])
+
+
+def test_answer_longer_than_accepted_is_an_outcome(pair: Pair) -> None:
+    """Its caller hears of it before the last byte has come."""
+    id = pair.dialog.control("clients", {}, "w", None)
+    size = 2**30
+    data = size.to_bytes(4, "big") + HEADER.pack(Kind.REPLY, 0, 2, 7, id) + b"$broker" + bytes(HEAD)
+    [(waiter, error)] = pair.hear(data).outcomes
+    assert (waiter, type(error)) == ("w", ProtocolError)
+
+
+def test_long_frame_is_stored_once(pair: Pair) -> None:
+    """What is handed out are the bytes that were collected."""
+    pair.hear(announced(16 * MIB))
+    batch, held = feed(pair, 16 * MIB)
+    assert [len(message) for message in batch.messages] == [16 * MIB, 4]
+    assert held < 1.3 * 16 * MIB
+
+
+def test_inbox_decides_how_long_a_message_may_be() -> None:
+    """Every client accepts what a broker passes unless it is configured otherwise."""
+    assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [16 * MIB, 16 * MIB, 32 * MIB]
+
+
+@pytest.mark.parametrize(("most", "warned"), [(16 * MIB, False), (16 * MIB + 1, True)])
+def test_broker_that_passes_longer_messages_is_warned_of(most: int, warned: bool) -> None:
+    """The warning says which inbox would do."""
+    pair = Pair()
+
+    def answer(session: Session, envelope: Envelope) -> bool:
+        said = {"name": "alice", "address": "alice", "limits": {"max_message": most}}
+        session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", json.dumps(said).encode(), 2))
+        return True
+
+    pair.broker.intercept = answer
+    warnings = pair.connect().warnings
+    assert bool(warnings) is warned
+    assert not warned or f"at least {4 * MIB + 1} bytes" in warnings[0]
+
+
+SIZES = st.sampled_from([0, 10, HEAD - 100, HEAD, HEAD + 1, 2 * HEAD - 80, 2 * HEAD - 1, 2 * HEAD + 200, 3 * HEAD])
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 5]), SIZES, st.none() | st.sampled_from([{}, {"a": "x" * 60_000}])),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([4001, 30_011, PIECE, 100_003]),
+)
+def test_long_frames_however_they_are_cut(frames: list[tuple[int, int, dict[str, Any] | None]], step: int) -> None:
+    """Short, long and too long ones, in pieces no longer than what is accepted: the same ones arrive."""
+    pair = Pair()
+    pair.connect()
+    pair.dialog.subscribe("t", None, "sink", "w", None)
+    pair.talk()
+    most = pair.dialog._incoming._most = 2 * HEAD + 100
+    data, right = b"", []
+    for id, (kind, size, extension) in enumerate(frames):
+        topic = "t" if kind == Kind.EVENT else ""
+        body = encode(Envelope(Kind(kind), id, "bob", bytes(size), 0, topic=topic, extension=extension))
+        data += frame(body)
+        if len(body) <= most:
+            right.append((kind, id, size, extension))
+    batch: Batch[Message] = Batch()
+    for start in range(0, len(data), step):
+        merge(batch, pair.hear(data[start : start + step]))
+    got = [(m._kind, m.id, len(m), m.extension) for m in (*batch.messages, *(m for _, m in batch.events))]
+    assert sorted(got, key=lambda each: each[1]) == right
+    assert len(batch.unreadable) == len(frames) - len(right)
+    assert not batch.broken
+
+
+def test_long_frame_whose_head_is_none_is_skipped(pair: Pair) -> None:
+    """Of a frame that is not too long only its head is looked at; where it ends is known."""
+    size = 3 * HEAD
+    batch = pair.hear(size.to_bytes(4, "big") + HEADER.pack(1, 128, 0, 3, 7) + b"bob" + bytes(size - 15 - 100))
+    merge(batch, pair.hear(bytes(100) + frame(encode(Envelope(Kind.MESSAGE, 8, "bob", b"next")))))
+    assert (len(batch.unreadable), [m.body for m in batch.messages], batch.broken) == (1, [b"next"], None)
+
+
+def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
+    """64 KiB of empty objects are more than a megabyte in memory."""
+    extension = {"a": [{} for _ in range(21_000)]}
+    assert extension_cost(extension) > 20 * len(json.dumps(extension, separators=(",", ":")))
+    assert pair.hear_frame(Kind.MESSAGE, extension=extension).size > MIB
+    assert pair.hear_frame(Kind.MESSAGE, extension={"ttl": 5}).size < 300
+
+
+@pytest.mark.parametrize("text", [10, 900])
+def test_errors_that_wait_for_their_handler_count_with_their_size(face: Face, server: FakeServer, text: int) -> None:
+    """The inbox fills, and what does not fit stays in the broker."""
+    client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=100_000)
+    free = threading.Event()
+    told = []
+
+    async def hold(error: Exception) -> None:
+        while not free.is_set():  # noqa: ASYNC110 - set by the test, in another thread
+            await asyncio.sleep(0.01)
+        told.append(error)
+
+    def wait(error: Exception) -> None:
+        free.wait(20)
+        told.append(error)
+
+    client.on_undelivered(wait if isinstance(face, Blocking) else hold)
+    payload = json.dumps({"code": "offline", "message": "m" * text, "name": "bob"}).encode()
+    error = Envelope(Kind.ERROR, 5, "$broker", payload, 2)
+    try:
+        server.act(lambda broker: [broker.online["alice"].deliver(error) for _ in range(4000)])
+        end = time.monotonic() + 5
+        while not client._gauge.full and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        taken = client.counters["undelivered"]
+        assert client._gauge.full
+        assert client._gauge.held >= taken * (800 + text)
+        # What one read brings is taken in whole.
+        assert client._gauge.held < 100_000 + 2 * 262_144 // len(payload) * (1000 + text)
+    finally:
+        free.set()
+    while len(told) < 4000 and time.monotonic() < end + 15:
+        time.sleep(0.01)
+    assert len(told) == 4000
