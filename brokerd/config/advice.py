@@ -21,7 +21,8 @@ _SOON: Final = timedelta(days=14)
 
 def advice(config: Config, now: datetime) -> list[str]:
     """Return the warnings, as ``FILE:LINE: what is odd (what would be right)``. now: with its time zone."""
-    warnings = [one_line(warning) for listen in config.listen for warning in _about_listener(listen)]
+    warnings = [*config.warnings]
+    warnings += [one_line(warning) for listen in config.listen for warning in _about_listener(listen)]
     if config.monitor is not None:
         warnings += map(one_line, _about_monitor(config.monitor))
     if not config.clients:

@@ -49,7 +49,7 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
     for field, path in paths.items():
         try:
             if field == "key":
-                contents[field] = keys.read_private(path, environ, _MAKE_KEY)
+                contents[field] = keys.read_private(path, environ, _MAKE_KEY, entry.key)
             else:
                 content = _read_public(path)
                 ders[field] = _certificates(path, content)

@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from brokerd.config.problems import Path
+from brokerd.config.problems import Path, name_alone
 
 __all__ = ["complaint", "did_you_mean", "unknown_key"]
 
@@ -35,9 +35,11 @@ def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the words for a key that the model does not have."""
-    short = key if len(key) <= 60 else key[:60] + "..."
+    short = name_alone(key)
     known = sorted(known)
-    meant = did_you_mean(key, known)
+    if short.removesuffix(":...") in known:
+        return f"unknown key {short!r} (put a space behind the colon)"
+    meant = did_you_mean(short, known)
     return f"unknown key {short!r} ({meant or 'known here: ' + ', '.join(known)})"
 
 

@@ -189,6 +189,7 @@ class Entries:
             self._problem(
                 (*path, "plain"), "says that there is no TLS, and tls is given (keep one of them)", at_key=True
             )
+        self._note_private(os.path.join(self._base, os.path.expanduser(entry.tls.key)), (*path, "tls", "key"))  # noqa: PTH111, PTH118
         return load_tls(
             entry.tls,
             self._base,
@@ -382,7 +383,8 @@ class Entries:
                 if kind == "file":
                     file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
                     source = f"key_file {file}"
-                    found = key_store.read_file(file, environ)
+                    found = key_store.read_file(file, environ, value)
+                    self._note_private(file, path)
                 elif kind == "env":
                     source = f"key_env {value}"
                     found = key_store.read_env(value, environ)
@@ -392,12 +394,22 @@ class Entries:
         except key_store.KeyRefused as error:
             self._problem(path, str(error))
             return None
+        odd = key_store.oddity(found, kind)
+        if odd:
+            place, _ = self._document.place(path)
+            self._findings.odd.append(f"{place}: a key of client {name!r} {odd}")
         other, document, where = self._findings.keys.setdefault(found, (name, self._document, path))
         if other != name:
             place, _ = document.place(where)
             what = f"has the same key as client {other!r} at {place} (give each client a key of its own: brokerd key)"
             self._problem(path, what)
         return Key(found, source=source)
+
+    def _note_private(self, file: str, path: Path) -> None:
+        """Have it said if another user can replace a file with a key."""
+        if key_store.forbidden(file, self._findings.environ) == key_store.OTHERS:
+            place, _ = self._document.place(path)
+            self._findings.private.setdefault(file, str(place))
 
     def _inline_key(self, path: Path, value: str | bytes) -> bytes:
         key = value.encode() if isinstance(value, str) else value

@@ -8,7 +8,8 @@ from typing import Final
 from brokerd.config.complaints import did_you_mean
 from brokerd.config.document import Document
 from brokerd.config.model import ClientConfig, Config, Limits, ListenConfig, Log, MonitorConfig, Rule
-from brokerd.config.problems import ConfigError, Path, Place, Problem
+from brokerd.config.owners import warnings_of
+from brokerd.config.problems import ConfigError, Path, Place, Problem, one_line
 
 __all__ = ["Findings"]
 
@@ -45,6 +46,10 @@ class Findings:
         self.sockets: dict[str, Place] = {}
         #: Every key, whose it is and where it is given.
         self.keys: dict[bytes, tuple[str, Document, Path]] = {}
+        #: Files that nobody else may replace, and where each is named.
+        self.private: dict[str, str] = {}
+        #: What is odd about keys, a line each.
+        self.odd: list[str] = []
         #: Clients without a key, and where they are given.
         self.keyless: dict[str, tuple[Document, Path]] = {}
         #: Names in send_to without a wildcard, and where they are given.
@@ -70,6 +75,7 @@ class Findings:
             log=self.log,
             monitor=self.monitor,
             files=tuple(self.files),
+            warnings=tuple(map(one_line, (*self.odd, *warnings_of(self.private.items())))),
         )
 
     def _check_listeners(self) -> None:

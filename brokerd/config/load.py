@@ -120,6 +120,8 @@ class _Files:
 
     def _read(self, text: str, file: str, status: os.stat_result | None, model: type[IncludedFile]) -> None:
         self.findings.files[file] = None
+        if status is not None:
+            self.findings.private[file] = file
         self.judge(read(text, file), os.path.dirname(file), status, model)  # noqa: PTH120 - a Path would make "" a "."
 
     def judge(self, document: Document, base: str, status: os.stat_result | None, model: type[IncludedFile]) -> None:

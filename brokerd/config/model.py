@@ -353,6 +353,7 @@ class Config:
     """A whole configuration, checked: what ``brokerd.config.load.load`` returns.
 
     clients: by name, read-only. path: the main file. files: every file read, the main one first.
+    warnings: what is odd about keys and about who can replace the files, a line each.
     """
 
     path: str
@@ -362,6 +363,7 @@ class Config:
     log: Log = field(default_factory=Log)
     monitor: MonitorConfig | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", MappingProxyType(dict(self.clients)))

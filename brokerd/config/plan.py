@@ -17,7 +17,7 @@ from brokerd_client.address import Address
 __all__ = ["Plan", "compare", "overlaps", "taken_over"]
 
 #: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
-_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files"})
+_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"})
 #: So much of a long list of rules is shown.
 _SHOWN: Final = 8
 #: Addresses that mean every address of the machine.

@@ -6,17 +6,22 @@ what can't be printed is escaped, and what is long is cut. A key never stands in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-__all__ = ["ConfigError", "Path", "Place", "Problem", "format_path", "one_line"]
+__all__ = ["ConfigError", "Path", "Place", "Problem", "format_path", "name_alone", "one_line"]
 
 #: The way from the top of a file to a value: keys of mappings and indexes of lists.
 Path: TypeAlias = Sequence[str | int]
 
 #: What a problem of the whole file has for a path.
 _WHOLE: Final = "(file)"
+#: Where a key stands, or may stand by mistake.
+_KEYS: Final = frozenset({"key", "key_file", "key_env", "key_credential", "file", "env", "credential"})
+#: What the model's own names, and slips of the pen in them, look like.
+_NAME: Final = re.compile(r"[A-Za-z_-]{1,40}")
 _LONGEST_STEP: Final = 100
 #: clients.NAME.key: what a client is called is no key.
 _CLIENT_DEPTH: Final = 2
@@ -57,18 +62,29 @@ class ConfigError(Exception):
 def format_path(path: Path) -> str:
     """Return the path as people write it: ``clients.bob.keys[0]``; "" for the whole file.
 
-    Ends at a client's ``key``: a key that is not in quotes may look to YAML like a mapping with names.
+    Ends where a client's key is given, or named: a key that is not in quotes may look to YAML like a mapping with
+    names. Left out is what stands below a client and can't be a name, such as a key behind a colon without a space.
     """
     text = ""
     for depth, step in enumerate(path):
-        if depth > _CLIENT_DEPTH and path[depth - 1] == "key":
+        if depth > _CLIENT_DEPTH and path[depth - 1] in _KEYS:
             break
         if isinstance(step, int):
             text += f"[{step}]"
         else:
+            if depth >= _CLIENT_DEPTH and path[0] == "clients":
+                step = name_alone(step)
             short = step if len(step) <= _LONGEST_STEP else step[:_LONGEST_STEP] + "..."
             text += f".{short}" if text else short
     return text
+
+
+def name_alone(text: str) -> str:
+    """Return a name in a mapping, or as much of it as can be one: what follows may be a key that was put there."""
+    if _NAME.fullmatch(text):
+        return text
+    name, colon, _ = text.partition(":")
+    return f"{name}:..." if colon and _NAME.fullmatch(name) else "..."
 
 
 def one_line(text: str) -> str:

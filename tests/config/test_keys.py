@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,7 +203,7 @@ def test_a_credential_without_systemd() -> None:
     """Where there are no credentials, the error says who makes them."""
     assert refusal(LISTEN + "clients: {a: {key_credential: ops}}\n") == (
         "f:2:31: clients.a.key_credential: there is no CREDENTIALS_DIRECTORY "
-        "(run under systemd with LoadCredential=ops:PATH)"
+        "(run under systemd with LoadCredential=NAME:PATH)"
     )
 
 
@@ -219,6 +220,184 @@ def test_no_key_file(tmp_path: Path) -> None:
     assert line(f"{tmp_path}/dir") == "dir is a directory (give the file that holds the key)"
     assert line(f"{tmp_path}/empty") == "empty is empty (write a key into it: brokerd key > empty)"
     assert line("a\\0b") == "is no path (give the file that holds the key)"
+
+
+def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:
+    """Return what is warned of in a text that is accepted, with an administrator's name for places."""
+    return advice(load_text(text, "f", environ or {}), datetime.now(UTC))
+
+
+ANEW = "(write the key into it anew: brokerd key > FILE)"
+
+
+@pytest.mark.parametrize(
+    ("content", "odd"),
+    [
+        (b"the key\n\n", f"ends with a line break besides the one that is cut, which belongs to the key then {ANEW}"),
+        (b"the key\r", f"ends with a line break besides the one that is cut, which belongs to the key then {ANEW}"),
+        (b"the key \n", f"ends with a blank, which belongs to the key then {ANEW}"),
+        (b"the key\t", f"ends with a blank, which belongs to the key then {ANEW}"),
+        (b" the key\n", f"begins with a blank, which belongs to the key then {ANEW}"),
+        (b" \n", f"is blank, which belongs to the key then {ANEW}"),
+        (b"\xef\xbb\xbfthe key\n", f"begins with a byte order mark, which belongs to the key then {ANEW}"),
+        ("the key\n".encode("utf-16"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        ("the key\n".encode("utf-16-le"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        ("the key\n".encode("utf-16-be"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        ("\ufeffthe key\r\n".encode("utf-16-be"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        (b"the key\n", ""),
+        (b"the key\r\n", ""),
+        (b"the key", ""),
+        ("schl\u00fcssel\n".encode(), ""),
+        (b"\xff\xfe\x00\xd8\x00\xd8 random", ""),
+        (b"\x80random bytes may end so\n\n", ""),
+        (b"a\0b\0\0\0c\0", ""),
+        (b"a\0b", ""),
+    ],
+)
+def test_keys_file_with_bytes_hardly_meant_is_warned_of(tmp_path: Path, content: bytes, odd: str) -> None:
+    """A key that an editor or a shell has lengthened passes the check, and no client has it: the place is told."""
+    key_file(tmp_path / "key", content)
+
+    found = warnings(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/key}}}}\n")
+
+    assert found == ([f"f:2:25: a key of client 'a' {odd}"] if odd else [])
+    assert "the key of" not in "".join(found)
+
+
+def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
+    """A block of text, and a variable that holds a line, end with a line break."""
+    text = LISTEN + (
+        "clients:\n  a:\n    key: |\n      secret one\n  b: {key_env: B}\n"
+        "  c: {keys: [{env: C}, {key: ' secret two'}]}\n"
+    )
+
+    assert warnings(text, {"B": "secret three\n", "C": "secret four"}) == [
+        (
+            "f:4:10: a key of client 'a' ends with a line break, which belongs to the key then "
+            "(write it in one line, in quotes: not key: |)"
+        ),
+        (
+            "f:6:16: a key of client 'b' ends with a line break, which belongs to the key then "
+            "(set the variable to the key alone)"
+        ),
+        (
+            "f:7:30: a key of client 'c' begins with a blank, which belongs to the key then "
+            "(write it in one line, in quotes: not key: |)"
+        ),
+    ]
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o440, 0o444])
+def test_keys_read_only_file_names_the_sealed_directory(tmp_path: Path, mode: int) -> None:
+    """A mounted secret can't be changed by chmod: the error names the variable that admits it."""
+    path = key_file(tmp_path / "key", mode=mode)
+
+    line = refusal(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n")
+
+    assert line.endswith(
+        f"{path}, mode {mode:04o}, and it is not below BROKERD_SEALED_DIRECTORY, for secrets that only this container "
+        f"sees (chmod 600 {path})"
+    )
+
+
+@posix_modes
+def test_keys_projected_file_names_the_sealed_directory(tmp_path: Path) -> None:
+    """Kubernetes mounts secrets with mode 0644 unless told otherwise, behind links that begin with dots."""
+    (tmp_path / "..2026_01_01").mkdir()
+    key_file(tmp_path / "..2026_01_01" / "key", mode=0o644)
+    (tmp_path / "..data").symlink_to("..2026_01_01")
+    (tmp_path / "key").symlink_to("..data/key")
+    plain = key_file(tmp_path / "plain", mode=0o644)
+
+    assert "BROKERD_SEALED_DIRECTORY" in refusal(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/key}}}}\n")
+    assert "BROKERD_SEALED_DIRECTORY" not in refusal(LISTEN + f"clients: {{a: {{key_file: {plain}}}}}\n")
+
+
+def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what is warned of in a configuration with keys, TLS aside, that this user would serve."""
+    file = home / "b.yaml"
+    key_file(file, b"listen: [./b.sock]\nclients:\n  a: {key_file: keys/a}\n  b: {key_file: keys/b}\n")
+    (home / "keys").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        key_file(home / "keys" / name, name.encode())
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    return [line.replace(f"{home}/", "") for line in advice(load(file, {}), datetime.now(UTC))]
+
+
+@posix_modes
+def test_keys_of_this_user_are_in_good_hands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the broker's own user, in directories of its own, need no warning; nor does root, whatever it checks."""
+    assert served_from(tmp_path, os.getuid(), monkeypatch) == []
+    assert served_from(tmp_path, 0, monkeypatch) == []
+
+
+@posix_modes
+def test_keys_of_a_foreign_owner_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner of a file, or of its directory, can replace the key: one warning for each directory and owner."""
+    stat = os.stat
+
+    class Foreign:
+        """The status of a file that belongs to another user."""
+
+        def __init__(self, status: os.stat_result) -> None:
+            self.st_mode, self.st_uid = status.st_mode, 4711
+
+    def foreign(path: Any, **how: Any) -> Any:
+        status = stat(path, **how)
+        return Foreign(status) if str(path).startswith(f"{tmp_path}/keys/") else status
+
+    monkeypatch.setattr(os, "stat", foreign)
+
+    assert served_from(tmp_path, os.getuid(), monkeypatch) == [
+        (
+            "b.yaml:3:17: keys/a belongs, as 1 more there do, to user 4711, who can replace it "
+            "(give it to root, or to the broker's user)"
+        )
+    ]
+
+
+@posix_modes
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_keys_in_a_directory_open_to_all_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Every user could put another file there, also where the sticky bit is set: one warning for the directory."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys").chmod(mode)
+
+    assert served_from(tmp_path, os.getuid(), monkeypatch) == [
+        (
+            "b.yaml:3:17: every user can write to the directory keys, in which keys/a stands "
+            "(move it to a directory of the broker's own)"
+        )
+    ]
+
+
+@posix_modes
+def test_configuration_below_a_directory_open_to_all_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the sticky bit the directory between could be replaced; with it, only what stands there directly."""
+    home = tmp_path / "open" / "home"
+    home.mkdir(parents=True, mode=0o700)
+    (tmp_path / "open").chmod(0o777)
+    found = served_from(home, os.getuid(), monkeypatch)
+    assert [f"the directory {tmp_path}/open, " in line for line in found] == [True]
+
+    (tmp_path / "open").chmod(0o1777)
+    assert served_from(home, os.getuid(), monkeypatch) == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root gives files away")
+def test_keys_given_to_another_user_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root: another user's file in root's directory is odd, one in that user's own directory is the broker's."""
+    assert served_from(tmp_path, 0, monkeypatch) == []
+    os.chown(tmp_path / "keys" / "a", 4711, -1)
+    (line,) = [line.replace(f"{tmp_path}/", "") for line in advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC))]
+    assert line.startswith("b.yaml:3:17: keys/a belongs to user 4711, who can replace it")
+    os.chown(tmp_path / "keys", 4711, -1)
+    assert advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC)) == []
 
 
 def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:

@@ -83,6 +83,74 @@ def test_no_mistake_prints_the_key(template: str, plain: bool, monkeypatch: pyte
     assert refused.value.__cause__ is None
 
 
+#: Keys of every form that people make: base64 in both alphabets, hexadecimal, base32, a word, a passphrase, PEM.
+KEYS = [
+    "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA",
+    "pV8k3Jz/0aQ+9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA=",
+    "pV8k3Jz/0aQ9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA",
+    "/V8k3Jz0aQ9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA",
+    "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "9F86D081884C7D659A2FEAA0C55AD015A3BF4F1B2B0B822CD15D6C15B0F00A08",
+    "JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP",
+    CANARY,
+    "hunter2-hunter2",
+    "correct horse/battery staple",
+    "-----BEGIN PRIVATE KEY----- MC4CAQAwBQYDK2VwBCIEIJ/abc -----END PRIVATE KEY-----",
+]
+PASTED = [
+    'clients: {a: {key_file: "%s"}}',
+    'clients: {a: {key_env: "%s"}}',
+    'clients: {a: {key_credential: "%s"}}',
+    'clients: {a: {keys: [{file: "%s"}]}}',
+    'clients: {a: {keys: [{env: "%s"}]}}',
+    'clients: {a: {keys: [{credential: "%s"}]}}',
+    "clients: {a: {'key_file:%s': 1}}",
+    "clients: {a: {'key_file:%s'}}",
+    "clients: {a: {'%s': 1}}",
+    "clients: {a: {keys: [{'file:%s': 1}]}}",
+    'clients: {a: {key_file: ["%s"]}}',
+    "clients: {a: {key_file: {'%s': 1}}}",
+    'clients: {a: {key_file: "%s", key_env: "%s"}}',
+    'clients: {a: {key_file: {"%s"}}}',
+    "clients:\n  a:\n    key_file:%s\n",
+]
+
+
+@pytest.mark.parametrize("environ", [{}, {"CREDENTIALS_DIRECTORY": "/nonexistent"}, {"CREDENTIALS_DIRECTORY": "/"}])
+@pytest.mark.parametrize("template", PASTED)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(key: str, template: str, environ: dict[str, str]) -> None:
+    """A key behind key_file, key_env or key_credential is no path or name: the error tells only its place."""
+    if template == PASTED[8] and key in (CANARY, "hunter2-hunter2"):
+        pytest.skip("a word alone may be a name with a slip")
+    text = "listen: [/run/b.sock]\n" + template % ((key,) * template.count("%s"))
+
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, "f", environ)
+
+    assert key not in outputs(refused.value)
+    assert refused.value.problems[0].place.line >= 2
+
+
+def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed() -> None:
+    """The same holds for TLS."""
+    pem = KEYS[-1]
+    text = f'listen: [{{address: "h:1", tls: {{certificate: c, key: "{pem}"}}}}]\nclients: {{a: {{key: k}}}}\n'
+
+    with pytest.raises(ConfigError) as refused:
+        load_text(text, "f")
+
+    assert pem not in outputs(refused.value)
+    assert "there is no file of that name" in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["keys/alice", "./alice", "/etc/brokerd/keys/alice", "alice.key", "keys/bob.2"])
+def test_a_path_that_is_plainly_one_is_printed(path: str) -> None:
+    """Who names a file that is missing reads which one, and the command that makes it."""
+    with pytest.raises(ConfigError, match=rf"there is no file {path} \(make one: umask 077; brokerd key > {path}\)"):
+        load_text(f"listen: [/run/b.sock]\nclients: {{a: {{key_file: {path}}}}}\n", "f")
+
+
 _PIECES = st.sampled_from(
     [
         "\n",

@@ -115,6 +115,20 @@ def test_a_bad_file_is_78_with_its_mistakes(site: Site) -> None:
         assert "unknown key 'nonsense'" in result.stderr
 
 
+def test_a_key_pasted_for_a_file_is_in_no_output(site: Site) -> None:
+    """None of the commands repeats it, as text or as JSON."""
+    key = "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA"
+    for field in ("key_file", "key_env", "key_credential"):
+        site.write(GOOD + f"  carol: {{{field}: {key}}}\n")
+
+        results = [site.ctl("reload"), site.ctl("reload", "--json"), site.ctl("reload", "--dry-run"), site.check()]
+        results += [site.check("--json"), site.brokerd("--config", str(site.config), "check")]
+
+        assert {each.exit_code for each in results} == {78}
+        assert f"clients.carol.{field}: " in results[0].stderr
+        assert all(key not in each.output for each in results)
+
+
 def test_an_address_in_the_way_is_1(site: Site) -> None:
     """The files are right, and it can't be done: another status, and the reason."""
     (site.home / "plain").write_text("no socket")

@@ -96,3 +96,19 @@ def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> N
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
         assert [event["added"] for event in broker.events("daemon.reloaded")] == [["carol"], []]
+
+
+def test_a_key_pasted_for_a_file_is_not_logged(socket_dir: Path) -> None:
+    """A reload that is refused because of it tells the place and not the key."""
+    key = "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA"
+    with Process(socket_dir) as broker:
+        broker.wait("daemon.started")
+        good = broker.config.read_text()
+        for number, field in enumerate(("key_file", "key_env", "key_credential"), 1):
+            broker.config.write_text(good.replace("clients:", f"clients:\n  carol: {{{field}: {key}}}"))
+            broker.signal(signal.SIGHUP)
+            problems = broker.wait("daemon.reload_refused", number)[-1]["problems"]
+            assert [f"clients.carol.{field}: " in each for each in problems] == [True]
+        broker.signal()
+        assert broker.exit_status() == 0
+        assert key not in "".join(broker.lines)

@@ -1,0 +1,80 @@
+"""Who can replace the files that a configuration is made of: owners and directories, as warnings. Refuses nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+__all__ = ["warnings_of"]
+
+
+def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a warning for each owner, and for each directory, that should not have a file in its hands.
+
+    files: the path of each file, and where it is named. Source of the rules: docs/configuration.md, "Keys".
+    """
+    # Windows has no such owners and modes.
+    if os.name != "posix":
+        return
+    foreign: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    open_to_all: dict[str, tuple[str, str]] = {}
+    for path, where in files:
+        directory = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - as written
+        try:
+            file_owner, home = os.stat(path).st_uid, os.stat(directory)  # noqa: PTH116 - the same
+        except (OSError, ValueError):
+            continue
+        for owner, what in ((file_owner, path), (home.st_uid, directory)):
+            if not _is_trusted(owner, home):
+                foreign.setdefault((directory, owner), []).append((what, where))
+        reachable = _open_to_all(directory)
+        if reachable:
+            open_to_all.setdefault(reachable, (path, where))
+    for (_, owner), found in foreign.items():
+        what, where = found[0]
+        more = len({each for each, _ in found}) - 1
+        rest = f", as {more} more there do," if more else ""
+        yield (
+            f"{where}: {what} belongs{rest} to user {_name_of(owner)}, who can replace it "
+            "(give it to root, or to the broker's user)"
+        )
+    for directory, (path, where) in open_to_all.items():
+        yield (
+            f"{where}: every user can write to the directory {directory}, in which {path} stands "
+            "(move it to a directory of the broker's own)"
+        )
+
+
+def _is_trusted(owner: int, home: os.stat_result) -> bool:
+    """Return whether a file's owner is root or this user.
+
+    For root, who may check for the user that the broker runs as, the owner of the file's directory will do.
+    """
+    user = os.geteuid()
+    return owner in (0, user) or (user == 0 and owner == home.st_uid)
+
+
+def _open_to_all(directory: str) -> str:
+    """Return the directory, or one above, in which every user can replace what leads to the file; "" for none.
+
+    Of the directory itself the sticky bit is no excuse: another user may make the file first.
+    """
+    for each in (Path(directory), *Path(directory).parents):
+        try:
+            mode = each.stat().st_mode
+        except OSError:
+            continue
+        if mode & stat.S_IWOTH and (str(each) == directory or not mode & stat.S_ISVTX):
+            return str(each)
+    return ""
+
+
+def _name_of(user: int) -> str:
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(user).pw_name!r}"
+    except KeyError:
+        return str(user)
