@@ -19,6 +19,7 @@ from typing import Final
 
 from brokerd.config.values import ClientConfig, Rule, WhenConnected
 from brokerd.core.deadlines import Deadlines
+from brokerd.core.deferred import Deferred
 from brokerd.core.delivery import (
     end_request,
     expire_request,
@@ -27,7 +28,7 @@ from brokerd.core.delivery import (
     send,
     tell_expired,
 )
-from brokerd.core.events import announce, announce_presence, publish
+from brokerd.core.events import announce, announce_presence, go_on_publishing, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.happenings import Happenings
 from brokerd.core.parting import drain_in_steps, has_finished, retire
@@ -59,6 +60,8 @@ __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
 
+#: Steps of what is deferred that are taken each time: a few milliseconds' work.
+_STEPS: Final = 64
 #: Messages past their ttl that are answered for at once.
 _EXPIRED: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
@@ -125,6 +128,9 @@ class Broker:
         #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
         self.patience = -1
         self.totals: Counter[str] = Counter()
+        #: The broker's own events, and questions with long answers, in order; and whose questions those are.
+        self.deferred = Deferred(self)
+        self.asking: set[Session] = set()
         #: Requests with a ttl that have no outcome yet: who asked, the id, and the address of who was asked.
         self.deadlines: Deadlines[tuple[Session, int, str]] = Deadlines()
         self._held: dict[Session, float] = {}
@@ -172,6 +178,7 @@ class Broker:
         session.left_at = next(self._order)
         client = session.client
         self.finishing.pop(session, None)
+        self.asking.discard(session)
         session.marks = None
         if not session.retired:
             client.remove(session)
@@ -191,6 +198,7 @@ class Broker:
         self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
         session.fans.clear()
+        session.spread = session.reached_by_event = None
         leave_behind(session)
         # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits
         # for the collector.
@@ -203,7 +211,7 @@ class Broker:
     @property
     def has_arrears(self) -> bool:
         """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`work_off`."""
-        return self.owes_answers or bool(self.review) or not self.topics.is_tidy
+        return self.owes_answers or bool(self.deferred) or bool(self.review) or not self.topics.is_tidy
 
     @property
     def owes_answers(self) -> bool:
@@ -238,6 +246,7 @@ class Broker:
                 self._leaving.popleft()
         self.topics.tidy(count)
         self.review.work_off(count)
+        self.deferred.work_off(_STEPS)
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
@@ -307,7 +316,7 @@ class Broker:
                 client.reconfigure(config)
                 for session in client.sessions.values() if narrower else ():
                     self.review.begin(session)
-        announce(self, "$broker.reloaded", b"{}")
+        announce(self, "$broker.reloaded", "{}")
         return gone
 
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
@@ -439,6 +448,8 @@ class Broker:
         if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
             message = "nothing sent here is stored, so nothing can be acknowledged"
             return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
+        if source.spread is not None:
+            return go_on_publishing(self, source, envelope, frame, now)
         refusal = self._expiry(source, envelope, now)
         if refusal is not None:
             return self.refuse_frame(source, envelope, *refusal)
@@ -463,10 +474,19 @@ class Broker:
             return self.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
         if envelope.kind is not Kind.REQUEST:
             return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only")
+        if source in self.asking:
+            return self._wait_for_answer(source)
         if envelope.flags & _RECEIPT:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         serve(self, source, envelope, bytes(frame[split(frame)[1] :]))
         return Verdict.NEXT
+
+    def _wait_for_answer(self, source: Session) -> Verdict:
+        """Hold a session until its question with the long answer has been answered."""
+        source.held_by = source
+        source.waiters[source] = None
+        self._held[source] = float("inf")
+        return Verdict.HOLD
 
     def pass_on(self, target: Session, whole: bytes) -> None:
         target.outbox.append(whole)

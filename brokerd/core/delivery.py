@@ -131,11 +131,18 @@ def deadline_of(source: Session, envelope: Envelope) -> float | None:
 
 
 def make_room(
-    broker: Broker, source: Session, target: Session, size: int, now: float, deadline: float | None = None
+    broker: Broker,
+    source: Session,
+    target: Session,
+    size: int,
+    now: float,
+    deadline: float | None = None,
+    *,
+    may_hold: bool = True,
 ) -> Verdict:
     """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none.
 
-    YIELD: more has to be dropped than may be at once.
+    YIELD: more has to be dropped than may be at once. may_hold: False where ``wait`` is to be the same as ``refuse``.
     """
     when_full = target.client.config.when_full
     outbox = target.outbox
@@ -143,7 +150,7 @@ def make_room(
         target.slow = True
         why = f"{outbox.waiting} bytes wait for it; its queue of {outbox.limit} is full"
         broker.happenings.note("client.slow", target, source.address, when_full, why)
-    if when_full is WhenFull.WAIT and not outbox.stalled and not target.closing:
+    if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
         if source.hold_deadline is None:
             source.hold_deadline = now + broker.limits.wait_timeout
         if source.hold_deadline > now:

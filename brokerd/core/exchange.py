@@ -23,10 +23,20 @@ class Client(Seat):
     """One configured name.
 
     sessions: its connections, oldest first, by address. changed_at: when it last came online or
-    went offline, in seconds since the epoch.
+    went offline, in seconds since the epoch. shown_online, shown_since: the same, as far as it has been told.
     """
 
-    __slots__ = ("changed_at", "config", "meter", "name", "policy", "sessions", "turn")
+    __slots__ = (
+        "changed_at",
+        "config",
+        "meter",
+        "name",
+        "policy",
+        "sessions",
+        "shown_online",
+        "shown_since",
+        "turn",
+    )
 
     def __init__(self, config: ClientConfig, now_wall: float) -> None:
         super().__init__()
@@ -35,7 +45,8 @@ class Client(Seat):
         self.policy = Policy(config)
         self.meter = Meter.for_rate(config.rate)
         self.sessions: dict[str, Session] = {}
-        self.changed_at = now_wall
+        self.changed_at = self.shown_since = now_wall
+        self.shown_online = False
         self.turn = 0
 
     @property

@@ -33,9 +33,11 @@ def drain_in_steps(broker: Broker) -> Iterator[None]:
         return
     broker.draining = True
     broker.generation += 1
-    told = dict.fromkeys(recipients(broker, DRAINING, len(_EVENT)))
-    told.update(dict.fromkeys(session for session in broker.exchange.sessions() if session.goaway))
-    for session in told:
+    for recipient in recipients(broker, DRAINING, len(_EVENT)):
+        if recipient is not None and recipient.open:
+            tell(broker, recipient)
+        yield
+    for session in [session for session in broker.exchange.sessions() if session.goaway]:
         if session.open:
             tell(broker, session)
         yield

@@ -85,7 +85,7 @@ class Matches(Generic[Member]):
     fan: what whoever sends to everyone made of it, to be used again; None until then.
     """
 
-    __slots__ = ("_count", "everyone", "fan", "groups", "left", "turn")
+    __slots__ = ("_count", "_ordered", "everyone", "fan", "groups", "left", "turn")
 
     def __init__(self) -> None:
         self.everyone: dict[Member, int] = {}
@@ -94,6 +94,8 @@ class Matches(Generic[Member]):
         self.turn = 0
         self.fan: object = None
         self._count = 0
+        #: The members of groups that have been chosen from.
+        self._ordered: dict[str, list[Member]] = {}
 
     def __len__(self) -> int:
         """How many subscriptions these are."""
@@ -121,6 +123,13 @@ class Matches(Generic[Member]):
         """Leave a member out from now on."""
         self.everyone.pop(member, None)
         self.left.add(member)
+
+    def members_of(self, group: str) -> list[Member]:
+        """Return the members of a group in a fixed order, once the search is over."""
+        ordered = self._ordered.get(group)
+        if ordered is None:
+            ordered = self._ordered[group] = list(self.groups[group])
+        return ordered
 
 
 class Search(Generic[Member]):

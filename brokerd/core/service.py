@@ -8,7 +8,8 @@ one that returns None is answered later, by the daemon.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.config.values import Rule
@@ -29,20 +30,25 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["PROTOCOL_VERSION", "reply_to", "serve", "stats"]
+__all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "serve", "stats"]
 
 PROTOCOL_VERSION: Final = 1
 
 #: Longest operation, in bytes of JSON: some milliseconds' work, where what one message may hold would be seconds'.
 _LARGEST: Final = 128 * 1024
-#: Clients that are listed in the time that a frame takes.
+#: Frames that are handled in the time that a step of a long answer takes.
+_STEP: Final = 4
+#: Clients that are listed in one step, and clients that are counted in one.
 _CLIENTS: Final = 32
+_COUNTED: Final = 256
 #: Tokens of a pattern for which the tree of subscriptions grows, or is cut, in that time.
 _TOKENS: Final = 16
 #: Searches under way that are told of a subscription in that time.
 _SEARCHES: Final = 4
-#: Connections that are described in that time.
-_CONNECTIONS: Final = 4
+#: Connections that are described in one step.
+_CONNECTIONS: Final = 8
+#: Counters that are the sum of those of the sessions.
+_SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
 _LONGEST: Final = 255
 
@@ -127,16 +133,61 @@ def _ping(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _A
     return {}
 
 
-def _clients(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+class Question:
+    """An operation whose answer is long: it is made little by little, when all that came before it has been done."""
+
+    __slots__ = ("arguments", "id", "op", "source")
+
+    def __init__(self, source: Session, id: int, op: str, arguments: _Arguments) -> None:
+        self.source = source
+        self.id = id
+        self.op = op
+        self.arguments = arguments
+
+    def begin(self, broker: Broker) -> Iterator[None]:
+        """Make the answer and send it."""
+        source = self.source
+        payload = yield from _LONG[self.op](broker, source)
+        broker.asking.discard(source)
+        broker.answer(source, Envelope(Kind.REPLY, self.id, BROKER, payload, codec=CodecId.JSON))
+        if source.held_by is source:
+            broker.release(source)
+
+
+def _ask(op: str) -> _Operation:
+    def ask(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+        broker.asking.add(source)
+        broker.spend(broker.deferred.add(Question(source, id, op, arguments)) * _STEP)
+
+    return ask
+
+
+def _in_pieces(name: str, entries: Iterable[_Arguments | None], each: int) -> Generator[None, None, bytes]:
+    """Return a JSON object with one list, made of the entries that are not None; a step for ``each`` entries."""
+    pieces: list[bytes] = []
+    some: list[_Arguments] = []
+    for count, entry in enumerate(entries, 1):
+        if entry is not None:
+            some.append(entry)
+        if count % each == 0:
+            if some:
+                pieces.append(json.dumps(some)[1:-1].encode())
+                some = []
+            yield
+    if some:
+        pieces.append(json.dumps(some)[1:-1].encode())
+    return b"".join((f'{{"{name}": ['.encode(), b", ".join(pieces), b"]}"))
+
+
+def _clients(broker: Broker, source: Session) -> Generator[None, None, bytes]:
     may_see = source.client.policy.sending
-    broker.spend(len(broker.exchange.clients) // _CLIENTS)
-    return {
-        "clients": [
-            {"name": client.name, "online": client.online, "since": client.changed_at}
-            for client in broker.exchange.clients.values()
-            if may_see(client.name) is not None
-        ]
-    }
+    entries = (
+        {"name": client.name, "online": client.shown_online, "since": client.shown_since}
+        if source.open and may_see(client.name) is not None
+        else None
+        for client in list(broker.exchange.clients.values())
+    )
+    return _in_pieces("clients", entries, _CLIENTS)
 
 
 def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | None]:
@@ -192,39 +243,58 @@ def _finished(broker: Broker, source: Session, id: int, arguments: _Arguments) -
 # For clients with admin: true
 
 
-def _stats(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
-    return stats(broker)
+def _stats(broker: Broker, source: Session) -> Generator[None, None, bytes]:
+    return json.dumps((yield from _count(broker))).encode()
 
 
 def stats(broker: Broker) -> _Arguments:
     """Return the broker's counters since it started."""
-    sessions = list(broker.exchange.sessions())
-    sums = {
-        counter: broker.totals[counter] + sum(getattr(session, counter) for session in sessions)
-        for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out")
-    }
+    counting = _count(broker)
+    while True:
+        try:
+            next(counting)
+        except StopIteration as end:
+            found: _Arguments = end.value
+            return found
+
+
+def _count(broker: Broker) -> Generator[None, None, _Arguments]:
+    # Of one moment: a session that leaves meanwhile counts with what it has had.
+    sums = Counter(broker.totals)
+    clients = list(broker.exchange.clients.values())
+    sessions: list[Session] = []
+    online = waiting = 0
+    for number, client in enumerate(clients, 1):
+        online += client.online
+        sessions += client.sessions.values()
+        if number % _COUNTED == 0:
+            yield
+    for number, session in enumerate(sessions, 1):
+        for counter in _SUMS:
+            sums[counter] += getattr(session, counter)
+        waiting += session.outbox.waiting
+        if number % _CONNECTIONS == 0:
+            yield
     return {
         "version": broker.version,
         "routing": broker.routing,
         "started_at": broker.started_at,
         "upgrades": broker.upgrades,
         "draining": broker.draining,
-        "clients": len(broker.exchange.clients),
-        "online": sum(client.online for client in broker.exchange.clients.values()),
+        "clients": len(clients),
+        "online": online,
         "connections": len(sessions),
         "subscriptions": len(broker.topics),
-        "waiting_bytes": sum(session.outbox.waiting for session in sessions),
+        "waiting_bytes": waiting,
         "dropped": broker.dropped,
         "refused": dict(broker.refused),
-        **sums,
+        **{counter: sums[counter] for counter in _SUMS},
     }
 
 
-def _connections(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
-    sessions = list(broker.exchange.sessions())
-    broker.spend(len(sessions) // _CONNECTIONS)
-    return {
-        "connections": [
+def _connections(broker: Broker, source: Session) -> Generator[None, None, bytes]:
+    entries = (
+        (
             {
                 "address": session.address,
                 "name": session.client.name,
@@ -242,9 +312,12 @@ def _connections(broker: Broker, source: Session, id: int, arguments: _Arguments
                 "subscriptions": len(session.subscriptions),
                 "owed": len(session.owed),
             }
-            for session in sessions
-        ]
-    }
+            if session.open
+            else None
+        )
+        for session in list(broker.exchange.sessions())
+    )
+    return _in_pieces("connections", entries, _CONNECTIONS)
 
 
 def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
@@ -307,18 +380,24 @@ def _order(op: str) -> _Operation:
     return order
 
 
+#: Operations whose answer is long: see Question.
+_LONG: Final[dict[str, Callable[[Broker, Session], Generator[None, None, bytes]]]] = {
+    "clients": _clients,
+    "stats": _stats,
+    "connections": _connections,
+}
 _OPEN: Final[dict[str, _Operation]] = {
     "whoami": _whoami,
     "ping": _ping,
-    "clients": _clients,
+    "clients": _ask("clients"),
     "subscribe": _subscribe,
     "unsubscribe": _unsubscribe,
     "goaway": _goaway,
     "finished": _finished,
 }
 _ADMIN: Final[dict[str, _Operation]] = {
-    "stats": _stats,
-    "connections": _connections,
+    "stats": _ask("stats"),
+    "connections": _ask("connections"),
     "disconnect": _disconnect,
     "can": _can,
     "keys": _order("keys"),

@@ -9,6 +9,7 @@ from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
+    from brokerd.core.events import Spread
     from brokerd.core.exchange import Client
     from brokerd.core.parting import Marks
     from brokerd.core.routing import Seat, Tail
@@ -41,6 +42,7 @@ class Session:
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
     asked: its own requests not answered yet, by (id, address of who was asked).
+    spread: its event that is on the way to very many subscribers. reached_by_event: those that have it.
     expiring: until when an answer may come, of those of its requests that have a ttl.
     number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
@@ -84,11 +86,13 @@ class Session:
         "parting",
         "peer",
         "reached",
+        "reached_by_event",
         "retired",
         "routes",
         "since",
         "skip",
         "slow",
+        "spread",
         "stamp",
         "subscriptions",
         "told",
@@ -127,6 +131,8 @@ class Session:
         self.asked: dict[tuple[int, str], Session] = {}
         self.expiring: dict[tuple[int, str], float] = {}
         self.reached: set[Client] = set()
+        self.spread: Spread | None = None
+        self.reached_by_event: dict[Session, None] | None = None
         self.subscriptions: set[tuple[str, str | None]] = set()
         self.goaway = self.told = self.parting = False
         self.finishing: int | None = None

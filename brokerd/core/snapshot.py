@@ -18,8 +18,11 @@ from typing import Any, Final, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
 from brokerd.core.broker import Broker
+from brokerd.core.deferred import Job
+from brokerd.core.events import Announcement
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.service import Question
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import BadSnapshot, check, check_frames
 from brokerd.core.unsent import Unsent
@@ -83,6 +86,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot
         "refused": dict(broker.refused),
         "totals": dict(broker.totals),
         "given_back": dict(broker.given_back),
+        "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
         "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
         "sessions": [_session(broker, session, index, now) for session in index],
         "outboxes": [_outbox(session, index, snapshot, now) for session in index if session.open],
@@ -95,6 +99,19 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot
     return snapshot
 
 
+def _is_void(job: Job) -> bool:
+    return isinstance(job, Question) and not job.source.open
+
+
+def _job(job: Job, index: Mapping[Session, int]) -> Facts:
+    if isinstance(job, Question):
+        return {"question": [index[job.source], job.id, job.op], "news": None}
+    assert isinstance(job, Announcement)
+    shown = None if job.client is None else [job.client.name, job.online, job.since]
+    done = [index[session] for session in job.done if session.open]
+    return {"question": None, "news": [job.topic, job.payload, job.about, shown, done]}
+
+
 def _holder(session: Session) -> Session:
     assert session.held_by is not None
     return session.held_by
@@ -104,6 +121,7 @@ def _client(client: Client, now: float) -> Facts:
     rate = client.config.rate
     return {
         "changed_at": client.changed_at,
+        "shown": [client.shown_online, client.shown_since],
         "turn": client.turn,
         "rate": [rate.messages, rate.bytes],
         "levels": client.meter and client.meter.levels(now),
@@ -134,6 +152,9 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         # Where two had one address for a moment, one that is gone may still be named.
         "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
         "asked": [[id, address, index[each]] for (id, address), each in session.asked.items() if each in index],
+        "reached_by_event": None
+        if session.reached_by_event is None
+        else [index[each] for each in session.reached_by_event if each.open],
         "expiring": [
             [id, address, deadline - now]
             for (id, address), deadline in session.expiring.items()
@@ -235,6 +256,8 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
         session.expiring = {(id, address): now + left for id, address, left in each["expiring"]}
         for (id, address), deadline in session.expiring.items():
             broker.deadlines.add(deadline, (session, id, address))
+        if each["reached_by_event"] is not None:
+            session.reached_by_event = dict.fromkeys(sessions[other] for other in each["reached_by_event"])
         session.reached = {client for name in each["reached"] for client in named.get(name, ())}
     for session, outbox_facts in zip(sessions, facts["outboxes"], strict=False):
         _restore_outbox(session, outbox_facts, sessions, pieces, now)
@@ -246,6 +269,8 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
             if session.client.policy.subscribing(pattern) is not None:
                 broker.topics.add(pattern, session, group)
                 session.subscriptions.add((pattern, group))
+    for each in facts["deferred"]:
+        _restore_job(broker, each, sessions)
     for source, target, left in facts["held"]:
         sessions[source].held_by = sessions[target]
         sessions[target].waiters[sessions[source]] = None
@@ -260,10 +285,25 @@ def _restore_client(client: Client | None, facts: Facts, now: float) -> None:
     if client is None:
         return
     client.changed_at = facts["changed_at"]
+    client.shown_online, client.shown_since = facts["shown"]
     client.turn = facts["turn"]
     rate = client.config.rate
     if client.meter is not None and facts["rate"] == [rate.messages, rate.bytes]:
         client.meter.fill_to(facts["levels"], now)
+
+
+def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
+    if facts["question"] is not None:
+        source, id, op = facts["question"]
+        broker.asking.add(sessions[source])
+        broker.deferred.jobs.append(Question(sessions[source], id, op, {}))
+        return
+    topic, payload, about, shown, done = facts["news"]
+    news = Announcement(topic, payload, about)
+    news.done = dict.fromkeys(sessions[other] for other in done)
+    if shown is not None:
+        news.client, news.online, news.since = broker.exchange.resolve(shown[0]), shown[1], shown[2]
+    broker.deferred.jobs.append(news)
 
 
 def _restore_session(client: Client, facts: Facts, now: float) -> Session:

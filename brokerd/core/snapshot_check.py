@@ -83,6 +83,17 @@ def _pattern(value: Any, path: str) -> None:
         _refuse(path, "a topic pattern", value)
 
 
+def _own_topic(value: Any, path: str) -> None:
+    _pattern(value, path)
+    if not value.startswith("$"):
+        _refuse(path, "a topic of the broker's own", value)
+
+
+def _long_operation(value: Any, path: str) -> None:
+    if value not in ("clients", "stats", "connections"):
+        _refuse(path, "an operation with a long answer", value)
+
+
 def _queue(value: Any, path: str) -> None:
     if type(value) is not list:
         _refuse(path, "a list", value)
@@ -188,7 +199,16 @@ _SESSION: Final = _record(
         "reached": _each(_text),
         "owed": _each(_row(_text, _id, _count)),
         "asked": _each(_row(_id, _text, _count)),
+        "reached_by_event": _optional(_each(_count)),
         "expiring": _each(_row(_id, _text, _seconds)),
+    }
+)
+_JOB: Final = _record(
+    {
+        "question": _optional(_row(_count, _id, _long_operation)),
+        "news": _optional(
+            _row(_own_topic, _any_text, _optional(_text), _optional(_row(_text, _flag, _number)), _each(_count))
+        ),
     }
 )
 _LIMIT: Final = _optional(_number)
@@ -205,12 +225,14 @@ _FACTS: Final = _record(
             _record(
                 {
                     "changed_at": _number,
+                    "shown": _row(_flag, _number),
                     "turn": _count,
                     "rate": _row(_LIMIT, _LIMIT),
                     "levels": _optional(_row(_LIMIT, _LIMIT)),
                 }
             )
         ),
+        "deferred": _each(_JOB),
         "sessions": _each(_SESSION),
         "outboxes": _each(_outbox),
         "held": _each(_row(_count, _count, _LIMIT)),
@@ -232,6 +254,8 @@ def check(facts: Any) -> None:
         _check_session(session, sessions, f"sessions[{position}]", facts["next_number"])
     addresses = [session["address"] for session in sessions[: len(outboxes)] if session["configured"]]
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
+    for position, job in enumerate(facts["deferred"]):
+        _check_job(job, len(outboxes), f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):
         _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
     for position, queue, timed in facts["leaving"]:
@@ -290,6 +314,8 @@ def _check_levels(rate: list[float | None], levels: list[float | None] | None, n
 def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path: str, next_number: int) -> None:
     name, _, _ = session["address"].partition("/")
     _hold(name == session["name"], f"{path} has an address that is not below its name")
+    told = session["reached_by_event"] or []
+    _hold(all(each < len(sessions) for each in told), f"{path}.reached_by_event names a session that is not there")
     asked = {(id, address) for id, address, _ in session["asked"]}
     expiring = [(id, address) for id, address, _ in session["expiring"]]
     _hold(set(expiring) <= asked, f"{path}.expiring names a request that was not asked")
@@ -306,6 +332,13 @@ def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path
             # An answer is found, and forgotten, by the address.
             _hold(sessions[other]["address"] == address, f"{path}.{what} has another address than the session")
         _hold(len({(row[0], row[1]) for row in session[what]}) == len(rows), f"{path}.{what} has one entry twice")
+
+
+def _check_job(job: dict[str, Any], there: int, path: str) -> None:
+    question, news = job["question"], job["news"]
+    _hold((question is None) != (news is None), f"{path} is not one job")
+    named = [question[0]] if question is not None else news[4]
+    _hold(all(each < there for each in named), f"{path} names a session that is not open")
 
 
 def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:

@@ -202,6 +202,10 @@ class Topics(Generic[Member]):
             found = self._remember(topic, search.found)
         return found
 
+    def known(self, topic: str) -> Matches[Member] | None:
+        """Return what find would return, where that is remembered."""
+        return self._remembered.get(topic)
+
     def search(self, topic: str, owner: Hashable, nodes: int) -> tuple[Matches[Member] | None, int]:
         """Go on to look for who gets an event on ``topic``.
 

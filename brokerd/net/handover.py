@@ -249,7 +249,7 @@ class Inheritance:
         server.stop_listening_at(unwanted)
         for session, why in server.misfits():
             server.broker.close(session, why)
-        announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}).encode())
+        announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}))
         server.settle()
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:

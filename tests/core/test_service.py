@@ -9,6 +9,7 @@ import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import Rule, Source
+from brokerd.core import broker as broker_module
 from brokerd_client.wire.envelope import BROKER, Kind
 
 
@@ -80,28 +81,74 @@ def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
     assert ann.error() == (5, "unsupported")
 
 
-def test_a_list_of_all_clients_takes_as_long_as_many_questions() -> None:
-    """Who asks for it lets others go first the sooner; a list is answered whole in any case."""
+@pytest.mark.parametrize("op", ["clients", "connections", "stats"])
+def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps are taken each time, whatever the patience is; the sender's next question waits for the answer."""
+    monkeypatch.setattr(broker_module, "_STEPS", 2)
+    net = FakeNet(*(client(f"c{number}", admin=True) for number in range(1500)))
+    peers = [net.connect(f"c{number}") for number in range(200)]
+    ann = peers[0]
+    net._settling = True
+    ann.op(op, 1)
+    ann.op("ping", 2)
+    net.write_touched()
+    assert ann.take() == []
+    assert ann.held
+    turns = 0
+    while net.broker.deferred:
+        net.broker.work_off(0)
+        turns += 1
+    assert turns >= 4
+    net._settling = False
+    net.settle()
+    first, second = ann.take()
+    assert (first.id, second.id) == (1, 2)
+    answer = json.loads(first.payload)
+    assert {"clients": 1500, "connections": 200, "stats": 200}[op] == (
+        answer["connections"] if op == "stats" else len(answer[op])
+    )
+    assert not net.broker.asking
+
+
+def test_long_answer_counts_for_the_senders_turn() -> None:
+    """What is done of it at once takes as long as several frames."""
     net = FakeNet(*(client(f"c{number}") for number in range(640)))
     peer = net.connect("c0")
     net.broker.patience = 100
     peer.op("clients")
-    assert net.broker.patience == 79
-    net.broker.patience = 3
-    peer.op("clients")
-    assert net.broker.patience == 0
-    assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640, 640]
+    assert net.broker.patience < 60
+    assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640]
 
 
-def test_a_list_of_all_connections_takes_as_long_as_many_questions() -> None:
-    """As a list of clients does, for administrators too."""
-    net = FakeNet(client("pool", connections=40), client("ann", admin=True))
-    ann = net.connect("ann")
-    for _ in range(39):
-        net.connect("pool")
-    net.broker.patience = 100
-    ann.op("connections")
-    assert net.broker.patience == 89
+def test_long_answer_for_a_session_that_left_is_forgotten() -> None:
+    """Nothing of it stays behind."""
+    net = FakeNet(*(client(f"c{number}") for number in range(1500)))
+    ann = net.connect("c0")
+    net._settling = True
+    ann.op("clients", 1)
+    net._settling = False
+    ann.leave()
+    assert not net.broker.deferred
+    assert not net.broker.asking
+    assert not net.leftovers()
+
+
+@pytest.mark.parametrize("op", ["clients", "connections", "stats"])
+def test_long_answer_is_given_by_the_process_that_takes_over(op: str) -> None:
+    """A question that is being answered goes over, and what its sender asks next waits for it there."""
+    net = FakeNet(*(client(f"c{number}", admin=True) for number in range(5000)))
+    for number in range(200):
+        net.connect(f"c{number}")
+    ann = net.peers[0]
+    net._settling = True
+    ann.op(op, 1)
+    ann.op("ping", 2)
+    net.write_touched()
+    assert ann.take() == []
+    net.hand_over()
+    net._settling = False
+    net.settle()
+    assert [each.id for each in ann.take()] == [1, 2]
 
 
 @pytest.mark.parametrize("op", ["subscribe", "unsubscribe"])

@@ -464,6 +464,7 @@ CAPTURED = {
     "owed",
     "peer",
     "reached",
+    "reached_by_event",
     "since",
     "skip",
     "slow",
@@ -471,7 +472,7 @@ CAPTURED = {
     "subscriptions",
     "waiters",
 }
-MADE_ANEW = {"cut", "fans", "generation", "link", "routes", "topics_version"}
+MADE_ANEW = {"cut", "spread", "fans", "generation", "link", "routes", "topics_version"}
 #: Only connections that are about to end have these, and none of those is captured.
 PARTING = {"finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
 
@@ -484,14 +485,17 @@ def test_nothing_a_session_knows_is_forgotten() -> None:
 def test_nothing_the_broker_knows_is_forgotten() -> None:
     """And so for the broker, its clients and both kinds of outbox."""
     captured = {"exchange", "topics", "started_at", "upgrades", "refused", "dropped", "totals", "given_back"}
-    captured |= {"_held", "_order", "_leaving", "deadlines"}
+    captured |= {"_held", "_order", "_leaving", "deadlines", "deferred", "asking"}
     settled = {"touched", "released", "orders", "happenings"}
     # What is under review is held against the rules when it is restored.
     of_this_process = {"limits", "version", "routing", "generation", "draining", "patience", "review"}
     # Of connections that are about to end, none of which is captured.
     of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
-    assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"}
+    assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"} | {
+        "shown_online",
+        "shown_since",
+    }
     both = {"_as_of", "_head", "blocked", "limit", "stalled", "timed"}
     stream = {"_closed", "_ends", "_left", "_older", "_older_bytes", "_taken", "_timed"}
     assert set(StreamOutbox.__slots__) == both | stream

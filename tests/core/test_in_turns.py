@@ -1,0 +1,246 @@
+"""Events with very many subscribers go out in turns: in order, to each subscriber once, with nothing lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from core.fakenet import FakeNet, Peer, client
+
+from brokerd.config.values import WhenFull
+from brokerd.core import broker as broker_module
+from brokerd.core import deferred as deferred_module
+from brokerd.core import events as events_module
+from brokerd_client.wire.envelope import Kind
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every step so small that a few subscribers take several."""
+    monkeypatch.setattr(deferred_module, "_AT_ONCE", 1)
+    monkeypatch.setattr(broker_module, "_STEPS", 2)
+    monkeypatch.setattr(events_module, "_STEP", 2)
+    monkeypatch.setattr(events_module, "_MATCHES", 2)
+
+
+def watchers(count: int, *, groups: int = 0) -> tuple[FakeNet, list[Peer]]:
+    """Return a net with connections that watch presence, each with so many groups besides."""
+    names = [f"w{number}" for number in range(count)]
+    net = FakeNet(client("ann"), client("bob"), *map(client, names))
+    peers = [net.connect(name) for name in names]
+    for number, peer in enumerate(peers):
+        peer.ask("subscribe", topic="$broker.online.bob")
+        peer.ask("subscribe", topic="$broker.offline.bob")
+        for group in range(groups):
+            peer.ask("subscribe", topic="$broker.*.bob", group=f"g{number}-{group}")
+    return net, peers
+
+
+def in_turns(net: FakeNet) -> list[int]:
+    """Do what is deferred; return how many sessions each turn told."""
+    told = []
+    while net.broker.deferred:
+        net.broker.work_off(0)
+        told.append(len(net.broker.touched))
+        net.write_touched()
+    return told
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_presence_with_many_subscribers_is_told_in_turns_and_in_order(groups: int) -> None:
+    """Comings and goings that wait are told one after the other, to every subscriber."""
+    net, peers = watchers(20, groups=groups)
+    net._settling = True
+    for _ in range(3):
+        net.connect("bob").leave()
+    assert len(net.broker.deferred) == 6
+    told = in_turns(net)
+    assert max(told) <= 4 * 2
+    assert len(told) > 20
+    net._settling = False
+    net.settle()
+    for peer in peers:
+        assert [each.topic for each in peer.take()] == ["$broker.online.bob", "$broker.offline.bob"] * 3
+
+
+def test_presence_told_before_the_list_of_clients_is_in_it_and_news_comes_behind() -> None:
+    """A list that is asked for while presence waits agrees with what its connection has been told."""
+    net, peers = watchers(20)
+    net._settling = True
+    first = net.connect("bob")
+    for peer in peers[::3]:
+        peer.op("clients", 7)
+    first.leave()
+    peers[1].op("clients", 7)
+    net.connect("bob")
+    in_turns(net)
+    net._settling = False
+    net.settle()
+    for number, peer in enumerate(peers):
+        online: bool | None = None
+        for envelope in peer.take():
+            if envelope.kind is Kind.EVENT:
+                assert online is not envelope.topic.startswith("$broker.online"), "that is no news"
+                online = envelope.topic.startswith("$broker.online")
+            else:
+                listed = {each["name"]: each for each in json.loads(envelope.payload)["clients"]}
+                assert listed["bob"]["online"] is online
+                assert number % 3 == 0 or number == 1
+        assert online is True
+
+
+def test_presence_that_is_being_told_goes_on_in_another_process() -> None:
+    """Each subscriber hears each event once, whichever process it was told by."""
+    net, peers = watchers(20, groups=2)
+    net._settling = True
+    net.connect("bob").leave()
+    for _ in range(5):
+        net.broker.work_off(0)
+        net.write_touched()
+        net.hand_over()
+    in_turns(net)
+    net._settling = False
+    net.settle()
+    for peer in peers:
+        assert [each.topic for each in peer.take()] == ["$broker.online.bob", "$broker.offline.bob"]
+    assert not net.broker.exchange.clients["bob"].shown_online
+
+
+def test_presence_is_not_told_to_a_subscriber_that_left_meanwhile() -> None:
+    """The others are told all the same."""
+    net, peers = watchers(10)
+    net._settling = True
+    net.connect("bob")
+    net.broker.work_off(0)
+    for peer in peers[::2]:
+        peer.leave()
+    in_turns(net)
+    net._settling = False
+    net.settle()
+    for peer in peers[1::2]:
+        assert [each.topic for each in peer.take()] == ["$broker.online.bob"]
+
+
+def test_reload_with_many_subscribers_is_told_in_turns() -> None:
+    """And so is every other event of the broker's own."""
+    names = [f"w{number}" for number in range(30)]
+    net = FakeNet(*map(client, names))
+    peers = [net.connect(name) for name in names]
+    for peer in peers:
+        peer.ask("subscribe", topic="$broker.reloaded")
+    net._settling = True
+    net.broker.reconfigure({name: client(name) for name in names}, net.broker.limits, net.now)
+    assert len(in_turns(net)) > 5
+    net._settling = False
+    net.settle()
+    assert [[each.topic for each in peer.take()] for peer in peers] == [["$broker.reloaded"]] * 30
+
+
+def limited(net: FakeNet, patience: int) -> list[int]:
+    """Give each look at a frame so much patience; return where the number of sessions told each time is noted."""
+    feed, told = net.feed, []
+
+    def watched(broker: Any, *rest: Any) -> Any:
+        broker.patience = patience
+        before = len(broker.touched)
+        found = feed(broker, *rest)
+        told.append(len(broker.touched) - before)
+        return found
+
+    net.feed = watched
+    return told
+
+
+@pytest.mark.parametrize("groups", [0, 8])
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_publication_to_many_goes_out_in_turns(groups: int, size: int) -> None:
+    """A publisher's event reaches each subscriber once; another client has its turns in between."""
+    names = [f"w{number}" for number in range(20)]
+    net = FakeNet(client("ann"), *map(client, names))
+    ann = net.connect("ann")
+    peers = [net.connect(name) for name in names]
+    for number, peer in enumerate(peers):
+        peer.ask("subscribe", topic="t")
+        for group in range(groups):
+            peer.ask("subscribe", topic="t", group=f"g{number}-{group}")
+    told = limited(net, 1)
+    ann.publish("t", b"x" * size, 1, receipt=True)
+    ann.publish("t", b"y" * size, 2)
+    assert max(told) <= 6
+    assert len(told) > 10
+    for peer in peers:
+        assert [each.id for each in peer.take()] == [1, 2]
+    assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 1)]
+    assert ann.session.spread is None
+    assert ann.session.reached_by_event is None
+
+
+def test_publication_to_many_goes_on_in_another_process() -> None:
+    """No subscriber gets it twice, and none is left out."""
+    names = [f"w{number}" for number in range(20)]
+    net = FakeNet(client("ann"), *map(client, names))
+    ann = net.connect("ann")
+    peers = [net.connect(name) for name in names]
+    for number, peer in enumerate(peers):
+        peer.ask("subscribe", topic="t")
+        peer.ask("subscribe", topic="t", group=f"g{number % 5}")
+    limited(net, 1)
+    net._settling = True
+    ann.publish("t", b"x", 1)
+    replaced = reached = 0
+    while ann.tail:
+        net.write_touched()
+        if len(ann.session.reached_by_event or ()) > reached:
+            # The search begins again in the other process.
+            reached = len(ann.session.reached_by_event or ())
+            net.hand_over()
+            replaced += 1
+        net._yielded.clear()
+        ann.reading = True
+        net._route(ann)
+    assert replaced > 3
+    net._settling = False
+    net.settle()
+    for peer in peers:
+        assert [each.id for each in peer.take()] == [1]
+
+
+@pytest.mark.parametrize("when_full", list(WhenFull))
+def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
+    """It misses the event, unless its queue drops older ones; its publisher and the others go on at once."""
+    net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full), client("cid"))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    for each in (bob, cid):
+        each.ask("subscribe", topic="t")
+    bob.block()
+    for number in range(10):
+        ann.publish("t", b"%d" % number * 20, number, receipt=True)
+    assert not ann.held
+    assert len(cid.take()) == 10
+    assert [each.kind for each in ann.take()] == [Kind.RECEIPT] * 10
+    assert net.broker.dropped == (1 if when_full is WhenFull.DISCONNECT else 8)
+    assert bool(bob.gone) is (when_full is WhenFull.DISCONNECT)
+    if not bob.gone:
+        bob.read()
+        expected = [8, 9] if when_full is WhenFull.DROP_OLDEST else [0, 1]
+        assert [each.id for each in bob.take()] == expected
+
+
+def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a member has room, the search for the least loaded ends after a number of them."""
+    monkeypatch.setattr(events_module, "_LOOKED_AT", 3)
+    names = [f"w{number}" for number in range(20)]
+    net = FakeNet(client("ann"), *map(client, names))
+    ann = net.connect("ann")
+    peers = [net.connect(name) for name in names]
+    for peer in peers:
+        peer.ask("subscribe", topic="t", group="g")
+        peer.block(1)
+        ann.message(peer.name, b"x")
+    found = net.broker.topics.find("t")
+    chosen, looked_at = events_module._member(found, "g", 5, 10, None)
+    assert chosen is not None
+    assert looked_at == 3
+    peers[6].read()
+    assert events_module._member(found, "g", 5, 10, None) == (peers[6].session, 2)
