@@ -17,7 +17,7 @@ from typing import Final, cast
 
 from brokerd.config.values import ClientConfig, Key
 from brokerd.net.tls import NO_CHANNEL, Channel
-from brokerd_client.wire.binding import bound_key
+from brokerd_client.wire.binding import BROKER, CLIENT, bound_key
 from brokerd_client.wire.handshake import Proof
 
 __all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search", "key_on"]
@@ -175,7 +175,7 @@ class Search:
         else:
             batch, self._rest = self._rest[:SLICE], self._rest[SLICE:]
         bound = self._channel.bound
-        position = self._proof.maker([key_on(self._channel, key) for key in batch] if bound else batch)
+        position = self._proof.maker([key_on(self._channel, key, CLIENT) for key in batch] if bound else batch)
         if position is not None:
             self.tried += position + 1
             return self._judge(self._ring.owner(batch[position]))
@@ -189,7 +189,10 @@ class Search:
         found: Credential | None = None
         for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
             self.tried += 1
-            if self._proof.made_with(key_on(self._channel, credential.key.value)) and credential is not _NOBODYS:
+            if (
+                self._proof.made_with(key_on(self._channel, credential.key.value, CLIENT))
+                and credential is not _NOBODYS
+            ):
                 found = credential
         return Identity(refusal="wrong key for the name it gave") if found is None else self._judge(found)
 
@@ -208,10 +211,10 @@ class Search:
         return Identity(credential)
 
 
-def key_on(channel: Channel, key: bytes) -> bytes:
-    """Return the key as it is used on the channel."""
+def key_on(channel: Channel, key: bytes, direction: str = BROKER) -> bytes:
+    """Return the key with which CLIENT or BROKER answers on the channel."""
     kind = channel.bound
-    return bound_key(key, kind, channel.bindings[kind]) if kind else key
+    return bound_key(key, kind, channel.bindings[kind], direction) if kind else key
 
 
 def _public(client: ClientConfig) -> Key:

@@ -206,8 +206,37 @@ def test_md5_answers_nobody_who_has_proved_a_better_digest() -> None:
         peer.write(prefixed(peer.answer(key_of("alice"))))
         assert peer.read_body() == WELCOME
         peer.write(prefixed(CHALLENGE + b"x" * 20))
-        assert peer.read_to_end() == b""
+        assert peer.read_to_end() == REJECTION
         assert "allow_md5" in last_refusal(broker)["reason"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        prefixed(b""),
+        prefixed(b"nonsense"),
+        prefixed(CHALLENGE),
+        prefixed(CHALLENGE + b"{sha1}" + b"x" * 40),
+        prefixed(WELCOME),
+        prefixed(b"x" * 257),
+        b"\xff\xff\xff\xfe",
+    ],
+    ids=["empty", "nonsense", "short", "unknown digest", "welcome", "too long", "impossible length"],
+)
+def test_handshake_whose_second_half_fails_ends_in_failure(said: bytes) -> None:
+    """After the broker's #WELCOME# too, any mistake of the client hears #FAILURE#."""
+    with served() as broker, broker.raw() as peer:
+        peer.write(prefixed(peer.answer(key_of("alice"))))
+        assert peer.read_body() == WELCOME
+        peer.write(said)
+        assert peer.read_to_end() == REJECTION
+    with served() as broker, broker.raw() as peer:
+        peer.write(prefixed(peer.answer(key_of("alice"))))
+        assert peer.read_body() == WELCOME
+        peer.write(prefixed(CHALLENGE + b"{sha256}" + b"x" * 40))
+        peer.read_body()
+        peer.write(prefixed(b"no verdict"))
+        assert peer.read_to_end() == REJECTION
 
 
 # Keys

@@ -17,7 +17,7 @@ from relay import Relay, read_frame
 from stock import tls_login
 
 from brokerd_client.errors import AuthenticationError, BrokerdError
-from brokerd_client.wire.binding import END_POINT
+from brokerd_client.wire.binding import END_POINT, offer
 from brokerd_client.wire.handshake import Proof, Receive, as_listener
 
 
@@ -100,13 +100,24 @@ def test_mark_can_t_be_stripped_or_changed(
 
 
 def test_offer_can_t_be_stripped(here: House, face: Face, server: Issued, trusting: ssl.SSLContext) -> None:
-    """Even with the listener's own certificate, whoever takes the offer out of the challenge spoils the answer."""
+    """Even with the listener's own certificate, a challenge without its offer is not answered."""
 
     def strip(challenge: bytes) -> bytes:
-        assert challenge.endswith(b"\0tls-server-end-point")
-        return challenge.removesuffix(b"\0tls-server-end-point")
+        assert challenge.endswith(b"\0tls-server-end-point 2")
+        return challenge.removesuffix(b"\0tls-server-end-point 2")
 
-    with Relay(here.address, server, trusting, alter=strip) as relay, pytest.raises(AuthenticationError):
+    refused = pytest.raises(AuthenticationError, match="version 2")
+    with Relay(here.address, server, trusting, alter=strip) as relay, refused:
+        face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
+
+
+def test_offer_can_t_be_altered(here: House, face: Face, server: Issued, trusting: ssl.SSLContext) -> None:
+    """Even with the listener's own certificate, a change of the offer in the challenge spoils the answer."""
+
+    def alter(challenge: bytes) -> bytes:
+        return challenge.replace(b"tls-server-end-point", b"tls-unheard-of")
+
+    with Relay(here.address, server, trusting, alter=alter) as relay, pytest.raises(AuthenticationError):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
     assert refusal(here) == "wrong key for the name it gave"
 
@@ -115,8 +126,10 @@ def test_relay_to_a_plain_listener_fails(
     here: House, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     """That a plain listener of the same broker offers nothing to bind to does not make the client show a bare key."""
-    with Relay(here.addresses[1], authority.issue("middle"), None) as relay, pytest.raises(AuthenticationError):
-        face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
+    for alter in (bytes, lambda challenge: challenge + b"\0tls-server-end-point 2"):
+        relay = Relay(here.addresses[1], authority.issue("middle"), None, alter=alter)
+        with relay, pytest.raises(AuthenticationError):
+            face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
     assert "there is none here" in refusal(here)
 
 
@@ -133,7 +146,7 @@ def test_client_accepts_no_broker_that_proves_the_bare_key(
         sock, _ = listener.accept()
         sock.settimeout(20)
         with context.wrap_socket(sock, server_side=True) as peer:
-            steps = as_listener(bytes(40), named=True)
+            steps = as_listener(bytes(40) + offer([END_POINT]), named=True)
             step: Any = next(steps)
             while True:
                 # It welcomes whatever the client answers, and then answers with the bare key itself.

@@ -9,7 +9,7 @@ import pytest
 
 from brokerd_client.errors import AuthenticationError
 from brokerd_client.wire import binding
-from brokerd_client.wire.binding import END_POINT, EXPORTER
+from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, EXPORTER
 from brokerd_client.wire.handshake import (
     FAILURE,
     NONCE_SIZE,
@@ -53,8 +53,11 @@ def converse(
                 elif isinstance(step, Proof):
                     proofs.append(step)
                     data = listeners.get(step.binding, b"")
-                    key = binding.bound_key(KEY, step.binding, data) if step.binding else KEY
-                    steps[side] = sides[side].send(key if step.made_with(key) else None)
+                    key = answer_key = KEY
+                    if step.binding:
+                        key = binding.bound_key(KEY, step.binding, data, CLIENT)
+                        answer_key = binding.bound_key(KEY, step.binding, data, BROKER)
+                    steps[side] = sides[side].send(answer_key if step.made_with(key) else None)
                 elif sent[side]:
                     steps[side] = sides[side].send(sent[side].pop(0))
             except StopIteration as end:
@@ -79,14 +82,19 @@ def test_best_kind_that_both_know_is_used(
     near, far, proof = converse(dialers, listeners, name=name)
 
     assert (proof.binding, proof.name) == (kind, name)
-    assert near.key == far.key == binding.bound_key(KEY, kind, dialers[kind])
+    assert near.key == far.key == binding.bound_key(KEY, kind, dialers[kind], BROKER)
 
 
 def test_bound_key_is_as_documented() -> None:
     """The derivation of docs/protocol.md, "Over TLS", spelt out."""
-    text = b"brokerd channel binding 1\0tls-server-end-point\0data"
+    for direction in (CLIENT, BROKER):
+        text = b"brokerd channel binding 2\0" + direction.encode() + b"\0tls-server-end-point\0data"
+        assert binding.bound_key(KEY, END_POINT, b"data", direction) == hmac.new(KEY, text, "sha256").digest()
 
-    assert binding.bound_key(KEY, END_POINT, b"data") == hmac.new(KEY, text, "sha256").digest()
+
+def test_bound_key_of_one_direction_is_not_that_of_the_other() -> None:
+    """What a client proves is not what a broker has to prove on the same channel."""
+    assert binding.bound_key(KEY, END_POINT, b"data", CLIENT) != binding.bound_key(KEY, END_POINT, b"data", BROKER)
 
 
 def test_different_channels_do_not_meet() -> None:
@@ -95,13 +103,44 @@ def test_different_channels_do_not_meet() -> None:
         converse({END_POINT: b"1"}, {END_POINT: b"2"})
 
 
-@pytest.mark.parametrize("nonce", [NONCE, NONCE + b"\0tls-unheard-of", NONCE + b"longer, for no reason"])
-def test_no_offer_does_not_unbind(nonce: bytes) -> None:
-    """A listener that offers nothing known gets a key bound to its certificate all the same."""
+@pytest.mark.parametrize("nonce", [NONCE + b"\0tls-unheard-of 2", NONCE + b"\0 2", NONCE + b"\x002"])
+def test_offer_of_no_known_kind_does_not_unbind(nonce: bytes) -> None:
+    """A listener that offers no known kind gets a key bound to its certificate all the same."""
     near, _, proof = converse({END_POINT: b"1", EXPORTER: b"2"}, {END_POINT: b"1"}, nonce=nonce)
 
     assert proof.binding == END_POINT
     assert near.key != KEY
+
+
+@pytest.mark.parametrize(
+    "offered",
+    [
+        b"",
+        b"\0tls-server-end-point",
+        b"\0tls-server-end-point 1",
+        b"\0tls-server-end-point 2 3",
+        b"\0tls-server-end-point  ",
+        b"tls-server-end-point 2",
+    ],
+)
+def test_offer_without_version_2_is_refused(offered: bytes) -> None:
+    """A client over TLS does not speak to a listener that binds no keys, or binds them in another way."""
+    near = as_dialer(KEY, NONCE, bindings={END_POINT: b"1"})
+    next(near)
+
+    with pytest.raises(AuthenticationError, match="version 2"):
+        near.send(b"#CHALLENGE#{sha256}" + NONCE + offered)
+
+
+@pytest.mark.parametrize("mark", [b"\0tls-server-end-point", b"\0tls-server-end-point 1", b"\0tls-server-end-point 2 "])
+def test_answer_of_another_version_is_refused(mark: bytes) -> None:
+    """A broker knows keys bound in one way."""
+    steps = as_listener(NONCE, named=True)
+    next(steps)
+    next(steps)
+    assert steps.send(b"{sha256}" + bytes(32) + b"alice" + mark) == Send(FAILURE)
+    with pytest.raises(AuthenticationError, match="not known here"):
+        next(steps)
 
 
 def test_without_tls_nothing_changes() -> None:
@@ -154,4 +193,4 @@ def test_a_channel_without_the_kind_that_is_offered_is_refused() -> None:
     next(near)
 
     with pytest.raises(AuthenticationError, match="offers no kind of channel binding"):
-        near.send(b"#CHALLENGE#{sha256}" + NONCE)
+        near.send(b"#CHALLENGE#{sha256}" + NONCE + b"\x002")

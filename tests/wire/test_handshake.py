@@ -173,7 +173,7 @@ def test_a_handshake_is_these_six_messages() -> None:
     """Word for word: challenge, answer, welcome; and the same the other way round."""
     listener, dialer = join(as_listener(NONCE, named=True), as_dialer(KEY, OTHER_NONCE, name=b"alice"))
 
-    ours, theirs = b"{sha256}" + NONCE, b"{sha256}" + OTHER_NONCE
+    ours, theirs = b"{sha256}" + NONCE, b"{sha256}" + OTHER_NONCE + b"\0client"
     assert listener.sent == [CHALLENGE + ours, WELCOME, b"{sha256}" + hmac.digest(KEY, theirs, "sha256")]
     assert dialer.sent == [b"{sha256}" + hmac.digest(KEY, ours, "sha256") + b"alice", CHALLENGE + theirs, WELCOME]
 
@@ -298,8 +298,74 @@ def test_a_peer_that_proved_itself_with_sha256_is_not_answered_with_md5(challeng
 
     listener.feed(frame(CHALLENGE + challenge))
 
-    assert listener.sent[-1] == WELCOME
+    assert listener.sent[-2:] == [WELCOME, FAILURE]
     assert "HMAC-MD5" in str(listener.error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [b"nonsense"],
+        [b""],
+        [FAILURE],
+        [CHALLENGE + b"short"],
+        [CHALLENGE + b"{unheard-of}" + NONCE],
+        [CHALLENGE + b"{sha256}" + NONCE, b"nonsense"],
+        [CHALLENGE + b"{sha256}" + NONCE, CHALLENGE + NONCE],
+    ],
+    ids=["no challenge", "empty", "failure", "short", "unknown digest", "no verdict", "second challenge"],
+)
+def test_listener_in_second_half_tells_peer_that_it_failed(words: list[bytes]) -> None:
+    """After its #WELCOME# too a listener's last word to a peer that breaks the rules is #FAILURE#."""
+    listener = Side(as_listener(NONCE))
+    listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
+    assert listener.sent[-1] == WELCOME
+
+    for word in words:
+        listener.feed(frame(word))
+
+    assert listener.sent[-1] == FAILURE
+    assert listener.error is not None
+
+
+def test_listener_that_was_rejected_says_no_more() -> None:
+    """A client's #FAILURE# is the last word of a handshake."""
+    listener = Side(as_listener(NONCE))
+    listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
+    listener.feed(frame(CHALLENGE + b"{sha256}" + OTHER_NONCE))
+    listener.feed(frame(FAILURE))
+
+    assert listener.sent[-1] == b"{sha256}" + hmac.digest(KEY, b"{sha256}" + OTHER_NONCE, "sha256")
+    assert "rejected our answer" in str(listener.error)
+
+
+# -- Reflection
+
+
+def test_dialer_answers_no_challenge_of_a_client() -> None:
+    """A client's challenge, whatever passes it on, is answered by no other client."""
+    first = Side(as_dialer(KEY, OTHER_NONCE))
+    first.feed(frame(CHALLENGE + b"{sha256}" + NONCE))
+    first.feed(frame(WELCOME))
+    challenge = first.sent[-1]
+    assert challenge.endswith(b"\0client")
+    assert len(challenge) == len(CHALLENGE) + len("{sha256}") + 40 + 7
+
+    second = Side(as_dialer(KEY, NONCE))
+    second.feed(frame(challenge))
+
+    assert second.sent == []
+    assert "client's challenge" in str(second.error)
+
+
+def test_listener_answers_a_challenge_of_a_client() -> None:
+    """Marked or not: a stock client marks nothing."""
+    for mark in (b"", b"\0client"):
+        challenge = b"{sha256}" + OTHER_NONCE + mark
+        listener = Side(as_listener(NONCE))
+        listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
+        listener.feed(frame(CHALLENGE + challenge))
+        assert listener.sent[-1] == b"{sha256}" + hmac.digest(KEY, challenge, "sha256")
 
 
 def test_a_digest_this_machine_lacks_is_an_authentication_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from brokerd_client.wire import handshake
+from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, bound_key, offer
 from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import Handshake, Proof, Send
@@ -27,11 +29,11 @@ def example(label: str) -> list[tuple[str, bytes]]:
     return messages
 
 
-def conversation(key: bytes) -> list[tuple[str, bytes]]:
+def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, bytes]]:
     """Return (who, bytes) of each message of a handshake with the page's nonces."""
     sides: dict[str, Handshake] = {
-        "broker": handshake.as_listener(bytes(range(40)), named=True),
-        "client": handshake.as_dialer(key, bytes(range(100, 140)), name=b"alice"),
+        "broker": handshake.as_listener(bytes(range(40)) + offer(bindings), named=True),
+        "client": handshake.as_dialer(key, bytes(range(100, 140)), name=b"alice", bindings=bindings),
     }
     waiting: dict[str, list[bytes]] = {"broker": [], "client": []}
     steps = {who: next(side) for who, side in sides.items()}
@@ -45,8 +47,11 @@ def conversation(key: bytes) -> list[tuple[str, bytes]]:
                     said.append((who, frame(step.body)))
                     waiting[other].append(step.body)
                 elif isinstance(step, Proof):
-                    value = key
-                    assert step.made_with(key)
+                    of, value = key, key
+                    if step.binding:
+                        data = bindings[step.binding]
+                        of, value = (bound_key(key, step.binding, data, side) for side in (CLIENT, BROKER))
+                    assert step.made_with(of)
                 elif waiting[who]:
                     value = waiting[who].pop(0)
                 else:
@@ -60,7 +65,33 @@ def conversation(key: bytes) -> list[tuple[str, bytes]]:
 
 def test_the_handshake_of_the_page_is_ours() -> None:
     """With the page's key and nonces the library says exactly the page's bytes, in the page's order."""
-    assert example("handshake") == conversation(b"alice's key")
+    assert example("handshake") == conversation(b"alice's key", {})
+
+
+def test_the_bound_handshake_of_the_page_is_ours() -> None:
+    """Over TLS, with the page's binding data too: each byte, and both bound keys."""
+    data = bytes(range(0xD0, 0xF0))
+    assert example("bound handshake") == conversation(b"alice's key", {END_POINT: data})
+    for direction in (CLIENT, BROKER):
+        key = bound_key(b"alice's key", END_POINT, data, direction)
+        assert f"| `{direction}` | `{key.hex()}` |" in PAGE
+
+
+def test_the_handshakes_of_the_page_are_what_it_says_in_words() -> None:
+    """The page's bytes, computed from its sentences alone, as for a client in another language."""
+    key, data = b"alice's key", bytes(range(0xD0, 0xF0))
+    for label, bound in (("handshake", False), ("bound handshake", True)):
+        bodies = [message[4:] for _, message in example(label)]
+        keys = {}
+        for direction in ("client", "broker"):
+            text = b"brokerd channel binding 2\0" + direction.encode() + b"\0tls-server-end-point\0" + data
+            keys[direction] = hmac.new(key, text, "sha256").digest() if bound else key
+        first, second = (bodies[at].removeprefix(b"#CHALLENGE#") for at in (0, 3))
+        mark = b"\0tls-server-end-point 2" if bound else b""
+        assert first == b"{sha256}" + bytes(range(40)) + mark
+        assert second == b"{sha256}" + bytes(range(100, 140)) + b"\0client"
+        assert bodies[1] == b"{sha256}" + hmac.new(keys["client"], first, "sha256").digest() + b"alice" + mark
+        assert bodies[4] == b"{sha256}" + hmac.new(keys["broker"], second, "sha256").digest()
 
 
 def test_the_frames_of_the_page_are_ours() -> None:

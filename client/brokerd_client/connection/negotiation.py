@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 from brokerd_client.connection.keys import Key, key_bytes
 from brokerd_client.connection.readiness import readable
@@ -142,23 +143,43 @@ class _Messages(Protocol):
     def recv_bytes(self, maxlength: int, /) -> bytes: ...
 
 
+#: What each connection's end turned out to be by the first of the two calls below: a listener delivers first.
+_listening: Final[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
+
+
+def _is_listening(connection: object, first_call_says: bool) -> bool:
+    """Return whether this end is the listener of a handshake whose calls follow the standard library's order."""
+    try:
+        return _listening.setdefault(connection, first_call_says)
+    except TypeError:
+        # It can't be remembered; then it is what listeners and clients of the standard library are.
+        return True
+
+
 def deliver_challenge(
     connection: _Messages, authkey: Key, digest_name: str = "sha256", *, allow_md5: bool = True
 ) -> None:
     """Demand of the peer proof that it knows the key, and tell it the result.
 
     digest_name: what the challenge asks for. allow_md5: whether an answer made with HMAC-MD5, all that
-        Python 3.11 and older know, is good enough.
+        Python 3.11 and older know, is good enough. On a connection that answered a challenge first, and so is the
+        client's, the challenge is marked as a client's.
     Raises AuthenticationError: the answer is wrong. It blocks until the peer has answered.
     """
     key = key_bytes(authkey)
-    _converse(connection, handshake.deliver_challenge(nonce(), digest=digest_name, allow_md5=allow_md5), key)
+    random = nonce() if _is_listening(connection, True) else nonce() + handshake.CLIENT_MARK
+    _converse(connection, handshake.deliver_challenge(random, digest=digest_name, allow_md5=allow_md5), key)
 
 
 def answer_challenge(connection: _Messages, authkey: Key, *, allow_md5: bool = True) -> None:
-    """Prove to the peer that the key is known here. Raises AuthenticationError: the peer does not accept it."""
+    """Prove to the peer that the key is known here.
+
+    On a connection that has not delivered a challenge before, and so is the client's, a client's challenge is refused.
+    Raises AuthenticationError: the peer does not accept it, or is no listener.
+    """
     key = key_bytes(authkey)
-    _converse(connection, handshake.answer_challenge(key, allow_md5=allow_md5), key)
+    dialing = not _is_listening(connection, False)
+    _converse(connection, handshake.answer_challenge(key, allow_md5=allow_md5, dialing=dialing), key)
 
 
 def _converse(connection: _Messages, conversation: Handshake, key: bytes) -> None:

@@ -7,8 +7,8 @@ A generator yields what it wants done and is resumed with the result:
 
     Send(body)      send one frame; resumed with None
     RECEIVE         resumed with the body of the next frame, read under LIMIT
-    Proof(...)      somebody answered our challenge; resumed with the key that made the answer (bound to the
-                    channel where the proof says so), or None
+    Proof(...)      the peer answered our challenge; resumed with the key that made the answer, or None. Where the
+                    proof says that its key is bound to the channel, that is the key bound for BROKER
 
 It returns a result when the conversation succeeded and raises AuthenticationError when it did not. What
 has to be sent to the peer first (``#FAILURE#``) was yielded before that. Nonces and keys are arguments;
@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from brokerd_client.errors import AuthenticationError
-from brokerd_client.wire.binding import Bindings, bound_key, choose, marked, unmarked
+from brokerd_client.wire.binding import BROKER, CLIENT, Bindings, bound_key, choose, marked, unmarked
 
 __all__ = [
     "CHALLENGE",
+    "CLIENT_MARK",
     "DIGESTS",
     "FAILURE",
     "LIMIT",
@@ -52,6 +53,9 @@ NONCE_SIZE: Final = 40
 CHALLENGE: Final = b"#CHALLENGE#"
 WELCOME: Final = b"#WELCOME#"
 FAILURE: Final = b"#FAILURE#"
+#: What a client's challenge ends in. No client answers a challenge that does: otherwise a listener without the key
+#: could have one client's challenge answered by another client.
+CLIENT_MARK: Final = b"\0client"
 
 #: Digest name to MAC size in bytes: CPython's _ALLOWED_DIGESTS.
 DIGESTS: Final = {"md5": 16, "sha256": 32, "sha384": 48, "sha3_256": 32, "sha3_384": 48}
@@ -83,7 +87,8 @@ class Proof:
 
     challenge: what the MAC was computed over. digest: a name of DIGESTS.
     name: the client's name if the answer carried one, else b"".
-    binding: what the key is bound to by wire.binding, "" where it is not: then resume with the bound key.
+    binding: what the key is bound to by wire.binding, "" where it is not. The answer was then made with the key bound
+        for CLIENT; resume with the one bound for BROKER.
     """
 
     challenge: bytes = field(repr=False)
@@ -114,8 +119,8 @@ class Proof:
 class Established:
     """Both sides have proved that they know the key.
 
-    key: the key in use, bound to the channel where there is one. digest: the digest of the peer's answer.
-    name: the name it gave, or b"".
+    key: the key with which the listener answers, bound to the channel where there is one. digest: the digest of the
+    peer's answer. name: the name it gave, or b"".
     """
 
     key: bytes = field(repr=False)
@@ -135,8 +140,16 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
     Raises AuthenticationError from the generator when either side rejects the other.
     """
     established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
-    # Who has proved itself with a better digest has no honest reason to ask us for MD5.
-    yield from answer_challenge(established.key, allow_md5=established.digest == "md5")
+    try:
+        # A peer that has proved itself with a better digest has no honest reason to ask us for MD5.
+        yield from _prove(established.key, allow_md5=established.digest == "md5")
+        verdict = yield RECEIVE
+        if verdict != FAILURE:
+            _check_verdict(verdict)
+    except AuthenticationError:
+        yield Send(FAILURE)
+        raise
+    _check_verdict(verdict)
     return established
 
 
@@ -149,11 +162,12 @@ def as_dialer(
         the answer of the standard library. bindings: over TLS the channel's binding data; the key is then bound to the
         channel, in both directions, and there is no way back to an unbound one.
     """
-    key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings)).key
-    challenged = deliver_challenge(nonce, allow_md5=allow_md5)
+    # What the listener has to prove.
+    key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=True)).key
+    challenged = deliver_challenge(nonce + CLIENT_MARK, allow_md5=allow_md5)
     step = next(challenged)
     while True:
-        # The key is known here, so nobody has to be asked for it.
+        # The key is known here, so it need not be asked for.
         result = (key if step.made_with(key) else None) if isinstance(step, Proof) else (yield step)
         try:
             step = challenged.send(result)
@@ -198,34 +212,71 @@ def deliver_challenge(
 
 
 def answer_challenge(
-    key: bytes, *, name: bytes = b"", allow_md5: bool = True, bindings: Bindings | None = None
+    key: bytes,
+    *,
+    name: bytes = b"",
+    allow_md5: bool = True,
+    bindings: Bindings | None = None,
+    dialing: bool = False,
 ) -> Handshake:
-    """Answer the peer's challenge with ``key``, bound to the channel if there are bindings; wait for its welcome."""
+    """Answer the peer's challenge with ``key``, bound to the channel if there are bindings; wait for its welcome.
+
+    dialing: whether this end is the client, and answers no challenge of a client. The result's key is the one with
+    which the peer has to answer.
+    """
+    established = yield from _prove(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing)
+    verdict = yield RECEIVE
+    _check_verdict(verdict)
+    return established
+
+
+def _prove(
+    key: bytes,
+    *,
+    name: bytes = b"",
+    allow_md5: bool = True,
+    bindings: Bindings | None = None,
+    dialing: bool = False,
+) -> Handshake:
+    """Answer the peer's challenge."""
     accept_key(key)
     message = yield RECEIVE
     assert message is not None
     challenge = _read_challenge(message)
+    if dialing and challenge.endswith(CLIENT_MARK):
+        raise AuthenticationError(
+            "the peer sent a client's challenge, as no listener does: a client is at the other end, or a listener that "
+            "passes on another client's challenge because it does not have the key"
+        )
     digest, random = _challenge_digest(challenge)
-    if bindings:
-        kind = choose(random[NONCE_SIZE:], bindings)
-        if kind not in bindings:
-            raise AuthenticationError("the listener offers no kind of channel binding that this channel has")
-        key, name = bound_key(key, kind, bindings[kind]), marked(name, kind)
     if digest == "md5" and not (allow_md5 and not bindings):
         raise AuthenticationError(
             "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
             "see allow_md5"
         )
+    theirs = key
+    if bindings:
+        try:
+            kind = choose(random[NONCE_SIZE:], bindings)
+        except ValueError as error:
+            raise AuthenticationError(str(error)) from error
+        if kind not in bindings:
+            raise AuthenticationError("the listener offers no kind of channel binding that this channel has")
+        theirs = bound_key(key, kind, bindings[kind], BROKER)
+        key, name = bound_key(key, kind, bindings[kind], CLIENT), marked(name, kind)
     mac = _mac(key, challenge, digest)
     yield Send(mac if len(challenge) == _LEGACY_CHALLENGE_SIZE else b"{%s}%s%s" % (digest.encode("ascii"), mac, name))
-    verdict = yield RECEIVE
+    return Established(theirs, digest, name)
+
+
+def _check_verdict(verdict: bytes | None) -> None:
+    """Return if the peer accepted our answer. Raises AuthenticationError."""
     if verdict == FAILURE:
         raise AuthenticationError(
             "the peer rejected our answer: it does not accept the key used here, or has no place left for who uses it"
         )
     if verdict != WELCOME:
         raise AuthenticationError("the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener")
-    return Established(key, digest, name)
 
 
 def _mac(key: bytes, challenge: bytes, digest: str) -> bytes:

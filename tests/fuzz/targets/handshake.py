@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from fuzz.script import Script, item
 
 from brokerd_client.errors import AuthenticationError
-from brokerd_client.wire.binding import END_POINT, EXPORTER, bound_key, offer
+from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, EXPORTER, bound_key, offer
 from brokerd_client.wire.handshake import (
     CHALLENGE,
     FAILURE,
@@ -71,8 +71,10 @@ class _Peer:
             self._step = self._generator.send(result)
             while isinstance(self._step, Proof):
                 proof = self._step
-                keys = [KEY, *(bound_key(KEY, kind, data) for kind, data in CHANNEL.items())]
-                self._step = self._generator.send(next((key for key in keys if proof.made_with(key)), None))
+                pairs = [(KEY, KEY)]
+                for kind, data in CHANNEL.items():
+                    pairs.append((bound_key(KEY, kind, data, CLIENT), bound_key(KEY, kind, data, BROKER)))
+                self._step = self._generator.send(next((to for of, to in pairs if proof.made_with(of)), None))
         except (AuthenticationError, StopIteration):
             self._step = None
 
@@ -114,10 +116,12 @@ def target(data: bytes) -> None:
                 for peer in peers:
                     peer.hear(step.body)
             elif isinstance(step, Proof):
-                key = KEY
+                key = to = KEY
                 if step.binding:
-                    key = bound_key(KEY, step.binding, channel[step.binding]) if step.binding in channel else b""
-                result = key if key and step.made_with(key) else None
+                    data = channel.get(step.binding)
+                    key = bound_key(KEY, step.binding, data, CLIENT) if data else b""
+                    to = bound_key(KEY, step.binding, data, BROKER) if data else b""
+                result = to if key and step.made_with(key) else None
                 rejected = result is None
             else:
                 if not script.left:
@@ -135,14 +139,22 @@ def target(data: bytes) -> None:
         # What an honest peer says is only refused where the answer may not carry what it carries.
         assert not honest or (listening and not named and (name or channel))
         return
-    assert end.key in (KEY, *(bound_key(KEY, kind, data) for kind, data in channel.items()))
+    assert end.key in (KEY, *(bound_key(KEY, kind, data, BROKER) for kind, data in channel.items()))
     challenge = next(body for body in said if body.startswith(CHALLENGE))[len(CHALLENGE) :]
     if listening:
         answer, last = heard[0], heard[-1]
     else:
         answer, last = heard[2], heard[1]
     assert last == WELCOME
-    assert proves(challenge, answer, channel, md5=md5 and (listening or not channel), rest=listening and named)
+    marked = challenge.endswith(b"\0client")
+    assert marked is not listening
+    if not listening:
+        # A client answers no client's challenge.
+        assert not heard[0].endswith(b"\0client")
+    direction = b"client" if listening else b"broker"
+    assert proves(
+        challenge, answer, channel, direction, md5=md5 and (listening or not channel), rest=listening and named
+    )
     if not listening and channel:
         # There is no way back to a key that is not bound.
         assert end.key != KEY
@@ -179,7 +191,9 @@ def frame_of(script: Script, peers: list[_Peer], said: list[bytes]) -> tuple[byt
     return script.item()[:LIMIT], False
 
 
-def proves(challenge: bytes, answer: bytes, channel: dict[str, bytes], *, md5: bool, rest: bool) -> bool:
+def proves(
+    challenge: bytes, answer: bytes, channel: dict[str, bytes], direction: bytes, *, md5: bool, rest: bool
+) -> bool:
     """Return whether the answer can only have been made with the key, for this challenge."""
     if len(answer) == 16:
         return md5 and answer == hmac.new(KEY, challenge, "md5").digest()
@@ -192,8 +206,9 @@ def proves(challenge: bytes, answer: bytes, channel: dict[str, bytes], *, md5: b
         return False
     keys = [KEY]
     for kind, data in channel.items():
-        bound = hmac.new(KEY, b"brokerd channel binding 1\0" + kind.encode() + b"\0" + data, "sha256").digest()
-        if not more or more.endswith(b"\0" + kind.encode()):
+        text = b"brokerd channel binding 2\0" + direction + b"\0" + kind.encode() + b"\0" + data
+        bound = hmac.new(KEY, text, "sha256").digest()
+        if not more or more.endswith(b"\0" + kind.encode() + b" 2"):
             keys.append(bound)
     return any(hmac.new(key, challenge, digest).digest() == mac for key in keys)
 
@@ -215,7 +230,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
             before = bytes([flags]) + honest[:step]
             yield f"{role}-damaged-{step}", before + bytes([DAMAGED, 30, 1]) + honest
             yield f"{role}-cut-{step}", before + bytes([CUT, 12]) + honest
-            yield f"{role}-longer-{step}", before + bytes([LONGER]) + item(b"bob\0tls-exporter") + honest
+            yield f"{role}-longer-{step}", before + bytes([LONGER]) + item(b"bob\0tls-exporter 2") + honest
             yield f"{role}-reflected-{step}", before + bytes([REFLECTED, 0]) + honest
             yield f"{role}-strange-{step}", before + bytes([STRANGE]) * 3
             yield f"{role}-raw-{step}", before + bytes([RAW]) + item(WELCOME) + honest
