@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import message
 from brokerd_client.aio_feeds import Message, Opening, PresenceWatch, Subscription
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
+
+#: Seconds by which the dialog may be late with its own deadlines.
+_GRACE_S: Final = 1.0
 
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
@@ -503,8 +506,10 @@ class Client(Link):
     async def wait_until_ready(self) -> None:
         """Wait for the first introduction. Raises why there is none."""
         self._check()
-        while self._dialog.beginning:
-            await self._wait_for_change(None)
+        limit = self._settings.timeout_s
+        # The dialog's own deadline comes first.
+        if not await self._until(lambda: not self._dialog.beginning, limit + _GRACE_S):
+            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
             raise self._dialog.reason
 

@@ -194,14 +194,13 @@ class Link:
         if self._dialog.untaken > _FLUSH_ABOVE:
             self._flush()
         elif not self._flushing and self._dialog.untaken:
+            # In this order: a signal handler's exception in between costs a flush too many, and not all that follow.
+            self._loop.call_soon(self._flush)
             self._flushing = True
-            self._loop.call_soon(self._flush_soon)
-
-    def _flush_soon(self) -> None:
-        self._flushing = False
-        self._flush()
 
     def _flush(self) -> None:
+        # Here, and not only where call_soon was asked: a callback that an interrupt has cost the loop is missed once.
+        self._flushing = False
         link = self._link
         if link is None or not self._dialog.untaken:
             return
@@ -433,8 +432,7 @@ class Link:
         if self._timer is not None:
             if deadline is not None and self._timer_at <= deadline:
                 return
-            self._timer.cancel()
-            self._timer = None
+            self._stop_timer()
         if deadline is not None:
             self._timer_at = deadline
             self._timer = self._loop.call_at(deadline, self._tick)
@@ -445,15 +443,15 @@ class Link:
             return
         try:
             self._absorb(self._dialog.tick(self._loop.time()))
-            self._write()
+            self._flush()
             self._arm()
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(self._link, error)
 
     def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
 
     def _hire(self, box: Box[Job], most: int) -> None:
         """Start tasks, ``most`` of them in all, that do the jobs in the box."""

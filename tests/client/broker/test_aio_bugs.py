@@ -234,6 +234,25 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch
         loop.close()
 
 
+def test_flush_that_the_loop_has_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt in the event loop can cost it a callback: the next timeout, or the next read, flushes."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            alice._flushing = True
+            with pytest.raises(TimedOut):
+                await alice.request("bob", 1, timeout=0.05)
+            assert (await bob.recv(5)).payload == 1
+            assert await alice.ping() >= 0
+
+            alice._flushing = True
+            await alice.send("bob", 2)
+            await bob.send("alice", "wake up")
+            assert (await bob.recv(5)).payload == 2
+
+    play(monkeypatch, scenario)
+
+
 CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
     "send with receipt": lambda client: client.send("bob", 1, receipt=True, timeout=0.1),
     "send_many with receipts": lambda client: client.send_many([("bob", 1)] * 3, receipt=True, timeout=0.1),

@@ -1,0 +1,88 @@
+"""Exceptions that no rule foresees, in the TLS of an asyncio client: a lost connection, never a dead client."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from authority import Issued
+
+from brokerd.testing import running
+from brokerd_client import aio, aio_link
+from brokerd_client.errors import Disconnected
+from brokerd_client.tls import Engine
+
+
+class PanicException(BaseException):
+    """What pyo3 raises where Rust panics: not an Exception."""
+
+
+ERRORS: list[Callable[[], BaseException]] = [lambda: LookupError("unforeseen"), lambda: PanicException("unforeseen")]
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
+@pytest.mark.parametrize("method", ["feed", "read", "write", "output", "handshake"])
+def test_exception_in_tls_is_a_lost_connection(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    server: Issued,
+    trusting: ssl.SSLContext,
+    method: str,
+    make: Callable[[], BaseException],
+) -> None:
+    """On a ready connection, and in the TLS handshake of the next one; the client connects again, the log has it."""
+    monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+    real: Any = getattr(Engine, method)
+    left: list[BaseException] = []
+
+    def act(*args: Any, **options: Any) -> Any:
+        # The broker has engines of its own, in another thread.
+        if left and threading.current_thread() is threading.main_thread():
+            raise left.pop()
+        return real(*args, **options)
+
+    async def main(address: str, key: str) -> None:
+        async with aio.connect(address, "alice", key, ssl=trusting) as alice:
+            monkeypatch.setattr(Engine, method, act)
+            left.append(make())
+            if method == "handshake":
+                # The one of the next connection.
+                assert alice._link is not None
+                alice._link.abort()
+            else:
+                with pytest.raises(Disconnected):
+                    await alice.ping()
+            deadline = time.monotonic() + 20
+            while left or not alice.connected:
+                assert time.monotonic() < deadline, "it did not connect again"
+                await asyncio.sleep(0.005)
+            assert await alice.ping() >= 0
+
+    with running({"alice": {}}, tls=server.entry()) as broker:
+        asyncio.run(main(broker.address, broker.key("alice")))
+    assert "unforeseen" in caplog.text
+
+
+@pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
+def test_exception_in_the_first_tls_handshake_ends_connect(
+    monkeypatch: pytest.MonkeyPatch, server: Issued, trusting: ssl.SSLContext, make: Callable[[], BaseException]
+) -> None:
+    """connect() raises Disconnected at once, and does not wait for its timeout."""
+
+    def fail(*args: object, **options: object) -> Any:
+        raise make()
+
+    async def main(address: str, key: str) -> None:
+        monkeypatch.setattr(Engine, "handshake", fail)
+        began = time.monotonic()
+        with pytest.raises(Disconnected, match="unforeseen"):
+            await aio.connect(address, "alice", key, ssl=trusting, timeout=30)
+        assert time.monotonic() - began < 20
+
+    with running({"alice": {}}, tls=server.entry()) as broker:
+        asyncio.run(main(broker.address, broker.key("alice")))
