@@ -57,6 +57,8 @@ M = TypeVar("M", bound=Message)
 
 #: Seconds that outcomes are still taken in after close().
 LINGER_S: Final = 0.5
+#: Bytes that may wait to leave while the dialog answers, by itself, requests that can't be read.
+_ANSWERING: Final = 2**18
 #: Doublings of the first wait before connecting for the first time is tried again.
 _CROWDED: Final = 3
 
@@ -514,6 +516,11 @@ class Dialog(Reception[M]):
             return False
         self._outgoing.refused(id)
         return True
+
+    def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
+        # A broker that sends them and reads nothing can't fill memory with the answers.
+        if self._outgoing.queued - self._outgoing.handed < _ANSWERING:
+            self._refuse(to, id, code, text)
 
     def _refuse(self, to: str, id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):

@@ -30,6 +30,8 @@ _COPIED: Final = 1024
 _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
 #: Names and topics remembered in their other form; all are forgotten when there are more.
 _REMEMBERED: Final = 4096
+#: Refusals remembered until all is seen off. Beyond that a loss tells again of what was refused.
+_MOST_REFUSED: Final = 2**18
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
 _EVENT_KIND: Final = int(Kind.EVENT)
@@ -86,7 +88,7 @@ class Outgoing:
 
     def refused(self, id: int) -> None:
         """The broker has said no to this one, so that it has left: a loss says nothing about it."""
-        if self._unhanded:
+        if self._unhanded and len(self._refused) < _MOST_REFUSED:
             self._refused.add(id)
 
     def unheard(self, id: int, to: str) -> None:

@@ -34,8 +34,13 @@ M = TypeVar("M", bound=Message)
 _EVENT_KIND: Final = int(Kind.EVENT)
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
-#: Bytes of an ERROR's payload, and of an answer of the broker that is not asked for by the caller, that are read.
-_MOST_SAID: Final = 2**20
+#: Bytes that an answer may cost when it is decoded: an ERROR's payload; an operation's answer for the caller or with
+#: the list of clients, in messages of the longest; any other operation's.
+_MOST_ERROR: Final = 2**20
+_MOST_LISTED: Final = 8
+_MOST_SAID: Final = 2**18
+#: Bytes that each value of an answer costs when it is decoded, about.
+_VALUE_COST: Final = 64
 #: Characters of an ERROR's texts that are kept: its code; its name; its message, the broker's own and a client's.
 _MOST_CODE: Final = 64
 _MOST_NAME: Final = 255
@@ -62,6 +67,7 @@ class Reception(Generic[M]):
         self.routes = Routes()
         self._watches: dict[presence.Watch, list[Route]] = {}
         self._incoming = Incoming(message, largest)
+        self._most_listed = _MOST_LISTED * largest
 
     def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
         """Take in every whole frame."""
@@ -123,9 +129,10 @@ class Reception(Generic[M]):
     def _answer(self, pending: Pending, message: M, batch: Batch[M], now: float) -> dict[str, Any]:
         """Return the answer of an operation, taken in. Raises ProtocolError where it is not valid."""
         listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
-        answer = _json_object(message.body, None if listed or pending.purpose is Purpose.CONTROL else _MOST_SAID)
+        any_size = listed or pending.purpose is Purpose.CONTROL
+        answer = _json_object(message.body, self._most_listed if any_size else _MOST_SAID)
         if answer is None:
-            raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object")
+            raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object, or is too large")
         if pending.purpose is Purpose.WHOAMI:
             self._on_introduction(answer, batch, now)
         elif pending.purpose is Purpose.GOAWAY:
@@ -159,10 +166,10 @@ class Reception(Generic[M]):
         batch.unreadable.append(frame.error)
         if frame.kind == Kind.REQUEST and is_address(frame.name):
             code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
-            self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
+            self._refuse_unreadable(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
-        said = _json_object(envelope.payload, _MOST_SAID) or {}
+        said = _json_object(envelope.payload, _MOST_ERROR) or {}
         most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
         code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
         name = _text(said.get("name"), _MOST_NAME)
@@ -241,8 +248,8 @@ class Reception(Generic[M]):
         """Undo what a caller who has given up was about to get."""
         raise NotImplementedError
 
-    def _refuse(self, to: str, id: int, code: str, text: str) -> None:
-        """Answer a request with an ERROR, if that can be sent."""
+    def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
+        """Answer a request that could not be read with an ERROR, if that can be sent."""
         raise NotImplementedError
 
     def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
@@ -261,9 +268,9 @@ def _may_answer(frame: Unreadable, pending: Pending) -> bool:
     )
 
 
-def _json_object(body: bytes, most: int | None) -> dict[str, Any] | None:
-    """Return the JSON object in the bytes, or None where there is none, or where there are more than ``most``."""
-    if most is not None and len(body) > most:
+def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
+    """Return the JSON object in the bytes, or None where there is none, or where it may cost more than ``most``."""
+    if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > most:
         return None
     try:
         found = json.loads(body)

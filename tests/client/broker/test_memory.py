@@ -172,6 +172,52 @@ def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
     assert pair.hear_frame(Kind.MESSAGE, extension={"ttl": 5}).size < 300
 
 
+def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None:
+    """A broker that sends such requests and reads no answers gets some, and the rest are only counted."""
+    unreadable = frame(HEADER.pack(Kind.REQUEST, 2, 0, 3, 7), b"bob\0\0")
+    for _ in range(100):
+        pair.hear(unreadable * 100)
+    assert pair.dialog.unreadable == 10_000
+    waiting = pair.dialog.data_to_send()
+    assert 2**18 <= len(waiting) < 2**18 + 1000
+    pair.dialog.wrote(len(waiting))
+    pair.hear(unreadable)
+    assert pair.dialog.data_to_send()
+
+
+def test_refusals_that_are_remembered_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that refuses what was never sent, and reads nothing, can't fill memory with the ids."""
+    monkeypatch.setattr("brokerd_client.outgoing._MOST_REFUSED", 10)
+    pair.dialog.send("bob", 0, b"")
+    payload = b'{"code":"denied"}'
+    for id in range(100):
+        pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
+    assert len(pair.dialog._outgoing._refused) == 10
+
+
+@pytest.mark.parametrize("value", [b"{}", b"[]", b"1.5", b'""', b"[[]]"])
+def test_list_that_would_cost_too_much_is_not_decoded(pair: Pair, value: bytes) -> None:
+    """A few bytes of JSON can stand for many times as many in memory."""
+    id, _ = pair.dialog.watch("sink", "w", None)
+    payload = b'{"clients":[' + b",".join([value] * (16 * MIB // (len(value) + 1) - 10)) + b"]}"
+    tracemalloc.start()
+    try:
+        [(_, error)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(payload)
+    finally:
+        tracemalloc.stop()
+    assert isinstance(error, ProtocolError)
+
+
+def test_list_of_a_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
+    """What a large broker says is far from the bound."""
+    id, _ = pair.dialog.watch("sink", "w", None)
+    clients = [{"name": f"client-{n}", "online": False, "since": 1.7e9 + n} for n in range(100_000)]
+    payload = json.dumps({"clients": clients}).encode()
+    [(_, answer)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
+    assert len(answer["clients"]) == 100_000
+
+
 @pytest.mark.parametrize("text", [10, 900])
 def test_errors_that_wait_for_their_handler_count_with_their_size(face: Face, server: FakeServer, text: int) -> None:
     """The inbox fills, and what does not fit stays in the broker."""

@@ -87,7 +87,7 @@ def collect(batch: Batch[Message], outcomes: list[tuple[Any, Any]]) -> None:
     assert batch.broken is None or isinstance(batch.broken, (ProtocolError, AuthenticationError, BrokerdError))
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     calls=st.lists(st.tuples(st.sampled_from(list(CALLS)), st.sampled_from([None, 5.0])), min_size=1, max_size=6),
     pieces=st.lists(PIECES, max_size=8),
