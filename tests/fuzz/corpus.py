@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["CORPUS", "TARGETS", "inputs"]
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-TARGETS = ("framing", "handshake", "envelope", "certificate", "configuration", "loops", "snapshot")
+TARGETS = ("framing", "handshake", "envelope", "certificate", "configuration", "loops", "snapshot", "dialog")
 
 
 def inputs(target: str) -> list[tuple[str, bytes]]:

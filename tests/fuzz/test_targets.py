@@ -21,6 +21,7 @@ CHANGED = {
     "configuration": 4000,
     "loops": 250,
     "snapshot": 1500,
+    "dialog": 1500,
 }
 
 

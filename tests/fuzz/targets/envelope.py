@@ -58,6 +58,11 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "list": "[1]",
         "long-int": '{"a":' + "9" * 5000 + "}",
         "twice": '{"a":1,"a":2}',
+        "levels-32": '{"a":' + "[" * 31 + "]" * 31 + "}",
+        "levels-33": '{"a":' + "[" * 32 + "]" * 32 + "}",
+        "brackets-in-text": '{"a":"' + "[{" * 40 + '\\""}',
+        "digits-309": '{"a":' + "1" * 309 + "}",
+        "digits-310": '{"a":' + "1" * 310 + "}",
         "floats": '{"a":[1e15,0.1,-0.0,1e-7]}',
     }.items():
         content = text.encode()
