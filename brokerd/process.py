@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from brokerd.config.load import ConfigError, load
@@ -29,6 +31,8 @@ __all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
 #: Exit status for a configuration that can't be used, from sysexits.h.
 EX_CONFIG: Final = 78
 EX_FAILED: Final = 1
+#: Seconds from a second signal to the end of a process whose event loop does not act on it.
+_INSISTENCE_S: Final = 2.0
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -130,8 +134,13 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
 
         return act
 
+    def end_at_once() -> None:
+        predecessor.abandon()
+        os._exit(EX_FAILED)
+
     actions = map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))
-    with _signals_go_to(*actions), _signal_ignored("SIGUSR1"):
+    insistence = _Insistence(lambda: elder is None or elder.is_over, end_at_once)
+    with _signals_go_to(*actions), insistence.listening(), _signal_ignored("SIGUSR1"):
         # What came since the first moment of the process is acted on now.
         release_signals()
         try:
@@ -187,6 +196,39 @@ def _signals_go_to(
         rings = _signals_ring(loop, actions)
     with rings:
         yield
+
+
+class _Insistence:
+    """Ends the process soon after a second signal, where the event loop stands still and does not.
+
+    concerned: returns whether signals are for this process. end: ends it; called in a thread of its own.
+    """
+
+    def __init__(self, concerned: Callable[[], bool], end: Callable[[], None]) -> None:
+        self._concerned = concerned
+        self._end = end
+        self._count = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals beside the event loop, which hears of them by a descriptor."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
+        # They interrupt a system call that waits, so that this is called even then.
+        before = {number: signal.signal(number, self._hear) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self._concerned():
+            return
+        self._count += 1
+        if self._count == 2:
+            timer = threading.Timer(_INSISTENCE_S, self._end)
+            timer.daemon = True
+            timer.start()
 
 
 @contextlib.contextmanager

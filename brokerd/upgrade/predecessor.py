@@ -165,6 +165,10 @@ class Predecessor:
         if self._task is not None:
             self._task.cancel()
 
+    def abandon(self) -> None:
+        """Kill the new process, if there is one: this one ends. Callable from any thread."""
+        self._abandon()
+
     def _say_why_not(self, reason: str, problem: str, order: Order | None) -> None:
         daemon = self._daemon
         daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 from e2e.process import PROGRAM, Process
 from e2e.upgradable import IMPATIENT, Upgradable, is_running
 from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT
@@ -100,6 +101,46 @@ def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(socket_dir
         assert broker.events("daemon.killed")
 
 
+#: What hangs at a reload and is none of the broker's own files: how it is called, and a change that asks for it.
+SLOW = {
+    "a key file": ("from brokerd.config import keys", "keys.read_private", ""),
+    "a certificate": ("from brokerd.config import certificates", "certificates._read_public", ""),
+    "a name service": ("import socket", "socket.getaddrinfo", ", 'broker.example:6000'"),
+    "a socket's directory": ("from brokerd.net import handed", "handed.listen", ", '{directory}/second.sock'"),
+}
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(socket_dir: Path, what: str) -> None:
+    """Clients are served while it does not answer, and SIGTERM does not wait for it."""
+    module, function, listen = SLOW[what]
+    program = (
+        f"{module}\nimport os, sys, time\nreal = {function}\n"
+        "def hangs(*given, **more):\n"
+        "    if os.path.exists(os.path.dirname(sys.argv[1]) + '/hang'):\n"
+        '        print(\'{"event": "hangs"}\', flush=True)\n        time.sleep(60)\n'
+        f"    return real(*given, **more)\n{function} = hangs\n{PROGRAM}"
+    )
+    authority = trustme.CA()
+    issued = authority.issue_cert("broker.example")
+    (socket_dir / "key.pem").touch(mode=0o600)
+    issued.private_key_pem.write_to_path(socket_dir / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(socket_dir / "cert.pem")
+    tls = {"address": "127.0.0.1:0", "tls": {"certificate": "cert.pem", "key": "key.pem"}}
+    with Process(socket_dir, listen=[tls], program=program) as broker, broker.login("alice") as alice:
+        (socket_dir / "hang").touch()
+        included = listen.replace("{directory}", str(socket_dir)).removeprefix(", ")
+        (socket_dir / "more.yaml").write_text(f"listen: [{included}]\n" if included else "clients: {}\n")
+        include(broker, "more.yaml")
+        broker.signal(signal.SIGHUP)
+        broker.wait("hangs")
+        alice.ping()
+        began = time.monotonic()
+        broker.signal()
+        assert ends_soon(broker, began) == 0
+        assert not broker.socket.exists()
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals: int) -> None:
     """The new process reads a file that does not answer: it is killed, and leaves nothing behind."""
@@ -139,6 +180,25 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
         assert ends_soon(broker, began) == 0
         assert broker.events("daemon.stopped")
         assert not is_running(pid)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path, loop: str) -> None:
+    """The first one is not acted on, whatever it is that the loop waits for; the second one ends the process."""
+    program = (
+        "import time\nfrom brokerd import daemon, process\n"
+        'def stands_still(*_):\n    print(\'{"event": "stuck"}\', flush=True)\n    time.sleep(60)\n'
+        f"daemon.Daemon.stop_soon = stands_still\n{PROGRAM}"
+    )
+    if loop == "asyncio":
+        program = f"import sys\nsys.modules['uvloop'] = None\n{program}"
+    with Process(socket_dir, program=program) as broker:
+        broker.wait("daemon.started")
+        broker.signal()
+        broker.wait("stuck")
+        began = time.monotonic()
+        broker.signal(signal.SIGINT)
+        assert ends_soon(broker, began) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
