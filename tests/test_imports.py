@@ -57,7 +57,12 @@ SHARED = {
     "brokerd_client.desk": (*LEAVES, *TALK, "brokerd_client.dialog", "brokerd_client.undelivered"),
 }
 FACE = (*LEAVES, "brokerd_client.codec", *TALK, "brokerd_client.dialog", *SHARED)
-BLOCKING = ("brokerd_client.blocking_boxes", "brokerd_client.blocking_feeds", "brokerd_client.blocking_link")
+BLOCKING = (
+    "brokerd_client.blocking_boxes",
+    "brokerd_client.blocking_feeds",
+    "brokerd_client.blocking_handlers",
+    "brokerd_client.blocking_link",
+)
 AIO = (
     "brokerd_client.aio_boxes",
     "brokerd_client.aio_connection",
@@ -85,7 +90,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **SHARED,
     "brokerd_client.keepalive": (),
     "brokerd_client.bridge": (*LEAVES, "brokerd_client.connection.named_pipes"),
-    "brokerd_client.channel": (*LEAVES, *PIPES, "brokerd_client.keepalive"),
+    "brokerd_client.channel": (*LEAVES, *PIPES, "brokerd_client.keepalive", "brokerd_client.lookup"),
     "brokerd_client.blocking_boxes": ("brokerd_client.errors", "brokerd_client.inbox", "brokerd_client.channel"),
     "brokerd_client.blocking_feeds": (*FACE, "brokerd_client.blocking_boxes"),
     "brokerd_client.blocking_link": (
@@ -94,7 +99,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd_client.tls_channel",
         "brokerd_client.blocking_boxes",
         "brokerd_client.blocking_feeds",
+        "brokerd_client.blocking_handlers",
     ),
+    "brokerd_client.blocking_handlers": (*FACE, "brokerd_client.blocking_boxes"),
     "brokerd_client.lookup": (),
     "brokerd_client.blocking": (*FACE, *BLOCKING),
     "brokerd_client.aio_boxes": ("brokerd_client.errors", "brokerd_client.inbox"),

@@ -100,6 +100,10 @@ class Awaiting:
         """Return who waits for the id."""
         return self._table.get(id)
 
+    def of(self, waiter: object) -> list[Pending]:
+        """Return what the waiter waits for."""
+        return [pending for pending in self._table.values() if pending.waiter is waiter]
+
     def pop(self, id: int) -> Pending | None:
         """Return who waited for the id, and wait no longer."""
         return self._table.pop(id, None)

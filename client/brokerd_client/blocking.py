@@ -15,12 +15,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
 
 from brokerd_client import message
-from brokerd_client.blocking_boxes import Call
-from brokerd_client.blocking_feeds import Message, PresenceWatch, Subscription
+from brokerd_client.blocking_boxes import NOTHING, Call, by_handler
+from brokerd_client.blocking_feeds import Feed, Message, PresenceWatch, Subscription
+from brokerd_client.blocking_handlers import HandlerThreads
 from brokerd_client.blocking_link import Link
 from brokerd_client.codec import encode
 from brokerd_client.desk import log
@@ -30,7 +32,15 @@ from brokerd_client.life import State
 from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
-from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
+from brokerd_client.routes import Route
+from brokerd_client.settings import (
+    DEFAULT_INBOX,
+    DEFAULT_TIMEOUT_S,
+    AnyAddress,
+    Settings,
+    resolve,
+)
+from brokerd_client.wire.envelope import check_address, check_topic
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -40,12 +50,11 @@ __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
+T = TypeVar("T")
 
-#: Threads that run a client's request handler.
-_REQUEST_THREADS: Final = 4
 #: Seconds that close() waits for a handler that is still running.
 _HANDLER_GRACE_S: Final = 1.0
-#: Seconds that close() waits for the I/O thread: only the look-up of a host's name can hold it.
+#: Seconds that close() waits for the I/O thread.
 _THREAD_GRACE_S: Final = 5.0
 
 
@@ -135,19 +144,32 @@ class Client(Link):
         if ttl is not None:
             extension = with_ttl(extension, ttl)
         if receipt:
-            deadline = _deadline(timeout)
-            call = Call()
-            with self._sending(timeout):
-                id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
-                self._write(awaited=True)
-            return cast("Receipt", self._outcome(call, id, deadline))
+            return cast("Receipt", self._ask(timeout, self._dialog.send_for_receipt, to, number, body, extension))
         if self._forked:
             self._check()
-        with self._lock:
-            if not self._clear:
-                self._wait_until_clear(timeout)
-            id = self._dialog.send(to, number, body, extension)
-            self._write()
+        deadline = None
+        while True:
+            # As in Link._put, without the call.
+            try:
+                with self._lock:
+                    if self._clear and not self._chores:
+                        self._clear = False
+                        id = self._dialog.send(to, number, body, extension)
+                        self._clear = self._write()
+                        return id
+                if self._interrupting():
+                    return self._send_late(to, number, body, extension)
+                deadline = self._wait_until_clear(timeout, deadline)
+            except BaseException:
+                self._mend()
+                raise
+
+    def _send_late(self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None) -> int:
+        """Have the I/O thread send, for a signal handler that can't wait for the call that it has interrupted."""
+        check_address(to)
+        id = next(self._dialog.late_ids)
+        put = partial(self._dialog.send_as, id, to, number, body, extension)
+        self._leave_chore(lambda: self._put_late([id], to, put))
         return id
 
     def send_many(
@@ -165,29 +187,51 @@ class Client(Link):
         """
         to, codecs, bodies = make_lot(messages, codec)
         if not receipt:
-            with self._sending(timeout):
-                ids = self._dialog.send_many(to, codecs, bodies)
-                self._write()
-            return ids
+            if self._interrupting():
+                return [self._send_late(*each, None) for each in zip(to, codecs, bodies, strict=True)]
+            return self._put(timeout, self._dialog.send_many, to, codecs, bodies)
+        self._refuse_to_wait()
         deadline = _deadline(timeout)
         calls = [Call() for _ in to]
-        with self._sending(timeout):
+
+        def put() -> list[int]:
+            self._calls.update(calls)
             ask = self._dialog.send_for_receipt
-            ids = [
+            return [
                 ask(each, number, body, None, call, deadline)
                 for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
             ]
-            self._write(awaited=True)
+
         outcomes: list[Any] = []
         try:
-            for call, id in zip(calls, ids, strict=True):
+            for call, id in zip(calls, self._put(timeout, put), strict=True):
                 try:
                     outcomes.append(self._outcome(call, id, deadline))
                 except BrokerdError as error:
                     outcomes.append(error)
-        finally:
-            self._abandon(ids[len(outcomes) :])
+        except BaseException:
+            for call in calls:
+                self._forsake(call)
+            raise
         return outcomes
+
+    def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
+        """Put out what has an outcome, with ``put(*args, call, deadline)``; wait for the outcome, and return it."""
+        self._check()
+        self._refuse_to_wait()
+        deadline = _deadline(timeout)
+        call = Call()
+
+        def put_out() -> int:
+            self._calls.add(call)
+            return put(*args, call, deadline)
+
+        try:
+            return self._outcome(call, self._put(timeout, put_out), deadline)
+        except BaseException:
+            if call in self._calls:
+                self._forsake(call)
+            raise
 
     def request(
         self,
@@ -204,12 +248,8 @@ class Client(Link):
         Raises RequestFailed (it answered with an error), the broker's Refused, TimedOut, InDoubt, Disconnected.
         """
         number, body = encode(payload, codec)
-        deadline = _deadline(timeout)
-        call = Call()
-        with self._sending(timeout):
-            id = self._dialog.request(to, number, body, with_ttl(extension, ttl), call, deadline)
-            self._write(awaited=True)
-        return cast("Message", self._outcome(call, id, deadline))
+        extension = with_ttl(extension, ttl)
+        return cast("Message", self._ask(timeout, self._dialog.request, to, number, body, extension))
 
     def reply(
         self,
@@ -221,18 +261,24 @@ class Client(Link):
     ) -> None:
         """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
         number, body = encode(payload, codec)
-        with self._sending(None, answer=True):
-            message.require_unanswered()
-            self._dialog.reply(message.sender, message.id, number, body, extension)
-            self._write()
-            message.mark_answered()
+        self._answer(message, self._dialog.reply, message.sender, message.id, number, body, extension)
 
     def _fail(self, message: Message, text: str, code: str) -> None:
-        with self._sending(None, answer=True):
+        self._answer(message, self._dialog.fail, message.sender, message.id, code, text)
+
+    def _answer(self, message: message.Message, put: Callable[..., None], *args: Any) -> None:
+        self._check()
+
+        def put_out() -> None:
             message.require_unanswered()
-            self._dialog.fail(message.sender, message.id, code, text)
-            self._write()
+            put(*args)
             message.mark_answered()
+
+        if self._interrupting():
+            message.require_unanswered()
+            self._leave_chore(lambda: self._put_late([message.id], message.sender, put_out))
+        else:
+            self._put(None, put_out, answer=True)
 
     @overload
     def publish(
@@ -274,17 +320,16 @@ class Client(Link):
         """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        if not receipt:
-            with self._sending(timeout):
-                id = self._dialog.publish(topic, number, body, extension)
-                self._write()
+        if receipt:
+            return cast("Receipt", self._ask(timeout, self._dialog.publish_for_receipt, topic, number, body, extension))
+        if self._interrupting():
+            check_topic(topic)
+            self._check()
+            id = next(self._dialog.late_ids)
+            put = partial(self._dialog.publish_as, id, topic, number, body, extension)
+            self._leave_chore(lambda: self._put_late([id], topic, put))
             return id
-        deadline = _deadline(timeout)
-        call = Call()
-        with self._sending(timeout):
-            id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
-            self._write(awaited=True)
-        return cast("Receipt", self._outcome(call, id, deadline))
+        return self._put(timeout, self._dialog.publish, topic, number, body, extension)
 
     # Receiving
 
@@ -302,18 +347,23 @@ class Client(Link):
         self._check()
         box, gauge = self._inbox, self._gauge
         inbox = box.inbox
-        items, next_here = inbox.items, inbox.items.popleft
+        items = inbox.items
         with contextlib.suppress(Closed):
             while True:
-                # The common case without a call: the next message is here.
+                # The common case without a call: the next message is here. A loop over popleft for Box.take's reason.
                 try:
-                    while True:
-                        item = next_here()
+                    for item in iter(items.popleft, NOTHING):
                         # Only after it is taken: see Gauge.weigh.
                         if gauge.full and len(items) <= inbox.mark:
-                            box.relieve()
+                            try:
+                                box.relieve()
+                            except BaseException:
+                                box.give_back(item)
+                                raise
                         yield item
-                except IndexError:
+                except IndexError as error:
+                    if by_handler(error):
+                        raise
                     yield box.take(None)
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
@@ -322,16 +372,12 @@ class Client(Link):
         An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only. A handler that
         has called message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
-        with self._locked():
-            self._desk.handle_requests(handler)
-            self._hire(self._requests, _REQUEST_THREADS)
+        self._handle(self._desk.handle_requests, handler, self._for_requests)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Have ``handler(message)`` called for each message, in order, on a thread of the client's own."""
-        with self._locked():
-            self._desk.handle_messages(handler)
-            self._hire(self._ordered, 1)
+        self._handle(self._desk.handle_messages, handler, self._for_messages)
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
@@ -339,10 +385,16 @@ class Client(Link):
 
         ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
         """
-        with self._locked():
-            self._desk.handle_undelivered(handler)
-            self._hire(self._ordered, 1)
+        self._handle(self._desk.handle_undelivered, handler, self._for_messages)
         return handler
+
+    def _handle(self, handle: Callable[[Any], None], handler: Any, threads: HandlerThreads) -> None:
+        def act() -> None:
+            handle(handler)
+            threads.start()
+
+        self._check()
+        self._have_done(act)
 
     # Topics, presence and the broker itself
 
@@ -358,60 +410,111 @@ class Client(Link):
 
         group: each event goes to one member of the group. Raises Denied, InvalidName and what request() raises.
         """
-        self._check()
         subscription = Subscription(self, pattern, group, callback)
-        deadline = _deadline(timeout)
         call = Call()
-        with self._sending(timeout):
+
+        def put(deadline: float | None) -> int:
+            self._calls.add(call)
             if callback is not None:
-                self._hire(self._ordered, 1)
+                self._for_messages.start()
             id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
-            self._write(awaited=True)
+            self._boxes.add(subscription.box)
+            return id
+
+        try:
+            self._begin_feed(call, put, timeout)
+            return subscription
+        except BaseException:
+            self._forsake_feed(subscription, call)
+            raise
+
+    def _begin_feed(self, call: Call, put: Callable[[float | None], int], timeout: float | None) -> None:
+        """Have the I/O thread put out what begins a subscription or a watch, and wait until the broker has said yes."""
+        self._check()
+        self._refuse_to_wait()
+        deadline = _deadline(timeout)
+        id = self._have_put(timeout, lambda: put(deadline))
         self._outcome(call, id, deadline)
-        return subscription
+
+    def _forsake_feed(self, feed: Feed[Any], call: Call) -> None:
+        """After an exception in the call that makes a subscription or watch: leave nothing of it."""
+        self._leave_chore(lambda: self._end_feed_here(feed, "the subscription was not made"))
+        self._forsake(call)
+
+    def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
+        """Have the I/O thread call ``put``, which puts frames out, once these can be written."""
+        until = None
+        while True:
+            try:
+                until = self._wait_until_clear(timeout, until)
+                return self._have_done(put)
+            except Disconnected:
+                # The connection went between the two: there may be another in time.
+                if self.closed or until is None or time.monotonic() >= until:
+                    raise
+            except BaseException:
+                self._mend()
+                raise
+
+    def _end_feed_here(self, feed: Feed[Any], why: str) -> None:
+        """Give the subscription or watch nothing more, and tell the broker; with the lock, in the I/O thread."""
+        self._dialog.forget(feed)
+        self._end_feed(feed.box, Closed(why))
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
+        if self._interrupting():
+            self._leave_chore(lambda: self._end_feed_here(subscription, "the subscription was ended"))
+            return
         call = Call()
         deadline = _deadline(self._settings.timeout_s)
-        with self._lock:
-            assert subscription._route is not None
-            id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
-            self._write(awaited=True)
-            subscription.box.end(Closed("the subscription was ended"))
-        if id is not None:
-            # Whatever the answer is, and if there is none: nothing more comes.
-            with contextlib.suppress(Disconnected, Closed, TimedOut):
-                self._outcome(call, id, deadline)
+
+        def put() -> int | None:
+            self._calls.add(call)
+            route: Route | None = subscription._route
+            id = None if route is None else self._dialog.unsubscribe(route, subscription, call, deadline)
+            self._end_feed(subscription.box, Closed("the subscription was ended"))
+            return id
+
+        try:
+            id = self._have_done(put)
+            if id is not None:
+                # Whatever the answer is, and if there is none: nothing more comes.
+                with contextlib.suppress(Disconnected, Closed, TimedOut):
+                    self._outcome(call, id, deadline)
+            self._calls.discard(call)
+        except BaseException:
+            self._forsake(call)
+            raise
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> PresenceWatch:
         """Return an iterator of Presence: every client this one may send to as it is now, then every change."""
-        self._check()
         feed = PresenceWatch(self)
-        deadline = _deadline(timeout)
         call = Call()
-        with self._sending(timeout):
+
+        def put(deadline: float | None) -> int:
+            self._calls.add(call)
             id, feed._watch = self._dialog.watch(feed, call, deadline)
-            self._write(awaited=True)
-        self._outcome(call, id, deadline)
-        return feed
+            self._boxes.add(feed.box)
+            return id
+
+        try:
+            self._begin_feed(call, put, timeout)
+            return feed
+        except BaseException:
+            self._forsake_feed(feed, call)
+            raise
 
     def _unwatch(self, feed: PresenceWatch) -> None:
         self._check()
-        with self._lock:
-            assert feed._watch is not None
-            self._dialog.unwatch(feed._watch)
-            self._write()
-            feed.box.end(Closed("the watch was ended"))
+        if self._interrupting():
+            self._leave_chore(lambda: self._end_feed_here(feed, "the watch was ended"))
+        else:
+            self._have_done(lambda: self._end_feed_here(feed, "the watch was ended"))
 
     def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
-        deadline = _deadline(timeout)
-        call = Call()
-        with self._sending(timeout):
-            id = self._dialog.control(op, arguments, call, deadline)
-            self._write(awaited=True)
-        return cast("dict[str, Any]", self._outcome(call, id, deadline))
+        return cast("dict[str, Any]", self._ask(timeout, self._dialog.control, op, arguments))
 
     def clients(self) -> list[ClientInfo]:
         """Return the clients this one may send to, and which of them are online."""
@@ -437,30 +540,35 @@ class Client(Link):
         """
         if self._forked:
             return
-        with self._lock:
-            if self._dialog.may_answer and self._channel.backlog:
-                self._changed.wait_for(lambda: not self._dialog.may_answer or not self._channel.backlog, LINGER_S)
-            first = self._dialog.state not in (State.CLOSING, State.CLOSED)
-            self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
-            if self._dialog.state is State.CLOSING and first:
-                self._channel.shut()
-            for box in list(self._boxes):
-                if box is not self._ordered:
-                    box.inbox.clear()
-            self._desk.drop_jobs()
-            self._note_state()
-        self._channel.ring()
+        if self._interrupting():
+            self._leave_chore(self._begin_end)
+            return
+        # What a signal handler has sent, as a chore, is flushed, too.
+        self._until(lambda: not self._dialog.may_answer or not (self._channel.backlog or self._chores), LINGER_S)
+        self._have_done(self._begin_end)
         _open_clients.discard(self)
         here = threading.current_thread()
-        if self._thread is not here:
-            self._thread.join(_THREAD_GRACE_S)
+        self._thread.join(_THREAD_GRACE_S)
         with self._lock:
             # What the thread has said already is not said twice.
             self._desk.warn_of_more(time.monotonic())
         deadline = time.monotonic() + _HANDLER_GRACE_S
-        for thread in self._threads:
+        for thread in (*self._for_requests.threads, *self._for_messages.threads):
             if thread is not here:
                 thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _begin_end(self) -> None:
+        """Begin the end; with the lock, in the I/O thread or after its end."""
+        first = self._dialog.state not in (State.CLOSING, State.CLOSED)
+        self._clear = False
+        self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
+        if self._dialog.state is State.CLOSING and first:
+            self._channel.shut()
+        for box in list(self._boxes):
+            if box is not self._ordered:
+                box.inbox.clear()
+        self._desk.drop_jobs()
+        self._note_state()
 
     def __enter__(self) -> Self:
         return self
@@ -472,12 +580,11 @@ class Client(Link):
 
     def wait_until_ready(self, timeout: float) -> None:
         """Wait for the first introduction. Raises why there is none."""
-        with self._lock:
-            # The dialog's own deadline comes first; a look-up of the host's name may outlast it.
-            if not self._changed.wait_for(lambda: not self._dialog.beginning, timeout + _HANDLER_GRACE_S):
-                raise TimedOut(f"no connection to {self._settings.address} within {timeout:g} s")
-            if self._dialog.state is State.GONE and self._dialog.reason is not None:
-                raise self._dialog.reason
+        # The dialog's own deadline comes first.
+        if not self._until(lambda: not self._dialog.beginning, timeout + _HANDLER_GRACE_S):
+            raise TimedOut(f"no connection to {self._settings.address} within {timeout:g} s")
+        if self._dialog.state is State.GONE and self._dialog.reason is not None:
+            raise self._dialog.reason
 
 
 class _Answer:
@@ -489,18 +596,20 @@ class _Answer:
         self._handler = handler
 
     def __call__(self, request: Message) -> None:
+        result = self._handler(request)
         try:
-            result = self._handler(request)
             if not request.answered:
                 request.reply(result)
             elif result is not None:
                 log().warning("a request of %s had been answered when its handler returned more", request.sender)
         except (Disconnected, Closed):
             log().warning("a request of %s could not be answered: the connection is gone", request.sender)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the handler's own, whatever it is
-            log().exception("the handler of a request of %s failed", request.sender)
-            with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
-                request.fail(f"the handler failed: {type(error).__name__}")
+
+    def failed(self, request: Message, error: BaseException) -> None:
+        """Log what the handler raised, and tell the requester that its request has failed."""
+        log().error("the handler of a request of %s failed", request.sender, exc_info=error)
+        with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
+            request.fail(f"the handler failed: {type(error).__name__}")
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -552,7 +661,7 @@ def connect(
     )
     client = Client(settings)
     try:
-        client.wait_until_ready(timeout)
+        client.wait_until_ready(settings.timeout_s)
     except BaseException:
         client.close()
         raise

@@ -5,34 +5,66 @@ A part of the blocking face: it moves bytes, sleeps until the dialog's next dead
 The I/O thread reads, connects again, and writes what a sender could not finish; senders write from their own thread,
 so that a send costs one system call. One lock guards the dialog. The I/O thread and the handlers' threads hold the
 client weakly: one that is dropped unclosed ends, with a ResourceWarning.
+
+**Interrupted calls.** An exception can be raised between any two instructions of a thread, by a signal handler or by
+PyThreadState_SetAsyncExc. A thread that holds the lock therefore clears ``_clear`` before it changes anything, and sets
+it again as its last act. Where ``_clear`` is left unset, no sender writes before the I/O thread has looked
+(``_look_over``): it writes what was put out and is not written, or, where it is not known how much has left, ends the
+connection, so that every send under way gets its outcome. What can't be repaired like that is only done in the I/O
+thread, as a chore. A signal handler that has interrupted its own thread within the lock finds ``_clear`` unset, and
+leaves a chore, too: to wait would be to wait for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, Final, TypeVar, cast
 
 from brokerd_client import forks
-from brokerd_client.blocking_boxes import Box, Call
+from brokerd_client.blocking_boxes import Box, Call, Waiters, gate, wait_at
 from brokerd_client.blocking_feeds import Message
+from brokerd_client.blocking_handlers import HandlerThreads
 from brokerd_client.chance import chance, first_id, nonce
 from brokerd_client.channel import Channel
 from brokerd_client.desk import Desk, Job, log
 from brokerd_client.dialog import Batch, Dialog
-from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut, TlsError, WrongProcess
+from brokerd_client.errors import (
+    BrokerdError,
+    Closed,
+    Disconnected,
+    InDoubt,
+    TimedOut,
+    TlsError,
+    WouldDeadlock,
+    WrongProcess,
+)
 from brokerd_client.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import Settings, broken, no_connection
 
 __all__ = ["Link"]
 
+T = TypeVar("T")
+
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
+#: Seconds until the I/O thread looks again whether there is room in a full inbox, if no taker rings its bell.
+_FULL_S: Final = 1.0
+#: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
+_REST_S: Final = 0.01
+_LONGEST_REST_S: Final = 1.0
+#: Threads that run a client's request handler.
+_REQUEST_THREADS: Final = 4
+#: States in which the connection carries frames.
+_LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DRAINING, State.CLOSING)
 
 
 class Link:
@@ -57,25 +89,35 @@ class Link:
             inbox=settings.inbox,
         )
         self._channel = _channel(settings)
-        self._lock = threading.Lock()
-        #: The link has become ready, or will not any more, or everything is written.
-        self._changed = threading.Condition(self._lock)
-        #: Whether a send can be written at once: the link is ready and nothing is waiting to be written.
+        #: A thread can tell whether it holds this one, and a signal handler in it does not wait for itself.
+        self._lock: Any = threading.RLock()
+        #: Woken when the link has become ready, or will not any more, or everything is written.
+        self._changes = Waiters()
+        #: Whether a send can be written at once: the link is ready, nothing is waiting to be written, no call is at it.
         self._clear = False
+        #: What the I/O thread is to do before anything else, and which call waits for that.
+        self._chores: deque[tuple[Callable[[], Any], Call | None]] = deque()
+        #: Calls whose outcome is to come; each is settled even if the I/O thread loses what the broker has said.
+        self._calls: set[Call] = set()
         #: Whether the connection is gone for the dialog, and only the I/O thread has not closed it yet.
         self._dropping = False
         self._dial_at = 0.0
         self._forked = False
         #: Whether nobody but the I/O thread has the client any more.
         self._dropped = False
+        #: Whether the I/O thread does no more chores.
+        self._over = False
         self._gauge = Gauge(settings.inbox)
         #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
         self._boxes: weakref.WeakSet[Box[Any]] = weakref.WeakSet()
         self._inbox: Box[Message] = self._box()
         self._ordered: Box[Job] = self._box()
         self._requests: Box[Job] = self._box()
+        for box in (self._inbox, self._ordered, self._requests):
+            self._boxes.add(box)
         self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
-        self._threads: list[threading.Thread] = []
+        self._for_requests = HandlerThreads(self._requests, "brokerd requests", _REQUEST_THREADS, _REQUEST_THREADS)
+        self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
         self._thread = threading.Thread(
             target=_move_bytes,
             args=(weakref.ref(self), self._channel, (self._inbox, self._ordered, self._requests)),
@@ -113,97 +155,274 @@ class Link:
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self._check()
-        with self._lock:
-            yield
+    # Calls; without the lock
 
-    @contextlib.contextmanager
-    def _sending(self, timeout: float | None, *, answer: bool = False) -> Iterator[None]:
-        """Hold the lock, once a send, or an answer, can be written at once."""
-        self._check()
-        with self._lock:
-            if not self._clear:
-                self._wait_until_clear(timeout, answer=answer)
-            yield
+    def _interrupting(self) -> bool:
+        """Return whether this thread has interrupted a call of this client, which goes on only after this one.
 
-    def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
-        """Wait for the connection, and until what others have sent is written. answer: it takes answers, at least.
+        It has in a signal handler, and in a destructor that the collector of garbage calls.
+        """
+        if threading.get_ident() == self._thread.ident:
+            return True
+        if not self._lock._is_owned():
+            return False
+        if self._holds_up():
+            return True
+        self._release()
+        return False
+
+    def _release(self) -> None:
+        """Release the lock, however often this thread has it."""
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self._lock.release()
+
+    def _refuse_to_wait(self) -> None:
+        """Raise WouldDeadlock where a wait would never end."""
+        if self._interrupting():
+            raise WouldDeadlock(
+                "this signal handler holds up a call of the same client: send, publish, reply and close work here, "
+                "what waits for an answer does not"
+            )
+
+    def _mend(self) -> None:
+        """After an exception in a call: release what it still holds, and have the I/O thread look at what it left."""
+        if self._interrupting():
+            # The lock belongs to the call below this one.
+            return
+        self._channel.mend()
+        if not self._clear:
+            # What failed before it had changed anything holds up no other sender.
+            with self._lock:
+                channel = self._channel
+                if not channel.unsure and self._dialog.in_order(len(channel.backlog)):
+                    self._settle()
+            self._channel.ring()
+
+    def _holds_up(self) -> bool:
+        """Return whether a call of this client is below this one on the stack, behind a frame that is not the client's.
+
+        If not, and the lock is held by this thread, then an interrupted call has not released it.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        outside = False
+        while frame is not None:
+            if frame.f_globals.get("__name__") not in _OWN_MODULES or frame.f_locals.get("self") is not self:
+                outside = True
+            elif outside and frame.f_code.co_name in _LOCKING:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _put(self, timeout: float | None, put: Callable[..., T], *args: Any, answer: bool = False) -> T:
+        """Call ``put``, which puts frames out, once these can be written; write them; return what it returned.
+
+        answer: it is an answer, which a connection that the broker closes soon takes, too.
+
+        Raises WouldDeadlock, and what _wait_until_clear and ``put`` raise.
+        """
+        self._check()
+        deadline = None
+        while True:
+            try:
+                with self._lock:
+                    if (self._clear and not self._chores) or (answer and self._takes_answers()):
+                        self._clear = False
+                        result = put(*args)
+                        self._clear = self._write(awaited=True) and self._dialog.state is State.READY
+                        return result
+                deadline = self._wait_until_clear(timeout, deadline, answer=answer)
+            except BaseException:
+                self._mend()
+                raise
+
+    def _takes_answers(self) -> bool:
+        """Return whether an answer can be written at once, on a connection that the broker closes soon."""
+        waiting = bool(self._channel.backlog or self._chores or self._dropping or self._channel.unsure)
+        return self._dialog.state is State.DRAINING and not waiting and self._dialog.in_order(0)
+
+    def _wait_until_clear(self, timeout: float | None, deadline: float | None, *, answer: bool = False) -> float:
+        """Wait for the connection, and until what others have sent is written; return the deadline, for the next call.
+
+        answer: it takes answers, at least.
 
         Raises TimedOut: others' bytes are still waiting. Raises Disconnected: there is no connection.
         """
+        self._refuse_to_wait()
         limit = self._settings.timeout_s if timeout is None else timeout
-        deadline = time.monotonic() + limit
-        while not self._clear and not (answer and self._dialog.may_answer and not self._channel.backlog):
-            if self._dialog.state is State.READY or (answer and self._dialog.may_answer):
-                # The broker takes nothing now: only the caller's own timeout counts.
-                remaining = None if timeout is None else deadline - time.monotonic()
+        if deadline is None:
+            deadline = time.monotonic() + limit
+        mine = gate()
+        try:
+            while True:
+                self._changes.enter(mine)
+                with self._lock:
+                    if self._chores:
+                        self._clear = False
+                    clear = self._clear or (answer and self._takes_answers())
+                    linked = self._dialog.state is State.READY or (answer and self._dialog.may_answer)
+                    if not clear and (not linked or timeout is not None):
+                        remaining = deadline - time.monotonic()
+                        if not linked and (remaining <= 0 or self.closed):
+                            self._dialog.require_ready()
+                    else:
+                        # The broker takes nothing now: only the caller's own timeout counts.
+                        remaining = None
+                if clear:
+                    return deadline
                 if remaining is not None and remaining <= 0:
                     raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
-            else:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or self.closed:
-                    self._dialog.require_ready()
-            self._changed.wait(remaining)
+                # An interrupted call may have left that to do.
+                self._channel.ring()
+                if not wait_at(mine, remaining) and not self._changes.leave(mine):
+                    # It is being opened at this moment: not to be used twice.
+                    mine = gate()
+        finally:
+            self._changes.leave(mine)
 
-    def _write(self, *, awaited: bool = False) -> None:
-        """Write what the dialog has put out. awaited: whether this thread waits for what becomes of it."""
-        data = self._dialog.data_to_send()
-        if not data:
-            return
+    def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Return whether the condition, which a change may make true, comes about in time."""
+        deadline = time.monotonic() + timeout
+        mine = gate()
         try:
-            self._dialog.wrote(self._channel.write(data))
-        except OSError:
-            # The I/O thread finds that out too, reads what came before, and then tells everybody: nothing that has come
-            # is lost because somebody wrote before it was read.
-            self._channel.keep(data)
-        if self._channel.backlog:
-            self._clear = False
-            self._channel.ring()
-        elif awaited and self._gauge.full:
-            # The outcome may be behind what is not being read.
-            self._channel.ring()
+            while True:
+                self._changes.enter(mine)
+                if condition():
+                    return True
+                if not wait_at(mine, deadline - time.monotonic()):
+                    return condition()
+        finally:
+            self._changes.leave(mine)
 
     def _outcome(self, call: Call, id: int, deadline: float | None) -> Any:
-        """Wait, without the lock, and return or raise what became of a call."""
-        try:
-            done = call.wait(deadline)
-        except BaseException:
-            self._abandon([id])
-            raise
-        if not done:
-            self._abandon([id])
+        """Wait, and return or raise what became of a call."""
+        if not call.wait(deadline):
+            self._have_done(lambda: self._dialog.abandon(id))
             if not call.done:
+                self._calls.discard(call)
                 raise TimedOut(f"no answer to {id} in time")
+        self._calls.discard(call)
         if isinstance(call.value, BaseException):
             raise call.value
         return call.value
 
-    def _abandon(self, ids: list[int]) -> None:
-        """Nobody waits for these any more; without the lock."""
-        if ids:
-            with self._lock:
-                for id in ids:
-                    self._dialog.abandon(id)
-                self._write()
+    def _forsake(self, call: Call) -> None:
+        """After an exception in a call that waits for an outcome: expect none any more."""
+        self._leave_chore(lambda: self._dialog.forsake(call))
+        # Behind the chore that may be about to add it.
+        self._leave_chore(lambda: self._calls.discard(call))
+
+    # Chores
+
+    def _leave_chore(self, act: Callable[[], object]) -> None:
+        """Have the I/O thread do it, soon."""
+        self._chores.append((act, None))
+        self._clear = False
+        self._channel.ring()
+        if self._over:
+            self._do_chores()
+
+    def _have_done(self, act: Callable[[], T]) -> T:
+        """Have the I/O thread do it; return what it returns. Raises WouldDeadlock, and what it raises."""
+        self._refuse_to_wait()
+        call = Call()
+        try:
+            self._calls.add(call)
+            self._chores.append((act, call))
+            self._channel.ring()
+            if self._over:
+                self._do_chores()
+            call.wait(None)
+            self._calls.discard(call)
+        except BaseException:
+            self._leave_chore(lambda: self._calls.discard(call))
+            raise
+        if isinstance(call.value, BaseException):
+            raise call.value
+        return cast("T", call.value)
+
+    def _do_chores(self) -> None:
+        """Do what was left to do; in the I/O thread, or after its end. Takes the lock."""
+        with self._lock:
+            while self._chores:
+                act, call = self._chores.popleft()
+                try:
+                    value = act()
+                    self._write()
+                except Exception as error:  # noqa: BLE001 - the caller's, where there is a caller
+                    if call is not None:
+                        call.settle(error)
+                    else:
+                        log().exception("a client could not do what it was asked for")
+                else:
+                    if call is not None:
+                        call.settle(value)
+
+    def _put_late(self, ids: list[int], to: str, put: Callable[[], None]) -> None:
+        """Put out, as a chore, what a signal handler has sent."""
+        try:
+            put()
+        except (Disconnected, Closed) as error:
+            for id in ids:
+                self._dialog.undelivered += 1
+                self._desk.tell_undelivered(
+                    Disconnected(f"{error}; {id} to {to} was not sent", id=id), time.monotonic()
+                )
+
+    # With the lock
+
+    def _write(self, *, awaited: bool = False) -> bool:
+        """Write what the dialog has put out; return whether a sender may go on.
+
+        awaited: a thread may wait for what becomes of it.
+        """
+        data = self._dialog.peek()
+        if data:
+            self._dialog.took(self._channel.write(data))
+        if self._channel.backlog or self._chores:
+            self._clear = False
+            self._channel.ring()
+            return False
+        if awaited and self._gauge.full:
+            # The outcome may be behind what is not being read.
+            self._channel.ring()
+        return True
+
+    def _settle(self) -> None:
+        """Let senders go on, if there is nothing in their way."""
+        if self._channel.backlog or self._chores or self._dropping:
+            return
+        if self._dialog.state is State.READY:
+            self._clear = True
+        elif self._dialog.state is not State.DRAINING:
+            return
+        if self._changes:
+            self._changes.wake()
+
+    def _look_over(self, now: float) -> bool:
+        """Return whether the connection can be used, after finishing what an interrupted call has begun.
+
+        Where it is not known how much of that has left, the connection is ended.
+        """
+        if self._dropping or self._dialog.state not in _LINKED or not self._channel.open:
+            return not self._dropping
+        channel = self._channel
+        if channel.unsure:
+            self._end_link(Disconnected("a call was interrupted while it was writing"), now, at_once=True)
+            return False
+        if not self._dialog.in_order(len(channel.backlog)):
+            self._dialog.recover(channel.given, len(channel.backlog))
+            self._write()
+        return True
 
     def _box(self) -> Box[Any]:
-        """Return a new box of this client; without the lock."""
-        box: Box[Any] = Box(self._lock, self._gauge, self._channel)
-        with self._lock:
-            self._boxes.add(box)
-        return box
+        """Return a new box of this client."""
+        # Not a method of the client: the boxes are held by threads that must not hold the client.
+        return Box(self._gauge, self._channel, self._lock._is_owned)
 
-    def _hire(self, box: Box[Job], count: int) -> None:
-        """Have so many threads do the jobs in the box, if none does yet."""
-        name = "brokerd requests" if box is self._requests else "brokerd messages"
-        if box.ended is not None or any(thread.name == name for thread in self._threads):
-            return
-        for _ in range(count):
-            thread = threading.Thread(target=_work, args=(box,), name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _end_feed(self, box: Box[Any], why: BrokerdError) -> None:
+        """End the box of a subscription or watch."""
+        box.end(why)
 
     def _absorb(self, batch: Batch[Message], now: float) -> None:
         """Pass on what the dialog says has happened."""
@@ -215,7 +434,7 @@ class Link:
             if batch.events:
                 self._desk.spread(batch.events)
         for sink, why in batch.ended:
-            sink.box.end(why)
+            self._end_feed(sink.box, why)
         if batch.undelivered or batch.unreadable or batch.warnings or batch.broken:
             was_due = self._desk.warning_due
             for error in batch.undelivered:
@@ -225,14 +444,20 @@ class Link:
                 self._channel.ring()
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
-            with contextlib.suppress(OSError):
-                if self._channel.open and not self._channel.connecting:
-                    self._dialog.wrote(self._channel.write(self._dialog.data_to_send()))
+            if self._channel.open and not self._channel.connecting:
+                self._write()
             self._end_link(batch.broken, now)
 
-    def _end_link(self, reason: BrokerdError, now: float) -> None:
-        """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it."""
-        batch = self._dialog.lost(reason, now, chance())
+    def _end_link(self, reason: BrokerdError, now: float, *, at_once: bool = False) -> None:
+        """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it.
+
+        at_once: the next one may be tried without a wait.
+        """
+        self._clear = False
+        # After an interrupted write, bytes may have left that nothing here knows of.
+        in_order = not self._channel.unsure and self._dialog.in_order(len(self._channel.backlog))
+        doubtful = 0 if in_order else self._dialog.unhanded
+        batch = self._dialog.lost(reason, now, chance(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         # Before the boxes end, so that on_undelivered hears of a last loss too.
@@ -243,7 +468,6 @@ class Link:
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""
         state = self._dialog.state
-        self._clear = state is State.READY and not self._channel.backlog
         if state is State.GONE:
             why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
             for box in list(self._boxes):
@@ -251,7 +475,7 @@ class Link:
         elif state in (State.CLOSING, State.CLOSED):
             for box in list(self._boxes):
                 box.end(Closed("the client is closed"))
-        self._changed.notify_all()
+        self._changes.wake()
 
     # The I/O thread; without the lock
 
@@ -261,31 +485,33 @@ class Link:
             return None
         now = time.monotonic()
         with self._lock:
-            if self._dropping:
-                self._channel.drop()
-                self._dropping = False
+            self._clear = False
+            self._look_over(now)
+            self._drop()
+            self._do_chores()
             self._absorb(self._dialog.tick(now), now)
-            if self._dialog.state is State.DRAINING:
-                # A call that has timed out may have been the last that kept the connection.
-                self._write()
-            if self._dropping:
-                self._channel.drop()
-                self._dropping = False
+            self._drop()
             state = self._dialog.state
+            if state in _LINKED and self._channel.open:
+                self._write()
             over = state in (State.CLOSED, State.GONE)
             due = self._desk.warning_due
             if due is not None and (over or now >= due):
                 self._desk.warn_of_more(now)
             if over:
+                self._over = True
+                self._do_chores()
                 return None
             dialing = state in (State.IDLE, State.WAITING) and now >= self._dial_at
             if dialing:
                 self._dialog.dialing(now)
+            self._settle()
         if dialing or (state is State.CONNECTING and not self._channel.open and now >= self._dial_at):
             self._dial(now)
         with self._lock:
+            state = self._dialog.state
             deadline = self._dialog.next_deadline()
-            if self._dialog.state is State.CONNECTING and not self._channel.open:
+            if state is State.CONNECTING and not self._channel.open:
                 deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
             due = self._desk.warning_due
             if due is not None:
@@ -293,8 +519,42 @@ class Link:
             limit = self._gauge.limit
             full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
             reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
-            closing = self._dialog.state is State.CLOSING
-        return (None if deadline is None else max(0.0, deadline - time.monotonic())), reading or closing
+            reading = reading or state is State.CLOSING
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not reading:
+                remaining = _FULL_S if remaining is None else min(remaining, _FULL_S)
+            if self._chores or self._dropping:
+                remaining = 0.0
+        return remaining, reading
+
+    def _drop(self) -> None:
+        """Close the connection, if it is gone for the dialog."""
+        if self._dropping:
+            self._channel.drop()
+            self._dropping = False
+
+    def replace(self, thread: threading.Thread) -> None:
+        """Note that another thread is the I/O thread from now on."""
+        self._thread = thread
+
+    def survive(self, error: BaseException) -> None:
+        """Go on after an exception in this thread: its connection is lost like any other."""
+        self._release()
+        self._channel.mend()
+        log().error("a connection is lost in a way that is not foreseen", exc_info=error)
+        with self._lock:
+            self._clear = False
+            now = time.monotonic()
+            if not self._dropping and self._dialog.state not in (State.IDLE, State.WAITING, State.GONE, State.CLOSED):
+                reason = Disconnected(f"the connection broke: {error!r}")
+                reason.__cause__ = error
+                # A bug raises an Exception, and may raise it again on the next connection: that one has to wait.
+                self._end_link(reason, now, at_once=not isinstance(error, Exception))
+            self._channel.renew()
+            self._dropping = False
+            for call in list(self._calls):
+                call.settle(InDoubt("the connection broke, and what became of this call is not known"))
+            self._note_state()
 
     def _dial(self, now: float) -> None:
         try:
@@ -377,7 +637,8 @@ class Link:
         """Have the dialog read it; return whether the connection goes on."""
         now = time.monotonic()
         with self._lock:
-            if self._dropping:
+            self._clear = False
+            if not self._look_over(now):
                 return False
             before = self._dialog.state
             batch = self._dialog.receive(data, self, now)
@@ -386,15 +647,18 @@ class Link:
                 self._write()
             if self._dialog.state is not before and self._dialog.may_answer:
                 self._note_state()
+            self._settle()
             return not self._dropping
 
     def _flush(self) -> None:
         with self._lock:
-            if self._channel.unwritten() and not self._dropping:
+            self._clear = False
+            if self._look_over(time.monotonic()) and self._channel.unwritten():
                 self._dialog.wrote(self._channel.flush())
-                # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
-                if not self._channel.backlog:
-                    self._note_state()
+                if not self._channel.backlog and self._changes:
+                    self._changes.wake()
+            # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
+            self._settle()
 
 
 def _channel(settings: Settings) -> Channel:
@@ -405,43 +669,75 @@ def _channel(settings: Settings) -> Channel:
     return TlsChannel(settings.address, settings.tls)
 
 
-def _work(box: Box[Job]) -> None:
-    """Do the jobs of a box until it ends. Holds the client only while a job is being done."""
-    while True:
-        try:
-            function, item = box.take(None)
-        except BrokerdError:
-            return
-        try:
-            function(item)
-        # An exit would end this thread, which others' messages need, and not the program.
-        except (Exception, SystemExit):  # noqa: BLE001 - the handler's own, whatever it is
-            log().exception("a handler failed")
-        del function, item
+#: Where the methods are that may hold a client's lock.
+_OWN_MODULES: Final = (__name__, "brokerd_client.blocking")
+_LOCKING: Final = ("send", "_put", "_mend", "_wait_until_clear", "_do_chores", "close")
 
 
-def _move_bytes(ref: weakref.ref[Link], channel: Channel, boxes: Iterable[Box[Any]]) -> None:
-    """Run a client's I/O thread. Holds the client only between two waits.
+def _move_bytes(
+    ref: weakref.ref[Link], channel: Channel, boxes: Iterable[Box[Any]], error: BaseException | None = None
+) -> None:
+    """Run a client's I/O thread, which ends with the client and by nothing else.
 
-    boxes: ended when the thread ends, for a client that was dropped unclosed can't do it.
+    Holds the client only between two waits. boxes: ended when the thread ends, for a client that was dropped unclosed
+    can't do it. error: what has ended the thread before this one.
     """
     try:
-        while (client := ref()) is not None:
-            try:
-                plan = client.prepare()
-            finally:
-                del client
-            if plan is None:
-                return
-            readable, writable = channel.wait(plan[0], reading=plan[1])
-            if (client := ref()) is None:
-                return
-            try:
-                client.act(readable=readable, writable=writable)
-            finally:
-                del client
-    finally:
+        _keep_moving(ref, channel, error)
         channel.close()
         for box in boxes:
-            with box.filled:
-                box.end(Closed("the client is closed"))
+            box.end(Closed("the client is closed"))
+    except BaseException as caught:  # noqa: BLE001 - it has struck the handling of another one, below
+        thread = threading.Thread(
+            target=_move_bytes, args=(ref, channel, boxes, caught), name="brokerd client", daemon=True
+        )
+        if (client := ref()) is not None:
+            client.replace(thread)
+        thread.start()
+
+
+def _keep_moving(ref: weakref.ref[Link], channel: Channel, error: BaseException | None) -> None:
+    rest_s = 0.0
+    while True:
+        try:
+            if error is not None:
+                rest_s = min(_LONGEST_REST_S, 2 * rest_s + _REST_S)
+                if not _survive(ref, error):
+                    return
+                error = None
+                time.sleep(rest_s)
+            while _turn(ref, channel):
+                rest_s = 0.0
+            return
+        except BaseException as caught:  # noqa: BLE001 - without this thread every call of the client would hang
+            error = caught
+
+
+def _turn(ref: weakref.ref[Link], channel: Channel) -> bool:
+    """Do what is due, wait, and do what the socket is ready for; return whether the thread goes on."""
+    if (client := ref()) is None:
+        return False
+    try:
+        plan = client.prepare()
+    finally:
+        del client
+    if plan is None:
+        return False
+    readable, writable = channel.wait(plan[0], reading=plan[1])
+    if (client := ref()) is None:
+        return False
+    try:
+        client.act(readable=readable, writable=writable)
+    finally:
+        del client
+    return True
+
+
+def _survive(ref: weakref.ref[Link], error: BaseException) -> bool:
+    if (client := ref()) is None:
+        return False
+    try:
+        client.survive(error)
+    finally:
+        del client
+    return True

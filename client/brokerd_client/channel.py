@@ -2,6 +2,9 @@
 
 Knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes; any thread may write or ring,
 one at a time. ``handed``, what the operating system has taken, is what the caller of :meth:`write` is told.
+
+A write may be interrupted by an exception, of a signal handler for example. What it was given is kept in ``backlog``
+before the system is, and ``unsure`` says whether the system may have taken more than ``backlog`` tells.
 """
 
 from __future__ import annotations
@@ -12,26 +15,39 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
+from brokerd_client.errors import TlsError
 from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "by_system"]
 
 _READ_SIZE = 64 * 1024
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 
+def by_system(error: OSError) -> bool:
+    """Return whether the system has raised it, and not a signal handler, whose TimeoutError is an OSError too."""
+    return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError))
+
+
 class Channel:
     """One connection at a time, to one address."""
+
+    #: Returns how many bytes the system has taken. Raises OSError: none, at the moment or for good.
+    _send: Callable[[bytes | memoryview], int]
 
     def __init__(self, address: Address) -> None:
         validate_family(address.family)
         self.address = address
         #: Written by no one yet: the rest of what a write could not finish.
-        self.backlog = memoryview(b"")
+        self.backlog: bytes | memoryview = b""
+        #: Bytes given to write() on this connection.
+        self.given = 0
+        #: Whether a write is at it, or was interrupted while the system took its bytes.
+        self.unsure = False
         self.connecting = False
         self._socket: socket.socket | None = None
         self._candidates: Iterator[tuple[int, tuple[object, ...] | str]] = iter(())
@@ -65,6 +81,7 @@ class Channel:
         if self.address.family == "AF_PIPE":
             self._socket = dial_pipe(self.address.path)
             self._socket.setblocking(False)
+            self._send = self._socket.send
             return True
         if self.address.family == "AF_UNIX":
             self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
@@ -89,16 +106,21 @@ class Channel:
     def _try_next(self, error: OSError) -> bool:
         for family, sockaddr in self._candidates:
             sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            if family != getattr(socket, "AF_UNIX", None):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # A peer whose machine is gone says nothing for ever.
-                keep_alive(sock, DEFAULT_S)
-            code = sock.connect_ex(sockaddr)
-            if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
-                self._socket = sock
-                self.connecting = code != 0
-                return not self.connecting
+            try:
+                sock.setblocking(False)
+                if family != getattr(socket, "AF_UNIX", None):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    # A peer whose machine is gone says nothing for ever.
+                    keep_alive(sock, DEFAULT_S)
+                code = sock.connect_ex(sockaddr)
+                if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
+                    self._socket = sock
+                    self._send = sock.send
+                    self.connecting = code != 0
+                    return not self.connecting
+            except BaseException:
+                sock.close()
+                raise
             sock.close()
             error = OSError(code, os.strerror(code))
         raise error
@@ -106,32 +128,51 @@ class Channel:
     def write(self, data: bytes) -> int:
         """Write what goes now, behind the backlog, and keep the rest there; return how many bytes went.
 
-        Raises OSError: the connection is gone.
+        A connection that is gone takes nothing: the I/O thread finds that out, too, and reads what came before.
         """
         if self.backlog:
-            self.keep(data)
+            both = b"".join((self.backlog, data))
+            size = len(data)
+            self.unsure = True
+            self.backlog = both
+            self.given += size
+            self.unsure = False
             return 0
-        sent = self._send(data)
-        if sent < len(data):
+        size = len(data)
+        self.unsure = True
+        self.backlog = data
+        self.given += size
+        try:
+            # A loop, since CPython raises a signal handler's exception after a call of send, when its result is not in
+            # a variable yet, but not between a loop's step and its variable.
+            for sent in map(self._send, (data,)):
+                if sent == size:
+                    self.backlog = b""
+                    self.unsure = False
+                    return size
+                break
+        except OSError as error:
+            if not by_system(error):
+                raise
+            sent = 0
+        if sent:
             self.backlog = memoryview(data)[sent:]
+        self.unsure = False
         return sent
-
-    def keep(self, data: bytes) -> None:
-        """Put it behind the backlog."""
-        self.backlog = memoryview(b"".join((self.backlog, data)))
 
     def flush(self) -> int:
         """Write what goes of the backlog; return how many bytes went. Raises OSError: the connection is gone."""
-        sent = self._send(self.backlog)
-        self.backlog = self.backlog[sent:]
-        return sent
-
-    def _send(self, data: bytes | memoryview) -> int:
-        assert self._socket is not None
+        self.unsure = True
         try:
-            return self._socket.send(data)
+            sent = self._send(self.backlog)
         except (BlockingIOError, InterruptedError):
-            return 0
+            sent = 0
+        except OSError as error:
+            self.unsure = not by_system(error)
+            raise
+        self.backlog = memoryview(self.backlog)[sent:]
+        self.unsure = False
+        return sent
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
@@ -204,8 +245,11 @@ class Channel:
 
     def ring(self) -> None:
         """Wake the I/O thread. Never blocks: a bell that is full has been heard."""
-        with contextlib.suppress(OSError):
+        try:
             self._bell.send(b"!")
+        except OSError as error:
+            if not by_system(error):
+                raise
 
     def drop(self) -> None:
         """Close the connection, if there is one; what waited to be written is forgotten."""
@@ -215,7 +259,25 @@ class Channel:
             self._socket = None
         self.connecting = self._vanished = False
         self._silence = Silence()
-        self.backlog = memoryview(b"")
+        self.backlog = b""
+        self.given = 0
+        self.unsure = False
+
+    def mend(self) -> None:
+        """Release what an interrupted call of this thread still holds."""
+
+    def renew(self) -> None:
+        """Close the connection, whatever state it was left in. For the I/O thread, after an exception in it."""
+        sock, self._socket = self._socket, None
+        with contextlib.suppress(OSError):
+            self._selector.close()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._mask = 0
+        self.drop()
 
     def close(self) -> None:
         """Close everything. The I/O thread's last act."""

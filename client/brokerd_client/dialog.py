@@ -15,6 +15,7 @@ A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with what arr
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -59,6 +60,8 @@ M = TypeVar("M", bound=Message)
 LINGER_S: Final = 0.5
 #: Bytes that may wait to leave while the dialog answers, by itself, requests that can't be read.
 _ANSWERING: Final = 2**18
+#: The ids of what is put out later are so much above the others, which are below 2**62 when a client begins.
+_LATE_IDS: Final = 2**63
 #: Doublings of the first wait before connecting for the first time is tried again.
 _CROWDED: Final = 3
 
@@ -105,6 +108,8 @@ class Dialog(Reception[M]):
         self.losses = 0
         self._key = key
         self._first_id = self._next_id = first_id
+        #: Ids for what is put out later with ``send_as`` or ``publish_as``. Taking one is a single step.
+        self.late_ids = itertools.count(_LATE_IDS + first_id)
         self._reconnect = reconnect
         self._timeout_s = timeout_s
         self._link_deadline: float | None = None
@@ -122,6 +127,9 @@ class Dialog(Reception[M]):
         self.data_to_send: Callable[[], bytes] = self._outgoing.data
         #: Called with how many more bytes the face has handed to the operating system.
         self.wrote: Callable[[int], None] = self._outgoing.wrote
+        #: The same in two steps, between which an interrupted call of the face loses nothing.
+        self.peek: Callable[[], bytes] = self._outgoing.peek
+        self.took: Callable[[int], None] = self._outgoing.took
 
     # The link
 
@@ -167,15 +175,31 @@ class Dialog(Reception[M]):
             self._outgoing.refused(getattr(refusal, "id", 0))
         return batch
 
+    def in_order(self, waiting: int) -> bool:
+        """Return whether every byte put out is the operating system's, or among the ``waiting`` bytes of the face."""
+        return self._outgoing.in_order(waiting)
+
+    def recover(self, given: int, waiting: int) -> None:
+        """Count again what was put out, after a call of the face that was interrupted: see Outgoing.recover."""
+        self._outgoing.recover(given, waiting)
+
+    @property
+    def unhanded(self) -> int:
+        """Bytes put out that :meth:`wrote` has not been told of; after an interrupted call some of these have left."""
+        return max(0, self._outgoing.queued - self._outgoing.handed)
+
     @property
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data_to_send`."""
         return self._outgoing.untaken
 
-    def lost(self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0) -> Batch[M]:
+    def lost(
+        self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0, at_once: bool = False
+    ) -> Batch[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
 
         chance: a random number in [0, 1). doubtful: bytes beyond those told to :meth:`wrote` that may have left.
+        at_once: the face has ended it for a reason of its own, so that the next try need not wait.
         """
         batch: Batch[M] = Batch()
         lived = now - self._ready_since if self.state in _LINKED else 0.0
@@ -197,8 +221,10 @@ class Dialog(Reception[M]):
         if self.state is State.WAITING:
             # A link that breaks at once must not be tried at once again, for ever.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
-            self.retry_at = now + wait
-            self._attempt += 1
+            self.retry_at = now
+            if not at_once:
+                self.retry_at += wait
+                self._attempt += 1
         may_have_left = self._outgoing.handed + doubtful
         for pending in self.awaiting.clear():
             self._forget_subscription(pending)
@@ -294,6 +320,18 @@ class Dialog(Reception[M]):
         self._outgoing.put_messages(ids, to, codecs, bodies)
         self._next_id = ids.stop
         return list(ids)
+
+    def send_as(self, id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
+        """Put out a MESSAGE whose id the face has given already."""
+        self.require_ready()
+        self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
+        self._outgoing.unheard(id, to)
+
+    def publish_as(self, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
+        """Put out an EVENT whose id the face has given already."""
+        self.require_ready()
+        self._outgoing.put_event(0, id, topic, codec, body, extension)
+        self._outgoing.unheard(id, topic)
 
     def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out an EVENT nobody waits for; return its id."""
@@ -405,6 +443,18 @@ class Dialog(Reception[M]):
             self._withdraw(pending)
             self._finish()
 
+    def forsake(self, waiter: object) -> None:
+        """Expect no outcome for the waiter any more: its caller was interrupted."""
+        for pending in self.awaiting.of(waiter):
+            self.abandon(pending.id)
+
+    def forget(self, sink: object) -> None:
+        """Give the sink of a subscription or watch nothing more, however far the call that makes it has come."""
+        for watch in [each for each in self._watches if each.sink is sink]:
+            self.unwatch(watch)
+        for route in [each for each in self.routes if sink in each.sinks]:
+            self._leave(route, sink)
+
     # Sending, below
 
     def hung_up(self) -> Disconnected:
@@ -512,7 +562,7 @@ class Dialog(Reception[M]):
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 
     def _has_answered(self, id: int) -> bool:
-        if self._first_id <= id < self._next_id:
+        if self._first_id <= id < self._next_id or id >= _LATE_IDS + self._first_id:
             return False
         self._outgoing.refused(id)
         return True

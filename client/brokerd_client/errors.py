@@ -10,7 +10,8 @@
     │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
     │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
     │   ├── WrongLoop                (RuntimeError) an asyncio client used outside the event loop that made it
-    │   └── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
+    │   ├── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
+    │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the call that it has interrupted
     ├── RemoteError                  the peer broke the rules
     │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or with the connection as a whole
     │   ├── FrameError
@@ -75,6 +76,7 @@ __all__ = [
     "TooLarge",
     "UndecodablePayload",
     "Unsupported",
+    "WouldDeadlock",
     "WrongLoop",
     "WrongProcess",
     "refusal",
@@ -118,6 +120,10 @@ class WrongLoop(LocalError, RuntimeError):
 
 class WrongProcess(LocalError, RuntimeError):
     """A client made by one process was used in a fork of it."""
+
+
+class WouldDeadlock(LocalError, RuntimeError):
+    """A signal handler called something that waits, and has interrupted a call of the same client."""
 
 
 class RemoteError(BrokerdError):

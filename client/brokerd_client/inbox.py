@@ -32,20 +32,25 @@ def largest_message(inbox: int) -> int:
 
 
 class Gauge:
-    """Bytes held by all inboxes of one client, against the limit. ``full``: the socket is to be left unread."""
+    """Bytes held by all inboxes of one client, against the limit. ``full``: the socket is to be left unread.
 
-    __slots__ = ("full", "held", "limit")
+    asked: whether the face has been asked to weigh again.
+    """
+
+    __slots__ = ("asked", "full", "held", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
         self.full = False
+        self.asked = False
 
     def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
         """Return, and keep, whether the inboxes hold more than ``limit`` bytes, after settling each.
 
         ``full`` is raised before the settling: a taker that comes too late to be settled sees it.
         """
+        self.asked = False
         if self.held > limit:
             self.full = True
             for inbox in inboxes:

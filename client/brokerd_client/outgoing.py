@@ -68,6 +68,29 @@ class Outgoing:
         self._taken = self.queued
         return data
 
+    def peek(self) -> bytes:
+        """Return what is to be written; ``took`` says what has become of it."""
+        return b"".join(self._parts)
+
+    def took(self, size: int) -> None:
+        """Forget what :meth:`peek` has returned: ``size`` bytes of it have been written, and the face has the rest."""
+        self._parts.clear()
+        self._taken = self.queued
+        self.wrote(size)
+
+    def recover(self, given: int, waiting: int) -> None:
+        """Count again, after a call that was interrupted.
+
+        given: bytes of this connection that the face has, or has had. waiting: how many of these it has still to write.
+        """
+        if given > self._taken:
+            # It was interrupted between giving them to the face and forgetting them here.
+            self._parts.clear()
+            self._taken = given
+        self.queued = self._taken + sum(map(len, self._parts))
+        self.handed = self._taken - waiting
+        self.wrote(0)
+
     def drop(self) -> None:
         """Forget what is to be written."""
         self._parts.clear()
@@ -77,6 +100,13 @@ class Outgoing:
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data`."""
         return self.queued - self._taken
+
+    def in_order(self, waiting: int) -> bool:
+        """Return whether every byte put out is the operating system's, or among the ``waiting`` bytes of the face.
+
+        It is not after a call that was interrupted while it put out or wrote a frame.
+        """
+        return not self._parts and self._taken == self.queued == self.handed + waiting
 
     def wrote(self, size: int) -> None:
         """So many more bytes are the operating system's now."""

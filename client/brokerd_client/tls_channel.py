@@ -11,7 +11,7 @@ import ssl
 import threading
 
 from brokerd_client.address import Address
-from brokerd_client.channel import Channel
+from brokerd_client.channel import Channel, by_system
 from brokerd_client.tls_stream import TlsStream
 
 __all__ = ["TlsChannel"]
@@ -26,7 +26,8 @@ class TlsChannel(Channel):
         super().__init__(address)
         self._context = context
         self._stream: TlsStream | None = None
-        self._turn = threading.Lock()
+        #: A thread can tell whether it holds this one: see mend.
+        self._turn = threading.RLock()
 
     @property
     def bindings(self) -> dict[str, bytes]:
@@ -52,6 +53,7 @@ class TlsChannel(Channel):
         assert self._socket is not None
         self.connecting = True
         self._stream = TlsStream(self._socket, self._context, hostname=self.address.host)
+        self._send = self._send_encrypted
         return self._shake()
 
     def _shake(self) -> bool:
@@ -67,7 +69,7 @@ class TlsChannel(Channel):
             self.ring()
         return sent
 
-    def _send(self, data: bytes | memoryview) -> int:
+    def _send_encrypted(self, data: bytes | memoryview) -> int:
         assert self._stream is not None
         sent = 0
         with self._turn:
@@ -77,9 +79,9 @@ class TlsChannel(Channel):
                     sent += self._stream.send(memoryview(data)[sent:])
             except (BlockingIOError, InterruptedError):
                 pass
-            except OSError:
+            except OSError as error:
                 # What was taken before may have left. The next write fails again.
-                if not sent:
+                if not sent or not by_system(error):
                     raise
         return sent
 
@@ -111,6 +113,12 @@ class TlsChannel(Channel):
         if self._stream is None or not self.connecting:
             return super()._wanted(reading=reading)
         return True, self._stream.unsent
+
+    def mend(self) -> None:
+        """Release the turn, where an interrupted call of this thread still holds it."""
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self._turn.release()
 
     def drop(self) -> None:
         """Close the connection, if there is one."""

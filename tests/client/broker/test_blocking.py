@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import socket
@@ -29,6 +30,7 @@ from brokerd_client.errors import (
     AuthenticationError,
     Disconnected,
     InDoubt,
+    RequestFailed,
     TimedOut,
     WrongProcess,
 )
@@ -274,7 +276,8 @@ def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest
     monkeypatch.setattr("brokerd_client.blocking_boxes.Call.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         alice.request("bob", 1)
-    assert len(alice._dialog.awaiting) == 0
+    monkeypatch.undo()
+    until(lambda: len(alice._dialog.awaiting) == 0)
     alice.close()
     join_bob.close()
 
@@ -387,14 +390,14 @@ def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> 
             client._inbox.inbox.items = Slow()
             client._inbox.put([object()], 1000)
         next(iter(client))
-        assert not client._gauge.full
+        until(lambda: not client._gauge.full)
 
 
 def break_writes(client: Client) -> None:
     """Have the next write, and every later one, find the connection gone, as one whose peer has reset it."""
 
     def fail(data: object) -> int:
-        raise BrokenPipeError("gone")
+        raise BrokenPipeError(errno.EPIPE, "gone")
 
     client._channel._send = fail  # type: ignore[method-assign]
 
@@ -493,3 +496,67 @@ def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog
     assert alice.recv(PATIENCE).payload == "x"
     alice.close()
     bob.close()
+
+
+class Panic(BaseException):
+    """Not an Exception, like what a Rust extension raises when it panics, or pytest.fail."""
+
+
+def panic(message: Any) -> None:
+    """Fail as a handler should not."""
+    raise Panic
+
+
+def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_handled(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The requester gets RequestFailed, and every thread of a handler goes on."""
+    with join("alice", server) as alice, join("bob", server) as bob:
+        seen: list[object] = []
+
+        def handle(message: brokerd_client.Message) -> object:
+            seen.append(message.payload)
+            panic(message)
+            return None
+
+        bob.on_request(handle)
+        bob.on_message(handle)
+        bob.subscribe("a.>", callback=handle)
+        for _ in range(6):
+            with pytest.raises(RequestFailed, match="Panic"):
+                alice.request("bob", "request", timeout=PATIENCE)
+        alice.send_many([("bob", "message")] * 3)
+        alice.publish("a.b", "event", receipt=True)
+        until(lambda: len(seen) == 10)
+        assert "Panic" in caplog.text
+
+
+def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The I/O thread goes on, the cause is in the log, and the next connection works, also if the handshake failed."""
+    with join("alice", server) as alice:
+        for method in ("receive", "opened", "tick"):
+            losses = alice.counters["losses"]
+            with monkeypatch.context() as patch:
+                failing = [True]
+                original = getattr(alice._dialog, method)
+
+                def fail_once(
+                    *args: Any, failing: list[bool] = failing, original: Callable[..., Any] = original, **options: Any
+                ) -> Any:
+                    if failing:
+                        failing.clear()
+                        raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+                    return original(*args, **options)
+
+                patch.setattr(alice._dialog, method, fail_once)
+                if method == "opened":
+                    server.drop("alice")
+                with contextlib.suppress(ConnectionError):
+                    alice.ping()
+                until(lambda: not failing)  # noqa: B023
+            until(lambda: alice.counters["losses"] > losses)  # noqa: B023
+            until(lambda: alice.connected)
+            assert alice.ping() > 0
+        assert "UnicodeEncodeError" in caplog.text

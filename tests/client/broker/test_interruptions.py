@@ -1,0 +1,532 @@
+"""Exceptions that strike in the middle of a blocking call: of signal handlers, and of PyThreadState_SetAsyncExc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+import signal
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import trustme
+
+from brokerd.testing import RunningBroker, running
+from brokerd_client import BrokerdError, Client, Closed, Message, WouldDeadlock
+
+PATIENCE = 20.0
+LIBRARY = str(Path("client", "brokerd_client"))
+
+
+class Strike(BaseException):
+    """What is raised in the middle of a call."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, within bounds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.002)
+
+
+def struck(call: Callable[[], object], position: int, strike: Callable[[], object]) -> bool:
+    """Run the call; before the instruction of the library with this number, run ``strike``. Return whether it ran."""
+    count = 0
+    done = False
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count, done
+        if LIBRARY not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            if count == position:
+                # An exception raised here ends the tracing.
+                done = True
+                sys.settrace(None)
+                strike()
+            count += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return done
+
+
+def strike() -> None:
+    """Raise a Strike."""
+    raise Strike
+
+
+def positions(call: Callable[[], object], step: int, offset: int = 0) -> Iterator[int]:
+    """Interrupt the call at every ``step``-th of its instructions, and yield the number of each."""
+    position = offset
+    while True:
+        try:
+            if not struck(call, position, strike):
+                return
+        except Strike:
+            pass
+        yield position
+        position += step
+
+
+@pytest.fixture(params=["plain"])
+def broker(request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
+    """A broker with queues that have room for everything."""
+    with served(tls=request.param == "tls") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def served(*, tls: bool = False) -> Iterator[RunningBroker]:
+    """Run a broker, whose address is reached with TLS if wanted."""
+    clients = {name: {"queue": "64 MiB", "when_full": "wait"} for name in ("alice", "bob")}
+    if not tls:
+        with running(clients) as server:
+            yield server
+        return
+    ca = trustme.CA()
+    certificate = ca.issue_cert("127.0.0.1")
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    with certificate.private_key_and_cert_chain_pem.tempfile() as path:
+        entry = {"certificate": path, "key": path}
+        with running(clients, tls=entry) as server:
+            server.client_context = context  # type: ignore[attr-defined]
+            yield server
+
+
+class Reader:
+    """Takes everything that bob gets, in a thread."""
+
+    def __init__(self, bob: Client) -> None:
+        self.got: list[bytes] = []
+        self._bob = bob
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for message in self._bob:
+            self.got.append(message.body)
+            if message.kind.name == "REQUEST":
+                message.reply(b"answer")
+
+    def close(self) -> None:
+        """End it."""
+        self._bob.close()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def pair(server: RunningBroker) -> Iterator[tuple[Client, Reader]]:
+    """Connect alice and bob. What alice sends in vain is not logged."""
+    options = {"ssl": server.client_context} if hasattr(server, "client_context") else {}
+    alice, reader = server.connect("alice", **options), Reader(server.connect("bob", **options))
+    alice.on_undelivered(lambda error: None)
+    try:
+        yield alice, reader
+        assert alice._thread.is_alive()
+    finally:
+        alice.close()
+        reader.close()
+
+
+def body(number: int, size: int) -> bytes:
+    """Return a payload that shows where it is damaged."""
+    return (b"%08d" % number) * max(1, size // 8)
+
+
+def check_intact(got: list[bytes], size: int) -> list[int]:
+    """Return the numbers of the payloads, each of which is whole; they ascend."""
+    numbers = [int(each[:8]) for each in got]
+    assert all(each == body(number, size) for each, number in zip(got, numbers, strict=True))
+    assert numbers == sorted(set(numbers))
+    return numbers
+
+
+def check_send(server: RunningBroker, send: Callable[[Client, bytes], object], size: int, step: int) -> None:
+    """Interrupt a call that sends, at many of its instructions; after each the client has to work on."""
+    with pair(server) as (alice, reader):
+        numbers = iter(range(10**8))
+        marks: set[int] = set()
+
+        def call() -> None:
+            send(alice, body(next(numbers), size))
+
+        for _ in positions(call, step):
+            mark = next(numbers)
+            alice.send("bob", body(mark, size), receipt=True, timeout=PATIENCE)
+            marks.add(mark)
+        assert alice.control("ping", timeout=PATIENCE) == {}
+        alice.request("bob", body(next(numbers), size), timeout=PATIENCE)
+        until(lambda: marks <= {int(each[:8]) for each in reader.got})
+        check_intact(reader.got, size)
+        assert marks, "nothing was interrupted"
+
+
+SENDS: dict[str, Callable[[Client, bytes], object]] = {
+    "send": lambda client, data: client.send("bob", data),
+    "receipt": lambda client, data: client.send("bob", data, receipt=True, timeout=PATIENCE),
+    "request": lambda client, data: client.request("bob", data, timeout=PATIENCE),
+    "send_many": lambda client, data: client.send_many([("bob", data)]),
+}
+
+
+@pytest.mark.parametrize("send", SENDS)
+@pytest.mark.parametrize("size", [8, 400_000])
+def test_send_interrupted_at_some_instructions_corrupts_nothing(broker: RunningBroker, send: str, size: int) -> None:
+    check_send(broker, SENDS[send], size, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
+@pytest.mark.parametrize("send", SENDS)
+@pytest.mark.parametrize("size", [8, 400_000])
+def test_send_interrupted_at_every_instruction_corrupts_nothing(broker: RunningBroker, send: str, size: int) -> None:
+    check_send(broker, SENDS[send], size, 1)
+
+
+def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]]:
+    """Return calls that do not only send."""
+
+    feeds: list[Any] = []
+
+    def finish() -> None:
+        # An exception before the first instruction of close() is nothing that close() can do something about.
+        for feed in feeds:
+            feed.close()
+        feeds.clear()
+
+    def subscribe() -> None:
+        finish()
+        feeds.append(client.subscribe("a.>", timeout=PATIENCE))
+        client.publish("a.b", 1, receipt=True, timeout=PATIENCE)
+        feeds[0].recv(PATIENCE)
+        finish()
+
+    def watch() -> None:
+        finish()
+        feeds.append(client.watch_presence(timeout=PATIENCE))
+        feeds[0].recv(PATIENCE)
+        finish()
+
+    def iterate() -> None:
+        client.send("alice", b"to itself")
+        next(iter(client))
+
+    def receive() -> None:
+        client.send("alice", b"to itself")
+        client.recv(PATIENCE)
+
+    def answer() -> None:
+        with contextlib.suppress(Exception):
+            message.reply(b"once")
+
+    return {
+        "subscribe": subscribe,
+        "watch": watch,
+        "iterate": iterate,
+        "receive": receive,
+        "reply": answer,
+        "publish": lambda: client.publish("a.b", 1),
+        "control": lambda: client.control("ping", timeout=PATIENCE),
+        "register": lambda: client.on_request(lambda message: None),
+    }
+
+
+def check_exercise(server: RunningBroker, name: str, step: int) -> None:
+    """Interrupt the call at many of its instructions; the client works on, and keeps nothing."""
+    with pair(server) as (alice, _):
+        request = Message(2, 1, "bob", 0, b"", alice)
+        for _ in positions(exercise(alice, request)[name], step):
+            assert alice.control("ping", timeout=PATIENCE) == {}
+        # An exception before a call's very last instruction, the return, comes too late for the call to take back what
+        # it is about to return.
+        returned = {"subscribe": 1, "watch": 2}.get(name, 0) if step == 1 else 0
+        until(lambda: len(alice._dialog.routes) <= returned)
+        until(lambda: len(alice._dialog.awaiting) == 0)
+        until(lambda: len(alice._boxes) <= 3 + bool(returned))
+        assert not alice._calls
+
+        def empty() -> bool:
+            alice.control("ping", timeout=PATIENCE)
+            with alice._lock:
+                alice._inbox.inbox.clear()
+                alice._gauge.weigh([box.inbox for box in alice._boxes], limit=-1)
+            return alice._gauge.held == 0
+
+        until(empty)
+
+
+EXERCISES = ("subscribe", "watch", "iterate", "receive", "reply", "publish", "control", "register")
+
+
+#: An exception raised while an iterator is dropped reaches no caller; a socket that was just made may be dropped, too.
+DROPPED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@DROPPED
+@pytest.mark.parametrize("name", EXERCISES)
+def test_call_interrupted_at_some_instructions_leaves_nothing(broker: RunningBroker, name: str) -> None:
+    check_exercise(broker, name, 23)
+
+
+@DROPPED
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXERCISES)
+def test_call_interrupted_at_every_instruction_leaves_nothing(broker: RunningBroker, name: str) -> None:
+    check_exercise(broker, name, 1)
+
+
+def check_close(server: RunningBroker, step: int, offset: int) -> None:
+    """Interrupt close() at many of its instructions; a second close() ends what is left."""
+    position = offset
+    while True:
+        before = set(threading.enumerate())
+        client = server.connect("alice")
+        client.on_message(lambda message: None)
+        ended = False
+        with contextlib.suppress(Strike):
+            ended = not struck(client.close, position, strike)
+        client.close()
+        until(lambda: set(threading.enumerate()) <= before)  # noqa: B023
+        with pytest.raises(Closed):
+            client.send("bob", b"")
+        if ended:
+            return
+        position += step
+
+
+def test_close_interrupted_at_some_instructions_can_be_repeated(broker: RunningBroker) -> None:
+    check_close(broker, 41, 5)
+
+
+@pytest.mark.slow
+def test_close_interrupted_at_every_instruction_can_be_repeated(broker: RunningBroker) -> None:
+    check_close(broker, 1, 0)
+
+
+def bombard(server: RunningBroker, size: int, strikes: int) -> None:
+    """Send while a timer's signal raises, as often as is said; bob gets whole messages in order, and alice goes on."""
+
+    def alarm(number: int, frame: object) -> None:
+        raise Strike
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    numbers = iter(range(10**9))
+    try:
+        with pair(server) as (alice, reader):
+            chance = random.Random(1)
+            for _ in range(strikes):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 3e-3))
+                    while True:
+                        alice.send("bob", body(next(numbers), size))
+                except Strike:
+                    pass
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert alice.control("ping", timeout=PATIENCE) == {}
+            last = next(numbers)
+            alice.request("bob", body(last, size), timeout=PATIENCE)
+            check_intact(reader.got, size)
+            assert int(reader.got[-1][:8]) == last
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("size", [8, 400_000])
+def test_send_under_a_timer_that_raises_corrupts_nothing(broker: RunningBroker, size: int) -> None:
+    bombard(broker, size, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
+@pytest.mark.parametrize("size", [8, 400_000])
+def test_send_under_a_timer_that_raises_for_long_corrupts_nothing(broker: RunningBroker, size: int) -> None:
+    bombard(broker, size, 3000)
+
+
+def from_handler(client: Client, position: int, act: Callable[[], object]) -> tuple[bool, list[object]]:
+    """Interrupt a send at an instruction with a signal handler's work, which returns; return what that came to."""
+    results: list[object] = []
+
+    def handle() -> None:
+        try:
+            results.append(act())
+        except BrokerdError as error:
+            results.append(error)
+
+    return struck(lambda: client.send("bob", b"interrupted", timeout=PATIENCE), position, handle), results
+
+
+def test_calls_from_a_signal_handler_never_hang(broker: RunningBroker) -> None:
+    """Plain sends work at whatever instruction the signal comes; what has to wait works, or raises WouldDeadlock."""
+    with pair(broker) as (alice, reader):
+        calls: dict[str, Callable[[], object]] = {
+            "send": lambda: alice.send("bob", b"send"),
+            "send_many": lambda: alice.send_many([("bob", b"many")]),
+            "publish": lambda: alice.publish("a.b", b""),
+            "reply": lambda: Message(2, 1, "bob", 0, b"", alice).reply(b""),
+            "request": lambda: alice.request("bob", b"request", timeout=PATIENCE),
+            "receipt": lambda: alice.send("bob", b"receipt", receipt=True, timeout=PATIENCE),
+            "recv": lambda: alice.recv(0.001),
+            "ping": lambda: alice.ping(),
+            "subscribe": lambda: alice.subscribe("x.y", timeout=PATIENCE).close(),
+            "watch": lambda: alice.watch_presence(timeout=PATIENCE).close(),
+            "register": lambda: alice.on_request(lambda message: None),
+        }
+        deadlocks: set[str] = set()
+        expected: list[bytes] = []
+        for name, act in calls.items():
+            step = 3 if name == "send" else 17
+            position = 0
+            while True:
+                ran, results = from_handler(alice, position, act)
+                expected.append(b"interrupted")
+                if not ran:
+                    break
+                if isinstance(results[0], WouldDeadlock):
+                    deadlocks.add(name)
+                elif name in ("send", "send_many", "request", "receipt"):
+                    expected.append({"send_many": b"many"}.get(name, name.encode()))
+                position += step
+        assert alice.control("ping", timeout=PATIENCE) == {}
+        until(lambda: len(reader.got) >= len(expected))
+        assert sorted(reader.got) == sorted(expected)
+        assert "request" in deadlocks
+        assert not deadlocks & {"send", "send_many", "publish", "reply"}
+
+
+def test_sends_from_a_signal_handler_arrive_before_the_next_send(broker: RunningBroker) -> None:
+    with pair(broker) as (alice, reader):
+        position = 0
+        while True:
+            before = len(reader.got)
+            ran, _ = from_handler(alice, position, lambda: alice.send("bob", b"handler"))
+            if not ran:
+                break
+            alice.send("bob", b"next")
+            until(lambda: len(reader.got) == before + 3)  # noqa: B023
+            assert sorted(reader.got[before:-1]) == [b"handler", b"interrupted"]
+            assert reader.got[-1] == b"next"
+            position += 5
+
+
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_close_from_a_signal_handler_at_any_instruction_ends_the_client(broker: RunningBroker, step: int) -> None:
+    position = 0
+    ran = True
+    while ran:
+        client = broker.connect("alice")
+        with contextlib.suppress(Closed):
+            ran, _ = from_handler(client, position, client.close)
+        until(lambda: client.closed or not ran)  # noqa: B023
+        client.close()
+        assert not client._thread.is_alive()
+        position += step
+
+
+def test_close_by_a_signal_ends_a_recv_that_waits(broker: RunningBroker) -> None:
+    client = broker.connect("alice")
+    before = signal.signal(signal.SIGALRM, lambda number, frame: client.close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Closed):
+            client.recv(PATIENCE)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def throw(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise an exception in another thread, at its next instruction."""
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
+
+
+@DROPPED
+@pytest.mark.parametrize("error", [Strike, SystemExit, KeyboardInterrupt, ValueError])
+def test_io_thread_survives_an_exception_and_connects_again(
+    broker: RunningBroker, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pair(broker) as (alice, reader):
+        for number in range(4):
+            throw(alice._thread, error)
+            with contextlib.suppress(ConnectionError):
+                alice.request("bob", body(number, 8), timeout=PATIENCE)
+        assert alice.control("ping", timeout=PATIENCE) == {}
+        assert alice.counters["losses"] > 0
+        assert error.__name__ in caplog.text
+        check_intact(reader.got, 8)
+
+
+@DROPPED
+def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningBroker) -> None:
+    """Each call has its outcome, at whatever instruction of it the I/O thread was struck."""
+    import brokerd_client.blocking_link as link
+
+    turn = link._turn
+    position = 0
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        if LIBRARY not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == position:
+                raise Strike
+        return trace
+
+    def traced(*args: Any) -> bool:
+        sys.settrace(trace)
+        try:
+            return turn(*args)
+        finally:
+            sys.settrace(None)
+
+    with pytest.MonkeyPatch.context() as patch, pair(broker) as (alice, _):
+        patch.setattr(link, "_turn", traced)
+        position = 10**9
+        alice.control("ping", timeout=PATIENCE)
+        for strike_at in range(1, 2500, 61):
+            count = 0
+            position = strike_at
+            with contextlib.suppress(ConnectionError):
+                alice.control("ping", timeout=PATIENCE)
+        position = 0
+        assert alice.control("ping", timeout=PATIENCE) == {}
+        assert alice.counters["losses"] > 5
+
+
+def test_handler_threads_survive_an_exception_between_two_messages(broker: RunningBroker) -> None:
+    with pair(broker) as (alice, _):
+        alice.on_message(lambda message: got.append(message.body))
+        alice.on_request(lambda message: b"answer")
+        got: list[bytes] = []
+        bob = broker.connect("carol")
+        threads = [*alice._for_messages.threads, *alice._for_requests.threads]
+        for thread in threads:
+            throw(thread, Strike)
+        for number in range(10):
+            bob.send("alice", body(number, 8))
+        until(lambda: len(got) >= 9)
+        assert bob.request("alice", b"", timeout=PATIENCE).body == b"answer"
+        assert all(thread.is_alive() for thread in threads)
+        bob.close()
