@@ -421,8 +421,10 @@ class Link:
         return Box(self._gauge, self._channel, self._lock._is_owned)
 
     def _end_feed(self, box: Box[Any], why: BrokerdError) -> None:
-        """End the box of a subscription or watch."""
+        """End the box of a subscription or watch; what is still in it is the subscriber's, and counts no longer."""
         box.end(why)
+        box.inbox.release()
+        self._boxes.discard(box)
 
     def _absorb(self, batch: Batch[Message], now: float) -> None:
         """Pass on what the dialog says has happened."""

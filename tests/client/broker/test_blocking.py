@@ -531,6 +531,27 @@ def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_han
         assert "Panic" in caplog.text
 
 
+@pytest.mark.parametrize("feed", ["subscription", "watch"])
+def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(server: FakeServer, feed: str) -> None:
+    """The items stay for the holder of the feed, and the inbox has room for messages."""
+    with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
+        kept = []
+        for _ in range(12):
+            if feed == "subscription":
+                events: Any = alice.subscribe("a.>")
+                for number in range(5):
+                    bob.publish("a.b", bytes([number]) * 100, receipt=True)
+            else:
+                events = alice.watch_presence()
+            events.recv(PATIENCE)
+            events.close()
+            kept.append(events)
+        bob.send("alice", "here")
+        assert alice.recv(PATIENCE).payload == "here"
+        until(lambda: alice.ping() > 0 and alice._gauge.weigh([alice._inbox.inbox], limit=-1) and not alice._gauge.held)
+        assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
+
+
 def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
