@@ -65,6 +65,8 @@ _LONGEST_REST_S: Final = 1.0
 _REQUEST_THREADS: Final = 4
 #: States in which the connection carries frames.
 _LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DRAINING, State.CLOSING)
+#: States in which everything is read, for the answers that the state waits for.
+_READING: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 
 
 class Link:
@@ -521,7 +523,8 @@ class Link:
             limit = self._gauge.limit
             full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
             reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
-            reading = reading or state is State.CLOSING
+            # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
+            reading = reading or state in _READING
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
                 remaining = _FULL_S if remaining is None else min(remaining, _FULL_S)

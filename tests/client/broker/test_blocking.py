@@ -552,6 +552,23 @@ def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(server: Fak
         assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
 
 
+def test_reconnect_with_a_full_inbox_is_ready_again(server: FakeServer) -> None:
+    """The handshake and the introduction are read, whatever the inbox holds."""
+    with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
+        bob.send_many([("alice", b"x" * 1000)] * 200)
+        until(lambda: alice._gauge.full)
+        server.drop("alice")
+        until(lambda: "alice" not in server.broker.online)
+        # The socket is not read, so that only a write finds out.
+        alice.send("bob", "x")
+        until(lambda: alice.counters["losses"] == 1)
+        until(lambda: alice.connected)
+        assert alice._gauge.full
+        for _ in range(200):
+            alice.recv(PATIENCE)
+        assert alice.ping() > 0
+
+
 def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
