@@ -56,6 +56,8 @@ T = TypeVar("T")
 
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
+#: Seconds until an answer of the system's look-up of a host's name is asked for, if it does not ring the bell.
+_LOOKUP_S: Final = 1.0
 #: Seconds until the I/O thread looks again whether there is room in a full inbox, if no taker rings its bell.
 _FULL_S: Final = 1.0
 #: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
@@ -510,7 +512,9 @@ class Link:
             if dialing:
                 self._dialog.dialing(now)
             self._settle()
-        if dialing or (state is State.CONNECTING and not self._channel.open and now >= self._dial_at):
+        if dialing or (
+            state is State.CONNECTING and not self._channel.open and (now >= self._dial_at or self._channel.looked_up)
+        ):
             self._dial(now)
         with self._lock:
             state = self._dialog.state
@@ -565,7 +569,7 @@ class Link:
         try:
             done = self._channel.dial()
         except BlockingIOError:
-            self._dial_at = now + _CROWDED_S
+            self._dial_at = now + (_LOOKUP_S if self._channel.looking_up else _CROWDED_S)
             return
         except OSError as error:
             self._lose(no_connection(self._settings.address, error))

@@ -21,6 +21,7 @@ from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
 from brokerd_client.errors import TlsError
 from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
+from brokerd_client.lookup import Candidate, Lookup, numeric
 
 __all__ = ["Channel", "by_system"]
 
@@ -50,7 +51,8 @@ class Channel:
         self.unsure = False
         self.connecting = False
         self._socket: socket.socket | None = None
-        self._candidates: Iterator[tuple[int, tuple[object, ...] | str]] = iter(())
+        self._candidates: Iterator[Candidate] = iter(())
+        self._lookup: Lookup | None = None
         self._selector = selectors.DefaultSelector()
         self._mask = 0
         self._silence = Silence()
@@ -72,12 +74,26 @@ class Channel:
         return bool(self.backlog)
 
     @property
+    def looking_up(self) -> bool:
+        """Whether :meth:`dial` has begun to look up the host's name."""
+        return self._lookup is not None
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the look-up of the host's name that :meth:`dial` has begun is done."""
+        return self._lookup is not None and self._lookup.done
+
+    @property
     def bindings(self) -> Mapping[str, bytes]:
         """What the key is to be bound to: nothing, without TLS."""
         return {}
 
     def dial(self) -> bool:
-        """Begin to connect; return whether it is done already. Raises OSError where no candidate is left."""
+        """Begin to connect; return whether it is done already. Raises OSError where no candidate is left.
+
+        Raises BlockingIOError: a host's name is being looked up, and the bell rings when that is done; or the listener
+        has no room at the moment.
+        """
         if self.address.family == "AF_PIPE":
             self._socket = dial_pipe(self.address.path)
             self._socket.setblocking(False)
@@ -86,9 +102,21 @@ class Channel:
         if self.address.family == "AF_UNIX":
             self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
         else:
-            found = socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
-            self._candidates = iter([(int(family), sockaddr) for family, _, _, _, sockaddr in found])
+            self._candidates = iter(self._look_up())
         return self._try_next(OSError(errno.EADDRNOTAVAIL, "the address stands for no place"))
+
+    def _look_up(self) -> list[Candidate]:
+        host, port = self.address.host, self.address.port
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        if self._lookup is None:
+            self._lookup = Lookup(host, port, self.ring)
+        if self._lookup.done:
+            lookup, self._lookup = self._lookup, None
+            return lookup.result()
+        # What a connection before this one has begun is gone on with: there is one thread at most.
+        return self._lookup.result()
 
     def connected(self) -> bool:
         """Return whether the connecting that was under way is done; False: the next candidate is being tried.

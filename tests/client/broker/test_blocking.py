@@ -22,6 +22,7 @@ import pytest
 from fake_broker import FakeServer
 
 import brokerd_client
+from brokerd.testing import running
 from brokerd_client import Client, connect
 from brokerd_client.address import parse
 from brokerd_client.channel import Channel
@@ -598,3 +599,58 @@ def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connectio
             until(lambda: alice.connected)
             assert alice.ping() > 0
         assert "UnicodeEncodeError" in caplog.text
+
+
+def test_slow_look_up_of_a_host_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """connect() and close() do not wait for the system's look-up."""
+    gate = threading.Event()
+    found = socket.getaddrinfo
+
+    def slow(host: Any, *args: Any, flags: int = 0, **options: Any) -> Any:
+        if not flags & socket.AI_NUMERICHOST:
+            gate.wait(PATIENCE)
+        return found(host, *args, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    try:
+        started = time.monotonic()
+        with pytest.raises(TimedOut):
+            connect("broker.invalid:6000", "alice", "k", timeout=0.1)
+        assert time.monotonic() - started < 2
+    finally:
+        gate.set()
+        until(lambda: all(thread.name != "brokerd look-up" for thread in threading.enumerate()))
+
+
+def test_host_name_that_is_looked_up_in_time_is_connected_to() -> None:
+    """A name that means several addresses, of which the last one answers."""
+    with running({"alice": {}}) as broker, socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def relay() -> None:
+            peer, _ = listener.accept()
+            with peer, socket.socket(socket.AF_UNIX) as upstream:
+                upstream.connect(broker.address)
+                back = threading.Thread(target=pump, args=(upstream, peer))
+                back.start()
+                pump(peer, upstream)
+                back.join(PATIENCE)
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        with connect(f"localhost:{port}", "alice", broker.key("alice"), timeout=PATIENCE) as client:
+            assert client.ping() > 0
+        thread.join(PATIENCE)
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Copy bytes until the end of the source."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+def test_unknown_host_is_disconnected() -> None:
+    with pytest.raises(Disconnected, match="can't connect"):
+        connect("brokerd-test.invalid:6000", "alice", "k", timeout=PATIENCE)
