@@ -38,6 +38,7 @@ from brokerd_client.settings import (
     DEFAULT_TIMEOUT_S,
     AnyAddress,
     Settings,
+    check_timeout,
     resolve,
 )
 from brokerd_client.wire.envelope import check_address, check_topic
@@ -143,6 +144,8 @@ class Client(Link):
         number, body = encode(payload, codec)
         if ttl is not None:
             extension = with_ttl(extension, ttl)
+        if timeout is not None:
+            timeout = check_timeout(timeout)
         if receipt:
             return cast("Receipt", self._ask(timeout, self._dialog.send_for_receipt, to, number, body, extension))
         if self._forked:
@@ -186,6 +189,7 @@ class Client(Link):
         Raises PayloadError or InvalidName for any of them before any is sent.
         """
         to, codecs, bodies = make_lot(messages, codec)
+        timeout = check_timeout(timeout)
         if not receipt:
             if self._interrupting():
                 return [self._send_late(*each, None) for each in zip(to, codecs, bodies, strict=True)]
@@ -249,6 +253,7 @@ class Client(Link):
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
+        timeout = check_timeout(timeout)
         return cast("Message", self._ask(timeout, self._dialog.request, to, number, body, extension))
 
     def reply(
@@ -320,6 +325,7 @@ class Client(Link):
         """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
+        timeout = check_timeout(timeout)
         if receipt:
             return cast("Receipt", self._ask(timeout, self._dialog.publish_for_receipt, topic, number, body, extension))
         if self._interrupting():
@@ -340,7 +346,7 @@ class Client(Link):
         """
         if self._forked:
             self._check()
-        return self._inbox.take(timeout)
+        return self._inbox.take(timeout if timeout is None else check_timeout(timeout))
 
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests where no handler is set, until the client is closed."""
@@ -432,6 +438,7 @@ class Client(Link):
         """Have the I/O thread put out what begins a subscription or a watch, and wait until the broker has said yes."""
         self._check()
         self._refuse_to_wait()
+        timeout = check_timeout(timeout)
         deadline = _deadline(timeout)
         id = self._have_put(timeout, lambda: put(deadline))
         self._outcome(call, id, deadline)
@@ -514,7 +521,7 @@ class Client(Link):
 
     def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
-        return cast("dict[str, Any]", self._ask(timeout, self._dialog.control, op, arguments))
+        return cast("dict[str, Any]", self._ask(check_timeout(timeout), self._dialog.control, op, arguments))
 
     def clients(self) -> list[ClientInfo]:
         """Return the clients this one may send to, and which of them are online."""
@@ -631,7 +638,7 @@ def connect(
     key: bytes | str | None = None,
     *,
     key_file: str | os.PathLike[str] | None = None,
-    timeout: float = DEFAULT_TIMEOUT_S,
+    timeout: float | None = DEFAULT_TIMEOUT_S,
     reconnect: bool = True,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,

@@ -15,6 +15,7 @@ from brokerd_client.blocking_boxes import Box
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.routes import Route
+from brokerd_client.settings import check_timeout
 
 __all__ = ["Feed", "Message", "PresenceWatch", "Subscription"]
 
@@ -63,7 +64,7 @@ class Feed(Generic[T]):
     def recv(self, timeout: float | None = None) -> T:
         """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
         self._client._check()
-        return self.box.take(timeout)
+        return self.box.take(check_timeout(timeout))
 
     def __iter__(self) -> Iterator[T]:
         with contextlib.suppress(Closed):

@@ -26,6 +26,8 @@ from brokerd_client.lookup import Candidate, Lookup, numeric
 __all__ = ["Channel", "by_system"]
 
 _READ_SIZE = 64 * 1024
+#: Seconds that one wait lasts at most: the system's calls take no longer time than some days.
+_LONGEST_WAIT_S = 3600.0
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 
@@ -222,7 +224,7 @@ class Channel:
 
         reading: whether arriving bytes are wanted.
         """
-        timeout = self._look_for_silence(timeout)
+        timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
             return True, False
         mask = 0

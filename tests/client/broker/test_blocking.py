@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import math
 import os
 import socket
 import subprocess
@@ -654,3 +655,51 @@ def pump(source: socket.socket, target: socket.socket) -> None:
 def test_unknown_host_is_disconnected() -> None:
     with pytest.raises(Disconnected, match="can't connect"):
         connect("brokerd-test.invalid:6000", "alice", "k", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10, 10**400, sys.float_info.max, None])
+def test_timeout_without_end_is_taken_everywhere(server: FakeServer, timeout: Any) -> None:
+    with join("alice", server, timeout=timeout) as alice, join("bob", server) as bob:
+        bob.on_request(lambda message: message.payload)
+        alice.send("bob", "x", timeout=timeout)
+        alice.send("bob", "x", receipt=True, timeout=timeout)
+        alice.send_many([("bob", "x")], receipt=True, timeout=timeout)
+        alice.send_many([("alice", "x")], timeout=timeout)
+        alice.publish("a.b", "x", timeout=timeout)
+        alice.publish("a.b", "x", receipt=True, timeout=timeout)
+        assert alice.recv(timeout).payload == "x"
+        assert alice.request("bob", "y", timeout=timeout).payload == "y"
+        assert alice.control("ping", timeout=timeout) == {}
+        with alice.subscribe("a.>", timeout=timeout) as feed:
+            alice.publish("a.b", "x")
+            assert feed.recv(timeout).payload == "x"
+        with alice.watch_presence(timeout=timeout) as watch:
+            assert watch.recv(timeout)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"),
+    [(math.nan, ValueError), (-1, ValueError), (-math.inf, ValueError), ("5", TypeError), ([], TypeError)],
+)
+def test_timeout_that_is_not_valid_raises_a_clear_error(
+    server: FakeServer, timeout: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="a timeout is a number of seconds"):
+        join("alice", server, timeout=timeout)
+    with join("alice", server) as alice, alice.subscribe("a.>") as feed:
+        for act in (
+            lambda: alice.send("bob", "x", timeout=timeout),
+            lambda: alice.send("bob", "x", receipt=True, timeout=timeout),
+            lambda: alice.send_many([("bob", "x")], timeout=timeout),
+            lambda: alice.send_many([("bob", "x")], receipt=True, timeout=timeout),
+            lambda: alice.publish("a.b", "x", timeout=timeout),
+            lambda: alice.recv(timeout),
+            lambda: alice.request("bob", "y", timeout=timeout),
+            lambda: alice.control("ping", timeout=timeout),
+            lambda: alice.subscribe("a.>", timeout=timeout),
+            lambda: alice.watch_presence(timeout=timeout),
+            lambda: feed.recv(timeout),
+        ):
+            with pytest.raises(error, match="a timeout is a number of seconds"):
+                act()
+        assert alice.counters["undelivered"] == 0
