@@ -14,7 +14,7 @@ import os
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from brokerd_client import forks
 from brokerd_client.aio_boxes import Box
@@ -94,6 +94,9 @@ class Link:
         forks.register(self)
         self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
         self._keeper.add_done_callback(self._on_keeper_done)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client can't be pickled or copied, for its connection can't: connect in the child")
 
     @property
     def closed(self) -> bool:

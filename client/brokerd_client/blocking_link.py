@@ -26,7 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from brokerd_client import forks
 from brokerd_client.blocking_boxes import Box, Call, Waiters, gate, wait_at
@@ -158,6 +158,9 @@ class Link:
         """Raise WrongProcess in a fork. Needs no lock: in a fork it may be held for ever."""
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client can't be pickled or copied, for its connection can't: connect in the child")
 
     # Calls; without the lock
 

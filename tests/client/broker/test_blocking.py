@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import copy
 import errno
 import gc
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -24,7 +27,7 @@ from fake_broker import FakeServer
 
 import brokerd_client
 from brokerd.testing import running
-from brokerd_client import Client, connect
+from brokerd_client import Client, aio, connect
 from brokerd_client.address import parse
 from brokerd_client.channel import Channel
 from brokerd_client.errors import (
@@ -703,3 +706,16 @@ def test_timeout_that_is_not_valid_raises_a_clear_error(
             with pytest.raises(error, match="a timeout is a number of seconds"):
                 act()
         assert alice.counters["undelivered"] == 0
+
+
+@pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_client_that_is_pickled_or_copied_says_what_to_do(server: FakeServer, make: Callable[[Any], Any]) -> None:
+    with join("alice", server) as alice, pytest.raises(TypeError, match="connect in the child"):
+        make(alice)
+
+    async def with_asyncio() -> None:
+        async with aio.connect(server.path, "bob", "bob") as bob:
+            with pytest.raises(TypeError, match="connect in the child"):
+                make(bob)
+
+    asyncio.run(with_asyncio())
