@@ -35,6 +35,7 @@ from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.routes import Route
 from brokerd_client.settings import (
     DEFAULT_INBOX,
+    DEFAULT_THREADS,
     DEFAULT_TIMEOUT_S,
     AnyAddress,
     Settings,
@@ -643,6 +644,7 @@ def connect(
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
     ssl: SSLContext | bool | None = None,
+    threads: int = DEFAULT_THREADS,
 ) -> Client:
     """Connect to a broker and return the client, authenticated and introduced.
 
@@ -652,6 +654,7 @@ def connect(
     reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
     inbox: bytes of messages kept in this process before the socket is left unread.
     ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
+    threads: threads for request handlers, beside those in which a handler waits for the broker.
     Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut, ProtocolError, and nothing else once it
     connects; AddressError, InvalidName, InvalidKey for what it is given.
     """
@@ -665,6 +668,7 @@ def connect(
         allow_pickle_from=allow_pickle_from,
         inbox=inbox,
         ssl=ssl,
+        threads=threads,
     )
     client = Client(settings)
     try:

@@ -50,7 +50,7 @@ from brokerd_client.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import Settings, broken, no_connection
 
-__all__ = ["Link"]
+__all__ = ["MOST_THREADS", "Link"]
 
 T = TypeVar("T")
 
@@ -63,8 +63,8 @@ _FULL_S: Final = 1.0
 #: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
-#: Threads that run a client's request handler.
-_REQUEST_THREADS: Final = 4
+#: Threads of a request handler in all, unless ``threads`` is more.
+MOST_THREADS: Final = 64
 #: States in which the connection carries frames.
 _LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DRAINING, State.CLOSING)
 #: States in which everything is read, for the answers that the state waits for.
@@ -120,7 +120,8 @@ class Link:
         for box in (self._inbox, self._ordered, self._requests):
             self._boxes.add(box)
         self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
-        self._for_requests = HandlerThreads(self._requests, "brokerd requests", _REQUEST_THREADS, _REQUEST_THREADS)
+        count = settings.threads
+        self._for_requests = HandlerThreads(self._requests, "brokerd requests", count, max(count, MOST_THREADS))
         self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
         self._thread = threading.Thread(
             target=_move_bytes,
@@ -303,7 +304,15 @@ class Link:
 
     def _outcome(self, call: Call, id: int, deadline: float | None) -> Any:
         """Wait, and return or raise what became of a call."""
-        if not call.wait(deadline):
+        waiting = self._for_requests.begin_wait()
+        try:
+            if waiting and self._for_requests.short:
+                self._leave_chore(self._for_requests.start)
+            done = call.wait(deadline)
+        finally:
+            if waiting:
+                self._for_requests.end_wait()
+        if not done:
             self._have_done(lambda: self._dialog.abandon(id))
             if not call.done:
                 self._calls.discard(call)

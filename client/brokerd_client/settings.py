@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_INBOX",
+    "DEFAULT_THREADS",
     "DEFAULT_TIMEOUT_S",
     "ENDLESS_S",
     "AnyAddress",
@@ -38,6 +39,8 @@ DEFAULT_TIMEOUT_S: Final = 10.0
 #: Bytes of messages kept in this process before the socket is left unread.
 DEFAULT_INBOX: Final = 8 * 2**20
 
+#: Threads of a blocking client for its request handler, beside those in which a handler waits for the broker.
+DEFAULT_THREADS: Final = 4
 #: Seconds, some three years: a timeout of as much or more has no end. The system's calls can't take much more.
 ENDLESS_S: Final = 1e8
 
@@ -56,6 +59,7 @@ class Settings:
     allow_pickle_from: frozenset[str] = frozenset()
     inbox: int = DEFAULT_INBOX
     tls: SSLContext | None = field(default=None, repr=False)
+    threads: int = DEFAULT_THREADS
 
 
 def check_timeout(timeout: float | None) -> float | None:
@@ -89,6 +93,7 @@ def resolve(
     allow_pickle_from: Iterable[str],
     inbox: int,
     ssl: SSLContext | bool | None = None,
+    threads: int = DEFAULT_THREADS,
 ) -> Settings:
     """Return the settings, defaults filled in.
 
@@ -99,6 +104,8 @@ def resolve(
         raise TypeError("allow_pickle_from takes several names: give a list, even for one")
     if inbox <= 0:
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
+    if threads < 1:
+        raise ValueError(f"threads is a number of threads of at least 1, not {threads}")
     limit = check_timeout(timeout)
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
@@ -115,6 +122,7 @@ def resolve(
         frozenset(allow_pickle_from),
         inbox,
         tls,
+        threads,
     )
 
 

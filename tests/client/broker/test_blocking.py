@@ -29,6 +29,7 @@ import brokerd_client
 from brokerd.testing import running
 from brokerd_client import Client, aio, connect
 from brokerd_client.address import parse
+from brokerd_client.blocking_link import MOST_THREADS
 from brokerd_client.channel import Channel
 from brokerd_client.errors import (
     AddressError,
@@ -719,3 +720,89 @@ def test_client_that_is_pickled_or_copied_says_what_to_do(server: FakeServer, ma
                 make(bob)
 
     asyncio.run(with_asyncio())
+
+
+def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any) -> list[Any]:
+    """Have alice and bob ask each other, to a depth, several times at once; return the answers."""
+    with join("alice", server, **options) as alice, join("bob", server, **options) as bob:
+
+        def answer(client: Client, other: str) -> Callable[[Any], int]:
+            def handle(message: Any) -> int:
+                left = message.payload
+                return 0 if left == 0 else 1 + int(client.request(other, left - 1, timeout=PATIENCE).payload)
+
+            return handle
+
+        alice.on_request(answer(alice, "bob"))
+        bob.on_request(answer(bob, "alice"))
+        answers: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(alice.request("bob", depth, timeout=PATIENCE).payload))
+            for _ in range(at_once)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        until(lambda: len(alice._for_requests.threads) <= alice._settings.threads)
+        return answers
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_handlers_that_ask_back_do_not_take_up_the_last_thread(server: FakeServer, threads: int) -> None:
+    """Nested requests need more threads than there are; threads that wait for an answer have a substitute."""
+    assert ask_each_other(server, 12, 5, threads=threads) == [12] * 5
+
+
+def test_threads_of_handlers_are_bounded(server: FakeServer) -> None:
+    """With as many waiting handlers as there may be threads, requests wait; no more threads are started."""
+    with join("alice", server) as alice, join("bob", server) as bob:
+
+        def handle(message: Any) -> None:
+            with contextlib.suppress(TimedOut):
+                bob.request("carol", 1, timeout=PATIENCE)
+
+        with join("carol", server) as carol:
+            carol.on_message(lambda message: None)
+            bob.on_request(handle)
+            threads = [threading.Thread(target=ask, args=(alice,)) for _ in range(80)]
+            for thread in threads:
+                thread.start()
+            until(lambda: len(bob._for_requests.threads) == MOST_THREADS)
+            time.sleep(0.05)
+            assert len(bob._for_requests.threads) == MOST_THREADS
+            bob.close()
+            alice.close()
+            for thread in threads:
+                thread.join(PATIENCE)
+
+
+def ask(client: Client) -> None:
+    """Ask bob, whatever comes of it."""
+    with contextlib.suppress(brokerd_client.BrokerdError):
+        client.request("bob", 1, timeout=PATIENCE)
+
+
+def test_threads_of_requests_are_configurable(server: FakeServer) -> None:
+    with pytest.raises(ValueError, match="threads"):
+        join("alice", server, threads=0)
+    with join("alice", server, threads=7) as alice, join("bob", server) as bob:
+        busy: list[object] = []
+        gate = threading.Event()
+
+        def hold(message: Any) -> None:
+            busy.append(message)
+            gate.wait(PATIENCE)
+
+        alice.on_request(hold)
+        for _ in range(9):
+            threading.Thread(target=ask_alice, args=(bob,)).start()
+        until(lambda: len(busy) == 7)
+        gate.set()
+        until(lambda: len(busy) == 9)
+
+
+def ask_alice(client: Client) -> None:
+    """Ask alice, whatever comes of it."""
+    with contextlib.suppress(brokerd_client.BrokerdError):
+        client.request("alice", 1, timeout=PATIENCE)
