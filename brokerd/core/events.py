@@ -96,7 +96,7 @@ def go_on_publishing(broker: Broker, source: Session, envelope: Envelope, frame:
         at_once = len(spread.found) <= _MATCHES
         spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
     for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
-        if target is not None and target.open:
+        if target is not None and target.open and not target.retired:
             verdict = _give(broker, source, target, spread, now)
             if verdict is not Verdict.NEXT:
                 spread.waiting = target
@@ -193,7 +193,7 @@ class Announcement:
         for target in recipients(broker, self.topic, len(whole), self.about, self.done):
             if target is None:
                 yield
-            elif target.open:
+            elif target.open and not target.retired:
                 _tell(broker, target, whole)
 
 

@@ -457,6 +457,25 @@ class FrameOutbox(Tail):
         """Return the frames that lie here, in order."""
         return list(self._in_order())
 
+    @property
+    def plain(self) -> deque[Queued]:
+        """The frames that may be dropped, in order; they leave at the front only."""
+        return self._plain
+
+    @property
+    def plain_gone(self) -> int:
+        """How many such frames have left: the number of the first one that is here."""
+        return self._plain_gone
+
+    def kept(self) -> list[tuple[int, Queued]]:
+        """Return the frames that are never dropped, each with how many of ``plain`` are before it."""
+        return [(max(0, precede - self._plain_gone), queued) for precede, queued in self._kept]
+
+    @property
+    def begun_frame(self) -> Queued | None:
+        """The frame of which the system has taken a part."""
+        return self._begun
+
     def refill(self, queue: Iterable[Queued], begun: int) -> None:
         """Make this empty outbox hold what ``queue`` and ``begun`` of another one returned."""
         for queued in queue:
@@ -465,6 +484,20 @@ class FrameOutbox(Tail):
                 self._waiting = len(queued.frame) - begun
             else:
                 self._insert(queued)
+
+    def refill_block(self, frames: Iterable[Queued], size: int, timed: int) -> None:
+        """Append frames that may be dropped to an outbox that is being refilled. size, timed: sums over them."""
+        self._plain.extend(frames)
+        self._plain_bytes += size
+        self._waiting += size
+        self.timed += timed
+
+    def refill_kept(self, kept: Iterable[tuple[int, Queued]]) -> None:
+        """Put the frames that are never dropped where ``kept`` of another one said."""
+        for precede, queued in kept:
+            self._kept.append((precede, queued))
+            self._waiting += len(queued.frame)
+            self.timed += queued.deadline is not None
 
     @property
     def unsent(self) -> int:

@@ -14,7 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
 from brokerd.core.broker import Broker
@@ -22,6 +22,7 @@ from brokerd.core.deferred import Job
 from brokerd.core.events import Announcement
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
 from brokerd.core.service import Question
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import BadSnapshot, check, check_frames
@@ -30,11 +31,6 @@ from brokerd.core.unsent import Unsent
 __all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "restore"]
 
 Facts: TypeAlias = dict[str, Any]
-
-_RECEIPT: Final = 1
-_PINNED: Final = 2
-_ORPHANED: Final = 4
-_KEPT: Final = 8
 
 
 class Snapshot:
@@ -65,15 +61,17 @@ class Pieces:
 # Out
 
 
-def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot:
+def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Copier | None = None) -> Snapshot:
     """Return everything the broker holds; it holds all of it afterwards too.
 
     sessions: every one that is open, in the order they came. now: as for ``handle``; times are captured as
-    seconds from it. Everything decided must have been carried out: nothing touched, released or ordered.
+    seconds from it. copier: what it has copied is left out.
+    Everything decided must have been carried out: nothing touched, released or ordered.
     """
     settled = not (broker.touched or broker.released or broker.orders)
     assert settled, "what is decided is carried out first"
     snapshot = Snapshot()
+    copier = copier or Copier(broker)
     leaving = list(broker._leaving)
     index = {session: position for position, session in enumerate(sessions)}
     for session, _ in leaving:
@@ -88,8 +86,8 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float) -> Snapshot
         "given_back": dict(broker.given_back),
         "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
         "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
-        "sessions": [_session(broker, session, index, now) for session in index],
-        "outboxes": [_outbox(session, index, snapshot, now) for session in index if session.open],
+        "sessions": [_session(broker, session, index, now, copier) for session in index],
+        "outboxes": [_outbox(session, index, snapshot, now, copier) for session in index if session.open],
         "held": [
             [index[session], index[_holder(session)], None if deadline == float("inf") else deadline - now]
             for session, deadline in broker._held.items()
@@ -128,7 +126,8 @@ def _client(client: Client, now: float) -> Facts:
     }
 
 
-def _session(broker: Broker, session: Session, index: Mapping[Session, int], now: float) -> Facts:
+def _session(broker: Broker, session: Session, index: Mapping[Session, int], now: float, copier: Copier) -> Facts:
+    copied = copier.subscriptions.get(session, set())
     client = broker.exchange.resolve(session.client.name)
     return {
         "name": session.client.name,
@@ -147,7 +146,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "slow": session.slow,
         "goaway": session.goaway,
         "in": [session.messages_in, session.bytes_in, session.errors_in],
-        "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions), key=str),
+        "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions - copied), key=str),
+        "unsubscribed": [[pattern, group] for pattern, group in copied - session.subscriptions],
         "reached": sorted(client.name for client in session.reached),
         # Where two had one address for a moment, one that is gone may still be named.
         "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
@@ -163,7 +163,7 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
     }
 
 
-def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, now: float) -> Facts:
+def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, now: float, copier: Copier) -> Facts:
     outbox = session.outbox
     facts: Facts = {
         "frames": outbox.frames,
@@ -174,7 +174,16 @@ def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, 
         "begun": outbox.begun,
     }
     if isinstance(outbox, FrameOutbox):
-        queue = outbox.queue()
+        first, copied = copier.copied(session)
+        if copied:
+            begun, kept = outbox.begun_frame, outbox.kept()
+            queue = [] if begun is None else [begun]
+            queue += [queued for _, queued in kept]
+            queue += itertools.islice(outbox.plain, copied, None)
+            facts["copied"] = [first, copied, [precede for precede, _ in kept]]
+        else:
+            queue = outbox.queue()
+            facts["copied"] = None
         facts["queue"] = _queue(queue, index, snapshot)
         facts["timed"] = _timed(queue, now)
     else:
@@ -207,24 +216,23 @@ def _timed(queue: Iterable[Queued], now: float) -> list[list[Any]]:
 
 def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
     """Return the flags of a frame, and its sender."""
-    sender = queued.sender
-    # All that is ever asked of a sender that has gone is whether it is still there.
-    orphaned = queued.orphaned or (sender is not None and not sender.open)
-    flags = queued.receipt * _RECEIPT | queued.pinned * _PINNED | orphaned * _ORPHANED | queued.kept * _KEPT
-    return flags, None if orphaned or sender is None else index[sender]
+    flags = flags_of(queued)
+    return flags, None if flags & ORPHANED or queued.sender is None else index[queued.sender]
 
 
 # And back
 
 
-def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Session]:
+def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Copies | None = None) -> list[Session]:
     """Fill a broker that has just been made with what another one held; return the open sessions.
 
     They are in the order in which they were given to ``capture``, and have no link. One whose name the configuration no
     longer has is not in the exchange; it is to be closed, if it was not being closed already.
-    Raises BadSnapshot for facts that ``capture`` did not write; the broker is then of no more use.
+    copies: what was copied before. Raises BadSnapshot for facts that ``capture`` did not write; the broker is then of
+    no more use.
     """
     check(facts)
+    copies = copies or Copies(broker)
     broker.started_at = facts["started_at"]
     broker.upgrades = facts["upgrades"] + 1
     broker._order = itertools.count(facts["next_number"])
@@ -245,7 +253,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
             former = (each["name"], addresses[each["address"]])
             addresses[each["address"]] += 1
             client = strangers.setdefault(former, Client(_former(each["name"]), each["since"]))
-        sessions.append(_restore_session(client, each, now))
+        sessions.append(_restore_session(copies.take_session(each["number"]), client, each, now))
         sessions[-1].open = position < open_count
     named = {name: [client] for name, client in broker.exchange.clients.items()}
     for (name, _), client in strangers.items():
@@ -260,11 +268,16 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
             session.reached_by_event = dict.fromkeys(sessions[other] for other in each["reached_by_event"])
         session.reached = {client for name in each["reached"] for client in named.get(name, ())}
     for session, outbox_facts in zip(sessions, facts["outboxes"], strict=False):
-        _restore_outbox(session, outbox_facts, sessions, pieces, now)
+        _restore_outbox(session, outbox_facts, sessions, pieces, now, copies)
         if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
             session.renew_outbox()
         session.client.add(session)
     for session, each in zip(sessions[:open_count], facts["sessions"], strict=False):
+        ended = [(pattern, group) for pattern, group in each["unsubscribed"]]
+        session.subscriptions = copies.take_subscriptions(session.number, session, ended)
+        if not each["configured"]:
+            broker.topics.leave(session, session.subscriptions)
+            session.subscriptions = set()
         for pattern, group in each["subscriptions"]:
             if session.client.policy.subscribing(pattern) is not None:
                 broker.topics.add(pattern, session, group)
@@ -278,6 +291,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float) -> list[Se
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)
         broker._leaving.append((sessions[position], Unsent(iter(queue), len(items))))
+    copies.drop_rest()
     return sessions[:open_count]
 
 
@@ -306,8 +320,8 @@ def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
     broker.deferred.jobs.append(news)
 
 
-def _restore_session(client: Client, facts: Facts, now: float) -> Session:
-    session = Session(client, facts["instance"], peer=facts["peer"], since=facts["since"])
+def _restore_session(session: Session, client: Client, facts: Facts, now: float) -> Session:
+    Session.__init__(session, client, facts["instance"], peer=facts["peer"], since=facts["since"])
     # Whether a name is a pool may have changed; a connection keeps the address it has.
     session.address = facts["address"]
     session.stamp = session.address.encode()
@@ -324,13 +338,26 @@ def _restore_session(client: Client, facts: Facts, now: float) -> Session:
     return session
 
 
-def _restore_outbox(session: Session, facts: Facts, sessions: list[Session], pieces: Pieces, now: float) -> None:
+def _restore_outbox(
+    session: Session, facts: Facts, sessions: list[Session], pieces: Pieces, now: float, copies: Copies
+) -> None:
     outbox: StreamOutbox | FrameOutbox
     # A name that is gone keeps the limit that its connection had.
     limit = session.client.config.queue or facts["limit"]
     if "queue" in facts:
         outbox = FrameOutbox(limit)
-        outbox.refill(_restore_queue(facts["queue"], sessions, pieces, facts["timed"], now), facts["begun"])
+        queue = _restore_queue(facts["queue"], sessions, pieces, facts["timed"], now)
+        begun = facts["begun"]
+        if facts["copied"] is None:
+            outbox.refill(queue, begun)
+        else:
+            first, count, places = facts["copied"]
+            outbox.refill(queue[: int(begun > 0)], begun)
+            for frames, size, timed_count in copies.take_queue(session.number, first, count):
+                outbox.refill_block(frames, size, timed_count)
+            rest = queue[int(begun > 0) :]
+            outbox.refill_kept(zip(places, rest, strict=False))
+            outbox.refill(rest[len(places) :], 0)
     else:
         outbox = StreamOutbox(limit)
         left = {stamp.encode(): end for stamp, end in facts["left"]}
@@ -364,11 +391,11 @@ def _known(frame: memoryview, flags: int, sender: int | None, sessions: list[Ses
     """Return a frame with what is remembered of it."""
     return Queued(
         bytes(frame),
-        receipt=bool(flags & _RECEIPT),
-        pinned=bool(flags & _PINNED),
+        receipt=bool(flags & RECEIPT),
+        pinned=bool(flags & PINNED),
         sender=None if sender is None else sessions[sender],
-        orphaned=bool(flags & _ORPHANED),
-        kept=bool(flags & _KEPT),
+        orphaned=bool(flags & ORPHANED),
+        kept=bool(flags & KEPT),
     )
 
 

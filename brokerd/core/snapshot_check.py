@@ -15,12 +15,13 @@ from brokerd_client.errors import BadLength, InvalidName
 from brokerd_client.wire.envelope import check_pattern
 from brokerd_client.wire.framing import LENGTH, frame_span
 
-__all__ = ["BadSnapshot", "check", "check_counts", "check_frames"]
+__all__ = ["FLAGS", "BadSnapshot", "check", "check_block", "check_counts", "check_frames"]
 
 Check: TypeAlias = Callable[[Any, str], None]
 
 #: Bits of what is remembered of a waiting frame.
-_FLAGS: Final = 0xF
+FLAGS: Final = 0xF
+_KEPT: Final = 8
 _PREFIX: Final = LENGTH.size
 #: Length and header.
 _LEAST_FRAME: Final = 16
@@ -105,7 +106,7 @@ def _queue(value: Any, path: str) -> None:
             or type(item[0]) is not int
             or item[0] < _LEAST_FRAME
             or type(item[1]) is not int
-            or not 0 <= item[1] <= _FLAGS
+            or not 0 <= item[1] <= FLAGS
             or not (item[2] is None or (type(item[2]) is int and item[2] >= 0))
         ):
             _refuse(f"{path}[{position}]", "[size, flags, sender] of a frame", item)
@@ -169,7 +170,13 @@ def _outbox(value: Any, path: str) -> None:
 _OUTBOX: Final = _record(
     {"frames": _count, "size": _count, "limit": _count, "blocked": _flag, "stalled": _flag, "begun": _count}
 )
-_QUEUED: Final = _record({"queue": _queue, "timed": _each(_row(_count, _seconds))})
+_QUEUED: Final = _record(
+    {
+        "queue": _queue,
+        "timed": _each(_row(_count, _seconds)),
+        "copied": _optional(_row(_count, _count, _each(_count))),
+    }
+)
 _STREAM: Final = _record(
     {
         "chunks": _each(_count),
@@ -196,6 +203,7 @@ _SESSION: Final = _record(
         "goaway": _flag,
         "in": _row(_count, _count, _count),
         "subscriptions": _each(_row(_pattern, _optional(_any_text))),
+        "unsubscribed": _each(_row(_any_text, _optional(_any_text))),
         "reached": _each(_text),
         "owed": _each(_row(_text, _id, _count)),
         "asked": _each(_row(_id, _text, _count)),
@@ -267,6 +275,17 @@ def check(facts: Any) -> None:
         all(max(source, target) < len(outboxes) for source, target, _ in facts["held"]),
         "a session is held, or holds one, that is not open",
     )
+
+
+def check_block(facts: Any) -> None:
+    """Raise BadSnapshot for the facts of a block that don't have the form: see brokerd.core.precopy."""
+    _SESSION_BLOCK(facts, "block")
+    (_QUEUE_BLOCK if "frames" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
+
+
+_SESSION_BLOCK: Final = _record({"session": _count})
+_QUEUE_BLOCK: Final = _record({"first": _count, "frames": _count})
+_SUBSCRIPTION_BLOCK: Final = _record({"name": _text, "subscriptions": _each(_row(_pattern, _optional(_any_text)))})
 
 
 def check_counts(value: Any, path: str) -> None:
@@ -345,6 +364,8 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
     sizes = [item[0] for item in outbox["queue"]] if "queue" in outbox else outbox["chunks"]
     if "queue" in outbox:
         _check_senders(outbox["queue"], count, path)
+        if outbox["copied"] is not None:
+            _check_copied(outbox, path)
         _hold(len(sizes) <= outbox["frames"], f"{path} holds more frames than were ever put there")
     else:
         _hold(len(sizes) > 0 and 0 not in sizes[:-1], f"{path} has no chunk, or an empty one before others")
@@ -352,11 +373,24 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
     # The last chunk of a stream holds frames without a ttl.
     _check_timed(outbox["timed"], len(sizes) if "queue" in outbox else len(sizes) - 1, path)
     if "queue" not in outbox:
-        _hold(all(row[2] <= _FLAGS for row in outbox["timed"]), f"{path}.timed has flags that are not known")
+        _hold(all(row[2] <= FLAGS for row in outbox["timed"]), f"{path}.timed has flags that are not known")
         _check_senders([[0, *row[2:]] for row in outbox["timed"]], count, path)
     _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
     begun = outbox["begun"]
     _hold(begun == 0 or begun < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
+
+
+def _check_copied(outbox: dict[str, Any], path: str) -> None:
+    """Hold that the queue is the begun frame, those that are never dropped, and what follows the copied frames."""
+    queue, (_, copied, kept) = outbox["queue"], outbox["copied"]
+    first = int(outbox["begun"] > 0)
+    _hold(copied > 0, f"{path}.copied has no frame")
+    _hold(first + len(kept) <= len(queue), f"{path}.copied places frames that are not there")
+    plain = queue[first + len(kept) :]
+    _hold(kept == sorted(kept), f"{path}.copied is not in order")
+    _hold(not kept or kept[-1] <= copied + len(plain), f"{path}.copied places a frame behind all others")
+    _hold(all(item[1] & _KEPT for item in queue[first : first + len(kept)]), f"{path}.copied places other frames")
+    _hold(not any(item[1] & _KEPT for item in plain), f"{path}.queue has frames that are never dropped behind others")
 
 
 def _check_timed(timed: list[list[Any]], places: int, path: str) -> None:

@@ -17,6 +17,7 @@ from brokerd.config.values import Key, ListenConfig, Source
 from brokerd.core import snapshot
 from brokerd.core.events import announce
 from brokerd.core.parcel import SLACK, Parcel
+from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
 from brokerd.net.keyring import Credential
@@ -39,16 +40,17 @@ _NOWHERE: Final = Source("", 0)
 # Out
 
 
-def capture(server: Server) -> tuple[Snapshot, list[int]]:
+def capture(server: Server, copier: Copier | None = None) -> tuple[Snapshot, list[int]]:
     """Return everything the server has, and the descriptors of its sockets in the order in which they are described.
 
+    copier: what it has copied is left out.
     Everything decided has to be carried out: ``settle`` comes before. Connections that can't be handed over
     are closed, if there still are any: see ``let_go_of_bound``.
     """
     for link in [link for link in server.links if not link.can_hand_over]:
         link.lost("it came while the broker was being replaced, and can't be handed over")
     links = _ordered(server)
-    taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time())
+    taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), copier)
     farewells = server.farewells()
     knocks = [knock for knock in server.door.knocks() if knock.can_hand_over]
     taken.facts = {
@@ -154,7 +156,8 @@ class Inheritance:
     """What another process captured, set up in a new server whose broker is still empty.
 
     opened: listening sockets that the other one did not have. sockets: every descriptor, in order; they belong to this
-    object from now on. sessions: the open ones, in the order in which they were captured.
+    object from now on. copies: what was copied before.
+    sessions: the open ones, in the order in which they were captured.
     Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for what can't have been captured.
     """
 
@@ -166,6 +169,7 @@ class Inheritance:
         descriptors: Sequence[int],
         listen: Iterable[ListenConfig],
         opened: Iterable[Listening],
+        copies: Copies | None = None,
     ) -> None:
         self._server = server
         self._opened = list(opened)
@@ -174,7 +178,7 @@ class Inheritance:
         wanted = {entry.address: entry for entry in listen}
         #: Each with its entry of the new configuration, None where that has none.
         self._listening = [(each, wanted.get(each.config.address)) for each in map(self._ear, facts["listening"])]
-        self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now)
+        self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, copies)
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
         self.links = [self._link(*each, pieces) for each in zip(self.sessions, facts["links"], strict=True)]

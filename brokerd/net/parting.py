@@ -138,7 +138,8 @@ class Parting:
                 link.half_close(self._why)
         else:
             self._feed(session)
-            ready = not session.outbox.waiting and not session.asked and has_finished(self._broker, session)
+            asks = bool(session.asked) or session in self._broker.asking
+            ready = not session.outbox.waiting and not asks and has_finished(self._broker, session)
             last = not session.reached and (fed is None or session.client in fed)
             if ready and not last and not self._reads_on(link):
                 link.half_close(self._why)

@@ -11,6 +11,9 @@ words, in the order in which they are said (old: the running process; new: the o
                   sockets that the service manager handed over, monitor: where the monitor listens; the descriptors of
                   both go with it
     new hello     version, formats: its configuration is good, and what it could not listen at before is open
+    old copy      what waits, and subscriptions, in blocks, as brokerd.core.precopy has it, any number of times
+    old copied    asks whether all that has been taken in
+    new copied    it has
     old state     format, frozen_at, asked_by, reloads: how many ended how, and what brokerd.net.handover captures; the
                   old one does nothing else now
     new ready     everything is set up; no socket has been touched
@@ -80,6 +83,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        #: Bytes of the last object sent.
+        self.told = 0
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -109,6 +114,7 @@ class Channel:
         deadline = time.monotonic() + within_s
         size = sum(map(len, pieces))
         told = json.dumps({**(facts or {}), "say": say, "bytes": size, "descriptors": len(descriptors)}).encode()
+        self.told = len(told)
         try:
             self._write([_HEAD.pack(_MAGIC, len(told)), told], deadline)
             self._write(pieces, deadline)
@@ -160,15 +166,15 @@ class Channel:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ChannelError(f"it does not speak this language: {in_words(error)}") from error
 
-    def expect(self, say: str, *, within_s: float) -> Message:
-        """Return the next message, which has to be this one. Raises ChannelError; for ``failed`` with its reason."""
+    def expect(self, *words: str, within_s: float) -> Message:
+        """Return the next message, which is to be one of these. Raises ChannelError; for ``failed`` with its reason."""
         message = self.receive(within_s=within_s)
-        if message.say != say:
+        if message.say not in words:
             _close_all(message.descriptors)
         if message.say == "failed":
             raise ChannelError(str(message.facts.get("reason", "it did not say why")))
-        if message.say != say:
-            raise ChannelError(f"it said {message.say!r} where {say!r} was expected")
+        if message.say not in words:
+            raise ChannelError(f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected")
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:

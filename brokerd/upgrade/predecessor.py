@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from brokerd import __version__
 from brokerd.aside import aside
 from brokerd.core.broker import Order
+from brokerd.core.precopy import Copier
 from brokerd.core.service import reply_to
 from brokerd.daemon import Daemon
 from brokerd.logs import in_words
@@ -37,6 +38,10 @@ __all__ = ["Predecessor"]
 _HELLO_S: Final = 30.0
 _HANDOVER_S: Final = 10.0
 _BYTES_A_SECOND: Final = 200e6
+_FACTS_A_SECOND: Final = 1e6
+#: How often what has come since is copied, at most, and with how few blocks that ends.
+_ROUNDS: Final = 5
+_FEW_BLOCKS: Final = 4
 #: Seconds for what takes no time: a last word, and the end of a process that was told to end.
 _MOMENT_S: Final = 2.0
 #: Seconds for a new process to end by itself when this one has stopped, before it is killed.
@@ -239,8 +244,11 @@ class Predecessor:
             raise _Failed(
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
             )
+        copier = Copier(daemon.broker)
+        await self._copy(heir, copier)
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
         await handover.let_go_of_bound(daemon.server, why)
+        await self._copy(heir, copier)
         await daemon.settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
@@ -249,18 +257,38 @@ class Predecessor:
         daemon.flush_log()
         # From here on nothing else happens here.
         with _signals_noted() as noted:
-            self._hand_over(heir, order, noted)
+            self._hand_over(heir, order, noted, copier)
             # There is no way back from here.
             try:
                 self._leave(heir, str(hello["keeper"]), noted)
             finally:
                 os._exit(0)
 
-    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted) -> None:
+    async def _copy(self, heir: _Heir, copier: Copier) -> None:
+        """Copy what can be copied while clients are served; return when the new process has taken it in."""
+        channel, loop = heir.channel, asyncio.get_running_loop()
+
+        def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
+            return lambda: channel.send("copy", facts, pieces, within_s=_HANDOVER_S)
+
+        def wait() -> None:
+            channel.send("copied", within_s=_HANDOVER_S)
+            channel.expect("copied", within_s=_HELLO_S)
+
+        for _ in range(_ROUNDS):
+            count = 0
+            for block in copier.blocks(loop.time()):
+                await aside(send(*block))
+                count += 1
+            await aside(wait)
+            if count < _FEW_BLOCKS:
+                return
+
+    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted, copier: Copier) -> None:
         """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
         server, channel = self._daemon.server, heir.channel
         frozen_at = time.monotonic()
-        taken, descriptors = handover.capture(server)
+        taken, descriptors = handover.capture(server, copier)
         asked_by = None
         if order is not None and order.source.open:
             asked_by = [handover.position_of(server, order.source), order.id]
@@ -268,7 +296,9 @@ class Predecessor:
         facts["reloads"] = dict(self._daemon.reloads)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
-            channel.send("state", facts, taken.pieces, descriptors, within_s=deadline - time.monotonic())
+            channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S + deadline - time.monotonic())
+            # How much there is to set up is no reason to fail.
+            deadline += channel.told / _FACTS_A_SECOND
             channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         channel.send("commit", within_s=_MOMENT_S)
         try:

@@ -18,6 +18,7 @@ from typing import Final, Self
 
 from brokerd import __version__
 from brokerd.config.values import ListenConfig
+from brokerd.core.precopy import Copies
 from brokerd.core.service import reply_to
 from brokerd.core.snapshot import Pieces
 from brokerd.core.snapshot_check import check_counts
@@ -104,6 +105,8 @@ class Successor:
         try:
             return self._take_over(server, listen, opened)
         finally:
+            # Nor is it looked through later, for as long as it is there.
+            gc.freeze()
             gc.enable()
 
     def _take_over(
@@ -113,11 +116,16 @@ class Successor:
         hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
         with _signals_ignored():
             channel.send("hello", hello, within_s=_PATIENCE_S)
-            state = channel.expect("state", within_s=_PATIENCE_S)
+            copies = Copies(server.broker)
+            while (state := channel.expect("copy", "copied", "state", within_s=_PATIENCE_S)).say != "state":
+                if state.say == "copy":
+                    copies.add(state.facts, memoryview(state.body), server.loop.time())
+                else:
+                    channel.send("copied", within_s=_PATIENCE_S)
             facts = state.facts
             if facts["format"] not in READS:
                 raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
-            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened)
+            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened, copies)
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")
             self.reloads.update(reloads)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenConnected, WhenFull
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Limits
+from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Pieces, capture, restore
 from brokerd.core.verdict import Verdict
@@ -328,15 +329,24 @@ class FakeNet:
         self.broker.detach(peer.session, self.now)
         self.settle()
 
-    def hand_over(self, *configs: ClientConfig) -> None:
-        """Have a new broker go on with all that this one has, as another process would; with other entries if given."""
+    def hand_over(self, *configs: ClientConfig, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Have a new broker go on with all that this one has, as another process would; with other entries if given.
+
+        meanwhile: what happens between the copying and the hand-over.
+        """
         old = self.broker
-        peers = sorted(self.peers, key=lambda peer: peer.session.number)
-        taken = capture(old, [peer.session for peer in peers], self.now)
         entries = configs or [client.config for client in old.exchange.clients.values()]
-        self.broker = Broker(entries, limits=old.limits, version="test", now_wall=self.now)
+        new = Broker(entries, limits=old.limits, version="test", now_wall=self.now)
+        copier, copies = Copier(old, few=1), Copies(new)
+        for act in (meanwhile, lambda: None):
+            for facts, blobs in copier.blocks(self.now):
+                copies.add(json.loads(json.dumps(facts)), memoryview(b"".join(blobs)), self.now)
+            act()
+        peers = sorted(self.peers, key=lambda peer: peer.session.number)
+        taken = capture(old, [peer.session for peer in peers], self.now, copier)
+        self.broker = new
         pieces = Pieces(b"".join(taken.pieces))
-        sessions = restore(self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now)
+        sessions = restore(self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies)
         assert not len(pieces), "bytes that nobody asked for"
         for peer, session in zip(peers, sessions, strict=True):
             peer.session, session.link = session, peer

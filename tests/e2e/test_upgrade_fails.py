@@ -94,17 +94,17 @@ FAILURES = {
     "an end without a word": ("sys.exit(7)", "it ended with status 7"),
     "a format it does not read": (
         RECEIVING + "successor.READS = channel.READS = (99,)",
-        "hands over its state in the format 1, and",
+        "hands over its state in the format 2, and",
     ),
     "an offer it would read and a state it would not": (
-        RECEIVING + "successor.READS = (1, 99)\nsuccessor.READS = (1,)\n"
+        RECEIVING + "successor.READS = (2, 99)\nsuccessor.READS = (2,)\n"
         "was = channel.Channel.expect\n"
-        "def expect(self, say, **how):\n"
-        "    message = was(self, say, **how)\n"
-        "    if say == 'state': message.facts['format'] = 2\n"
+        "def expect(self, *words, **how):\n"
+        "    message = was(self, *words, **how)\n"
+        "    if message.say == 'state': message.facts['format'] = 3\n"
         "    return message\n"
         "channel.Channel.expect = expect",
-        "a state of the format 2",
+        "a state of the format 3",
     ),
     "killed while it receives the state": (
         RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
@@ -128,18 +128,18 @@ FAILURES = {
     ),
     "dead when it is told to begin": (
         RECEIVING + "was = channel.Channel.expect\n"
-        "def expect(self, say, **how):\n"
-        "    message = was(self, say, **how)\n"
-        "    if say == 'commit': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def expect(self, *words, **how):\n"
+        "    message = was(self, *words, **how)\n"
+        "    if message.say == 'commit': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return message\n"
         "channel.Channel.expect = expect",
         "signal 9 ended it",
     ),
     "hanging when it is told to begin": (
         RECEIVING + "was = channel.Channel.expect\n"
-        "def expect(self, say, **how):\n"
-        "    message = was(self, say, **how)\n"
-        "    if say == 'commit': time.sleep(60)\n"
+        "def expect(self, *words, **how):\n"
+        "    message = was(self, *words, **how)\n"
+        "    if message.say == 'commit': time.sleep(60)\n"
         "    return message\n"
         "channel.Channel.expect = expect",
         "it said nothing for 0.3 s",
