@@ -50,7 +50,8 @@ TALK = {
 }
 #: What both faces share, besides the dialog.
 SHARED = {
-    "brokerd_client.settings": LEAVES,
+    "brokerd_client.paths": (),
+    "brokerd_client.settings": (*LEAVES, "brokerd_client.paths"),
     "brokerd_client.forks": (),
     "brokerd_client.chance": ("brokerd_client.errors", "brokerd_client.wire"),
     "brokerd_client.undelivered": (),
@@ -116,7 +117,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "brokerd_client.aio": (*FACE, *AIO),
     "brokerd": (),
-    "brokerd.config": LEAVES,
+    "brokerd.config": (*LEAVES, "brokerd_client.paths"),
     "brokerd.core": (*LEAVES, *MODEL, "brokerd_client.topics"),
     "brokerd.log_lines": (),
     "brokerd.log_outlets": (),

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from brokerd_client.paths import is_plainly_a_path
+
 __all__ = [
     "MAX_KEY",
     "OTHERS",
     "KeyRefused",
     "exposed",
     "forbidden",
-    "is_plainly_a_path",
     "oddity",
     "read_credential",
     "read_env",
@@ -35,10 +36,6 @@ MAX_KEY: Final = 64 * 1024
 #: Others must neither read a key nor replace it.
 OTHERS: Final = stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
 _ANY_WRITE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-_SEPARATOR: Final = re.compile(r"[/\\]")
-#: Digits as of a key in hexadecimal; characters from which on a text of all kinds looks like a key.
-_HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]{16,}")
-_RANDOM: Final = 20
 #: Variables as they are called: words in capitals, each shorter than a key.
 _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9]{0,14}(_[A-Z0-9]{1,15}){0,5}")
 #: Letters that are too few to tell UTF-16 by its zeros.
@@ -139,15 +136,6 @@ def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
     return f"others than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600 {shlex.quote(path)})"
 
 
-def is_plainly_a_path(text: str) -> bool:
-    """Return whether a text may be shown as a path: it is one by its form, and does not look like a key."""
-    if not text.isprintable() or " " in text or not (_SEPARATOR.search(text) or text.endswith(".key")):
-        return False
-    if any(map(_looks_random, _SEPARATOR.split(text))):
-        return False
-    return text.startswith(("/", "./", "../", "~")) or "." in text or not _looks_random(_SEPARATOR.sub("", text))
-
-
 def oddity(key: bytes, kind: str) -> str:
     """Return what its author hardly meant about a key, and what would be right; "" where nothing is odd.
 
@@ -195,13 +183,6 @@ def _is_projected(path: str) -> bool:
     """Return whether a path leads through a directory as Kubernetes makes it for the files of a volume."""
     parts = Path(os.path.realpath(path)).parts
     return any(part.startswith("..") for part in parts)
-
-
-def _looks_random(text: str) -> bool:
-    if _HEXADECIMAL.fullmatch(text) or "=" in text or "+" in text:
-        return True
-    kinds = (str.islower, str.isupper, str.isdigit)
-    return len(text) >= _RANDOM and all(any(map(kind, text)) for kind in kinds)
 
 
 def forbidden(path: str, environ: Mapping[str, str]) -> int:
