@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd_client.address import Address, parse
 from brokerd_client.errors import AddressError, BrokerdError, Disconnected, InvalidKey, TlsError
+from brokerd_client.paths import is_plainly_a_path
 from brokerd_client.wire.envelope import check_name
 
 if TYPE_CHECKING:
@@ -168,6 +169,11 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
         with open(path, "rb") as file:  # noqa: PTH123
             found = file.read()
     except OSError as error:
+        if not is_plainly_a_path(os.fspath(path)):
+            # It may be the key itself, and so the system's error is not shown either.
+            raise InvalidKey(
+                f"the key file can't be read: {error.strerror} (give the path of a file that holds the key)"
+            ) from None
         raise InvalidKey(f"the key file {os.fspath(path)} can't be read: {error.strerror}") from error
     # As the daemon does: one newline, of either kind.
     found = found.removesuffix(b"\r\n") if found.endswith(b"\r\n") else found.removesuffix(b"\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,27 @@ def test_a_key_file_may_end_with_a_newline(tmp_path: Path, content: bytes) -> No
     assert settle(key_file=tmp_path / "key").key == b"k"
     (tmp_path / "key").write_bytes(b"\n" + content)
     assert settle(key_file=tmp_path / "key").key == b"\nk"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA",
+        "pV8k3Jz/0aQ+9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA=",
+        "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "hunter2",
+    ],
+)
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_settings_key_given_for_its_file_is_not_shown(key: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in the place of the path of its file stands neither in the error nor in what led to it."""
+    if by == "environment":
+        monkeypatch.setenv("BROKERD_KEY_FILE", key)
+
+    with pytest.raises(InvalidKey, match=r"the key file can't be read: .* \(give the path") as refused:
+        settle(key_file=key if by == "argument" else None)
+
+    assert key not in "".join(traceback.format_exception(refused.value))
 
 
 def test_empty_key_file(tmp_path: Path) -> None:
