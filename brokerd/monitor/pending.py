@@ -1,7 +1,7 @@
 """Connections to the monitor whose request has not been answered yet: few, for a short time, fair to each origin.
 
 A silent connection costs a socket and nothing else, and gives way to a newer one: the oldest that has not sent a whole
-request, of the origin that has most. So nobody keeps a health check from being heard by connecting often.
+request, of the origin that has most. A peer that connects often does not keep a health check from being heard.
 """
 
 from __future__ import annotations

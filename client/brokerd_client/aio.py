@@ -317,9 +317,9 @@ class Client(Link):
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Have requests answered with what ``handler(message)`` returns; a function or a coroutine function.
 
-        An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only; also one that is
-        not an Exception. KeyboardInterrupt and SystemExit then end the event loop, as in every task. A handler that has
-        called message.reply() or message.fail() itself returns None. Can be used as a decorator.
+        What it raises, of whatever type, is logged, and answered with an ERROR ``failed`` that holds the type's name
+        only. KeyboardInterrupt and SystemExit then end the event loop, as in every task. A handler that has called
+        message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
         self._check()
         self._desk.handle_requests(handler)

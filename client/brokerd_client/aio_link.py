@@ -131,12 +131,12 @@ class Link:
         # Between two runs of the loop its own thread may set handlers.
         if get_ident() != self._thread_id or self._loop.is_running():
             raise WrongLoop(
-                "this client belongs to the thread of its event loop: use asyncio.run_coroutine_threadsafe in others, "
+                "this client belongs to the thread of its event loop: elsewhere use asyncio.run_coroutine_threadsafe, "
                 "or connect a blocking client"
             )
 
     def _limit(self, timeout: float | None) -> float | None:
-        """Return the timeout in seconds, None where it has no end. Raises ValueError for one that is not valid."""
+        """Return the timeout in seconds, None where it has no end. Raises ValueError."""
         return None if timeout is None else check_timeout(timeout)
 
     def _deadline(self, timeout: float | None) -> float | None:

@@ -142,7 +142,9 @@ class FakeBroker:
             if said["topic"].startswith("denied"):
                 self.refuse(session, envelope, ErrorCode.DENIED)
                 return
-            session.subscriptions.append((said["topic"], said.get("group", "")))
+            # A subscription that is made twice is one, as in a real broker.
+            if (said["topic"], said.get("group", "")) not in session.subscriptions:
+                session.subscriptions.append((said["topic"], said.get("group", "")))
         elif said["op"] == "unsubscribe":
             with contextlib.suppress(ValueError):
                 session.subscriptions.remove((said["topic"], said.get("group", "")))
