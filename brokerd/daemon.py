@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, Self
@@ -26,6 +26,7 @@ from brokerd.core import routing
 from brokerd.core.broker import Broker, Order
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.service import stats
+from brokerd.core.session import Session
 from brokerd.keywatch import KeyWatch, uses_of
 from brokerd.logs import Logs
 from brokerd.monitor.switch import Switch, preload
@@ -255,6 +256,10 @@ class Daemon:
         if self._server is not None:
             self._server.settle()
 
+    def size(self) -> int:
+        """Return how many connections and subscriptions there are: most objects are theirs."""
+        return len(self.server.links) + len(self.broker.topics)
+
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
         """Do this beside everything else; ``settled`` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
@@ -307,50 +312,71 @@ class Daemon:
             raise
         return replace(prepared, opened=opened, audit=audit)
 
-    def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+    async def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
-        assert self._server is not None
-        plan = whole_plan(prepared.plan, self._server.misfits(prepared.keyring))
+        leaving: list[tuple[Session, str]] = []
+        for some in self.server.misfits_in_turns(prepared.keyring):
+            leaving += some
+            await asyncio.sleep(0)
+        plan = whole_plan(prepared.plan, leaving)
         return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
     def take_over(self, prepared: Prepared, reason: str) -> Outcome:
-        """Take it over: first all that can fail, and that leaves no trace then. The caller settles.
+        """Take it over at once; see ``taking_over``."""
+        turns = self.taking_over(prepared, reason)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+
+    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, Outcome]:
+        """Take it over in turns: first all that can fail, and that leaves no trace then. The caller settles each time.
 
         prepared: with what it needs ``opened``. New addresses are open before old ones are closed.
-        Raises ListenError; then nothing has changed.
+        Raises ListenError, before the first turn ends; then nothing has changed.
         """
-        server, plan, keyring = self._server, prepared.plan, prepared.keyring
-        assert server is not None
+        server, plan = self.server, prepared.plan
         opened, monitored = prepared.opened
         try:
             server.alter(entry for entry, _ in plan.altered)
         except ListenError:
             prepared.discard()
             raise
-        leaving = server.misfits(keyring)
         config = self.config = taken_over(self.config, prepared.config)
         self._allotted = prepared.allotted
         if self._logs is not None:
             self._logs.take_over(config.log, prepared.audit)
         differing = (*plan.added, *plan.changed)
-        self.broker.reconfigure(config.clients, _core_limits(config), time.time(), differing)
-        server.reconfigure(keyring, config.limits)
-        server.start(opened)
-        server.stop_listening_at({entry.address for entry in plan.closed})
-        if plan.monitor:
-            self._monitor.turn(config.monitor, monitored)
-        for session, why in leaving:
-            self.broker.close(session, why)
+        yield from self.broker.reconfiguring(config.clients, _core_limits(config), time.time(), differing)
+        server.reconfigure(prepared.keyring, config.limits)
+        if self.stopping:
+            _close_all((opened, monitored))
+        else:
+            server.start(opened)
+            server.stop_listening_at({entry.address for entry in plan.closed})
+            if plan.monitor:
+                self._monitor.turn(config.monitor, monitored)
+        leaving: list[tuple[Session, str]] = []
+        for some in server.misfits_in_turns():
+            leaving += some
+            yield
         self.reloads["accepted"] += 1
         self.reload_refused = False
         self.reloaded_at = time.time()
         fields = whole_plan(plan, leaving)
+        yield
         self.log.info(
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
         )
+        yield
         self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
-        if self._keywatch is not None:
+        if self._keywatch is not None and not self.stopping:
             self._keywatch.watch(config, prepared.ending)
+        # Last: an administrator that has to leave is answered before anything is carried out.
+        for session, why in leaving:
+            self.broker.close(session, why)
         return Outcome(fields, warnings=prepared.warnings)
 
     async def _look_after_files(self) -> None:
@@ -445,12 +471,9 @@ class Daemon:
         """Return what the `$broker` operation ``stats`` answers."""
         return stats(self.broker)
 
-    def keys(self) -> dict[str, Any]:
-        """Return what the `$broker` operation ``keys`` answers: every key's id, its time and its uses."""
-        server = self._server
-        assert server is not None
-        clients = uses_of(self.config, server.keyring, server.credentials(), datetime.now(UTC))
-        return {"clients": clients, "since": self.broker.started_at}
+    def key_uses(self) -> Iterator[dict[str, Any]]:
+        """Yield each client's keys, as the `$broker` operation ``keys`` answers: their ids, times and uses."""
+        return uses_of(self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC))
 
     def key_expiries(self) -> dict[str, datetime]:
         """Return for each client whose keys have an end the moment from which it can't be let in any more."""

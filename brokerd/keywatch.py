@@ -7,7 +7,7 @@ Names keys by their id, never shows one, and disconnects nobody: a key's time is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
@@ -25,6 +25,8 @@ _AGAIN: Final = timedelta(days=1)
 _LOOK_AGAIN: Final = timedelta(hours=1)
 #: Clients of which a look says something in an event of their own; the rest is counted.
 _LINES: Final = 50
+#: Clients that are looked at in one turn of the event loop: some milliseconds' work.
+_SLICE: Final = 256
 
 
 class Timer(Protocol):
@@ -59,6 +61,8 @@ class KeyWatch:
         self._seen_at: datetime | None = None
         self._timer: Timer | None = None
         self._lines = 0
+        #: How many connections use each key, counted when it is asked for during a look.
+        self._using: Counter[tuple[str, bytes]] | None = None
 
     def watch(self, config: Config, clients: list[ClientConfig] | None = None) -> None:
         """Look at another configuration from now on, and say at once what there is to be said.
@@ -91,14 +95,25 @@ class KeyWatch:
         now = self._now()
         before, self._seen_at = self._seen_at, now
         self._lines = 0
-        upcoming = [now + _LOOK_AGAIN]
-        for client in self._clients:
+        self._using = None
+        self._look_on(0, before, now, now + _LOOK_AGAIN)
+
+    def _look_on(self, start: int, before: datetime | None, now: datetime, upcoming: datetime) -> None:
+        """Look at some clients, and at the others in later turns. upcoming: when to look at all of them again."""
+        some = self._clients[start : start + _SLICE]
+        for client in some:
             self._look_at(client, before, now)
-            upcoming += [key.not_after for key in client.keys if key.not_after is not None and key.not_after >= now]
+            for key in client.keys:
+                if key.not_after is not None and now <= key.not_after < upcoming:
+                    upcoming = key.not_after
+        start += len(some)
+        if start < len(self._clients):
+            self._timer = self._call_later(0, lambda: self._look_on(start, before, now, upcoming))
+            return
         if self._lines > _LINES:
             self.log.warning("key.expiring_more", count=self._lines - _LINES)
         # A moment later: at its last moment a key is still valid.
-        wait = (min(upcoming) - now).total_seconds() + 0.001
+        wait = (upcoming - now).total_seconds() + 0.001
         self._timer = self._call_later(wait, self._look)
 
     def _look_at(self, client: ClientConfig, before: datetime | None, now: datetime) -> None:
@@ -109,29 +124,28 @@ class KeyWatch:
         if last is None or last.not_after is None:
             return
         if last.expired_at(now):
-            self._say("key.expired", client, now, last=True, **self._fields(client, last))
+            self._say("key.expired", client, last, now, last=True)
         elif last.not_after - now <= self._warned_before:
-            self._say("key.expiring", client, now, **self._fields(client, last))
+            self._say("key.expiring", client, last, now)
 
-    def _say(self, event: str, client: ClientConfig, now: datetime, **fields: Any) -> None:
+    def _say(self, event: str, client: ClientConfig, key: Key, now: datetime, **more: Any) -> None:
         if now < self._quiet_until.get((event, client.name), now):
             return
         self._quiet_until[event, client.name] = now + _AGAIN
         self._lines += 1
         if self._lines <= _LINES:
-            self.log.warning(event, **fields)
+            self.log.warning(event, **more, **self._fields(client, key))
 
     def _fields(self, client: ClientConfig, key: Key) -> dict[str, Any]:
-        connections = sum(
-            each.client.name == client.name and each.key.value == key.value for each in self._credentials()
-        )
+        if self._using is None:
+            self._using = Counter((each.client.name, each.key.value) for each in self._credentials())
         assert key.not_after is not None, "a key without an end does not expire"
         return {
             "name": client.name,
             "key": key.key_id,
             "source": key.source,
             "not_after": key.not_after.isoformat(),
-            "connections": connections,
+            "connections": self._using[client.name, key.value],
         }
 
 
@@ -142,14 +156,16 @@ def _last(client: ClientConfig, now: datetime) -> Key | None:
     return let_in_until(client.keys, now)
 
 
-def uses_of(config: Config, keyring: Keyring, credentials: Iterable[Credential], now: datetime) -> list[dict[str, Any]]:
-    """Return for each client its keys: id, source, window, state, last use and connections. Never a key.
+def uses_of(
+    config: Config, keyring: Keyring, credentials: Iterable[Credential], now: datetime
+) -> Iterator[dict[str, Any]]:
+    """Yield for each client its keys: id, source, window, state, last use and connections. Never a key.
 
     Times are seconds since the epoch for uses, and text for windows. A client that its user vouches for has one
     entry without an id.
     """
     using = Counter((each.client.name, each.key.value) for each in credentials)
-    return [
+    return (
         {
             "name": client.name,
             "keys": [
@@ -166,7 +182,7 @@ def uses_of(config: Config, keyring: Keyring, credentials: Iterable[Credential],
             ],
         }
         for client in config.clients.values()
-    ]
+    )
 
 
 def _text(moment: datetime | None) -> str | None:

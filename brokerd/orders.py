@@ -6,18 +6,26 @@ the levels of the log, say how the keys are used. Source: docs/protocol.md, "Ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+import asyncio
+import itertools
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, Protocol
 
 from brokerd.config.model import Config
 from brokerd.core.broker import Broker, Order
-from brokerd.core.service import reply_to
+from brokerd.core.service import reply_to, reply_with
 from brokerd.logs import LevelRefused, Logs
 from brokerd.net.server import Server
 from brokerd.reloading import Reloading
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
 __all__ = ["Orderable", "Orders"]
+
+#: Entries of a long answer that are made in one turn of the event loop: some milliseconds' work.
+_ENTRIES: Final = 256
+#: Long answers that may be asked for at once.
+_MOST_LONG: Final = 64
 
 
 class Orderable(Protocol):
@@ -39,8 +47,8 @@ class Orderable(Protocol):
     def logs(self) -> Logs | None:
         """The log of its own, None where a program gives another."""
 
-    def keys(self) -> dict[str, Any]:
-        """Return what the `$broker` operation ``keys`` answers."""
+    def key_uses(self) -> Iterator[dict[str, Any]]:
+        """Yield each client's keys, as the `$broker` operation ``keys`` answers."""
 
     def stop_soon(self, reason: str) -> bool:
         """Begin to drain; return False if that had begun already."""
@@ -54,6 +62,9 @@ class Orders:
 
     def __init__(self, daemon: Orderable) -> None:
         self._daemon = daemon
+        #: Long answers are made one at a time; how many are being made or wait for that.
+        self._one_long = asyncio.Lock()
+        self._long = 0
 
     def carry_out(self, order: Order) -> None:
         """Do what is asked, or begin to; who asks is answered when it is done."""
@@ -65,8 +76,7 @@ class Orders:
         elif order.op == "log_level":
             self._answer_log_level(order)
         elif order.op == "keys":
-            reply_to(daemon.broker, order.source, order.id, daemon.keys())
-            daemon.server.settle()
+            self._answer_in_turns(order, "clients", daemon.key_uses(), {"since": daemon.broker.started_at})
         elif order.op == "upgrade":
             if daemon.on_upgrade is not None:
                 daemon.on_upgrade(f"asked for by {asker}", order)
@@ -76,6 +86,34 @@ class Orders:
                 daemon.server.settle()
         else:
             daemon.in_background(self._reload_for(order, f"asked for by {asker}"))
+
+    def _answer_in_turns(
+        self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
+    ) -> None:
+        """Answer with a list of so many entries that all of them at once would hold up the event loop."""
+        daemon = self._daemon
+        if self._long >= _MOST_LONG:
+            message = f"{self._long} long answers are being made already; ask again later"
+            daemon.broker.refuse(order.source, order.id, ErrorCode.FULL, message, BROKER)
+            daemon.server.settle()
+            return
+        self._long += 1
+        daemon.in_background(self._collect(order, name, entries, more))
+
+    async def _collect(self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, Any]) -> None:
+        daemon = self._daemon
+        pieces = []
+        try:
+            async with self._one_long:
+                while some := list(itertools.islice(entries, _ENTRIES)):
+                    pieces.append(json.dumps(some)[1:-1])
+                    await asyncio.sleep(0)
+        finally:
+            self._long -= 1
+        rest = "".join(f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items())
+        payload = f'{{"{name}": [{", ".join(pieces)}]{rest}}}'.encode()
+        reply_with(daemon.broker, order.source, order.id, payload)
+        daemon.server.settle()
 
     def _answer_log_level(self, order: Order) -> None:
         daemon, wanted = self._daemon, order.arguments

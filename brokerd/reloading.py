@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from typing import Protocol
 
 from brokerd.aside import aside
@@ -56,7 +56,7 @@ class Reloadable(Protocol):
     def foreseen(self, prepared: Prepared) -> list[str]:
         """Return why it can't be taken over, as far as that can be seen without trying; called aside."""
 
-    def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+    async def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
 
     def opened(self, prepared: Prepared) -> Prepared:
@@ -65,8 +65,8 @@ class Reloadable(Protocol):
     async def listen_again(self) -> None:
         """Listen again where a socket's file is gone."""
 
-    def take_over(self, prepared: Prepared, reason: str) -> Outcome:
-        """Take it over. Raises ListenError or AuditError; then nothing has changed."""
+    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, Outcome]:
+        """Take it over in turns. Raises ListenError or AuditError; then nothing has changed."""
 
     async def reviewed(self) -> None:
         """Return when everything that the last reload forbade has ended."""
@@ -142,7 +142,9 @@ class Reloading:
                 prepared = await aside(lambda: daemon.opened(ready), discard=Prepared.discard)
             await daemon.reviewed()
             if daemon.serves:
-                return daemon.outlook(prepared, problems) if dry_run else daemon.take_over(prepared, reason)
+                if dry_run:
+                    return await daemon.outlook(prepared, problems)
+                return await self._take_over(prepared, reason)
             prepared.discard()
             cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
         except ConfigError as error:
@@ -152,6 +154,17 @@ class Reloading:
         except AuditError as error:
             cause, problems = "audit", [str(error)]
         return Outcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
+
+    async def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
+        """Take it over in turns of the event loop, between which messages pass."""
+        turns = self._daemon.taking_over(prepared, reason)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
     async def undisturbed(self, why: str) -> AsyncIterator[None]:

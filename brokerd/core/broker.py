@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -64,6 +64,8 @@ OUTCOME_RESERVE: Final = 256 * 1024
 _STEPS: Final = 64
 #: Messages past their ttl that are answered for at once.
 _EXPIRED: Final = 256
+#: Clients whose entries are taken over in one turn of a reload: some milliseconds' work.
+_RECONFIGURED: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
 #: Kinds that answer a request.
@@ -298,26 +300,50 @@ class Broker:
             hundred thousand entries takes half a second.
         A subscription that its client's new rules do not allow receives nothing from now on; work_off ends it.
         """
+        turns = self.reconfiguring(clients, limits, now_wall, differing)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                gone: list[Session] = end.value
+                return gone
+
+    def reconfiguring(
+        self,
+        clients: Mapping[str, ClientConfig],
+        limits: Limits,
+        now_wall: float,
+        differing: Iterable[str] | None = None,
+    ) -> Generator[None, None, list[Session]]:
+        """Do the same in turns: yield after some clients each time, whose entries are in force by then."""
         self.limits = limits
-        self.generation += 1
-        # Outboxes of another kind may take the place of those that were found.
-        self.topics.forget()
         known = self.exchange.clients
         gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
-        for name in clients if differing is None else differing:
-            config, client = clients[name], known.get(name)
-            if client is None:
-                known[name] = Client(config, now_wall)
-            elif client.config != config:
-                narrower = not _patterns(client.config.subscribe) <= _patterns(config.subscribe)
-                if config.subscribe != client.config.subscribe:
-                    for session in client.sessions.values():
-                        self.review.finish(session)
-                client.reconfigure(config)
-                for session in client.sessions.values() if narrower else ():
-                    self.review.begin(session)
+        names = iter(clients if differing is None else differing)
+        while some := list(itertools.islice(names, _RECONFIGURED)):
+            self.generation += 1
+            # Outboxes of another kind may take the place of those that were found.
+            self.topics.forget()
+            for name in some:
+                self._reconfigure_client(clients[name], now_wall)
+            yield
+        self.generation += 1
+        self.topics.forget()
         announce(self, "$broker.reloaded", "{}")
         return gone
+
+    def _reconfigure_client(self, config: ClientConfig, now_wall: float) -> None:
+        client = self.exchange.clients.get(config.name)
+        if client is None:
+            self.exchange.clients[config.name] = Client(config, now_wall)
+        elif client.config != config:
+            narrower = not _patterns(client.config.subscribe) <= _patterns(config.subscribe)
+            if config.subscribe != client.config.subscribe:
+                for session in client.sessions.values():
+                    self.review.finish(session)
+            client.reconfigure(config)
+            for session in client.sessions.values() if narrower else ():
+                self.review.begin(session)
 
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
         why = "its new rules do not allow the subscription"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "serve", "stats"]
+__all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "reply_with", "serve", "stats"]
 
 PROTOCOL_VERSION: Final = 1
 
@@ -89,7 +89,11 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
 
 def reply_to(broker: Broker, source: Session, id: int, reply: _Arguments) -> None:
     """Send the REPLY to an operation."""
-    payload = json.dumps(reply).encode()
+    reply_with(broker, source, id, json.dumps(reply).encode())
+
+
+def reply_with(broker: Broker, source: Session, id: int, payload: bytes) -> None:
+    """Send the REPLY to an operation. payload: a JSON object."""
     broker.answer(source, Envelope(Kind.REPLY, id, BROKER, payload, codec=CodecId.JSON))
 
 

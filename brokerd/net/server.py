@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Container, Iterable
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import islice
 from typing import Any, Final, Protocol
 
 from brokerd.config import subjects
@@ -35,6 +37,9 @@ __all__ = ["Log", "Server"]
 
 #: Size of the buffer for what is thrown away, in bytes.
 _WASTE: Final = 64 * 1024
+#: Sessions closed in one turn of the loop, and connections judged by a new keyring: some milliseconds' work.
+_CLOSES: Final = 64
+_JUDGED: Final = 256
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
 _ARREARS: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
@@ -90,6 +95,10 @@ class Server:
         self._tick: asyncio.TimerHandle | None = None
         #: When that is. uvloop's handle of a time that has passed knows none.
         self._tick_at = 0.0
+        #: Sessions closed in this turn of the loop, and those that are to be closed in later ones.
+        self._closes = 0
+        self._closing_on = False
+        self._put_off: deque[Session] = deque()
         self._settling = False
         self._working_off = False
         #: Set when the last connection is gone.
@@ -176,9 +185,18 @@ class Server:
 
         A key whose time is over lets nobody in, and those whom it let in stay.
         """
-        links = (link for link in self.links if not link.session.closing)
-        judged = ((link.session, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in links)
-        return [(session, why) for session, why in judged if why]
+        found: list[tuple[Session, str]] = []
+        for some in self.misfits_in_turns(keyring):
+            found += some
+        return found
+
+    def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
+        """Yield the same in pieces, of some connections each; of those that are there when it begins."""
+        links = iter(list(self.links))
+        while some := list(islice(links, _JUDGED)):
+            there = (link for link in some if not link.closed and not link.session.closing)
+            judged = ((link.session, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in there)
+            yield [(session, why) for session, why in judged if why]
 
     def misfit(
         self,
@@ -342,12 +360,44 @@ class Server:
             link: Link = session.link
             if not session.open:
                 continue
+            if session.closing and not self._may_close(session):
+                continue
             if session.cut:
                 link.lost(session.closing)
             elif not (session.outbox.blocked and link.writing):
                 link.write()
             elif session.closing:
                 link.close_soon()
+
+    def _may_close(self, session: Session) -> bool:
+        """Return whether a session may be closed in this turn of the loop; else it is put off to a later one.
+
+        A reload or an operator may end ten thousand at once.
+        """
+        if self._draining is not None:
+            return True
+        if not self._closing_on:
+            self._closing_on = True
+            self.loop.call_soon(self._close_on)
+        if self._closes < _CLOSES:
+            self._closes += 1
+            return True
+        self.loop.remove_reader(session.link.fd)
+        self._put_off.append(session)
+        return False
+
+    def _close_on(self) -> None:
+        """Close some of the sessions that were put off."""
+        self._closing_on = False
+        self._closes = 0
+        for _ in range(min(_CLOSES, len(self._put_off))):
+            session = self._put_off.popleft()
+            if session.open:
+                self.broker.touch(session)
+        if self._put_off:
+            self._closing_on = True
+            self.loop.call_soon(self._close_on)
+        self.settle()
 
     def settle(self) -> None:
         """Carry out everything the core has decided: write, close, resume, pass on orders, set the timer."""
