@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from brokerd import garbage
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon, Stopped
@@ -65,7 +66,7 @@ def run(config_path: Path) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
         return EX_CONFIG
     _allow_many_descriptors()
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config, supervisor, handed))
 
 
@@ -75,7 +76,7 @@ def _replace(elder: Successor, config_path: Path) -> int:
     try:
         elder.meet()
         config = load(config_path)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve(config, Supervisor.from_environ(), elder.handed, elder))
     except (ConfigError, ListenError, AuditError, ChannelError) as error:
         elder.fail(str(error))
@@ -153,7 +154,12 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
             supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
             # Starting again can help where an address is taken; a socket that nobody asked for stays one.
             return EX_CONFIG if isinstance(error, Misfit) else EX_FAILED
-        await daemon.stopped.wait()
+        garbage.set_apart()
+        sweeper = garbage.Sweeper(asyncio.get_running_loop(), daemon.size)
+        try:
+            await daemon.stopped.wait()
+        finally:
+            sweeper.close()
         await predecessor.close()
     return status
 

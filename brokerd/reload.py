@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from brokerd import __version__
+from brokerd import __version__, garbage
 from brokerd.config.advice import advice
 from brokerd.config.load import load
 from brokerd.config.model import Config
@@ -96,6 +96,11 @@ def prepare(running: Config, handed: Handed, allotted: dict[ListenConfig, list[H
     handed: the service manager's sockets. allotted: which entries of the running configuration have which of them.
     Raises ConfigError and ListenError.
     """
+    with garbage.undisturbed():
+        return _prepared(running, handed, allotted)
+
+
+def _prepared(running: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]) -> Prepared:
     prepared = compared(running, load(Path(running.path)), handed, allotted)
     plan = prepared.plan
     preload(prepared.config.monitor)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Self
 
-from brokerd import __version__
+from brokerd import __version__, garbage
 from brokerd.config.values import ListenConfig
 from brokerd.core.precopy import Copies
 from brokerd.core.service import reply_to
@@ -101,13 +100,8 @@ class Successor:
         that the running process did not listen at. Raises ChannelError; then nothing has been touched.
         """
         # Everything made here stays, and looking through it for garbage would only make the pause longer.
-        gc.disable()
-        try:
+        with garbage.undisturbed():
             return self._take_over(server, listen, opened)
-        finally:
-            # Nor is it looked through later, for as long as it is there.
-            gc.freeze()
-            gc.enable()
 
     def _take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
