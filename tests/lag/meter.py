@@ -1,0 +1,71 @@
+"""How long each callback of an event loop takes, in its thread's processor time: a busy machine counts less.
+
+What the interpreter does in between, such as a collection of garbage, counts; what other threads do does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+__all__ = ["LIMIT_S", "Meter", "metered"]
+
+#: Seconds that no callback may take, at default limits with 10,000 clients.
+LIMIT_S = 0.05
+_SHOWN = 5
+
+
+class Turn(NamedTuple):
+    """One callback. seconds: of its thread's processor time."""
+
+    seconds: float
+    callback: str
+
+
+class Meter:
+    """The longest callbacks of one loop since the last ``reset``."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.turns = 0
+        self.longest: list[Turn] = []
+
+    def reset(self) -> None:
+        self.turns, self.longest = 0, []
+
+    def note(self, seconds: float, handle: Any) -> None:
+        self.turns += 1
+        if len(self.longest) < _SHOWN or seconds > self.longest[-1].seconds:
+            self.longest.append(Turn(seconds, repr(handle)[:200]))
+            self.longest.sort(reverse=True)
+            del self.longest[_SHOWN:]
+
+    def check(self, limit_s: float = LIMIT_S) -> None:
+        """Raise AssertionError where a callback took longer; prints the longest ones."""
+        shown = "\n".join(f"{turn.seconds * 1e3:8.1f} ms  {turn.callback}" for turn in self.longest)
+        print(f"\n{self.turns} callbacks, the longest:\n{shown}")
+        worst = self.longest[0].seconds if self.longest else 0.0
+        assert worst < limit_s, f"a callback took {worst * 1e3:.0f} ms, more than {limit_s * 1e3:.0f} ms:\n{shown}"
+
+
+@contextlib.contextmanager
+def metered(meter: Meter) -> Iterator[None]:
+    """Measure every callback of the meter's loop, which is one of asyncio's own."""
+    run = asyncio.events.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        if handle._loop is not meter.loop or not getattr(handle._callback, "measured", True):  # type: ignore[attr-defined]
+            run(handle)
+            return
+        began = time.thread_time()
+        run(handle)
+        meter.note(time.thread_time() - began, handle)
+
+    asyncio.events.Handle._run = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        asyncio.events.Handle._run = run  # type: ignore[method-assign]

@@ -1,0 +1,113 @@
+"""No frame holds the loop up: every kind of frame, to every kind of queue, which is full of the shortest frames."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+from lag.crowded import QUEUES, Crowded, queue_of
+from net.raw import EVENT, JSON, packed
+
+from brokerd.config.values import WhenFull
+from brokerd.core.outbox import FrameOutbox, Outbox, Queued
+from brokerd.core.session import Session
+from brokerd_client.wire.envelope import Kind
+
+#: Frames of each kind that are sent to a full queue.
+SENT = 1000
+TOPIC = b"\x03t.x"
+#: What is sent of each kind: to a recipient, the n-th.
+FRAMES: dict[int, Callable[[str, int], bytes]] = {
+    Kind.MESSAGE: lambda to, number: packed(Kind.MESSAGE, to, id=number, flags=number % 2),
+    Kind.REQUEST: lambda to, number: packed(Kind.REQUEST, to, id=number),
+    Kind.REPLY: lambda to, number: packed(Kind.REPLY, to, id=number),
+    Kind.ERROR: lambda to, number: packed(Kind.ERROR, to, b"{}", id=number, codec=JSON),
+    Kind.EVENT: lambda to, number: packed(EVENT, "", between=TOPIC, id=number),
+    Kind.RECEIPT: lambda to, number: packed(Kind.RECEIPT, to, id=number),
+    Kind.ACK: lambda to, number: packed(Kind.ACK, to, id=number),
+}
+#: Kinds that answer a request of the recipient's.
+ANSWERS = (Kind.REPLY, Kind.ERROR)
+
+
+def stuff(outbox: Outbox, kept: bool, most: int) -> None:
+    """Fill a queue to its limit with the shortest messages. kept: with frames that are never dropped. most: of them."""
+    frame = packed(Kind.MESSAGE, "sender")
+    for _ in range(most):
+        if not outbox.reserve(len(frame)):
+            return
+        if isinstance(outbox, FrameOutbox):
+            outbox.put(Queued(frame, kept=kept))
+        else:
+            outbox.append(frame)
+    # The rest in one piece.
+    outbox.append(packed(Kind.MESSAGE, "sender", bytes(max(outbox.limit - outbox.waiting - len(frame), 0))))
+
+
+@contextlib.contextmanager
+def unread(broker: Crowded, name: str, requests: int, to: str, *, kept: bool, most: int) -> Iterator[Session]:
+    """Log a recipient in that asks so much of a sender and reads nothing; its queue is full then."""
+    with broker.login(name) as recipient:
+        address = recipient.ask("whoami").json["address"]
+        recipient.ask("subscribe", topic="t.>")
+        recipient.write(b"".join(packed(Kind.REQUEST, to, id=number) for number in range(requests)))
+        session = broker.session(address)
+        broker.take_in(session)
+
+        def fill() -> None:
+            # What the system takes is in its buffers; what it does not take blocks the outbox.
+            while not session.outbox.blocked:
+                for _ in range(1000):
+                    session.outbox.append(packed(Kind.MESSAGE, "sender", bytes(1000)))
+                broker.daemon.broker.touch(session)
+                broker.daemon.server.settle()
+            stuff(session.outbox, kept, most)
+
+        broker.call(fill)
+        yield session
+
+
+def test_every_kind_of_frame_has_a_case() -> None:
+    """One that is new is to be measured too."""
+    assert set(FRAMES) == set(Kind)
+
+
+@pytest.mark.parametrize(
+    "most", [pytest.param(2_000, id="some"), pytest.param(500_000, id="as many as fit", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("when_full", "pool", "kept"),
+    [
+        pytest.param(
+            when_full,
+            pool,
+            kept,
+            id=f"{queue_of(when_full, pool)}{'-kept' * kept}",
+            # These differ only where something is dropped.
+            marks=[pytest.mark.slow] if kept and when_full is not WhenFull.DROP_OLDEST else [],
+        )
+        for when_full, pool in QUEUES
+        for kept in (False, True)
+        if not kept or pool or when_full is WhenFull.DROP_OLDEST
+    ],
+)
+def test_frames_to_a_full_queue_hold_nothing_up(
+    broker: Crowded, when_full: WhenFull, pool: bool, kept: bool, most: int
+) -> None:
+    """Of every kind; and neither does the end of a recipient for which so much waits."""
+    name = queue_of(when_full, pool)
+    for kind, make in FRAMES.items():
+        print(f"\n{Kind(kind).name} to {name}")
+        with broker.login("crowd") as sender:
+            source = broker.session(sender.ask("whoami").json["address"])
+            requests = SENT if kind in ANSWERS else 0
+            with unread(broker, name, requests, source.address, kept=kept, most=most) as target:
+                broker.meter.reset()
+                sender.write(b"".join(make(target.address, number) for number in range(SENT)))
+                broker.take_in(source)
+                broker.meter.check()
+            broker.until(lambda: not target.open)
+        broker.until(lambda: not source.open)  # noqa: B023 - called at once
+        broker.idle()
+        broker.meter.check()

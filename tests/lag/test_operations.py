@@ -1,0 +1,53 @@
+"""No operation of ``$broker`` holds the loop up: the table below has every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from lag.crowded import Crowded
+from net.raw import ERROR, REPLY
+
+from brokerd.core import service
+
+#: What is asked of the crowded broker, by operation: its arguments, made for the worst that a client can ask.
+ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
+    "whoami": dict,
+    "ping": dict,
+    "clients": dict,
+    "subscribe": lambda: {"topic": ".".join("*" * 127), "group": "g"},
+    "unsubscribe": lambda: {"topic": ".".join("*" * 127), "group": "g"},
+    "stats": dict,
+    "connections": dict,
+    "keys": dict,
+    "can": lambda: {"sender": "sender", "verb": "publish", "target": ".".join("a" * 127)},
+    "disconnect": lambda: {"address": "crowd"},
+    "log_level": dict,
+    "reload": lambda: {"dry_run": True},
+    "upgrade": dict,
+}
+#: Operations that have cases of their own: what each is measured by.
+ELSEWHERE = {"drain": "test_turns.py", "goaway": "test_turns.py", "finished": "test_turns.py"}
+#: What a part of a program answers to these.
+REFUSED = {"upgrade", "log_level", "reload"}
+
+
+def test_every_operation_has_a_case() -> None:
+    """One that is new is to be measured too."""
+    known = {*service._OPEN, *service._ADMIN}
+    assert known <= {*ARGUMENTS, *ELSEWHERE}, known - {*ARGUMENTS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_operation_of_a_crowded_broker_holds_nothing_up(broker: Crowded, op: str) -> None:
+    """With 10,000 clients configured and 8,000 connected."""
+    if op == "disconnect":
+        broker.call(lambda: [broker.seat("crowd") for _ in range(1500)])
+    with broker.login("ops") as ops:
+        ops.ping()
+        broker.meter.reset()
+        answer = ops.ask(op, **ARGUMENTS[op]())
+        assert answer.kind == REPLY or (op in REFUSED and answer.kind == ERROR), answer
+        broker.idle()
+    broker.idle()
+    broker.meter.check()

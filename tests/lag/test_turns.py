@@ -1,0 +1,236 @@
+"""Nothing else that a client, an operator or a signal can cause holds the loop up: connections, reloads, the end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from lag.crowded import CONNECTED, OWN, Crowded, crowded, large_config, large_text
+from net.house import key_of
+from net.raw import MESSAGE, Raw, login, packed
+
+from brokerd.config.load import load, load_text
+from brokerd.core.session import Session
+from brokerd.core.snapshot import capture
+from brokerd.net import handover
+
+# Connections
+
+
+def test_connect_and_disconnect_hold_nothing_up(broker: Crowded) -> None:
+    """With a name, and without one, where a thousand keys are tried."""
+    broker.login("sender").close()
+    login(broker.address, key_of("one-wait")).close()
+    for _ in range(50):
+        with Raw(broker.address) as silent:
+            silent.read_body()
+    broker.idle()
+    broker.meter.check()
+
+
+def test_disconnect_with_ten_thousand_subscriptions_holds_nothing_up(broker: Crowded) -> None:
+    """However many it has, and in however many groups."""
+    session = broker.call(lambda: broker.seat("subscriber"))
+
+    def subscribe() -> None:
+        for number in range(10_000):
+            topic, group = f"t{number % 100}.*.n{number}.x", f"g{number}" if number % 2 else None
+            broker.daemon.broker.topics.add(topic, session, group)
+            session.subscriptions.add((topic, group))
+
+    broker.call(subscribe)
+    broker.meter.reset()
+    broker.timed(lambda: session.link.lost("the test says so"))
+    broker.idle()
+    broker.meter.check()
+
+
+def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded) -> None:
+    """All of them go on when it reads, and when it leaves."""
+    recipient = broker.call(lambda: broker.seat("one-wait", takes=False))
+    senders = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
+    frame = memoryview(packed(MESSAGE, "one-wait", bytes(1000), id=7))[4:]
+
+    def hold() -> None:
+        outbox = recipient.outbox
+        outbox.append(bytes(packed(MESSAGE, "sender", bytes(outbox.limit - 200))))
+        broker.daemon.broker.touch(recipient)
+        broker.daemon.server.settle()
+        for sender in senders:
+            broker.daemon.broker.handle(sender, frame, broker.loop.time())
+            sender.link.tail = packed(MESSAGE, "one-wait", bytes(1000), id=8)
+
+    broker.call(hold)
+    assert broker.call(lambda: sum(sender.held_by is recipient for sender in senders)) == 1000
+    broker.meter.reset()
+    broker.timed(lambda: recipient.link.lost("the test says so"))
+    broker.idle()
+    broker.meter.check()
+    broker.empty(senders)
+
+
+def test_presence_with_a_thousand_subscribers_holds_nothing_up(broker: Crowded) -> None:
+    """A client comes and goes while a thousand connections want to know of everyone."""
+    watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
+
+    def watch() -> None:
+        for session in watchers:
+            broker.daemon.broker.topics.add("$broker.>", session)
+            session.subscriptions.add(("$broker.>", None))
+
+    broker.call(watch)
+    broker.meter.reset()
+    for _ in range(3):
+        with broker.login("sender") as sender:
+            sender.ping()
+            session = broker.session("sender")
+        broker.until(lambda: not session.open)  # noqa: B023 - called at once
+    broker.idle()
+    broker.meter.check()
+    broker.empty(watchers)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="the broker's own events are put to all their subscribers in one piece", strict=True)
+def test_presence_with_very_many_groups_holds_nothing_up() -> None:
+    """A client comes and goes while 30 connections have 10,000 groups each on all of the broker's topics."""
+    with crowded(large_config(OWN)) as broker:
+        watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(30)])
+
+        def watch(session: Session, first: int) -> None:
+            for number in range(first, first + 1000):
+                broker.daemon.broker.topics.add("$broker.>", session, f"g{number}")
+                session.subscriptions.add(("$broker.>", f"g{number}"))
+
+        for session in watchers:
+            for first in range(0, 10_000, 1000):
+                broker.call(lambda: watch(session, first))  # noqa: B023 - called at once
+        broker.idle()
+        broker.meter.reset()
+        with broker.login("sender") as sender:
+            sender.ping()
+            session = broker.session("sender")
+        broker.until(lambda: not session.open)
+        broker.idle()
+        broker.meter.check()
+
+
+def test_message_to_a_pool_of_two_thousand_holds_nothing_up(broker: Crowded) -> None:
+    """For each message one of them is picked."""
+    members = broker.call(lambda: [broker.seat("crowd") for _ in range(1900)])
+    with broker.login("sender") as sender:
+        sender.ping()
+        broker.meter.reset()
+        sender.write(packed(MESSAGE, "crowd", b"x") * 2000)
+        sender.ping()
+    broker.meter.check()
+    broker.empty(members)
+
+
+# What an operator does
+
+
+@pytest.fixture
+def from_file(tmp_path: Path) -> Iterator[tuple[Crowded, Path]]:
+    """A crowded broker of its own, and the file that it is reloaded from."""
+    file = tmp_path / "brokerd.yaml"
+    file.write_text(large_text(OWN))
+    file.chmod(0o600)
+    with crowded(load(file)) as broker:
+        broker.fill(CONNECTED)
+        broker.idle()
+        broker.meter.reset()
+        yield broker, file
+
+
+FEW = f'clients:\n  ops: {{key: "{key_of("ops").decode()}", admin: true}}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(large_text(OWN), id="as it was", marks=pytest.mark.slow),
+        pytest.param(large_text(OWN, entry="queue: 4MiB, subscribe: [a.>]"), id="all changed"),
+        pytest.param(large_text(OWN).partition("clients:")[0] + FEW, id="all removed"),
+    ],
+)
+def test_reload_of_ten_thousand_clients_holds_nothing_up(from_file: tuple[Crowded, Path], text: str) -> None:
+    """The thread that reads the file aside: see test_wall.py for what it costs the others."""
+    broker, file = from_file
+    file.write_text(text)
+    with broker.login("ops") as ops:
+        assert ops.ask("reload", dry_run=True).json["problems"] == []
+        assert ops.ask("reload").json["problems"] == []
+        broker.idle()
+        broker.meter.check()
+        ops.ping()
+        removed = "c1:" not in text
+        assert broker.call(lambda: len(broker.daemon.server.links)) == (1 if removed else CONNECTED + 1)
+
+
+def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
+    """8,000 connections end, and what waits for some of them comes back."""
+    with crowded(large_config(OWN)) as broker:
+        broker.fill(CONNECTED)
+        broker.idle()
+        with broker.login("ops") as ops:
+            broker.meter.reset()
+            ops.ask("drain")
+            broker.loop_ends()
+        broker.meter.check()
+
+
+def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> None:
+    """What an upgrade takes down at once of a broker with few connections, however many clients it knows."""
+    with crowded(large_config(OWN)) as broker:
+        broker.fill(200)
+        broker.idle()
+        broker.meter.reset()
+        taken, _ = broker.timed(lambda: handover.capture(broker.daemon.server))
+        assert len(taken.facts["links"]) == 200
+        broker.meter.check()
+
+
+# What time brings
+
+
+def test_key_expiry_of_ten_thousand_clients_holds_nothing_up() -> None:
+    """All keys end soon, and all clients are connected: each is counted, fifty are named."""
+    soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+    text = large_text(OWN, until=soon)
+    with crowded(load_text(text)) as broker:
+        broker.fill(CONNECTED)
+        broker.idle()
+        broker.meter.reset()
+        keywatch = broker.daemon._keywatch
+        assert keywatch is not None
+        broker.timed(lambda: keywatch.watch(broker.daemon.config))
+        broker.until(lambda: bool(broker.log.named("key.expiring_more")))
+        broker.meter.check()
+
+
+@pytest.mark.parametrize("per_client", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_monitor_of_a_crowded_broker_holds_nothing_up(per_client: bool) -> None:
+    """All pages, with the metrics of each client or without."""
+    extra = f"monitor: {{address: '127.0.0.1:0', per_client: {str(per_client).lower()}}}"
+    with crowded(load_text(large_text(OWN, extra=extra))) as broker:
+        broker.fill(CONNECTED)
+        broker.idle()
+        broker.meter.reset()
+        (address,) = broker.daemon.monitor_addresses
+        for page in ("livez", "readyz", "metrics"):
+            with socket.create_connection(address.sockaddr) as sock:
+                sock.sendall(f"GET /{page} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            assert b" 200 " in answer.split(b"\r\n", 1)[0], answer[:200]
+        broker.meter.check()
+
+
+def test_snapshot_has_every_connection() -> None:
+    """The stand-ins of these tests are captured as connections are."""
+    with crowded(large_config(OWN)) as broker:
+        sessions = broker.fill(3)
+        assert len(broker.call(lambda: capture(broker.daemon.broker, sessions, 0.0)).facts["sessions"]) == 3
