@@ -94,7 +94,6 @@ def test_presence_with_a_thousand_subscribers_holds_nothing_up(broker: Crowded) 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the broker's own events are put to all their subscribers in one piece", strict=True)
 def test_presence_with_very_many_groups_holds_nothing_up() -> None:
     """A client comes and goes while 30 connections have 10,000 groups each on all of the broker's topics."""
     with crowded(large_config(OWN)) as broker:
