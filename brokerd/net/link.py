@@ -134,6 +134,10 @@ class Link:
 
     def on_readable(self) -> None:
         """Read and route what came: once, or while it goes to so many that a write for each would cost more."""
+        if self.session.closing:
+            # It is to be closed in a later turn; nothing more is read.
+            self.server.loop.remove_reader(self.fd)
+            return
         self.server.watch.note(self)
         try:
             rounds = _ROUNDS

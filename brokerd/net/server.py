@@ -382,7 +382,6 @@ class Server:
         if self._closes < _CLOSES:
             self._closes += 1
             return True
-        self.loop.remove_reader(session.link.fd)
         self._put_off.append(session)
         return False
 
