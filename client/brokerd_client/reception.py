@@ -183,7 +183,8 @@ class Reception(Generic[M]):
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
             batch.outcomes.append((pending.waiter, failed))
             return
-        error = refusal(code, text or code, name=name, id=envelope.id)
+        code = code or RequestFailed.code
+        error = refusal(code, text or f"no reason was given ({code})", name=name, id=envelope.id)
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
                 # The requester has its outcome, or has left: nothing was lost.

@@ -200,6 +200,44 @@ def test_message_that_cannot_be_read_is_skipped(
     assert [record.levelname for record in caplog.records if "was skipped" in record.getMessage()] == ["WARNING"] * 2
 
 
+@pytest.mark.parametrize(("codec", "payload"), [(2, b"\xff"), (2, b"[" * 5000), (1, b"junk"), (3, b"\xc1"), (77, b"?")])
+def test_request_whose_payload_cannot_be_decoded_is_answered(
+    face: Face, server: FakeServer, codec: int, payload: bytes
+) -> None:
+    """The handler that looks at it fails, its requester hears of that, and the next request is handled."""
+    client = face.connect(server.path, "alice", b"alice", timeout=5, allow_pickle_from=["bob"])
+    client.on_request(lambda request: request.payload)
+    server.broker.seen.clear()
+    server.act(
+        lambda broker: [
+            broker.online["alice"].deliver(Envelope(Kind.REQUEST, 1, "bob", payload, codec)),
+            broker.online["alice"].deliver(Envelope(Kind.REQUEST, 2, "bob", b"7", 2)),
+        ]
+    )
+    end = time.monotonic() + 5
+    answers: dict[int, Envelope] = {}
+    while len(answers) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+        answers = {each.id: each for each in server.broker.seen if each.kind in (Kind.REPLY, Kind.ERROR)}
+    assert (answers[1].kind, answers[2].kind, answers[2].payload) == (Kind.ERROR, Kind.REPLY, b"7")
+    assert b"UndecodablePayload" in answers[1].payload
+    assert client.counters["losses"] == 0
+
+
+def test_error_without_a_payload_is_a_refusal(face: Face, server: FakeServer) -> None:
+    """It has a code and a sentence all the same."""
+    client = face.connect(server.path, "alice", b"alice", timeout=5)
+
+    def intercept(session: Session, envelope: Envelope) -> object:
+        session.deliver(Envelope(Kind.ERROR, envelope.id, "$broker", b"", 2))
+        return True
+
+    server.broker.intercept = intercept
+    with pytest.raises(RequestFailed, match="no reason was given") as caught:
+        client.request("bob", "?", timeout=5)
+    assert caught.value.code == "failed"
+
+
 def test_error_of_another_client_with_a_deep_payload_is_an_outcome(face: Face, server: FakeServer) -> None:
     """What another client puts into its ERROR can't end this client's connection."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
