@@ -18,6 +18,8 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Access", "brokerctl", "connecting", "main"]
 
 #: Seconds that anything may take for which no time was given.
 DEFAULT_TIMEOUT_S: Final = 10.0
+#: Bytes of messages that may wait to be printed. A message or an answer may be four times as long.
+_INBOX: Final = 64 * 2**20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -55,6 +57,7 @@ class Access:
                 key_file=self.key_file,
                 timeout=timeout,
                 reconnect=reconnect,
+                inbox=_INBOX,
                 ssl=context_of(self.address, self.ca, self.cert, self.cert_key),
             )
         except TimedOut as error:
