@@ -7,7 +7,9 @@ sessions each have an address of their own as well.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator
+from typing import Final, TypeAlias
 
 from brokerd.config.values import ClientConfig
 from brokerd.core.outbox import StreamOutbox
@@ -19,6 +21,13 @@ from brokerd.core.session import Session
 __all__ = ["Client", "Exchange"]
 
 
+#: A session's place among those of its pool: whether it does not read, bytes that wait, the turn it was picked last,
+#: and its number.
+Rank: TypeAlias = tuple[bool, int, int, int]
+#: Ranks that hold no more, and may be kept all the same.
+_STALE: Final = 64
+
+
 class Client(Seat):
     """One configured name.
 
@@ -27,6 +36,9 @@ class Client(Seat):
     """
 
     __slots__ = (
+        "_mixed",
+        "_numbered",
+        "_ranks",
         "changed_at",
         "config",
         "meter",
@@ -48,6 +60,11 @@ class Client(Seat):
         self.changed_at = self.shown_since = now_wall
         self.shown_online = False
         self.turn = 0
+        #: The sessions of a pool by their load, the least first: see pick.
+        self._ranks: list[Rank] = []
+        self._numbered: dict[int, Session] = {}
+        #: Whether one of them still has a queue of another kind, whose load is not followed.
+        self._mixed = False
 
     @property
     def online(self) -> bool:
@@ -55,23 +72,71 @@ class Client(Seat):
         return bool(self.sessions)
 
     def pick(self) -> Session | None:
-        """Return the least loaded session: one that reads, fewest bytes waiting, then whoever's turn it is."""
+        """Return the least loaded session: one that reads, fewest bytes waiting, then the one not picked for longest.
+
+        A rank may be too low, as a load grows unnoticed; it is set right when it comes first. One that shrinks is
+        told to ``eased``, so that no rank is too high.
+        """
         sessions = self.sessions
         if len(sessions) <= 1:
             return next(iter(sessions.values()), None)
         self.turn += 1
-        ordered = list(sessions.values())
-        start = self.turn % len(ordered)
-        return min(ordered[start:] + ordered[:start], key=_load)
+        if self._mixed:
+            return min(sessions.values(), key=_load)
+        ranks = self._ranks
+        while True:
+            rank = ranks[0]
+            session = self._numbered.get(rank[3])
+            if session is None or session.rank is not rank:
+                heapq.heappop(ranks)
+                continue
+            blocked, waiting = _load(session)
+            if (blocked, waiting) > (rank[0], rank[1]):
+                session.rank = (blocked, waiting, rank[2], session.number)
+                heapq.heapreplace(ranks, session.rank)
+                continue
+            session.rank = (blocked, waiting, self.turn, session.number)
+            heapq.heapreplace(ranks, session.rank)
+            return session
+
+    def eased(self, session: Session) -> None:
+        """Take note that fewer bytes wait for a session than before."""
+        rank = session.rank
+        if rank is not None:
+            if len(self._ranks) > _STALE + 2 * len(self.sessions):
+                self._rank_all()
+            session.rank = (*_load(session), rank[2], session.number)
+            heapq.heappush(self._ranks, session.rank)
+
+    def _rank_all(self) -> None:
+        """Rank the sessions from the beginning."""
+        self._ranks = []
+        for session in self.sessions.values():
+            session.rank = (
+                *_load(session),
+                self.turn if session.rank is None else session.rank[2],
+                session.number,
+            )
+            self._ranks.append(session.rank)
+        heapq.heapify(self._ranks)
 
     def add(self, session: Session) -> None:
         """Take in a session."""
         self.sessions[session.address] = session
+        self._numbered[session.number] = session
+        session.rank = (*_load(session), self.turn, session.number)
+        heapq.heappush(self._ranks, session.rank)
         self._choose_direct()
 
     def remove(self, session: Session) -> None:
         """Forget a session."""
         del self.sessions[session.address]
+        del self._numbered[session.number]
+        session.rank = None
+        if not self.sessions:
+            self._ranks = []
+        elif len(self._ranks) > _STALE + 2 * len(self.sessions):
+            self._rank_all()
         self._choose_direct()
 
     def reconfigure(self, config: ClientConfig) -> None:
@@ -88,16 +153,20 @@ class Client(Seat):
                 session.outbox.limit = config.queue
             else:
                 session.renew_outbox()
+        self._rank_all()
         self._choose_direct()
 
     def _choose_direct(self) -> None:
         outbox = next((session.outbox for session in self.sessions.values()), None)
         self.direct = outbox if isinstance(outbox, StreamOutbox) else None
+        pool = self.config.connections > 1
+        self._mixed = pool and self.direct is not None
 
 
 def _load(session: Session) -> tuple[bool, int]:
     # While its outbox is not blocked, what waits there is only on its way.
-    return session.outbox.blocked, session.outbox.waiting
+    waiting = session.outbox.waiting
+    return session.outbox.blocked and waiting > 0, waiting
 
 
 class Exchange:

@@ -410,7 +410,14 @@ class FrameOutbox(Tail):
             begun = None
         self._begun = begun
         self._head = head
+        self._tell_eased()
         return not self._waiting
+
+    def _tell_eased(self) -> None:
+        """Tell the pool, if it takes this outbox for fuller than it is."""
+        owner = self.owner
+        if owner is not None and owner.rank is not None and owner.rank[1] > self._waiting:
+            owner.client.eased(owner)
 
     def _may_be_written(self, queued: Queued) -> bool:
         return queued.deadline is None or queued.deadline > self._as_of or queued is self._begun
@@ -425,6 +432,8 @@ class FrameOutbox(Tail):
                 break
             expired.append(self._next())
             self._waiting -= len(first.frame)
+        if expired:
+            self._tell_eased()
         return expired
 
     def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
@@ -442,6 +451,7 @@ class FrameOutbox(Tail):
             excess -= len(oldest.frame)
             self._waiting -= len(oldest.frame)
             dropped.append(oldest)
+        self._tell_eased()
         return dropped
 
     def has_made_room(self, size: int) -> bool:

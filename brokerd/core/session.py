@@ -10,7 +10,7 @@ from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.events import Spread
-    from brokerd.core.exchange import Client
+    from brokerd.core.exchange import Client, Rank
     from brokerd.core.parting import Marks
     from brokerd.core.routing import Seat, Tail
 
@@ -44,6 +44,7 @@ class Session:
     asked: its own requests not answered yet, by (id, address of who was asked).
     spread: its event that is on the way to very many subscribers. reached_by_event: those that have it.
     expiring: until when an answer may come, of those of its requests that have a ttl.
+    rank: its place among the connections of its pool: see Client.pick.
     number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
 
@@ -85,6 +86,7 @@ class Session:
         "owed",
         "parting",
         "peer",
+        "rank",
         "reached",
         "reached_by_event",
         "retired",
@@ -111,6 +113,7 @@ class Session:
         self.link = link
         self.outbox: Outbox = new_outbox(config)
         self.outbox.owner = self
+        self.rank: Rank | None = None
         self.number = 0
         self.left_at = 0
         self.routes: dict[bytes, Seat] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import WhenConnected, WhenFull
+from brokerd.core import exchange as exchange_module
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
+from brokerd.core.session import Session
 from brokerd_client.wire.envelope import Kind
 
 
@@ -199,3 +203,70 @@ def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
     assert {each.kind for each in ann.take()} == {Kind.RECEIPT, Kind.ERROR}
     cid.read()
     assert cid.payloads()[0] == b"waits"
+
+
+def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
+    """However members take and read, the one picked is among those with the least load, and idle ones take turns."""
+    count = 40
+    net = FakeNet(client("ann"), client("pool", connections=count, queue=10_000))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(count)]
+    pool = net.broker.exchange.clients["pool"]
+    assert len({pool.pick() for _ in range(count)}) == count
+    chance = random.Random(4)
+    for step in range(1500):
+        member = chance.choice(net.peers[1:])
+        match chance.randrange(6):
+            case 0:
+                member.block(chance.choice([0, 0, 10]))
+            case 1:
+                member.read(chance.choice([None, 20, 300]))
+            case 2:
+                ann.message(member.address, b"x" * chance.randrange(300), extension={"ttl": chance.choice([1, 50])})
+            case 3 if step % 50 == 0:
+                member.leave()
+                members.append(net.connect("pool"))
+            case 4:
+                net.advance(0.1)
+            case _:
+                ann.message("pool", b"x" * chance.randrange(300))
+        ann.take()
+        if not ann.held:
+            picked = pool.pick()
+            assert picked is not None
+            loads = [(each.outbox.blocked, each.outbox.waiting) for each in pool.sessions.values()]
+            assert (picked.outbox.blocked, picked.outbox.waiting) == min(loads)
+        assert len(pool._ranks) < 64 + 3 * count
+
+
+def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
+    """A message to a pool looks at a few of its members, whether they read or not."""
+
+    def compared(count: int, *, reading: bool) -> int:
+        net = FakeNet(client("ann"), client("pool", connections=count))
+        ann = net.connect("ann")
+        for _ in range(count):
+            member = net.connect("pool")
+            if not reading:
+                member.block()
+                ann.message(member.address, b"x")
+        # Loads that have grown unnoticed are set right once.
+        ann.message("pool", b"x")
+        loads = 0
+        load = exchange_module._load
+
+        def counted(session: Session) -> tuple[bool, int]:
+            nonlocal loads
+            loads += 1
+            return load(session)
+
+        exchange_module._load = counted
+        try:
+            for _ in range(100):
+                ann.message("pool", b"x")
+        finally:
+            exchange_module._load = load
+        return loads
+
+    for reading in (False, True):
+        assert compared(500, reading=reading) <= 400

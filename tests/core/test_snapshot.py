@@ -472,7 +472,7 @@ CAPTURED = {
     "subscriptions",
     "waiters",
 }
-MADE_ANEW = {"cut", "spread", "fans", "generation", "link", "routes", "topics_version"}
+MADE_ANEW = {"cut", "rank", "spread", "fans", "generation", "link", "routes", "topics_version"}
 #: Only connections that are about to end have these, and none of those is captured.
 PARTING = {"finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
 
@@ -493,6 +493,9 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
     assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"} | {
+        "_mixed",
+        "_numbered",
+        "_ranks",
         "shown_online",
         "shown_since",
     }
