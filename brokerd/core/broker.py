@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from brokerd.config.values import ClientConfig, Rule, WhenConnected
+from brokerd.core.allowance import Allowance
 from brokerd.core.deadlines import Deadlines
 from brokerd.core.deferred import Deferred
 from brokerd.core.delivery import (
@@ -273,12 +274,23 @@ class Broker:
         session.cut = session.cut or cut
         self.touch(session)
 
-    def drained(self, session: Session) -> None:
+    def may_hold_for(self, target: Session, now: float) -> float:
+        """Return for how many seconds a recipient without room may hold one more sender."""
+        if target.allowance is None:
+            target.allowance = Allowance(at=now)
+        return target.allowance.begin(now, self.limits.wait_timeout, holds=bool(target.waiters))
+
+    def drained(self, session: Session, now: float) -> None:
         """Say that the system took bytes of the session's outbox: who waits for room may try again."""
         if session.slow and not session.outbox.waiting:
             session.slow = False
             self.happenings.note("client.recovered", session, reason="it has read everything that waited for it")
         if session.outbox.waiting <= session.outbox.limit // 2:
+            allowance = session.allowance
+            if allowance is not None and (allowance.holding or session.outbox.stalled):
+                allowance.end(now)
+                allowance.earn(self.limits.wait_timeout)
+            session.outbox.stalled = False
             # What was sent to a pool's name may go to any of its members.
             for member in session.client.sessions.values():
                 self.release_waiters(member)
@@ -393,10 +405,13 @@ class Broker:
         The message that a sender was held for is then refused. Very many requests are ended in several calls.
         """
         for session in [session for session, deadline in self._held.items() if deadline <= now]:
-            assert session.held_by is not None
+            holder = session.held_by
+            assert holder is not None
             if session.hold_deadline is not None and session.hold_deadline <= now:
-                session.held_by.outbox.stalled = True
+                holder.outbox.stalled = True
             self.release(session)
+            if not holder.waiters and holder.allowance is not None:
+                holder.allowance.end(now)
         for requester, id, address in self.deadlines.due(now, _EXPIRED):
             expire_request(self, requester, id, address)
 

@@ -152,7 +152,7 @@ def make_room(
         broker.happenings.note("client.slow", target, source.address, when_full, why)
     if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
         if source.hold_deadline is None:
-            source.hold_deadline = now + broker.limits.wait_timeout
+            source.hold_deadline = now + broker.may_hold_for(target, now)
         if source.hold_deadline > now:
             until = source.hold_deadline if deadline is None else min(deadline, source.hold_deadline)
             return broker.hold(source, target, until)

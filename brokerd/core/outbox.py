@@ -37,7 +37,7 @@ class StreamOutbox(Tail):
 
     limit: bytes that may wait.
     blocked: the system took less than was offered; set and cleared by whoever writes.
-    stalled: a sender was held for as long as it may be and nothing moved; cleared by progress.
+    stalled: senders were held for as long as may be; cleared when half of the queue is free.
     timed: how many frames with a ttl wait here.
     """
 
@@ -200,8 +200,6 @@ class StreamOutbox(Tail):
 
     def sent(self, size: int) -> bool:
         """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
-        if size:
-            self.stalled = False
         head = self._head + size
         while self._older and head >= len(self._older[0]):
             head -= self._forget_first()
@@ -211,6 +209,7 @@ class StreamOutbox(Tail):
             self.tail = bytearray()
             self._left.clear()
             self._head = 0
+            self.stalled = False
             self.room = min(self.limit, CHUNK)
             return True
         self._head = head
@@ -396,9 +395,9 @@ class FrameOutbox(Tail):
 
     def sent(self, size: int) -> bool:
         """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
-        if size:
-            self.stalled = False
         self._waiting -= size
+        if not self._waiting:
+            self.stalled = False
         head = self._head + size
         begun = self._begun
         while head:

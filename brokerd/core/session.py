@@ -8,6 +8,7 @@ from brokerd.config.values import ClientConfig, WhenFull
 from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 
 if TYPE_CHECKING:
+    from brokerd.core.allowance import Allowance
     from brokerd.core.broker import Broker
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
@@ -38,6 +39,7 @@ class Session:
     closing: why it is to be closed once its outbox is written, or "".
     cut: it is to be closed at once, written or not.
     slow: its queue was full, and has not been empty since.
+    allowance: how long it may hold senders; None while it never has.
     waiters: sessions held because this one's queue is full, in the order they came.
 
     owed: requests delivered here and not answered yet, by (address of who asked, id).
@@ -57,6 +59,7 @@ class Session:
 
     __slots__ = (
         "address",
+        "allowance",
         "arrived",
         "asked",
         "bytes_in",
@@ -129,6 +132,7 @@ class Session:
         self.closing = ""
         self.cut = False
         self.slow = False
+        self.allowance: Allowance | None = None
         self.waiters: dict[Session, None] = {}
         self.owed: dict[tuple[str, int], Session] = {}
         self.asked: dict[tuple[int, str], Session] = {}

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
+from brokerd.core.allowance import Allowance
 from brokerd.core.broker import Broker
 from brokerd.core.deferred import Job
 from brokerd.core.events import Announcement
@@ -144,6 +145,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "hold_s": None if session.hold_deadline is None else session.hold_deadline - now,
         "closing": session.closing,
         "slow": session.slow,
+        "allowance": session.allowance
+        and [session.allowance.used, now - session.allowance.at, session.allowance.holding],
         "goaway": session.goaway,
         "in": [session.messages_in, session.bytes_in, session.errors_in],
         "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions - copied), key=str),
@@ -333,6 +336,9 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
     session.hold_deadline = None if facts["hold_s"] is None else now + facts["hold_s"]
     session.closing = facts["closing"]
     session.slow = facts["slow"]
+    if facts["allowance"] is not None:
+        used, since, holding = facts["allowance"]
+        session.allowance = Allowance(used, now - since, holding=holding)
     session.goaway = facts["goaway"]
     session.messages_in, session.bytes_in, session.errors_in = facts["in"]
     return session

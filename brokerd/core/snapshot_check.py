@@ -200,6 +200,7 @@ _SESSION: Final = _record(
         "hold_s": _optional(_number),
         "closing": _any_text,
         "slow": _flag,
+        "allowance": _optional(_row(_number, _number, _flag)),
         "goaway": _flag,
         "in": _row(_count, _count, _count),
         "subscriptions": _each(_row(_pattern, _optional(_any_text))),

@@ -316,7 +316,7 @@ class Link:
         try:
             self.write()
             if not self.closed:
-                self.server.broker.drained(self.session)
+                self.server.broker.drained(self.session, self.server.loop.time())
             self.server.settle()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
             self._broken(error)

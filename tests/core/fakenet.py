@@ -293,7 +293,7 @@ class FakeNet:
         """The system takes bytes again."""
         self.write(peer)
         if not peer.gone:
-            self.broker.drained(peer.session)
+            self.broker.drained(peer.session, self.now)
         self.settle()
 
     def settle(self) -> None:

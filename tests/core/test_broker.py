@@ -386,8 +386,8 @@ def test_wait_holds_the_sender_until_there_is_room() -> None:
     assert ann.take() == []
 
 
-def test_wait_refuses_after_the_timeout_and_at_once_until_something_moves() -> None:
-    """A held message comes back as full; the next ones do at once while the recipient takes nothing at all."""
+def test_wait_refuses_after_the_timeout_and_at_once_until_half_is_free() -> None:
+    """A held message comes back as full; the next ones do at once until half of the recipient's queue is free."""
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.advance(29.9)
@@ -398,7 +398,85 @@ def test_wait_refuses_after_the_timeout_and_at_once_until_something_moves() -> N
     assert ann.error() == (4, "full")
     bob.read(1)
     ann.message("bob", b"x" * 21, 5)
+    assert ann.error() == (5, "full")
+    bob.read(40)
+    ann.message("bob", b"x" * 21, 6)
+    ann.message("bob", b"x" * 21, 7)
     assert ann.held
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("taken", [1, 39, 80, 120])
+def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_time(taken: int, replaced: bool) -> None:
+    """Whatever it takes every 29 seconds, its sender goes on for most of the time, and hears `full` at once."""
+    net, ann, bob = full(WhenFull.WAIT)
+    held = 0.0
+    id = 10
+    for second in range(2000):
+        if second % 29 == 0:
+            bob.read(taken)
+            if replaced:
+                net.hand_over()
+        for _ in range(5):
+            if not ann.held:
+                id += 1
+                ann.message("bob", b"x" * 21, id)
+        held += ann.held
+        ann.take()
+        bob.take()
+        net.advance(1)
+    assert held < 2000 * 0.25
+
+
+def test_recipient_that_reads_steadily_holds_its_sender_as_often_as_it_likes() -> None:
+    """Where half of the queue is read within a tenth of wait_timeout no message comes back."""
+    net, ann, bob = full(WhenFull.WAIT)
+    id = 10
+    held = 0
+    for _ in range(2000):
+        for _ in range(5):
+            if not ann.held:
+                id += 1
+                ann.message("bob", b"x" * 21, id)
+        held += ann.held
+        bob.read(25)
+        net.advance(1)
+    assert held > 1500
+    assert [each for each in ann.take() if each.kind is Kind.ERROR] == []
+
+
+def test_recipient_that_held_its_sender_earns_time_by_holding_none() -> None:
+    """After a long while it may hold a sender for as long as at first."""
+    net, ann, bob = full(WhenFull.WAIT)
+    ann.message("bob", b"x" * 21, 3)
+    net.advance(30)
+    bob.read()
+    net.advance(300)
+    ann.take()
+    bob.block()
+    for id in (4, 5, 6):
+        ann.message("bob", b"x" * 21, id)
+    net.advance(29)
+    assert ann.held
+    net.advance(1)
+    assert ann.error() == (6, "full")
+
+
+def test_senders_held_together_count_once() -> None:
+    """The time of a recipient is used up by the clock, however many senders it holds."""
+    net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
+    ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
+    bob.block()
+    for id in (1, 2, 3):
+        ann.message("bob", b"x" * 21, id)
+    net.advance(20)
+    cid.message("bob", b"x" * 21, 4)
+    assert net.broker.next_deadline == net.now + 10
+    net.advance(10)
+    assert ann.error() == (3, "full")
+    assert cid.error() == (4, "full")
+    assert bob.session.allowance is not None
+    assert bob.session.allowance.used == 30
 
 
 def test_a_slow_reader_that_takes_a_little_does_not_extend_the_wait() -> None:

@@ -102,12 +102,12 @@ def taken_back(outbox: Outbox) -> list[Queued]:
 
 
 @KINDS
-def test_progress_ends_a_stall(kind: type[Outbox]) -> None:
-    """Whoever takes a byte is not stalled any more; whoever takes none still is."""
+def test_empty_outbox_is_not_stalled(kind: type[Outbox]) -> None:
+    """A byte more that is taken does not end a stall; the last one does."""
     outbox = kind(100)
     outbox.append(message(30))
     outbox.stalled = True
-    outbox.sent(0)
+    outbox.sent(29)
     assert outbox.stalled
     outbox.sent(1)
     assert not outbox.stalled

@@ -444,6 +444,7 @@ def test_facts_that_lack_bytes_are_refused() -> None:
 #: What a session is made of: captured, or there anew (found again, empty, or the connection's own).
 CAPTURED = {
     "address",
+    "allowance",
     "arrived",
     "asked",
     "bytes_in",
