@@ -5,7 +5,8 @@ Looks and warns, and changes nothing. What the files alone show is said by :mod:
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Final
 
 from brokerd.config.advice import about_plain
 from brokerd.config.values import ClientConfig, ListenConfig
@@ -15,7 +16,10 @@ from brokerd.net.server import Log
 from brokerd.net.users import unseen
 from brokerd_client.address import Address
 
-__all__ = ["warn_of_plain", "warn_of_surroundings"]
+__all__ = ["warn_of_keys", "warn_of_plain", "warn_of_surroundings"]
+
+#: Warnings of one kind that one event of the log has.
+_SHOWN: Final = 20
 
 
 def warn_of_surroundings(
@@ -41,6 +45,12 @@ def warn_of_surroundings(
             "let in as one of them (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)"
         )
         log.warning("client.users_unseen", name=name, peer_uid=users, reason=reason)
+
+
+def warn_of_keys(log: Log, warnings: Sequence[str]) -> None:
+    """Tell of odd keys, and of files that another user can replace: one event, whatever their number."""
+    if warnings:
+        log.warning("key.odd", count=len(warnings), warnings=list(warnings[:_SHOWN]))
 
 
 def warn_of_plain(log: Log, listening: Iterable[Listening], among: Container[Address]) -> None:

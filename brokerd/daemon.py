@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, Self
 
 from brokerd import __version__
 from brokerd.aside import aside
-from brokerd.cautions import warn_of_plain, warn_of_surroundings
+from brokerd.cautions import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.config.model import Config
 from brokerd.config.plan import taken_over
 from brokerd.config.values import ListenConfig
@@ -251,6 +251,7 @@ class Daemon:
         config = self.config
         warn_of_surroundings(self.log, config.listen, config.clients, self._handed, self._allotted)
         warn_of_plain(self.log, self.server.listening, among)
+        warn_of_keys(self.log, config.warnings)
 
     def _settle(self) -> None:
         if self._server is not None:

@@ -11,7 +11,7 @@ means and what to do. The events:
     client.unsubscribed  message.refused  message.dropped  admin.asked
     client.left  client.users_unseen
     listener.paused  listener.plain  listener.not_handed_over  listener.unchanged  listener.lost  listener.restored
-    key.expiring  key.expired
+    key.expiring  key.expired  key.odd
     log.level_changed  log.lost  log.audit_failed
     monitor.listening  monitor.exposed  monitor.closed  monitor.bug
 

@@ -268,6 +268,26 @@ def test_a_socket_file_that_is_gone_comes_back_by_itself(socket_dir: Path, monke
     assert {path.name for path in socket_dir.iterdir()} == {"brokerd.yaml"}
 
 
+def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -> None:
+    """One event has the count and the first warnings, none has a key."""
+    here = FromFile(socket_dir)
+    here.write("".join(f"  c{number}: {{key: ' {number} a canary'}}\n" for number in range(30)))
+    here.start()
+    try:
+        here.write(ALICE + "  bob: {key: 'bobs key '}\n")
+        assert here.reload() == []
+        first, second = here.log.named("key.odd")
+        assert (first.level, first.fields["count"], len(first.fields["warnings"])) == ("warning", 30, 20)
+        assert second.fields["count"] == 1
+        assert "a key of client 'bob' ends with a blank" in second.fields["warnings"][0]
+        assert "canary" not in str(here.log.events)
+        here.write(ALICE)
+        assert here.reload() == []
+        assert len(here.log.named("key.odd")) == 2
+    finally:
+        here.close()
+
+
 def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> None:
     """A new client in the same file is not there either: all or nothing."""
     (served.home / "plain").write_text("no socket")
