@@ -50,6 +50,7 @@ from brokerd_client.wire.envelope import (
     is_name,
     split_address,
 )
+from brokerd_client.wire.foreign import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
 
 __all__ = ["LINGER_S", "Batch", "Dialog"]
@@ -119,6 +120,8 @@ class Dialog(Reception[M]):
         #: Until when connecting for the first time may be tried again; None before the first try.
         self._first_deadline: float | None = None
         self._handshake: handshake.Handshake | None = None
+        #: Whether the listener has sent its challenge.
+        self._challenged = False
         #: Whether the broker tells before it closes this connection; and whether ``finished`` has been sent on it.
         self._goaway = self._finishing = False
         self._reader = FrameReader()
@@ -291,7 +294,9 @@ class Dialog(Reception[M]):
         batch: Batch[M] = Batch()
         if self._link_deadline is not None and self._link_deadline <= now:
             self._link_deadline = None
-            batch.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({self.state.value})")
+            silent = self.state is State.AUTHENTICATING and not self._challenged
+            why = SILENT if silent else self.state.value
+            batch.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
         for pending in self.awaiting.overdue(now):
             # What has a deadline has a waiter.
             self._withdraw(pending)
@@ -538,12 +543,16 @@ class Dialog(Reception[M]):
         assert self._handshake is not None
         self._reader.feed(data)
         try:
-            while (body := self._reader.next_frame(handshake.LIMIT)) is not None:
+            while (body := handshake.next_message(self._reader)) is not None:
+                self._challenged = True
                 step = self._handshake.send(body)
                 while isinstance(step, handshake.Send):
                     self._outgoing.put_frame(frame(step.body))
                     step = self._handshake.send(None)
-        except StopIteration:
+        except StopIteration as end:
+            if end.value is None:
+                # An exception, of a signal handler for instance, has ended it before.
+                raise AuthenticationError("the handshake was cut off at this end") from None
             self._handshake = None
             self._step(Step.AUTHENTICATE)
             self._introduce()

@@ -14,6 +14,7 @@ from typing import Final, cast
 from brokerd_client.errors import TlsError
 from brokerd_client.wire import certificate
 from brokerd_client.wire.binding import END_POINT, EXPORTER
+from brokerd_client.wire.foreign import foreign_speech
 
 __all__ = ["Engine", "explained", "room"]
 
@@ -52,7 +53,8 @@ class Engine:
         if not self._heard and data:
             self._heard = True
             if data[0] not in _RECORD_TYPES:
-                raise TlsError(_NO_TLS[self._end_point is not None])
+                speech = "" if self._end_point is not None else foreign_speech(data)
+                raise TlsError(speech or _NO_TLS[self._end_point is not None])
         self._incoming.write(data)
 
     def feed_end(self) -> None:

@@ -25,7 +25,6 @@ from brokerd_client.wire.handshake import (
     Handshake,
     Proof,
     Send,
-    accept_key,
     answer_challenge,
     as_dialer,
     as_listener,
@@ -384,18 +383,13 @@ def test_a_digest_this_machine_lacks_is_an_authentication_error(monkeypatch: pyt
         Proof(NONCE, "md5", bytes(16)).maker([KEY])
 
 
-@pytest.mark.parametrize(
-    "use", [lambda: accept_key(b""), lambda: next(as_dialer(b"", NONCE))], ids=["direct", "dialer"]
-)
-def test_an_empty_key_is_refused(use: Callable[[], object]) -> None:
-    """An empty key means "no authentication" to some peers and a hang to others."""
-    with pytest.raises(AuthenticationError, match="an empty key"):
-        use()
-
-
-def test_a_key_of_one_byte_is_accepted() -> None:
-    """Only the empty key is refused here; how good a key is, is not the wire's to judge."""
-    assert accept_key(b"k") == b"k"
+def test_handshake_with_an_empty_key_authenticates() -> None:
+    """An empty key is a key like any other; who may have it is decided elsewhere."""
+    listener, dialer = join(as_listener(NONCE), as_dialer(b"", OTHER_NONCE), keys=[b""])
+    assert listener.result == dialer.result == Established(b"", "sha256")
+    listener, dialer = join(as_listener(NONCE), as_dialer(b"", OTHER_NONCE), keys=[KEY])
+    assert listener.error is not None
+    assert dialer.error is not None
 
 
 @pytest.mark.parametrize(

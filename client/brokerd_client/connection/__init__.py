@@ -9,6 +9,7 @@ is listed there.
     stream.py    Connection      keys.py         what a caller may give as a key
     pair.py      Pipe            readiness.py    wait
     xml.py       XmlListener ... named_pipes.py  AF_PIPE, on Windows
+    turn.py      locks           forks.py        what a fork must forget
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from brokerd_client.connection.pair import Pipe
 from brokerd_client.connection.readiness import wait
 from brokerd_client.connection.stream import BadMessageLength, Connection, MessageTooBig
 from brokerd_client.connection.xml import XmlClient, XmlConnection, XmlListener
-from brokerd_client.errors import AuthenticationError, BufferTooShort, Closed, InvalidKey, TimedOut
+from brokerd_client.errors import AuthenticationError, BufferTooShort, Closed, InvalidKey, TimedOut, UndecodablePayload
 
 __all__ = [
     "AuthenticationError",
@@ -38,6 +39,7 @@ __all__ = [
     "MessageTooBig",
     "Pipe",
     "TimedOut",
+    "UndecodablePayload",
     "XmlClient",
     "XmlConnection",
     "XmlListener",

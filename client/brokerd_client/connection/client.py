@@ -14,12 +14,15 @@ from brokerd_client.connection.negotiation import Channel, Negotiation, SocketCh
 from brokerd_client.connection.readiness import deadline_after, shortened
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, FrameError, TimedOut
+from brokerd_client.wire.foreign import SILENT
 from brokerd_client.wire.handshake import as_dialer
 
 __all__ = ["Client"]
 
 #: Between two looks at a Unix socket whose queue is full: seconds, from and to.
 _RETRY_FROM, _RETRY_TO = 0.001, 0.05
+#: Seconds that a listener has for its challenge, where the caller gives no timeout.
+CHALLENGE_TIMEOUT_S = 20.0
 
 
 def Client(  # noqa: N802 - the standard library's name
@@ -35,11 +38,12 @@ def Client(  # noqa: N802 - the standard library's name
     """Return a connection to the listener at ``address``, each side having proved to the other that it has the key.
 
     family: by default inferred from the address. authenticate, authkey: as for Listener; the third parameter may also
-        be the key. timeout: seconds for connecting and the handshake together (a name's resolution excepted); None
-        waits for ever. max_message: largest message that the connection accepts, in bytes. allow_md5: whether a
-        listener that knows nothing but HMAC-MD5 (Python 3.11 and older) is good enough.
+        be the key. timeout: seconds for connecting and the handshake together (a name's resolution excepted). None: no
+        limit, but 20 seconds for the challenge of a listener that should have a key; math.inf: no limit at all.
+    max_message: largest message that the connection accepts, in bytes. allow_md5: whether a listener that knows nothing
+        but HMAC-MD5 (Python 3.11 and older) is good enough.
     Raises AuthenticationError: one side rejected the other, and which. TimedOut. EOFError: the listener hung up during
-    the handshake. OSError: nobody listens there, and the like.
+    the handshake. OSError: nothing listens there, and the like.
     """
     deadline = deadline_after(timeout, time.monotonic())
     key = chosen_key(authenticate, authkey)
@@ -47,15 +51,15 @@ def Client(  # noqa: N802 - the standard library's name
     validate_family(family)
     try:
         channel = _connect(address, cast("Family", family), deadline)
-        try:
-            if key is not None:
-                _shake_hands(channel, address, key, deadline, allow_md5=allow_md5)
-            return cast("Connection", channel.into_connection(max_message))
-        except BaseException:
-            channel.close()
-            raise
     except TimedOut:
         raise TimedOut(f"no connection to {format_peer(address)} within {timeout} s") from None
+    try:
+        if key is not None:
+            _shake_hands(channel, address, key, deadline, allow_md5=allow_md5)
+        return cast("Connection", channel.into_connection(max_message))
+    except BaseException:
+        channel.close()
+        raise
 
 
 def _connect(address: Any, family: Family, deadline: float | None) -> Channel:
@@ -90,9 +94,16 @@ def _shake_hands(channel: Channel, address: Any, key: bytes, deadline: float | N
     conversation = as_dialer(key, nonce(), allow_md5=allow_md5)
     negotiation = Negotiation(channel, conversation, key, address, 0.0)
     listener = f"the listener at {format_peer(address)}"
+    began = time.monotonic()
+    challenge_due = began + CHALLENGE_TIMEOUT_S if deadline is None else deadline
     try:
         while not negotiation.advance():
-            channel.wait(_remaining(deadline))
+            channel.wait(_remaining(deadline if negotiation.heard else challenge_due))
+    except TimedOut:
+        seconds = time.monotonic() - began
+        if negotiation.heard:
+            raise TimedOut(f"{listener} did not finish the handshake within {seconds:.3g} s") from None
+        raise TimedOut(f"{listener} said nothing within {seconds:.3g} s: {SILENT}") from None
     except (AuthenticationError, FrameError) as error:
         raise described(error, listener) from error
     except EOFError:

@@ -5,25 +5,20 @@ from __future__ import annotations
 from multiprocessing import current_process
 from typing import TypeAlias
 
-from brokerd_client.errors import InvalidKey
-
 __all__ = ["Key", "chosen_key", "key_bytes"]
 
 Key: TypeAlias = bytes | bytearray | memoryview | str
 
 
 def key_bytes(key: Key) -> bytes:
-    """Return the key as bytes; text is taken as UTF-8. Raises InvalidKey for an empty one, TypeError for no key at all.
+    """Return the key as bytes; text is taken as UTF-8. Raises TypeError for what is not a key.
 
-    An empty key authenticates nobody: some listeners of the standard library take it for "no authentication", and the
-    clients that were given the same one then wait for a challenge for ever.
+    An empty key authenticates, as in the standard library from Python 3.13 on. Older listeners of the standard library
+    take it for no authentication.
     """
     if not isinstance(key, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"authkey should be a byte string or a string, not {type(key).__name__}")
-    data = key.encode() if isinstance(key, str) else bytes(key)
-    if not data:
-        raise InvalidKey("authkey is empty; give a key of at least one byte, or None for no authentication")
-    return data
+    return key.encode() if isinstance(key, str) else bytes(key)
 
 
 def chosen_key(authenticate: object, authkey: Key | None) -> bytes | None:

@@ -17,7 +17,7 @@ from brokerd_client.connection.stream import Connection, adopted
 from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.handshake import LIMIT, NONCE_SIZE, Handshake, Proof, Send
+from brokerd_client.wire.handshake import LIMIT, NONCE_SIZE, Handshake, Proof, Send, next_message, unframed
 
 __all__ = ["Channel", "Negotiation", "SocketChannel", "answer_challenge", "deliver_challenge", "described", "nonce"]
 
@@ -78,7 +78,9 @@ class SocketChannel:
                 self._reader.feed(data)
         except BlockingIOError:
             return None
-        return self._reader.next_frame(LIMIT)
+        except FrameError as error:
+            raise unframed(self._reader, error) from error
+        return next_message(self._reader)
 
     def into_connection(self, max_message: int | None) -> Connection:
         self._socket.settimeout(None)
@@ -104,6 +106,8 @@ class Negotiation:
         self._step: object = next(conversation)
         #: True while the conversation moves, and for good where an exception cut that off.
         self._moving = False
+        #: Whether the peer has said anything yet.
+        self.heard = False
 
     def advance(self) -> bool:
         """Go on as far as the bytes that have come allow; return whether the handshake is over, and succeeded.
@@ -126,6 +130,7 @@ class Negotiation:
                 if result is None:
                     self._moving = False
                     return False
+                self.heard = True
             try:
                 self._step = self._conversation.send(result)
             except StopIteration as end:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from brokerd_client.connection.client import Client
 from brokerd_client.connection.listener import Listener
 from brokerd_client.connection.stream import Connection
+from brokerd_client.errors import UndecodablePayload
 
 __all__ = ["XmlClient", "XmlConnection", "XmlListener"]
 
@@ -42,11 +43,39 @@ class XmlConnection:
         self._connection.send_bytes(xmlrpc.client.dumps((obj,), allow_none=True).encode())
 
     def recv(self) -> Any:
-        """Return the next object. Raises as Connection.recv_bytes; xml.parsers.expat.ExpatError for what is no XML."""
-        import xmlrpc.client
+        """Return the next object.
 
-        ((obj,), _) = xmlrpc.client.loads(self._connection.recv_bytes().decode())
-        return obj
+        Raises UndecodablePayload: the message is not one value of XML-RPC; the connection goes on with the next one.
+        Else as Connection.recv_bytes.
+        """
+        return _decoded(self._connection.recv_bytes())
+
+
+def _decoded(data: bytes) -> Any:
+    import xml.parsers.expat
+    import xmlrpc.client
+
+    if b"<!DOCTYPE" in data:
+        # XML-RPC needs none. Entities declared in one could grow to gigabytes.
+        raise UndecodablePayload("the message declares a document type, as no value of XML-RPC does")
+    try:
+        values, method = xmlrpc.client.loads(data.decode())
+        if method is not None:
+            raise ValueError("a method call")
+        (obj,) = values
+    # What the standard library's parser raises for XML of strange forms; none of it is an OSError.
+    except (
+        xml.parsers.expat.ExpatError,
+        xmlrpc.client.Error,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UndecodablePayload(f"the message is not a value of XML-RPC: {error}") from error
+    return obj
 
 
 class XmlListener(Listener):

@@ -112,6 +112,10 @@ class FrameReader:
         first, size = span
         return max(0, first + size - len(self._buffer))
 
+    def peek(self, size: int) -> bytes:
+        """Return the first bytes that no frame has taken, ``size`` at most."""
+        return bytes(self._buffer[self._start : self._start + size])
+
     def take_rest(self) -> bytes:
         """Return and forget every byte no frame has taken: they belong to whoever reads on."""
         rest = bytes(memoryview(self._buffer)[self._start :])

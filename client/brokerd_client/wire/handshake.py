@@ -22,8 +22,10 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from brokerd_client.errors import AuthenticationError
+from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire.binding import BROKER, CLIENT, Bindings, bound_key, choose, marked, unmarked
+from brokerd_client.wire.foreign import foreign_speech
+from brokerd_client.wire.framing import FrameReader
 
 __all__ = [
     "CHALLENGE",
@@ -39,11 +41,12 @@ __all__ = [
     "Proof",
     "Receive",
     "Send",
-    "accept_key",
     "answer_challenge",
     "as_dialer",
     "as_listener",
     "deliver_challenge",
+    "next_message",
+    "unframed",
 ]
 
 #: The largest frame of a handshake, in bytes: CPython's ``recv_bytes(256)``.
@@ -131,6 +134,23 @@ class Established:
 Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Established"]
 
 
+def next_message(reader: FrameReader) -> bytes | None:
+    """Return the next message of a handshake, None until more bytes arrive.
+
+    Raises AuthenticationError: the peer speaks another protocol, and which. FrameError: what came is not a message.
+    """
+    try:
+        return reader.next_frame(LIMIT)
+    except FrameError as error:
+        raise unframed(reader, error) from error
+
+
+def unframed(reader: FrameReader, error: FrameError) -> AuthenticationError | FrameError:
+    """Return the error to raise for a peer whose bytes are not a frame: one that names its protocol, if it is known."""
+    speech = foreign_speech(reader.peek(4))
+    return AuthenticationError(speech) if speech else error
+
+
 def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) -> Handshake:
     """Return the listening side of a handshake: challenge, then be challenged.
 
@@ -158,9 +178,9 @@ def as_dialer(
 ) -> Handshake:
     """Return the dialing side of a handshake: be challenged, then challenge.
 
-    key: never empty. name: sent behind the MAC to a broker, so that it need not search; b"" for
-        the answer of the standard library. bindings: over TLS the channel's binding data; the key is then bound to the
-        channel, in both directions, and there is no way back to an unbound one.
+    key: may be empty, though no broker takes that. name: sent behind the MAC to a broker, so that it need not search;
+        b"" for the answer of the standard library. bindings: over TLS the channel's binding data; the key is then bound
+        to the channel, in both directions, and there is no way back to an unbound one.
     """
     # What the listener has to prove.
     key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=True)).key
@@ -174,17 +194,6 @@ def as_dialer(
         except StopIteration as end:
             established: Established = end.value
             return Established(key, established.digest, name)
-
-
-def accept_key(key: bytes) -> bytes:
-    """Return the key if it can authenticate anybody. Raises AuthenticationError for an empty one.
-
-    Some listeners of the standard library take an empty key for "no authentication" while its
-    clients then wait for a challenge that never comes.
-    """
-    if not key:
-        raise AuthenticationError("an empty key authenticates nobody; give a key of at least one byte")
-    return key
 
 
 def deliver_challenge(
@@ -239,7 +248,6 @@ def _prove(
     dialing: bool = False,
 ) -> Handshake:
     """Answer the peer's challenge."""
-    accept_key(key)
     message = yield RECEIVE
     assert message is not None
     challenge = _read_challenge(message)

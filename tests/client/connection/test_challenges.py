@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import xml.parsers.expat
+import pickle
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brokerd_client import errors
 from brokerd_client.connection import (
     AuthenticationError,
-    InvalidKey,
     Pipe,
+    UndecodablePayload,
     XmlClient,
+    XmlConnection,
     XmlListener,
     answer_challenge,
     answerChallenge,
@@ -61,14 +65,20 @@ def test_md5_can_be_switched_off(aside: Any) -> None:
             delivered.result(TIMEOUT_S)
 
 
-def test_empty_key_challenges_nobody() -> None:
-    """An empty key is refused before anything is sent."""
-    one, other = Pipe()
-    with one, other:
-        for function in (deliver_challenge, answer_challenge):
-            with pytest.raises(InvalidKey):
-                function(one, b"")
-        assert not other.poll()
+def test_empty_key_is_proved_like_any_other(aside: Any) -> None:
+    """An empty key meets an empty key, and no other."""
+    for listeners, meets in ((b"", True), (b"key", False)):
+        one, other = Pipe()
+        with one, other:
+            delivered = aside(deliver_challenge, one, listeners)
+            if meets:
+                answer_challenge(other, "")
+                delivered.result(TIMEOUT_S)
+            else:
+                with pytest.raises(AuthenticationError):
+                    answer_challenge(other, "")
+                with pytest.raises(AuthenticationError):
+                    delivered.result(TIMEOUT_S)
 
 
 def test_errors_are_the_libraries_own() -> None:
@@ -76,6 +86,42 @@ def test_errors_are_the_libraries_own() -> None:
     assert AuthenticationError is errors.AuthenticationError
     assert issubclass(AuthenticationError, multiprocessing.AuthenticationError)
     assert issubclass(errors.BufferTooShort, multiprocessing.BufferTooShort)
+
+
+TAGS = (
+    *("params", "param", "value", "array", "data", "struct", "member", "name", "fault", "methodResponse", "methodCall"),
+    *(
+        "methodName",
+        "nil",
+        "int",
+        "i4",
+        "i8",
+        "bigdecimal",
+        "double",
+        "boolean",
+        "string",
+        "base64",
+        "dateTime.iso8601",
+    ),
+)
+TOKENS = [
+    *(form.encode() for tag in TAGS for form in (f"<{tag}>", f"</{tag}>", f"<{tag}/>")),
+    *(
+        b"1",
+        b"x",
+        b" ",
+        b"\0",
+        b"&lt;",
+        b"&#0;",
+        b"&unknown;",
+        b"<!--",
+        b"-->",
+        b"<![CDATA[",
+        b"]]>",
+        b"<?xml version='1.0'?>",
+    ),
+    *(b"1e999", b"nan", b"20260101T00:00:00", b"faultCode", b"<ex:nil/>", b"9" * 5000),
+]
 
 
 def test_xml_carries_plain_values(aside: Any) -> None:
@@ -95,9 +141,59 @@ def test_xml_carries_plain_values(aside: Any) -> None:
         assert dialer.closed
 
 
-def test_xml_runs_nothing(aside: Any) -> None:
-    """A pickle sent to an XML connection is an error of the parser, and is not unpickled."""
-    with XmlListener() as listener, XmlClient(listener.address) as dialer, listener.accept(TIMEOUT_S) as accepted:
-        dialer._connection.send({"a": "pickle"})
-        with pytest.raises((xml.parsers.expat.ExpatError, UnicodeDecodeError)):
-            accepted.recv()
+def xml_of(message: bytes) -> Any:
+    """Send the bytes to an XmlConnection; return what it makes of them, and see that it goes on."""
+    one, other = Pipe()
+    with one, other:
+        one.send_bytes(message)
+        XmlConnection(one).send("behind")
+        receiver = XmlConnection(other)
+        try:
+            return receiver.recv()
+        finally:
+            assert receiver.recv() == "behind"
+
+
+VALUE = b"<params><param><value>%s</value></param></params>"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        pickle.dumps({"a": "pickle"}),
+        b"not XML",
+        b"\xff\xfe<\0",
+        b"<params></params>",
+        b"<params><param></param></params>",
+        b"<params><param><value>1</value></param><param><value>2</value></param></params>",
+        b"<methodCall><methodName>x</methodName>" + VALUE % b"1" + b"</methodCall>",
+        (
+            b"<methodResponse><fault><value><struct><member><name>faultCode</name><value><int>1</int></value></member>"
+            b"<member><name>faultString</name><value>x</value></member></struct></value></fault></methodResponse>"
+        ),
+        b"<fault><value><int>1</int></value></fault>",
+        VALUE % b"<int>one</int>",
+        VALUE % (b"<int>" + b"9" * 5000 + b"</int>"),
+        VALUE % b"<double>x</double>",
+        VALUE % b"<boolean>7</boolean>",
+        VALUE % b"<base64>abc</base64>",
+        VALUE % b"<struct><member><value>1</value></member></struct>",
+        VALUE % b"<struct><name>x</name></struct>",
+        VALUE % b"<unheard-of>1</unheard-of>",
+        b"<struct></value></struct>",
+        b"<value><array><data></data></value></array>",
+        b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>' + VALUE % b"&b;",
+    ],
+)
+def test_xml_recv_of_hostile_bytes_raises_undecodable_payload(message: bytes) -> None:
+    """Whatever the peer sends, the error is the documented one, and the next message is received."""
+    with pytest.raises(UndecodablePayload):
+        print(xml_of(message))
+
+
+@given(st.lists(st.sampled_from(TOKENS), max_size=30).map(b"".join) | st.binary(max_size=60))
+def test_xml_recv_of_anything_returns_or_raises_undecodable_payload(message: bytes) -> None:
+    """Tags of XML-RPC in any order, and bytes: a value, or the documented error."""
+    with contextlib.suppress(UndecodablePayload):
+        xml_of(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import multiprocessing.connection
 import socket
 import threading
 import time
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client.connection.wrong_ports import SPEECHES, speaking
 
 from brokerd_client.connection import AuthenticationError, Client, Listener, MessageTooBig, TimedOut
+from brokerd_client.connection import client as client_module
 from brokerd_client.wire.framing import frame
 
 TIMEOUT_S = 30
@@ -47,7 +51,7 @@ def serve(server: socket.socket, data: bytes) -> threading.Thread:
 def test_silent_listener_is_given_up(server: socket.socket) -> None:
     """A listener that never challenges is given up after the timeout, with a TimeoutError that names it."""
     before = time.monotonic()
-    with pytest.raises(TimedOut, match=r"no connection to .* within 0.05 s") as caught:
+    with pytest.raises(TimedOut, match=r"listener at .* said nothing within 0\.05") as caught:
         Client(server.getsockname(), authkey="k", timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
     assert 0.05 <= time.monotonic() - before < TIMEOUT_S
@@ -106,7 +110,7 @@ def test_listener_that_hangs_up(server: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (b"SSH-2.0-OpenSSH\r\n", "at most 256 are accepted: this is no handshake"),
+        (b"\x7fELF and more", "at most 256 are accepted: this is no handshake"),
         (b"\xff\xff\xff\xf0", "can't have the length -16"),
         (frame(b"hello"), "is authentication switched on at both ends"),
         (frame(b"#CHALLENGE#" + bytes(5)), "too short"),
@@ -177,3 +181,58 @@ def test_limit_holds_on_both_sides() -> None:
                 dialer.send_bytes(bytes(101))
                 with pytest.raises(MessageTooBig):
                     connection.recv_bytes()
+
+
+# Listeners that are not what a client looks for.
+
+
+@pytest.mark.parametrize(("speech", "name"), SPEECHES)
+def test_client_at_a_wrong_port_names_its_protocol(speech: bytes, name: str) -> None:
+    """What another protocol's server says first is recognised."""
+    with speaking(speech) as address, pytest.raises(AuthenticationError, match=f"the peer speaks {name}"):
+        Client(address, authkey=b"key", timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("speech", [b"\x7fELF\x02", b"\xff\xfb\x01", b"MZ\x90\0"])
+def test_client_at_a_port_of_an_unknown_protocol_says_no_handshake(speech: bytes) -> None:
+    """Bytes of no known protocol are no handshake; no name is guessed."""
+    with speaking(speech + bytes(20)) as address, pytest.raises(AuthenticationError, match="this is no handshake"):
+        Client(address, authkey=b"key", timeout=TIMEOUT_S)
+
+
+def test_client_of_a_keyless_listener_says_that_no_challenge_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default too, after a time; what is likely wrong is in the error."""
+    monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
+    with Listener() as listener:
+        for timeout in (None, 0.2):
+            with pytest.raises(TimedOut, match="no challenge came: the listener seems to have no authkey"):
+                Client(listener.address, authkey=b"key", timeout=timeout)
+
+
+def test_client_without_timeout_waits_for_the_rest_of_a_handshake(monkeypatch: pytest.MonkeyPatch, aside: Any) -> None:
+    """The limit is for the challenge: what comes after it may take its time; and infinity has no limit."""
+    monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def slowly(before: float) -> None:
+            sock, _ = server.accept()
+            with multiprocessing.connection.Connection(sock.detach()) as here:
+                time.sleep(before)
+                here.send_bytes(b"#CHALLENGE#{sha256}" + bytes(40))
+                here.recv_bytes()
+                time.sleep(0.3)
+                here.send_bytes(b"#FAILURE#")
+
+        for timeout, before in ((None, 0.0), (math.inf, 0.3)):
+            served = aside(slowly, before)
+            with pytest.raises(AuthenticationError, match="rejected our answer"):
+                Client(server.getsockname(), authkey=b"key", timeout=timeout)
+            served.result(TIMEOUT_S)
+
+
+def test_client_whose_listener_stops_in_the_handshake_says_so() -> None:
+    """A listener that has sent its challenge has a key: the error does not speak of none."""
+    challenge = b"#CHALLENGE#{sha256}" + bytes(40)
+    late = pytest.raises(TimedOut, match="did not finish the handshake")
+    with speaking(frame(challenge)) as address, late:
+        Client(address, authkey=b"key", timeout=0.3)

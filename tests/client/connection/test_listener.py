@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from client.connection.conftest import Aside
 
-from brokerd_client.connection import Client, Closed, InvalidKey, Listener, TimedOut, doors
+from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut, doors
 
 TIMEOUT_S = 30
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="abstract names and the mode of an unbound socket: Linux")
@@ -346,12 +346,18 @@ def test_third_parameter_of_client_serves_both_orders() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"authkey": b""}, {"authkey": ""}, {"authenticate": b""}])
-def test_empty_key_is_refused(arguments: dict[str, Any], socket_dir: Path) -> None:
-    """An empty key is an error that says so, before anything is opened."""
-    for function in (Listener, Client):
-        with pytest.raises(InvalidKey, match="empty"):
-            function(str(socket_dir / "s"), **arguments)
-    assert list(socket_dir.iterdir()) == []
+def test_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> None:
+    """An empty key meets an empty key; a peer with another key is rejected, and a peer without one too."""
+    with Listener(**arguments) as listener:
+        accepted = aside(listener.accept, TIMEOUT_S)
+        with Client(listener.address, timeout=TIMEOUT_S, **arguments) as client, accepted.result() as server:
+            client.send(1)
+            assert server.recv() == 1
+        accepted = aside(listener.accept, TIMEOUT_S)
+        with pytest.raises(AuthenticationError):
+            Client(listener.address, authkey=b"key", timeout=TIMEOUT_S)
+        with pytest.raises(AuthenticationError):
+            accepted.result()
 
 
 @pytest.mark.parametrize("arguments", [{"authkey": 5}, {"authenticate": 1.5}, {"authenticate": b"a", "authkey": b"b"}])

@@ -1,6 +1,6 @@
 """Runs the named classes of CPython's test cases; prints one JSON object: ran, skipped, absent, problems.
 
-START_METHOD=fork PYTHONPATH=client:tests/interop/in_place python run_cases.py CLASS... [-x CLASS.TEST ...]
+START_METHOD=fork PYTHONPATH=client:tests/interop/in_place python run_cases.py CLASS...
 """
 
 import json
@@ -31,9 +31,7 @@ class Ledger(unittest.TextTestResult):
 
 
 def main():
-    arguments = sys.argv[1:]
-    split = arguments.index("-x") if "-x" in arguments else len(arguments)
-    classes, left_out = arguments[:split], arguments[split + 1 :]
+    classes = sys.argv[1:]
 
     # Nothing below would mean anything if it ran upon the standard library's module.
     assert multiprocessing.connection is brokerd_client.connection
@@ -54,8 +52,7 @@ def main():
         if case is None:
             absent.append(name)
             continue
-        tests = (case(test) for test in loader.getTestCaseNames(case))
-        suite.addTest(unittest.TestSuite(t for t in tests if t.id().partition(".")[2] not in left_out))
+        suite.addTest(loader.loadTestsFromTestCase(case))
     result = unittest.TextTestRunner(stream=sys.stderr, resultclass=Ledger, verbosity=2).run(suite)
     cpython_cases.tearDownModule()
     skipped = {test.id().partition(".")[2]: reason for test, reason in result.skipped}
