@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import socket
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
@@ -55,6 +56,8 @@ class Connection(asyncio.Protocol):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.paused = False
         self.reading = True
+        #: Whether the peer is known to send nothing more; what it has sent may not have been read.
+        self.ended = False
         #: Bytes given to the transport that it may not have written yet.
         self.unwritten = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -73,6 +76,15 @@ class Connection(asyncio.Protocol):
 
     def _on_bug(self, error: BaseException) -> None:
         self._client._on_bug(self, error)
+
+    def has_ended(self) -> bool:
+        """Return whether the peer sends nothing more, without reading; False where the system does not tell."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and not self.transport.is_closing() and hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
+            self.ended = bool(poll.poll(0))
+        return self.ended
 
     def abort(self) -> None:
         """Close the connection at once."""

@@ -34,6 +34,8 @@ __all__ = ["Link", "ends_worker"]
 _REQUEST_TASKS: Final = 64
 #: States in which the socket is read however full the inbox is.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
+#: Seconds between two looks at a connection that is not read, whether it has ended.
+_LOOK_S: Final = 0.5
 #: Seconds after its deadline at which a call ends that the dialog has not ended.
 _GRACE_S: Final = 0.05
 #: States of a client that has no connection, and knows it.
@@ -86,6 +88,8 @@ class Link:
         self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
+        #: Whether a timer looks at the connection while it is not read.
+        self._looking = False
         #: Whether no task connects again any more.
         self._deserted = False
         self._ordered.on_put = lambda: self._hire(self._ordered, 1)
@@ -419,13 +423,30 @@ class Link:
         self._gauge.full = over
         stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit
         # Without the handshake and the introduction there is no connection: they are read whatever is held.
-        reading = not over or stretched or self._dialog.state in _ALWAYS_READ
+        reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:
             link.reading = reading
             if reading:
                 link.transport.resume_reading()
             else:
                 link.transport.pause_reading()
+                if not self._looking:
+                    self._looking = True
+                    self._loop.call_later(_LOOK_S, self._look_for_end)
+
+    def _look_for_end(self) -> None:
+        """Read what is left of a connection that has ended while it was not read: another one has to be made."""
+        link = self._link
+        if link is None or link.reading:
+            self._looking = False
+            return
+        try:
+            if link.has_ended():
+                self._regulate()
+            self._loop.call_later(_LOOK_S, self._look_for_end)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._looking = False
+            self._on_bug(link, error)
 
     def _arm(self) -> None:
         """Be called at the dialog's next deadline; connecting and waiting are timed by the keeper."""

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from fake_broker import Session
+from fake_broker import FakeServer, Session
 from memory_broker import MemoryBroker, play
 
-from brokerd_client import aio
+from brokerd_client import aio, aio_link
 from brokerd_client.errors import Closed, Denied
 from brokerd_client.wire.envelope import Envelope, ErrorCode, Kind
 
@@ -136,6 +136,29 @@ def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch
             assert (await feed.recv(2)).payload == "event"
 
     play(monkeypatch, scenario)
+
+
+def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it does not read: it connects again without a call, and keeps what it had read."""
+    monkeypatch.setattr(aio_link, "_LOOK_S", 0.01)
+
+    async def main() -> None:
+        async with (
+            aio.connect(server.path, "alice", "alice", inbox=1 << 12) as alice,
+            aio.connect(server.path, "bob", "bob") as bob,
+        ):
+            for number in range(100):
+                await bob.send("alice", bytes([number]) * 1000)
+            await until(lambda: alice._link is not None and not alice._link.reading)
+            server.drop("alice")
+            await until(lambda: alice.connected and alice.counters["losses"] == 1)
+            count = len(alice._inbox.inbox.items)
+            assert [(await alice.recv(5)).body[0] for _ in range(count)] == list(range(count))
+            assert await alice.ping() >= 0
+
+    asyncio.run(main())
 
 
 def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
