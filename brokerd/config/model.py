@@ -146,7 +146,7 @@ class ListenEntry(_AddressEntry):
     """A place to listen at: an address alone, or a mapping with its options."""
 
     address: Where
-    r"""HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, \\.\pipe\NAME, or a Unix socket's path."""
+    r"""HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, \\.\pipe\NAME, or a Unix socket's path, with a / or .sock."""
     allow_md5: bool = False
     """Whether every client may use HMAC-MD5 here, the only digest Python 3.11 and older know."""
     mode: Mode = _written("0600", lambda digits: int(digits, 8))
@@ -317,7 +317,7 @@ class MonitorEntry(_AddressEntry):
     """Where the broker tells how it is, over HTTP: an address alone, or a mapping with its options."""
 
     address: Where
-    """HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, or a Unix socket's path. There is no password: keep it local."""
+    """HOST:PORT, [HOST, PORT], @ABSTRACT, or a path with a / or .sock. There is no password: keep it local."""
     per_client: bool = False
     """Whether there are metrics for each client, some eight for each name."""
     hosts: Several[HostName] = ()
