@@ -1,0 +1,76 @@
+"""When garbage is collected in the daemon's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from brokerd import garbage
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """The generations that are collected, one entry for each collection."""
+    begun: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            begun.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield begun
+    gc.callbacks.remove(note)
+
+
+def test_tended_process_begins_no_full_collection(collections: list[int]) -> None:
+    """However many objects are made; before and behind the block it is as it was."""
+    before = gc.get_threshold()
+    with garbage.tended():
+        kept = [[number] for number in range(300_000)]
+        assert 2 not in collections
+        assert 1 in collections
+        assert len(kept) == 300_000
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
+
+
+def test_undisturbed_work_is_neither_collected_nor_walked_over() -> None:
+    """In a tended process what was made is set apart; elsewhere a program's own objects are not."""
+    with garbage.tended():
+        apart = gc.get_freeze_count()
+        with garbage.undisturbed():
+            assert not gc.isenabled()
+            kept = [[number] for number in range(1000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= apart + len(kept)
+    with garbage.undisturbed():
+        kept = [[number] for number in range(1000)]
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(("size", "full"), [(1000, True), (1001, False)])
+def test_sweeper_collects_all_garbage_while_there_is_little(
+    collections: list[int], monkeypatch: pytest.MonkeyPatch, size: int, full: bool
+) -> None:
+    """Of a daemon with few connections and subscriptions; of one with many it does not."""
+    monkeypatch.setattr(garbage, "_EVERY_S", 0.01)
+
+    async def run() -> None:
+        looked = asyncio.Event()
+
+        def of_the_daemon() -> int:
+            looked.set()
+            return size
+
+        sweeper = garbage.Sweeper(asyncio.get_running_loop(), of_the_daemon)
+        await asyncio.wait_for(looked.wait(), 10)
+        await asyncio.sleep(0)
+        sweeper.close()
+
+    with garbage.tended():
+        collections.clear()
+        asyncio.run(run())
+        assert (2 in collections) is full
