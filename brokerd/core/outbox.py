@@ -494,9 +494,9 @@ class FrameOutbox(Tail):
             else:
                 self._insert(queued)
 
-    def refill_block(self, frames: Iterable[Queued], size: int, timed: int) -> None:
-        """Append frames that may be dropped to an outbox that is being refilled. size, timed: sums over them."""
-        self._plain.extend(frames)
+    def refill_plain(self, plain: deque[Queued], size: int, timed: int) -> None:
+        """Take over the frames that may be dropped, in an outbox that has none. size, timed: sums over them."""
+        self._plain = plain
         self._plain_bytes += size
         self._waiting += size
         self.timed += timed

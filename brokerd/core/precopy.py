@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.core.outbox import FrameOutbox, Queued
 from brokerd.core.session import Session
@@ -22,7 +22,7 @@ from brokerd.core.snapshot_check import FLAGS, BadSnapshot, check_block, check_f
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
 
-__all__ = ["KEPT", "ORPHANED", "PINNED", "RECEIPT", "Block", "CopiedFrames", "Copier", "Copies", "flags_of"]
+__all__ = ["KEPT", "ORPHANED", "PINNED", "RECEIPT", "Block", "CopiedQueue", "Copier", "Copies", "flags_of"]
 
 #: What is remembered of a frame, as bits.
 RECEIPT: Final = 1
@@ -61,6 +61,8 @@ class Copier:
         self._broker = broker
         self._few = few
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
+        #: Of each session: the messages that it had sent when its subscriptions began to be copied.
+        self._unchanged: dict[Session, int] = {}
         #: Of each queue: the number behind the last frame that has been copied.
         self._copied_to: dict[FrameOutbox, int] = {}
 
@@ -69,6 +71,13 @@ class Copier:
         for session in list(self._broker.exchange.sessions()):
             yield from self._subscriptions_of(session)
             yield from self._queue_of(session, now)
+
+    def changes(self, session: Session) -> tuple[set[tuple[str, str | None]], set[tuple[str, str | None]]]:
+        """Return the subscriptions that have not been copied, and those copied that have ended."""
+        copied = self.subscriptions.get(session, set())
+        if self._unchanged.get(session) == session.messages_in and len(copied) == len(session.subscriptions):
+            return set(), set()
+        return session.subscriptions - copied, copied - session.subscriptions
 
     def copied(self, session: Session) -> tuple[int, int]:
         """Return the number of the first frame in the session's queue, and how many from there on are copied."""
@@ -114,36 +123,32 @@ def _block(session: Session, first: int, frames: list[Queued], now: float) -> Bl
     return facts, [*index, b"".join([queued.frame for queued in frames])]
 
 
-class CopiedFrames(NamedTuple):
-    """Frames in order, their bytes, and how many of them have a ttl."""
+class CopiedQueue:
+    """The copied end of one queue.
 
-    frames: list[Queued]
-    size: int
-    timed: int
-
-
-class _Queue:
-    """The copied end of one queue, in blocks. first: the number of the first frame; end: behind the last one."""
+    plain: the frames. first, end: the number of the first one, and that behind the last one.
+    size, timed: their bytes, and how many of them have a ttl.
+    """
 
     def __init__(self, first: int) -> None:
         self.first = self.end = first
-        self.blocks: deque[CopiedFrames] = deque()
+        self.plain: deque[Queued] = deque()
+        self.size = self.timed = 0
 
-    def add(self, block: CopiedFrames) -> None:
-        self.blocks.append(block)
-        self.end += len(block.frames)
+    def add(self, frames: list[Queued], size: int, timed: int) -> None:
+        """Append frames, with the sums over them."""
+        self.plain.extend(frames)
+        self.end += len(frames)
+        self.size += size
+        self.timed += timed
 
     def drop(self, count: int) -> None:
         """Forget the first frames."""
         self.first += count
-        while count and count >= len(self.blocks[0].frames):
-            count -= len(self.blocks.popleft().frames)
-        if count:
-            block = self.blocks.popleft()
-            gone, rest = block.frames[:count], block.frames[count:]
-            size = block.size - sum(len(queued.frame) for queued in gone)
-            timed = block.timed - sum(queued.deadline is not None for queued in gone)
-            self.blocks.appendleft(CopiedFrames(rest, size, timed))
+        for _ in range(count):
+            gone = self.plain.popleft()
+            self.size -= len(gone.frame)
+            self.timed -= gone.deadline is not None
 
 
 class Copies:
@@ -155,7 +160,7 @@ class Copies:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._sessions: dict[int, Session] = {}
-        self._queues: dict[int, _Queue] = {}
+        self._queues: dict[int, CopiedQueue] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
 
     def add(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
@@ -178,13 +183,13 @@ class Copies:
         """Return the session of that number, to be filled."""
         return self._sessions.pop(number, None) or Session.__new__(Session)
 
-    def take_queue(self, number: int, first: int, count: int) -> Iterable[CopiedFrames]:
-        """Return the copied frames with the numbers from ``first`` on, in blocks. Raises BadSnapshot."""
-        queue = self._queues.pop(number, None) or _Queue(first)
+    def take_queue(self, number: int, first: int, count: int) -> CopiedQueue:
+        """Return the copied frames with the numbers from ``first`` on. Raises BadSnapshot."""
+        queue = self._queues.pop(number, None) or CopiedQueue(first)
         if not queue.first <= first <= first + count == queue.end:
             raise BadSnapshot(f"{count} frames of a queue are wanted from {first} on, and other ones were copied")
         queue.drop(first - queue.first)
-        return queue.blocks
+        return queue
 
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
@@ -226,7 +231,7 @@ class Copies:
             raise BadSnapshot("the frames of a block are not as long as it says")
         queue = self._queues.get(facts["session"])
         if queue is None or queue.end != first:
-            queue = self._queues[facts["session"]] = _Queue(first)
+            queue = self._queues[facts["session"]] = CopiedQueue(first)
         frames: list[Queued] = []
         timed = position = 0
         view = memoryview(rest)
@@ -248,4 +253,4 @@ class Copies:
                 )
             )
             position = end
-        queue.add(CopiedFrames(frames, len(rest), timed))
+        queue.add(frames, len(rest), timed)

@@ -128,7 +128,7 @@ def _client(client: Client, now: float) -> Facts:
 
 
 def _session(broker: Broker, session: Session, index: Mapping[Session, int], now: float, copier: Copier) -> Facts:
-    copied = copier.subscriptions.get(session, set())
+    added, ended = copier.changes(session)
     client = broker.exchange.resolve(session.client.name)
     return {
         "name": session.client.name,
@@ -149,8 +149,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         and [session.allowance.used, now - session.allowance.at, session.allowance.holding],
         "goaway": session.goaway,
         "in": [session.messages_in, session.bytes_in, session.errors_in],
-        "subscriptions": sorted(([pattern, group] for pattern, group in session.subscriptions - copied), key=str),
-        "unsubscribed": [[pattern, group] for pattern, group in copied - session.subscriptions],
+        "subscriptions": sorted(([pattern, group] for pattern, group in added), key=str),
+        "unsubscribed": [[pattern, group] for pattern, group in ended],
         "reached": sorted(client.name for client in session.reached),
         # Where two had one address for a moment, one that is gone may still be named.
         "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
@@ -358,9 +358,9 @@ def _restore_outbox(
             outbox.refill(queue, begun)
         else:
             first, count, places = facts["copied"]
+            copied = copies.take_queue(session.number, first, count)
             outbox.refill(queue[: int(begun > 0)], begun)
-            for frames, size, timed_count in copies.take_queue(session.number, first, count):
-                outbox.refill_block(frames, size, timed_count)
+            outbox.refill_plain(copied.plain, copied.size, copied.timed)
             rest = queue[int(begun > 0) :]
             outbox.refill_kept(zip(places, rest, strict=False))
             outbox.refill(rest[len(places) :], 0)

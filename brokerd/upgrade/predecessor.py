@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -198,6 +199,7 @@ class Predecessor:
             problem = f"a bug: {in_words(error)}"
             trace = traceback.format_exception(error)
             self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
+        gc.unfreeze()
         if self._daemon.serves:
             self._daemon.server.accept_bound()
         if self._heir is not None:
@@ -245,6 +247,8 @@ class Predecessor:
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
             )
         copier = Copier(daemon.broker)
+        # To look through millions of frames for garbage, because copying makes objects, takes a good part of a second.
+        gc.freeze()
         await self._copy(heir, copier)
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
         await handover.let_go_of_bound(daemon.server, why)

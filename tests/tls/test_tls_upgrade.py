@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,49 @@ def test_encrypted_connections_are_closed_once_written_and_come_back(
         assert silent.is_closed()
         for raw in (ops, alice, silent):
             raw.close()
+
+
+@pytest.mark.parametrize("upgrades", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_upgrade_under_load_loses_no_plain_send_over_tls(
+    socket_dir: Path, server: Issued, authority: Authority, upgrades: int
+) -> None:
+    """Each arrives once, or is reported to its sender once; the clients come back to the new process."""
+    clients = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64MiB"}}
+    with Process(socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]) as broker:
+        tls = str(parse(broker.wait("daemon.started")[0]["listeners"][1]))
+        ops, context = broker.login("ops"), authority.context()
+        alice, bob = (
+            brokerd_client.connect(tls, name, key_of(name), ssl=context, timeout=30) for name in ("alice", "bob")
+        )
+        sent: dict[int, bytes] = {}
+        arrived: Counter[bytes] = Counter()
+        reported: Counter[int] = Counter()
+        alice.on_undelivered(lambda error: reported.update([getattr(error, "id", -1)]))
+        bob.on_message(lambda message: arrived.update([message.body]))
+        ended = threading.Event()
+
+        def send() -> None:
+            while not ended.is_set():
+                for _ in range(20):
+                    body = b"%d" % len(sent)
+                    sent[alice.send("bob", body, timeout=30)] = body
+                threading.Event().wait(0.001)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        for _ in range(upgrades):
+            assert ops.ask("upgrade").json["upgraded"]
+        ended.set()
+        sending.join()
+        for _ in range(1000):
+            if len(arrived) + len(reported) >= len(sent):
+                break
+            threading.Event().wait(0.01)
+        assert max(arrived.values()) == 1
+        assert max(reported.values(), default=1) == 1
+        lost = [id for id, body in sent.items() if not arrived[body] and not reported[id]]
+        twice = [id for id, body in sent.items() if arrived[body] and reported[id]]
+        assert (lost, twice) == ([], [])
+        for client in (alice, bob):
+            client.close()
+        ops.close()
