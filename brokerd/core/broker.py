@@ -24,6 +24,7 @@ from brokerd.core.deferred import Deferred
 from brokerd.core.delivery import (
     end_request,
     expire_request,
+    forget_requests,
     give_back,
     leave_behind,
     send,
@@ -190,14 +191,7 @@ class Broker:
         self.topics.abandon(session)
         self.release(session)
         self.release_waiters(session)
-        # A name removed and configured again may have two connections for a moment: only its own are ended.
-        for (id, _), responder in session.asked.items():
-            if responder.owed.get((session.address, id)) is session:
-                del responder.owed[(session.address, id)]
-        session.asked.clear()
-        for (id, address), deadline in session.expiring.items():
-            self.deadlines.discard(deadline, (session, id, address))
-        session.expiring.clear()
+        forget_requests(self, session)
         self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
         session.fans.clear()

@@ -33,7 +33,6 @@ class Deferred:
         self.jobs: deque[Job] = deque()
         self._broker = broker
         self._steps: Iterator[None] | None = None
-        self._working = False
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -49,19 +48,13 @@ class Deferred:
     def work_off(self, count: int) -> int:
         """Take up to ``count`` steps; return how many were taken."""
         steps = 0
-        if self._working:
-            return steps
-        self._working = True
-        try:
-            while self.jobs and steps < count:
-                steps += 1
-                if self._steps is None:
-                    self._steps = self.jobs[0].begin(self._broker)
-                try:
-                    next(self._steps)
-                except StopIteration:
-                    self._steps = None
-                    self.jobs.popleft()
-        finally:
-            self._working = False
+        while self.jobs and steps < count:
+            steps += 1
+            if self._steps is None:
+                self._steps = self.jobs[0].begin(self._broker)
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+                self.jobs.popleft()
         return steps

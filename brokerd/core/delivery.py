@@ -23,6 +23,7 @@ __all__ = [
     "deadline_of",
     "end_request",
     "expire_request",
+    "forget_requests",
     "frame_head",
     "give_back",
     "leave_behind",
@@ -229,6 +230,18 @@ def _expect_answer(broker: Broker, requester: Session, responder: Session, id: i
     if deadline is not None:
         requester.expiring[key] = deadline
         broker.deadlines.add(deadline, (requester, *key))
+
+
+def forget_requests(broker: Broker, requester: Session) -> None:
+    """Expect no answer any more to what a session that ends has asked."""
+    # A name removed and configured again may have two connections for a moment: only its own are ended.
+    for (id, _), responder in requester.asked.items():
+        if responder.owed.get((requester.address, id)) is requester:
+            del responder.owed[(requester.address, id)]
+    requester.asked.clear()
+    for key, deadline in requester.expiring.items():
+        broker.deadlines.discard(deadline, (requester, *key))
+    requester.expiring.clear()
 
 
 def _forget_deadline(broker: Broker, requester: Session, key: tuple[int, str]) -> None:

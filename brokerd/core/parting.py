@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from brokerd.core.delivery import forget_requests
 from brokerd.core.events import recipients
 from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, Kind, encode
 from brokerd_client.wire.framing import frame as make_frame
@@ -70,10 +71,7 @@ def retire(broker: Broker, session: Session) -> None:
     broker.topics.leave(session, session.subscriptions)
     session.subscriptions.clear()
     broker.topics.abandon(session)
-    for (id, _), responder in session.asked.items():
-        if responder.owed.get((session.address, id)) is session:
-            del responder.owed[(session.address, id)]
-    session.asked.clear()
+    forget_requests(broker, session)
     broker.release_waiters(session)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import events as events_module
+from brokerd.core.allowance import Allowance
 from brokerd.core.broker import Limits
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
@@ -460,6 +461,15 @@ def test_recipient_that_held_its_sender_earns_time_by_holding_none() -> None:
     assert ann.held
     net.advance(1)
     assert ann.error() == (6, "full")
+
+
+def test_recipient_without_time_left_holds_no_sender() -> None:
+    """A message for a full queue comes back at once."""
+    net, ann, bob = full(WhenFull.WAIT)
+    bob.session.allowance = Allowance(30.0, net.now)
+    ann.message("bob", b"x" * 21, 3)
+    assert ann.error() == (3, "full")
+    assert bob.session.outbox.stalled
 
 
 def test_senders_held_together_count_once() -> None:

@@ -270,3 +270,38 @@ def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
 
     for reading in (False, True):
         assert compared(500, reading=reading) <= 400
+
+
+def test_pool_pick_after_a_reload_knows_a_queue_of_the_former_kind() -> None:
+    """A client that becomes a pool while messages wait for it keeps that queue, and the idle member is picked."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, one = net.connect("ann"), net.connect("bob")
+    one.block()
+    ann.message("bob", b"waits", 1)
+    entries = {"ann": client("ann"), "bob": client("bob", connections=2)}
+    net.broker.reconfigure(entries, net.broker.limits, net.now)
+    two = net.connect("bob")
+    for id in range(2, 6):
+        ann.message("bob", b"x", id)
+    assert [each.id for each in two.take()] == [2, 3, 4, 5]
+
+
+def test_pool_ranks_do_not_pile_up() -> None:
+    """However often members fill and empty, and leave, few ranks are kept."""
+    net = FakeNet(client("ann"), client("pool", connections=50))
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(50)]
+    pool = net.broker.exchange.clients["pool"]
+    for _ in range(20):
+        for member in members:
+            member.block()
+        for _ in range(100):
+            ann.message("pool", b"x")
+        for member in members:
+            member.read()
+        assert len(pool._ranks) <= 64 + 2 * 50 + 1
+    for _ in range(10):
+        ann.message("pool", b"x")
+    for member in members[:45]:
+        member.leave()
+        assert len(pool._ranks) <= 64 + 2 * len(pool.sessions) + 1

@@ -11,6 +11,7 @@ from core.fakenet import FakeNet, Peer, client
 from brokerd.config.values import WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import deferred as deferred_module
+from brokerd.core import delivery as delivery_module
 from brokerd.core import events as events_module
 from brokerd_client.wire.envelope import Kind
 
@@ -244,3 +245,36 @@ def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> No
     assert looked_at == 3
     peers[6].read()
     assert events_module._member(found, "g", 5, 10, None) == (peers[6].session, 2)
+
+
+def test_publication_that_makes_room_in_turns_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long event that replaces many messages of one subscriber reaches the others too, once each."""
+    monkeypatch.setattr(delivery_module, "_DROPPED", 3)
+    net = FakeNet(
+        client("ann"), client("bob", queue=2000, when_full=WhenFull.DROP_OLDEST), client("cid"), client("dan")
+    )
+    ann, bob, cid, dan = (net.connect(name) for name in ("ann", "bob", "cid", "dan"))
+    for each in (cid, bob, dan):
+        each.ask("subscribe", topic="t")
+    bob.block()
+    for number in range(40):
+        ann.message("bob", b"x" * 31, number)
+    ann.publish("t", b"y" * 1900, 99)
+    bob.read()
+    assert [each.id for each in bob.take()] == [39, 99]
+    assert [each.id for each in cid.take()] == [each.id for each in dan.take()] == [99]
+
+
+def test_busy_members_of_a_large_group_count_as_work() -> None:
+    """Looking for the least loaded of many members takes several steps."""
+    names = [f"w{number}" for number in range(20)]
+    net = FakeNet(client("ann"), *map(client, names))
+    ann = net.connect("ann")
+    for name in names:
+        peer = net.connect(name)
+        peer.ask("subscribe", topic="$broker.reloaded", group="g")
+        peer.block(1)
+        ann.message(name, b"x")
+    steps = list(events_module.recipients(net.broker, "$broker.reloaded", 50))
+    assert len([each for each in steps if each is not None]) == 1
+    assert len(steps) > 5

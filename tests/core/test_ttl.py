@@ -270,3 +270,27 @@ def test_deadlines_that_are_taken_back_leave_nothing_behind() -> None:
         deadlines.add(1000.0 + number, number)
         deadlines.discard(1000.0 + number, number)
     assert len(deadlines._heap) < 100
+
+
+def test_ttl_of_a_frame_that_is_given_back_goes_over_to_another_process() -> None:
+    """It moves to another member there, and is not written when its time is over."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one = net.connect("ann"), net.connect("pool")
+    one.block()
+    ann.request("pool", b"?", 1, extension={"ttl": 10})
+    ann.message("pool", b"!", 2, extension={"ttl": 10})
+    two = net.connect("pool")
+    two.block()
+    net._settling = True
+    net.peers.remove(one)
+    net.broker.detach(one.session, net.now)
+    net.write_touched()
+    net.hand_over()
+    net._settling = False
+    net.settle()
+    assert len(two.session.outbox.take_expired(net.now, 10)) == 0
+    net.advance(11)
+    assert ann.error() == (1, "expired")
+    two.read()
+    assert two.take() == []
+    assert ann.error() == (2, "expired")
