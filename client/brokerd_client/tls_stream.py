@@ -7,6 +7,9 @@ What differs from a socket, for whoever waits for it:
 
 Reading may write (an answer to the peer's TLS), never the other way round.
 
+An exception of a signal handler may end a read or a write in the middle. What was decrypted or taken by then is known
+to no caller, so that the stream goes no further: later reads and writes raise TlsError.
+
 A peer may send much in which there is nothing for anybody: updates of its keys, records of one byte. Each costs this
 end some microseconds, so that a call takes in little of that at once, and leaves the rest to the system until the next.
 """
@@ -42,7 +45,7 @@ _MOST_UNSENT: Final = 2 * _PIECE
 class TlsStream:
     """One connection, its socket non-blocking and now this object's own."""
 
-    __slots__ = ("_barren", "_left", "_most_barren", "_unsent", "_wary", "engine", "raw")
+    __slots__ = ("_barren", "_left", "_most_barren", "_torn", "_unsent", "_wary", "engine", "raw")
 
     def __init__(
         self,
@@ -55,6 +58,8 @@ class TlsStream:
         self.raw = sock
         self.engine = Engine(context, hostname=hostname, end_point=end_point)
         self._unsent = b""
+        #: True while a read or a write is under way, and for good where an exception cut it off.
+        self._torn = False
         #: Bytes that came since the last of which there was something to read.
         self._barren = 0
         self._most_barren = _MOST_BARREN if end_point is None else _MOST_BARREN_AT_THE_DOOR
@@ -115,6 +120,21 @@ class TlsStream:
 
     def recv_into(self, view: memoryview, size: int = 0) -> int:
         """As a socket's: 0 is the end. Raises OSError."""
+        self._begin()
+        try:
+            got = self._receive_into(view, size)
+        except OSError as error:
+            self._torn = not _by_system(error)
+            raise
+        self._torn = False
+        return got
+
+    def _begin(self) -> None:
+        if self._torn:
+            raise TlsError("an exception at this end cut off a read or a write")
+        self._torn = True
+
+    def _receive_into(self, view: memoryview, size: int = 0) -> int:
         if len(self._unsent) > _MOST_UNSENT:
             raise TlsError("the peer has TLS answer again and again, and does not read the answers")
         if size:
@@ -161,19 +181,39 @@ class TlsStream:
 
     def recv(self, size: int) -> bytes:
         """As a socket's: b"" is the end. Raises OSError."""
+        self._begin()
         view = room()[:size]
-        return bytes(view[: self.recv_into(view)])
+        try:
+            data = bytes(view[: self._receive_into(view)])
+        except OSError as error:
+            self._torn = not _by_system(error)
+            raise
+        self._torn = False
+        return data
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """As a socket's: return how many bytes were taken. They are as good as sent: :meth:`flush`. Raises OSError."""
+        self._begin()
+        try:
+            taken = self._take(data)
+        except OSError as error:
+            self._torn = not _by_system(error)
+            raise
+        self._torn = False
+        return taken
+
+    def _take(self, data: bytes | bytearray | memoryview) -> int:
         if not self.flush():
             raise BlockingIOError
         taken = memoryview(data)[:_PIECE]
         self.engine.write(taken)
         # Some of it may have left before the connection broke, and in it what the peer takes for a whole message. The
         # next write fails again.
-        with contextlib.suppress(OSError):
+        try:
             self.flush()
+        except OSError as error:
+            if not _by_system(error):
+                raise
         return len(taken)
 
     def flush(self) -> bool:
@@ -197,3 +237,8 @@ class TlsStream:
     def close(self) -> None:
         """Close the socket."""
         self.raw.close()
+
+
+def _by_system(error: OSError) -> bool:
+    """Return whether the system has raised it, and not a signal handler, whose TimeoutError is an OSError too."""
+    return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError, ConnectionError))

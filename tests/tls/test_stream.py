@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from authority import Issued
+from client.connection.interruption import RETURN, interrupted_at
 
 from brokerd_client.address import Address
 from brokerd_client.aio_connection import Connection
@@ -57,6 +58,13 @@ class Breaking:
 @pytest.fixture
 def ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStream, TlsStream]]:
     """Both ends of one channel: the listener's, the client's."""
+    with both_ends(server, trusting) as ends:
+        yield ends
+
+
+@contextlib.contextmanager
+def both_ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStream, TlsStream]]:
+    """Make both ends of one channel: the listener's, the client's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server.certificate, server.key)
     # As a listener has it: nothing is unread then where a test closes an end.
@@ -252,3 +260,52 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
                 assert isinstance(await asyncio.wait_for(told.lost, 10), TlsError)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("read", ["recv", "recv_into"])
+def test_read_of_tls_interrupted_at_any_bytecode_never_skips_bytes(
+    server: Issued, trusting: ssl.SSLContext, read: str, step: int
+) -> None:
+    """The next read begins where the interrupted one did, or fails: never behind bytes that no caller has seen."""
+    buffer = bytearray(1000)
+
+    def receive(stream: TlsStream) -> bytes:
+        if read == "recv":
+            return stream.recv(1000)
+        return bytes(buffer[: stream.recv_into(memoryview(buffer))])
+
+    torn = 0
+    for bytecode in range(0, 1000, step):
+        with both_ends(server, trusting) as (listener, client):
+            listener.send(b"first")
+            interrupted = interrupted_at(bytecode, lambda: receive(client))
+            if not interrupted:
+                break
+            listener.send(b"second")
+            try:
+                assert receive(client) == b"firstsecond" or interrupted in (RETURN, "LOAD_FAST"), bytecode
+            except TlsError:
+                torn += 1
+    assert bytecode > step * torn > 50
+
+
+def test_write_of_tls_interrupted_at_any_bytecode_is_never_repeated(server: Issued, trusting: ssl.SSLContext) -> None:
+    """A caller that does not know whether a write was taken can't write on behind it."""
+    for bytecode in range(1000):
+        with both_ends(server, trusting) as (listener, client):
+            interrupted = interrupted_at(bytecode, lambda: client.send(b"first"))
+            with contextlib.suppress(TlsError):
+                client.send(b"second")
+            with contextlib.suppress(OSError):
+                client.flush()
+            heard = b""
+            # A record that was lost spoils what follows, and the peer's TLS says so.
+            with contextlib.suppress(BlockingIOError, TlsError):
+                while True:
+                    heard += listener.recv(1000)
+            assert heard in (b"", b"first", b"second") or interrupted in ("", RETURN, "LOAD_FAST"), bytecode
+            if not interrupted:
+                assert heard == b"firstsecond"
+                break
+    assert bytecode > 50
