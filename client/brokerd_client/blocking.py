@@ -152,14 +152,19 @@ class Client(Link):
         if self._forked:
             self._check()
         deadline = None
+        dialog, channel = self._dialog, self._channel
         while True:
-            # As in Link._put, without the call.
+            # As in Link._put and Link._write, without the calls.
             try:
                 with self._lock:
                     if self._clear and not self._chores:
                         self._clear = False
-                        id = self._dialog.send(to, number, body, extension)
-                        self._clear = self._write()
+                        id = dialog.send(to, number, body, extension)
+                        dialog.took(channel.write(dialog.peek()))
+                        if channel.backlog or self._chores:
+                            channel.ring()
+                        else:
+                            self._clear = True
                         return id
                 if self._interrupting():
                     return self._send_late(to, number, body, extension)

@@ -76,7 +76,12 @@ class Outgoing:
         """Forget what :meth:`peek` has returned: ``size`` bytes of it have been written, and the face has the rest."""
         self._parts.clear()
         self._taken = self.queued
-        self.wrote(size)
+        # As in wrote(), without the call.
+        self.handed += size
+        if self.handed == self.queued and self._unhanded:
+            self._unhanded.clear()
+            if self._refused:
+                self._refused.clear()
 
     def recover(self, given: int, waiting: int) -> None:
         """Count again, after a call that was interrupted.
