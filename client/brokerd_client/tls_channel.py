@@ -28,6 +28,7 @@ class TlsChannel(Channel):
         self._stream: TlsStream | None = None
         #: A thread can tell whether it holds this one: see mend.
         self._turn = threading.RLock()
+        self._send = self._send_encrypted
 
     @property
     def bindings(self) -> dict[str, bytes]:

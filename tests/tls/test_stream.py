@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import tracemalloc
@@ -15,7 +16,7 @@ from authority import Issued
 from client.connection.interruption import RETURN, interrupted_at
 
 from brokerd_client.address import Address
-from brokerd_client.aio_connection import Connection
+from brokerd_client.aio_connection import Connection, Resolver
 from brokerd_client.aio_tls import _Encrypting, dial_tls
 from brokerd_client.errors import TlsError
 from brokerd_client.tls import Engine
@@ -49,7 +50,7 @@ class Breaking:
 
     def send(self, data: bytes) -> int:
         if not self._left:
-            raise ConnectionResetError
+            raise ConnectionResetError(errno.ECONNRESET, "gone")
         sent = self._sock.send(data[: self._left])
         self._left -= sent
         return sent
@@ -252,7 +253,7 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
         told = Told()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             shaken = asyncio.create_task(asyncio.to_thread(shake_hands, listener))
-            await dial_tls(Address("AF_INET", *listener.getsockname(), tls=True), trusting, told)
+            await dial_tls(Address("AF_INET", *listener.getsockname(), tls=True), trusting, told, Resolver())
             peer = await shaken
             await told.opened.wait()
             with socket.socket(fileno=peer.detach()) as bare:
