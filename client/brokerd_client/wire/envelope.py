@@ -13,6 +13,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, IntFlag, StrEnum
+from itertools import accumulate, count
+from operator import sub
 from typing import Any, Final, NoReturn
 
 from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelope, PayloadError
@@ -68,7 +70,8 @@ _FLOAT_DIGITS: Final = 309
 #: A JSON string, also one whose end is missing.
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
-_SQUARE: Final = bytes.maketrans(b"{}", b"[]")
+#: What opens a level is 2, what closes it 0: less 1 each, their sum is how many are open.
+_LEVELS: Final = bytes.maketrans(b"[{]}", b"\2\2\0\0")
 _NO_DIGITS: Final = bytes(byte if byte in b"0123456789" else 32 for byte in range(256))
 
 
@@ -288,11 +291,8 @@ def _is_too_deep(raw: bytes) -> bool:
     """Return whether more than MAX_DEPTH objects and arrays are open at once, whether the rest is JSON or not."""
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
         return False
-    brackets = _STRING.sub(b"", raw).translate(_SQUARE, _NO_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        # The innermost level of each branch goes.
-        brackets = brackets.replace(b"[]", b"")
-    return b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH
+    levels = _STRING.sub(b"", raw).translate(_LEVELS, _NO_BRACKETS)
+    return max(map(sub, accumulate(levels), count(1)), default=0) > MAX_DEPTH
 
 
 def _has_long_number(raw: bytes) -> bool:
