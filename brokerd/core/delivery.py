@@ -13,7 +13,7 @@ from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.parcel import Parcel, joined
 from brokerd.core.session import Session
 from brokerd.core.verdict import Verdict
-from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, split, split_address
+from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, head, split, split_address
 from brokerd_client.wire.framing import frame_prefix
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def make_room(
 
 
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
-    envelope, _ = split(memoryview(queued.frame)[4:])
+    envelope = head(memoryview(queued.frame)[4:])
     broker.dropped += 1
     broker.happenings.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
     sender = _sender_of(broker, queued, envelope.name)
@@ -186,7 +186,7 @@ def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
 
 def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
     """Answer for a frame whose ttl was over before it was written to its recipient."""
-    envelope, _ = split(memoryview(queued.frame)[4:])
+    envelope = head(memoryview(queued.frame)[4:])
     sender = _sender_of(broker, queued, envelope.name)
     message = f"its ttl was over before {target.address} had read what waited before it"
     if envelope.kind is Kind.REQUEST and sender is not None:
@@ -295,10 +295,11 @@ def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
 def give_back(broker: Broker, session: Session, queued: Queued) -> None:
     """Find another way for a frame that its recipient did not take, or tell its sender."""
     body = memoryview(queued.frame)[4:]
-    envelope, start = split(body)
+    # An extension was read when the frame came; to read that of every frame again would take too long.
+    envelope = head(body)
     if envelope.name == BROKER:
         if envelope.kind is Kind.ERROR:
-            _count_unheard(broker, bytes(body[start:]))
+            _count_unheard(broker, bytes(body[split(body)[1] :]))
         return
     if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
         broker.given_back["lost"] += 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from core.fakenet import FakeNet, client
+
+from brokerd.config.values import WhenFull
+from brokerd_client.wire import envelope
 
 BODY = bytes(400)
 
@@ -43,3 +47,32 @@ def test_what_another_member_takes_is_passed_on() -> None:
 
     assert net.broker.given_back == {"passed_on": 1}
     assert second.payloads() == [BODY]
+
+
+@pytest.mark.parametrize("way", ["leave", "drop", "expire"])
+def test_frame_that_is_answered_for_is_not_decoded_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its extension was read when it came: thousands of them, read again in one turn, would hold the loop."""
+    when_full = WhenFull.DROP_OLDEST if way == "drop" else WhenFull.WAIT
+    net = FakeNet(client("alice"), client("bob", queue=2000, when_full=when_full))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    for id in range(3):
+        alice.message("bob", BODY, id=id, receipt=True, extension={"ttl": 5, "numbers": [1.5] * 20})
+    alice.take()
+    read = []
+
+    def extension(*arguments: object) -> None:
+        read.append(arguments)
+        raise AssertionError("an extension is read again")
+
+    monkeypatch.setattr(envelope, "_extension", extension)
+    if way == "leave":
+        bob.leave()
+    elif way == "drop":
+        alice.message("bob", bytes(1900), id=9)
+    else:
+        net.advance(6)
+        bob.read()
+
+    assert {answer.id for answer in alice.take()} >= {1, 2}
+    assert not read
