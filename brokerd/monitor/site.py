@@ -46,8 +46,8 @@ _MOST_WHOLE: Final = 64
 _LONGEST: Final = 10.0
 #: Requests answered in a second: some thirty milliseconds' work.
 _A_SECOND: Final = 100
-#: Connections accepted in a second: some hundred milliseconds' work, where none of them says anything.
-_ACCEPTED: Final = 2000
+#: Connections accepted in a second, silent ones mostly: some two hundred milliseconds' work.
+_ACCEPTED: Final = 4000
 #: For every second of reading the counters, seconds in which they are not read again.
 _REST: Final = 9
 #: Bytes of a page given to the system at once: a slow reader is not to have a copy of all of it kept.
