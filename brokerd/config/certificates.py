@@ -18,6 +18,7 @@ from typing import Final
 from brokerd.config import keys
 from brokerd.config.model import TlsEntry
 from brokerd.config.values import Need, TlsConfig
+from brokerd_client.paths import is_plainly_a_path
 from brokerd_client.wire import certificate
 
 __all__ = ["MAX_PEM", "load_tls"]
@@ -51,7 +52,7 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
             if field == "key":
                 contents[field] = keys.read_private(path, environ, _MAKE_KEY, entry.key)
             else:
-                content = _read_public(path)
+                content = _read_public(path, getattr(entry, field))
                 ders[field] = _certificates(path, content)
                 contents[field] = content
         except keys.KeyRefused as error:
@@ -151,8 +152,12 @@ def _words(error: OSError) -> str:
     return str(getattr(error, "reason", None) or error.strerror or error).lower().replace("_", " ")
 
 
-def _read_public(path: str) -> bytes:
-    """Return what is in a file that anybody may read. Raises KeyRefused."""
+def _read_public(path: str, written: str) -> bytes:
+    """Return what is in a file that anybody may read. Raises KeyRefused.
+
+    written: the path as the configuration has it. It is not repeated where it is no path: the private key may be in it.
+    """
+    shown = path if is_plainly_a_path(written) else "of that name"
     try:
         # Never a FIFO without a writer: that would wait.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -161,11 +166,12 @@ def _read_public(path: str) -> bytes:
         finally:
             os.close(handle)
     except FileNotFoundError:
-        raise keys.KeyRefused(f"there is no file {path} (give the file that holds the certificate)") from None
+        raise keys.KeyRefused(f"there is no file {shown} (give the file that holds the certificate)") from None
     except ValueError:
         raise keys.KeyRefused("is no path (give the file that holds the certificate)") from None
     except OSError as error:
-        raise keys.KeyRefused(f"{path} can't be read: {error.strerror} (let this user read it)") from None
+        what = shown if shown == path else "the file of that name"
+        raise keys.KeyRefused(f"{what} can't be read: {error.strerror} (let this user read it)") from None
     if len(content) > MAX_PEM:
         raise keys.KeyRefused(f"{path} is larger than {MAX_PEM // 1024} KiB (give the file that holds the certificate)")
     return content

@@ -15,7 +15,11 @@ _RANDOM: Final = 20
 
 def is_plainly_a_path(text: str) -> bool:
     """Return whether a text may be shown as a path: it is one by its form, and does not look like a key."""
-    if not text.isprintable() or " " in text or not (_SEPARATOR.search(text) or text.endswith(".key")):
+    if (
+        not text.isprintable()
+        or " " in text
+        or not (_SEPARATOR.search(text) or text.endswith((".key", ".pem", ".crt")))
+    ):
         return False
     if any(map(_looks_random, _SEPARATOR.split(text))):
         return False

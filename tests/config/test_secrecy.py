@@ -132,16 +132,19 @@ def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(key: str, template
     assert refused.value.problems[0].place.line >= 2
 
 
-def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed() -> None:
-    """The same holds for TLS."""
-    pem = KEYS[-1]
-    text = f'listen: [{{address: "h:1", tls: {{certificate: c, key: "{pem}"}}}}]\nclients: {{a: {{key: k}}}}\n'
+@pytest.mark.parametrize("field", ["key", "certificate", "client_ca"])
+@pytest.mark.parametrize("pem", [KEYS[-1], KEYS[-1] * 100])
+def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed(field: str, pem: str) -> None:
+    """The same holds for TLS, and where a certificate is meant and its key pasted with it."""
+    given = {"certificate": "c", "key": "k", field: f'"{pem}"'}
+    tls = ", ".join(f"{name}: {value}" for name, value in given.items())
+    text = f'listen: [{{address: "h:1", tls: {{{tls}}}}}]\nclients: {{a: {{key: k}}}}\n'
 
     with pytest.raises(ConfigError) as refused:
         load_text(text, "f")
 
     assert pem not in outputs(refused.value)
-    assert "there is no file of that name" in str(refused.value)
+    assert "file of that name" in str(refused.value)
 
 
 @pytest.mark.parametrize("path", ["keys/alice", "./alice", "/etc/brokerd/keys/alice", "alice.key", "keys/bob.2"])
