@@ -163,7 +163,9 @@ def _remember_fan(broker: Broker, source: Session, topic: str, found: Matches[Se
     if fan:
         if (len(source.fans) + 1) * max(len(fan), _SMALL_FAN) > _REMEMBERED_OUTBOXES:
             source.fans.clear()
+            source.widest = 0
         source.fans[topic.encode()] = fan
+        source.widest = max(source.widest, len(fan))
 
 
 class Announcement:

@@ -46,6 +46,7 @@ class Session:
     asked: its own requests not answered yet, by (id, address of who was asked).
     spread: its event that is on the way to very many subscribers. reached_by_event: those that have it.
     expiring: until when an answer may come, of those of its requests that have a ttl.
+    widest: how many outboxes the largest event that the routing loop remembers for it goes to.
     rank: its place among the connections of its pool: see Client.pick.
     number, left_at: where in the order of all that came and went it came, and went.
     reached: whom it has sent something that the broker may have to answer for.
@@ -103,6 +104,7 @@ class Session:
         "told",
         "topics_version",
         "waiters",
+        "widest",
     )
 
     def __init__(self, client: Client, instance: str, *, peer: str, since: float, link: Any = None) -> None:
@@ -121,6 +123,7 @@ class Session:
         self.left_at = 0
         self.routes: dict[bytes, Seat] = {}
         self.fans: dict[bytes, tuple[Tail, ...]] = {}
+        self.widest = 0
         self.topics_version = 0
         self.generation = 0
         self.skip = 0
@@ -163,9 +166,11 @@ class Session:
             self.generation = broker.generation
             self.routes.clear()
             self.fans.clear()
+            self.widest = 0
         if self.topics_version != broker.topics.version:
             self.topics_version = broker.topics.version
             self.fans.clear()
+            self.widest = 0
         return self.routes, self.fans
 
     @property

@@ -51,6 +51,9 @@ _PLENTY: Final = 64 * 1024
 _MANY: Final = 32
 # The plain loop takes so long for one read that a second would only delay the first.
 _ROUNDS: Final = 7 if routing.NAME == "compiled" else 0
+#: Where events go to more subscribers than that, so many bytes are copied for them in one turn: some milliseconds.
+_WIDE: Final = 64
+_COPIED: Final = 32 * 1024 * 1024
 #: Seconds a connection that is to be closed has to take what is written for it.
 GRACE: Final = 5.0
 #: Reads in a row for one connection, when it can't wait for its turn.
@@ -212,13 +215,16 @@ class Link:
         feed = feed or routing.feed
         now = server.loop.time()
         server.broker.patience = server.patience
-        position, verdict = feed(server.broker, session, view, start, end, now)
+        stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
+        position, verdict = feed(server.broker, session, view, start, stop, now)
         while verdict is Verdict.FLUSH:
             server.write_touched()
             if self.closed or session.closing:
                 verdict = Verdict.CLOSE
                 break
-            position, verdict = feed(server.broker, session, view, position, end, now)
+            position, verdict = feed(server.broker, session, view, position, stop, now)
+        if verdict is Verdict.NEXT and stop < end:
+            verdict = Verdict.YIELD
         if self.closed:
             pass
         elif verdict is Verdict.CLOSE:
@@ -231,6 +237,19 @@ class Link:
                 server.loop.remove_reader(self.fd)
                 self.waits = True
                 server.loop.call_soon(self._take_turn)
+
+    def _end_of_turn(self, view: memoryview, start: int, end: int) -> int:
+        """Return up to where events may be routed in one turn: each is copied for very many subscribers."""
+        stop = start + _COPIED // self.session.widest
+        if stop >= end:
+            return end
+        try:
+            span = frame_span(view, start, end)
+        except BadLength:
+            # The routing loop judges it.
+            return end
+        # One frame at least, or all that is there of it.
+        return end if span is None else min(end, max(stop, sum(span)))
 
     def _take_turn(self) -> None:
         """Route on: the others have had their turn."""

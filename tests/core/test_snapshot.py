@@ -473,7 +473,7 @@ CAPTURED = {
     "subscriptions",
     "waiters",
 }
-MADE_ANEW = {"cut", "rank", "spread", "fans", "generation", "link", "routes", "topics_version"}
+MADE_ANEW = {"cut", "widest", "rank", "spread", "fans", "generation", "link", "routes", "topics_version"}
 #: Only connections that are about to end have these, and none of those is captured.
 PARTING = {"finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
 

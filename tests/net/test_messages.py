@@ -33,6 +33,8 @@ from net.raw import (
 
 from brokerd.core import broker as broker_module
 from brokerd.core import service
+from brokerd.net import link as link_module
+from brokerd.net.link import Link
 
 MAX_ID = 2**64 - 1
 
@@ -667,3 +669,33 @@ def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> No
             assert len(frame.body) == 100_000
         errors = [alice.recv() for _ in range(3)]
         assert [(error.id, error.code) for error in errors] == [(1, "expired"), (2, "expired"), (3, "expired")]
+
+
+def test_burst_of_events_to_many_subscribers_is_routed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that holds many events is cut where copying them would take long; all of them arrive, in order."""
+    monkeypatch.setattr(link_module, "_WIDE", 2)
+    monkeypatch.setattr(link_module, "_COPIED", 300)
+    taken = 0
+    take_turn = Link._take_turn
+
+    def counted(self: Link) -> None:
+        nonlocal taken
+        taken += self.waits
+        take_turn(self)
+
+    monkeypatch.setattr(Link, "_take_turn", counted)
+    names = ["m0", "m1", "m2", "m3"]
+    with served(" ".join(["alice", *names])) as broker, broker.login("alice") as alice:
+        members = [broker.login(name) for name in names]
+        for member in members:
+            member.ask("subscribe", topic="t")
+        alice.send(EVENT, "", b"\x01tfirst")
+        alice.ping()
+        event = struct.pack("!iBBBBQ", 12 + 2 + 4, EVENT, 0, 0, 0, 0) + b"\x01t"
+        large = struct.pack("!iBBBBQ", 12 + 2 + 999, EVENT, 0, 0, 0, 0) + b"\x01t" + b"x" * 999
+        alice.sock.sendall(b"".join(event + b"%04d" % number for number in range(50)) + large + event + b"last")
+        for member in members:
+            got = [member.recv().body[2:] for _ in range(53)]
+            assert got == [b"first", *(b"%04d" % number for number in range(50)), b"x" * 999, b"last"]
+            member.close()
+    assert taken > 10
