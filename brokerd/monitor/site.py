@@ -37,9 +37,10 @@ from brokerd_client.address import Address
 
 __all__ = ["Site"]
 
-#: Connections at once that are answered, and as many whose request is not here. They share the process's descriptors
-#: with the clients.
+#: Connections at once that are answered. They share the process's descriptors with the clients.
 _MOST: Final = 16
+#: Connections at once whose request is not here: in a flood of 2,500 a second each has 25 milliseconds for it.
+_MOST_SILENT: Final = 64
 #: Connections at once whose request waits for the next second.
 _MOST_WHOLE: Final = 64
 #: Seconds a connection may last.
@@ -71,7 +72,7 @@ class Site:
         self._loop = asyncio.get_running_loop()
         self.listening: list[Listening] = []
         self._guests = _Guests(self._answer)
-        self._pending = Pending(_MOST, _MOST_WHOLE, _LONGEST, self._on_whole)
+        self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_whole)
         self._arrivals: set[asyncio.Task[object]] = set()
         #: Connections accepted, and requests answered, in this second.
         self._accepted = 0

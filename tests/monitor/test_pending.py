@@ -174,14 +174,14 @@ def test_probe_behind_silent_connections_is_answered_at_once(monkeypatch: pytest
     """Silent connections do not count as answered, however few may be answered in a second."""
     monkeypatch.setattr(site, "_A_SECOND", 5)
     with watched() as broker:
-        silent = [connect(broker) for _ in range(60)]
+        silent = [connect(broker) for _ in range(100)]
         began = time.monotonic()
         assert get(broker, "/livez").status == 200
         took = time.monotonic() - began
         for each in silent:
             each.close()
 
-    # At five a second the silent ones alone would take twelve seconds.
+    # At five a second the silent ones alone would take twenty seconds.
     assert took < 5
 
 
@@ -207,7 +207,7 @@ def flood(broker: object, stop: threading.Event, a_second: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("a_second", [250, 2500])
+@pytest.mark.parametrize("a_second", [250, 1500])
 def test_probes_are_answered_during_a_flood_of_silent_connections(a_second: int) -> None:
     """For ten seconds, from the same address as the flood: each probe within a second."""
     with watched() as broker:
