@@ -446,6 +446,18 @@ def test_extension_depth_is_that_of_its_values(value: Any, around: int) -> None:
         ("0." + "9" * 4000, True),
         ("1" + "0" * 4000 + "e-4000", True),
         ("1" + "0" * 309 + ".0", False),
+        ("1e308", True),
+        ("1e309", False),
+        ("1E+0309", False),
+        ("-1e400", False),
+        ("1e99999999999", False),
+        ("9" * 250 + "e57", True),
+        ("9" * 250 + "e59", False),
+        ("9" * 199 + "e99", True),
+        ("9" * 200 + ".5e99", True),
+        ("9" * 210 + ".5e99", False),
+        ("0.0e999", True),
+        ("1e-999", True),
     ],
 )
 def test_extension_number_passes_if_a_float_holds_it(number: str, passes: bool, limit: int) -> None:

@@ -65,8 +65,11 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(/[0-9a-z]{1,16})?")
 _SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
 _EXTENSION_LENGTH: Final = struct.Struct("!H")
-#: Digits that the largest 64-bit float has; a number with fewer always fits.
+#: Digits that the largest 64-bit float has; an integer with fewer always fits.
 _FLOAT_DIGITS: Final = 309
+#: A number with fewer digits than this, whose exponent has fewer than three, always fits.
+_FEW_DIGITS: Final = 200
+_LONG_EXPONENT: Final = re.compile(rb"[eE]\+?[0-9]{3}")
 #: A JSON string, also one whose end is missing.
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
@@ -203,7 +206,7 @@ def _json(extension: Mapping[str, Any]) -> bytes:
         raise PayloadError(f"an extension has at most {MAX_EXTENSION} bytes of JSON; this one has {len(encoded)}")
     if _is_too_deep(encoded):
         raise PayloadError(f"the extension is nested deeper than {MAX_DEPTH} levels")
-    if _has_long_number(encoded):
+    if _longest_number(encoded) >= _FLOAT_DIGITS:
         try:
             _STRICT.decode(text)
         except ValueError as error:
@@ -278,7 +281,11 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
         text = raw.decode()
         if _is_too_deep(raw):
             raise ExtensionTooDeep(f"the extension is nested deeper than {MAX_DEPTH} levels", id)
-        extension = (_STRICT if _has_long_number(raw) else _PLAIN).decode(text)
+        digits = _longest_number(raw)
+        extension = (_STRICT if digits >= _FLOAT_DIGITS else _PLAIN).decode(text)
+        if digits >= _FEW_DIGITS or _LONG_EXPONENT.search(raw) is not None:
+            # Only a number that became infinite can't be written again; looking at each takes ten times as long.
+            _FINITE.encode(extension)
     # RecursionError: the caller itself has left no room for some levels.
     except (ValueError, RecursionError) as error:
         raise MalformedEnvelope("the extension is not JSON", id) from error
@@ -295,33 +302,26 @@ def _is_too_deep(raw: bytes) -> bool:
     return max(map(sub, accumulate(levels), count(1)), default=0) > MAX_DEPTH
 
 
-def _has_long_number(raw: bytes) -> bool:
-    """Return whether there is a number, or digits in a string, that may be too large for a 64-bit float."""
-    return len(raw) >= _FLOAT_DIGITS and max(map(len, raw.translate(_NO_DIGITS).split()), default=0) >= _FLOAT_DIGITS
+def _longest_number(raw: bytes) -> int:
+    """Return how many digits stand in a row at most, in a number or a string; 0 where there is no room for many."""
+    return max(map(len, raw.translate(_NO_DIGITS).split()), default=0) if len(raw) >= _FEW_DIGITS else 0
 
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"JSON has no {constant}")
 
 
-def _number(text: str) -> float:
-    number = float(text)
-    # It could not be written again, and as a ttl it would have no end.
-    if math.isinf(number):
-        raise ValueError("a number is too large")
-    return number
-
-
 def _integer(text: str) -> int:
     # Above some length, which is a setting of the interpreter, int() raises: it is not asked.
-    if len(text) > _FLOAT_DIGITS + 1 or math.isinf(float(text)):
+    if len(text) >= _FLOAT_DIGITS and (len(text) > _FLOAT_DIGITS + 1 or math.isinf(float(text))):
         raise ValueError("a number is too large")
     return int(text)
 
 
 #: The latter looks at the size of every integer, which takes longer.
-_PLAIN: Final = json.JSONDecoder(parse_constant=_not_json, parse_float=_number)
-_STRICT: Final = json.JSONDecoder(parse_constant=_not_json, parse_float=_number, parse_int=_integer)
+_PLAIN: Final = json.JSONDecoder(parse_constant=_not_json)
+_STRICT: Final = json.JSONDecoder(parse_constant=_not_json, parse_int=_integer)
+_FINITE: Final = json.JSONEncoder(allow_nan=False, check_circular=False)
 
 
 def is_ttl(value: object) -> bool:
