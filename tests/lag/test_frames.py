@@ -98,6 +98,9 @@ def test_frames_to_a_full_queue_hold_nothing_up(
     """Of every kind; and neither does the end of a recipient for which so much waits."""
     name = queue_of(when_full, pool)
     for kind, make in FRAMES.items():
+        if most > SENT * 10 and kind not in (Kind.MESSAGE, Kind.REPLY, Kind.EVENT):
+            # To give so many back takes its time.
+            continue
         print(f"\n{Kind(kind).name} to {name}")
         with broker.login("crowd") as sender:
             source = broker.session(sender.ask("whoami").json["address"])

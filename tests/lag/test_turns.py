@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lag.crowded import CONNECTED, OWN, Crowded, crowded, large_config, large_text
 from net.house import key_of
-from net.raw import MESSAGE, Raw, login, packed
+from net.raw import JSON, MESSAGE, REQUEST, Raw, login, packed
 
 from brokerd.config.load import load, load_text
 from brokerd.core.session import Session
@@ -171,11 +171,17 @@ def test_reload_of_ten_thousand_clients_holds_nothing_up(from_file: tuple[Crowde
 
 
 def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
-    """8,000 connections end, and what waits for some of them comes back."""
-    with crowded(large_config(OWN)) as broker:
+    """8,000 connections end, what waits for some of them comes back, and a client asks for long lists all the time."""
+    config = load_text(large_text(OWN, limits="drain_timeout: 500ms"))
+    with crowded(config) as broker:
         broker.fill(CONNECTED)
         broker.idle()
-        with broker.login("ops") as ops:
+        with broker.login("ops") as ops, broker.login("sender") as sender:
+            deaf = broker.call(lambda: [broker.seat("crowd", takes=False) for _ in range(200)])
+            sender.write(b"".join(packed(MESSAGE, session.address, b"x", id=1) for session in deaf for _ in range(20)))
+            sender.ping()
+            question = packed(REQUEST, "$broker", b'{"op": "clients"}', codec=JSON)
+            sender.write(question * 500)
             broker.meter.reset()
             ops.ask("drain")
             broker.loop_ends()
