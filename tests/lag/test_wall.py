@@ -5,6 +5,7 @@ A busy machine counts as well, so that the bound is a loose one.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -55,3 +56,20 @@ def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, chang
     latest = [round(each * 1e3) for each in took[-5:]]
     print(f"\n{len(took)} answers, median {took[len(took) // 2] * 1e3:.1f} ms, the latest {latest} ms")
     assert took[-1] < _LATEST_S
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no process replaces itself here")
+def test_upgrade_with_ten_thousand_clients_pauses_shortly(socket_dir: Path) -> None:
+    """However many clients are configured; what waits for them, and who is connected, is another matter."""
+    large = socket_dir / "large.yaml"
+    large.write_text(large_text(str(socket_dir / "brokerd.sock")))
+    large.chmod(0o600)
+    with _Large(socket_dir) as broker, contextlib.ExitStack() as stack:
+        broker.wait("daemon.started")
+        ops = stack.enter_context(login(broker.address, key_of("ops"), b"ops"))
+        for number in range(50):
+            stack.enter_context(login(broker.address, key_of(f"c{number}"), f"c{number}".encode()))
+        pauses = [ops.ask("upgrade").json["pause_ms"] for _ in range(3)]
+        print(f"\npauses of {pauses} ms")
+        assert max(pauses) < _LATEST_S * 1000
