@@ -86,7 +86,11 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
         "totals": dict(broker.totals),
         "given_back": dict(broker.given_back),
         "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
-        "clients": {client.name: _client(client, now) for client in broker.exchange.clients.values()},
+        "clients": {
+            client.name: _client(client, now)
+            for client in broker.exchange.clients.values()
+            if not _is_as_at_start(client, broker.started_at)
+        },
         "sessions": [_session(broker, session, index, now, copier) for session in index],
         "outboxes": [_outbox(session, index, snapshot, now, copier) for session in index if session.open],
         "held": [
@@ -114,6 +118,17 @@ def _job(job: Job, index: Mapping[Session, int]) -> Facts:
 def _holder(session: Session) -> Session:
     assert session.held_by is not None
     return session.held_by
+
+
+def _is_as_at_start(client: Client, started_at: float) -> bool:
+    """Return whether nothing has happened to a client yet: of ten thousand that is true of most."""
+    return (
+        client.changed_at == client.shown_since == started_at
+        and not client.sessions
+        and not client.shown_online
+        and not client.turn
+        and client.meter is None
+    )
 
 
 def _client(client: Client, now: float) -> Facts:
@@ -243,6 +258,8 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     broker.refused = Counter(facts["refused"])
     broker.totals = Counter(facts["totals"])
     broker.given_back = Counter(facts["given_back"])
+    for each in broker.exchange.clients.values():
+        each.changed_at = each.shown_since = broker.started_at
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
     # Names that are not configured, any more or for this connection: by name, and how many had the same address before.

@@ -8,7 +8,7 @@ import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core.broker import Limits
+from brokerd.core.broker import Broker, Limits
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
 from brokerd.core.session import Session
@@ -505,3 +505,14 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     assert set(StreamOutbox.__slots__) == both | stream
     apart = {"_begun", "_kept", "_plain", "_plain_bytes", "_plain_gone", "_waiting"}
     assert set(FrameOutbox.__slots__) == both | apart
+
+
+def test_capture_leaves_out_clients_to_which_nothing_has_happened() -> None:
+    """Of ten thousand that is most; they are offline there since the first process started."""
+    configs = [client(f"c{number}") for number in range(100)]
+    broker = Broker(configs, now_wall=1000.0)
+    facts = capture(broker, [], 0.0).facts
+    assert facts["clients"] == {}
+    heir = Broker(configs, now_wall=2000.0)
+    restore(heir, facts, Pieces(b""), 0.0)
+    assert {(each.changed_at, each.shown_since) for each in heir.exchange.clients.values()} == {(1000.0, 1000.0)}
