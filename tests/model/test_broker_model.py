@@ -256,7 +256,8 @@ class BrokerModel(RuleBasedStateMachine):
             STATISTICS["foretold " + code] += 1
             return
         if envelope.kind is Kind.EVENT:
-            assert self.net.broker.refused.total() == refused or sender.held
+            assert self.net.broker.refused.total() == refused
+            assert not sender.held, "no publisher is held for its subscribers"
             return
         places = [peer for peer in members if self.lies_at(peer, sent)]
         least = min(waiting for _, waiting, _ in before.values())
@@ -716,6 +717,8 @@ class BrokerModel(RuleBasedStateMachine):
             assert errors + outcomes.receipts <= 1
         elif kinds == {Kind.REQUEST}:
             (sent,) = sents
+            # Whether the work may have been begun is what the two codes tell apart.
+            assert ("offline" if taken else "abandoned") not in outcomes.errors
             assert taken + errors >= 1 or not stayed
             if not taken:
                 assert errors + replies <= 1
