@@ -75,7 +75,7 @@ class Draining:
         await self._tell()
         for link in list(server.links):
             if not link.closed:
-                slow += 1
+                slow += bool(link.session.outbox.waiting)
                 self._parting.count_unread(link)
                 link.lost("the broker stopped")
                 await self._turns.yield_if_due()
