@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import multiprocessing
 import pickle
 from typing import Any
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from brokerd_client import errors
 from brokerd_client.connection import (
     AuthenticationError,
+    Client,
+    Listener,
     Pipe,
     UndecodablePayload,
     XmlClient,
@@ -79,6 +82,54 @@ def test_empty_key_is_proved_like_any_other(aside: Any) -> None:
                     answer_challenge(other, "")
                 with pytest.raises(AuthenticationError):
                     delivered.result(TIMEOUT_S)
+
+
+def test_listener_by_own_calls_answers_a_client(aside: Any) -> None:
+    """deliver_challenge before answer_challenge makes a listener, which answers a Client's marked challenge."""
+    with Listener() as listener:
+        dialed = aside(Client, listener.address, authkey=b"key", timeout=TIMEOUT_S)
+        with listener.accept(TIMEOUT_S) as accepted:
+            deliver_challenge(accepted, b"key")
+            answer_challenge(accepted, b"key")
+            with dialed.result(TIMEOUT_S) as client:
+                client.send(1)
+                assert accepted.recv() == 1
+
+
+def test_client_by_own_calls_meets_a_listener(aside: Any) -> None:
+    """answer_challenge before deliver_challenge makes a client, whose challenge is marked."""
+    with Listener(authkey=b"key") as listener:
+        accepted = aside(listener.accept, TIMEOUT_S)
+        with Client(listener.address) as client:
+            answer_challenge(client, b"key")
+            deliver_challenge(client, b"key")
+            with accepted.result(TIMEOUT_S) as server:
+                server.send(1)
+                assert client.recv() == 1
+
+
+def test_challenge_by_own_calls_is_marked_at_the_client_only(aside: Any) -> None:
+    """What is sent: a listener's challenge as the standard library's, a client's with the mark."""
+    one, other = Pipe()
+    with one, other:
+        delivered = aside(deliver_challenge, one, b"key")
+        challenge = other.recv_bytes()
+        assert len(challenge) == len(b"#CHALLENGE#{sha256}") + 40
+        other.send_bytes(b"{sha256}" + hmac.digest(b"key", challenge[11:], "sha256"))
+        assert other.recv_bytes() == b"#WELCOME#"
+        delivered.result(TIMEOUT_S)
+    one, other = Pipe()
+    with one, other:
+        other.send_bytes(b"#CHALLENGE#{sha256}" + bytes(40))
+        other.send_bytes(b"#WELCOME#")
+        answer_challenge(one, b"key")
+        delivered = aside(deliver_challenge, one, b"key")
+        other.recv_bytes()
+        challenge = other.recv_bytes()
+        assert challenge.endswith(b"\0client")
+        assert len(challenge) == len(b"#CHALLENGE#{sha256}") + 40 + len(b"\0client")
+        other.send_bytes(b"{sha256}" + hmac.digest(b"key", challenge[11:], "sha256"))
+        delivered.result(TIMEOUT_S)
 
 
 def test_errors_are_the_libraries_own() -> None:
