@@ -76,7 +76,7 @@ else:
         objects = [(obj if isinstance(obj, int) else obj.fileno(), obj) for obj in object_list]
         descriptors = [descriptor for descriptor, _ in objects]
         # A connection may have a message that the system knows no more.
-        holding = {descriptor for descriptor, obj in objects if getattr(obj, "_holds_message", False)}
+        holding = {descriptor for descriptor, obj in objects if getattr(obj, "_holds_message", False) is True}
         if holding:
             timeout = 0
         deadline = deadline_after(timeout, time.monotonic())
