@@ -67,9 +67,11 @@ def random_signals(*, longest_s: float, seed: int = 1) -> Iterator[list[bool]]:
     """Raise Interrupt from a signal handler at random moments while the yielded list's first item is true."""
     chance = random.Random(seed)
     armed = [False]
+    over = False
 
     def again() -> None:
-        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, longest_s))
+        if not over:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, longest_s))
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         again()
@@ -82,5 +84,8 @@ def random_signals(*, longest_s: float, seed: int = 1) -> Iterator[list[bool]]:
     try:
         yield armed
     finally:
+        armed[0] = False
+        # A handler that is called from here on sets no timer again.
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

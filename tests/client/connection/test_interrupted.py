@@ -274,7 +274,7 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
     ends_at = time.monotonic() + (TIMEOUT_S if times < 1000 else 300)
     with random_signals(longest_s=5e-4) as armed:
         sender.start()
-        while interrupts < times:
+        while interrupts < times or expected <= 10:
             assert time.monotonic() < ends_at
             try:
                 armed[0] = True
@@ -296,7 +296,6 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
             expected += 1
     sender.join(TIMEOUT_S)
     other.close()
-    assert expected > 10
 
 
 # Handshakes.
