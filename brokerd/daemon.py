@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, Self
 
-from brokerd import __version__
+from brokerd import __version__, garbage
 from brokerd.aside import aside
 from brokerd.cautions import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.config.model import Config
@@ -366,6 +366,8 @@ class Daemon:
         self.reloads["accepted"] += 1
         self.reload_refused = False
         self.reloaded_at = time.time()
+        # What was made took the place of as much, so that the collector has not looked at it yet: it all stays.
+        garbage.set_apart()
         fields = whole_plan(plan, leaving)
         yield
         self.log.info(

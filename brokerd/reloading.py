@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Generator
-from typing import Protocol
+from typing import Final, Protocol
 
 from brokerd.aside import aside
 from brokerd.config.model import Config
@@ -24,6 +24,9 @@ from brokerd.reload import Cause, Outcome, Prepared, prepare, whole_plan
 from brokerd.supervise import Supervisor
 
 __all__ = ["Reloadable", "Reloading"]
+
+#: Entries of a configuration that are freed in one turn of the event loop: a millisecond's work.
+_FREED: Final = 256
 
 
 class Reloadable(Protocol):
@@ -133,8 +136,11 @@ class Reloading:
         running, handed, allotted = daemon.config, daemon.handed, daemon.allotted
         cause: Cause
         prepared: Prepared | None = None
+        # Of the two configurations one ends with this call, and its entries are not to be freed all at once.
+        entries: list[object] = list(running.clients.values())
         try:
             ready = prepared = await aside(lambda: prepare(running, handed, allotted))
+            entries += ready.config.clients.values()
             problems = []
             if dry_run:
                 problems = await aside(lambda: daemon.foreseen(ready))
@@ -153,6 +159,8 @@ class Reloading:
             cause, problems = "listen", str(error).splitlines()
         except AuditError as error:
             cause, problems = "audit", [str(error)]
+        finally:
+            asyncio.get_running_loop().call_soon(_let_go, entries)
         return Outcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
 
     async def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
@@ -177,3 +185,10 @@ class Reloading:
                 yield
         finally:
             self._kept_still = ""
+
+
+def _let_go(entries: list[object]) -> None:
+    """Hold no more on to some entries, and to the others in later turns of the event loop."""
+    del entries[-_FREED:]
+    if entries:
+        asyncio.get_running_loop().call_soon(_let_go, entries)

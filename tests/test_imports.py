@@ -158,6 +158,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *LEAVES,
         "brokerd.aside",
         "brokerd.cautions",
+        "brokerd.garbage",
         "brokerd.keywatch",
         "brokerd.orders",
         "brokerd.reload",

@@ -25,7 +25,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
         return
 
     daemon: Any = SimpleNamespace(
-        config=None,
+        config=SimpleNamespace(clients={}),
         handed=None,
         allotted={},
         serves=True,
