@@ -27,7 +27,7 @@ from brokerd_client.blocking_link import Link
 from brokerd_client.codec import encode
 from brokerd_client.desk import log
 from brokerd_client.dialog import LINGER_S
-from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, TimedOut
+from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, InDoubt, TimedOut
 from brokerd_client.life import State
 from brokerd_client.lot import make_lot
 from brokerd_client.message import Receipt, with_ttl
@@ -558,7 +558,11 @@ class Client(Link):
             return
         # What a signal handler has sent, as a chore, is flushed, too.
         self._until(lambda: not self._dialog.may_answer or not (self._channel.backlog or self._chores), LINGER_S)
-        self._have_done(self._begin_end)
+        while True:
+            # Again, where an exception in the I/O thread has cut it short.
+            with contextlib.suppress(InDoubt):
+                self._have_done(self._begin_end)
+                break
         _open_clients.discard(self)
         here = threading.current_thread()
         self._thread.join(_THREAD_GRACE_S)

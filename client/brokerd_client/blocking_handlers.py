@@ -46,26 +46,29 @@ class HandlerThreads:
     def start(self) -> None:
         """Start the threads that are needed."""
         while self.short and self._box.ended is None:
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
-            assert thread.ident is not None
-            self._threads[thread.ident] = thread
+            registered = threading.Event()
+            threading.Thread(target=self._run, args=(registered,), name=self._name, daemon=True).start()
+            registered.wait()
 
     def begin_wait(self) -> bool:
         """Note that the calling thread waits for the broker; return whether it is one of these."""
         me = threading.get_ident()
         if me not in self._threads:
             return False
-        self._waiting.add(me)
+        # Not while a thread ends, which would count on this one.
+        with self._lock:
+            self._waiting.add(me)
         return True
 
     def end_wait(self) -> None:
         """Note that the calling thread waits no longer."""
         self._waiting.discard(threading.get_ident())
 
-    def _run(self) -> None:
+    def _run(self, registered: threading.Event) -> None:
         box = self._box
         try:
+            self._threads[threading.get_ident()] = threading.current_thread()
+            registered.set()
             while not self._retire():
                 try:
                     function, item = box.take(None)
@@ -83,6 +86,7 @@ class HandlerThreads:
                 except BaseException:  # noqa: BLE001 - raised between two jobs: see the head of this file
                     log().exception("a handler's thread was interrupted between two messages")
         finally:
+            registered.set()
             self._leave()
 
     def _retire(self) -> bool:

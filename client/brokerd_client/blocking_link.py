@@ -573,7 +573,8 @@ class Link:
                 self._end_link(reason, now, at_once=not isinstance(error, Exception))
             self._channel.renew()
             self._dropping = False
-            for call in list(self._calls):
+            # Those whose chore is still to be done wait for that.
+            for call in self._calls - {call for _, call in self._chores}:
                 call.settle(InDoubt("the connection broke, and what became of this call is not known"))
             self._note_state()
 

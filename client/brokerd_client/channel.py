@@ -298,12 +298,14 @@ class Channel:
 
     def renew(self) -> None:
         """Close the connection, whatever state it was left in. For the I/O thread, after an exception in it."""
-        sock, self._socket = self._socket, None
+        # Each step can be repeated, should another exception come in between. A socket that stays open would have the
+        # broker refuse the next connection.
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.close()
+            self._socket = None
         with contextlib.suppress(OSError):
             self._selector.close()
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.close()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._mask = 0
