@@ -61,8 +61,9 @@ def struck(call: Callable[[], object], position: int, strike: Callable[[], objec
             if count == position:
                 # An exception raised here ends the tracing.
                 done = True
-                sys.settrace(None)
+                count += 1
                 strike()
+                return trace
             count += 1
         return trace
 
