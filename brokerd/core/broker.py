@@ -62,6 +62,8 @@ __all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
 
+#: Held senders that are released at once: each is looked at again in the same turn.
+_RELEASED: Final = 128
 #: Steps of what is deferred that are taken each time: a few milliseconds' work.
 _STEPS: Final = 64
 #: Messages past their ttl that are answered for at once.
@@ -135,6 +137,10 @@ class Broker:
         #: The broker's own events, and questions with long answers, in order; and whose questions those are.
         self.deferred = Deferred(self)
         self.asking: set[Session] = set()
+        #: Sessions with room for very many held senders, which are released in turns.
+        self.releasing: dict[Session, list[Session]] = {}
+        #: Those of them whose senders are to try once more after that.
+        self.release_again: set[Session] = set()
         #: Requests with a ttl that have no outcome yet: who asked, the id, and the address of who was asked.
         self.deadlines: Deadlines[tuple[Session, int, str]] = Deadlines()
         self._held: dict[Session, float] = {}
@@ -208,7 +214,8 @@ class Broker:
     @property
     def has_arrears(self) -> bool:
         """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`work_off`."""
-        return self.owes_answers or bool(self.deferred) or bool(self.review) or not self.topics.is_tidy
+        left = self.deferred or self.releasing or self.review
+        return self.owes_answers or bool(left) or not self.topics.is_tidy
 
     @property
     def owes_answers(self) -> bool:
@@ -244,6 +251,8 @@ class Broker:
         self.topics.tidy(count)
         self.review.work_off(count)
         self.deferred.work_off(_STEPS)
+        if self.releasing:
+            self._go_on_releasing()
 
     def _count(self, session: Session) -> None:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
@@ -398,7 +407,8 @@ class Broker:
 
         The message that a sender was held for is then refused. Very many requests are ended in several calls.
         """
-        for session in [session for session, deadline in self._held.items() if deadline <= now]:
+        due = (session for session, deadline in self._held.items() if deadline <= now)
+        for session in list(itertools.islice(due, _RELEASED)):
             holder = session.held_by
             assert holder is not None
             if session.hold_deadline is not None and session.hold_deadline <= now:
@@ -437,9 +447,34 @@ class Broker:
             self.released.append(session)
 
     def release_waiters(self, target: Session) -> None:
-        """Have the sessions that wait for room in this one's queue try again."""
-        for sender in sorted(target.waiters, key=_held_since):
-            self.release(sender)
+        """Let the senders that a session holds try again, those that have waited longest first, many in turns."""
+        if target in self.releasing:
+            self.release_again.add(target)
+        else:
+            self.release_some(target, sorted(target.waiters, key=_held_since)[::-1])
+
+    def release_some(self, target: Session, order: list[Session]) -> None:
+        """Let the last of these senders try again; what is left of them is for work_off."""
+        for _ in range(min(_RELEASED, len(order))):
+            sender = order.pop()
+            if sender.held_by is target:
+                self.release(sender)
+        if order:
+            self.releasing[target] = order
+
+    def _go_on_releasing(self) -> None:
+        target, order = next(iter(self.releasing.items()))
+        del self.releasing[target]
+        if _has_room(target):
+            self.release_some(target, order)
+            if target in self.releasing:
+                return
+            if target in self.release_again:
+                self.release_again.discard(target)
+                self.release_waiters(target)
+        else:
+            # They try again when half of the queue is free.
+            self.release_again.discard(target)
 
     # One frame
 
@@ -596,6 +631,12 @@ def _patterns(rules: Iterable[Rule]) -> set[str]:
     return {rule.pattern for rule in rules}
 
 
+def _has_room(target: Session) -> bool:
+    """Return whether senders held by a session may try again."""
+    outbox = target.outbox
+    return not target.open or target.retired or not outbox.blocked or outbox.waiting <= outbox.limit // 2
+
+
 def _held_since(session: Session) -> float:
     """Return what sorts held sessions by how long their frame has waited, the longest first."""
-    return float("inf") if session.hold_deadline is None else session.hold_deadline
+    return session.arrived if session.charged else float("inf")

@@ -307,6 +307,8 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     for source, target, left in facts["held"]:
         sessions[source].held_by = sessions[target]
         sessions[target].waiters[sessions[source]] = None
+        # It may have been about to be released, with others.
+        broker.releasing.setdefault(sessions[target], []).insert(0, sessions[source])
         broker._held[sessions[source]] = float("inf") if left is None else now + left
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)

@@ -9,6 +9,7 @@ import pytest
 from core.fakenet import FakeNet, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
+from brokerd.core import broker as broker_module
 from brokerd.core import delivery
 from brokerd.core.broker import OUTCOME_RESERVE, Limits
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind
@@ -352,3 +353,39 @@ def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() ->
     assert new.payloads() == [b"!"]
     assert not bob.session.owed
     assert not new.session.asked
+
+
+@pytest.mark.parametrize("end", ["read", "leave", "timeout"])
+def test_very_many_held_senders_are_released_in_turns(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn releases a few, those that have waited longest first; every message has one outcome."""
+    monkeypatch.setattr(broker_module, "_RELEASED", 3)
+    names = [f"s{number:02}" for number in range(20)]
+    net = FakeNet(*map(client, names), client("bob", queue=2000))
+    bob = net.connect("bob")
+    senders = [net.connect(name) for name in names]
+    bob.block()
+    senders[0].message("bob", b"x" * 1900)
+    for number, sender in enumerate(senders):
+        sender.message("bob", b"x" * 100, number)
+        net.advance(0.1)
+    assert all(sender.held for sender in senders)
+    net._settling = True
+    if end == "read":
+        bob.read()
+    elif end == "leave":
+        net.peers.remove(bob)
+        net.broker.detach(bob.session, net.now)
+    else:
+        net.now += 40
+        net.broker.tick(net.now)
+    assert len(net.broker.released) == 3
+    net._settling = False
+    for _ in range(20):
+        net.advance(0)
+    assert not any(sender.held for sender in senders)
+    if end == "read":
+        assert [each.id for each in bob.take()] == [0, *range(20)]
+    else:
+        codes = {error_of(each) for sender in senders for each in sender.take()}
+        assert codes == {"offline" if end == "leave" else "full"}
+    assert not net.broker._held

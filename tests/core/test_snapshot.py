@@ -489,7 +489,17 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     captured |= {"_held", "_order", "_leaving", "deadlines", "deferred", "asking"}
     settled = {"touched", "released", "orders", "happenings"}
     # What is under review is held against the rules when it is restored.
-    of_this_process = {"limits", "version", "routing", "generation", "draining", "patience", "review"}
+    of_this_process = {
+        "limits",
+        "version",
+        "routing",
+        "generation",
+        "draining",
+        "patience",
+        "review",
+        "releasing",
+        "release_again",
+    }
     # Of connections that are about to end, none of which is captured.
     of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
