@@ -88,9 +88,11 @@ class Copier:
 
     def _subscriptions_of(self, session: Session) -> Iterator[Block]:
         copied = self.subscriptions.get(session, set())
-        rest = iter(
-            list(session.subscriptions - copied) if len(session.subscriptions) - len(copied) >= self._few else []
-        )
+        many = len(session.subscriptions) - len(copied) >= self._few
+        if many and not copied:
+            self._unchanged[session] = session.messages_in
+        # A difference of a quarter of a million takes as long as a frame may take.
+        rest = iter(list(session.subscriptions - copied if copied else session.subscriptions) if many else [])
         while session.open and (block := list(islice(rest, _SUBSCRIPTIONS))):
             self.subscriptions.setdefault(session, copied).update(block)
             yield {"session": session.number, "name": session.client.name, "subscriptions": block}, []

@@ -256,8 +256,8 @@ def check(facts: Any) -> None:
         # Without the places: to name each takes longer than to look at it, and everybody waits.
         _FACTS(facts, "")
     except BadSnapshot:
+        # It fails again, and says where.
         _FACTS(facts, "facts")
-        raise
     sessions, outboxes = facts["sessions"], facts["outboxes"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
     gone = [position for position, _, _ in facts["leaving"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import WhenFull
+from brokerd.core import precopy
 from brokerd.core.broker import Broker
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
@@ -223,3 +225,27 @@ def test_hand_over_without_the_copied_frames_is_refused() -> None:
     fresh = Broker([each.config for each in net.broker.exchange.clients.values()])
     with pytest.raises(BadSnapshot, match="other ones were copied"):
         restore(fresh, taken.facts, Pieces(b"".join(taken.pieces)), net.now)
+
+
+def test_blocks_of_long_frames_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precopy, "_BYTES", 100)
+    net = pool()
+    alice, worker = net.connect("alice"), net.connect("pool")
+    worker.block()
+    for _ in range(4):
+        alice.message("pool", b"x" * 30)
+    copier = Copier(net.broker, few=1)
+    assert [facts["frames"] for facts, _ in copier.blocks(net.now)] == [2, 2]
+    assert copier.copied(worker.session) == (0, 4)
+
+
+def test_subscription_that_is_copied_twice_counts_once() -> None:
+    net = pool()
+    bob = net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    ((facts, _),) = Copier(net.broker, few=1).blocks(net.now)
+    fresh = Broker([each.config for each in net.broker.exchange.clients.values()])
+    copies = Copies(fresh)
+    for _ in range(2):
+        copies.add(json.loads(json.dumps(facts)), memoryview(b""), net.now)
+    assert len(fresh.topics) == 1

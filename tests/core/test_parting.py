@@ -1,0 +1,194 @@
+"""The last steps of a session: told, finishing, retired, mute."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from core.fakenet import FakeNet, Peer, client, error_of
+
+from brokerd.config.values import WhenFull
+from brokerd.core.parting import drain_in_steps, mute, part, retire
+from brokerd_client.wire.envelope import Kind
+
+
+def net_of(*names: str, **changes: object) -> tuple[FakeNet, list[Peer]]:
+    net = FakeNet(*(client(name, **changes) for name in names))
+    return net, [net.connect(name) for name in names]
+
+
+def topics(peer: Peer) -> list[str]:
+    return [each.topic for each in peer.take() if each.kind is Kind.EVENT]
+
+
+def test_drain_in_steps_tells_each_listener_once() -> None:
+    net, (ann, bob, cid) = net_of("ann", "bob", "cid")
+    ann.ask("goaway")
+    ann.ask("subscribe", topic="$broker.draining")
+    bob.ask("goaway")
+    steps = drain_in_steps(net.broker)
+    for _ in range(2):
+        next(steps)
+    net.broker.detach(bob.session, net.now)
+    net.peers.remove(bob)
+    list(steps)
+    assert not list(drain_in_steps(net.broker))
+    net.settle()
+    assert (topics(ann), topics(cid)) == (["$broker.draining"], [])
+
+
+def test_goaway_behind_the_begin_of_a_drain_is_told_at_once() -> None:
+    net, (ann,) = net_of("ann")
+    net.broker.drain()
+    ann.op("goaway", 1)
+    assert [each.kind for each in ann.take()] == [Kind.REPLY, Kind.EVENT]
+
+
+def test_parting_session_sends_nothing_new_and_others_do() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    ann.message("bob", b"known")
+    ann.ask("goaway")
+    part(net.broker, ann.session)
+    part(net.broker, bob.session)
+    net.settle()
+    ann.take()
+    ann.message("bob", b"late", 1)
+    assert ann.error() == (1, "shutting_down")
+    ann.publish("t", b"", 2)
+    assert ann.error() == (2, "shutting_down")
+    bob.message("ann", b"goes on")
+    assert ann.payloads() == [b"goes on"]
+
+
+def test_finished_waits_for_a_recipient_and_for_what_is_reported() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    broker = net.broker
+    ann.ask("goaway")
+    bob.block()
+    ann.message("bob", b"waits", 1)
+    broker.drain()
+    ann.op("finished", 9)
+    assert not broker.answer_finished(ann.session)
+    net.peers.remove(bob)
+    broker.detach(bob.session, net.now)
+    assert not broker.answer_finished(ann.session)
+    net.settle()
+    assert broker.answer_finished(ann.session)
+    net.settle()
+    told = [each for each in ann.take() if each.kind is not Kind.EVENT]
+    assert [(each.kind, each.id) for each in told] == [(Kind.ERROR, 1), (Kind.REPLY, 9)]
+    assert not broker.finishing
+
+
+def test_finished_waits_while_an_answer_is_owed_to_one_that_waits() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    broker = net.broker
+    for each in (ann, bob):
+        each.ask("goaway")
+    ann.request("bob", b"?", 1)
+    broker.drain()
+    bob.op("finished", 9)
+    assert not broker.answer_finished(bob.session)
+    ann.op("finished", 8)
+    assert broker.answer_finished(bob.session)
+    assert broker.answer_finished(ann.session)
+
+
+def test_answer_behind_finished_is_waited_for_too() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    broker = net.broker
+    bob.ask("goaway")
+    ann.request("bob", b"?", 1)
+    ann.block()
+    broker.drain()
+    bob.op("finished", 9)
+    assert not broker.answer_finished(bob.session)
+    bob.reply("ann", b"!", 1)
+    assert not broker.answer_finished(bob.session)
+    ann.read()
+    assert broker.answer_finished(bob.session)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_finished_out_of_turn_is_unsupported(twice: bool) -> None:
+    net, (ann,) = net_of("ann")
+    if twice:
+        ann.ask("goaway")
+        net.broker.drain()
+        net.settle()
+        ann.op("finished", 1)
+        ann.take()
+    ann.op("finished", 2)
+    assert ann.error() == (2, "unsupported")
+
+
+def test_retired_session_is_found_no_more() -> None:
+    net, (ann, bob, cid) = net_of("ann", "bob", "cid")
+    bob.ask("subscribe", topic="t")
+    bob.request("cid", b"?", 5)
+    retire(net.broker, bob.session)
+    retire(net.broker, bob.session)
+    ann.message("bob", b"", 1)
+    ann.publish("t")
+    assert ann.error() == (1, "offline")
+    cid.reply("bob", b"!", 5)
+    assert [error_of(each) for each in cid.take() if each.kind is Kind.ERROR] == ["denied"]
+    bob.op("subscribe", 3, topic="t")
+    assert bob.error() == (3, "shutting_down")
+    bob.leave()
+    net.settle()
+    assert not net.broker.topics.find("t").everyone
+
+
+def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    net.broker.drain()
+    mute(net.broker, ann.session)
+    ann.message("bob", b"delivered", 1, receipt=True)
+    ann.request("bob", b"delivered too", 2)
+    ann.publish("t", b"to nobody", 3)
+    ann.message("nobody", b"lost", 4)
+    ann.op("ping", 5)
+    ann.op("nothing", 6)
+    assert bob.payloads() == [b"delivered", b"delivered too"]
+    bob.reply("ann", b"!", 2)
+    assert bob.error()[1] == "denied"
+    assert ann.take() == []
+    assert net.broker.given_back["lost"] == 1
+
+
+def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
+    net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    ann.message("bob", b"x", 1)
+    mute(net.broker, ann.session)
+    bob.leave()
+    net.settle()
+    assert (net.broker.given_back["lost"], ann.take()) == (1, [])
+
+
+def test_refusals_that_are_not_read_are_counted() -> None:
+    net, (ann,) = net_of("ann")
+    ann.block()
+    ann.message("nobody", b"", 1)
+    ann.op("nothing", 2)
+    ann.op("ping", 3)
+    ann.leave()
+    net.settle()
+    assert dict(net.broker.unheard) == {"no_such_client": 1}
+
+
+def test_members_of_a_group_and_pools_are_told_too() -> None:
+    net = FakeNet(client("pool", connections=3))
+    members = [net.connect("pool") for _ in range(3)]
+    for member in members:
+        member.ask("goaway")
+        member.ask("subscribe", topic="$broker.draining", group="g")
+    net.broker.drain()
+    net.settle()
+    assert [topics(member) for member in members] == [["$broker.draining"]] * 3
+    members[0].op("finished", 1)
+    assert net.broker.answer_finished(members[0].session)
+    net.settle()
+    assert json.loads(members[0].take()[-1].payload) == {}
