@@ -134,7 +134,7 @@ class Admission:
         return GRACE_S / (1 << halvings) if now - at <= _FORGET_AFTER_S else GRACE_S
 
     def gave_way(self, origin: str, now: float) -> None:
-        """Note that a peer had to give way: the grace of its origin is halved.
+        """Note that a peer went without getting in while others waited: the grace of its origin is halved.
 
         Where nothing was known of the origin, the grace of all such origins is halved too: a flood may have thousands.
         """

@@ -89,10 +89,8 @@ class Door:
         return self._admission.least(self._loop.time())[1]
 
     def _make_room(self) -> None:
-        now = self._loop.time()
-        least, _ = self._admission.least(now)
+        least, _ = self._admission.least(self._loop.time())
         assert least is not None, "a room of no places is full of nothing"
-        self._admission.gave_way(least.origin, now)
         self._refuse(least, _GIVES_WAY, Outcome.REFUSED)
 
     def _add(self, knock: Knock) -> None:
@@ -307,7 +305,7 @@ class Door:
         assert knock.credential is not None, "a handshake ends well only with a key that was found"
         self.failures.forgive(knock.origin)
         self._admission.got_in(knock.origin, self._loop.time())
-        self._forget(knock)
+        self._forget(knock, got_in=True)
         self._server.admit(knock)
 
     def _refuse(self, knock: Knock, reason: str, outcome: Outcome, *, failed: bool = False, tell: bool = False) -> None:
@@ -340,8 +338,11 @@ class Door:
         else:
             self._refuse(knock, error.strerror or str(error) or type(error).__name__, Outcome.LOST)
 
-    def _forget(self, knock: Knock) -> None:
+    def _forget(self, knock: Knock, *, got_in: bool = False) -> None:
         knock.done = True
+        if not got_in and len(self._knocks) >= self._server.limits.handshakes:
+            # It kept a place from a newcomer, whether it had to give way or left by itself.
+            self._admission.gave_way(knock.origin, self._loop.time())
         if self._knocks.pop(knock, knock) is None:
             self._admission.remove(knock)
         self.on_room()

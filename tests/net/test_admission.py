@@ -137,6 +137,24 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
         assert here.log.named("client.refused") == []
 
 
+def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
+    """Else a flood whose connections end before their grace could keep the door shut for ever."""
+    with house(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
+        door = here.daemon.server.door
+        for taken in (2, 3):
+            crowd = [here.raw() for _ in range(taken)]
+            for each in crowd:
+                each.read_body()
+            before = here.call(lambda: door._admission.grace("127.0.0.1", door._loop.time()))
+            assert before == GRACE_S
+            for each in crowd:
+                each.close()
+            deadline = time.monotonic() + 30
+            while here.call(lambda: len(door)):
+                assert time.monotonic() < deadline
+        assert here.call(lambda: door._admission.grace("127.0.0.1", door._loop.time())) < GRACE_S
+
+
 def test_listeners_with_newcomers_take_turns() -> None:
     """With one place, a crowd at one listener leaves every second place to the other listener."""
     names = [f"c{number}" for number in range(12)]
