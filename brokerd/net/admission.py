@@ -55,7 +55,14 @@ class _Crowd:
         self.weight = 0
 
     def least(self) -> Knock:
-        """Return the handshake that would give way."""
+        """Return the handshake that would give way.
+
+        A peer whose answer is judged goes after the silent ones, unless there are more such peers than silent ones.
+        Else wrong answers would fill the room, and a client would have no time for its own answer.
+        """
+        judged, silent = self.ranks[Rank.JUDGED], self.ranks[Rank.SILENT]
+        if len(judged) > len(silent) and not self.ranks[Rank.FAILED]:
+            return next(iter(judged))
         return next(iter(next(filter(None, self.ranks.values()))))
 
 

@@ -67,6 +67,24 @@ def test_admission_peer_that_got_further_gives_way_later() -> None:
     assert gone == [Rank.FAILED, Rank.SILENT, Rank.JUDGED, Rank.PROVED]
 
 
+def test_admission_wrong_answers_leave_half_of_the_room_to_silent_peers() -> None:
+    """Else a client had no time to answer: each newcomer would push out the oldest of a few silent peers."""
+    admission = Admission()
+    judged = [peer("a", admission) for _ in range(200)]
+    for each in judged:
+        admission.advance(each, Rank.JUDGED, 0.0)
+    silent = [peer("a", admission) for _ in range(20)]
+    gone: list[Any] = []
+    for _ in range(200):
+        least, _ = admission.least(now=100.0)
+        assert least is not None
+        admission.remove(least)
+        gone.append(least)
+        peer("a", admission, 50.0)
+    assert gone[:90] == judged[:90]
+    assert gone[90:110] == silent
+
+
 def test_admission_proved_peer_gives_way_after_a_silent_one_of_another_origin() -> None:
     """One against one, the peer with a key stays."""
     admission = Admission()
