@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -120,7 +120,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
 
     def on_signal(name: str) -> None:
         nonlocal status
-        if not daemon.stop_soon(name):
+        if not daemon.stop_soon(name) and not daemon.stopped.is_set():
             daemon.log.warning("daemon.killed", reason=f"{name} once more")
             status = EX_FAILED
             daemon.kill()
@@ -141,7 +141,8 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
 
     actions = map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))
     insistence = _Insistence(lambda: elder is None or elder.is_over, end_at_once)
-    with _signals_go_to(*actions), insistence.listening(), _signal_ignored("SIGUSR1"):
+    with _signals_go_to(*actions), insistence.listening():
+        _ignore_signal("SIGUSR1")
         # What came since the first moment of the process is acted on now.
         release_signals()
         try:
@@ -194,14 +195,28 @@ def _signals_go_to(
     if hasattr(signal, "SIGBREAK"):
         # Windows: Ctrl-Break, or the console's window was closed.
         actions[signal.SIGBREAK] = end
-    rings: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    until_the_end: contextlib.AbstractContextManager[None] = _signals_ignored_afterwards(loop, actions)
     try:
         for number, action in actions.items():
             loop.add_signal_handler(number, action, number.name)
     except NotImplementedError:
-        rings = _signals_ring(loop, actions)
-    with rings:
+        until_the_end = _signals_ring(loop, actions)
+    with until_the_end:
         yield
+
+
+@contextlib.contextmanager
+def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Ignore these signals afterwards, while the interpreter ends: the exit status is decided by then.
+
+    A closing loop would restore the default actions, which end the process with a signal's status.
+    """
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Insistence:
@@ -237,18 +252,11 @@ class _Insistence:
             timer.start()
 
 
-@contextlib.contextmanager
-def _signal_ignored(name: str) -> Iterator[None]:
-    """Ignore a signal, on systems that have it: it means nothing here, and would end the process."""
+def _ignore_signal(name: str) -> None:
+    """Ignore a signal until the process ends, on systems that have it: it would end the process."""
     number = getattr(signal, name, None)
-    if number is None:
-        yield
-        return
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+    if number is not None:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

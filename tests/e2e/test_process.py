@@ -54,6 +54,20 @@ def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
         assert alice.is_closed()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path) -> None:
+    """A signal that arrives while the interpreter ends does not turn a drain into a failure."""
+    with Process(socket_dir) as broker:
+        broker.wait("daemon.started")
+        broker.signal()
+        broker.wait("daemon.stopped")
+        while broker.popen.poll() is None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                broker.signal(number)
+        assert broker.exit_status() == 0
+        assert not broker.events("daemon.killed")
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
     """The second one does not wait for a client that does not read, and the exit status tells the difference."""
