@@ -16,6 +16,7 @@ import trustme
 
 from brokerd.testing import RunningBroker
 from brokerd_client import backoff
+from brokerd_client.blocking_link import Link
 from brokerd_client.errors import BrokerdError
 
 TIMEOUT_S = 30.0
@@ -23,7 +24,7 @@ BURST = 20
 #: Bursts that are sent before each stop.
 BURSTS_BEFORE = 5
 
-CLIENTS = {"alice": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
+CLIENTS = {"alice": {}, "absent": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
 WAYS = ["stop", "drain"]
 
 
@@ -45,6 +46,24 @@ class Place:
             self.broker._daemon = None
         else:
             self.broker.stop()
+
+    def begin_to_stop(self) -> None:
+        """Have the broker tell its clients that it ends, and return when it has."""
+        daemon = self.broker._daemon
+        assert daemon is not None
+
+        async def begin() -> None:
+            daemon.stop_soon("the test says so")
+            for _ in range(50):
+                await asyncio.sleep(0.001)
+
+        self.broker._on_loop(begin())
+
+    def end_stop(self) -> None:
+        daemon = self.broker._daemon
+        assert daemon is not None
+        self.broker._on_loop(daemon.stopped.wait())
+        self.broker._daemon = None
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -78,6 +97,12 @@ class Account:
 
     def hear(self, error: BrokerdError) -> None:
         self.reported[getattr(error, "id", -1)] += 1
+
+    def note(self, id: int) -> None:
+        self.sent[id] = self.next_body()
+
+    def next_body(self) -> bytes:
+        return b"%d" % len(self.sent)
 
     def is_settled(self) -> bool:
         return len(self.arrived) + len(self.reported) >= len(self.sent)
@@ -171,6 +196,54 @@ async def run_asyncio(place: Place, stops: int) -> None:
     await bob.close()
     await alice.close()
     account.check()
+
+
+def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker has said that it ends, and the client has not read it yet: it hears what becomes of each send."""
+    broker, account = place.broker, Account()
+    alice = broker.connect("alice", **place.options)
+    alice.on_undelivered(account.hear)
+    alice.ping()
+    reads_on = threading.Event()
+    act = Link.act
+
+    def late(self: Link, *, readable: bool, writable: bool) -> None:
+        reads_on.wait(TIMEOUT_S)
+        act(self, readable=readable, writable=writable)
+
+    monkeypatch.setattr(Link, "act", late)
+    place.begin_to_stop()
+    for _ in range(BURST):
+        account.note(alice.send("absent", account.next_body()))
+    reads_on.set()
+    place.end_stop()
+    broker.start()
+    alice.ping()
+    alice.close()
+    assert account.reported == dict.fromkeys(account.sent, 1)
+
+
+def test_sends_before_a_stop_is_noticed_by_asyncio_client_are_reported(place: Place) -> None:
+    """The broker has said that it ends, and the client has not read it yet: it hears what becomes of each send."""
+    broker, account = place.broker, Account()
+
+    async def run() -> None:
+        alice = await broker.connect_async("alice", **place.options)
+        alice.on_undelivered(account.hear)
+        await alice.ping()
+        # The client's event loop stands still meanwhile, and writes what is sent before it reads.
+        place.begin_to_stop()
+        for _ in range(BURST):
+            account.note(await alice.send("absent", account.next_body()))
+        await asyncio.to_thread(place.end_stop)
+        await asyncio.to_thread(broker.start)
+        await alice.ping()
+        await alice.close()
+
+    asyncio.run(run())
+    assert account.reported == dict.fromkeys(account.sent, 1)
 
 
 def test_stops_under_load_of_blocking_client_lose_nothing(place: Place) -> None:
