@@ -157,7 +157,8 @@ class Client(Seat):
         self._choose_direct()
 
     def _choose_direct(self) -> None:
-        outbox = next((session.outbox for session in self.sessions.values()), None)
+        first = next(iter(self.sessions.values()), None)
+        outbox = None if first is None else first.outbox
         self.direct = outbox if isinstance(outbox, StreamOutbox) else None
         pool = self.config.connections > 1
         self._mixed = pool and self.direct is not None

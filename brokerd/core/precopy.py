@@ -1,4 +1,4 @@
-"""What can be handed over before the hand-over: frames that wait in pools, and subscriptions.
+"""What can be handed over before the hand-over: frames that wait in pools, subscriptions, and idle sessions.
 
 A process that is being replaced copies them in blocks while it serves, and the new one checks them and makes objects of
 them meanwhile. What has left a queue since then is left out, and what has come since is captured with all the rest, so
@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.core.outbox import FrameOutbox, Queued
@@ -21,6 +22,7 @@ from brokerd.core.snapshot_check import FLAGS, BadSnapshot, check_block, check_f
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
+    from brokerd.core.exchange import Client
 
 __all__ = ["KEPT", "ORPHANED", "PINNED", "RECEIPT", "Block", "CopiedQueue", "Copier", "Copies", "flags_of"]
 
@@ -38,6 +40,49 @@ _SUBSCRIPTIONS: Final = 250
 _FEW: Final = 100
 _NOBODY: Final = -1
 
+#: What is captured of an idle session and may change. A subscription changes with a message only, or is one fewer.
+_STATE: Final = attrgetter(
+    "client",
+    "address",
+    "number",
+    "left_at",
+    "messages_in",
+    "bytes_in",
+    "errors_in",
+    "skip",
+    "charged",
+    "held_by",
+    "hold_deadline",
+    "closing",
+    "slow",
+    "allowance",
+    "goaway",
+    "reached_by_event",
+    "outbox",
+    "outbox.frames",
+    "outbox.size",
+    "outbox.limit",
+    "outbox.blocked",
+    "outbox.stalled",
+)
+#: What an idle session has nothing of.
+_BUSY: Final = attrgetter(
+    "skip",
+    "charged",
+    "held_by",
+    "hold_deadline",
+    "closing",
+    "allowance",
+    "owed",
+    "asked",
+    "expiring",
+    "reached_by_event",
+    "outbox.waiting",
+    "outbox.blocked",
+    "outbox.stalled",
+)
+_SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since", "turn", "meter")
+
 #: Facts, and bytes beside them.
 Block: TypeAlias = "tuple[dict[str, Any], list[bytes]]"
 
@@ -48,6 +93,10 @@ def flags_of(queued: Queued) -> int:
     # All that is ever asked of a sender that has gone is whether it is still there.
     orphaned = queued.orphaned or (sender is not None and not sender.open)
     return queued.receipt * RECEIPT | queued.pinned * PINNED | orphaned * ORPHANED | queued.kept * KEPT
+
+
+def _state(session: Session) -> tuple[object, ...]:
+    return *_STATE(session), len(session.subscriptions), len(session.reached)
 
 
 class Copier:
@@ -65,6 +114,36 @@ class Copier:
         self._unchanged: dict[Session, int] = {}
         #: Of each queue: the number behind the last frame that has been copied.
         self._copied_to: dict[FrameOutbox, int] = {}
+        #: The idle sessions that have been copied, and their clients: what each was like then.
+        self._idle: dict[Session, tuple[object, ...]] = {}
+        self._clients: dict[Client, tuple[object, ...]] = {}
+
+    def is_idle(self, session: Session) -> bool:
+        """Return whether nothing waits for the session, and nothing of it is under way."""
+        return session.open and session.reached_by_event is None and not any(_BUSY(session))
+
+    def note_idle(self, session: Session) -> None:
+        """Note that the session, which is idle, is copied as it is now, with its client and all its subscriptions."""
+        self._idle[session] = _state(session)
+        self._clients[session.client] = _SHOWN(session.client)
+        if session.subscriptions or session in self.subscriptions:
+            self.subscriptions[session] = set(session.subscriptions)
+
+    def forget_idle(self, session: Session) -> None:
+        """Take note that something about the session's connection is not as it was copied."""
+        self._idle.pop(session, None)
+
+    def is_as_copied(self, session: Session) -> bool:
+        """Return whether the session has been copied, and is still what it was then."""
+        state = self._idle.get(session)
+        if state is None or session.owed or session.asked or session.expiring:
+            return False
+        return state == _state(session) and session.open and not session.outbox.waiting
+
+    def is_shown_as_copied(self, client: Client) -> bool | None:
+        """Return whether the client is what it was when it was copied; None if it was not."""
+        shown = self._clients.get(client)
+        return None if shown is None else client.meter is None and shown == _SHOWN(client)
 
     def blocks(self, now: float) -> Iterator[Block]:
         """Yield what has not been copied yet; others may change everything between two blocks. now: about."""
@@ -164,6 +243,11 @@ class Copies:
         self._sessions: dict[int, Session] = {}
         self._queues: dict[int, CopiedQueue] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
+        #: The facts of idle sessions and of their outboxes, by the session's number; the names of copied clients.
+        self.idle: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.clients: set[str] = set()
+        #: The numbers of the idle sessions that are made already, as their names are known here.
+        self.made: set[int] = set()
 
     def add(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
         """Take in one block. Raises BadSnapshot."""
@@ -211,6 +295,20 @@ class Copies:
         self._subscriptions.clear()
         self._queues.clear()
         self._sessions.clear()
+        self.idle.clear()
+        self.made.clear()
+        self.clients.clear()
+
+    def change_subscriptions(self, facts: dict[str, Any]) -> set[tuple[str, str | None]]:
+        """Put the subscriptions of an idle session in force, and end those that have ended; return those in force."""
+        number = facts["session"]
+        for pattern, group in facts["unsubscribed"]:
+            if (pattern, group) in self._subscriptions.get(number, ()):
+                self._subscriptions[number].discard((pattern, group))
+                self._broker.topics.discard(pattern, self.session(number), group)
+        if facts["subscriptions"]:
+            self._add_subscriptions(facts)
+        return self._subscriptions.get(number, set())
 
     def _add_subscriptions(self, facts: dict[str, Any]) -> None:
         number = facts["session"]

@@ -26,18 +26,19 @@ from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
 from brokerd.core.service import Question
 from brokerd.core.session import Session
-from brokerd.core.snapshot_check import BadSnapshot, check, check_frames
+from brokerd.core.snapshot_check import BadSnapshot, check, check_frames, check_idle
 from brokerd.core.unsent import Unsent
 
-__all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "restore"]
+__all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "capture_idle", "restore", "restore_idle"]
 
 Facts: TypeAlias = dict[str, Any]
 
 
 class Snapshot:
-    """Facts, and bytes beside them."""
+    """Facts, and bytes beside them. copied: the sessions of which only the number stands there."""
 
     def __init__(self) -> None:
+        self.copied: set[Session] = set()
         self.facts: Facts = {}
         self.pieces: list[bytes | bytearray | memoryview] = []
 
@@ -75,6 +76,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
     copier = copier or Copier(broker)
     leaving = list(broker._leaving)
     index = {session: position for position, session in enumerate(sessions)}
+    copied = snapshot.copied = set(filter(copier.is_as_copied, index))
     for session, _ in leaving:
         index[session] = len(index)
     snapshot.facts = {
@@ -89,10 +91,16 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
         "clients": {
             client.name: _client(client, now)
             for client in broker.exchange.clients.values()
-            if not _is_as_at_start(client, broker.started_at)
+            if not _is_known(client, broker.started_at, copier)
         },
-        "sessions": [_session(broker, session, index, now, copier) for session in index],
-        "outboxes": [_outbox(session, index, snapshot, now, copier) for session in index if session.open],
+        "sessions": [
+            session.number if session in copied else _session(broker, session, index, now, copier) for session in index
+        ],
+        "outboxes": [
+            None if session in copied else _outbox(session, index, snapshot, now, copier)
+            for session in index
+            if session.open
+        ],
         "held": [
             [index[session], index[_holder(session)], None if deadline == float("inf") else deadline - now]
             for session, deadline in broker._held.items()
@@ -100,6 +108,27 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
         "leaving": [[index[session], _queue(queue, index, snapshot), _timed(queue, now)] for session, queue in leaving],
     }
     return snapshot
+
+
+def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -> Facts | None:
+    """Return what there is to copy of a session before the hand-over; None if it is not idle, or is copied already."""
+    if copier.is_as_copied(session) or not copier.is_idle(session):
+        return None
+    if broker.exchange.resolve(session.client.name) is not session.client or session.retired:
+        return None
+    facts = {
+        "session": _session(broker, session, {}, now, copier),
+        "outbox": _outbox(session, {}, Snapshot(), now, Copier(broker)),
+        "client": None if session.client.meter else _client(session.client, now),
+    }
+    copier.note_idle(session)
+    return facts
+
+
+def _is_known(client: Client, started_at: float, copier: Copier) -> bool:
+    """Return whether nothing has happened to a client that has not been copied."""
+    as_copied = copier.is_shown_as_copied(client)
+    return _is_as_at_start(client, started_at) if as_copied is None else as_copied
 
 
 def _is_void(job: Job) -> bool:
@@ -249,8 +278,19 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     copies: what was copied before. Raises BadSnapshot for facts that ``capture`` did not write; the broker is then of
     no more use.
     """
-    check(facts)
     copies = copies or Copies(broker)
+    check(facts, copies.idle)
+    #: The positions of those that are there already, and of the others.
+    copied: list[int] = []
+    fresh: list[int] = []
+    facts = {**facts, "sessions": list(facts["sessions"]), "outboxes": list(facts["outboxes"])}
+    for position, number in enumerate(facts["sessions"]):
+        if type(number) is int and number in copies.made:
+            copied.append(position)
+        else:
+            fresh.append(position)
+            if type(number) is int:
+                facts["sessions"][position], facts["outboxes"][position] = copies.idle[number]
     broker.started_at = facts["started_at"]
     broker.upgrades = facts["upgrades"] + 1
     broker._order = itertools.count(facts["next_number"])
@@ -258,27 +298,39 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     broker.refused = Counter(facts["refused"])
     broker.totals = Counter(facts["totals"])
     broker.given_back = Counter(facts["given_back"])
-    for each in broker.exchange.clients.values():
-        each.changed_at = each.shown_since = broker.started_at
+    for client in broker.exchange.clients.values():
+        if client.name not in copies.clients:
+            client.changed_at = client.shown_since = broker.started_at
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
     # Names that are not configured, any more or for this connection: by name, and how many had the same address before.
     strangers: dict[tuple[str, int], Client] = {}
     addresses: Counter[str] = Counter()
     open_count = len(facts["outboxes"])
-    sessions: list[Session] = []
-    for position, each in enumerate(facts["sessions"]):
-        client = broker.exchange.resolve(each["name"]) if each["configured"] else None
-        if client is None:
+    sessions = [copies.take_session(each if type(each) is int else each["number"]) for each in facts["sessions"]]
+    for position in copied:
+        session = sessions[position]
+        session.open = True
+        if session.subscriptions:
+            copies.take_subscriptions(session.number, session, [])
+    for position in fresh:
+        each = facts["sessions"][position]
+        known = broker.exchange.resolve(each["name"]) if each["configured"] else None
+        if known is None:
             former = (each["name"], addresses[each["address"]])
             addresses[each["address"]] += 1
-            client = strangers.setdefault(former, Client(_former(each["name"]), each["since"]))
-        sessions.append(_restore_session(copies.take_session(each["number"]), client, each, now))
-        sessions[-1].open = position < open_count
-    named = {name: [client] for name, client in broker.exchange.clients.items()}
+            known = strangers.setdefault(former, Client(_former(each["name"]), each["since"]))
+        _restore_session(sessions[position], known, each, now).open = position < open_count
+    named: dict[str, list[Client]] = {}
     for (name, _), client in strangers.items():
         named.setdefault(name, []).append(client)
-    for session, each in zip(sessions, facts["sessions"], strict=True):
+    for position in copied if strangers else ():
+        reached = copies.idle[sessions[position].number][0]["reached"]
+        sessions[position].reached.update(client for name in reached for client in named.get(name, ()))
+    for position in fresh:
+        session, each = sessions[position], facts["sessions"][position]
+        session.reached = _reached(broker, each)
+        session.reached.update(client for name in each["reached"] for client in named.get(name, ()))
         session.owed = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
         session.asked = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
         session.expiring = {(id, address): now + left for id, address, left in each["expiring"]}
@@ -286,13 +338,17 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
             broker.deadlines.add(deadline, (session, id, address))
         if each["reached_by_event"] is not None:
             session.reached_by_event = dict.fromkeys(sessions[other] for other in each["reached_by_event"])
-        session.reached = {client for name in each["reached"] for client in named.get(name, ())}
-    for session, outbox_facts in zip(sessions, facts["outboxes"], strict=False):
-        _restore_outbox(session, outbox_facts, sessions, pieces, now, copies)
+    fresh = [position for position in fresh if position < open_count]
+    for position in fresh:
+        session = sessions[position]
+        _restore_outbox(session, facts["outboxes"][position], sessions, pieces, now, copies)
         if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
             session.renew_outbox()
+    # In the order in which they came, those of a pool above all.
+    for session in sessions[:open_count]:
         session.client.add(session)
-    for session, each in zip(sessions[:open_count], facts["sessions"], strict=False):
+    for position in fresh:
+        session, each = sessions[position], facts["sessions"][position]
         ended = [(pattern, group) for pattern, group in each["unsubscribed"]]
         session.subscriptions = copies.take_subscriptions(session.number, session, ended)
         if not each["configured"]:
@@ -315,6 +371,43 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
         broker._leaving.append((sessions[position], Unsent(iter(queue), len(items))))
     copies.drop_rest()
     return sessions[:open_count]
+
+
+def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Session | None:
+    """Take in what ``capture_idle`` returned; return the session, not open yet, or None where its name is unknown.
+
+    Raises BadSnapshot.
+    """
+    check_idle(facts)
+    each, outbox = facts["session"], facts["outbox"]
+    number, name = each["number"], each["name"]
+    client = broker.exchange.resolve(name)
+    copies.idle[number] = each, outbox
+    if facts["client"] is not None:
+        copies.clients.add(name)
+        _restore_client(client, facts["client"], now)
+    if client is None:
+        return None
+    session = _restore_session(copies.session(number), client, each, now)
+    session.open = False
+    _restore_outbox(session, outbox, [], Pieces(b""), now, copies)
+    session.renew_outbox()
+    session.reached = _reached(broker, each)
+    copies.made.add(number)
+    session.subscriptions = copies.change_subscriptions(
+        {
+            "session": number,
+            "name": name,
+            "subscriptions": [(pattern, group) for pattern, group in each["subscriptions"]],
+            "unsubscribed": each["unsubscribed"],
+        }
+    )
+    return session
+
+
+def _reached(broker: Broker, facts: Facts) -> set[Client]:
+    """Return those whom a session has reached, as far as their names are known here."""
+    return {client for client in map(broker.exchange.resolve, facts["reached"]) if client is not None}
 
 
 def _restore_client(client: Client | None, facts: Facts, now: float) -> None:

@@ -8,14 +8,14 @@ process serves on. Keys that are not known here are passed over. Of the bytes on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from brokerd_client.errors import BadLength, InvalidName
 from brokerd_client.wire.envelope import check_pattern
 from brokerd_client.wire.framing import LENGTH, frame_span
 
-__all__ = ["FLAGS", "BadSnapshot", "check", "check_block", "check_counts", "check_frames"]
+__all__ = ["FLAGS", "BadSnapshot", "check", "check_block", "check_counts", "check_frames", "check_idle"]
 
 Check: TypeAlias = Callable[[Any, str], None]
 
@@ -212,6 +212,12 @@ _SESSION: Final = _record(
         "expiring": _each(_row(_id, _text, _seconds)),
     }
 )
+
+
+def _session(value: Any, path: str) -> None:
+    (_count if type(value) is int else _SESSION)(value, path)
+
+
 _JOB: Final = _record(
     {
         "question": _optional(_row(_count, _id, _long_operation)),
@@ -221,6 +227,15 @@ _JOB: Final = _record(
     }
 )
 _LIMIT: Final = _optional(_number)
+_CLIENT: Final = _record(
+    {
+        "changed_at": _number,
+        "shown": _row(_flag, _number),
+        "turn": _count,
+        "rate": _row(_LIMIT, _LIMIT),
+        "levels": _optional(_row(_LIMIT, _LIMIT)),
+    }
+)
 _FACTS: Final = _record(
     {
         "started_at": _number,
@@ -230,48 +245,51 @@ _FACTS: Final = _record(
         "refused": _named(_count),
         "totals": _named(_count),
         "given_back": _named(_count),
-        "clients": _named(
-            _record(
-                {
-                    "changed_at": _number,
-                    "shown": _row(_flag, _number),
-                    "turn": _count,
-                    "rate": _row(_LIMIT, _LIMIT),
-                    "levels": _optional(_row(_LIMIT, _LIMIT)),
-                }
-            )
-        ),
+        "clients": _named(_CLIENT),
         "deferred": _each(_JOB),
-        "sessions": _each(_SESSION),
-        "outboxes": _each(_outbox),
+        "sessions": _each(_session),
+        "outboxes": _each(_optional(_outbox)),
         "held": _each(_row(_count, _count, _LIMIT)),
         "leaving": _each(_row(_count, _queue, _each(_row(_count, _seconds)))),
     }
 )
 
 
-def check(facts: Any) -> None:
-    """Raise BadSnapshot for facts that don't have the form, or contradict themselves."""
+def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]] | None = None) -> None:
+    """Raise BadSnapshot for facts that don't have the form, or contradict themselves.
+
+    copied: sessions with their outboxes, which may be named by their numbers and have been checked already.
+    """
     try:
         # Without the places: to name each takes longer than to look at it, and everybody waits.
         _FACTS(facts, "")
     except BadSnapshot:
         # It fails again, and says where.
         _FACTS(facts, "facts")
-    sessions, outboxes = facts["sessions"], facts["outboxes"]
+    sessions, outboxes = _filled_in(facts["sessions"], copied or {}), facts["outboxes"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
     gone = [position for position, _, _ in facts["leaving"]]
     _hold(gone == list(range(len(outboxes), len(sessions))), "leaving are not those sessions that have no outbox")
     for name, client in facts["clients"].items():
         _check_levels(client["rate"], client["levels"], name)
+    next_number = facts["next_number"]
     for position, session in enumerate(sessions):
-        _check_session(session, sessions, f"sessions[{position}]", facts["next_number"])
+        if type(facts["sessions"][position]) is int:
+            # Written out: there may be ten thousand of them, and everybody waits.
+            if position >= len(outboxes) or outboxes[position] is not None:
+                raise BadSnapshot(f"sessions[{position}] was copied in part")
+            if session["number"] >= next_number or session["left_at"] >= next_number:
+                raise BadSnapshot(f"sessions[{position}] came after all that have come")
+            continue
+        _hold(position >= len(outboxes) or outboxes[position] is not None, f"outboxes[{position}] was copied alone")
+        _check_session(session, sessions, f"sessions[{position}]", next_number)
     addresses = [session["address"] for session in sessions[: len(outboxes)] if session["configured"]]
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
     for position, job in enumerate(facts["deferred"]):
         _check_job(job, len(outboxes), f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):
-        _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
+        if outbox is not None:
+            _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
     for position, queue, timed in facts["leaving"]:
         _check_senders(queue, len(sessions), f"leaving of sessions[{position}]")
         _check_timed(timed, len(queue), f"leaving of sessions[{position}]")
@@ -281,6 +299,39 @@ def check(facts: Any) -> None:
         all(max(source, target) < len(outboxes) for source, target, _ in facts["held"]),
         "a session is held, or holds one, that is not open",
     )
+
+
+def _filled_in(
+    sessions: list[Any], copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the facts of all sessions, those that were copied before in the places of their numbers."""
+    filled: list[dict[str, Any]] = []
+    for session in sessions:
+        if type(session) is int:
+            if session not in copied:
+                raise BadSnapshot(f"the session with the number {session} was not copied")
+            filled.append(copied[session][0])
+        else:
+            filled.append(session)
+    return filled
+
+
+def check_idle(facts: Any) -> None:
+    """Raise BadSnapshot for what can't have been copied of an idle session: see brokerd.core.precopy."""
+    _IDLE(facts, "idle")
+    session, outbox, client = facts["session"], facts["outbox"], facts["client"]
+    # It names no other session, and none of the conditions in which a session waits for something holds.
+    _check_session(session, [], "idle.session", _MOST + 1)
+    _check_outbox(outbox, 0, "idle.outbox")
+    _hold(not outbox.get("queue") and not sum(outbox.get("chunks", ())), "idle.outbox has something that waits")
+    _hold(outbox.get("copied") is None and outbox["begun"] == 0, "idle.outbox has something that was begun")
+    busy = [what for what in ("charged", "closing", "skip", "allowance", "hold_s") if session[what]]
+    _hold(not busy and session["configured"], "idle.session is not idle")
+    if client is not None:
+        _check_levels(client["rate"], client["levels"], session["name"])
+
+
+_IDLE: Final = _record({"session": _SESSION, "outbox": _outbox, "client": _optional(_CLIENT)})
 
 
 def check_block(facts: Any) -> None:

@@ -8,9 +8,12 @@ snapshot's pieces, and the sockets go by their descriptors. Keys are named by th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from brokerd.config.values import Key, ListenConfig, Source
@@ -29,41 +32,108 @@ from brokerd.net.server import Server
 from brokerd.net.tally import Outcome
 from brokerd_client.address import Address
 
-__all__ = ["Inheritance", "capture", "describe", "let_go_of_bound", "position_of"]
+__all__ = ["Ahead", "Inheritance", "Passing", "capture", "describe", "let_go_of_bound", "position_of"]
 
 _LOOK_AGAIN_S: Final = 0.02
 #: What stands for a key that is not configured any more; no keyring holds it.
 _GONE: Final = Key(b"", source="a key that is no longer configured")
 _NOWHERE: Final = Source("", 0)
+#: Connections copied in one block, and those begun with in one turn of the loop: some milliseconds' work.
+_COPIED: Final = 50
+_BEGUN: Final = 100
 
 
 # Out
 
 
-def capture(server: Server, copier: Copier | None = None) -> tuple[Snapshot, list[int]]:
+class Passing:
+    """Copies idle connections, and passes their sockets, while they are served.
+
+    copier: copies what the broker holds.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.copier = Copier(server.broker)
+        #: The connections whose sockets the other process has.
+        self.passed: dict[Link, int] = {}
+        self._uses: dict[tuple[str, bytes], float] = {}
+
+    def blocks(self) -> Iterator[tuple[Facts, list[int]]]:
+        """Yield facts, and copies of descriptors, to be closed; everything may change between two blocks."""
+        if gone := [number for link, number in self.passed.items() if link.closed]:
+            self.passed = {link: number for link, number in self.passed.items() if not link.closed}
+            yield {"gone": gone}, []
+        links = iter(_ordered(self._server))
+        while some := list(islice(links, _COPIED)):
+            idle: list[Facts] = []
+            descriptors: list[int] = []
+            # Where descriptors are short, the others go with the rest.
+            with contextlib.suppress(OSError):
+                for link in some:
+                    self._copy(link, idle, descriptors)
+            if idle:
+                yield {"idle": idle}, descriptors
+        yield {"keys": self.uses()}, []
+
+    def _copy(self, link: Link, idle: list[Facts], descriptors: list[int]) -> None:
+        if link.closed or not _is_idle(link):
+            return
+        server, passed = self._server, link in self.passed
+        # Before anything is noted: it may fail.
+        descriptor = None if passed else os.dup(link.sock.fileno())
+        facts = snapshot.capture_idle(server.broker, link.session, server.loop.time(), self.copier)
+        if facts is None:
+            if descriptor is not None:
+                os.close(descriptor)
+            return
+        idle.append({**facts, "link": _link(link, Snapshot(), passed=passed)})
+        if descriptor is not None:
+            descriptors.append(descriptor)
+            self.passed[link] = link.session.number
+            link.passed = True
+
+    def uses(self) -> list[tuple[str, str, float]]:
+        """Return the uses of keys since this was called last."""
+        keyring, before = self._server.keyring, self._uses
+        self._uses = keyring.moments()
+        return keyring.uses(before)
+
+
+def _is_idle(link: Link) -> bool:
+    return link.can_hand_over and not (link.tail or link.parcel or link.waits or link.writing or link.ending)
+
+
+def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
     """Return everything the server has, and the descriptors of its sockets in the order in which they are described.
 
-    copier: what it has copied is left out.
+    passing: what it has copied and passed is left out.
     Everything decided has to be carried out: ``settle`` comes before. Connections that can't be handed over
     are closed, if there still are any: see ``let_go_of_bound``.
     """
     for link in [link for link in server.links if not link.can_hand_over]:
         link.lost("it came while the broker was being replaced, and can't be handed over")
     links = _ordered(server)
-    taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), copier)
+    passing = passing or Passing(server)
+    for link in links:
+        if not _is_idle(link):
+            passing.copier.forget_idle(link.session)
+    taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), passing.copier)
+    copied, passed = taken.copied, passing.passed
     farewells = server.farewells()
     knocks = [knock for knock in server.door.knocks() if knock.can_hand_over]
     taken.facts = {
         "core": taken.facts,
         "listening": [_listening(each) for each in server.listening],
-        "links": [_link(link, taken) for link in links],
+        "links": [None if link.session in copied else _link(link, taken, passed=link in passed) for link in links],
         "knocks": [_knock(knock, server, taken) for knock in knocks],
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in farewells],
         "failures": server.door.failures.ages(server.loop.time()),
-        "keys": server.keyring.uses(),
+        "keys": passing.uses(),
         "tally": server.tally.values(),
     }
-    sockets = [each.sock for group in (server.listening, links, knocks, farewells) for each in group]
+    fresh = [link for link in links if link not in passed]
+    sockets = [each.sock for group in (server.listening, fresh, knocks, farewells) for each in group]
     return taken, [sock.fileno() for sock in sockets]
 
 
@@ -116,13 +186,14 @@ def _listening(each: Listening) -> Facts:
     }
 
 
-def _link(link: Link, taken: Snapshot) -> Facts:
+def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
     parcel = link.parcel
     taken.pieces.append(link.tail)
     if parcel is not None:
         taken.pieces.append(memoryview(parcel)[SLACK : parcel.filled])
     return {
         "socket": _socket(link.sock),
+        "passed": passed,
         "client": link.credential.client.name,
         "key": link.credential.key.key_id,
         "tail": len(link.tail),
@@ -152,11 +223,90 @@ def _knock(knock: Knock, server: Server, taken: Snapshot) -> Facts:
 # And back
 
 
+class Ahead:
+    """What another process copied and passed while it served, made ready for the server that takes over."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.copies = Copies(server.broker)
+        self._sockets: dict[int, socket.socket] = {}
+        self._links: dict[int, Link] = {}
+        #: Why some of those connections are to be closed.
+        self.misfits: dict[Link, str] = {}
+
+    def add(self, facts: Facts, body: memoryview, descriptors: Sequence[int]) -> None:
+        """Take in one block. Raises BadSnapshot, and what Inheritance raises."""
+        if "idle" in facts:
+            rest = iter(descriptors)
+            for each in facts["idle"]:
+                self._add_idle(each, rest)
+            if any(True for _ in rest):
+                raise ValueError("a block has descriptors that belong to no connection")
+        elif "gone" in facts:
+            for number in facts["gone"]:
+                self._links.pop(number, None)
+                if (sock := self._sockets.pop(number, None)) is not None:
+                    sock.close()
+        elif "keys" in facts:
+            self._server.keyring.take_uses(facts["keys"])
+        else:
+            self.copies.add(facts, body, self._server.loop.time())
+
+    def _add_idle(self, facts: Facts, descriptors: Iterator[int]) -> None:
+        server, told = self._server, facts["link"]
+        session = snapshot.restore_idle(server.broker, facts, server.loop.time(), self.copies)
+        number = facts["session"]["number"]
+        if not told["passed"]:
+            self._sockets[number] = _opened(told, next(descriptors, -1))
+        if session is not None:
+            link = self._links[number] = _link_of(server, session, self._sockets[number], told)
+            self.misfits.update(server.reasons([link]))
+
+    def take_link(self, session: Session) -> Link:
+        """Return the link of a session that was copied, and is what it was."""
+        number = session.number
+        sock, link = self._sockets.pop(number), self._links.pop(number, None)
+        if link is None or link.session is not session:
+            # The configuration of this process does not know its name.
+            link = Link(self._server, sock, Credential(session.client.config, _GONE))
+            link.session, session.link = session, link
+            self.misfits.update(self._server.reasons([link]))
+        return link
+
+    def take_socket(self, number: int) -> socket.socket:
+        """Return the socket that was passed for the session of that number."""
+        self._links.pop(number, None)
+        return self._sockets.pop(number)
+
+    def close_rest(self) -> None:
+        """Close what is left, of connections that ended meanwhile."""
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+        self._links.clear()
+        self.misfits.clear()
+
+
+def _opened(facts: Facts, descriptor: int) -> socket.socket:
+    family, type, proto = facts["socket"]
+    sock = socket.socket(family, type, proto, fileno=descriptor)
+    # It is so already, as it is for the other process; but this object has to know.
+    sock.setblocking(False)
+    return sock
+
+
+def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts) -> Link:
+    credential = server.keyring.find(facts["client"], facts["key"])
+    link = Link(server, sock, credential or Credential(session.client.config, _GONE))
+    link.session, session.link = session, link
+    return link
+
+
 class Inheritance:
     """What another process captured, set up in a new server whose broker is still empty.
 
     opened: listening sockets that the other one did not have. sockets: every descriptor, in order; they belong to this
-    object from now on. copies: what was copied before.
+    object from now on. ahead: what was copied and passed before.
     sessions: the open ones, in the order in which they were captured.
     Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for what can't have been captured.
     """
@@ -169,8 +319,9 @@ class Inheritance:
         descriptors: Sequence[int],
         listen: Iterable[ListenConfig],
         opened: Iterable[Listening],
-        copies: Copies | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
+        self._ahead = ahead = ahead or Ahead(server)
         self._server = server
         self._opened = list(opened)
         self._rest = iter(descriptors)
@@ -178,10 +329,20 @@ class Inheritance:
         wanted = {entry.address: entry for entry in listen}
         #: Each with its entry of the new configuration, None where that has none.
         self._listening = [(each, wanted.get(each.config.address)) for each in map(self._ear, facts["listening"])]
-        self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, copies)
+        self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, ahead.copies)
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
-        self.links = [self._link(*each, pieces) for each in zip(self.sessions, facts["links"], strict=True)]
+        #: Those that were passed on as they are, and the others.
+        self._idle: list[Link] = []
+        self._fresh: list[Link] = []
+        for session, told, each in zip(self.sessions, facts["core"]["sessions"], facts["links"], strict=False):
+            if (each is None) != (type(told) is int):
+                raise ValueError("a connection was copied in part")
+            if each is None:
+                self._idle.append(ahead.take_link(session))
+            else:
+                self._fresh.append(self._link(session, each, pieces))
+        self.links = [*self._idle, *self._fresh]
         self._knocks = [(self._knock(each, pieces), each["welcomed"]) for each in facts["knocks"]]
         self._farewells = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
         if len(pieces):
@@ -192,11 +353,7 @@ class Inheritance:
         server.tally.go_on_from(facts.get("tally", {}))
 
     def _socket(self, facts: Facts) -> socket.socket:
-        family, type, proto = facts["socket"]
-        sock = socket.socket(family, type, proto, fileno=next(self._rest))
-        # It is so already, as it is for the other process; but this object has to know.
-        sock.setblocking(False)
-        return sock
+        return _opened(facts, next(self._rest))
 
     def _ear(self, facts: Facts) -> Listening:
         place = Address(*facts["configured"])
@@ -205,10 +362,8 @@ class Inheritance:
         return Listening(former, self._socket(facts), Address(*facts["address"]), inode, facts["first_group"])
 
     def _link(self, session: Session, facts: Facts, pieces: Pieces) -> Link:
-        sock = self._socket(facts)
-        credential = self._server.keyring.find(facts["client"], facts["key"])
-        link = Link(self._server, sock, credential or Credential(session.client.config, _GONE))
-        link.session, session.link = session, link
+        sock = self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
+        link = _link_of(self._server, session, sock, facts)
         link.tail = bytes(pieces.take(facts["tail"]))
         link.waits = facts["waits"]
         if facts["parcel"] is not None:
@@ -237,9 +392,10 @@ class Inheritance:
         server.start([each for each, _ in self._listening])
         server.start(self._opened)
         server.links.update(self.links)
-        for link in self.links:
-            server.pulse.watch(link, inherited=True)
-            link.go_on()
+        for link in self._fresh:
+            self._begin_with(link)
+        self._waiting = iter(self._idle)
+        server.loop.call_soon(self._begin_with_some)
         for sock, left_s in self._farewells:
             server.farewell(sock, left_s)
         for knock, welcomed in self._knocks:
@@ -251,10 +407,28 @@ class Inheritance:
             else:
                 server.door.take_over(knock)
         server.stop_listening_at(unwanted)
-        for session, why in server.misfits():
-            server.broker.close(session, why)
+        misfits = self._ahead.misfits
+        for link in self._idle:
+            if link in misfits:
+                server.broker.close(link.session, misfits[link])
+        for link, why in server.reasons(self._fresh):
+            server.broker.close(link.session, why)
+        self._ahead.close_rest()
         announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}))
         server.settle()
+
+    def _begin_with(self, link: Link) -> None:
+        self._server.pulse.watch(link, inherited=True)
+        link.go_on()
+
+    def _begin_with_some(self) -> None:
+        """Begin with some of those that were idle; the others have their turn later."""
+        some = list(islice(self._waiting, _BEGUN))
+        for link in some:
+            if not link.closed:
+                self._begin_with(link)
+        if some:
+            self._server.loop.call_soon(self._begin_with_some)
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:
         """Take over the settings of the new configuration; the connections go on even where that fails."""

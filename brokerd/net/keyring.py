@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -100,10 +100,24 @@ class Keyring:
                 self._last_used[name, value] = when
                 self._order.move_to_end(value)
 
-    def uses(self) -> list[tuple[str, str, float]]:
-        """Return (client's name, id of the key, when it last let somebody in) of keys used, the latest one first."""
-        found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
-        return [(each.client.name, each.key.key_id, when) for each, when in found if when is not None]
+    def moments(self) -> dict[tuple[str, bytes], float]:
+        """Return when each key last let somebody in, to be given to ``uses`` later."""
+        return dict(self._last_used)
+
+    def uses(self, before: Mapping[tuple[str, bytes], float] | None = None) -> list[tuple[str, str, float]]:
+        """Return (client's name, id of the key, when it last let somebody in) of keys used, the latest one first.
+
+        before: uses from before that are left out.
+        """
+        if not before:
+            found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
+            return [(each.client.name, each.key.key_id, when) for each, when in found if when is not None]
+        uses: list[tuple[str, str, float]] = []
+        for (name, value), when in reversed(self._last_used.items()):
+            if before.get((name, value)) == when:
+                break
+            uses += [(name, each.key.key_id, when) for each in self.named(name) if each.key.value == value]
+        return uses
 
     def take_uses(self, uses: Iterable[tuple[str, str, float]]) -> None:
         """Know of what ``uses`` of another keyring returned, as ``adopt_uses`` does."""

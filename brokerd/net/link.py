@@ -71,6 +71,7 @@ class Link:
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
     waits: others have their turn before what is in ``tail`` is routed.
     channel: what the handshake said of the way it came.
+    passed: another process has its descriptor too, as it may take over.
     ending: why the broker has begun to end it, or "".
     can_hand_over: another process could go on with the socket and with what is kept here.
     """
@@ -85,6 +86,7 @@ class Link:
         "fd",
         "grace",
         "parcel",
+        "passed",
         "server",
         "session",
         "sock",
@@ -109,6 +111,7 @@ class Link:
         self.grace: asyncio.TimerHandle | None = None
         self.closed = False
         self.ending = ""
+        self.passed = False
 
     def open(self, session: Session, early: bytes) -> None:
         """Begin: early are bytes that came in behind the handshake."""
@@ -372,6 +375,10 @@ class Link:
         if written:
             self.server.see_off(self.sock)
         else:
+            if self.passed:
+                # To close this descriptor ends nothing while there is another.
+                with contextlib.suppress(OSError):
+                    self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
         self.server.on_lost(self, why)
 

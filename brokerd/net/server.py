@@ -190,13 +190,17 @@ class Server:
             found += some
         return found
 
+    def reasons(self, links: Iterable[Link], keyring: Keyring | None = None) -> list[tuple[Link, str]]:
+        """Return those of the links that a keyring, by default the one in force, would not let in, and why."""
+        there = (link for link in links if not link.closed and not link.session.closing)
+        judged = ((link, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in there)
+        return [(link, why) for link, why in judged if why]
+
     def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
         """Yield the same in pieces, of some connections each; of those that are there when it begins."""
         links = iter(list(self.links))
         while some := list(islice(links, _JUDGED)):
-            there = (link for link in some if not link.closed and not link.session.closing)
-            judged = ((link.session, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in there)
-            yield [(session, why) for session, why in judged if why]
+            yield [(link.session, why) for link, why in self.reasons(some, keyring)]
 
     def misfit(
         self,

@@ -11,7 +11,8 @@ words, in the order in which they are said (old: the running process; new: the o
                   sockets that the service manager handed over, monitor: where the monitor listens; the descriptors of
                   both go with it
     new hello     version, formats: its configuration is good, and what it could not listen at before is open
-    old copy      what waits, and subscriptions, in blocks, as brokerd.core.precopy has it, any number of times
+    old copy      what waits, and subscriptions, in blocks, as brokerd.core.precopy has it, and idle connections with
+                  their descriptors, as brokerd.net.handover has it, any number of times
     old copied    asks whether all that has been taken in
     new copied    it has
     old state     format, frozen_at, asked_by, reloads: how many ended how, and what brokerd.net.handover captures; the
@@ -42,8 +43,8 @@ from brokerd.logs import in_words
 __all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
 
 #: The format of the state that this version writes, and those it can read.
-FORMAT: Final = 2
-READS: Final = (2,)
+FORMAT: Final = 3
+READS: Final = (2, 3)
 
 #: In the environment of the new process: its end of the channel, and the pipe to the keeper.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"
@@ -200,10 +201,10 @@ class Channel:
                 self._wait_until(deadline)
                 data, descriptors, flags, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS)
                 taken += descriptors
-                if not data or not descriptors:
-                    raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
                 if flags & socket.MSG_CTRUNC or len(taken) > count:
                     raise OSError(errno.EMFILE, "not all descriptors arrived; is the limit of open files reached?")
+                if not data or not descriptors:
+                    raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
         except BaseException:
             _close_all(taken)
             raise

@@ -24,7 +24,6 @@ from typing import Any, Final, NoReturn
 from brokerd import __version__
 from brokerd.aside import aside
 from brokerd.core.broker import Order
-from brokerd.core.precopy import Copier
 from brokerd.core.service import reply_to
 from brokerd.daemon import Daemon
 from brokerd.logs import in_words
@@ -246,13 +245,13 @@ class Predecessor:
             raise _Failed(
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
             )
-        copier = Copier(daemon.broker)
+        passing = handover.Passing(daemon.server)
         # To look through millions of frames for garbage, because copying makes objects, takes a good part of a second.
         gc.freeze()
-        await self._copy(heir, copier)
+        await self._copy(heir, passing)
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
         await handover.let_go_of_bound(daemon.server, why)
-        await self._copy(heir, copier)
+        await self._copy(heir, passing)
         await daemon.settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
@@ -261,19 +260,29 @@ class Predecessor:
         daemon.flush_log()
         # From here on nothing else happens here.
         with _signals_noted() as noted:
-            self._hand_over(heir, order, noted, copier)
+            self._hand_over(heir, order, noted, passing)
             # There is no way back from here.
             try:
                 self._leave(heir, str(hello["keeper"]), noted)
             finally:
                 os._exit(0)
 
-    async def _copy(self, heir: _Heir, copier: Copier) -> None:
+    async def _copy(self, heir: _Heir, passing: handover.Passing) -> None:
         """Copy what can be copied while clients are served; return when the new process has taken it in."""
         channel, loop = heir.channel, asyncio.get_running_loop()
 
         def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
             return lambda: channel.send("copy", facts, pieces, within_s=_HANDOVER_S)
+
+        def hand(facts: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
+            def send() -> None:
+                try:
+                    channel.send("copy", facts, (), descriptors, within_s=_HANDOVER_S)
+                finally:
+                    for each in descriptors:
+                        os.close(each)
+
+            return send
 
         def wait() -> None:
             channel.send("copied", within_s=_HANDOVER_S)
@@ -281,18 +290,21 @@ class Predecessor:
 
         for _ in range(_ROUNDS):
             count = 0
-            for block in copier.blocks(loop.time()):
+            for block in passing.copier.blocks(loop.time()):
                 await aside(send(*block))
+                count += 1
+            for some in passing.blocks():
+                await aside(hand(*some))
                 count += 1
             await aside(wait)
             if count < _FEW_BLOCKS:
                 return
 
-    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted, copier: Copier) -> None:
+    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted, passing: handover.Passing) -> None:
         """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
         server, channel = self._daemon.server, heir.channel
         frozen_at = time.monotonic()
-        taken, descriptors = handover.capture(server, copier)
+        taken, descriptors = handover.capture(server, passing)
         asked_by = None
         if order is not None and order.source.open:
             asked_by = [handover.position_of(server, order.source), order.id]

@@ -17,12 +17,11 @@ from typing import Final, Self
 
 from brokerd import __version__, garbage
 from brokerd.config.values import ListenConfig
-from brokerd.core.precopy import Copies
 from brokerd.core.service import reply_to
 from brokerd.core.snapshot import Pieces
 from brokerd.core.snapshot_check import check_counts
 from brokerd.net.handed import Handed, HandedSocket
-from brokerd.net.handover import Inheritance
+from brokerd.net.handover import Ahead, Inheritance
 from brokerd.net.listening import Listening, inherited
 from brokerd.net.server import Server
 from brokerd.upgrade import keeper
@@ -110,16 +109,16 @@ class Successor:
         hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
         with _signals_ignored():
             channel.send("hello", hello, within_s=_PATIENCE_S)
-            copies = Copies(server.broker)
+            ahead = Ahead(server)
             while (state := channel.expect("copy", "copied", "state", within_s=_PATIENCE_S)).say != "state":
                 if state.say == "copy":
-                    copies.add(state.facts, memoryview(state.body), server.loop.time())
+                    ahead.add(state.facts, memoryview(state.body), state.descriptors)
                 else:
                     channel.send("copied", within_s=_PATIENCE_S)
             facts = state.facts
             if facts["format"] not in READS:
                 raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
-            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened, copies)
+            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead)
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")
             self.reloads.update(reloads)

@@ -15,7 +15,7 @@ from brokerd.core import routing
 from brokerd.core.broker import Broker, Limits
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
-from brokerd.core.snapshot import Pieces, capture, restore
+from brokerd.core.snapshot import Pieces, capture, capture_idle, restore, restore_idle
 from brokerd.core.verdict import Verdict
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import FrameReader, frame
@@ -341,6 +341,9 @@ class FakeNet:
         for act in (meanwhile, lambda: None):
             for facts, blobs in copier.blocks(self.now):
                 copies.add(json.loads(json.dumps(facts)), memoryview(b"".join(blobs)), self.now)
+            for session in list(old.exchange.sessions()):
+                if (idle := capture_idle(old, session, self.now, copier)) is not None:
+                    restore_idle(new, json.loads(json.dumps(idle)), self.now, copies)
             act()
         peers = sorted(self.peers, key=lambda peer: peer.session.number)
         taken = capture(old, [peer.session for peer in peers], self.now, copier)

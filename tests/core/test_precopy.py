@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from core.fakenet import FakeNet, client
+from core.test_snapshot import CAPTURED
 
 from brokerd.config.values import WhenFull
 from brokerd.core import precopy
 from brokerd.core.broker import Broker
 from brokerd.core.precopy import Copier, Copies
-from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
+from brokerd.core.snapshot import BadSnapshot, Pieces, capture, capture_idle, restore, restore_idle
 
 
 def pool(**changes: Any) -> FakeNet:
@@ -249,3 +250,138 @@ def test_subscription_that_is_copied_twice_counts_once() -> None:
     for _ in range(2):
         copies.add(json.loads(json.dumps(facts)), memoryview(b""), net.now)
     assert len(fresh.topics) == 1
+
+
+def idle_facts(**changes: Any) -> dict[str, Any]:
+    """Return what is copied of an idle session that has a subscription."""
+    net = pool()
+    bob = net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    facts = capture_idle(net.broker, bob.session, net.now, Copier(net.broker))
+    assert facts is not None
+    return {**json.loads(json.dumps(facts)), **changes}
+
+
+def test_idle_sessions_are_captured_by_their_numbers_alone() -> None:
+    net = pool()
+    peers = [net.connect(name) for name in ("alice", "bob", "pool", "pool")]
+    copier = Copier(net.broker)
+    for peer in peers:
+        assert capture_idle(net.broker, peer.session, net.now, copier) is not None
+        assert capture_idle(net.broker, peer.session, net.now, copier) is None
+    taken = capture(net.broker, [peer.session for peer in peers], net.now, copier)
+    assert taken.facts["sessions"] == [peer.session.number for peer in peers]
+    assert taken.facts["outboxes"] == [None] * 4
+    assert taken.facts["clients"] == {}
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    sorted(CAPTURED - {"arrived", "instance", "open", "peer", "since", "stamp", "waiters", "client", "number"}),
+)
+def test_session_is_not_as_copied_once_what_is_captured_of_it_changes(attribute: str) -> None:
+    """What the list of captured attributes leaves out never changes, or only with what is in it."""
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    copier = Copier(net.broker)
+    assert capture_idle(net.broker, bob.session, net.now, copier) is not None
+    assert copier.is_as_copied(bob.session)
+    changed: dict[type, Any] = {
+        bool: True,
+        int: 77,
+        str: "changed",
+        set: {("b", None)},
+        dict: {(1, "x"): alice.session},
+    }
+    before = getattr(bob.session, attribute)
+    setattr(bob.session, attribute, changed.get(type(before), alice.session.outbox))
+    assert not copier.is_as_copied(bob.session)
+
+
+def test_outbox_that_has_something_new_is_not_as_copied() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    copier = Copier(net.broker)
+    assert capture_idle(net.broker, bob.session, net.now, copier) is not None
+    alice.message("bob", b"x")
+    bob.read()
+    assert not copier.is_as_copied(bob.session)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_session_that_is_busy_is_not_copied(blocked: bool) -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    if blocked:
+        bob.block()
+        alice.message("bob", b"x")
+    else:
+        alice.request("bob", b"?", 1)
+        assert capture_idle(net.broker, alice.session, net.now, Copier(net.broker)) is None
+    assert capture_idle(net.broker, bob.session, net.now, Copier(net.broker)) is None
+
+
+def test_message_and_presence_after_an_idle_session_was_copied_arrive_once() -> None:
+    net = pool()
+    alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
+    carol.ask("subscribe", topic="$broker.>")
+    net.hand_over(meanwhile=lambda: alice.message("bob", b"1"))
+    alice.message("bob", b"2")
+    assert bob.payloads() == [b"1", b"2"]
+    carol.take()
+    bob.leave()
+    assert len(carol.take()) == 1
+    assert net.broker.exchange.clients["bob"].changed_at == net.now
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("session", {"charged": True}),
+        ("session", {"closing": "for a reason"}),
+        ("session", {"skip": 5}),
+        ("session", {"configured": False}),
+        ("session", {"address": "alice"}),
+        ("session", {"owed": [["alice", 1, 0]]}),
+        ("session", {"reached_by_event": [0]}),
+        ("session", {"subscriptions": [["a..b", None]]}),
+        ("outbox", {"chunks": [16], "size": 1000}),
+        ("outbox", {"begun": 3}),
+        ("client", {"turn": -1}),
+        ("client", {"levels": [1.0, None]}),
+    ],
+)
+def test_idle_session_that_can_not_be_one_is_refused(part: str, changes: dict[str, Any]) -> None:
+    net = pool()
+    facts = idle_facts()
+    restore_idle(net.broker, facts, net.now, Copies(net.broker))
+    with pytest.raises(BadSnapshot):
+        restore_idle(net.broker, {**facts, part: {**facts[part], **changes}}, net.now, Copies(net.broker))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sessions": [99]},
+        {"outboxes": []},
+        {"next_number": 0},
+        {"sessions": [0, 0], "outboxes": [None, None]},
+    ],
+)
+def test_number_of_a_session_that_was_not_copied_so_is_refused(change: dict[str, Any]) -> None:
+    net = pool()
+    bob = net.connect("bob")
+    copier = Copier(net.broker)
+    idle = capture_idle(net.broker, bob.session, net.now, copier)
+    facts = capture(net.broker, [bob.session], net.now, copier).facts
+    if change.get("sessions") == [0, 0]:
+        change = {**change, "sessions": [bob.session.number] * 2}
+    for changed in ({}, change):
+        fresh = Broker([client("bob")])
+        copies = Copies(fresh)
+        restore_idle(fresh, json.loads(json.dumps(idle)), net.now, copies)
+        if changed:
+            with pytest.raises(BadSnapshot):
+                restore(fresh, {**facts, **changed}, Pieces(b""), net.now, copies)
+        else:
+            assert len(restore(fresh, facts, Pieces(b""), net.now, copies)) == 1

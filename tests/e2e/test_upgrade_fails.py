@@ -82,11 +82,12 @@ def scene(broker: Upgradable) -> Iterator[Scene]:
 
 
 RECEIVING = "from brokerd.upgrade import channel, successor\nimport os, signal, time\n"
-#: Only the state comes with descriptors.
+#: Where the descriptors of the state are taken, not those that are copied before.
 TAKING = """
+import sys
 take = channel.Channel._take
 def taking(act, self, count, deadline, *given):
-    if count: act(*given)
+    if count and sys._getframe(2).f_locals['say'] == 'state': act(*given)
     return take(self, count, deadline)
 """
 FAILURES = {
@@ -94,17 +95,23 @@ FAILURES = {
     "an end without a word": ("sys.exit(7)", "it ended with status 7"),
     "a format it does not read": (
         RECEIVING + "successor.READS = channel.READS = (99,)",
-        "hands over its state in the format 2, and",
+        "hands over its state in the format 3, and",
     ),
     "an offer it would read and a state it would not": (
-        RECEIVING + "successor.READS = (2, 99)\nsuccessor.READS = (2,)\n"
+        RECEIVING + "successor.READS = (3, 99)\nsuccessor.READS = (3,)\n"
         "was = channel.Channel.expect\n"
         "def expect(self, *words, **how):\n"
         "    message = was(self, *words, **how)\n"
-        "    if message.say == 'state': message.facts['format'] = 3\n"
+        "    if message.say == 'state': message.facts['format'] = 4\n"
         "    return message\n"
         "channel.Channel.expect = expect",
-        "a state of the format 3",
+        "a state of the format 4",
+    ),
+    "killed while it receives connections that are copied": (
+        RECEIVING
+        + TAKING.replace("'state'", "'copy'")
+        + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
+        "signal 9 ended it",
     ),
     "killed while it receives the state": (
         RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",

@@ -1,0 +1,96 @@
+"""Idle connections whose sockets another process has already, while this one still serves them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from net.house import House, configuration, house
+
+from brokerd.core.snapshot import Facts
+from brokerd.net import handover
+from brokerd.net.handover import Passing
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="no process hands over sockets there")
+
+
+def listed(broker: House, passing: Passing) -> tuple[list[Facts], list[int]]:
+    """Return all that is copied, and the descriptors."""
+    found = broker.call(lambda: list(passing.blocks()))
+    return [facts for facts, _ in found], [each for _, descriptors in found for each in descriptors]
+
+
+@contextlib.contextmanager
+def closed_at_end(descriptors: list[int]) -> object:
+    try:
+        yield
+    finally:
+        for each in descriptors:
+            os.close(each)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(socket_dir: Path, listen: str) -> None:
+    """The other process still has the descriptor."""
+    with house(configuration(str(socket_dir / "s") if listen == "unix" else listen)) as broker:
+        server = broker.daemon.server
+        passing = broker.call(lambda: Passing(server))
+        with broker.login("bob") as bob:
+            _, descriptors = listed(broker, passing)
+            assert len(descriptors) == 1
+            with closed_at_end(descriptors):
+                (link,) = server.links
+                number = link.session.number
+                broker.call(lambda: link.lost("the test says so"))
+                assert bob.sock.recv(1) == b""
+                facts, more = listed(broker, passing)
+        assert (facts[0], more) == ({"gone": [number]}, [])
+
+
+def test_connection_that_was_passed_is_captured_without_its_socket(socket_dir: Path) -> None:
+    with house(configuration(str(socket_dir / "s"))) as broker:
+        server = broker.daemon.server
+        passing = broker.call(lambda: Passing(server))
+        with broker.login("alice") as alice, broker.login("bob") as bob:
+            facts, descriptors = listed(broker, passing)
+            assert [len(each["idle"]) for each in facts if "idle" in each] == [2]
+            with closed_at_end(descriptors):
+                assert [each for each in listed(broker, passing)[0] if "idle" in each] == []
+                bob.ping()
+                taken, sockets = broker.call(lambda: handover.capture(server, passing))
+                assert [each is None for each in taken.facts["links"]] == [True, False]
+                assert taken.facts["links"][1]["passed"]
+                assert sockets == [each.sock.fileno() for each in server.listening]
+                assert taken.facts["keys"] == []
+                bob.ping()
+                alice.ping()
+
+
+def test_connections_are_left_for_later_where_descriptors_are_short(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(descriptor: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    with house(configuration(str(socket_dir / "s"))) as broker:
+        passing = broker.call(lambda: Passing(broker.daemon.server))
+        with broker.login("alice") as alice:
+            monkeypatch.setattr(handover.os, "dup", none_left)
+            facts, descriptors = listed(broker, passing)
+            assert ([list(each) for each in facts], descriptors) == ([["keys"]], [])
+            taken, sockets = broker.call(lambda: handover.capture(broker.daemon.server, passing))
+            assert len(sockets) == 2
+            assert not taken.facts["links"][0]["passed"]
+            alice.ping()
+
+
+def test_uses_of_keys_are_told_once(socket_dir: Path) -> None:
+    with house(configuration(str(socket_dir / "s"))) as broker:
+        passing = broker.call(lambda: Passing(broker.daemon.server))
+        for names in (["alice", "bob"], [], ["bob"], ["carol", "alice"]):
+            for name in names:
+                broker.login(name).close()
+            uses = broker.call(passing.uses)
+            assert [name for name, _, _ in uses] == names[::-1]
