@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, over
 
 from brokerd_client import message
 from brokerd_client.aio_feeds import Message, Opening, PresenceWatch, Subscription
-from brokerd_client.aio_link import Link, ends_worker
+from brokerd_client.aio_link import Link, ends_worker, runs
 from brokerd_client.codec import encode
 from brokerd_client.desk import log
 from brokerd_client.dialog import LINGER_S
@@ -520,6 +520,8 @@ def _answering(handler: Callable[[Message], object]) -> Callable[[Message], obje
     async def answer(request: Message) -> None:
         result: object = None
         returned = False
+        task = asyncio.current_task()
+        assert task is not None
         try:
             result = handler(request)
             if inspect.isawaitable(result):
@@ -530,13 +532,13 @@ def _answering(handler: Callable[[Message], object]) -> Callable[[Message], obje
             elif result is not None:
                 log().warning("a request of %s had been answered when its handler returned more", request.sender)
         except BaseException as error:
-            if isinstance(error, GeneratorExit):
+            if isinstance(error, GeneratorExit) and not runs(task):
                 raise
             if returned and isinstance(error, (Disconnected, Closed)):
                 log().warning("a request of %s could not be answered: the connection is gone", request.sender)
                 return
             text = f"the handler failed: {type(error).__name__}"
-            if ends_worker(error):
+            if ends_worker(error, task):
                 # Its task must not wait any more.
                 request._owner._fail_at_once(request, text)
                 raise

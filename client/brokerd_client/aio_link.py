@@ -28,7 +28,7 @@ from brokerd_client.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.life import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
-__all__ = ["Link", "ends_worker"]
+__all__ = ["Link", "ends_worker", "runs"]
 
 #: Requests a client's handler works on at once.
 _REQUEST_TASKS: Final = 64
@@ -501,7 +501,7 @@ class Link:
                     if inspect.isawaitable(result):
                         await result
                 except BaseException as error:
-                    if ends_worker(error):
+                    if ends_worker(error, task):
                         raise
                     log().exception("a handler failed")
                 del function, item
@@ -521,6 +521,8 @@ class Link:
 
     async def _keep_connected(self) -> None:
         """Connect, and connect again, for as long as the dialog wants it."""
+        task = asyncio.current_task()
+        assert task is not None
         while True:
             self._dialog.dialing(self._loop.time())
             self._gone = self._loop.create_future()
@@ -534,7 +536,7 @@ class Link:
                 self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
             except BaseException as error:
                 # A bug; but the tasks that wait for the connection are to hear of it.
-                if ends_worker(error):
+                if ends_worker(error, task):
                     raise
                 log().exception("connecting failed in a way that is not foreseen")
                 seen = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
@@ -563,9 +565,21 @@ def _expire(call: asyncio.Future[Any], id: int) -> None:
         call.set_exception(TimedOut(f"no answer to {id} in time"))
 
 
-def ends_worker(error: BaseException) -> bool:
-    """Return whether what a handler raised is for the event loop, or for the task: it is cancelled from outside."""
+def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
+    """Return whether what was raised in this task is for the event loop, or for the task: it is cancelled from outside.
+
+    A task that is dropped gets GeneratorExit from outside, and does not run then.
+    """
     if isinstance(error, asyncio.CancelledError):
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
-    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+        return task.cancelling() > 0
+    if isinstance(error, GeneratorExit):
+        return not runs(task)
+    return isinstance(error, (KeyboardInterrupt, SystemExit))
+
+
+def runs(task: asyncio.Task[Any]) -> bool:
+    """Return whether the calling code runs in this task."""
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:
+        return False

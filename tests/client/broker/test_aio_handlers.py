@@ -24,8 +24,9 @@ ERRORS: list[Callable[[], BaseException]] = [
     lambda: Disconnected("from another client of the handler's"),
     lambda: IndexError("an ordinary one"),
     lambda: StopAsyncIteration(),
+    lambda: GeneratorExit(),
 ]
-IDS = ["panic", "pytest.fail", "CancelledError", "Disconnected", "IndexError", "StopAsyncIteration"]
+IDS = ["panic", "pytest.fail", "CancelledError", "Disconnected", "IndexError", "StopAsyncIteration", "GeneratorExit"]
 
 
 async def until(condition: Callable[[], bool]) -> None:
