@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import ssl
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from outages.stops import BURST, TIMEOUT_S, Account, run_asyncio, run_blocking
 
 from brokerd.testing import RunningBroker
-from brokerd_client import backoff
+from brokerd_client import Client, backoff
+from brokerd_client.aio import Client as AsyncClient
 from brokerd_client.blocking_link import Link
-from brokerd_client.errors import BrokerdError
-
-TIMEOUT_S = 30.0
-BURST = 20
-#: Bursts that are sent before each stop.
-BURSTS_BEFORE = 5
 
 CLIENTS = {"alice": {}, "absent": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
-WAYS = ["stop", "drain"]
 
 
 class Place:
@@ -35,12 +28,21 @@ class Place:
         self.broker = broker
         self.options = options
 
-    def stop(self, way: str) -> None:
+    def connect(self, name: str) -> Client:
+        return self.broker.connect(name, **self.options)
+
+    async def connect_async(self, name: str) -> AsyncClient:
+        return await self.broker.connect_async(name, **self.options)
+
+    def start(self) -> None:
+        self.broker.start()
+
+    def stop(self, number: int) -> None:
         """Have the broker end: by its own stop(), or asked for by an administrator as ``brokerctl drain`` does."""
         daemon = self.broker._daemon
         assert daemon is not None
-        if way == "drain":
-            with self.broker.connect("ops", **self.options) as ops:
+        if number % 2:
+            with self.connect("ops") as ops:
                 assert ops.control("drain") == {"draining": True}
                 self.broker._on_loop(daemon.stopped.wait())
             self.broker._daemon = None
@@ -85,117 +87,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     tls = {"certificate": str(certificate), "key": str(key)}
     with RunningBroker(CLIENTS, limits={"drain_timeout": "20s"}, tls=tls) as broker:
         yield Place(broker, {"ssl": context})
-
-
-class Account:
-    """What was sent, by id; what arrived and what was reported."""
-
-    def __init__(self) -> None:
-        self.sent: dict[int, bytes] = {}
-        self.arrived: Counter[bytes] = Counter()
-        self.reported: Counter[int] = Counter()
-
-    def hear(self, error: BrokerdError) -> None:
-        self.reported[getattr(error, "id", -1)] += 1
-
-    def note(self, id: int) -> None:
-        self.sent[id] = self.next_body()
-
-    def next_body(self) -> bytes:
-        return b"%d" % len(self.sent)
-
-    def is_settled(self) -> bool:
-        return len(self.arrived) + len(self.reported) >= len(self.sent)
-
-    def check(self) -> None:
-        """Hold every send to exactly one outcome."""
-        assert max(self.arrived.values(), default=1) == 1
-        assert max(self.reported.values(), default=1) == 1
-        missing = [id for id, body in self.sent.items() if not self.arrived[body] and not self.reported[id]]
-        both = [id for id, body in self.sent.items() if self.arrived[body] and self.reported[id]]
-        assert (len(missing), len(both)) == (0, 0), f"of {len(self.sent)} sent"
-        assert set(self.reported) <= set(self.sent)
-
-
-def run_blocking(place: Place, stops: int) -> None:
-    broker, account = place.broker, Account()
-    alice, bob = broker.connect("alice", **place.options), broker.connect("bob", **place.options)
-    alice.on_undelivered(account.hear)
-    ended = threading.Event()
-    bursts = [0]
-
-    def send() -> None:
-        for number in itertools.count():
-            if ended.is_set():
-                return
-            for _ in range(BURST):
-                body = b"%d" % len(account.sent)
-                account.sent[alice.send("bob", body, timeout=TIMEOUT_S)] = body
-            bursts[0] = number
-            threading.Event().wait(0.0005)
-
-    def receive() -> None:
-        for message in bob:
-            account.arrived[message.body] += 1
-
-    threads = [threading.Thread(target=send), threading.Thread(target=receive)]
-    for thread in threads:
-        thread.start()
-    for number in range(stops):
-        before = bursts[0]
-        while bursts[0] < before + BURSTS_BEFORE:
-            threading.Event().wait(0.001)
-        place.stop(WAYS[number % 2])
-        broker.start()
-    ended.set()
-    threads[0].join()
-    alice.ping()
-    for _ in range(int(TIMEOUT_S * 100)):
-        if account.is_settled():
-            break
-        threading.Event().wait(0.01)
-    bob.close()
-    threads[1].join()
-    alice.close()
-    account.check()
-
-
-async def run_asyncio(place: Place, stops: int) -> None:
-    broker, account = place.broker, Account()
-    alice = await broker.connect_async("alice", **place.options)
-    bob = await broker.connect_async("bob", **place.options)
-    alice.on_undelivered(account.hear)
-    bob.on_message(lambda message: account.arrived.update([message.body]))
-    ended = asyncio.Event()
-    bursts = [0]
-
-    async def send() -> None:
-        for number in itertools.count():
-            if ended.is_set():
-                return
-            for _ in range(BURST):
-                body = b"%d" % len(account.sent)
-                account.sent[await alice.send("bob", body, timeout=TIMEOUT_S)] = body
-            bursts[0] = number
-            await asyncio.sleep(0.0005)
-
-    sending = asyncio.create_task(send())
-    for number in range(stops):
-        before = bursts[0]
-        while bursts[0] < before + BURSTS_BEFORE:  # noqa: ASYNC110 - counted by a task beside
-            await asyncio.sleep(0.001)
-        await asyncio.to_thread(place.stop, WAYS[number % 2])
-        await asyncio.to_thread(broker.start)
-    ended.set()
-    await sending
-    await alice.ping()
-    for _ in range(int(TIMEOUT_S * 100)):
-        if account.is_settled():
-            break
-        await asyncio.sleep(0.01)
-    await bob.close()
-    await alice.close()
-    account.check()
 
 
 def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
