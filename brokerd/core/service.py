@@ -47,6 +47,8 @@ _TOKENS: Final = 16
 _SEARCHES: Final = 4
 #: Connections that are described in one step.
 _CONNECTIONS: Final = 8
+#: What a client may ask of this broker beyond the first version of the protocol.
+_FEATURES: Final = ("goaway",)
 #: Counters that are the sum of those of the sessions.
 _SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 #: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
@@ -130,6 +132,7 @@ def _whoami(broker: Broker, source: Session, id: int, arguments: _Arguments) -> 
         "version": broker.version,
         "protocol": PROTOCOL_VERSION,
         "limits": {"max_message": broker.limits.max_message, "queue": source.client.config.queue},
+        "features": _FEATURES,
     }
 
 

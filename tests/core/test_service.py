@@ -32,6 +32,7 @@ def test_whoami() -> None:
         "version": "test",
         "protocol": 1,
         "limits": {"max_message": 16 * 2**20, "queue": 1234},
+        "features": ["goaway"],
     }
 
 
