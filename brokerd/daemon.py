@@ -39,6 +39,7 @@ from brokerd.reload import Outcome, Prepared, compared, obstacles, whole_plan
 from brokerd.reloading import Reloading
 from brokerd.supervise import Supervisor
 from brokerd_client.address import Address
+from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Daemon", "Elder", "Stopped"]
 
@@ -379,7 +380,7 @@ class Daemon:
             self._keywatch.watch(config, prepared.ending)
         # Last: an administrator that has to leave is answered before anything is carried out.
         for session, why in leaving:
-            self.broker.close(session, why)
+            self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
         return Outcome(fields, warnings=prepared.warnings)
 
     async def _look_after_files(self) -> None:

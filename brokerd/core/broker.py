@@ -271,8 +271,13 @@ class Broker:
             session.outbox.touched = True
             self.touched.append(session)
 
-    def close(self, session: Session, why: str, *, cut: bool = False) -> None:
-        """Have the session closed once its outbox is written. cut: at once, written or not."""
+    def close(self, session: Session, why: str, *, cut: bool = False, code: ErrorCode | None = None) -> None:
+        """Have the session closed once its outbox is written.
+
+        cut: at once, written or not. code: what its client is told in an ERROR with the id 0, behind all else.
+        """
+        if not session.closing:
+            session.closing_code = code
         session.closing = session.closing or why
         session.cut = session.cut or cut
         self.touch(session)

@@ -6,11 +6,12 @@ Functions of the broker (:mod:`brokerd.core.broker`). Source of the rules: docs/
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from brokerd.core.delivery import forget_requests
 from brokerd.core.events import recipients
-from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, Kind, encode
+from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
 from brokerd_client.wire.framing import frame as make_frame
 
 if TYPE_CHECKING:
@@ -18,7 +19,19 @@ if TYPE_CHECKING:
     from brokerd.core.outbox import Outbox
     from brokerd.core.session import Session
 
-__all__ = ["DRAINING", "Marks", "drain_in_steps", "has_finished", "mark", "mute", "part", "retire", "tell"]
+__all__ = [
+    "DRAINING",
+    "Marks",
+    "add_reason",
+    "drain_in_steps",
+    "has_finished",
+    "mark",
+    "mute",
+    "part",
+    "reason_frame",
+    "retire",
+    "tell",
+]
 
 #: The topic of the event that announces the end of the connection.
 DRAINING: Final = "$broker.draining"
@@ -53,6 +66,21 @@ def tell(broker: Broker, session: Session) -> None:
     if not session.told:
         session.told = True
         broker.pass_on(session, _EVENT)
+
+
+def add_reason(session: Session, code: ErrorCode, why: str) -> None:
+    """Put the ERROR with the id 0 that tells why the broker closes a connection behind what waits for it."""
+    # Nothing is delivered behind the answer to ``finished``.
+    if session.open and not (session.mute or session.finished):
+        session.outbox.append(reason_frame(code, why))
+
+
+@lru_cache(maxsize=64)
+def reason_frame(code: ErrorCode, why: str) -> bytes:
+    """Return the ERROR that tells a client why its connection ends."""
+    # An error about the broker itself: no message is lost if the client does not read it.
+    payload = error_payload(code, why, BROKER)
+    return make_frame(encode(Envelope(Kind.ERROR, 0, BROKER, payload, codec=CodecId.JSON)))
 
 
 def part(broker: Broker, session: Session) -> None:

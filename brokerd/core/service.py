@@ -338,7 +338,7 @@ def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments)
     if not found:
         raise _Refusal(ErrorCode.OFFLINE, f"{address} is not connected", address)
     for each in found:
-        broker.close(each, f"disconnected by {source.client.name}")
+        broker.close(each, f"disconnected by {source.client.name}", code=ErrorCode.DISCONNECTED)
     return {"disconnected": [each.address for each in found]}
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from brokerd.core.exchange import Client, Rank
     from brokerd.core.parting import Marks
     from brokerd.core.routing import Seat, Tail
+    from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Session", "new_outbox"]
 
@@ -37,6 +38,7 @@ class Session:
     arrived: when the frame being handled came; its ttl counts from there.
     charged: the frame being handled has been counted against the sender's rate already.
     closing: why it is to be closed once its outbox is written, or "".
+    closing_code: what its client is told then, or None.
     cut: it is to be closed at once, written or not.
     slow: its queue was full, and has not been empty since.
     allowance: how long it may hold senders; None while it never has.
@@ -67,6 +69,7 @@ class Session:
         "charged",
         "client",
         "closing",
+        "closing_code",
         "cut",
         "errors_in",
         "expiring",
@@ -133,6 +136,7 @@ class Session:
         self.arrived = 0.0
         self.charged = False
         self.closing = ""
+        self.closing_code: ErrorCode | None = None
         self.cut = False
         self.slow = False
         self.allowance: Allowance | None = None

@@ -10,7 +10,7 @@ import click
 
 import brokerd_client
 from brokerd import __version__
-from brokerd.ctl.status import Failure, Status, failure_of
+from brokerd.ctl.status import Failure, Status, failure_of, is_turned_away
 from brokerd.ctl.trust import context_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
 
@@ -63,6 +63,8 @@ class Access:
         except TimedOut as error:
             raise Failure(Status.UNREACHABLE, f"no broker answered: {error}") from error
         except (Disconnected, Closed) as error:
+            if is_turned_away(error):
+                raise
             raise Failure(Status.UNREACHABLE, f"no broker can be reached: {error}") from error
         except BrokerdError:
             raise

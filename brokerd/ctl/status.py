@@ -17,12 +17,14 @@ from brokerd_client.errors import (
     Closed,
     Disconnected,
     InDoubt,
+    KeyRemoved,
     LocalError,
+    NameTaken,
     Refused,
     TimedOut,
 )
 
-__all__ = ["Failure", "Status", "ended_by_ctrl_c", "failure_of"]
+__all__ = ["Failure", "Status", "ended_by_ctrl_c", "failure_of", "is_turned_away"]
 
 
 class Status(IntEnum):
@@ -68,6 +70,11 @@ def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
             raise
 
 
+def is_turned_away(error: BrokerdError) -> bool:
+    """Return whether a broker has ended the connection because it does not let this client in."""
+    return isinstance(error, Disconnected) and isinstance(error.__cause__, (NameTaken, KeyRemoved))
+
+
 def failure_of(error: BrokerdError) -> Failure:
     """Return the end that an error of the library means."""
     if isinstance(error, Abandoned):
@@ -82,6 +89,8 @@ def failure_of(error: BrokerdError) -> Failure:
         return Failure(Status.TIMED_OUT, f"timed out: {error}")
     if isinstance(error, InDoubt):
         return Failure(Status.IN_DOUBT, f"in doubt: {error}")
+    if is_turned_away(error):
+        return Failure(Status.REFUSED, str(error))
     if isinstance(error, (Disconnected, Closed)):
         return Failure(Status.UNREACHABLE, str(error))
     # A peer that breaks the protocol is no broker.

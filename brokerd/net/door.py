@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
     from brokerd.net.server import Server
 
-__all__ = ["Door", "fresh_instance"]
+__all__ = ["TAKEN", "Door", "fresh_instance"]
+
+#: Why a client is refused behind its handshake, and not in it: see Server.admit.
+TAKEN: Final = "its name is connected already"
 
 _NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
 
@@ -288,7 +291,8 @@ class Door:
             if refusal is None:
                 self._loop.call_soon(self._identified, knock, identity)
                 return
-            knock.refusal = refusal
+            # A client whose name is connected is told so behind the handshake: its key is right.
+            knock.refusal = "" if refusal == TAKEN else refusal
             if knock.refusal:
                 knock.outcome = Outcome.REFUSED
             key = None if knock.refusal else key_on(knock.channel, identity.accepted.key.value)

@@ -31,6 +31,7 @@ from brokerd.net.parting import Parting
 from brokerd.net.server import Server
 from brokerd.net.tally import Outcome
 from brokerd_client.address import Address
+from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Ahead", "Inheritance", "Passing", "capture", "describe", "let_go_of_bound", "position_of"]
 
@@ -410,9 +411,9 @@ class Inheritance:
         misfits = self._ahead.misfits
         for link in self._idle:
             if link in misfits:
-                server.broker.close(link.session, misfits[link])
+                server.broker.close(link.session, misfits[link], code=ErrorCode.KEY_REMOVED)
         for link, why in server.reasons(self._fresh):
-            server.broker.close(link.session, why)
+            server.broker.close(link.session, why, code=ErrorCode.KEY_REMOVED)
         self._ahead.close_rest()
         announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}))
         server.settle()

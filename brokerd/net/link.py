@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
 from brokerd.core.parcel import SLACK, Parcel
-from brokerd.core.parting import mute
+from brokerd.core.parting import add_reason, mute
 from brokerd.core.unusual import unusual
 from brokerd.core.verdict import Verdict
 from brokerd.logs import in_words
@@ -24,6 +24,7 @@ from brokerd.net.tls import NO_CHANNEL, Channel
 from brokerd.net.unread import UnreadCounter
 from brokerd_client.bridge import BridgedSocket
 from brokerd_client.errors import BadLength
+from brokerd_client.wire.envelope import ErrorCode
 from brokerd_client.wire.framing import frame_span
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Link:
             self.server.loop.call_soon(self._take_turn)
         elif session.held_by is None:
             self.server.loop.add_reader(self.fd, self.on_readable)
-        if session.outbox.waiting:
+        if session.outbox.waiting or session.closing:
             self.server.broker.touch(session)
 
     # Reading
@@ -388,10 +389,35 @@ class Link:
         parcel = self.parcel
         return self.session.bytes_in, len(self.tail), 0 if parcel is None else parcel.filled, self.session.skip
 
+    def end(self, code: ErrorCode, why: str) -> None:
+        """End the connection at once. Its client is told why, if the system takes that now."""
+        self.server.broker.close(self.session, why, code=code)
+        self.add_reason()
+        self.write()
+        self.lost(why)
+
+    def add_reason(self) -> None:
+        """Put the reason of the end behind what waits to be written, once."""
+        session = self.session
+        if session.closing_code is not None:
+            add_reason(session, session.closing_code, session.closing)
+            session.closing_code = None
+
     def half_close(self, why: str) -> None:
-        """Tell the client that nothing more comes, and read on. Its outbox is written."""
-        self.ending = why
+        """Tell the client why and that nothing more comes, and read on. Its outbox is written.
+
+        Where the system does not take the reason at once, the connection stays as it is: call this again.
+        """
+        if not self.ending:
+            self.ending = why
+            add_reason(self.session, ErrorCode.SHUTTING_DOWN, why)
+            self.write()
+        if self.closed or self.session.outbox.waiting:
+            return
         mute(self.server.broker, self.session)
+        self._end_writing()
+
+    def _end_writing(self) -> None:
         if not isinstance(self.sock, BridgedSocket):
             # A pipe has no half that could stay open.
             with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from brokerd.core.parting import has_finished, part
+from brokerd_client.wire.envelope import ErrorCode
 
 if TYPE_CHECKING:
     from brokerd.core.exchange import Client
@@ -177,7 +178,7 @@ class Parting:
                 return
             if not link.closed and not link.session.closing:
                 self.count_unread(link)
-                self._broker.close(link.session, self._why)
+                self._broker.close(link.session, self._why, code=ErrorCode.SHUTTING_DOWN)
                 self._server.settle()
                 await self._turns.yield_if_due()
 

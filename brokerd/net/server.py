@@ -13,9 +13,10 @@ from brokerd.config import subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
+from brokerd.core.parting import reason_frame
 from brokerd.core.session import Session
 from brokerd.net.acceptor import Acceptor
-from brokerd.net.door import Door, fresh_instance
+from brokerd.net.door import TAKEN, Door, fresh_instance
 from brokerd.net.draining import Drained, Draining
 from brokerd.net.farewell import Farewell
 from brokerd.net.floods import Floods
@@ -32,6 +33,8 @@ from brokerd.net.tls_link import TlsLink
 from brokerd.net.users import peer_uid
 from brokerd.net.watch import Watch
 from brokerd_client.address import Address
+from brokerd_client.tls_stream import TlsStream
+from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Log", "Server"]
 
@@ -44,7 +47,9 @@ _JUDGED: Final = 256
 _ARREARS: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
 _PATIENCE: Final = 128
-_TAKEN: Final = "its name is connected already"
+_DRAINING: Final = "the broker is draining"
+#: What a client is told that has proved its key and is refused; else the connection ends without a word.
+_CODES: Final = {TAKEN: ErrorCode.NAME_TAKEN, _DRAINING: ErrorCode.SHUTTING_DOWN}
 
 
 class Log(Protocol):
@@ -262,9 +267,9 @@ class Server:
                     return None
             there, leaving = self.broker.place_for(name)
         if not there:
-            return "the broker is draining" if self.broker.draining else _TAKEN
+            return _DRAINING if self.broker.draining else TAKEN
         if leaving is not None:
-            leaving.link.lost("replaced by a new connection")
+            leaving.link.end(ErrorCode.REPLACED, "replaced by a new connection")
         return ""
 
     def admit(self, knock: Knock) -> None:
@@ -272,10 +277,12 @@ class Server:
         assert knock.credential is not None
         name = knock.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
-        reason = self.misfit(knock.credential, knock.uid, channel=knock.channel) or self.room_for(name)
+        misfit = self.misfit(knock.credential, knock.uid, channel=knock.channel)
+        reason = misfit or self.room_for(name)
         if reason != "":
-            knock.sock.close()
-            self.on_refused(knock, reason or _TAKEN, Outcome.REFUSED)
+            reason = reason or TAKEN
+            self._turn_away(knock, ErrorCode.KEY_REMOVED if misfit else _CODES.get(reason), reason)
+            self.on_refused(knock, reason, Outcome.REFUSED)
             return
         self.keyring.let_in(knock.credential, self.wall())
         link = _link(self, knock, knock.credential)
@@ -296,6 +303,21 @@ class Server:
         )
         link.open(session, knock.reader.take_rest())
         self.settle()
+
+    def _turn_away(self, knock: Knock, code: ErrorCode | None, why: str) -> None:
+        """Close a connection whose client has proved its key; code: what it is told, if anything."""
+        if code is None:
+            knock.sock.close()
+            return
+        sock = knock.sock
+        try:
+            sock.send(reason_frame(code, why))
+            if isinstance(sock, TlsStream):
+                sock.finish()
+        except OSError:
+            sock.close()
+        else:
+            self.see_off(sock.raw if isinstance(sock, TlsStream) else sock)
 
     def on_refused(self, knock: Knock, reason: str, outcome: Outcome) -> None:
         """Count and log that a connection was turned away."""
@@ -364,8 +386,10 @@ class Server:
             link: Link = session.link
             if not session.open:
                 continue
-            if session.closing and not self._may_close(session):
-                continue
+            if session.closing:
+                if not self._may_close(session):
+                    continue
+                link.add_reason()
             if session.cut:
                 link.lost(session.closing)
             elif not (session.outbox.blocked and link.writing):

@@ -10,7 +10,6 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, Final, cast
 
-from brokerd.core.parting import mute
 from brokerd.core.session import Session
 from brokerd.net.link import Link
 from brokerd.net.tls import Channel
@@ -107,10 +106,8 @@ class TlsLink(Link):
         else:
             self._all_written()
 
-    def half_close(self, why: str) -> None:
-        """Tell the client that nothing more comes, as a Link does; with a goodbye of TLS before that."""
-        self.ending = why
-        mute(self.server.broker, self.session)
+    def _end_writing(self) -> None:
+        """End the sending half, as a Link does; with a goodbye of TLS before that."""
         if self._stream.buffered:
             # OpenSSL fails when it finds data while it says goodbye, and the data are lost.
             return

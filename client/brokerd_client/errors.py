@@ -25,6 +25,7 @@
     ├── Refused                      the broker, or the other client, said no: one class per error code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
+    │   ├── NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
     │   └── RequestFailed            the other client answered a request with an error of its own
     ├── Disconnected                 (ConnectionError) the connection to the broker is gone
     │   └── InDoubt                  ... and what became of this send is not known
@@ -51,6 +52,7 @@ __all__ = [
     "Closed",
     "Denied",
     "Disconnected",
+    "DisconnectedByOperator",
     "Expired",
     "ExtensionTooDeep",
     "FrameError",
@@ -59,9 +61,11 @@ __all__ = [
     "InDoubt",
     "InvalidKey",
     "InvalidName",
+    "KeyRemoved",
     "LocalError",
     "Malformed",
     "MalformedEnvelope",
+    "NameTaken",
     "NoSuchClient",
     "Offline",
     "PayloadError",
@@ -69,6 +73,7 @@ __all__ = [
     "RateLimited",
     "Refused",
     "RemoteError",
+    "Replaced",
     "RequestFailed",
     "ShuttingDown",
     "TimedOut",
@@ -273,6 +278,30 @@ class ShuttingDown(Refused):
     code = "shutting_down"
 
 
+class NameTaken(Refused):
+    """The client has as many connections as it may have; the broker closes this one."""
+
+    code = "name_taken"
+
+
+class Replaced(Refused):
+    """A newer connection of the same client has taken the place of this one."""
+
+    code = "replaced"
+
+
+class KeyRemoved(Refused):
+    """The configuration does not let this key in any more; the broker closes its connections."""
+
+    code = "key_removed"
+
+
+class DisconnectedByOperator(Refused):
+    """An administrator has disconnected this connection."""
+
+    code = "disconnected"
+
+
 class RequestFailed(Refused):
     """The client asked answered with an error whose code is its own."""
 
@@ -324,6 +353,10 @@ _BY_CODE: dict[str, type[Refused]] = {
         Malformed,
         Unsupported,
         ShuttingDown,
+        NameTaken,
+        Replaced,
+        KeyRemoved,
+        DisconnectedByOperator,
     )
 }
 

@@ -17,9 +17,14 @@ from brokerd_client.errors import (
     BrokerdError,
     Denied,
     Disconnected,
+    DisconnectedByOperator,
     FrameTooBig,
+    KeyRemoved,
+    NameTaken,
     ProtocolError,
+    Replaced,
     RequestFailed,
+    ShuttingDown,
     refusal,
 )
 from brokerd_client.incoming import Incoming, Unreadable
@@ -34,6 +39,8 @@ M = TypeVar("M", bound=Message)
 _EVENT_KIND: Final = int(Kind.EVENT)
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
+#: Codes that tell, with the id 0, why the broker closes the connection.
+_ENDINGS: Final = frozenset(cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown))
 #: Bytes that an answer may cost when it is decoded: an ERROR's payload; an operation's answer for the caller or with
 #: the list of clients, in messages of the longest; any other operation's.
 _MOST_ERROR: Final = 2**20
@@ -185,6 +192,10 @@ class Reception(Generic[M]):
             return
         code = code or RequestFailed.code
         error = refusal(code, text or f"no reason was given ({code})", name=name, id=envelope.id)
+        if pending is None and envelope.id == 0 and code in _ENDINGS and name in ("", BROKER):
+            batch.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
+            batch.broken.__cause__ = error
+            return
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
                 # The requester has its outcome, or has left: nothing was lost.

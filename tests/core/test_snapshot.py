@@ -475,7 +475,7 @@ CAPTURED = {
 }
 MADE_ANEW = {"cut", "widest", "rank", "spread", "fans", "generation", "link", "routes", "topics_version"}
 #: Only connections that are about to end have these, and none of those is captured.
-PARTING = {"finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
+PARTING = {"closing_code", "finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
 
 
 def test_nothing_a_session_knows_is_forgotten() -> None:

@@ -127,6 +127,15 @@ def test_a_wrong_key_is_refused(ctl: Any, tmp_path: Path) -> None:
     assert "not alice's key" not in result.output
 
 
+def test_name_that_is_connected_already_is_refused(ctl: Any) -> None:
+    ctl.broker.connect("alice")
+
+    result = ctl("alice", "send", "bob", "x")
+
+    assert result.exit_code == Status.REFUSED
+    assert result.output.startswith("brokerctl: the broker closes the connection (name_taken): ")
+
+
 def test_nobody_at_the_address_is_unreachable(ctl: Any, tmp_path: Path) -> None:
     """A script can tell a broker that is down from one that says no."""
     result = ctl("alice", "ping", "--address", str(tmp_path / "nothing.sock"))

@@ -36,8 +36,8 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
         with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
             Raw(broker.address)
         assert [bob.recv().id for _ in range(50)] == list(range(50))
-        assert bob.is_closed()
-        assert alice.is_closed()
+        assert bob.is_closed("shutting_down")
+        assert alice.is_closed("shutting_down")
         assert broker.exit_status() == 0
         assert not broker.socket.exists()
         assert broker.events("daemon.stopping")[0]["reason"] == signal.Signals(number).name
@@ -51,7 +51,7 @@ def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
         broker.signal()
         assert broker.exit_status() == 0
         assert monotonic() - began < 10
-        assert alice.is_closed()
+        assert alice.is_closed("shutting_down")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
@@ -147,8 +147,8 @@ def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
         for address, name, key in ((unix, b"", b"wrong key, a canary"), (tcp, b"bob", b"another wrong key, a canary")):
             with pytest.raises(Rejected):
                 login(address, key, name)
-        with pytest.raises(Rejected):
-            broker.login("alice", tcp)
+        with broker.login("alice", tcp) as second:
+            assert second.is_closed("name_taken")
         alice.send(MESSAGE, "alice", b"a body, a canary")
         alice.recv()
         alice.write(prefixed(b"malformed, a canary"))

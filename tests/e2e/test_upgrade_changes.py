@@ -66,7 +66,7 @@ def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
         assert raw.read_body() == WELCOME
         (socket_dir / "bob.key").write_bytes(b"another key")
         assert broker.upgrade(ops)["upgraded"]
-        assert raw.is_closed()
+        assert raw.is_closed("key_removed")
         assert broker.wait("client.refused")[0]["reason"] == "the key it uses was removed from the configuration"
 
 
@@ -148,8 +148,8 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
         assert reply.json["upgraded"]
         assert event.body.endswith(b'{"version": "%s"}' % reply.json["version"].encode())
 
-        assert alice.is_closed()
-        assert bob.is_closed()
+        assert alice.is_closed("key_removed")
+        assert bob.is_closed("key_removed")
         reasons = {event["name"]: event["reason"] for event in broker.wait("client.disconnected", 2)}
         assert reasons == {
             "alice": "its name was removed from the configuration",

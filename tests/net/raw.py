@@ -60,6 +60,16 @@ def packed(
     return prefixed(HEADER.pack(kind, flags, codec, len(name), id) + name + between + payload)
 
 
+def is_reason(said: bytes, code: str) -> bool:
+    """Return whether the bytes are one frame: the ERROR with the id 0 that tells why the broker closes."""
+    body = said[4:]
+    kind, _, codec, size, id = HEADER.unpack_from(body)
+    told = json.loads(body[12 + size :])
+    return (prefixed(body), kind, codec, id, body[12 : 12 + size], told["code"], told["name"]) == (
+        (said, ERROR, JSON, 0, b"$broker", code, "$broker")
+    )
+
+
 class Raw:
     """One connection. address: where the broker listens."""
 
@@ -180,9 +190,10 @@ class Raw:
         answer = self.ask("ping", id=0xFFFF_FFFF)
         assert answer.kind == REPLY, answer
 
-    def is_closed(self) -> bool:
-        """Wait until the broker closes; nothing may arrive before that."""
-        return self.read_to_end() == b""
+    def is_closed(self, code: str = "") -> bool:
+        """Wait until the broker closes; nothing may arrive before that but, given a code, the ERROR that tells it."""
+        said = self.read_to_end()
+        return is_reason(said, code) if code else said == b""
 
     def is_turned_away(self) -> bool:
         """Wait until the broker closes; it says #FAILURE# before that, and nothing else."""

@@ -60,7 +60,7 @@ def test_idle_clients_are_let_go_at_once(listen: str) -> None:
         stopped = broker.log.wait("daemon.stopped")[0].fields
         assert stopped["cut_off"] == 0
         for each in idle:
-            assert each.is_closed()
+            assert each.is_closed("shutting_down")
             each.close()
 
 
@@ -130,7 +130,7 @@ def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
         broker.stop_soon()
         stopped = broker.log.wait("daemon.stopped")[0].fields
         told = [alice.recv() for _ in range(stopped["reported"])]
-        assert alice.is_closed()
+        assert alice.is_closed("shutting_down")
         assert {(frame.kind, frame.code) for frame in told} == {(ERROR, "offline")}
         # Told of each one once, in order, from the first that the system did not take whole.
         assert [frame.id for frame in told] == list(range(60 - len(told), 60))
@@ -150,10 +150,10 @@ def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
         queue_for(alice, "bob", 60)
         began = monotonic()
         broker.stop_soon()
-        assert carol.is_closed()
+        assert carol.is_closed("shutting_down")
         assert [bob.recv().id for _ in range(60)] == list(range(60))
-        assert bob.is_closed()
-        assert alice.is_closed()
+        assert bob.is_closed("shutting_down")
+        assert alice.is_closed("shutting_down")
         stopped = broker.log.wait("daemon.stopped")[0].fields
         assert monotonic() - began < 20
         assert stopped["flushed"] > 10
@@ -178,8 +178,8 @@ def test_two_who_wait_for_each_other_are_let_go(socket_dir: Path) -> None:
         broker.log.wait("daemon.stopping")
         for each in (alice, bob):
             assert [each.recv().id for _ in range(70)] == list(range(70))
-        assert alice.is_closed()
-        assert bob.is_closed()
+        assert alice.is_closed("shutting_down")
+        assert bob.is_closed("shutting_down")
         assert broker.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
@@ -331,8 +331,8 @@ def test_what_was_sent_before_the_end_is_answered() -> None:
             (5, "shutting_down"),
             (6, "shutting_down"),
         ]
-        assert alice.is_closed()
-        assert bob.is_closed()
+        assert alice.is_closed("shutting_down")
+        assert bob.is_closed("shutting_down")
 
 
 def test_a_held_sender_hears_that_it_is_too_late() -> None:
@@ -356,7 +356,7 @@ def test_a_held_sender_hears_that_it_is_too_late() -> None:
         frame = alice.recv()
         assert (frame.id, frame.code) == (count - 1, "shutting_down")
         assert [bob.recv().id for _ in range(count - 1)] == list(range(count - 1))
-        assert alice.is_closed()
+        assert alice.is_closed("shutting_down")
 
 
 def test_a_reply_still_gets_through() -> None:
@@ -386,14 +386,14 @@ def test_those_who_listen_are_told() -> None:
         frame = alice.recv()
         assert (frame.kind, frame.name) == (EVENT, "$broker")
         assert frame.body.startswith(b"\x10$broker.draining")
-        assert alice.is_closed()
+        assert alice.is_closed("shutting_down")
 
 
 def test_an_administrator_may_ask_for_it() -> None:
     """The operation is answered before the connection ends."""
     with served({"root": {"admin": True}}) as broker, broker.login("root") as root:
         assert root.ask("drain").json == {"draining": True}
-        assert root.is_closed()
+        assert root.is_closed("shutting_down")
         assert "root" in broker.log.wait("daemon.stopping")[0].fields["reason"]
         broker.log.wait("daemon.stopped")
 

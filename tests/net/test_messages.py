@@ -576,7 +576,7 @@ def test_an_administrator_disconnects_a_client() -> None:
     with served({"root": {"admin": True}, "bob": None}) as broker, broker.login("root") as root:
         bob = broker.login("bob")
         assert root.ask("disconnect", address="bob").json == {"disconnected": ["bob"]}
-        assert bob.is_closed()
+        assert bob.is_closed("disconnected")
         bob.close()
         assert "root" in broker.log.wait("client.disconnected")[0].fields["reason"]
         assert root.ask("disconnect", address="bob").code == "offline"

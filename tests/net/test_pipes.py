@@ -484,8 +484,8 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
         at_pipe.house.stop_soon()
         at_pipe.house.log.wait("daemon.stopping")
         assert [bob.recv().id for _ in range(40)] == list(range(40))
-        assert bob.is_closed()
-        assert alice.is_closed()
+        assert bob.is_closed("shutting_down")
+        assert alice.is_closed("shutting_down")
         assert at_pipe.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
@@ -560,6 +560,6 @@ def test_many_clients_at_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
             assert each.recv().kind == REPLY
         broker.house.stop_soon()
         for each in everyone:
-            assert each.is_closed()
+            assert each.is_closed("shutting_down")
             each.close()
         assert broker.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 0

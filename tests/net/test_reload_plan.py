@@ -362,7 +362,7 @@ def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -
 
     raw.write(prefixed(WELCOME))
 
-    assert raw.is_closed()
+    assert raw.is_closed("key_removed")
     (refused,) = served.log.wait("client.refused")
     assert refused.fields["reason"] == "the key it uses was removed from the configuration"
     raw.close()

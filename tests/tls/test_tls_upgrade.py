@@ -37,7 +37,7 @@ def test_encrypted_connections_are_closed_once_written_and_come_back(
             assert ops.ask("upgrade").json["upgraded"]
 
             assert [bob.recv().body for _ in range(100)] == [b"%03d" % number for number in range(100)]
-            assert bob.is_closed()
+            assert bob.is_closed("shutting_down")
         reason = broker.wait("client.disconnected")[0]["reason"]
         assert reason.startswith("the broker is replaced by")
         assert back.ping() > 0

@@ -128,6 +128,11 @@ class ErrorCode(StrEnum):
     MALFORMED = "malformed"
     UNSUPPORTED = "unsupported"
     SHUTTING_DOWN = "shutting_down"
+    # With the id 0, as the last frame before the broker closes the connection; so may shutting_down be.
+    NAME_TAKEN = "name_taken"
+    REPLACED = "replaced"
+    KEY_REMOVED = "key_removed"
+    DISCONNECTED = "disconnected"
 
 
 _KNOWN_FLAGS: Final = int(Flag.RECEIPT | Flag.EXTENSION | Flag.ACK)

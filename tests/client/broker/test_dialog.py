@@ -21,13 +21,17 @@ from brokerd_client.errors import (
     Closed,
     Denied,
     Disconnected,
+    DisconnectedByOperator,
     FrameTooBig,
     InDoubt,
     InvalidName,
+    KeyRemoved,
     MalformedEnvelope,
+    NameTaken,
     Offline,
     ProtocolError,
     RemoteError,
+    Replaced,
     RequestFailed,
     ShuttingDown,
     TimedOut,
@@ -253,6 +257,52 @@ def test_refused_introduction_breaks_the_link() -> None:
     broken = pair.connect().broken
     assert type(broken) is Disconnected
     assert isinstance(broken.__cause__, ShuttingDown)
+
+
+ENDINGS = {
+    ErrorCode.NAME_TAKEN: NameTaken,
+    ErrorCode.REPLACED: Replaced,
+    ErrorCode.KEY_REMOVED: KeyRemoved,
+    ErrorCode.DISCONNECTED: DisconnectedByOperator,
+    ErrorCode.SHUTTING_DOWN: ShuttingDown,
+}
+
+
+@pytest.mark.parametrize("code", ENDINGS)
+def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(pair: Pair, code: ErrorCode) -> None:
+    """The connection is over, and no send is reported as undelivered."""
+    pair.dialog.send("bob", 0, b"plain")
+    batch = pair.hear_frame(Kind.ERROR, 0, "$broker", codec=2, payload=error_payload(code, "why", "$broker"))
+    broken = batch.broken
+    assert type(broken) is Disconnected
+    assert str(broken) == f"the broker closes the connection ({code}): why"
+    assert type(broken.__cause__) is ENDINGS[code]
+    assert (batch.undelivered, pair.dialog.undelivered) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("sender", "code", "name"),
+    [
+        ("bob", ErrorCode.REPLACED, "$broker"),
+        ("$broker", ErrorCode.OFFLINE, "$broker"),
+        ("$broker", ErrorCode.SHUTTING_DOWN, "bob"),
+    ],
+)
+def test_other_error_with_id_0_does_not_end_the_connection(pair: Pair, sender: str, code: ErrorCode, name: str) -> None:
+    """Another client can't say it; an error about a message with the id 0 is that message's."""
+    batch = pair.hear_frame(Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name))
+    assert (batch.broken, len(batch.undelivered)) == (None, sender == "$broker")
+
+
+def test_name_taken_is_told_instead_of_the_introduction_and_not_tried_again() -> None:
+    pair = Pair()
+    pair.broker.intercept = lambda session, envelope: True
+    pair.connect()
+    payload = error_payload(ErrorCode.NAME_TAKEN, "why", "$broker")
+    broken = pair.hear_frame(Kind.ERROR, 0, "$broker", codec=2, payload=payload).broken
+    assert broken is not None
+    pair.dialog.lost(broken, pair.now, 0.5)
+    assert (pair.dialog.state, pair.dialog.reason) == (State.GONE, broken)
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"[]", b"no json", b"\xff"])

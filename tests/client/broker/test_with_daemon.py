@@ -20,6 +20,7 @@ from brokerd_client.errors import (
     Closed,
     Denied,
     Disconnected,
+    NameTaken,
     NoSuchClient,
     Offline,
     PayloadError,
@@ -104,6 +105,26 @@ def test_wrong_key_is_refused_at_once(face: Face, broker: RunningBroker) -> None
     """The error says that the key was rejected, and there is no second try behind the caller's back."""
     with pytest.raises(AuthenticationError):
         face.connect(broker.address, "alice", "not the key")
+
+
+def test_second_connection_of_a_name_is_told_so_at_once(face: Face, broker: RunningBroker, connect: Connect) -> None:
+    """The error is not that of a wrong key; the first connection stays."""
+    alice = connect("alice")
+    with pytest.raises(Disconnected, match="name_taken") as caught:
+        connect("alice")
+    assert type(caught.value.__cause__) is NameTaken
+    assert alice.ping() > 0
+
+
+def test_disconnected_client_knows_why(connect: Connect) -> None:
+    ops, alice = connect("ops"), connect("alice", reconnect=False)
+    undelivered: list[Any] = []
+    alice.on_undelivered(undelivered.append)
+    assert ops.control("disconnect", timeout=PATIENCE, address="alice") == {"disconnected": ["alice"]}
+    until(lambda: not alice.connected)
+    with pytest.raises(Disconnected, match=r"\(disconnected\)"):
+        alice.ping()
+    assert undelivered == []
 
 
 def test_nobody_there(face: Face, tmp_path: Any) -> None:
