@@ -128,6 +128,16 @@ def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
         served.connect("bob", "bobs-first-key")
 
 
+def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(served: FromFile) -> None:
+    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+        served.write("  bob: {key: bobs-second-key}\n")
+        assert served.reload() == []
+        for client in (alice, bob):
+            assert gone(client)
+            with pytest.raises(Disconnected, match=r"\(key_removed\)"):
+                client.ping()
+
+
 def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: FromFile) -> None:
     """The old key opens nothing more, the new one does."""
     with served.connect("bob", "bobs-first-key") as bob:

@@ -296,6 +296,13 @@ def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLC
             assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
+def test_second_connection_of_a_name_is_told_over_tls(here: House, trusting: ssl.SSLContext) -> None:
+    with tls_login(here.address, trusting, "alice") as alice:
+        with tls_login(here.address, trusting, "alice", behind=packed(MESSAGE, "alice", b"unread")) as second:
+            assert second.is_closed("name_taken")
+        alice.ping()
+
+
 def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLContext) -> None:
     """Who has failed often is told so late, whatever it has said behind its answer, be it more than one read of it."""
     knocks = 12
