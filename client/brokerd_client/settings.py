@@ -152,10 +152,14 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
     if key is not None and key_file is not None:
         raise InvalidKey("give key or key_file, not both")
     if key is not None:
-        found = key.encode() if isinstance(key, str) else bytes(key)
-        if not found:
+        if not isinstance(key, (bytes, bytearray, memoryview, str)):
+            raise TypeError(f"a key is bytes or text, not {type(key).__name__}")
+        given = _encoded(key) if isinstance(key, str) else bytes(key)
+        if given is None:
+            raise InvalidKey("the key can't be written in UTF-8: give it as bytes")
+        if not given:
             raise InvalidKey("an empty key authenticates nobody; give a key of at least one byte")
-        return found
+        return given
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
     if not path:
         if without:
@@ -180,6 +184,14 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
     if not found:
         raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
     return found
+
+
+def _encoded(key: str) -> bytes | None:
+    """Return the key in UTF-8, or None where it can't be: the error about that would hold the whole key."""
+    try:
+        return key.encode()
+    except UnicodeEncodeError:
+        return None
 
 
 def unreachable(address: Address, error: Exception) -> str:

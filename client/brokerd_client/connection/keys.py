@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from multiprocessing import current_process
 from typing import TypeAlias
+
+from brokerd_client.errors import InvalidKey
 
 __all__ = ["Key", "chosen_key", "key_bytes"]
 
@@ -11,14 +14,19 @@ Key: TypeAlias = bytes | bytearray | memoryview | str
 
 
 def key_bytes(key: Key) -> bytes:
-    """Return the key as bytes; text is taken as UTF-8. Raises TypeError for what is not a key.
+    """Return the key as bytes; text is taken as UTF-8. Raises TypeError for what is not a key, InvalidKey.
 
     An empty key authenticates, as in the standard library from Python 3.13 on. Older listeners of the standard library
     take it for no authentication.
     """
     if not isinstance(key, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"authkey should be a byte string or a string, not {type(key).__name__}")
-    return key.encode() if isinstance(key, str) else bytes(key)
+    if not isinstance(key, str):
+        return bytes(key)
+    # The error about a text that is not valid holds the whole key, and is not to be another error's context either.
+    with contextlib.suppress(UnicodeEncodeError):
+        return key.encode()
+    raise InvalidKey("the key can't be written in UTF-8: give it as bytes")
 
 
 def chosen_key(authenticate: object, authkey: Key | None) -> bytes | None:

@@ -103,3 +103,16 @@ def test_empty_key_file(tmp_path: Path) -> None:
 def test_key_is_never_shown() -> None:
     """A repr of the settings can be logged."""
     assert "sesame" not in repr(settle(key="sesame"))
+
+
+def test_key_that_is_not_valid_text_is_refused_without_repeating_it() -> None:
+    """An environment variable of other bytes is such a text: neither the error nor its context holds the key."""
+    with pytest.raises(InvalidKey, match="give it as bytes") as refused:
+        settle(key="a canary\udcff")
+    assert refused.value.__cause__ is refused.value.__context__ is None
+
+
+def test_key_that_is_a_number_is_refused() -> None:
+    """bytes(5) would be five zeros."""
+    with pytest.raises(TypeError, match="bytes or text, not int"):
+        settle(key=5)

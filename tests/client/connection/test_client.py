@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from client.connection.wrong_ports import SPEECHES, speaking
 
-from brokerd_client.connection import AuthenticationError, Client, Listener, MessageTooBig, TimedOut
+from brokerd_client.connection import AuthenticationError, Client, InvalidKey, Listener, MessageTooBig, TimedOut
 from brokerd_client.connection import client as client_module
 from brokerd_client.wire.framing import frame
 
@@ -236,3 +236,11 @@ def test_client_whose_listener_stops_in_the_handshake_says_so() -> None:
     late = pytest.raises(TimedOut, match="did not finish the handshake")
     with speaking(frame(challenge)) as address, late:
         Client(address, authkey=b"key", timeout=0.3)
+
+
+@pytest.mark.parametrize("end", [Client, Listener])
+def test_key_that_is_not_valid_text_is_refused_without_repeating_it(end: Any, socket_dir: Path) -> None:
+    """An environment variable of other bytes is such a text: neither the error nor its context holds the key."""
+    with pytest.raises(InvalidKey, match="give it as bytes") as refused:
+        end(str(socket_dir / "s"), authkey="a canary\udcff")
+    assert refused.value.__cause__ is refused.value.__context__ is None
