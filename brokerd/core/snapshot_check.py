@@ -285,6 +285,7 @@ def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]
         _check_session(session, sessions, f"sessions[{position}]", next_number)
     addresses = [session["address"] for session in sessions[: len(outboxes)] if session["configured"]]
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
+    _hold(len({session["number"] for session in sessions}) == len(sessions), "two sessions have one number")
     for position, job in enumerate(facts["deferred"]):
         _check_job(job, len(outboxes), f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):

@@ -101,6 +101,7 @@ GONE = object()
         (("deferred",), [{"question": None, "news": ["jobs", "{}", None, None, []]}], "a topic of the broker's own"),
         (("deferred",), [{"question": None, "news": ["$a", "{}", None, None, [99]]}], "names a session that is not"),
         (("sessions", 3, "address"), "pool/i3", "one address"),
+        (("sessions", 3, "number"), 3, "one number"),
         (("clients", "metered", "levels"), None, "does not fit the rate"),
         (("clients", "metered", "levels"), [1.0, 1.0], "does not fit the rate"),
         (("clients", "metered", "levels"), [9.0, None], "more left than its rate"),
