@@ -6,6 +6,7 @@ and leaves, and nothing is left behind. The bytes that wait are real frames: the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -18,7 +19,8 @@ from fuzz.mutator import mutated as mutated_bytes
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker, Limits
 from brokerd.core.outbox import FrameOutbox
-from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
+from brokerd.core.precopy import Copies
+from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore, restore_idle
 from brokerd_client.errors import FrameError, MalformedEnvelope
 from brokerd_client.wire.envelope import parse
 from brokerd_client.wire.framing import FrameReader
@@ -64,6 +66,7 @@ def target(data: bytes) -> None:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return
+    take_idle(facts)
     net = FakeNet(*CONFIGS, limits=LIMITS)
     net.now = 0.0
     pieces = Pieces(body)
@@ -86,7 +89,12 @@ def target(data: bytes) -> None:
             first = outbox.queue()[0].frame if isinstance(outbox, FrameOutbox) else outbox.chunks()[0]
             peer.have(bytes(first[: outbox.begun]))
     again = capture(net.broker, sessions, net.now)
-    # Names that the configuration has and the facts do not are as they are at a start.
+    # Names that one of the two does not have are as they are at a start.
+    facts["clients"] = {
+        name: each
+        for name, each in facts["clients"].items()
+        if name in again.facts["clients"] or not is_as_at_start(each, facts["started_at"])
+    }
     again.facts["clients"] = {
         name: again.facts["clients"][name] for name in facts["clients"] if name in net.broker.exchange.clients
     }
@@ -97,6 +105,24 @@ def target(data: bytes) -> None:
     assert b"".join(again.pieces) == body
     if are_frames(body):
         live_on(net)
+
+
+def is_as_at_start(client: Mapping[str, Any], started_at: float) -> bool:
+    """Return whether nothing has happened to a client."""
+    since = client["changed_at"] == started_at and client["shown"] == [False, started_at]
+    return since and not client["turn"] and client["levels"] is None
+
+
+def take_idle(facts: Any) -> None:
+    """Take in each session with its outbox, as if it had been copied before."""
+    sessions, outboxes = (facts.get(what) for what in ("sessions", "outboxes")) if isinstance(facts, dict) else (0, 0)
+    if not isinstance(sessions, list) or not isinstance(outboxes, list):
+        return
+    broker = Broker(CONFIGS)
+    copies = Copies(broker)
+    for session, outbox in zip(sessions, outboxes, strict=False):
+        with contextlib.suppress(BadSnapshot):
+            restore_idle(broker, {"session": session, "outbox": outbox, "client": None}, 0.0, copies)
 
 
 def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
