@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any
 
-from net.raw import Raw
+from net.raw import Raw, is_reason, prefixed
 
 TIMEOUT_S = 30.0
 #: Bytes that a pipe takes before it holds who writes.
@@ -182,6 +182,10 @@ class PipeRaw(Raw):
 
     def read_body(self) -> bytes:
         return self.pipe.message()
+
+    def is_closed(self, code: str = "") -> bool:
+        said = self.read_to_end()
+        return is_reason(prefixed(said), code) if code else said == b""
 
     def read_to_end(self) -> bytes:
         data = bytearray()

@@ -63,6 +63,8 @@ def packed(
 def is_reason(said: bytes, code: str) -> bool:
     """Return whether the bytes are one frame: the ERROR with the id 0 that tells why the broker closes."""
     body = said[4:]
+    if len(body) < HEADER.size:
+        return False
     kind, _, codec, size, id = HEADER.unpack_from(body)
     told = json.loads(body[12 + size :])
     return (prefixed(body), kind, codec, id, body[12 : 12 + size], told["code"], told["name"]) == (
