@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -55,7 +56,7 @@ class Descriptor:
     def __init__(self, descriptor: int, *, owned: bool = False) -> None:
         self._descriptor = descriptor
         self._owned = owned
-        self._rest = b""
+        self._rest = _missing_line_end(descriptor)
 
     def write(self, line: bytes) -> None:
         """Write one line; of one that can't be written to its end, the rest comes before the next."""
@@ -81,13 +82,32 @@ class Descriptor:
 
     def replace(self, descriptor: int) -> None:
         """Go on with another descriptor, such as that of a file begun anew."""
-        old, self._descriptor, self._rest = self._descriptor, descriptor, b""
+        old, self._descriptor = self._descriptor, descriptor
+        self._rest = _missing_line_end(descriptor)
         os.close(old)
 
     def close(self) -> None:
         """Close the descriptor, if it is ours."""
         if self._owned:
             os.close(self._descriptor)
+
+
+def _missing_line_end(descriptor: int) -> bytes:
+    """Return a line end if the file ends in a line cut short, by a process that has ended since; else nothing."""
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            return b""
+        # The descriptor itself is open for writing only.
+        reader = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+    except OSError:
+        return b""
+    try:
+        return b"\n" if os.pread(reader, 1, found.st_size - 1) not in (b"", b"\n") else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(reader)
 
 
 class Text:

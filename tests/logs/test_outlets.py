@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,21 @@ def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> 
     target.write(b"next\n")
 
     assert b"".join(taken) == b"a line\nnext\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the end of the file is read through /proc")
+@pytest.mark.parametrize("before", [b"", b"whole\n", b"whole\ncut sh"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_descriptor_of_file_with_line_cut_short_begins_new_line(tmp_path: Path, before: bytes, replaced: bool) -> None:
+    """A process that ends on a full disk leaves half a line; the next process does not append to it."""
+    path, first = tmp_path / "audit.log", tmp_path / "first.log"
+    path.write_bytes(before)
+    target = Descriptor(open_for_append(str(first if replaced else path)), owned=True)
+    if replaced:
+        target.replace(open_for_append(str(path)))
+    target.write(b"next\n")
+    target.close()
+    assert path.read_bytes().splitlines() == [*before.splitlines(), b"next"]
 
 
 def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
