@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lag.crowded import CONNECTED, OWN, Crowded, crowded, large_config, large_text
 from net.house import key_of
-from net.raw import JSON, MESSAGE, REQUEST, Raw, login, packed
+from net.raw import EVENT, JSON, MESSAGE, REPLY, REQUEST, Raw, login, packed
 
 from brokerd.config.load import load, load_text
 from brokerd.core.session import Session
@@ -177,7 +177,12 @@ def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
     with crowded(config) as broker:
         broker.fill(CONNECTED)
         broker.idle()
-        with broker.login("ops") as ops, broker.login("sender") as sender:
+        with (
+            broker.login("ops") as ops,
+            broker.login("sender") as sender,
+            broker.login("subscriber") as polite,
+        ):
+            polite.ask("goaway")
             deaf = broker.call(lambda: [broker.seat("crowd", takes=False) for _ in range(200)])
             sender.write(b"".join(packed(MESSAGE, session.address, b"x", id=1) for session in deaf for _ in range(20)))
             sender.ping()
@@ -186,6 +191,9 @@ def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
             broker.meter.reset()
             began = time.monotonic()
             ops.ask("drain")
+            assert polite.recv().kind == EVENT
+            assert polite.ask("finished").kind == REPLY
+            polite.close()
             broker.loop_ends()
             # Half a second, and what a busy machine adds: not as long as all the lists take.
             assert time.monotonic() - began < 5
