@@ -8,8 +8,8 @@ import pytest
 from core.fakenet import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.parting import drain_in_steps, mute, part, retire
-from brokerd_client.wire.envelope import Kind
+from brokerd.core.parting import add_reason, drain_in_steps, mute, part, retire
+from brokerd_client.wire.envelope import ErrorCode, Kind
 
 
 def net_of(*names: str, **changes: object) -> tuple[FakeNet, list[Peer]]:
@@ -192,3 +192,40 @@ def test_members_of_a_group_and_pools_are_told_too() -> None:
     assert net.broker.answer_finished(members[0].session)
     net.settle()
     assert json.loads(members[0].take()[-1].payload) == {}
+
+
+def test_reason_of_an_end_is_about_no_message() -> None:
+    net, (ann,) = net_of("ann")
+    add_reason(ann.session, ErrorCode.REPLACED, "a newer one")
+    net.broker.touch(ann.session)
+    net.settle()
+    (told,) = ann.take()
+    assert (told.kind, told.id, told.name) == (Kind.ERROR, 0, "$broker")
+    assert json.loads(told.payload) == {"code": "replaced", "message": "a newer one", "name": "$broker"}
+
+
+def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
+    net, (ann,) = net_of("ann")
+    add_reason(ann.session, ErrorCode.DISCONNECTED, "why")
+    net.broker.detach(ann.session, net.now)
+    net.peers.remove(ann)
+    net.broker.work_off(10)
+    assert (net.broker.unheard, net.broker.given_back) == ({}, {})
+
+
+def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session() -> None:
+    net, (ann, bob, cid) = net_of("ann", "bob", "cid")
+    ann.session.finished = True
+    mute(net.broker, bob.session)
+    net.broker.detach(cid.session, net.now)
+    net.peers.remove(cid)
+    for peer in (ann, bob, cid):
+        add_reason(peer.session, ErrorCode.SHUTTING_DOWN, "why")
+        assert not peer.session.outbox.waiting
+
+
+def test_close_keeps_the_code_of_the_first_reason() -> None:
+    net, (ann,) = net_of("ann")
+    net.broker.close(ann.session, "first", code=ErrorCode.KEY_REMOVED)
+    net.broker.close(ann.session, "second", code=ErrorCode.DISCONNECTED)
+    assert (ann.session.closing, ann.session.closing_code) == ("first", ErrorCode.KEY_REMOVED)
