@@ -415,7 +415,7 @@ def test_goodbye_is_said_after_everything_was_written(server: Issued, trusting: 
         assert ids == list(range(50))
         # Without close_notify this raises an SSLError: nobody is to take a cut for the end.
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
-        assert bob.sock.recv(1) == b""
+        assert bob.is_closed("shutting_down")
 
 
 def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: ssl.SSLContext) -> None:
@@ -439,7 +439,7 @@ def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: s
         here.call(lambda: None)
         assert [bob.recv().id for _ in range(count)] == list(range(count))
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
-        assert bob.sock.recv(1) == b""
+        assert bob.is_closed("shutting_down")
 
 
 def test_client_that_vanishes_is_noticed(here: House, trusting: ssl.SSLContext) -> None:
