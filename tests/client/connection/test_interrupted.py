@@ -190,13 +190,22 @@ def test_send_interrupted_at_any_bytecode_sends_whole_or_nothing(
     assert check_send_is_whole_or_nothing(send, size) > 50
 
 
-def test_send_interrupted_half_way_refuses_more() -> None:
+def test_send_interrupted_half_way_refuses_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """With half a message at the peer, send refuses, and `writable` says so."""
+
+    def write(handle: int, data: bytes) -> int:
+        raise Interrupt
+
+    def write_both(handle: int, prefix: bytes, body: memoryview) -> int:
+        return os.write(handle, bytes(prefix) + bytes(body[:1000]))
+
     one, other = Pipe()
-    with one, other, random_signals(longest_s=1e-3) as armed:
-        armed[0] = True
+    with one, other:
+        monkeypatch.setattr(stream, "_write_both", write_both)
+        monkeypatch.setattr(stream, "_write", write)
         with pytest.raises(Interrupt):
-            one.send_bytes(bytes(50_000_000))
+            one.send_bytes(bytes(100_000))
+        monkeypatch.undo()
         assert not one.writable
         with pytest.raises(OSError, match="cut off"):
             one.send_bytes(b"more")
