@@ -123,6 +123,10 @@ def test_the_wire_numbers_are_fixed() -> None:
         "malformed",
         "unsupported",
         "shutting_down",
+        "name_taken",
+        "replaced",
+        "key_removed",
+        "disconnected",
     }
     assert HEADER.size == 12
 
