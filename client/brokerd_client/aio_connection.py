@@ -9,14 +9,13 @@ import asyncio
 import contextlib
 import errno
 import os
-import select
 import socket
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import BridgedSocket, dial_pipe
-from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
+from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
 from brokerd_client.lookup import Candidate, Lookup, numeric
 
 __all__ = ["Connection", "Hearer", "Resolver", "dial"]
@@ -80,10 +79,8 @@ class Connection(asyncio.Protocol):
     def has_ended(self) -> bool:
         """Return whether the peer sends nothing more, without reading; False where the system does not tell."""
         sock = self.transport.get_extra_info("socket")
-        if sock is not None and not self.transport.is_closing() and hasattr(select, "poll"):
-            poll = select.poll()
-            poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
-            self.ended = bool(poll.poll(0))
+        if sock is not None and not self.transport.is_closing():
+            self.ended = has_ended(sock)
         return self.ended
 
     def abort(self) -> None:

@@ -9,12 +9,13 @@ reader is not a dead one.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import sys
 from typing import Any, Final
 
-__all__ = ["DEFAULT_S", "LOOKS", "TCP", "Silence", "keep_alive"]
+__all__ = ["DEFAULT_S", "LOOKS", "TCP", "Silence", "has_ended", "keep_alive"]
 
 #: Seconds without an answer after which a connection is given up, unless told otherwise.
 DEFAULT_S: Final = 30.0
@@ -49,6 +50,18 @@ def keep_alive(sock: Any, limit_s: float) -> None:
 
 def _option(name: str) -> int | None:
     return getattr(socket, name, None)
+
+
+def has_ended(sock: Any) -> bool:
+    """Return whether the peer of a connected socket sends nothing more, without a read.
+
+    Systems without ``poll`` do not tell: there the result is False.
+    """
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))
 
 
 class Silence:
