@@ -58,8 +58,9 @@ T = TypeVar("T")
 _CROWDED_S: Final = 0.01
 #: Seconds until an answer of the system's look-up of a host's name is asked for, if it does not ring the bell.
 _LOOKUP_S: Final = 1.0
-#: Seconds until the I/O thread looks again whether there is room in a full inbox, if no taker rings its bell.
-_FULL_S: Final = 1.0
+#: Seconds between two looks of an I/O thread that does not read: for room in the inbox, if no taker rings its bell,
+#: and for the end of the connection.
+_LOOK_S: Final = 0.5
 #: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
@@ -540,10 +541,11 @@ class Link:
             full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
             reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
             # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
-            reading = reading or state in _READING
+            # A connection that has ended is read to its end: another one has to be made.
+            reading = reading or state in _READING or self._channel.ended
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
-                remaining = _FULL_S if remaining is None else min(remaining, _FULL_S)
+                remaining = _LOOK_S if remaining is None else min(remaining, _LOOK_S)
             if self._chores or self._dropping:
                 remaining = 0.0
         return remaining, reading

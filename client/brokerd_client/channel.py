@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from brokerd_client.address import Address, validate_family
 from brokerd_client.bridge import dial_pipe
 from brokerd_client.errors import TlsError
-from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, keep_alive
+from brokerd_client.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
 from brokerd_client.lookup import Candidate, Lookup, numeric
 
 __all__ = ["Channel", "by_system"]
@@ -61,6 +61,8 @@ class Channel:
         self._look_at = 0.0
         #: The peer is gone without a word: reading raises that, behind what had come.
         self._vanished = False
+        #: The peer sends nothing more. A wait that does not read has found that out.
+        self.ended = False
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
@@ -222,7 +224,8 @@ class Channel:
     def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Wait for the socket or the bell, ``timeout`` seconds at most; return (readable, writable).
 
-        reading: whether arriving bytes are wanted.
+        reading: whether arriving bytes are wanted. A wait without them looks whether the peer has ended the connection;
+            then the rest of its bytes is to be read, and the socket counts as readable.
         """
         timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
@@ -240,6 +243,10 @@ class Channel:
                         pass
             else:
                 found = ready
+        if not reading and self._socket is not None and not self.connecting:
+            self.ended = has_ended(self._socket)
+            if self.ended:
+                found |= selectors.EVENT_READ
         return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
 
     def _look_for_silence(self, timeout: float | None) -> float | None:
@@ -287,7 +294,7 @@ class Channel:
             self._arm(0)
             self._socket.close()
             self._socket = None
-        self.connecting = self._vanished = False
+        self.connecting = self._vanished = self.ended = False
         self._silence = Silence()
         self.backlog = b""
         self.given = 0

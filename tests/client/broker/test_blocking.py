@@ -564,15 +564,32 @@ def test_reconnect_with_a_full_inbox_is_ready_again(server: FakeServer) -> None:
         bob.send_many([("alice", b"x" * 1000)] * 200)
         until(lambda: alice._gauge.full)
         server.drop("alice")
-        until(lambda: "alice" not in server.broker.online)
-        # The socket is not read, so that only a write finds out.
-        alice.send("bob", "x")
+        # The client does not write: only its look at the unread socket finds out.
         until(lambda: alice.counters["losses"] == 1)
         until(lambda: alice.connected)
         assert alice._gauge.full
         for _ in range(200):
             alice.recv(PATIENCE)
         assert alice.ping() > 0
+
+
+def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
+    """A wait without reading tells of the end of the connection; the bytes before it are still there."""
+    channel = Channel(parse("/not/used"))
+    mine, peer = socket.socketpair()
+    with peer:
+        mine.setblocking(False)
+        channel._socket = mine
+        peer.sendall(b"last words")
+        assert channel.wait(0, reading=False) == (False, False)
+        assert not channel.ended
+        peer.close()
+        assert channel.wait(0, reading=False) == (True, False)
+        assert channel.ended
+        assert (channel.read(), channel.read()) == (b"last words", b"")
+    channel.drop()
+    assert not channel.ended
+    channel.close()
 
 
 def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
