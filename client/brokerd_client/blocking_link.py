@@ -64,6 +64,8 @@ _LOOK_S: Final = 0.5
 #: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
+#: Seconds that an interrupted start waits at most for the end of the I/O thread.
+_STOP_S: Final = 5.0
 #: Threads of a request handler in all, unless ``threads`` is more.
 MOST_THREADS: Final = 64
 #: States in which the connection carries frames.
@@ -130,8 +132,31 @@ class Link:
             name="brokerd client",
             daemon=True,
         )
-        self._thread.start()
+        self._start_thread()
         forks.register(self)
+
+    def _start_thread(self) -> None:
+        """Start the I/O thread. Where that raises, leave neither a thread nor a descriptor.
+
+        Raises the exception of a signal handler that interrupts it, and not the RuntimeError that follows from it.
+        """
+        outer = sys.exc_info()[1]
+        try:
+            self._thread.start()
+            return
+        except BaseException as error:
+            # Before the thread is asked for: a thread that begins to run after this ends at once.
+            self._dropped = True
+            self._channel.ring()
+            if self._thread.is_alive():
+                self._thread.join(_STOP_S)
+            else:
+                self._channel.close()
+            interrupting = _interruption(error, outer)
+            if interrupting is error:
+                raise
+        # Not in the handler above, where the RuntimeError would become its context.
+        raise interrupting
 
     @property
     def closed(self) -> bool:
@@ -683,6 +708,26 @@ class Link:
                     self._changes.wake()
             # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
             self._settle()
+
+
+def _interruption(error: BaseException, outer: BaseException | None) -> BaseException:
+    """Return the exception that interrupted a call of ``threading``, or ``error`` where nothing did.
+
+    An exception inside ``Condition.wait`` finds a lock released that ``with`` releases again: "release unlocked lock".
+    outer: the exception that was being handled before the call, which is not the interruption.
+    """
+    while isinstance(error, RuntimeError) and error.__context__ not in (None, outer) and _from_threading(error):
+        assert error.__context__ is not None
+        error = error.__context__
+    return error
+
+
+def _from_threading(error: BaseException) -> bool:
+    """Return whether the standard library's ``threading`` raised it, and not a signal handler."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == threading.__name__
 
 
 def _channel(settings: Settings) -> Channel:

@@ -573,6 +573,85 @@ def test_reconnect_with_a_full_inbox_is_ready_again(server: FakeServer) -> None:
         assert alice.ping() > 0
 
 
+class Interrupted(Exception):
+    """The exception of a signal handler."""
+
+
+def threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Return the client threads that were not there before."""
+    return [each for each in threading.enumerate() if each not in before and each.name == "brokerd client"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "released"),
+    [(True, True), (True, False), (False, False)],
+    ids=["lock released", "lock held", "perhaps before the thread runs"],
+)
+def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, runs: bool, released: bool
+) -> None:
+    """``Event.wait`` may then release an unlocked lock, which is a RuntimeError."""
+    before = set(threading.enumerate())
+    channels: list[Channel] = []
+    make = Channel.__init__
+
+    def note(channel: Channel, *args: Any) -> None:
+        make(channel, *args)
+        channels.append(channel)
+
+    def interrupt(event: Any, timeout: float | None = None) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            return wait(event, timeout)
+        if runs:
+            wait(event, timeout)
+        with event._cond:
+            if released:
+                event._cond.release()
+            raise Interrupted("by a signal") from KeyError("its cause")
+
+    wait = threading.Event.wait
+    monkeypatch.setattr(Channel, "__init__", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Event, "wait", interrupt)
+        with pytest.raises(Interrupted) as caught:
+            join("alice", server)
+    assert isinstance(caught.value.__cause__, KeyError)
+    until(lambda: not threads_since(before))
+    (channel,) = channels
+    assert channel._ear.fileno() == channel._bell.fileno() == -1
+    assert not channel.open
+    with join("alice", server) as alice:
+        assert alice.ping() > 0
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["handler's", "thread's"])
+def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Neither the exception handled around connect() nor the context of a handler's own RuntimeError replaces it."""
+
+    other = threading.Thread(target=int)
+    other.start()
+    other.join()
+    start = threading.Thread.start
+
+    def fail(_thread: threading.Thread) -> None:
+        if not own:
+            # The library's own RuntimeError: threads can only be started once.
+            start(other)
+        try:
+            raise KeyError("seen by the handler")
+        except KeyError:
+            raise RuntimeError("of the handler, not once")  # noqa: B904
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    try:
+        raise ValueError("handled outside")
+    except ValueError:
+        with pytest.raises(RuntimeError, match="once"):
+            join("alice", server)
+
+
 def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
     """A wait without reading tells of the end of the connection; the bytes before it are still there."""
     channel = Channel(parse("/not/used"))
