@@ -150,7 +150,8 @@ class Link:
             self._channel.ring()
             if self._thread.is_alive():
                 self._thread.join(_STOP_S)
-            else:
+            if not self._thread.is_alive():
+                # Again, where the thread has done so: one that the interruption breaks ends before it gets there.
                 self._channel.close()
             interrupting = _interruption(error, outer)
             if interrupting is error:

@@ -624,6 +624,37 @@ def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
         assert alice.ping() > 0
 
 
+def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is alive at the interruption, and ends before it gets to its own work."""
+    go_on = threading.Event()
+    channels: list[Channel] = []
+
+    def break_off(_ref: object, channel: Channel, _boxes: object) -> None:
+        channels.append(channel)
+        go_on.wait(PATIENCE)
+
+    start, wait_for = threading.Thread.start, threading.Thread.join
+
+    def interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        raise Interrupted
+
+    def join_soon(thread: threading.Thread, timeout: float | None = None) -> None:
+        go_on.set()
+        wait_for(thread, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("brokerd_client.blocking_link._move_bytes", break_off)
+        patch.setattr(threading.Thread, "start", interrupt)
+        patch.setattr(threading.Thread, "join", join_soon)
+        with pytest.raises(Interrupted):
+            join("alice", server)
+    (channel,) = channels
+    assert channel._ear.fileno() == channel._bell.fileno() == -1
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["handler's", "thread's"])
 def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, own: bool
