@@ -134,7 +134,7 @@ def _start_brokerd(names: Sequence[str], directory: Path, *, unix: bool) -> Runn
     port, path = (0, str(directory / "s")) if unix else (free_port(), "")
     clients = "".join(f"  {name}: {{key: {key_of(name)}}}\n" for name in names)
     config = _private(directory / "brokerd.yaml", f"listen: [{path or f'127.0.0.1:{port}'}]\nclients:\n{clients}")
-    command = [sys.executable, "-m", "brokerd.cli", "--config", str(config)]
+    command = [sys.executable, "-m", "brokerd.cli.main", "--config", str(config)]
     return Running(Process(command, directory / "log"), dialects.Brokerd(), port, path)
 
 

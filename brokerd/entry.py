@@ -2,7 +2,7 @@
 
 A standard descriptor that is closed would become that of a socket or a file, into which somebody's print goes; and
 libuv ends the process when it closes one. A signal that arrives before its handler is there would end the process: it
-waits until :mod:`brokerd.process` takes it, or until :mod:`brokerd.cli` finds that another command runs.
+waits until :mod:`brokerd.daemon.process` takes it, or until :mod:`brokerd.cli.main` finds that another command runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def brokerd() -> None:
     """Run the command ``brokerd``."""
     open_standard_descriptors()
     hold_signals()
-    from brokerd.cli import main
+    from brokerd.cli.main import main
 
     main(prog_name="brokerd")
 

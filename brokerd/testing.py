@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from brokerd.config.model import Config
-from brokerd.daemon import Daemon
-from brokerd.logs import quiet_log
-from brokerd.process import loop_factory
+from brokerd.daemon.daemon import Daemon
+from brokerd.daemon.process import loop_factory
+from brokerd.log.logger import quiet_log
 
 if TYPE_CHECKING:
     from brokerd_client import Client
-    from brokerd_client.aio import Client as AsyncClient
+    from brokerd_client.aio.client import Client as AsyncClient
 
 __all__ = ["RunningBroker", "broker", "running"]
 

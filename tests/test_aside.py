@@ -12,8 +12,8 @@ import pytest
 from net.house import Recorder, configuration
 
 from brokerd import daemon as daemons
-from brokerd.aside import aside
 from brokerd.daemon import Daemon, Stopped
+from brokerd.daemon.threads import aside
 
 
 def test_aside_returns_and_raises_what_the_work_does() -> None:

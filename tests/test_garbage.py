@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from brokerd import garbage
+from brokerd.daemon import garbage
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from net.house import configuration, house
 from net.raw import JSON, REQUEST, packed
 
-from brokerd import orders
+from brokerd.daemon import admin as orders
 
 
 def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from net.house import Recorder
 
-from brokerd import daemon, reloading
+from brokerd import daemon
 from brokerd.config.load import load
-from brokerd.reloading import Reloading
+from brokerd.daemon import reloader as reloading
+from brokerd.daemon.reloader import Reloading
 
 
 def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,14 +20,21 @@ def loaded_by(code: str) -> set[str]:
 def test_importing_the_library_loads_next_to_nothing() -> None:
     """Neither face, nor asyncio, nor anything of the conversation is there before it is asked for."""
     loaded = loaded_by("import brokerd_client")
-    assert not loaded & {"asyncio", "ssl", "dataclasses", "json", "brokerd_client.blocking", "brokerd_client.dialog"}
+    assert not loaded & {
+        "asyncio",
+        "ssl",
+        "dataclasses",
+        "json",
+        "brokerd_client.blocking.client",
+        "brokerd_client.protocol.dialog",
+    }
 
 
 def test_the_blocking_client_does_not_load_asyncio() -> None:
     """Whoever asks for connect gets what that needs and no more."""
     loaded = loaded_by("from brokerd_client import connect")
-    assert "brokerd_client.blocking" in loaded
-    assert not loaded & {"asyncio", "ssl", "brokerd_client.aio"}
+    assert "brokerd_client.blocking.client" in loaded
+    assert not loaded & {"asyncio", "ssl", "brokerd_client.aio.client"}
 
 
 @pytest.mark.parametrize("name", brokerd_client.__all__)
@@ -45,9 +52,14 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
 
 def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
     """What it starts with has neither the client's faces nor rich; who asks for rich later gets it."""
-    loaded = loaded_by("from brokerd import cli; cli._import_structlog_alone(); import brokerd.process")
+    loaded = loaded_by("from brokerd import cli; cli._import_structlog_alone(); import brokerd.daemon.process")
     assert "structlog" in loaded
-    assert not loaded & {"rich", "brokerd_client.blocking", "brokerd_client.dialog", "brokerd_client.aio"}
+    assert not loaded & {
+        "rich",
+        "brokerd_client.blocking.client",
+        "brokerd_client.protocol.dialog",
+        "brokerd_client.aio.client",
+    }
     assert "rich.console" in loaded_by("from brokerd import cli; cli._import_structlog_alone(); import rich.console")
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
-from brokerd.config import keys
+from brokerd.config import key_files as keys
 from brokerd.config.model import TlsEntry
 from brokerd.config.values import Need, TlsConfig
-from brokerd_client.paths import is_plainly_a_path
+from brokerd_client._common.paths import is_plainly_a_path
 from brokerd_client.wire import certificate
 
 __all__ = ["MAX_PEM", "load_tls"]

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Final, TypeAlias, TypeVar
 from pydantic import BeforeValidator, Field, InstanceOf
 from pydantic.json_schema import WithJsonSchema
 
-from brokerd.config import subjects, units
+from brokerd.config import cert_subjects as subjects
+from brokerd.config import units
 from brokerd_client import address as addresses
 from brokerd_client.address import Address
 from brokerd_client.errors import AddressError, InvalidName

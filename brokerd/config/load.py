@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from brokerd.config.document import Document, read
-from brokerd.config.entries import Entries
-from brokerd.config.files import MAX_FILE, Unreadable, decoded, matching, text_of
-from brokerd.config.findings import Findings
+from brokerd.config.builder import Findings
 from brokerd.config.model import Config, File, IncludedFile
 from brokerd.config.problems import ConfigError, Path, Place, Problem
+from brokerd.config.text_files import MAX_FILE, Unreadable, decoded, matching, text_of
+from brokerd.config.validator import Entries
+from brokerd.config.yaml_reader import Document, read
 
 __all__ = ["MAX_FILE", "Config", "ConfigError", "build", "load", "load_text"]
 

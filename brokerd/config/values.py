@@ -171,7 +171,7 @@ class TlsConfig:
 class CertificateConfig:
     """What a client's certificate has to be.
 
-    subject: as ``brokerd.config.subjects`` writes it, () for any. fingerprints: SHA-256 in lower-case hexadecimal
+    subject: as ``brokerd.config.cert_subjects`` writes it, () for any. fingerprints: SHA-256 in lower-case hexadecimal
     digits, any of which will do; () for any.
     """
 

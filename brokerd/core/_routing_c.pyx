@@ -16,8 +16,8 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from brokerd.core.unusual import unusual
-from brokerd.core.verdict import Verdict
+from brokerd.core.slow_path import unusual
+from brokerd.core.routing_result import Verdict
 
 NAME = "compiled"
 

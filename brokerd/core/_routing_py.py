@@ -2,7 +2,7 @@
 
 What it does by itself is the ordinary: a MESSAGE without flags to a recipient this sender has reached
 before, an EVENT without flags on a topic it has published on before, with room in every queue. Everything else
-goes to :func:`brokerd.core.unusual.unusual`, a frame at a time. It is the reference for its compiled twin,
+goes to :func:`brokerd.core.slow_path.unusual`, a frame at a time. It is the reference for its compiled twin,
 ``_routing_c.pyx``, and is written in the same shape: one pass, offsets instead of slices, one copy of the payload.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from brokerd.core.unusual import unusual
-from brokerd.core.verdict import Verdict
+from brokerd.core.routing_result import Verdict
+from brokerd.core.slow_path import unusual
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker

@@ -32,14 +32,14 @@ from brokerd.core.delivery import (
 )
 from brokerd.core.events import announce, announce_presence, go_on_publishing, publish
 from brokerd.core.exchange import Client, Exchange
-from brokerd.core.happenings import Happenings
-from brokerd.core.parting import drain_in_steps, has_finished, retire
-from brokerd.core.review import Review
-from brokerd.core.service import reply_to, serve
+from brokerd.core.goaway import drain_in_steps, has_finished, retire
+from brokerd.core.log_events import Happenings
+from brokerd.core.operations import reply_to, serve
+from brokerd.core.revocation import Review
+from brokerd.core.routing_result import Verdict
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
-from brokerd.core.unsent import Unsent
-from brokerd.core.verdict import Verdict
+from brokerd.core.undelivered import Unsent
 from brokerd_client.errors import ExtensionTooDeep, MalformedEnvelope
 from brokerd_client.wire.envelope import (
     BROKER,

@@ -9,10 +9,10 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import WhenFull
+from brokerd.core.large_frame import Parcel, joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
-from brokerd.core.parcel import Parcel, joined
+from brokerd.core.routing_result import Verdict
 from brokerd.core.session import Session
-from brokerd.core.verdict import Verdict
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, head, split, split_address
 from brokerd_client.wire.framing import frame_prefix
 

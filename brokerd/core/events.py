@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
 from brokerd.core.delivery import deadline_of, frame_head, make_room
+from brokerd.core.large_frame import joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
-from brokerd.core.parcel import joined
+from brokerd.core.routing_result import Verdict
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches
-from brokerd.core.verdict import Verdict
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, check_topic, encode
 from brokerd_client.wire.framing import frame as make_frame

@@ -2,7 +2,7 @@
 
 Two kinds with one interface. A StreamOutbox is a run of bytes in chunks that each begin with a whole
 frame: appending is cheap and the routing loop writes straight into its ``tail``. A long frame is a chunk by
-itself and is not copied (:mod:`brokerd.core.parcel`). A FrameOutbox keeps
+itself and is not copied (:mod:`brokerd.core.large_frame`). A FrameOutbox keeps
 every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
 another member, and clients with ``when_full: drop_oldest``.
 
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
 from brokerd.core.routing import Tail
-from brokerd.core.unsent import Chunk, Queued, Unsent, count_after, cut
+from brokerd.core.undelivered import Chunk, Queued, Unsent, count_after, cut
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
 

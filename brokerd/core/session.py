@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
-    from brokerd.core.parting import Marks
+    from brokerd.core.goaway import Marks
     from brokerd.core.routing import Seat, Tail
     from brokerd_client.wire.envelope import ErrorCode
 
@@ -56,7 +56,7 @@ class Session:
     goaway: it has asked to be told before the broker closes it. told: it has been.
     parting: its new messages are refused, because its connection is about to end.
     finishing: the id of its request ``finished``, once it has asked. finished: that has been answered.
-    marks, marked_at: see :func:`brokerd.core.parting.has_finished`.
+    marks, marked_at: see :func:`brokerd.core.goaway.has_finished`.
     retired: nothing more is delivered to it. mute: nothing more is sent to it at all.
     """
 

@@ -22,12 +22,12 @@ from brokerd.core.broker import Broker
 from brokerd.core.deferred import Job
 from brokerd.core.events import Announcement
 from brokerd.core.exchange import Client
+from brokerd.core.operations import Question
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
-from brokerd.core.service import Question
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import BadSnapshot, check, check_frames, check_idle
-from brokerd.core.unsent import Unsent
+from brokerd.core.undelivered import Unsent
 
 __all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "capture_idle", "restore", "restore_idle"]
 

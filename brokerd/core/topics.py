@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
-from brokerd.core.search import Ends, Matches, Node, Search
+from brokerd.core.topic_search import Ends, Matches, Node, Search
 from brokerd_client.topics import matches
 
 __all__ = ["Matches", "Topics", "covers"]

@@ -11,7 +11,7 @@ import click
 import brokerd_client
 from brokerd import __version__
 from brokerd.ctl.status import Failure, Status, failure_of, is_turned_away
-from brokerd.ctl.trust import context_of
+from brokerd.ctl.tls import context_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Access", "brokerctl", "connecting", "main"]

@@ -20,10 +20,10 @@ from prometheus_client.core import (
     Metric,
 )
 
-from brokerd.monitor.expiry import Expiry
-from brokerd.monitor.lag import BOUNDS, Lag
-from brokerd.monitor.reading import Reading, Share, Watched
-from brokerd.net.tally import Outcome
+from brokerd.monitor.collect import Reading, Share, Watched
+from brokerd.monitor.key_expiry import Expiry
+from brokerd.monitor.loop_lag import BOUNDS, Lag
+from brokerd.net.counters import Outcome
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["of_the_broker", "of_the_clients"]

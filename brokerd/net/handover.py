@@ -19,17 +19,17 @@ from typing import Any, Final
 from brokerd.config.values import Key, ListenConfig, Source
 from brokerd.core import snapshot
 from brokerd.core.events import announce
-from brokerd.core.parcel import SLACK, Parcel
+from brokerd.core.large_frame import SLACK, Parcel
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
-from brokerd.net.keyring import Credential
-from brokerd.net.knock import Knock
-from brokerd.net.link import GRACE, Link
-from brokerd.net.listening import ListenError, Listening
-from brokerd.net.parting import Parting
+from brokerd.net.connection.connection import GRACE, Link
+from brokerd.net.counters import Outcome
+from brokerd.net.graceful_close import Parting
+from brokerd.net.handshake.keyring import Credential
+from brokerd.net.handshake.pending import Knock
+from brokerd.net.listen.listener import ListenError, Listening
 from brokerd.net.server import Server
-from brokerd.net.tally import Outcome
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 

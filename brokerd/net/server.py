@@ -9,31 +9,31 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final, Protocol
 
-from brokerd.config import subjects
+from brokerd.config import cert_subjects as subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
-from brokerd.core.parting import reason_frame
+from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
-from brokerd.net.acceptor import Acceptor
-from brokerd.net.door import TAKEN, Door, fresh_instance
-from brokerd.net.draining import Drained, Draining
-from brokerd.net.farewell import Farewell
-from brokerd.net.floods import Floods
-from brokerd.net.keyring import Credential, Keyring
-from brokerd.net.knock import Knock
-from brokerd.net.link import GRACE, READ_BUFFER, Link
-from brokerd.net.listening import ListenError, Listening
-from brokerd.net.notices import report
-from brokerd.net.parting import Finishing
-from brokerd.net.pulse import Pulse
-from brokerd.net.tally import Outcome, Tally
-from brokerd.net.tls import NO_CHANNEL, Channel
-from brokerd.net.tls_link import TlsLink
-from brokerd.net.users import peer_uid
-from brokerd.net.watch import Watch
+from brokerd.log.rate_limit import Floods
+from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
+from brokerd.net.connection.lingering_close import Farewell
+from brokerd.net.connection.liveness import Pulse
+from brokerd.net.connection.reset_recheck import Watch
+from brokerd.net.connection.tls import TlsLink
+from brokerd.net.core_events import report
+from brokerd.net.counters import Outcome, Tally
+from brokerd.net.drain import Drained, Draining
+from brokerd.net.graceful_close import Finishing
+from brokerd.net.handshake.handshakes import TAKEN, Door, fresh_instance
+from brokerd.net.handshake.keyring import Credential, Keyring
+from brokerd.net.handshake.peer_uid import peer_uid
+from brokerd.net.handshake.pending import Knock
+from brokerd.net.handshake.tls import NO_CHANNEL, Channel
+from brokerd.net.listen.acceptor import Acceptor
+from brokerd.net.listen.listener import ListenError, Listening
 from brokerd_client.address import Address
-from brokerd_client.tls_stream import TlsStream
+from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Log", "Server"]

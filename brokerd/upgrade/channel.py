@@ -38,7 +38,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from brokerd.logs import in_words
+from brokerd.log.logger import in_words
 
 __all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
 

@@ -14,7 +14,7 @@ from brokerd_client.errors import __all__ as _errors
 if TYPE_CHECKING:
     from brokerd_client import aio, connection
     from brokerd_client.blocking import Client, PresenceWatch, Subscription, connect
-    from brokerd_client.blocking_feeds import Message
+    from brokerd_client.blocking.subscriptions import Message
     from brokerd_client.message import Receipt
     from brokerd_client.presence import ClientInfo, Presence
 
@@ -36,7 +36,7 @@ __all__ += [name for name in _errors if name != "refusal"]
 _HOMES = {
     "Client": "blocking",
     "ClientInfo": "presence",
-    "Message": "blocking_feeds",
+    "Message": "blocking",
     "Presence": "presence",
     "PresenceWatch": "blocking",
     "Receipt": "message",

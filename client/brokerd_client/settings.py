@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from brokerd_client._common.paths import is_plainly_a_path
 from brokerd_client.address import Address, parse
 from brokerd_client.errors import AddressError, BrokerdError, Disconnected, InvalidKey, TlsError
-from brokerd_client.paths import is_plainly_a_path
 from brokerd_client.wire.envelope import check_name
 
 if TYPE_CHECKING:

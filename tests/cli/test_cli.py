@@ -17,9 +17,10 @@ import trustme
 import yaml
 from click.testing import CliRunner, Result
 
-from brokerd import __version__, process
-from brokerd.cli import main
+from brokerd import __version__
+from brokerd.cli.main import main
 from brokerd.config.load import load
+from brokerd.daemon import process
 
 GOOD = "listen: [b.sock]\nclients:\n  alice: {key: a}\n  bob: {key: b}\n"
 BAD = "listen: [b.sock]\nclients:\n  alice: {kye: a}\n  bob: {key: b, send_to: [alcie]}\n"
@@ -193,7 +194,7 @@ def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(tmp_path: Pat
     write(tmp_path / "b.yaml", BAD)
 
     done = subprocess.run(
-        [sys.executable, "-m", "brokerd.cli", *arguments],
+        [sys.executable, "-m", "brokerd.cli.main", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -224,7 +225,11 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
     """A file that does not exist is one line and 78, for run and check."""
     for arguments in (["--config", tmp_path / "no.yaml"], ["check", tmp_path / "no.yaml"]):
         done = subprocess.run(
-            [sys.executable, "-m", "brokerd.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-m", "brokerd.cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 78
         assert re.fullmatch(r"\S+no\.yaml:1:1: \(file\): there is no file \S+ \(.*\)\n", done.stderr)
@@ -284,9 +289,9 @@ def test_the_offline_commands_load_no_event_loop() -> None:
     """check and key start fast: neither imports asyncio nor the daemon."""
     for arguments in (["key"], ["check", "/nonexistent.yaml"]):
         code = (
-            "import sys\nfrom brokerd.cli import main\n"
+            "import sys\nfrom brokerd.cli.main import main\n"
             f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-            "print([name for name in ('asyncio', 'brokerd.daemon', 'structlog', 'rich') if name in sys.modules])"
+            "print([name for name in ('asyncio', 'brokerd.daemon.daemon', 'structlog', 'rich') if name in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout.splitlines()[-1] == "[]"

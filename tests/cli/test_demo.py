@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from brokerd import demo
+from brokerd.cli import demo
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
@@ -26,7 +26,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
 def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
     """The command shows three clients talking, exits with 0 and leaves no file, whatever the configuration is."""
     done = subprocess.run(
-        [sys.executable, "-m", "brokerd.cli", "demo"],
+        [sys.executable, "-m", "brokerd.cli.main", "demo"],
         env={**os.environ, "TMPDIR": str(socket_dir), "BROKERD_CONFIG": "/nonexistent"},
         stdin=subprocess.DEVNULL,
         capture_output=True,

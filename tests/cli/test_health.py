@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 from net.house import House, configuration, house
 
-import brokerd.health
-from brokerd.cli import main
-from brokerd.config.addresses import Entrance, entrances
-from brokerd.health import Unhealthy, entrance_to_ask, knock
+import brokerd.cli.health
+from brokerd.cli.health import Unhealthy, entrance_to_ask, knock
+from brokerd.cli.main import main
+from brokerd.config.listen_addresses import Entrance, entrances
 from brokerd_client.address import Address, parse
 from brokerd_client.wire.framing import frame
 
@@ -214,7 +214,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(brokerd.health, "time", self)
+        monkeypatch.setattr(brokerd.cli.health, "time", self)
 
     def monotonic(self) -> float:
         return self.now

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd.config import document as documents
-from brokerd.config.document import Document, read
+from brokerd.config import yaml_reader as documents
+from brokerd.config.yaml_reader import Document, read
 
 
 def problem_of(text: str) -> str:

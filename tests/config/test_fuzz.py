@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brokerd.config import document as documents
+from brokerd.config import yaml_reader as documents
 from brokerd.config.load import ConfigError, load_text
 
 ROOT = Path(__file__).resolve().parents[2]

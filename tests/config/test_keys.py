@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from brokerd.config.advice import advice
-from brokerd.config.keys import MAX_KEY, KeyRefused, read_file
+from brokerd.config.key_files import MAX_KEY, KeyRefused, read_file
+from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
 from brokerd.config.values import Key
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from brokerd.config.advice import advice
+from brokerd.config.diff import compare
+from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
-from brokerd.config.plan import compare
 
 LISTEN = "listen: [/run/b.sock]\nclients: {a: {key: k}}\n"
 

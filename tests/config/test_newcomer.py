@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from brokerd.config import newcomer
+from brokerd.cli import add_client as newcomer
+from brokerd.cli.add_client import NotAdded, add_client
 from brokerd.config.load import ConfigError, load
-from brokerd.config.newcomer import NotAdded, add_client
 
 MAIN = 'listen: [b.sock]\nclients: {ops: {key: k}}\ninclude: ["clients.d/*.yaml"]\n'
 

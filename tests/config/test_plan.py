@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from brokerd.config import plan
+from brokerd.config import diff as plan
+from brokerd.config.diff import Plan, compare, overlaps, taken_over
 from brokerd.config.load import load_text
 from brokerd.config.model import Config
-from brokerd.config.plan import Plan, compare, overlaps, taken_over
 
 LISTEN = "listen: [/run/b.sock]\n"
 

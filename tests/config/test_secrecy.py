@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from brokerd.config import document as documents
 from brokerd.config import model
-from brokerd.config.advice import advice
+from brokerd.config import yaml_reader as documents
+from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
 
 CANARY = "Kanarienvogel"

@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from brokerd.config.advice import advice
+from brokerd.config.key_validity import KeyState, let_in_until, state_of
+from brokerd.config.lint import advice
 from brokerd.config.load import load_text
-from brokerd.config.validity import KeyState, let_in_until, state_of
 from brokerd.config.values import Key
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)

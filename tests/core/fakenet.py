@@ -14,9 +14,9 @@ from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenCo
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Limits
 from brokerd.core.precopy import Copier, Copies
+from brokerd.core.routing_result import Verdict
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Pieces, capture, capture_idle, restore, restore_idle
-from brokerd.core.verdict import Verdict
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import FrameReader, frame
 

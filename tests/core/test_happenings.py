@@ -9,7 +9,7 @@ from core.fakenet import FakeNet, client
 
 from brokerd.config.values import WhenFull
 from brokerd.core.broker import Limits
-from brokerd.core.happenings import MOST, Happenings
+from brokerd.core.log_events import MOST, Happenings
 from brokerd_client.wire.envelope import Kind
 
 BODY = bytes(400)

@@ -8,9 +8,9 @@ import pytest
 from core.fakenet import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.parcel import SLACK, Parcel, joined
-from brokerd.core.unusual import unusual
-from brokerd.core.verdict import Verdict
+from brokerd.core.large_frame import SLACK, Parcel, joined
+from brokerd.core.routing_result import Verdict
+from brokerd.core.slow_path import unusual
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame, frame_prefix
 

@@ -8,7 +8,7 @@ import pytest
 from core.fakenet import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.parting import add_reason, drain_in_steps, mute, part, retire
+from brokerd.core.goaway import add_reason, drain_in_steps, mute, part, retire
 from brokerd_client.wire.envelope import ErrorCode, Kind
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from core.fakenet import FakeNet, Peer, client
 
 from brokerd.core.broker import Limits
-from brokerd.core.verdict import Verdict
+from brokerd.core.routing_result import Verdict
 from brokerd_client.wire.envelope import Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
 

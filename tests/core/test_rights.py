@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from core.fakenet import FakeNet, Peer, client
 
-from brokerd.core import service
+from brokerd.core import operations as service
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import frame
 

@@ -10,7 +10,7 @@ from core.fakenet import FakeNet, Feed, Peer, client
 from brokerd.config.values import WhenFull
 from brokerd.core import _routing_py, routing
 from brokerd.core.broker import Limits
-from brokerd.core.verdict import Verdict
+from brokerd.core.routing_result import Verdict
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 

@@ -218,7 +218,7 @@ def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Pat
     config.write_text(good)
     daemon = begin(
         subprocess.Popen(
-            [sys.executable, "-c", "from brokerd.cli import main; main()", "--config", str(config)],
+            [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import brokerd_client
-from brokerd.cli import main
+from brokerd.cli.main import main
 from brokerd.config.load import load
 from brokerd.ctl.command import brokerctl
 from brokerd.ctl.plan import plan_lines
@@ -59,7 +59,7 @@ class Site:
 @pytest.fixture
 def site(begin: Begin, socket_dir: Path) -> Site:
     here = Site(socket_dir)
-    command = [sys.executable, "-c", "from brokerd.cli import main; main()", "--config", str(here.config)]
+    command = [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(here.config)]
     daemon = begin(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     assert daemon.stderr is not None
     assert b"daemon.started" in daemon.stderr.readline()

@@ -8,7 +8,7 @@ import pytest
 import trustme
 
 from brokerd.ctl.status import Failure, Status
-from brokerd.ctl.trust import context_of
+from brokerd.ctl.tls import context_of
 
 TLS = "tls://localhost:6000"
 

@@ -19,7 +19,9 @@ from net.raw import Raw, login
 from brokerd_client.address import Address, parse
 
 TIMEOUT_S = 30.0
-PROGRAM = "import sys; from pathlib import Path; from brokerd.process import run; sys.exit(run(Path(sys.argv[1])))"
+PROGRAM = (
+    "import sys; from pathlib import Path; from brokerd.daemon.process import run; sys.exit(run(Path(sys.argv[1])))"
+)
 
 
 def key_of(name: str) -> bytes:

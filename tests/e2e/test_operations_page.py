@@ -15,7 +15,7 @@ from brokerd_client import connect
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 #: What the two commands are here, whatever else is installed on this machine.
-COMMANDS = {"brokerd": "brokerd.cli", "brokerctl": "brokerd.ctl"}
+COMMANDS = {"brokerd": "brokerd.cli.main", "brokerctl": "brokerd.ctl"}
 
 
 def blocks(section: str) -> list[str]:

@@ -18,12 +18,12 @@ from pathlib import Path
 before = Path(sys.argv[1]).with_name("successor.py" if "BROKERD_UPGRADE_FD" in os.environ else "first.py")
 if before.exists():
     exec(before.read_text())
-from brokerd.process import run
+from brokerd.daemon.process import run
 sys.exit(run(Path(sys.argv[1])))
 """
 #: What a process that is to hand over does, so that a test need not wait for long.
 IMPATIENT = """
-from brokerd.upgrade import predecessor
+from brokerd.upgrade import old_process as predecessor
 predecessor._HELLO_S = 5.0
 predecessor._HANDOVER_S = 0.5
 predecessor._MOMENT_S = 0.3

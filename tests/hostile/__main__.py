@@ -12,8 +12,8 @@ from e2e.process import Process
 from hostile.attackers import ATTACKS
 from hostile.test_memory import LIMITS, LOG, besiege, clients, resident, until_listening
 
-from brokerd.config.bound import memory_bound
 from brokerd.config.load import load
+from brokerd.config.memory_bound import memory_bound
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 260, 60, 20, 30, 40
 _SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13"'

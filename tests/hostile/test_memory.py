@@ -15,8 +15,8 @@ from e2e.process import Process, key_of
 from hostile.attackers import ATTACKS, MAX_MESSAGE, Siege
 from net.raw import Raw, login
 
-from brokerd.config.bound import memory_bound
 from brokerd.config.load import load
+from brokerd.config.memory_bound import memory_bound
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 

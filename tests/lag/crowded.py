@@ -24,13 +24,12 @@ from lag.meter import Meter, metered
 from net.house import Recorder, key_of
 from net.raw import Raw, login
 
-from brokerd import garbage
 from brokerd.config.load import load_text
 from brokerd.config.model import Config
 from brokerd.config.values import WhenFull
 from brokerd.core.session import Session
-from brokerd.daemon import Daemon
-from brokerd.net.link import Link
+from brokerd.daemon import Daemon, garbage
+from brokerd.net.connection.connection import Link
 from brokerd_client.address import Address
 
 __all__ = [

@@ -8,7 +8,7 @@ import pytest
 from lag.crowded import Crowded
 from net.raw import ERROR, REPLY
 
-from brokerd.core import service
+from brokerd.core import operations as service
 
 #: What is asked of the crowded broker, by operation: its arguments, made for the worst that a client can ask.
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {

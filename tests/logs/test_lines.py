@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from brokerd.log_lines import Form, console, journal_entry, json_line, prefixed
+from brokerd.log.formats import Form, console, journal_entry, json_line, prefixed
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
 HOSTILE = [

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from brokerd import logs
 from brokerd.config.model import Log, LogAreas
-from brokerd.logs import AuditError, LevelRefused, Logs
+from brokerd.log import logger as logs
+from brokerd.log.logger import AuditError, LevelRefused, Logs
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 30.0
@@ -312,7 +312,7 @@ def _either(node: ast.expr) -> list[ast.expr]:
 
 
 def test_every_event_is_documented_and_every_documented_one_exists() -> None:
-    """The source, the list in brokerd/logs.py and the table in docs/operations.md name the same events."""
+    """The source, the list in brokerd/log/logger.py and the table in docs/operations.md name the same events."""
     called = called_events()
     listed = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", re.search(r"(?s)\n\n    .*?\n\n", logs.__doc__ or "")[0]))  # type: ignore[index]
     section = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("\n## Log events\n")[2]

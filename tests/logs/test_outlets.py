@@ -14,8 +14,8 @@ from time import monotonic
 
 import pytest
 
-from brokerd import log_outlets
-from brokerd.log_outlets import Descriptor, Journal, Outlet, Text, of_stream, open_for_append
+from brokerd.log import sinks as log_outlets
+from brokerd.log.sinks import Descriptor, Journal, Outlet, Text, of_stream, open_for_append
 
 TIMEOUT_S = 30.0
 

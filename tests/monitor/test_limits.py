@@ -11,7 +11,7 @@ from monitor.scrape import connect, ended, get, watched
 from net.house import House
 from net.raw import MESSAGE
 
-from brokerd.monitor import site
+from brokerd.monitor import http_server as site
 
 
 def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 from monitor.scrape import connect, get, watched
 
-from brokerd.monitor import site
-from brokerd.monitor.pending import Pending
+from brokerd.monitor import http_server as site
+from brokerd.monitor.pending_requests import Pending
 
 REQUEST = b"GET /livez HTTP/1.1\r\n\r\n"
 

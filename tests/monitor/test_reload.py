@@ -16,7 +16,7 @@ from net.house import House, Recorder
 import brokerd_client
 from brokerd.config.load import load
 from brokerd.daemon import Daemon
-from brokerd.process import loop_factory
+from brokerd.daemon.process import loop_factory
 from brokerd_client.address import Address
 
 

@@ -9,7 +9,7 @@ PROGRAM = """
 import asyncio, sys
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
-from brokerd.logs import quiet_log
+from brokerd.log.logger import quiet_log
 
 async def main():
     config = Config.build(["127.0.0.1:0"], {"alice": b"k"}, monitor=%r)

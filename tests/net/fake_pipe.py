@@ -16,7 +16,7 @@ CAPACITY = 8192
 
 
 class FakePipe:
-    """One end of a pipe; it is a brokerd_client.bridge.Pipe. taken: bytes read from it so far."""
+    """One end of a pipe; it is a brokerd_client._common.pipe_bridge.Pipe. taken: bytes read from it so far."""
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed

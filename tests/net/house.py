@@ -12,7 +12,7 @@ from net.raw import Raw, login
 
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
-from brokerd.process import loop_factory
+from brokerd.daemon.process import loop_factory
 from brokerd_client.address import Address
 
 T = TypeVar("T")

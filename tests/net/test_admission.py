@@ -22,8 +22,8 @@ from e2e.process import key_of as file_key_of
 from net.house import configuration, house, key_of
 from net.raw import CHALLENGE, WELCOME, Raw, Rejected, prefixed
 
-from brokerd.net import admission as admission_module
-from brokerd.net.admission import GRACE_S, Admission, Rank
+from brokerd.net.handshake import admission as admission_module
+from brokerd.net.handshake.admission import GRACE_S, Admission, Rank
 from brokerd_client.address import Address
 
 CROWD = Path(__file__).with_name("crowd.py")

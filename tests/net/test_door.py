@@ -9,9 +9,9 @@ import pytest
 from net.house import House, configuration, house, key_of
 from net.raw import Rejected, login, prefixed
 
-from brokerd.net import failures as failures_module
-from brokerd.net.door import Door
-from brokerd.net.keyring import Keyring
+from brokerd.net.handshake import penalties as failures_module
+from brokerd.net.handshake.handshakes import Door
+from brokerd.net.handshake.keyring import Keyring
 from brokerd_client.wire.handshake import LIMIT
 
 

@@ -16,7 +16,9 @@ from net.house import House, configuration, house
 from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
 
 from brokerd.core.topics import Topics
-from brokerd.net import draining, link, server
+from brokerd.net import drain as draining
+from brokerd.net import server
+from brokerd.net.connection import connection as link
 
 LISTENS = ["127.0.0.1:0", "unix"]
 

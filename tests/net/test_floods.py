@@ -12,9 +12,9 @@ from net.house import Recorder, configuration, house
 from net.raw import packed
 
 from brokerd.core import routing
-from brokerd.core.happenings import Happening
-from brokerd.net.floods import Floods
-from brokerd.net.notices import report
+from brokerd.core.log_events import Happening
+from brokerd.log.rate_limit import Floods
+from brokerd.net.core_events import report
 
 
 def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -> None:

@@ -16,10 +16,10 @@ from net.house import TIMEOUT_S, House, configuration, house, key_of
 from net.raw import ERROR, EVENT, MESSAGE, REQUEST, WANT_RECEIPT, Rejected, packed, prefixed
 from outages.traffic import until
 
-from brokerd import reload
 from brokerd.config.load import load
-from brokerd.net.handed import Handed
-from brokerd.reload import prepare
+from brokerd.daemon import reload
+from brokerd.daemon.reload import prepare
+from brokerd.net.listen.socket_activation import Handed
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def objects() -> Counter[str]:
     """Return how many objects of each of the broker's own types there are."""
     kinds = map(type, gc.get_objects())
     named = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
-    return Counter(name for name in named if name.startswith(("brokerd.", "brokerd_client.tls")))
+    return Counter(name for name in named if name.startswith(("brokerd.", "brokerd_client.tls.engine")))
 
 
 def leave(broker: House) -> None:

@@ -26,8 +26,10 @@ from net.raw import (
     prefixed,
 )
 
-from brokerd.net import admission, door, failures
-from brokerd.net.keyring import Search
+from brokerd.net.handshake import admission
+from brokerd.net.handshake import handshakes as door
+from brokerd.net.handshake import penalties as failures
+from brokerd.net.handshake.keyring import Search
 from brokerd_client.address import Address
 
 REJECTION = prefixed(FAILURE)

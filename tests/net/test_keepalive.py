@@ -14,9 +14,9 @@ from net.house import House, configuration, house, key_of
 from net.raw import login
 
 from brokerd.config.model import Config
-from brokerd.net import pulse
+from brokerd.net.connection import liveness as pulse
 from brokerd.net.server import Server
-from brokerd_client.keepalive import Silence, keep_alive
+from brokerd_client._common.keepalive import Silence, keep_alive
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="options and struct tcp_info as on Linux")
 

@@ -9,8 +9,8 @@ from net.house import Recorder
 
 from brokerd.config.load import load_text
 from brokerd.config.model import Config
-from brokerd.keywatch import KeyWatch
-from brokerd.net.keyring import Credential
+from brokerd.daemon.key_expiry import KeyWatch
+from brokerd.net.handshake.keyring import Credential
 
 START = datetime(2026, 6, 1, tzinfo=UTC)
 

@@ -16,7 +16,7 @@ from net.house import configuration, house, key_of
 from net.raw import login
 
 from brokerd.config.values import ListenConfig, Source
-from brokerd.net.listening import ListenError, listen
+from brokerd.net.listen.listener import ListenError, listen
 from brokerd_client.address import Address
 
 

@@ -32,9 +32,9 @@ from net.raw import (
 )
 
 from brokerd.core import broker as broker_module
-from brokerd.core import service
-from brokerd.net import link as link_module
-from brokerd.net.link import Link
+from brokerd.core import operations as service
+from brokerd.net.connection import connection as link_module
+from brokerd.net.connection.connection import Link
 
 MAX_ID = 2**64 - 1
 

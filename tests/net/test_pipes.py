@@ -18,12 +18,14 @@ from net.fake_pipe import TIMEOUT_S, FakeDoor, FakePipe, PipeRaw, fake_pipes
 from net.house import House, configuration, house, key_of
 from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Rejected, login, packed, prefixed
 
-import brokerd_client.bridge
+import brokerd_client._common.pipe_bridge
 from brokerd.config.model import Config
-from brokerd.net import acceptor, link, listening
-from brokerd.net.pipes import PipeListener, open_pipe
+from brokerd.net.connection import connection as link
+from brokerd.net.listen import acceptor
+from brokerd.net.listen import listener as listening
+from brokerd.net.listen.named_pipes import PipeListener, open_pipe
+from brokerd_client._common.pipe_bridge import BridgedSocket, bridge
 from brokerd_client.address import Address
-from brokerd_client.bridge import BridgedSocket, bridge
 
 PIPE = Address("AF_PIPE", path=r"\\.\pipe\brokerd-test")
 SIZES = [0, 1, 12, 4095, 4096, 4097, 65536, 100_000, 5 * 2**20]
@@ -184,7 +186,7 @@ def test_what_was_written_before_the_close_arrives(bridged: Bridged) -> None:
 
 def test_a_peer_that_takes_nothing_is_waited_for_a_while(bridged: Bridged, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the close, and its time, the bridge lets go, though the peer has not read."""
-    monkeypatch.setattr(brokerd_client.bridge, "LINGER_S", 0.05)
+    monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     bridged.sock.sendall(prefixed(bytes(100_000)))
     bridged.sock.close()
     bridged.pipe.wait_until_closed()
@@ -491,7 +493,7 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
 
 def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that takes nothing holds up neither the stop nor, for longer than its time, the bridge."""
-    monkeypatch.setattr(brokerd_client.bridge, "LINGER_S", 0.05)
+    monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     with (
         served(monkeypatch, limits={"drain_timeout": "0.2s"}) as broker,
         broker.login("alice") as alice,

@@ -18,9 +18,9 @@ import brokerd_client
 from brokerd import daemon as daemons
 from brokerd.config.load import load
 from brokerd.core.broker import Broker
-from brokerd.core.review import Review
+from brokerd.core.revocation import Review
 from brokerd.daemon import Daemon
-from brokerd.process import loop_factory
+from brokerd.daemon.process import loop_factory
 from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from brokerd.process import _signals_go_to
+from brokerd.daemon.process import _signals_go_to
 
 
 class Deaf(asyncio.SelectorEventLoop):

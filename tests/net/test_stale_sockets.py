@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from brokerd.config.values import ListenConfig, Source
-from brokerd.net import listening
-from brokerd.net.listening import ListenError, Listening, listen
+from brokerd.net.listen import listener as listening
+from brokerd.net.listen.listener import ListenError, Listening, listen
 from brokerd_client.address import Address
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from brokerd.core.snapshot_check import BadSnapshot
-from brokerd.net.tally import Outcome, Tally
+from brokerd.net.counters import Outcome, Tally
 
 
 def test_counts_go_on() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, packed
 
-from brokerd.net.unread import UnreadCounter
+from brokerd.net.connection.unread import UnreadCounter
 
 FRAMES = [
     packed(MESSAGE, "bob", b"x") * 3,

@@ -9,7 +9,7 @@ import pytest
 from net.house import configuration, house
 from net.raw import Rejected
 
-from brokerd.net import users
+from brokerd.net.handshake import peer_uid as users
 
 #: As systemd's PrivateUsers=yes makes it: root and the service's own user.
 PRIVATE = "         0          0          1\n       997        997          1\n"

@@ -30,7 +30,7 @@ class Process:
 
     def start(self) -> None:
         """Start it; return when it accepts connections."""
-        command = [sys.executable, "-c", "from brokerd.cli import main; main()", "--config", str(self._file)]
+        command = [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(self._file)]
         self._running = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert self._running.stderr is not None
         line = self._running.stderr.readline()

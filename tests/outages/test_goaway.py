@@ -14,9 +14,10 @@ import trustme
 from outages.stops import BURST, TIMEOUT_S, Account, run_asyncio, run_blocking
 
 from brokerd.testing import RunningBroker
-from brokerd_client import Client, backoff
+from brokerd_client import Client
 from brokerd_client.aio import Client as AsyncClient
-from brokerd_client.blocking_link import Link
+from brokerd_client.blocking.base import Link
+from brokerd_client.protocol import backoff
 
 CLIENTS = {"alice": {}, "absent": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
 

@@ -13,9 +13,10 @@ from e2e.process import Process, key_of
 from outages.stops import run_asyncio, run_blocking
 from outages.ways import Way
 
-from brokerd_client import Client, backoff, connect
+from brokerd_client import Client, connect
 from brokerd_client.aio import Client as AsyncClient
 from brokerd_client.aio import connect as connect_async
+from brokerd_client.protocol import backoff
 
 CLIENTS: dict[str, Any] = {"alice": {}, "bob": {"queue": "64MiB"}}
 

@@ -21,7 +21,7 @@ for number, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in given
     os.close(fd)
 if given:
     os.environ["LISTEN_PID"] = str(os.getpid())
-from brokerd.process import run
+from brokerd.daemon.process import run
 sys.exit(run(Path(sys.argv[1])))
 """
 

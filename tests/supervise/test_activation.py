@@ -16,7 +16,7 @@ from net.raw import Raw, login
 from supervise.manager import Manager
 
 from brokerd.config.model import Config
-from brokerd.net.handed import Handed, HandedSocket, Misfit
+from brokerd.net.listen.socket_activation import Handed, HandedSocket, Misfit
 from brokerd_client.address import Address, parse
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="sockets are handed over on Linux only")

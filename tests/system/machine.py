@@ -280,7 +280,7 @@ def installed_for(suite: str) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
     _pip(python, "install", "--quiet", "--no-warn-script-location", "--target", path / "lib", source)
     (path / "bin").mkdir()
-    for command, module in (("brokerd", "brokerd.cli"), ("brokerctl", "brokerd.ctl")):
+    for command, module in (("brokerd", "brokerd.cli.main"), ("brokerctl", "brokerd.ctl")):
         script = path / "bin" / command
         script.write_text(f"#!/usr/bin/python3\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
         script.chmod(0o755)

@@ -216,7 +216,7 @@ def test_a_client_finds_that_its_broker_has_vanished(
     link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str
 ) -> None:
     """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no call of its has run out."""
-    for module in ("brokerd_client.channel", "brokerd_client.aio_connection"):
+    for module in ("brokerd_client.blocking.transport", "brokerd_client.aio.transport"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
     with broker_there(socket_dir, link, way) as broker:
         address = str(broker.addresses()[1])

@@ -471,7 +471,7 @@ def test_another_process_may_become_the_main_one(machine: Machine) -> None:
         textwrap.dedent(
             """
             import os, signal, sys, time
-            from brokerd.supervise import Supervisor
+            from brokerd.daemon.systemd import Supervisor
             supervisor = Supervisor.from_environ()
             supervisor.notify(READY=1, STATUS="old")
             heir = os.fork()

@@ -56,7 +56,7 @@ def test_ctrl_c_stops_the_daemon(system: Windows, tmp_path: Path, presses: int) 
     environment = {**system.environment, "TERM": "xterm"}
     try:
         daemon = subprocess.Popen(
-            [sys.executable, "-c", IN_TERMINAL, *system.command("-m", "brokerd.cli", "--config", config)],
+            [sys.executable, "-c", IN_TERMINAL, *system.command("-m", "brokerd.cli.main", "--config", config)],
             env=environment,
             stdin=console,
             stdout=console,

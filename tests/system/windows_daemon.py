@@ -49,7 +49,7 @@ class Daemon:
             (HOME / f"{name}.key").write_bytes(key(name) + b"\r\n")
         configure(PIPE)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "brokerd.cli", "--config", str(HOME / "brokerd.yaml")],
+            [sys.executable, "-m", "brokerd.cli.main", "--config", str(HOME / "brokerd.yaml")],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -252,10 +252,12 @@ def many_clients_come_and_go():
 
 @case
 def the_other_commands_run():
-    done = subprocess.run([sys.executable, "-m", "brokerd.cli", "demo"], capture_output=True, timeout=TIMEOUT_S * 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "brokerd.cli.main", "demo"], capture_output=True, timeout=TIMEOUT_S * 2
+    )
     assert done.returncode == 0, done
     done = subprocess.run(
-        [sys.executable, "-m", "brokerd.cli", "check", str(HOME / "brokerd.yaml")],
+        [sys.executable, "-m", "brokerd.cli.main", "check", str(HOME / "brokerd.yaml")],
         capture_output=True,
         timeout=TIMEOUT_S,
     )

@@ -13,9 +13,10 @@ import pytest
 from authority import Issued
 
 from brokerd.testing import running
-from brokerd_client import aio, aio_link
+from brokerd_client import aio
+from brokerd_client.aio import base as aio_link
 from brokerd_client.errors import Disconnected
-from brokerd_client.tls import Engine
+from brokerd_client.tls.engine import Engine
 
 
 class PanicException(BaseException):

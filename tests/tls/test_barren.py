@@ -21,8 +21,8 @@ from net.raw import MESSAGE, Raw, packed
 from records import APPLICATION_DATA, Forger, forger_of
 from stock import tls_login
 
-from brokerd.net import link as link_module
-from brokerd_client.tls import Engine
+from brokerd.net.connection import connection as link_module
+from brokerd_client.tls.engine import Engine
 
 #: The kinds of records that have nothing in them, some hundred kilobytes of each; every one costs some microseconds.
 FLOODS: dict[str, Callable[[Forger], bytes]] = {

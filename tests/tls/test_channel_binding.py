@@ -17,7 +17,7 @@ from relay import Relay, read_frame
 from stock import tls_login
 
 from brokerd_client.errors import AuthenticationError, BrokerdError
-from brokerd_client.wire.binding import END_POINT, offer
+from brokerd_client.wire.channel_binding import END_POINT, offer
 from brokerd_client.wire.handshake import Proof, Receive, as_listener
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from authority import Issued
 
-from brokerd_client.tls import Engine
+from brokerd_client.tls.engine import Engine
 
 
 class Pair:

@@ -20,11 +20,11 @@ from net.raw import login
 from stock import TlsRaw, tls_login
 
 import brokerd_client
-from brokerd.cli import main
-from brokerd.config.advice import advice
-from brokerd.config.bound import memory_bound
+from brokerd.cli.main import main
+from brokerd.config.cert_subjects import normal, parse, show
+from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
-from brokerd.config.subjects import normal, parse, show
+from brokerd.config.memory_bound import memory_bound
 from brokerd.ctl.command import brokerctl
 from brokerd.testing import running
 from brokerd_client.errors import TlsError

@@ -17,11 +17,12 @@ from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejec
 from stock import TlsRaw, tls_login
 
 import brokerd_client
-from brokerd.net import admission
-from brokerd.net.tls import TlsHandshakes
-from brokerd.net.tls_link import TlsLink
-from brokerd_client import aio, blocking, dialog
+from brokerd.net.connection.tls import TlsLink
+from brokerd.net.handshake import admission
+from brokerd.net.handshake.tls import TlsHandshakes
+from brokerd_client import aio, blocking
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, TlsError
+from brokerd_client.protocol import dialog
 
 
 @pytest.fixture(params=[Blocking, Asyncio])

@@ -14,7 +14,7 @@ from e2e.process import Process, key_of
 from faces import PATIENCE
 
 import brokerd_client
-from brokerd.cli import main
+from brokerd.cli.main import main
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="no process replaces itself here")

@@ -16,12 +16,12 @@ from authority import Issued
 from client.connection.interruption import RETURN, interrupted_at
 
 from brokerd_client.address import Address
-from brokerd_client.aio_connection import Connection, Resolver
-from brokerd_client.aio_tls import _Encrypting, dial_tls
+from brokerd_client.aio.tls_transport import _Encrypting, dial_tls
+from brokerd_client.aio.transport import Connection, Resolver
+from brokerd_client.blocking.tls_transport import TlsChannel
 from brokerd_client.errors import TlsError
-from brokerd_client.tls import Engine
-from brokerd_client.tls_channel import TlsChannel
-from brokerd_client.tls_stream import TlsStream
+from brokerd_client.tls.engine import Engine
+from brokerd_client.tls.stream import TlsStream
 
 
 class Answering:

@@ -10,9 +10,9 @@ import pytest
 from net.house import Recorder, configuration
 
 from brokerd.daemon import Daemon
-from brokerd.upgrade import predecessor
+from brokerd.upgrade import old_process as predecessor
 from brokerd.upgrade.channel import Channel, ChannelError
-from brokerd.upgrade.predecessor import Predecessor
+from brokerd.upgrade.old_process import Predecessor
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes upgrade on Linux")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from brokerd_client.errors import AuthenticationError
-from brokerd_client.wire import binding
-from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, EXPORTER
+from brokerd_client.wire import channel_binding as binding
+from brokerd_client.wire.channel_binding import BROKER, CLIENT, END_POINT, EXPORTER
 from brokerd_client.wire.handshake import (
     FAILURE,
     NONCE_SIZE,

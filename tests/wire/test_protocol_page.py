@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from brokerd_client.wire import handshake
-from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, bound_key, offer
+from brokerd_client.wire.channel_binding import BROKER, CLIENT, END_POINT, bound_key, offer
 from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import Handshake, Proof, Send

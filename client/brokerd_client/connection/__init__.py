@@ -18,9 +18,9 @@ import sys
 
 from brokerd_client.address import infer_family as address_type
 from brokerd_client.connection.client import Client
-from brokerd_client.connection.doors import arbitrary_address, default_family, families
+from brokerd_client.connection.handshaking import answer_challenge, deliver_challenge
 from brokerd_client.connection.listener import Listener
-from brokerd_client.connection.negotiation import answer_challenge, deliver_challenge
+from brokerd_client.connection.listening_sockets import arbitrary_address, default_family, families
 from brokerd_client.connection.pair import Pipe
 from brokerd_client.connection.readiness import wait
 from brokerd_client.connection.stream import BadMessageLength, Connection, MessageTooBig

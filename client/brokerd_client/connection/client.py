@@ -8,13 +8,13 @@ import time
 from typing import Any, cast
 
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
-from brokerd_client.connection.doors import no_delay
+from brokerd_client.connection.handshaking import Channel, Negotiation, SocketChannel, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
-from brokerd_client.connection.negotiation import Channel, Negotiation, SocketChannel, described, nonce
+from brokerd_client.connection.listening_sockets import no_delay
 from brokerd_client.connection.readiness import deadline_after, shortened
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, FrameError, TimedOut
-from brokerd_client.wire.foreign import SILENT
+from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.handshake import as_dialer
 
 __all__ = ["Client"]

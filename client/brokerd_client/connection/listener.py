@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, cast
 
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
-from brokerd_client.connection.doors import arbitrary_address, default_family, open_door
+from brokerd_client.connection.call_lock import new_turn, refuse_nested_call
 from brokerd_client.connection.forks import reset_after_fork
+from brokerd_client.connection.handshaking import Negotiation, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
-from brokerd_client.connection.negotiation import Negotiation, described, nonce
+from brokerd_client.connection.listening_sockets import arbitrary_address, default_family, open_door
 from brokerd_client.connection.readiness import deadline_after
 from brokerd_client.connection.stream import Connection
-from brokerd_client.connection.turn import new_turn, refuse_nested_call
 from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
 from brokerd_client.wire.handshake import as_listener
 

@@ -22,8 +22,8 @@ if sys.platform == "win32":
     from multiprocessing import reduction
     from typing import Any, Final
 
+    from brokerd_client.connection.call_lock import new_turn, refuse_nested_call, release_if_held
     from brokerd_client.connection.readiness import shortened
-    from brokerd_client.connection.turn import new_turn, refuse_nested_call, release_if_held
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
@@ -135,7 +135,7 @@ if sys.platform == "win32":
     class PipeStream:
         """One end of a named pipe: messages read in pieces and written whole, until some thread says stop.
 
-        This is a ``brokerd_client.bridge.Pipe``.
+        This is a ``brokerd_client._common.pipe_bridge.Pipe``.
         """
 
         def __init__(self, handle: int) -> None:

@@ -27,9 +27,9 @@ from multiprocessing import reduction
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeAlias
 
+from brokerd_client.connection.call_lock import Turn, new_turn, refuse_nested_call, release_if_held
 from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.readiness import wait
-from brokerd_client.connection.turn import Turn, new_turn, refuse_nested_call, release_if_held
 from brokerd_client.errors import BadLength, BufferTooShort, Closed, FrameTooBig
 from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame_span
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from brokerd_client.errors import AuthenticationError, FrameError
-from brokerd_client.wire.binding import BROKER, CLIENT, Bindings, bound_key, choose, marked, unmarked
-from brokerd_client.wire.foreign import foreign_speech
+from brokerd_client.wire.channel_binding import BROKER, CLIENT, Bindings, bound_key, choose, marked, unmarked
+from brokerd_client.wire.foreign_protocols import foreign_speech
 from brokerd_client.wire.framing import FrameReader
 
 __all__ = [

@@ -49,7 +49,7 @@ class Blocking(Face):
 
 
 class Asyncio(Face):
-    """brokerd_client.aio.connect, on the loop that ``new_loop`` makes."""
+    """brokerd_client.aio.client.connect, on the loop that ``new_loop`` makes."""
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop) -> None:
         super().__init__()

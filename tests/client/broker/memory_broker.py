@@ -11,7 +11,8 @@ from typing import Any
 
 from fake_broker import FakeBroker, Session
 
-from brokerd_client import aio, aio_link
+from brokerd_client import aio
+from brokerd_client.aio import base as aio_link
 
 PATIENCE = 20.0
 #: Bytes delivered at once, as by a read of a socket.

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 from fake_broker import FakeServer
 
-from brokerd_client import aio, aio_connection, aio_link
+from brokerd_client import aio
+from brokerd_client._common.keepalive import Silence
 from brokerd_client.address import Address
-from brokerd_client.aio_connection import Connection, dial
+from brokerd_client.aio import base as aio_link
+from brokerd_client.aio import transport as aio_connection
+from brokerd_client.aio.transport import Connection, dial
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -27,7 +30,6 @@ from brokerd_client.errors import (
     TimedOut,
     WrongProcess,
 )
-from brokerd_client.keepalive import Silence
 
 PATIENCE = 20.0
 

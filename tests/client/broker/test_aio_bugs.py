@@ -12,7 +12,8 @@ import pytest
 from fake_broker import Session
 from memory_broker import MemoryBroker, play
 
-from brokerd_client import aio, aio_link
+from brokerd_client import aio
+from brokerd_client.aio import base as aio_link
 from brokerd_client.errors import BrokerdError, Disconnected, TimedOut
 from brokerd_client.wire.envelope import Envelope, Kind
 

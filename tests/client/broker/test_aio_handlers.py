@@ -150,7 +150,7 @@ def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseE
 
     async def begin() -> tuple[aio.Client, aio.Client]:
         network = MemoryBroker("alice", "bob")
-        monkeypatch.setattr("brokerd_client.aio_link.dial", network.dial)
+        monkeypatch.setattr("brokerd_client.aio.base.dial", network.dial)
         alice, bob = await network.join("alice"), await network.join("bob")
 
         def handle(message: aio.Message) -> object:
@@ -201,7 +201,7 @@ def test_run_that_ends_with_jobs_left_warns_of_nothing(
 
     async def main() -> None:
         network = MemoryBroker("alice", "bob")
-        monkeypatch.setattr("brokerd_client.aio_link.dial", network.dial)
+        monkeypatch.setattr("brokerd_client.aio.base.dial", network.dial)
         alice, bob = await network.join("alice"), await network.join("bob")
         begun = asyncio.Event()
 

@@ -9,7 +9,8 @@ import pytest
 from fake_broker import FakeServer, Session
 from memory_broker import MemoryBroker, play
 
-from brokerd_client import aio, aio_link
+from brokerd_client import aio
+from brokerd_client.aio import base as aio_link
 from brokerd_client.errors import Closed, Denied
 from brokerd_client.wire.envelope import Envelope, ErrorCode, Kind
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from brokerd_client import aio, aio_connection
-from brokerd_client.aio_connection import Resolver
+from brokerd_client import aio
+from brokerd_client.aio import transport as aio_connection
+from brokerd_client.aio.transport import Resolver
 from brokerd_client.errors import Disconnected, TimedOut
 
 

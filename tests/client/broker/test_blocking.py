@@ -29,8 +29,8 @@ import brokerd_client
 from brokerd.testing import running
 from brokerd_client import Client, aio, connect
 from brokerd_client.address import parse
-from brokerd_client.blocking_link import MOST_THREADS
-from brokerd_client.channel import Channel
+from brokerd_client.blocking.base import MOST_THREADS
+from brokerd_client.blocking.transport import Channel
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -79,10 +79,10 @@ def test_import_is_cheap() -> None:
     done = script(
         """
         import sys, brokerd_client
-        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "random", "secrets", "brokerd_client.aio"}
+        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "random", "secrets", "brokerd_client.aio.client"}
         heavy &= set(sys.modules)
         assert not heavy, heavy
-        assert brokerd_client.aio.connect and brokerd_client.connection.Listener
+        assert brokerd_client.aio.client.connect and brokerd_client.connection.Listener
         try:
             brokerd_client.nothing
         except AttributeError as error:
@@ -279,7 +279,7 @@ def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest
     def interrupt(call: object, deadline: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("brokerd_client.blocking_boxes.Call.wait", interrupt)
+    monkeypatch.setattr("brokerd_client.blocking.waiters.Call.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         alice.request("bob", 1)
     monkeypatch.undo()
@@ -451,7 +451,7 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeSer
 
 def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that nobody wanted yet are here, and come before the news that the peer is gone."""
-    monkeypatch.setattr("brokerd_client.channel.Silence.lasts", lambda *given: 1000.0)
+    monkeypatch.setattr("brokerd_client.blocking.transport.Silence.lasts", lambda *given: 1000.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         contextlib.closing(Channel(parse(listener.getsockname()))) as channel,
@@ -646,7 +646,7 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
         wait_for(thread, timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr("brokerd_client.blocking_link._move_bytes", break_off)
+        patch.setattr("brokerd_client.blocking.base._move_bytes", break_off)
         patch.setattr(threading.Thread, "start", interrupt)
         patch.setattr(threading.Thread, "join", join_soon)
         with pytest.raises(Interrupted):

@@ -13,8 +13,6 @@ from fake_broker import FakeBroker, Session
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd_client import backoff, dialog, outgoing
-from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import (
     AuthenticationError,
     BadLength,
@@ -36,10 +34,13 @@ from brokerd_client.errors import (
     ShuttingDown,
     TimedOut,
 )
-from brokerd_client.incoming import HEAD
-from brokerd_client.life import NEXT, State
 from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
+from brokerd_client.protocol import backoff, dialog
+from brokerd_client.protocol import encoder as outgoing
+from brokerd_client.protocol.decoder import HEAD
+from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import HEADER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
 from brokerd_client.wire.framing import frame
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd_client.inbox import Gauge, Inbox
+from brokerd_client.protocol.inbox import Gauge, Inbox
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 100), st.integers(0, 6)), max_size=30))

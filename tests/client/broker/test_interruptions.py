@@ -481,7 +481,7 @@ def test_io_thread_survives_an_exception_and_connects_again(
 
 def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningBroker) -> None:
     """Each call has its outcome, at whatever instruction of it the I/O thread was struck."""
-    import brokerd_client.blocking_link as link
+    import brokerd_client.blocking.base as link
 
     turn = link._turn
     position = 0

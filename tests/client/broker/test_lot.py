@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brokerd_client.errors import InvalidName, PayloadError
-from brokerd_client.lot import make_lot
+from brokerd_client.protocol.bulk import make_lot
 
 
 def test_bytes_and_other_payloads_keep_their_order() -> None:

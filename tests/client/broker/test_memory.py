@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dialog import Pair, merge
 
-from brokerd_client.dialog import Batch
 from brokerd_client.errors import FrameTooBig, ProtocolError
-from brokerd_client.inbox import largest_message
-from brokerd_client.incoming import HEAD
 from brokerd_client.message import Message, extension_cost
+from brokerd_client.protocol.decoder import HEAD
+from brokerd_client.protocol.dialog import Batch
+from brokerd_client.protocol.inbox import largest_message
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
 
@@ -187,7 +187,7 @@ def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None
 
 def test_refusals_that_are_remembered_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that refuses what was never sent, and reads nothing, can't fill memory with the ids."""
-    monkeypatch.setattr("brokerd_client.outgoing._MOST_REFUSED", 10)
+    monkeypatch.setattr("brokerd_client.protocol.encoder._MOST_REFUSED", 10)
     pair.dialog.send("bob", 0, b"")
     payload = b'{"code":"denied"}'
     for id in range(100):

@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_dialog import LOST, NONCE, OWNER, Pair
 
-from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AuthenticationError, BrokerdError, InDoubt, ProtocolError
-from brokerd_client.life import State
 from brokerd_client.message import Message, Receipt
+from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.state import State
 from brokerd_client.wire.envelope import HEADER, Kind
 from brokerd_client.wire.framing import frame
 

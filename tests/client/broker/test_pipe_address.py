@@ -12,10 +12,13 @@ from net.fake_pipe import FakeDoor
 from net.house import configuration, house, key_of
 
 import brokerd_client
-from brokerd.net import listening
-from brokerd.net.pipes import PipeListener
-from brokerd_client import aio, aio_connection, bridge, channel
+from brokerd.net.listen import listener as listening
+from brokerd.net.listen.named_pipes import PipeListener
+from brokerd_client import aio
+from brokerd_client._common import pipe_bridge as bridge
 from brokerd_client.address import Address, parse
+from brokerd_client.aio import transport as aio_connection
+from brokerd_client.blocking import transport as channel
 from brokerd_client.errors import AddressError, Disconnected
 
 PIPE = r"\\.\pipe\brokerd-test"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from brokerd_client.undelivered import Undelivered
+from brokerd_client._common.warning_limiter import Undelivered
 
 
 def test_the_first_few_have_a_line_and_the_rest_is_counted() -> None:

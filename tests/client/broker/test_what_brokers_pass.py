@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_dialog import OWNER, Pair
 
 from brokerd.core.broker import Limits
-from brokerd_client.dialog import Batch
 from brokerd_client.errors import BrokerdError, Denied, InvalidName, PayloadError
 from brokerd_client.message import Message
+from brokerd_client.protocol.dialog import Batch
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind
 from brokerd_client.wire.framing import frame
 

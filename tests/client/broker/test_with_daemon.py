@@ -13,7 +13,7 @@ from faces import PATIENCE, Asyncio, Blocking, Face
 
 import brokerd_client
 from brokerd.testing import RunningBroker, running
-from brokerd_client import undelivered
+from brokerd_client._common import warning_limiter as undelivered
 from brokerd_client.errors import (
     AlreadyAnswered,
     AuthenticationError,

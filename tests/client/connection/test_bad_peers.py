@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
 from brokerd_client.connection import listener as listener_module
-from brokerd_client.connection.negotiation import Negotiation, SocketChannel
+from brokerd_client.connection.handshaking import Negotiation, SocketChannel
 from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import CHALLENGE, LIMIT, NONCE_SIZE, RECEIVE, Send, as_dialer, as_listener

@@ -18,7 +18,7 @@ import pytest
 from client.connection.interruption import RETURN, Interrupt, interrupted_at, random_signals
 
 from brokerd_client.connection import Client, Connection, Listener, Pipe, stream, wait
-from brokerd_client.connection.negotiation import Negotiation, SocketChannel
+from brokerd_client.connection.handshaking import Negotiation, SocketChannel
 from brokerd_client.errors import AuthenticationError
 from brokerd_client.wire.handshake import as_listener
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from client.connection.conftest import Aside
 
-from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut, doors
+from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
+from brokerd_client.connection import listening_sockets as doors
 
 TIMEOUT_S = 30
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="abstract names and the mode of an unbound socket: Linux")

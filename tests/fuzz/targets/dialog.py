@@ -12,10 +12,10 @@ from typing import Any
 
 from fuzz.script import Script, item
 
-from brokerd_client.dialog import Batch, Dialog
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, ProtocolError, Refused
-from brokerd_client.life import State, Step
 from brokerd_client.message import Message, Receipt
+from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.state import State, Step
 from brokerd_client.wire.envelope import HEADER, Kind, split
 from brokerd_client.wire.framing import FrameReader, frame
 

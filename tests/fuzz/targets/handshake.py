@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from fuzz.script import Script, item
 
 from brokerd_client.errors import AuthenticationError
-from brokerd_client.wire.binding import BROKER, CLIENT, END_POINT, EXPORTER, bound_key, offer
+from brokerd_client.wire.channel_binding import BROKER, CLIENT, END_POINT, EXPORTER, bound_key, offer
 from brokerd_client.wire.handshake import (
     CHALLENGE,
     FAILURE,

@@ -1,0 +1,1 @@
+"""The commands `brokerd`, `brokerd check`, `key`, `schema`, `demo` and `health`."""

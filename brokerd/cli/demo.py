@@ -1,0 +1,233 @@
+"""``brokerd demo``: a broker on a temporary socket and three clients that talk, in a few seconds.
+
+Two of the clients are this package's library; the third is a Python as it comes, in a process of its own, without
+this package or any other. Needs no configuration, leaves nothing behind, and succeeds only if every message was
+seen to arrive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+
+import brokerd_client
+from brokerd.config.model import Config
+from brokerd.daemon.daemon import Daemon
+from brokerd.daemon.process import loop_factory
+from brokerd.log.logger import quiet_log
+from brokerd_client.errors import BrokerdError, NoSuchClient
+
+__all__ = ["STOCK_CLIENT", "Interpreter", "find_interpreter", "run"]
+
+#: What the stock Python runs. Its address is an argument; its key comes through a pipe, where nobody else sees it.
+STOCK_CLIENT: Final = """\
+from multiprocessing.connection import Client
+import struct, sys
+
+address = sys.argv[1] if len(sys.argv) == 2 else (sys.argv[1], int(sys.argv[2]))
+conn = Client(address, authkey=sys.stdin.buffer.read())
+conn.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello from a stock Python")
+frame = conn.recv_bytes()
+kind, flags, codec, n, id = struct.unpack_from("!BBBBQ", frame)
+sender, payload = frame[12:12 + n].decode(), frame[12 + n:]
+print(sender, payload.decode(), sep="\\n")
+"""
+
+#: Seconds that anything here may take before the demo has failed.
+_PATIENCE_S: Final = 20.0
+_COLOURS: Final = {"alice": "cyan", "bob": "green", "carol": "magenta", "broker": "yellow"}
+#: The first Python whose own library knows more than HMAC-MD5.
+_MODERN: Final = (3, 12)
+
+
+class _Failed(Exception):
+    """The demo did not show what it is to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """A Python to be the stock client. version: major and minor."""
+
+    path: str
+    version: tuple[int, int]
+
+    @property
+    def needs_md5(self) -> bool:
+        return self.version < _MODERN
+
+
+def run(console: Console | None = None) -> int:
+    """Show the demo; return the exit status: 0 if every message arrived, else 1."""
+    console = console or Console(highlight=False)
+    began = time.monotonic()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="brokerd-demo-") as directory,
+            asyncio.Runner(loop_factory=loop_factory()) as runner,
+        ):
+            shown = runner.run(_with_broker(Path(directory), console))
+    except (_Failed, BrokerdError, OSError, subprocess.SubprocessError) as error:
+        console.print(f"The demo failed: {type(error).__name__}: {error}", style="bold red", markup=False)
+        return 1
+    console.print(
+        f"\n{shown} messages arrived, none was lost, in {time.monotonic() - began:.1f} seconds.", style="bold"
+    )
+    return 0
+
+
+def find_interpreter() -> Interpreter:
+    """Return this Python if it is modern enough, else the newest one on the PATH that is, else this one."""
+    this = Interpreter(sys.executable, sys.version_info[:2])
+    if not this.needs_md5:
+        return this
+    for minor in range(19, 11, -1):
+        path = shutil.which(f"python3.{minor}")
+        if path and _version(path) == (3, minor):
+            return Interpreter(path, (3, minor))
+    return this
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    """Return the version of an interpreter, or None if it does not run: a name on the PATH may be an empty promise."""
+    try:
+        done = subprocess.run(  # noqa: S603 - found under the name of a Python
+            [path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=True,
+        )
+        major, minor = map(int, done.stdout.split())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return major, minor
+
+
+async def _with_broker(directory: Path, console: Console) -> int:
+    """Run a broker for as long as the clients talk; return how many messages arrived."""
+    keys = {name: secrets.token_urlsafe(32) for name in ("alice", "bob", "carol")}
+    stock = await asyncio.to_thread(find_interpreter)
+    config = Config.build(
+        "127.0.0.1:0" if sys.platform == "win32" else str(directory / "brokerd.sock"),
+        {name: {"key": key, "allow_md5": name == "carol" and stock.needs_md5} for name, key in keys.items()},
+    )
+    async with Daemon(config, quiet_log()) as daemon:
+        return await asyncio.to_thread(_Demo(console, str(daemon.addresses[0]), keys, stock).show)
+
+
+class _Demo:
+    """The conversation, step by step; each step is printed when it has happened."""
+
+    def __init__(self, console: Console, address: str, keys: dict[str, str], stock: Interpreter) -> None:
+        self._console = console
+        self._address = address
+        self._keys = keys
+        self._stock = stock
+        self._arrived = 0
+
+    def show(self) -> int:
+        """Return how many messages arrived. Raises _Failed, or the library's errors, where one did not."""
+        self._say("broker", f"listens at {self._address} and knows {', '.join(self._keys)}")
+        with self._connect("alice") as alice, self._connect("bob") as bob:
+            self._message(alice, bob)
+            self._request(alice, bob)
+            self._refusal(alice)
+            self._stock_python(bob)
+        return self._arrived
+
+    @contextlib.contextmanager
+    def _connect(self, name: str) -> Iterator[brokerd_client.Client]:
+        with brokerd_client.connect(self._address, name=name, key=self._keys[name], timeout=_PATIENCE_S) as client:
+            self._say(name, "is connected, with a key of its own")
+            yield client
+
+    def _message(self, alice: brokerd_client.Client, bob: brokerd_client.Client) -> None:
+        self._say("alice", 'sends "hello, bob" to bob')
+        alice.send("bob", "hello, bob")
+        self._receive(bob, "alice", "hello, bob")
+
+    def _request(self, alice: brokerd_client.Client, bob: brokerd_client.Client) -> None:
+        def answer(question: brokerd_client.Message) -> object:
+            a, b = question.payload["multiply"]
+            self._arrive("bob", f"is asked by {question.sender} to multiply {a} by {b}")
+            return {"product": a * b}
+
+        bob.on_request(answer)
+        self._say("alice", "asks bob to multiply 6 by 7")
+        reply = alice.request("bob", {"multiply": [6, 7]}, timeout=_PATIENCE_S)
+        self._expect((reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42")
+        self._arrive("alice", f"hears from bob: {reply.payload['product']}")
+
+    def _refusal(self, alice: brokerd_client.Client) -> None:
+        self._say("alice", "sends something to dave, who does not exist")
+        try:
+            alice.send("dave", "anybody there?", receipt=True, timeout=_PATIENCE_S)
+        except NoSuchClient as error:
+            self._say("alice", f"is told so: {error}")
+        else:
+            raise _Failed("a message to nobody was accepted")
+
+    def _stock_python(self, bob: brokerd_client.Client) -> None:
+        version = ".".join(map(str, self._stock.version))
+        self._say("carol", f"is Python {version} as it comes, nothing installed, and runs these lines:")
+        # As text, which a narrow terminal wraps: a Syntax of its own would cut the lines off.
+        for line in Syntax(STOCK_CLIENT, "python", background_color="default").highlight(STOCK_CLIENT).split():
+            self._console.print(Text("         ") + line, soft_wrap=True)
+        # -S: without any installed package, this one included.
+        command = [self._stock.path, "-I", "-S", "-c", STOCK_CLIENT, *self._split_address()]
+        with subprocess.Popen(  # noqa: S603 - a Python, and the program above
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as carol:
+            try:
+                assert carol.stdin is not None
+                carol.stdin.write(self._keys["carol"])
+                carol.stdin.close()
+                carol.stdin = None
+                self._receive(bob, "carol", b"hello from a stock Python")
+                self._say("bob", 'sends "welcome" to carol')
+                bob.send("carol", b"welcome")
+                heard, complaints = carol.communicate(timeout=_PATIENCE_S)
+            except BaseException:
+                carol.kill()
+                raise
+        self._expect(carol.returncode == 0, f"the stock Python failed: {complaints.strip()[-500:]}")
+        self._expect(heard.splitlines() == ["bob", "welcome"], f"the stock Python heard {heard!r}")
+        self._arrive("carol", 'hears from bob: "welcome"')
+
+    def _split_address(self) -> list[str]:
+        host, colon, port = self._address.rpartition(":")
+        return [host, port] if colon and port.isdigit() and "/" not in self._address else [self._address]
+
+    def _receive(self, client: brokerd_client.Client, sender: str, payload: object) -> None:
+        message = client.recv(timeout=_PATIENCE_S)
+        self._expect(
+            (message.sender, message.payload) == (sender, payload),
+            f"{message.sender} sent {message.payload!r} where {sender} was to send {payload!r}",
+        )
+        text = payload.decode() if isinstance(payload, bytes) else payload
+        self._arrive("bob", f'hears from {sender}: "{text}"')
+
+    def _expect(self, truth: bool, otherwise: str) -> None:
+        if not truth:
+            raise _Failed(otherwise)
+
+    def _arrive(self, who: str, what: str) -> None:
+        self._arrived += 1
+        self._say(who, what)
+
+    def _say(self, who: str, what: str) -> None:
+        self._console.print(Text.assemble((f"{who:>6} ", f"bold {_COLOURS[who]}"), what), soft_wrap=True)

@@ -1,0 +1,348 @@
+"""The command ``brokerd``: runs the broker, and what goes with it that needs no broker running.
+
+What talks to a running broker is ``brokerctl``; ``check --against-running`` alone asks one, as ``brokerctl`` does. A
+mistake in a configuration is a line on standard error and exit status 78, never a traceback. Each command imports what
+it needs when it is called, so that ``brokerd key`` does not wait for an event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+import click
+
+from brokerd import __version__
+from brokerd.config.text_files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
+from brokerd.entry import release_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from brokerd.config.model import Config
+
+__all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
+
+#: The exit status for a configuration that can't be used (sysexits.h).
+EX_CONFIG: Final = 78
+#: Bytes of a fresh key: as many as the digest it is used with has.
+_KEY_SIZE: Final = 32
+
+
+class _Commands(click.Group):
+    """The commands; whoever gives a file in the place of one is told how."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command, as click does. Raises UsageError."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not (args[0].endswith((".yaml", ".yml")) or Path(args[0]).is_file()):
+                raise
+            right = f"To run the broker with this file: brokerd --config {args[0]}"
+            raise click.UsageError(f"{error.message} {right}", ctx) from None
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    envvar="BROKERD_CONFIG",
+    default=DEFAULT_CONFIG,
+    show_default=f"$BROKERD_CONFIG, else the text in ${VARIABLE}, else {DEFAULT_CONFIG}",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The configuration.",
+)
+@click.version_option(__version__, prog_name="brokerd")
+@click.pass_context
+def main(context: click.Context, config: Path) -> None:
+    """Run the broker in the foreground; with a COMMAND, do that instead."""
+    if context.invoked_subcommand is not None:
+        # Signals were held for a broker, and none is started.
+        release_signals()
+    context.obj = _chosen(context, config)
+    if context.invoked_subcommand is None:
+        context.exit(_run(context.obj))
+
+
+def _chosen(context: click.Context, config: Path) -> Path:
+    """Return what the options and the environment mean: a file, or IN_ENVIRON for the text in the environment."""
+    source = context.get_parameter_source("config")
+    if not os.environ.get(VARIABLE) or source is click.core.ParameterSource.COMMANDLINE:
+        return config
+    if source is click.core.ParameterSource.ENVIRONMENT:
+        click.echo(f"BROKERD_CONFIG and {VARIABLE} are both set (keep one: a file, or the text itself)", err=True)
+        context.exit(EX_CONFIG)
+    return Path(IN_ENVIRON)
+
+
+def _run(config: Path) -> int:
+    """Run the broker until it is stopped; return the exit status."""
+    if os.getpid() == 1:
+        # The first process of a container: the system drops a signal that it does not wait for, and a stop during the
+        # start would have to end in force. Once the event loop runs, the daemon waits for the signal itself.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _import_structlog_alone()
+    from brokerd.config.problems import ConfigError
+    from brokerd.daemon import process
+
+    try:
+        return process.run(config)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        return EX_CONFIG
+
+
+def _import_structlog_alone() -> None:
+    """Import structlog without rich, which it would load for tracebacks of a form that nothing here prints.
+
+    That is a sixth of the time that it takes the daemon to accept connections.
+    """
+    modules = cast("dict[str, object]", sys.modules)
+    if "rich" not in modules:
+        # What is None there can't be imported: see importlib's "The module cache".
+        modules["rich"] = None
+        try:
+            import structlog  # noqa: F401 - it is there when brokerd.log.logger asks for it
+        finally:
+            del modules["rich"]
+
+
+@main.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--against-running", is_flag=True, help="Ask the running broker what a reload would change.")
+@click.option("--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON.")
+@click.option("--memory", is_flag=True, help="Say how much memory its limits allow at most, and what for.")
+@click.pass_context
+def check(context: click.Context, file: Path | None, against_running: bool, as_json: bool, memory: bool) -> None:
+    """Check a configuration and everything it includes; change nothing.
+
+    Every mistake is a line on standard error, and the exit status is then 78. Opens no socket and writes nothing.
+
+    With --against-running, the broker that runs with this configuration is asked what a reload would change: as the
+    client that BROKERD_NAME, BROKERD_KEY_FILE and BROKERD_ADDRESS say, or else as an administrator of the
+    configuration. The exit status is 0 only if the reload would work.
+    """
+    from brokerd.config.lint import advice
+    from brokerd.config.load import load
+    from brokerd.config.problems import ConfigError, one_line
+
+    path = file if file is not None else context.obj
+    try:
+        config = load(path)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        context.exit(EX_CONFIG)
+    if against_running:
+        # The broker's answer has the warnings too.
+        context.exit(_check_against_running(config, as_json))
+    for warning in advice(config, datetime.now(UTC)):
+        click.echo(f"warning: {warning}", err=True)
+    clients, listeners = len(config.clients), len(config.listen)
+    click.echo(
+        one_line(
+            f"{path}: ok, {clients} client{'' if clients == 1 else 's'}, "
+            f"{listeners} listener{'' if listeners == 1 else 's'}"
+        )
+    )
+    for where in _places(config):
+        click.echo(one_line(f"  {where}"))
+    if memory:
+        from brokerd.config.memory_bound import memory_bound
+
+        bound = memory_bound(config)
+        for part, size in bound.parts().items():
+            click.echo(f"{part:>18} {size / 2**20:12,.0f} MiB")
+        click.echo(f"{'at most':>18} {bound.total / 2**20:12,.0f} MiB")
+
+
+def _places(config: Config) -> Iterator[str]:
+    """Yield where the broker will listen, one place a line."""
+    for entry in config.listen:
+        address = entry.address
+        if address.is_file:
+            yield f"listens at {os.path.abspath(address.path)} (Unix socket, mode {entry.mode:04o})"  # noqa: PTH100
+        elif address.family == "AF_UNIX":
+            yield f"listens at {address} (Unix socket without a file)"
+        elif address.family == "AF_PIPE":
+            yield f"listens at {address} (named pipe)"
+        else:
+            yield f"listens at {address} ({'TLS' if entry.tls is not None else 'TCP'})"
+    if config.monitor is not None:
+        where = config.monitor.address
+        yield f"monitor at {os.path.abspath(where.path) if where.is_file else where} (HTTP)"  # noqa: PTH100 - as above
+
+
+def _check_against_running(config: Config, as_json: bool) -> int:
+    """Print what a reload of the running broker would change; return the exit status."""
+    from dataclasses import replace
+
+    from brokerd.ctl.against_running import Administrator, ask_for_plan
+    from brokerd.ctl.output import print_json
+    from brokerd.ctl.plan import judge, plan_lines
+    from brokerd.ctl.status import Failure
+
+    now = datetime.now(UTC)
+    admins = [client for client in config.clients.values() if client.admin]
+    administrators = [
+        Administrator(client.name, key)
+        for client in admins
+        for key in ([key.value for key in client.keys if key.valid_at(now)] if client.keys else [None])
+    ]
+    try:
+        addresses = [str(replace(entry.address, tls=entry.tls is not None)) for entry in config.listen]
+        answer = ask_for_plan(config.path, addresses, administrators, os.environ)
+        if as_json:
+            print_json(answer)
+        else:
+            for line in plan_lines(answer):
+                click.echo(line)
+        judge(answer)
+    except Failure as failure:
+        click.echo(f"brokerd: {failure.format_message()}", err=True)
+        return failure.exit_code
+    return 0
+
+
+@main.command()
+@click.option("--address", metavar="ADDRESS", help="Where to ask; else the configuration says where it listens.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the broker may take to answer.",
+)
+@click.pass_context
+def health(context: click.Context, address: str | None, timeout: float) -> None:
+    """Ask the running broker for a sign of life; needs no key.
+
+    It lives if it challenges who connects. Exit status 0 if it does, 1 if not.
+    """
+    from brokerd.cli import health
+    from brokerd.config.listen_addresses import Entrance, entrances
+    from brokerd.config.problems import one_line
+    from brokerd.config.text_files import Unreadable
+    from brokerd_client.address import parse
+    from brokerd_client.errors import AddressError
+
+    asked = ""
+    try:
+        if address is not None:
+            where = parse(address)
+            entrance = Entrance(where, where.tls)
+        else:
+            entrance = health.entrance_to_ask(entrances(str(context.obj), os.environ))
+        asked = f"{entrance.address}: "
+        took = health.knock(entrance, timeout)
+    except AddressError as error:
+        raise click.BadParameter(str(error), param_hint="--address") from None
+    except (health.Unhealthy, Unreadable) as error:
+        click.echo(one_line(f"unhealthy: {asked}{error}"), err=True)
+        context.exit(1)
+    click.echo(one_line(f"healthy: {asked}answered in {took * 1000:.1f} ms"))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--add", is_flag=True, help="Write the key to a file and make NAME a client with it.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="With --add: the configuration.")
+@click.pass_context
+def key(context: click.Context, name: str | None, add: bool, config: Path | None) -> None:
+    """Print a fresh key; with a client's NAME, also the YAML to paste.
+
+    With --add nothing is printed of the key: it is written to keys/NAME, beside the configuration, for the owner alone,
+    and clients.d/NAME.yaml makes NAME a client that has it. Both files are written, or none; never over another.
+    """
+    import secrets
+
+    if name is not None:
+        _check_name(name)
+    if add:
+        if name is None:
+            raise click.UsageError("--add needs the NAME of the new client")
+        context.exit(_add_client(name, context.obj if config is None else config))
+    fresh = secrets.token_urlsafe(_KEY_SIZE)
+    click.echo(fresh)
+    if name is not None:
+        click.echo(
+            f"\n# To put it into a file beside the configuration that only its owner can read:\n"
+            f"#   (umask 077; mkdir -p keys; printf '%s\\n' {fresh} > keys/{name})\n"
+            f"# or, in a configuration that only its owner can read, give the key itself: key, not key_file.\n"
+            f"clients:\n"
+            f"  {_quoted(name)}:\n"
+            f"    key_file: {_quoted(f'keys/{name}')}"
+        )
+
+
+def _add_client(name: str, config: Path) -> int:
+    """Make the files of a new client and say what to do next; return the exit status."""
+    from brokerd.cli.add_client import NotAdded, add_client
+    from brokerd.config.problems import ConfigError
+
+    try:
+        added = add_client(name, config)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        return EX_CONFIG
+    except NotAdded as error:
+        click.echo(f"brokerd: {error}", err=True)
+        return 1
+    click.echo(
+        f"added client {name}: {added.entry}, with its key in {added.key}\n"
+        f"Next: brokerctl reload\n"
+        f"Then: give the key to the client; it connects with its name and the key:\n"
+        f"  BROKERD_NAME={name} BROKERD_KEY_FILE={added.key} brokerctl ping"
+    )
+    return 0
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors and other checks."""
+    import json
+
+    from brokerd.config.model import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@click.pass_context
+def demo(context: click.Context) -> None:
+    """Start a broker on a temporary socket and show three clients talking.
+
+    Needs no configuration and leaves nothing behind.
+    """
+    from brokerd.cli.demo import run
+
+    context.exit(run())
+
+
+def _check_name(name: str) -> None:
+    """Raise click's usage error if the text can't name a client."""
+    from brokerd_client.errors import InvalidName
+    from brokerd_client.wire import envelope
+
+    try:
+        envelope.check_name(name)
+    except InvalidName as error:
+        raise click.BadParameter(str(error), param_hint="NAME") from None
+
+
+def _quoted(text: str) -> str:
+    """Return the name or path for YAML: in quotes only if YAML would take it for something other than text."""
+    import yaml
+
+    return text if yaml.safe_load(text) == text else f'"{text}"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Where a configuration says that the broker listens, told without its clients and their keys.
+
+Reads a file no further than its ``listen``: what stands behind, a hundred thousand clients or a mistake that the
+running broker has refused already, does not matter to whoever only looks for the broker. What is no address is
+passed over; ``load`` is where mistakes are told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from brokerd.config.text_files import Unreadable, matching, text_of
+from brokerd.config.yaml_reader import read
+from brokerd_client.address import Address, parse
+from brokerd_client.errors import AddressError
+
+__all__ = ["Entrance", "entrances"]
+
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPENS: Final = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
+_CLOSES: Final = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """One address that is listened at. tls: whether TLS is spoken there."""
+
+    address: Address
+    tls: bool = False
+
+
+def entrances(file: str, environ: Mapping[str, str]) -> list[Entrance]:
+    """Return the entrances in a configuration, in its order: those of the first file that has a ``listen``.
+
+    file: the main file, or ``files.IN_ENVIRON``.
+    Raises Unreadable: the main file can't be read; an included one that can't is passed over.
+    """
+    text, _ = text_of(file, environ)
+    return _entrances(file, text, {os.path.realpath(file)})
+
+
+def _entrances(file: str, text: str, seen: set[str]) -> list[Entrance]:
+    base = os.path.dirname(file)  # noqa: PTH120 - a Path would make "" a "."
+    sections = _sections(text, file)
+    listen = sections.get("listen")
+    if isinstance(listen, list):
+        return list(_addresses(listen, base))
+    includes = sections.get("include")
+    for pattern in includes if isinstance(includes, list) else []:
+        for included in _matching(pattern, base):
+            true = os.path.realpath(included)
+            if true in seen:
+                continue
+            seen.add(true)
+            try:
+                found = _entrances(included, text_of(included)[0], seen)
+            except Unreadable:
+                continue
+            if found:
+                return found
+    return []
+
+
+def _matching(pattern: object, base: str) -> list[str]:
+    if not isinstance(pattern, str) or "\0" in pattern:
+        return []
+    try:
+        return matching(pattern, base)
+    except Unreadable:
+        return []
+
+
+def _addresses(listen: list[Any], base: str) -> Iterator[Entrance]:
+    for entry in listen:
+        tls = isinstance(entry, Mapping) and entry.get("tls") is not None
+        try:
+            address = parse(entry.get("address", "") if isinstance(entry, Mapping) else entry)
+        except AddressError:
+            continue
+        if address.is_file:
+            address = Address("AF_UNIX", path=os.path.join(base, address.path))  # noqa: PTH118 - as written
+        yield Entrance(address, tls)
+
+
+def _sections(text: str, file: str) -> dict[str, Any]:
+    """Return ``listen`` as soon as it is there, else ``include``, of a file's top level."""
+    found: dict[str, Any] = {}
+    loader = _LOADER(text)
+    try:
+        for name, begin, end in _top_level(loader):
+            if name in ("listen", "include"):
+                root = read(text[begin:end], file).root
+                if isinstance(root, dict):
+                    found[name] = root.get(name)
+            if name == "listen":
+                break
+    except (yaml.YAMLError, UnicodeError):
+        # What was read up to here still holds.
+        pass
+    finally:
+        loader.dispose()
+    if not isinstance(found.get("listen"), list):
+        # An alias to what stands elsewhere, or a merge: rare, and then the whole text is read.
+        root = read(text, file).root
+        if isinstance(root, dict):
+            found = {name: root[name] for name in ("listen", "include") if name in root}
+    return found
+
+
+def _top_level(loader: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield (key, where it begins, where its value ends) of the outermost mapping, as characters of the text."""
+    depth = 0
+    key: Any = None
+    while True:
+        event = loader.get_event()
+        if isinstance(event, (yaml.StreamEndEvent, yaml.DocumentEndEvent)):
+            return
+        if isinstance(event, _OPENS):
+            depth += 1
+            if depth == 1:
+                continue
+        elif isinstance(event, _CLOSES):
+            depth -= 1
+        elif depth == 0:
+            continue
+        if depth != 1:
+            continue
+        if key is None:
+            key = event
+            # A mapping for a key: no configuration.
+            if not isinstance(key, yaml.ScalarEvent):
+                return
+        else:
+            yield key.value, key.start_mark.index, event.end_mark.index
+            key = None

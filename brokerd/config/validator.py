@@ -1,0 +1,425 @@
+"""One file's entries, judged: each by its model, and together by what no single entry can know.
+
+Names, addresses and keys given twice show here; names that nobody has show when all files are read, in
+``findings``. Reads key files, through ``keys``, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from brokerd.config import key_files as key_store
+from brokerd.config.builder import Findings
+from brokerd.config.certificates import load_tls
+from brokerd.config.messages import complaint, did_you_mean, unknown_key
+from brokerd.config.model import (
+    KEY_FIELDS,
+    KEY_ITEM_FIELDS,
+    ClientConfig,
+    ClientEntry,
+    File,
+    IncludedFile,
+    Key,
+    KeyEntry,
+    ListenConfig,
+    ListenEntry,
+    MonitorConfig,
+    MonitorEntry,
+    RateConfig,
+    Rule,
+    Source,
+)
+from brokerd.config.problems import Path, Place, Problem
+from brokerd.config.values import CertificateConfig, TlsConfig
+from brokerd.config.yaml_reader import Document, Map, Seq
+from brokerd_client.address import Address
+from brokerd_client.errors import InvalidName
+from brokerd_client.wire import envelope
+
+__all__ = ["Entries"]
+
+#: Bytes of a Unix socket's path; one more is the NUL that ends it (sys/un.h).
+_MAX_SOCKET_PATH: Final = 107
+_WILDCARDS: Final = frozenset("*?[")
+#: Which kind of key a field of a client names.
+_KINDS: Final = {"key": "key", "key_file": "file", "key_env": "env", "key_credential": "credential"}
+_UNLIMITED: Final = RateConfig(None, None)
+_DEFAULT_RULES: Final = {
+    field: tuple(Rule(pattern) for pattern in ClientEntry.model_fields[field].default)
+    for field in ("send_to", "publish", "subscribe")
+}
+
+
+class Entries:
+    """Judges one file's entries and adds them to the configuration in the making."""
+
+    def __init__(
+        self,
+        findings: Findings,
+        document: Document,
+        base: str,
+        status: os.stat_result | None,
+        model: type[IncludedFile],
+    ) -> None:
+        self._findings = findings
+        self._document = document
+        self._base = base
+        self._status = status
+        self._model = model
+        #: What the file includes: where it says so, and the pattern.
+        self.includes: list[tuple[Path, str]] = []
+        #: What the text itself had wrong: no model need complain of it again.
+        self._known = {(problem.place, problem.path) for problem in document.problems}
+
+    def _problem(self, path: Path, what: str, *, at_key: bool = False) -> None:
+        place, shown = self._document.place(path, at_key=at_key)
+        if (place, shown) not in self._known:
+            self._findings.problems.append(Problem(place, shown, what))
+
+    def _validated(self, path: Path, model: type[BaseModel], value: object) -> tuple[Any, set[Path]]:
+        """Return (the entry, {}), or (None, where in it something is wrong), having reported it."""
+        try:
+            return model.model_validate(value), set()
+        except ValidationError as error:
+            bad: set[Path] = set()
+            for each in error.errors(include_url=False):
+                if each["type"] == "too_short" and each["input"]:
+                    # The list is not empty; its items are what is wrong.
+                    continue
+                where = each["loc"]
+                bad |= {where[:1], where[:2]}
+                what = complaint(each, model)
+                self._problem((*path, *where), what, at_key=each["type"] == "extra_forbidden")
+            return None, bad
+
+    def judge(self, root: dict[str, Any]) -> None:
+        """Judge the whole file, and then the files it includes."""
+        for key, value in root.items():
+            if key not in File.model_fields:
+                self._problem((key,), unknown_key(key, self._model.model_fields), at_key=True)
+            elif key not in self._model.model_fields:
+                what = f"has its place in the main file alone (move it to {self._findings.file})"
+                self._problem((key,), what, at_key=True)
+            elif key in ("limits", "log"):
+                section, _ = self._validated((), File, {key: value})
+                if section is not None:
+                    setattr(self._findings, key, self._with_paths(getattr(section, key)))
+        listen, clients, include = root.get("listen", []), root.get("clients", {}), root.get("include", [])
+        if "listen" in root:
+            self._findings.listens = True
+        if not isinstance(listen, list) or not listen:
+            self._validated_section("listen", root)
+        else:
+            for number, entry in enumerate(listen):
+                self._listener(("listen", number), entry)
+        if "monitor" in root and "monitor" in self._model.model_fields:
+            self._monitor(root["monitor"])
+        if not isinstance(clients, dict):
+            self._validated_section("clients", root)
+        else:
+            for name, entry in clients.items():
+                self._client(name, entry, clients)
+        section, bad = self._validated((), self._model, {"include": include})
+        if isinstance(include, list):
+            for number, pattern in enumerate(include):
+                if section is not None or ("include", number) not in bad:
+                    self.includes.append((("include", number), pattern))
+
+    def _with_paths(self, section: Any) -> Any:
+        """Return the section with a relative path starting from the directory of this file."""
+        audit = getattr(section, "audit", None)
+        if audit is None:
+            return section
+        whole = os.path.join(self._base, os.path.expanduser(audit))  # noqa: PTH111, PTH118 - as written
+        return section.model_copy(update={"audit": whole})
+
+    def _validated_section(self, key: str, root: dict[str, Any]) -> None:
+        """Report a section that is no list, or no mapping, as the model does."""
+        if key not in root:
+            return
+        value = root[key]
+        self._validated((), self._model, {key: value})
+        if key == "listen" and value == []:
+            self._problem((key,), "is an empty list (give at least one address)")
+
+    def _listener(self, path: Path, entry: object) -> None:
+        valid: ListenEntry | None = self._validated_place(path, ListenEntry, entry)
+        if valid is None:
+            return
+        where: Path = (*path, "address") if isinstance(entry, Mapping) else path
+        address, place = self._address(where, valid.address)
+        if not address.is_file and isinstance(entry, Mapping):
+            for key in ("mode", "group"):
+                if key in entry:
+                    self._problem((*path, key), "only a Unix socket has a file (take it out)", at_key=True)
+        tls = self._tls(path, valid)
+        if valid.name is not None:
+            place_of_name, _ = self._document.place((*path, "name"))
+            first = self._findings.sockets.setdefault(valid.name, place_of_name)
+            if first is not place_of_name:
+                what = f"the socket {valid.name!r} is given twice, first at {first} (keep one of them)"
+                self._problem((*path, "name"), what)
+        self._findings.listen.append(
+            ListenConfig(
+                address=address,
+                mode=valid.mode if address.is_file else None,
+                group=valid.group if address.is_file else None,
+                allow_md5=valid.allow_md5,
+                source=Source(place.file, place.line),
+                name=valid.name,
+                tls=tls,
+                plain=valid.plain,
+            )
+        )
+
+    def _tls(self, path: Path, entry: ListenEntry) -> TlsConfig | None:
+        """Return a listener's TLS, having reported what is wrong with it."""
+        if entry.address.family not in ("AF_INET", "AF_INET6"):
+            for key in ("tls", "plain"):
+                if key in entry.model_fields_set:
+                    self._problem((*path, key), "TLS is for TCP alone (take it out)", at_key=True)
+            return None
+        if entry.tls is None:
+            return None
+        if entry.plain:
+            self._problem(
+                (*path, "plain"), "says that there is no TLS, and tls is given (keep one of them)", at_key=True
+            )
+        self._note_private(os.path.join(self._base, os.path.expanduser(entry.tls.key)), (*path, "tls", "key"))  # noqa: PTH111, PTH118
+        return load_tls(
+            entry.tls,
+            self._base,
+            self._findings.environ,
+            lambda key, what: self._problem((*path, "tls", key), what),
+        )
+
+    def _monitor(self, entry: object) -> None:
+        valid: MonitorEntry | None = self._validated_place(("monitor",), MonitorEntry, entry)
+        if valid is None:
+            return
+        where: Path = ("monitor", "address") if isinstance(entry, Mapping) else ("monitor",)
+        if valid.address.family == "AF_PIPE":
+            self._problem(where, "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)")
+            return
+        address, place = self._address(where, valid.address)
+        self._findings.monitor = MonitorConfig(
+            address, valid.per_client, Source(place.file, place.line), tuple(valid.hosts)
+        )
+
+    def _address(self, where: Path, address: Address) -> tuple[Address, Place]:
+        """Return an address to listen at, a relative path joined to this file's directory, and where it is given."""
+        if address.is_file:
+            address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
+            size = len(os.fsencode(address.path))
+            if size > _MAX_SOCKET_PATH or "\0" in address.path:
+                what = (
+                    f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size} (give a shorter one)"
+                )
+                self._problem(where, what)
+        place, _ = self._document.place(where)
+        first = self._findings.addresses.setdefault(str(address), place)
+        if first is not place and address.port == 0 and address.family in ("AF_INET", "AF_INET6"):
+            first = place
+        if first is not place:
+            self._problem(where, f"{address} is given twice, first at {first} (keep one of them)")
+        return address, place
+
+    def _validated_place(self, path: Path, model: type[BaseModel], entry: object) -> Any:
+        """Return the entry, which is a mapping or an address alone, or None, having reported what is wrong."""
+        if isinstance(entry, Mapping):
+            return self._validated(path, model, entry)[0]
+        try:
+            return model.model_validate(entry)
+        except ValidationError as error:
+            # The short form has no key: its error is the entry's.
+            self._problem(path, complaint(error.errors(include_url=False)[0], model))
+            return None
+
+    def _client(self, name: str, raw: object, clients: dict[str, Any]) -> None:
+        path = ("clients", name)
+        findings = self._findings
+        try:
+            envelope.check_name(name)
+        except InvalidName as error:
+            wrong, _, right = str(error).rpartition(": ")
+            self._problem(path, f"{wrong} ({right})", at_key=True)
+        first = findings.names.setdefault(name, (self._document, path))
+        if first[0] is not self._document:
+            place, _ = first[0].place(first[1], at_key=True)
+            self._problem(path, f"client {name!r} is given twice, first at {place} (keep one of them)", at_key=True)
+        entry: ClientEntry | None
+        entry, bad = self._validated(path, ClientEntry, raw)
+        if not isinstance(raw, dict):
+            return
+        self._recipients(path, raw, bad)
+        keys = self._client_keys(name, path, raw, entry, bad)
+        if entry is None:
+            return
+        line = clients.marks[name][0].line + 1 if isinstance(clients, Map) else 0
+        findings.clients[name] = ClientConfig(
+            name=name,
+            keys=keys,
+            connections=entry.connections,
+            send_to=self._rules("send_to", raw, entry.send_to),
+            publish=self._rules("publish", raw, entry.publish),
+            subscribe=self._rules("subscribe", raw, entry.subscribe),
+            queue=entry.queue,
+            subscriptions=entry.subscriptions,
+            requests=entry.requests,
+            when_full=entry.when_full,
+            when_connected=entry.when_connected,
+            rate=RateConfig(entry.rate.messages, entry.rate.bytes) if "rate" in raw else _UNLIMITED,
+            allow_md5=entry.allow_md5,
+            peer_uid=entry.peer_uid,
+            admin=entry.admin,
+            source=Source(self._document.file, line),
+            certificate=self._certificate(path, entry),
+            binding=entry.channel_binding,
+        )
+
+    def _certificate(self, path: Path, entry: ClientEntry) -> CertificateConfig | None:
+        demanded = entry.certificate
+        if demanded is None:
+            return None
+        if not (demanded.subject or demanded.fingerprint):
+            self._problem((*path, "certificate"), "demands nothing (give subject, fingerprint or both)", at_key=True)
+        return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
+
+    def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
+        """Note the names in send_to; whether they exist shows when all files are read."""
+        listed = raw.get("send_to")
+        if not isinstance(listed, list) or id(listed) in self._findings.rules:
+            return
+        for number, name in enumerate(listed):
+            if ("send_to", number) not in bad and isinstance(name, str) and not _WILDCARDS & set(name):
+                where = (*path, "send_to", number)
+                self._findings.recipients.append((name, self._document, where))
+
+    def _rules(self, field: str, raw: dict[str, Any], patterns: tuple[str, ...]) -> tuple[Rule, ...]:
+        listed = raw.get(field)
+        if listed is None:
+            return _DEFAULT_RULES[field]
+        known = self._findings.rules.get(id(listed))
+        if known is not None:
+            return known[1]
+        lines = [mark.line + 1 for mark in listed.marks] if isinstance(listed, Seq) else [0] * len(patterns)
+        rules = tuple(
+            Rule(pattern, Source(self._document.file, line)) for pattern, line in zip(patterns, lines, strict=True)
+        )
+        self._findings.rules[id(listed)] = listed, rules
+        return rules
+
+    def _client_keys(
+        self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
+    ) -> tuple[Key, ...]:
+        """Return the client's keys, having reported those that can't be used."""
+        given = [field for field in raw if field in KEY_FIELDS and raw[field] is not None]
+        if not given:
+            if raw.get("peer_uid") is None and not self._meant_a_key(raw):
+                right = "give one of key, key_file, key_env, key_credential and keys, or peer_uid"
+                self._problem(path, f"has no way to authenticate ({right})", at_key=True)
+            elif raw.get("peer_uid") is not None:
+                self._findings.keyless.setdefault(name, (self._document, path))
+            return ()
+        if len(given) > 1:
+            place, _ = self._document.place((*path, given[0]), at_key=True)
+            what = f"{given[0]} is given too, at {place} (keep one of {', '.join(given)})"
+            self._problem((*path, given[1]), what, at_key=True)
+            # Which of them is meant is not known; what is wrong with the others hardly matters.
+            return ()
+        field = given[0]
+        where = (*path, field)
+        if field == "keys":
+            return tuple(self._listed_keys(name, where, raw[field], entry, bad))
+        key = self._key(name, where, _KINDS[field], raw[field]) if (field,) not in bad else None
+        return () if key is None else (key,)
+
+    def _meant_a_key(self, raw: dict[str, Any]) -> bool:
+        """Return whether a key, or how to do without, was given and is reported: empty, or by a name with a slip."""
+        if isinstance(raw, Map) and any(field in raw for field in (*KEY_FIELDS, "peer_uid")):
+            return True
+        unknown = [field for field in raw if field not in ClientEntry.model_fields]
+        return any(did_you_mean(field, KEY_FIELDS) for field in unknown)
+
+    def _listed_keys(
+        self, name: str, path: Path, raw: object, entry: ClientEntry | None, bad: set[Path]
+    ) -> Iterator[Key]:
+        if not isinstance(raw, list):
+            return
+        for number, item in enumerate(raw):
+            if ("keys", number) in bad:
+                continue
+            listed = entry.keys[number] if entry and entry.keys else KeyEntry.model_validate(item)
+            where = (*path, number)
+            given = [field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None]
+            if not given and isinstance(item, Map) and any(field in item for field in KEY_ITEM_FIELDS):
+                # It is empty, and reported.
+                continue
+            if len(given) != 1:
+                wrong = f"has {' and '.join(given)}" if given else "says not where the key is"
+                self._problem(where, f"{wrong} (give one of file, key, env and credential)")
+                continue
+            begin, end = listed.not_before, listed.not_after
+            if begin is not None and end is not None and end <= begin:
+                what = "is not after not_before: the key would never be accepted (give a later time)"
+                self._problem((*where, "not_after"), what)
+            key = self._key(name, (*where, given[0]), given[0], item[given[0]])
+            if key is not None:
+                yield Key(key.value, begin, end, key.source)
+
+    def _key(self, name: str, path: Path, kind: str, value: str | bytes) -> Key | None:
+        """Return the key, or None where it can't be used, which is reported."""
+        environ = self._findings.environ
+        source = kind
+        try:
+            if kind == "key":
+                found = self._inline_key(path, value)
+            else:
+                assert isinstance(value, str)
+                if kind == "file":
+                    file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
+                    source = f"key_file {file}"
+                    found = key_store.read_file(file, environ, value)
+                    self._note_private(file, path)
+                elif kind == "env":
+                    source = f"key_env {value}"
+                    found = key_store.read_env(value, environ)
+                else:
+                    source = f"key_credential {value}"
+                    found = key_store.read_credential(value, environ)
+        except key_store.KeyRefused as error:
+            self._problem(path, str(error))
+            return None
+        odd = key_store.oddity(found, kind)
+        if odd:
+            place, _ = self._document.place(path)
+            self._findings.odd.append(f"{place}: a key of client {name!r} {odd}")
+        other, document, where = self._findings.keys.setdefault(found, (name, self._document, path))
+        if other != name:
+            place, _ = document.place(where)
+            what = f"has the same key as client {other!r} at {place} (give each client a key of its own: brokerd key)"
+            self._problem(path, what)
+        return Key(found, source=source)
+
+    def _note_private(self, file: str, path: Path) -> None:
+        """Have it said if another user can replace a file with a key."""
+        if key_store.forbidden(file, self._findings.environ) == key_store.OTHERS:
+            place, _ = self._document.place(path)
+            self._findings.private.setdefault(file, str(place))
+
+    def _inline_key(self, path: Path, value: str | bytes) -> bytes:
+        key = value.encode() if isinstance(value, str) else value
+        if self._status is not None and self._document.file not in self._findings.exposed:
+            # Once a file: one chmod puts all of its keys right.
+            file = self._document.file
+            exposure = key_store.exposed(file, self._status, key_store.forbidden(file, self._findings.environ))
+            if exposure:
+                self._findings.exposed.add(self._document.file)
+                self._problem(path, f"a key stands in this file, and {exposure}")
+        if not key:
+            raise key_store.KeyRefused("is empty (give at least one byte; brokerd key makes a good one)")
+        return key

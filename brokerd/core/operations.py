@@ -1,0 +1,415 @@
+"""The broker as a client: the `$broker` operations.
+
+Each is a REQUEST whose payload is a JSON object ``{"op": NAME, ...}``; its REPLY is a JSON object, a
+refusal an ERROR (docs/protocol.md, "Operations"). An operation is a function that returns the reply;
+one that returns None is answered later, by the daemon.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from brokerd.config.values import Rule
+from brokerd.core.goaway import DRAINING, part
+from brokerd_client.errors import InvalidName
+from brokerd_client.wire.envelope import (
+    BROKER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Kind,
+    check_pattern,
+    is_name,
+    split_address,
+)
+
+if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
+    from brokerd.core.session import Session
+
+__all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "reply_with", "serve", "stats"]
+
+PROTOCOL_VERSION: Final = 1
+
+#: Longest operation, in bytes of JSON: some milliseconds' work, where what one message may hold would be seconds'.
+_LARGEST: Final = 128 * 1024
+#: Frames that are handled in the time that a step of a long answer takes.
+_STEP: Final = 4
+#: Clients that are listed in one step, and clients that are counted in one.
+_CLIENTS: Final = 32
+_COUNTED: Final = 256
+#: Tokens of a pattern for which the tree of subscriptions grows, or is cut, in that time.
+_TOKENS: Final = 16
+#: Searches under way that are told of a subscription in that time.
+_SEARCHES: Final = 4
+#: Connections that are described in one step.
+_CONNECTIONS: Final = 8
+#: What a client may ask of this broker beyond the first version of the protocol.
+_FEATURES: Final = ("goaway",)
+#: Counters that are the sum of those of the sessions.
+_SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
+#: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
+_LONGEST: Final = 255
+
+_Arguments: TypeAlias = dict[str, Any]
+_Operation: TypeAlias = "Callable[[Broker, Session, int, _Arguments], _Arguments | None]"
+
+
+class _Refusal(Exception):
+    """An operation says no."""
+
+    def __init__(self, code: ErrorCode, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.name = name
+
+
+def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) -> None:
+    """Carry out one request to ``$broker`` and answer it."""
+    try:
+        op, arguments = _read(payload)
+        operation = _OPEN.get(op)
+        if operation is None and op in _ADMIN:
+            if not source.client.policy.admin:
+                raise _Refusal(ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER)
+            operation = _ADMIN[op]
+            whom = arguments.get("address")
+            broker.happenings.note("admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op)
+        if operation is None:
+            known = ", ".join(sorted((*_OPEN, *_ADMIN)))
+            raise _Refusal(ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER)
+        reply = operation(broker, source, request.id, arguments)
+    except _Refusal as refusal:
+        broker.refuse(source, request.id, refusal.code, str(refusal), refusal.name)
+    else:
+        if reply is not None:
+            reply_to(broker, source, request.id, reply)
+
+
+def reply_to(broker: Broker, source: Session, id: int, reply: _Arguments) -> None:
+    """Send the REPLY to an operation."""
+    reply_with(broker, source, id, json.dumps(reply).encode())
+
+
+def reply_with(broker: Broker, source: Session, id: int, payload: bytes) -> None:
+    """Send the REPLY to an operation. payload: a JSON object."""
+    broker.answer(source, Envelope(Kind.REPLY, id, BROKER, payload, codec=CodecId.JSON))
+
+
+def _read(payload: bytes) -> tuple[str, _Arguments]:
+    if len(payload) > _LARGEST:
+        message = f"an operation of {len(payload)} bytes; $broker takes at most {_LARGEST}"
+        raise _Refusal(ErrorCode.UNSUPPORTED, message, BROKER)
+    try:
+        arguments = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise _Refusal(
+            ErrorCode.UNSUPPORTED, "an operation is a JSON object with an op; this is no JSON", BROKER
+        ) from error
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("op"), str):
+        raise _Refusal(ErrorCode.UNSUPPORTED, 'an operation is a JSON object such as {"op": "whoami"}', BROKER)
+    return arguments.pop("op"), arguments
+
+
+def _text(arguments: _Arguments, key: str) -> str:
+    value = arguments.get(key)
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        message = f"the operation needs {key}, a string of at most {_LONGEST} characters"
+        raise _Refusal(ErrorCode.UNSUPPORTED, message, BROKER)
+    return value
+
+
+# Open to everyone
+
+
+def _whoami(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    return {
+        "name": source.client.name,
+        "address": source.address,
+        "version": broker.version,
+        "protocol": PROTOCOL_VERSION,
+        "limits": {"max_message": broker.limits.max_message, "queue": source.client.config.queue},
+        "features": _FEATURES,
+    }
+
+
+def _ping(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    return {}
+
+
+class Question:
+    """An operation whose answer is long: it is made little by little, when all that came before it has been done."""
+
+    __slots__ = ("arguments", "id", "op", "source")
+
+    def __init__(self, source: Session, id: int, op: str, arguments: _Arguments) -> None:
+        self.source = source
+        self.id = id
+        self.op = op
+        self.arguments = arguments
+
+    def begin(self, broker: Broker) -> Iterator[None]:
+        """Make the answer and send it."""
+        source = self.source
+        payload = yield from _LONG[self.op](broker, source)
+        broker.asking.discard(source)
+        broker.answer(source, Envelope(Kind.REPLY, self.id, BROKER, payload, codec=CodecId.JSON))
+        if source.held_by is source:
+            broker.release(source)
+
+
+def _ask(op: str) -> _Operation:
+    def ask(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+        broker.asking.add(source)
+        broker.spend(broker.deferred.add(Question(source, id, op, arguments)) * _STEP)
+
+    return ask
+
+
+def _in_pieces(name: str, entries: Iterable[_Arguments | None], each: int) -> Generator[None, None, bytes]:
+    """Return a JSON object with one list, made of the entries that are not None; a step for ``each`` entries."""
+    pieces: list[bytes] = []
+    some: list[_Arguments] = []
+    for count, entry in enumerate(entries, 1):
+        if entry is not None:
+            some.append(entry)
+        if count % each == 0:
+            if some:
+                pieces.append(json.dumps(some)[1:-1].encode())
+                some = []
+            yield
+    if some:
+        pieces.append(json.dumps(some)[1:-1].encode())
+    return b"".join((f'{{"{name}": ['.encode(), b", ".join(pieces), b"]}"))
+
+
+def _clients(broker: Broker, source: Session) -> Generator[None, None, bytes]:
+    may_see = source.client.policy.sending
+    entries = (
+        {"name": client.name, "online": client.shown_online, "since": client.shown_since}
+        if source.open and may_see(client.name) is not None
+        else None
+        for client in list(broker.exchange.clients.values())
+    )
+    return _in_pieces("clients", entries, _CLIENTS)
+
+
+def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | None]:
+    topic, group = _text(arguments, "topic"), arguments.get("group")
+    broker.spend(topic.count(".") // _TOKENS + broker.topics.searches // _SEARCHES)
+    try:
+        check_pattern(topic)
+    except InvalidName as error:
+        raise _Refusal(ErrorCode.UNSUPPORTED, str(error), BROKER) from error
+    if group is not None and not (isinstance(group, str) and is_name(group)):
+        raise _Refusal(ErrorCode.UNSUPPORTED, "a group is named as a client is", BROKER)
+    return topic, group
+
+
+def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    topic, group = _subscription(broker, arguments)
+    if source.retired:
+        raise _Refusal(ErrorCode.SHUTTING_DOWN, "the broker closes this connection", BROKER)
+    if source.client.policy.subscribing(topic) is None:
+        raise _Refusal(ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER)
+    config = source.client.config
+    if len(source.subscriptions) >= config.subscriptions and (topic, group) not in source.subscriptions:
+        message = f"no more than {config.subscriptions} subscriptions (clients.{config.name}.subscriptions)"
+        raise _Refusal(ErrorCode.FULL, message, BROKER)
+    broker.topics.add(topic, source, group)
+    source.subscriptions.add((topic, group))
+    return {"topic": topic, "group": group}
+
+
+def _unsubscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    topic, group = _subscription(broker, arguments)
+    broker.topics.discard(topic, source, group)
+    source.subscriptions.discard((topic, group))
+    return {"topic": topic, "group": group}
+
+
+def _goaway(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    source.goaway = True
+    reply_to(broker, source, id, {})
+    if broker.draining:
+        part(broker, source)
+
+
+def _finished(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    if not (source.goaway and source.told):
+        raise _Refusal(ErrorCode.UNSUPPORTED, f"{DRAINING} and goaway come before finished", BROKER)
+    if source.finishing is not None:
+        raise _Refusal(ErrorCode.UNSUPPORTED, "finished has been asked already", BROKER)
+    source.finishing = id
+    broker.finishing[source] = None
+
+
+# For clients with admin: true
+
+
+def _stats(broker: Broker, source: Session) -> Generator[None, None, bytes]:
+    return json.dumps((yield from _count(broker))).encode()
+
+
+def stats(broker: Broker) -> _Arguments:
+    """Return the broker's counters since it started."""
+    counting = _count(broker)
+    while True:
+        try:
+            next(counting)
+        except StopIteration as end:
+            found: _Arguments = end.value
+            return found
+
+
+def _count(broker: Broker) -> Generator[None, None, _Arguments]:
+    # Of one moment: a session that leaves meanwhile counts with what it has had.
+    sums = Counter(broker.totals)
+    clients = list(broker.exchange.clients.values())
+    sessions: list[Session] = []
+    online = waiting = 0
+    for number, client in enumerate(clients, 1):
+        online += client.online
+        sessions += client.sessions.values()
+        if number % _COUNTED == 0:
+            yield
+    for number, session in enumerate(sessions, 1):
+        for counter in _SUMS:
+            sums[counter] += getattr(session, counter)
+        waiting += session.outbox.waiting
+        if number % _CONNECTIONS == 0:
+            yield
+    return {
+        "version": broker.version,
+        "routing": broker.routing,
+        "started_at": broker.started_at,
+        "upgrades": broker.upgrades,
+        "draining": broker.draining,
+        "clients": len(clients),
+        "online": online,
+        "connections": len(sessions),
+        "subscriptions": len(broker.topics),
+        "waiting_bytes": waiting,
+        "dropped": broker.dropped,
+        "refused": dict(broker.refused),
+        **{counter: sums[counter] for counter in _SUMS},
+    }
+
+
+def _connections(broker: Broker, source: Session) -> Generator[None, None, bytes]:
+    entries = (
+        (
+            {
+                "address": session.address,
+                "name": session.client.name,
+                "peer": session.peer,
+                "since": session.since,
+                "messages_in": session.messages_in,
+                "bytes_in": session.bytes_in,
+                "messages_out": session.messages_out,
+                "bytes_out": session.bytes_out,
+                "errors": session.errors_in,
+                "waiting_bytes": session.outbox.waiting,
+                "queue": session.outbox.limit,
+                "slow": session.outbox.blocked,
+                "held": session.held_by is not None,
+                "subscriptions": len(session.subscriptions),
+                "owed": len(session.owed),
+            }
+            if session.open
+            else None
+        )
+        for session in list(broker.exchange.sessions())
+    )
+    return _in_pieces("connections", entries, _CONNECTIONS)
+
+
+def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    address = _text(arguments, "address")
+    name, instance = split_address(address)
+    session = broker.exchange.find(address)
+    client = broker.exchange.resolve(name)
+    if client is None:
+        raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {address}", address)
+    found = [session] if session is not None else [] if instance else list(client.sessions.values())
+    if not found:
+        raise _Refusal(ErrorCode.OFFLINE, f"{address} is not connected", address)
+    for each in found:
+        broker.close(each, f"disconnected by {source.client.name}", code=ErrorCode.DISCONNECTED)
+    return {"disconnected": [each.address for each in found]}
+
+
+def _can(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+    sender, verb, target = (_text(arguments, key) for key in ("sender", "verb", "target"))
+    client = broker.exchange.resolve(sender)
+    if client is None:
+        raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {sender}", sender)
+    policy = client.policy
+    if verb == "send" and target == BROKER:
+        return {"allowed": True, "rule": None, "where": None, "why": "everyone may ask the broker"}
+    if verb == "publish" and target.startswith("$"):
+        why = "topics that begin with $ are the broker's own"
+        return {"allowed": False, "rule": None, "where": None, "why": why}
+    if verb == "send":
+        rule, rules = policy.sending(target.partition("/")[0]), client.config.send_to
+        if rule is not None and broker.exchange.resolve(target.partition("/")[0]) is None:
+            return {"allowed": False, "rule": None, "where": None, "why": f"there is no client {target}"}
+    elif verb == "publish":
+        rule, rules = policy.publishing(target), client.config.publish
+    elif verb == "subscribe":
+        rule, rules = policy.subscribing(target), client.config.subscribe
+    else:
+        raise _Refusal(ErrorCode.UNSUPPORTED, "verb is send, publish or subscribe", BROKER)
+    if rule is not None:
+        return {"allowed": True, "rule": rule.pattern, "where": _where(rule), "why": f"{rule.pattern} allows it"}
+    given = ", ".join(each.pattern for each in rules) or "nothing"
+    where = _where(rules[0]) if rules else None
+    return {"allowed": False, "rule": None, "where": where, "why": f"none of its rules matches: {given}"}
+
+
+def _where(rule: Rule) -> str:
+    return "default" if rule.source is None else str(rule.source)
+
+
+def _reload(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    if not isinstance(arguments.get("dry_run", False), bool):
+        raise _Refusal(ErrorCode.UNSUPPORTED, "dry_run is true or false", BROKER)
+    broker.order("reload", source, id, arguments)
+
+
+def _order(op: str) -> _Operation:
+    def order(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+        broker.order(op, source, id, arguments)
+
+    return order
+
+
+#: Operations whose answer is long: see Question.
+_LONG: Final[dict[str, Callable[[Broker, Session], Generator[None, None, bytes]]]] = {
+    "clients": _clients,
+    "stats": _stats,
+    "connections": _connections,
+}
+_OPEN: Final[dict[str, _Operation]] = {
+    "whoami": _whoami,
+    "ping": _ping,
+    "clients": _ask("clients"),
+    "subscribe": _subscribe,
+    "unsubscribe": _unsubscribe,
+    "goaway": _goaway,
+    "finished": _finished,
+}
+_ADMIN: Final[dict[str, _Operation]] = {
+    "stats": _ask("stats"),
+    "connections": _ask("connections"),
+    "disconnect": _disconnect,
+    "can": _can,
+    "keys": _order("keys"),
+    "reload": _reload,
+    "upgrade": _order("upgrade"),
+    "drain": _order("drain"),
+    "log_level": _order("log_level"),
+}

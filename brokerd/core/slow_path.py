@@ -1,0 +1,64 @@
+"""Frames that leave the routing loop: too long, too short, malformed, not whole yet, or for the broker to judge.
+
+Both loops come here, so that there is one answer to every odd frame.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from brokerd.core.routing_result import Verdict
+from brokerd_client.errors import BadLength
+from brokerd_client.wire.envelope import HEADER, Kind, is_address
+from brokerd_client.wire.framing import frame_span
+
+if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
+    from brokerd.core.session import Session
+
+__all__ = ["unusual"]
+
+_HEADER_SIZE: Final = HEADER.size
+#: An EVENT's topic and its length come out of no payload allowance.
+_TOPIC_ALLOWANCE: Final = 256
+
+
+def unusual(
+    broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
+) -> tuple[int, Verdict]:
+    """Deal with the one frame at ``position``; return where to go on and how, as feed does."""
+    if not broker.patience:
+        return position, Verdict.YIELD
+    broker.patience -= 1
+    try:
+        span = frame_span(buffer, position, end)
+    except BadLength as error:
+        return end, broker.malformed(source, 0, str(error))
+    if span is None:
+        return position, Verdict.NEXT
+    first, size = span
+    stop = first + size
+    if size < _HEADER_SIZE:
+        return end, broker.malformed(
+            source, 0, f"a broker frame has at least {_HEADER_SIZE} bytes; this one has {size}"
+        )
+    if end - first < _HEADER_SIZE:
+        return position, Verdict.NEXT
+    kind, _, _, name_size, id = HEADER.unpack_from(buffer, first)
+    payload = size - _HEADER_SIZE - name_size
+    if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.limits.max_message:
+        named = first + _HEADER_SIZE + name_size
+        if end < named:
+            return position, Verdict.NEXT
+        name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
+        verdict = broker.too_large(source, kind, id, name if is_address(name) else "", payload)
+        if verdict is not Verdict.NEXT:
+            return position, verdict
+        position = min(stop, end)
+        source.skip = stop - position
+        return position, Verdict.NEXT
+    if stop > end:
+        return position, Verdict.NEXT
+    verdict = broker.handle(source, buffer[first:stop], now)
+    done = verdict is Verdict.NEXT or verdict is Verdict.CLOSE
+    return (stop if done else position), verdict

@@ -1,0 +1,78 @@
+"""Asks the broker that runs with a configuration what a reload would change: `brokerd check --against-running`.
+
+Who asks is, by BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE, whoever the environment says; without them an
+administrator of the configuration itself, with its own key, at one of its listeners.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import brokerd_client
+from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access
+from brokerd.ctl.status import Failure, Status, failure_of
+from brokerd.ctl.tls import context_of
+from brokerd_client.errors import BrokerdError
+
+__all__ = ["Administrator", "ask_for_plan"]
+
+#: Tried in the hope that one of them is let in: with a single connection each, some may be connected already.
+_TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Administrator:
+    """Somebody who may ask. key: None for one that its user vouches for; neither str nor repr shows it."""
+
+    name: str
+    key: bytes | None = field(repr=False)
+
+
+def ask_for_plan(
+    config: str, addresses: Iterable[str], administrators: Iterable[Administrator], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the running broker's answer to a dry run of a reload.
+
+    config: the main file, which is to be the broker's. addresses, administrators: from it.
+    Raises Failure: nobody answers, or refuses, or the broker reads another file.
+    """
+    try:
+        with _connected(list(addresses), list(administrators), environ) as client:
+            answer = client.control("reload", timeout=DEFAULT_TIMEOUT_S, dry_run=True)
+    except BrokerdError as error:
+        raise failure_of(error) from error
+    if os.path.realpath(str(answer.get("config"))) != os.path.realpath(config):
+        raise Failure(
+            Status.USAGE,
+            f"the running broker reads {answer.get('config')}, not {config} (check that file, or ask another)",
+        )
+    return answer
+
+
+def _connected(
+    addresses: list[str], administrators: list[Administrator], environ: Mapping[str, str]
+) -> brokerd_client.Client:
+    address = environ.get("BROKERD_ADDRESS")
+    if environ.get("BROKERD_KEY_FILE") or environ.get("BROKERD_NAME"):
+        return Access(address=address or next(iter(addresses), None)).connect()
+    if not administrators:
+        raise Failure(
+            Status.USAGE,
+            "there is nobody to ask the running broker as (set BROKERD_NAME and BROKERD_KEY_FILE, "
+            "or give a client admin: true)",
+        )
+    failures = []
+    for where in [address] if address else addresses:
+        for each in administrators[:_TRIES]:
+            try:
+                context = context_of(where, None, None, None)
+                return brokerd_client.connect(
+                    where, each.name, each.key, timeout=DEFAULT_TIMEOUT_S, reconnect=False, ssl=context
+                )
+            except (BrokerdError, OSError) as error:
+                failures.append(f"{each.name} at {where}: {error}")
+    tried = "\n".join(failures)
+    raise Failure(Status.UNREACHABLE, f"no broker lets an administrator of this configuration in:\n{tried}")

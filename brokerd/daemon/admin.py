@@ -1,0 +1,139 @@
+"""What administrators ask a running daemon for through the broker, and what they are answered.
+
+The core has judged who may ask, and hands on what only the daemon can do: drain, reload, replace the process, change
+the levels of the log, say how the keys are used. Source: docs/protocol.md, "Operations".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, Protocol
+
+from brokerd.config.model import Config
+from brokerd.core.broker import Broker, Order
+from brokerd.core.operations import reply_to, reply_with
+from brokerd.daemon.reloader import Reloading
+from brokerd.log.logger import LevelRefused, Logs
+from brokerd.net.server import Server
+from brokerd_client.wire.envelope import BROKER, ErrorCode
+
+__all__ = ["Orderable", "Orders"]
+
+#: Entries of a long answer that are made in one turn of the event loop: some milliseconds' work.
+_ENTRIES: Final = 256
+#: Long answers that may be asked for at once.
+_MOST_LONG: Final = 64
+
+
+class Orderable(Protocol):
+    """A daemon, as far as orders go.
+
+    on_upgrade: replaces the process; None where a daemon is only a part of one.
+    """
+
+    config: Config
+    broker: Broker
+    reloading: Reloading
+    on_upgrade: Callable[[str, Order | None], None] | None
+
+    @property
+    def server(self) -> Server:
+        """The server."""
+
+    @property
+    def logs(self) -> Logs | None:
+        """The log of its own, None where a program gives another."""
+
+    def key_uses(self) -> Iterator[dict[str, Any]]:
+        """Yield each client's keys, as the `$broker` operation ``keys`` answers."""
+
+    def stop_soon(self, reason: str) -> bool:
+        """Begin to drain; return False if that had begun already."""
+
+    def in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do this beside everything else."""
+
+
+class Orders:
+    """The orders given to one daemon."""
+
+    def __init__(self, daemon: Orderable) -> None:
+        self._daemon = daemon
+        #: Long answers are made one at a time; how many are being made or wait for that.
+        self._one_long = asyncio.Lock()
+        self._long = 0
+
+    def carry_out(self, order: Order) -> None:
+        """Do what is asked, or begin to; who asks is answered when it is done."""
+        daemon = self._daemon
+        asker = order.source.client.name
+        if order.op == "drain":
+            reply_to(daemon.broker, order.source, order.id, {"draining": True})
+            daemon.stop_soon(f"asked for by {asker}")
+        elif order.op == "log_level":
+            self._answer_log_level(order)
+        elif order.op == "keys":
+            self._answer_in_turns(order, "clients", daemon.key_uses(), {"since": daemon.broker.started_at})
+        elif order.op == "upgrade":
+            if daemon.on_upgrade is not None:
+                daemon.on_upgrade(f"asked for by {asker}", order)
+            else:
+                problems = ["this broker is a part of another program, which would have to be replaced"]
+                reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problems})
+                daemon.server.settle()
+        else:
+            daemon.in_background(self._reload_for(order, f"asked for by {asker}"))
+
+    def _answer_in_turns(
+        self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
+    ) -> None:
+        """Answer with a list of so many entries that all of them at once would hold up the event loop."""
+        daemon = self._daemon
+        if self._long >= _MOST_LONG:
+            message = f"{self._long} long answers are being made already; ask again later"
+            daemon.broker.refuse(order.source, order.id, ErrorCode.FULL, message, BROKER)
+            daemon.server.settle()
+            return
+        self._long += 1
+        daemon.in_background(self._collect(order, name, entries, more))
+
+    async def _collect(self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, Any]) -> None:
+        daemon = self._daemon
+        pieces = []
+        try:
+            async with self._one_long:
+                while some := list(itertools.islice(entries, _ENTRIES)):
+                    pieces.append(json.dumps(some)[1:-1])
+                    await asyncio.sleep(0)
+        finally:
+            self._long -= 1
+        rest = "".join(f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items())
+        payload = f'{{"{name}": [{", ".join(pieces)}]{rest}}}'.encode()
+        reply_with(daemon.broker, order.source, order.id, payload)
+        daemon.server.settle()
+
+    def _answer_log_level(self, order: Order) -> None:
+        daemon, wanted = self._daemon, order.arguments
+        try:
+            if daemon.logs is None:
+                raise LevelRefused("the log of this broker is its program's own")
+            if wanted:
+                daemon.logs.change_level(
+                    wanted.get("area"), wanted.get("level"), wanted.get("for"), by=order.source.client.name
+                )
+        except LevelRefused as error:
+            daemon.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
+        else:
+            reply_to(daemon.broker, order.source, order.id, {"levels": daemon.logs.levels()})
+        daemon.server.settle()
+
+    async def _reload_for(self, order: Order, reason: str) -> None:
+        daemon = self._daemon
+        dry_run = order.arguments.get("dry_run") is True
+        outcome = await daemon.reloading.run(reason, dry_run=dry_run)
+        # Before anything is written: whoever is disconnected by the reload asked for is to hear of it.
+        reply_to(daemon.broker, order.source, order.id, outcome.as_reply(daemon.config.path, dry_run=dry_run))
+        daemon.server.settle()

@@ -1,0 +1,555 @@
+"""The daemon: its parts put together, started, reloaded, drained and stopped, inside any asyncio program.
+
+The process around it, with its signals and exit statuses, is :mod:`brokerd.daemon.process`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol, Self
+
+from brokerd import __version__
+from brokerd.config.diff import taken_over
+from brokerd.config.model import Config
+from brokerd.config.values import ListenConfig
+from brokerd.core import routing
+from brokerd.core.broker import Broker, Order
+from brokerd.core.broker import Limits as CoreLimits
+from brokerd.core.operations import stats
+from brokerd.core.session import Session
+from brokerd.daemon import garbage
+from brokerd.daemon.admin import Orders
+from brokerd.daemon.key_expiry import KeyWatch, uses_of
+from brokerd.daemon.reload import Outcome, Prepared, compared, obstacles, whole_plan
+from brokerd.daemon.reloader import Reloading
+from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
+from brokerd.daemon.systemd import Supervisor
+from brokerd.daemon.threads import aside
+from brokerd.log.logger import Logs
+from brokerd.monitor.toggle import Switch, preload
+from brokerd.net.handshake.keyring import Keyring
+from brokerd.net.listen.listener import Found, ListenError, Listening, listen
+from brokerd.net.listen.socket_activation import Handed, HandedSocket, listen_for
+from brokerd.net.server import Log, Server
+from brokerd_client.address import Address
+from brokerd_client.wire.envelope import ErrorCode
+
+__all__ = ["Daemon", "Elder", "Stopped"]
+
+#: Seconds between two looks at the files of the sockets: a cleaner of temporary directories may remove one.
+LOOK_S: Final = 10.0
+#: Subscriptions held against new rules in one turn of the event loop while a reload waits: some milliseconds' work.
+_REVIEWED: Final = 64
+
+
+class Stopped(Exception):
+    """The daemon was told to stop while it started."""
+
+
+class Elder(Protocol):
+    """A process that serves, and from which another one takes over everything.
+
+    offered: the configured addresses that it listens at. monitored: the sockets of its monitor, kept open by both.
+    reloads: how those of its configuration ended, known when it is taken over.
+    """
+
+    offered: set[Address]
+    monitored: list[Listening]
+    reloads: Counter[str]
+
+    def take_over(
+        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
+    ) -> dict[str, object]:
+        """Fill the server, and return what there is to tell about it; raises where the other one serves on."""
+
+    def when_gone(self, act: Callable[[], None]) -> None:
+        """Call this when the other one has ended."""
+
+
+class Daemon:
+    """One broker in the running event loop.
+
+    config: what it serves. log: where its events go. supervisor: the service manager that is told how it fares.
+    handed: the sockets that the service manager listens at for it.
+
+    reloads: how many were ``accepted`` and ``refused``; reload_refused: whether the last one was; reloaded_at: when
+    the configuration in use was taken over, in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log | None = None,
+        *,
+        supervisor: Supervisor | None = None,
+        handed: Handed | None = None,
+    ) -> None:
+        self.config = config
+        self.supervisor = supervisor or Supervisor()
+        self._handed = handed or Handed()
+        self._allotted: dict[ListenConfig, list[HandedSocket]] = {}
+        self._logs: Logs | None = None
+        if log is None:
+            log = self._logs = Logs(config.log)
+        self.log: Log = log
+        self.broker = Broker(
+            config.clients.values(),
+            limits=_core_limits(config),
+            version=__version__,
+            routing=routing.NAME,
+            now_wall=time.time(),
+        )
+        self.reloads: Counter[str] = Counter()
+        self.reload_refused = False
+        self.reloaded_at = self.broker.started_at
+        self._server: Server | None = None
+        self._monitor = Switch(self)
+        self._stopping: asyncio.Task[None] | None = None
+        self.reloading = Reloading(self)
+        self._keywatch: KeyWatch | None = None
+        #: Replaces the process; None where a daemon is only a part of one.
+        self.on_upgrade: Callable[[str, Order | None], None] | None = None
+        self._background: set[asyncio.Task[object]] = set()
+        self.stopped = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        #: Where no client can connect any more, as the log has it already.
+        self._lost: set[Address] = set()
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens, ports chosen by the system filled in."""
+        return [] if self._server is None else [listening.address for listening in self._server.listening]
+
+    @property
+    def monitor_addresses(self) -> list[Address]:
+        """Where its monitor listens, the same way; empty where it has none."""
+        return self._monitor.addresses
+
+    @property
+    def server(self) -> Server:
+        """The server; there is one once the daemon has started."""
+        assert self._server is not None
+        return self._server
+
+    @property
+    def logs(self) -> Logs | None:
+        """The log of its own, None where a program gives another."""
+        return self._logs
+
+    @property
+    def handed(self) -> Handed:
+        """What the service manager handed over."""
+        return self._handed
+
+    @property
+    def allotted(self) -> dict[ListenConfig, list[HandedSocket]]:
+        """Which entries of the configuration have which of those."""
+        return self._allotted
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has started, and neither drains nor has stopped."""
+        return self._server is not None and not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains, or has stopped."""
+        return self._stopping is not None or self.stopped.is_set()
+
+    @property
+    def monitor_listening(self) -> list[Listening]:
+        """The sockets of its monitor."""
+        return self._monitor.listening
+
+    @property
+    def not_ready(self) -> str:
+        """Why it should be sent no new client, or ""."""
+        if self._stopping is not None or self.broker.draining:
+            return "the broker is draining"
+        return "" if self.addresses else "the broker is starting"
+
+    async def start(self, elder: Elder | None = None) -> None:
+        """Listen at every configured address. Raises ListenError or Stopped; then it listens at none.
+
+        elder: another process that serves, whose place this one takes.
+        """
+        began = time.perf_counter()
+        config = self.config
+        keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
+        if config.monitor is not None:
+            await aside(lambda: preload(config.monitor))
+        # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
+        self._allotted = allotted = await aside(lambda: self._handed.allot(config.listen))
+        offered = () if elder is None else elder.offered
+        former = [] if elder is None else elder.monitored
+        stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
+        wanted = [entry for entry in config.listen if entry.address not in offered]
+        monitor = [] if config.monitor is None or stays else [config.monitor.listen]
+        opened, monitored = await aside(lambda: _open(wanted, monitor, allotted), discard=_close_all)
+        if self.stopping:
+            _close_all((opened, monitored))
+            raise Stopped
+        self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
+        self._server.on_order = Orders(self).carry_out
+        told: dict[str, Any] = {}
+        if elder is None:
+            self._server.start(opened)
+        else:
+            try:
+                told = elder.take_over(self._server, config.listen, opened)
+            except BaseException:
+                for listening in (*opened, *monitored):
+                    listening.close()
+                raise
+            self.reloads.update(elder.reloads)
+        if stays:
+            monitored = former
+        else:
+            for listening in former:
+                listening.close()
+        self._monitor.turn(config.monitor, monitored)
+        later = asyncio.get_running_loop().call_later
+        self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), later, self._server.credentials)
+        self.log.info(
+            "daemon.started" if elder is None else "daemon.upgraded",
+            version=__version__,
+            routing=routing.NAME,
+            **_why_python(),
+            python=".".join(map(str, sys.version_info[:3])),
+            loop=type(asyncio.get_running_loop()).__module__,
+            listeners=[str(address) for address in self.addresses],
+            clients=len(config.clients),
+            config=config.path,
+            ready_ms=round((time.perf_counter() - began) * 1000, 1),
+            **told,
+        )
+        self._warn({entry.address for entry in config.listen})
+        self._keywatch.watch(config)
+        if elder is None:
+            self.supervisor.ready(self._status)
+        else:
+            # The service manager takes no word from this process before it has heard of it.
+            elder.when_gone(lambda: self.supervisor.ready(self._status))
+        self._looking = asyncio.get_running_loop().create_task(self._look_after_files())
+        self.reloading.begin()
+
+    def _status(self) -> str:
+        """Return how the broker fares, in a line for people."""
+        assert self._server is not None
+        connections, handshakes = len(self._server.links), self._server.handshakes
+        messages = self.broker.totals["messages_in"] + sum(link.session.messages_in for link in self._server.links)
+        return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
+
+    def _warn(self, among: Container[Address]) -> None:
+        """Tell of what is not as the configuration means it. among: the addresses of what is new in it."""
+        config = self.config
+        warn_of_surroundings(self.log, config.listen, config.clients, self._handed, self._allotted)
+        warn_of_plain(self.log, self.server.listening, among)
+        warn_of_keys(self.log, config.warnings)
+
+    def _settle(self) -> None:
+        if self._server is not None:
+            self._server.settle()
+
+    def size(self) -> int:
+        """Return how many connections and subscriptions there are: most objects are theirs."""
+        return len(self.server.links) + len(self.broker.topics)
+
+    def in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do this beside everything else; ``settled`` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def reload(self, reason: str) -> list[str]:
+        """Read the configuration again and take it over whole, or not at all.
+
+        Returns what is wrong, a line each; with an empty list everything was taken over. A client whose
+        entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
+        """
+        outcome = await self.reloading.run(reason)
+        self._settle()
+        return outcome.problems
+
+    def reload_soon(self, reason: str) -> None:
+        """Begin to reload, once it has started; how it went is in the log.
+
+        One that waits to begin will do for this one too.
+        """
+        if self.reloading.wait():
+            self.in_background(self.reload(reason))
+
+    def apply(self, config: Config, reason: str) -> None:
+        """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
+        self.take_over(self.opened(compared(self.config, config, self._handed, self._allotted)), reason)
+        self._settle()
+
+    def foreseen(self, prepared: Prepared) -> list[str]:
+        """Return why it can't be taken over, as far as that can be seen without trying; to be called aside."""
+        problems = obstacles(prepared)
+        if self._logs is not None:
+            problems += self._logs.foresee(prepared.config.log)
+        return problems
+
+    def opened(self, prepared: Prepared) -> Prepared:
+        """Return it with its new sockets and audit file opened; to be called aside.
+
+        Raises ListenError or AuditError; then nothing is open.
+        """
+        if prepared.blocked:
+            raise ListenError("\n".join(prepared.blocked))
+        plan = prepared.plan
+        opened = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+        try:
+            audit = None if self._logs is None else self._logs.opened_audit(prepared.config.log)
+        except BaseException:
+            _close_all(opened)
+            raise
+        return replace(prepared, opened=opened, audit=audit)
+
+    async def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+        """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
+        leaving: list[tuple[Session, str]] = []
+        for some in self.server.misfits_in_turns(prepared.keyring):
+            leaving += some
+            await asyncio.sleep(0)
+        plan = whole_plan(prepared.plan, leaving)
+        return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
+
+    def take_over(self, prepared: Prepared, reason: str) -> Outcome:
+        """Take it over at once; see ``taking_over``."""
+        turns = self.taking_over(prepared, reason)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+
+    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, Outcome]:
+        """Take it over in turns: first all that can fail, and that leaves no trace then. The caller settles each time.
+
+        prepared: with what it needs ``opened``. New addresses are open before old ones are closed.
+        Raises ListenError, before the first turn ends; then nothing has changed.
+        """
+        server, plan = self.server, prepared.plan
+        opened, monitored = prepared.opened
+        try:
+            server.alter(entry for entry, _ in plan.altered)
+        except ListenError:
+            prepared.discard()
+            raise
+        config = self.config = taken_over(self.config, prepared.config)
+        self._allotted = prepared.allotted
+        if self._logs is not None:
+            self._logs.take_over(config.log, prepared.audit)
+        differing = (*plan.added, *plan.changed)
+        yield from self.broker.reconfiguring(config.clients, _core_limits(config), time.time(), differing)
+        server.reconfigure(prepared.keyring, config.limits)
+        if self.stopping:
+            _close_all((opened, monitored))
+        else:
+            server.start(opened)
+            server.stop_listening_at({entry.address for entry in plan.closed})
+            if plan.monitor:
+                self._monitor.turn(config.monitor, monitored)
+        leaving: list[tuple[Session, str]] = []
+        for some in server.misfits_in_turns():
+            leaving += some
+            yield
+        self.reloads["accepted"] += 1
+        self.reload_refused = False
+        self.reloaded_at = time.time()
+        # What was made took the place of as much, so that the collector has not looked at it yet: it all stays.
+        garbage.set_apart()
+        fields = whole_plan(plan, leaving)
+        yield
+        self.log.info(
+            "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
+        )
+        yield
+        self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
+        if self._keywatch is not None and not self.stopping:
+            self._keywatch.watch(config, prepared.ending)
+        # Last: an administrator that has to leave is answered before anything is carried out.
+        for session, why in leaving:
+            self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
+        return Outcome(fields, warnings=prepared.warnings)
+
+    async def _look_after_files(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            # Without a thread to look with, it is tried again.
+            with contextlib.suppress(RuntimeError):
+                await self.listen_again()
+
+    async def listen_again(self) -> None:
+        """Listen again where a socket's file is gone or has been replaced; connections made before stay."""
+        listening = [*self.server.listening, *self._monitor.listening]
+        lost = await aside(lambda: [each for each in listening if each.is_lost()])
+        for each in lost:
+            await self._listen_again(each)
+
+    async def _listen_again(self, former: Listening) -> None:
+        config, address = former.config, former.address
+        try:
+            opened = await aside(lambda: listen(config), discard=lambda opened: _close_all((opened,)))
+        except ListenError as error:
+            if address not in self._lost:
+                self._lost.add(address)
+                self.log.error("listener.lost", listener=str(address), reason=str(error))
+            return
+        of_server = any(each is former for each in self.server.listening)
+        of_monitor = any(each is former for each in self._monitor.listening)
+        if not self.serves or not (of_server or of_monitor) or former.config is not config:
+            # A reload or the end was faster.
+            _close_all((opened,))
+            return
+        if of_server:
+            self.server.listen_instead(former, *opened)
+        else:
+            self._monitor.turn(self.config.monitor, opened)
+        self._lost.discard(address)
+        self.log.warning("listener.restored", listener=str(address), reason="its socket file was removed or replaced")
+
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    async def reviewed(self) -> None:
+        """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
+        while self.broker.review:
+            self.broker.review.work_off(_REVIEWED)
+            await asyncio.sleep(0)
+
+    async def settled(self) -> None:
+        """Return when nothing that was asked is without an answer, and everything decided is carried out."""
+        self.server.settle()
+        while self._background:
+            await asyncio.wait(self._background)
+            self.server.settle()
+
+    def stop_soon(self, reason: str) -> bool:
+        """Begin to drain; return False if that had begun already."""
+        if self._stopping is not None:
+            return False
+        self.log.info("daemon.stopping", reason=reason, drain_timeout_s=self.config.limits.drain_timeout)
+        self.supervisor.stopping(self.config.limits.drain_timeout)
+        self._stopping = asyncio.get_running_loop().create_task(self.stop())
+        return True
+
+    async def stop(self) -> None:
+        """Drain: accept nobody, take no new message, write what waits, close.
+
+        What can't be written within ``limits.drain_timeout`` is cut off.
+        """
+        try:
+            self._stop_looking()
+            if self._keywatch is not None:
+                self._keywatch.close()
+            if self._server is not None:
+                drained = await self._server.drain(self.config.limits.drain_timeout)
+                self.log.info("daemon.stopped", **drained._asdict(), messages=self.broker.totals["messages_in"])
+        finally:
+            self._monitor.off()
+            self.supervisor.close()
+            self.stopped.set()
+
+    def cut_off(self, name: str) -> None:
+        """Close a client's connections at once, whatever waits for them."""
+        client = self.broker.exchange.resolve(name)
+        for session in [] if client is None else list(client.sessions.values()):
+            # The end of one may be that of another, who is told of it.
+            if session.open:
+                session.link.lost("cut off")
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the `$broker` operation ``stats`` answers."""
+        return stats(self.broker)
+
+    def key_uses(self) -> Iterator[dict[str, Any]]:
+        """Yield each client's keys, as the `$broker` operation ``keys`` answers: their ids, times and uses."""
+        return uses_of(self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC))
+
+    def key_expiries(self) -> dict[str, datetime]:
+        """Return for each client whose keys have an end the moment from which it can't be let in any more."""
+        return {} if self._keywatch is None else self._keywatch.expiries()
+
+    def kill(self) -> None:
+        """Close everything at once."""
+        self._stop_looking()
+        if self._keywatch is not None:
+            self._keywatch.close()
+        if self._server is not None:
+            self._server.cut_off()
+        self._monitor.off()
+        self.supervisor.close()
+        self.stopped.set()
+
+    def reopen_log(self) -> None:
+        """Begin anew a file of the log that was moved away."""
+        if self._logs is not None:
+            self._logs.reopen()
+
+    def flush_log(self) -> None:
+        """Have everything logged so far written, if that can be done soon."""
+        if self._logs is not None:
+            self._logs.flush()
+
+    def close_log(self) -> None:
+        """Write what waits for the log, if that can be done soon, and end it."""
+        if self._logs is not None:
+            self._logs.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._stopping is None:
+            await self.stop()
+        await self.stopped.wait()
+        self.close_log()
+
+
+def _why_python() -> dict[str, str]:
+    """Return a field that says why the slower routing loop runs, where it does."""
+    if routing.NAME != "python":
+        return {}
+    forced = os.environ.get("BROKERD_PURE") == "1"
+    return {"because": "BROKERD_PURE=1" if forced else "brokerd was installed without a working C compiler"}
+
+
+def _core_limits(config: Config) -> CoreLimits:
+    return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
+
+
+def _close_all(groups: Iterable[Iterable[Listening]]) -> None:
+    for group in groups:
+        for listening in group:
+            listening.close()
+
+
+def _open(
+    clients: Iterable[ListenConfig],
+    monitor: Iterable[ListenConfig],
+    allotted: dict[ListenConfig, list[HandedSocket]],
+    found: Found | None = None,
+) -> tuple[list[Listening], list[Listening]]:
+    """Return the listening sockets for clients and for the monitor, as ``listen_for`` does."""
+    opened = listen_for(clients, allotted, found)
+    try:
+        return opened, listen_for(monitor, {}, found)
+    except ListenError:
+        for listening in opened:
+            listening.close()
+        raise

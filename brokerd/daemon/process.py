@@ -1,0 +1,287 @@
+"""The process around the daemon: its event loop, its signals, its limits and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from brokerd.config.load import ConfigError, load
+from brokerd.config.model import Config
+from brokerd.daemon import garbage
+from brokerd.daemon.daemon import Daemon, Stopped
+from brokerd.daemon.systemd import Supervisor
+from brokerd.entry import release_signals
+from brokerd.log.logger import AuditError, in_words
+from brokerd.net.listen.listener import ListenError
+from brokerd.net.listen.socket_activation import Handed, Misfit
+from brokerd.upgrade.channel import ChannelError
+from brokerd.upgrade.new_process import Successor
+from brokerd.upgrade.old_process import Predecessor
+
+__all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
+
+#: Exit status for a configuration that can't be used, from sysexits.h.
+EX_CONFIG: Final = 78
+EX_FAILED: Final = 1
+#: Seconds from a second signal to the end of a process whose event loop does not act on it.
+_INSISTENCE_S: Final = 2.0
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the daemon's event loop: uvloop where it exists, else asyncio's.
+
+    On Windows it is the selector loop: the daemon reads and writes its sockets itself.
+    """
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.SelectorEventLoop
+    return uvloop.new_event_loop
+
+
+def run(config_path: Path) -> int:
+    """Run the broker until it is told to stop; return the process's exit status.
+
+    0 after a drain, 78 for a configuration that can't be used, alone or with the sockets that the service manager hands
+    over, 1 when it can't listen or was told twice to stop.
+    """
+    elder = Successor.from_environ()
+    if elder is not None:
+        return _replace(elder, config_path)
+    supervisor = Supervisor.from_environ()
+    try:
+        config = load(config_path)
+        handed = Handed.take(os.environ, os.getpid())
+    except (ConfigError, Misfit) as error:
+        supervisor.failed(str(error).partition("\n")[0])
+        print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
+        return EX_CONFIG
+    _allow_many_descriptors()
+    with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(config, supervisor, handed))
+
+
+def _replace(elder: Successor, config_path: Path) -> int:
+    """Take the place of a process that serves, or tell it why not; return the exit status."""
+    _allow_many_descriptors()
+    try:
+        elder.meet()
+        config = load(config_path)
+        with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve(config, Supervisor.from_environ(), elder.handed, elder))
+    except (ConfigError, ListenError, AuditError, ChannelError) as error:
+        elder.fail(str(error))
+        return EX_CONFIG if isinstance(error, (ConfigError, Misfit)) else EX_FAILED
+    except Exception as error:
+        elder.fail(f"a bug: {in_words(error)}")
+        raise
+
+
+def _allow_many_descriptors() -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: it is there for programs that use select()."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems say "no limit" and then take less.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _serve(config: Config, supervisor: Supervisor, handed: Handed, elder: Successor | None = None) -> int:
+    try:
+        daemon = Daemon(config, supervisor=supervisor, handed=handed)
+    except AuditError as error:
+        if elder is not None:
+            raise
+        supervisor.failed(str(error))
+        print(error, file=sys.stderr)  # noqa: T201 - there is no log yet
+        return EX_FAILED
+    try:
+        return await _until_stopped(daemon, supervisor, elder)
+    finally:
+        daemon.close_log()
+
+
+async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successor | None) -> int:
+    predecessor = Predecessor(daemon, None if elder is None else elder.keeper)
+    daemon.on_upgrade = predecessor.soon
+    status = 0
+
+    def on_signal(name: str) -> None:
+        nonlocal status
+        if not daemon.stop_soon(name) and not daemon.stopped.is_set():
+            daemon.log.warning("daemon.killed", reason=f"{name} once more")
+            status = EX_FAILED
+            daemon.kill()
+            predecessor.kill()
+
+    def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
+        """Until then, signals are for the process that serves."""
+
+        def act(name: str) -> None:
+            if elder is None or elder.is_over:
+                action(name)
+
+        return act
+
+    def end_at_once() -> None:
+        predecessor.abandon()
+        os._exit(EX_FAILED)
+
+    actions = map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))
+    insistence = _Insistence(lambda: elder is None or elder.is_over, end_at_once)
+    with _signals_go_to(*actions), insistence.listening():
+        _ignore_signal("SIGUSR1")
+        # What came since the first moment of the process is acted on now.
+        release_signals()
+        try:
+            if not await _started(daemon, elder):
+                return status
+        except ListenError as error:
+            if elder is not None:
+                raise
+            daemon.log.error("daemon.failed", reason=str(error))
+            supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
+            # Starting again can help where an address is taken; a socket that nobody asked for stays one.
+            return EX_CONFIG if isinstance(error, Misfit) else EX_FAILED
+        garbage.set_apart()
+        sweeper = garbage.Sweeper(asyncio.get_running_loop(), daemon.size)
+        try:
+            await daemon.stopped.wait()
+        finally:
+            sweeper.close()
+        await predecessor.close()
+    return status
+
+
+async def _started(daemon: Daemon, elder: Successor | None) -> bool:
+    """Start the daemon; return False if it was told to stop meanwhile, whatever the start waits for."""
+    starting = asyncio.ensure_future(daemon.start(elder))
+    stopped = asyncio.ensure_future(daemon.stopped.wait())
+    await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    starting.cancel()
+    try:
+        await starting
+    except (Stopped, asyncio.CancelledError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _signals_go_to(
+    end: Callable[[str], None], reload: Callable[[str], None], upgrade: Callable[[str], None]
+) -> Iterator[None]:
+    """Have the loop call these with a signal's name: ``end`` for those that end a process.
+
+    ``reload`` for SIGHUP, ``upgrade`` for SIGUSR2.
+    """
+    loop = asyncio.get_running_loop()
+    actions = {signal.SIGTERM: end, signal.SIGINT: end}
+    if hasattr(signal, "SIGHUP"):
+        actions[signal.SIGHUP] = reload
+        actions[signal.SIGUSR2] = upgrade
+    if hasattr(signal, "SIGBREAK"):
+        # Windows: Ctrl-Break, or the console's window was closed.
+        actions[signal.SIGBREAK] = end
+    until_the_end: contextlib.AbstractContextManager[None] = _signals_ignored_afterwards(loop, actions)
+    try:
+        for number, action in actions.items():
+            loop.add_signal_handler(number, action, number.name)
+    except NotImplementedError:
+        until_the_end = _signals_ring(loop, actions)
+    with until_the_end:
+        yield
+
+
+@contextlib.contextmanager
+def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Ignore these signals afterwards, while the interpreter ends: the exit status is decided by then.
+
+    A closing loop would restore the default actions, which end the process with a signal's status.
+    """
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+
+class _Insistence:
+    """Ends the process soon after a second signal, where the event loop stands still and does not.
+
+    concerned: returns whether signals are for this process. end: ends it; called in a thread of its own.
+    """
+
+    def __init__(self, concerned: Callable[[], bool], end: Callable[[], None]) -> None:
+        self._concerned = concerned
+        self._end = end
+        self._count = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals beside the event loop, which hears of them by a descriptor."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
+        # They interrupt a system call that waits, so that this is called even then.
+        before = {number: signal.signal(number, self._hear) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self._concerned():
+            return
+        self._count += 1
+        if self._count == 2:
+            timer = threading.Timer(_INSISTENCE_S, self._end)
+            timer.daemon = True
+            timer.start()
+
+
+def _ignore_signal(name: str) -> None:
+    """Ignore a signal until the process ends, on systems that have it: it would end the process."""
+    number = getattr(signal, name, None)
+    if number is not None:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _signals_ring(
+    loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[str], None]]
+) -> Iterator[None]:
+    """Do the same where the loop can't, on Windows: nothing but a socket wakes a loop that waits for sockets."""
+    ear, bell = socket.socketpair()
+
+    def on_ring() -> None:
+        for number in map(signal.Signals, ear.recv(64)):
+            if number in actions:
+                actions[number](number.name)
+
+    with ear, bell:
+        ear.setblocking(False)
+        bell.setblocking(False)
+        loop.add_reader(ear, on_ring)
+        # Python writes the number of every signal to this, whatever else is done about it.
+        ringing_before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in actions}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(ringing_before)
+            loop.remove_reader(ear)

@@ -1,0 +1,174 @@
+"""A reload before it happens: the configuration read again, compared, and everything slow about it done.
+
+Changes nothing: the daemon takes over what is prepared here, or not. What it says of it, in the log and to whoever
+asked, is an Outcome.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from brokerd import __version__
+from brokerd.config.diff import Plan, compare, overlaps
+from brokerd.config.key_validity import ending
+from brokerd.config.lint import advice
+from brokerd.config.load import load
+from brokerd.config.model import Config
+from brokerd.config.values import ClientConfig, ListenConfig
+from brokerd.core.session import Session
+from brokerd.daemon import garbage
+from brokerd.monitor.toggle import preload
+from brokerd.net.handshake.keyring import Keyring
+from brokerd.net.listen.listener import Found, Listening, foresee, look_up
+from brokerd.net.listen.socket_activation import Handed, HandedSocket
+
+__all__ = ["Cause", "Outcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
+
+#: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
+#: replaced.
+Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Another configuration, ready to be taken over.
+
+    ending: the clients that have a key with an end. allotted: the service manager's sockets for its entries.
+    blocked: why it can't be taken over, a line each. found: what the host names of new addresses mean.
+    warnings: what its author hardly meant, a line each. opened: sockets that listen at new addresses, for clients and
+    for the monitor. audit: a descriptor of a new audit file, None without one.
+    """
+
+    config: Config
+    plan: Plan
+    keyring: Keyring
+    ending: list[ClientConfig]
+    allotted: dict[ListenConfig, list[HandedSocket]]
+    blocked: tuple[str, ...] = ()
+    found: Found = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    opened: tuple[list[Listening], list[Listening]] = field(default_factory=lambda: ([], []))
+    audit: int | None = None
+
+    def discard(self) -> None:
+        """Let go of what was opened for it: it is not taken over."""
+        for group in self.opened:
+            for listening in group:
+                listening.close()
+        if self.audit is not None:
+            os.close(self.audit)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a reload went, or would go.
+
+    plan: as ``whole_plan`` returns it, None where the files have mistakes. problems: a line each; with none it went
+    well. cause: what kind of problems they are. warnings: a line each.
+    """
+
+    plan: dict[str, Any] | None
+    problems: list[str] = field(default_factory=list)
+    cause: Cause = ""
+    warnings: tuple[str, ...] = ()
+
+    def as_reply(self, config: str, *, dry_run: bool) -> dict[str, Any]:
+        """Return the reply to the operation ``reload``. config: the main file."""
+        return {
+            "reloaded": not self.problems and not dry_run,
+            "dry_run": dry_run,
+            "problems": self.problems,
+            "cause": self.cause,
+            "plan": self.plan,
+            "warnings": list(self.warnings),
+            "config": str(Path(config).absolute()),
+        }
+
+
+def prepare(running: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]) -> Prepared:
+    """Return what the files say now, ready to be taken over. Slow: to be run aside.
+
+    handed: the service manager's sockets. allotted: which entries of the running configuration have which of them.
+    Raises ConfigError and ListenError.
+    """
+    with garbage.undisturbed():
+        return _prepared(running, handed, allotted)
+
+
+def _prepared(running: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]) -> Prepared:
+    prepared = compared(running, load(Path(running.path)), handed, allotted)
+    plan = prepared.plan
+    preload(prepared.config.monitor)
+    new = (*(entry for entry in plan.opened if entry not in prepared.allotted), *plan.monitor_opened)
+    return replace(
+        prepared,
+        plan=replace(plan, restart=(*plan.restart, *_another_version())),
+        found=look_up(new),
+        warnings=tuple(advice(prepared.config, datetime.now(UTC))),
+    )
+
+
+def compared(
+    running: Config, config: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]
+) -> Prepared:
+    """Return a configuration that is there already, ready to be taken over. Raises ListenError."""
+    plan = compare(running, config)
+    wanted = handed.allot(config.listen)
+    new = (*(entry for entry in plan.opened if entry not in wanted), *plan.monitor_opened)
+    blocked = overlaps(new, (*plan.closed, *plan.monitor_closed))
+    return Prepared(
+        config,
+        plan,
+        Keyring(config.clients.values(), config.limits.identify_by_key),
+        ending(config.clients.values()),
+        wanted,
+        (*blocked, *_swaps(plan, allotted, wanted)),
+    )
+
+
+def _swaps(
+    plan: Plan, allotted: dict[ListenConfig, list[HandedSocket]], wanted: dict[ListenConfig, list[HandedSocket]]
+) -> Iterator[str]:
+    """Say which addresses stay and would be listened at by other sockets than before."""
+    before = {entry.address: sockets for entry, sockets in allotted.items()}
+    for entry, _ in plan.altered:
+        if wanted.get(entry, []) != before.get(entry.address, []):
+            yield (
+                f"{entry.address}: with name: {entry.name} another socket of the service manager's would be "
+                "listened at (restart the broker for that)"
+            )
+
+
+def _another_version() -> list[str]:
+    # Here, because it takes long to import.
+    import importlib.metadata
+
+    # What it finds in a place that is not there it builds anew each time, in circles that wait for the collector.
+    there = [entry for entry in sys.path if entry and Path(entry).is_dir()]
+    found = next(iter(importlib.metadata.distributions(name="brokerd", path=there)), None)
+    if found is None or found.version == __version__:
+        return []
+    return [f"version {found.version} is installed, and {__version__} runs"]
+
+
+def obstacles(prepared: Prepared) -> list[str]:
+    """Return why it can't be taken over, as far as that can be seen without trying; a line each."""
+    by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.allotted)
+    return [*prepared.blocked, *filter(None, map(foresee, (*by_itself, *prepared.plan.monitor_opened)))]
+
+
+def whole_plan(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
+    """Return the plan with who is disconnected and why. leaving: as ``Server.misfits`` returns it."""
+    return {
+        **plan.as_fields(),
+        "disconnected": [
+            {"address": session.address, "peer": session.peer, "reason": why}
+            for session, why in sorted(leaving, key=lambda each: each[0].address)
+        ],
+    }

@@ -1,0 +1,152 @@
+"""The service manager's side: told when the broker is ready, reloads, stops and how it fares; fed while the loop turns.
+
+Speaks sd_notify(3): one datagram of ``NAME=VALUE`` lines to ``$NOTIFY_SOCKET``. Without that variable every call here
+does nothing. A manager that does not listen never holds up or ends the broker. Sockets that the manager hands over are
+taken in :mod:`brokerd.net.listen.socket_activation`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, Self
+
+__all__ = ["Supervisor"]
+
+#: Seconds between two looks at whether the status line has changed.
+_STATUS_EVERY: Final = 5.0
+#: Seconds that a state (ready, stopping) waits for a manager with no room for it; a sign of life does not wait.
+_PATIENCE: Final = 1.0
+#: Seconds to end after the drain's own time is over.
+_END_WITHIN: Final = 10.0
+
+
+class Supervisor:
+    """What the broker tells its service manager.
+
+    notify_socket: a path, or ``@`` and an abstract name; "" for no manager.
+    watchdog_s: the manager ends a broker that it has not heard of for so many seconds; None where it does not.
+    """
+
+    def __init__(self, notify_socket: str = "", watchdog_s: float | None = None) -> None:
+        self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
+        self._watchdog_s = watchdog_s
+        self._status: Callable[[], str] = str
+        self._told = ""
+        self._stopping = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Self:
+        """Return what these variables ask for: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+
+        pid: this process, which a watchdog meant for another one does not concern.
+        """
+        address = environ.get("NOTIFY_SOCKET", "")
+        if sys.platform == "win32" or not address.startswith(("/", "@")):
+            # Other kinds, such as a virtual machine's vsock:, are for the manager of a whole machine.
+            return cls()
+        watchdog_s: float | None = None
+        # sd_watchdog_enabled(3): without WATCHDOG_PID it is meant for whoever reads it.
+        if environ.get("WATCHDOG_PID", str(pid or os.getpid())) == str(pid or os.getpid()):
+            with contextlib.suppress(ValueError):
+                watchdog_s = int(environ.get("WATCHDOG_USEC", "")) / 1e6 or None
+        return cls(address, watchdog_s)
+
+    def notify(self, **fields: object) -> bool:
+        """Tell the manager these fields of sd_notify(3), such as ``MAINPID=4711``; return whether it has them.
+
+        With ``NotifyAccess=main`` the manager hears the main process alone: one that hands over to another sends
+        ``MAINPID`` itself, and the other one speaks after that.
+        """
+        return self._send(fields, _PATIENCE)
+
+    def ready(self, status: Callable[[], str]) -> None:
+        """Tell that it serves, and from now on how it fares and that the loop turns.
+
+        status: returns a line for people; called every few seconds.
+        """
+        if self._stopping:
+            return
+        self._status = status
+        self._told = status()
+        self.notify(READY=1, STATUS=self._told)
+        if not self._address:
+            return
+        self._every(_STATUS_EVERY, "status", self._tell_status)
+        if self._watchdog_s is not None:
+            self._every(self._watchdog_s / 2, "watchdog", self._tell_alive)
+
+    def reloading(self) -> None:
+        """Tell that a reload has begun; ``reloaded`` must follow."""
+        if not self._stopping:
+            self.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="reloading")
+
+    def reloaded(self, problem: str = "") -> None:
+        """Tell that it serves again. problem: why the old configuration stays; "" when the new one was taken over."""
+        if not self._stopping:
+            # In the manager's status until the counts next change; the log keeps it.
+            self._told = f"reload refused, the old configuration stays: {problem}" if problem else self._status()
+            self.notify(READY=1, STATUS=self._told)
+
+    def stopping(self, drain_timeout_s: float) -> None:
+        """Tell that it drains, and how long that may take."""
+        self._stopping = True
+        self._forget("status")
+        self.notify(
+            STOPPING=1,
+            STATUS="draining: writing what waits for clients",
+            EXTEND_TIMEOUT_USEC=int((drain_timeout_s + _END_WITHIN) * 1e6),
+        )
+
+    def failed(self, why: str, number: int | None = None) -> None:
+        """Tell why it could not start. number: the system's errno, where there is one."""
+        # What a name service says is below 0, and no errno.
+        self.notify(STATUS=why, **({"ERRNO": number} if number is not None and number > 0 else {}))
+
+    def close(self) -> None:
+        """Say nothing more by itself: the loop ends, or another process takes over."""
+        for name in list(self._timers):
+            self._forget(name)
+
+    def _tell_status(self) -> None:
+        status = self._status()
+        if status != self._told and self._send({"STATUS": status}, 0):
+            self._told = status
+
+    def _tell_alive(self) -> None:
+        # From a timer of the loop and nowhere else: a loop that stands still feeds nobody.
+        self._send({"WATCHDOG": 1}, 0)
+
+    def _every(self, period_s: float, name: str, act: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            self._timers[name] = loop.call_later(period_s, again)
+            act()
+
+        self._forget(name)
+        self._timers[name] = loop.call_later(period_s, again)
+
+    def _forget(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _send(self, fields: Mapping[str, object], patience_s: float) -> bool:
+        if not self._address:
+            return False
+        lines = (f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
+        try:
+            # A new socket each time: the manager may have been restarted and listen anew at the same address.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(patience_s)
+                sock.sendto("\n".join(lines).encode(), self._address)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,1 @@
+"""The log: events, their levels and formats, and where lines go."""

@@ -1,0 +1,334 @@
+"""The pages over HTTP, and the limits that keep whoever asks from costing the broker anything it would miss.
+
+Whoever can reach the address can connect. So connections are few and short: one request each, some seconds at
+most, a bounded number answered in a second; and reading the counters takes a small share of the event loop's time
+however often it is asked for. Connections without a request give way to newer ones (pending.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import chain
+from typing import Final
+
+from aiohttp import web
+from prometheus_client import ProcessCollector
+from prometheus_client.core import Metric
+
+from brokerd.config.model import Config, MonitorConfig
+from brokerd.core.session import Session
+from brokerd.daemon.threads import aside
+from brokerd.log.logger import in_words
+from brokerd.monitor import formats as exposition
+from brokerd.monitor import metrics
+from brokerd.monitor.collect import Departed, Watched, take
+from brokerd.monitor.hosts import fits
+from brokerd.monitor.key_expiry import ends_of_keys, expiry_of
+from brokerd.monitor.loop_lag import Lag
+from brokerd.monitor.pending_requests import Pending
+from brokerd.net.handshake.penalties import origin_of
+from brokerd.net.listen.listener import Listening
+from brokerd_client.address import Address
+
+__all__ = ["Site"]
+
+#: Connections at once that are answered. They share the process's descriptors with the clients.
+_MOST: Final = 16
+#: Connections at once whose request is not here: in a flood of 2,500 a second each has 25 milliseconds for it.
+_MOST_SILENT: Final = 64
+#: Connections at once whose request waits for the next second.
+_MOST_WHOLE: Final = 64
+#: Seconds a connection may last.
+_LONGEST: Final = 10.0
+#: Requests answered in a second: some thirty milliseconds' work.
+_A_SECOND: Final = 100
+#: Connections accepted in a second, silent ones mostly: some two hundred milliseconds' work.
+_ACCEPTED: Final = 4000
+#: For every second of reading the counters, seconds in which they are not read again.
+_REST: Final = 9
+#: Bytes of a page given to the system at once: a slow reader is not to have a copy of all of it kept.
+_PIECE: Final = 64 * 1024
+#: Bytes of one header, and of the request's first line.
+_LINE: Final = 4096
+_MISDIRECTED: Final = (
+    "this monitor answers where it is asked for by an IP address, as localhost, or by a name of its configuration: "
+    "ask so, or add the name to monitor.hosts\n"
+)
+_HEADERS: Final = {"Server": "brokerd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+_Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Site:
+    """The monitor of one daemon, wherever it listens at the moment."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._loop = asyncio.get_running_loop()
+        self.listening: list[Listening] = []
+        self._guests = _Guests(self._answer)
+        self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_whole)
+        self._arrivals: set[asyncio.Task[object]] = set()
+        #: Connections accepted, and requests answered, in this second.
+        self._accepted = 0
+        self._answered = 0
+        self._paused = False
+        self._hosts: frozenset[str] | None = frozenset()
+        self._second: asyncio.TimerHandle | None = None
+        self._pages: dict[str, _Page] = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
+        self._lag = Lag(self._loop)
+        self._process = ProcessCollector(registry=None)
+        self._departed: Departed | None = None
+        self._ends: tuple[Config, list[tuple[str, str, float]]] | None = None
+        self._reading = asyncio.Lock()
+        self._rested_at = 0.0
+        watched.server.on_left = self._on_left
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens, ports chosen by the system filled in."""
+        return [each.address for each in self.listening]
+
+    # What the daemon asks
+
+    def move(self, opened: list[Listening]) -> None:
+        """Answer at these sockets, and no more at those before."""
+        self._stop_listening()
+        self.listening = opened
+        for each in opened:
+            self._listen_at(each)
+        self._watched.log.info("monitor.listening", addresses=[str(address) for address in self.addresses])
+
+    def apply(self, config: MonitorConfig) -> None:
+        """Take over settings. The sockets are moved by :meth:`move`."""
+        if not config.is_local:
+            self._watched.log.warning(
+                "monitor.exposed",
+                address=str(config.address),
+                reason="it asks nobody for a password: whoever reaches it reads the metrics",
+            )
+        # No browser reaches a Unix socket: there the header says nothing.
+        self._hosts = None if config.address.family == "AF_UNIX" else config.answered_hosts
+        if not config.per_client:
+            self._departed = None
+        elif self._departed is None:
+            self._departed = Departed()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._watched.log.info("monitor.closed", addresses=[str(address) for address in self.addresses])
+        self._stop_listening()
+        self._pending.close()
+        self._guests.close()
+        self._lag.close()
+        if self._second is not None:
+            self._second.cancel()
+            self._second = None
+        self._watched.server.on_left = lambda session: None
+
+    # Accepting
+
+    def _listen_at(self, each: Listening) -> None:
+        if not self._paused:
+            self._loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+
+    def _stop_listening(self) -> None:
+        for each in self.listening:
+            self._loop.remove_reader(each.sock.fileno())
+            each.close()
+        self.listening = []
+
+    def _on_acceptable(self, each: Listening) -> None:
+        self._begin_second()
+        try:
+            sock, peer = each.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return
+        except OSError:
+            # No descriptor left, for one. Those who wait can wait.
+            self._accepted = _ACCEPTED
+        else:
+            self._accepted += 1
+            sock.setblocking(False)
+            # What a slow reader has the system keep is bounded as well.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
+            self._pending.add(sock, origin_of(peer, None))
+        self._pause_at_bound()
+
+    def _pause_at_bound(self) -> None:
+        """Accept nothing more in this second where that would cost too much."""
+        if self._accepted >= _ACCEPTED and not self._paused:
+            self._paused = True
+            for each in self.listening:
+                self._loop.remove_reader(each.sock.fileno())
+
+    def _begin_second(self) -> None:
+        if self._second is None:
+            self._accepted = self._answered = 0
+            self._second = self._loop.call_later(1.0, self._on_second)
+
+    def _on_second(self) -> None:
+        self._second = None
+        if len(self._pending):
+            self._on_whole()
+        if self._paused:
+            self._paused = False
+            for each in self.listening:
+                self._listen_at(each)
+
+    def _on_whole(self) -> None:
+        """Answer the requests that are here, as many as this second has room for; the others wait for the next."""
+        self._begin_second()
+        while self._answered < _A_SECOND and (request := self._pending.take()) is not None:
+            self._answered += 1
+            task = self._loop.create_task(self._arrive(*request))
+            self._arrivals.add(task)
+            task.add_done_callback(self._arrivals.discard)
+
+    async def _arrive(self, sock: socket.socket, head: bytes) -> None:
+        self._guests.heads[sock.fileno()] = head
+        try:
+            await self._loop.connect_accepted_socket(self._guests, sock)
+        except OSError:
+            # Gone before it was begun.
+            self._guests.heads.pop(sock.fileno(), None)
+            sock.close()
+
+    # Answering
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            page = self._pages.get(request.path)
+            if not self._may_answer(request):
+                response: web.StreamResponse = _text(_MISDIRECTED, 421)
+            elif page is None:
+                response = _text(f"there are {', '.join(self._pages)}\n", 404)
+            elif request.method not in ("GET", "HEAD"):
+                response = _text("GET and HEAD only\n", 405)
+                response.headers["Allow"] = "GET, HEAD"
+            else:
+                response = await page(request)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to fail for the broker
+            self._watched.log.error(
+                "monitor.bug", page=request.path, error=in_words(error), trace=traceback.format_exception(error)
+            )
+            response = _text("a bug in the monitor; the log says more\n", 500)
+        response.force_close()
+        return response
+
+    def _may_answer(self, request: web.BaseRequest) -> bool:
+        """Return whether the request asks for this monitor, and not for a name that was made to lead here."""
+        if self._hosts is None:
+            return True
+        # A whole URL in the first line goes before the header (RFC 9112, 3.2.2).
+        _, colons, rest = request.raw_path.partition("://")
+        asked = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
+        return fits([*request.headers.getall("Host", ()), asked], self._hosts)
+
+    async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer, which says it all: the event loop turns."""
+        return _text("live\n")
+
+    async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
+        reason = self._watched.not_ready
+        return _text(f"not ready: {reason}\n", 503) if reason else _text("ready\n")
+
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        encoder, content_type = exposition.chosen(request.headers.get("Accept", ""))
+        async with self._reading:
+            await asyncio.sleep(self._rested_at - self._loop.time())
+            began = self._loop.time()
+            try:
+                text = await exposition.written(await self._families(), encoder)
+            finally:
+                ended = self._loop.time()
+                self._rested_at = ended + min(_REST * (ended - began), _LONGEST / 2)
+        response = web.StreamResponse(headers={**_HEADERS, "Content-Type": content_type})
+        response.content_length = len(text)
+        response.force_close()
+        await response.prepare(request)
+        if request.method == "GET":
+            for start in range(0, len(text), _PIECE):
+                await response.write(text[start : start + _PIECE])
+        return response
+
+    async def _families(self) -> Iterator[Metric]:
+        """Return all families, each made when it is asked for."""
+        watched, departed = self._watched, self._departed
+        # Aside: with many descriptors, or keys, these take a while.
+        process, expiry = await aside(
+            lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
+        )
+        reading = await take(watched, departed)
+        whole = metrics.of_the_broker(watched, reading, self._lag, expiry, python=platform.python_version())
+        if departed is None:
+            return chain(whole, process)
+        return chain(whole, process, metrics.of_the_clients(reading, await self._ends_of_keys(watched.config)))
+
+    async def _ends_of_keys(self, config: Config) -> list[tuple[str, str, float]]:
+        if self._ends is None or self._ends[0] is not config:
+            self._ends = config, await aside(lambda: ends_of_keys(config))
+        return self._ends[1]
+
+    def _on_left(self, session: Session) -> None:
+        if self._departed is not None:
+            self._departed.note(session)
+
+
+class _Guests(web.Server):
+    """Everybody connected to the monitor: few at once, and for a short time each."""
+
+    def __init__(self, answer: _Page) -> None:
+        # What is wrong with a stranger's request is told to him; nobody else need know.
+        silent = logging.getLogger("brokerd.monitor")
+        silent.disabled = True
+        super().__init__(
+            answer,
+            # Whoever has gone waits for no page.
+            handler_cancellation=True,
+            access_log=None,
+            logger=silent,
+            keepalive_timeout=_LONGEST,
+            lingering_time=0.0,
+            max_line_size=_LINE,
+            max_field_size=_LINE,
+            read_bufsize=_LINE,
+        )
+        self._there: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+        #: What has been read of each connection already, by its descriptor.
+        self.heads: dict[int, bytes] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._there) >= _MOST:
+            oldest, first_timer = self._there.pop(next(iter(self._there)))
+            first_timer.cancel()
+            oldest.abort()
+        timer = asyncio.get_running_loop().call_later(_LONGEST, transport.abort)
+        self._there[handler] = transport, timer
+        sock = transport.get_extra_info("socket")
+        handler.data_received(self.heads.pop(sock.fileno(), b""))
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        there = self._there.pop(handler, None)
+        if there is not None:
+            there[1].cancel()
+
+    def close(self) -> None:
+        """Close every connection."""
+        for transport, timer in self._there.values():
+            timer.cancel()
+            transport.abort()
+
+
+def _text(text: str, status: int = 200) -> web.Response:
+    return web.Response(text=text, status=status, headers=_HEADERS)

@@ -1,0 +1,1 @@
+"""Authenticated connections: their sockets, their liveness and their end."""

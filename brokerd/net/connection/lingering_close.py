@@ -1,0 +1,117 @@
+"""The last moments of a connection that the broker closes: what is on its way arrives before the end does.
+
+A TCP socket that is closed while bytes from the peer are unread is reset, and a reset throws away whatever the
+peer's system has not acknowledged. So the end is announced, what still comes in is read and thrown away, and
+the socket is closed when the peer has everything, has closed, or has had its time. Source: RFC 9293, 3.10.4,
+and RFC 2525, 2.17.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import socket
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from brokerd_client._common.pipe_bridge import BridgedSocket
+
+__all__ = ["Farewell", "unacknowledged"]
+
+#: Seconds between two looks at what is still on its way.
+_LOOK_AGAIN: Final = 0.02
+
+
+class Farewell:
+    """A socket whose connection is over but for bytes on their way to the peer.
+
+    buffer: where what still comes in is read to. time_s: until it is closed whatever has arrived.
+    on_closed: called once, when the socket is closed.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        buffer: memoryview,
+        time_s: float,
+        loop: asyncio.AbstractEventLoop,
+        on_closed: Callable[[Farewell], None],
+    ) -> None:
+        self._sock = sock
+        self._buffer = buffer
+        self._loop = loop
+        self._deadline = loop.time() + time_s
+        self._on_closed = on_closed
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket, for another process to go on with."""
+        return self._sock
+
+    @property
+    def time_left_s(self) -> float:
+        """Seconds until it is closed whatever has arrived."""
+        return self._deadline - self._loop.time()
+
+    def begin(self) -> None:
+        """Announce the end; close at once if nothing is on its way."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self._loop.add_reader(self._sock.fileno(), self._on_readable)
+        self._look()
+
+    def _look(self) -> None:
+        if not self._throw_away():
+            return
+        if not unacknowledged(self._sock) or self._loop.time() >= self._deadline:
+            self.close()
+        else:
+            self._timer = self._loop.call_later(_LOOK_AGAIN, self._look)
+
+    def _on_readable(self) -> None:
+        self._throw_away()
+
+    def _throw_away(self) -> bool:
+        """Read what came in; return whether the peer is still there."""
+        try:
+            there = self._sock.recv_into(self._buffer) > 0
+        except (BlockingIOError, InterruptedError):
+            there = True
+        except OSError:
+            there = False
+        if not there:
+            self.close()
+        return there
+
+    def close(self) -> None:
+        """Close the socket, whatever is on its way."""
+        if self._sock.fileno() < 0:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        self._on_closed(self)
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes written to a TCP socket the peer's system has not acknowledged yet.
+
+    0 for other sockets, whose bytes are in the peer's hands when they are written, and where the system does
+    not say. 1 for a socket that stands for a pipe: when its bridge has passed everything on, it closes.
+    """
+    if isinstance(sock, BridgedSocket):
+        return 1
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sys.platform.startswith("linux"):
+        return 0
+    import fcntl
+    import termios
+
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return count[0]

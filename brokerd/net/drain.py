@@ -1,0 +1,139 @@
+"""The end of a broker that was told to stop: what waits is delivered, or its senders are told that it was not.
+
+Clients that have asked for it are told, and leave when all they have sent is written or reported; the others get a
+half-close once nothing is owed to them (:mod:`brokerd.net.graceful_close`). That lasts as long as ``limits.drain_timeout``
+allows. A client that has not read by then is cut off, and its senders are told: of as much as can be told in a
+fraction of a second, however much it is. All of it is done in turns with the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from brokerd.core.goaway import drain_in_steps
+from brokerd.net.graceful_close import Parting, Turns
+
+if TYPE_CHECKING:
+    from brokerd.core.session import Session
+    from brokerd.net.server import Server
+
+__all__ = ["Drained", "Draining"]
+
+#: Seconds beyond the timeout in which senders are told what was not delivered, and in which that is written.
+_TELL: Final = 0.4
+_WRITE: Final = 0.2
+#: Messages answered for between two looks at the clock: some milliseconds' work.
+_SLICE: Final = 256
+
+
+class Drained(NamedTuple):
+    """How it went.
+
+    cut_off: connections that had bytes on their way. flushed: messages that waited and were written.
+    reported: those that came back to their senders. lost: those that neither arrived nor came back.
+    """
+
+    cut_off: int
+    flushed: int
+    reported: int
+    lost: int
+
+
+class Draining:
+    """One drain of a server."""
+
+    def __init__(self, server: Server, timeout_s: float) -> None:
+        self._server = server
+        self._broker = server.broker
+        self._loop = server.loop
+        self._deadline = self._loop.time() + timeout_s
+        self._before = self._broker.given_back.copy()
+        self._parting = Parting(server, lambda link: True, "the broker is shutting down")
+        self._turns = Turns(self._loop)
+        #: Of sessions for which something waits: how many frames do, and how many the system had taken.
+        self._waited: dict[Session, tuple[int, int]] = {}
+        self._flushed = 0
+
+    async def run(self) -> Drained:
+        """Let go of every connection; return how it went."""
+        server, broker = self._server, self._broker
+        server.stop_accepting()
+        for _ in drain_in_steps(broker):
+            server.settle()
+            await self._turns.yield_if_due()
+        server.settle()
+        for link in list(server.links):
+            outbox = link.session.outbox
+            if outbox.waiting and not link.closed:
+                unsent = outbox.unsent
+                self._waited[link.session] = (unsent, outbox.frames - unsent)
+                await self._turns.yield_if_due()
+        await self._flush()
+        slow = await self._cut_off()
+        await self._tell()
+        for link in list(server.links):
+            if not link.closed:
+                slow += bool(link.session.outbox.waiting)
+                self._parting.count_unread(link)
+                link.lost("the broker stopped")
+                await self._turns.yield_if_due()
+        cut_off = slow + server.cut_off()
+        given_back = broker.given_back - self._before
+        # A refusal that its sender has not read has reported nothing.
+        reported = max(0, given_back["reported"] - broker.unheard["offline"])
+        lost = given_back["lost"] + broker.unheard.total() + broker.arrears + self._parting.counted
+        return Drained(cut_off, self._flushed, reported, lost)
+
+    def on_leaving(self, session: Session) -> None:
+        """Count what a session that is about to end has been written of what waited for it."""
+        unsent, taken = self._waited.pop(session, (0, 0))
+        if unsent:
+            outbox = session.outbox
+            self._flushed += min(unsent, outbox.frames - outbox.unsent - taken)
+
+    async def _flush(self) -> None:
+        """Wait until every client has taken what waits for it and is gone, or the time is over."""
+        while True:
+            pause = await self._parting.look(self._deadline)
+            left = self._deadline - self._loop.time()
+            if left <= 0 or await self._is_empty_within(min(pause, left)):
+                return
+
+    async def _is_empty_within(self, seconds: float) -> bool:
+        """Wait for the end of all connections; return whether it came."""
+        server = self._server
+        server.empty.clear()
+        if server.links or server.is_seeing_off:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.empty.wait(), seconds)
+        return not (server.links or server.is_seeing_off)
+
+    async def _cut_off(self) -> int:
+        """Close the connections that have not taken what waits for them; return how many those were."""
+        count = 0
+        until = self._deadline + _TELL
+        for link in list(self._server.links):
+            if link.session.outbox.waiting and not link.closed:
+                if self._loop.time() >= until:
+                    break
+                count += 1
+                self._parting.count_unread(link)
+                link.lost("it did not read within limits.drain_timeout")
+                await self._turns.yield_if_due()
+        return count
+
+    async def _tell(self) -> None:
+        """Tell the senders of what could not be delivered, and let them go."""
+        broker, server = self._broker, self._server
+        until = self._loop.time() + _TELL
+        while broker.owes_answers and self._loop.time() < until:
+            broker.work_off(_SLICE)
+            server.settle()
+            await asyncio.sleep(0)
+        for session in list(broker.finishing):
+            broker.answer_finished(session)
+        await self._parting.end(until)
+        server.settle()
+        await self._is_empty_within(_WRITE)

@@ -1,0 +1,187 @@
+"""Connections that the broker is about to close: no message that a client has sent is lost in silence.
+
+A client that has asked for it (``goaway``) is told, finishes what it has sent, and closes. A stock client gets a
+half-close once nothing more is owed to it; what it still sends is delivered where possible, else counted. Source of
+the rules: docs/protocol.md, "Going away".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from brokerd.core.goaway import has_finished, part
+from brokerd_client.wire.envelope import ErrorCode
+
+if TYPE_CHECKING:
+    from brokerd.core.exchange import Client
+    from brokerd.core.session import Session
+    from brokerd.net.connection.connection import Link
+    from brokerd.net.server import Server
+
+__all__ = ["Finishing", "Parting", "Turns"]
+
+#: Seconds without an unread byte after which a half-closed connection is closed.
+_SILENCE: Final = 0.5
+#: Reads of one connection before it is half-closed, whatever it still sends; one in each look.
+_READS: Final = 16
+#: Seconds of work after which the event loop has its turn.
+_TURN: Final = 0.005
+#: Seconds between two looks, at least, and as a multiple of what a look costs.
+_LOOK_AGAIN: Final = 0.02
+_COST: Final = 10
+#: Bytes that are read of one connection when time is over, to count the messages in them.
+_MOST_COUNTED: Final = 16 * 1024 * 1024
+
+
+class Turns:
+    """Gives the event loop its turn while something long is done."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._until = loop.time() + _TURN
+
+    async def yield_if_due(self) -> None:
+        """Let the event loop go round, if enough has been done since it did."""
+        if self._loop.time() >= self._until:
+            await asyncio.sleep(0)
+            self._until = self._loop.time() + _TURN
+
+
+class Finishing:
+    """Answers ``finished`` of clients for which it is time; keeps a timer only while some wait."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._timer: asyncio.Handle | None = None
+        self._left: list[Session] = []
+
+    def look_soon(self) -> None:
+        """Look in the next turn, unless a look is due."""
+        if self._timer is None:
+            self._timer = self._server.loop.call_soon(self._look)
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        server, loop = self._server, self._server.loop
+        self._timer = None
+        began = loop.time()
+        self._left = self._left or list(server.broker.finishing)
+        while self._left and loop.time() < began + _TURN:
+            session = self._left.pop()
+            if session in server.broker.finishing:
+                server.broker.answer_finished(session)
+        if server.broker.finishing:
+            pause = 0.0 if self._left else max(_LOOK_AGAIN, _COST * (loop.time() - began))
+            self._timer = loop.call_later(pause, self._look)
+        server.settle()
+
+
+class Parting:
+    """The end of some of a server's connections.
+
+    concerns: whether a connection is one of them. why: the reason in the log. counted: messages that were neither
+    routed nor reported, because time was over.
+    """
+
+    def __init__(self, server: Server, concerns: Callable[[Link], bool], why: str) -> None:
+        self._server = server
+        self._broker = server.broker
+        self._concerns = concerns
+        self._why = why
+        self._turns = Turns(server.loop)
+        #: How often a connection has been read from before its half-close.
+        self._reads: dict[Link, int] = {}
+        #: What had been read of a connection that is to close by itself, and since when that has not changed.
+        self._still: dict[Link, tuple[tuple[int, ...], float]] = {}
+        #: To whom stock clients may still send: those that have only received are half-closed after the senders.
+        self._fed: set[Client] | None = None
+        self.counted = 0
+
+    def links(self) -> list[Link]:
+        """Return the connections that have not ended."""
+        return [link for link in self._server.links if self._concerns(link)]
+
+    async def look(self, until: float) -> float:
+        """Do for each connection what is due; return after how many seconds to look again.
+
+        until: when to stop, in the time of the event loop.
+        """
+        loop = self._server.loop
+        began = loop.time()
+        fed, self._fed = self._fed, set()
+        for link in self.links():
+            if loop.time() >= until:
+                break
+            if not link.closed and not link.session.closing:
+                self._go_on(link, fed)
+                self._server.settle()
+                await self._turns.yield_if_due()
+        return max(_LOOK_AGAIN, _COST * (loop.time() - began))
+
+    def _go_on(self, link: Link, fed: set[Client] | None) -> None:
+        session = link.session
+        if session.goaway and not session.told:
+            part(self._broker, session)
+        if session.mute:
+            self._feed(session)
+            if self._is_silent(link):
+                self._broker.close(session, self._why)
+        elif session.goaway:
+            # It closes by itself, unless it is no well-behaved client.
+            link.ending = self._why
+            if session.finished and self._is_silent(link):
+                link.half_close(self._why)
+        else:
+            self._feed(session)
+            asks = bool(session.asked) or session in self._broker.asking
+            ready = not session.outbox.waiting and not asks and has_finished(self._broker, session)
+            last = not session.reached and (fed is None or session.client in fed)
+            if ready and not last and not self._reads_on(link):
+                link.half_close(self._why)
+
+    def _feed(self, session: Session) -> None:
+        assert self._fed is not None
+        self._fed |= session.reached
+
+    def _reads_on(self, link: Link) -> bool:
+        """Route what has arrived; return whether something is to be answered before the half-close."""
+        session = link.session
+        reads = self._reads.get(link, 0)
+        if reads < _READS and link.advance():
+            self._reads[link] = reads + 1
+            return True
+        return link.closed or bool(session.closing) or bool(session.outbox.waiting)
+
+    def _is_silent(self, link: Link) -> bool:
+        """Return whether there has been nothing unread of this connection for some time."""
+        now = self._server.loop.time()
+        progress, since = self._still.get(link, ((), now))
+        if progress != link.progress or link.session.held_by is not None:
+            self._still[link] = link.progress, now
+            return False
+        return now - since >= _SILENCE and not link.advance()
+
+    async def end(self, until: float) -> None:
+        """Close what is left, as far as there is time: what waits has been written or is lost.
+
+        until: in the time of the event loop.
+        """
+        loop = self._server.loop
+        for link in self.links():
+            if loop.time() >= until:
+                return
+            if not link.closed and not link.session.closing:
+                self.count_unread(link)
+                self._broker.close(link.session, self._why, code=ErrorCode.SHUTTING_DOWN)
+                self._server.settle()
+                await self._turns.yield_if_due()
+
+    def count_unread(self, link: Link) -> None:
+        """Count the messages that this connection has sent and that are not routed any more."""
+        self.counted += link.unread_messages(_MOST_COUNTED)

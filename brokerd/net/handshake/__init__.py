@@ -1,0 +1,1 @@
+"""Connections before they are authenticated: pending handshakes, keys, penalties."""

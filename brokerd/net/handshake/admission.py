@@ -1,0 +1,168 @@
+"""Which unfinished handshake gives way when there is room for no more, and how long newcomers wait before that.
+
+The room is ``limits.handshakes``. A peer keeps its place for a moment, its grace, in which it should take the next
+step; newcomers wait in the system's queue meanwhile. Then a peer of the origin with the most unfinished handshakes
+gives way: the one that has got least far. The grace of its origin is halved each time, and doubled when a peer gets in.
+So clients are let in as fast as they answer, and silent connections cost the newcomers one grace in all.
+No clock and no sockets here. Source: docs/security.md.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from enum import IntEnum
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from brokerd.net.handshake.pending import Knock
+
+__all__ = ["GRACE_S", "Admission", "Rank"]
+
+#: Seconds that a peer has for a step of the handshake before it may have to give way.
+GRACE_S: Final = 2.0
+#: A grace is halved at most this often; then it is a hundredth of the time that the fastest peers need.
+_MOST_HALVINGS: Final = 14
+#: Seconds after which an origin's shortened grace is forgotten.
+_FORGET_AFTER_S: Final = 60.0
+#: Origins remembered.
+_REMEMBERED: Final = 10_000
+#: Origins with equally many handshakes that are looked at for one that has to give way.
+_LOOKS: Final = 32
+
+
+class Rank(IntEnum):
+    """How far a peer has got; of one origin, the lowest gives way first."""
+
+    FAILED = 0
+    SILENT = 1
+    JUDGED = 2
+    PROVED = 3
+
+
+#: What a handshake adds to its origin's weight: a peer that has proved a key counts half.
+_WEIGHTS: Final = {Rank.FAILED: 2, Rank.SILENT: 2, Rank.JUDGED: 2, Rank.PROVED: 1}
+
+
+class _Crowd:
+    """The unfinished handshakes of one origin, by rank, and in each rank the one longest there first."""
+
+    __slots__ = ("origin", "ranks", "weight")
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.ranks: dict[Rank, OrderedDict[Knock, None]] = {rank: OrderedDict() for rank in Rank}
+        self.weight = 0
+
+    def least(self) -> Knock:
+        """Return the handshake that would give way.
+
+        A peer whose answer is judged goes after the silent ones, unless there are more such peers than silent ones.
+        Else wrong answers would fill the room, and a client would have no time for its own answer.
+        """
+        judged, silent = self.ranks[Rank.JUDGED], self.ranks[Rank.SILENT]
+        if len(judged) > len(silent) and not self.ranks[Rank.FAILED]:
+            return next(iter(judged))
+        return next(iter(next(filter(None, self.ranks.values()))))
+
+
+class Admission:
+    """All unfinished handshakes by origin, and what is known of the origins."""
+
+    def __init__(self) -> None:
+        self._crowds: dict[str, _Crowd] = {}
+        #: The crowds of each weight.
+        self._by_weight: dict[int, dict[str, _Crowd]] = {}
+        self._most = 0
+        #: How often each origin's grace was halved, and when last; the latest last.
+        self._halvings: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        #: The same for all origins of which nothing is remembered.
+        self._strangers = (0, 0.0)
+
+    def add(self, knock: Knock, now: float) -> None:
+        """Give a new handshake its place."""
+        crowd = self._crowds.get(knock.origin)
+        if crowd is None:
+            crowd = self._crowds[knock.origin] = _Crowd(knock.origin)
+        knock.rank, knock.moved_at = Rank.SILENT, now
+        crowd.ranks[Rank.SILENT][knock] = None
+        self._weigh(crowd, _WEIGHTS[Rank.SILENT])
+
+    def advance(self, knock: Knock, rank: Rank, now: float) -> None:
+        """Note that a peer has taken a step; the time for its next one begins."""
+        crowd = self._crowds[knock.origin]
+        del crowd.ranks[knock.rank][knock]
+        crowd.ranks[rank][knock] = None
+        change = _WEIGHTS[rank] - _WEIGHTS[knock.rank]
+        knock.rank, knock.moved_at = rank, now
+        if change:
+            self._weigh(crowd, change)
+
+    def remove(self, knock: Knock) -> None:
+        """Forget a handshake that is over."""
+        crowd = self._crowds[knock.origin]
+        del crowd.ranks[knock.rank][knock]
+        self._weigh(crowd, -_WEIGHTS[knock.rank])
+        if not crowd.weight:
+            del self._crowds[knock.origin]
+
+    def _weigh(self, crowd: _Crowd, change: int) -> None:
+        if crowd.weight:
+            peers = self._by_weight[crowd.weight]
+            del peers[crowd.origin]
+            if not peers:
+                del self._by_weight[crowd.weight]
+        crowd.weight += change
+        if crowd.weight:
+            self._by_weight.setdefault(crowd.weight, {})[crowd.origin] = crowd
+            self._most = max(self._most, crowd.weight)
+        while self._most and self._most not in self._by_weight:
+            self._most -= 1
+
+    def least(self, now: float) -> tuple[Knock | None, float]:
+        """Return the handshake that is to give way first, None where there is none, and in how many seconds it may."""
+        first: Knock | None = None
+        first_wait = float("inf")
+        for crowd in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
+            knock = crowd.least()
+            grace = 0.0 if knock.rank is Rank.FAILED else self.grace(crowd.origin, now)
+            wait = max(0.0, knock.moved_at + grace - now)
+            if wait < first_wait:
+                first, first_wait = knock, wait
+                if not wait:
+                    break
+        return first, first_wait
+
+    # What is known of the origins
+
+    def grace(self, origin: str, now: float) -> float:
+        """Return for how many seconds a peer of this origin keeps its place after each step."""
+        halvings, at = self._halvings.get(origin, self._strangers)
+        return GRACE_S / (1 << halvings) if now - at <= _FORGET_AFTER_S else GRACE_S
+
+    def gave_way(self, origin: str, now: float) -> None:
+        """Note that a peer went without getting in while others waited: the grace of its origin is halved.
+
+        Where nothing was known of the origin, the grace of all such origins is halved too: a flood may have thousands.
+        """
+        known = self._halvings.get(origin)
+        if known is None:
+            known = self._strangers = (_next(self._strangers, 1, now), now)
+        self._note(origin, _next(known, 1, now), now)
+
+    def got_in(self, origin: str, now: float) -> None:
+        """Note that a peer has finished its handshake: the grace of its origin is doubled again."""
+        self._strangers = (_next(self._strangers, -1, now), self._strangers[1])
+        self._note(origin, _next(self._halvings.get(origin, (0, now)), -1, now), now)
+
+    def _note(self, origin: str, halvings: int, now: float) -> None:
+        self._halvings.pop(origin, None)
+        self._halvings[origin] = (halvings, now)
+        if len(self._halvings) > _REMEMBERED:
+            self._halvings.popitem(last=False)
+
+
+def _next(before: tuple[int, float], change: int, now: float) -> int:
+    """Return how often a grace is halved from now on."""
+    halvings, at = before
+    return min(max((halvings if now - at <= _FORGET_AFTER_S else 0) + change, 0), _MOST_HALVINGS)

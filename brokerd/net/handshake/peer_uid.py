@@ -1,0 +1,62 @@
+"""Which user of this machine is at the other end of a Unix socket, and which users can be told apart there.
+
+In a user namespace of its own (systemd's PrivateUsers=yes) a process sees a few users, and all others as one: the
+overflow user, 65534. Taking that for a user would take everybody for it. Source: user_namespaces(7).
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from brokerd.config.values import ClientConfig
+from brokerd_client._common.pipe_bridge import BridgedSocket
+
+__all__ = ["is_seen", "peer_uid", "ranges_of", "unseen"]
+
+_UID_MAP: Final = "/proc/self/uid_map"
+_UCRED: Final = struct.Struct("3i")
+
+
+def ranges_of(uid_map: str) -> tuple[range, ...]:
+    """Return the user ids that a process with this uid_map sees."""
+    lines = (line.split() for line in uid_map.splitlines())
+    return tuple(range(int(first), int(first) + int(count)) for first, _, count in lines)
+
+
+@functools.cache
+def _seen() -> tuple[range, ...] | None:
+    try:
+        return ranges_of(Path(_UID_MAP).read_text(encoding="ascii"))
+    except OSError:
+        # A system without user namespaces.
+        return None
+
+
+def is_seen(uid: int, seen: tuple[range, ...] | None = None) -> bool:
+    """Return whether this user is told from all others. seen: what is; this process's view unless given."""
+    seen = _seen() if seen is None else seen
+    return seen is None or any(uid in each for each in seen)
+
+
+def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None) -> dict[str, list[int]]:
+    """Return the clients whose peer_uid has users that can't be seen, and those users. seen: as ``is_seen``."""
+    found: dict[str, list[int]] = {}
+    for name, client in clients.items():
+        missing = [uid for uid in client.peer_uid or () if not is_seen(uid, seen)]
+        if missing:
+            found[name] = missing
+    return found
+
+
+def peer_uid(sock: socket.socket) -> int | None:
+    """Return the user id at the other end of a Unix socket; None for other sockets and systems, and for one unseen."""
+    # The other end of a bridged socket is this process, whoever uses the pipe.
+    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
+        return None
+    uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+    return uid if is_seen(uid) else None

@@ -1,0 +1,177 @@
+"""TLS at the door: handshakes of TLS, before a peer's key is asked for; and what a channel says of its peer.
+
+A handshake costs the listener a signature, some hundred microseconds. So they are carried on one step a turn of the
+event loop, in the order in which the peers' bytes came: a crowd of strangers makes everybody inside wait for one step,
+and each other for all. Deadline and number are the door's business. Source: docs/protocol.md, "Over TLS".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from brokerd.config import cert_subjects as subjects
+from brokerd.config.values import CertificateConfig, ClientConfig, Need
+from brokerd_client.tls.stream import TlsStream
+from brokerd_client.wire.channel_binding import offer
+from brokerd_client.wire.framing import frame
+from brokerd_client.wire.handshake import FAILURE, NONCE_SIZE
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.net.handshake.pending import Knock
+
+__all__ = ["NO_CHANNEL", "SPEAKS_TLS", "Channel", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
+
+#: What is told to somebody who never spoke at a listener that waits for TLS: most likely a client without it.
+_SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"
+_SILENT: Final = (
+    "said nothing within limits.handshake_timeout: a client without TLS waits for the broker to speak first (give it "
+    "the address tls://HOST:PORT, or another listener)"
+)
+#: Why somebody who speaks TLS to a listener without it is turned away.
+SPEAKS_TLS: Final = (
+    "it speaks TLS, and this listener does not (give the listen entry tls:, or the client the address without tls://)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What is known of the peer by the channel it came over, whatever its key.
+
+    bindings: what its key may be bound to (wire.binding). bound: to what it is. required: whether the listener demands
+    that. subject, fingerprint: of its certificate, "" and () where it has shown none. version: of TLS.
+    """
+
+    bindings: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    bound: str = ""
+    required: bool = False
+    subject: subjects.Subject = ()
+    fingerprint: str = ""
+    version: str = ""
+
+    def refusal(self, client: ClientConfig) -> str:
+        """Return why the client may not come over this channel, or ""."""
+        if (self.required or client.binding is Need.REQUIRED) and not self.bound:
+            if not self.version:
+                return "it does not come over TLS, and channel_binding: required demands it"
+            return "its key is not bound to the TLS channel, and channel_binding: required demands it"
+        return "" if client.certificate is None else self._misses(client.certificate)
+
+    def _misses(self, demanded: CertificateConfig) -> str:
+        if not self.fingerprint:
+            return "it shows no certificate, and its entry demands one (certificate; over TLS, with client_ca)"
+        if demanded.subject and demanded.subject != self.subject:
+            shown = subjects.show(self.subject)
+            return f"its certificate's subject is not the one in its entry: {shown} (certificate: subject)"
+        if demanded.fingerprints and self.fingerprint not in demanded.fingerprints:
+            return f"its certificate is not one in its entry: {self.fingerprint} (certificate: fingerprint)"
+        return ""
+
+
+NO_CHANNEL: Final = Channel()
+
+
+def channel_of(stream: TlsStream, *, required: bool) -> Channel:
+    """Return what a finished TLS handshake says of the peer."""
+    engine = stream.engine
+    der = engine.peer_certificate
+    return Channel(
+        bindings=engine.bindings,
+        required=required,
+        subject=subjects.normal(engine.peer_subject),
+        fingerprint="" if der is None else hashlib.sha256(der).hexdigest(),
+        version=engine.version,
+    )
+
+
+def challenge_nonce(channel: Channel) -> bytes:
+    """Return the random part of a challenge, over TLS with what the key can be bound to behind it."""
+    return os.urandom(NONCE_SIZE) + offer(channel.bindings)
+
+
+def is_client_hello(data: bytes) -> bool:
+    """Return whether these first bytes are TLS (RFC 8446, 5.1): as a frame they would announce 350 MiB."""
+    return data.startswith(b"\x16\x03")
+
+
+class TlsHandshakes:
+    """TLS handshakes under way.
+
+    on_ready: called when one is over, with the channel. on_failed: with why it never will be.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_ready: Callable[[Knock, Channel], None],
+        on_failed: Callable[[Knock, str], None],
+    ) -> None:
+        self._loop = loop
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._waiting: deque[Knock] = deque()
+        self._stepping = False
+
+    def begin(self, knock: Knock) -> None:
+        """Wait for the peer's first bytes."""
+        self._loop.add_reader(knock.fd, self._on_event, knock)
+
+    def _on_event(self, knock: Knock) -> None:
+        """Have its turn come; until then nobody looks at its socket."""
+        self.leave(knock)
+        self._waiting.append(knock)
+        if not self._stepping:
+            self._stepping = True
+            self._loop.call_soon(self._step)
+
+    def leave(self, knock: Knock) -> None:
+        """Look at its socket no more."""
+        self._loop.remove_reader(knock.fd)
+        self._loop.remove_writer(knock.fd)
+
+    def _step(self) -> None:
+        self._stepping = False
+        while self._waiting:
+            knock = self._waiting.popleft()
+            if not knock.done:
+                self._go_on(knock)
+                break
+        if self._waiting and not self._stepping:
+            self._stepping = True
+            self._loop.call_soon(self._step)
+
+    def _go_on(self, knock: Knock) -> None:
+        stream, tls = knock.stream, knock.tls
+        assert stream is not None
+        assert tls is not None
+        try:
+            ready = stream.handshake()
+            if ready:
+                channel = channel_of(stream, required=tls.binding is Need.REQUIRED)
+        except OSError as error:
+            self._on_failed(knock, error.strerror or type(error).__name__)
+            return
+        if ready:
+            self._on_ready(knock, channel)
+            return
+        self._loop.add_reader(knock.fd, self._on_event, knock)
+        if stream.unsent:
+            self._loop.add_writer(knock.fd, self._on_event, knock)
+
+    def overdue(self, knock: Knock) -> str:
+        """Tell one whose time is over what can be told, without TLS; return why it is turned away, "" as any other."""
+        stream = knock.stream
+        if stream is None or stream.engine.ready:
+            return ""
+        if stream.engine.heard:
+            return "its TLS handshake was not finished within limits.handshake_timeout"
+        with contextlib.suppress(OSError):
+            stream.raw.send(frame(FAILURE + _SPEAK_TLS))
+        return _SILENT

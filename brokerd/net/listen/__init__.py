@@ -1,0 +1,1 @@
+"""Listening sockets: opened here, handed over by systemd, and named pipes."""

@@ -1,0 +1,150 @@
+"""Accepts connections of every listener and passes each to the door.
+
+Where the system has no descriptor left, a listener rests for a moment, and where the door has no room, all of them do;
+newcomers wait in the system's queue meanwhile. When there is room again, the listeners take turns.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from brokerd.net.connection.connection import tune
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.net.listen.listener import Listening
+    from brokerd.net.server import Server
+
+__all__ = ["Acceptor"]
+
+#: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
+_ACCEPTS: Final = 32
+#: Seconds without accepting after the system had no descriptor left.
+_OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
+#: What the system says then; Windows has numbers of its own for sockets.
+_OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} | {
+    getattr(errno, name) for name in ("WSAEMFILE", "WSAENOBUFS") if hasattr(errno, name)
+}
+#: Connections that are held at once: on Windows a loop can wait for 512 sockets, and those that listen are among them.
+_MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
+
+
+class Acceptor:
+    """Accepts what comes to the listeners of one server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = server.loop
+        #: Every listener; the next one to have its turn comes first.
+        self._listeners: deque[Listening] = deque()
+        #: Those that wait for descriptors.
+        self._paused: list[Listening] = []
+        #: When the door is asked for room again; None while there is room.
+        self._full: asyncio.TimerHandle | None = None
+        self._coming = False
+        server.door.on_room = self._on_room
+
+    def add(self, listening: Listening) -> None:
+        """Accept connections of this listener from now on."""
+        self._listeners.append(listening)
+        self._listen(listening)
+
+    def remove(self, listening: Listening) -> None:
+        """Accept no more connections of this listener."""
+        self._loop.remove_reader(listening.sock.fileno())
+        self._listeners = deque(each for each in self._listeners if each is not listening)
+        self._paused = [paused for paused in self._paused if paused is not listening]
+        if self._full is not None and not self._listeners:
+            self._full.cancel()
+            self._full = None
+
+    def _listen(self, listening: Listening) -> None:
+        if self._full is None and listening not in self._paused:
+            self._loop.add_reader(listening.sock.fileno(), self.accept_some, listening)
+
+    def accept_some(self, listening: Listening) -> None:
+        """Accept what has come to a listener, up to one turn's share."""
+        for _ in range(_ACCEPTS):
+            if not self._accept(listening):
+                break
+
+    def _accept(self, listening: Listening) -> bool:
+        """Accept one connection; return whether there may be more to accept."""
+        server = self._server
+        wait = server.door.seconds_to_room()
+        if wait:
+            self._stop(wait)
+            return False
+        try:
+            if len(server.links) + len(server.door) + server.seen_off >= _MOST_SOCKETS:
+                raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
+            sock, peer = listening.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
+            return False
+        except OSError as error:
+            if error.errno not in _OUT_OF_DESCRIPTORS:
+                raise
+            self._pause(listening, error)
+            return False
+        try:
+            tune(sock)
+        except OSError:
+            # Gone before it was begun.
+            sock.close()
+            return True
+        entry = listening.config
+        server.door.knock(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
+        return True
+
+    def _stop(self, wait: float) -> None:
+        """Accept nothing until a handshake is over, or may have to give way."""
+        if self._full is not None:
+            self._full.cancel()
+        self._full = self._loop.call_later(wait, self._go_on)
+        for listening in self._listeners:
+            self._loop.remove_reader(listening.sock.fileno())
+
+    def _on_room(self) -> None:
+        if self._full is not None and not self._coming:
+            self._coming = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Accept again: one connection of each listener in turn, as long as there is room, and one turn's share."""
+        self._coming = False
+        if self._full is None:
+            return
+        self._full.cancel()
+        self._full = None
+        empty = 0
+        for _ in range(_ACCEPTS):
+            if empty >= len(self._listeners):
+                break
+            wait = self._server.door.seconds_to_room()
+            if wait:
+                # The listener whose turn it is keeps it.
+                self._stop(wait)
+                break
+            listening = self._listeners[0]
+            self._listeners.rotate(-1)
+            empty = 0 if listening not in self._paused and self._accept(listening) else empty + 1
+        if self._full is None:
+            for listening in self._listeners:
+                self._listen(listening)
+
+    def _pause(self, listening: Listening, error: OSError) -> None:
+        """Leave connections in the system's queue until there are descriptors again."""
+        self._server.tally.pauses += 1
+        self._server.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
+        self._loop.remove_reader(listening.sock.fileno())
+        self._paused.append(listening)
+        self._loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE, self._resume, listening)
+
+    def _resume(self, listening: Listening) -> None:
+        if listening in self._paused:
+            self._paused.remove(listening)
+            self._listen(listening)

@@ -1,0 +1,367 @@
+"""Listening sockets and pipes: bound as the configuration says, a stale socket file taken over and a live one left.
+
+Nothing is accepted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from brokerd.config.values import ListenConfig, Source
+from brokerd.net.listen.named_pipes import PipeListener, open_pipe
+from brokerd_client.address import Address, parse
+
+__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "foresee", "inherited", "listen", "look_up"]
+
+#: What host names of addresses mean, as ``socket.getaddrinfo`` says.
+Found: TypeAlias = Mapping[Address, list[Any]]
+
+#: Connections the system keeps for us until they are accepted; it caps this at its own limit.
+BACKLOG: Final = 4096
+_HINTS: Final = {
+    errno.EADDRINUSE: " (another program listens there)",
+    errno.EPERM: " (it can get a group that the daemon's user belongs to, where the daemon's sandbox allows that)",
+    errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
+    errno.ENOENT: " (make the directory first)",
+    errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
+}
+#: Seconds to wait for another broker that begins to listen in the same directory, and between two tries.
+_LOCK_S: Final = 3.0
+_LOCK_AGAIN_S: Final = 0.002
+_NO_SOCKET: Final = "a file that is no socket is there (choose another path or remove it)"
+
+
+class ListenError(Exception):
+    """An address can't be listened at; the message says which, why and what would help."""
+
+
+@dataclass(slots=True)
+class Listening:
+    """One listening socket, or what looks like one and takes a pipe's connections.
+
+    address: where it really listens, a port chosen by the system filled in. inode: of its socket file,
+    so that nobody else's file is removed at the end. first_group: the group that the file was made with.
+    """
+
+    config: ListenConfig
+    sock: socket.socket | PipeListener
+    address: Address
+    inode: tuple[int, int] | None = None
+    first_group: int = -1
+
+    def is_lost(self) -> bool:
+        """Return whether its socket file is gone, or is another one: no client can connect any more."""
+        if self.inode is None:
+            return False
+        try:
+            return _inode(Path(self.address.path)) != self.inode
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+
+    def alter(self, config: ListenConfig) -> Callable[[], None]:
+        """Take over changed settings of the same address; return what takes them back.
+
+        Raises ListenError; then nothing has changed.
+        """
+        before = self.config
+        status = self._change_file(before, config)
+
+        def undo() -> None:
+            self.config, self.address = before, _named(before, self.address)
+            if status is not None:
+                with contextlib.suppress(OSError):
+                    _restore(Path(self.address.path), status)
+
+        self.config, self.address = config, _named(config, self.address)
+        return undo
+
+    def _change_file(self, before: ListenConfig, after: ListenConfig) -> os.stat_result | None:
+        """Change mode and group of the socket's file; return its old status, None where nothing is to be changed."""
+        if self.inode is None or (before.mode, before.group) == (after.mode, after.group):
+            return None
+        path = Path(self.address.path)
+        try:
+            status = path.lstat()
+            if (status.st_dev, status.st_ino) != self.inode:
+                raise ListenError(f"can't change {path}: it is not this broker's socket any more (restart the broker)")
+            try:
+                _give_to(path, status, after, self.first_group)
+            except (OSError, LookupError):
+                _restore(path, status)
+                raise
+        except (OSError, LookupError) as error:
+            why = (error.strerror or error) if isinstance(error, OSError) else error.args[0]
+            raise ListenError(f"can't change {path}: {why}") from error
+        return status
+
+    def close(self) -> None:
+        """Remove the socket file, if it is still ours, and stop listening.
+
+        In this order: while the socket listens, no other broker takes the file over, and its inode stays its own.
+        """
+        if self.inode is not None:
+            path = Path(self.address.path)
+            with contextlib.suppress(OSError):
+                if _inode(path) == self.inode:
+                    path.unlink()
+        self.sock.close()
+
+
+def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
+    """Return what the host names of these entries mean, for ``listen``; it may take long. Raises ListenError."""
+    found = {}
+    for entry in entries:
+        if entry.address.family in ("AF_INET", "AF_INET6"):
+            try:
+                found[entry.address] = _look_up(entry.address)
+            except OSError as error:
+                raise ListenError(f"can't listen at {entry.address}: {error.strerror or error}") from error
+    return found
+
+
+def inherited(configured: Address, sock: socket.socket, address: Address) -> Listening:
+    """Return a socket that another process listens at, and its file with it. configured: where it was told to."""
+    config = ListenConfig(configured, mode=None, group=None, allow_md5=False, source=Source("", 0))
+    sock.setblocking(False)
+    inode = None
+    if address.is_file:
+        with contextlib.suppress(OSError):
+            inode = _inode(Path(address.path))
+    return Listening(config, sock, address, inode)
+
+
+def foresee(config: ListenConfig) -> str:
+    """Return what can be seen to be in the way of listening there, without trying; "" where nothing can."""
+    address = config.address
+    if not address.is_file:
+        return ""
+    path = Path(address.path)
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return f"can't listen at {path}: {_NO_SOCKET}"
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"can't listen at {path}: {error.strerror}"
+    if not path.parent.is_dir():
+        return f"can't listen at {path}: {os.strerror(errno.ENOENT)}{_HINTS[errno.ENOENT]}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"can't listen at {path}: {os.strerror(errno.EACCES)}{_HINTS[errno.EACCES]}"
+    return ""
+
+
+def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
+    """Return the listening sockets of one ``listen`` entry: one, or one for each address a host name has.
+
+    found: what ``look_up`` found. Raises ListenError.
+    """
+    address = config.address
+    try:
+        if address.family == "AF_UNIX":
+            return [_listen_unix(config)]
+        if address.family == "AF_PIPE":
+            return [Listening(config, open_pipe(address.path), address)]
+        return _listen_tcp(config, (found or {}).get(address) or _look_up(address))
+    except OSError as error:
+        raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}") from error
+
+
+def _hint(address: Address, error: OSError) -> str:
+    if address.family == "AF_PIPE":
+        there = error.errno == errno.EACCES
+        return " (another program listens there, or connections of an earlier listener are left)" if there else ""
+    return _HINTS.get(error.errno or 0, "")
+
+
+def _look_up(address: Address) -> list[Any]:
+    return list(
+        socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+    )
+
+
+def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
+    port = config.address.port
+    opened: list[Listening] = []
+    missing: OSError | None = None
+    try:
+        for family, _, _, _, sockaddr in dict.fromkeys(found):
+            # A name with several addresses and port 0 gets the same port for all of them.
+            at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
+            try:
+                opened.append(_listen_at(config, family, at))
+            except OSError as error:
+                # localhost is often ::1 too where IPv6 is switched off: what is there is served.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not opened:
+            raise missing
+    except OSError:
+        for each in opened:
+            each.close()
+        raise
+    return opened
+
+
+def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> Listening:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # On Windows SO_REUSEADDR would let anybody take the port over; its opposite is right there.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return Listening(config, sock, _named(config, parse(sock.getsockname()[:2])))
+    except OSError:
+        sock.close()
+        raise
+
+
+def _named(config: ListenConfig, address: Address) -> Address:
+    """Return the address as clients are to write it."""
+    return replace(address, tls=config.tls is not None)
+
+
+def _listen_unix(config: ListenConfig) -> Listening:
+    address = config.address
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = Listening(config, sock, address)
+    try:
+        if address.is_file:
+            with _alone_in(Path(address.path).parent):
+                _take_over(Path(address.path))
+                _bind_file(listening, sock)
+                sock.listen(BACKLOG)
+        else:
+            sock.bind(address.path)
+            sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except ListenError:
+        listening.close()
+        raise
+    except LookupError as error:
+        listening.close()
+        raise ListenError(f"can't listen at {address}: {error}") from error
+    except OSError as error:
+        listening.close()
+        if error.errno is None and "too long" in str(error):
+            raise ListenError(
+                f"can't listen at {address}: the path is too long for a socket (some 100 bytes)"
+            ) from error
+        raise
+    return listening
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep other brokers from listening in this directory meanwhile.
+
+    Two that find the same stale file would otherwise both replace it. The lock is that of the directory itself
+    (flock), so no file is left, and it ends with the process. A cleaner may hold the lock for long, and some file
+    systems have none: then it is done without.
+    """
+    import fcntl
+
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        # What is wrong with the directory shows when the socket is bound.
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _LOCK_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_AGAIN_S)
+            except OSError:
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
+def _bind_file(listening: Listening, sock: socket.socket) -> None:
+    config, path = listening.config, Path(listening.address.path)
+    # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
+    os.fchmod(sock.fileno(), config.mode if config.mode is not None else 0o600)
+    umask = os.umask(0)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(umask)
+    status = path.lstat()
+    listening.inode, listening.first_group = (status.st_dev, status.st_ino), status.st_gid
+    if config.group is not None:
+        _give_to_group(path, config.group)
+
+
+def _take_over(path: Path) -> None:
+    """Remove the socket file of a dead daemon. Raises ListenError for a live one, or for any other file."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"can't listen at {path}: {_NO_SOCKET}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass
+    raise ListenError(f"can't listen at {path}: another program is listening there (stop it, or choose another path)")
+
+
+def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_group: int) -> None:
+    """Give a socket's file its mode and group; on the way from the old to the new nobody has more than by either."""
+    mode = config.mode if config.mode is not None else 0o600
+    path.chmod(mode & status.st_mode)
+    _give_to_group(path, first_group if config.group is None else config.group)
+    path.chmod(mode)
+
+
+def _give_to_group(path: Path, group: str | int) -> None:
+    """Give a file to a group, if it is not the group's already: a sandbox may forbid even to try."""
+    if isinstance(group, str):
+        import grp
+
+        try:
+            group = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise LookupError(f"no such group: {group!r}") from None
+    if path.lstat().st_gid != group:
+        os.chown(path, -1, group)
+
+
+def _restore(path: Path, status: os.stat_result) -> None:
+    path.chmod(stat.S_IMODE(status.st_mode) & 0o600)
+    _give_to_group(path, status.st_gid)
+    path.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino

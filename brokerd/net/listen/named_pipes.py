@@ -1,0 +1,118 @@
+"""A named pipe of Windows that listens: to the server it looks like a listening socket.
+
+The event loop can wait for sockets only. So a thread takes the connections of the pipe, gives each a socket that stands
+for it (``brokerd_client._common.pipe_bridge``) and rings; what the loop waits for is the bell. Nothing here knows of handshakes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Collection
+from typing import Any, Final, Protocol
+
+from brokerd_client._common.pipe_bridge import BridgedSocket, Pipe, bridge
+
+__all__ = ["PipeListener", "open_pipe"]
+
+#: Connections kept until the server accepts them; the peers of further ones wait in the system.
+_WAITING: Final = 64
+#: Seconds before the next try after the system had no handle, socket or thread left.
+_PAUSE_S: Final = 0.1
+
+
+class _Channel(Protocol):
+    def into_stream(self) -> Pipe: ...
+
+
+class _Door(Protocol):
+    """``PipeDoor`` of brokerd_client.connection.named_pipes."""
+
+    def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]: ...
+    def take(self) -> tuple[_Channel, object] | None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class PipeListener:
+    """What the server needs of a listening socket: fileno(), accept() and close().
+
+    door: takes the connections; it belongs to the listener's thread, which closes it. name: the pipe's.
+    """
+
+    def __init__(self, door: _Door, name: str) -> None:
+        self._door = door
+        self._name = name
+        self._come: deque[BridgedSocket | OSError] = deque()
+        self._room = threading.Condition()
+        self._closing = threading.Event()
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._thread = threading.Thread(target=self._take_connections, name=f"named pipe {name}", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Return a descriptor that can be read from when accept() will not raise BlockingIOError."""
+        return self._ear.fileno()
+
+    def accept(self) -> tuple[BridgedSocket, str]:
+        """Return a socket that stands for the next connection, and the pipe's name, for a pipe's peer has none.
+
+        Raises BlockingIOError: nobody has come. Raises OSError with ENOBUFS: the system has no room for one who came.
+        """
+        self._ear.recv(1)
+        with self._room:
+            come = self._come.popleft()
+            self._room.notify()
+        if isinstance(come, OSError):
+            raise come
+        return come, self._name
+
+    def close(self) -> None:
+        """Listen no more; connections that were not accepted are closed, the others live on."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with self._room:
+            self._room.notify()
+        self._door.wake()
+        self._thread.join()
+        for come in self._come:
+            if isinstance(come, BridgedSocket):
+                come.close()
+        self._come.clear()
+        self._ear.close()
+        self._bell.close()
+
+    def _take_connections(self) -> None:
+        with contextlib.closing(self._door):
+            while not self._closing.is_set():
+                try:
+                    come, _ = self._door.wait((), None)
+                    taken = self._door.take() if come and not self._closing.is_set() else None
+                    if taken is not None:
+                        self._announce(bridge(taken[0].into_stream()))
+                except OSError as error:
+                    # Whatever the system's own code: the server is to leave it alone for a moment.
+                    self._announce(OSError(errno.ENOBUFS, error.strerror or os.strerror(errno.ENOBUFS)))
+                    self._closing.wait(_PAUSE_S)
+
+    def _announce(self, come: BridgedSocket | OSError) -> None:
+        with self._room:
+            self._room.wait_for(lambda: len(self._come) < _WAITING or self._closing.is_set())
+            self._come.append(come)
+        self._bell.send(b"\0")
+
+
+def open_pipe(name: str) -> PipeListener:
+    """Return a listener at the pipe of that name. Raises OSError: it can't be made, or this is not Windows."""
+    if sys.platform == "win32":
+        from brokerd_client.connection.named_pipes import PipeDoor
+
+        return PipeListener(PipeDoor(name), name)
+    raise OSError(errno.EAFNOSUPPORT, "named pipes exist on Windows only")

@@ -1,0 +1,177 @@
+"""Sockets that the service manager listens at for the broker, and which ``listen`` entry each belongs to.
+
+Takes them as sd_listen_fds(3) says: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, descriptors from 3 on. Their addresses,
+files, modes and groups are the manager's: nothing here binds, changes or removes one. They stay open, and connections
+wait in them, while the broker restarts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+from brokerd.config.values import ListenConfig
+from brokerd.net.listen.listener import Found, ListenError, Listening, listen
+from brokerd_client.address import Address, parse
+
+__all__ = ["Handed", "HandedSocket", "Misfit", "listen_at", "listen_for"]
+
+#: The first descriptor handed over, SD_LISTEN_FDS_START.
+_FIRST: Final = 3
+_VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+class Misfit(ListenError):
+    """What the service manager hands over and what the configuration says do not fit; starting again won't help."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HandedSocket:
+    """One listening socket. name: what the manager calls it (FileDescriptorName=)."""
+
+    sock: socket.socket
+    name: str
+    address: Address
+
+    def __str__(self) -> str:
+        return f"{self.address} ({self.name})"
+
+
+class Handed:
+    """The sockets handed over to this process; they are kept until it ends, whoever uses them."""
+
+    def __init__(self, sockets: Iterable[HandedSocket] = ()) -> None:
+        self.sockets = tuple(sockets)
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str], pid: int) -> Self:
+        """Return what these variables hand over to this process, and remove them: they concern nobody else.
+
+        Raises Misfit for what is no listening stream socket.
+        """
+        given = {variable: environ.pop(variable, "") for variable in _VARIABLES}
+        if given["LISTEN_PID"] != str(pid):
+            return cls()
+        try:
+            count = int(given["LISTEN_FDS"])
+        except ValueError:
+            raise Misfit(f"LISTEN_FDS={given['LISTEN_FDS']!r} is no number (start brokerd by a .socket unit)") from None
+        names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
+        names += ["unknown"] * (count - len(names))
+        return cls(_taken(_FIRST + number, names[number]) for number in range(count))
+
+    def allot(self, entries: Iterable[ListenConfig]) -> dict[ListenConfig, list[HandedSocket]]:
+        """Return which sockets each entry listens at; entries with none have to listen by themselves.
+
+        A socket belongs to the entry whose address it is bound to, else to the entry that has its name.
+        Raises Misfit, naming every socket that belongs to none: nobody would answer who connects there.
+        """
+        if not self.sockets:
+            return {}
+        entries = list(entries)
+        by_address = {place: entry for entry in entries for place in _places(entry.address)}
+        by_name = {entry.name: entry for entry in entries if entry.name is not None}
+        allotted: dict[ListenConfig, list[HandedSocket]] = {}
+        left = []
+        for each in self.sockets:
+            entry = by_address.get(_place(each.address)) or by_name.get(each.name)
+            if entry is None:
+                left.append(each)
+            else:
+                allotted.setdefault(entry, []).append(each)
+        if left:
+            raise Misfit("; ".join(map(_unclaimed, left)))
+        return allotted
+
+    def unmet(self, entries: Iterable[ListenConfig], allotted: Iterable[ListenConfig]) -> list[ListenConfig]:
+        """Return the entries that name a socket which was not among those handed over."""
+        met = set(allotted)
+        return [entry for entry in entries if self.sockets and entry.name is not None and entry not in met]
+
+
+def listen_at(entry: ListenConfig, sockets: Iterable[HandedSocket]) -> list[Listening]:
+    """Return an entry's listening sockets: duplicates, so that the entry can go and come back by a reload."""
+    tls = entry.tls is not None
+    return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
+
+
+def listen_for(
+    entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]], found: Found | None = None
+) -> list[Listening]:
+    """Return the listening sockets of all entries. Raises ListenError; then none is left open.
+
+    allotted: those that the service manager listens at. found: what host names mean, where that has been looked up.
+    """
+    opened: list[Listening] = []
+    try:
+        for entry in entries:
+            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry, found)
+    except ListenError:
+        for listening in opened:
+            listening.close()
+        raise
+    return opened
+
+
+def _taken(fd: int, name: str) -> HandedSocket:
+    os.set_inheritable(fd, False)
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise Misfit(_no_listener(fd, name)) from error
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+    accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.type != socket.SOCK_STREAM or sock.family not in families or not accepts:
+        sock.close()
+        raise Misfit(_no_listener(fd, name))
+    sock.setblocking(False)
+    return HandedSocket(sock, name, _address_of(sock))
+
+
+def _no_listener(fd: int, name: str) -> str:
+    return (
+        f"descriptor {fd} ({name}), handed over by the service manager, is no listening stream socket "
+        "(use ListenStream= and Accept=no in the .socket unit)"
+    )
+
+
+def _address_of(sock: socket.socket) -> Address:
+    bound = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return Address("AF_UNIX", path=os.fsdecode(bound))
+    return parse(bound[:2])
+
+
+def _unclaimed(each: HandedSocket) -> str:
+    # As it is written in YAML, where "[" and "@" mean something else.
+    address = f'"{each.address}"' if str(each.address)[0] in "[@" else str(each.address)
+    return (
+        f"the service manager hands over a socket at {each.address}, called {each.name}, that no listen entry is for "
+        f"(add `- {address}` to listen, or `name: {each.name}` to the entry it is for, "
+        "or take the socket out of the .socket unit)"
+    )
+
+
+def _place(address: Address) -> tuple[str, int]:
+    """Return what two addresses have in common when they are the same place."""
+    if address.is_file:
+        return os.path.realpath(address.path), 0
+    return (address.path, 0) if address.path else (address.host, address.port)
+
+
+def _places(address: Address) -> set[tuple[str, int]]:
+    """Return every place that a configured address stands for: a host name may have several."""
+    if address.family not in ("AF_INET", "AF_INET6"):
+        return {_place(address)}
+    if address.port == 0:
+        # Any port: no socket is bound to that.
+        return set()
+    # A name that can't be resolved is reported when the entry listens by itself.
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return {(str(sockaddr[0]), address.port) for *_, sockaddr in found}
+    return set()

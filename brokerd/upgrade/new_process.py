@@ -1,0 +1,165 @@
+"""The new process's side of an upgrade: come up, take everything over, or end without a trace.
+
+Nothing that the running process has is touched before it has said ``commit``. Signals are its until then too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Self
+
+from brokerd import __version__
+from brokerd.config.values import ListenConfig
+from brokerd.core.operations import reply_to
+from brokerd.core.snapshot import Pieces
+from brokerd.core.snapshot_check import check_counts
+from brokerd.daemon import garbage
+from brokerd.net.handover import Ahead, Inheritance
+from brokerd.net.listen.listener import Listening, inherited
+from brokerd.net.listen.socket_activation import Handed, HandedSocket
+from brokerd.net.server import Server
+from brokerd.upgrade import pid_holder as keeper
+from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, READS, SIGNALS, Channel, ChannelError
+from brokerd_client.address import Address
+
+__all__ = ["Successor"]
+
+#: Seconds between two words of the running process; while it waits for others, it may take its time.
+_PATIENCE_S: Final = 60.0
+
+
+class Successor:
+    """This process, while another one still serves.
+
+    offered: the configured addresses that it listens at. handed: what the service manager handed over to it.
+    monitored: the sockets of its monitor. reloads: what it counted of those, once it has been taken over.
+    keeper: the pipe to the keeper that stands where the first process was; None where there is none.
+    """
+
+    def __init__(self, channel: Channel, keeper: int | None) -> None:
+        self._channel = channel
+        self.keeper = keeper
+        #: Whether this process serves now.
+        self.is_over = False
+        self.offered: set[Address] = set()
+        self.handed = Handed()
+        self.monitored: list[Listening] = []
+        self.reloads: Counter[str] = Counter()
+
+    @classmethod
+    def from_environ(cls) -> Self | None:
+        """Return the successor that this process was started to be, or None."""
+        told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(KEEPER_FD, "")
+        if not told:
+            return None
+        if pipe:
+            os.set_inheritable(int(pipe), False)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        sock = socket.socket(fileno=int(told))
+        sock.set_inheritable(False)
+        return cls(Channel(sock), int(pipe) if pipe else None)
+
+    def meet(self) -> None:
+        """Hear what the running process offers. Raises ChannelError."""
+        message = self._channel.expect("offer", within_s=_PATIENCE_S)
+        offer = message.facts
+        if offer.get("format") not in READS:
+            raise ChannelError(
+                f"brokerd {offer.get('version')} hands over its state in the format {offer.get('format')}, "
+                f"and {__version__} reads {', '.join(map(str, READS))}"
+            )
+        sockets = iter([socket.socket(fileno=descriptor) for descriptor in message.descriptors])
+        self.handed = Handed(HandedSocket(next(sockets), name, Address(*address)) for name, address in offer["handed"])
+        self.monitored = [
+            inherited(Address(*configured), next(sockets), Address(*address))
+            for configured, address in offer.get("monitor", ())
+        ]
+        self.offered = {Address(*each) for each in offer["listening"]}
+
+    def fail(self, reason: str) -> None:
+        """Tell the running process why this one does not take over; it ends then."""
+        try:
+            self._channel.send("failed", {"reason": reason}, within_s=_PATIENCE_S)
+        except ChannelError:
+            return
+
+    def take_over(
+        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
+    ) -> dict[str, object]:
+        """Take over everything; return what there is to tell about it.
+
+        server: new, with a new broker. listen: the entries of the configuration. opened: sockets of those
+        that the running process did not listen at. Raises ChannelError; then nothing has been touched.
+        """
+        # Everything made here stays, and looking through it for garbage would only make the pause longer.
+        with garbage.undisturbed():
+            return self._take_over(server, listen, opened)
+
+    def _take_over(
+        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
+    ) -> dict[str, object]:
+        channel = self._channel
+        hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
+        with _signals_ignored():
+            channel.send("hello", hello, within_s=_PATIENCE_S)
+            ahead = Ahead(server)
+            while (state := channel.expect("copy", "copied", "state", within_s=_PATIENCE_S)).say != "state":
+                if state.say == "copy":
+                    ahead.add(state.facts, memoryview(state.body), state.descriptors)
+                else:
+                    channel.send("copied", within_s=_PATIENCE_S)
+            facts = state.facts
+            if facts["format"] not in READS:
+                raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
+            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead)
+            reloads = facts.get("reloads", {})
+            check_counts(reloads, "reloads")
+            self.reloads.update(reloads)
+            channel.send("ready", within_s=_PATIENCE_S)
+            channel.expect("commit", within_s=_PATIENCE_S)
+        channel.send("serving", within_s=_PATIENCE_S)
+        self.is_over = True
+        inheritance.begin()
+        told: dict[str, object] = {
+            "pid": os.getpid(),
+            "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
+            "connections": len(inheritance.links),
+            "handshakes": len(facts["knocks"]),
+            "waiting_bytes": sum(link.session.outbox.waiting for link in inheritance.links),
+        }
+        if facts["asked_by"] is not None:
+            position, id = facts["asked_by"]
+            reply = {"upgraded": True, "problems": [], "version": __version__, **told}
+            reply_to(server.broker, inheritance.sessions[position], id, reply)
+            server.settle()
+        return told
+
+    def when_gone(self, act: Callable[[], None]) -> None:
+        """Call this when the process that served before has nothing more to say to anybody."""
+        loop = asyncio.get_running_loop()
+
+        def on_end() -> None:
+            loop.remove_reader(self._channel.fileno())
+            self._channel.close()
+            act()
+
+        loop.add_reader(self._channel.fileno(), on_end)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Leave the signals that come meanwhile to the running process, which acts on them or passes them on."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

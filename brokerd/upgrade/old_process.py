@@ -1,0 +1,388 @@
+"""The running process's side of an upgrade: start the new one, hand everything over, be gone.
+
+Until the new process has said that it serves, nothing here is given up: whatever fails, the daemon goes on as if
+nothing had been asked. While the new process starts, everybody is served as usual; the pause begins with ``state`` and
+is one call that does not come back to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from brokerd import __version__
+from brokerd.core.broker import Order
+from brokerd.core.operations import reply_to
+from brokerd.daemon.daemon import Daemon
+from brokerd.daemon.threads import aside
+from brokerd.log.logger import in_words
+from brokerd.net import handover
+from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, SIGNALS, Channel, ChannelError
+from brokerd.upgrade.notify import announce_successor
+
+__all__ = ["Predecessor"]
+
+#: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it: some
+#: more where much waits for clients.
+_HELLO_S: Final = 30.0
+_HANDOVER_S: Final = 10.0
+_BYTES_A_SECOND: Final = 200e6
+_FACTS_A_SECOND: Final = 1e6
+#: How often what has come since is copied, at most, and with how few blocks that ends.
+_ROUNDS: Final = 5
+_FEW_BLOCKS: Final = 4
+#: Seconds for what takes no time: a last word, and the end of a process that was told to end.
+_MOMENT_S: Final = 2.0
+#: Seconds for a new process to end by itself when this one has stopped, before it is killed.
+_GRACE_S: Final = 0.3
+#: What belongs to this very process.
+_OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+_ENDING: Final = {signal.SIGINT, signal.SIGTERM}
+
+
+class _Failed(Exception):
+    """The upgrade does not take place; the message says why."""
+
+
+class _Heir:
+    """The new process, and what goes with it.
+
+    keeper: the pipe on which a keeper would be told of later ones; None where no new keeper is needed.
+    """
+
+    def __init__(self, keeper: int | None) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.channel = Channel(ours)
+        self.keeper: int | None = None
+        self.address = os.environ.get("NOTIFY_SOCKET", "")
+        self._popen: subprocess.Popen[bytes] | None = None
+        with contextlib.ExitStack() as stack:
+            stack.callback(theirs.close)
+            if keeper is None and not self.address:
+                self.keeper, keeper = os.pipe()
+                stack.callback(os.close, keeper)
+            environment = {name: value for name, value in os.environ.items() if name not in _OWN}
+            environment[HANDOVER_FD] = str(theirs.fileno())
+            passed = [theirs.fileno()]
+            if keeper is not None:
+                environment[KEEPER_FD] = str(keeper)
+                passed.append(keeper)
+            try:
+                self._popen = subprocess.Popen(  # noqa: S603 - the command that started this very process
+                    [sys.executable, *sys.orig_argv[1:]],
+                    env=environment,
+                    pass_fds=passed,
+                    # Ctrl-C and the like reach it through this process or the keeper, once.
+                    start_new_session=True,
+                )
+            except BaseException:
+                self.end()
+                raise
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    def kill(self) -> None:
+        """End it at once; afterwards it is certain to do nothing more."""
+        assert self._popen is not None
+        self._popen.kill()
+        self._popen.wait()
+
+    def abandon(self) -> None:
+        """Kill it without waiting until it has ended: this process ends too."""
+        assert self._popen is not None
+        self.channel.wake()
+        self.channel.close()
+        self._popen.kill()
+
+    def end(self) -> str:
+        """Have it gone, and everything that was for it; return how it had ended by itself, or ""."""
+        self.channel.close()
+        if self.keeper is not None:
+            os.close(self.keeper)
+        if self._popen is None:
+            return ""
+        try:
+            # With the channel closed it ends by itself.
+            status = self._popen.wait(_MOMENT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "it did not end by itself"
+        return f"it ended with status {status}" if status >= 0 else f"signal {-status} ended it"
+
+
+class Predecessor:
+    """Replaces the process when asked to.
+
+    daemon: what it serves. keeper: the pipe to a keeper that is there already, or None.
+    """
+
+    def __init__(self, daemon: Daemon, keeper: int | None = None) -> None:
+        self._daemon = daemon
+        self._keeper = keeper
+        self._heir: _Heir | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def soon(self, reason: str, order: Order | None = None) -> None:
+        """Begin an upgrade. order: who asked through the broker, and hears how it went."""
+        problem = ""
+        if self._task is not None:
+            problem = "an upgrade is going on already"
+        elif self._daemon.stopping:
+            problem = "the broker is stopping"
+        elif not sys.platform.startswith("linux"):
+            problem = "processes hand over their sockets on Linux only"
+        if problem:
+            self._say_why_not(reason, problem, order)
+            return
+        self._task = asyncio.get_running_loop().create_task(self._run(reason, order))
+        self._task.add_done_callback(self._is_done)
+
+    def _is_done(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+
+    async def close(self) -> None:
+        """Give up an upgrade that is going on, whatever it waits for: the daemon has stopped."""
+        task = self._task
+        if task is None:
+            return
+        if self._heir is not None:
+            self._heir.channel.wake()
+            await asyncio.wait((task,), timeout=_GRACE_S)
+        task.cancel()
+        await asyncio.wait((task,))
+
+    def kill(self) -> None:
+        """Give up an upgrade at once, and the new process with it."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def abandon(self) -> None:
+        """Kill the new process, if there is one: this one ends. Callable from any thread."""
+        self._abandon()
+
+    def _say_why_not(self, reason: str, problem: str, order: Order | None) -> None:
+        daemon = self._daemon
+        daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)
+        if order is not None:
+            reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problem.splitlines()})
+            daemon.server.settle()
+
+    async def _run(self, reason: str, order: Order | None) -> None:
+        try:
+            async with self._daemon.reloading.undisturbed(
+                "an upgrade is going on, which reads the configuration again"
+            ):
+                await self._attempt(reason, order)
+        except (_Failed, ChannelError) as error:
+            problem = f"the new process can't take over: {error}"
+        except OSError as error:
+            problem = f"no new process can be started: {error.strerror or error}"
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the daemon goes on
+            problem = f"a bug: {in_words(error)}"
+            trace = traceback.format_exception(error)
+            self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
+        gc.unfreeze()
+        if self._daemon.serves:
+            self._daemon.server.accept_bound()
+        if self._heir is not None:
+            try:
+                # It may take a moment to be gone, and everybody is served meanwhile.
+                how = await aside(self._heir.end)
+            except asyncio.CancelledError:
+                self._abandon()
+                raise
+            self._heir = None
+            problem += f" ({how})"
+        self._say_why_not(reason, problem, order)
+
+    def _abandon(self) -> None:
+        if self._heir is not None:
+            self._heir.abandon()
+            self._heir = None
+
+    async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
+        """Hand over and end this process. Whatever this raises: the process serves on."""
+        daemon = self._daemon
+        if daemon.stopping:
+            # Asked for while it started, and then to stop.
+            raise _Failed("the broker is stopping")
+        # What is handed over is a socket that clients can reach.
+        await daemon.listen_again()
+        heir = self._heir = _Heir(self._keeper)
+        daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
+        handed, monitored = daemon.handed.sockets, daemon.monitor_listening
+        offer = {
+            "format": FORMAT,
+            "version": __version__,
+            "listening": [handover.describe(each.config.address) for each in daemon.server.listening],
+            "handed": [[each.name, handover.describe(each.address)] for each in handed],
+            "monitor": [
+                [handover.describe(each.config.address), handover.describe(each.address)] for each in monitored
+            ],
+        }
+        descriptors = [*(each.sock.fileno() for each in handed), *(each.sock.fileno() for each in monitored)]
+        heir.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
+        # In a thread: everybody is served while the new process starts.
+        hello = (await aside(lambda: heir.channel.expect("hello", within_s=_HELLO_S))).facts
+        if FORMAT not in hello["formats"]:
+            raise _Failed(
+                f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
+            )
+        passing = handover.Passing(daemon.server)
+        # To look through millions of frames for garbage, because copying makes objects, takes a good part of a second.
+        gc.freeze()
+        await self._copy(heir, passing)
+        why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
+        await handover.let_go_of_bound(daemon.server, why)
+        await self._copy(heir, passing)
+        await daemon.settled()
+        if daemon.stopping:
+            raise _Failed("the broker is stopping")
+        # The last word of this process, before the new one has its first: two at a time would garble the log.
+        daemon.log.info("daemon.handing_over", reason=reason, pid=heir.pid, version=hello["version"])
+        daemon.flush_log()
+        # From here on nothing else happens here.
+        with _signals_noted() as noted:
+            self._hand_over(heir, order, noted, passing)
+            # There is no way back from here.
+            try:
+                self._leave(heir, str(hello["keeper"]), noted)
+            finally:
+                os._exit(0)
+
+    async def _copy(self, heir: _Heir, passing: handover.Passing) -> None:
+        """Copy what can be copied while clients are served; return when the new process has taken it in."""
+        channel, loop = heir.channel, asyncio.get_running_loop()
+
+        def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
+            return lambda: channel.send("copy", facts, pieces, within_s=_HANDOVER_S)
+
+        def hand(facts: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
+            def send() -> None:
+                try:
+                    channel.send("copy", facts, (), descriptors, within_s=_HANDOVER_S)
+                finally:
+                    for each in descriptors:
+                        os.close(each)
+
+            return send
+
+        def wait() -> None:
+            channel.send("copied", within_s=_HANDOVER_S)
+            channel.expect("copied", within_s=_HELLO_S)
+
+        for _ in range(_ROUNDS):
+            count = 0
+            for block in passing.copier.blocks(loop.time()):
+                await aside(send(*block))
+                count += 1
+            for some in passing.blocks():
+                await aside(hand(*some))
+                count += 1
+            await aside(wait)
+            if count < _FEW_BLOCKS:
+                return
+
+    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted, passing: handover.Passing) -> None:
+        """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
+        server, channel = self._daemon.server, heir.channel
+        frozen_at = time.monotonic()
+        taken, descriptors = handover.capture(server, passing)
+        asked_by = None
+        if order is not None and order.source.open:
+            asked_by = [handover.position_of(server, order.source), order.id]
+        facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
+        facts["reloads"] = dict(self._daemon.reloads)
+        deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
+        with noted.ending_fails():
+            channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S + deadline - time.monotonic())
+            # How much there is to set up is no reason to fail.
+            deadline += channel.told / _FACTS_A_SECOND
+            channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
+        channel.send("commit", within_s=_MOMENT_S)
+        try:
+            channel.expect("serving", within_s=_MOMENT_S)
+        except ChannelError:
+            heir.kill()
+            # Now that it can't do anything more: what it said before that decides.
+            with contextlib.suppress(ChannelError):
+                channel.expect("serving", within_s=_MOMENT_S)
+                return
+            raise
+
+    def _leave(self, heir: _Heir, keeper: str, noted: _Noted) -> None:
+        """Make the new process known as the daemon, pass on what signals came, and end."""
+        if self._keeper is not None:
+            os.write(self._keeper, b"%d\n" % heir.pid)
+        elif heir.keeper is None:
+            announce_successor(heir.address, heir.pid)
+        if heir.keeper is not None:
+            # What comes from now on waits for the keeper, which has the same process id.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._daemon.close_log()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Last of all: other threads block no signal, and one that came to them is noted too.
+        while noted:
+            os.kill(heir.pid, noted.pop(0))
+        if heir.keeper is not None:
+            os.set_inheritable(heir.keeper, True)
+            os.execv(  # noqa: S606 - a program of our own, named by the new process
+                sys.executable, [sys.executable, "-I", "-S", "-E", keeper, str(heir.keeper), str(heir.pid)]
+            )
+
+
+class _Noted(list[int]):
+    """Signals that came during the handover."""
+
+    _fails = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal, as its handler. Raises _Failed inside ``ending_fails``."""
+        self.append(number)
+        if self._fails:
+            self._fail()
+
+    @contextlib.contextmanager
+    def ending_fails(self) -> Iterator[None]:
+        """Raise _Failed as soon as a signal that ends the broker has come, whatever is waited for inside."""
+        self._fails = True
+        try:
+            self._fail()
+            yield
+        finally:
+            self._fails = False
+
+    def _fail(self) -> None:
+        if not _ENDING.isdisjoint(self):
+            self._fails = False
+            raise _Failed("the broker is stopping")
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[_Noted]:
+    """Note the signals that come meanwhile; the event loop, if it comes back, acts on them itself."""
+    noted = _Noted()
+    before = {number: signal.signal(number, noted.note) for number in SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Parts that both clients share, besides the protocol."""

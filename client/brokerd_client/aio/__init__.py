@@ -1,0 +1,21 @@
+"""The broker client for asyncio: coroutines and async iterators, on one event loop."""
+
+from __future__ import annotations
+
+from brokerd_client.aio.client import (
+    Client,
+    Message,
+    Opening,
+    PresenceWatch,
+    Subscription,
+    connect,
+)
+
+__all__ = [
+    "Client",
+    "Message",
+    "Opening",
+    "PresenceWatch",
+    "Subscription",
+    "connect",
+]

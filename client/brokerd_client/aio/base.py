@@ -1,0 +1,585 @@
+"""What moves the bytes of an asyncio client: its connection, the task that makes it again, and who waits for it.
+
+A part of the asyncio face: it moves bytes, is woken at the dialog's next deadline and wakes who waits. What the tasks
+send between two turns of the loop leaves with one system call.
+"""
+
+# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+from asyncio import _get_running_loop as running_loop
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, Final, NoReturn
+
+from brokerd_client._common import forks
+from brokerd_client._common.dispatcher import Desk, Job, log
+from brokerd_client._common.random_numbers import chance, first_id, nonce
+from brokerd_client.aio.subscriptions import Feed, Message
+from brokerd_client.aio.transport import Connection, Resolver, dial
+from brokerd_client.aio.waiters import Box
+from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
+from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
+from brokerd_client.protocol.state import State
+from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
+
+__all__ = ["Link", "ends_worker", "runs"]
+
+#: Requests a client's handler works on at once.
+_REQUEST_TASKS: Final = 64
+#: States in which the socket is read however full the inbox is.
+_ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
+#: Seconds between two looks at a connection that is not read, whether it has ended.
+_LOOK_S: Final = 0.5
+#: Seconds after its deadline at which a call ends that the dialog has not ended.
+_GRACE_S: Final = 0.05
+#: States of a client that has no connection, and knows it.
+_WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
+#: Bytes put out that are not kept until the loop's next turn.
+_FLUSH_ABOVE: Final = 64 * 1024
+
+
+class Link:
+    """One client's conversation, and the task that keeps it connected.
+
+    answering: makes of a request handler a job that sends what it returns.
+    """
+
+    def __init__(
+        self, settings: Settings, answering: Callable[[Callable[[Message], object]], Callable[[Message], object]]
+    ) -> None:
+        self.allow_pickle_from = settings.allow_pickle_from
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = get_ident()
+        self._dialog: Dialog[Message] = Dialog(
+            settings.key,
+            settings.name,
+            first_id(),
+            Message,
+            reconnect=settings.reconnect,
+            timeout_s=settings.timeout_s,
+            inbox=settings.inbox,
+        )
+        self._resolver = Resolver()
+        self._link: Connection | None = None
+        #: Every link whose connection is not closed yet.
+        self._links: set[Connection] = set()
+        #: Whether a send can be put out at once: the link is ready and takes more.
+        self._clear = False
+        self._clear_waiters: list[asyncio.Future[None]] = []
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        #: When that is. uvloop's handle of a time that has passed knows none.
+        self._timer_at = 0.0
+        self._warning: asyncio.TimerHandle | None = None
+        self._forked = False
+        self._gauge = Gauge(settings.inbox)
+        self._feeds: set[Feed[Any]] = set()
+        self._inbox: Box[Message] = self._box()
+        self._ordered: Box[Job] = self._box()
+        self._requests: Box[Job] = self._box()
+        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
+        self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
+        #: Whether close() has cancelled every task of the client.
+        self._ended = False
+        #: Whether a timer looks at the connection while it is not read.
+        self._looking = False
+        #: Whether no task connects again any more.
+        self._deserted = False
+        self._ordered.on_put = lambda: self._hire(self._ordered, 1)
+        self._requests.on_put = lambda: self._hire(self._requests, _REQUEST_TASKS)
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        forks.register(self)
+        self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
+        self._keeper.add_done_callback(self._on_keeper_done)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client can't be pickled or copied, for its connection can't: connect in the child")
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, or the connection is lost and no other will be made."""
+        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
+
+    def forked(self) -> None:
+        """This is a copy, in a child of the process that made the client. See brokerd_client._common.forks."""
+        self._forked = True
+        # No thread's: so a send needs no look at _forked.
+        self._thread_id = 0
+        for link in self._links:
+            sock = link.transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    os.close(sock.fileno())
+
+    # Sending
+
+    def _check(self) -> None:
+        """Raise WrongProcess in a fork, WrongLoop outside the client's event loop."""
+        if self._forked:
+            raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+        here = running_loop()
+        if here is self._loop:
+            return
+        if here is not None:
+            raise WrongLoop(
+                "this client belongs to another event loop: connect again in this loop; "
+                "if its own loop runs in another thread, use asyncio.run_coroutine_threadsafe"
+            )
+        # Between two runs of the loop its own thread may set handlers.
+        if get_ident() != self._thread_id or self._loop.is_running():
+            raise WrongLoop(
+                "this client belongs to the thread of its event loop: elsewhere use asyncio.run_coroutine_threadsafe, "
+                "or connect a blocking client"
+            )
+
+    def _limit(self, timeout: float | None) -> float | None:
+        """Return the timeout in seconds, None where it has no end. Raises ValueError."""
+        return None if timeout is None else check_timeout(timeout)
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        """Return when a call with this timeout is given up. Raises ValueError for a timeout that is not valid."""
+        if timeout is None:
+            return None
+        limit = check_timeout(timeout)
+        return None if limit is None else self._loop.time() + limit
+
+    @property
+    def _can_answer(self) -> bool:
+        """Whether an answer can be put out at once."""
+        return self._dialog.may_answer and self._link is not None and not self._link.paused
+
+    async def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
+        """Wait for the connection, and until it takes more. answer: or until it takes answers.
+
+        Raises TimedOut: earlier bytes are still waiting. Raises Disconnected: there is no connection.
+        """
+        self._check()
+        if self._clear:
+            return
+        limit = self._settings.timeout_s if timeout is None else check_timeout(timeout)
+        if limit is None:
+            limit = ENDLESS_S
+        deadline = self._loop.time() + limit
+        while not self._clear and not (answer and self._can_answer):
+            ready = self._dialog.may_answer if answer else self._dialog.state is State.READY
+            if self.closed or self._loop.time() >= deadline:
+                if not ready:
+                    self._dialog.require_ready()
+                if timeout is not None:
+                    raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
+            # The broker takes nothing now: only the caller's own timeout counts.
+            await self._wait_for_change(None if ready and timeout is None else deadline - self._loop.time())
+
+    async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Return whether the condition, which _note_state may make true, comes about in time."""
+        deadline = self._loop.time() + timeout
+        while not condition():
+            remaining = deadline - self._loop.time()
+            if remaining <= 0:
+                return False
+            await self._wait_for_change(remaining)
+        return True
+
+    async def _wait_for_change(self, timeout: float | None) -> None:
+        waiter = self._loop.create_future()
+        self._clear_waiters.append(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=timeout)
+        finally:
+            with contextlib.suppress(ValueError):
+                self._clear_waiters.remove(waiter)
+
+    def _write(self) -> None:
+        """Have what the dialog has put out leave: all that comes up in this turn of the loop at once."""
+        if self._dialog.untaken > _FLUSH_ABOVE:
+            self._flush()
+        elif not self._flushing and self._dialog.untaken:
+            # In this order: a signal handler's exception in between costs a flush too many, and not all that follow.
+            self._loop.call_soon(self._flush)
+            self._flushing = True
+
+    def _flush(self) -> None:
+        # Here, and not only where call_soon was asked: a callback that an interrupt has cost the loop is missed once.
+        self._flushing = False
+        link = self._link
+        if link is None or not self._dialog.untaken:
+            return
+        try:
+            data = self._dialog.data_to_send()
+            link.unwritten += len(data)
+            link.transport.write(data)
+            # One that is closing has not taken it: the connection was gone, which its end will tell.
+            if not link.paused and not link.transport.is_closing():
+                self._on_writable(link)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            # A part of it may have left: the next frame would be read as the rest of this one.
+            self._on_bug(link, error)
+
+    async def _outcome(self, call: asyncio.Future[Any], id: int, deadline: float | None) -> Any:
+        """Send what was put out, and return or raise what becomes of it."""
+        timer: asyncio.TimerHandle | None = None
+        try:
+            self._write()
+            self._arm()
+            if self._gauge.full:
+                self._regulate()
+            if deadline is not None and not call.done():
+                # The dialog's own deadline comes first, unless it has lost the call.
+                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, id)
+            return await call
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._abandon(call, id)
+
+    def _abandon(self, call: asyncio.Future[Any], id: int) -> None:
+        """Nobody waits for this any more."""
+        if not call.done():
+            call.cancel()
+        elif not call.cancelled():
+            # Marks the exception as seen.
+            call.exception()
+        self._dialog.abandon(id)
+        self._write()
+
+    # What happens
+
+    def _on_open(self, link: Connection) -> None:
+        self._links.add(link)
+        if self._dialog.state is not State.CONNECTING:
+            link.abort()
+            return
+        self._link = link
+        self._dialog.opened(nonce(), link.bindings)
+        self._arm()
+
+    def _on_data(self, link: Connection, data: bytes) -> None:
+        if link is not self._link or self._forked:
+            return
+        before = self._dialog.state
+        batch = self._dialog.receive(data, self, self._loop.time())
+        self._absorb(batch)
+        if batch.broken is None:
+            self._flush()
+            if self._dialog.state is not before:
+                self._note_state()
+            self._regulate()
+
+    def _on_writable(self, link: Connection) -> None:
+        if link is self._link:
+            if not link.paused:
+                self._dialog.wrote(link.unwritten)
+                link.unwritten = 0
+            if self._clear is link.paused:
+                self._note_state()
+
+    def _on_lost(self, link: Connection, error: Exception | None) -> None:
+        self._links.discard(link)
+        if link is self._link and not self._forked:
+            if isinstance(error, OSError):
+                self._lose(broken(error))
+            elif error is not None:
+                self._lose(Disconnected(f"the connection broke: {error}"))
+            else:
+                self._lose(self._dialog.hung_up())
+
+    def _on_bug(self, link: Connection | None, error: BaseException) -> None:
+        """Log an exception that no rule foresees, and lose the connection over it: the next one may work.
+
+        Raises the exception again where it is for the event loop: KeyboardInterrupt and SystemExit.
+        """
+        exits = isinstance(error, (KeyboardInterrupt, SystemExit))
+        if not exits:
+            log().error("a connection is lost in a way that is not foreseen", exc_info=error)
+        if link is not None:
+            link.abort()
+        if not self._forked and (link is self._link or self._link is None):
+            reason = Disconnected(f"the connection broke: {type(error).__name__}: {error}")
+            reason.__cause__ = error
+            self._lose(reason)
+        if exits:
+            raise error
+
+    def _lose(self, reason: BrokerdError) -> None:
+        """Give up the connection, which may be gone already; do nothing where there is none."""
+        before = self._dialog.state
+        if before in (State.IDLE, State.WAITING, State.GONE):
+            return
+        link, self._link = self._link, None
+        doubtful = 0
+        try:
+            if link is not None:
+                doubtful = link.unwritten
+                link.abort()
+            batch = self._dialog.lost(reason, self._loop.time(), chance(), doubtful=doubtful)
+            self._stop_timer()
+            self._absorb(batch)
+        except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
+            log().exception("the loss of a connection failed in a way that is not foreseen")
+            if self._dialog.state not in _WITHOUT_CONNECTION:
+                self._give_up(error)
+        self._note_state()
+        if self._dialog.state is State.WAITING and self._deserted:
+            self._give_up(reason)
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+        """End the client where the task has ended that would connect again: cancelled from outside, or by a bug."""
+        self._deserted = True
+        error = None if keeper.cancelled() else keeper.exception()
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            log().error("a client does not connect any more, in a way that is not foreseen", exc_info=error)
+        if self._link is None and not self._forked and not self.closed:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        """End the client for good; every call that waits raises Disconnected."""
+        reason = Disconnected(f"the client does not connect any more: {error or 'its task was cancelled'}")
+        reason.__cause__ = error
+        self._dialog.state, self._dialog.reason = State.GONE, reason
+        for pending in self._dialog.awaiting.clear():
+            if pending.waiter is not None and not pending.waiter.done():
+                pending.waiter.set_exception(reason)
+        self._note_state()
+
+    def _absorb(self, batch: Batch[Message]) -> None:
+        """Pass on what the dialog says has happened."""
+        for call, value in batch.outcomes:
+            if not call.done():
+                if isinstance(value, BaseException):
+                    call.set_exception(value)
+                else:
+                    call.set_result(value)
+        if not self.closed or self._dialog.state is State.GONE:
+            if batch.messages:
+                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+            if batch.events:
+                self._desk.spread(batch.events)
+        for feed, why in batch.ended:
+            feed.box.end(why)
+            self._feeds.discard(feed)
+        for error in batch.undelivered:
+            self._desk.tell_undelivered(error, self._loop.time())
+        self._desk.report(batch, self._loop.time())
+        due = self._desk.warning_due
+        if due is not None:
+            if self._dialog.state in (State.CLOSED, State.GONE):
+                # No more will follow, and the loop may end before it is due.
+                self._warn_of_more()
+            elif self._warning is None:
+                self._warning = self._loop.call_at(due, self._warn_of_more)
+        if batch.broken is not None:
+            # The peer may be owed the word that it was rejected.
+            self._flush()
+            self._lose(batch.broken)
+
+    def _warn_of_more(self) -> None:
+        """Log what was not delivered and has only been counted until now."""
+        if self._warning is not None:
+            self._warning.cancel()
+            self._warning = None
+        if not self._forked:
+            self._desk.warn_of_more(self._loop.time())
+
+    def _note_state(self) -> None:
+        """Tell who waits for the link what has become of it."""
+        state = self._dialog.state
+        self._clear = state is State.READY and self._link is not None and not self._link.paused
+        if self.closed:
+            gone = state is State.GONE
+            for box in self._boxes():
+                why = f"the connection to the broker is gone: {self._dialog.reason}"
+                box.end(Disconnected(why) if gone else Closed("the client is closed"))
+            self._feeds.clear()
+        for waiter in self._clear_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _boxes(self) -> list[Box[Any]]:
+        return [self._inbox, self._ordered, self._requests, *(feed.box for feed in self._feeds)]
+
+    def _box(self) -> Box[Any]:
+        return Box(self._gauge, self._relieve)
+
+    def _relieve(self) -> None:
+        if self._gauge.full:
+            self._regulate()
+
+    def _regulate(self) -> None:
+        """Read, or leave the bytes in the broker, as there is room in this process."""
+        link = self._link
+        if link is None:
+            return
+        limit = self._gauge.limit
+        over = self._gauge.held > limit and self._gauge.weigh((box.inbox for box in self._boxes()), limit=limit)
+        self._gauge.full = over
+        stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit
+        # Without the handshake and the introduction there is no connection: they are read whatever is held.
+        reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
+        if reading is not link.reading:
+            link.reading = reading
+            if reading:
+                link.transport.resume_reading()
+            else:
+                link.transport.pause_reading()
+                if not self._looking:
+                    self._looking = True
+                    self._loop.call_later(_LOOK_S, self._look_for_end)
+
+    def _look_for_end(self) -> None:
+        """Read what is left of a connection that has ended while it was not read: another one has to be made."""
+        link = self._link
+        if link is None or link.reading:
+            self._looking = False
+            return
+        try:
+            if link.has_ended():
+                self._regulate()
+            self._loop.call_later(_LOOK_S, self._look_for_end)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._looking = False
+            self._on_bug(link, error)
+
+    def _arm(self) -> None:
+        """Be called at the dialog's next deadline; connecting and waiting are timed by the keeper."""
+        if self._dialog.state in (State.CONNECTING, State.WAITING, State.GONE, State.CLOSED):
+            return
+        deadline = self._dialog.next_deadline()
+        if self._timer is not None:
+            if deadline is not None and self._timer_at <= deadline:
+                return
+            self._stop_timer()
+        if deadline is not None:
+            self._timer_at = deadline
+            self._timer = self._loop.call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._forked:
+            return
+        try:
+            self._absorb(self._dialog.tick(self._loop.time()))
+            self._flush()
+            self._arm()
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(self._link, error)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _hire(self, box: Box[Job], most: int) -> None:
+        """Start tasks, ``most`` of them in all, that do the jobs in the box."""
+        crew = self._crews[box]
+        wanted = min(most - len(crew), len(box.inbox.items))
+        while wanted > 0 and box.inbox.items:
+            task = self._loop.create_task(self._work(box), name="brokerd handler")
+            if task.done():
+                # Begun by create_task itself (asyncio.eager_task_factory), and over: at least one job is done.
+                continue
+            crew.add(task)
+            task.add_done_callback(lambda done: self._on_worker_done(box, done))
+            wanted -= 1
+
+    async def _work(self, box: Box[Job]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            while True:
+                function, item = box.take_now()
+                try:
+                    result = function(item)
+                    if inspect.isawaitable(result):
+                        await result
+                except BaseException as error:
+                    if ends_worker(error, task):
+                        raise
+                    log().exception("a handler failed")
+                del function, item
+        except IndexError:
+            # At once, not when the task is done: what is put in between is to find a place for a new one.
+            self._crews[box].discard(task)
+
+    def _on_worker_done(self, box: Box[Job], task: asyncio.Task[None]) -> None:
+        """Start another worker for the jobs that a cancelled worker has left; not when everything is cancelled."""
+        self._crews[box].discard(task)
+        if not task.cancelled():
+            # An exit, which has left the loop already; this marks it as seen.
+            task.exception()
+        ending = self._ended or (task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0))
+        if box.inbox.items and box.on_put is not None and not ending:
+            box.on_put()
+
+    async def _keep_connected(self) -> None:
+        """Connect, and connect again, for as long as the dialog wants it."""
+        task = asyncio.current_task()
+        assert task is not None
+        while True:
+            self._dialog.dialing(self._loop.time())
+            self._gone = self._loop.create_future()
+            try:
+                async with asyncio.timeout_at(self._dialog.next_deadline()):
+                    await self._dial()
+            except TimeoutError:
+                if self._dialog.state is State.CONNECTING:
+                    self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
+            except (OSError, AddressError) as error:
+                self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
+            except BaseException as error:
+                # A bug; but the tasks that wait for the connection are to hear of it.
+                if ends_worker(error, task):
+                    raise
+                log().exception("connecting failed in a way that is not foreseen")
+                seen = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+                reason = no_connection(self._settings.address, seen)
+                reason.__cause__ = error
+                self._lose(reason)
+            await self._gone
+            if self._dialog.state is not State.WAITING:
+                return
+            await asyncio.sleep(max(0.0, self._dialog.retry_at - self._loop.time()))
+
+    async def _dial(self) -> None:
+        """Connect, TLS included. Raises OSError, AddressError."""
+        address, context = self._settings.address, self._settings.tls
+        if context is None:
+            await dial(address, lambda: Connection(self), self._resolver)
+        else:
+            # It takes its time to load.
+            from brokerd_client.aio.tls_transport import dial_tls
+
+            await dial_tls(address, context, self, self._resolver)
+
+
+def _expire(call: asyncio.Future[Any], id: int) -> None:
+    if not call.done():
+        call.set_exception(TimedOut(f"no answer to {id} in time"))
+
+
+def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
+    """Return whether what was raised in this task is for the event loop, or for the task: it is cancelled from outside.
+
+    A task that is dropped gets GeneratorExit from outside, and does not run then.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return task.cancelling() > 0
+    if isinstance(error, GeneratorExit):
+        return not runs(task)
+    return isinstance(error, (KeyboardInterrupt, SystemExit))
+
+
+def runs(task: asyncio.Task[Any]) -> bool:
+    """Return whether the calling code runs in this task."""
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:
+        return False

@@ -1,0 +1,265 @@
+"""One connection of an asyncio client, from dialling to its end: tells its client what happens to it.
+
+A part of the asyncio face; the bytes mean nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol, cast
+
+from brokerd_client._common.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
+from brokerd_client._common.lookup import Candidate, Lookup, numeric
+from brokerd_client._common.pipe_bridge import BridgedSocket, dial_pipe
+from brokerd_client.address import Address, validate_family
+
+__all__ = ["Connection", "Hearer", "Resolver", "dial"]
+
+#: Bytes read at once, of what is left.
+_PIECE: Final = 64 * 1024
+#: Seconds until a listener whose queue of new connections is full is tried again.
+_CROWDED_S: Final = 0.01
+
+
+class Hearer(Protocol):
+    """Who is told; each time with the connection."""
+
+    def _on_open(self, link: Connection) -> None: ...
+
+    def _on_data(self, link: Connection, data: bytes) -> None: ...
+
+    def _on_writable(self, link: Connection) -> None: ...
+
+    def _on_lost(self, link: Connection, error: Exception | None) -> None: ...
+
+    def _on_bug(self, link: Connection, error: BaseException) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One connection: tells its client what happens to it.
+
+    What the event loop calls lets no exception out, whatever its kind: the loop would log it, and the client would look
+    alive. An exception ends the connection instead.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, client: Hearer) -> None:
+        self._client = client
+        #: Done when the connection is closed, and everything of it freed.
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.paused = False
+        self.reading = True
+        #: Whether the peer is known to send nothing more; what it has sent may not have been read.
+        self.ended = False
+        #: Bytes given to the transport that it may not have written yet.
+        self.unwritten = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol: there is a connection."""
+        self.transport = cast("asyncio.Transport", transport)
+        try:
+            self._made()
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def _made(self) -> None:
+        self.prepare()
+        self._client._on_open(self)
+
+    def _on_bug(self, error: BaseException) -> None:
+        self._client._on_bug(self, error)
+
+    def has_ended(self) -> bool:
+        """Return whether the peer sends nothing more, without reading; False where the system does not tell."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and not self.transport.is_closing():
+            self.ended = has_ended(sock)
+        return self.ended
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
+
+    @property
+    def bindings(self) -> Mapping[str, bytes]:
+        """What the key is to be bound to: nothing, without TLS."""
+        return {}
+
+    def prepare(self) -> None:
+        """Set up the transport."""
+        transport = self.transport
+        # Paused then means just this: not everything has been written.
+        transport.set_write_buffer_limits(high=0)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in TCP:
+            # A peer whose machine is gone says nothing for ever. One that has hung up already is told of by reading.
+            with contextlib.suppress(OSError):
+                keep_alive(sock, DEFAULT_S)
+            self._look(sock, Silence())
+
+    def _look(self, sock: object, silence: Silence) -> None:
+        """Look, now and then, whether the peer still answers; tell the client when it is gone without a word."""
+        loop = self.closed.get_loop()
+        if self.closed.done():
+            return
+        try:
+            if silence.lasts(sock, loop.time()) >= DEFAULT_S:
+                self._read_out()
+                self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+            else:
+                self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol: bytes have arrived."""
+        try:
+            # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
+            self._received(bytes(data))
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def _received(self, data: bytes) -> None:
+        self._client._on_data(self, data)
+
+    def pause_writing(self) -> None:
+        """asyncio.Protocol: not everything has been written."""
+        self.paused = True
+        self._note_writable()
+
+    def resume_writing(self) -> None:
+        """asyncio.Protocol: everything has been written."""
+        self.paused = False
+        self._note_writable()
+
+    def _note_writable(self) -> None:
+        try:
+            self._client._on_writable(self)
+        except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+            self._on_bug(error)
+
+    def eof_received(self) -> None:
+        """asyncio.Protocol: nothing more comes. To close would be to wait until a peer reads that is gone."""
+        self.transport.abort()
+
+    def _read_out(self) -> None:
+        """Take in what had come and was not read yet: the loops drop it when a write fails."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None:
+            return
+        pieces: list[bytes] = []
+        with contextlib.suppress(OSError), socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
+            copy.setblocking(False)
+            while piece := copy.recv(_PIECE):
+                pieces.append(piece)
+        if pieces:
+            self.data_received(b"".join(pieces))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio.Protocol: the connection is gone."""
+        try:
+            if isinstance(error, OSError):
+                self._read_out()
+        finally:
+            if not self.closed.done():
+                self.closed.set_result(None)
+            if self._timer is not None:
+                self._timer.cancel()
+            try:
+                self._client._on_lost(self, error)
+            except BaseException as bug:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
+                self._on_bug(bug)
+
+
+class Resolver:
+    """Finds the addresses of host names for one client, in a thread of its own.
+
+    Not in the event loop's executor: a look-up can't be cancelled, and asyncio.run waits for that executor's threads. A
+    look-up that outlasts an attempt to connect is used by the next attempt, so that there is one thread at most.
+    """
+
+    def __init__(self) -> None:
+        self._lookup: Lookup | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def find(self, host: str, port: int) -> list[Candidate]:
+        """Return the addresses of the host, not looked up where it is an address itself. Raises OSError."""
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        lookup = self._lookup
+        if lookup is None:
+            lookup = self._lookup = Lookup(host, port, lambda: self._tell(loop))
+        if not lookup.done:
+            await waiter
+        self._lookup = None
+        return lookup.result()
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A loop that is closed waits for nothing.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def dial(address: Address, protocol: Callable[[], Connection], resolver: Resolver | None = None) -> None:
+    """Connect to the address. Raises OSError; AddressError where this machine does not have its family."""
+    loop = asyncio.get_running_loop()
+    validate_family(address.family)
+    if address.family == "AF_PIPE":
+        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe tells nobody that it is free
+            await asyncio.sleep(_CROWDED_S)
+        try:
+            await loop.create_connection(protocol, sock=pipe)
+        except BaseException:
+            pipe.close()
+            raise
+    elif address.family == "AF_UNIX":
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            # The loops take "the queue of new connections is full" for "under way".
+            while not _connected(sock, address.path):  # noqa: ASYNC110 - a listener tells nobody that it has room
+                await asyncio.sleep(_CROWDED_S)
+            await loop.create_unix_connection(protocol, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        error = OSError(f"{address.host} has no address")
+        for family, sockaddr in await (resolver or Resolver()).find(address.host, address.port):
+            host, port = cast("tuple[str, int]", sockaddr[:2])
+            try:
+                await loop.create_connection(protocol, host, port, family=family)
+            except OSError as failed:
+                error = failed
+            else:
+                return
+        raise error
+
+
+def _dialed(name: str) -> BridgedSocket | None:
+    try:
+        return dial_pipe(name)
+    except BlockingIOError:
+        return None
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True

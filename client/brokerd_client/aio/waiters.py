@@ -1,0 +1,95 @@
+"""Where tasks wait for what arrives, or are hired to empty it. A part of the asyncio face; knows no connections."""
+
+# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from brokerd_client.errors import BrokerdError, TimedOut
+from brokerd_client.protocol.inbox import Gauge, Inbox
+
+__all__ = ["Box"]
+
+T = TypeVar("T")
+
+
+class Box(Generic[T]):
+    """An inbox that tasks can wait at, or that tasks empty."""
+
+    __slots__ = ("__weakref__", "_relieve", "_waiters", "ended", "inbox", "on_put")
+
+    def __init__(self, gauge: Gauge, relieve: Callable[[], None]) -> None:
+        self.inbox: Inbox[T] = Inbox(gauge)
+        #: Why nothing more will come.
+        self.ended: BrokerdError | None = None
+        #: Called after items were added, where tasks empty the box.
+        self.on_put: Callable[[], None] | None = None
+        self._relieve = relieve
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    def put(self, items: list[T], size: int) -> None:
+        """Add items and wake who waits."""
+        self.inbox.put(items, size)
+        if self.on_put is not None:
+            self.on_put()
+        self._wake(len(items))
+
+    def end(self, why: BrokerdError) -> None:
+        """Nothing more will come; what is left can still be taken, and no longer counts against the client's inbox."""
+        if self.ended is None:
+            self.ended = why
+            self.inbox.release()
+            self._relieve()
+        self._wake(len(self._waiters))
+
+    def _wake(self, count: int) -> None:
+        while count and self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+    def take_now(self) -> T:
+        """Return the next item. Raises IndexError where there is none."""
+        item = self.inbox.items.popleft()
+        if len(self.inbox.items) <= self.inbox.mark:
+            self._relieve()
+        return item
+
+    async def take(self, timeout: float | None) -> T:
+        """Return the next item. Raises TimedOut, or why nothing more will come."""
+        with contextlib.suppress(IndexError):
+            return self.take_now()
+        if timeout is None:
+            return await self._wait()
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._wait()
+        except TimeoutError as error:
+            if isinstance(error, BrokerdError):
+                raise
+            raise TimedOut(f"nothing arrived within {timeout:g} s") from None
+
+    async def _wait(self) -> T:
+        while True:
+            with contextlib.suppress(IndexError):
+                return self.take_now()
+            if self.ended is not None:
+                raise self.ended.with_traceback(None)
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except BaseException:
+                # Cancelled, or a coroutine that is closed.
+                if waiter.done() and not waiter.cancelled():
+                    # Woken at the same time: the item is for the next waiter.
+                    self._wake(1)
+                else:
+                    with contextlib.suppress(ValueError):
+                        self._waiters.remove(waiter)
+                raise

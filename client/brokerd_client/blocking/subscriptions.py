@@ -1,0 +1,120 @@
+"""What a blocking client gives to its user: messages that can be answered, subscriptions, watches.
+
+A part of the blocking face; each hands what is asked of it on to its client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from brokerd_client import message
+from brokerd_client.blocking.waiters import Box
+from brokerd_client.errors import Closed
+from brokerd_client.presence import Presence, Watch
+from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.settings import check_timeout
+
+__all__ = ["Feed", "Message", "PresenceWatch", "Subscription"]
+
+T = TypeVar("T")
+
+
+class Giver(message.Owner, Protocol):
+    """The client, as far as it is needed here."""
+
+    def reply(self, message: Message, payload: object, *, codec: str | int | None = None) -> None: ...
+
+    def _fail(self, message: Message, text: str, code: str) -> None: ...
+
+    def _check(self) -> None: ...
+
+    def _box(self) -> Box[Any]: ...
+
+    def _unsubscribe(self, subscription: Subscription) -> None: ...
+
+    def _unwatch(self, feed: PresenceWatch) -> None: ...
+
+
+class Message(message.Message):
+    """A message received by a blocking client; a REQUEST can be answered."""
+
+    __slots__ = ()
+
+    _owner: Giver
+
+    def reply(self, payload: object, *, codec: str | int | None = None) -> None:
+        """Answer this request. Raises PayloadError, AlreadyAnswered, Disconnected or Closed."""
+        self._owner.reply(self, payload, codec=codec)
+
+    def fail(self, text: str, code: str = "failed") -> None:
+        """Answer this request with an error: the caller gets RequestFailed with this code and text."""
+        self._owner._fail(self, text, code)
+
+
+class Feed(Generic[T]):
+    """What a subscription or a watch gives: an iterator that ends when the feed or its client is closed."""
+
+    def __init__(self, client: Giver) -> None:
+        self._client = client
+        self.box: Box[T] = client._box()
+
+    def recv(self, timeout: float | None = None) -> T:
+        """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
+        self._client._check()
+        return self.box.take(check_timeout(timeout))
+
+    def __iter__(self) -> Iterator[T]:
+        with contextlib.suppress(Closed):
+            while True:
+                yield self.recv()
+
+    def close(self) -> None:
+        """Ask for nothing more."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Subscription(Feed[Message]):
+    """Events whose topic fits ``pattern``; those of a ``group`` are shared among its members.
+
+    With a callback the events go to it, on the client's handler thread, one after the other.
+    """
+
+    def __init__(
+        self, client: Giver, pattern: str, group: str | None, callback: Callable[[Message], object] | None
+    ) -> None:
+        super().__init__(client)
+        self.pattern = pattern
+        self.group = group
+        self.callback = callback
+        self._route: Route | None = None
+
+    def unsubscribe(self) -> None:
+        """Ask for no more events; iterating ends with those that are here already."""
+        self._client._unsubscribe(self)
+
+    close = unsubscribe
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.pattern!r}{f' in group {self.group!r}' if self.group else ''}>"
+
+
+class PresenceWatch(Feed[Presence]):
+    """One Presence for each client this one may send to, as it is now; then every change."""
+
+    callback = None
+    _watch: Watch | None = None
+
+    def close(self) -> None:
+        """Ask for no more changes."""
+        self._client._unwatch(self)

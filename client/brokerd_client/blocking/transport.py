@@ -1,0 +1,333 @@
+"""A non-blocking socket, what waits to be written to it, and a bell: the moving parts of the blocking face.
+
+Knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes; any thread may write or ring,
+one at a time. ``handed``, what the operating system has taken, is what the caller of :meth:`write` is told.
+
+A write may be interrupted by an exception, of a signal handler for example. What it was given is kept in ``backlog``
+before the system is, and ``unsure`` says whether the system may have taken more than ``backlog`` tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from brokerd_client._common.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
+from brokerd_client._common.lookup import Candidate, Lookup, numeric
+from brokerd_client._common.pipe_bridge import dial_pipe
+from brokerd_client.address import Address, validate_family
+from brokerd_client.errors import TlsError
+
+__all__ = ["Channel", "by_system"]
+
+_READ_SIZE = 64 * 1024
+#: Seconds that one wait lasts at most: the system's calls take no longer time than some days.
+_LONGEST_WAIT_S = 3600.0
+_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
+
+
+def by_system(error: OSError) -> bool:
+    """Return whether the system has raised it, and not a signal handler, whose TimeoutError is an OSError too."""
+    return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError))
+
+
+class Channel:
+    """One connection at a time, to one address."""
+
+    #: Returns how many bytes the system has taken. Raises OSError: none, at the moment or for good.
+    _send: Callable[[bytes | memoryview], int]
+
+    def __init__(self, address: Address) -> None:
+        validate_family(address.family)
+        self.address = address
+        #: Written by no one yet: the rest of what a write could not finish.
+        self.backlog: bytes | memoryview = b""
+        #: Bytes given to write() on this connection.
+        self.given = 0
+        #: Whether a write is at it, or was interrupted while the system took its bytes.
+        self.unsure = False
+        self.connecting = False
+        self._socket: socket.socket | None = None
+        self._candidates: Iterator[Candidate] = iter(())
+        self._lookup: Lookup | None = None
+        self._selector = selectors.DefaultSelector()
+        self._mask = 0
+        self._silence = Silence()
+        self._look_at = 0.0
+        #: The peer is gone without a word: reading raises that, behind what had come.
+        self._vanished = False
+        #: The peer sends nothing more. A wait that does not read has found that out.
+        self.ended = False
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is a socket, connected or about to be."""
+        return self._socket is not None
+
+    def unwritten(self) -> bool:
+        """Return whether something that was to be written has not left yet."""
+        return bool(self.backlog)
+
+    @property
+    def looking_up(self) -> bool:
+        """Whether :meth:`dial` has begun to look up the host's name."""
+        return self._lookup is not None
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the look-up of the host's name that :meth:`dial` has begun is done."""
+        return self._lookup is not None and self._lookup.done
+
+    @property
+    def bindings(self) -> Mapping[str, bytes]:
+        """What the key is to be bound to: nothing, without TLS."""
+        return {}
+
+    def dial(self) -> bool:
+        """Begin to connect; return whether it is done already. Raises OSError where no candidate is left.
+
+        Raises BlockingIOError: a host's name is being looked up, and the bell rings when that is done; or the listener
+        has no room at the moment.
+        """
+        if self.address.family == "AF_PIPE":
+            self._socket = dial_pipe(self.address.path)
+            self._socket.setblocking(False)
+            self._send = self._socket.send
+            return True
+        if self.address.family == "AF_UNIX":
+            self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
+        else:
+            self._candidates = iter(self._look_up())
+        return self._try_next(OSError(errno.EADDRNOTAVAIL, "the address stands for no place"))
+
+    def _look_up(self) -> list[Candidate]:
+        host, port = self.address.host, self.address.port
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        if self._lookup is None:
+            self._lookup = Lookup(host, port, self.ring)
+        if self._lookup.done:
+            lookup, self._lookup = self._lookup, None
+            return lookup.result()
+        # What a connection before this one has begun is gone on with: there is one thread at most.
+        return self._lookup.result()
+
+    def connected(self) -> bool:
+        """Return whether the connecting that was under way is done; False: the next candidate is being tried.
+
+        Raises OSError where no candidate is left.
+        """
+        assert self._socket is not None
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code == 0:
+            self.connecting = False
+            return True
+        self.drop()
+        return self._try_next(OSError(code, os.strerror(code)))
+
+    def _try_next(self, error: OSError) -> bool:
+        for family, sockaddr in self._candidates:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                if family != getattr(socket, "AF_UNIX", None):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    # A peer whose machine is gone says nothing for ever.
+                    keep_alive(sock, DEFAULT_S)
+                code = sock.connect_ex(sockaddr)
+                if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
+                    self._socket = sock
+                    self._send = sock.send
+                    self.connecting = code != 0
+                    return not self.connecting
+            except BaseException:
+                sock.close()
+                raise
+            sock.close()
+            error = OSError(code, os.strerror(code))
+        raise error
+
+    def write(self, data: bytes) -> int:
+        """Write what goes now, behind the backlog, and keep the rest there; return how many bytes went.
+
+        A connection that is gone takes nothing: the I/O thread finds that out, too, and reads what came before.
+        """
+        if self.backlog:
+            both = b"".join((self.backlog, data))
+            size = len(data)
+            self.unsure = True
+            self.backlog = both
+            self.given += size
+            self.unsure = False
+            return 0
+        size = len(data)
+        self.unsure = True
+        self.backlog = data
+        self.given += size
+        try:
+            # A loop, since CPython raises a signal handler's exception after a call of send, when its result is not in
+            # a variable yet, but not between a loop's step and its variable.
+            for sent in map(self._send, (data,)):
+                if sent == size:
+                    self.backlog = b""
+                    self.unsure = False
+                    return size
+                break
+        except OSError as error:
+            if not by_system(error):
+                raise
+            sent = 0
+        if sent:
+            self.backlog = memoryview(data)[sent:]
+        self.unsure = False
+        return sent
+
+    def flush(self) -> int:
+        """Write what goes of the backlog; return how many bytes went. Raises OSError: the connection is gone."""
+        self.unsure = True
+        try:
+            sent = self._send(self.backlog)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self.unsure = not by_system(error)
+            raise
+        self.backlog = memoryview(self.backlog)[sent:]
+        self.unsure = False
+        return sent
+
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
+        assert self._socket is not None
+        try:
+            return self._socket.recv(_READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            self._raise_if_vanished()
+            return None
+
+    def shut(self) -> None:
+        """Tell the peer that nothing more comes."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+
+    def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
+        """Wait for the socket or the bell, ``timeout`` seconds at most; return (readable, writable).
+
+        reading: whether arriving bytes are wanted. A wait without them looks whether the peer has ended the connection;
+            then the rest of its bytes is to be read, and the socket counts as readable.
+        """
+        timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
+        if self._vanished:
+            return True, False
+        mask = 0
+        if self._socket is not None:
+            read, write = self._wanted(reading=reading)
+            mask = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
+        self._arm(mask)
+        found = 0
+        for key, ready in self._selector.select(timeout):
+            if key.fileobj is self._ear:
+                with contextlib.suppress(BlockingIOError, InterruptedError):
+                    while self._ear.recv(4096):
+                        pass
+            else:
+                found = ready
+        if not reading and self._socket is not None and not self.connecting:
+            self.ended = has_ended(self._socket)
+            if self.ended:
+                found |= selectors.EVENT_READ
+        return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
+
+    def _look_for_silence(self, timeout: float | None) -> float | None:
+        """Look, now and then, whether the peer still answers; return the timeout, cut to when to look again."""
+        if self._socket is None or self.connecting or self._socket.family not in TCP:
+            return timeout
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + DEFAULT_S / LOOKS
+            self._vanished = self._silence.lasts(self._socket, now) >= DEFAULT_S
+        left = self._look_at - now
+        return left if timeout is None else min(timeout, left)
+
+    def _raise_if_vanished(self) -> None:
+        if self._vanished:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    def _wanted(self, *, reading: bool) -> tuple[bool, bool]:
+        """Return whether to wait until the socket can be read, and written."""
+        return reading and not self.connecting, self.connecting or self.unwritten()
+
+    def _arm(self, mask: int) -> None:
+        if mask == self._mask:
+            return
+        assert self._socket is not None
+        if not self._mask:
+            self._selector.register(self._socket, mask)
+        elif mask:
+            self._selector.modify(self._socket, mask)
+        else:
+            self._selector.unregister(self._socket)
+        self._mask = mask
+
+    def ring(self) -> None:
+        """Wake the I/O thread. Never blocks: a bell that is full has been heard."""
+        try:
+            self._bell.send(b"!")
+        except OSError as error:
+            if not by_system(error):
+                raise
+
+    def drop(self) -> None:
+        """Close the connection, if there is one; what waited to be written is forgotten."""
+        if self._socket is not None:
+            self._arm(0)
+            self._socket.close()
+            self._socket = None
+        self.connecting = self._vanished = self.ended = False
+        self._silence = Silence()
+        self.backlog = b""
+        self.given = 0
+        self.unsure = False
+
+    def mend(self) -> None:
+        """Release what an interrupted call of this thread still holds."""
+
+    def renew(self) -> None:
+        """Close the connection, whatever state it was left in. For the I/O thread, after an exception in it."""
+        # Each step can be repeated, should another exception come in between. A socket that stays open would have the
+        # broker refuse the next connection.
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.close()
+            self._socket = None
+        with contextlib.suppress(OSError):
+            self._selector.close()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._mask = 0
+        self.drop()
+
+    def close(self) -> None:
+        """Close everything. The I/O thread's last act."""
+        self.drop()
+        self._selector.close()
+        self._ear.close()
+        self._bell.close()
+
+    def disown(self) -> None:
+        """Close the copies a fork has made; the parent's connection and selector stay as they are."""
+        for sock in (self._socket, self._ear, self._bell):
+            if sock is not None:
+                sock.close()
+        self._selector.close()

@@ -1,0 +1,197 @@
+"""Where threads wait: for the outcome of a call, for a change, and for what arrives.
+
+A part of the blocking face; knows nothing of connections, but rings the I/O thread's bell when there is room again.
+
+An exception can be raised in a thread at any moment, by a signal handler for example. Nothing here needs a lock that
+such a thread could keep, and an interrupted wait loses neither an item nor another thread's wake-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
+
+from brokerd_client.blocking.transport import Channel
+from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
+from brokerd_client.protocol.inbox import Gauge, Inbox
+
+__all__ = ["NOTHING", "Box", "Call", "Waiters", "by_handler", "gate", "wait_at"]
+
+T = TypeVar("T")
+
+#: Never an item: see Box.take.
+NOTHING: Final = object()
+
+
+def gate() -> threading.Lock:
+    """Return a lock that is held: a thread waits at it until another thread releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def wait_at(lock: threading.Lock, remaining: float | None) -> bool:
+    """Return whether the gate was opened within ``remaining`` seconds."""
+    if remaining is None:
+        return lock.acquire()
+    return lock.acquire(timeout=max(0.0, min(remaining, threading.TIMEOUT_MAX)))
+
+
+def by_handler(error: BaseException) -> bool:
+    """Return whether a signal handler has raised it, and not a call in the function that has caught it."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
+
+
+class Call:
+    """One thread's wait for one outcome."""
+
+    __slots__ = ("_gate", "done", "value")
+
+    def __init__(self) -> None:
+        self._gate = gate()
+        self.done = False
+        self.value: Any = None
+
+    def settle(self, value: Any) -> None:
+        """Let the thread go on with this outcome; a second outcome changes nothing."""
+        if not self.done:
+            self.value = value
+            self.done = True
+        with contextlib.suppress(RuntimeError):
+            self._gate.release()
+
+    def wait(self, deadline: float | None) -> bool:
+        """Return whether there is an outcome before the deadline."""
+        return wait_at(self._gate, None if deadline is None else deadline - time.monotonic())
+
+
+class Waiters:
+    """Threads that wait for a change.
+
+    A thread enters its gate, then looks whether it has to wait, and only then waits at the gate: no change is missed.
+    """
+
+    __slots__ = ("_gates",)
+
+    def __init__(self) -> None:
+        #: In the order of their coming. No step here raises an exception of its own, which a signal handler's could be
+        #: taken for.
+        self._gates: dict[threading.Lock, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._gates)
+
+    def enter(self, lock: threading.Lock) -> None:
+        """Have the gate opened at the next change."""
+        self._gates[lock] = None
+
+    def leave(self, lock: threading.Lock) -> bool:
+        """Remove the gate; return whether it was still there, and no wake-up is lost with it."""
+        return self._gates.pop(lock, 0) is None
+
+    def wake(self, count: int | None = None) -> None:
+        """Open ``count`` gates, without it all of them."""
+        left = len(self._gates) if count is None else count
+        while left > 0 and (first := next(iter(self._gates), None)) is not None:
+            if self.leave(first):
+                first.release()
+                left -= 1
+
+
+class Box(Generic[T]):
+    """An inbox that threads can wait at.
+
+    interrupting: returns whether the calling thread is in a signal handler that has interrupted a call of the client,
+        so that nothing can arrive until the handler returns.
+    """
+
+    __slots__ = ("__weakref__", "_channel", "_gauge", "_interrupting", "ended", "inbox", "waiters")
+
+    def __init__(self, gauge: Gauge, channel: Channel, interrupting: Callable[[], bool]) -> None:
+        self.inbox: Inbox[T] = Inbox(gauge)
+        self.waiters = Waiters()
+        #: Why nothing more will come.
+        self.ended: BrokerdError | None = None
+        self._gauge = gauge
+        self._channel = channel
+        self._interrupting = interrupting
+
+    def put(self, items: list[T], size: int) -> None:
+        """Add items and wake as many waiting threads."""
+        self.inbox.put(items, size)
+        self.waiters.wake(len(items))
+
+    def end(self, why: BrokerdError) -> None:
+        """Note that nothing more will come, and wake every waiting thread."""
+        if self.ended is None:
+            self.ended = why
+        self.waiters.wake()
+
+    def take(self, timeout: float | None) -> T:
+        """Return the next item. Raises TimedOut, or why nothing more will come."""
+        inbox = self.inbox
+        try:
+            # A loop, since CPython raises a signal handler's exception after a call of popleft, which would lose the
+            # item, but not between a loop's step and its variable.
+            for item in iter(inbox.items.popleft, NOTHING):  # noqa: B007
+                break
+        except IndexError as error:
+            if by_handler(error):
+                raise
+            item = self._wait(timeout)
+        try:
+            if self._gauge.full and len(inbox.items) <= inbox.mark:
+                self.relieve()
+        except BaseException:
+            self.give_back(item)
+            raise
+        return item
+
+    def give_back(self, item: Any) -> None:
+        """Put back an item whose taking was interrupted."""
+        self.inbox.items.appendleft(item)
+        self.waiters.wake(1)
+
+    def _wait(self, timeout: float | None) -> Any:
+        if timeout != 0 and self.ended is None and self._interrupting():
+            raise WouldDeadlock("nothing can arrive while this signal handler holds up a call of the same client")
+        item: Any = NOTHING
+        mine = gate()
+        try:
+            try:
+                deadline = None if timeout is None else time.monotonic() + timeout
+                while True:
+                    self.waiters.enter(mine)
+                    try:
+                        for item in iter(self.inbox.items.popleft, NOTHING):
+                            return item
+                    except IndexError as error:
+                        if by_handler(error):
+                            raise
+                    if self.ended is not None:
+                        raise self.ended.with_traceback(None)
+                    remaining = None if deadline is None else deadline - time.monotonic()
+                    if (remaining is not None and remaining <= 0) or not wait_at(mine, remaining):
+                        raise TimedOut(f"nothing arrived within {timeout:g} s")
+            finally:
+                # A wake-up that this thread has no use for is passed on.
+                if not self.waiters.leave(mine) and self.inbox.items:
+                    self.waiters.wake(1)
+        except BaseException:
+            if item is not NOTHING:
+                self.give_back(item)
+            raise
+
+    def relieve(self) -> None:
+        """Have the I/O thread look whether there is room in the inbox again; ring its bell once for each look."""
+        gauge = self._gauge
+        if not gauge.asked:
+            gauge.asked = True
+            try:
+                self._channel.ring()
+            except BaseException:
+                gauge.asked = False
+                raise

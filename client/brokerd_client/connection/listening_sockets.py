@@ -1,0 +1,188 @@
+"""Where peers come in: a listening socket, its file, and the waker that ends a wait from another thread.
+
+A door takes peers one at a time and says who is ready. It knows nothing of keys, and waits only when told to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Collection
+from multiprocessing import util
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from brokerd_client.address import Family
+from brokerd_client.connection.handshaking import Channel, SocketChannel
+from brokerd_client.connection.readiness import readable
+
+__all__ = ["Door", "SocketDoor", "arbitrary_address", "default_family", "families", "no_delay", "open_door"]
+
+#: The families always tried by who wants all of them; AF_INET6 is served too, where the machine has it.
+families: Final[list[Family]] = ["AF_INET", "AF_PIPE"] if sys.platform == "win32" else ["AF_INET", "AF_UNIX"]
+default_family: Final[Family] = families[-1]
+
+_OWNER_ONLY: Final = 0o600
+
+
+def arbitrary_address(family: str) -> Any:
+    """Return a free address of the family, for a listener that was given none."""
+    if family == "AF_INET":
+        return ("localhost", 0)
+    if family == "AF_INET6":
+        return ("::1", 0)
+    if family == "AF_UNIX":
+        # The directory is this process's own, mode 0700 and removed when it ends, so a guessed name harms nobody.
+        return tempfile.mktemp(prefix="listener-", dir=util.get_temp_dir())  # noqa: S306
+    if family == "AF_PIPE":
+        return tempfile.mktemp(prefix=rf"\\.\pipe\pyc-{os.getpid()}-", dir="")  # noqa: S306
+    raise ValueError(f"unrecognized family {family}")
+
+
+class Door(Protocol):
+    """Where peers come in."""
+
+    #: Where peers are to connect to.
+    address: Any
+
+    @property
+    def most_channels(self) -> int:
+        """How many channels wait() can watch."""
+
+    def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
+        """Wait until a peer comes, a channel has something, wake() is called or the time is over.
+
+        Return (whether a peer may have come, the filenos of the channels that have something).
+        """
+
+    def take(self) -> tuple[Channel, object] | None:
+        """Return the next peer's channel and address; None where it has gone again. Raises OSError."""
+
+    def wake(self) -> None:
+        """End a wait, from any thread."""
+
+    def close(self) -> None:
+        """Close, and remove what was left in the file system by this process."""
+
+    def renew(self) -> None:
+        """Stop sharing the waker with the process this one was forked from."""
+
+
+class SocketDoor:
+    """A listening socket, and its file where it is a Unix socket with one."""
+
+    most_channels: Final = sys.maxsize
+
+    def __init__(self, address: Any, family: Family, backlog: int) -> None:
+        self._unlink: util.Finalize | None = None
+        self._ends: tuple[socket.socket, ...] = ()
+        self._socket = socket.socket(getattr(socket, family))
+        try:
+            self._socket.setblocking(False)
+            if family == "AF_UNIX":
+                self._bind_file(address)
+            else:
+                # On Windows SO_REUSEADDR would let anybody take the port over; its opposite is right there.
+                option = socket.SO_REUSEADDR if os.name == "posix" else socket.SO_EXCLUSIVEADDRUSE  # type: ignore[attr-defined,unused-ignore]
+                self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
+                self._socket.bind(address)
+            self._socket.listen(backlog)
+            self.address = self._socket.getsockname()
+            self._tcp = family != "AF_UNIX"
+            self.renew()
+        except BaseException:
+            self.close()
+            raise
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _bind_file(self, address: str | bytes) -> None:
+        """Bind a Unix socket that only its owner can connect to, whatever the umask.
+
+        The file is made with the socket's own mode, less the umask, so there is no moment at which it is more open.
+        Where a system does not know that, nobody can connect before listen() either.
+        """
+        if os.fsencode(address)[:1] == b"\0":
+            self._socket.bind(address)
+            return
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                os.fchmod(self._socket.fileno(), _OWNER_ONLY)
+        self._socket.bind(address)
+        path = Path(os.fsdecode(address)).absolute()
+        made = path.lstat()
+        self._unlink = util.Finalize(self, _unlink_if_same, args=(path, made.st_dev, made.st_ino), exitpriority=0)
+        if stat.S_IMODE(made.st_mode) != _OWNER_ONLY:
+            path.chmod(_OWNER_ONLY)
+
+    def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
+        door, bell = self._socket.fileno(), self._ends[0].fileno()
+        if door < 0:
+            return False, set()
+        waiting = [door, bell, *(channel.fileno() for channel in channels)]
+        ready = set(readable(waiting, timeout))
+        if bell in ready:
+            with contextlib.suppress(OSError):
+                self._ends[0].recv(4096)
+        come = door in ready
+        return come, ready - {door, bell}
+
+    def take(self) -> tuple[Channel, object] | None:
+        try:
+            sock, peer = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            # Another thread or process was faster, or the peer thought better of it.
+            return None
+        if self._tcp:
+            no_delay(sock)
+        return SocketChannel(sock), peer
+
+    def wake(self) -> None:
+        # A full pipe wakes as well; a closed one has nobody to wake.
+        with contextlib.suppress(OSError):
+            self._ends[1].send(b"\0")
+
+    def close(self) -> None:
+        unlink, self._unlink = self._unlink, None
+        if unlink is not None:
+            # First, while the open socket still keeps the inode's number from being given to another file.
+            # It does nothing in a process other than the one that made the file.
+            unlink()
+        self._socket.close()
+        for end in self._ends:
+            end.close()
+
+    def renew(self) -> None:
+        for end in self._ends:
+            end.close()
+        self._ends = socket.socketpair()
+        for end in self._ends:
+            end.setblocking(False)
+
+
+def no_delay(sock: socket.socket) -> None:
+    """Have small messages sent at once. A peer that is gone already is noticed when it is read from."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def open_door(address: Any, family: Family, backlog: int) -> Door:
+    """Return a door at the address. Raises OSError, where it is in use for example."""
+    if sys.platform == "win32" and family == "AF_PIPE":
+        from brokerd_client.connection.named_pipes import PipeDoor
+
+        return PipeDoor(address)
+    return SocketDoor(address, family, backlog)
+
+
+def _unlink_if_same(path: Path, device: int, inode: int) -> None:
+    """Remove the socket file, unless another has taken its place."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if (found.st_dev, found.st_ino) == (device, inode):
+            path.unlink()

@@ -1,0 +1,358 @@
+"""Frames out of the bytes of one connection: ordinary ones read in place, the others judged by wire.envelope. No I/O.
+
+Rules: docs/protocol.md, "The header". Of a run of frames that are all of one size, as a busy sender's are, the fields
+of each are taken by one struct, which costs half of what a frame alone does.
+
+A frame that can't be read, or is longer than this client accepts, is skipped and told of: only the lengths of frames
+have to be right for the connection to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from brokerd_client.errors import BrokerdError, FrameTooBig, MalformedEnvelope
+from brokerd_client.message import VALUE_COST, Message, Owner
+from brokerd_client.protocol.encoder import remember
+from brokerd_client.wire.envelope import HEADER, Envelope, Kind, head, is_address, split
+from brokerd_client.wire.framing import frame_span
+
+__all__ = ["HEAD", "MAX_FRAME", "Incoming", "Other", "Unreadable"]
+
+M = TypeVar("M", bound=Message)
+
+#: Length and header of a frame, at once.
+_PREFIX: Final = struct.Struct("!iBBBBQ")
+#: A longer frame is not skipped: its length is nonsense.
+MAX_FRAME: Final = 2**32
+#: Bytes of a frame before its payload, at most: header, name, topic, extension.
+HEAD: Final = HEADER.size + 255 + 1 + 255 + 2 + 0xFFFF
+#: The payload of a longer frame that comes in pieces is collected by itself, and not copied when it is whole.
+_LARGE: Final = 2 * HEAD
+#: After so many messages of one size in a row, more are expected; so few are not worth it, nor are large ones.
+_RUN: Final = 4
+_RUN_MAX_SIZE: Final = 4096
+
+_REPLY_KIND: Final = int(Kind.REPLY)
+_EVENT_KIND: Final = int(Kind.EVENT)
+
+
+class Unreadable(NamedTuple):
+    """A frame that was skipped: why, and what of its head could be read. kind: 0, name: "" where that could not be."""
+
+    error: BrokerdError
+    kind: int
+    id: int
+    name: str
+
+
+#: Called, in order, with each frame that is neither MESSAGE nor REQUEST: a REPLY or EVENT as a message.
+Other: TypeAlias = Callable[[M | Envelope | Unreadable], None]
+
+
+class _Large:
+    """A long frame that comes in pieces. payload: None where it is skipped. size: of the frame; missing: to come."""
+
+    __slots__ = ("envelope", "missing", "payload", "size")
+
+    def __init__(self, envelope: Envelope | None, size: int, missing: int) -> None:
+        self.envelope = envelope
+        self.payload = None if envelope is None else io.BytesIO()
+        self.size = size
+        self.missing = missing
+
+
+class Incoming(Generic[M]):
+    """The bytes of one connection after the other.
+
+    message: the class of what is received. largest: bytes of the longest payload that is accepted.
+    """
+
+    __slots__ = ("_extra", "_large", "_message", "_most", "_partial", "_runs", "_senders", "_topics")
+
+    def __init__(self, message: type[M], largest: int) -> None:
+        self._message = message
+        self._most = largest + HEAD
+        #: The beginning of a frame whose end has not come yet.
+        self._partial = bytearray()
+        self._large: _Large | None = None
+        #: Bytes that the extensions of the last frames cost beyond their own.
+        self._extra = 0
+        #: Names and topics in their other form, checked.
+        self._senders: dict[bytes, str] = {}
+        self._topics: dict[bytes, str] = {}
+        self._runs: dict[tuple[int, int], struct.Struct] = {}
+
+    def reset(self) -> None:
+        """Begin a connection."""
+        self._partial = bytearray()
+        self._large = None
+
+    def read(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
+        """Take in every whole frame; keep the beginning of the last one for the next time.
+
+        MESSAGE and REQUEST are added to ``messages``, and are there also when a later frame raises RemoteError.
+        Return how many bytes of frames that was, about.
+        """
+        self._extra = 0
+        position, end, size_before = 0, len(data), 0
+        if self._partial or self._large is not None:
+            size_before = len(self._partial) if self._large is None else self._large.size - self._large.missing
+            position = self._complete(data, owner, messages, other)
+        unpack, senders, message_class, append = _PREFIX.unpack_from, self._senders, self._message, messages.append
+        size_of_last = in_a_row = 0
+        while position < end:
+            if end - position >= 16:
+                size, kind, flags, codec, name_size, id = unpack(data, position)
+                body = position + 16 + name_size
+                stop = position + 4 + size
+                # The ordinary frame; whatever this turns away is judged by wire.envelope, below.
+                if flags == 0 and 0 < kind < 4 and body <= stop <= end:
+                    raw = data[position + 16 : body]
+                    sender = senders.get(raw)
+                    if sender is None:
+                        sender = self._sender(raw)
+                    if sender:
+                        message = message_class(kind, id, sender, codec, data[body:stop], owner)
+                        position = stop
+                        if kind >= _REPLY_KIND:
+                            other(message)
+                            continue
+                        append(message)
+                        if size != size_of_last:
+                            size_of_last, in_a_row = size, 0
+                            continue
+                        in_a_row += 1
+                        if in_a_row >= _RUN:
+                            position = self._run(data, stop - 4 - size, stop, owner, messages)
+                            in_a_row = 0
+                        continue
+                elif flags == 0 and kind == _EVENT_KIND and name_size and body < stop <= end:
+                    first = body + 1 + data[body]
+                    raw, topic = data[position + 16 : body], data[body + 1 : first]
+                    sender = senders.get(raw) or self._sender(raw)
+                    about = self._topics.get(topic) or self._topic(topic)
+                    if first <= stop and sender and about:
+                        message = message_class(kind, id, sender, codec, data[first:stop], owner, about)
+                        position = stop
+                        other(message)
+                        continue
+            span = frame_span(data, position, end)
+            if span is None:
+                break
+            first, size = span
+            if size > MAX_FRAME:
+                raise FrameTooBig(size, MAX_FRAME)
+            if first + size > end or size > self._most:
+                if end - first < min(HEAD, size):
+                    break
+                if size > _LARGE or size > self._most:
+                    self._large = self._begin(data, first, size, end, other)
+                    position = min(first + size, end)
+                    continue
+                break
+            position = first + size
+            self._on_frame(data[first:position], owner, messages, other)
+        if position < end:
+            self._partial += data[position:] if position else data
+        return size_before + position + self._extra
+
+    def _run(self, data: bytes, last: int, position: int, owner: Owner, messages: list[M]) -> int:
+        """Take in the frames from ``position`` on that begin as the one at ``last`` does; return where they end.
+
+        That one is an ordinary MESSAGE or REQUEST; so are those whose length, kind, flags, codec and length of the
+        sender's name are the same.
+        """
+        size, kind, _, codec, name_size, _ = _PREFIX.unpack_from(data, last)
+        step = position - last
+        count = (len(data) - position) // step
+        if count < _RUN or size > _RUN_MAX_SIZE:
+            return position
+        body_size = step - _PREFIX.size - name_size
+        fields = self._runs.get((name_size, body_size))
+        if fields is None:
+            # The start, the id, the sender, the body.
+            fields = struct.Struct(f"!8sQ{name_size}s{body_size}s")
+            remember(self._runs, (name_size, body_size), fields)
+        start = data[last : last + 8]
+        message_class, append, before = self._message, messages.append, len(messages)
+        new = message_class.__new__
+        raw, sender = None, ""
+        for begun, id, name, body in fields.iter_unpack(memoryview(data)[position : position + count * step]):
+            if begun != start:
+                break
+            if name != raw:
+                sender = self._senders.get(name) or self._sender(name)
+                if not sender:
+                    break
+                raw = name
+            # What its __init__ does, without the call.
+            message = new(message_class)
+            message._kind = kind
+            message.id = id
+            message.sender = sender
+            message.codec = codec
+            message.body = body
+            message._owner = owner
+            message.topic = ""
+            message.extension = None
+            append(message)
+        return position + (len(messages) - before) * step
+
+    def _complete(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
+        """Finish the frame that began earlier, as far as ``data`` goes; return how much of ``data`` that took.
+
+        Only what the frame lacks is added to it: joining whole reads would copy every byte twice.
+        """
+        if self._large is not None:
+            return self._collect(self._large, data, owner, messages, other)
+        partial, position = self._partial, 0
+        while True:
+            span = frame_span(partial, 0, len(partial))
+            if span is None:
+                missing = (4 if len(partial) < 4 else 12) - len(partial)
+            else:
+                first, size = span
+                if size > MAX_FRAME:
+                    raise FrameTooBig(size, MAX_FRAME)
+                large = size > _LARGE or size > self._most
+                missing = first + (min(HEAD, size) if large else size) - len(partial)
+                if missing <= 0:
+                    break
+            taken = data[position : position + missing]
+            if not taken:
+                return position
+            partial += taken
+            position += len(taken)
+        self._partial = bytearray()
+        if large:
+            begun = self._large = self._begin(partial, first, size, len(partial), other)
+            if begun is not None:
+                position += self._collect(begun, memoryview(data)[position:], owner, messages, other)
+            return position
+        with memoryview(partial) as view, view[first:] as body:
+            self._on_frame(body, owner, messages, other)
+        return position
+
+    def _begin(self, data: bytes | bytearray, first: int, size: int, end: int, other: Other[M]) -> _Large | None:
+        """Take in as much as there is of the long frame whose body is at ``first``; its head has to be there.
+
+        Return it, or None where it is here whole, which only one that is skipped can be.
+        """
+        stop = min(first + size, end)
+        with memoryview(data) as view, view[first:stop] as body:
+            if size > self._most:
+                self._skip_long(body, size, other)
+                large = _Large(None, size, size - len(body))
+            else:
+                envelope, start = self._split(body, other)
+                large = _Large(envelope, size, size - len(body))
+                if large.payload is not None:
+                    large.payload.write(body[start:])
+        return large if large.missing else None
+
+    def _skip_long(self, body: memoryview, size: int, other: Other[M]) -> None:
+        """Tell of a frame that is longer than what is accepted. Raises FrameTooBig where its head is no frame's."""
+        error = FrameTooBig(size, self._most)
+        try:
+            envelope = head(body)
+        except MalformedEnvelope:
+            raise error from None
+        if not is_address(envelope.name):
+            raise error
+        other(Unreadable(error, envelope.kind, envelope.id, envelope.name))
+
+    def _collect(
+        self, large: _Large, data: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]
+    ) -> int:
+        """Take in what the long frame lacks, as far as ``data`` goes; return how much of ``data`` that took."""
+        taken = min(large.missing, len(data))
+        large.missing -= taken
+        if large.payload is not None:
+            with memoryview(data) as view, view[:taken] as piece:
+                large.payload.write(piece)
+        if not large.missing:
+            self._large = None
+            if large.payload is not None:
+                assert large.envelope is not None
+                # No copy: the bytes are the buffer's own.
+                self._pass_on(large.envelope, large.payload.getvalue(), owner, messages, other)
+        return taken
+
+    def _sender(self, raw: bytes) -> str:
+        """Return the sender's name, or "" where it is not one."""
+        text = str(raw, "utf-8", "replace")
+        if not is_address(text):
+            return ""
+        remember(self._senders, raw, text)
+        return text
+
+    def _topic(self, raw: bytes) -> str:
+        """Return the topic, or "" where it is not one."""
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            return ""
+        remember(self._topics, raw, text)
+        return text
+
+    def _on_frame(self, body: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]) -> None:
+        """Take in a frame that is out of the ordinary, or came in pieces."""
+        envelope, start = self._split(body, other)
+        if envelope is not None:
+            self._pass_on(envelope, bytes(body[start:]), owner, messages, other)
+
+    def _split(self, body: bytes | memoryview, other: Other[M]) -> tuple[Envelope | None, int]:
+        """Return (the envelope, where the payload begins); None for a frame that is skipped, which is told."""
+        try:
+            envelope, start = split(body)
+            if envelope.kind in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT):
+                if not is_address(envelope.name):
+                    raise MalformedEnvelope("the sender's name is not valid", envelope.id)
+                if envelope.kind is Kind.EVENT and not envelope.topic:
+                    raise MalformedEnvelope("the topic is empty", envelope.id)
+            elif envelope.kind is Kind.ACK:
+                raise MalformedEnvelope("the broker sends no ACK", envelope.id)
+        except MalformedEnvelope as error:
+            self._skip(body, error, other)
+            return None, 0
+        if envelope.extension is not None:
+            with memoryview(body) as view:
+                raw = bytes(view[HEADER.size : start])
+            self._extra += VALUE_COST * sum(map(raw.count, (b",", b":", b"[", b"{")))
+        return envelope, start
+
+    def _skip(self, body: bytes | memoryview, error: BrokerdError, other: Other[M]) -> None:
+        """Tell of a frame that is skipped."""
+        kind = id = 0
+        name = ""
+        if len(body) >= HEADER.size:
+            kind, _, _, _, id = HEADER.unpack_from(body)
+            with contextlib.suppress(MalformedEnvelope):
+                name = head(body).name
+        other(Unreadable(error, kind, id, name))
+
+    def _pass_on(self, envelope: Envelope, payload: bytes, owner: Owner, messages: list[M], other: Other[M]) -> None:
+        kind = envelope.kind
+        if kind in (Kind.ERROR, Kind.RECEIPT):
+            other(replace(envelope, payload=payload) if payload else envelope)
+            return
+        message = self._message(
+            kind,
+            envelope.id,
+            envelope.name,
+            envelope.codec,
+            payload,
+            owner,
+            envelope.topic,
+            envelope.extension,
+        )
+        if kind in (Kind.REPLY, Kind.EVENT):
+            other(message)
+        else:
+            messages.append(message)

@@ -1,0 +1,296 @@
+"""What the broker says to a client, and whom it concerns: outcomes, events, the end of a subscription. No I/O.
+
+Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer is somebody's only if its id and who it comes from,
+or is about, fit: see brokerd_client.protocol.pending.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from brokerd_client import presence
+from brokerd_client.errors import (
+    BrokerdError,
+    Denied,
+    Disconnected,
+    DisconnectedByOperator,
+    FrameTooBig,
+    KeyRemoved,
+    NameTaken,
+    ProtocolError,
+    Replaced,
+    RequestFailed,
+    ShuttingDown,
+    refusal,
+)
+from brokerd_client.message import Message, Owner, Receipt
+from brokerd_client.protocol.decoder import Incoming, Unreadable
+from brokerd_client.protocol.effects import Batch
+from brokerd_client.protocol.pending import Awaiting, Pending, Purpose
+from brokerd_client.protocol.subscription_table import Route, Routes
+from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
+
+__all__ = ["Reception"]
+
+M = TypeVar("M", bound=Message)
+
+_EVENT_KIND: Final = int(Kind.EVENT)
+#: The event that announces the end of the connection.
+_DRAINING: Final = "$broker.draining"
+#: Codes that tell, with the id 0, why the broker closes the connection.
+_ENDINGS: Final = frozenset(cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown))
+#: Bytes that an answer may cost when it is decoded: an ERROR's payload; an operation's answer for the caller or with
+#: the list of clients, in messages of the longest; any other operation's.
+_MOST_ERROR: Final = 2**20
+_MOST_LISTED: Final = 8
+_MOST_SAID: Final = 2**18
+#: Bytes that each value of an answer costs when it is decoded, about.
+_VALUE_COST: Final = 64
+#: Characters of an ERROR's texts that are kept: its code; its name; its message, the broker's own and a client's.
+_MOST_CODE: Final = 64
+_MOST_NAME: Final = 255
+_MOST_TEXT: Final = 1000
+_MOST_CLIENT_TEXT: Final = 2**16
+
+
+class Reception(Generic[M]):
+    """The receiving half of a dialog: who waits for what, and what becomes of it.
+
+    message: the class of what is received. largest: bytes of the longest payload that is accepted.
+    """
+
+    def __init__(self, message: type[M], largest: int) -> None:
+        #: Replies and receipts that came after their caller had given up, and own answers that came too late.
+        self.late = 0
+        #: Events that fit no subscription any more.
+        self.unrouted = 0
+        #: Sends that failed and that nobody waited for.
+        self.undelivered = 0
+        #: Frames that could not be read, or were too long, and were skipped.
+        self.unreadable = 0
+        self.awaiting = Awaiting()
+        self.routes = Routes()
+        self._watches: dict[presence.Watch, list[Route]] = {}
+        self._incoming = Incoming(message, largest)
+        self._most_listed = _MOST_LISTED * largest
+
+    def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
+        """Take in every whole frame."""
+
+        def other(frame: M | Envelope | Unreadable) -> None:
+            if isinstance(frame, Unreadable):
+                self._on_unreadable(frame, batch)
+            elif not isinstance(frame, Envelope):
+                if frame._kind == _EVENT_KIND:
+                    self._on_event(frame, batch)
+                else:
+                    self._on_reply(frame, batch, now)
+            elif frame.kind is Kind.ERROR:
+                self._on_error(frame, batch)
+            else:
+                self._on_receipt(frame.id, batch)
+
+        batch.size += self._incoming.read(data, owner, batch.messages, other)
+
+    def _on_event(self, message: M, batch: Batch[M]) -> None:
+        routes = self.routes.of(message.topic)
+        if message.topic == _DRAINING and message.sender == BROKER and self._on_draining():
+            pass
+        elif not routes:
+            self.unrouted += 1
+        for route in routes:
+            for sink in route.takers():
+                if not isinstance(sink, presence.Watch):
+                    batch.events.append((sink, message))
+                elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
+                    batch.events.append((sink.sink, change))
+
+    def _on_receipt(self, id: int, batch: Batch[M]) -> None:
+        pending = self.awaiting.get(id)
+        if pending is None or pending.purpose is not Purpose.RECEIPT:
+            self.late += 1
+            return
+        self.awaiting.pop(id)
+        batch.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
+
+    def _on_reply(self, message: M, batch: Batch[M], now: float) -> None:
+        pending = self.awaiting.get(message.id)
+        if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
+            self.late += 1
+            return
+        if pending.purpose is Purpose.REQUEST:
+            self.awaiting.pop(message.id)
+            batch.outcomes.append((pending.waiter, message))
+            return
+        try:
+            answer = self._answer(pending, message, batch, now)
+        except ProtocolError as error:
+            self._fail(pending, error, batch)
+            return
+        self.awaiting.pop(message.id)
+        if pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, answer))
+
+    def _answer(self, pending: Pending, message: M, batch: Batch[M], now: float) -> dict[str, Any]:
+        """Return the answer of an operation, taken in. Raises ProtocolError where it is not valid."""
+        listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
+        any_size = listed or pending.purpose is Purpose.CONTROL
+        answer = _json_object(message.body, self._most_listed if any_size else _MOST_SAID)
+        if answer is None:
+            raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object, or is too large")
+        if pending.purpose is Purpose.WHOAMI:
+            self._on_introduction(answer, batch, now)
+        elif pending.purpose is Purpose.GOAWAY:
+            self._on_goaway()
+        elif pending.purpose is Purpose.FINISHED:
+            batch.broken = Disconnected("the broker closes the connection: it stops, or another process replaces it")
+        elif listed:
+            changes = pending.sink.snapshot(presence.client_list(answer))
+            if pending.sink in self._watches:
+                batch.events += [(pending.sink.sink, change) for change in changes]
+        return answer
+
+    def _fail(self, pending: Pending, error: ProtocolError, batch: Batch[M]) -> None:
+        """End a call whose answer is not valid. Raises the error where no caller waits: the connection is over."""
+        if pending.waiter is None and pending.purpose is not Purpose.FORGET:
+            raise error
+        self.awaiting.pop(pending.id)
+        self._withdraw(pending)
+        if pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, error))
+
+    def _on_unreadable(self, frame: Unreadable, batch: Batch[M]) -> None:
+        """Report a frame that was skipped: to the call that it answers, else to the log, and to a requester."""
+        self.unreadable += 1
+        pending = self.awaiting.get(frame.id)
+        if pending is not None and _may_answer(frame, pending):
+            error = ProtocolError(f"the answer to {frame.id} can't be read: {frame.error}")
+            error.__cause__ = frame.error
+            self._fail(pending, error, batch)
+            return
+        batch.unreadable.append(frame.error)
+        if frame.kind == Kind.REQUEST and is_address(frame.name):
+            code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
+            self._refuse_unreadable(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
+
+    def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
+        said = _json_object(envelope.payload, _MOST_ERROR) or {}
+        most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
+        code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
+        name = _text(said.get("name"), _MOST_NAME)
+        pending = self.awaiting.get(envelope.id)
+        if envelope.name != BROKER:
+            if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
+                self.late += 1
+                return
+            self.awaiting.pop(envelope.id)
+            # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
+            failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
+            batch.outcomes.append((pending.waiter, failed))
+            return
+        code = code or RequestFailed.code
+        error = refusal(code, text or f"no reason was given ({code})", name=name, id=envelope.id)
+        if pending is None and envelope.id == 0 and code in _ENDINGS and name in ("", BROKER):
+            batch.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
+            batch.broken.__cause__ = error
+            return
+        if pending is None or not pending.concerned_by(name):
+            if code == Denied.code and self._has_answered(envelope.id):
+                # The requester has its outcome, or has left: nothing was lost.
+                self.late += 1
+                return
+            self.undelivered += 1
+            batch.undelivered.append(error)
+            return
+        self.awaiting.pop(envelope.id)
+        self._on_refusal(pending, error, batch)
+
+    def _on_refusal(self, pending: Pending, error: BrokerdError, batch: Batch[M]) -> None:
+        """The broker has said no to this one."""
+        self._forget_subscription(pending)
+        if pending.purpose is Purpose.WHOAMI:
+            batch.broken = Disconnected(f"the broker refused the connection: {error}")
+            batch.broken.__cause__ = error
+        elif pending.purpose is Purpose.RESUBSCRIBE:
+            assert pending.route is not None
+            self._end(list(pending.route.sinks), pending.route, error, batch)
+        elif pending.purpose is Purpose.RESYNC:
+            self._end([pending.sink], None, error, batch)
+        elif pending.waiter is not None:
+            batch.outcomes.append((pending.waiter, error))
+
+    def _end(self, sinks: Sequence[object], route: Route | None, error: BrokerdError, batch: Batch[M]) -> None:
+        """Tell the sinks that there will be nothing more."""
+        for sink in sinks:
+            if not isinstance(sink, presence.Watch):
+                assert route is not None
+                self.routes.discard(route, sink)
+                batch.ended.append((sink, error))
+            elif sink in self._watches:
+                self._drop_watch(sink)
+                batch.ended.append((sink.sink, error))
+
+    def _forget_subscription(self, pending: Pending) -> None:
+        """Undo it here; the broker needs not be told."""
+        if pending.purpose is Purpose.SUBSCRIBE:
+            assert pending.route is not None
+            self.routes.discard(pending.route, pending.sink)
+        elif pending.purpose is Purpose.WATCH:
+            self._drop_watch(pending.sink)
+
+    def _drop_watch(self, watch: presence.Watch) -> None:
+        for route in self._watches.pop(watch, ()):
+            self.routes.discard(route, watch)
+
+    def _has_answered(self, id: int) -> bool:
+        """Return whether the id is not one of this client's own, so that only an answer can have had it."""
+        raise NotImplementedError
+
+    def _on_goaway(self) -> None:
+        """The broker tells before it closes this connection."""
+        raise NotImplementedError
+
+    def _on_draining(self) -> bool:
+        """Send only answers from now on; return whether this connection had asked to be told."""
+        raise NotImplementedError
+
+    def _withdraw(self, pending: Pending) -> None:
+        """Undo what a caller who has given up was about to get."""
+        raise NotImplementedError
+
+    def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
+        """Answer a request that could not be read with an ERROR, if that can be sent."""
+        raise NotImplementedError
+
+    def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
+        """The broker has said who we are. Raises ProtocolError where it is not valid."""
+        raise NotImplementedError
+
+
+def _may_answer(frame: Unreadable, pending: Pending) -> bool:
+    """Return whether a frame that can't be read, with the id of the call, is the answer to it."""
+    if frame.kind == Kind.RECEIPT:
+        return pending.purpose is Purpose.RECEIPT
+    if frame.kind == Kind.REPLY and pending.purpose is Purpose.RECEIPT:
+        return False
+    return frame.kind in (Kind.REPLY, Kind.ERROR) and (
+        frame.name in ("", BROKER) or (pending.purpose is Purpose.REQUEST and pending.answered_by(frame.name))
+    )
+
+
+def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
+    """Return the JSON object in the bytes, or None where there is none, or where it may cost more than ``most``."""
+    if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > most:
+        return None
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _text(value: object, most: int) -> str:
+    """Return the beginning of a text that was received, without what can't be written; "" for any other value."""
+    return value[:most].encode(errors="replace").decode() if isinstance(value, str) else ""

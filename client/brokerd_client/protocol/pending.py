@@ -1,0 +1,129 @@
+"""The sends whose outcome is still to come: who waits, until when, and whether an answer is really theirs. No I/O.
+
+An id is the sender's own choice, and a REPLY that can't be delivered comes back as an ERROR with the id of
+somebody else's request. So an answer counts only if its id *and* the one it comes from, or is about, fit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from enum import Enum
+from typing import Any, Final
+
+from brokerd_client.protocol.subscription_table import Route
+
+__all__ = ["Awaiting", "Pending", "Purpose"]
+
+#: Deadlines of finished sends that may stay in the heap, before it is built anew.
+_STALE: Final = 64
+
+
+class Purpose(Enum):
+    """What an answer is for."""
+
+    RECEIPT = "a send or a publication that asked for a receipt"
+    REQUEST = "a request to another client"
+    CONTROL = "an operation of the broker, for the caller"
+    SUBSCRIBE = "a subscription, for the caller"
+    WATCH = "the list of clients that begins a watch, for the caller"
+    WHOAMI = "who we are, right after the handshake"
+    RESUBSCRIBE = "a subscription, made again on a new connection or for a watch"
+    RESYNC = "the list of clients, on a new connection"
+    GOAWAY = "to be told before the broker closes the connection"
+    FINISHED = "all that was sent on the connection is written or reported"
+    FORGET = "an operation whose answer nobody needs"
+
+
+class Pending:
+    """One send that waits for its outcome.
+
+    to: the recipient, "" for a publication. about: the topic or name it concerns, "" where there is none.
+    end: the number of the byte, of all sent on this connection, behind the frame. waiter: the face's own;
+        None where nobody waits. route, sink: the subscription it makes.
+    """
+
+    __slots__ = ("about", "deadline", "end", "id", "purpose", "route", "sink", "to", "waiter")
+
+    def __init__(
+        self,
+        id: int,
+        purpose: Purpose,
+        to: str,
+        end: int,
+        waiter: Any,
+        deadline: float | None,
+        about: str = "",
+        route: Route | None = None,
+        sink: Any = None,
+    ) -> None:
+        self.id = id
+        self.purpose = purpose
+        self.to = to
+        self.end = end
+        self.waiter = waiter
+        self.deadline = deadline
+        self.about = about
+        self.route = route
+        self.sink = sink
+
+    def answered_by(self, sender: str) -> bool:
+        """Return whether a REPLY or ERROR of that sender answers this: who asks a pool hears from one of it."""
+        return sender == self.to or (sender.startswith(self.to) and sender[len(self.to) : len(self.to) + 1] == "/")
+
+    def concerned_by(self, name: str) -> bool:
+        """Return whether the broker's ERROR about ``name`` is about this send."""
+        return not name or name == self.about or name.partition("/")[0] == self.to.partition("/")[0]
+
+
+class Awaiting:
+    """The table of pending sends, and the earliest of their deadlines."""
+
+    __slots__ = ("_deadlines", "_table")
+
+    def __init__(self) -> None:
+        self._table: dict[int, Pending] = {}
+        self._deadlines: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def add(self, pending: Pending) -> None:
+        """Wait for the outcome of ``pending``."""
+        self._table[pending.id] = pending
+        if pending.deadline is not None:
+            if len(self._deadlines) > _STALE + 2 * len(self._table):
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._table]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (pending.deadline, pending.id))
+
+    def get(self, id: int) -> Pending | None:
+        """Return who waits for the id."""
+        return self._table.get(id)
+
+    def of(self, waiter: object) -> list[Pending]:
+        """Return what the waiter waits for."""
+        return [pending for pending in self._table.values() if pending.waiter is waiter]
+
+    def pop(self, id: int) -> Pending | None:
+        """Return who waited for the id, and wait no longer."""
+        return self._table.pop(id, None)
+
+    def clear(self) -> list[Pending]:
+        """Return all who waited, and wait no longer."""
+        found = list(self._table.values())
+        self._table.clear()
+        self._deadlines.clear()
+        return found
+
+    def deadline(self) -> float | None:
+        """Return the earliest deadline, or None."""
+        while self._deadlines and self._deadlines[0][1] not in self._table:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def overdue(self, now: float) -> list[Pending]:
+        """Return those whose deadline has passed, and wait for them no longer."""
+        found = []
+        while (earliest := self.deadline()) is not None and earliest <= now:
+            found.append(self._table.pop(heapq.heappop(self._deadlines)[1]))
+        return found

@@ -1,0 +1,1 @@
+"""TLS, sans-I/O (engine) and over a non-blocking socket (stream)."""
