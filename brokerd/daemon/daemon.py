@@ -33,12 +33,13 @@ from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import aside
+from brokerd.log.api import Log
 from brokerd.log.logger import Logs
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd.net.listen.socket_activation import Handed, HandedSocket, listen_for
-from brokerd.net.server import Log, Server
+from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 

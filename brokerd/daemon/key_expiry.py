@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 from brokerd.config.key_validity import ending, let_in_until, state_of
 from brokerd.config.model import Config
 from brokerd.config.values import ClientConfig, Key
+from brokerd.log.api import Log
 from brokerd.net.handshake.keyring import Credential, Keyring
-from brokerd.net.server import Log
 
 __all__ = ["KeyWatch", "uses_of"]
 

@@ -18,10 +18,10 @@ from brokerd.config.values import ListenConfig
 from brokerd.daemon.reload import Cause, Outcome, Prepared, prepare, whole_plan
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import aside
+from brokerd.log.api import Log
 from brokerd.log.logger import AuditError
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import Handed, HandedSocket
-from brokerd.net.server import Log
 
 __all__ = ["Reloadable", "Reloading"]
 

@@ -10,10 +10,10 @@ from typing import Final
 
 from brokerd.config.lint import about_plain
 from brokerd.config.values import ClientConfig, ListenConfig
+from brokerd.log.api import Log
 from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening
 from brokerd.net.listen.socket_activation import Handed
-from brokerd.net.server import Log
 from brokerd_client.address import Address
 
 __all__ = ["warn_of_keys", "warn_of_plain", "warn_of_surroundings"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.server import Log
+    from brokerd.log.api import Log
 
 __all__ = ["Floods"]
 

@@ -17,8 +17,9 @@ from typing import Final, NamedTuple, Protocol
 from brokerd.config.model import Config
 from brokerd.core.broker import Broker
 from brokerd.core.session import Session
+from brokerd.log.api import Log
 from brokerd.net.connection.connection import Link
-from brokerd.net.server import Log, Server
+from brokerd.net.server import Server
 
 __all__ = ["Counts", "Departed", "Reading", "Share", "Watched", "take"]
 

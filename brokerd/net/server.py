@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from brokerd.config import cert_subjects as subjects
 from brokerd.config.model import Limits
@@ -15,6 +15,7 @@ from brokerd.config.values import ListenConfig
 from brokerd.core.broker import Broker, Order
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
+from brokerd.log.api import Log
 from brokerd.log.rate_limit import Floods
 from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
 from brokerd.net.connection.lingering_close import Farewell
@@ -36,7 +37,7 @@ from brokerd_client.address import Address
 from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Log", "Server"]
+__all__ = ["Server"]
 
 #: Size of the buffer for what is thrown away, in bytes.
 _WASTE: Final = 64 * 1024
@@ -50,22 +51,6 @@ _PATIENCE: Final = 128
 _DRAINING: Final = "the broker is draining"
 #: What a client is told that has proved its key and is refused; else the connection ends without a word.
 _CODES: Final = {TAKEN: ErrorCode.NAME_TAKEN, _DRAINING: ErrorCode.SHUTTING_DOWN}
-
-
-class Log(Protocol):
-    """Where events go: structlog's bound loggers are one."""
-
-    def debug(self, event: str, **fields: Any) -> Any:
-        """Log what only a developer wants to see."""
-
-    def info(self, event: str, **fields: Any) -> Any:
-        """Log what happened."""
-
-    def warning(self, event: str, **fields: Any) -> Any:
-        """Log what an operator may have to act on."""
-
-    def error(self, event: str, **fields: Any) -> Any:
-        """Log what ends the daemon."""
 
 
 class Server:
