@@ -18,7 +18,7 @@ from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader
 from brokerd_client.wire.handshake import CHALLENGE, LIMIT
 
-__all__ = ["Unhealthy", "entrance_to_ask", "knock"]
+__all__ = ["Unhealthy", "entrance_to_ask", "probe"]
 
 #: Listening at every interface includes the machine's own.
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - nothing is bound here
@@ -40,7 +40,7 @@ def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
     return min(askable, key=lambda each: (each.address.family != "AF_UNIX", each.tls))
 
 
-def knock(entrance: Entrance, timeout: float) -> float:
+def probe(entrance: Entrance, timeout: float) -> float:
     """Wait for the broker's challenge, then leave; return how long it took, in seconds.
 
     timeout: seconds, for everything together; only the system's looking up of a name is not cut short.

@@ -241,7 +241,7 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
         else:
             entrance = health.entrance_to_ask(entrances(str(context.obj), os.environ))
         asked = f"{entrance.address}: "
-        took = health.knock(entrance, timeout)
+        took = health.probe(entrance, timeout)
     except AddressError as error:
         raise click.BadParameter(str(error), param_hint="--address") from None
     except (health.Unhealthy, Unreadable) as error:

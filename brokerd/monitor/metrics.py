@@ -72,7 +72,7 @@ def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, 
         _gauge("slow_connections", "Connections that take no more bytes at the moment.", reading.slow),
         _gauge("held_senders", "Connections not read from until somebody's full queue has room.", reading.held),
         _gauge("pending_requests", "Requests delivered and not answered yet.", reading.owed),
-        *_about_the_door(watched),
+        *_handshake_metrics(watched),
         *_about_reloads(watched),
         _lag(lag),
         _gauge("clients_expired", "Clients that can't connect because their last key has expired.", expiry.expired),
@@ -84,7 +84,7 @@ def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, 
     ]
 
 
-def _about_the_door(watched: Watched) -> Iterator[Metric]:
+def _handshake_metrics(watched: Watched) -> Iterator[Metric]:
     server = watched.server
     tally = server.tally
     limits = watched.config.limits

@@ -27,7 +27,7 @@ from brokerd.net.connection.connection import GRACE, Link
 from brokerd.net.counters import Outcome
 from brokerd.net.graceful_close import Parting
 from brokerd.net.handshake.keyring import Credential
-from brokerd.net.handshake.pending import Knock
+from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.listen.listener import ListenError, Listening
 from brokerd.net.server import Server
 from brokerd_client.address import Address
@@ -122,19 +122,21 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
     taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), passing.copier)
     copied, passed = taken.copied, passing.passed
     farewells = server.farewells()
-    knocks = [knock for knock in server.door.knocks() if knock.can_hand_over]
+    pending_connections = [
+        pending for pending in server.pending_handshakes.pending_connections() if pending.can_hand_over
+    ]
     taken.facts = {
         "core": taken.facts,
         "listening": [_listening(each) for each in server.listening],
         "links": [None if link.session in copied else _link(link, taken, passed=link in passed) for link in links],
-        "knocks": [_knock(knock, server, taken) for knock in knocks],
+        "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in farewells],
-        "failures": server.door.failures.ages(server.loop.time()),
+        "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
         "tally": server.tally.values(),
     }
     fresh = [link for link in links if link not in passed]
-    sockets = [each.sock for group in (server.listening, fresh, knocks, farewells) for each in group]
+    sockets = [each.sock for group in (server.listening, fresh, pending_connections, farewells) for each in group]
     return taken, [sock.fileno() for sock in sockets]
 
 
@@ -203,20 +205,20 @@ def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
     }
 
 
-def _knock(knock: Knock, server: Server, taken: Snapshot) -> Facts:
-    assert isinstance(knock.sock, socket.socket), "TLS can't be handed over"
-    taken.pieces += [knock.nonce, knock.heard]
-    welcomed = knock.credential if knock.spoken > 1 else None
+def _pending_connection(pending: PendingConnection, server: Server, taken: Snapshot) -> Facts:
+    assert isinstance(pending.sock, socket.socket), "TLS can't be handed over"
+    taken.pieces += [pending.nonce, pending.heard]
+    welcomed = pending.credential if pending.spoken > 1 else None
     return {
-        "socket": _socket(knock.sock),
-        "peer": knock.peer,
-        "origin": knock.origin,
-        "listener": knock.listener,
-        "allow_md5": knock.allow_md5,
-        "left_s": knock.deadline - server.loop.time(),
-        "nonce": len(knock.nonce),
-        "heard": len(knock.heard),
-        "spoken": knock.spoken,
+        "socket": _socket(pending.sock),
+        "peer": pending.peer,
+        "origin": pending.origin,
+        "listener": pending.listener,
+        "allow_md5": pending.allow_md5,
+        "left_s": pending.deadline - server.loop.time(),
+        "nonce": len(pending.nonce),
+        "heard": len(pending.heard),
+        "spoken": pending.spoken,
         "welcomed": welcomed and [welcomed.client.name, welcomed.key.key_id],
     }
 
@@ -344,11 +346,13 @@ class Inheritance:
             else:
                 self._fresh.append(self._link(session, each, pieces))
         self.links = [*self._idle, *self._fresh]
-        self._knocks = [(self._knock(each, pieces), each["welcomed"]) for each in facts["knocks"]]
+        self._pending_connections = [
+            (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
+        ]
         self._farewells = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
         if len(pieces):
             raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
-        server.door.failures.remember(facts["failures"], self._now)
+        server.pending_handshakes.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
         # An older process does not tell.
         server.tally.go_on_from(facts.get("tally", {}))
@@ -372,16 +376,16 @@ class Inheritance:
             link.parcel = Parcel(pieces.take(filled), size)
         return link
 
-    def _knock(self, facts: Facts, pieces: Pieces) -> Knock:
+    def _pending_connection(self, facts: Facts, pieces: Pieces) -> PendingConnection:
         nonce = bytes(pieces.take(facts["nonce"]))
         deadline = self._now + facts["left_s"]
-        knock = Knock(
+        pending = PendingConnection(
             self._socket(facts), "", facts["listener"], allow_md5=facts["allow_md5"], deadline=deadline, nonce=nonce
         )
-        knock.peer, knock.origin = facts["peer"], facts["origin"]
-        knock.heard += pieces.take(facts["heard"])
-        knock.spoken = facts["spoken"]
-        return knock
+        pending.peer, pending.origin = facts["peer"], facts["origin"]
+        pending.heard += pieces.take(facts["heard"])
+        pending.spoken = facts["spoken"]
+        return pending
 
     def begin(self) -> None:
         """Go on where the other process stopped; from here on this one alone has the sockets."""
@@ -399,14 +403,14 @@ class Inheritance:
         server.loop.call_soon(self._begin_with_some)
         for sock, left_s in self._farewells:
             server.farewell(sock, left_s)
-        for knock, welcomed in self._knocks:
+        for pending, welcomed in self._pending_connections:
             if welcomed is not None:
-                knock.credential = server.keyring.find(*welcomed)
-            if welcomed is not None and knock.credential is None:
-                knock.sock.close()
-                server.on_refused(knock, "the key it uses was removed from the configuration", Outcome.REJECTED)
+                pending.credential = server.keyring.find(*welcomed)
+            if welcomed is not None and pending.credential is None:
+                pending.sock.close()
+                server.on_refused(pending, "the key it uses was removed from the configuration", Outcome.REJECTED)
             else:
-                server.door.take_over(knock)
+                server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
         misfits = self._ahead.misfits
         for link in self._idle:

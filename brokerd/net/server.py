@@ -26,10 +26,10 @@ from brokerd.net.core_events import report
 from brokerd.net.counters import Outcome, Tally
 from brokerd.net.drain import Drained, Draining
 from brokerd.net.graceful_close import Finishing
-from brokerd.net.handshake.handshakes import TAKEN, Door, fresh_instance
+from brokerd.net.handshake.handshakes import TAKEN, PendingHandshakes, fresh_instance
 from brokerd.net.handshake.keyring import Credential, Keyring
 from brokerd.net.handshake.peer_uid import peer_uid
-from brokerd.net.handshake.pending import Knock
+from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.tls import NO_CHANNEL, Channel
 from brokerd.net.listen.acceptor import Acceptor
 from brokerd.net.listen.listener import ListenError, Listening
@@ -77,7 +77,7 @@ class Server:
         self.on_order: Callable[[Order], None] = lambda order: None
         self.on_left: Callable[[Session], None] = lambda session: None
         self.tally = Tally()
-        self._door = Door(self)
+        self._pending_handshakes = PendingHandshakes(self)
         self._acceptor = Acceptor(self)
         self.floods = Floods(self.loop, log)
         self.watch = Watch(self.loop)
@@ -110,7 +110,7 @@ class Server:
     @property
     def handshakes(self) -> int:
         """Connections that have not proved yet who they are."""
-        return len(self._door)
+        return len(self._pending_handshakes)
 
     @property
     def seen_off(self) -> int:
@@ -217,7 +217,7 @@ class Server:
             self._acceptor.remove(each)
             each.close()
         self.listening.clear()
-        self._door.close()
+        self._pending_handshakes.close()
 
     def hold_back_bound(self) -> None:
         """Leave in the system's queue the connections that no other process could go on with."""
@@ -257,21 +257,21 @@ class Server:
             leaving.link.end(ErrorCode.REPLACED, "replaced by a new connection")
         return ""
 
-    def admit(self, knock: Knock) -> None:
+    def admit(self, pending: PendingConnection) -> None:
         """Begin the session of a connection that has proved who it is."""
-        assert knock.credential is not None
-        name = knock.credential.client.name
+        assert pending.credential is not None
+        name = pending.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
-        misfit = self.misfit(knock.credential, knock.uid, channel=knock.channel)
+        misfit = self.misfit(pending.credential, pending.uid, channel=pending.channel)
         reason = misfit or self.room_for(name)
         if reason != "":
             reason = reason or TAKEN
-            self._turn_away(knock, ErrorCode.KEY_REMOVED if misfit else _CODES.get(reason), reason)
-            self.on_refused(knock, reason, Outcome.REFUSED)
+            self._turn_away(pending, ErrorCode.KEY_REMOVED if misfit else _CODES.get(reason), reason)
+            self.on_refused(pending, reason, Outcome.REFUSED)
             return
-        self.keyring.let_in(knock.credential, self.wall())
-        link = _link(self, knock, knock.credential)
-        session = self.broker.attach(name, fresh_instance(), peer=knock.peer, now_wall=self.wall(), link=link)
+        self.keyring.let_in(pending.credential, self.wall())
+        link = _link(self, pending, pending.credential)
+        session = self.broker.attach(name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
         self.pulse.watch(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
@@ -281,20 +281,20 @@ class Server:
             name,
             name=name,
             address=session.address,
-            peer=knock.peer,
-            listener=knock.listener,
-            key=knock.credential.key.key_id,
-            **_tls_fields(knock.channel),
+            peer=pending.peer,
+            listener=pending.listener,
+            key=pending.credential.key.key_id,
+            **_tls_fields(pending.channel),
         )
-        link.open(session, knock.reader.take_rest())
+        link.open(session, pending.reader.take_rest())
         self.settle()
 
-    def _turn_away(self, knock: Knock, code: ErrorCode | None, why: str) -> None:
+    def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
         """Close a connection whose client has proved its key; code: what it is told, if anything."""
         if code is None:
-            knock.sock.close()
+            pending.sock.close()
             return
-        sock = knock.sock
+        sock = pending.sock
         try:
             sock.send(reason_frame(code, why))
             if isinstance(sock, TlsStream):
@@ -304,13 +304,13 @@ class Server:
         else:
             self.see_off(sock.raw if isinstance(sock, TlsStream) else sock)
 
-    def on_refused(self, knock: Knock, reason: str, outcome: Outcome) -> None:
+    def on_refused(self, pending: PendingConnection, reason: str, outcome: Outcome) -> None:
         """Count and log that a connection was turned away."""
         self.tally.handshakes[outcome] += 1
-        client = None if knock.credential is None else knock.credential.client.name
+        client = None if pending.credential is None else pending.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
-        fields |= {"peer": knock.peer, "listener": knock.listener, "reason": reason}
-        self.floods.note("warning", "client.refused", f"{client or knock.origin}: {reason}", **fields)
+        fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}
+        self.floods.note("warning", "client.refused", f"{client or pending.origin}: {reason}", **fields)
 
     # What the core decided
 
@@ -346,9 +346,9 @@ class Server:
         farewell.begin()
 
     @property
-    def door(self) -> Door:
+    def pending_handshakes(self) -> PendingHandshakes:
         """The unfinished handshakes."""
-        return self._door
+        return self._pending_handshakes
 
     def farewells(self) -> list[Farewell]:
         """Return the sockets that are being closed."""
@@ -487,11 +487,11 @@ class Server:
         return len(links) + len(farewells)
 
 
-def _link(server: Server, knock: Knock, credential: Credential) -> Link:
-    if knock.stream is not None:
-        return TlsLink(server, knock.stream, credential, knock.channel)
-    assert isinstance(knock.sock, socket.socket)
-    return Link(server, knock.sock, credential)
+def _link(server: Server, pending: PendingConnection, credential: Credential) -> Link:
+    if pending.stream is not None:
+        return TlsLink(server, pending.stream, credential, pending.channel)
+    assert isinstance(pending.sock, socket.socket)
+    return Link(server, pending.sock, credential)
 
 
 def _uid(link: Link) -> int | None:

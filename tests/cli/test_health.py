@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from net.house import House, configuration, house
 
 import brokerd.cli.health
-from brokerd.cli.health import Unhealthy, entrance_to_ask, knock
+from brokerd.cli.health import Unhealthy, entrance_to_ask, probe
 from brokerd.cli.main import main
 from brokerd.config.listen_addresses import Entrance, entrances
 from brokerd_client.address import Address, parse
@@ -156,7 +156,7 @@ def test_a_full_socket_is_not_healthy(socket_dir: Path) -> None:
                 if peer.connect_ex(str(socket_dir / "b")):
                     break
             with pytest.raises(Unhealthy, match=r"no challenge within 0\.1 s"):
-                knock(Entrance(parse(str(socket_dir / "b"))), 0.1)
+                probe(Entrance(parse(str(socket_dir / "b"))), 0.1)
         finally:
             for peer in waiting:
                 peer.close()
@@ -174,13 +174,13 @@ def test_a_full_socket_is_not_healthy(socket_dir: Path) -> None:
 def test_what_is_no_challenge_is_not_healthy(sent: bytes, reason: str) -> None:
     """Neither silence nor another program's greeting passes for a broker."""
     with answering(sent) as address, pytest.raises(Unhealthy, match=reason):
-        knock(Entrance(address), 10)
+        probe(Entrance(address), 10)
 
 
 def test_a_challenge_in_pieces_is_one() -> None:
     """The challenge may arrive one byte at a time."""
     with answering(*(CHALLENGE[i : i + 1] for i in range(len(CHALLENGE)))) as address:
-        assert knock(Entrance(address), 10) < 10
+        assert probe(Entrance(address), 10) < 10
 
 
 def test_tls(tmp_path: Path) -> None:
@@ -194,19 +194,19 @@ def test_tls(tmp_path: Path) -> None:
     context.load_cert_chain(cert, key)
 
     with answering(CHALLENGE, context=context) as address:
-        knock(Entrance(address, tls=True), 10)
+        probe(Entrance(address, tls=True), 10)
     with answering(b"", context=context) as address, pytest.raises(Unhealthy, match="closed without a challenge"):
-        knock(Entrance(address, tls=True), 10)
+        probe(Entrance(address, tls=True), 10)
     context.load_verify_locations(cert)
     context.verify_mode = ssl.CERT_REQUIRED
     with answering(CHALLENGE, context=context) as address:
-        knock(Entrance(address, tls=True), 10)
+        probe(Entrance(address, tls=True), 10)
 
 
 def test_a_port_that_speaks_no_tls_is_not_healthy() -> None:
     """Where TLS is configured and something else answers, that is no sign of life."""
     with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address, pytest.raises(Unhealthy):
-        knock(Entrance(address, tls=True), 10)
+        probe(Entrance(address, tls=True), 10)
 
 
 class Clock:
@@ -236,7 +236,7 @@ def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.Mo
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(socket.socket, "connect", connect)
     with pytest.raises(Unhealthy, match="no challenge within 10 s"):
-        knock(Entrance(parse("somewhere:1")), 10)
+        probe(Entrance(parse("somewhere:1")), 10)
 
     assert given == pytest.approx([3, 3, 3])
 
@@ -248,7 +248,7 @@ def test_the_second_address_of_a_host_may_be_the_broker_s(monkeypatch: pytest.Mo
         nobody.close()
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: found)
-        assert knock(Entrance(parse("somewhere:1")), 10) < 10
+        assert probe(Entrance(parse("somewhere:1")), 10) < 10
 
 
 def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
     with pytest.raises(Unhealthy, match="no challenge within 10 s"):
-        knock(Entrance(parse("127.0.0.1:1"), tls=True), 10)
+        probe(Entrance(parse("127.0.0.1:1"), tls=True), 10)
 
     assert given == [6]
 
@@ -287,7 +287,7 @@ def test_a_broker_at_every_interface_is_asked_at_this_one(host: str) -> None:
     """An address to bind to is not one to connect to."""
     with served(f"[{host}]:0" if ":" in host else f"{host}:0") as broker:
         entrance = Entrance(Address(broker.address.family, host=host, port=broker.address.port))
-        assert knock(entrance, 10) < 10
+        assert probe(entrance, 10) < 10
 
 
 @pytest.mark.parametrize(

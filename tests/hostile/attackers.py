@@ -80,7 +80,7 @@ def half_handshakes(siege: Siege, order: random.Random) -> None:
     held = []
     try:
         for _ in range(200):
-            raw = siege.knock()
+            raw = siege.begin()
             held.append(raw)
             with contextlib.suppress(OSError):
                 raw.sock.send(order.choice([b"", b"\0\0", prefixed(b"x" * 200)[:-1], b"\xff" * 8]))

@@ -158,7 +158,7 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
 def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
     """Else a flood whose connections end before their grace could keep the door shut for ever."""
     with house(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
-        door = here.daemon.server.door
+        door = here.daemon.server.pending_handshakes
         for taken in (2, 3):
             crowd = [here.raw() for _ in range(taken)]
             for each in crowd:

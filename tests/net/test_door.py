@@ -10,14 +10,17 @@ from net.house import House, configuration, house, key_of
 from net.raw import Rejected, login, prefixed
 
 from brokerd.net.handshake import penalties as failures_module
-from brokerd.net.handshake.handshakes import Door
+from brokerd.net.handshake.handshakes import PendingHandshakes
 from brokerd.net.handshake.keyring import Keyring
 from brokerd_client.wire.handshake import LIMIT
 
 
 def failures(here: House) -> list[tuple[str, int]]:
     """Return whose failures are remembered, and how many."""
-    return [(origin, count) for origin, count, _ in here.call(lambda: here.daemon.server.door.failures.ages(0.0))]
+    return [
+        (origin, count)
+        for origin, count, _ in here.call(lambda: here.daemon.server.pending_handshakes.failures.ages(0.0))
+    ]
 
 
 def fail(here: House, times: int) -> None:
@@ -56,21 +59,21 @@ def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch)
 def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of it is read, and then the broker looks at that socket no more until the search is over."""
     looks = 0
-    on_readable = Door._on_readable
+    on_readable = PendingHandshakes._on_readable
 
-    def count(self: Door, knock: Any) -> None:
+    def count(self: PendingHandshakes, knock: Any) -> None:
         nonlocal looks
         looks += 1
         on_readable(self, knock)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Door, "_on_readable", count)
+        patched.setattr(PendingHandshakes, "_on_readable", count)
         # More keys than one slice tries, and the slice after that has to wait.
-        patched.setattr(Door, "_search_on", lambda self: None)
+        patched.setattr(PendingHandshakes, "_search_on", lambda self: None)
         clients = dict.fromkeys(f"c{number}" for number in range(100))
         with house(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
-            (knock,) = here.call(here.daemon.server.door.knocks)
+            (knock,) = here.call(here.daemon.server.pending_handshakes.pending_connections)
             deadline = monotonic() + 30
             while here.call(lambda: knock.reader.buffered) <= 2 * LIMIT:
                 assert monotonic() < deadline

@@ -459,7 +459,7 @@ def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
                 alice.ping()
             server = broker.daemon._server
             assert server is not None
-            assert broker.call(lambda: len(server._door)) == 4
+            assert broker.call(lambda: len(server._pending_handshakes)) == 4
         finally:
             for peer in silent:
                 peer.close()
@@ -486,7 +486,7 @@ def test_a_peer_that_resets_is_forgotten() -> None:
             peer.close()
         # Whether the bytes are seen before the reset is chance, and so is which event it is.
         deadline = monotonic() + 30
-        while broker.call(lambda: len(broker.daemon._server._door)):
+        while broker.call(lambda: len(broker.daemon._server._pending_handshakes)):
             assert monotonic() < deadline
         broker.login("alice").close()
 
@@ -542,4 +542,4 @@ def test_the_door_is_empty_when_all_have_gone() -> None:
         broker.log.wait("client.left")
         server = broker.daemon._server
         assert server is not None
-        assert broker.call(lambda: (len(server._door), server._door._searches)) == (0, [])
+        assert broker.call(lambda: (len(server._pending_handshakes), server._pending_handshakes._searches)) == (0, [])

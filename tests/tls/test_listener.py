@@ -306,12 +306,12 @@ def test_second_connection_of_a_name_is_told_over_tls(here: House, trusting: ssl
 
 def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLContext) -> None:
     """Who has failed often is told so late, whatever it has said behind its answer, be it more than one read of it."""
-    knocks = 12
-    for number in range(knocks):
+    pending_connections = 12
+    for number in range(pending_connections):
         with TlsRaw(here.address, trusting) as raw:
             raw.write(prefixed(raw.answer(b"wrong")) + prefixed(b"?") * 400)
             assert raw.read_to_end() == prefixed(b"#FAILURE#"), number
-    assert {event.fields["reason"] for event in here.log.wait("client.refused", knocks)} == {"unknown key"}
+    assert {event.fields["reason"] for event in here.log.wait("client.refused", pending_connections)} == {"unknown key"}
 
 
 def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> None:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from brokerd.net.handshake.pending import Knock
+    from brokerd.net.handshake.pending import PendingConnection
 
 __all__ = ["GRACE_S", "Admission", "Rank"]
 
@@ -51,10 +51,10 @@ class _Crowd:
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
-        self.ranks: dict[Rank, OrderedDict[Knock, None]] = {rank: OrderedDict() for rank in Rank}
+        self.ranks: dict[Rank, OrderedDict[PendingConnection, None]] = {rank: OrderedDict() for rank in Rank}
         self.weight = 0
 
-    def least(self) -> Knock:
+    def least(self) -> PendingConnection:
         """Return the handshake that would give way.
 
         A peer whose answer is judged goes after the silent ones, unless there are more such peers than silent ones.
@@ -79,32 +79,32 @@ class Admission:
         #: The same for all origins of which nothing is remembered.
         self._strangers = (0, 0.0)
 
-    def add(self, knock: Knock, now: float) -> None:
+    def add(self, pending: PendingConnection, now: float) -> None:
         """Give a new handshake its place."""
-        crowd = self._crowds.get(knock.origin)
+        crowd = self._crowds.get(pending.origin)
         if crowd is None:
-            crowd = self._crowds[knock.origin] = _Crowd(knock.origin)
-        knock.rank, knock.moved_at = Rank.SILENT, now
-        crowd.ranks[Rank.SILENT][knock] = None
+            crowd = self._crowds[pending.origin] = _Crowd(pending.origin)
+        pending.rank, pending.moved_at = Rank.SILENT, now
+        crowd.ranks[Rank.SILENT][pending] = None
         self._weigh(crowd, _WEIGHTS[Rank.SILENT])
 
-    def advance(self, knock: Knock, rank: Rank, now: float) -> None:
+    def advance(self, pending: PendingConnection, rank: Rank, now: float) -> None:
         """Note that a peer has taken a step; the time for its next one begins."""
-        crowd = self._crowds[knock.origin]
-        del crowd.ranks[knock.rank][knock]
-        crowd.ranks[rank][knock] = None
-        change = _WEIGHTS[rank] - _WEIGHTS[knock.rank]
-        knock.rank, knock.moved_at = rank, now
+        crowd = self._crowds[pending.origin]
+        del crowd.ranks[pending.rank][pending]
+        crowd.ranks[rank][pending] = None
+        change = _WEIGHTS[rank] - _WEIGHTS[pending.rank]
+        pending.rank, pending.moved_at = rank, now
         if change:
             self._weigh(crowd, change)
 
-    def remove(self, knock: Knock) -> None:
+    def remove(self, pending: PendingConnection) -> None:
         """Forget a handshake that is over."""
-        crowd = self._crowds[knock.origin]
-        del crowd.ranks[knock.rank][knock]
-        self._weigh(crowd, -_WEIGHTS[knock.rank])
+        crowd = self._crowds[pending.origin]
+        del crowd.ranks[pending.rank][pending]
+        self._weigh(crowd, -_WEIGHTS[pending.rank])
         if not crowd.weight:
-            del self._crowds[knock.origin]
+            del self._crowds[pending.origin]
 
     def _weigh(self, crowd: _Crowd, change: int) -> None:
         if crowd.weight:
@@ -119,16 +119,16 @@ class Admission:
         while self._most and self._most not in self._by_weight:
             self._most -= 1
 
-    def least(self, now: float) -> tuple[Knock | None, float]:
+    def least(self, now: float) -> tuple[PendingConnection | None, float]:
         """Return the handshake that is to give way first, None where there is none, and in how many seconds it may."""
-        first: Knock | None = None
+        first: PendingConnection | None = None
         first_wait = float("inf")
         for crowd in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
-            knock = crowd.least()
-            grace = 0.0 if knock.rank is Rank.FAILED else self.grace(crowd.origin, now)
-            wait = max(0.0, knock.moved_at + grace - now)
+            pending = crowd.least()
+            grace = 0.0 if pending.rank is Rank.FAILED else self.grace(crowd.origin, now)
+            wait = max(0.0, pending.moved_at + grace - now)
             if wait < first_wait:
-                first, first_wait = knock, wait
+                first, first_wait = pending, wait
                 if not wait:
                     break
         return first, first_wait

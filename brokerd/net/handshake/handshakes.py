@@ -25,7 +25,7 @@ from brokerd.net.counters import Outcome
 from brokerd.net.handshake.admission import Admission, Rank
 from brokerd.net.handshake.keyring import Identity, Search, key_on
 from brokerd.net.handshake.penalties import Failures
-from brokerd.net.handshake.pending import Knock
+from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.tls import SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
 from brokerd_client.errors import AuthenticationError, FrameError, TlsError
 from brokerd_client.wire.framing import frame
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from brokerd.net.server import Server
 
-__all__ = ["TAKEN", "Door", "fresh_instance"]
+__all__ = ["TAKEN", "PendingHandshakes", "fresh_instance"]
 
 #: Why a client is refused behind its handshake, and not in it: see Server.admit.
 TAKEN: Final = "its name is connected already"
@@ -48,14 +48,14 @@ _GIVES_WAY: Final = (
 )
 
 
-class Door:
+class PendingHandshakes:
     """All unfinished handshakes of a server, oldest first."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._loop: asyncio.AbstractEventLoop = server.loop
-        self._knocks: OrderedDict[Knock, None] = OrderedDict()
-        self._searches: list[tuple[int, int, Knock, Search]] = []
+        self._pending_connections: OrderedDict[PendingConnection, None] = OrderedDict()
+        self._searches: list[tuple[int, int, PendingConnection, Search]] = []
         self._order = itertools.count()
         self._searching = False
         self._timer: asyncio.TimerHandle | None = None
@@ -67,27 +67,27 @@ class Door:
         self.on_room: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
-        return len(self._knocks)
+        return len(self._pending_connections)
 
-    def knock(
+    def begin(
         self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, tls: TlsConfig | None = None
     ) -> None:
         """Begin the handshake with a connection just accepted; where there is no room, another gives way."""
         limits = self._server.limits
-        if len(self._knocks) >= limits.handshakes:
+        if len(self._pending_connections) >= limits.handshakes:
             self._make_room()
         deadline = self._loop.time() + limits.handshake_timeout
-        knock = Knock(sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls)
-        self._add(knock)
+        pending = PendingConnection(sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls)
+        self._add(pending)
         if tls is not None:
-            self._tls.begin(knock)
+            self._tls.begin(pending)
         else:
-            self._loop.add_reader(knock.fd, self._on_readable, knock)
-            self._go_on(knock, None)
+            self._loop.add_reader(pending.fd, self._on_readable, pending)
+            self._go_on(pending, None)
 
     def seconds_to_room(self) -> float:
         """Return in how many seconds one more connection may be accepted, 0 for at once."""
-        if len(self._knocks) < self._server.limits.handshakes:
+        if len(self._pending_connections) < self._server.limits.handshakes:
             return 0.0
         return self._admission.least(self._loop.time())[1]
 
@@ -96,163 +96,163 @@ class Door:
         assert least is not None, "a room of no places is full of nothing"
         self._refuse(least, _GIVES_WAY, Outcome.REFUSED)
 
-    def _add(self, knock: Knock) -> None:
-        self._knocks[knock] = None
-        self._admission.add(knock, self._loop.time())
+    def _add(self, pending: PendingConnection) -> None:
+        self._pending_connections[pending] = None
+        self._admission.add(pending, self._loop.time())
         self._watch()
 
-    def _advance(self, knock: Knock, rank: Rank) -> None:
-        if not knock.done:
-            self._admission.advance(knock, rank, self._loop.time())
+    def _advance(self, pending: PendingConnection, rank: Rank) -> None:
+        if not pending.done:
+            self._admission.advance(pending, rank, self._loop.time())
 
-    def _on_channel(self, knock: Knock, channel: Channel) -> None:
+    def _on_channel(self, pending: PendingConnection, channel: Channel) -> None:
         """TLS is ready: begin the handshake that is about keys."""
-        knock.channel = channel
-        self._advance(knock, Rank.SILENT)
-        knock.steps = as_listener(challenge_nonce(channel), allow_md5=True, named=True)
-        self._loop.add_reader(knock.fd, self._on_readable, knock)
-        self._go_on(knock, None)
-        self._read_on(knock)
+        pending.channel = channel
+        self._advance(pending, Rank.SILENT)
+        pending.steps = as_listener(challenge_nonce(channel), allow_md5=True, named=True)
+        self._loop.add_reader(pending.fd, self._on_readable, pending)
+        self._go_on(pending, None)
+        self._read_on(pending)
 
-    def _on_no_channel(self, knock: Knock, reason: str) -> None:
-        assert knock.stream is not None
-        if knock.stream.engine.heard:
-            self._refuse(knock, reason, Outcome.REJECTED)
+    def _on_no_channel(self, pending: PendingConnection, reason: str) -> None:
+        assert pending.stream is not None
+        if pending.stream.engine.heard:
+            self._refuse(pending, reason, Outcome.REJECTED)
         else:
-            self._lose(knock, ConnectionResetError(0, reason))
+            self._lose(pending, ConnectionResetError(0, reason))
 
-    def _read_on(self, knock: Knock) -> None:
+    def _read_on(self, pending: PendingConnection) -> None:
         """Look again soon, where TLS has decrypted more than was read: the system knows nothing of it."""
-        if knock.stream is not None and knock.stream.buffered and not knock.done:
-            self._loop.call_soon(self._on_readable, knock)
+        if pending.stream is not None and pending.stream.buffered and not pending.done:
+            self._loop.call_soon(self._on_readable, pending)
 
     # Another process's handshakes
 
-    def knocks(self) -> list[Knock]:
+    def pending_connections(self) -> list[PendingConnection]:
         """Return the unfinished handshakes, oldest first."""
-        return list(self._knocks)
+        return list(self._pending_connections)
 
-    def take_over(self, knock: Knock) -> None:
+    def take_over(self, pending: PendingConnection) -> None:
         """Go on with a handshake that another process began: from the start, but nothing is said twice."""
-        knock.muted = knock.spoken
-        self._add(knock)
-        self._loop.add_reader(knock.fd, self._on_readable, knock)
-        knock.silent = not knock.heard
-        knock.reader.feed(knock.heard)
-        self._go_on(knock, None)
+        pending.muted = pending.spoken
+        self._add(pending)
+        self._loop.add_reader(pending.fd, self._on_readable, pending)
+        pending.silent = not pending.heard
+        pending.reader.feed(pending.heard)
+        self._go_on(pending, None)
 
     def close(self) -> None:
         """Turn everybody away."""
-        for knock in list(self._knocks):
-            self._refuse(knock, "the broker stops", Outcome.REFUSED)
+        for pending in list(self._pending_connections):
+            self._refuse(pending, "the broker stops", Outcome.REFUSED)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     # The conversation
 
-    def _on_readable(self, knock: Knock) -> None:
-        if knock.done or knock.slowed or (knock.proof is not None and knock.reader.buffered > 2 * LIMIT):
+    def _on_readable(self, pending: PendingConnection) -> None:
+        if pending.done or pending.slowed or (pending.proof is not None and pending.reader.buffered > 2 * LIMIT):
             return
         try:
             # Never more than the handshake can need at once; what lies behind it belongs to the session.
-            data = knock.sock.recv(2 * LIMIT)
+            data = pending.sock.recv(2 * LIMIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._lose(knock, error)
+            self._lose(pending, error)
             return
         if not data:
-            self._lose(knock, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
+            self._lose(pending, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
             return
-        if is_client_hello(data) and knock.stream is None and not knock.reader.buffered:
-            self._refuse(knock, SPEAKS_TLS, Outcome.MALFORMED, tell=True)
+        if is_client_hello(data) and pending.stream is None and not pending.reader.buffered:
+            self._refuse(pending, SPEAKS_TLS, Outcome.MALFORMED, tell=True)
             return
-        knock.silent = False
-        knock.heard += data
-        knock.reader.feed(data)
-        if has_hung_up(knock.fd):
+        pending.silent = False
+        pending.heard += data
+        pending.reader.feed(data)
+        if has_hung_up(pending.fd):
             # The event loop may tell nobody of the end that comes behind this: see watch.py.
-            self._loop.call_soon(self._on_readable, knock)
-        self._read_on(knock)
-        if knock.proof is None:
-            self._pull(knock)
-        elif knock.reader.buffered > 2 * LIMIT:
+            self._loop.call_soon(self._on_readable, pending)
+        self._read_on(pending)
+        if pending.proof is None:
+            self._pull(pending)
+        elif pending.reader.buffered > 2 * LIMIT:
             # It talks on while its answer is being judged; the rest can wait in the system's buffer.
-            self._loop.remove_reader(knock.fd)
+            self._loop.remove_reader(pending.fd)
 
-    def _pull(self, knock: Knock) -> None:
+    def _pull(self, pending: PendingConnection) -> None:
         try:
-            body = knock.reader.next_frame(LIMIT)
+            body = pending.reader.next_frame(LIMIT)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
+            self._refuse(pending, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
             return
         if body is not None:
-            self._go_on(knock, body)
+            self._go_on(pending, body)
 
-    def _go_on(self, knock: Knock, result: bytes | None) -> None:
+    def _go_on(self, pending: PendingConnection, result: bytes | None) -> None:
         """Resume the handshake with what it asked for, and do what it wants next."""
         try:
             while True:
-                step = knock.steps.send(result)
+                step = pending.steps.send(result)
                 result = None
                 if isinstance(step, Send):
-                    if knock.muted:
-                        knock.muted -= 1
+                    if pending.muted:
+                        pending.muted -= 1
                         continue
-                    if step.body == FAILURE and self._delay(knock):
+                    if step.body == FAILURE and self._delay(pending):
                         return
-                    self._send(knock, step.body)
+                    self._send(pending, step.body)
                 elif isinstance(step, Receive):
-                    body = knock.reader.next_frame(LIMIT)
+                    body = pending.reader.next_frame(LIMIT)
                     if body is None:
                         return
                     result = body
-                elif knock.muted:
+                elif pending.muted:
                     # It has been welcomed already, with this key.
-                    assert knock.credential is not None
-                    result = knock.credential.key.value
-                    self._advance(knock, Rank.PROVED)
+                    assert pending.credential is not None
+                    result = pending.credential.key.value
+                    self._advance(pending, Rank.PROVED)
                 else:
-                    knock.proof = step
-                    self._advance(knock, Rank.JUDGED)
-                    self._search(knock, step)
+                    pending.proof = step
+                    self._advance(pending, Rank.JUDGED)
+                    self._search(pending, step)
                     return
         except StopIteration:
-            self._admit(knock)
+            self._admit(pending)
         except AuthenticationError as error:
-            self._refuse(knock, knock.refusal or str(error), knock.outcome, failed=True)
+            self._refuse(pending, pending.refusal or str(error), pending.outcome, failed=True)
         except FrameError as error:
-            self._refuse(knock, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
+            self._refuse(pending, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
         except OSError as error:
-            self._lose(knock, error)
+            self._lose(pending, error)
 
-    def _send(self, knock: Knock, body: bytes) -> None:
+    def _send(self, pending: PendingConnection, body: bytes) -> None:
         data = frame(body)
-        if knock.sock.send(data) != len(data):
+        if pending.sock.send(data) != len(data):
             raise OSError("the peer does not take even a handshake's bytes")
-        knock.spoken += 1
+        pending.spoken += 1
 
     # Whose key it is
 
-    def _search(self, knock: Knock, proof: Proof) -> None:
+    def _search(self, pending: PendingConnection, proof: Proof) -> None:
         if proof.binding:
-            if proof.binding not in knock.channel.bindings:
-                knock.refusal = _NOT_HERE
-                knock.proof = None
-                self._go_on(knock, None)
+            if proof.binding not in pending.channel.bindings:
+                pending.refusal = _NOT_HERE
+                pending.proof = None
+                self._go_on(pending, None)
                 return
-            knock.channel = replace(knock.channel, bound=proof.binding)
+            pending.channel = replace(pending.channel, bound=proof.binding)
         search = Search(
             self._server.keyring,
             proof,
-            allow_md5=knock.allow_md5,
-            uid=knock.uid,
+            allow_md5=pending.allow_md5,
+            uid=pending.uid,
             now=datetime.now(UTC),
-            channel=knock.channel,
+            channel=pending.channel,
         )
-        if not self._try(knock, search):
-            heapq.heappush(self._searches, (search.tried, next(self._order), knock, search))
+        if not self._try(pending, search):
+            heapq.heappush(self._searches, (search.tried, next(self._order), pending, search))
             if not self._searching:
                 self._searching = True
                 self._loop.call_soon(self._search_on)
@@ -261,131 +261,140 @@ class Door:
         """Give one slice to the search that has had the fewest."""
         self._searching = False
         while self._searches:
-            _, _, knock, search = heapq.heappop(self._searches)
-            if not knock.done:
-                if not self._try(knock, search):
-                    heapq.heappush(self._searches, (search.tried, next(self._order), knock, search))
+            _, _, pending, search = heapq.heappop(self._searches)
+            if not pending.done:
+                if not self._try(pending, search):
+                    heapq.heappush(self._searches, (search.tried, next(self._order), pending, search))
                 break
         if self._searches:
             self._searching = True
             self._loop.call_soon(self._search_on)
 
-    def _try(self, knock: Knock, search: Search) -> bool:
+    def _try(self, pending: PendingConnection, search: Search) -> bool:
         """Run one slice; return whether the search is over, its result given to the handshake."""
         identity = search.step()
         if identity is None:
             return False
-        self._identified(knock, identity)
+        self._identified(pending, identity)
         return True
 
-    def _identified(self, knock: Knock, identity: Identity) -> None:
+    def _identified(self, pending: PendingConnection, identity: Identity) -> None:
         """Give the handshake the key that was found, if there is one and room for its client."""
-        if knock.done:
+        if pending.done:
             return
-        knock.refusal = identity.refusal
+        pending.refusal = identity.refusal
         if identity.credential is not None:
-            knock.credential = identity.credential
+            pending.credential = identity.credential
         key = None
         if identity.accepted is not None:
             refusal = self._server.room_for(identity.accepted.client.name)
             if refusal is None:
-                self._loop.call_soon(self._identified, knock, identity)
+                self._loop.call_soon(self._identified, pending, identity)
                 return
             # A client whose name is connected is told so behind the handshake: its key is right.
-            knock.refusal = "" if refusal == TAKEN else refusal
-            if knock.refusal:
-                knock.outcome = Outcome.REFUSED
-            key = None if knock.refusal else key_on(knock.channel, identity.accepted.key.value)
+            pending.refusal = "" if refusal == TAKEN else refusal
+            if pending.refusal:
+                pending.outcome = Outcome.REFUSED
+            key = None if pending.refusal else key_on(pending.channel, identity.accepted.key.value)
             if key is not None:
-                self._advance(knock, Rank.PROVED)
-        self._loop.add_reader(knock.fd, self._on_readable, knock)
-        knock.proof = None
-        self._go_on(knock, key)
-        self._read_on(knock)
+                self._advance(pending, Rank.PROVED)
+        self._loop.add_reader(pending.fd, self._on_readable, pending)
+        pending.proof = None
+        self._go_on(pending, key)
+        self._read_on(pending)
 
     # The end of it
 
-    def _admit(self, knock: Knock) -> None:
-        assert knock.credential is not None, "a handshake ends well only with a key that was found"
-        self.failures.forgive(knock.origin)
-        self._admission.got_in(knock.origin, self._loop.time())
-        self._forget(knock, got_in=True)
-        self._server.admit(knock)
+    def _admit(self, pending: PendingConnection) -> None:
+        assert pending.credential is not None, "a handshake ends well only with a key that was found"
+        self.failures.forgive(pending.origin)
+        self._admission.got_in(pending.origin, self._loop.time())
+        self._forget(pending, got_in=True)
+        self._server.admit(pending)
 
-    def _refuse(self, knock: Knock, reason: str, outcome: Outcome, *, failed: bool = False, tell: bool = False) -> None:
+    def _refuse(
+        self, pending: PendingConnection, reason: str, outcome: Outcome, *, failed: bool = False, tell: bool = False
+    ) -> None:
         """Turn a peer away. failed: it answered wrong, and was told. tell: it is told now that this is its failure.
 
         One that is only unlucky (too many at the door, the broker stops) is told nothing that it could take
         for a wrong key.
         """
-        if knock.done:
+        if pending.done:
             return
         if failed:
-            self.failures.count(knock.origin, self._loop.time())
+            self.failures.count(pending.origin, self._loop.time())
         if tell:
             with contextlib.suppress(OSError):
-                self._send(knock, FAILURE)
-        self._forget(knock)
-        knock.sock.close()
-        self._server.on_refused(knock, reason, outcome)
+                self._send(pending, FAILURE)
+        self._forget(pending)
+        pending.sock.close()
+        self._server.on_refused(pending, reason, outcome)
 
-    def _lose(self, knock: Knock, error: OSError) -> None:
+    def _lose(self, pending: PendingConnection, error: OSError) -> None:
         """Let go of a peer that is gone: it is refused only if it had begun to answer.
 
         A health check and a balancer's probe say nothing and leave: a line for each would bury the others.
         """
-        if knock.silent and not knock.done and isinstance(error, ConnectionError) and not isinstance(error, TlsError):
-            self._forget(knock)
-            knock.sock.close()
+        if (
+            pending.silent
+            and not pending.done
+            and isinstance(error, ConnectionError)
+            and not isinstance(error, TlsError)
+        ):
+            self._forget(pending)
+            pending.sock.close()
             self._server.tally.handshakes[Outcome.LEFT] += 1
-            self._server.floods.note("debug", "client.left", knock.origin, peer=knock.peer, listener=knock.listener)
+            self._server.floods.note(
+                "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
+            )
         else:
-            self._refuse(knock, error.strerror or str(error) or type(error).__name__, Outcome.LOST)
+            self._refuse(pending, error.strerror or str(error) or type(error).__name__, Outcome.LOST)
 
-    def _forget(self, knock: Knock, *, got_in: bool = False) -> None:
-        knock.done = True
-        if not got_in and len(self._knocks) >= self._server.limits.handshakes:
+    def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
+        pending.done = True
+        if not got_in and len(self._pending_connections) >= self._server.limits.handshakes:
             # It kept a place from a newcomer, whether it had to give way or left by itself.
-            self._admission.gave_way(knock.origin, self._loop.time())
-        if self._knocks.pop(knock, knock) is None:
-            self._admission.remove(knock)
+            self._admission.gave_way(pending.origin, self._loop.time())
+        if self._pending_connections.pop(pending, pending) is None:
+            self._admission.remove(pending)
         self.on_room()
-        if knock.tls is None:
-            self._loop.remove_reader(knock.fd)
+        if pending.tls is None:
+            self._loop.remove_reader(pending.fd)
         else:
-            self._tls.leave(knock)
-        knock.steps.close()
+            self._tls.leave(pending)
+        pending.steps.close()
 
-    def _delay(self, knock: Knock) -> bool:
+    def _delay(self, pending: PendingConnection) -> bool:
         """Return whether the failure is told later, because its origin has failed often."""
         now = self._loop.time()
-        delay = self.failures.delay(knock.origin, now)
+        delay = self.failures.delay(pending.origin, now)
         if not delay:
             return False
-        knock.slowed = True
-        self._advance(knock, Rank.FAILED)
-        self._loop.remove_reader(knock.fd)
-        delay = min(delay, max(knock.deadline - now, 0))
-        self._loop.call_later(delay, self._fail_now, knock)
+        pending.slowed = True
+        self._advance(pending, Rank.FAILED)
+        self._loop.remove_reader(pending.fd)
+        delay = min(delay, max(pending.deadline - now, 0))
+        self._loop.call_later(delay, self._fail_now, pending)
         return True
 
-    def _fail_now(self, knock: Knock) -> None:
-        if not knock.done:
+    def _fail_now(self, pending: PendingConnection) -> None:
+        if not pending.done:
             with contextlib.suppress(OSError):
-                self._send(knock, FAILURE)
-            self._go_on(knock, None)
+                self._send(pending, FAILURE)
+            self._go_on(pending, None)
 
     # Deadlines
 
     def _watch(self) -> None:
         """Keep one timer, for the oldest: all have the same time, so it is the first to run out."""
-        if self._timer is None and self._knocks:
-            self._timer = self._loop.call_at(next(iter(self._knocks)).deadline, self._expire)
+        if self._timer is None and self._pending_connections:
+            self._timer = self._loop.call_at(next(iter(self._pending_connections)).deadline, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
         now = self._loop.time()
-        while self._knocks and (oldest := next(iter(self._knocks))).deadline <= now:
+        while self._pending_connections and (oldest := next(iter(self._pending_connections))).deadline <= now:
             why = self._tls.overdue(oldest)
             self._refuse(oldest, why or "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=not why)
         self._watch()

@@ -1,6 +1,6 @@
 """One unfinished handshake: a connection that has not proved yet who it is, and all that is known of it.
 
-What it says and hears is the business of ``door``. Source: docs/protocol.md, "Handshake".
+What it says and hears is the business of ``pending_handshakes``. Source: docs/protocol.md, "Handshake".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.framing import FrameReader
 from brokerd_client.wire.handshake import NONCE_SIZE, Proof, as_listener
 
-__all__ = ["Knock"]
+__all__ = ["PendingConnection"]
 
 
-class Knock:
+class PendingConnection:
     """One connection that has not proved yet who it is.
 
     peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.

@@ -25,7 +25,7 @@ from brokerd_client.wire.handshake import FAILURE, NONCE_SIZE
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.handshake.pending import Knock
+    from brokerd.net.handshake.pending import PendingConnection
 
 __all__ = ["NO_CHANNEL", "SPEAKS_TLS", "Channel", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
 
@@ -110,45 +110,45 @@ class TlsHandshakes:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        on_ready: Callable[[Knock, Channel], None],
-        on_failed: Callable[[Knock, str], None],
+        on_ready: Callable[[PendingConnection, Channel], None],
+        on_failed: Callable[[PendingConnection, str], None],
     ) -> None:
         self._loop = loop
         self._on_ready = on_ready
         self._on_failed = on_failed
-        self._waiting: deque[Knock] = deque()
+        self._waiting: deque[PendingConnection] = deque()
         self._stepping = False
 
-    def begin(self, knock: Knock) -> None:
+    def begin(self, pending: PendingConnection) -> None:
         """Wait for the peer's first bytes."""
-        self._loop.add_reader(knock.fd, self._on_event, knock)
+        self._loop.add_reader(pending.fd, self._on_event, pending)
 
-    def _on_event(self, knock: Knock) -> None:
+    def _on_event(self, pending: PendingConnection) -> None:
         """Have its turn come; until then nobody looks at its socket."""
-        self.leave(knock)
-        self._waiting.append(knock)
+        self.leave(pending)
+        self._waiting.append(pending)
         if not self._stepping:
             self._stepping = True
             self._loop.call_soon(self._step)
 
-    def leave(self, knock: Knock) -> None:
+    def leave(self, pending: PendingConnection) -> None:
         """Look at its socket no more."""
-        self._loop.remove_reader(knock.fd)
-        self._loop.remove_writer(knock.fd)
+        self._loop.remove_reader(pending.fd)
+        self._loop.remove_writer(pending.fd)
 
     def _step(self) -> None:
         self._stepping = False
         while self._waiting:
-            knock = self._waiting.popleft()
-            if not knock.done:
-                self._go_on(knock)
+            pending = self._waiting.popleft()
+            if not pending.done:
+                self._go_on(pending)
                 break
         if self._waiting and not self._stepping:
             self._stepping = True
             self._loop.call_soon(self._step)
 
-    def _go_on(self, knock: Knock) -> None:
-        stream, tls = knock.stream, knock.tls
+    def _go_on(self, pending: PendingConnection) -> None:
+        stream, tls = pending.stream, pending.tls
         assert stream is not None
         assert tls is not None
         try:
@@ -156,18 +156,18 @@ class TlsHandshakes:
             if ready:
                 channel = channel_of(stream, required=tls.binding is Need.REQUIRED)
         except OSError as error:
-            self._on_failed(knock, error.strerror or type(error).__name__)
+            self._on_failed(pending, error.strerror or type(error).__name__)
             return
         if ready:
-            self._on_ready(knock, channel)
+            self._on_ready(pending, channel)
             return
-        self._loop.add_reader(knock.fd, self._on_event, knock)
+        self._loop.add_reader(pending.fd, self._on_event, pending)
         if stream.unsent:
-            self._loop.add_writer(knock.fd, self._on_event, knock)
+            self._loop.add_writer(pending.fd, self._on_event, pending)
 
-    def overdue(self, knock: Knock) -> str:
+    def overdue(self, pending: PendingConnection) -> str:
         """Tell one whose time is over what can be told, without TLS; return why it is turned away, "" as any other."""
-        stream = knock.stream
+        stream = pending.stream
         if stream is None or stream.engine.ready:
             return ""
         if stream.engine.heard:

@@ -46,7 +46,7 @@ class Acceptor:
         #: When the door is asked for room again; None while there is room.
         self._full: asyncio.TimerHandle | None = None
         self._coming = False
-        server.door.on_room = self._on_room
+        server.pending_handshakes.on_room = self._on_room
 
     def add(self, listening: Listening) -> None:
         """Accept connections of this listener from now on."""
@@ -75,12 +75,12 @@ class Acceptor:
     def _accept(self, listening: Listening) -> bool:
         """Accept one connection; return whether there may be more to accept."""
         server = self._server
-        wait = server.door.seconds_to_room()
+        wait = server.pending_handshakes.seconds_to_room()
         if wait:
             self._stop(wait)
             return False
         try:
-            if len(server.links) + len(server.door) + server.seen_off >= _MOST_SOCKETS:
+            if len(server.links) + len(server.pending_handshakes) + server.seen_off >= _MOST_SOCKETS:
                 raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
             sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
@@ -97,7 +97,7 @@ class Acceptor:
             sock.close()
             return True
         entry = listening.config
-        server.door.knock(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
+        server.pending_handshakes.begin(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
         return True
 
     def _stop(self, wait: float) -> None:
@@ -124,7 +124,7 @@ class Acceptor:
         for _ in range(_ACCEPTS):
             if empty >= len(self._listeners):
                 break
-            wait = self._server.door.seconds_to_room()
+            wait = self._server.pending_handshakes.seconds_to_room()
             if wait:
                 # The listener whose turn it is keeps it.
                 self._stop(wait)

@@ -30,7 +30,7 @@ class _Channel(Protocol):
     def into_stream(self) -> Pipe: ...
 
 
-class _Door(Protocol):
+class _PipeServer(Protocol):
     """``PipeDoor`` of brokerd_client.connection.named_pipes."""
 
     def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]: ...
@@ -45,8 +45,8 @@ class PipeListener:
     door: takes the connections; it belongs to the listener's thread, which closes it. name: the pipe's.
     """
 
-    def __init__(self, door: _Door, name: str) -> None:
-        self._door = door
+    def __init__(self, pipe_server: _PipeServer, name: str) -> None:
+        self._pipe_server = pipe_server
         self._name = name
         self._come: deque[BridgedSocket | OSError] = deque()
         self._room = threading.Condition()
@@ -80,7 +80,7 @@ class PipeListener:
         self._closing.set()
         with self._room:
             self._room.notify()
-        self._door.wake()
+        self._pipe_server.wake()
         self._thread.join()
         for come in self._come:
             if isinstance(come, BridgedSocket):
@@ -90,11 +90,11 @@ class PipeListener:
         self._bell.close()
 
     def _take_connections(self) -> None:
-        with contextlib.closing(self._door):
+        with contextlib.closing(self._pipe_server):
             while not self._closing.is_set():
                 try:
-                    come, _ = self._door.wait((), None)
-                    taken = self._door.take() if come and not self._closing.is_set() else None
+                    come, _ = self._pipe_server.wait((), None)
+                    taken = self._pipe_server.take() if come and not self._closing.is_set() else None
                     if taken is not None:
                         self._announce(bridge(taken[0].into_stream()))
                 except OSError as error:
