@@ -102,7 +102,7 @@ def fake_pipes() -> tuple[FakePipe, FakePipe]:
     return one, other
 
 
-class FakeDoor:
+class FakeServer:
     """Takes connections as named_pipes.PipeDoor does. failures: raised by take() before it takes anybody."""
 
     def __init__(self) -> None:

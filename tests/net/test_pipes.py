@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from net.fake_pipe import TIMEOUT_S, FakeDoor, FakePipe, PipeRaw, fake_pipes
+from net.fake_pipe import TIMEOUT_S, FakePipe, FakeServer, PipeRaw, fake_pipes
 from net.house import House, configuration, house, key_of
 from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Rejected, login, packed, prefixed
 
@@ -252,12 +252,12 @@ def test_without_a_socket_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def door() -> FakeDoor:
-    return FakeDoor()
+def door() -> FakeServer:
+    return FakeServer()
 
 
 @pytest.fixture
-def listener(door: FakeDoor) -> Iterator[PipeListener]:
+def listener(door: FakeServer) -> Iterator[PipeListener]:
     made = PipeListener(door, PIPE.path)
     yield made
     made.close()
@@ -268,7 +268,7 @@ def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
     return listener.accept()
 
 
-def test_connections_are_accepted_in_their_order(door: FakeDoor, listener: PipeListener) -> None:
+def test_connections_are_accepted_in_their_order(door: FakeServer, listener: PipeListener) -> None:
     """More peers than the listener keeps may come at once; each has its own socket, and the pipe's name."""
     peers = [door.dial() for _ in range(150)]
     for number, peer in enumerate(peers):
@@ -283,7 +283,7 @@ def test_connections_are_accepted_in_their_order(door: FakeDoor, listener: PipeL
         listener.accept()
 
 
-def test_only_so_many_are_taken_unasked(door: FakeDoor, listener: PipeListener) -> None:
+def test_only_so_many_are_taken_unasked(door: FakeServer, listener: PipeListener) -> None:
     """Further peers wait in the system until the server has accepted some."""
     peers = [door.dial() for _ in range(100)]
     door.wait_until_taken(65)
@@ -294,7 +294,7 @@ def test_only_so_many_are_taken_unasked(door: FakeDoor, listener: PipeListener) 
         each.close()
 
 
-def test_a_system_without_room_is_told_and_waited_for(door: FakeDoor, listener: PipeListener) -> None:
+def test_a_system_without_room_is_told_and_waited_for(door: FakeServer, listener: PipeListener) -> None:
     """accept() raises ENOBUFS, whatever the cause; afterwards the same peer is taken."""
     door.failures = [OSError(errno.EINVAL, "not now")]
     peer = door.dial()
@@ -306,7 +306,7 @@ def test_a_system_without_room_is_told_and_waited_for(door: FakeDoor, listener: 
     peer.close()
 
 
-def test_closing_turns_away_who_was_not_accepted(door: FakeDoor, listener: PipeListener) -> None:
+def test_closing_turns_away_who_was_not_accepted(door: FakeServer, listener: PipeListener) -> None:
     """One that was accepted lives on; one that was taken and one that waits see the end."""
     inside = door.dial()
     sock, _ = accepted(listener)
@@ -358,12 +358,12 @@ def piped(config: Config) -> Config:
 class Served:
     """A broker that listens at a pipe and at a TCP port."""
 
-    def __init__(self, house: House, doors: list[FakeDoor]) -> None:
+    def __init__(self, house: House, doors: list[FakeServer]) -> None:
         self.house = house
         self._doors = doors
 
     @property
-    def door(self) -> FakeDoor:
+    def door(self) -> FakeServer:
         return self._doors[-1]
 
     def raw(self) -> PipeRaw:
@@ -383,11 +383,11 @@ class Served:
 
 @contextlib.contextmanager
 def served(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Iterator[Served]:
-    doors: list[FakeDoor] = []
+    doors: list[FakeServer] = []
 
     def open_fake(name: str) -> PipeListener:
         assert name == PIPE.path
-        doors.append(FakeDoor())
+        doors.append(FakeServer())
         return PipeListener(doors[-1], name)
 
     monkeypatch.setattr(listening, "open_pipe", open_fake)

@@ -31,7 +31,7 @@ class _Channel(Protocol):
 
 
 class _PipeServer(Protocol):
-    """``PipeDoor`` of brokerd_client.connection.named_pipes."""
+    """``PipeServer`` of brokerd_client.connection.named_pipes."""
 
     def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]: ...
     def take(self) -> tuple[_Channel, object] | None: ...
@@ -112,7 +112,7 @@ class PipeListener:
 def open_pipe(name: str) -> PipeListener:
     """Return a listener at the pipe of that name. Raises OSError: it can't be made, or this is not Windows."""
     if sys.platform == "win32":
-        from brokerd_client.connection.named_pipes import PipeDoor
+        from brokerd_client.connection.named_pipes import PipeServer
 
-        return PipeListener(PipeDoor(name), name)
+        return PipeListener(PipeServer(name), name)
     raise OSError(errno.EAFNOSUPPORT, "named pipes exist on Windows only")

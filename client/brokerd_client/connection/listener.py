@@ -21,7 +21,7 @@ from brokerd_client.connection.call_lock import new_turn, refuse_nested_call
 from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.handshaking import Negotiation, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
-from brokerd_client.connection.listening_sockets import arbitrary_address, default_family, open_door
+from brokerd_client.connection.listening_sockets import arbitrary_address, default_family, open_server
 from brokerd_client.connection.readiness import deadline_after
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
@@ -84,13 +84,13 @@ class Listener:
         self._ready: deque[tuple[Connection, object]] = deque()
         self._errors: deque[AuthenticationError] = deque()
         self._left_at = 0.0
-        self._door = open_door(address or arbitrary_address(family), cast("Family", family), backlog)
-        self._address = self._door.address
-        self._max_handshakes = min(max_handshakes, self._door.most_channels)
+        self._server = open_server(address or arbitrary_address(family), cast("Family", family), backlog)
+        self._address = self._server.address
+        self._max_handshakes = min(max_handshakes, self._server.most_channels)
         reset_after_fork(self)
 
     def __del__(self) -> None:
-        if hasattr(self, "_door"):
+        if hasattr(self, "_server"):
             self._shut()
 
     def __repr__(self) -> str:
@@ -152,13 +152,13 @@ class Listener:
     def close(self) -> None:
         """Close; whoever is in accept() raises Closed. Connections already accepted live on."""
         self._closed = True
-        self._door.wake()
+        self._server.wake()
         with self._turn:
             self._shut()
 
     def _shut(self) -> None:
         self._closed = True
-        self._door.close()
+        self._server.close()
         self._forget_peers()
 
     def _forget_peers(self) -> None:
@@ -175,7 +175,7 @@ class Listener:
         self._turn = new_turn()
         if not self._closed:
             self._forget_peers()
-            self._door.renew()
+            self._server.renew()
 
     def _resume(self) -> None:
         """Give every handshake the time back during which nobody was here to move it."""
@@ -209,7 +209,7 @@ class Listener:
         if deadline is not None:
             deadlines.append(deadline)
         timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
-        come, moved = self._door.wait([each.channel for each in negotiations], timeout)
+        come, moved = self._server.wait([each.channel for each in negotiations], timeout)
         for descriptor in moved:
             # on_error may have closed the listener since.
             if (negotiation := self._negotiations.get(descriptor)) is not None:
@@ -224,7 +224,7 @@ class Listener:
 
     def _take(self) -> None:
         try:
-            taken = self._door.take()
+            taken = self._server.take()
         except OSError as error:
             if self._closed:
                 return

@@ -20,7 +20,7 @@ from brokerd_client.address import Family
 from brokerd_client.connection.handshaking import Channel, SocketChannel
 from brokerd_client.connection.readiness import readable
 
-__all__ = ["Door", "SocketDoor", "arbitrary_address", "default_family", "families", "no_delay", "open_door"]
+__all__ = ["ServerSocket", "SocketServer", "arbitrary_address", "default_family", "families", "no_delay", "open_server"]
 
 #: The families always tried by who wants all of them; AF_INET6 is served too, where the machine has it.
 families: Final[list[Family]] = ["AF_INET", "AF_PIPE"] if sys.platform == "win32" else ["AF_INET", "AF_UNIX"]
@@ -43,7 +43,7 @@ def arbitrary_address(family: str) -> Any:
     raise ValueError(f"unrecognized family {family}")
 
 
-class Door(Protocol):
+class ServerSocket(Protocol):
     """Where peers come in."""
 
     #: Where peers are to connect to.
@@ -72,7 +72,7 @@ class Door(Protocol):
         """Stop sharing the waker with the process this one was forked from."""
 
 
-class SocketDoor:
+class SocketServer:
     """A listening socket, and its file where it is a Unix socket with one."""
 
     most_channels: Final = sys.maxsize
@@ -121,16 +121,16 @@ class SocketDoor:
             path.chmod(_OWNER_ONLY)
 
     def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
-        door, bell = self._socket.fileno(), self._ends[0].fileno()
-        if door < 0:
+        server, bell = self._socket.fileno(), self._ends[0].fileno()
+        if server < 0:
             return False, set()
-        waiting = [door, bell, *(channel.fileno() for channel in channels)]
+        waiting = [server, bell, *(channel.fileno() for channel in channels)]
         ready = set(readable(waiting, timeout))
         if bell in ready:
             with contextlib.suppress(OSError):
                 self._ends[0].recv(4096)
-        come = door in ready
-        return come, ready - {door, bell}
+        come = server in ready
+        return come, ready - {server, bell}
 
     def take(self) -> tuple[Channel, object] | None:
         try:
@@ -171,13 +171,13 @@ def no_delay(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def open_door(address: Any, family: Family, backlog: int) -> Door:
+def open_server(address: Any, family: Family, backlog: int) -> ServerSocket:
     """Return a door at the address. Raises OSError, where it is in use for example."""
     if sys.platform == "win32" and family == "AF_PIPE":
-        from brokerd_client.connection.named_pipes import PipeDoor
+        from brokerd_client.connection.named_pipes import PipeServer
 
-        return PipeDoor(address)
-    return SocketDoor(address, family, backlog)
+        return PipeServer(address)
+    return SocketServer(address, family, backlog)
 
 
 def _unlink_if_same(path: Path, device: int, inode: int) -> None:

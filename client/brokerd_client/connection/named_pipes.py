@@ -27,7 +27,7 @@ if sys.platform == "win32":
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
-    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeDoor", "PipeStream", "dial"]
+    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeServer", "PipeStream", "dial"]
 
     _BUFFER_SIZE: Final = 8192
     #: Milliseconds between two looks at the clock while a pipe is busy.
@@ -185,7 +185,7 @@ if sys.platform == "win32":
         def close(self) -> None:
             _winapi.CloseHandle(self._handle)
 
-    class PipeDoor:
+    class PipeServer:
         """A named pipe that takes connections: one instance of it always waits for the next peer."""
 
         #: Windows waits for 64 handles at once, and some are needed for other things.

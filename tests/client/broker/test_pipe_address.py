@@ -8,7 +8,7 @@ import errno
 from collections.abc import Callable, Iterator
 
 import pytest
-from net.fake_pipe import FakeDoor
+from net.fake_pipe import FakeServer
 from net.house import configuration, house, key_of
 
 import brokerd_client
@@ -38,9 +38,9 @@ def dialed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bridge.
 
 
 @pytest.fixture
-def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Iterator[FakeDoor]:
+def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Iterator[FakeServer]:
     """A broker that serves alice and bob at a pipe, which is busy at every other try."""
-    door = FakeDoor()
+    door = FakeServer()
     tries = iter(range(1000))
 
     def dial(name: str) -> bridge.BridgedSocket:

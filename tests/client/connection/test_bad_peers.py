@@ -181,7 +181,7 @@ def test_errors_go_to_who_asks_for_them(dial: Any, aside: Any, monkeypatch: pyte
             Client(listener.address, authkey=b"wrong", timeout=TIMEOUT_S)
         told = [heard.get(timeout=TIMEOUT_S) for _ in range(4)]
         late = 60
-        listener._door.wake()
+        listener._server.wake()
         told += [heard.get(timeout=TIMEOUT_S) for _ in range(2)]
         with Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepting.result(TIMEOUT_S):
             pass
@@ -299,7 +299,7 @@ def test_good_peer_goes_before_anothers_error(dial: Any, aside: Any) -> None:
 def test_out_of_descriptors_the_oldest_stranger_goes(dial: Any, monkeypatch: pytest.MonkeyPatch, aside: Any) -> None:
     """With no file descriptor left, an unfinished handshake is given up for the next peer."""
     with Listener(authkey=KEY) as listener:
-        take = listener._door.take
+        take = listener._server.take
         failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
 
         def take_or_fail() -> Any:
@@ -307,7 +307,7 @@ def test_out_of_descriptors_the_oldest_stranger_goes(dial: Any, monkeypatch: pyt
                 raise failures.pop()
             return take()
 
-        monkeypatch.setattr(listener._door, "take", take_or_fail)
+        monkeypatch.setattr(listener._server, "take", take_or_fail)
         stranger = dial(listener.address)
         accepting = aside(listener.accept, TIMEOUT_S)
         receive_frame(stranger)
@@ -317,7 +317,7 @@ def test_out_of_descriptors_the_oldest_stranger_goes(dial: Any, monkeypatch: pyt
         def fail() -> Any:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-        monkeypatch.setattr(listener._door, "take", fail)
+        monkeypatch.setattr(listener._server, "take", fail)
         dial(listener.address)
         with pytest.raises(OSError, match="Too many open files"):
             listener.accept(TIMEOUT_S)

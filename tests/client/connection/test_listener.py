@@ -152,7 +152,7 @@ def test_socket_file_goes_with_close(socket_dir: Path) -> None:
 def test_socket_file_goes_with_the_garbage(socket_dir: Path) -> None:
     """A listener nobody holds any more is closed, its file is removed, and no warning is given."""
     listener = Listener(str(socket_dir / "s"), authkey="k")
-    descriptor = listener._door._socket.fileno()
+    descriptor = listener._server._socket.fileno()
     del listener
     gc.collect()
     assert not (socket_dir / "s").exists()
