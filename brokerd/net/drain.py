@@ -105,10 +105,10 @@ class Draining:
         """Wait for the end of all connections; return whether it came."""
         server = self._server
         server.empty.clear()
-        if server.links or server.is_seeing_off:
+        if server.links or server.is_lingering:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(server.empty.wait(), seconds)
-        return not (server.links or server.is_seeing_off)
+        return not (server.links or server.is_lingering)
 
     async def _cut_off(self) -> int:
         """Close the connections that have not taken what waits for them; return how many those were."""

@@ -121,7 +121,7 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
             passing.copier.forget_idle(link.session)
     taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), passing.copier)
     copied, passed = taken.copied, passing.passed
-    farewells = server.farewells()
+    lingering = server.lingering()
     pending_connections = [
         pending for pending in server.pending_handshakes.pending_connections() if pending.can_hand_over
     ]
@@ -130,13 +130,13 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         "listening": [_listening(each) for each in server.listening],
         "links": [None if link.session in copied else _link(link, taken, passed=link in passed) for link in links],
         "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
-        "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in farewells],
+        "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering],
         "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
         "tally": server.tally.values(),
     }
     fresh = [link for link in links if link not in passed]
-    sockets = [each.sock for group in (server.listening, fresh, pending_connections, farewells) for each in group]
+    sockets = [each.sock for group in (server.listening, fresh, pending_connections, lingering) for each in group]
     return taken, [sock.fileno() for sock in sockets]
 
 
@@ -349,7 +349,7 @@ class Inheritance:
         self._pending_connections = [
             (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
         ]
-        self._farewells = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
+        self._lingering = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
         if len(pieces):
             raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
@@ -401,8 +401,8 @@ class Inheritance:
             self._begin_with(link)
         self._waiting = iter(self._idle)
         server.loop.call_soon(self._begin_with_some)
-        for sock, left_s in self._farewells:
-            server.farewell(sock, left_s)
+        for sock, left_s in self._lingering:
+            server.linger(sock, left_s)
         for pending, welcomed in self._pending_connections:
             if welcomed is not None:
                 pending.credential = server.keyring.find(*welcomed)

@@ -18,7 +18,7 @@ from brokerd.core.session import Session
 from brokerd.log.api import Log
 from brokerd.log.rate_limit import Floods
 from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
-from brokerd.net.connection.lingering_close import Farewell
+from brokerd.net.connection.lingering_close import LingeringClose
 from brokerd.net.connection.liveness import Pulse
 from brokerd.net.connection.reset_recheck import Watch
 from brokerd.net.connection.tls import TlsLink
@@ -93,8 +93,8 @@ class Server:
         self._working_off = False
         #: Set when the last connection is gone.
         self.empty: asyncio.Event = asyncio.Event()
-        self._farewells: set[Farewell] = set()
-        self._farewell_s = GRACE
+        self._lingering: set[LingeringClose] = set()
+        self._linger_s = GRACE
         self._draining: Draining | None = None
         self._finishing = Finishing(self)
         #: Listening sockets at which nobody is accepted before another process does, or this one goes on.
@@ -103,9 +103,9 @@ class Server:
         self.patience = _PATIENCE
 
     @property
-    def is_seeing_off(self) -> bool:
+    def is_lingering(self) -> bool:
         """Whether the last bytes of a connection that is over are still on their way."""
-        return bool(self._farewells)
+        return bool(self._lingering)
 
     @property
     def handshakes(self) -> int:
@@ -115,7 +115,7 @@ class Server:
     @property
     def seen_off(self) -> int:
         """Return how many connections that are over still have their last bytes on their way."""
-        return len(self._farewells)
+        return len(self._lingering)
 
     # Accepting
 
@@ -302,7 +302,7 @@ class Server:
         except OSError:
             sock.close()
         else:
-            self.see_off(sock.raw if isinstance(sock, TlsStream) else sock)
+            self.close_gracefully(sock.raw if isinstance(sock, TlsStream) else sock)
 
     def on_refused(self, pending: PendingConnection, reason: str, outcome: Outcome) -> None:
         """Count and log that a connection was turned away."""
@@ -335,31 +335,31 @@ class Server:
         self._note_if_empty()
         self.settle()
 
-    def see_off(self, sock: socket.socket) -> None:
+    def close_gracefully(self, sock: socket.socket) -> None:
         """Close a socket when what was written to it has arrived."""
-        self.farewell(sock, self._farewell_s)
+        self.linger(sock, self._linger_s)
 
-    def farewell(self, sock: socket.socket, time_s: float) -> None:
+    def linger(self, sock: socket.socket, time_s: float) -> None:
         """Close a socket when what was written to it has arrived, or when its time is over."""
-        farewell = Farewell(sock, self._waste, time_s, self.loop, self._on_seen_off)
-        self._farewells.add(farewell)
-        farewell.begin()
+        linger = LingeringClose(sock, self._waste, time_s, self.loop, self._on_lingered)
+        self._lingering.add(linger)
+        linger.begin()
 
     @property
     def pending_handshakes(self) -> PendingHandshakes:
         """The unfinished handshakes."""
         return self._pending_handshakes
 
-    def farewells(self) -> list[Farewell]:
+    def lingering(self) -> list[LingeringClose]:
         """Return the sockets that are being closed."""
-        return list(self._farewells)
+        return list(self._lingering)
 
-    def _on_seen_off(self, farewell: Farewell) -> None:
-        self._farewells.discard(farewell)
+    def _on_lingered(self, linger: LingeringClose) -> None:
+        self._lingering.discard(linger)
         self._note_if_empty()
 
     def _note_if_empty(self) -> None:
-        if not self.links and not self._farewells:
+        if not self.links and not self._lingering:
             self.empty.set()
 
     def write_touched(self) -> None:
@@ -465,18 +465,18 @@ class Server:
 
         timeout_s: until those that do not read are cut off.
         """
-        self._farewell_s = timeout_s
+        self._linger_s = timeout_s
         self._draining = Draining(self, timeout_s)
         return await self._draining.run()
 
     def cut_off(self) -> int:
         """Close everything at once; return how many connections had bytes on their way."""
         self.stop_accepting()
-        links, farewells = list(self.links), list(self._farewells)
+        links, lingering = list(self.links), list(self._lingering)
         for link in links:
             link.lost("the broker stopped")
-        for farewell in farewells:
-            farewell.close()
+        for linger in lingering:
+            linger.close()
         self.floods.close()
         self.watch.close()
         self.pulse.close()
@@ -484,7 +484,7 @@ class Server:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        return len(links) + len(farewells)
+        return len(links) + len(lingering)
 
 
 def _link(server: Server, pending: PendingConnection, credential: Credential) -> Link:

@@ -411,7 +411,7 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
         assert not broker.log.named("client.refused")
         server = broker.daemon._server
         assert server is not None
-        assert broker.call(lambda: (len(server.links), len(server._farewells))) == (0, 0)
+        assert broker.call(lambda: (len(server.links), len(server._lingering))) == (0, 0)
 
 
 def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:

@@ -374,7 +374,7 @@ class Link:
         self.server.loop.remove_writer(self.fd)
         self.tail, self.parcel = b"", None
         if written:
-            self.server.see_off(self.sock)
+            self.server.close_gracefully(self.sock)
         else:
             if self.passed:
                 # To close this descriptor ends nothing while there is another.

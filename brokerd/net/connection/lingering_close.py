@@ -17,13 +17,13 @@ from typing import Final
 
 from brokerd_client._common.pipe_bridge import BridgedSocket
 
-__all__ = ["Farewell", "unacknowledged"]
+__all__ = ["LingeringClose", "unacknowledged"]
 
 #: Seconds between two looks at what is still on its way.
 _LOOK_AGAIN: Final = 0.02
 
 
-class Farewell:
+class LingeringClose:
     """A socket whose connection is over but for bytes on their way to the peer.
 
     buffer: where what still comes in is read to. time_s: until it is closed whatever has arrived.
@@ -36,7 +36,7 @@ class Farewell:
         buffer: memoryview,
         time_s: float,
         loop: asyncio.AbstractEventLoop,
-        on_closed: Callable[[Farewell], None],
+        on_closed: Callable[[LingeringClose], None],
     ) -> None:
         self._sock = sock
         self._buffer = buffer
