@@ -19,7 +19,7 @@ from brokerd.log.api import Log
 from brokerd.log.rate_limit import Floods
 from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
 from brokerd.net.connection.lingering_close import LingeringClose
-from brokerd.net.connection.liveness import Pulse
+from brokerd.net.connection.liveness import Liveness
 from brokerd.net.connection.reset_recheck import Watch
 from brokerd.net.connection.tls import TlsLink
 from brokerd.net.core_events import report
@@ -81,7 +81,7 @@ class Server:
         self._acceptor = Acceptor(self)
         self.floods = Floods(self.loop, log)
         self.watch = Watch(self.loop)
-        self.pulse = Pulse(self)
+        self.liveness = Liveness(self)
         self._tick: asyncio.TimerHandle | None = None
         #: When that is. uvloop's handle of a time that has passed knows none.
         self._tick_at = 0.0
@@ -131,7 +131,7 @@ class Server:
         self.keyring = keyring
         before, self.limits = self.limits, limits
         if limits.keepalive != before.keepalive:
-            self.pulse.reconfigure()
+            self.liveness.reconfigure()
 
     def alter(self, altered: Iterable[ListenConfig]) -> None:
         """Take over new settings of addresses listened at already. Raises ListenError; then nothing has changed."""
@@ -273,7 +273,7 @@ class Server:
         link = _link(self, pending, pending.credential)
         session = self.broker.attach(name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
-        self.pulse.watch(link)
+        self.liveness.watch(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
         self.floods.note(
             "info",
@@ -320,7 +320,7 @@ class Server:
         if self._draining is not None:
             self._draining.on_leaving(session)
         self.links.discard(link)
-        self.pulse.forget(link)
+        self.liveness.forget(link)
         self.broker.detach(session, self.wall())
         self.on_left(session)
         self.floods.note(
@@ -479,7 +479,7 @@ class Server:
             linger.close()
         self.floods.close()
         self.watch.close()
-        self.pulse.close()
+        self.liveness.close()
         self._finishing.close()
         if self._tick is not None:
             self._tick.cancel()

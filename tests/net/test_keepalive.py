@@ -14,7 +14,7 @@ from net.house import House, configuration, house, key_of
 from net.raw import login
 
 from brokerd.config.model import Config
-from brokerd.net.connection import liveness as pulse
+from brokerd.net.connection import liveness as liveness
 from brokerd.net.server import Server
 from brokerd_client._common.keepalive import Silence, keep_alive
 
@@ -111,7 +111,7 @@ def test_a_reload_holds_for_who_is_connected_already(socket_dir: Path, before: i
 @linux
 def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are connected, each turn of the loop has to do with some; in the end none was left out."""
-    monkeypatch.setattr(pulse, "_SLICE", 1)
+    monkeypatch.setattr(liveness, "_SLICE", 1)
 
     def limited(keepalive: int) -> Config:
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
@@ -147,11 +147,11 @@ def test_nobody_is_looked_at_without_a_limit() -> None:
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
 
     with house(limited(0)) as broker, broker.login("alice"):
-        pulse = server_of(broker).pulse
-        assert broker.call(lambda: pulse._timer) is None
+        liveness = server_of(broker).liveness
+        assert broker.call(lambda: liveness._timer) is None
         for limit in (40, 0):
             broker.call(lambda limit=limit: broker.daemon.apply(limited(limit), "test"))  # type: ignore[misc]
-            assert broker.call(lambda: pulse._timer is not None) is bool(limit)
+            assert broker.call(lambda: liveness._timer is not None) is bool(limit)
 
 
 class Told:

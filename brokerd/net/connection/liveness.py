@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from brokerd.net.connection.connection import Link
     from brokerd.net.server import Server
 
-__all__ = ["Pulse"]
+__all__ = ["Liveness"]
 
 _TCP: Final = (socket.AF_INET, socket.AF_INET6)
 _SHORTEST_PAUSE_S: Final = 0.25
@@ -27,7 +27,7 @@ _SHORTEST_PAUSE_S: Final = 0.25
 _SLICE: Final = 200
 
 
-class Pulse:
+class Liveness:
     """Looks at a server's TCP connections; keeps a timer only while there are some, and a limit."""
 
     def __init__(self, server: Server) -> None:
