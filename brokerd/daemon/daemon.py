@@ -27,7 +27,7 @@ from brokerd.core.operations import stats
 from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.daemon.admin import Orders
-from brokerd.daemon.key_expiry import KeyWatch, uses_of
+from brokerd.daemon.key_expiry import KeyExpiryMonitor, uses_of
 from brokerd.daemon.reload import Outcome, Prepared, compared, obstacles, whole_plan
 from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
@@ -115,7 +115,7 @@ class Daemon:
         self._monitor = Switch(self)
         self._stopping: asyncio.Task[None] | None = None
         self.reloading = Reloading(self)
-        self._keywatch: KeyWatch | None = None
+        self._key_expiry_monitor: KeyExpiryMonitor | None = None
         #: Replaces the process; None where a daemon is only a part of one.
         self.on_upgrade: Callable[[str, Order | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
@@ -218,7 +218,9 @@ class Daemon:
                 listening.close()
         self._monitor.turn(config.monitor, monitored)
         later = asyncio.get_running_loop().call_later
-        self._keywatch = KeyWatch(self.log, lambda: datetime.now(UTC), later, self._server.credentials)
+        self._key_expiry_monitor = KeyExpiryMonitor(
+            self.log, lambda: datetime.now(UTC), later, self._server.credentials
+        )
         self.log.info(
             "daemon.started" if elder is None else "daemon.upgraded",
             version=__version__,
@@ -233,7 +235,7 @@ class Daemon:
             **told,
         )
         self._warn({entry.address for entry in config.listen})
-        self._keywatch.watch(config)
+        self._key_expiry_monitor.watch(config)
         if elder is None:
             self.supervisor.ready(self._status)
         else:
@@ -378,8 +380,8 @@ class Daemon:
         )
         yield
         self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
-        if self._keywatch is not None and not self.stopping:
-            self._keywatch.watch(config, prepared.ending)
+        if self._key_expiry_monitor is not None and not self.stopping:
+            self._key_expiry_monitor.watch(config, prepared.ending)
         # Last: an administrator that has to leave is answered before anything is carried out.
         for session, why in leaving:
             self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
@@ -455,8 +457,8 @@ class Daemon:
         """
         try:
             self._stop_looking()
-            if self._keywatch is not None:
-                self._keywatch.close()
+            if self._key_expiry_monitor is not None:
+                self._key_expiry_monitor.close()
             if self._server is not None:
                 drained = await self._server.drain(self.config.limits.drain_timeout)
                 self.log.info("daemon.stopped", **drained._asdict(), messages=self.broker.totals["messages_in"])
@@ -483,13 +485,13 @@ class Daemon:
 
     def key_expiries(self) -> dict[str, datetime]:
         """Return for each client whose keys have an end the moment from which it can't be let in any more."""
-        return {} if self._keywatch is None else self._keywatch.expiries()
+        return {} if self._key_expiry_monitor is None else self._key_expiry_monitor.expiries()
 
     def kill(self) -> None:
         """Close everything at once."""
         self._stop_looking()
-        if self._keywatch is not None:
-            self._keywatch.close()
+        if self._key_expiry_monitor is not None:
+            self._key_expiry_monitor.close()
         if self._server is not None:
             self._server.cut_off()
         self._monitor.off()

@@ -17,7 +17,7 @@ from brokerd.config.values import ClientConfig, Key
 from brokerd.log.api import Log
 from brokerd.net.handshake.keyring import Credential, Keyring
 
-__all__ = ["KeyWatch", "uses_of"]
+__all__ = ["KeyExpiryMonitor", "uses_of"]
 
 #: A warning is repeated after this time.
 _AGAIN: Final = timedelta(days=1)
@@ -36,7 +36,7 @@ class Timer(Protocol):
         """Call it off."""
 
 
-class KeyWatch:
+class KeyExpiryMonitor:
     """Looks at the keys of a configuration when it comes into force, when one expires, and every hour.
 
     log: where warnings go. now: returns the time of day with its zone. call_later: calls a function after so many

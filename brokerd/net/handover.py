@@ -423,7 +423,7 @@ class Inheritance:
         server.settle()
 
     def _begin_with(self, link: Link) -> None:
-        self._server.liveness.watch(link, inherited=True)
+        self._server.liveness.reset_recheck(link, inherited=True)
         link.go_on()
 
     def _begin_with_some(self) -> None:

@@ -20,7 +20,7 @@ from brokerd.log.rate_limit import Floods
 from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
 from brokerd.net.connection.lingering_close import LingeringClose
 from brokerd.net.connection.liveness import Liveness
-from brokerd.net.connection.reset_recheck import Watch
+from brokerd.net.connection.reset_recheck import ResetRecheck
 from brokerd.net.connection.tls import TlsLink
 from brokerd.net.core_events import report
 from brokerd.net.counters import Outcome, Tally
@@ -80,7 +80,7 @@ class Server:
         self._pending_handshakes = PendingHandshakes(self)
         self._acceptor = Acceptor(self)
         self.floods = Floods(self.loop, log)
-        self.watch = Watch(self.loop)
+        self.reset_recheck = ResetRecheck(self.loop)
         self.liveness = Liveness(self)
         self._tick: asyncio.TimerHandle | None = None
         #: When that is. uvloop's handle of a time that has passed knows none.
@@ -273,7 +273,7 @@ class Server:
         link = _link(self, pending, pending.credential)
         session = self.broker.attach(name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
-        self.liveness.watch(link)
+        self.liveness.reset_recheck(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
         self.floods.note(
             "info",
@@ -478,7 +478,7 @@ class Server:
         for linger in lingering:
             linger.close()
         self.floods.close()
-        self.watch.close()
+        self.reset_recheck.close()
         self.liveness.close()
         self._finishing.close()
         if self._tick is not None:

@@ -9,7 +9,7 @@ from net.house import Recorder
 
 from brokerd.config.load import load_text
 from brokerd.config.model import Config
-from brokerd.daemon.key_expiry import KeyWatch
+from brokerd.daemon.key_expiry import KeyExpiryMonitor
 from brokerd.net.handshake.keyring import Credential
 
 START = datetime(2026, 6, 1, tzinfo=UTC)
@@ -53,7 +53,7 @@ class Watched:
     def __init__(self, found: Config) -> None:
         self.clock, self.log = Clock(), Recorder()
         self.credentials: list[Credential] = []
-        self.watch = KeyWatch(self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials)
+        self.watch = KeyExpiryMonitor(self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials)
         self.watch.watch(found)
 
     def said(self) -> list[tuple[str, str, str]]:

@@ -145,7 +145,7 @@ class Link:
             # It is to be closed in a later turn; nothing more is read.
             self.server.loop.remove_reader(self.fd)
             return
-        self.server.watch.note(self)
+        self.server.reset_recheck.note(self)
         try:
             rounds = _ROUNDS
             while self._read() >= _PLENTY and rounds and self._spreads_out():

@@ -38,7 +38,7 @@ class Liveness:
         #: Of which the system was told another ``limits.keepalive``.
         self._outdated: set[Link] = set()
 
-    def watch(self, link: Link, *, inherited: bool = False) -> None:
+    def reset_recheck(self, link: Link, *, inherited: bool = False) -> None:
         """Look at this connection from now on, if it is one over TCP, until it is forgotten.
 
         inherited: another process has told the system something of it.

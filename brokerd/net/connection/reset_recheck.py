@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from brokerd.net.connection.connection import Link
 
-__all__ = ["Watch"]
+__all__ = ["ResetRecheck"]
 
 #: Seconds after a read.
 _LATER: Final = 1.0
 
 
-class Watch:
+class ResetRecheck:
     """The connections to look at again; keeps a timer only while there are any."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

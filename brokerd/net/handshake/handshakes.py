@@ -99,7 +99,7 @@ class PendingHandshakes:
     def _add(self, pending: PendingConnection) -> None:
         self._pending_connections[pending] = None
         self._admission.add(pending, self._loop.time())
-        self._watch()
+        self._schedule_expiry()
 
     def _advance(self, pending: PendingConnection, rank: Rank) -> None:
         if not pending.done:
@@ -386,7 +386,7 @@ class PendingHandshakes:
 
     # Deadlines
 
-    def _watch(self) -> None:
+    def _schedule_expiry(self) -> None:
         """Keep one timer, for the oldest: all have the same time, so it is the first to run out."""
         if self._timer is None and self._pending_connections:
             self._timer = self._loop.call_at(next(iter(self._pending_connections)).deadline, self._expire)
@@ -397,7 +397,7 @@ class PendingHandshakes:
         while self._pending_connections and (oldest := next(iter(self._pending_connections))).deadline <= now:
             why = self._tls.overdue(oldest)
             self._refuse(oldest, why or "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=not why)
-        self._watch()
+        self._schedule_expiry()
 
 
 def fresh_instance() -> str:
