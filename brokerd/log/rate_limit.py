@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from brokerd.log.api import Log
 
-__all__ = ["Floods"]
+__all__ = ["LogRateLimiter"]
 
 #: Lines of one event within a period: about the same parties, and in all.
 _FEW: Final = (5, 50)
@@ -49,7 +49,7 @@ class _Flow:
         self.counted: Counter[str] = Counter()
 
 
-class Floods:
+class LogRateLimiter:
     """Logs events that others can cause at will; keeps a timer only while there were some."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, log: Log) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from brokerd.core.log_events import Happening
-from brokerd.log.rate_limit import Floods
+from brokerd.log.rate_limit import LogRateLimiter
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["LEVELS", "report"]
@@ -31,7 +31,7 @@ _CODES: Final = {"client.slow": "when_full", "client.unsubscribed": "group", "ad
 _LOOKING: Final = frozenset({"stats", "connections", "can", "keys"})
 
 
-def report(happenings: Iterable[Happening], floods: Floods) -> None:
+def report(happenings: Iterable[Happening], log_limiter: LogRateLimiter) -> None:
     """Log what the core noted."""
     for event, session, other, code, reason, times in happenings:
         level, other_side = LEVELS[event]
@@ -47,4 +47,4 @@ def report(happenings: Iterable[Happening], floods: Floods) -> None:
         if reason:
             fields["reason"] = reason
         about = f"{session.address}, {other}: {code}" if other else session.address
-        floods.note(level, event, about, times, **fields)
+        log_limiter.note(level, event, about, times, **fields)

@@ -16,7 +16,7 @@ from brokerd.core.broker import Broker, Order
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.api import Log
-from brokerd.log.rate_limit import Floods
+from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
 from brokerd.net.connection.lingering_close import LingeringClose
 from brokerd.net.connection.liveness import Liveness
@@ -79,7 +79,7 @@ class Server:
         self.tally = Tally()
         self._pending_handshakes = PendingHandshakes(self)
         self._acceptor = Acceptor(self)
-        self.floods = Floods(self.loop, log)
+        self.log_limiter = LogRateLimiter(self.loop, log)
         self.reset_recheck = ResetRecheck(self.loop)
         self.liveness = Liveness(self)
         self._tick: asyncio.TimerHandle | None = None
@@ -275,7 +275,7 @@ class Server:
         self.links.add(link)
         self.liveness.reset_recheck(link)
         self.tally.handshakes[Outcome.ACCEPTED] += 1
-        self.floods.note(
+        self.log_limiter.note(
             "info",
             "client.connected",
             name,
@@ -310,7 +310,7 @@ class Server:
         client = None if pending.credential is None else pending.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
         fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}
-        self.floods.note("warning", "client.refused", f"{client or pending.origin}: {reason}", **fields)
+        self.log_limiter.note("warning", "client.refused", f"{client or pending.origin}: {reason}", **fields)
 
     # What the core decided
 
@@ -323,7 +323,7 @@ class Server:
         self.liveness.forget(link)
         self.broker.detach(session, self.wall())
         self.on_left(session)
-        self.floods.note(
+        self.log_limiter.note(
             "info",
             "client.disconnected",
             session.client.name,
@@ -427,7 +427,7 @@ class Server:
         finally:
             self._settling = False
         if broker.happenings:
-            report(broker.happenings.take(), self.floods)
+            report(broker.happenings.take(), self.log_limiter)
         while broker.orders:
             self.on_order(broker.orders.pop(0))
         if broker.has_arrears and not self._working_off:
@@ -477,7 +477,7 @@ class Server:
             link.lost("the broker stopped")
         for linger in lingering:
             linger.close()
-        self.floods.close()
+        self.log_limiter.close()
         self.reset_recheck.close()
         self.liveness.close()
         self._finishing.close()

@@ -13,7 +13,7 @@ from net.raw import packed
 
 from brokerd.core import routing
 from brokerd.core.log_events import Happening
-from brokerd.log.rate_limit import Floods
+from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.core_events import report
 
 
@@ -136,10 +136,10 @@ class _Clock:
 def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
     """An hour of one refusal, ten times a second, is a hundred lines or so; when it has ceased it starts anew."""
     clock, log = _Clock(), Recorder()
-    floods = Floods(clock, log)  # type: ignore[arg-type]
+    log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
 
     for _ in range(36_000):
-        floods.note("warning", "x.happened", "alice, bob: denied")
+        log_limiter.note("warning", "x.happened", "alice, bob: denied")
         clock.advance(0.1)
 
     assert len(log.events) < 150
@@ -148,20 +148,20 @@ def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
     assert len(log.named("x.happened")) + counted == 36_000
     log.events.clear()
     for _ in range(3):
-        floods.note("warning", "x.happened", "alice, bob: denied")
+        log_limiter.note("warning", "x.happened", "alice, bob: denied")
     assert len(log.named("x.happened")) == 3
 
 
 def test_a_flood_of_many_kinds_is_bounded() -> None:
     """However many names somebody makes up, there are some dozens of lines, and one with the number of the rest."""
     clock, log = _Clock(), Recorder()
-    floods = Floods(clock, log)  # type: ignore[arg-type]
+    log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
 
     for number in range(100_000):
-        floods.note("warning", "x.happened", f"alice, {number}: denied")
+        log_limiter.note("warning", "x.happened", f"alice, {number}: denied")
     # Each of them names a peer's own text, and they are kept for up to a minute.
-    assert len(floods._flows["x.happened"].counted) <= 1001
-    floods.close()
+    assert len(log_limiter._flows["x.happened"].counted) <= 1001
+    log_limiter.close()
 
     assert len(log.named("x.happened")) == 50
     (more,) = log.named("x.happened_more")
@@ -176,6 +176,6 @@ def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level:
     """A screen that asks for counts every second does not fill the log; what changes something stands in it."""
     log = Recorder()
     session: Any = SimpleNamespace(client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0")
-    report([Happening("admin.asked", session, "", op, "", 1)], Floods(_Clock(), log))  # type: ignore[arg-type]
+    report([Happening("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log))  # type: ignore[arg-type]
     (event,) = log.events
     assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)

@@ -351,7 +351,7 @@ class Link:
         self.server.tally.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
         about, what = type(error).__name__, in_words(error)
-        self.server.floods.note("error", "daemon.bug", about, name=name, address=address, error=what, trace=trace)
+        self.server.log_limiter.note("error", "daemon.bug", about, name=name, address=address, error=what, trace=trace)
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:

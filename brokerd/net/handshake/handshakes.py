@@ -345,7 +345,7 @@ class PendingHandshakes:
             self._forget(pending)
             pending.sock.close()
             self._server.tally.handshakes[Outcome.LEFT] += 1
-            self._server.floods.note(
+            self._server.log_limiter.note(
                 "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
             )
         else:

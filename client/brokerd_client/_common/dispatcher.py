@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
-from brokerd_client._common.warning_limiter import Undelivered
+from brokerd_client._common.warning_limiter import WarningLimiter
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message, extension_cost
 from brokerd_client.protocol.effects import Batch
@@ -79,8 +79,8 @@ class Desk(Generic[M]):
         self._on_message: Callable[[M], object] | None = None
         self._on_request: Callable[[M], object] | None = None
         self._on_undelivered: Callable[[BrokerdError], object] | None = None
-        self._undelivered = Undelivered()
-        self._unreadable = Undelivered("more messages could not be read")
+        self._undelivered = WarningLimiter()
+        self._unreadable = WarningLimiter("more messages could not be read")
 
     def handle_messages(self, handler: Callable[[M], object]) -> None:
         """Give messages to the handler, those that wait already first."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-__all__ = ["Undelivered"]
+__all__ = ["WarningLimiter"]
 
 #: Messages with a line of their own in the first period, and in a later one of the same flood.
 _FEW: Final = 5
@@ -23,7 +23,7 @@ _APART: Final = 1000
 _NAMED: Final = 5
 
 
-class Undelivered:
+class WarningLimiter:
     """What of one client's messages was not delivered, or could not be read, and how much of that has been said.
 
     what: the words for it. due: when what was only counted is to be said, on the clock of ``now``; None while there
