@@ -6,7 +6,7 @@ delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
 
 What is to be done by the network layer lies in six places: ``touched`` (sessions with bytes to write, or
 to be closed), ``released`` (sessions that may be read from again), ``orders`` (what an administrator
-asked of the daemon), ``happenings`` (what belongs into the log), ``next_deadline`` and ``has_arrears``.
+asked of the daemon), ``log_events`` (what belongs into the log), ``next_deadline`` and ``has_arrears``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from brokerd.core.delivery import (
 from brokerd.core.events import announce, announce_presence, go_on_publishing, publish
 from brokerd.core.exchange import Client, Exchange
 from brokerd.core.goaway import drain_in_steps, has_finished, retire
-from brokerd.core.log_events import Happenings
+from brokerd.core.log_events import LogEvents
 from brokerd.core.operations import reply_to, serve
 from brokerd.core.revocation import Review
 from brokerd.core.routing_result import Verdict
@@ -121,7 +121,7 @@ class Broker:
         self.touched: list[Session] = []
         self.released: list[Session] = []
         self.orders: list[Order] = []
-        self.happenings = Happenings()
+        self.log_events = LogEvents()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
         #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
@@ -292,7 +292,7 @@ class Broker:
         """Say that the system took bytes of the session's outbox: who waits for room may try again."""
         if session.slow and not session.outbox.waiting:
             session.slow = False
-            self.happenings.note("client.recovered", session, reason="it has read everything that waited for it")
+            self.log_events.note("client.recovered", session, reason="it has read everything that waited for it")
         if session.outbox.waiting <= session.outbox.limit // 2:
             allowance = session.allowance
             if allowance is not None and (allowance.holding or session.outbox.stalled):
@@ -367,7 +367,7 @@ class Broker:
 
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
         why = "its new rules do not allow the subscription"
-        self.happenings.note("client.unsubscribed", session, pattern, group or "", why)
+        self.log_events.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
         """Take no new message from now on, and tell every client that listens."""
@@ -434,7 +434,7 @@ class Broker:
 
     def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
         why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
-        self.happenings.note("client.held", source, target.address, reason=why)
+        self.log_events.note("client.held", source, target.address, reason=why)
         source.held_by = target
         target.waiters[source] = None
         self._held[source] = deadline
@@ -581,7 +581,7 @@ class Broker:
             return
         self.refused[code] += 1
         source.errors_in += 1
-        self.happenings.note("message.refused", source, name, code, message)
+        self.log_events.note("message.refused", source, name, code, message)
         self.answer(source, Envelope(Kind.ERROR, id, BROKER, error_payload(code, message, name), codec=2))
 
     def _lose(self, source: Session, code: ErrorCode, message: str, name: str) -> None:
@@ -589,7 +589,7 @@ class Broker:
         if name != BROKER:
             self.dropped += 1
             self.given_back["lost"] += 1
-            self.happenings.note("message.dropped", source, name, code, message)
+            self.log_events.note("message.dropped", source, name, code, message)
 
     def malformed(self, source: Session, id: int, message: str) -> Verdict:
         """Answer a malformed frame; the connection ends once the answer is written."""
@@ -618,7 +618,7 @@ class Broker:
             self._fail_request(source, envelope.name, envelope.id, code, message)
         if envelope.kind is Kind.ERROR and not envelope.flags & _RECEIPT:
             self.dropped += 1
-            self.happenings.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
+            self.log_events.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return Verdict.NEXT

@@ -150,7 +150,7 @@ def make_room(
     if not target.slow:
         target.slow = True
         why = f"{outbox.waiting} bytes wait for it; its queue of {outbox.limit} is full"
-        broker.happenings.note("client.slow", target, source.address, when_full, why)
+        broker.log_events.note("client.slow", target, source.address, when_full, why)
     if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
         if source.hold_deadline is None:
             source.hold_deadline = now + broker.may_hold_for(target, now)
@@ -173,7 +173,7 @@ def make_room(
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
     envelope = head(memoryview(queued.frame)[4:])
     broker.dropped += 1
-    broker.happenings.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
+    broker.log_events.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
     sender = _sender_of(broker, queued, envelope.name)
     if _is_over(queued, envelope, sender, target):
         return
@@ -200,7 +200,7 @@ def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
         )
     if sender is None or envelope.kind in (Kind.EVENT, Kind.ERROR):
         broker.dropped += 1
-        broker.happenings.note("message.dropped", target, envelope.name, ErrorCode.EXPIRED, message)
+        broker.log_events.note("message.dropped", target, envelope.name, ErrorCode.EXPIRED, message)
     else:
         broker.refuse(sender, envelope.id, ErrorCode.EXPIRED, message, target.address)
 
@@ -330,7 +330,7 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
         broker.dropped += 1
         broker.given_back["lost"] += 1
         why = "neither its recipient nor its sender is there any more"
-        broker.happenings.note("message.dropped", session, envelope.name, "offline", why)
+        broker.log_events.note("message.dropped", session, envelope.name, "offline", why)
 
 
 def _count_unheard(broker: Broker, payload: bytes) -> None:

@@ -128,7 +128,7 @@ def _give(broker: Broker, source: Session, target: Session, spread: Spread, now:
         if verdict is Verdict.CLOSE:
             broker.dropped += 1
             why = "an event it subscribed to: its queue is full"
-            broker.happenings.note("message.dropped", target, source.address, "full", why)
+            broker.log_events.note("message.dropped", target, source.address, "full", why)
             return Verdict.NEXT
         if verdict is not Verdict.NEXT:
             return verdict

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from brokerd.core.session import Session
 
-__all__ = ["MOST", "Happening", "Happenings"]
+__all__ = ["MOST", "LogEvent", "LogEvents"]
 
 #: Different happenings kept at once; from then on the other side of one is left out.
 MOST: Final = 256
 
 
-class Happening(NamedTuple):
+class LogEvent(NamedTuple):
     """Something that happened, once or several times.
 
     event: as in the log. session: whose doing it was, or whose queue. other: the name, address or topic at the
@@ -33,7 +33,7 @@ class Happening(NamedTuple):
     times: int
 
 
-class Happenings:
+class LogEvents:
     """Everything noted since it was last taken, oldest first."""
 
     __slots__ = ("_noted",)
@@ -54,10 +54,10 @@ class Happenings:
         first, count = noted.get(key, (reason, 0))
         noted[key] = (first, count + 1)
 
-    def take(self) -> list[Happening]:
+    def take(self) -> list[LogEvent]:
         """Return everything noted, and forget it."""
         noted, self._noted = self._noted, {}
         return [
-            Happening(event, session, other, code, reason, count)
+            LogEvent(event, session, other, code, reason, count)
             for (event, session, other, code), (reason, count) in noted.items()
         ]

@@ -77,7 +77,7 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
                 raise _Refusal(ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER)
             operation = _ADMIN[op]
             whom = arguments.get("address")
-            broker.happenings.note("admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op)
+            broker.log_events.note("admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op)
         if operation is None:
             known = ", ".join(sorted((*_OPEN, *_ADMIN)))
             raise _Refusal(ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER)

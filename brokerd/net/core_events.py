@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from brokerd.core.log_events import Happening
+from brokerd.core.log_events import LogEvent
 from brokerd.log.rate_limit import LogRateLimiter
 from brokerd_client.wire.envelope import ErrorCode
 
@@ -31,9 +31,9 @@ _CODES: Final = {"client.slow": "when_full", "client.unsubscribed": "group", "ad
 _LOOKING: Final = frozenset({"stats", "connections", "can", "keys"})
 
 
-def report(happenings: Iterable[Happening], log_limiter: LogRateLimiter) -> None:
+def report(log_events: Iterable[LogEvent], log_limiter: LogRateLimiter) -> None:
     """Log what the core noted."""
-    for event, session, other, code, reason, times in happenings:
+    for event, session, other, code, reason, times in log_events:
         level, other_side = LEVELS[event]
         if code == ErrorCode.DENIED:
             level = "warning"

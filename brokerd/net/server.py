@@ -426,8 +426,8 @@ class Server:
                         session.link.resume()
         finally:
             self._settling = False
-        if broker.happenings:
-            report(broker.happenings.take(), self.log_limiter)
+        if broker.log_events:
+            report(broker.log_events.take(), self.log_limiter)
         while broker.orders:
             self.on_order(broker.orders.pop(0))
         if broker.has_arrears and not self._working_off:

@@ -9,7 +9,7 @@ from core.fakenet import FakeNet, client
 
 from brokerd.config.values import WhenFull
 from brokerd.core.broker import Limits
-from brokerd.core.log_events import MOST, Happenings
+from brokerd.core.log_events import MOST, LogEvents
 from brokerd_client.wire.envelope import Kind
 
 BODY = bytes(400)
@@ -19,7 +19,7 @@ def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
     """Return what was noted and not taken yet: event, whose, the other side, code, how often."""
     return [
         (each.event, each.session.address, each.other, str(each.code), each.times)
-        for each in net.broker.happenings.take()
+        for each in net.broker.log_events.take()
     ]
 
 
@@ -44,20 +44,20 @@ def test_a_flood_is_one_happening() -> None:
     for _ in range(1000):
         alice.message("bob", b"x")
 
-    (only,) = net.broker.happenings.take()
+    (only,) = net.broker.log_events.take()
     assert (only.times, only.reason) == (1000, "bob is not connected")
-    assert not net.broker.happenings
+    assert not net.broker.log_events
 
 
 def test_what_is_kept_is_bounded() -> None:
     """Whoever makes up a new name for each message makes a number grow, not the memory."""
     session: Any = object()
-    happenings = Happenings()
+    log_events = LogEvents()
 
     for number in range(10 * MOST):
-        happenings.note("message.refused", session, f"name{number}", "denied", "no")
+        log_events.note("message.refused", session, f"name{number}", "denied", "no")
 
-    found = happenings.take()
+    found = log_events.take()
     assert len(found) == MOST + 1
     assert sum(each.times for each in found) == 10 * MOST
     assert (found[-1].other, found[-1].times) == ("", 9 * MOST)

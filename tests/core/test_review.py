@@ -63,7 +63,7 @@ def test_forbidden_subscriptions_end_in_slices() -> None:
         assert left - len(bob.session.subscriptions) <= 7
         left = len(bob.session.subscriptions)
     assert bob.session.subscriptions == {("t.7", None), ("t.8", None)}
-    assert {each.event for each in net.broker.happenings.take()} == {"client.unsubscribed"}
+    assert {each.event for each in net.broker.log_events.take()} == {"client.unsubscribed"}
 
 
 def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:

@@ -193,7 +193,7 @@ def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str
     assert json.loads(answer.payload)["code"] == "unsupported"
     assert len(answer.payload) < 300
     assert b"at most 255 characters" in answer.payload
-    assert all(len(noted.other) + len(noted.reason) < 600 for noted in net.broker.happenings.take())
+    assert all(len(noted.other) + len(noted.reason) < 600 for noted in net.broker.log_events.take())
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])

@@ -12,7 +12,7 @@ from net.house import Recorder, configuration, house
 from net.raw import packed
 
 from brokerd.core import routing
-from brokerd.core.log_events import Happening
+from brokerd.core.log_events import LogEvent
 from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.core_events import report
 
@@ -176,6 +176,6 @@ def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level:
     """A screen that asks for counts every second does not fill the log; what changes something stands in it."""
     log = Recorder()
     session: Any = SimpleNamespace(client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0")
-    report([Happening("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log))  # type: ignore[arg-type]
+    report([LogEvent("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log))  # type: ignore[arg-type]
     (event,) = log.events
     assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)
