@@ -28,7 +28,7 @@ from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.daemon.admin import Orders
 from brokerd.daemon.key_expiry import KeyExpiryMonitor, uses_of
-from brokerd.daemon.reload import Outcome, Prepared, compared, obstacles, whole_plan
+from brokerd.daemon.reload import Prepared, ReloadOutcome, compared, obstacles, whole_plan
 from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
@@ -318,26 +318,26 @@ class Daemon:
             raise
         return replace(prepared, opened=opened, audit=audit)
 
-    async def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+    async def outlook(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
         leaving: list[tuple[Session, str]] = []
         for some in self.server.misfits_in_turns(prepared.keyring):
             leaving += some
             await asyncio.sleep(0)
         plan = whole_plan(prepared.plan, leaving)
-        return Outcome(plan, problems, "listen" if problems else "", prepared.warnings)
+        return ReloadOutcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
-    def take_over(self, prepared: Prepared, reason: str) -> Outcome:
+    def take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
         """Take it over at once; see ``taking_over``."""
         turns = self.taking_over(prepared, reason)
         while True:
             try:
                 next(turns)
             except StopIteration as end:
-                outcome: Outcome = end.value
+                outcome: ReloadOutcome = end.value
                 return outcome
 
-    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, Outcome]:
+    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
         """Take it over in turns: first all that can fail, and that leaves no trace then. The caller settles each time.
 
         prepared: with what it needs ``opened``. New addresses are open before old ones are closed.
@@ -385,7 +385,7 @@ class Daemon:
         # Last: an administrator that has to leave is answered before anything is carried out.
         for session, why in leaving:
             self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
-        return Outcome(fields, warnings=prepared.warnings)
+        return ReloadOutcome(fields, warnings=prepared.warnings)
 
     async def _look_after_files(self) -> None:
         while True:

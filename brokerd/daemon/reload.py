@@ -28,7 +28,7 @@ from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, Listening, foresee, look_up
 from brokerd.net.listen.socket_activation import Handed, HandedSocket
 
-__all__ = ["Cause", "Outcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
+__all__ = ["Cause", "ReloadOutcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
 
 #: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
 #: replaced.
@@ -66,7 +66,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReloadOutcome:
     """How a reload went, or would go.
 
     plan: as ``whole_plan`` returns it, None where the files have mistakes. problems: a line each; with none it went

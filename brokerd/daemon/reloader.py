@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from brokerd.config.model import Config
 from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
-from brokerd.daemon.reload import Cause, Outcome, Prepared, prepare, whole_plan
+from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, prepare, whole_plan
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import aside
 from brokerd.log.api import Log
@@ -59,7 +59,7 @@ class Reloadable(Protocol):
     def foreseen(self, prepared: Prepared) -> list[str]:
         """Return why it can't be taken over, as far as that can be seen without trying; called aside."""
 
-    async def outlook(self, prepared: Prepared, problems: list[str]) -> Outcome:
+    async def outlook(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
 
     def opened(self, prepared: Prepared) -> Prepared:
@@ -68,7 +68,7 @@ class Reloadable(Protocol):
     async def listen_again(self) -> None:
         """Listen again where a socket's file is gone."""
 
-    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, Outcome]:
+    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
         """Take it over in turns. Raises ListenError or AuditError; then nothing has changed."""
 
     async def reviewed(self) -> None:
@@ -99,7 +99,7 @@ class Reloading:
         waits, self._waits = self._waits, True
         return not waits
 
-    async def run(self, reason: str, *, dry_run: bool = False) -> Outcome:
+    async def run(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
         """Reload, or say what would come of it; the caller settles."""
         daemon = self._daemon
         await self._begun.wait()
@@ -107,7 +107,7 @@ class Reloading:
             self._waits = False
             if not dry_run:
                 daemon.log.warning("daemon.reload_refused", reason=reason, cause="upgrade", problems=[self._kept_still])
-            return Outcome(None, [self._kept_still], "upgrade")
+            return ReloadOutcome(None, [self._kept_still], "upgrade")
         async with self._one:
             self._waits = False
             if dry_run:
@@ -130,7 +130,7 @@ class Reloading:
                 )
             return outcome
 
-    async def _attempt(self, reason: str, *, dry_run: bool = False) -> Outcome:
+    async def _attempt(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
         """Read, compare and take over, or only look; return how it went."""
         daemon = self._daemon
         running, handed, allotted = daemon.config, daemon.handed, daemon.allotted
@@ -161,16 +161,16 @@ class Reloading:
             cause, problems = "audit", [str(error)]
         finally:
             asyncio.get_running_loop().call_soon(_let_go, entries)
-        return Outcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
+        return ReloadOutcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
 
-    async def _take_over(self, prepared: Prepared, reason: str) -> Outcome:
+    async def _take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
         """Take it over in turns of the event loop, between which messages pass."""
         turns = self._daemon.taking_over(prepared, reason)
         while True:
             try:
                 next(turns)
             except StopIteration as end:
-                outcome: Outcome = end.value
+                outcome: ReloadOutcome = end.value
                 return outcome
             await asyncio.sleep(0)
 

@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from brokerd.monitor.collect import Reading, Share, Watched
 from brokerd.monitor.key_expiry import Expiry
 from brokerd.monitor.loop_lag import BOUNDS, Lag
-from brokerd.net.counters import Outcome
+from brokerd.net.counters import HandshakeOutcome
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["of_the_broker", "of_the_clients"]
@@ -86,14 +86,16 @@ def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, 
 
 def _handshake_metrics(watched: Watched) -> Iterator[Metric]:
     server = watched.server
-    tally = server.tally
+    counters = server.counters
     limits = watched.config.limits
     yield _gauge("listeners", "Sockets listened at.", len(server.listening))
-    yield _labelled_counter("handshakes", "Handshakes, by how they ended.", "result", Outcome, tally.handshakes)
+    yield _labelled_counter(
+        "handshakes", "Handshakes, by how they ended.", "result", HandshakeOutcome, counters.handshakes
+    )
     yield _gauge("pending_handshakes", "Handshakes that have not finished.", server.handshakes)
     yield _gauge("pending_handshakes_limit", "limits.handshakes.", limits.handshakes)
-    yield _counter("accept_pauses", "Times no connection was accepted for want of file descriptors.", tally.pauses)
-    yield _counter("bugs", "Connections given up over a bug in the broker: see daemon.bug in the log.", tally.bugs)
+    yield _counter("accept_pauses", "Times no connection was accepted for want of file descriptors.", counters.pauses)
+    yield _counter("bugs", "Connections given up over a bug in the broker: see daemon.bug in the log.", counters.bugs)
 
 
 def _about_reloads(watched: Watched) -> Iterator[Metric]:

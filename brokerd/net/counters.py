@@ -11,10 +11,10 @@ from enum import StrEnum
 
 from brokerd.core.snapshot_check import BadSnapshot, check_counts
 
-__all__ = ["Outcome", "Tally"]
+__all__ = ["HandshakeOutcome", "Counters"]
 
 
-class Outcome(StrEnum):
+class HandshakeOutcome(StrEnum):
     """How a handshake ended."""
 
     ACCEPTED = "accepted"
@@ -34,14 +34,14 @@ class Outcome(StrEnum):
 
 
 @dataclass(slots=True)
-class Tally:
+class Counters:
     """Counters of one server since the broker started.
 
     handshakes: by how they ended. pauses: times that no connection could be accepted for want of descriptors.
     bugs: connections given up over a bug of ours.
     """
 
-    handshakes: Counter[Outcome] = field(default_factory=Counter)
+    handshakes: Counter[HandshakeOutcome] = field(default_factory=Counter)
     pauses: int = 0
     bugs: int = 0
 
@@ -60,7 +60,7 @@ class Tally:
         handshakes, others = values.get("handshakes", {}), values.get("others", {})
         check_counts(handshakes, "tally.handshakes")
         check_counts(others, "tally.others")
-        for outcome in Outcome:
+        for outcome in HandshakeOutcome:
             self.handshakes[outcome] += handshakes.get(outcome.value, 0)
         self.pauses += others.get("pauses", 0)
         self.bugs += others.get("bugs", 0)

@@ -24,7 +24,7 @@ from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
 from brokerd.net.connection.connection import GRACE, Link
-from brokerd.net.counters import Outcome
+from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.graceful_close import Parting
 from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.pending import PendingConnection
@@ -133,7 +133,7 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering],
         "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
-        "tally": server.tally.values(),
+        "tally": server.counters.values(),
     }
     fresh = [link for link in links if link not in passed]
     sockets = [each.sock for group in (server.listening, fresh, pending_connections, lingering) for each in group]
@@ -355,7 +355,7 @@ class Inheritance:
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
         # An older process does not tell.
-        server.tally.go_on_from(facts.get("tally", {}))
+        server.counters.go_on_from(facts.get("tally", {}))
 
     def _socket(self, facts: Facts) -> socket.socket:
         return _opened(facts, next(self._rest))
@@ -408,7 +408,9 @@ class Inheritance:
                 pending.credential = server.keyring.find(*welcomed)
             if welcomed is not None and pending.credential is None:
                 pending.sock.close()
-                server.on_refused(pending, "the key it uses was removed from the configuration", Outcome.REJECTED)
+                server.on_refused(
+                    pending, "the key it uses was removed from the configuration", HandshakeOutcome.REJECTED
+                )
             else:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)

@@ -23,7 +23,7 @@ from brokerd.net.connection.liveness import Liveness
 from brokerd.net.connection.reset_recheck import ResetRecheck
 from brokerd.net.connection.tls import TlsLink
 from brokerd.net.core_events import report
-from brokerd.net.counters import Outcome, Tally
+from brokerd.net.counters import Counters, HandshakeOutcome
 from brokerd.net.drain import Drained, Draining
 from brokerd.net.graceful_close import Finishing
 from brokerd.net.handshake.handshakes import TAKEN, PendingHandshakes, fresh_instance
@@ -76,7 +76,7 @@ class Server:
         self.listening: list[Listening] = []
         self.on_order: Callable[[Order], None] = lambda order: None
         self.on_left: Callable[[Session], None] = lambda session: None
-        self.tally = Tally()
+        self.counters = Counters()
         self._pending_handshakes = PendingHandshakes(self)
         self._acceptor = Acceptor(self)
         self.log_limiter = LogRateLimiter(self.loop, log)
@@ -267,14 +267,14 @@ class Server:
         if reason != "":
             reason = reason or TAKEN
             self._turn_away(pending, ErrorCode.KEY_REMOVED if misfit else _CODES.get(reason), reason)
-            self.on_refused(pending, reason, Outcome.REFUSED)
+            self.on_refused(pending, reason, HandshakeOutcome.REFUSED)
             return
         self.keyring.let_in(pending.credential, self.wall())
         link = _link(self, pending, pending.credential)
         session = self.broker.attach(name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), link=link)
         self.links.add(link)
         self.liveness.reset_recheck(link)
-        self.tally.handshakes[Outcome.ACCEPTED] += 1
+        self.counters.handshakes[HandshakeOutcome.ACCEPTED] += 1
         self.log_limiter.note(
             "info",
             "client.connected",
@@ -304,9 +304,9 @@ class Server:
         else:
             self.close_gracefully(sock.raw if isinstance(sock, TlsStream) else sock)
 
-    def on_refused(self, pending: PendingConnection, reason: str, outcome: Outcome) -> None:
+    def on_refused(self, pending: PendingConnection, reason: str, outcome: HandshakeOutcome) -> None:
         """Count and log that a connection was turned away."""
-        self.tally.handshakes[outcome] += 1
+        self.counters.handshakes[outcome] += 1
         client = None if pending.credential is None else pending.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
         fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}

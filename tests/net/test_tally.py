@@ -8,25 +8,25 @@ from typing import Any
 import pytest
 
 from brokerd.core.snapshot_check import BadSnapshot
-from brokerd.net.counters import Outcome, Tally
+from brokerd.net.counters import Counters, HandshakeOutcome
 
 
 def test_counts_go_on() -> None:
     """As plain values that JSON carries; what the other one counted meanwhile stays."""
-    one, other = Tally(pauses=2, bugs=1), Tally(pauses=3)
-    one.handshakes[Outcome.REJECTED] = 7
-    other.handshakes[Outcome.REJECTED] = 1
+    one, other = Counters(pauses=2, bugs=1), Counters(pauses=3)
+    one.handshakes[HandshakeOutcome.REJECTED] = 7
+    other.handshakes[HandshakeOutcome.REJECTED] = 1
     other.go_on_from(json.loads(json.dumps(one.values())))
-    assert (other.handshakes[Outcome.REJECTED], other.pauses, other.bugs) == (8, 5, 1)
+    assert (other.handshakes[HandshakeOutcome.REJECTED], other.pauses, other.bugs) == (8, 5, 1)
 
 
 def test_another_version_may_count_less_or_more() -> None:
     """What is not known here is passed over, and what is not told is 0."""
-    tally = Tally()
-    tally.go_on_from({})
-    tally.go_on_from({"handshakes": {"accepted": 4, "by_owl": 3}, "others": {"bugs": 2, "owls": 1}, "more": {}})
-    assert tally.values() == {
-        "handshakes": dict.fromkeys((each.value for each in Outcome), 0) | {"accepted": 4},
+    counters = Counters()
+    counters.go_on_from({})
+    counters.go_on_from({"handshakes": {"accepted": 4, "by_owl": 3}, "others": {"bugs": 2, "owls": 1}, "more": {}})
+    assert counters.values() == {
+        "handshakes": dict.fromkeys((each.value for each in HandshakeOutcome), 0) | {"accepted": 4},
         "others": {"pauses": 0, "bugs": 2},
     }
 
@@ -45,7 +45,7 @@ def test_another_version_may_count_less_or_more() -> None:
 )
 def test_what_is_no_counter_is_refused(values: Any) -> None:
     """The other process serves on then."""
-    tally = Tally()
+    counters = Counters()
     with pytest.raises(BadSnapshot, match="tally"):
-        tally.go_on_from(values)
-    assert tally == Tally()
+        counters.go_on_from(values)
+    assert counters == Counters()

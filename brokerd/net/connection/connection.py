@@ -348,7 +348,7 @@ class Link:
 
     def _broken(self, error: Exception) -> None:
         """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
-        self.server.tally.bugs += 1
+        self.server.counters.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
         about, what = type(error).__name__, in_words(error)
         self.server.log_limiter.note("error", "daemon.bug", about, name=name, address=address, error=what, trace=trace)

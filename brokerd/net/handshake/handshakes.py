@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
 from brokerd.net.connection.connection import has_hung_up
-from brokerd.net.counters import Outcome
+from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Admission, Rank
 from brokerd.net.handshake.keyring import Identity, Search, key_on
 from brokerd.net.handshake.penalties import Failures
@@ -94,7 +94,7 @@ class PendingHandshakes:
     def _make_room(self) -> None:
         least, _ = self._admission.least(self._loop.time())
         assert least is not None, "a room of no places is full of nothing"
-        self._refuse(least, _GIVES_WAY, Outcome.REFUSED)
+        self._refuse(least, _GIVES_WAY, HandshakeOutcome.REFUSED)
 
     def _add(self, pending: PendingConnection) -> None:
         self._pending_connections[pending] = None
@@ -117,7 +117,7 @@ class PendingHandshakes:
     def _on_no_channel(self, pending: PendingConnection, reason: str) -> None:
         assert pending.stream is not None
         if pending.stream.engine.heard:
-            self._refuse(pending, reason, Outcome.REJECTED)
+            self._refuse(pending, reason, HandshakeOutcome.REJECTED)
         else:
             self._lose(pending, ConnectionResetError(0, reason))
 
@@ -144,7 +144,7 @@ class PendingHandshakes:
     def close(self) -> None:
         """Turn everybody away."""
         for pending in list(self._pending_connections):
-            self._refuse(pending, "the broker stops", Outcome.REFUSED)
+            self._refuse(pending, "the broker stops", HandshakeOutcome.REFUSED)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -166,7 +166,7 @@ class PendingHandshakes:
             self._lose(pending, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
             return
         if is_client_hello(data) and pending.stream is None and not pending.reader.buffered:
-            self._refuse(pending, SPEAKS_TLS, Outcome.MALFORMED, tell=True)
+            self._refuse(pending, SPEAKS_TLS, HandshakeOutcome.MALFORMED, tell=True)
             return
         pending.silent = False
         pending.heard += data
@@ -185,7 +185,7 @@ class PendingHandshakes:
         try:
             body = pending.reader.next_frame(LIMIT)
         except FrameError as error:
-            self._refuse(pending, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
+            self._refuse(pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True)
             return
         if body is not None:
             self._go_on(pending, body)
@@ -223,7 +223,7 @@ class PendingHandshakes:
         except AuthenticationError as error:
             self._refuse(pending, pending.refusal or str(error), pending.outcome, failed=True)
         except FrameError as error:
-            self._refuse(pending, f"not a handshake: {error}", Outcome.MALFORMED, tell=True)
+            self._refuse(pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True)
         except OSError as error:
             self._lose(pending, error)
 
@@ -294,7 +294,7 @@ class PendingHandshakes:
             # A client whose name is connected is told so behind the handshake: its key is right.
             pending.refusal = "" if refusal == TAKEN else refusal
             if pending.refusal:
-                pending.outcome = Outcome.REFUSED
+                pending.outcome = HandshakeOutcome.REFUSED
             key = None if pending.refusal else key_on(pending.channel, identity.accepted.key.value)
             if key is not None:
                 self._advance(pending, Rank.PROVED)
@@ -313,7 +313,13 @@ class PendingHandshakes:
         self._server.admit(pending)
 
     def _refuse(
-        self, pending: PendingConnection, reason: str, outcome: Outcome, *, failed: bool = False, tell: bool = False
+        self,
+        pending: PendingConnection,
+        reason: str,
+        outcome: HandshakeOutcome,
+        *,
+        failed: bool = False,
+        tell: bool = False,
     ) -> None:
         """Turn a peer away. failed: it answered wrong, and was told. tell: it is told now that this is its failure.
 
@@ -344,12 +350,12 @@ class PendingHandshakes:
         ):
             self._forget(pending)
             pending.sock.close()
-            self._server.tally.handshakes[Outcome.LEFT] += 1
+            self._server.counters.handshakes[HandshakeOutcome.LEFT] += 1
             self._server.log_limiter.note(
                 "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
             )
         else:
-            self._refuse(pending, error.strerror or str(error) or type(error).__name__, Outcome.LOST)
+            self._refuse(pending, error.strerror or str(error) or type(error).__name__, HandshakeOutcome.LOST)
 
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
@@ -396,7 +402,9 @@ class PendingHandshakes:
         now = self._loop.time()
         while self._pending_connections and (oldest := next(iter(self._pending_connections))).deadline <= now:
             why = self._tls.overdue(oldest)
-            self._refuse(oldest, why or "not finished within limits.handshake_timeout", Outcome.TIMEOUT, tell=not why)
+            self._refuse(
+                oldest, why or "not finished within limits.handshake_timeout", HandshakeOutcome.TIMEOUT, tell=not why
+            )
         self._schedule_expiry()
 
 

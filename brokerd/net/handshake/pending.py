@@ -9,7 +9,7 @@ import os
 import socket
 
 from brokerd.config.values import TlsConfig
-from brokerd.net.counters import Outcome
+from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Rank
 from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.peer_uid import peer_uid
@@ -102,7 +102,7 @@ class PendingConnection:
         self.refusal = ""
         self.silent = True
         #: What a failure would be counted as.
-        self.outcome = Outcome.REJECTED
+        self.outcome = HandshakeOutcome.REJECTED
         self.done = False
         self.rank = Rank.SILENT
         self.moved_at = 0.0

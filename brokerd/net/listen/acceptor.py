@@ -138,7 +138,7 @@ class Acceptor:
 
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
-        self._server.tally.pauses += 1
+        self._server.counters.pauses += 1
         self._server.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
         self._loop.remove_reader(listening.sock.fileno())
         self._paused.append(listening)
