@@ -17,7 +17,7 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_
 from libc.string cimport memcmp, memcpy
 
 from brokerd.core.slow_path import unusual
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 
 NAME = "compiled"
 
@@ -29,7 +29,7 @@ cdef extern from "Python.h":
         char* ob_start
     void Py_SET_SIZE(object, Py_ssize_t)
 
-cdef object _NEXT = Verdict.NEXT
+cdef object _NEXT = RoutingResult.CONSUMED
 cdef enum:
     HEAD_SIZE = 16
     MESSAGE = 1
@@ -267,7 +267,7 @@ cdef object _feed(
     cdef PyObject* found
     cdef char* out
     cdef bint more = True
-    verdict = _NEXT
+    result = _NEXT
     if skip:
         position += <int64_t>min(skip, <uint64_t>(end - start))
         source.skip = skip - <uint64_t>(position - start)
@@ -341,15 +341,15 @@ cdef object _feed(
         fan.close()
         last_name = last_topic = NULL
         before = position
-        position, verdict = unusual(broker, source, buffer, position, end, now)
-        if verdict is not _NEXT or position == before:
+        position, result = unusual(broker, source, buffer, position, end, now)
+        if result is not _NEXT or position == before:
             more = False
             break
         routes, fans = source.caches(broker)
     run.close()
     fan.close()
     if more and position < end:
-        position, verdict = unusual(broker, source, buffer, position, end, now)
+        position, result = unusual(broker, source, buffer, position, end, now)
     source.messages_in += messages
     source.bytes_in += size_in
-    return position, verdict
+    return position, result

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import unusual
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class Seat:
         self.direct: Tail | None = None
 
 
-def feed(broker: Broker, source: Session, buffer: memoryview, start: int, end: int, now: float) -> tuple[int, Verdict]:
+def feed(
+    broker: Broker, source: Session, buffer: memoryview, start: int, end: int, now: float
+) -> tuple[int, RoutingResult]:
     """Route the whole frames in ``buffer[start:end]``.
 
     Returns (where the first byte not consumed is, why it stopped there): NEXT for a frame that has not
@@ -83,7 +85,7 @@ def feed(broker: Broker, source: Session, buffer: memoryview, start: int, end: i
     touched = broker.touched
     unpack, pack = _HEAD.unpack_from, _HEAD.pack
     messages = size_in = 0
-    verdict = Verdict.NEXT
+    result = RoutingResult.CONSUMED
     while end - position >= _HEAD_SIZE:
         size, kind, flags, codec, name_size, id = unpack(buffer, position)
         first = position + _HEAD_SIZE
@@ -115,15 +117,15 @@ def feed(broker: Broker, source: Session, buffer: memoryview, start: int, end: i
             position = stop
             continue
         before = position
-        position, verdict = unusual(broker, source, buffer, position, end, now)
-        if verdict is not Verdict.NEXT or position == before:
+        position, result = unusual(broker, source, buffer, position, end, now)
+        if result is not RoutingResult.CONSUMED or position == before:
             break
         # What the broker did may have changed who is reached how.
         routes, fans = source.caches(broker)
     else:
         # Fewer bytes than the shortest frame: a length that can't be is refused without waiting for more.
         if position < end:
-            position, verdict = unusual(broker, source, buffer, position, end, now)
+            position, result = unusual(broker, source, buffer, position, end, now)
     source.messages_in += messages
     source.bytes_in += size_in
-    return position, verdict
+    return position, result

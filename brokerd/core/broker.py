@@ -36,7 +36,7 @@ from brokerd.core.goaway import drain_in_steps, has_finished, retire
 from brokerd.core.log_events import LogEvents
 from brokerd.core.operations import reply_to, serve
 from brokerd.core.revocation import Review
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
 from brokerd.core.undelivered import Unsent
@@ -57,7 +57,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.framing import frame as make_frame
 
-__all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "Verdict"]
+__all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "RoutingResult"]
 
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
@@ -432,13 +432,13 @@ class Broker:
         for queued in session.outbox.take_expired(now, _EXPIRED):
             tell_expired(self, session, queued)
 
-    def hold(self, source: Session, target: Session, deadline: float) -> Verdict:
+    def hold(self, source: Session, target: Session, deadline: float) -> RoutingResult:
         why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
         self.log_events.note("client.held", source, target.address, reason=why)
         source.held_by = target
         target.waiters[source] = None
         self._held[source] = deadline
-        return Verdict.HOLD
+        return RoutingResult.BLOCKED
 
     def held(self) -> list[Session]:
         """Return the sessions that are held."""
@@ -483,7 +483,7 @@ class Broker:
 
     # One frame
 
-    def handle(self, source: Session, frame: memoryview, now: float) -> Verdict:
+    def handle(self, source: Session, frame: memoryview, now: float) -> RoutingResult:
         """Decide about one whole frame. frame: its body; it is only looked at, and copied where it is kept."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
@@ -504,22 +504,22 @@ class Broker:
                 source.charged = False
                 return self.refuse_frame(source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate")
         if too_deep:
-            verdict = self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, too_deep)
+            result = self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, too_deep)
         else:
-            verdict = self._dispatch(source, envelope, frame, now)
-        if verdict is Verdict.NEXT or verdict is Verdict.CLOSE:
+            result = self._dispatch(source, envelope, frame, now)
+        if result is RoutingResult.CONSUMED or result is RoutingResult.CLOSE:
             source.charged = False
             source.hold_deadline = None
-        return verdict
+        return result
 
     def _reads_nothing(self, source: Session) -> bool:
         """Return whether so many outcomes of its messages wait that it may not send more of them."""
         return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
-    def _until_it_reads(self, source: Session) -> Verdict:
-        return self.hold(source, source, float("inf")) if source.outbox.blocked else Verdict.FLUSH
+    def _until_it_reads(self, source: Session) -> RoutingResult:
+        return self.hold(source, source, float("inf")) if source.outbox.blocked else RoutingResult.FLUSH
 
-    def _dispatch(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
+    def _dispatch(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
         if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
             message = "nothing sent here is stored, so nothing can be acknowledged"
             return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
@@ -544,7 +544,7 @@ class Broker:
             return ErrorCode.UNSUPPORTED, f"ttl is not a number of seconds up to {MAX_TTL}"
         return (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over") if now - source.arrived >= ttl else None
 
-    def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> Verdict:
+    def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> RoutingResult:
         if envelope.name != BROKER:
             return self.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
         if envelope.kind is not Kind.REQUEST:
@@ -554,14 +554,14 @@ class Broker:
         if envelope.flags & _RECEIPT:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         serve(self, source, envelope, bytes(frame[split(frame)[1] :]))
-        return Verdict.NEXT
+        return RoutingResult.CONSUMED
 
-    def _wait_for_answer(self, source: Session) -> Verdict:
+    def _wait_for_answer(self, source: Session) -> RoutingResult:
         """Hold a session until its question with the long answer has been answered."""
         source.held_by = source
         source.waiters[source] = None
         self._held[source] = float("inf")
-        return Verdict.HOLD
+        return RoutingResult.BLOCKED
 
     def pass_on(self, target: Session, whole: bytes) -> None:
         target.outbox.append(whole)
@@ -591,13 +591,13 @@ class Broker:
             self.given_back["lost"] += 1
             self.log_events.note("message.dropped", source, name, code, message)
 
-    def malformed(self, source: Session, id: int, message: str) -> Verdict:
+    def malformed(self, source: Session, id: int, message: str) -> RoutingResult:
         """Answer a malformed frame; the connection ends once the answer is written."""
         self.refuse(source, id, ErrorCode.MALFORMED, message)
         self.close(source, "malformed")
-        return Verdict.CLOSE
+        return RoutingResult.CLOSE
 
-    def too_large(self, source: Session, kind: int, id: int, name: str, size: int) -> Verdict:
+    def too_large(self, source: Session, kind: int, id: int, name: str, size: int) -> RoutingResult:
         """Answer an oversized frame; with NEXT it is to be passed over. size: payload bytes it announced."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
@@ -605,11 +605,11 @@ class Broker:
         if kind in _ANSWERS:
             self._fail_request(source, name, id, ErrorCode.TOO_LARGE, message)
         self.refuse(source, id, ErrorCode.TOO_LARGE, message, name)
-        return Verdict.NEXT
+        return RoutingResult.CONSUMED
 
     def refuse_frame(
         self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
-    ) -> Verdict:
+    ) -> RoutingResult:
         """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another.
 
         The requester that waits for a refused answer is told as well.
@@ -621,7 +621,7 @@ class Broker:
             self.log_events.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
-        return Verdict.NEXT
+        return RoutingResult.CONSUMED
 
     def _fail_request(self, answerer: Session, requester: str, id: int, code: ErrorCode, message: str) -> None:
         """End the request whose answer was refused, if it is outstanding, and tell its requester."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from brokerd.config.values import WhenFull
 from brokerd.core.large_frame import Parcel, joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, head, split, split_address
 from brokerd_client.wire.framing import frame_prefix
@@ -38,7 +38,7 @@ _DROPS: Final = 2
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
-def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
+def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
     name, instance = split_address(envelope.name)
     id, kind = envelope.id, envelope.kind
     answered: Session | None = None
@@ -56,12 +56,12 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     target = answered or (client.sessions.get(envelope.name) if instance else client.pick())
     if target is None:
         return broker.refuse_frame(source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected")
-    verdict = _deliver(broker, source, target, envelope, frame, now)
-    if verdict is Verdict.CLOSE:
+    result = _deliver(broker, source, target, envelope, frame, now)
+    if result is RoutingResult.CLOSE:
         message = f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
         return broker.refuse_frame(source, envelope, ErrorCode.FULL, message, target.address)
-    if verdict is not Verdict.NEXT:
-        return verdict
+    if result is not RoutingResult.CONSUMED:
+        return result
     if answered is not None:
         end_request(broker, answered, id, source)
     if (
@@ -72,19 +72,19 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
         and not source.mute
     ):
         source.routes[envelope.name.encode()] = client
-    return Verdict.NEXT
+    return RoutingResult.CONSUMED
 
 
-def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> Verdict:
+def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> RoutingResult:
     """Refuse an answer that is not, or no longer, asked for; the sender of an ERROR hears of it too."""
     message = f"{envelope.name} has no request {envelope.id} to {source.address} outstanding"
     broker.refuse(source, envelope.id, ErrorCode.DENIED, message, envelope.name)
-    return Verdict.NEXT
+    return RoutingResult.CONSUMED
 
 
 def _deliver(
     broker: Broker, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float
-) -> Verdict:
+) -> RoutingResult:
     """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
     rest = frame[HEADER.size + len(envelope.name) :]
     size = 4 + HEADER.size + len(source.stamp) + len(rest)
@@ -93,10 +93,10 @@ def _deliver(
     if not outbox.reserve(size):
         if not outbox.blocked:
             broker.touch(target)
-            return Verdict.FLUSH
-        verdict = make_room(broker, source, target, size, now, deadline)
-        if verdict is not Verdict.NEXT:
-            return verdict
+            return RoutingResult.FLUSH
+        result = make_room(broker, source, target, size, now, deadline)
+        if result is not RoutingResult.CONSUMED:
+            return result
     wants_receipt = bool(envelope.flags & _RECEIPT)
     head = frame_head(source, envelope, size)
     if isinstance(outbox, FrameOutbox):
@@ -121,7 +121,7 @@ def _deliver(
             _give_up_oldest(broker, source)
     if wants_receipt:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-    return Verdict.NEXT
+    return RoutingResult.CONSUMED
 
 
 def deadline_of(source: Session, envelope: Envelope) -> float | None:
@@ -140,7 +140,7 @@ def make_room(
     deadline: float | None = None,
     *,
     may_hold: bool = True,
-) -> Verdict:
+) -> RoutingResult:
     """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none.
 
     YIELD: more has to be dropped than may be at once. may_hold: False where ``wait`` is to be the same as ``refuse``.
@@ -164,10 +164,10 @@ def make_room(
             _tell_dropped(broker, target, queued)
         if dropped is not None:
             broker.spend(len(dropped) // _DROPS)
-            return Verdict.NEXT if outbox.has_made_room(size) else Verdict.YIELD
+            return RoutingResult.CONSUMED if outbox.has_made_room(size) else RoutingResult.YIELD
     elif when_full is WhenFull.DISCONNECT:
         broker.close(target, "its queue is full and it does not read", cut=True)
-    return Verdict.CLOSE
+    return RoutingResult.CLOSE
 
 
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:

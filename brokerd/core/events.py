@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 from brokerd.core.delivery import deadline_of, frame_head, make_room
 from brokerd.core.large_frame import joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches
 from brokerd_client.errors import InvalidName
@@ -40,7 +40,7 @@ _LOOKED_AT: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
-def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
+def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
     if envelope.name:
         return broker.malformed(source, envelope.id, "an EVENT names no recipient")
     try:
@@ -54,7 +54,7 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
         return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
     found = _find(broker, source, envelope.topic)
     if found is None:
-        return Verdict.YIELD
+        return RoutingResult.YIELD
     size = 4 + HEADER.size + len(source.stamp) + len(frame) - HEADER.size
     done = source.reached_by_event if source.reached_by_event is not None else {}
     source.spread = Spread(found, choose(found, size, None, done), done, deadline_of(source, envelope))
@@ -85,7 +85,9 @@ class Spread:
         self.whole: bytes | memoryview | None = None
 
 
-def go_on_publishing(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> Verdict:
+def go_on_publishing(
+    broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
+) -> RoutingResult:
     """Give an event to the next of its subscribers; YIELD and FLUSH: there are more."""
     spread = source.spread
     assert spread is not None
@@ -97,41 +99,41 @@ def go_on_publishing(broker: Broker, source: Session, envelope: Envelope, frame:
         spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
     for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
         if target is not None and target.open and not target.retired:
-            verdict = _give(broker, source, target, spread, now)
-            if verdict is not Verdict.NEXT:
+            result = _give(broker, source, target, spread, now)
+            if result is not RoutingResult.CONSUMED:
                 spread.waiting = target
                 source.reached_by_event = spread.done
-                return verdict
+                return result
         spread.waiting = None
         if count % _MATCHES == 0 and broker.patience >= 0:
             if broker.patience == 0:
                 source.reached_by_event = spread.done
-                return Verdict.YIELD
+                return RoutingResult.YIELD
             broker.spend(1)
     source.spread = source.reached_by_event = None
     if envelope.flags & _RECEIPT:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
     elif source.client.meter is None and not source.mute:
         _remember_fan(broker, source, envelope.topic, spread.found)
-    return Verdict.NEXT
+    return RoutingResult.CONSUMED
 
 
-def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> Verdict:
+def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> RoutingResult:
     """Put an event into a subscriber's outbox, or leave that subscriber out. FLUSH, YIELD: it is to be tried again."""
     whole, outbox = spread.whole, target.outbox
     assert whole is not None
     if not outbox.reserve(len(whole)):
         if not outbox.blocked:
             broker.touch(target)
-            return Verdict.FLUSH
-        verdict = make_room(broker, source, target, len(whole), now, may_hold=False)
-        if verdict is Verdict.CLOSE:
+            return RoutingResult.FLUSH
+        result = make_room(broker, source, target, len(whole), now, may_hold=False)
+        if result is RoutingResult.CLOSE:
             broker.dropped += 1
             why = "an event it subscribed to: its queue is full"
             broker.log_events.note("message.dropped", target, source.address, "full", why)
-            return Verdict.NEXT
-        if verdict is not Verdict.NEXT:
-            return verdict
+            return RoutingResult.CONSUMED
+        if result is not RoutingResult.CONSUMED:
+            return result
     if isinstance(outbox, FrameOutbox):
         outbox.put(Queued(whole, deadline=spread.deadline))
     elif spread.deadline is not None:
@@ -139,7 +141,7 @@ def _give(broker: Broker, source: Session, target: Session, spread: Spread, now:
     else:
         outbox.append(whole)
     broker.touch(target)
-    return Verdict.NEXT
+    return RoutingResult.CONSUMED
 
 
 def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-__all__ = ["Verdict"]
+__all__ = ["RoutingResult"]
 
 
-class Verdict(Enum):
+class RoutingResult(Enum):
     """What the routing loop does after handing over a frame."""
 
-    NEXT = auto()
+    CONSUMED = auto()
     """The frame is done with; go on behind it."""
     FLUSH = auto()
     """Not done: write the touched outboxes, then hand it over again."""
-    HOLD = auto()
+    BLOCKED = auto()
     """Not done: the sender is held; hand it over again when it is released."""
     YIELD = auto()
     """Not done: the broker has done much for this sender; hand it over again after the others have had their turn."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.envelope import HEADER, Kind, is_address
 from brokerd_client.wire.framing import frame_span
@@ -25,17 +25,17 @@ _TOPIC_ALLOWANCE: Final = 256
 
 def unusual(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
-) -> tuple[int, Verdict]:
+) -> tuple[int, RoutingResult]:
     """Deal with the one frame at ``position``; return where to go on and how, as feed does."""
     if not broker.patience:
-        return position, Verdict.YIELD
+        return position, RoutingResult.YIELD
     broker.patience -= 1
     try:
         span = frame_span(buffer, position, end)
     except BadLength as error:
         return end, broker.malformed(source, 0, str(error))
     if span is None:
-        return position, Verdict.NEXT
+        return position, RoutingResult.CONSUMED
     first, size = span
     stop = first + size
     if size < _HEADER_SIZE:
@@ -43,22 +43,22 @@ def unusual(
             source, 0, f"a broker frame has at least {_HEADER_SIZE} bytes; this one has {size}"
         )
     if end - first < _HEADER_SIZE:
-        return position, Verdict.NEXT
+        return position, RoutingResult.CONSUMED
     kind, _, _, name_size, id = HEADER.unpack_from(buffer, first)
     payload = size - _HEADER_SIZE - name_size
     if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.limits.max_message:
         named = first + _HEADER_SIZE + name_size
         if end < named:
-            return position, Verdict.NEXT
+            return position, RoutingResult.CONSUMED
         name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
-        verdict = broker.too_large(source, kind, id, name if is_address(name) else "", payload)
-        if verdict is not Verdict.NEXT:
-            return position, verdict
+        result = broker.too_large(source, kind, id, name if is_address(name) else "", payload)
+        if result is not RoutingResult.CONSUMED:
+            return position, result
         position = min(stop, end)
         source.skip = stop - position
-        return position, Verdict.NEXT
+        return position, RoutingResult.CONSUMED
     if stop > end:
-        return position, Verdict.NEXT
-    verdict = broker.handle(source, buffer[first:stop], now)
-    done = verdict is Verdict.NEXT or verdict is Verdict.CLOSE
-    return (stop if done else position), verdict
+        return position, RoutingResult.CONSUMED
+    result = broker.handle(source, buffer[first:stop], now)
+    done = result is RoutingResult.CONSUMED or result is RoutingResult.CLOSE
+    return (stop if done else position), result

@@ -14,7 +14,7 @@ from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenCo
 from brokerd.core import routing
 from brokerd.core.broker import Broker, Limits
 from brokerd.core.precopy import Copier, Copies
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Pieces, capture, capture_idle, restore, restore_idle
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
@@ -23,7 +23,7 @@ from brokerd_client.wire.framing import FrameReader, frame
 __all__ = ["FakeNet", "Peer", "client", "error_of"]
 
 #: A routing loop: the one that runs here, or one of the two by name.
-Feed: TypeAlias = Callable[[Broker, Session, memoryview, int, int, float], tuple[int, Verdict]]
+Feed: TypeAlias = Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]
 
 #: More than any frame of the tests.
 _NO_LIMIT = 1 << 62
@@ -244,19 +244,19 @@ class FakeNet:
         position, end = 2, 2 + len(data)
         while True:
             position, verdict = self.feed(self.broker, peer.session, view, position, end, self.now)
-            if verdict is not Verdict.FLUSH:
+            if verdict is not RoutingResult.FLUSH:
                 break
             self.write_touched()
             if peer.gone or peer.session.closing:
-                verdict = Verdict.CLOSE
+                verdict = RoutingResult.CLOSE
                 break
         if not peer.gone:
-            if verdict is Verdict.CLOSE:
+            if verdict is RoutingResult.CLOSE:
                 peer.reading = False
             else:
                 peer.tail = bytes(view[position:end])
-                peer.reading = verdict not in (Verdict.HOLD, Verdict.YIELD)
-                if verdict is Verdict.YIELD:
+                peer.reading = verdict not in (RoutingResult.BLOCKED, RoutingResult.YIELD)
+                if verdict is RoutingResult.YIELD:
                     self._yielded.append(peer)
         self.settle()
 

@@ -9,7 +9,7 @@ from core.fakenet import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core.large_frame import SLACK, Parcel, joined
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import unusual
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame, frame_prefix
@@ -29,16 +29,16 @@ def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> Parcel:
     return parcel
 
 
-def hand_over(source: Peer, envelope: Envelope) -> tuple[Parcel, Verdict]:
+def hand_over(source: Peer, envelope: Envelope) -> tuple[Parcel, RoutingResult]:
     """Route one long frame as the network layer does; return it and what the broker said."""
     parcel = collected(frame(encode(envelope)))
     return parcel, again(source, parcel)
 
 
-def again(source: Peer, parcel: Parcel) -> Verdict:
+def again(source: Peer, parcel: Parcel) -> RoutingResult:
     net = source.net
     position, verdict = unusual(net.broker, source.session, memoryview(parcel), SLACK, parcel.end, net.now)
-    assert position == (parcel.end if verdict in (Verdict.NEXT, Verdict.CLOSE) else SLACK)
+    assert position == (parcel.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK)
     net.settle()
     return verdict
 
@@ -93,7 +93,7 @@ def test_a_long_message_goes_out_in_the_buffer_it_came_in(kind: Kind, flags: Fla
     extension = {"x": 1} if flags is Flag.EXTENSION else None
     parcel, verdict = hand_over(source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension))
     target.message("recipient", b"behind")
-    assert verdict is Verdict.NEXT
+    assert verdict is RoutingResult.CONSUMED
     assert [lies_in(piece, parcel) for piece in target.session.outbox.pieces()] == [False, True, False]
     target.read()
     assert target.take() == [
@@ -112,7 +112,7 @@ def test_a_length_of_the_long_form_is_understood() -> None:
     source, target = net.connect("a"), net.connect("b")
     body = encode(Envelope(Kind.MESSAGE, 7, "b", BIG))
     parcel = collected(b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body)
-    assert again(source, parcel) is Verdict.NEXT
+    assert again(source, parcel) is RoutingResult.CONSUMED
     (got,) = target.take()
     assert got.payload == BIG
     assert target.stream.startswith(frame_prefix(len(body)))
@@ -129,7 +129,7 @@ def test_a_long_event_is_shared_by_all_who_get_it() -> None:
         target.take()
         target.block(1000)
     parcel, verdict = hand_over(source, Envelope(Kind.EVENT, 7, "", BIG, topic="t.x"))
-    assert verdict is Verdict.NEXT
+    assert verdict is RoutingResult.CONSUMED
     for target in targets:
         (piece,) = target.session.outbox.pieces()
         assert lies_in(piece, parcel)
@@ -176,11 +176,11 @@ def test_a_long_message_waits_untouched_until_there_is_room() -> None:
     target.message("b", b"x" * 500)
     whole = frame(encode(Envelope(Kind.MESSAGE, 7, "b", BIG)))
     parcel = collected(whole)
-    assert again(source, parcel) is Verdict.HOLD
+    assert again(source, parcel) is RoutingResult.BLOCKED
     assert bytes(parcel[SLACK:]) == whole
     target.read()
     assert not source.held
-    assert again(source, parcel) is Verdict.NEXT
+    assert again(source, parcel) is RoutingResult.CONSUMED
     assert target.payloads() == [b"x" * 500, BIG]
 
 

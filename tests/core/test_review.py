@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from core.fakenet import FakeNet, Peer, client
 
 from brokerd.core.broker import Limits
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd_client.wire.envelope import Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
 
@@ -37,7 +37,7 @@ def test_what_is_forbidden_receives_nothing_before_it_has_ended() -> None:
         frame(encode(Envelope(Kind.EVENT, 0, "", topic.encode(), topic=topic))) for topic in ("x", "a.b", "a", "a.c")
     ]
     data = memoryview(b"".join(event))
-    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), Verdict.NEXT)
+    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
     assert net.broker.review
     assert net.broker.topics.find("a.b").groups.keys() == {"g3"}
     net.settle()
@@ -75,11 +75,11 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic="a"))))
     net.broker.patience = 1
     while not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups:
-        assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, Verdict.YIELD)
+        assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, RoutingResult.YIELD)
         net.broker.patience = 1
     reload(net, bob=["b.>"])
     net.broker.patience = -1
-    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), Verdict.NEXT)
+    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
     net.settle()
     assert bob.payloads() == []
 

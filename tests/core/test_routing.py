@@ -10,7 +10,7 @@ from core.fakenet import FakeNet, Feed, Peer, client
 from brokerd.config.values import WhenFull
 from brokerd.core import _routing_py, routing
 from brokerd.core.broker import Limits
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
@@ -250,9 +250,9 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
 
     position, verdict = feed(net.broker, ann.session, data, 0, len(data), 0.0)
 
-    assert (position, verdict) == (3 * len(data) // 4, Verdict.YIELD)
+    assert (position, verdict) == (3 * len(data) // 4, RoutingResult.YIELD)
     net.broker.patience = 3
-    assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (len(data), Verdict.NEXT)
+    assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
     net.settle()
     assert len(bob.take()) == 21
     assert [answer.kind for answer in ann.take()] == [Kind.REPLY] * 4
@@ -272,7 +272,7 @@ def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None
     while position < len(data):
         net.broker.patience = 8
         position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
-        turns += verdict is Verdict.YIELD
+        turns += verdict is RoutingResult.YIELD
     net.settle()
     assert turns > 3 * 8192 // (10 * 64)
     assert bob.payloads() == [b"0", b"1", b"2"]
@@ -292,7 +292,7 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     while position < len(data):
         net.broker.patience = 8
         position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
-        turns += verdict is Verdict.YIELD
+        turns += verdict is RoutingResult.YIELD
         search = net.broker.topics._searches.get(ann.session)
         if pool[0].session.open and search is not None and "mine" in search.found.groups:
             # Nothing is given to who has left, though he was found already.
@@ -315,7 +315,7 @@ def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: 
     for topic in ("nobody", ".".join("a" * 10) + ".x", "t", "t"):
         data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=topic))))
         net.broker.patience = 100
-        assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), Verdict.NEXT)
+        assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
         costs.append(99 - net.broker.patience)
     # Who was found is remembered; a pool's members are gone through all the same.
     assert costs[0] == 0
@@ -331,7 +331,7 @@ def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -
     for number in range(127):
         net.broker.topics.add(".".join("a" * (number + 1)) + ".*.b", bob.session)
     net.broker.patience = 1
-    assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, Verdict.YIELD)
+    assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, RoutingResult.YIELD)
     assert net.broker.topics._searches
     ann.leave()
     assert not net.broker.topics._searches

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 from brokerd.core import routing
 from brokerd.core.goaway import add_reason, mute
 from brokerd.core.large_frame import SLACK, Parcel
-from brokerd.core.routing_result import Verdict
+from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import unusual
 from brokerd.log.logger import in_words
 from brokerd.net.connection.unread import UnreadCounter
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from brokerd.net.server import Server
 
 #: What routes the frames of a buffer: see routing.feed.
-_Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, Verdict]]"
+_Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
 
 __all__ = ["GRACE", "READ_BUFFER", "Link", "has_hung_up", "tune"]
 
@@ -220,24 +220,24 @@ class Link:
         now = server.loop.time()
         server.broker.patience = server.patience
         stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
-        position, verdict = feed(server.broker, session, view, start, stop, now)
-        while verdict is Verdict.FLUSH:
+        position, result = feed(server.broker, session, view, start, stop, now)
+        while result is RoutingResult.FLUSH:
             server.write_touched()
             if self.closed or session.closing:
-                verdict = Verdict.CLOSE
+                result = RoutingResult.CLOSE
                 break
-            position, verdict = feed(server.broker, session, view, position, stop, now)
-        if verdict is Verdict.NEXT and stop < end:
-            verdict = Verdict.YIELD
+            position, result = feed(server.broker, session, view, position, stop, now)
+        if result is RoutingResult.CONSUMED and stop < end:
+            result = RoutingResult.YIELD
         if self.closed:
             pass
-        elif verdict is Verdict.CLOSE:
+        elif result is RoutingResult.CLOSE:
             server.loop.remove_reader(self.fd)
         else:
             self._keep(view, position, end)
-            if verdict is Verdict.HOLD:
+            if result is RoutingResult.BLOCKED:
                 server.loop.remove_reader(self.fd)
-            elif verdict is Verdict.YIELD:
+            elif result is RoutingResult.YIELD:
                 server.loop.remove_reader(self.fd)
                 self.waits = True
                 server.loop.call_soon(self._take_turn)
