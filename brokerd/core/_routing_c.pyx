@@ -16,7 +16,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from brokerd.core.slow_path import unusual
+from brokerd.core.slow_path import handle_slow_path
 from brokerd.core.routing_result import RoutingResult
 
 NAME = "compiled"
@@ -341,7 +341,7 @@ cdef object _feed(
         fan.close()
         last_name = last_topic = NULL
         before = position
-        position, result = unusual(broker, source, buffer, position, end, now)
+        position, result = handle_slow_path(broker, source, buffer, position, end, now)
         if result is not _NEXT or position == before:
             more = False
             break
@@ -349,7 +349,7 @@ cdef object _feed(
     run.close()
     fan.close()
     if more and position < end:
-        position, result = unusual(broker, source, buffer, position, end, now)
+        position, result = handle_slow_path(broker, source, buffer, position, end, now)
     source.messages_in += messages
     source.bytes_in += size_in
     return position, result

@@ -2,7 +2,7 @@
 
 What it does by itself is the ordinary: a MESSAGE without flags to a recipient this sender has reached
 before, an EVENT without flags on a topic it has published on before, with room in every queue. Everything else
-goes to :func:`brokerd.core.slow_path.unusual`, a frame at a time. It is the reference for its compiled twin,
+goes to :func:`brokerd.core.slow_path.handle_slow_path`, a frame at a time. It is the reference for its compiled twin,
 ``_routing_c.pyx``, and is written in the same shape: one pass, offsets instead of slices, one copy of the payload.
 """
 
@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from brokerd.core.routing_result import RoutingResult
-from brokerd.core.slow_path import unusual
+from brokerd.core.slow_path import handle_slow_path
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -117,7 +117,7 @@ def feed(
             position = stop
             continue
         before = position
-        position, result = unusual(broker, source, buffer, position, end, now)
+        position, result = handle_slow_path(broker, source, buffer, position, end, now)
         if result is not RoutingResult.CONSUMED or position == before:
             break
         # What the broker did may have changed who is reached how.
@@ -125,7 +125,7 @@ def feed(
     else:
         # Fewer bytes than the shortest frame: a length that can't be is refused without waiting for more.
         if position < end:
-            position, result = unusual(broker, source, buffer, position, end, now)
+            position, result = handle_slow_path(broker, source, buffer, position, end, now)
     source.messages_in += messages
     source.bytes_in += size_in
     return position, result

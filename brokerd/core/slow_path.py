@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["unusual"]
+__all__ = ["handle_slow_path"]
 
 _HEADER_SIZE: Final = HEADER.size
 #: An EVENT's topic and its length come out of no payload allowance.
 _TOPIC_ALLOWANCE: Final = 256
 
 
-def unusual(
+def handle_slow_path(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
 ) -> tuple[int, RoutingResult]:
     """Deal with the one frame at ``position``; return where to go on and how, as feed does."""

@@ -10,7 +10,7 @@ from core.fakenet import FakeNet, Peer, client, error_of
 from brokerd.config.values import WhenFull
 from brokerd.core.large_frame import SLACK, Parcel, joined
 from brokerd.core.routing_result import RoutingResult
-from brokerd.core.slow_path import unusual
+from brokerd.core.slow_path import handle_slow_path
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame, frame_prefix
 
@@ -37,7 +37,7 @@ def hand_over(source: Peer, envelope: Envelope) -> tuple[Parcel, RoutingResult]:
 
 def again(source: Peer, parcel: Parcel) -> RoutingResult:
     net = source.net
-    position, verdict = unusual(net.broker, source.session, memoryview(parcel), SLACK, parcel.end, net.now)
+    position, verdict = handle_slow_path(net.broker, source.session, memoryview(parcel), SLACK, parcel.end, net.now)
     assert position == (parcel.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK)
     net.settle()
     return verdict

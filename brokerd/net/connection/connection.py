@@ -18,7 +18,7 @@ from brokerd.core import routing
 from brokerd.core.goaway import add_reason, mute
 from brokerd.core.large_frame import SLACK, Parcel
 from brokerd.core.routing_result import RoutingResult
-from brokerd.core.slow_path import unusual
+from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
 from brokerd.net.connection.unread import UnreadCounter
 from brokerd.net.handshake.tls import NO_CHANNEL, Channel
@@ -211,7 +211,7 @@ class Link:
     def _route_parcel(self, parcel: Parcel) -> None:
         """Route a long frame; the loop would copy it, so it goes to the broker at once."""
         self.parcel = None
-        self._route(memoryview(parcel), parcel.end, SLACK, unusual)
+        self._route(memoryview(parcel), parcel.end, SLACK, handle_slow_path)
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         """Route what lies there. feed: who does, the routing loop unless given."""
