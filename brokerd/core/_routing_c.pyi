@@ -1,4 +1,4 @@
-from brokerd.core._routing_py import Seat as Seat
+from brokerd.core._routing_py import RouteEntry as RouteEntry
 from brokerd.core._routing_py import Tail as Tail
 from brokerd.core._routing_py import feed as feed
 

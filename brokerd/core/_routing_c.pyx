@@ -59,8 +59,8 @@ cdef class Tail:
         raise NotImplementedError
 
 
-cdef class Seat:
-    """Where a name is reached; see ``_routing_py.Seat``."""
+cdef class RouteEntry:
+    """Where a name is reached; see ``_routing_py.RouteEntry``."""
 
     cdef public Tail direct
 
@@ -263,7 +263,7 @@ cdef object _feed(
     cdef uint8_t last_topic_size = 0
     cdef uint8_t kind, name_size, topic_size
     cdef dict routes, fans
-    cdef Seat seat
+    cdef RouteEntry entry
     cdef PyObject* found
     cdef char* out
     cdef bint more = True
@@ -285,9 +285,9 @@ cdef object _feed(
                     last_name = last_topic = NULL
                     found = PyDict_GetItem(routes, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE, name_size))
                     if found is not NULL:
-                        seat = <Seat>found
-                        if seat.direct is not None:
-                            run.open(seat.direct)
+                        entry = <RouteEntry>found
+                        if entry.direct is not None:
+                            run.open(entry.direct)
                             last_name, last_size = at + HEAD_SIZE, name_size
                 if run.target is not None:
                     size_out = HEAD_SIZE + stamp_size + payload

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["NAME", "Seat", "Tail", "feed"]
+__all__ = ["NAME", "RouteEntry", "Tail", "feed"]
 
 NAME: Final[str] = "python"
 
@@ -52,7 +52,7 @@ class Tail:
         raise NotImplementedError
 
 
-class Seat:
+class RouteEntry:
     """Where a name is reached: what the route caches hold, so that they never go stale.
 
     direct: the outbox of the one connection behind the name, when messages may be written straight there;
@@ -93,8 +93,8 @@ def feed(
         stop = position + 4 + size
         targets: tuple[Tail, ...] = ()
         if kind == _MESSAGE and not flags and body <= stop <= end and stop - body <= limit:
-            seat = routes.get(bytes(buffer[first:body]))
-            if seat is not None and (direct := seat.direct) is not None:
+            entry = routes.get(bytes(buffer[first:body]))
+            if entry is not None and (direct := entry.direct) is not None:
                 targets = (direct,)
         elif kind == _EVENT and not flags and not name_size and first < stop <= end and stop - first <= limit:
             topic = first + 1 + buffer[first]

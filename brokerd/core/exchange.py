@@ -15,7 +15,7 @@ from brokerd.config.values import ClientConfig
 from brokerd.core.outbox import StreamOutbox
 from brokerd.core.policy import Policy
 from brokerd.core.rate import Meter
-from brokerd.core.routing import Seat
+from brokerd.core.routing import RouteEntry
 from brokerd.core.session import Session
 
 __all__ = ["Client", "Exchange"]
@@ -28,7 +28,7 @@ Rank: TypeAlias = tuple[bool, int, int, int]
 _STALE: Final = 64
 
 
-class Client(Seat):
+class Client(RouteEntry):
     """One configured name.
 
     sessions: its connections, oldest first, by address. changed_at: when it last came online or

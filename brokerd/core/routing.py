@@ -9,11 +9,11 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or os.environ.get("BROKERD_PURE") == "1":
-    from brokerd.core._routing_py import NAME, Seat, Tail, feed
+    from brokerd.core._routing_py import NAME, RouteEntry, Tail, feed
 else:
     try:
-        from brokerd.core._routing_c import NAME, Seat, Tail, feed
+        from brokerd.core._routing_c import NAME, RouteEntry, Tail, feed
     except ImportError:
-        from brokerd.core._routing_py import NAME, Seat, Tail, feed
+        from brokerd.core._routing_py import NAME, RouteEntry, Tail, feed
 
-__all__ = ["NAME", "Seat", "Tail", "feed"]
+__all__ = ["NAME", "RouteEntry", "Tail", "feed"]

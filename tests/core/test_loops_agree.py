@@ -58,22 +58,22 @@ def odd_frame(chance: random.Random) -> bytes:
 
 def odd_step(chance: random.Random) -> tuple[Any, ...]:
     """Return something that happens to one of the seven connections, or to all."""
-    seat = chance.randrange(7)
+    entry = chance.randrange(7)
     match chance.randrange(20):
         case 0:
-            return "repeat", seat, odd_frame(chance), chance.randrange(2, 60)
+            return "repeat", entry, odd_frame(chance), chance.randrange(2, 60)
         case 1:
-            return "subscribe", seat, chance.choice(["t.>", "t.*", ">", "t"])
+            return "subscribe", entry, chance.choice(["t.>", "t.*", ">", "t"])
         case 2 | 3:
-            return "block", seat, chance.choice([0, 50, 300])
+            return "block", entry, chance.choice([0, 50, 300])
         case 4 | 5:
-            return "read", seat, chance.choice([None, 20, 500])
+            return "read", entry, chance.choice([None, 20, 500])
         case 6:
             return "advance", chance.choice([0.1, 5.0, 40.0])
         case 7 | 8 | 9:
-            return "reconnect", seat
+            return "reconnect", entry
     frames = [odd_frame(chance) for _ in range(chance.randrange(1, 12))]
-    return "send", seat, frames, chance.choice([1, 7, 100, 5000, 5000])
+    return "send", entry, frames, chance.choice([1, 7, 100, 5000, 5000])
 
 
 @pytest.mark.parametrize("step", [1, 3, 5000])
@@ -83,7 +83,7 @@ def test_both_pass_on_the_ordinary(step: int) -> None:
     event = frame(HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.x" + b"y" * 30)
     plain = agree([("send", 0, [message] * 20 + [event] * 20, step)])
     assert not plain.calls
-    assert plain.seats[1].session.messages_out > 40
+    assert plain.entries[1].session.messages_out > 40
 
 
 def test_both_see_a_topic_that_ends_behind_its_frame() -> None:
@@ -104,4 +104,4 @@ def test_the_compiled_loop_reads_nothing_outside_its_buffer(start: int, end: int
     """Bounds that lie outside are refused before a byte is looked at."""
     net = Recorded(_routing_c.feed)
     with pytest.raises(ValueError, match="outside the buffer"):
-        net.feed(net.broker, net.seats[0].session, memoryview(bytes(10)), start, end, 0.0)
+        net.feed(net.broker, net.entries[0].session, memoryview(bytes(10)), start, end, 0.0)

@@ -42,19 +42,19 @@ class Recorded(FakeNet):
         self.calls: list[tuple[Any, ...]] = []
         for name in CALLS:
             self._record(name)
-        self.seats = [self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")]
-        self.everyone: list[Peer] = list(self.seats)
+        self.entries = [self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")]
+        self.everyone: list[Peer] = list(self.entries)
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Have every cache filled: what is not ordinary then stands out."""
-        self.seats[1].op("subscribe", 1, topic="t.>")
-        for seat in self.seats[:6]:
+        self.entries[1].op("subscribe", 1, topic="t.>")
+        for entry in self.entries[:6]:
             for name in ("a", "b", "c"):
-                seat.message(name, b"first")
-            seat.publish("t.x", b"first")
-        assert self.seats[0].session.routes.keys() == {b"a", b"b", b"c"}
-        assert self.seats[0].session.fans.keys() == {b"t.x"}
+                entry.message(name, b"first")
+            entry.publish("t.x", b"first")
+        assert self.entries[0].session.routes.keys() == {b"a", b"b", b"c"}
+        assert self.entries[0].session.fans.keys() == {b"t.x"}
         self.calls.clear()
 
     def _record(self, name: str) -> None:
@@ -70,24 +70,24 @@ class Recorded(FakeNet):
         match step:
             case ("advance", seconds):
                 self.advance(seconds)
-            case ("send", seat, whole, size):
-                self.seats[seat].send_bytes(b"".join(whole), size)
-            case ("repeat", seat, each, times):
-                self.seats[seat].send_bytes(each * times)
-            case ("subscribe", seat, topic):
-                if not self.seats[seat].gone:
-                    self.seats[seat].op("subscribe", 1, topic=topic)
-            case ("block", seat, room):
-                self.seats[seat].block(room)
-            case ("read", seat, size):
-                if not self.seats[seat].gone:
-                    self.seats[seat].read(size)
-            case ("reconnect", seat):
-                name = self.seats[seat].name
-                self.seats[seat].leave()
+            case ("send", entry, whole, size):
+                self.entries[entry].send_bytes(b"".join(whole), size)
+            case ("repeat", entry, each, times):
+                self.entries[entry].send_bytes(each * times)
+            case ("subscribe", entry, topic):
+                if not self.entries[entry].gone:
+                    self.entries[entry].op("subscribe", 1, topic=topic)
+            case ("block", entry, room):
+                self.entries[entry].block(room)
+            case ("read", entry, size):
+                if not self.entries[entry].gone:
+                    self.entries[entry].read(size)
+            case ("reconnect", entry):
+                name = self.entries[entry].name
+                self.entries[entry].leave()
                 again = self.try_connect(name)
                 if again is not None:
-                    self.seats[seat] = again
+                    self.entries[entry] = again
                     self.everyone.append(again)
 
     def state(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from core.twins import HEADER, MAX_MESSAGE, agree, frame
 from fuzz.script import Script, item
 
-SEATS = 7
+ENTRIES = 7
 TOPICS = ("t.>", "t.*", ">", "t", "$broker.>")
 SEND, RAW, REPEAT, BLOCK, READ, ADVANCE, RECONNECT, SUBSCRIBE = range(8)
 #: What one run may hold: more takes longer, and tells no more.
@@ -25,32 +25,32 @@ def steps(script: Script) -> Iterator[tuple[Any, ...]]:
     for _ in range(MOST_STEPS):
         if not script.left:
             return
-        act, seat = divmod(script.number(), SEATS)
+        act, entry = divmod(script.number(), ENTRIES)
         match act % 8:
             case 0:
                 bodies = [script.item() for _ in range(1 + script.number() % 8)]
-                yield "send", seat, [frame(body) for body in bodies], 5000
+                yield "send", entry, [frame(body) for body in bodies], 5000
             case 1:
                 size = (1, 3, 100, 5000)[script.number() % 4]
-                yield "send", seat, [script.item(2)], size
+                yield "send", entry, [script.item(2)], size
             case 2:
-                yield "repeat", seat, frame(script.item()), 2 + script.number() % 60
+                yield "repeat", entry, frame(script.item()), 2 + script.number() % 60
             case 3:
-                yield "block", seat, script.number()
+                yield "block", entry, script.number()
             case 4:
                 size = script.number()
-                yield "read", seat, None if size == 255 else 2 * size
+                yield "read", entry, None if size == 255 else 2 * size
             case 5:
                 yield "advance", (0.1, 5.0, 40.0)[script.number() % 3]
             case 6:
-                yield "reconnect", seat
+                yield "reconnect", entry
             case 7:
-                yield "subscribe", seat, TOPICS[script.number() % len(TOPICS)]
+                yield "subscribe", entry, TOPICS[script.number() % len(TOPICS)]
 
 
-def step(act: int, seat: int = 0, rest: bytes = b"") -> bytes:
+def step(act: int, entry: int = 0, rest: bytes = b"") -> bytes:
     """Return the bytes of one step."""
-    return bytes([act * SEATS + seat]) + rest
+    return bytes([act * ENTRIES + entry]) + rest
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
