@@ -36,10 +36,10 @@ cdef enum:
     EVENT = 5
 
 
-cdef class Tail:
-    """The end of an outbox, where the loop writes; see ``_routing_py.Tail``."""
+cdef class WriteBuffer:
+    """The end of an outbox, where the loop writes; see ``_routing_py.WriteBuffer``."""
 
-    cdef public bytearray tail
+    cdef public bytearray content
     cdef public int64_t room
     cdef public int64_t frames
     cdef public int64_t size
@@ -47,7 +47,7 @@ cdef class Tail:
     cdef public object owner
 
     def __init__(self):
-        self.tail = bytearray()
+        self.content = bytearray()
         self.room = 0
         self.frames = 0
         self.size = 0
@@ -55,14 +55,14 @@ cdef class Tail:
         self.owner = None
 
     def reserve(self, size, beyond=0):
-        """Return whether ``size`` more bytes may be appended to ``tail`` now."""
+        """Return whether ``size`` more bytes may be appended to ``content`` now."""
         raise NotImplementedError
 
 
 cdef class RouteEntry:
     """Where a name is reached; see ``_routing_py.RouteEntry``."""
 
-    cdef public Tail direct
+    cdef public WriteBuffer direct
 
     def __init__(self):
         self.direct = None
@@ -74,8 +74,8 @@ cdef class _Run:
     written: bytes of the tail that count; the bytearray is longer while the run is open.
     """
 
-    cdef Tail target
-    cdef bytearray tail
+    cdef WriteBuffer target
+    cdef bytearray content
     cdef char* bytes
     cdef int64_t written
     cdef int64_t allocated
@@ -83,27 +83,27 @@ cdef class _Run:
     cdef int64_t size
     cdef list touched
 
-    cdef int open(self, Tail target) except -1:
+    cdef int open(self, WriteBuffer target) except -1:
         self.target = target
-        self.tail = target.tail
-        self.written = PyByteArray_GET_SIZE(self.tail)
+        self.content = target.content
+        self.written = PyByteArray_GET_SIZE(self.content)
         self._look()
         self.frames = self.size = 0
         return 0
 
     cdef void _look(self) noexcept:
-        cdef PyByteArrayObject* inside = <PyByteArrayObject*>self.tail
-        self.bytes = PyByteArray_AS_STRING(self.tail)
+        cdef PyByteArrayObject* inside = <PyByteArrayObject*>self.content
+        self.bytes = PyByteArray_AS_STRING(self.content)
         # The last byte is for the NUL that CPython keeps behind a bytearray.
         self.allocated = inside.ob_alloc - (inside.ob_start - inside.ob_bytes) - 1
 
     cdef int close(self) except -1:
-        cdef Tail target = self.target
+        cdef WriteBuffer target = self.target
         if target is None:
             return 0
         self.target = None
         # Within what is allocated: CPython need not move or cut anything.
-        Py_SET_SIZE(self.tail, self.written)
+        Py_SET_SIZE(self.content, self.written)
         if self.frames:
             self.bytes[self.written] = 0
             target.frames += self.frames
@@ -111,14 +111,14 @@ cdef class _Run:
             if not target.touched:
                 target.touched = True
                 self.touched.append(target.owner)
-        self.tail = None
+        self.content = None
         return 0
 
     cdef int grow(self, int64_t size) except -1:
         """Have room in memory for ``size`` more bytes; the quota has been asked before."""
         cdef int64_t wanted = max(self.written + size, min(2 * (self.written + size), self.target.room))
-        Py_SET_SIZE(self.tail, self.written)
-        PyByteArray_Resize(self.tail, wanted)
+        Py_SET_SIZE(self.content, self.written)
+        PyByteArray_Resize(self.content, wanted)
         self._look()
         return 0
 
@@ -164,31 +164,31 @@ cdef class _Fan:
     cdef int open(self, tuple targets) except -1:
         cdef Py_ssize_t index
         cdef int64_t left
-        cdef Tail each
+        cdef WriteBuffer each
         self.targets = targets
         self.encoded = bytearray()
         self.written = self.allocated = self.frames = 0
         self.left = INT64_MAX
         for index in range(PyTuple_GET_SIZE(targets)):
-            each = <Tail>PyTuple_GET_ITEM(targets, index)
-            left = each.room - PyByteArray_GET_SIZE(each.tail)
+            each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+            left = each.room - PyByteArray_GET_SIZE(each.content)
             if left < self.left:
                 self.left = left
         return 0
 
     cdef int close(self) except -1:
         cdef Py_ssize_t index, at
-        cdef Tail each
+        cdef WriteBuffer each
         cdef tuple targets = self.targets
         if targets is None:
             return 0
         self.targets = None
         if self.frames:
             for index in range(PyTuple_GET_SIZE(targets)):
-                each = <Tail>PyTuple_GET_ITEM(targets, index)
-                at = PyByteArray_GET_SIZE(each.tail)
-                PyByteArray_Resize(each.tail, at + self.written)
-                memcpy(PyByteArray_AS_STRING(each.tail) + at, self.bytes, self.written)
+                each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+                at = PyByteArray_GET_SIZE(each.content)
+                PyByteArray_Resize(each.content, at + self.written)
+                memcpy(PyByteArray_AS_STRING(each.content) + at, self.bytes, self.written)
                 each.frames += self.frames
                 each.size += self.written
                 if not each.touched:
@@ -200,14 +200,14 @@ cdef class _Fan:
     cdef bint has_room(self, int64_t size) except -1:
         """Return whether one more event of ``size`` bytes fits everywhere; the run may have been ended for it."""
         cdef Py_ssize_t index
-        cdef Tail each
+        cdef WriteBuffer each
         cdef tuple targets = self.targets
         if size <= self.left:
             return True
         self.close()
         for index in range(PyTuple_GET_SIZE(targets)):
-            each = <Tail>PyTuple_GET_ITEM(targets, index)
-            if PyByteArray_GET_SIZE(each.tail) + size > each.room and not each.reserve(size):
+            each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+            if PyByteArray_GET_SIZE(each.content) + size > each.room and not each.reserve(size):
                 return False
         self.open(targets)
         return True

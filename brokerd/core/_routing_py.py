@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
 
-__all__ = ["NAME", "RouteEntry", "Tail", "feed"]
+__all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]
 
 NAME: Final[str] = "python"
 
@@ -29,7 +29,7 @@ _MESSAGE: Final = 1
 _EVENT: Final = 5
 
 
-class Tail:
+class WriteBuffer:
     """The end of an outbox, where the loop writes.
 
     tail: the bytes written last; room: how long it may grow before ``reserve`` must be asked.
@@ -37,10 +37,10 @@ class Tail:
     sessions whose outbox has something new. owner: the session.
     """
 
-    __slots__ = ("frames", "owner", "room", "size", "tail", "touched")
+    __slots__ = ("frames", "owner", "room", "size", "content", "touched")
 
     def __init__(self) -> None:
-        self.tail = bytearray()
+        self.content = bytearray()
         self.room = 0
         self.frames = 0
         self.size = 0
@@ -48,7 +48,7 @@ class Tail:
         self.owner: Any = None
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be appended to ``tail`` now."""
+        """Return whether ``size`` more bytes may be appended to ``content`` now."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class RouteEntry:
     __slots__ = ("direct",)
 
     def __init__(self) -> None:
-        self.direct: Tail | None = None
+        self.direct: WriteBuffer | None = None
 
 
 def feed(
@@ -91,7 +91,7 @@ def feed(
         first = position + _HEAD_SIZE
         body = first + name_size
         stop = position + 4 + size
-        targets: tuple[Tail, ...] = ()
+        targets: tuple[WriteBuffer, ...] = ()
         if kind == _MESSAGE and not flags and body <= stop <= end and stop - body <= limit:
             entry = routes.get(bytes(buffer[first:body]))
             if entry is not None and (direct := entry.direct) is not None:
@@ -102,11 +102,11 @@ def feed(
             if topic <= stop:
                 targets = fans.get(bytes(buffer[first + 1 : topic]), ())
         size_out = _HEAD_SIZE + stamp_size + stop - body
-        if targets and all(len(each.tail) + size_out <= each.room or each.reserve(size_out) for each in targets):
+        if targets and all(len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets):
             head = pack(size_out - 4, kind, 0, codec, stamp_size, id) + stamp
             for each in targets:
-                each.tail += head
-                each.tail += buffer[body:stop]
+                each.content += head
+                each.content += buffer[body:stop]
                 each.frames += 1
                 each.size += size_out
                 if not each.touched:

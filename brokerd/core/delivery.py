@@ -109,8 +109,8 @@ def _deliver(
     elif isinstance(rest.obj, Parcel):
         outbox.append(joined(head, rest))
     else:
-        outbox.tail += head
-        outbox.tail += rest
+        outbox.content += head
+        outbox.content += rest
         outbox.frames += 1
         outbox.size += size
     broker.touch(target)

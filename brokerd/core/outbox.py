@@ -1,7 +1,7 @@
 """Bytes that wait for one connection, and the quota they may fill.
 
 Two kinds with one interface. A StreamOutbox is a run of bytes in chunks that each begin with a whole
-frame: appending is cheap and the routing loop writes straight into its ``tail``. A long frame is a chunk by
+frame: appending is cheap and the routing loop writes straight into its ``content``. A long frame is a chunk by
 itself and is not copied (:mod:`brokerd.core.large_frame`). A FrameOutbox keeps
 every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
 another member, and clients with ``when_full: drop_oldest``.
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
-from brokerd.core.routing import Tail
+from brokerd.core.routing import WriteBuffer
 from brokerd.core.undelivered import Chunk, Queued, Unsent, count_after, cut
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
@@ -32,8 +32,8 @@ CHUNK: Final = 128 * 1024
 _PIECES: Final = 512
 
 
-class StreamOutbox(Tail):
-    """A byte stream in chunks; the last one is ``tail``, where the routing loop writes.
+class StreamOutbox(WriteBuffer):
+    """A byte stream in chunks; the last one is ``content``, where the routing loop writes.
 
     limit: bytes that may wait.
     blocked: the system took less than was offered; set and cleared by whoever writes.
@@ -81,10 +81,10 @@ class StreamOutbox(Tail):
     @property
     def waiting(self) -> int:
         """Bytes not yet taken by the system."""
-        return self._older_bytes + len(self.tail) - self._head
+        return self._older_bytes + len(self.content) - self._head
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be appended to ``tail`` now, within limit + beyond.
+        """Return whether ``size`` more bytes may be appended to ``content`` now, within limit + beyond.
 
         A frame longer than the whole quota is still taken when nothing waits: otherwise it could
         never be delivered.
@@ -101,7 +101,7 @@ class StreamOutbox(Tail):
         What is in a memoryview is kept as it is and must not change any more.
         """
         if isinstance(frame, memoryview):
-            self._close_tail()
+            self._close_buffer()
             self._older.append(frame)
             self._ends.append(self.frames + 1)
             self._older_bytes += len(frame)
@@ -109,7 +109,7 @@ class StreamOutbox(Tail):
             self._set_room()
         else:
             self._make_room(len(frame))
-            self.tail += frame
+            self.content += frame
         self.frames += 1
         self.size += len(frame)
 
@@ -125,21 +125,21 @@ class StreamOutbox(Tail):
         The next connection with that address is not to hear of it.
         """
         if self.waiting:
-            self._left[stamp] = self._taken + self._older_bytes + len(self.tail)
+            self._left[stamp] = self._taken + self._older_bytes + len(self.content)
 
     def _make_room(self, size: int) -> None:
-        if len(self.tail) + size > CHUNK:
-            self._close_tail()
+        if len(self.content) + size > CHUNK:
+            self._close_buffer()
         self._set_room()
-        self.room = max(self.room, len(self.tail) + size)
+        self.room = max(self.room, len(self.content) + size)
 
-    def _close_tail(self) -> None:
-        if self.tail:
-            self._older.append(self.tail)
+    def _close_buffer(self) -> None:
+        if self.content:
+            self._older.append(self.content)
             self._ends.append(self.frames)
-            self._older_bytes += len(self.tail)
+            self._older_bytes += len(self.content)
             self._closed += 1
-            self.tail = bytearray()
+            self.content = bytearray()
 
     def _set_room(self) -> None:
         self.room = min(CHUNK, self.limit - self._older_bytes + self._head)
@@ -148,8 +148,8 @@ class StreamOutbox(Tail):
         """Return what to write next, in order; whole chunks, never empty ones."""
         if not self._older:
             if not self._head:
-                return [self.tail] if self.tail else []
-            return [memoryview(self.tail)[self._head :]]
+                return [self.content] if self.content else []
+            return [memoryview(self.content)[self._head :]]
         pieces: list[bytearray | memoryview] = [memoryview(self._older[0])[self._head :]]
         most = min(_PIECES, self._before_expired()) if self.timed else _PIECES
         if not most:
@@ -159,8 +159,8 @@ class StreamOutbox(Tail):
                 return pieces
             if chunk is not self._older[0]:
                 pieces.append(chunk)
-        if self.tail and len(pieces) < most:
-            pieces.append(self.tail)
+        if self.content and len(pieces) < most:
+            pieces.append(self.content)
         return pieces
 
     def _before_expired(self) -> int:
@@ -203,10 +203,10 @@ class StreamOutbox(Tail):
         head = self._head + size
         while self._older and head >= len(self._older[0]):
             head -= self._forget_first()
-        if not self._older and head >= len(self.tail):
-            self._taken += len(self.tail)
+        if not self._older and head >= len(self.content):
+            self._taken += len(self.content)
             # A new object, not clear(): the one handed out by pieces() may still be looked at.
-            self.tail = bytearray()
+            self.content = bytearray()
             self._left.clear()
             self._head = 0
             self.stalled = False
@@ -223,7 +223,7 @@ class StreamOutbox(Tail):
 
     def chunks(self) -> list[bytearray | memoryview]:
         """Return what lies here, in order; each chunk begins with a whole frame."""
-        return [*self._older, self.tail]
+        return [*self._older, self.content]
 
     def left(self) -> dict[bytes, int]:
         """Return up to where in ``chunks`` the bytes of senders that are gone may lie, by their stamps."""
@@ -242,7 +242,7 @@ class StreamOutbox(Tail):
         timed: Iterable[tuple[int, Queued]] = (),
     ) -> None:
         """Make this empty outbox hold what ``chunks``, ``begun``, ``left`` and ``timed_frames`` of another returned."""
-        *older, self.tail = chunks
+        *older, self.content = chunks
         self._closed = len(older)
         self._timed.extend(timed)
         self.timed = len(self._timed)
@@ -262,29 +262,29 @@ class StreamOutbox(Tail):
             if end is not None:
                 return count + self.frames - end
             head = 0
-        return count + count_after(self.tail, head)
+        return count + count_after(self.content, head)
 
     def take_unsent(self) -> Unsent:
         """Return every frame the system did not take whole, oldest first, and forget them."""
         count = self.unsent
         timed = dict(self.timed_frames())
         chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
-        self._taken += self._older_bytes + len(self.tail)
-        frames = cut(chunks, self._head, self._taken - self._older_bytes - len(self.tail), self._left)
+        self._taken += self._older_bytes + len(self.content)
+        frames = cut(chunks, self._head, self._taken - self._older_bytes - len(self.content), self._left)
         self._left = {}
         self._older.clear()
         self._ends.clear()
         self._timed.clear()
         self._older_bytes = self._head = self.timed = 0
-        self.tail = bytearray()
+        self.content = bytearray()
         self._set_room()
         return Unsent(frames, count)
 
 
-class FrameOutbox(Tail):
+class FrameOutbox(WriteBuffer):
     """Frames kept one by one: see StreamOutbox for the attributes they share.
 
-    Its ``tail`` stays empty and its ``room`` 0: the routing loop never writes here. Frames that are never dropped
+    Its ``content`` stays empty and its ``room`` 0: the routing loop never writes here. Frames that are never dropped
     have a queue of their own, so that the oldest of the others is found without a walk past them.
     """
 

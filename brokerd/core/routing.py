@@ -9,11 +9,11 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or os.environ.get("BROKERD_PURE") == "1":
-    from brokerd.core._routing_py import NAME, RouteEntry, Tail, feed
+    from brokerd.core._routing_py import NAME, RouteEntry, WriteBuffer, feed
 else:
     try:
-        from brokerd.core._routing_c import NAME, RouteEntry, Tail, feed
+        from brokerd.core._routing_c import NAME, RouteEntry, WriteBuffer, feed
     except ImportError:
-        from brokerd.core._routing_py import NAME, RouteEntry, Tail, feed
+        from brokerd.core._routing_py import NAME, RouteEntry, WriteBuffer, feed
 
-__all__ = ["NAME", "RouteEntry", "Tail", "feed"]
+__all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
     from brokerd.core.goaway import Marks
-    from brokerd.core.routing import RouteEntry, Tail
+    from brokerd.core.routing import RouteEntry, WriteBuffer
     from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Session", "new_outbox"]
@@ -125,7 +125,7 @@ class Session:
         self.number = 0
         self.left_at = 0
         self.routes: dict[bytes, RouteEntry] = {}
-        self.fans: dict[bytes, tuple[Tail, ...]] = {}
+        self.fans: dict[bytes, tuple[WriteBuffer, ...]] = {}
         self.widest = 0
         self.topics_version = 0
         self.generation = 0
@@ -157,7 +157,7 @@ class Session:
         self.bytes_in = 0
         self.errors_in = 0
 
-    def caches(self, broker: Broker) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[Tail, ...]]]:
+    def caches(self, broker: Broker) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
         """Return what the routing loop remembers of earlier frames, emptied where it is no longer true.
 
         By recipient: the seat a message goes to. By topic: the outboxes an event goes to.

@@ -102,7 +102,7 @@ class Passing:
 
 
 def _is_idle(link: Link) -> bool:
-    return link.can_hand_over and not (link.tail or link.parcel or link.waits or link.writing or link.ending)
+    return link.can_hand_over and not (link.pending_input or link.parcel or link.waits or link.writing or link.ending)
 
 
 def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
@@ -191,7 +191,7 @@ def _listening(each: Listening) -> Facts:
 
 def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
     parcel = link.parcel
-    taken.pieces.append(link.tail)
+    taken.pieces.append(link.pending_input)
     if parcel is not None:
         taken.pieces.append(memoryview(parcel)[SLACK : parcel.filled])
     return {
@@ -199,7 +199,7 @@ def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
         "passed": passed,
         "client": link.credential.client.name,
         "key": link.credential.key.key_id,
-        "tail": len(link.tail),
+        "tail": len(link.pending_input),
         "waits": link.waits,
         "parcel": None if parcel is None else [parcel.filled - SLACK, parcel.end - SLACK],
     }
@@ -369,7 +369,7 @@ class Inheritance:
     def _link(self, session: Session, facts: Facts, pieces: Pieces) -> Link:
         sock = self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
         link = _link_of(self._server, session, sock, facts)
-        link.tail = bytes(pieces.take(facts["tail"]))
+        link.pending_input = bytes(pieces.take(facts["tail"]))
         link.waits = facts["waits"]
         if facts["parcel"] is not None:
             filled, size = facts["parcel"]

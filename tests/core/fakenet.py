@@ -78,7 +78,7 @@ class Peer:
         self.got: list[Envelope] = []
         self.gone = ""
         self.stream = bytearray()
-        self.tail = b""
+        self.content = b""
         self.reading = True
         self.writing = False
         self._reader = FrameReader()
@@ -233,12 +233,12 @@ class FakeNet:
         """Have bytes arrive from the peer: routed at once, or kept while it is not read from."""
         if peer.gone:
             return
-        peer.tail += data
+        peer.content += data
         if peer.reading:
             self._route(peer)
 
     def _route(self, peer: Peer) -> None:
-        data, peer.tail = peer.tail, b""
+        data, peer.content = peer.content, b""
         # Something lies before and behind, as in a buffer that others use too.
         view = memoryview(b"\x01\x02" + data + b"\x03" * 20)
         position, end = 2, 2 + len(data)
@@ -254,7 +254,7 @@ class FakeNet:
             if verdict is RoutingResult.CLOSE:
                 peer.reading = False
             else:
-                peer.tail = bytes(view[position:end])
+                peer.content = bytes(view[position:end])
                 peer.reading = verdict not in (RoutingResult.BLOCKED, RoutingResult.YIELD)
                 if verdict is RoutingResult.YIELD:
                     self._yielded.append(peer)

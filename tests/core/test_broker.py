@@ -248,9 +248,9 @@ def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     text = json.dumps(rest, indent=1).encode()
-    tail = struct.pack("!H", len(text)) + text + b"payload"
-    ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"bob" + tail))
-    assert bytes(bob.stream) == frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"ann" + tail)
+    content = struct.pack("!H", len(text)) + text + b"payload"
+    ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"bob" + content))
+    assert bytes(bob.stream) == frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"ann" + content)
 
 
 # Requests

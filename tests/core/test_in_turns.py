@@ -190,7 +190,7 @@ def test_publication_to_many_goes_on_in_another_process() -> None:
     net._settling = True
     ann.publish("t", b"x", 1)
     replaced = reached = 0
-    while ann.tail:
+    while ann.content:
         net.write_touched()
         if len(ann.session.reached_by_event or ()) > reached:
             # The search begins again in the other process.

@@ -26,7 +26,7 @@ def put(outbox: Outbox, whole: bytes) -> bool:
     if not outbox.reserve(len(whole)):
         return False
     if isinstance(outbox, StreamOutbox):
-        outbox.tail += whole
+        outbox.content += whole
         outbox.frames += 1
     else:
         outbox.put(Queued(whole))

@@ -78,7 +78,7 @@ def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> Non
     assert ann.session.messages_in == 9
     assert ann.session.bytes_in == len(data) - 9 * 4 - 8
     assert bob.session.messages_out == 10
-    assert not ann.tail
+    assert not ann.content
 
 
 def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Feed) -> None:
@@ -124,7 +124,7 @@ def test_an_absurd_length_is_answered_and_stores_nothing(feed: Feed, size: int, 
     ann.send_bytes(long_frame(body(Kind.MESSAGE, 7, "bob", b"x"), size), step)
     assert ann.error() == (7, "too_large")
     ann.send_bytes(b"y" * 100_000)
-    assert ann.tail == b""
+    assert ann.content == b""
     assert ann.session.skip == size - 16 - 100_000
     assert not ann.gone
     assert bob.take() == []

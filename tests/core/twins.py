@@ -99,7 +99,7 @@ class Recorded(FakeNet):
             "peers": [
                 (
                     bytes(peer.stream),
-                    peer.tail,
+                    peer.content,
                     peer.gone,
                     peer.reading,
                     peer.session.skip,

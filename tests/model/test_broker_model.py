@@ -233,7 +233,7 @@ class BrokerModel(RuleBasedStateMachine):
     def send_one(self, sender: Peer, envelope: Envelope, *, owed: bool = False, step: int | None = None) -> None:
         """Send a frame, and compare what became of it with what had to."""
         sent = self.note(sender, envelope)
-        at_once = sender.reading and not sender.tail and self.configs[sender.name].rate.messages is None
+        at_once = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
         unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
         session = sender.session
         known = envelope.name.encode() in session.routes or envelope.topic.encode() in session.fans
@@ -388,7 +388,7 @@ class BrokerModel(RuleBasedStateMachine):
         """An EVENT: everyone who reads and subscribed to it gets it once, and one of each group."""
         sender = self.peer(who)
         envelope = self.envelope(Kind.EVENT, None, "", size, topic=topic, flags=Flag.RECEIPT if receipt else 0)
-        sure = sender.reading and not sender.tail and self.configs[sender.name].rate.messages is None
+        sure = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
         sure = sure and not any(peer.writing for peer in self.net.peers)
         denied = self.foretold(sender, envelope) is not None
         plain: set[Peer] = set()
@@ -401,7 +401,7 @@ class BrokerModel(RuleBasedStateMachine):
         self.send_one(sender, envelope)
         got = [peer for peer in there if self.lies_at(peer, self.sent[max(self.sent)])]
         possible = plain.union(*groups.values())
-        if sender.reading and not sender.tail:
+        if sender.reading and not sender.content:
             assert set(got) <= possible, "somebody got what it did not subscribe to"
         if sure and denied:
             assert not got
@@ -427,7 +427,7 @@ class BrokerModel(RuleBasedStateMachine):
         sender = self.peer(who)
         envelope = self.envelope(kind, None, "ann", MAX_MESSAGE + excess)
         self.note(sender, envelope)
-        at_once = sender.reading and not sender.tail
+        at_once = sender.reading and not sender.content
         unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
         sender.send(envelope, step)
         if at_once and not unread and not sender.gone:
@@ -439,7 +439,7 @@ class BrokerModel(RuleBasedStateMachine):
     @rule(who=PICK, pattern=st.sampled_from(PATTERNS), group=st.sampled_from([None, None, "g", "h"]), end=st.booleans())
     def subscribe(self, who: int, pattern: str, group: str | None, end: bool) -> None:
         """A subscription begins or ends."""
-        able = [peer for peer in self.net.peers if peer.reading and not peer.writing and not peer.tail]
+        able = [peer for peer in self.net.peers if peer.reading and not peer.writing and not peer.content]
         if not able:
             return
         peer = able[who % len(able)]
@@ -496,7 +496,7 @@ class BrokerModel(RuleBasedStateMachine):
     def break_the_rules(self, who: int, really: int) -> None:
         """A malformed frame ends the connection, once the answer is written."""
         peer = self.peer(who)
-        if not really and peer.reading and not peer.tail:
+        if not really and peer.reading and not peer.content:
             peer.send_bytes(b"\xff\xff\xff\xf0")
             assert peer.gone == "malformed" or peer.session.closing == "malformed"
 
@@ -682,7 +682,7 @@ class BrokerModel(RuleBasedStateMachine):
                 break
         for peer in list(self.net.peers):
             assert peer.reading, "held for ever"
-            assert not peer.tail
+            assert not peer.content
             assert not peer.session.outbox.waiting
         self.everything_has_its_place()
         for peer, view in self.views.items():

@@ -70,7 +70,7 @@ class Link:
     credential: the key it proved to know.
     tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
     parcel: a long frame being collected, or waiting to be routed while its sender is held.
-    waits: others have their turn before what is in ``tail`` is routed.
+    waits: others have their turn before what is in ``pending_input`` is routed.
     channel: what the handshake said of the way it came.
     passed: another process has its descriptor too, as it may take over.
     ending: why the broker has begun to end it, or "".
@@ -91,7 +91,7 @@ class Link:
         "server",
         "session",
         "sock",
-        "tail",
+        "pending_input",
         "waits",
         "writing",
     )
@@ -105,7 +105,7 @@ class Link:
         self.channel = channel
         self.fd = sock.fileno()
         self.session: Session
-        self.tail = b""
+        self.pending_input = b""
         self.parcel: Parcel | None = None
         self.waits = False
         self.writing = False
@@ -117,7 +117,7 @@ class Link:
     def open(self, session: Session, early: bytes) -> None:
         """Begin: early are bytes that came in behind the handshake."""
         self.session = session
-        self.tail = early
+        self.pending_input = early
         self.server.loop.add_reader(self.fd, self.on_readable)
         if early:
             self.resume()
@@ -172,9 +172,9 @@ class Link:
             if parcel is not None:
                 with parcel.space(READ_BUFFER) as space:
                     size = self.sock.recv_into(space)
-            elif self.tail:
-                kept = len(self.tail)
-                view[:kept] = self.tail
+            elif self.pending_input:
+                kept = len(self.pending_input)
+                view[:kept] = self.pending_input
                 size = self.sock.recv_into(view[kept:])
             else:
                 size = self.sock.recv_into(view)
@@ -187,7 +187,7 @@ class Link:
             self.lost(self.ending or "closed by the client")
             return 0
         if parcel is None:
-            self.tail = b""
+            self.pending_input = b""
             self._route(view, kept + size)
         else:
             parcel.filled += size
@@ -199,7 +199,7 @@ class Link:
         """Route what was kept while the sender was held, and read on."""
         if self.closed or self.session.closing:
             return
-        kept, self.tail = self.tail, b""
+        kept, self.pending_input = self.pending_input, b""
         self.server.loop.add_reader(self.fd, self.on_readable)
         if kept:
             self._route(memoryview(kept), len(kept))
@@ -285,7 +285,7 @@ class Link:
             if not there and _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
                 self.parcel = Parcel(view[position:end], wanted)
                 return
-        self.tail = bytes(view[position:end])
+        self.pending_input = bytes(view[position:end])
 
     # Writing
 
@@ -372,7 +372,7 @@ class Link:
             self.grace.cancel()
         self.server.loop.remove_reader(self.fd)
         self.server.loop.remove_writer(self.fd)
-        self.tail, self.parcel = b"", None
+        self.pending_input, self.parcel = b"", None
         if written:
             self.server.close_gracefully(self.sock)
         else:
@@ -387,7 +387,7 @@ class Link:
     def progress(self) -> tuple[int, int, int, int]:
         """What changes with every byte that is read."""
         parcel = self.parcel
-        return self.session.bytes_in, len(self.tail), 0 if parcel is None else parcel.filled, self.session.skip
+        return self.session.bytes_in, len(self.pending_input), 0 if parcel is None else parcel.filled, self.session.skip
 
     def end(self, code: ErrorCode, why: str) -> None:
         """End the connection at once. Its client is told why, if the system takes that now."""
@@ -431,8 +431,8 @@ class Link:
         if self.closed:
             return 0
         counter, buffer, parcel = UnreadCounter(self.session.skip), self.server.buffer, self.parcel
-        counter.feed(self.tail if parcel is None else memoryview(parcel)[SLACK : parcel.filled])
-        self.tail, self.parcel = b"", None
+        counter.feed(self.pending_input if parcel is None else memoryview(parcel)[SLACK : parcel.filled])
+        self.pending_input, self.parcel = b"", None
         with contextlib.suppress(OSError):
             while most > 0 and (size := self.sock.recv_into(buffer)):
                 counter.feed(buffer[:size])
