@@ -146,7 +146,7 @@ cdef inline int64_t _signed_length(const uint8_t* at) noexcept:
     return <int32_t>((<uint32_t>at[0] << 24) | (<uint32_t>at[1] << 16) | (<uint32_t>at[2] << 8) | <uint32_t>at[3])
 
 
-cdef class _Fan:
+cdef class _Fanout:
     """Consecutive events to the same recipients: encoded once, copied into every tail when the run ends.
 
     left: bytes for which every tail still has room.
@@ -231,20 +231,20 @@ def feed(broker, source, buffer, int64_t start, int64_t end, double now):
     cdef Py_buffer view
     PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
     cdef _Run run = _Run.__new__(_Run)
-    cdef _Fan fan = _Fan.__new__(_Fan)
-    run.touched = fan.touched = broker.touched
+    cdef _Fanout fanout = _Fanout.__new__(_Fanout)
+    run.touched = fanout.touched = broker.touched
     try:
         if not 0 <= start <= end <= view.len:
             raise ValueError("start and end lie outside the buffer")
-        return _feed(broker, source, buffer, <const uint8_t*>view.buf, start, end, now, run, fan)
+        return _feed(broker, source, buffer, <const uint8_t*>view.buf, start, end, now, run, fanout)
     finally:
         run.close()
-        fan.close()
+        fanout.close()
         PyBuffer_Release(&view)
 
 
 cdef object _feed(
-    broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run, _Fan fan
+    broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run, _Fanout fanout
 ):
     cdef int64_t position = start
     # Up to 2**64 - 1: what a frame may announce.
@@ -262,7 +262,7 @@ cdef object _feed(
     cdef uint8_t last_size = 0
     cdef uint8_t last_topic_size = 0
     cdef uint8_t kind, name_size, topic_size
-    cdef dict routes, fans
+    cdef dict routes, fanouts
     cdef RouteEntry entry
     cdef PyObject* found
     cdef char* out
@@ -271,7 +271,7 @@ cdef object _feed(
     if skip:
         position += <int64_t>min(skip, <uint64_t>(end - start))
         source.skip = skip - <uint64_t>(position - start)
-    routes, fans = source.caches(broker)
+    routes, fanouts = source.caches(broker)
     while end - position >= HEAD_SIZE:
         at = data + position
         size = _signed_length(at)
@@ -281,7 +281,7 @@ cdef object _feed(
             if kind == MESSAGE and payload <= limit:
                 if last_name is NULL or name_size != last_size or memcmp(at + HEAD_SIZE, last_name, name_size) != 0:
                     run.close()
-                    fan.close()
+                    fanout.close()
                     last_name = last_topic = NULL
                     found = PyDict_GetItem(routes, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE, name_size))
                     if found is not NULL:
@@ -319,18 +319,18 @@ cdef object _feed(
                     or memcmp(at + HEAD_SIZE + 1, last_topic, topic_size) != 0
                 ):
                     run.close()
-                    fan.close()
+                    fanout.close()
                     last_name = last_topic = NULL
                     found = PyDict_GetItem(
-                        fans, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, topic_size)
+                        fanouts, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, topic_size)
                     )
                     if found is not NULL:
-                        fan.open(<tuple>found)
+                        fanout.open(<tuple>found)
                         last_topic, last_topic_size = at + HEAD_SIZE + 1, topic_size
                 if last_topic is not NULL:
                     size_out = HEAD_SIZE + stamp_size + payload
-                    if fan.has_room(size_out):
-                        out = fan.add(size_out)
+                    if fanout.has_room(size_out):
+                        out = fanout.add(size_out)
                         _write_head(out, size_out, EVENT, at[6], stamp_bytes, stamp_size, at + 8)
                         memcpy(out + HEAD_SIZE + stamp_size, at + HEAD_SIZE, payload)
                         messages += 1
@@ -338,16 +338,16 @@ cdef object _feed(
                         position += 4 + size
                         continue
         run.close()
-        fan.close()
+        fanout.close()
         last_name = last_topic = NULL
         before = position
         position, result = handle_slow_path(broker, source, buffer, position, end, now)
         if result is not _NEXT or position == before:
             more = False
             break
-        routes, fans = source.caches(broker)
+        routes, fanouts = source.caches(broker)
     run.close()
-    fan.close()
+    fanout.close()
     if more and position < end:
         position, result = handle_slow_path(broker, source, buffer, position, end, now)
     source.messages_in += messages

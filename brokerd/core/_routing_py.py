@@ -78,7 +78,7 @@ def feed(
     if source.skip:
         position += min(source.skip, end - start)
         source.skip -= position - start
-    routes, fans = source.caches(broker)
+    routes, fanouts = source.caches(broker)
     limit = broker.limits.max_message
     stamp = source.stamp
     stamp_size = len(stamp)
@@ -100,7 +100,7 @@ def feed(
             topic = first + 1 + buffer[first]
             body = first
             if topic <= stop:
-                targets = fans.get(bytes(buffer[first + 1 : topic]), ())
+                targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
         size_out = _HEAD_SIZE + stamp_size + stop - body
         if targets and all(len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets):
             head = pack(size_out - 4, kind, 0, codec, stamp_size, id) + stamp
@@ -121,7 +121,7 @@ def feed(
         if result is not RoutingResult.CONSUMED or position == before:
             break
         # What the broker did may have changed who is reached how.
-        routes, fans = source.caches(broker)
+        routes, fanouts = source.caches(broker)
     else:
         # Fewer bytes than the shortest frame: a length that can't be is refused without waiting for more.
         if position < end:

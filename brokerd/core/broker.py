@@ -200,7 +200,7 @@ class Broker:
         forget_requests(self, session)
         self._leaving.append((session, session.outbox.take_unsent()))
         session.routes.clear()
-        session.fans.clear()
+        session.fanouts.clear()
         session.spread = session.reached_by_event = None
         leave_behind(session)
         # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits

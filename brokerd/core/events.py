@@ -28,7 +28,7 @@ __all__ = ["Announcement", "Spread", "announce", "announce_presence", "go_on_pub
 #: How many subscribers the routing loop remembers for one publisher, those of all its topics together. A topic
 #: counts for some of them, however few it has.
 _REMEMBERED_OUTBOXES: Final = 16_384
-_SMALL_FAN: Final = 16
+_SMALL_FANOUT: Final = 16
 #: Nodes of the tree of subscriptions that are looked at in the time that a frame takes.
 _NODES: Final = 64
 #: Subscriptions that are gone through for an event in that time.
@@ -114,7 +114,7 @@ def go_on_publishing(
     if envelope.flags & _RECEIPT:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
     elif source.client.meter is None and not source.mute:
-        _remember_fan(broker, source, envelope.topic, spread.found)
+        _remember_fanout(broker, source, envelope.topic, spread.found)
     return RoutingResult.CONSUMED
 
 
@@ -153,21 +153,21 @@ def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | Non
     return found
 
 
-def _remember_fan(broker: Broker, source: Session, topic: str, found: Matches[Session]) -> None:
+def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches[Session]) -> None:
     """Let the routing loop pass on the next event on this topic by itself, where nobody has to be chosen."""
     if not found.everyone or found.groups or broker.topics.known(topic) is not found:
         return
-    if found.fan is None:
+    if found.fanout is None:
         # One for all publishers: a thousand of them on a thousand topics would have a million otherwise.
         outboxes = tuple(target.outbox for target in found.everyone)
-        found.fan = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
-    fan = cast("tuple[StreamOutbox, ...]", found.fan)
-    if fan:
-        if (len(source.fans) + 1) * max(len(fan), _SMALL_FAN) > _REMEMBERED_OUTBOXES:
-            source.fans.clear()
+        found.fanout = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+    fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
+    if fanout:
+        if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
+            source.fanouts.clear()
             source.widest = 0
-        source.fans[topic.encode()] = fan
-        source.widest = max(source.widest, len(fan))
+        source.fanouts[topic.encode()] = fanout
+        source.widest = max(source.widest, len(fanout))
 
 
 class Announcement:

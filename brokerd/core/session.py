@@ -73,7 +73,7 @@ class Session:
         "cut",
         "errors_in",
         "expiring",
-        "fans",
+        "fanouts",
         "finished",
         "finishing",
         "generation",
@@ -125,7 +125,7 @@ class Session:
         self.number = 0
         self.left_at = 0
         self.routes: dict[bytes, RouteEntry] = {}
-        self.fans: dict[bytes, tuple[WriteBuffer, ...]] = {}
+        self.fanouts: dict[bytes, tuple[WriteBuffer, ...]] = {}
         self.widest = 0
         self.topics_version = 0
         self.generation = 0
@@ -169,13 +169,13 @@ class Session:
         if self.generation != broker.generation:
             self.generation = broker.generation
             self.routes.clear()
-            self.fans.clear()
+            self.fanouts.clear()
             self.widest = 0
         if self.topics_version != broker.topics.version:
             self.topics_version = broker.topics.version
-            self.fans.clear()
+            self.fanouts.clear()
             self.widest = 0
-        return self.routes, self.fans
+        return self.routes, self.fanouts
 
     @property
     def messages_out(self) -> int:

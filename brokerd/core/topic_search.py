@@ -85,14 +85,14 @@ class Matches(Generic[Member]):
     fan: what whoever sends to everyone made of it, to be used again; None until then.
     """
 
-    __slots__ = ("_count", "_ordered", "everyone", "fan", "groups", "left", "turn")
+    __slots__ = ("_count", "_ordered", "everyone", "fanout", "groups", "left", "turn")
 
     def __init__(self) -> None:
         self.everyone: dict[Member, int] = {}
         self.groups: dict[str, dict[Member, int]] = {}
         self.left: set[Member] = set()
         self.turn = 0
-        self.fan: object = None
+        self.fanout: object = None
         self._count = 0
         #: The members of groups that have been chosen from.
         self._ordered: dict[str, list[Member]] = {}

@@ -712,13 +712,13 @@ def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
 def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher on ever new topics does not fill the memory."""
     monkeypatch.setattr(events_module, "_REMEMBERED_OUTBOXES", 3)
-    monkeypatch.setattr(events_module, "_SMALL_FAN", 1)
+    monkeypatch.setattr(events_module, "_SMALL_FANOUT", 1)
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic=">")
     for number in range(10):
         ann.publish(f"t{number}")
-        assert len(ann.session.fans) <= 3
+        assert len(ann.session.fanouts) <= 3
     assert len(bob.take()) == 10
 
 
@@ -729,7 +729,7 @@ def test_publishers_share_what_is_remembered_of_a_topic() -> None:
     carol.ask("subscribe", topic="a")
     ann.publish("a")
     bob.publish("a")
-    assert ann.session.fans[b"a"] is bob.session.fans[b"a"]
+    assert ann.session.fanouts[b"a"] is bob.session.fanouts[b"a"]
 
 
 def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None:
@@ -743,7 +743,7 @@ def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None
     ann.publish("a", b"2")
     ann.publish("a", b"3")
     assert [event.payload for event in bob.take()] == [b"1", b"2", b"3"]
-    assert ann.session.fans == {}
+    assert ann.session.fanouts == {}
 
 
 # What a client may have the broker keep in mind

@@ -54,7 +54,7 @@ class Recorded(FakeNet):
                 entry.message(name, b"first")
             entry.publish("t.x", b"first")
         assert self.entries[0].session.routes.keys() == {b"a", b"b", b"c"}
-        assert self.entries[0].session.fans.keys() == {b"t.x"}
+        assert self.entries[0].session.fanouts.keys() == {b"t.x"}
         self.calls.clear()
 
     def _record(self, name: str) -> None:
@@ -109,7 +109,7 @@ class Recorded(FakeNet):
                     peer.session.bytes_out,
                     peer.session.outbox.waiting,
                     sorted(peer.session.routes),
-                    sorted(peer.session.fans),
+                    sorted(peer.session.fanouts),
                 )
                 for peer in self.everyone
             ],

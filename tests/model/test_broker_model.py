@@ -236,7 +236,7 @@ class BrokerModel(RuleBasedStateMachine):
         at_once = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
         unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
         session = sender.session
-        known = envelope.name.encode() in session.routes or envelope.topic.encode() in session.fans
+        known = envelope.name.encode() in session.routes or envelope.topic.encode() in session.fanouts
         # The routing loop passes it on by itself: nothing comes back that could wait for the sender.
         ordinary = known and not envelope.flags and envelope.extension is None
         code = None if owed else self.foretold(sender, envelope)

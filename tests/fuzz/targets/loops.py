@@ -101,8 +101,11 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     full = step(BLOCK, 1, b"\x05") + step(REPEAT, 0, item(message) + b"\x3b") * 2 + step(ADVANCE, 0, b"\2")
     yield "full", full + step(READ, 1, b"\x40") + step(READ, 1, b"\xff")
     yield "full-gone", full + step(RECONNECT, 1) + step(RECONNECT, 0)
-    fan = step(SUBSCRIBE, 2, b"\0") + step(SUBSCRIBE, 3, b"\2") + step(BLOCK, 2, b"\x01")
+    fanout = step(SUBSCRIBE, 2, b"\0") + step(SUBSCRIBE, 3, b"\2") + step(BLOCK, 2, b"\x01")
     yield (
         "fan",
-        fan + step(REPEAT, 0, item(event) + b"\x30") + step(READ, 2, b"\xff") + step(REPEAT, 6, item(event) + b"\x09"),
+        fanout
+        + step(REPEAT, 0, item(event) + b"\x30")
+        + step(READ, 2, b"\xff")
+        + step(REPEAT, 6, item(event) + b"\x09"),
     )
