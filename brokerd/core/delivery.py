@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import WhenFull
-from brokerd.core.large_frame import Parcel, joined
+from brokerd.core.large_frame import LargeFrame, joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
@@ -106,7 +106,7 @@ def _deliver(
         outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept, deadline=deadline))
     elif deadline is not None:
         outbox.append_timed(Queued(joined(head, rest), receipt=wants_receipt, sender=source, deadline=deadline))
-    elif isinstance(rest.obj, Parcel):
+    elif isinstance(rest.obj, LargeFrame):
         outbox.append(joined(head, rest))
     else:
         outbox.content += head

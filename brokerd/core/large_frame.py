@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["SLACK", "Parcel", "joined"]
+__all__ = ["SLACK", "LargeFrame", "joined"]
 
 #: Room in front of the frame: more than a length, a header and a sender's address together.
 SLACK: Final = 128
@@ -19,7 +19,7 @@ _STEP: Final = 16 * 1024
 _ZEROS: Final = memoryview(bytes(256 * 1024))
 
 
-class Parcel(bytearray):
+class LargeFrame(bytearray):
     """One frame being collected, and then on its way: the bytes from SLACK to ``end``.
 
     end: where the frame ends. filled: where the bytes that have arrived end.
@@ -58,10 +58,10 @@ def joined(head: bytes, rest: memoryview) -> bytes | memoryview:
 
     The rest of one that lies in a Parcel is not copied: the head is written in front of it.
     """
-    parcel = rest.obj
-    if not isinstance(parcel, Parcel):
+    large_frame = rest.obj
+    if not isinstance(large_frame, LargeFrame):
         return b"".join((head, rest))
-    start = len(parcel) - len(rest) - len(head)
-    whole = memoryview(parcel)[start:]
+    start = len(large_frame) - len(rest) - len(head)
+    whole = memoryview(large_frame)[start:]
     whole[: len(head)] = head
     return whole

@@ -19,7 +19,7 @@ from typing import Any, Final
 from brokerd.config.values import Key, ListenConfig, Source
 from brokerd.core import snapshot
 from brokerd.core.events import announce
-from brokerd.core.large_frame import SLACK, Parcel
+from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
@@ -102,7 +102,9 @@ class Passing:
 
 
 def _is_idle(link: Link) -> bool:
-    return link.can_hand_over and not (link.pending_input or link.parcel or link.waits or link.writing or link.ending)
+    return link.can_hand_over and not (
+        link.pending_input or link.large_frame or link.waits or link.writing or link.ending
+    )
 
 
 def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
@@ -190,10 +192,10 @@ def _listening(each: Listening) -> Facts:
 
 
 def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
-    parcel = link.parcel
+    large_frame = link.large_frame
     taken.pieces.append(link.pending_input)
-    if parcel is not None:
-        taken.pieces.append(memoryview(parcel)[SLACK : parcel.filled])
+    if large_frame is not None:
+        taken.pieces.append(memoryview(large_frame)[SLACK : large_frame.filled])
     return {
         "socket": _socket(link.sock),
         "passed": passed,
@@ -201,7 +203,7 @@ def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
         "key": link.credential.key.key_id,
         "tail": len(link.pending_input),
         "waits": link.waits,
-        "parcel": None if parcel is None else [parcel.filled - SLACK, parcel.end - SLACK],
+        "parcel": None if large_frame is None else [large_frame.filled - SLACK, large_frame.end - SLACK],
     }
 
 
@@ -373,7 +375,7 @@ class Inheritance:
         link.waits = facts["waits"]
         if facts["parcel"] is not None:
             filled, size = facts["parcel"]
-            link.parcel = Parcel(pieces.take(filled), size)
+            link.large_frame = LargeFrame(pieces.take(filled), size)
         return link
 
     def _pending_connection(self, facts: Facts, pieces: Pieces) -> PendingConnection:

@@ -8,7 +8,7 @@ import pytest
 from core.fakenet import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.large_frame import SLACK, Parcel, joined
+from brokerd.core.large_frame import SLACK, LargeFrame, joined
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
@@ -17,34 +17,36 @@ from brokerd_client.wire.framing import frame, frame_prefix
 BIG = bytes(range(256)) * 1024
 
 
-def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> Parcel:
+def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> LargeFrame:
     """Return a frame that arrived ``most`` bytes at a time."""
-    parcel = Parcel(whole[:begun], len(whole))
-    while not parcel.is_whole:
-        position = parcel.filled - SLACK
-        with parcel.space(most) as space:
+    large_frame = LargeFrame(whole[:begun], len(whole))
+    while not large_frame.is_whole:
+        position = large_frame.filled - SLACK
+        with large_frame.space(most) as space:
             size = min(len(space), len(whole) - position)
             space[:size] = whole[position : position + size]
-        parcel.filled += size
-    return parcel
+        large_frame.filled += size
+    return large_frame
 
 
-def hand_over(source: Peer, envelope: Envelope) -> tuple[Parcel, RoutingResult]:
+def hand_over(source: Peer, envelope: Envelope) -> tuple[LargeFrame, RoutingResult]:
     """Route one long frame as the network layer does; return it and what the broker said."""
-    parcel = collected(frame(encode(envelope)))
-    return parcel, again(source, parcel)
+    large_frame = collected(frame(encode(envelope)))
+    return large_frame, again(source, large_frame)
 
 
-def again(source: Peer, parcel: Parcel) -> RoutingResult:
+def again(source: Peer, large_frame: LargeFrame) -> RoutingResult:
     net = source.net
-    position, verdict = handle_slow_path(net.broker, source.session, memoryview(parcel), SLACK, parcel.end, net.now)
-    assert position == (parcel.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK)
+    position, verdict = handle_slow_path(
+        net.broker, source.session, memoryview(large_frame), SLACK, large_frame.end, net.now
+    )
+    assert position == (large_frame.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK)
     net.settle()
     return verdict
 
 
-def lies_in(piece: Any, parcel: Parcel) -> bool:
-    return isinstance(piece, memoryview) and piece.obj is parcel
+def lies_in(piece: Any, large_frame: LargeFrame) -> bool:
+    return isinstance(piece, memoryview) and piece.obj is large_frame
 
 
 @pytest.mark.parametrize("most", [1000, 16 * 1024, 1 << 20])
@@ -52,31 +54,31 @@ def lies_in(piece: Any, parcel: Parcel) -> bool:
 def test_a_frame_is_collected_whole(begun: int, most: int) -> None:
     """In whatever pieces it arrives, the bytes are those that were sent."""
     whole = frame(BIG)
-    parcel = collected(whole, begun, most)
-    assert bytes(parcel[SLACK:]) == whole
-    assert len(parcel) == parcel.end
+    large_frame = collected(whole, begun, most)
+    assert bytes(large_frame[SLACK:]) == whole
+    assert len(large_frame) == large_frame.end
 
 
 def test_memory_grows_with_what_arrives_and_not_with_what_was_announced() -> None:
     """Whoever announces 16 MiB and sends little has little kept for it; it doubles, so moving costs little."""
-    parcel = Parcel(b"1234", 16 << 20)
+    large_frame = LargeFrame(b"1234", 16 << 20)
     sizes = []
-    while not parcel.is_whole:
-        with parcel.space(256 * 1024) as space:
+    while not large_frame.is_whole:
+        with large_frame.space(256 * 1024) as space:
             assert 0 < len(space) <= 256 * 1024
-            parcel.filled += len(space)
-        if len(parcel) not in sizes:
-            sizes.append(len(parcel))
-        assert len(parcel) <= 2 * parcel.filled
+            large_frame.filled += len(space)
+        if len(large_frame) not in sizes:
+            sizes.append(len(large_frame))
+        assert len(large_frame) <= 2 * large_frame.filled
     assert sizes[0] < 20_000
     assert len(sizes) < 13
 
 
 def test_the_head_is_written_before_the_rest() -> None:
     """A rest that lies in a parcel stays where it is; any other is joined with the head."""
-    parcel = collected(frame(b"name" + BIG))
-    whole = joined(b"a longer head", memoryview(parcel)[SLACK + 8 :])
-    assert lies_in(whole, parcel)
+    large_frame = collected(frame(b"name" + BIG))
+    whole = joined(b"a longer head", memoryview(large_frame)[SLACK + 8 :])
+    assert lies_in(whole, large_frame)
     assert whole == b"a longer head" + BIG
     assert joined(b"head", memoryview(b"rest")) == b"headrest"
 
@@ -91,10 +93,10 @@ def test_a_long_message_goes_out_in_the_buffer_it_came_in(kind: Kind, flags: Fla
     target.block()
     target.message("recipient", b"before")
     extension = {"x": 1} if flags is Flag.EXTENSION else None
-    parcel, verdict = hand_over(source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension))
+    large_frame, verdict = hand_over(source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension))
     target.message("recipient", b"behind")
     assert verdict is RoutingResult.CONSUMED
-    assert [lies_in(piece, parcel) for piece in target.session.outbox.pieces()] == [False, True, False]
+    assert [lies_in(piece, large_frame) for piece in target.session.outbox.pieces()] == [False, True, False]
     target.read()
     assert target.take() == [
         Envelope(Kind.MESSAGE, 0, "recipient", b"before"),
@@ -111,8 +113,8 @@ def test_a_length_of_the_long_form_is_understood() -> None:
     net = FakeNet(client("a"), client("b"))
     source, target = net.connect("a"), net.connect("b")
     body = encode(Envelope(Kind.MESSAGE, 7, "b", BIG))
-    parcel = collected(b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body)
-    assert again(source, parcel) is RoutingResult.CONSUMED
+    large_frame = collected(b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body)
+    assert again(source, large_frame) is RoutingResult.CONSUMED
     (got,) = target.take()
     assert got.payload == BIG
     assert target.stream.startswith(frame_prefix(len(body)))
@@ -128,12 +130,12 @@ def test_a_long_event_is_shared_by_all_who_get_it() -> None:
         target.op("subscribe", 1, topic="t.>")
         target.take()
         target.block(1000)
-    parcel, verdict = hand_over(source, Envelope(Kind.EVENT, 7, "", BIG, topic="t.x"))
+    large_frame, verdict = hand_over(source, Envelope(Kind.EVENT, 7, "", BIG, topic="t.x"))
     assert verdict is RoutingResult.CONSUMED
     for target in targets:
         (piece,) = target.session.outbox.pieces()
-        assert lies_in(piece, parcel)
-        assert target.session.outbox.waiting == len(parcel) - SLACK - 1000 + len("a")
+        assert lies_in(piece, large_frame)
+        assert target.session.outbox.waiting == len(large_frame) - SLACK - 1000 + len("a")
     for target in targets:
         target.read(100_000)
         target.read()
@@ -159,11 +161,11 @@ def test_a_long_message_moves_to_another_member_of_the_pool() -> None:
     source, first, second = net.connect("a"), net.connect("pool"), net.connect("pool")
     first.block()
     second.block()
-    parcel, _ = hand_over(source, Envelope(Kind.MESSAGE, 7, "pool", BIG))
+    large_frame, _ = hand_over(source, Envelope(Kind.MESSAGE, 7, "pool", BIG))
     (holder,) = [member for member in (first, second) if member.session.outbox.waiting]
     (other,) = [member for member in (first, second) if member is not holder]
     holder.leave()
-    assert [lies_in(piece, parcel) for piece in other.session.outbox.pieces()] == [True]
+    assert [lies_in(piece, large_frame) for piece in other.session.outbox.pieces()] == [True]
     other.read()
     assert other.payloads() == [BIG]
 
@@ -175,12 +177,12 @@ def test_a_long_message_waits_untouched_until_there_is_room() -> None:
     target.block()
     target.message("b", b"x" * 500)
     whole = frame(encode(Envelope(Kind.MESSAGE, 7, "b", BIG)))
-    parcel = collected(whole)
-    assert again(source, parcel) is RoutingResult.BLOCKED
-    assert bytes(parcel[SLACK:]) == whole
+    large_frame = collected(whole)
+    assert again(source, large_frame) is RoutingResult.BLOCKED
+    assert bytes(large_frame[SLACK:]) == whole
     target.read()
     assert not source.held
-    assert again(source, parcel) is RoutingResult.CONSUMED
+    assert again(source, large_frame) is RoutingResult.CONSUMED
     assert target.payloads() == [b"x" * 500, BIG]
 
 

@@ -253,7 +253,7 @@ class Crowded:
                 unread = bool(link.sock.recv(1, socket.MSG_PEEK))
             except BlockingIOError:
                 unread = False
-            return not (unread or link.waits or link.tail or link.parcel)
+            return not (unread or link.waits or link.tail or link.large_frame)
 
         self.until(taken)
 

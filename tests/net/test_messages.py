@@ -472,7 +472,7 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
 
         def kept() -> int:
             links = [link for link in server.links if link.session.address == "alice"]
-            return len(links[0].pending_input) + len(links[0].parcel or b"")
+            return len(links[0].pending_input) + len(links[0].large_frame or b"")
 
         bob.ping()
         assert broker.call(kept) < 1 << 20
@@ -493,7 +493,9 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
         error = alice.recv()
         assert (error.id, error.code) == (9, "too_large")
         alice.ping()
-        assert broker.call(lambda: [len(link.pending_input) + len(link.parcel or b"") for link in server.links]) == [
+        assert broker.call(
+            lambda: [len(link.pending_input) + len(link.large_frame or b"") for link in server.links]
+        ) == [
             0,
             0,
         ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
 from brokerd.core.goaway import add_reason, mute
-from brokerd.core.large_frame import SLACK, Parcel
+from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
@@ -86,7 +86,7 @@ class Link:
         "ending",
         "fd",
         "grace",
-        "parcel",
+        "large_frame",
         "passed",
         "server",
         "session",
@@ -106,7 +106,7 @@ class Link:
         self.fd = sock.fileno()
         self.session: Session
         self.pending_input = b""
-        self.parcel: Parcel | None = None
+        self.large_frame: LargeFrame | None = None
         self.waits = False
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
@@ -166,11 +166,11 @@ class Link:
     def _read(self) -> int:
         """Read once and route what came; return how many bytes that was. The caller settles."""
         view = self.server.buffer
-        parcel = self.parcel
+        large_frame = self.large_frame
         kept = 0
         try:
-            if parcel is not None:
-                with parcel.space(READ_BUFFER) as space:
+            if large_frame is not None:
+                with large_frame.space(READ_BUFFER) as space:
                     size = self.sock.recv_into(space)
             elif self.pending_input:
                 kept = len(self.pending_input)
@@ -186,13 +186,13 @@ class Link:
         if not size:
             self.lost(self.ending or "closed by the client")
             return 0
-        if parcel is None:
+        if large_frame is None:
             self.pending_input = b""
             self._route(view, kept + size)
         else:
-            parcel.filled += size
-            if parcel.is_whole:
-                self._route_parcel(parcel)
+            large_frame.filled += size
+            if large_frame.is_whole:
+                self._route_large_frame(large_frame)
         return size
 
     def resume(self) -> None:
@@ -204,14 +204,14 @@ class Link:
         if kept:
             self._route(memoryview(kept), len(kept))
             self.server.settle()
-        elif self.parcel is not None and self.parcel.is_whole:
-            self._route_parcel(self.parcel)
+        elif self.large_frame is not None and self.large_frame.is_whole:
+            self._route_large_frame(self.large_frame)
             self.server.settle()
 
-    def _route_parcel(self, parcel: Parcel) -> None:
+    def _route_large_frame(self, large_frame: LargeFrame) -> None:
         """Route a long frame; the loop would copy it, so it goes to the broker at once."""
-        self.parcel = None
-        self._route(memoryview(parcel), parcel.end, SLACK, handle_slow_path)
+        self.large_frame = None
+        self._route(memoryview(large_frame), large_frame.end, SLACK, handle_slow_path)
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         """Route what lies there. feed: who does, the routing loop unless given."""
@@ -269,8 +269,8 @@ class Link:
         """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
         if position == end:
             return
-        if isinstance(view.obj, Parcel):
-            self.parcel = view.obj
+        if isinstance(view.obj, LargeFrame):
+            self.large_frame = view.obj
             return
         try:
             span = frame_span(view, position, end)
@@ -283,7 +283,7 @@ class Link:
             there = wanted <= end - position
             # One that is longer than any message is not collected: it is passed over as soon as its header is there.
             if not there and _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
-                self.parcel = Parcel(view[position:end], wanted)
+                self.large_frame = LargeFrame(view[position:end], wanted)
                 return
         self.pending_input = bytes(view[position:end])
 
@@ -372,7 +372,7 @@ class Link:
             self.grace.cancel()
         self.server.loop.remove_reader(self.fd)
         self.server.loop.remove_writer(self.fd)
-        self.pending_input, self.parcel = b"", None
+        self.pending_input, self.large_frame = b"", None
         if written:
             self.server.close_gracefully(self.sock)
         else:
@@ -386,8 +386,13 @@ class Link:
     @property
     def progress(self) -> tuple[int, int, int, int]:
         """What changes with every byte that is read."""
-        parcel = self.parcel
-        return self.session.bytes_in, len(self.pending_input), 0 if parcel is None else parcel.filled, self.session.skip
+        large_frame = self.large_frame
+        return (
+            self.session.bytes_in,
+            len(self.pending_input),
+            0 if large_frame is None else large_frame.filled,
+            self.session.skip,
+        )
 
     def end(self, code: ErrorCode, why: str) -> None:
         """End the connection at once. Its client is told why, if the system takes that now."""
@@ -430,9 +435,9 @@ class Link:
         """
         if self.closed:
             return 0
-        counter, buffer, parcel = UnreadCounter(self.session.skip), self.server.buffer, self.parcel
-        counter.feed(self.pending_input if parcel is None else memoryview(parcel)[SLACK : parcel.filled])
-        self.pending_input, self.parcel = b"", None
+        counter, buffer, large_frame = UnreadCounter(self.session.skip), self.server.buffer, self.large_frame
+        counter.feed(self.pending_input if large_frame is None else memoryview(large_frame)[SLACK : large_frame.filled])
+        self.pending_input, self.large_frame = b"", None
         with contextlib.suppress(OSError):
             while most > 0 and (size := self.sock.recv_into(buffer)):
                 counter.feed(buffer[:size])
