@@ -124,7 +124,7 @@ cdef class _Run:
 
 
 cdef inline void _write_head(
-    char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* stamp, Py_ssize_t stamp_size, const uint8_t* id
+    char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* sender_header, Py_ssize_t sender_header_size, const uint8_t* id
 ) noexcept:
     """Write length, header and the sender's name: 16 + stamp_size bytes."""
     cdef uint32_t length = <uint32_t>(size_out - 4)
@@ -135,9 +135,9 @@ cdef inline void _write_head(
     at[4] = <char>kind
     at[5] = 0
     at[6] = <char>codec
-    at[7] = <char>stamp_size
+    at[7] = <char>sender_header_size
     memcpy(at + 8, id, 8)
-    memcpy(at + HEAD_SIZE, stamp, stamp_size)
+    memcpy(at + HEAD_SIZE, sender_header, sender_header_size)
 
 
 cdef inline int64_t _signed_length(const uint8_t* at) noexcept:
@@ -253,9 +253,9 @@ cdef object _feed(
     cdef int64_t messages = 0
     cdef int64_t size_in = 0
     cdef int64_t limit = broker.limits.max_message
-    cdef bytes stamp = source.stamp
-    cdef const char* stamp_bytes = PyBytes_AS_STRING(stamp)
-    cdef Py_ssize_t stamp_size = PyBytes_GET_SIZE(stamp)
+    cdef bytes sender_header = source.sender_header
+    cdef const char* sender_header_bytes = PyBytes_AS_STRING(sender_header)
+    cdef Py_ssize_t sender_header_size = PyBytes_GET_SIZE(sender_header)
     cdef const uint8_t* at
     cdef const uint8_t* last_name = NULL
     cdef const uint8_t* last_topic = NULL
@@ -290,7 +290,7 @@ cdef object _feed(
                             run.open(entry.direct)
                             last_name, last_size = at + HEAD_SIZE, name_size
                 if run.target is not None:
-                    size_out = HEAD_SIZE + stamp_size + payload
+                    size_out = HEAD_SIZE + sender_header_size + payload
                     if run.written + size_out > run.target.room:
                         target = run.target
                         run.close()
@@ -302,8 +302,8 @@ cdef object _feed(
                     if run.written + size_out > run.allocated:
                         run.grow(size_out)
                     out = run.bytes + run.written
-                    _write_head(out, size_out, MESSAGE, at[6], stamp_bytes, stamp_size, at + 8)
-                    memcpy(out + HEAD_SIZE + stamp_size, at + HEAD_SIZE + name_size, payload)
+                    _write_head(out, size_out, MESSAGE, at[6], sender_header_bytes, sender_header_size, at + 8)
+                    memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE + name_size, payload)
                     run.written += size_out
                     run.frames += 1
                     run.size += size_out
@@ -328,11 +328,11 @@ cdef object _feed(
                         fanout.open(<tuple>found)
                         last_topic, last_topic_size = at + HEAD_SIZE + 1, topic_size
                 if last_topic is not NULL:
-                    size_out = HEAD_SIZE + stamp_size + payload
+                    size_out = HEAD_SIZE + sender_header_size + payload
                     if fanout.has_room(size_out):
                         out = fanout.add(size_out)
-                        _write_head(out, size_out, EVENT, at[6], stamp_bytes, stamp_size, at + 8)
-                        memcpy(out + HEAD_SIZE + stamp_size, at + HEAD_SIZE, payload)
+                        _write_head(out, size_out, EVENT, at[6], sender_header_bytes, sender_header_size, at + 8)
+                        memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE, payload)
                         messages += 1
                         size_in += size
                         position += 4 + size

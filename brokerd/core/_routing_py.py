@@ -80,8 +80,8 @@ def feed(
         source.skip -= position - start
     routes, fanouts = source.caches(broker)
     limit = broker.limits.max_message
-    stamp = source.stamp
-    stamp_size = len(stamp)
+    sender_header = source.sender_header
+    sender_header_size = len(sender_header)
     touched = broker.touched
     unpack, pack = _HEAD.unpack_from, _HEAD.pack
     messages = size_in = 0
@@ -101,9 +101,9 @@ def feed(
             body = first
             if topic <= stop:
                 targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
-        size_out = _HEAD_SIZE + stamp_size + stop - body
+        size_out = _HEAD_SIZE + sender_header_size + stop - body
         if targets and all(len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets):
-            head = pack(size_out - 4, kind, 0, codec, stamp_size, id) + stamp
+            head = pack(size_out - 4, kind, 0, codec, sender_header_size, id) + sender_header
             for each in targets:
                 each.content += head
                 each.content += buffer[body:stop]

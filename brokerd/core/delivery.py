@@ -87,7 +87,7 @@ def _deliver(
 ) -> RoutingResult:
     """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
     rest = frame[HEADER.size + len(envelope.name) :]
-    size = 4 + HEADER.size + len(source.stamp) + len(rest)
+    size = 4 + HEADER.size + len(source.sender_header) + len(rest)
     outbox = target.outbox
     deadline = deadline_of(source, envelope)
     if not outbox.reserve(size):
@@ -271,8 +271,10 @@ def _give_up_oldest(broker: Broker, requester: Session) -> None:
 
 def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
     """Return what precedes the untouched rest of a frame passed on: length, header, the sender's name."""
-    header = HEADER.pack(envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.stamp), envelope.id)
-    return b"".join((frame_prefix(size - 4), header, source.stamp))
+    header = HEADER.pack(
+        envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.sender_header), envelope.id
+    )
+    return b"".join((frame_prefix(size - 4), header, source.sender_header))
 
 
 def leave_behind(session: Session) -> None:
@@ -280,7 +282,7 @@ def leave_behind(session: Session) -> None:
     for client in session.reached:
         for each in client.sessions.values():
             if isinstance(each.outbox, StreamOutbox):
-                each.outbox.sender_left(session.stamp)
+                each.outbox.sender_left(session.sender_header)
     session.reached.clear()
 
 

@@ -55,7 +55,7 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
     found = _find(broker, source, envelope.topic)
     if found is None:
         return RoutingResult.YIELD
-    size = 4 + HEADER.size + len(source.stamp) + len(frame) - HEADER.size
+    size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
     done = source.reached_by_event if source.reached_by_event is not None else {}
     source.spread = Spread(found, choose(found, size, None, done), done, deadline_of(source, envelope))
     return go_on_publishing(broker, source, envelope, frame, now)
@@ -93,7 +93,7 @@ def go_on_publishing(
     assert spread is not None
     if spread.whole is None:
         rest = frame[HEADER.size :]
-        head = frame_head(source, envelope, 4 + HEADER.size + len(source.stamp) + len(rest))
+        head = frame_head(source, envelope, 4 + HEADER.size + len(source.sender_header) + len(rest))
         # A frame that is looked at again must stay as it is.
         at_once = len(spread.found) <= _MATCHES
         spread.whole = joined(head, rest) if at_once else b"".join((head, rest))

@@ -119,13 +119,13 @@ class StreamOutbox(WriteBuffer):
         self._timed.append((self._closed - 1, queued))
         self.timed += 1
 
-    def sender_left(self, stamp: bytes) -> None:
+    def sender_left(self, sender_header: bytes) -> None:
         """Remember that what waits here under this stamp is from a connection that is gone.
 
         The next connection with that address is not to hear of it.
         """
         if self.waiting:
-            self._left[stamp] = self._taken + self._older_bytes + len(self.content)
+            self._left[sender_header] = self._taken + self._older_bytes + len(self.content)
 
     def _make_room(self, size: int) -> None:
         if len(self.content) + size > CHUNK:
@@ -227,7 +227,7 @@ class StreamOutbox(WriteBuffer):
 
     def left(self) -> dict[bytes, int]:
         """Return up to where in ``chunks`` the bytes of senders that are gone may lie, by their stamps."""
-        return {stamp: end - self._taken for stamp, end in self._left.items()}
+        return {sender_header: end - self._taken for sender_header, end in self._left.items()}
 
     def timed_frames(self) -> list[tuple[int, Queued]]:
         """Return which of ``chunks`` are frames with a ttl."""

@@ -102,7 +102,7 @@ class Session:
         "skip",
         "slow",
         "spread",
-        "stamp",
+        "sender_header",
         "subscriptions",
         "told",
         "topics_version",
@@ -115,7 +115,7 @@ class Session:
         self.client = client
         self.instance = instance
         self.address = f"{client.name}/{instance}" if config.connections > 1 else client.name
-        self.stamp = self.address.encode()
+        self.sender_header = self.address.encode()
         self.peer = peer
         self.since = since
         self.link = link

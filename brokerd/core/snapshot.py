@@ -241,7 +241,7 @@ def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, 
             [position, (queued.deadline or now) - now, *_told_of(queued, index)]
             for position, queued in outbox.timed_frames()
         ]
-        facts["left"] = [[stamp.decode(), end] for stamp, end in outbox.left().items()]
+        facts["left"] = [[sender_header.decode(), end] for sender_header, end in outbox.left().items()]
     return facts
 
 
@@ -439,7 +439,7 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
     Session.__init__(session, client, facts["instance"], peer=facts["peer"], since=facts["since"])
     # Whether a name is a pool may have changed; a connection keeps the address it has.
     session.address = facts["address"]
-    session.stamp = session.address.encode()
+    session.sender_header = session.address.encode()
     session.number = facts["number"]
     session.left_at = facts["left_at"]
     session.skip = facts["skip"]
@@ -478,7 +478,7 @@ def _restore_outbox(
             outbox.refill(rest[len(places) :], 0)
     else:
         outbox = StreamOutbox(limit)
-        left = {stamp.encode(): end for stamp, end in facts["left"]}
+        left = {sender_header.encode(): end for sender_header, end in facts["left"]}
         chunks = [pieces.take(size) for size in facts["chunks"]]
         for chunk in chunks:
             check_frames(chunk)

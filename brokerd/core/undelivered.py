@@ -79,7 +79,7 @@ def cut(chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Ma
             continue
         for start, body, end in _frames(chunk):
             if end > head:
-                orphaned = bool(left) and at + end <= left.get(_stamp(chunk, body), 0)
+                orphaned = bool(left) and at + end <= left.get(_sender_header(chunk, body), 0)
                 yield Queued(bytes(chunk[start:end]), orphaned=orphaned)
         at += len(chunk)
         head = 0
@@ -90,7 +90,7 @@ def count_after(chunk: Chunk, head: int) -> int:
     return sum(end > head for _, _, end in _frames(chunk))
 
 
-def _stamp(chunk: Chunk, body: int) -> bytes:
+def _sender_header(chunk: Chunk, body: int) -> bytes:
     """Return the sender's name in the frame whose body begins there."""
     name_size = HEADER.unpack_from(chunk, body)[3]
     return bytes(chunk[body + HEADER.size : body + HEADER.size + name_size])

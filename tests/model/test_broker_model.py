@@ -261,7 +261,7 @@ class BrokerModel(RuleBasedStateMachine):
             return
         places = [peer for peer in members if self.lies_at(peer, sent)]
         least = min(waiting for _, waiting, _ in before.values())
-        size = 16 + len(sender.session.stamp) + len(encode(envelope)) - 12 - len(envelope.name.encode())
+        size = 16 + len(sender.session.sender_header) + len(encode(envelope)) - 12 - len(envelope.name.encode())
         roomy = [
             peer
             for peer, (writing, waiting, limit) in before.items()
