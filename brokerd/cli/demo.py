@@ -48,7 +48,7 @@ print(sender, payload.decode(), sep="\\n")
 """
 
 #: Seconds that anything here may take before the demo has failed.
-_PATIENCE_S: Final = 20.0
+_TIMEOUT_S: Final = 20.0
 _COLOURS: Final = {"alice": "cyan", "bob": "green", "carol": "magenta", "broker": "yellow"}
 #: The first Python whose own library knows more than HMAC-MD5.
 _MODERN: Final = (3, 12)
@@ -108,7 +108,7 @@ def _version(path: str) -> tuple[int, int] | None:
             [path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_S,
+            timeout=_TIMEOUT_S,
             check=True,
         )
         major, minor = map(int, done.stdout.split())
@@ -151,7 +151,7 @@ class _Demo:
 
     @contextlib.contextmanager
     def _connect(self, name: str) -> Iterator[brokerd_client.Client]:
-        with brokerd_client.connect(self._address, name=name, key=self._keys[name], timeout=_PATIENCE_S) as client:
+        with brokerd_client.connect(self._address, name=name, key=self._keys[name], timeout=_TIMEOUT_S) as client:
             self._say(name, "is connected, with a key of its own")
             yield client
 
@@ -168,14 +168,14 @@ class _Demo:
 
         bob.on_request(answer)
         self._say("alice", "asks bob to multiply 6 by 7")
-        reply = alice.request("bob", {"multiply": [6, 7]}, timeout=_PATIENCE_S)
+        reply = alice.request("bob", {"multiply": [6, 7]}, timeout=_TIMEOUT_S)
         self._expect((reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42")
         self._arrive("alice", f"hears from bob: {reply.payload['product']}")
 
     def _refusal(self, alice: brokerd_client.Client) -> None:
         self._say("alice", "sends something to dave, who does not exist")
         try:
-            alice.send("dave", "anybody there?", receipt=True, timeout=_PATIENCE_S)
+            alice.send("dave", "anybody there?", receipt=True, timeout=_TIMEOUT_S)
         except NoSuchClient as error:
             self._say("alice", f"is told so: {error}")
         else:
@@ -200,7 +200,7 @@ class _Demo:
                 self._receive(bob, "carol", b"hello from a stock Python")
                 self._say("bob", 'sends "welcome" to carol')
                 bob.send("carol", b"welcome")
-                heard, complaints = carol.communicate(timeout=_PATIENCE_S)
+                heard, complaints = carol.communicate(timeout=_TIMEOUT_S)
             except BaseException:
                 carol.kill()
                 raise
@@ -213,7 +213,7 @@ class _Demo:
         return [host, port] if colon and port.isdigit() and "/" not in self._address else [self._address]
 
     def _receive(self, client: brokerd_client.Client, sender: str, payload: object) -> None:
-        message = client.recv(timeout=_PATIENCE_S)
+        message = client.recv(timeout=_TIMEOUT_S)
         self._expect(
             (message.sender, message.payload) == (sender, payload),
             f"{message.sender} sent {message.payload!r} where {sender} was to send {payload!r}",

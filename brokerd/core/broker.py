@@ -132,7 +132,7 @@ class Broker:
         self.finishing: dict[Session, None] = {}
         #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
         #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
-        self.patience = -1
+        self.turn_budget = -1
         self.totals: Counter[str] = Counter()
         #: The broker's own events, and questions with long answers, in order; and whose questions those are.
         self.deferred = Deferred(self)
@@ -260,10 +260,10 @@ class Broker:
 
     # What the network layer asks
 
-    def spend(self, count: int) -> None:
+    def charge(self, count: int) -> None:
         """Say that the frame being handled takes as long as ``count`` more: its sender's turn is over the sooner."""
-        if self.patience > 0:
-            self.patience = max(0, self.patience - count)
+        if self.turn_budget > 0:
+            self.turn_budget = max(0, self.turn_budget - count)
 
     def touch(self, session: Session) -> None:
         """Have the session's outbox written, or the session closed."""

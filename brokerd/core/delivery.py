@@ -163,7 +163,7 @@ def make_room(
         for queued in dropped or ():
             _tell_dropped(broker, target, queued)
         if dropped is not None:
-            broker.spend(len(dropped) // _DROPS)
+            broker.charge(len(dropped) // _DROPS)
             return RoutingResult.CONSUMED if outbox.has_made_room(size) else RoutingResult.YIELD
     elif when_full is WhenFull.DISCONNECT:
         broker.close(target, "its queue is full and it does not read", cut=True)

@@ -105,11 +105,11 @@ def go_on_publishing(
                 source.reached_by_event = spread.done
                 return result
         spread.waiting = None
-        if count % _MATCHES == 0 and broker.patience >= 0:
-            if broker.patience == 0:
+        if count % _MATCHES == 0 and broker.turn_budget >= 0:
+            if broker.turn_budget == 0:
                 source.reached_by_event = spread.done
                 return RoutingResult.YIELD
-            broker.spend(1)
+            broker.charge(1)
     source.spread = source.reached_by_event = None
     if envelope.flags & _RECEIPT:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
@@ -146,10 +146,10 @@ def _give(broker: Broker, source: Session, target: Session, spread: Spread, now:
 
 def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
     """Return who gets an event on ``topic``; None where the others have their turn before all of them are found."""
-    if broker.patience < 0:
+    if broker.turn_budget < 0:
         return broker.topics.find(topic)
-    found, looked_at = broker.topics.search(topic, source, (broker.patience + 1) * _NODES)
-    broker.spend(looked_at // _NODES)
+    found, looked_at = broker.topics.search(topic, source, (broker.turn_budget + 1) * _NODES)
+    broker.charge(looked_at // _NODES)
     return found
 
 

@@ -164,7 +164,7 @@ class Question:
 def _ask(op: str) -> _Operation:
     def ask(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
         broker.asking.add(source)
-        broker.spend(broker.deferred.add(Question(source, id, op, arguments)) * _STEP)
+        broker.charge(broker.deferred.add(Question(source, id, op, arguments)) * _STEP)
 
     return ask
 
@@ -199,7 +199,7 @@ def _clients(broker: Broker, source: Session) -> Generator[None, None, bytes]:
 
 def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | None]:
     topic, group = _text(arguments, "topic"), arguments.get("group")
-    broker.spend(topic.count(".") // _TOKENS + broker.topics.searches // _SEARCHES)
+    broker.charge(topic.count(".") // _TOKENS + broker.topics.searches // _SEARCHES)
     try:
         check_pattern(topic)
     except InvalidName as error:

@@ -27,9 +27,9 @@ def handle_slow_path(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
 ) -> tuple[int, RoutingResult]:
     """Deal with the one frame at ``position``; return where to go on and how, as feed does."""
-    if not broker.patience:
+    if not broker.turn_budget:
         return position, RoutingResult.YIELD
-    broker.patience -= 1
+    broker.turn_budget -= 1
     try:
         span = frame_span(buffer, position, end)
     except BadLength as error:

@@ -21,7 +21,7 @@ __all__ = ["Supervisor"]
 #: Seconds between two looks at whether the status line has changed.
 _STATUS_EVERY: Final = 5.0
 #: Seconds that a state (ready, stopping) waits for a manager with no room for it; a sign of life does not wait.
-_PATIENCE: Final = 1.0
+_SEND_TIMEOUT_S: Final = 1.0
 #: Seconds to end after the drain's own time is over.
 _END_WITHIN: Final = 10.0
 
@@ -64,7 +64,7 @@ class Supervisor:
         With ``NotifyAccess=main`` the manager hears the main process alone: one that hands over to another sends
         ``MAINPID`` itself, and the other one speaks after that.
         """
-        return self._send(fields, _PATIENCE)
+        return self._send(fields, _SEND_TIMEOUT_S)
 
     def ready(self, status: Callable[[], str]) -> None:
         """Tell that it serves, and from now on how it fares and that the loop turns.
@@ -138,14 +138,14 @@ class Supervisor:
         if timer is not None:
             timer.cancel()
 
-    def _send(self, fields: Mapping[str, object], patience_s: float) -> bool:
+    def _send(self, fields: Mapping[str, object], send_timeout_s: float) -> bool:
         if not self._address:
             return False
         lines = (f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
         try:
             # A new socket each time: the manager may have been restarted and listen anew at the same address.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(patience_s)
+                sock.settimeout(send_timeout_s)
                 sock.sendto("\n".join(lines).encode(), self._address)
         except OSError:
             return False

@@ -47,7 +47,7 @@ _JUDGED: Final = 256
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
 _ARREARS: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
-_PATIENCE: Final = 128
+_TURN_BUDGET: Final = 128
 _DRAINING: Final = "the broker is draining"
 #: What a client is told that has proved its key and is refused; else the connection ends without a word.
 _CODES: Final = {TAKEN: ErrorCode.NAME_TAKEN, _DRAINING: ErrorCode.SHUTTING_DOWN}
@@ -100,7 +100,7 @@ class Server:
         #: Listening sockets at which nobody is accepted before another process does, or this one goes on.
         self._held_back: list[Listening] = []
         #: See Broker.patience: some milliseconds' work.
-        self.patience = _PATIENCE
+        self.turn_budget = _TURN_BUDGET
 
     @property
     def is_lingering(self) -> bool:

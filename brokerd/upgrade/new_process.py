@@ -32,7 +32,7 @@ from brokerd_client.address import Address
 __all__ = ["Successor"]
 
 #: Seconds between two words of the running process; while it waits for others, it may take its time.
-_PATIENCE_S: Final = 60.0
+_TIMEOUT_S: Final = 60.0
 
 
 class Successor:
@@ -69,7 +69,7 @@ class Successor:
 
     def meet(self) -> None:
         """Hear what the running process offers. Raises ChannelError."""
-        message = self._channel.expect("offer", within_s=_PATIENCE_S)
+        message = self._channel.expect("offer", within_s=_TIMEOUT_S)
         offer = message.facts
         if offer.get("format") not in READS:
             raise ChannelError(
@@ -87,7 +87,7 @@ class Successor:
     def fail(self, reason: str) -> None:
         """Tell the running process why this one does not take over; it ends then."""
         try:
-            self._channel.send("failed", {"reason": reason}, within_s=_PATIENCE_S)
+            self._channel.send("failed", {"reason": reason}, within_s=_TIMEOUT_S)
         except ChannelError:
             return
 
@@ -109,13 +109,13 @@ class Successor:
         channel = self._channel
         hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
         with _signals_ignored():
-            channel.send("hello", hello, within_s=_PATIENCE_S)
+            channel.send("hello", hello, within_s=_TIMEOUT_S)
             ahead = Ahead(server)
-            while (state := channel.expect("copy", "copied", "state", within_s=_PATIENCE_S)).say != "state":
+            while (state := channel.expect("copy", "copied", "state", within_s=_TIMEOUT_S)).say != "state":
                 if state.say == "copy":
                     ahead.add(state.facts, memoryview(state.body), state.descriptors)
                 else:
-                    channel.send("copied", within_s=_PATIENCE_S)
+                    channel.send("copied", within_s=_TIMEOUT_S)
             facts = state.facts
             if facts["format"] not in READS:
                 raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
@@ -123,9 +123,9 @@ class Successor:
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")
             self.reloads.update(reloads)
-            channel.send("ready", within_s=_PATIENCE_S)
-            channel.expect("commit", within_s=_PATIENCE_S)
-        channel.send("serving", within_s=_PATIENCE_S)
+            channel.send("ready", within_s=_TIMEOUT_S)
+            channel.expect("commit", within_s=_TIMEOUT_S)
+        channel.send("serving", within_s=_TIMEOUT_S)
         self.is_over = True
         inheritance.begin()
         told: dict[str, object] = {

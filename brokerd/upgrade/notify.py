@@ -13,7 +13,7 @@ from typing import Final
 
 __all__ = ["announce_successor"]
 
-_PATIENCE_S: Final = 5.0
+_TIMEOUT_S: Final = 5.0
 
 
 def announce_successor(address: str, pid: int) -> bool:
@@ -21,7 +21,7 @@ def announce_successor(address: str, pid: int) -> bool:
     reading, writing = os.pipe()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(_PATIENCE_S)
+            sock.settimeout(_TIMEOUT_S)
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.send(b"MAINPID=%d" % pid)
             socket.send_fds(sock, [b"BARRIER=1"], [writing])
@@ -29,7 +29,7 @@ def announce_successor(address: str, pid: int) -> bool:
         writing = -1
         poll = select.poll()
         poll.register(reading, 0)
-        return bool(poll.poll(_PATIENCE_S * 1000))
+        return bool(poll.poll(_TIMEOUT_S * 1000))
     except OSError:
         return False
     finally:

@@ -82,7 +82,7 @@ def test_the_demo_fails_when_a_message_does_not_arrive(
 ) -> None:
     """Without every message seen, the exit status is 1, the reason is printed, and nothing is left all the same."""
     monkeypatch.setattr(demo, "STOCK_CLIENT", program)
-    monkeypatch.setattr(demo, "_PATIENCE_S", 3.0)
+    monkeypatch.setattr(demo, "_TIMEOUT_S", 3.0)
 
     status, text = shown(monkeypatch, socket_dir)
 

@@ -138,12 +138,12 @@ def test_reload_with_many_subscribers_is_told_in_turns() -> None:
     assert [[each.topic for each in peer.take()] for peer in peers] == [["$broker.reloaded"]] * 30
 
 
-def limited(net: FakeNet, patience: int) -> list[int]:
+def limited(net: FakeNet, turn_budget: int) -> list[int]:
     """Give each look at a frame so much patience; return where the number of sessions told each time is noted."""
     feed, told = net.feed, []
 
     def watched(broker: Any, *rest: Any) -> Any:
-        broker.patience = patience
+        broker.turn_budget = turn_budget
         before = len(broker.touched)
         found = feed(broker, *rest)
         told.append(len(broker.touched) - before)

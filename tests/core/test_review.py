@@ -73,12 +73,12 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
         bob.ask("subscribe", topic="a", group=f"g{number}")
     bob.ask("subscribe", topic="b.>")
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic="a"))))
-    net.broker.patience = 1
+    net.broker.turn_budget = 1
     while not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups:
         assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, RoutingResult.YIELD)
-        net.broker.patience = 1
+        net.broker.turn_budget = 1
     reload(net, bob=["b.>"])
-    net.broker.patience = -1
+    net.broker.turn_budget = -1
     assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
     net.settle()
     assert bob.payloads() == []

@@ -115,9 +115,9 @@ def test_long_answer_counts_for_the_senders_turn() -> None:
     """What is done of it at once takes as long as several frames."""
     net = FakeNet(*(client(f"c{number}") for number in range(640)))
     peer = net.connect("c0")
-    net.broker.patience = 100
+    net.broker.turn_budget = 100
     peer.op("clients")
-    assert net.broker.patience < 60
+    assert net.broker.turn_budget < 60
     assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640]
 
 
@@ -158,9 +158,9 @@ def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> No
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     for topic, left in (("a.b.c", 99), (".".join("a" * 128), 92)):
-        net.broker.patience = 100
+        net.broker.turn_budget = 100
         ann.op(op, topic=topic)
-        assert net.broker.patience == left
+        assert net.broker.turn_budget == left
 
 
 def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
@@ -170,9 +170,9 @@ def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
     net.broker.topics.add("a.b.c", ann.session)
     for owner in range(40):
         assert net.broker.topics.search("a.b.c", owner, 1) == (None, 1)
-    net.broker.patience = 100
+    net.broker.turn_budget = 100
     ann.op("subscribe", topic="x")
-    assert net.broker.patience == 89
+    assert net.broker.turn_budget == 89
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(socke
         def leave() -> str | None:
             # In the broker's own thread, so that it does not look before everything is there. Each of them leaves the
             # routing loop.
-            server.patience = 4
+            server.turn_budget = 4
             alice.write(b"".join(events[:100]))
             alice.close()
             return server.room_for("alice")

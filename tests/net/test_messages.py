@@ -537,7 +537,7 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(monkeypatch: pytest.
 
     monkeypatch.setattr(broker_module, "serve", serve)
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        monkeypatch.setattr(broker.daemon._server, "patience", 2)
+        monkeypatch.setattr(broker.daemon._server, "turn_budget", 2)
         count = 3000
         ping = json.dumps({"op": "ping"}).encode()
         alice.write(b"".join(packed(REQUEST, "$broker", ping, id=number, codec=JSON) for number in range(count)))
@@ -549,7 +549,7 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(monkeypatch: pytest.
 def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was sent before the connection ended is delivered, however many turns it takes."""
     with served() as broker, broker.login("bob") as bob:
-        monkeypatch.setattr(broker.daemon._server, "patience", 1)
+        monkeypatch.setattr(broker.daemon._server, "turn_budget", 1)
         alice = broker.login("alice")
         alice.write(b"".join(packed(REQUEST, "bob", id=number) for number in range(500)))
         alice.close()

@@ -218,7 +218,7 @@ class Link:
         server, session = self.server, self.session
         feed = feed or routing.feed
         now = server.loop.time()
-        server.broker.patience = server.patience
+        server.broker.turn_budget = server.turn_budget
         stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
         position, result = feed(server.broker, session, view, start, stop, now)
         while result is RoutingResult.FLUSH:
