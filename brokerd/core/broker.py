@@ -6,7 +6,7 @@ delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
 
 What is to be done by the network layer lies in six places: ``touched`` (sessions with bytes to write, or
 to be closed), ``released`` (sessions that may be read from again), ``orders`` (what an administrator
-asked of the daemon), ``log_events`` (what belongs into the log), ``next_deadline`` and ``has_arrears``.
+asked of the daemon), ``log_events`` (what belongs into the log), ``next_deadline`` and ``has_deferred_work``.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ class Broker:
             announce_presence(self, "offline", client, now_wall)
 
     @property
-    def has_arrears(self) -> bool:
-        """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`work_off`."""
+    def has_deferred_work(self) -> bool:
+        """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`run_deferred`."""
         left = self.deferred or self.releasing or self.review
         return self.owes_answers or bool(left) or not self.topics.is_tidy
 
@@ -223,11 +223,11 @@ class Broker:
         return bool(self._leaving)
 
     @property
-    def arrears(self) -> int:
+    def deferred_reports(self) -> int:
         """How many messages those are."""
         return sum(len(queue) for _, queue in self._leaving)
 
-    def work_off(self, count: int) -> None:
+    def run_deferred(self, count: int) -> None:
         """Answer for up to ``count`` messages of sessions that are gone, and put away their subscriptions.
 
         Those that new rules forbid are put away too.
@@ -249,8 +249,8 @@ class Broker:
             else:
                 self._leaving.popleft()
         self.topics.tidy(count)
-        self.review.work_off(count)
-        self.deferred.work_off(_STEPS)
+        self.review.run_deferred(count)
+        self.deferred.run_deferred(_STEPS)
         if self.releasing:
             self._go_on_releasing()
 

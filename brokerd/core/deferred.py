@@ -43,9 +43,9 @@ class Deferred:
         Returns how many steps were taken.
         """
         self.jobs.append(job)
-        return self.work_off(_AT_ONCE) if len(self.jobs) == 1 else 0
+        return self.run_deferred(_AT_ONCE) if len(self.jobs) == 1 else 0
 
-    def work_off(self, count: int) -> int:
+    def run_deferred(self, count: int) -> int:
         """Take up to ``count`` steps; return how many were taken."""
         steps = 0
         while self.jobs and steps < count:

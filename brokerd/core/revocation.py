@@ -48,7 +48,7 @@ class Review:
             self._go_on(session, sys.maxsize)
             self._end(session)
 
-    def work_off(self, count: int) -> None:
+    def run_deferred(self, count: int) -> None:
         """Look at up to ``count`` subscriptions."""
         while self._rest and count > 0:
             session = next(iter(self._rest))

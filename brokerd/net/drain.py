@@ -83,7 +83,7 @@ class Draining:
         given_back = broker.given_back - self._before
         # A refusal that its sender has not read has reported nothing.
         reported = max(0, given_back["reported"] - broker.unheard["offline"])
-        lost = given_back["lost"] + broker.unheard.total() + broker.arrears + self._parting.counted
+        lost = given_back["lost"] + broker.unheard.total() + broker.deferred_reports + self._parting.counted
         return Drained(cut_off, self._flushed, reported, lost)
 
     def on_leaving(self, session: Session) -> None:
@@ -129,7 +129,7 @@ class Draining:
         broker, server = self._broker, self._server
         until = self._loop.time() + _TELL
         while broker.owes_answers and self._loop.time() < until:
-            broker.work_off(_SLICE)
+            broker.run_deferred(_SLICE)
             server.settle()
             await asyncio.sleep(0)
         for session in list(broker.finishing):

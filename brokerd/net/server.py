@@ -45,7 +45,7 @@ _WASTE: Final = 64 * 1024
 _CLOSES: Final = 64
 _JUDGED: Final = 256
 #: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
-_ARREARS: Final = 64
+_DEFERRED_PER_TURN: Final = 64
 #: Frames of one sender that leave the routing loop handled in one turn of the event loop.
 _TURN_BUDGET: Final = 128
 _DRAINING: Final = "the broker is draining"
@@ -90,7 +90,7 @@ class Server:
         self._closing_on = False
         self._put_off: deque[Session] = deque()
         self._settling = False
-        self._working_off = False
+        self._running_deferred = False
         #: Set when the last connection is gone.
         self.empty: asyncio.Event = asyncio.Event()
         self._lingering: set[LingeringClose] = set()
@@ -430,18 +430,18 @@ class Server:
             report(broker.log_events.take(), self.log_limiter)
         while broker.orders:
             self.on_order(broker.orders.pop(0))
-        if broker.has_arrears and not self._working_off:
-            self._working_off = True
-            self.loop.call_soon(self._work_off)
+        if broker.has_deferred_work and not self._running_deferred:
+            self._running_deferred = True
+            self.loop.call_soon(self._run_deferred)
         if broker.has_deadlines or self._tick is not None:
             self._set_timer()
         if broker.finishing:
             self._finishing.look_soon()
 
-    def _work_off(self) -> None:
+    def _run_deferred(self) -> None:
         """Answer for some of what a session that is gone left behind; the rest in the next turns."""
-        self._working_off = False
-        self.broker.work_off(_ARREARS)
+        self._running_deferred = False
+        self.broker.run_deferred(_DEFERRED_PER_TURN)
         self.settle()
 
     def _set_timer(self) -> None:

@@ -302,8 +302,8 @@ class FakeNet:
             return
         self._settling = True
         broker = self.broker
-        while broker.touched or broker.released or broker.has_arrears or self._yielded:
-            broker.work_off(3)
+        while broker.touched or broker.released or broker.has_deferred_work or self._yielded:
+            broker.run_deferred(3)
             self.write_touched()
             yielded, self._yielded = self._yielded, []
             for peer in yielded:

@@ -937,10 +937,10 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    assert (broker.has_arrears, broker.refused.total()) == (True, 0)
+    assert (broker.has_deferred_work, broker.refused.total()) == (True, 0)
     done = 0
-    while broker.has_arrears:
-        broker.work_off(7)
+    while broker.has_deferred_work:
+        broker.run_deferred(7)
         assert broker.refused.total() - done <= 7
         done = broker.refused.total()
     net.settle()
@@ -957,11 +957,11 @@ def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    assert (broker.has_arrears, len(broker.topics), bob.session.subscriptions) == (True, 1, set())
+    assert (broker.has_deferred_work, len(broker.topics), bob.session.subscriptions) == (True, 1, set())
     assert list(broker.topics.find("t.7").everyone) == [alice.session]
     slices = 0
-    while broker.has_arrears:
-        broker.work_off(7)
+    while broker.has_deferred_work:
+        broker.run_deferred(7)
         slices += 1
     assert slices >= 50 // 7
     net.settle()
@@ -1002,11 +1002,11 @@ def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    broker.work_off(3)
+    broker.run_deferred(3)
     net.peers.remove(alice)
     broker.detach(alice.session, net.now)
     successor = broker.attach("a", "i9", peer="test", now_wall=net.now)
-    while broker.has_arrears:
-        broker.work_off(3)
+    while broker.has_deferred_work:
+        broker.run_deferred(3)
     assert successor.errors_in == 0
     assert broker.dropped == 7

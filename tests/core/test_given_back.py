@@ -24,13 +24,13 @@ def test_what_is_given_back_is_counted() -> None:
     carol.message("bob", BODY)
     carol.leave()
     assert bob.session.outbox.unsent == 5
-    assert net.broker.arrears == 0
+    assert net.broker.deferred_reports == 0
 
     net.broker.detach(bob.session, net.now)
 
-    assert net.broker.arrears == 5
+    assert net.broker.deferred_reports == 5
     net.settle()
-    assert net.broker.arrears == 0
+    assert net.broker.deferred_reports == 0
     assert net.broker.given_back == {"reported": 2, "lost": 2}
     assert [envelope.id for envelope in alice.take()] == [0, 2]
 

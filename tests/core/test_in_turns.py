@@ -42,7 +42,7 @@ def in_turns(net: FakeNet) -> list[int]:
     """Do what is deferred; return how many sessions each turn told."""
     told = []
     while net.broker.deferred:
-        net.broker.work_off(0)
+        net.broker.run_deferred(0)
         told.append(len(net.broker.touched))
         net.write_touched()
     return told
@@ -97,7 +97,7 @@ def test_presence_that_is_being_told_goes_on_in_another_process() -> None:
     net._settling = True
     net.connect("bob").leave()
     for _ in range(5):
-        net.broker.work_off(0)
+        net.broker.run_deferred(0)
         net.write_touched()
         net.hand_over()
     in_turns(net)
@@ -113,7 +113,7 @@ def test_presence_is_not_told_to_a_subscriber_that_left_meanwhile() -> None:
     net, peers = watchers(10)
     net._settling = True
     net.connect("bob")
-    net.broker.work_off(0)
+    net.broker.run_deferred(0)
     for peer in peers[::2]:
         peer.leave()
     in_turns(net)

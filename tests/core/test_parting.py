@@ -209,7 +209,7 @@ def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
     add_reason(ann.session, ErrorCode.DISCONNECTED, "why")
     net.broker.detach(ann.session, net.now)
     net.peers.remove(ann)
-    net.broker.work_off(10)
+    net.broker.run_deferred(10)
     assert (net.broker.unheard, net.broker.given_back) == ({}, {})
 
 

@@ -58,8 +58,8 @@ def test_forbidden_subscriptions_end_in_slices() -> None:
     reload(net, bob=["t.7", "t.8"])
     assert len(bob.session.subscriptions) == 50
     left = 50
-    while net.broker.has_arrears:
-        net.broker.work_off(7)
+    while net.broker.has_deferred_work:
+        net.broker.run_deferred(7)
         assert left - len(bob.session.subscriptions) <= 7
         left = len(bob.session.subscriptions)
     assert bob.session.subscriptions == {("t.7", None), ("t.8", None)}
@@ -115,9 +115,9 @@ def test_who_leaves_under_review_leaves_nothing_behind() -> None:
     for number in range(20):
         bob.ask("subscribe", topic=f"t.{number}")
     reload(net, bob=["t.7"])
-    net.broker.work_off(5)
+    net.broker.run_deferred(5)
     bob.leave()
-    assert not net.broker.has_arrears
+    assert not net.broker.has_deferred_work
     assert not net.broker.topics._restricted
     assert (len(net.broker.topics), net.broker.topics._root.is_empty) == (0, True)
 
@@ -128,7 +128,7 @@ def test_what_was_forbidden_once_is_not_there_again_when_it_is_allowed_again() -
     for number in range(20):
         bob.ask("subscribe", topic=f"t.{number}")
     reload(net, bob=["t.7"])
-    net.broker.work_off(5)
+    net.broker.run_deferred(5)
     reload(net, bob=["t.>", "u"])
     assert bob.session.subscriptions == {("t.7", None)}
     bob.ask("subscribe", topic="u")
@@ -159,7 +159,7 @@ def test_many_connections_are_looked_through_one_after_the_other() -> None:
     assert len(net.broker.review) == 4
     before = 18
     while net.broker.review:
-        net.broker.work_off(4)
+        net.broker.run_deferred(4)
         now = sum(len(member.session.subscriptions) for member in members)
         assert before - now <= 4
         before = now

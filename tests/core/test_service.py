@@ -97,7 +97,7 @@ def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) 
     assert ann.held
     turns = 0
     while net.broker.deferred:
-        net.broker.work_off(0)
+        net.broker.run_deferred(0)
         turns += 1
     assert turns >= 4
     net._settling = False

@@ -171,7 +171,7 @@ def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
     net.broker.detach(bob.session, net.now)
 
     net.hand_over()
-    assert net.broker.has_arrears
+    assert net.broker.has_deferred_work
     net.settle()
 
     assert sorted((each.id, each.kind) for each in alice.take()) == [(1, Kind.ERROR), (2, Kind.ERROR)]

@@ -227,7 +227,7 @@ class Crowded:
         server, broker = self.daemon.server, self.daemon.broker
 
         def busy() -> bool:
-            return broker.has_arrears or bool(broker.touched) or bool(server._put_off) or server._closing_on
+            return broker.has_deferred_work or bool(broker.touched) or bool(server._put_off) or server._closing_on
 
         self.until(lambda: not busy(), within_s)
 

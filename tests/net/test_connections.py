@@ -429,7 +429,7 @@ def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_d
         carol.ping()
         alice.send(MESSAGE, "carol", b"the end")
         assert carol.recv().body == b"the end"
-        while here.call(lambda: here.daemon.broker.has_arrears):
+        while here.call(lambda: here.daemon.broker.has_deferred_work):
             carol.ping()
         errors = here.call(here.daemon.stats)["refused"]["offline"]
         assert errors > 1000

@@ -223,10 +223,10 @@ class Clock:
     def time(self) -> float:
         return self._loop.time() + self.ahead
 
-    def slowed(self, work_off: Callable[[int], None]) -> Callable[[int], None]:
+    def slowed(self, run_deferred: Callable[[int], None]) -> Callable[[int], None]:
         def work(count: int) -> None:
             self.ahead += count / 1000
-            work_off(count)
+            run_deferred(count)
 
         return work
 
@@ -263,7 +263,7 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
 
     def slow_down(broker: House) -> None:
         clocks.append(Clock(broker.daemon.server.loop))
-        monkeypatch.setattr(broker.daemon.broker, "work_off", clocks[0].slowed(broker.daemon.broker.work_off))
+        monkeypatch.setattr(broker.daemon.broker, "run_deferred", clocks[0].slowed(broker.daemon.broker.run_deferred))
 
     monkeypatch.setattr(draining.Draining, "__init__", with_clock)
     # What is still told while the last is written depends on the machine.

@@ -143,7 +143,11 @@ def test_connections_that_are_over_are_freed(listen: str, socket_dir: Path) -> N
 def nobody_is_there(broker: House) -> bool:
     server = broker.daemon.server
     return broker.call(
-        lambda: not (server.links or server.lingering() or len(server.pending_handshakes) or server.broker.has_arrears)
+        lambda: (
+            not (
+                server.links or server.lingering() or len(server.pending_handshakes) or server.broker.has_deferred_work
+            )
+        )
     )
 
 

@@ -361,7 +361,7 @@ def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
     """Where the broker had no time for it yet, the next reload finds nothing left to do, and nothing is there again."""
     left: list[int] = []
     finish = Review.finish
-    monkeypatch.setattr(Broker, "work_off", lambda self, count: None)
+    monkeypatch.setattr(Broker, "run_deferred", lambda self, count: None)
     monkeypatch.setattr(Review, "finish", lambda self, session: left.append(len(self)) or finish(self, session))
     with served.connect("bob", "bobs-first-key") as bob:
         for number in range(300):
