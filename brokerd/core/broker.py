@@ -25,8 +25,8 @@ from brokerd.core.delivery import (
     end_request,
     expire_request,
     forget_requests,
-    give_back,
-    leave_behind,
+    mark_orphaned,
+    return_to_sender,
     send,
     tell_expired,
 )
@@ -125,7 +125,7 @@ class Broker:
         self.refused: Counter[str] = Counter()
         self.dropped = 0
         #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
-        self.given_back: Counter[str] = Counter()
+        self.returned: Counter[str] = Counter()
         #: Refusals, by their codes, that the system did not take from the outbox of the message's sender.
         self.unheard: Counter[str] = Counter()
         #: Sessions that wait for the answer to ``finished``: see :meth:`answer_finished`.
@@ -202,7 +202,7 @@ class Broker:
         session.routes.clear()
         session.fanouts.clear()
         session.spread = session.reached_by_event = None
-        leave_behind(session)
+        mark_orphaned(session)
         # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits
         # for the collector.
         session.link = session.outbox.owner = None
@@ -239,7 +239,7 @@ class Broker:
             count -= 1
             queued = queue.pop()
             if queued is not None:
-                give_back(self, session, queued)
+                return_to_sender(self, session, queued)
             elif session.owed:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
                 (_, id), requester = next(iter(session.owed.items()))
@@ -588,7 +588,7 @@ class Broker:
         """Count a message that can't be delivered, and whose sender can't be told."""
         if name != BROKER:
             self.dropped += 1
-            self.given_back["lost"] += 1
+            self.returned["lost"] += 1
             self.log_events.note("message.dropped", source, name, code, message)
 
     def malformed(self, source: Session, id: int, message: str) -> RoutingResult:

@@ -25,8 +25,8 @@ __all__ = [
     "expire_request",
     "forget_requests",
     "frame_head",
-    "give_back",
-    "leave_behind",
+    "return_to_sender",
+    "mark_orphaned",
     "make_room",
     "send",
     "tell_expired",
@@ -277,7 +277,7 @@ def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
     return b"".join((frame_prefix(size - 4), header, source.sender_header))
 
 
-def leave_behind(session: Session) -> None:
+def mark_orphaned(session: Session) -> None:
     """Have nobody who comes later under the same address hear what becomes of this session's messages."""
     for client in session.reached:
         for each in client.sessions.values():
@@ -294,7 +294,7 @@ def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
     return None if queued.orphaned else broker.exchange.find(name)
 
 
-def give_back(broker: Broker, session: Session, queued: Queued) -> None:
+def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
     """Find another way for a frame that its recipient did not take, or tell its sender."""
     body = memoryview(queued.frame)[4:]
     # An extension was read when the frame came; to read that of every frame again would take too long.
@@ -304,7 +304,7 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
             _count_unheard(broker, bytes(body[split(body)[1] :]))
         return
     if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
-        broker.given_back["lost"] += 1
+        broker.returned["lost"] += 1
         return
     sender = _sender_of(broker, queued, envelope.name)
     if sender is not None and sender.number > session.left_at:
@@ -320,17 +320,17 @@ def give_back(broker: Broker, session: Session, queued: Queued) -> None:
         assert other is not None
         assert isinstance(other.outbox, FrameOutbox)
         other.outbox.put(queued)
-        broker.given_back["passed_on"] += 1
+        broker.returned["passed_on"] += 1
         broker.touch(other)
         if envelope.kind is Kind.REQUEST and sender is not None:
             _expect_answer(broker, sender, other, envelope.id, queued.deadline)
     elif sender is not None:
         to = session.address if queued.pinned else session.client.name
-        broker.given_back["reported"] += 1
+        broker.returned["reported"] += 1
         broker.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
     else:
         broker.dropped += 1
-        broker.given_back["lost"] += 1
+        broker.returned["lost"] += 1
         why = "neither its recipient nor its sender is there any more"
         broker.log_events.note("message.dropped", session, envelope.name, "offline", why)
 

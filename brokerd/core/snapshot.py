@@ -86,7 +86,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
         "dropped": broker.dropped,
         "refused": dict(broker.refused),
         "totals": dict(broker.totals),
-        "given_back": dict(broker.given_back),
+        "given_back": dict(broker.returned),
         "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
         "clients": {
             client.name: _client(client, now)
@@ -297,7 +297,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     broker.dropped = facts["dropped"]
     broker.refused = Counter(facts["refused"])
     broker.totals = Counter(facts["totals"])
-    broker.given_back = Counter(facts["given_back"])
+    broker.returned = Counter(facts["given_back"])
     for client in broker.exchange.clients.values():
         if client.name not in copies.clients:
             client.changed_at = client.shown_since = broker.started_at

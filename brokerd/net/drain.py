@@ -49,7 +49,7 @@ class Draining:
         self._broker = server.broker
         self._loop = server.loop
         self._deadline = self._loop.time() + timeout_s
-        self._before = self._broker.given_back.copy()
+        self._before = self._broker.returned.copy()
         self._parting = Parting(server, lambda link: True, "the broker is shutting down")
         self._turns = Turns(self._loop)
         #: Of sessions for which something waits: how many frames do, and how many the system had taken.
@@ -80,10 +80,10 @@ class Draining:
                 link.lost("the broker stopped")
                 await self._turns.yield_if_due()
         cut_off = slow + server.cut_off()
-        given_back = broker.given_back - self._before
+        returned = broker.returned - self._before
         # A refusal that its sender has not read has reported nothing.
-        reported = max(0, given_back["reported"] - broker.unheard["offline"])
-        lost = given_back["lost"] + broker.unheard.total() + broker.deferred_reports + self._parting.counted
+        reported = max(0, returned["reported"] - broker.unheard["offline"])
+        lost = returned["lost"] + broker.unheard.total() + broker.deferred_reports + self._parting.counted
         return Drained(cut_off, self._flushed, reported, lost)
 
     def on_leaving(self, session: Session) -> None:

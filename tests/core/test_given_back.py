@@ -31,7 +31,7 @@ def test_what_is_given_back_is_counted() -> None:
     assert net.broker.deferred_reports == 5
     net.settle()
     assert net.broker.deferred_reports == 0
-    assert net.broker.given_back == {"reported": 2, "lost": 2}
+    assert net.broker.returned == {"reported": 2, "lost": 2}
     assert [envelope.id for envelope in alice.take()] == [0, 2]
 
 
@@ -45,7 +45,7 @@ def test_what_another_member_takes_is_passed_on() -> None:
 
     first.leave()
 
-    assert net.broker.given_back == {"passed_on": 1}
+    assert net.broker.returned == {"passed_on": 1}
     assert second.payloads() == [BODY]
 
 

@@ -154,7 +154,7 @@ def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
     bob.reply("ann", b"!", 2)
     assert bob.error()[1] == "denied"
     assert ann.take() == []
-    assert net.broker.given_back["lost"] == 1
+    assert net.broker.returned["lost"] == 1
 
 
 def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
@@ -165,7 +165,7 @@ def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
     mute(net.broker, ann.session)
     bob.leave()
     net.settle()
-    assert (net.broker.given_back["lost"], ann.take()) == (1, [])
+    assert (net.broker.returned["lost"], ann.take()) == (1, [])
 
 
 def test_refusals_that_are_not_read_are_counted() -> None:
@@ -210,7 +210,7 @@ def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
     net.broker.detach(ann.session, net.now)
     net.peers.remove(ann)
     net.broker.run_deferred(10)
-    assert (net.broker.unheard, net.broker.given_back) == ({}, {})
+    assert (net.broker.unheard, net.broker.returned) == ({}, {})
 
 
 def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session() -> None:
