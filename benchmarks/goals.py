@@ -23,7 +23,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the goal was measured and reached."""
-        return self.ratio is not None and self.goal.reached(self.ratio)
+        return self.ratio is not None and self.goal.recipients(self.ratio)
 
     @property
     def word(self) -> str:
@@ -47,7 +47,7 @@ class Goal:
     bound: float
     at_least: bool = True
 
-    def reached(self, ratio: float) -> bool:
+    def recipients(self, ratio: float) -> bool:
         """Return whether such a ratio is good enough."""
         return ratio >= self.bound if self.at_least else ratio <= self.bound
 

@@ -32,7 +32,7 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: set[tuple[str, str]] = set()
+        self.outgoing_requests: set[tuple[str, str]] = set()
         self.known: dict[str, list[dict[str, Any]]] = {}
         self.status = 200
 
@@ -45,9 +45,9 @@ class Answer(BaseHTTPRequestHandler):
     server: Service
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        name = asked["package"]["name"]
-        self.server.asked.add((name, asked["version"]))
+        outgoing_requests = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = outgoing_requests["package"]["name"]
+        self.server.outgoing_requests.add((name, outgoing_requests["version"]))
         vulnerabilities = self.server.known.get(name)
         body = json.dumps({"vulns": vulnerabilities} if vulnerabilities else {}).encode()
         self.send_response(self.server.status)
@@ -130,7 +130,7 @@ def test_nothing_known_is_a_clean_audit_of_every_locked_package(service: Service
 
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("No known vulnerabilities found") == 4
-    assert service.asked == locked()
+    assert service.outgoing_requests == locked()
 
 
 @pytest.mark.parametrize("package", ["pyyaml", "colorama"])

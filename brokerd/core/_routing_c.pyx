@@ -248,7 +248,7 @@ cdef object _feed(
 ):
     cdef int64_t position = start
     # Up to 2**64 - 1: what a frame may announce.
-    cdef uint64_t skip = source.skip
+    cdef uint64_t bytes_to_skip = source.bytes_to_skip
     cdef int64_t before, size, payload, size_out
     cdef int64_t messages = 0
     cdef int64_t size_in = 0
@@ -268,9 +268,9 @@ cdef object _feed(
     cdef char* out
     cdef bint more = True
     result = _NEXT
-    if skip:
-        position += <int64_t>min(skip, <uint64_t>(end - start))
-        source.skip = skip - <uint64_t>(position - start)
+    if bytes_to_skip:
+        position += <int64_t>min(bytes_to_skip, <uint64_t>(end - start))
+        source.bytes_to_skip = bytes_to_skip - <uint64_t>(position - start)
     routes, fanouts = source.caches(broker)
     while end - position >= HEAD_SIZE:
         at = data + position

@@ -75,9 +75,9 @@ def feed(
     now: seconds of a monotonic clock.
     """
     position = start
-    if source.skip:
-        position += min(source.skip, end - start)
-        source.skip -= position - start
+    if source.bytes_to_skip:
+        position += min(source.bytes_to_skip, end - start)
+        source.bytes_to_skip -= position - start
     routes, fanouts = source.caches(broker)
     limit = broker.limits.max_message
     sender_header = source.sender_header

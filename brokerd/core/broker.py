@@ -185,7 +185,7 @@ class Broker:
         if not session.open:
             return
         session.open = False
-        session.left_at = next(self._order)
+        session.closed_number = next(self._order)
         client = session.client
         self.finishing.pop(session, None)
         self.asking.discard(session)
@@ -240,9 +240,9 @@ class Broker:
             queued = queue.pop()
             if queued is not None:
                 return_to_sender(self, session, queued)
-            elif session.owed:
+            elif session.incoming_requests:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
-                (_, id), requester = next(iter(session.owed.items()))
+                (_, id), requester = next(iter(session.incoming_requests.items()))
                 end_request(self, requester, id, session)
                 message = f"{session.address} disconnected before it answered"
                 self.refuse(requester, id, ErrorCode.ABANDONED, message, session.address)
@@ -404,8 +404,10 @@ class Broker:
     @property
     def next_deadline(self) -> float | None:
         """When :meth:`tick` has something to do, in the time of ``now``; None while there is no deadline."""
-        held, asked = min(self._held.values(), default=None), self.deadlines.next
-        return asked if held is None else held if asked is None else min(held, asked)
+        held, outgoing_requests = min(self._held.values(), default=None), self.deadlines.next
+        return (
+            outgoing_requests if held is None else held if outgoing_requests is None else min(held, outgoing_requests)
+        )
 
     def tick(self, now: float) -> None:
         """Release senders held for as long as may be, and end requests whose ttl is over.
@@ -625,7 +627,7 @@ class Broker:
 
     def _fail_request(self, answerer: Session, requester: str, id: int, code: ErrorCode, message: str) -> None:
         """End the request whose answer was refused, if it is outstanding, and tell its requester."""
-        session = answerer.owed.get((requester, id))
+        session = answerer.incoming_requests.get((requester, id))
         if session is not None:
             end_request(self, session, id, answerer)
             why = f"the answer of {answerer.address} was refused: {message}"

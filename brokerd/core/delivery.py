@@ -43,7 +43,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     id, kind = envelope.id, envelope.kind
     answered: Session | None = None
     if kind is Kind.REPLY or kind is Kind.ERROR:
-        answered = source.owed.get((envelope.name, id))
+        answered = source.incoming_requests.get((envelope.name, id))
         if answered is None:
             return _deny_answer(broker, source, envelope)
     elif source.client.policy.sending(name) is None:
@@ -114,10 +114,10 @@ def _deliver(
         outbox.frames += 1
         outbox.size += size
     broker.touch(target)
-    source.reached.add(target.client)
+    source.recipients.add(target.client)
     if envelope.kind is Kind.REQUEST and not source.mute:
         _expect_answer(broker, source, target, envelope.id, deadline)
-        if len(source.asked) > source.client.config.requests:
+        if len(source.outgoing_requests) > source.client.config.requests:
             _give_up_oldest(broker, source)
     if wants_receipt:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
@@ -214,7 +214,7 @@ def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder:
 
 def expire_request(broker: Broker, requester: Session, id: int, address: str, why: str = "") -> None:
     """End a request whose ttl is over."""
-    responder = requester.asked.get((id, address))
+    responder = requester.outgoing_requests.get((id, address))
     if responder is not None:
         end_request(broker, requester, id, responder)
         message = why or f"its ttl was over before {address} answered"
@@ -225,8 +225,8 @@ def _expect_answer(broker: Broker, requester: Session, responder: Session, id: i
     key = id, responder.address
     if requester.expiring:
         _forget_deadline(broker, requester, key)
-    responder.owed[(requester.address, id)] = requester
-    requester.asked[key] = responder
+    responder.incoming_requests[(requester.address, id)] = requester
+    requester.outgoing_requests[key] = responder
     if deadline is not None:
         requester.expiring[key] = deadline
         broker.deadlines.add(deadline, (requester, *key))
@@ -235,10 +235,10 @@ def _expect_answer(broker: Broker, requester: Session, responder: Session, id: i
 def forget_requests(broker: Broker, requester: Session) -> None:
     """Expect no answer any more to what a session that ends has asked."""
     # A name removed and configured again may have two connections for a moment: only its own are ended.
-    for (id, _), responder in requester.asked.items():
-        if responder.owed.get((requester.address, id)) is requester:
-            del responder.owed[(requester.address, id)]
-    requester.asked.clear()
+    for (id, _), responder in requester.outgoing_requests.items():
+        if responder.incoming_requests.get((requester.address, id)) is requester:
+            del responder.incoming_requests[(requester.address, id)]
+    requester.outgoing_requests.clear()
     for key, deadline in requester.expiring.items():
         broker.deadlines.discard(deadline, (requester, *key))
     requester.expiring.clear()
@@ -252,17 +252,17 @@ def _forget_deadline(broker: Broker, requester: Session, key: tuple[int, str]) -
 
 def end_request(broker: Broker, requester: Session, id: int, responder: Session) -> None:
     """Forget that an answer is expected, from this very connection by that one: another may have its address by now."""
-    if requester.asked.get((id, responder.address)) is responder:
-        del requester.asked[(id, responder.address)]
+    if requester.outgoing_requests.get((id, responder.address)) is responder:
+        del requester.outgoing_requests[(id, responder.address)]
         if requester.expiring:
             _forget_deadline(broker, requester, (id, responder.address))
-    if responder.owed.get((requester.address, id)) is requester:
-        del responder.owed[(requester.address, id)]
+    if responder.incoming_requests.get((requester.address, id)) is requester:
+        del responder.incoming_requests[(requester.address, id)]
 
 
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
     """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
-    (id, address), responder = next(iter(requester.asked.items()))
+    (id, address), responder = next(iter(requester.outgoing_requests.items()))
     end_request(broker, requester, id, responder)
     config = requester.client.config
     message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
@@ -279,11 +279,11 @@ def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
 
 def mark_orphaned(session: Session) -> None:
     """Have nobody who comes later under the same address hear what becomes of this session's messages."""
-    for client in session.reached:
+    for client in session.recipients:
         for each in client.sessions.values():
             if isinstance(each.outbox, StreamOutbox):
                 each.outbox.sender_left(session.sender_header)
-    session.reached.clear()
+    session.recipients.clear()
 
 
 def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
@@ -307,7 +307,7 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
         broker.returned["lost"] += 1
         return
     sender = _sender_of(broker, queued, envelope.name)
-    if sender is not None and sender.number > session.left_at:
+    if sender is not None and sender.number > session.closed_number:
         # It came when this session had gone: the frame is a predecessor's.
         sender = None
     if _is_over(queued, envelope, sender, session):

@@ -113,7 +113,7 @@ def mark(session: Session) -> Marks:
     """Return where frames of this session may wait: what its recipients' outboxes must have written."""
     return [
         (other, other.outbox, other.outbox.size)
-        for client in session.reached
+        for client in session.recipients
         for other in client.sessions.values()
         if other is not session and other.outbox.waiting
     ]
@@ -125,7 +125,7 @@ def has_finished(broker: Broker, session: Session) -> bool:
     It has not while another client still waits for an answer of this one: a client that has sent ``finished``
     itself does not wait.
     """
-    if _owes(session.owed.values()):
+    if _owes(session.incoming_requests.values()):
         return False
     marks = session.marks
     if marks is None or not all(other.open for other, _, _ in marks):

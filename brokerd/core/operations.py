@@ -317,7 +317,7 @@ def _connections(broker: Broker, source: Session) -> Generator[None, None, bytes
                 "slow": session.outbox.blocked,
                 "held": session.held_by is not None,
                 "subscriptions": len(session.subscriptions),
-                "owed": len(session.owed),
+                "owed": len(session.incoming_requests),
             }
             if session.open
             else None

@@ -45,11 +45,11 @@ _STATE: Final = attrgetter(
     "client",
     "address",
     "number",
-    "left_at",
+    "closed_number",
     "messages_in",
     "bytes_in",
     "errors_in",
-    "skip",
+    "bytes_to_skip",
     "charged",
     "held_by",
     "hold_deadline",
@@ -67,14 +67,14 @@ _STATE: Final = attrgetter(
 )
 #: What an idle session has nothing of.
 _BUSY: Final = attrgetter(
-    "skip",
+    "bytes_to_skip",
     "charged",
     "held_by",
     "hold_deadline",
     "closing",
     "allowance",
-    "owed",
-    "asked",
+    "incoming_requests",
+    "outgoing_requests",
     "expiring",
     "reached_by_event",
     "outbox.waiting",
@@ -96,7 +96,7 @@ def flags_of(queued: Queued) -> int:
 
 
 def _state(session: Session) -> tuple[object, ...]:
-    return *_STATE(session), len(session.subscriptions), len(session.reached)
+    return *_STATE(session), len(session.subscriptions), len(session.recipients)
 
 
 class Copier:
@@ -136,7 +136,7 @@ class Copier:
     def is_as_copied(self, session: Session) -> bool:
         """Return whether the session has been copied, and is still what it was then."""
         state = self._idle.get(session)
-        if state is None or session.owed or session.asked or session.expiring:
+        if state is None or session.incoming_requests or session.outgoing_requests or session.expiring:
             return False
         return state == _state(session) and session.open and not session.outbox.waiting
 

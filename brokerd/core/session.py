@@ -64,7 +64,7 @@ class Session:
         "address",
         "allowance",
         "arrived",
-        "asked",
+        "outgoing_requests",
         "bytes_in",
         "charged",
         "client",
@@ -81,7 +81,7 @@ class Session:
         "held_by",
         "hold_deadline",
         "instance",
-        "left_at",
+        "closed_number",
         "link",
         "marked_at",
         "marks",
@@ -90,16 +90,16 @@ class Session:
         "number",
         "open",
         "outbox",
-        "owed",
+        "incoming_requests",
         "parting",
         "peer",
         "rank",
-        "reached",
+        "recipients",
         "reached_by_event",
         "retired",
         "routes",
         "since",
-        "skip",
+        "bytes_to_skip",
         "slow",
         "spread",
         "sender_header",
@@ -123,13 +123,13 @@ class Session:
         self.outbox.owner = self
         self.rank: Rank | None = None
         self.number = 0
-        self.left_at = 0
+        self.closed_number = 0
         self.routes: dict[bytes, RouteEntry] = {}
         self.fanouts: dict[bytes, tuple[WriteBuffer, ...]] = {}
         self.widest = 0
         self.topics_version = 0
         self.generation = 0
-        self.skip = 0
+        self.bytes_to_skip = 0
         self.open = True
         self.held_by: Session | None = None
         self.hold_deadline: float | None = None
@@ -141,10 +141,10 @@ class Session:
         self.slow = False
         self.allowance: Allowance | None = None
         self.waiters: dict[Session, None] = {}
-        self.owed: dict[tuple[str, int], Session] = {}
-        self.asked: dict[tuple[int, str], Session] = {}
+        self.incoming_requests: dict[tuple[str, int], Session] = {}
+        self.outgoing_requests: dict[tuple[int, str], Session] = {}
         self.expiring: dict[tuple[int, str], float] = {}
-        self.reached: set[Client] = set()
+        self.recipients: set[Client] = set()
         self.spread: Spread | None = None
         self.reached_by_event: dict[Session, None] | None = None
         self.subscriptions: set[tuple[str, str | None]] = set()

@@ -55,7 +55,7 @@ def handle_slow_path(
         if result is not RoutingResult.CONSUMED:
             return position, result
         position = min(stop, end)
-        source.skip = stop - position
+        source.bytes_to_skip = stop - position
         return position, RoutingResult.CONSUMED
     if stop > end:
         return position, RoutingResult.CONSUMED

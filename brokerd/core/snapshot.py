@@ -182,8 +182,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "peer": session.peer,
         "since": session.since,
         "number": session.number,
-        "left_at": session.left_at,
-        "skip": session.skip,
+        "left_at": session.closed_number,
+        "skip": session.bytes_to_skip,
         "charged": session.charged,
         "waited_s": now - session.arrived if session.charged else 0.0,
         "hold_s": None if session.hold_deadline is None else session.hold_deadline - now,
@@ -195,17 +195,21 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "in": [session.messages_in, session.bytes_in, session.errors_in],
         "subscriptions": sorted(([pattern, group] for pattern, group in added), key=str),
         "unsubscribed": [[pattern, group] for pattern, group in ended],
-        "reached": sorted(client.name for client in session.reached),
+        "reached": sorted(client.name for client in session.recipients),
         # Where two had one address for a moment, one that is gone may still be named.
-        "owed": [[address, id, index[asker]] for (address, id), asker in session.owed.items() if asker in index],
-        "asked": [[id, address, index[each]] for (id, address), each in session.asked.items() if each in index],
+        "owed": [
+            [address, id, index[asker]] for (address, id), asker in session.incoming_requests.items() if asker in index
+        ],
+        "asked": [
+            [id, address, index[each]] for (id, address), each in session.outgoing_requests.items() if each in index
+        ],
         "reached_by_event": None
         if session.reached_by_event is None
         else [index[each] for each in session.reached_by_event if each.open],
         "expiring": [
             [id, address, deadline - now]
             for (id, address), deadline in session.expiring.items()
-            if session.asked.get((id, address)) in index
+            if session.outgoing_requests.get((id, address)) in index
         ],
     }
 
@@ -325,14 +329,14 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     for (name, _), client in strangers.items():
         named.setdefault(name, []).append(client)
     for position in copied if strangers else ():
-        reached = copies.idle[sessions[position].number][0]["reached"]
-        sessions[position].reached.update(client for name in reached for client in named.get(name, ()))
+        recipients = copies.idle[sessions[position].number][0]["reached"]
+        sessions[position].recipients.update(client for name in recipients for client in named.get(name, ()))
     for position in fresh:
         session, each = sessions[position], facts["sessions"][position]
-        session.reached = _reached(broker, each)
-        session.reached.update(client for name in each["reached"] for client in named.get(name, ()))
-        session.owed = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
-        session.asked = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
+        session.recipients = _reached(broker, each)
+        session.recipients.update(client for name in each["reached"] for client in named.get(name, ()))
+        session.incoming_requests = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
+        session.outgoing_requests = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
         session.expiring = {(id, address): now + left for id, address, left in each["expiring"]}
         for (id, address), deadline in session.expiring.items():
             broker.deadlines.add(deadline, (session, id, address))
@@ -392,7 +396,7 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
     session.open = False
     _restore_outbox(session, outbox, [], Pieces(b""), now, copies)
     session.renew_outbox()
-    session.reached = _reached(broker, each)
+    session.recipients = _reached(broker, each)
     copies.made.add(number)
     session.subscriptions = copies.change_subscriptions(
         {
@@ -441,8 +445,8 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
     session.address = facts["address"]
     session.sender_header = session.address.encode()
     session.number = facts["number"]
-    session.left_at = facts["left_at"]
-    session.skip = facts["skip"]
+    session.closed_number = facts["left_at"]
+    session.bytes_to_skip = facts["skip"]
     session.charged = facts["charged"]
     session.arrived = now - facts["waited_s"]
     session.hold_deadline = None if facts["hold_s"] is None else now + facts["hold_s"]

@@ -273,12 +273,12 @@ class Topics(Generic[Member]):
 
     def _walk(self, tokens: list[str]) -> Iterator[tuple[int, list[Node[Member]]]]:
         """Yield (how many nodes were looked at, those of them whose pattern matches the topic), piece by piece."""
-        reached = [self._root]
+        recipients = [self._root]
         for depth, token in enumerate(tokens):
             wild = depth > 0 or not token.startswith("$")
             further: list[Node[Member]] = []
-            for start in range(0, len(reached), _PIECE):
-                piece = reached[start : start + _PIECE]
+            for start in range(0, len(recipients), _PIECE):
+                piece = recipients[start : start + _PIECE]
                 matching: list[Node[Member]] = []
                 for node in piece:
                     if wild and (rest := node.follow(">")) is not None:
@@ -288,5 +288,5 @@ class Topics(Generic[Member]):
                     if wild and (star := node.follow("*")) is not None:
                         further.append(star)
                 yield len(piece), matching
-            reached = further
-        yield len(reached), reached
+            recipients = further
+        yield len(recipients), recipients

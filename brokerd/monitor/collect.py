@@ -119,7 +119,7 @@ class Reading:
     fullest: float = 0.0
     slow: int = 0
     held: int = 0
-    owed: int = 0
+    incoming_requests: int = 0
 
     def share(self, name: str) -> Share:
         """Return what one of ``clients`` has."""
@@ -141,7 +141,7 @@ class Reading:
         self.fullest = max(self.fullest, waiting / outbox.limit)
         self.slow += outbox.blocked
         self.held += session.held_by is not None
-        self.owed += len(session.owed)
+        self.incoming_requests += len(session.incoming_requests)
         # The client's first connection stands for it.
         self.online += next(iter(session.client.sessions.values()), None) is session
         if share is not None:

@@ -230,8 +230,8 @@ class Site:
             return True
         # A whole URL in the first line goes before the header (RFC 9112, 3.2.2).
         _, colons, rest = request.raw_path.partition("://")
-        asked = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
-        return fits([*request.headers.getall("Host", ()), asked], self._hosts)
+        outgoing_requests = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
+        return fits([*request.headers.getall("Host", ()), outgoing_requests], self._hosts)
 
     async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer, which says it all: the event loop turns."""

@@ -139,15 +139,15 @@ class Parting:
                 link.half_close(self._why)
         else:
             self._feed(session)
-            asks = bool(session.asked) or session in self._broker.asking
+            asks = bool(session.outgoing_requests) or session in self._broker.asking
             ready = not session.outbox.waiting and not asks and has_finished(self._broker, session)
-            last = not session.reached and (fed is None or session.client in fed)
+            last = not session.recipients and (fed is None or session.client in fed)
             if ready and not last and not self._reads_on(link):
                 link.half_close(self._why)
 
     def _feed(self, session: Session) -> None:
         assert self._fed is not None
-        self._fed |= session.reached
+        self._fed |= session.recipients
 
     def _reads_on(self, link: Link) -> bool:
         """Route what has arrived; return whether something is to be answered before the half-close."""

@@ -224,7 +224,7 @@ def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.Mo
     """Neither a slow look-up nor addresses that do not answer, one after the other, make it longer."""
     clock, given = Clock(monkeypatch), []
 
-    def look_up(*asked: object, **more: object) -> list[tuple[object, ...]]:
+    def look_up(*outgoing_requests: object, **more: object) -> list[tuple[object, ...]]:
         clock.now += 1
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 1)) for last in (1, 2, 3)]
 
@@ -247,7 +247,7 @@ def test_the_second_address_of_a_host_may_be_the_broker_s(monkeypatch: pytest.Mo
         places = [("127.0.0.1", nobody.getsockname()[1]), ("127.0.0.1", broker.address.port)]
         nobody.close()
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: found)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *outgoing_requests, **more: found)
         assert probe(Entrance(parse("somewhere:1")), 10) < 10
 
 

@@ -270,7 +270,7 @@ def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
     bob.take()
     bob.reply("ann", b"!", 5)
     assert ann.payloads() == [b"!"]
-    assert not ann.session.asked
+    assert not ann.session.outgoing_requests
     bob.reply("ann", b"!", 5)
     assert [error_of(each) for each in bob.take() if each.kind is Kind.ERROR] == ["denied"]
     assert ann.take() == []
@@ -285,7 +285,7 @@ def test_an_error_may_answer_a_request_too() -> None:
     bob.send(Envelope(Kind.ERROR, 5, "ann", b'{"code": "failed"}', codec=2))
     (got,) = ann.take()
     assert (got.kind, got.id, got.name, error_of(got)) == (Kind.ERROR, 5, "bob", "failed")
-    assert not bob.session.owed
+    assert not bob.session.incoming_requests
 
 
 def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_for() -> None:
@@ -339,7 +339,7 @@ def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
     ann.take()
     bob.leave()
     assert sorted((each.id, error_of(each)) for each in ann.take()) == [(2, "abandoned"), (3, "offline")]
-    assert not ann.session.asked
+    assert not ann.session.outgoing_requests
 
 
 @pytest.mark.parametrize("connections", [1, 2])
@@ -361,7 +361,7 @@ def test_a_requester_that_goes_leaves_nothing_behind() -> None:
     ann.request("bob", b"", 1)
     bob.take()
     ann.leave()
-    assert not bob.session.owed
+    assert not bob.session.incoming_requests
     bob.reply("ann", b"!", 1)
     assert bob.error() == (1, "denied")
     bob.leave()
@@ -543,8 +543,8 @@ def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
     assert ann.take() == [], "nobody asked after the third"
     ann.message("bob", b"x" * 21, 6)
     assert ann.error() == (4, "full")
-    assert not ann.session.asked
-    assert not bob.session.owed
+    assert not ann.session.outgoing_requests
+    assert not bob.session.incoming_requests
     assert net.broker.dropped == 4
     bob.read()
     assert [each.id for each in bob.take()] == [5, 6]
@@ -770,15 +770,15 @@ def test_unanswered_requests_are_limited() -> None:
     for id in (1, 2, 3):
         ann.request("bob", id=id)
     assert ann.error() == (1, "expired")
-    assert len(ann.session.asked) == len(bob.session.owed) == 2
+    assert len(ann.session.outgoing_requests) == len(bob.session.incoming_requests) == 2
     bob.take()
     bob.reply("ann", id=1)
     assert bob.error() == (1, "denied")
     bob.reply("ann", b"2", id=2)
     bob.reply("ann", b"3", id=3)
     assert [reply.payload for reply in ann.take()] == [b"2", b"3"]
-    assert not ann.session.asked
-    assert not bob.session.owed
+    assert not ann.session.outgoing_requests
+    assert not bob.session.incoming_requests
 
 
 # Presence
@@ -984,12 +984,12 @@ def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> N
     net._settling = False
     net.settle()
     assert alice.error() == (1, "abandoned")
-    assert alice.session.asked == {(1, "b"): successor.session}
+    assert alice.session.outgoing_requests == {(1, "b"): successor.session}
     successor.take()
     successor.reply("a", b"here", id=1)
     assert alice.payloads() == [b"here"]
-    assert not alice.session.asked
-    assert not successor.session.owed
+    assert not alice.session.outgoing_requests
+    assert not successor.session.incoming_requests
 
 
 def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:

@@ -66,8 +66,8 @@ def test_a_reply_finds_the_very_connection_that_asked() -> None:
     net = FakeNet(client("ann", send_to=[]), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     two.request("ann", b"?", 5)
-    (asked,) = ann.take()
-    ann.reply(asked.name, b"!", 5)
+    (outgoing_requests,) = ann.take()
+    ann.reply(outgoing_requests.name, b"!", 5)
     assert [(each.kind, each.payload) for each in two.take()] == [(Kind.REPLY, b"!")]
     assert one.take() == []
 
@@ -166,7 +166,7 @@ def test_the_last_member_gives_everything_back() -> None:
     ann.request("pool", b"", 2)
     one.leave()
     assert sorted(each.id for each in ann.take()) == [1, 2]
-    assert not ann.session.asked
+    assert not ann.session.outgoing_requests
 
 
 def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
@@ -181,7 +181,7 @@ def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
     one.leave()
     two.read()
     assert sorted(two.payloads()) == [b"1", b"2"]
-    assert not two.session.owed
+    assert not two.session.incoming_requests
 
 
 def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:

@@ -189,12 +189,12 @@ def test_publication_to_many_goes_on_in_another_process() -> None:
     limited(net, 1)
     net._settling = True
     ann.publish("t", b"x", 1)
-    replaced = reached = 0
+    replaced = recipients = 0
     while ann.content:
         net.write_touched()
-        if len(ann.session.reached_by_event or ()) > reached:
+        if len(ann.session.reached_by_event or ()) > recipients:
             # The search begins again in the other process.
-            reached = len(ann.session.reached_by_event or ())
+            recipients = len(ann.session.reached_by_event or ())
             net.hand_over()
             replaced += 1
         net._yielded.clear()

@@ -117,8 +117,8 @@ def test_refused_reply_for_want_of_room_ends_the_request() -> None:
     assert bob.error() == (10, "denied")
     got = ann.take()
     assert [got[0].payload, error_of(got[1])] == [b"x" * 10, "full"]
-    assert not ann.session.asked
-    assert not bob.session.owed
+    assert not ann.session.outgoing_requests
+    assert not bob.session.incoming_requests
 
 
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
@@ -146,8 +146,8 @@ def test_refused_answer_is_reported_to_the_requester_at_once(kind: Kind, code: s
     # An ERROR that can't be delivered is not answered by another, but for its size, which is judged before its kind.
     heard = [] if kind is Kind.ERROR and code != "too_large" else [(9, code)]
     assert [(each.id, error_of(each)) for each in bob.take()] == heard
-    assert not ann.session.asked
-    assert not bob.session.owed
+    assert not ann.session.outgoing_requests
+    assert not bob.session.incoming_requests
 
 
 def test_a_long_message_that_replaces_many_does_so_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,16 +343,16 @@ def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() ->
     net = FakeNet(client("ann"), client("bob"))
     old, bob = net.connect("ann"), net.connect("bob")
     old.request("bob", b"?", 1)
-    (asked,) = bob.take()
+    (outgoing_requests,) = bob.take()
     net.broker.reconfigure({"bob": client("bob")}, net.broker.limits, net.now)
     net.broker.reconfigure({"ann": client("ann"), "bob": client("bob")}, net.broker.limits, net.now)
     new = net.connect("ann")
     new.request("bob", b"?", 1)
     old.leave()
-    bob.reply(asked.name, b"!", 1)
+    bob.reply(outgoing_requests.name, b"!", 1)
     assert new.payloads() == [b"!"]
-    assert not bob.session.owed
-    assert not new.session.asked
+    assert not bob.session.incoming_requests
+    assert not new.session.outgoing_requests
 
 
 @pytest.mark.parametrize("end", ["read", "leave", "timeout"])

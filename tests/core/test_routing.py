@@ -125,7 +125,7 @@ def test_an_absurd_length_is_answered_and_stores_nothing(feed: Feed, size: int, 
     assert ann.error() == (7, "too_large")
     ann.send_bytes(b"y" * 100_000)
     assert ann.content == b""
-    assert ann.session.skip == size - 16 - 100_000
+    assert ann.session.bytes_to_skip == size - 16 - 100_000
     assert not ann.gone
     assert bob.take() == []
     bob.message("ann", b"still there")

@@ -102,7 +102,7 @@ class Recorded(FakeNet):
                     peer.content,
                     peer.gone,
                     peer.reading,
-                    peer.session.skip,
+                    peer.session.bytes_to_skip,
                     peer.session.messages_in,
                     peer.session.bytes_in,
                     peer.session.messages_out,

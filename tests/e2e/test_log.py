@@ -136,10 +136,10 @@ def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
         assert brokerctl(broker, "root", "disconnect", "alice").returncode == 1
         names = [line["event"] for line in lines_of(socket_dir / "audit.1")]
         assert names == ["daemon.started", "client.connected", "client.disconnected"]
-        first, connected, asked = lines_of(audit)[:3]
+        first, connected, outgoing_requests = lines_of(audit)[:3]
         assert first["event"] == "daemon.reload_refused"
         assert (connected["name"], len(connected["key"])) == ("root", 8)
-        assert {key: asked[key] for key in ("event", "name", "op", "to")} == {
+        assert {key: outgoing_requests[key] for key in ("event", "name", "op", "to")} == {
             "event": "admin.asked",
             "name": "root",
             "op": "disconnect",
@@ -207,8 +207,8 @@ def attack(broker: Process) -> None:
             {"op": "log_level", "area": "client", "level": HOSTILE},
             {"op": "log_level", "area": "client", "level": "debug", "for": HOSTILE},
         ]
-        for client, asked in ((alice, questions), (root, [*questions[:4], *admins])):
-            for question in asked:
+        for client, outgoing_requests in ((alice, questions), (root, [*questions[:4], *admins])):
+            for question in outgoing_requests:
                 client.send(REQUEST, "$broker", json.dumps(question).encode(), codec=2)
                 client.recv()
     for name in (hostile[:40], "zoë\u2028".encode(), b"$\x1b[31m", b"nobody", b"$nobody"):

@@ -30,12 +30,12 @@ class Gate:
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.opened = threading.Event()
-        self.reached = threading.Event()
+        self.recipients = threading.Event()
         self.full = False
         self.closed = False
 
     def write(self, line: bytes) -> None:
-        self.reached.set()
+        self.recipients.set()
         assert self.opened.wait(TIMEOUT_S)
         if self.full:
             raise OSError(errno.ENOSPC, "no space left")
@@ -69,7 +69,7 @@ def test_whoever_logs_never_waits(gate: Gate) -> None:
     """With nobody reading, putting goes on; what found no room is counted, and the count stands where it was lost."""
     outlet = Outlet(gate, lost_line)
     outlet.put(b"first\n")
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.recipients.wait(TIMEOUT_S)
     for number in range(3 * log_outlets.MOST_LINES):
         outlet.put(b"%d\n" % number)
 
@@ -92,7 +92,7 @@ def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
     """Long lines are fewer."""
     outlet = Outlet(gate, lost_line)
     outlet.put(b"first\n")
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.recipients.wait(TIMEOUT_S)
     line = bytes(100_000)
     for _ in range(100):
         outlet.put(line)
@@ -141,7 +141,7 @@ def test_closing_gives_up_in_time(gate: Gate) -> None:
     """Nobody reads: the end comes when the time is over, and what is put after it goes nowhere."""
     outlet = Outlet(gate, lost_line)
     outlet.put(b"first\n")
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.recipients.wait(TIMEOUT_S)
     outlet.put(b"second\n")
     began = monotonic()
 

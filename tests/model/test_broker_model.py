@@ -230,7 +230,9 @@ class BrokerModel(RuleBasedStateMachine):
             return "no_such_client"
         return None if self.members(envelope.name) else "offline"
 
-    def send_one(self, sender: Peer, envelope: Envelope, *, owed: bool = False, step: int | None = None) -> None:
+    def send_one(
+        self, sender: Peer, envelope: Envelope, *, incoming_requests: bool = False, step: int | None = None
+    ) -> None:
         """Send a frame, and compare what became of it with what had to."""
         sent = self.note(sender, envelope)
         at_once = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
@@ -239,7 +241,7 @@ class BrokerModel(RuleBasedStateMachine):
         known = envelope.name.encode() in session.routes or envelope.topic.encode() in session.fanouts
         # The routing loop passes it on by itself: nothing comes back that could wait for the sender.
         ordinary = known and not envelope.flags and envelope.extension is None
-        code = None if owed else self.foretold(sender, envelope)
+        code = None if incoming_requests else self.foretold(sender, envelope)
         members = self.members(envelope.name)
         before = {peer: (peer.writing, peer.session.outbox.waiting, peer.session.outbox.limit) for peer in members}
         errors = self.errors_at(sender, envelope.id)
@@ -374,13 +376,13 @@ class BrokerModel(RuleBasedStateMachine):
         sender = able[who % len(able)]
         request = self.requests_seen[sender].pop(which % len(self.requests_seen[sender]))
         for _ in range(1 + twice):
-            owed = (request.name, request.id) in sender.session.owed and sender.reading
+            incoming_requests = (request.name, request.id) in sender.session.incoming_requests and sender.reading
             envelope = self.envelope(kind, request.id, request.name, size)
             if kind is Kind.ERROR or request.name == sender.address:
                 self.note(sender, envelope).may_vanish = True
                 sender.send(envelope)
             else:
-                self.send_one(sender, envelope, owed=owed)
+                self.send_one(sender, envelope, incoming_requests=incoming_requests)
 
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, topic=st.sampled_from(TOPICS), size=SIZES, receipt=st.booleans())
@@ -632,14 +634,19 @@ class BrokerModel(RuleBasedStateMachine):
         assert set(broker._held) == {session for session in live if session.held_by is not None}
         for session in live:
             assert set(session.waiters) == {each for each in live if each.held_by is session}
-            assert set(session.owed.values()) | set(session.asked.values()) | session.waiters.keys() <= live
-            for (address, id), requester in session.owed.items():
+            assert (
+                set(session.incoming_requests.values())
+                | set(session.outgoing_requests.values())
+                | session.waiters.keys()
+                <= live
+            )
+            for (address, id), requester in session.incoming_requests.items():
                 assert requester.address == address
-                assert requester.asked[id, session.address] is session
-            for (id, address), responder in session.asked.items():
+                assert requester.outgoing_requests[id, session.address] is session
+            for (id, address), responder in session.outgoing_requests.items():
                 assert responder.address == address
-                assert responder.owed[session.address, id] is session
-            assert set(session.expiring) <= set(session.asked)
+                assert responder.incoming_requests[session.address, id] is session
+            assert set(session.expiring) <= set(session.outgoing_requests)
             assert all(deadline > self.net.now - 0.1 for deadline in session.expiring.values())
             if session.held_by is not None:
                 assert session.held_by.outbox.blocked, "held, and the one it waits for reads"
@@ -696,8 +703,8 @@ class BrokerModel(RuleBasedStateMachine):
             self.check_outcome(sents, self.outcomes[sender, id], stayed=sender in stayed)
         assert not self.net.leftovers()
         for session in self.sessions:
-            assert not session.owed
-            assert not session.asked
+            assert not session.incoming_requests
+            assert not session.outgoing_requests
             assert not session.waiters
             assert not session.subscriptions
             assert not session.routes

@@ -54,13 +54,13 @@ def expressions() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
 def test_every_expression_asks_for_what_exists(where: str, expression: str, known: dict[str, set[str]]) -> None:
     """Each metric is one of /metrics, each label one that it has, and the brackets match."""
-    asked = _METRIC.findall(expression)
-    assert asked or where == "alert BrokerdDown"
-    assert set(asked) <= known.keys()
+    outgoing_requests = _METRIC.findall(expression)
+    assert outgoing_requests or where == "alert BrokerdDown"
+    assert set(outgoing_requests) <= known.keys()
     for name, selector in _SELECTOR.findall(expression):
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= known[name] | {"job", "instance"}
     for grouped in re.findall(r"by \(([^)]*)\)", expression):
-        labels = {label for name in asked for label in known[name]} | {"job", "instance"}
+        labels = {label for name in outgoing_requests for label in known[name]} | {"job", "instance"}
         assert set(re.split(r",\s*", grouped)) <= labels
     assert [expression.count(each) for each in "([{"] == [expression.count(each) for each in ")]}"]
 

@@ -117,9 +117,9 @@ def test_a_request_is_pending_until_it_is_answered() -> None:
     """Requests that somebody owes an answer to are seen."""
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"?", id=1)
-        asked = bob.recv()
+        outgoing_requests = bob.recv()
         before = samples(broker)["brokerd_pending_requests"]
-        bob.send(3, asked.name, b"!", id=asked.id)
+        bob.send(3, outgoing_requests.name, b"!", id=outgoing_requests.id)
         alice.recv()
         after = samples(broker)["brokerd_pending_requests"]
 

@@ -131,15 +131,15 @@ def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -
         assert broker.log.wait("daemon.stopped")[0].fields["reported"] == len(told) > 0
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_finished_before_the_event_or_twice_is_unsupported(asked: int, socket_dir: Path) -> None:
+@pytest.mark.parametrize("outgoing_requests", [0, 1])
+def test_finished_before_the_event_or_twice_is_unsupported(outgoing_requests: int, socket_dir: Path) -> None:
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "500ms"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob"),
     ):
         alice.ask("goaway")
-        if not asked:
+        if not outgoing_requests:
             assert alice.ask("finished").code == "unsupported"
             return
         queue_for(alice, "bob", 60)

@@ -312,8 +312,12 @@ def _python(version: str) -> str:
         candidates += map(str, sorted(Path(done.stdout.strip()).glob(f"versions/{version}.*/bin/python")))
     for candidate in candidates:
         with contextlib.suppress(OSError):
-            asked = [candidate, "-c", "import sys; print('{}.{}'.format(*sys.version_info[:2]), sys.executable)"]
-            done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            outgoing_requests = [
+                candidate,
+                "-c",
+                "import sys; print('{}.{}'.format(*sys.version_info[:2]), sys.executable)",
+            ]
+            done = subprocess.run(outgoing_requests, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
             found, _, executable = done.stdout.strip().partition(" ")
             if found == version:
                 return executable

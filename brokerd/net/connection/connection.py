@@ -391,7 +391,7 @@ class Link:
             self.session.bytes_in,
             len(self.pending_input),
             0 if large_frame is None else large_frame.filled,
-            self.session.skip,
+            self.session.bytes_to_skip,
         )
 
     def end(self, code: ErrorCode, why: str) -> None:
@@ -435,7 +435,7 @@ class Link:
         """
         if self.closed:
             return 0
-        counter, buffer, large_frame = UnreadCounter(self.session.skip), self.server.buffer, self.large_frame
+        counter, buffer, large_frame = UnreadCounter(self.session.bytes_to_skip), self.server.buffer, self.large_frame
         counter.feed(self.pending_input if large_frame is None else memoryview(large_frame)[SLACK : large_frame.filled])
         self.pending_input, self.large_frame = b"", None
         with contextlib.suppress(OSError):

@@ -22,9 +22,9 @@ class UnreadCounter:
     skip: bytes of a frame that has been judged already.
     """
 
-    def __init__(self, skip: int = 0) -> None:
+    def __init__(self, bytes_to_skip: int = 0) -> None:
         self.count = 0
-        self._skip = skip
+        self._skip = bytes_to_skip
         #: Whether the frame that is being passed over counts when it has come whole.
         self._counts = 0
         self._kept = b""

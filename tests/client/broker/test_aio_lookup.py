@@ -23,13 +23,13 @@ class SlowNames:
     def __init__(self, real: Any) -> None:
         self._real = real
         self.released = threading.Event()
-        self.asked = 0
+        self.outgoing_requests = 0
         self.answer: Any = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 9))]
 
     def __call__(self, host: Any, *args: Any, **options: Any) -> Any:
         if options.get("flags", 0) & socket.AI_NUMERICHOST or "slow" not in str(host):
             return self._real(host, *args, **options)
-        self.asked += 1
+        self.outgoing_requests += 1
         self.released.wait(20)
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -72,12 +72,12 @@ def test_resolver_whose_look_up_outlasts_an_attempt_uses_it_for_the_next(names: 
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(resolver.find("slow.example", 1), 0.01)
-        assert names.asked == 1
+        assert names.outgoing_requests == 1
         names.released.set()
         assert await resolver.find("slow.example", 1) == [(socket.AF_INET, ("127.0.0.1", 9))]
-        assert names.asked == 1
+        assert names.outgoing_requests == 1
         await resolver.find("slow.example", 1)
-        assert names.asked == 2
+        assert names.outgoing_requests == 2
 
     asyncio.run(main())
 

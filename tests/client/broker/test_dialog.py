@@ -622,8 +622,8 @@ def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) ->
     assert type(outcomes["kept"]) is Disconnected
     assert outcomes["cut"].id == second
     pair.connect()
-    asked = [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST]
-    assert asked[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
+    outgoing_requests = [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST]
+    assert outgoing_requests[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
 
 
 def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
@@ -1293,14 +1293,14 @@ def draining(pair: Pair) -> Batch[Message]:
     return batch
 
 
-def asked(pair: Pair) -> list[str]:
+def outgoing_requests(pair: Pair) -> list[str]:
     """Return the operations that the broker was asked for, in order."""
     return [json.loads(each.payload)["op"] for each in pair.broker.seen if each.name == "$broker"]
 
 
 def test_draining_event_ends_the_link_once_finished_is_answered(pair: Pair) -> None:
     batch = draining(pair)
-    assert asked(pair) == ["whoami", "goaway", "finished"]
+    assert outgoing_requests(pair) == ["whoami", "goaway", "finished"]
     assert type(batch.broken) is Disconnected
     assert pair.dialog.counters["unrouted"] == 0
     assert batch.broken is not None
@@ -1335,7 +1335,7 @@ def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
     pair.broker.intercept = lambda session, envelope: envelope.name == "bob"
     id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
     assert draining(pair).broken is None
-    assert asked(pair)[-1] == "goaway"
+    assert outgoing_requests(pair)[-1] == "goaway"
     if end == "answer":
         assert pair.hear_frame(Kind.REPLY, id, payload=b"!").outcomes
     elif end == "timeout":
@@ -1343,7 +1343,7 @@ def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
     else:
         pair.dialog.abandon(id)
     assert type(pair.talk().broken) is Disconnected
-    assert asked(pair)[-1] == "finished"
+    assert outgoing_requests(pair)[-1] == "finished"
 
 
 def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None:

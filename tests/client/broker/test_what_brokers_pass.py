@@ -40,7 +40,7 @@ class Way:
         pair.connect()
         self.dialog = pair.dialog
         self.dialog.subscribe(">", None, "sink", "subscription", None)
-        self.asked = self.dialog.request("ann", 0, b"?", None, "request", None)
+        self.outgoing_requests = self.dialog.request("ann", 0, b"?", None, "request", None)
         assert self.tell().broken is None
         self.ann.take()
         self.bob.take()
@@ -248,7 +248,7 @@ def test_answer_passes_whatever_it_holds(kind: int, codec: int, payload: bytes) 
     """A payload is not looked at by the broker, and ends no connection in the library."""
     way = Way()
     extension = nested(32)
-    assert len(way.send(body(kind, id=way.asked, codec=codec, payload=payload, extension=extension))) == 1
+    assert len(way.send(body(kind, id=way.outgoing_requests, codec=codec, payload=payload, extension=extension))) == 1
 
 
 JSON_TEXT = st.recursive(

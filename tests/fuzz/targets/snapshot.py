@@ -202,7 +202,7 @@ def live_on(net: FakeNet) -> None:
             peer.request(name, b"r", 2)
         peer.publish("a.b", b"e")
     for peer in list(net.peers):
-        for address, id in list(peer.session.owed):
+        for address, id in list(peer.session.incoming_requests):
             peer.reply(address, b"!", id)
     net.advance(40)
     for peer in list(net.peers):
@@ -276,7 +276,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "idle": idle,
         "waiting": waiting,
         "held": held,
-        "asked": asked,
+        "asked": outgoing_requests,
         "leaving": leaving,
         "pools": pools,
         "stranger": stranger,
@@ -315,7 +315,7 @@ def held(net: FakeNet) -> None:
     assert alice.held
 
 
-def asked(net: FakeNet) -> None:
+def outgoing_requests(net: FakeNet) -> None:
     alice, bob, drops = net.connect("alice"), net.connect("bob"), net.connect("drops")
     for id in range(3):
         alice.request("bob", b"?", id)
