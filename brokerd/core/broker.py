@@ -35,7 +35,7 @@ from brokerd.core.exchange import Client, Exchange
 from brokerd.core.goaway import drain_in_steps, has_finished, retire
 from brokerd.core.log_events import LogEvents
 from brokerd.core.operations import reply_to, serve
-from brokerd.core.revocation import Review
+from brokerd.core.revocation import Revocation
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.topics import Topics
@@ -108,7 +108,7 @@ class Broker:
     ) -> None:
         self.exchange = Exchange(clients, now_wall)
         self.topics: Topics[Session] = Topics()
-        self.review = Review(self.topics, self._on_forbidden)
+        self.revocation = Revocation(self.topics, self._on_forbidden)
         self.limits = limits or Limits()
         self.version = version
         self.routing = routing
@@ -214,7 +214,7 @@ class Broker:
     @property
     def has_deferred_work(self) -> bool:
         """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`run_deferred`."""
-        left = self.deferred or self.releasing or self.review
+        left = self.deferred or self.releasing or self.revocation
         return self.owes_answers or bool(left) or not self.topics.is_tidy
 
     @property
@@ -249,7 +249,7 @@ class Broker:
             else:
                 self._leaving.popleft()
         self.topics.tidy(count)
-        self.review.run_deferred(count)
+        self.revocation.run_deferred(count)
         self.deferred.run_deferred(_STEPS)
         if self.releasing:
             self._go_on_releasing()
@@ -360,10 +360,10 @@ class Broker:
             narrower = not _patterns(client.config.subscribe) <= _patterns(config.subscribe)
             if config.subscribe != client.config.subscribe:
                 for session in client.sessions.values():
-                    self.review.finish(session)
+                    self.revocation.finish(session)
             client.reconfigure(config)
             for session in client.sessions.values() if narrower else ():
-                self.review.begin(session)
+                self.revocation.begin(session)
 
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
         why = "its new rules do not allow the subscription"

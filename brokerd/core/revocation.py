@@ -16,10 +16,10 @@ from brokerd.core.topics import Topics
 if TYPE_CHECKING:
     from brokerd.core.session import Session
 
-__all__ = ["Review"]
+__all__ = ["Revocation"]
 
 
-class Review:
+class Revocation:
     """The connections whose subscriptions are looked through.
 
     on_ended: told of each subscription that the rules forbid: whose, its pattern and its group.

@@ -430,8 +430,8 @@ class Daemon:
 
     async def reviewed(self) -> None:
         """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
-        while self.broker.review:
-            self.broker.review.run_deferred(_REVIEWED)
+        while self.broker.revocation:
+            self.broker.revocation.run_deferred(_REVIEWED)
             await asyncio.sleep(0)
 
     async def settled(self) -> None:

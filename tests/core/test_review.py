@@ -38,13 +38,13 @@ def test_what_is_forbidden_receives_nothing_before_it_has_ended() -> None:
     ]
     data = memoryview(b"".join(event))
     assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
-    assert net.broker.review
+    assert net.broker.revocation
     assert net.broker.topics.find("a.b").groups.keys() == {"g3"}
     net.settle()
     assert bob.payloads() == [b"before", b"a.b", b"a.c"]
     assert bob.session.subscriptions == {("a.*", None), ("a.*", "g3")}
     assert len(net.broker.topics) == 2
-    assert not net.broker.review
+    assert not net.broker.revocation
     ann.publish("a.d", b"after")
     ann.publish("x")
     assert bob.payloads() == [b"after"]
@@ -143,7 +143,7 @@ def test_rules_that_allow_more_are_a_reason_to_look_through_nothing() -> None:
     net, ann, bob = pair()
     bob.ask("subscribe", topic="t")
     reload(net, bob=[">", "$broker.>", "t"], ann=["t"])
-    assert not net.broker.review
+    assert not net.broker.revocation
     ann.publish("t", b"x")
     assert bob.payloads() == [b"x"]
 
@@ -156,9 +156,9 @@ def test_many_connections_are_looked_through_one_after_the_other() -> None:
         for each in range(number + 3):
             member.ask("subscribe", topic=f"t.{each}")
     net.broker.reconfigure({"pool": client("pool", connections=4, subscribe=("t.0",))}, Limits(), net.now)
-    assert len(net.broker.review) == 4
+    assert len(net.broker.revocation) == 4
     before = 18
-    while net.broker.review:
+    while net.broker.revocation:
         net.broker.run_deferred(4)
         now = sum(len(member.session.subscriptions) for member in members)
         assert before - now <= 4

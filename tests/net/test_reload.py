@@ -18,7 +18,7 @@ import brokerd_client
 from brokerd import daemon as daemons
 from brokerd.config.load import load
 from brokerd.core.broker import Broker
-from brokerd.core.revocation import Review
+from brokerd.core.revocation import Revocation
 from brokerd.daemon import Daemon
 from brokerd.daemon.process import loop_factory
 from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
@@ -360,15 +360,15 @@ def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
 ) -> None:
     """Where the broker had no time for it yet, the next reload finds nothing left to do, and nothing is there again."""
     left: list[int] = []
-    finish = Review.finish
+    finish = Revocation.finish
     monkeypatch.setattr(Broker, "run_deferred", lambda self, count: None)
-    monkeypatch.setattr(Review, "finish", lambda self, session: left.append(len(self)) or finish(self, session))
+    monkeypatch.setattr(Revocation, "finish", lambda self, session: left.append(len(self)) or finish(self, session))
     with served.connect("bob", "bobs-first-key") as bob:
         for number in range(300):
             bob.subscribe(f"t.{number}")
         served.write('  bob: {key: bobs-first-key, subscribe: ["t.7"]}\n')
         assert served.reload() == []
-        assert served.call(lambda: (len(served.daemon.broker.review), len(served.daemon.broker.topics))) == (1, 300)
+        assert served.call(lambda: (len(served.daemon.broker.revocation), len(served.daemon.broker.topics))) == (1, 300)
 
         served.write('  bob: {key: bobs-first-key, subscribe: ["t.*"]}\n')
         assert served.reload() == []
