@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Ends", "Matches", "Node", "Search"]
+__all__ = ["Ends", "Matches", "Node", "TopicSearch"]
 
 Member = TypeVar("Member", bound=Hashable)
 
@@ -132,7 +132,7 @@ class Matches(Generic[Member]):
         return ordered
 
 
-class Search(Generic[Member]):
+class TopicSearch(Generic[Member]):
     """One topic's way through the tree, and then through the subscriptions at its ends; not done yet.
 
     walk: the rest of the way. nodes: those whose pattern matches, and whose subscriptions were not begun with.

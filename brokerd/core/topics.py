@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
-from brokerd.core.topic_search import Ends, Matches, Node, Search
+from brokerd.core.topic_search import Ends, Matches, Node, TopicSearch
 from brokerd_client.topics import matches
 
 __all__ = ["Matches", "Topics", "covers"]
@@ -53,7 +53,7 @@ class Topics(Generic[Member]):
     def __init__(self) -> None:
         self.version = 1
         #: By who began them.
-        self._searches: dict[Hashable, Search[Member]] = {}
+        self._searches: dict[Hashable, TopicSearch[Member]] = {}
         #: Whose searches have found many, the one that goes on first; and how often they wanted to.
         self._long: dict[Hashable, None] = {}
         self._asked = 0
@@ -195,7 +195,7 @@ class Topics(Generic[Member]):
         """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""
         found = self._remembered.get(topic)
         if found is None:
-            search = Search(topic, self._walk(topic.split(".")))
+            search = TopicSearch(topic, self._walk(topic.split(".")))
             for _, matching in search.walk:
                 search.nodes.update(dict.fromkeys(matching))
             search.look_up(sys.maxsize, self._gone, self._restricted)
@@ -219,7 +219,7 @@ class Topics(Generic[Member]):
             return found, 0
         search = self._searches.get(owner)
         if search is None or search.topic != topic:
-            search = self._searches[owner] = Search(topic, self._walk(topic.split(".")))
+            search = self._searches[owner] = TopicSearch(topic, self._walk(topic.split(".")))
         looked_at = 0
         for count, matching in search.walk:
             search.nodes.update(dict.fromkeys(matching))
@@ -246,7 +246,7 @@ class Topics(Generic[Member]):
         self._searches.pop(owner, None)
         self._long.pop(owner, None)
 
-    def _has_turn(self, owner: Hashable, search: Search[Member]) -> bool:
+    def _has_turn(self, owner: Hashable, search: TopicSearch[Member]) -> bool:
         """Return whether a search that has found many may go on: one at a time, so that they hold no more than that.
 
         Every owner comes again and again, all of them equally often. One who does not, because it is held or about to

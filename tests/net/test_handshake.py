@@ -29,7 +29,7 @@ from net.raw import (
 from brokerd.net.handshake import admission
 from brokerd.net.handshake import handshakes as door
 from brokerd.net.handshake import penalties as failures
-from brokerd.net.handshake.keyring import Search
+from brokerd.net.handshake.keyring import KeySearch
 from brokerd_client.address import Address
 
 REJECTION = prefixed(FAILURE)
@@ -102,13 +102,13 @@ def test_a_wrong_key_takes_the_same_search_whatever_the_name(monkeypatch: pytest
     """As many keys are tried for a name nobody has as for the name with the most keys."""
     tried: list[int] = []
 
-    class Watched(Search):
+    class Watched(KeySearch):
         def step(self) -> Any:
             found = super().step()
             tried.append(self.tried)
             return found
 
-    monkeypatch.setattr(door, "Search", Watched)
+    monkeypatch.setattr(door, "KeySearch", Watched)
     keys = [{"key": f"key {number}"} for number in range(5)]
     with served({"alice": {"keys": keys}, "bob": None}) as broker:
         for name in (b"alice", b"bob", b"nobody"):

@@ -23,7 +23,7 @@ from brokerd.config.values import TlsConfig
 from brokerd.net.connection.connection import has_hung_up
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Admission, Rank
-from brokerd.net.handshake.keyring import Identity, Search, key_on
+from brokerd.net.handshake.keyring import Identity, KeySearch, key_on
 from brokerd.net.handshake.penalties import Failures
 from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.tls import SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
@@ -55,7 +55,7 @@ class PendingHandshakes:
         self._server = server
         self._loop: asyncio.AbstractEventLoop = server.loop
         self._pending_connections: OrderedDict[PendingConnection, None] = OrderedDict()
-        self._searches: list[tuple[int, int, PendingConnection, Search]] = []
+        self._searches: list[tuple[int, int, PendingConnection, KeySearch]] = []
         self._order = itertools.count()
         self._searching = False
         self._timer: asyncio.TimerHandle | None = None
@@ -243,7 +243,7 @@ class PendingHandshakes:
                 self._go_on(pending, None)
                 return
             pending.channel = replace(pending.channel, bound=proof.binding)
-        search = Search(
+        search = KeySearch(
             self._server.keyring,
             proof,
             allow_md5=pending.allow_md5,
@@ -270,7 +270,7 @@ class PendingHandshakes:
             self._searching = True
             self._loop.call_soon(self._search_on)
 
-    def _try(self, pending: PendingConnection, search: Search) -> bool:
+    def _try(self, pending: PendingConnection, search: KeySearch) -> bool:
         """Run one slice; return whether the search is over, its result given to the handshake."""
         identity = search.step()
         if identity is None:

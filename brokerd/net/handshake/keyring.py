@@ -20,7 +20,7 @@ from brokerd.net.handshake.tls import NO_CHANNEL, Channel
 from brokerd_client.wire.channel_binding import BROKER, CLIENT, bound_key
 from brokerd_client.wire.handshake import Proof
 
-__all__ = ["SLICE", "Credential", "Identity", "Keyring", "Search", "key_on"]
+__all__ = ["SLICE", "Credential", "Identity", "Keyring", "KeySearch", "key_on"]
 
 #: Keys tried before others get their turn: some 60 microseconds of work.
 SLICE: Final = 32
@@ -151,7 +151,7 @@ class Keyring:
             self._order.move_to_end(credential.key.value)
 
 
-class Search:
+class KeySearch:
     """The search for the key that made one answer.
 
     allow_md5: whether the listener allows HMAC-MD5 for every client. uid: the user at the other end of a
