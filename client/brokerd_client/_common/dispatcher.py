@@ -16,7 +16,7 @@ from brokerd_client.protocol.effects import Batch
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
 from brokerd_client.wire.envelope import Kind
 
-__all__ = ["Box", "Desk", "Feed", "Job", "log"]
+__all__ = ["Box", "Dispatcher", "Sink", "Job", "log"]
 
 M = TypeVar("M", bound=Message)
 
@@ -44,7 +44,7 @@ class Box(Protocol):
         ...
 
 
-class Feed(Protocol):
+class Sink(Protocol):
     """A subscription or a watch."""
 
     @property
@@ -58,7 +58,7 @@ class Feed(Protocol):
         ...
 
 
-class Desk(Generic[M]):
+class Dispatcher(Generic[M]):
     """The handlers and boxes of one client.
 
     inbox: for recv. ordered: jobs done one after the other. requests: jobs done side by side.
@@ -85,24 +85,24 @@ class Desk(Generic[M]):
     def handle_messages(self, handler: Callable[[M], object]) -> None:
         """Give messages to the handler, those that wait already first."""
         self._on_message = handler
-        self._sort_again()
+        self._dispatch_again()
 
     def handle_requests(self, handler: Callable[[M], object]) -> None:
         """Give requests to the handler, those that wait already first."""
         self._on_request = self._answering(handler)
-        self._sort_again()
+        self._dispatch_again()
 
     def handle_undelivered(self, handler: Callable[[BrokerdError], object]) -> None:
         """Give failures nobody waits for to the handler, instead of logging them."""
         self._on_undelivered = handler
 
-    def _sort_again(self) -> None:
+    def _dispatch_again(self) -> None:
         waiting: Inbox[M] = self.inbox.inbox
         earlier = waiting.take_all()
         if earlier:
-            self.sort(earlier, sum(map(_weight, earlier)))
+            self.dispatch_messages(earlier, sum(map(_weight, earlier)))
 
-    def sort(self, messages: list[M], size: int) -> None:
+    def dispatch_messages(self, messages: list[M], size: int) -> None:
         """Pass on messages and requests in their order; ``size`` bytes in all."""
         answer, handle = self._on_request, self._on_message
         if answer is None and handle is None:
@@ -125,12 +125,12 @@ class Desk(Generic[M]):
             if items:
                 box.put(items, share * len(items))
 
-    def spread(self, events: Iterable[tuple[Feed, Any]]) -> None:
+    def dispatch_events(self, events: Iterable[tuple[Sink, Any]]) -> None:
         """Pass on events, each subscription's at once."""
-        by_feed: dict[Feed, list[Any]] = {}
+        by_sink: dict[Sink, list[Any]] = {}
         for feed, item in events:
-            by_feed.setdefault(feed, []).append(item)
-        for feed, items in by_feed.items():
+            by_sink.setdefault(feed, []).append(item)
+        for feed, items in by_sink.items():
             size = sum(map(_weight, items))
             callback = feed.callback
             if callback is None:

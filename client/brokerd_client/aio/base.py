@@ -17,7 +17,7 @@ from threading import get_ident
 from typing import Any, Final, NoReturn
 
 from brokerd_client._common import forks
-from brokerd_client._common.dispatcher import Desk, Job, log
+from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import chance, first_id, nonce
 from brokerd_client.aio.subscriptions import Feed, Message
 from brokerd_client.aio.transport import Connection, Resolver, dial
@@ -84,7 +84,7 @@ class Link:
         self._inbox: Box[Message] = self._box()
         self._ordered: Box[Job] = self._box()
         self._requests: Box[Job] = self._box()
-        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
+        self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
         self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
@@ -360,16 +360,16 @@ class Link:
                     call.set_result(value)
         if not self.closed or self._dialog.state is State.GONE:
             if batch.messages:
-                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+                self._dispatcher.dispatch_messages(batch.messages, batch.size + OVERHEAD * len(batch.messages))
             if batch.events:
-                self._desk.spread(batch.events)
+                self._dispatcher.dispatch_events(batch.events)
         for feed, why in batch.ended:
             feed.box.end(why)
             self._feeds.discard(feed)
         for error in batch.undelivered:
-            self._desk.tell_undelivered(error, self._loop.time())
-        self._desk.report(batch, self._loop.time())
-        due = self._desk.warning_due
+            self._dispatcher.tell_undelivered(error, self._loop.time())
+        self._dispatcher.report(batch, self._loop.time())
+        due = self._dispatcher.warning_due
         if due is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
                 # No more will follow, and the loop may end before it is due.
@@ -387,7 +387,7 @@ class Link:
             self._warning.cancel()
             self._warning = None
         if not self._forked:
-            self._desk.warn_of_more(self._loop.time())
+            self._dispatcher.warn_of_more(self._loop.time())
 
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""

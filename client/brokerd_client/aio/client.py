@@ -322,13 +322,13 @@ class Client(Link):
         message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
         self._check()
-        self._desk.handle_requests(handler)
+        self._dispatcher.handle_requests(handler)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Have ``handler(message)``, a function or a coroutine function, called for each message, in order."""
         self._check()
-        self._desk.handle_messages(handler)
+        self._dispatcher.handle_messages(handler)
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
@@ -337,7 +337,7 @@ class Client(Link):
         ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
         """
         self._check()
-        self._desk.handle_undelivered(handler)
+        self._dispatcher.handle_undelivered(handler)
         return handler
 
     # Topics, presence and the broker itself
@@ -469,7 +469,7 @@ class Client(Link):
             tasks = {self._keeper, *(task for crew in self._crews.values() for task in crew)} - {here}
             for task in tasks:
                 task.cancel()
-            self._desk.log_failures(self._loop.time())
+            self._dispatcher.log_failures(self._loop.time())
             self._warn_of_more()
         await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
 
@@ -485,7 +485,7 @@ class Client(Link):
             self._note_state()
             for box in (self._inbox, self._requests):
                 box.inbox.clear()
-            self._desk.drop_jobs()
+            self._dispatcher.drop_jobs()
         if self._dialog.state is State.CLOSING and self._link is not None:
             self._regulate()
             self._arm()

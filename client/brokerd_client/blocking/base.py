@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 from brokerd_client._common import forks
-from brokerd_client._common.dispatcher import Desk, Job, log
+from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import chance, first_id, nonce
 from brokerd_client.blocking.handlers import HandlerThreads
 from brokerd_client.blocking.subscriptions import Message
@@ -122,7 +122,7 @@ class Link:
         self._requests: Box[Job] = self._box()
         for box in (self._inbox, self._ordered, self._requests):
             self._boxes.add(box)
-        self._desk: Desk[Message] = Desk(self._inbox, self._ordered, self._requests, answering)
+        self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
         count = settings.threads
         self._for_requests = HandlerThreads(self._requests, "brokerd requests", count, max(count, MOST_THREADS))
         self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
@@ -172,7 +172,7 @@ class Link:
             # No source=self: who keeps the warning would keep the client.
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
         # Without the lock, which the thread that is stopped for this may hold, at a box.
-        self._desk.warn_of_more(time.monotonic())
+        self._dispatcher.warn_of_more(time.monotonic())
         # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
         self._dropped = True
         self._channel.ring()
@@ -408,7 +408,7 @@ class Link:
         except (Disconnected, Closed) as error:
             for id in ids:
                 self._dialog.undelivered += 1
-                self._desk.tell_undelivered(
+                self._dispatcher.tell_undelivered(
                     Disconnected(f"{error}; {id} to {to} was not sent", id=id), time.monotonic()
                 )
 
@@ -475,17 +475,17 @@ class Link:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
             if batch.messages:
-                self._desk.sort(batch.messages, batch.size + OVERHEAD * len(batch.messages))
+                self._dispatcher.dispatch_messages(batch.messages, batch.size + OVERHEAD * len(batch.messages))
             if batch.events:
-                self._desk.spread(batch.events)
+                self._dispatcher.dispatch_events(batch.events)
         for sink, why in batch.ended:
             self._end_feed(sink.box, why)
         if batch.undelivered or batch.unreadable or batch.warnings or batch.broken:
-            was_due = self._desk.warning_due
+            was_due = self._dispatcher.warning_due
             for error in batch.undelivered:
-                self._desk.tell_undelivered(error, now)
-            self._desk.report(batch, now)
-            if was_due is None and self._desk.warning_due is not None:
+                self._dispatcher.tell_undelivered(error, now)
+            self._dispatcher.report(batch, now)
+            if was_due is None and self._dispatcher.warning_due is not None:
                 self._channel.ring()
         if batch.broken is not None:
             # The peer may be owed the word that it was rejected.
@@ -540,9 +540,9 @@ class Link:
             if state in _LINKED and self._channel.open:
                 self._write()
             over = state in (State.CLOSED, State.GONE)
-            due = self._desk.warning_due
+            due = self._dispatcher.warning_due
             if due is not None and (over or now >= due):
-                self._desk.warn_of_more(now)
+                self._dispatcher.warn_of_more(now)
             if over:
                 self._over = True
                 self._do_chores()
@@ -560,7 +560,7 @@ class Link:
             deadline = self._dialog.next_deadline()
             if state is State.CONNECTING and not self._channel.open:
                 deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
-            due = self._desk.warning_due
+            due = self._dispatcher.warning_due
             if due is not None:
                 deadline = due if deadline is None else min(deadline, due)
             limit = self._gauge.limit

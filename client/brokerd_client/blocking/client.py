@@ -384,12 +384,12 @@ class Client(Link):
         An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only. A handler that
         has called message.reply() or message.fail() itself returns None. Can be used as a decorator.
         """
-        self._handle(self._desk.handle_requests, handler, self._for_requests)
+        self._handle(self._dispatcher.handle_requests, handler, self._for_requests)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Have ``handler(message)`` called for each message, in order, on a thread of the client's own."""
-        self._handle(self._desk.handle_messages, handler, self._for_messages)
+        self._handle(self._dispatcher.handle_messages, handler, self._for_messages)
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
@@ -397,7 +397,7 @@ class Client(Link):
 
         ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
         """
-        self._handle(self._desk.handle_undelivered, handler, self._for_messages)
+        self._handle(self._dispatcher.handle_undelivered, handler, self._for_messages)
         return handler
 
     def _handle(self, handle: Callable[[Any], None], handler: Any, threads: HandlerThreads) -> None:
@@ -568,7 +568,7 @@ class Client(Link):
         self._thread.join(_THREAD_GRACE_S)
         with self._lock:
             # What the thread has said already is not said twice.
-            self._desk.warn_of_more(time.monotonic())
+            self._dispatcher.warn_of_more(time.monotonic())
         deadline = time.monotonic() + _HANDLER_GRACE_S
         for thread in (*self._for_requests.threads, *self._for_messages.threads):
             if thread is not here:
@@ -584,7 +584,7 @@ class Client(Link):
         for box in list(self._boxes):
             if box is not self._ordered:
                 box.inbox.clear()
-        self._desk.drop_jobs()
+        self._dispatcher.drop_jobs()
         self._note_state()
 
     def __enter__(self) -> Self:
