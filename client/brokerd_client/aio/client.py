@@ -34,7 +34,7 @@ from brokerd_client.errors import (
 )
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
-from brokerd_client.protocol.bulk import make_lot
+from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.protocol.dialog import LINGER_S
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
@@ -160,7 +160,7 @@ class Client(Link):
         With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
         Raises PayloadError or InvalidName for any of them before any is sent.
         """
-        to, codecs, bodies = make_lot(messages, codec)
+        to, codecs, bodies = encode_many(messages, codec)
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
         if not receipt:

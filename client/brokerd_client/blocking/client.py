@@ -29,7 +29,7 @@ from brokerd_client.codec import encode
 from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, InDoubt, TimedOut
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
-from brokerd_client.protocol.bulk import make_lot
+from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.protocol.dialog import LINGER_S
 from brokerd_client.protocol.state import State
 from brokerd_client.protocol.subscription_table import Route
@@ -194,7 +194,7 @@ class Client(Link):
         With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
         Raises PayloadError or InvalidName for any of them before any is sent.
         """
-        to, codecs, bodies = make_lot(messages, codec)
+        to, codecs, bodies = encode_many(messages, codec)
         timeout = check_timeout(timeout)
         if not receipt:
             if self._interrupting():

@@ -13,10 +13,10 @@ from brokerd_client.codec import encode
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import CodecId, check_address
 
-__all__ = ["Lot", "make_lot"]
+__all__ = ["Bulk", "encode_many"]
 
 #: Recipients, numbers of codecs, bodies; all of the same length.
-Lot: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
+Bulk: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
 
 _BYTES_ALONE: Final = {bytes}
 _RAW: Final = (int(CodecId.RAW),)
@@ -24,7 +24,7 @@ _RAW: Final = (int(CodecId.RAW),)
 _known_address: Final = lru_cache(4096)(check_address)
 
 
-def make_lot(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Lot:
+def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Bulk:
     """Return the (to, payload) pairs as a lot. codec: as codec.encode takes it, for all of them.
 
     Raises PayloadError or InvalidName for the first that is none.

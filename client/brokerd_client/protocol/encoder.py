@@ -187,7 +187,7 @@ class Outgoing:
         # No step of this is a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
         data = b"".join(chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True)))
-        self._unhanded.append(_Lot(self.queued, ids, to, names, sizes))
+        self._unhanded.append(_Bulk(self.queued, ids, to, names, sizes))
         self._parts.append(data)
         self.queued += len(data)
 
@@ -202,7 +202,7 @@ class Outgoing:
         self.queued += len(prefix) + len(body)
 
 
-class _Lot:
+class _Bulk:
     """Messages that were put out together: (where its frame ends, id, to) of each, when somebody asks."""
 
     __slots__ = ("_begin", "_ids", "_names", "_sizes", "_to")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 
 from brokerd_client.errors import InvalidName, PayloadError
-from brokerd_client.protocol.bulk import make_lot
+from brokerd_client.protocol.bulk import encode_many
 
 
 def test_bytes_and_other_payloads_keep_their_order() -> None:
     """Each payload has the codec it would have alone."""
-    to, codecs, bodies = make_lot(iter([("a", b"1"), ["b/x", {"k": 2}], ("c", bytearray(b"3"))]), None)
+    to, codecs, bodies = encode_many(iter([("a", b"1"), ["b/x", {"k": 2}], ("c", bytearray(b"3"))]), None)
     assert (list(to), list(codecs), list(bodies)) == (["a", "b/x", "c"], [0, 2, 0], [b"1", b'{"k":2}', b"3"])
 
 
 def test_codec_is_for_all() -> None:
     """A codec that is given goes before the payload's own."""
-    assert make_lot([("a", b"1"), ("b", b"2")], 128)[1] == [128, 128]
+    assert encode_many([("a", b"1"), ("b", b"2")], 128)[1] == [128, 128]
 
 
 @pytest.mark.parametrize("messages", [[], iter(())])
 def test_no_message_is_an_empty_lot(messages: list[tuple[str, object]]) -> None:
     """Nothing to send is no mistake."""
-    assert make_lot(messages, None) == ((), (), ())
+    assert encode_many(messages, None) == ((), (), ())
 
 
 @pytest.mark.parametrize("payload", [b"", "text"])
@@ -30,13 +30,13 @@ def test_first_bad_recipient_is_named(payload: object) -> None:
     """Of several recipients that are none, the error names the first, whatever the payloads are."""
     names = ["a", *(f"no name {number}" for number in range(20))]
     with pytest.raises(InvalidName, match="'no name 0'"):
-        make_lot([(name, payload) for name in names], None)
+        encode_many([(name, payload) for name in names], None)
 
 
 def test_payload_without_codec() -> None:
     """A payload of no codec is refused, wherever it stands."""
     with pytest.raises(PayloadError, match="object"):
-        make_lot([("a", b""), ("a", object())], None)
+        encode_many([("a", b""), ("a", object())], None)
 
 
 @pytest.mark.parametrize("message", [("a",), ("a", b"", b""), 5])
@@ -44,4 +44,4 @@ def test_what_is_no_pair_is_refused(message: object) -> None:
     """A message that is no pair is the caller's mistake, also among pairs."""
     for messages in ([message], [("a", b""), message]):
         with pytest.raises((ValueError, TypeError)):
-            make_lot(messages, None)  # type: ignore[arg-type]
+            encode_many(messages, None)  # type: ignore[arg-type]
