@@ -16,7 +16,7 @@ from brokerd_client.protocol.effects import Batch
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
 from brokerd_client.wire.envelope import Kind
 
-__all__ = ["Box", "Dispatcher", "Sink", "Job", "log"]
+__all__ = ["WaitQueue", "Dispatcher", "Sink", "Job", "log"]
 
 M = TypeVar("M", bound=Message)
 
@@ -28,7 +28,7 @@ _REQUEST = int(Kind.REQUEST)
 _ERROR_COST: Final = 800
 
 
-class Box(Protocol):
+class WaitQueue(Protocol):
     """An inbox somebody can wait at."""
 
     inbox: Inbox[Any]
@@ -48,7 +48,7 @@ class Sink(Protocol):
     """A subscription or a watch."""
 
     @property
-    def box(self) -> Box:
+    def queue(self) -> WaitQueue:
         """Where its events are waited for."""
         ...
 
@@ -67,9 +67,9 @@ class Dispatcher(Generic[M]):
 
     def __init__(
         self,
-        inbox: Box,
-        ordered: Box,
-        requests: Box,
+        inbox: WaitQueue,
+        ordered: WaitQueue,
+        requests: WaitQueue,
         answering: Callable[[Callable[[M], object]], Callable[[M], object]],
     ) -> None:
         self.inbox = inbox
@@ -121,9 +121,9 @@ class Dispatcher(Generic[M]):
                 told.append((handle, message))
                 continue
             kept.append(message)
-        for box, items in ((self.requests, asked), (self.ordered, told), (self.inbox, kept)):
+        for queue, items in ((self.requests, asked), (self.ordered, told), (self.inbox, kept)):
             if items:
-                box.put(items, share * len(items))
+                queue.put(items, share * len(items))
 
     def dispatch_events(self, events: Iterable[tuple[Sink, Any]]) -> None:
         """Pass on events, each subscription's at once."""
@@ -134,7 +134,7 @@ class Dispatcher(Generic[M]):
             size = sum(map(_weight, items))
             callback = feed.callback
             if callback is None:
-                feed.box.put(items, size)
+                feed.queue.put(items, size)
             else:
                 self.ordered.put([(callback, item) for item in items], size)
 

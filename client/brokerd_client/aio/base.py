@@ -21,7 +21,7 @@ from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import chance, first_id, nonce
 from brokerd_client.aio.subscriptions import Feed, Message
 from brokerd_client.aio.transport import Connection, Resolver, dial
-from brokerd_client.aio.waiters import Box
+from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
 from brokerd_client.protocol.dialog import Batch, Dialog
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
@@ -81,11 +81,11 @@ class Link:
         self._forked = False
         self._gauge = Gauge(settings.inbox)
         self._feeds: set[Feed[Any]] = set()
-        self._inbox: Box[Message] = self._box()
-        self._ordered: Box[Job] = self._box()
-        self._requests: Box[Job] = self._box()
+        self._inbox: WaitQueue[Message] = self._new_queue()
+        self._ordered: WaitQueue[Job] = self._new_queue()
+        self._requests: WaitQueue[Job] = self._new_queue()
         self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
-        self._crews: dict[Box[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
+        self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
         #: Whether a timer looks at the connection while it is not read.
@@ -364,7 +364,7 @@ class Link:
             if batch.events:
                 self._dispatcher.dispatch_events(batch.events)
         for feed, why in batch.ended:
-            feed.box.end(why)
+            feed.queue.end(why)
             self._feeds.discard(feed)
         for error in batch.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
@@ -395,19 +395,19 @@ class Link:
         self._clear = state is State.READY and self._link is not None and not self._link.paused
         if self.closed:
             gone = state is State.GONE
-            for box in self._boxes():
+            for queue in self._queues():
                 why = f"the connection to the broker is gone: {self._dialog.reason}"
-                box.end(Disconnected(why) if gone else Closed("the client is closed"))
+                queue.end(Disconnected(why) if gone else Closed("the client is closed"))
             self._feeds.clear()
         for waiter in self._clear_waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _boxes(self) -> list[Box[Any]]:
-        return [self._inbox, self._ordered, self._requests, *(feed.box for feed in self._feeds)]
+    def _queues(self) -> list[WaitQueue[Any]]:
+        return [self._inbox, self._ordered, self._requests, *(feed.queue for feed in self._feeds)]
 
-    def _box(self) -> Box[Any]:
-        return Box(self._gauge, self._relieve)
+    def _new_queue(self) -> WaitQueue[Any]:
+        return WaitQueue(self._gauge, self._relieve)
 
     def _relieve(self) -> None:
         if self._gauge.full:
@@ -419,7 +419,7 @@ class Link:
         if link is None:
             return
         limit = self._gauge.limit
-        over = self._gauge.held > limit and self._gauge.weigh((box.inbox for box in self._boxes()), limit=limit)
+        over = self._gauge.held > limit and self._gauge.weigh((queue.inbox for queue in self._queues()), limit=limit)
         self._gauge.full = over
         stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit
         # Without the handshake and the introduction there is no connection: they are read whatever is held.
@@ -477,25 +477,25 @@ class Link:
         if timer is not None:
             timer.cancel()
 
-    def _hire(self, box: Box[Job], most: int) -> None:
+    def _hire(self, queue: WaitQueue[Job], most: int) -> None:
         """Start tasks, ``most`` of them in all, that do the jobs in the box."""
-        crew = self._crews[box]
-        wanted = min(most - len(crew), len(box.inbox.items))
-        while wanted > 0 and box.inbox.items:
-            task = self._loop.create_task(self._work(box), name="brokerd handler")
+        crew = self._crews[queue]
+        wanted = min(most - len(crew), len(queue.inbox.items))
+        while wanted > 0 and queue.inbox.items:
+            task = self._loop.create_task(self._work(queue), name="brokerd handler")
             if task.done():
                 # Begun by create_task itself (asyncio.eager_task_factory), and over: at least one job is done.
                 continue
             crew.add(task)
-            task.add_done_callback(lambda done: self._on_worker_done(box, done))
+            task.add_done_callback(lambda done: self._on_worker_done(queue, done))
             wanted -= 1
 
-    async def _work(self, box: Box[Job]) -> None:
+    async def _work(self, queue: WaitQueue[Job]) -> None:
         task = asyncio.current_task()
         assert task is not None
         try:
             while True:
-                function, item = box.take_now()
+                function, item = queue.take_now()
                 try:
                     result = function(item)
                     if inspect.isawaitable(result):
@@ -507,17 +507,17 @@ class Link:
                 del function, item
         except IndexError:
             # At once, not when the task is done: what is put in between is to find a place for a new one.
-            self._crews[box].discard(task)
+            self._crews[queue].discard(task)
 
-    def _on_worker_done(self, box: Box[Job], task: asyncio.Task[None]) -> None:
+    def _on_worker_done(self, queue: WaitQueue[Job], task: asyncio.Task[None]) -> None:
         """Start another worker for the jobs that a cancelled worker has left; not when everything is cancelled."""
-        self._crews[box].discard(task)
+        self._crews[queue].discard(task)
         if not task.cancelled():
             # An exit, which has left the loop already; this marks it as seen.
             task.exception()
         ending = self._ended or (task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0))
-        if box.inbox.items and box.on_put is not None and not ending:
-            box.on_put()
+        if queue.inbox.items and queue.on_put is not None and not ending:
+            queue.on_put()
 
     async def _keep_connected(self) -> None:
         """Connect, and connect again, for as long as the dialog wants it."""

@@ -388,7 +388,7 @@ class Client(Link):
         """End the subscription here, and send unsubscribe; return that operation's id, None where none was needed."""
         assert subscription._route is not None
         id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
-        subscription.box.end(Closed("the subscription was ended"))
+        subscription.queue.end(Closed("the subscription was ended"))
         self._feeds.discard(subscription)
         self._write()
         return id
@@ -422,7 +422,7 @@ class Client(Link):
         self._dialog.unwatch(feed._watch)
         self._write()
         self._feeds.discard(feed)
-        feed.box.end(Closed("the watch was ended"))
+        feed.queue.end(Closed("the watch was ended"))
 
     async def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
@@ -483,8 +483,8 @@ class Client(Link):
             first = self._dialog.may_answer
             self._absorb(self._dialog.close(self._loop.time()))
             self._note_state()
-            for box in (self._inbox, self._requests):
-                box.inbox.clear()
+            for queue in (self._inbox, self._requests):
+                queue.inbox.clear()
             self._dispatcher.drop_jobs()
         if self._dialog.state is State.CLOSING and self._link is not None:
             self._regulate()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from brokerd_client import message
-from brokerd_client.aio.waiters import Box
+from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import Route
@@ -34,7 +34,7 @@ class Giver(message.Owner, Protocol):
 
     def _limit(self, timeout: float | None) -> float | None: ...
 
-    def _box(self) -> Box[Any]: ...
+    def _new_queue(self) -> WaitQueue[Any]: ...
 
     async def _unsubscribe(self, subscription: Subscription) -> None: ...
 
@@ -145,12 +145,12 @@ class Feed(Generic[T]):
 
     def __init__(self, client: Giver) -> None:
         self._client = client
-        self.box: Box[T] = client._box()
+        self.queue: WaitQueue[T] = client._new_queue()
 
     async def recv(self, timeout: float | None = None) -> T:
         """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
         self._client._check()
-        return await self.box.take(self._client._limit(timeout))
+        return await self.queue.take(self._client._limit(timeout))
 
     def __aiter__(self) -> Self:
         return self

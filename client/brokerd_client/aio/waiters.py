@@ -12,12 +12,12 @@ from typing import Generic, TypeVar
 from brokerd_client.errors import BrokerdError, TimedOut
 from brokerd_client.protocol.inbox import Gauge, Inbox
 
-__all__ = ["Box"]
+__all__ = ["WaitQueue"]
 
 T = TypeVar("T")
 
 
-class Box(Generic[T]):
+class WaitQueue(Generic[T]):
     """An inbox that tasks can wait at, or that tasks empty."""
 
     __slots__ = ("__weakref__", "_relieve", "_waiters", "ended", "inbox", "on_put")

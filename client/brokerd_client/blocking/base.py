@@ -34,7 +34,7 @@ from brokerd_client._common.random_numbers import chance, first_id, nonce
 from brokerd_client.blocking.handlers import HandlerThreads
 from brokerd_client.blocking.subscriptions import Message
 from brokerd_client.blocking.transport import Channel
-from brokerd_client.blocking.waiters import Box, Call, Waiters, gate, wait_at
+from brokerd_client.blocking.waiters import Call, Waiters, WaitQueue, gate, wait_at
 from brokerd_client.errors import (
     BrokerdError,
     Closed,
@@ -116,12 +116,12 @@ class Link:
         self._over = False
         self._gauge = Gauge(settings.inbox)
         #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
-        self._boxes: weakref.WeakSet[Box[Any]] = weakref.WeakSet()
-        self._inbox: Box[Message] = self._box()
-        self._ordered: Box[Job] = self._box()
-        self._requests: Box[Job] = self._box()
-        for box in (self._inbox, self._ordered, self._requests):
-            self._boxes.add(box)
+        self._queues: weakref.WeakSet[WaitQueue[Any]] = weakref.WeakSet()
+        self._inbox: WaitQueue[Message] = self._new_queue()
+        self._ordered: WaitQueue[Job] = self._new_queue()
+        self._requests: WaitQueue[Job] = self._new_queue()
+        for queue in (self._inbox, self._ordered, self._requests):
+            self._queues.add(queue)
         self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
         count = settings.threads
         self._for_requests = HandlerThreads(self._requests, "brokerd requests", count, max(count, MOST_THREADS))
@@ -458,16 +458,16 @@ class Link:
             self._write()
         return True
 
-    def _box(self) -> Box[Any]:
+    def _new_queue(self) -> WaitQueue[Any]:
         """Return a new box of this client."""
         # Not a method of the client: the boxes are held by threads that must not hold the client.
-        return Box(self._gauge, self._channel, self._lock._is_owned)
+        return WaitQueue(self._gauge, self._channel, self._lock._is_owned)
 
-    def _end_feed(self, box: Box[Any], why: BrokerdError) -> None:
+    def _end_feed(self, queue: WaitQueue[Any], why: BrokerdError) -> None:
         """End the box of a subscription or watch; what is still in it is the subscriber's, and counts no longer."""
-        box.end(why)
-        box.inbox.release()
-        self._boxes.discard(box)
+        queue.end(why)
+        queue.inbox.release()
+        self._queues.discard(queue)
 
     def _absorb(self, batch: Batch[Message], now: float) -> None:
         """Pass on what the dialog says has happened."""
@@ -479,7 +479,7 @@ class Link:
             if batch.events:
                 self._dispatcher.dispatch_events(batch.events)
         for sink, why in batch.ended:
-            self._end_feed(sink.box, why)
+            self._end_feed(sink.queue, why)
         if batch.undelivered or batch.unreadable or batch.warnings or batch.broken:
             was_due = self._dispatcher.warning_due
             for error in batch.undelivered:
@@ -515,11 +515,11 @@ class Link:
         state = self._dialog.state
         if state is State.GONE:
             why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
-            for box in list(self._boxes):
-                box.end(why)
+            for queue in list(self._queues):
+                queue.end(why)
         elif state in (State.CLOSING, State.CLOSED):
-            for box in list(self._boxes):
-                box.end(Closed("the client is closed"))
+            for queue in list(self._queues):
+                queue.end(Closed("the client is closed"))
         self._changes.wake()
 
     # The I/O thread; without the lock
@@ -564,7 +564,7 @@ class Link:
             if due is not None:
                 deadline = due if deadline is None else min(deadline, due)
             limit = self._gauge.limit
-            full = self._gauge.weigh((box.inbox for box in self._boxes), limit=limit)
+            full = self._gauge.weigh((queue.inbox for queue in self._queues), limit=limit)
             reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
             # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
             # A connection that has ended is read to its end: another one has to be made.
@@ -745,7 +745,7 @@ _LOCKING: Final = ("send", "_put", "_mend", "_wait_until_clear", "_do_chores", "
 
 
 def _move_bytes(
-    ref: weakref.ref[Link], channel: Channel, boxes: Iterable[Box[Any]], error: BaseException | None = None
+    ref: weakref.ref[Link], channel: Channel, queues: Iterable[WaitQueue[Any]], error: BaseException | None = None
 ) -> None:
     """Run a client's I/O thread, which ends with the client and by nothing else.
 
@@ -755,11 +755,11 @@ def _move_bytes(
     try:
         _keep_moving(ref, channel, error)
         channel.close()
-        for box in boxes:
-            box.end(Closed("the client is closed"))
+        for queue in queues:
+            queue.end(Closed("the client is closed"))
     except BaseException as caught:  # noqa: BLE001 - it has struck the handling of another one, below
         thread = threading.Thread(
-            target=_move_bytes, args=(ref, channel, boxes, caught), name="brokerd client", daemon=True
+            target=_move_bytes, args=(ref, channel, queues, caught), name="brokerd client", daemon=True
         )
         if (client := ref()) is not None:
             client.replace(thread)

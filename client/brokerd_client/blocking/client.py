@@ -357,8 +357,8 @@ class Client(Link):
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests where no handler is set, until the client is closed."""
         self._check()
-        box, gauge = self._inbox, self._gauge
-        inbox = box.inbox
+        queue, gauge = self._inbox, self._gauge
+        inbox = queue.inbox
         items = inbox.items
         with contextlib.suppress(Closed):
             while True:
@@ -368,15 +368,15 @@ class Client(Link):
                         # Only after it is taken: see Gauge.weigh.
                         if gauge.full and len(items) <= inbox.mark:
                             try:
-                                box.relieve()
+                                queue.relieve()
                             except BaseException:
-                                box.give_back(item)
+                                queue.give_back(item)
                                 raise
                         yield item
                 except IndexError as error:
                     if by_handler(error):
                         raise
-                    yield box.take(None)
+                    yield queue.take(None)
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Have requests answered with what ``handler(message)`` returns, on a few threads of the client's own.
@@ -430,7 +430,7 @@ class Client(Link):
             if callback is not None:
                 self._for_messages.start()
             id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
-            self._boxes.add(subscription.box)
+            self._queues.add(subscription.queue)
             return id
 
         try:
@@ -472,7 +472,7 @@ class Client(Link):
     def _end_feed_here(self, feed: Feed[Any], why: str) -> None:
         """Give the subscription or watch nothing more, and tell the broker; with the lock, in the I/O thread."""
         self._dialog.forget(feed)
-        self._end_feed(feed.box, Closed(why))
+        self._end_feed(feed.queue, Closed(why))
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
@@ -486,7 +486,7 @@ class Client(Link):
             self._calls.add(call)
             route: Route | None = subscription._route
             id = None if route is None else self._dialog.unsubscribe(route, subscription, call, deadline)
-            self._end_feed(subscription.box, Closed("the subscription was ended"))
+            self._end_feed(subscription.queue, Closed("the subscription was ended"))
             return id
 
         try:
@@ -508,7 +508,7 @@ class Client(Link):
         def put(deadline: float | None) -> int:
             self._calls.add(call)
             id, feed._watch = self._dialog.watch(feed, call, deadline)
-            self._boxes.add(feed.box)
+            self._queues.add(feed.queue)
             return id
 
         try:
@@ -581,9 +581,9 @@ class Client(Link):
         self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
         if self._dialog.state is State.CLOSING and first:
             self._channel.shut()
-        for box in list(self._boxes):
-            if box is not self._ordered:
-                box.inbox.clear()
+        for queue in list(self._queues):
+            if queue is not self._ordered:
+                queue.inbox.clear()
         self._dispatcher.drop_jobs()
         self._note_state()
 

@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from brokerd_client._common.dispatcher import Job, log
-from brokerd_client.blocking.waiters import Box
+from brokerd_client.blocking.waiters import WaitQueue
 from brokerd_client.errors import BrokerdError
 
 __all__ = ["HandlerThreads"]
@@ -23,8 +23,8 @@ class HandlerThreads:
         all. Only the I/O thread starts them.
     """
 
-    def __init__(self, box: Box[Job], name: str, count: int, most: int) -> None:
-        self._box = box
+    def __init__(self, queue: WaitQueue[Job], name: str, count: int, most: int) -> None:
+        self._new_queue = queue
         self._name = name
         self._count = count
         self._most = most
@@ -45,7 +45,7 @@ class HandlerThreads:
 
     def start(self) -> None:
         """Start the threads that are needed."""
-        while self.short and self._box.ended is None:
+        while self.short and self._new_queue.ended is None:
             registered = threading.Event()
             threading.Thread(target=self._run, args=(registered,), name=self._name, daemon=True).start()
             registered.wait()
@@ -65,13 +65,13 @@ class HandlerThreads:
         self._waiting.discard(threading.get_ident())
 
     def _run(self, registered: threading.Event) -> None:
-        box = self._box
+        queue = self._new_queue
         try:
             self._threads[threading.get_ident()] = threading.current_thread()
             registered.set()
             while not self._retire():
                 try:
-                    function, item = box.take(None)
+                    function, item = queue.take(None)
                     try:
                         function(item)
                     except BaseException as error:  # noqa: BLE001 - see the head of this file
@@ -81,7 +81,7 @@ class HandlerThreads:
                         self._waiting.discard(threading.get_ident())
                     del function, item
                 except BrokerdError:
-                    if box.ended is not None:
+                    if queue.ended is not None:
                         return
                 except BaseException:  # noqa: BLE001 - raised between two jobs: see the head of this file
                     log().exception("a handler's thread was interrupted between two messages")

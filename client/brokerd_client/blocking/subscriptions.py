@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from brokerd_client import message
-from brokerd_client.blocking.waiters import Box
+from brokerd_client.blocking.waiters import WaitQueue
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import Route
@@ -31,7 +31,7 @@ class Giver(message.Owner, Protocol):
 
     def _check(self) -> None: ...
 
-    def _box(self) -> Box[Any]: ...
+    def _new_queue(self) -> WaitQueue[Any]: ...
 
     def _unsubscribe(self, subscription: Subscription) -> None: ...
 
@@ -59,12 +59,12 @@ class Feed(Generic[T]):
 
     def __init__(self, client: Giver) -> None:
         self._client = client
-        self.box: Box[T] = client._box()
+        self.queue: WaitQueue[T] = client._new_queue()
 
     def recv(self, timeout: float | None = None) -> T:
         """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
         self._client._check()
-        return self.box.take(check_timeout(timeout))
+        return self.queue.take(check_timeout(timeout))
 
     def __iter__(self) -> Iterator[T]:
         with contextlib.suppress(Closed):

@@ -18,7 +18,7 @@ from brokerd_client.blocking.transport import Channel
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Gauge, Inbox
 
-__all__ = ["NOTHING", "Box", "Call", "Waiters", "by_handler", "gate", "wait_at"]
+__all__ = ["NOTHING", "WaitQueue", "Call", "Waiters", "by_handler", "gate", "wait_at"]
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Waiters:
                 left -= 1
 
 
-class Box(Generic[T]):
+class WaitQueue(Generic[T]):
     """An inbox that threads can wait at.
 
     interrupting: returns whether the calling thread is in a signal handler that has interrupted a call of the client,

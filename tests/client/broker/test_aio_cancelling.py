@@ -165,7 +165,7 @@ def test_unsubscribe_cancelled_at_any_step_ends_the_subscription(monkeypatch: py
                 for cancelling in moments(network, twice=twice):
                     feed = await alice.subscribe("a.>")
                     await cancelling.run(feed.unsubscribe)
-                    if not feed.box.ended:
+                    if not feed.queue.ended:
                         # Cancelled before its first step.
                         await feed.unsubscribe()
                     await alice.ping()

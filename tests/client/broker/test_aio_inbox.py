@@ -47,7 +47,7 @@ def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(monkeypatch:
                     for number in range(61):
                         await bob.publish("a.b", bytes([number]) * 100)
                     assert (await feed.recv(2)).body[0] == 0
-                    await until(lambda feed=feed: len(feed.box.inbox.items) > 30)  # type: ignore[misc]
+                    await until(lambda feed=feed: len(feed.queue.inbox.items) > 30)  # type: ignore[misc]
             await require_reading(alice, bob)
 
     play(monkeypatch, scenario)
@@ -88,9 +88,9 @@ def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(monkeypa
 
             network.broker.intercept = refuse
             network.drop("alice")
-            await until(lambda: feed.box.ended is not None and watch.box.ended is not None)
+            await until(lambda: feed.queue.ended is not None and watch.queue.ended is not None)
             await require_reading(alice, bob)
-            left = [(await feed.recv(2)).body[0] for _ in range(len(feed.box.inbox.items))]
+            left = [(await feed.recv(2)).body[0] for _ in range(len(feed.queue.inbox.items))]
             assert left == list(range(len(left)))
             assert len(left) > 10
             with pytest.raises(Denied):
@@ -107,7 +107,7 @@ def test_events_left_at_the_end_can_still_be_taken(monkeypatch: pytest.MonkeyPat
             feed = await alice.subscribe("a")
             for number in range(20):
                 await bob.publish("a", number)
-            await until(lambda: len(feed.box.inbox.items) == 20)
+            await until(lambda: len(feed.queue.inbox.items) == 20)
             await feed.unsubscribe()
             assert [event.payload async for event in feed] == list(range(20))
             with pytest.raises(Closed):

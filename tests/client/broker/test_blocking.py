@@ -631,7 +631,7 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
     go_on = threading.Event()
     channels: list[Channel] = []
 
-    def break_off(_ref: object, channel: Channel, _boxes: object) -> None:
+    def break_off(_ref: object, channel: Channel, _queues: object) -> None:
         channels.append(channel)
         go_on.wait(PATIENCE)
 

@@ -268,14 +268,14 @@ def check_exercise(server: RunningBroker, name: str, step: int) -> None:
             assert alice.control("ping", timeout=PATIENCE) == {}
         until(lambda: len(alice._dialog.routes) == 0)
         until(lambda: len(alice._dialog.awaiting) == 0)
-        until(lambda: len(alice._boxes) == 3)
+        until(lambda: len(alice._queues) == 3)
         assert not alice._calls
 
         def empty() -> bool:
             alice.control("ping", timeout=PATIENCE)
             with alice._lock:
                 alice._inbox.inbox.clear()
-                alice._gauge.weigh([box.inbox for box in alice._boxes], limit=-1)
+                alice._gauge.weigh([box.inbox for box in alice._queues], limit=-1)
             return alice._gauge.held == 0
 
         until(empty)
