@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 from brokerd_client._common import forks
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import chance, first_id, nonce
-from brokerd_client.aio.subscriptions import Feed, Message
+from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Connection, Resolver, dial
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
@@ -80,7 +80,7 @@ class Link:
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
         self._gauge = Gauge(settings.inbox)
-        self._feeds: set[Feed[Any]] = set()
+        self._feeds: set[BaseSubscription[Any]] = set()
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
         self._requests: WaitQueue[Job] = self._new_queue()
@@ -363,9 +363,9 @@ class Link:
                 self._dispatcher.dispatch_messages(batch.messages, batch.size + OVERHEAD * len(batch.messages))
             if batch.events:
                 self._dispatcher.dispatch_events(batch.events)
-        for feed, why in batch.ended:
-            feed.queue.end(why)
-            self._feeds.discard(feed)
+        for subscription, why in batch.ended:
+            subscription.queue.end(why)
+            self._feeds.discard(subscription)
         for error in batch.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
         self._dispatcher.report(batch, self._loop.time())
@@ -404,7 +404,7 @@ class Link:
                 waiter.set_result(None)
 
     def _queues(self) -> list[WaitQueue[Any]]:
-        return [self._inbox, self._ordered, self._requests, *(feed.queue for feed in self._feeds)]
+        return [self._inbox, self._ordered, self._requests, *(subscription.queue for subscription in self._feeds)]
 
     def _new_queue(self) -> WaitQueue[Any]:
         return WaitQueue(self._gauge, self._relieve)

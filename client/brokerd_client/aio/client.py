@@ -399,30 +399,30 @@ class Client(Link):
         async def open() -> PresenceWatch:
             deadline = self._deadline(timeout)
             await self._wait_until_clear(timeout)
-            feed = PresenceWatch(self)
+            subscription = PresenceWatch(self)
             call = self._loop.create_future()
-            id, feed._watch = self._dialog.watch(feed, call, deadline)
-            self._feeds.add(feed)
+            id, subscription._watch = self._dialog.watch(subscription, call, deadline)
+            self._feeds.add(subscription)
             try:
                 await self._outcome(call, id, deadline)
             except BaseException:
                 # A cancelled task may have its answer already: the watch exists, its subscriptions too.
-                self._drop_watch(feed)
+                self._drop_watch(subscription)
                 raise
-            return feed
+            return subscription
 
         return Opening(open)
 
-    def _unwatch(self, feed: PresenceWatch) -> None:
+    def _unwatch(self, subscription: PresenceWatch) -> None:
         self._check()
-        self._drop_watch(feed)
+        self._drop_watch(subscription)
 
-    def _drop_watch(self, feed: PresenceWatch) -> None:
-        assert feed._watch is not None
-        self._dialog.unwatch(feed._watch)
+    def _drop_watch(self, subscription: PresenceWatch) -> None:
+        assert subscription._watch is not None
+        self._dialog.unwatch(subscription._watch)
         self._write()
-        self._feeds.discard(feed)
-        feed.queue.end(Closed("the watch was ended"))
+        self._feeds.discard(subscription)
+        subscription.queue.end(Closed("the watch was ended"))
 
     async def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""

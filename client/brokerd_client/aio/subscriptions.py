@@ -16,7 +16,7 @@ from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import Route
 
-__all__ = ["Feed", "Message", "Opening", "PresenceWatch", "Subscription"]
+__all__ = ["BaseSubscription", "Message", "Opening", "PresenceWatch", "Subscription"]
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Giver(message.Owner, Protocol):
 
     async def _unsubscribe(self, subscription: Subscription) -> None: ...
 
-    def _unwatch(self, feed: PresenceWatch) -> None: ...
+    def _unwatch(self, subscription: PresenceWatch) -> None: ...
 
 
 class Message(message.Message):
@@ -140,7 +140,7 @@ async def _hold(open: Callable[[], Awaitable[O]]) -> AsyncGenerator[O, None]:
         yield opened
 
 
-class Feed(Generic[T]):
+class BaseSubscription(Generic[T]):
     """What a subscription or a watch gives: an async iterator that ends when the feed or its client is closed."""
 
     def __init__(self, client: Giver) -> None:
@@ -175,7 +175,7 @@ class Feed(Generic[T]):
         await self.close()
 
 
-class Subscription(Feed[Message]):
+class Subscription(BaseSubscription[Message]):
     """Events whose topic fits ``pattern``; those of a ``group`` are shared among its members.
 
     With a callback, a function or a coroutine function, the events go to it, one after the other.
@@ -200,7 +200,7 @@ class Subscription(Feed[Message]):
         return f"<Subscription {self.pattern!r}{f' in group {self.group!r}' if self.group else ''}>"
 
 
-class PresenceWatch(Feed[Presence]):
+class PresenceWatch(BaseSubscription[Presence]):
     """One Presence for each client this one may send to, as it is now; then every change."""
 
     callback = None

@@ -23,7 +23,7 @@ from brokerd_client import message
 from brokerd_client._common.dispatcher import log
 from brokerd_client.blocking.base import Link
 from brokerd_client.blocking.handlers import HandlerThreads
-from brokerd_client.blocking.subscriptions import Feed, Message, PresenceWatch, Subscription
+from brokerd_client.blocking.subscriptions import BaseSubscription, Message, PresenceWatch, Subscription
 from brokerd_client.blocking.waiters import NOTHING, Call, by_handler
 from brokerd_client.codec import encode
 from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, InDoubt, TimedOut
@@ -449,9 +449,9 @@ class Client(Link):
         id = self._have_put(timeout, lambda: put(deadline))
         self._outcome(call, id, deadline)
 
-    def _forsake_feed(self, feed: Feed[Any], call: Call) -> None:
+    def _forsake_feed(self, subscription: BaseSubscription[Any], call: Call) -> None:
         """After an exception in the call that makes a subscription or watch: leave nothing of it."""
-        self._leave_chore(lambda: self._end_feed_here(feed, "the subscription was not made"))
+        self._leave_chore(lambda: self._end_feed_here(subscription, "the subscription was not made"))
         self._forsake(call)
 
     def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
@@ -469,10 +469,10 @@ class Client(Link):
                 self._mend()
                 raise
 
-    def _end_feed_here(self, feed: Feed[Any], why: str) -> None:
+    def _end_feed_here(self, subscription: BaseSubscription[Any], why: str) -> None:
         """Give the subscription or watch nothing more, and tell the broker; with the lock, in the I/O thread."""
-        self._dialog.forget(feed)
-        self._end_feed(feed.queue, Closed(why))
+        self._dialog.forget(subscription)
+        self._end_feed(subscription.queue, Closed(why))
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
@@ -502,28 +502,28 @@ class Client(Link):
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> PresenceWatch:
         """Return an iterator of Presence: every client this one may send to as it is now, then every change."""
-        feed = PresenceWatch(self)
+        subscription = PresenceWatch(self)
         call = Call()
 
         def put(deadline: float | None) -> int:
             self._calls.add(call)
-            id, feed._watch = self._dialog.watch(feed, call, deadline)
-            self._queues.add(feed.queue)
+            id, subscription._watch = self._dialog.watch(subscription, call, deadline)
+            self._queues.add(subscription.queue)
             return id
 
         try:
             self._begin_feed(call, put, timeout)
-            return feed
+            return subscription
         except BaseException:
-            self._forsake_feed(feed, call)
+            self._forsake_feed(subscription, call)
             raise
 
-    def _unwatch(self, feed: PresenceWatch) -> None:
+    def _unwatch(self, subscription: PresenceWatch) -> None:
         self._check()
         if self._interrupting():
-            self._leave_chore(lambda: self._end_feed_here(feed, "the watch was ended"))
+            self._leave_chore(lambda: self._end_feed_here(subscription, "the watch was ended"))
         else:
-            self._have_done(lambda: self._end_feed_here(feed, "the watch was ended"))
+            self._have_done(lambda: self._end_feed_here(subscription, "the watch was ended"))
 
     def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""

@@ -17,7 +17,7 @@ from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import Route
 from brokerd_client.settings import check_timeout
 
-__all__ = ["Feed", "Message", "PresenceWatch", "Subscription"]
+__all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Giver(message.Owner, Protocol):
 
     def _unsubscribe(self, subscription: Subscription) -> None: ...
 
-    def _unwatch(self, feed: PresenceWatch) -> None: ...
+    def _unwatch(self, subscription: PresenceWatch) -> None: ...
 
 
 class Message(message.Message):
@@ -54,7 +54,7 @@ class Message(message.Message):
         self._owner._fail(self, text, code)
 
 
-class Feed(Generic[T]):
+class BaseSubscription(Generic[T]):
     """What a subscription or a watch gives: an iterator that ends when the feed or its client is closed."""
 
     def __init__(self, client: Giver) -> None:
@@ -84,7 +84,7 @@ class Feed(Generic[T]):
         self.close()
 
 
-class Subscription(Feed[Message]):
+class Subscription(BaseSubscription[Message]):
     """Events whose topic fits ``pattern``; those of a ``group`` are shared among its members.
 
     With a callback the events go to it, on the client's handler thread, one after the other.
@@ -109,7 +109,7 @@ class Subscription(Feed[Message]):
         return f"<Subscription {self.pattern!r}{f' in group {self.group!r}' if self.group else ''}>"
 
 
-class PresenceWatch(Feed[Presence]):
+class PresenceWatch(BaseSubscription[Presence]):
     """One Presence for each client this one may send to, as it is now; then every change."""
 
     callback = None
