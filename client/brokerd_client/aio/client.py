@@ -360,7 +360,7 @@ class Client(Link):
             await self._wait_until_clear(timeout)
             subscription = Subscription(self, pattern, group, callback)
             call = self._loop.create_future()
-            id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
             self._feeds.add(subscription)
             try:
                 await self._outcome(call, id, deadline)
@@ -386,8 +386,8 @@ class Client(Link):
         self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
     ) -> int | None:
         """End the subscription here, and send unsubscribe; return that operation's id, None where none was needed."""
-        assert subscription._route is not None
-        id = self._dialog.unsubscribe(subscription._route, subscription, call, deadline)
+        assert subscription._entry is not None
+        id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
         subscription.queue.end(Closed("the subscription was ended"))
         self._feeds.discard(subscription)
         self._write()

@@ -14,7 +14,7 @@ from brokerd_client import message
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
-from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
 __all__ = ["BaseSubscription", "Message", "Opening", "PresenceWatch", "Subscription"]
 
@@ -188,7 +188,7 @@ class Subscription(BaseSubscription[Message]):
         self.pattern = pattern
         self.group = group
         self.callback = callback
-        self._route: Route | None = None
+        self._entry: SubscriptionEntry | None = None
 
     async def unsubscribe(self) -> None:
         """Ask for no more events; iterating ends with those that are here already."""

@@ -32,7 +32,7 @@ from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.protocol.dialog import LINGER_S
 from brokerd_client.protocol.state import State
-from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import (
     DEFAULT_INBOX,
     DEFAULT_THREADS,
@@ -429,7 +429,7 @@ class Client(Link):
             self._calls.add(call)
             if callback is not None:
                 self._for_messages.start()
-            id, subscription._route = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
             self._queues.add(subscription.queue)
             return id
 
@@ -484,8 +484,8 @@ class Client(Link):
 
         def put() -> int | None:
             self._calls.add(call)
-            route: Route | None = subscription._route
-            id = None if route is None else self._dialog.unsubscribe(route, subscription, call, deadline)
+            entry: SubscriptionEntry | None = subscription._entry
+            id = None if entry is None else self._dialog.unsubscribe(entry, subscription, call, deadline)
             self._end_feed(subscription.queue, Closed("the subscription was ended"))
             return id
 

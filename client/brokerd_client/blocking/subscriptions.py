@@ -14,7 +14,7 @@ from brokerd_client import message
 from brokerd_client.blocking.waiters import WaitQueue
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
-from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
 
 __all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]
@@ -97,7 +97,7 @@ class Subscription(BaseSubscription[Message]):
         self.pattern = pattern
         self.group = group
         self.callback = callback
-        self._route: Route | None = None
+        self._entry: SubscriptionEntry | None = None
 
     def unsubscribe(self) -> None:
         """Ask for no more events; iterating ends with those that are here already."""

@@ -38,7 +38,7 @@ from brokerd_client.protocol.inbound import Reception
 from brokerd_client.protocol.inbox import STRETCH, largest_message
 from brokerd_client.protocol.pending import Pending, Purpose
 from brokerd_client.protocol.state import NEXT, State, Step
-from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import Bindings
 from brokerd_client.wire.envelope import (
@@ -410,37 +410,37 @@ class Dialog(Reception[M]):
 
     def subscribe(
         self, pattern: str, group: str | None, sink: object, waiter: object, deadline: float | None
-    ) -> tuple[int, Route]:
+    ) -> tuple[int, SubscriptionEntry]:
         """Give the sink the events that fit, and ask the broker for them; the waiter gets a dict or an error."""
         check_pattern(pattern)
         word = check_name(group) if group is not None else ""
         self.require_ready()
-        route = self.routes.add(pattern, word, sink)
-        pending = self._operate("subscribe", route.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern)
-        pending.route, pending.sink = route, sink
-        return pending.id, route
+        entry = self.subscriptions.add(pattern, word, sink)
+        pending = self._operate("subscribe", entry.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern)
+        pending.entry, pending.sink = entry, sink
+        return pending.id, entry
 
-    def unsubscribe(self, route: Route, sink: object, waiter: object, deadline: float | None) -> int | None:
+    def unsubscribe(self, entry: SubscriptionEntry, sink: object, waiter: object, deadline: float | None) -> int | None:
         """Give the sink nothing more; None where there is no answer of the broker to wait for."""
-        if not self.routes.discard(route, sink) or self.state is not State.READY:
+        if not self.subscriptions.discard(entry, sink) or self.state is not State.READY:
             return None
-        return self._operate("unsubscribe", route.arguments, Purpose.CONTROL, waiter, deadline, route.pattern).id
+        return self._operate("unsubscribe", entry.arguments, Purpose.CONTROL, waiter, deadline, entry.pattern).id
 
     def watch(self, sink: object, waiter: object, deadline: float | None) -> tuple[int, presence.Watch]:
         """Tell the sink who is online, and every change; the waiter gets a dict or an error."""
         self.require_ready()
         watch = presence.Watch(sink)
-        self._watches[watch] = [self.routes.add(pattern, "", watch) for pattern in presence.PATTERNS]
-        for route in self._watches[watch]:
-            self._resubscribe(route)
+        self._watches[watch] = [self.subscriptions.add(pattern, "", watch) for pattern in presence.PATTERNS]
+        for entry in self._watches[watch]:
+            self._resubscribe(entry)
         pending = self._operate("clients", {}, Purpose.WATCH, waiter, deadline)
         pending.sink = watch
         return pending.id, watch
 
     def unwatch(self, watch: presence.Watch) -> None:
         """Tell the watch's sink nothing more."""
-        for route in self._watches.pop(watch, ()):
-            self._leave(route, watch)
+        for entry in self._watches.pop(watch, ()):
+            self._leave(entry, watch)
 
     def abandon(self, id: int) -> None:
         """Nobody waits for this outcome any more: what comes of it is counted, and dropped."""
@@ -458,8 +458,8 @@ class Dialog(Reception[M]):
         """Give the sink of a subscription or watch nothing more, however far the call that makes it has come."""
         for watch in [each for each in self._watches if each.sink is sink]:
             self.unwatch(watch)
-        for route in [each for each in self.routes if sink in each.sinks]:
-            self._leave(route, sink)
+        for entry in [each for each in self.subscriptions if sink in each.sinks]:
+            self._leave(entry, sink)
 
     # Sending, below
 
@@ -511,18 +511,18 @@ class Dialog(Reception[M]):
         self.awaiting.add(pending)
         return pending
 
-    def _resubscribe(self, route: Route) -> None:
-        self._operate("subscribe", route.arguments, Purpose.RESUBSCRIBE, about=route.pattern).route = route
+    def _resubscribe(self, entry: SubscriptionEntry) -> None:
+        self._operate("subscribe", entry.arguments, Purpose.RESUBSCRIBE, about=entry.pattern).entry = entry
 
-    def _leave(self, route: Route, sink: object) -> None:
-        if self.routes.discard(route, sink) and self.state is State.READY:
-            self._operate("unsubscribe", route.arguments, Purpose.FORGET)
+    def _leave(self, entry: SubscriptionEntry, sink: object) -> None:
+        if self.subscriptions.discard(entry, sink) and self.state is State.READY:
+            self._operate("unsubscribe", entry.arguments, Purpose.FORGET)
 
     def _withdraw(self, pending: Pending) -> None:
         """Undo what a caller who has given up was about to get."""
         if pending.purpose is Purpose.SUBSCRIBE:
-            assert pending.route is not None
-            self._leave(pending.route, pending.sink)
+            assert pending.entry is not None
+            self._leave(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
 
@@ -566,8 +566,8 @@ class Dialog(Reception[M]):
         """Ask who we are, and for everything we had subscribed to."""
         self._operate("whoami", {}, Purpose.WHOAMI)
         self._operate("goaway", {}, Purpose.GOAWAY)
-        for route in self.routes:
-            self._resubscribe(route)
+        for entry in self.subscriptions:
+            self._resubscribe(entry)
         for watch in self._watches:
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 

@@ -29,7 +29,7 @@ from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.protocol.decoder import Incoming, Unreadable
 from brokerd_client.protocol.effects import Batch
 from brokerd_client.protocol.pending import Awaiting, Pending, Purpose
-from brokerd_client.protocol.subscription_table import Route, Routes
+from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
 
 __all__ = ["Reception"]
@@ -71,8 +71,8 @@ class Reception(Generic[M]):
         #: Frames that could not be read, or were too long, and were skipped.
         self.unreadable = 0
         self.awaiting = Awaiting()
-        self.routes = Routes()
-        self._watches: dict[presence.Watch, list[Route]] = {}
+        self.subscriptions = SubscriptionTable()
+        self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._incoming = Incoming(message, largest)
         self._most_listed = _MOST_LISTED * largest
 
@@ -95,13 +95,13 @@ class Reception(Generic[M]):
         batch.size += self._incoming.read(data, owner, batch.messages, other)
 
     def _on_event(self, message: M, batch: Batch[M]) -> None:
-        routes = self.routes.of(message.topic)
+        subscriptions = self.subscriptions.of(message.topic)
         if message.topic == _DRAINING and message.sender == BROKER and self._on_draining():
             pass
-        elif not routes:
+        elif not subscriptions:
             self.unrouted += 1
-        for route in routes:
-            for sink in route.takers():
+        for entry in subscriptions:
+            for sink in entry.next_recipients():
                 if not isinstance(sink, presence.Watch):
                     batch.events.append((sink, message))
                 elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
@@ -214,19 +214,21 @@ class Reception(Generic[M]):
             batch.broken = Disconnected(f"the broker refused the connection: {error}")
             batch.broken.__cause__ = error
         elif pending.purpose is Purpose.RESUBSCRIBE:
-            assert pending.route is not None
-            self._end(list(pending.route.sinks), pending.route, error, batch)
+            assert pending.entry is not None
+            self._end(list(pending.entry.sinks), pending.entry, error, batch)
         elif pending.purpose is Purpose.RESYNC:
             self._end([pending.sink], None, error, batch)
         elif pending.waiter is not None:
             batch.outcomes.append((pending.waiter, error))
 
-    def _end(self, sinks: Sequence[object], route: Route | None, error: BrokerdError, batch: Batch[M]) -> None:
+    def _end(
+        self, sinks: Sequence[object], entry: SubscriptionEntry | None, error: BrokerdError, batch: Batch[M]
+    ) -> None:
         """Tell the sinks that there will be nothing more."""
         for sink in sinks:
             if not isinstance(sink, presence.Watch):
-                assert route is not None
-                self.routes.discard(route, sink)
+                assert entry is not None
+                self.subscriptions.discard(entry, sink)
                 batch.ended.append((sink, error))
             elif sink in self._watches:
                 self._drop_watch(sink)
@@ -235,14 +237,14 @@ class Reception(Generic[M]):
     def _forget_subscription(self, pending: Pending) -> None:
         """Undo it here; the broker needs not be told."""
         if pending.purpose is Purpose.SUBSCRIBE:
-            assert pending.route is not None
-            self.routes.discard(pending.route, pending.sink)
+            assert pending.entry is not None
+            self.subscriptions.discard(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self._drop_watch(pending.sink)
 
     def _drop_watch(self, watch: presence.Watch) -> None:
-        for route in self._watches.pop(watch, ()):
-            self.routes.discard(route, watch)
+        for entry in self._watches.pop(watch, ()):
+            self.subscriptions.discard(entry, watch)
 
     def _has_answered(self, id: int) -> bool:
         """Return whether the id is not one of this client's own, so that only an answer can have had it."""

@@ -10,7 +10,7 @@ import heapq
 from enum import Enum
 from typing import Any, Final
 
-from brokerd_client.protocol.subscription_table import Route
+from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
 __all__ = ["Awaiting", "Pending", "Purpose"]
 
@@ -42,7 +42,7 @@ class Pending:
         None where nobody waits. route, sink: the subscription it makes.
     """
 
-    __slots__ = ("about", "deadline", "end", "id", "purpose", "route", "sink", "to", "waiter")
+    __slots__ = ("about", "deadline", "end", "id", "purpose", "entry", "sink", "to", "waiter")
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Pending:
         waiter: Any,
         deadline: float | None,
         about: str = "",
-        route: Route | None = None,
+        entry: SubscriptionEntry | None = None,
         sink: Any = None,
     ) -> None:
         self.id = id
@@ -63,7 +63,7 @@ class Pending:
         self.waiter = waiter
         self.deadline = deadline
         self.about = about
-        self.route = route
+        self.entry = entry
         self.sink = sink
 
     def answered_by(self, sender: str) -> bool:

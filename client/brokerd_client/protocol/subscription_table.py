@@ -11,13 +11,13 @@ from typing import Final
 
 from brokerd_client.topics import has_wildcard, matches
 
-__all__ = ["Route", "Routes"]
+__all__ = ["SubscriptionEntry", "SubscriptionTable"]
 
 #: Topics remembered with their routes; all are forgotten when there are more.
 _REMEMBERED: Final = 4096
 
 
-class Route:
+class SubscriptionEntry:
     """What is asked of the broker once, and the local subscriptions (sinks) that asked for it.
 
     group: "" for a plain subscription. A sink is never looked at here.
@@ -36,7 +36,7 @@ class Route:
         """What the operations subscribe and unsubscribe take."""
         return {"topic": self.pattern, "group": self.group} if self.group else {"topic": self.pattern}
 
-    def takers(self) -> list[object]:
+    def next_recipients(self) -> list[object]:
         """Return who gets the next event: everybody, or in a group the one whose turn it is."""
         if not self.group:
             return self.sinks
@@ -44,58 +44,58 @@ class Route:
         return [self.sinks[self.turn]]
 
 
-class Routes:
+class SubscriptionTable:
     """The routes of one client. A route exists as long as it has a sink."""
 
     __slots__ = ("_by_key", "_literal", "_remembered", "_wild")
 
     def __init__(self) -> None:
-        self._by_key: dict[tuple[str, str], Route] = {}
+        self._by_key: dict[tuple[str, str], SubscriptionEntry] = {}
         #: Routes whose pattern is one topic are found by it; the others are tried one by one.
-        self._literal: dict[str, list[Route]] = {}
-        self._wild: list[Route] = []
-        self._remembered: dict[str, list[Route]] = {}
+        self._literal: dict[str, list[SubscriptionEntry]] = {}
+        self._wild: list[SubscriptionEntry] = []
+        self._remembered: dict[str, list[SubscriptionEntry]] = {}
 
-    def __iter__(self) -> Iterator[Route]:
+    def __iter__(self) -> Iterator[SubscriptionEntry]:
         return iter(self._by_key.values())
 
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def add(self, pattern: str, group: str, sink: object) -> Route:
+    def add(self, pattern: str, group: str, sink: object) -> SubscriptionEntry:
         """Give the sink what fits from now on; return its route."""
-        route = self._by_key.get((pattern, group))
-        if route is None:
-            route = self._by_key[pattern, group] = Route(pattern, group)
-            self._siblings(pattern).append(route)
+        entry = self._by_key.get((pattern, group))
+        if entry is None:
+            entry = self._by_key[pattern, group] = SubscriptionEntry(pattern, group)
+            self._siblings(pattern).append(entry)
             self._remembered.clear()
-        route.sinks.append(sink)
-        return route
+        entry.sinks.append(sink)
+        return entry
 
-    def discard(self, route: Route, sink: object) -> bool:
+    def discard(self, entry: SubscriptionEntry, sink: object) -> bool:
         """Give the sink nothing more; return whether that was the route's last one, and the broker is to be told."""
-        if sink not in route.sinks:
+        if sink not in entry.sinks:
             return False
-        route.sinks.remove(sink)
-        if route.sinks:
+        entry.sinks.remove(sink)
+        if entry.sinks:
             return False
-        del self._by_key[route.pattern, route.group]
-        siblings = self._siblings(route.pattern)
-        siblings.remove(route)
+        del self._by_key[entry.pattern, entry.group]
+        siblings = self._siblings(entry.pattern)
+        siblings.remove(entry)
         if not siblings:
-            self._literal.pop(route.pattern, None)
+            self._literal.pop(entry.pattern, None)
         self._remembered.clear()
         return True
 
-    def of(self, topic: str) -> list[Route]:
+    def of(self, topic: str) -> list[SubscriptionEntry]:
         """Return the routes whose pattern the topic fits."""
         found = self._remembered.get(topic)
         if found is None:
-            found = self._literal.get(topic, []) + [route for route in self._wild if matches(route.pattern, topic)]
+            found = self._literal.get(topic, []) + [entry for entry in self._wild if matches(entry.pattern, topic)]
             if len(self._remembered) >= _REMEMBERED:
                 self._remembered.clear()
             self._remembered[topic] = found
         return found
 
-    def _siblings(self, pattern: str) -> list[Route]:
+    def _siblings(self, pattern: str) -> list[SubscriptionEntry]:
         return self._wild if has_wildcard(pattern) else self._literal.setdefault(pattern, [])

@@ -148,7 +148,7 @@ def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
                     await task
             await alice.ping()
             assert server.broker.online["alice"].subscriptions == []
-            assert len(alice._dialog.routes) == 0
+            assert len(alice._dialog.subscriptions) == 0
             assert alice._feeds == set()
 
     run(main)

@@ -286,7 +286,7 @@ def test_call_that_the_dialog_forgot_ends_at_its_timeout(
             assert time.monotonic() - began < 2
             network.broker.intercept = None
             assert alice._feeds == set()
-            assert len(alice._dialog.routes) == 0
+            assert len(alice._dialog.subscriptions) == 0
 
     play(monkeypatch, scenario)
 

@@ -394,7 +394,7 @@ def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
     )
     batch = pair.connect()
     assert [(sink, type(error)) for sink, error in batch.ended] == [("one", Denied)]
-    assert [route.pattern for route in pair.dialog.routes] == ["b"]
+    assert [entry.pattern for entry in pair.dialog.subscriptions] == ["b"]
 
 
 # Outcomes
@@ -526,7 +526,7 @@ def test_refused_subscription_leaves_nothing(pair: Pair) -> None:
     pair.dialog.subscribe("denied.x", None, "sink", "w", None)
     [(_, error)] = pair.talk().outcomes
     assert isinstance(error, Denied)
-    assert len(pair.dialog.routes) == 0
+    assert len(pair.dialog.subscriptions) == 0
 
 
 # Time, and callers who give up
@@ -600,7 +600,7 @@ def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
         )
     if how != "loss":
         pair.talk()
-    assert len(pair.dialog.routes) == 0
+    assert len(pair.dialog.subscriptions) == 0
     if how in ("abandon", "deadline"):
         assert pair.session.subscriptions == []
 
@@ -683,7 +683,7 @@ def test_subscription_under_way_at_a_loss_is_over(pair: Pair) -> None:
     pair.dialog.subscribe("a", None, "sink", "w", None)
     [(_, error)] = pair.lose().outcomes
     assert isinstance(error, Disconnected)
-    assert len(pair.dialog.routes) == 0
+    assert len(pair.dialog.subscriptions) == 0
 
 
 def test_old_bytes_do_not_reach_a_new_connection(pair: Pair) -> None:
@@ -766,21 +766,21 @@ def test_event_goes_to_every_subscription_that_fits_once(pair: Pair) -> None:
 
 def test_unsubscribe_tells_the_broker_when_the_last_is_gone(pair: Pair) -> None:
     """Two local subscriptions of one pattern are one at the broker: only the second end is told."""
-    _, route = pair.dialog.subscribe("a", None, "one", "w", None)
+    _, entry = pair.dialog.subscribe("a", None, "one", "w", None)
     pair.dialog.subscribe("a", None, "two", "w", None)
     pair.talk()
-    assert pair.dialog.unsubscribe(route, "one", "w", None) is None
-    assert pair.dialog.unsubscribe(route, "two", "w", None) is not None
-    assert pair.dialog.unsubscribe(route, "two", "w", None) is None
-    assert len(pair.dialog.routes) == 0
+    assert pair.dialog.unsubscribe(entry, "one", "w", None) is None
+    assert pair.dialog.unsubscribe(entry, "two", "w", None) is not None
+    assert pair.dialog.unsubscribe(entry, "two", "w", None) is None
+    assert len(pair.dialog.subscriptions) == 0
 
 
 def test_unsubscribe_without_a_connection_needs_no_answer(pair: Pair) -> None:
     """What is not made again needs not be ended."""
-    _, route = pair.dialog.subscribe("a", None, "one", "w", None)
+    _, entry = pair.dialog.subscribe("a", None, "one", "w", None)
     pair.talk()
     pair.lose()
-    assert pair.dialog.unsubscribe(route, "one", "w", None) is None
+    assert pair.dialog.unsubscribe(entry, "one", "w", None) is None
     pair.connect()
     assert pair.session is not None
     assert pair.session.subscriptions == []
@@ -792,7 +792,7 @@ def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: s
     with pytest.raises(InvalidName):
         pair.dialog.subscribe(pattern, group, "sink", "w", None)
     assert not pair.dialog.data_to_send()
-    assert len(pair.dialog.routes) == 0
+    assert len(pair.dialog.subscriptions) == 0
 
 
 # Presence
@@ -851,7 +851,7 @@ def test_unwatch_leaves_nothing(pair: Pair) -> None:
     pair.dialog.unwatch(watch)
     batch = pair.talk()
     assert pair.session is not None
-    assert (batch.events, pair.session.subscriptions, len(pair.dialog.routes)) == ([], [], 0)
+    assert (batch.events, pair.session.subscriptions, len(pair.dialog.subscriptions)) == ([], [], 0)
 
 
 @pytest.mark.parametrize("refused", [b"subscribe", b"clients"])
@@ -865,7 +865,7 @@ def test_watch_refused_on_a_new_connection_ends(pair: Pair, refused: bytes) -> N
     )
     batch = pair.connect()
     assert [(sink, type(error)) for sink, error in batch.ended] == [("sink", Denied)]
-    assert len(pair.dialog.routes) == 0
+    assert len(pair.dialog.subscriptions) == 0
 
 
 BAD_LISTS = [
@@ -903,7 +903,7 @@ def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: 
     id, _ = pair.dialog.watch("sink", "w", None)
     batch = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
     assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", ProtocolError)]
-    assert (batch.broken, batch.events, len(pair.dialog.routes)) == (None, [], 0)
+    assert (batch.broken, batch.events, len(pair.dialog.subscriptions)) == (None, [], 0)
     pair.talk()
     assert pair.session is not None
     assert pair.session.subscriptions == []
@@ -1233,7 +1233,7 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         out._topics,
         into._senders,
         into._topics,
-        pair.dialog.routes._remembered,
+        pair.dialog.subscriptions._remembered,
     ):
         assert 0 < len(table) <= 4096
 
@@ -1273,9 +1273,9 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
         b"unsubscribe" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
     pair.talk()
-    _, route = pair.dialog.subscribe("a", None, "other", "v", None)
+    _, entry = pair.dialog.subscribe("a", None, "other", "v", None)
     pair.talk()
-    pair.dialog.unsubscribe(route, "sink", "u", None)
+    pair.dialog.unsubscribe(entry, "sink", "u", None)
     second, _ = pair.dialog.subscribe("b", None, "third", "w", None)
     pair.dialog.abandon(second)
     batch = pair.talk()
