@@ -9,7 +9,7 @@ import os
 
 from brokerd_client.wire.handshake import NONCE_SIZE
 
-__all__ = ["chance", "first_id", "nonce"]
+__all__ = ["jitter", "first_id", "nonce"]
 
 
 def first_id() -> int:
@@ -22,6 +22,6 @@ def nonce() -> bytes:
     return os.urandom(NONCE_SIZE)
 
 
-def chance() -> float:
+def jitter() -> float:
     """Return a number in [0, 1)."""
     return int.from_bytes(os.urandom(4), "big") / 2**32

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 from brokerd_client._common import forks
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
-from brokerd_client._common.random_numbers import chance, first_id, nonce
+from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Connection, Resolver, dial
 from brokerd_client.aio.waiters import WaitQueue
@@ -318,7 +318,7 @@ class Link:
             if link is not None:
                 doubtful = link.unwritten
                 link.abort()
-            batch = self._dialog.lost(reason, self._loop.time(), chance(), doubtful=doubtful)
+            batch = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
             self._stop_timer()
             self._absorb(batch)
         except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it

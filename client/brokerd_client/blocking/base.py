@@ -30,7 +30,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 
 from brokerd_client._common import forks
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
-from brokerd_client._common.random_numbers import chance, first_id, nonce
+from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client.blocking.handlers import HandlerThreads
 from brokerd_client.blocking.subscriptions import Message
 from brokerd_client.blocking.transport import Channel
@@ -502,7 +502,7 @@ class Link:
         # After an interrupted write, bytes may have left that nothing here knows of.
         in_order = not self._channel.unsure and self._dialog.in_order(len(self._channel.backlog))
         doubtful = 0 if in_order else self._dialog.unhanded
-        batch = self._dialog.lost(reason, now, chance(), doubtful=doubtful, at_once=at_once)
+        batch = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         # Before the boxes end, so that on_undelivered hears of a last loss too.

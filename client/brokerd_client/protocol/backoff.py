@@ -17,6 +17,6 @@ CAP_S: Final = 10.0
 _MAX_DOUBLINGS: Final = 10
 
 
-def delay(attempt: int, chance: float) -> float:
-    """Return seconds to wait before try number ``attempt`` (from 0), given ``chance`` in [0, 1)."""
-    return chance * min(CAP_S, BASE_S * (1 << min(attempt, _MAX_DOUBLINGS)))
+def delay(attempt: int, jitter: float) -> float:
+    """Return seconds to wait before try number ``attempt`` (from 0), given ``jitter`` in [0, 1)."""
+    return jitter * min(CAP_S, BASE_S * (1 << min(attempt, _MAX_DOUBLINGS)))

@@ -198,7 +198,7 @@ class Dialog(Reception[M]):
         return self._outgoing.untaken
 
     def lost(
-        self, reason: BrokerdError, now: float, chance: float, *, doubtful: int = 0, at_once: bool = False
+        self, reason: BrokerdError, now: float, jitter: float, *, doubtful: int = 0, at_once: bool = False
     ) -> Batch[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
 
@@ -212,7 +212,7 @@ class Dialog(Reception[M]):
         if not self._introduced:
             # The broker has no room, so that many others try too: the waits begin longer.
             attempt += _CROWDED
-        wait = backoff.delay(attempt, chance)
+        wait = backoff.delay(attempt, jitter)
         if not self._introduced and self._first_deadline is not None:
             again = again and now + wait < self._first_deadline
         self._step(Step.LOSE if again else Step.GIVE_UP)

@@ -34,7 +34,7 @@ IDS = ["LookupError", "panic", "CancelledError", "AssertionError"]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a client connect again at once."""
-    monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+    monkeypatch.setattr(aio_link, "jitter", lambda: 0.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -193,7 +193,7 @@ def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
         alice = await network.join("alice")
         waiting = asyncio.ensure_future(alice.recv())
         if not connected:
-            monkeypatch.setattr(aio_link, "chance", lambda: 0.99)
+            monkeypatch.setattr(aio_link, "jitter", lambda: 0.99)
             network.drop("alice")
             await until(lambda: not alice.connected)
         alice._keeper.cancel()
@@ -229,7 +229,7 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch
         once(monkeypatch, alice._dialog, "receive", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             loop.run_until_complete(alice.ping())
-        monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+        monkeypatch.setattr(aio_link, "jitter", lambda: 0.0)
         loop.run_until_complete(reconnected(alice))
     finally:
         loop.close()

@@ -104,11 +104,11 @@ class Pair:
         """Let the dialog have one frame."""
         return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
 
-    def lose(self, chance: float = 0.5, **options: Any) -> Batch[Message]:
+    def lose(self, jitter: float = 0.5, **options: Any) -> Batch[Message]:
         """Cut the connection."""
         if self.session is not None:
             self.broker.left(self.session)
-        return self.dialog.lost(LOST, self.now, chance, **options)
+        return self.dialog.lost(LOST, self.now, jitter, **options)
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
     """A link that breaks at once is tried again after 0.1, 0.2, 0.4 ... 10 s times the chance."""
     waits = []
     for _ in range(10):
-        pair.lose(chance=0.999999)
+        pair.lose(jitter=0.999999)
         assert pair.dialog.state is State.WAITING
         waits.append(round(pair.dialog.retry_at - pair.now, 2))
         assert pair.dialog.next_deadline() == pair.dialog.retry_at
@@ -343,16 +343,16 @@ def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
 def test_link_that_lived_is_tried_again_soon(pair: Pair) -> None:
     """After a link of more than the cap's length the waits begin anew."""
     for _ in range(5):
-        pair.lose(chance=0.5)
+        pair.lose(jitter=0.5)
         pair.connect()
     pair.now += backoff.CAP_S + 1
-    pair.lose(chance=0.5)
+    pair.lose(jitter=0.5)
     assert pair.dialog.retry_at - pair.now == pytest.approx(backoff.BASE_S / 2)
 
 
 def test_failed_tries_count_as_well(pair: Pair) -> None:
     """A try that never reaches the broker makes the next wait longer."""
-    pair.lose(chance=0.5)
+    pair.lose(jitter=0.5)
     pair.dialog.dialing(1)
     pair.dialog.lost(LOST, 1, 0.5)
     assert pair.dialog.retry_at == pytest.approx(1 + backoff.BASE_S)

@@ -333,10 +333,10 @@ def bombard(server: RunningBroker, size: int, strikes: int) -> None:
     numbers = iter(range(10**9))
     try:
         with pair(server) as (alice, reader):
-            chance = random.Random(1)
+            jitter = random.Random(1)
             for _ in range(strikes):
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 3e-3))
+                    signal.setitimer(signal.ITIMER_REAL, jitter.uniform(1e-4, 3e-3))
                     while True:
                         alice.send("bob", body(next(numbers), size))
                 except Strike:

@@ -64,13 +64,13 @@ def test_every_message_is_in_a_line_or_in_a_count() -> None:
     """Whatever their times and reasons."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    jitter = random.Random(seed)
     those, now, told, noted = WarningLimiter(), 0.0, 0, 0
     for _ in range(20_000):
-        now += chance.choice([0, 0, 0.0001, 0.3])
+        now += jitter.choice([0, 0, 0.0001, 0.3])
         if those.due is not None and now >= those.due:
             told += int(those.more(now).partition(" ")[0])
-        told += those.note(f"Offline c{chance.randrange(5000)}", now)
+        told += those.note(f"Offline c{jitter.randrange(5000)}", now)
         noted += 1
     told += int(those.more(now).partition(" ")[0] or 0)
     assert told == noted

@@ -65,13 +65,13 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
 @contextmanager
 def random_signals(*, longest_s: float, seed: int = 1) -> Iterator[list[bool]]:
     """Raise Interrupt from a signal handler at random moments while the yielded list's first item is true."""
-    chance = random.Random(seed)
+    jitter = random.Random(seed)
     armed = [False]
     over = False
 
     def again() -> None:
         if not over:
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, longest_s))
+            signal.setitimer(signal.ITIMER_REAL, jitter.uniform(1e-5, longest_s))
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         again()

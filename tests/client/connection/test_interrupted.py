@@ -266,17 +266,17 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
     stop = threading.Event()
 
     def send_on() -> None:
-        chance = random.Random(7)
+        jitter = random.Random(7)
         with contextlib.suppress(OSError):
             for number in itertools.count():
                 if stop.is_set():
                     break
-                one.send_bytes(body_of(number, chance.choice([0, 10, 1000, 30_000])))
+                one.send_bytes(body_of(number, jitter.choice([0, 10, 1000, 30_000])))
         one.close()
 
     sender = threading.Thread(target=send_on)
     interrupts, expected = 0, 0
-    chance = random.Random(7)
+    jitter = random.Random(7)
     got: list[bytes] = []
     sizes: list[int] = []
     buffer = bytearray(40_000)
@@ -296,12 +296,12 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
                 interrupts += 1
             got += [bytes(buffer[: sizes.pop()]) for _ in range(len(sizes))]
             while got:
-                assert got.pop(0) == body_of(expected, chance.choice([0, 10, 1000, 30_000]))
+                assert got.pop(0) == body_of(expected, jitter.choice([0, 10, 1000, 30_000]))
                 expected += 1
         stop.set()
     with contextlib.suppress(EOFError):
         while True:
-            assert other.recv_bytes() == body_of(expected, chance.choice([0, 10, 1000, 30_000]))
+            assert other.recv_bytes() == body_of(expected, jitter.choice([0, 10, 1000, 30_000]))
             expected += 1
     sender.join(TIMEOUT_S)
     other.close()
