@@ -37,7 +37,7 @@ from brokerd_client.protocol.encoder import Outgoing
 from brokerd_client.protocol.inbound import Reception
 from brokerd_client.protocol.inbox import STRETCH, largest_message
 from brokerd_client.protocol.pending import Pending, Purpose
-from brokerd_client.protocol.state import NEXT, State, Step
+from brokerd_client.protocol.state import NEXT, Event, State
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import Bindings
@@ -139,14 +139,14 @@ class Dialog(Reception[M]):
 
     def dialing(self, now: float) -> None:
         """The face begins to connect."""
-        self._step(Step.DIAL)
+        self._step(Event.DIAL)
         if self._first_deadline is None:
             self._first_deadline = now + self._timeout_s
         self._link_deadline = now + self._timeout_s if self._introduced else self._first_deadline
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """There is a connection; nonce: fresh random bytes for the handshake. bindings: of TLS, for the key."""
-        self._step(Step.OPEN)
+        self._step(Event.OPEN)
         self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._incoming.reset()
@@ -215,7 +215,7 @@ class Dialog(Reception[M]):
         wait = backoff.delay(attempt, jitter)
         if not self._introduced and self._first_deadline is not None:
             again = again and now + wait < self._first_deadline
-        self._step(Step.LOSE if again else Step.GIVE_UP)
+        self._step(Event.LOSE if again else Event.GIVE_UP)
         self.reason = reason
         if self._introduced or not again:
             self.losses += 1
@@ -260,7 +260,7 @@ class Dialog(Reception[M]):
     def close(self, now: float) -> Batch[M]:
         """The caller closes: who waits hears Closed; what the broker still says is taken in for LINGER_S."""
         batch: Batch[M] = Batch()
-        self._step(Step.CLOSE)
+        self._step(Event.CLOSE)
         if self.state is State.CLOSING:
             self._link_deadline = now + LINGER_S
         else:
@@ -532,7 +532,7 @@ class Dialog(Reception[M]):
             return InDoubt(f"{why}, and what became of {id} to {to} is not known", id=id)
         return Disconnected(f"{why}, and {id} to {to} was not sent", id=id)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Event) -> None:
         follows = NEXT[self.state].get(step)
         assert follows is not None, f"{step.name} can't happen in {self.state.name}"
         self.state = follows
@@ -555,7 +555,7 @@ class Dialog(Reception[M]):
                 # An exception, of a signal handler for instance, has ended it before.
                 raise AuthenticationError("the handshake was cut off at this end") from None
             self._handshake = None
-            self._step(Step.AUTHENTICATE)
+            self._step(Event.AUTHENTICATE)
             self._introduce()
             return self._reader.take_rest()
         except AuthenticationError as error:
@@ -594,7 +594,7 @@ class Dialog(Reception[M]):
     def _on_draining(self) -> bool:
         """Send only answers from now on; return whether this connection had asked to be told."""
         if self._goaway and self.state is State.READY:
-            self._step(Step.DRAIN)
+            self._step(Event.DRAIN)
         return self._goaway
 
     def _finish(self) -> None:
@@ -616,7 +616,7 @@ class Dialog(Reception[M]):
             raise ProtocolError("the broker's introduction has limits that are not valid")
         self.name, self.address = name, address
         self.introduction = answer
-        self._step(Step.INTRODUCE)
+        self._step(Event.INTRODUCE)
         if not self._introduced:
             # Tries to connect for the first time say nothing of later ones.
             self._introduced, self._attempt = True, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["NEXT", "State", "Step"]
+__all__ = ["NEXT", "State", "Event"]
 
 
 class State(Enum):
@@ -23,7 +23,7 @@ class State(Enum):
     CLOSED = "close() was called, and the connection is gone"
 
 
-class Step(Enum):
+class Event(Enum):
     """What happens to a link."""
 
     DIAL = "the face begins to connect"
@@ -37,35 +37,35 @@ class Step(Enum):
 
 
 #: NEXT[state][step] is the state that follows; what is not in the table can't happen.
-NEXT: Final[dict[State, dict[Step, State]]] = {
-    State.IDLE: {Step.DIAL: State.CONNECTING, Step.CLOSE: State.CLOSED},
+NEXT: Final[dict[State, dict[Event, State]]] = {
+    State.IDLE: {Event.DIAL: State.CONNECTING, Event.CLOSE: State.CLOSED},
     State.CONNECTING: {
-        Step.OPEN: State.AUTHENTICATING,
-        Step.LOSE: State.WAITING,
-        Step.GIVE_UP: State.GONE,
-        Step.CLOSE: State.CLOSED,
+        Event.OPEN: State.AUTHENTICATING,
+        Event.LOSE: State.WAITING,
+        Event.GIVE_UP: State.GONE,
+        Event.CLOSE: State.CLOSED,
     },
     State.AUTHENTICATING: {
-        Step.AUTHENTICATE: State.INTRODUCING,
-        Step.LOSE: State.WAITING,
-        Step.GIVE_UP: State.GONE,
-        Step.CLOSE: State.CLOSED,
+        Event.AUTHENTICATE: State.INTRODUCING,
+        Event.LOSE: State.WAITING,
+        Event.GIVE_UP: State.GONE,
+        Event.CLOSE: State.CLOSED,
     },
     State.INTRODUCING: {
-        Step.INTRODUCE: State.READY,
-        Step.LOSE: State.WAITING,
-        Step.GIVE_UP: State.GONE,
-        Step.CLOSE: State.CLOSED,
+        Event.INTRODUCE: State.READY,
+        Event.LOSE: State.WAITING,
+        Event.GIVE_UP: State.GONE,
+        Event.CLOSE: State.CLOSED,
     },
     State.READY: {
-        Step.DRAIN: State.DRAINING,
-        Step.LOSE: State.WAITING,
-        Step.GIVE_UP: State.GONE,
-        Step.CLOSE: State.CLOSING,
+        Event.DRAIN: State.DRAINING,
+        Event.LOSE: State.WAITING,
+        Event.GIVE_UP: State.GONE,
+        Event.CLOSE: State.CLOSING,
     },
-    State.DRAINING: {Step.LOSE: State.WAITING, Step.GIVE_UP: State.GONE, Step.CLOSE: State.CLOSING},
-    State.WAITING: {Step.DIAL: State.CONNECTING, Step.CLOSE: State.CLOSED},
-    State.CLOSING: {Step.LOSE: State.CLOSED, Step.GIVE_UP: State.CLOSED, Step.CLOSE: State.CLOSING},
-    State.GONE: {Step.CLOSE: State.CLOSED},
-    State.CLOSED: {Step.LOSE: State.CLOSED, Step.GIVE_UP: State.CLOSED, Step.CLOSE: State.CLOSED},
+    State.DRAINING: {Event.LOSE: State.WAITING, Event.GIVE_UP: State.GONE, Event.CLOSE: State.CLOSING},
+    State.WAITING: {Event.DIAL: State.CONNECTING, Event.CLOSE: State.CLOSED},
+    State.CLOSING: {Event.LOSE: State.CLOSED, Event.GIVE_UP: State.CLOSED, Event.CLOSE: State.CLOSING},
+    State.GONE: {Event.CLOSE: State.CLOSED},
+    State.CLOSED: {Event.LOSE: State.CLOSED, Event.GIVE_UP: State.CLOSED, Event.CLOSE: State.CLOSED},
 }

@@ -15,7 +15,7 @@ from fuzz.script import Script, item
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, ProtocolError, Refused
 from brokerd_client.message import Message, Receipt
 from brokerd_client.protocol.dialog import Batch, Dialog
-from brokerd_client.protocol.state import State, Step
+from brokerd_client.protocol.state import Event, State
 from brokerd_client.wire.envelope import HEADER, Kind, split
 from brokerd_client.wire.framing import FrameReader, frame
 
@@ -106,7 +106,7 @@ def ready_dialog() -> Dialog[Message]:
 def authenticated(dialog: Dialog[Message]) -> None:
     """Do what the end of a handshake does."""
     dialog._handshake = None
-    dialog._step(Step.AUTHENTICATE)
+    dialog._step(Event.AUTHENTICATE)
     dialog._introduce()
 
 
