@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from brokerd_client._common.warning_limiter import WarningLimiter
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message, extension_cost
-from brokerd_client.protocol.effects import Batch
+from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
 from brokerd_client.wire.envelope import Kind
 
@@ -166,14 +166,14 @@ class Dispatcher(Generic[M]):
         """Take all that is to be done in order, and return the failures among it."""
         return [job for job in self.ordered.inbox.take_all() if isinstance(job[1], BrokerdError)]
 
-    def report(self, batch: Batch[M], now: float) -> None:
+    def report(self, effects: Effects[M], now: float) -> None:
         """Log what was wrong with what the broker has sent."""
-        for error in batch.unreadable:
+        for error in effects.unreadable:
             if self._unreadable.note(type(error).__name__, now):
                 log().warning("message %s was skipped: %s", getattr(error, "id", 0), error)
-        for sentence in batch.warnings:
+        for sentence in effects.warnings:
             log().warning("%s", sentence)
-        cause = None if batch.broken is None else batch.broken.__cause__
+        cause = None if effects.broken is None else effects.broken.__cause__
         if cause is not None and not isinstance(cause, BrokerdError):
             log().error("a connection is lost in a way that is not foreseen", exc_info=cause)
 

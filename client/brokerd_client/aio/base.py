@@ -23,7 +23,7 @@ from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Connection, Resolver, dial
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
-from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
@@ -264,9 +264,9 @@ class Link:
         if link is not self._link or self._forked:
             return
         before = self._dialog.state
-        batch = self._dialog.receive(data, self, self._loop.time())
-        self._absorb(batch)
-        if batch.broken is None:
+        effects = self._dialog.receive(data, self, self._loop.time())
+        self._absorb(effects)
+        if effects.broken is None:
             self._flush()
             if self._dialog.state is not before:
                 self._note_state()
@@ -318,9 +318,9 @@ class Link:
             if link is not None:
                 doubtful = link.unwritten
                 link.abort()
-            batch = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
+            effects = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
             self._stop_timer()
-            self._absorb(batch)
+            self._absorb(effects)
         except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
             log().exception("the loss of a connection failed in a way that is not foreseen")
             if self._dialog.state not in _WITHOUT_CONNECTION:
@@ -350,25 +350,25 @@ class Link:
                 pending.waiter.set_exception(reason)
         self._note_state()
 
-    def _absorb(self, batch: Batch[Message]) -> None:
+    def _absorb(self, effects: Effects[Message]) -> None:
         """Pass on what the dialog says has happened."""
-        for call, value in batch.outcomes:
+        for call, value in effects.outcomes:
             if not call.done():
                 if isinstance(value, BaseException):
                     call.set_exception(value)
                 else:
                     call.set_result(value)
         if not self.closed or self._dialog.state is State.GONE:
-            if batch.messages:
-                self._dispatcher.dispatch_messages(batch.messages, batch.size + OVERHEAD * len(batch.messages))
-            if batch.events:
-                self._dispatcher.dispatch_events(batch.events)
-        for subscription, why in batch.ended:
+            if effects.messages:
+                self._dispatcher.dispatch_messages(effects.messages, effects.size + OVERHEAD * len(effects.messages))
+            if effects.events:
+                self._dispatcher.dispatch_events(effects.events)
+        for subscription, why in effects.ended:
             subscription.queue.end(why)
             self._feeds.discard(subscription)
-        for error in batch.undelivered:
+        for error in effects.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
-        self._dispatcher.report(batch, self._loop.time())
+        self._dispatcher.report(effects, self._loop.time())
         due = self._dispatcher.warning_due
         if due is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
@@ -376,10 +376,10 @@ class Link:
                 self._warn_of_more()
             elif self._warning is None:
                 self._warning = self._loop.call_at(due, self._warn_of_more)
-        if batch.broken is not None:
+        if effects.broken is not None:
             # The peer may be owed the word that it was rejected.
             self._flush()
-            self._lose(batch.broken)
+            self._lose(effects.broken)
 
     def _warn_of_more(self) -> None:
         """Log what was not delivered and has only been counted until now."""

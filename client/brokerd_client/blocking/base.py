@@ -45,7 +45,7 @@ from brokerd_client.errors import (
     WouldDeadlock,
     WrongProcess,
 )
-from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import Settings, broken, no_connection
@@ -469,29 +469,29 @@ class Link:
         queue.inbox.release()
         self._queues.discard(queue)
 
-    def _absorb(self, batch: Batch[Message], now: float) -> None:
+    def _absorb(self, effects: Effects[Message], now: float) -> None:
         """Pass on what the dialog says has happened."""
-        for call, value in batch.outcomes:
+        for call, value in effects.outcomes:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
-            if batch.messages:
-                self._dispatcher.dispatch_messages(batch.messages, batch.size + OVERHEAD * len(batch.messages))
-            if batch.events:
-                self._dispatcher.dispatch_events(batch.events)
-        for sink, why in batch.ended:
+            if effects.messages:
+                self._dispatcher.dispatch_messages(effects.messages, effects.size + OVERHEAD * len(effects.messages))
+            if effects.events:
+                self._dispatcher.dispatch_events(effects.events)
+        for sink, why in effects.ended:
             self._end_feed(sink.queue, why)
-        if batch.undelivered or batch.unreadable or batch.warnings or batch.broken:
+        if effects.undelivered or effects.unreadable or effects.warnings or effects.broken:
             was_due = self._dispatcher.warning_due
-            for error in batch.undelivered:
+            for error in effects.undelivered:
                 self._dispatcher.tell_undelivered(error, now)
-            self._dispatcher.report(batch, now)
+            self._dispatcher.report(effects, now)
             if was_due is None and self._dispatcher.warning_due is not None:
                 self._channel.ring()
-        if batch.broken is not None:
+        if effects.broken is not None:
             # The peer may be owed the word that it was rejected.
             if self._channel.open and not self._channel.connecting:
                 self._write()
-            self._end_link(batch.broken, now)
+            self._end_link(effects.broken, now)
 
     def _end_link(self, reason: BrokerdError, now: float, *, at_once: bool = False) -> None:
         """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it.
@@ -502,11 +502,11 @@ class Link:
         # After an interrupted write, bytes may have left that nothing here knows of.
         in_order = not self._channel.unsure and self._dialog.in_order(len(self._channel.backlog))
         doubtful = 0 if in_order else self._dialog.unhanded
-        batch = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
+        effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         # Before the boxes end, so that on_undelivered hears of a last loss too.
-        self._absorb(batch, now)
+        self._absorb(effects, now)
         self._note_state()
         self._channel.ring()
 
@@ -691,9 +691,9 @@ class Link:
             if not self._look_over(now):
                 return False
             before = self._dialog.state
-            batch = self._dialog.receive(data, self, now)
-            self._absorb(batch, now)
-            if batch.broken is None:
+            effects = self._dialog.receive(data, self, now)
+            self._absorb(effects, now)
+            if effects.broken is None:
                 self._write()
             if self._dialog.state is not before and self._dialog.may_answer:
                 self._note_state()

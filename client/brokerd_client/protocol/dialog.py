@@ -3,7 +3,7 @@
 Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no lots: ``now``, nonces, the first id
 and the chance of a wait are arguments. The faces (blocking, aio) move the bytes, sleep until :meth:`next_deadline`
 and wake who waits; every rule is here or in the dialog's parts (reception, outgoing, incoming, awaiting, routes,
-presence), and told to them in a :class:`Batch`.
+presence), and told to them in a :class:`Effects`.
 
 Every send has one outcome. One that asked to hear of it is in ``awaiting`` until it has; the others are heard of
 when they fail. When the connection goes, a send whose frame may have left this process is in doubt, one whose frame
@@ -32,7 +32,7 @@ from brokerd_client.errors import (
 )
 from brokerd_client.message import Message, Owner
 from brokerd_client.protocol import backoff
-from brokerd_client.protocol.effects import Batch
+from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.encoder import Outgoing
 from brokerd_client.protocol.inbound import Reception
 from brokerd_client.protocol.inbox import STRETCH, largest_message
@@ -54,7 +54,7 @@ from brokerd_client.wire.envelope import (
 from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
 
-__all__ = ["LINGER_S", "Batch", "Dialog"]
+__all__ = ["LINGER_S", "Effects", "Dialog"]
 
 M = TypeVar("M", bound=Message)
 
@@ -157,27 +157,27 @@ class Dialog(Reception[M]):
         first = next(self._handshake)
         assert first is handshake.RECEIVE, "the listener speaks first"
 
-    def receive(self, data: bytes, owner: Owner, now: float) -> Batch[M]:
+    def receive(self, data: bytes, owner: Owner, now: float) -> Effects[M]:
         """Take in bytes of the connection. owner: the client that the messages will belong to.
 
-        Whatever goes wrong with them ends the connection, and with it every call that waits: ``batch.broken``.
+        Whatever goes wrong with them ends the connection, and with it every call that waits: ``effects.broken``.
         """
-        batch: Batch[M] = Batch()
+        effects: Effects[M] = Effects()
         try:
             if self._handshake is not None:
                 data = self._authenticate(data)
             if data:
-                self._read(data, owner, batch, now)
+                self._read(data, owner, effects, now)
         except (AuthenticationError, ProtocolError) as error:
-            batch.broken = error
+            effects.broken = error
         except Exception as error:  # noqa: BLE001 - a mistake of ours, too, must not leave a call without its outcome
             what = f"{error}" if isinstance(error, BrokerdError) else f"{type(error).__name__}: {error}"
-            batch.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
-            batch.broken.__cause__ = error
+            effects.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
+            effects.broken.__cause__ = error
         self._finish()
-        for refusal in batch.undelivered:
+        for refusal in effects.undelivered:
             self._outgoing.refused(getattr(refusal, "id", 0))
-        return batch
+        return effects
 
     def in_order(self, waiting: int) -> bool:
         """Return whether every byte put out is the operating system's, or among the ``waiting`` bytes of the face."""
@@ -199,13 +199,13 @@ class Dialog(Reception[M]):
 
     def lost(
         self, reason: BrokerdError, now: float, jitter: float, *, doubtful: int = 0, at_once: bool = False
-    ) -> Batch[M]:
+    ) -> Effects[M]:
         """The connection is gone, or could not be made: every send has its outcome now.
 
         chance: a random number in [0, 1). doubtful: bytes beyond those told to :meth:`wrote` that may have left.
         at_once: the face has ended it for a reason of its own, so that the next try need not wait.
         """
-        batch: Batch[M] = Batch()
+        effects: Effects[M] = Effects()
         lived = now - self._ready_since if self.state in _LINKED else 0.0
         again = self._reconnect if self._introduced else self._was_cut_off(reason)
         attempt = 0 if lived >= backoff.CAP_S else self._attempt
@@ -234,13 +234,15 @@ class Dialog(Reception[M]):
             self._forget_subscription(pending)
             if pending.waiter is not None:
                 left = pending.end <= may_have_left
-                batch.outcomes.append((pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left)))
+                effects.outcomes.append(
+                    (pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left))
+                )
         for end, id, to in self._outgoing.take_unhanded():
-            batch.undelivered.append(self._loss(id, to, left=end <= may_have_left))
-        self.undelivered += len(batch.undelivered)
+            effects.undelivered.append(self._loss(id, to, left=end <= may_have_left))
+        self.undelivered += len(effects.undelivered)
         for watch in self._watches:
             watch.disconnected()
-        return batch
+        return effects
 
     def _was_cut_off(self, reason: BrokerdError) -> bool:
         """Return whether the peer ended the connection before it had let us in, without a word.
@@ -257,9 +259,9 @@ class Dialog(Reception[M]):
         """Whether it is not decided yet what becomes of connecting for the first time."""
         return not self._introduced and self.state not in (State.GONE, State.CLOSING, State.CLOSED)
 
-    def close(self, now: float) -> Batch[M]:
+    def close(self, now: float) -> Effects[M]:
         """The caller closes: who waits hears Closed; what the broker still says is taken in for LINGER_S."""
-        batch: Batch[M] = Batch()
+        effects: Effects[M] = Effects()
         self._step(Event.CLOSE)
         if self.state is State.CLOSING:
             self._link_deadline = now + LINGER_S
@@ -267,8 +269,8 @@ class Dialog(Reception[M]):
             self._link_deadline = None
         for pending in self.awaiting.clear():
             if pending.waiter is not None:
-                batch.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
-        return batch
+                effects.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
+        return effects
 
     @property
     def counters(self) -> dict[str, int]:
@@ -290,21 +292,21 @@ class Dialog(Reception[M]):
             return earliest
         return self._link_deadline if earliest is None else min(earliest, self._link_deadline)
 
-    def tick(self, now: float) -> Batch[M]:
+    def tick(self, now: float) -> Effects[M]:
         """Time has passed: give up what is overdue."""
-        batch: Batch[M] = Batch()
+        effects: Effects[M] = Effects()
         if self._link_deadline is not None and self._link_deadline <= now:
             self._link_deadline = None
             silent = self.state is State.AUTHENTICATING and not self._challenged
             why = SILENT if silent else self.state.value
-            batch.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
+            effects.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
         for pending in self.awaiting.overdue(now):
             # What has a deadline has a waiter.
             self._withdraw(pending)
             to = pending.to or pending.about
-            batch.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
+            effects.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
         self._finish()
-        return batch
+        return effects
 
     # What a caller sends. Each needs a READY link, and raises Disconnected or Closed where there is none
 
@@ -603,7 +605,7 @@ class Dialog(Reception[M]):
             self._finishing = True
             self._operate("finished", {}, Purpose.FINISHED)
 
-    def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
+    def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
         name, address, limits = answer.get("name"), answer.get("address"), answer.get("limits", {})
         if not isinstance(name, str) or not is_name(name):
             raise ProtocolError("the broker's introduction has no valid name for this client")
@@ -624,7 +626,7 @@ class Dialog(Reception[M]):
         self._ready_since = now
         self.reason = None
         if most > self._largest:
-            batch.warnings.append(
+            effects.warnings.append(
                 f"the broker passes on messages of up to {most} bytes, and this client accepts {self._largest}: "
                 f"give it an inbox of at least {-(-most // STRETCH)} bytes"
             )

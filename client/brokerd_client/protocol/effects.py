@@ -7,12 +7,12 @@ from typing import Any, Generic, TypeVar
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message
 
-__all__ = ["Batch"]
+__all__ = ["Effects"]
 
 M = TypeVar("M", bound=Message)
 
 
-class Batch(Generic[M]):
+class Effects(Generic[M]):
     """What happened, for the face to pass on.
 
     messages: MESSAGE and REQUEST frames, in order; ``size`` is their bytes on the wire, about.

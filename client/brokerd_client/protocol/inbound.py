@@ -27,7 +27,7 @@ from brokerd_client.errors import (
 )
 from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.protocol.decoder import Incoming, Unreadable
-from brokerd_client.protocol.effects import Batch
+from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.pending import Awaiting, Pending, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
@@ -76,25 +76,25 @@ class Reception(Generic[M]):
         self._incoming = Incoming(message, largest)
         self._most_listed = _MOST_LISTED * largest
 
-    def _read(self, data: bytes, owner: Owner, batch: Batch[M], now: float) -> None:
+    def _read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
         """Take in every whole frame."""
 
         def other(frame: M | Envelope | Unreadable) -> None:
             if isinstance(frame, Unreadable):
-                self._on_unreadable(frame, batch)
+                self._on_unreadable(frame, effects)
             elif not isinstance(frame, Envelope):
                 if frame._kind == _EVENT_KIND:
-                    self._on_event(frame, batch)
+                    self._on_event(frame, effects)
                 else:
-                    self._on_reply(frame, batch, now)
+                    self._on_reply(frame, effects, now)
             elif frame.kind is Kind.ERROR:
-                self._on_error(frame, batch)
+                self._on_error(frame, effects)
             else:
-                self._on_receipt(frame.id, batch)
+                self._on_receipt(frame.id, effects)
 
-        batch.size += self._incoming.read(data, owner, batch.messages, other)
+        effects.size += self._incoming.read(data, owner, effects.messages, other)
 
-    def _on_event(self, message: M, batch: Batch[M]) -> None:
+    def _on_event(self, message: M, effects: Effects[M]) -> None:
         subscriptions = self.subscriptions.of(message.topic)
         if message.topic == _DRAINING and message.sender == BROKER and self._on_draining():
             pass
@@ -103,37 +103,37 @@ class Reception(Generic[M]):
         for entry in subscriptions:
             for sink in entry.next_recipients():
                 if not isinstance(sink, presence.Watch):
-                    batch.events.append((sink, message))
+                    effects.events.append((sink, message))
                 elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
-                    batch.events.append((sink.sink, change))
+                    effects.events.append((sink.sink, change))
 
-    def _on_receipt(self, id: int, batch: Batch[M]) -> None:
+    def _on_receipt(self, id: int, effects: Effects[M]) -> None:
         pending = self.awaiting.get(id)
         if pending is None or pending.purpose is not Purpose.RECEIPT:
             self.late += 1
             return
         self.awaiting.pop(id)
-        batch.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
+        effects.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
 
-    def _on_reply(self, message: M, batch: Batch[M], now: float) -> None:
+    def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
         pending = self.awaiting.get(message.id)
         if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
             self.late += 1
             return
         if pending.purpose is Purpose.REQUEST:
             self.awaiting.pop(message.id)
-            batch.outcomes.append((pending.waiter, message))
+            effects.outcomes.append((pending.waiter, message))
             return
         try:
-            answer = self._answer(pending, message, batch, now)
+            answer = self._answer(pending, message, effects, now)
         except ProtocolError as error:
-            self._fail(pending, error, batch)
+            self._fail(pending, error, effects)
             return
         self.awaiting.pop(message.id)
         if pending.waiter is not None:
-            batch.outcomes.append((pending.waiter, answer))
+            effects.outcomes.append((pending.waiter, answer))
 
-    def _answer(self, pending: Pending, message: M, batch: Batch[M], now: float) -> dict[str, Any]:
+    def _answer(self, pending: Pending, message: M, effects: Effects[M], now: float) -> dict[str, Any]:
         """Return the answer of an operation, taken in. Raises ProtocolError where it is not valid."""
         listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
         any_size = listed or pending.purpose is Purpose.CONTROL
@@ -141,41 +141,41 @@ class Reception(Generic[M]):
         if answer is None:
             raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object, or is too large")
         if pending.purpose is Purpose.WHOAMI:
-            self._on_introduction(answer, batch, now)
+            self._on_introduction(answer, effects, now)
         elif pending.purpose is Purpose.GOAWAY:
             self._on_goaway()
         elif pending.purpose is Purpose.FINISHED:
-            batch.broken = Disconnected("the broker closes the connection: it stops, or another process replaces it")
+            effects.broken = Disconnected("the broker closes the connection: it stops, or another process replaces it")
         elif listed:
             changes = pending.sink.snapshot(presence.client_list(answer))
             if pending.sink in self._watches:
-                batch.events += [(pending.sink.sink, change) for change in changes]
+                effects.events += [(pending.sink.sink, change) for change in changes]
         return answer
 
-    def _fail(self, pending: Pending, error: ProtocolError, batch: Batch[M]) -> None:
+    def _fail(self, pending: Pending, error: ProtocolError, effects: Effects[M]) -> None:
         """End a call whose answer is not valid. Raises the error where no caller waits: the connection is over."""
         if pending.waiter is None and pending.purpose is not Purpose.FORGET:
             raise error
         self.awaiting.pop(pending.id)
         self._withdraw(pending)
         if pending.waiter is not None:
-            batch.outcomes.append((pending.waiter, error))
+            effects.outcomes.append((pending.waiter, error))
 
-    def _on_unreadable(self, frame: Unreadable, batch: Batch[M]) -> None:
+    def _on_unreadable(self, frame: Unreadable, effects: Effects[M]) -> None:
         """Report a frame that was skipped: to the call that it answers, else to the log, and to a requester."""
         self.unreadable += 1
         pending = self.awaiting.get(frame.id)
         if pending is not None and _may_answer(frame, pending):
             error = ProtocolError(f"the answer to {frame.id} can't be read: {frame.error}")
             error.__cause__ = frame.error
-            self._fail(pending, error, batch)
+            self._fail(pending, error, effects)
             return
-        batch.unreadable.append(frame.error)
+        effects.unreadable.append(frame.error)
         if frame.kind == Kind.REQUEST and is_address(frame.name):
             code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
             self._refuse_unreadable(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
-    def _on_error(self, envelope: Envelope, batch: Batch[M]) -> None:
+    def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
         said = _json_object(envelope.payload, _MOST_ERROR) or {}
         most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
         code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
@@ -188,13 +188,13 @@ class Reception(Generic[M]):
             self.awaiting.pop(envelope.id)
             # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
-            batch.outcomes.append((pending.waiter, failed))
+            effects.outcomes.append((pending.waiter, failed))
             return
         code = code or RequestFailed.code
         error = refusal(code, text or f"no reason was given ({code})", name=name, id=envelope.id)
         if pending is None and envelope.id == 0 and code in _ENDINGS and name in ("", BROKER):
-            batch.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
-            batch.broken.__cause__ = error
+            effects.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
+            effects.broken.__cause__ = error
             return
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
@@ -202,37 +202,37 @@ class Reception(Generic[M]):
                 self.late += 1
                 return
             self.undelivered += 1
-            batch.undelivered.append(error)
+            effects.undelivered.append(error)
             return
         self.awaiting.pop(envelope.id)
-        self._on_refusal(pending, error, batch)
+        self._on_refusal(pending, error, effects)
 
-    def _on_refusal(self, pending: Pending, error: BrokerdError, batch: Batch[M]) -> None:
+    def _on_refusal(self, pending: Pending, error: BrokerdError, effects: Effects[M]) -> None:
         """The broker has said no to this one."""
         self._forget_subscription(pending)
         if pending.purpose is Purpose.WHOAMI:
-            batch.broken = Disconnected(f"the broker refused the connection: {error}")
-            batch.broken.__cause__ = error
+            effects.broken = Disconnected(f"the broker refused the connection: {error}")
+            effects.broken.__cause__ = error
         elif pending.purpose is Purpose.RESUBSCRIBE:
             assert pending.entry is not None
-            self._end(list(pending.entry.sinks), pending.entry, error, batch)
+            self._end(list(pending.entry.sinks), pending.entry, error, effects)
         elif pending.purpose is Purpose.RESYNC:
-            self._end([pending.sink], None, error, batch)
+            self._end([pending.sink], None, error, effects)
         elif pending.waiter is not None:
-            batch.outcomes.append((pending.waiter, error))
+            effects.outcomes.append((pending.waiter, error))
 
     def _end(
-        self, sinks: Sequence[object], entry: SubscriptionEntry | None, error: BrokerdError, batch: Batch[M]
+        self, sinks: Sequence[object], entry: SubscriptionEntry | None, error: BrokerdError, effects: Effects[M]
     ) -> None:
         """Tell the sinks that there will be nothing more."""
         for sink in sinks:
             if not isinstance(sink, presence.Watch):
                 assert entry is not None
                 self.subscriptions.discard(entry, sink)
-                batch.ended.append((sink, error))
+                effects.ended.append((sink, error))
             elif sink in self._watches:
                 self._drop_watch(sink)
-                batch.ended.append((sink.sink, error))
+                effects.ended.append((sink.sink, error))
 
     def _forget_subscription(self, pending: Pending) -> None:
         """Undo it here; the broker needs not be told."""
@@ -266,7 +266,7 @@ class Reception(Generic[M]):
         """Answer a request that could not be read with an ERROR, if that can be sent."""
         raise NotImplementedError
 
-    def _on_introduction(self, answer: dict[str, Any], batch: Batch[M], now: float) -> None:
+    def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
         """The broker has said who we are. Raises ProtocolError where it is not valid."""
         raise NotImplementedError
 

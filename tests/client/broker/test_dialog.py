@@ -39,7 +39,7 @@ from brokerd_client.presence import Presence
 from brokerd_client.protocol import backoff, dialog
 from brokerd_client.protocol import encoder as outgoing
 from brokerd_client.protocol.decoder import HEAD
-from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import HEADER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
 from brokerd_client.wire.framing import frame
@@ -57,7 +57,7 @@ class Owner:
 OWNER = Owner()
 
 
-def merge(into: Batch[Message], more: Batch[Message]) -> None:
+def merge(into: Effects[Message], more: Effects[Message]) -> None:
     """Add one batch to another."""
     for field in ("messages", "outcomes", "events", "ended", "undelivered", "unreadable", "warnings"):
         getattr(into, field).extend(getattr(more, field))
@@ -74,37 +74,37 @@ class Pair:
         self.session: Session | None = None
         self.now = 0.0
 
-    def connect(self, step: int = 2**20) -> Batch[Message]:
+    def connect(self, step: int = 2**20) -> Effects[Message]:
         """Dial, and let both sides talk until nothing is left to say."""
         self.dialog.dialing(self.now)
         self.dialog.opened(NONCE)
         self.session = Session(self.broker)
         return self.talk(step)
 
-    def talk(self, step: int = 2**20) -> Batch[Message]:
+    def talk(self, step: int = 2**20) -> Effects[Message]:
         """Move bytes both ways, ``step`` at a time, until there are none."""
-        batch: Batch[Message] = Batch()
+        effects: Effects[Message] = Effects()
         assert self.session is not None
         while True:
             data = self.dialog.data_to_send()
             self.dialog.wrote(len(data))
             self.session.receive(data)
             if not data and not self.session.out:
-                return batch
+                return effects
             heard = bytes(self.session.out)
             self.session.out.clear()
             for start in range(0, len(heard), step):
-                merge(batch, self.hear(heard[start : start + step]))
+                merge(effects, self.hear(heard[start : start + step]))
 
-    def hear(self, data: bytes) -> Batch[Message]:
+    def hear(self, data: bytes) -> Effects[Message]:
         """Let the dialog have these bytes."""
         return self.dialog.receive(data, OWNER, self.now)
 
-    def hear_frame(self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any) -> Batch[Message]:
+    def hear_frame(self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any) -> Effects[Message]:
         """Let the dialog have one frame."""
         return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
 
-    def lose(self, jitter: float = 0.5, **options: Any) -> Batch[Message]:
+    def lose(self, jitter: float = 0.5, **options: Any) -> Effects[Message]:
         """Cut the connection."""
         if self.session is not None:
             self.broker.left(self.session)
@@ -126,9 +126,9 @@ def pair() -> Pair:
 def test_handshake_and_introduction_in_pieces(step: int) -> None:
     """However the bytes are cut, the dialog is ready and knows what the broker calls it."""
     pair = Pair(name="")
-    batch = pair.connect(step)
+    effects = pair.connect(step)
     assert pair.dialog.state is State.READY
-    assert (pair.dialog.name, pair.dialog.address, batch.broken) == ("alice", "alice", None)
+    assert (pair.dialog.name, pair.dialog.address, effects.broken) == ("alice", "alice", None)
     assert pair.dialog.introduction["protocol"] == 1
     assert pair.dialog.next_deadline() is None
 
@@ -137,17 +137,17 @@ def test_message_may_follow_the_welcome_at_once() -> None:
     """A message in the segment of the broker's #WELCOME# is not lost, and not judged by the handshake's limit."""
     pair = Pair()
     pair.broker.intercept = lambda session, envelope: session.deliver(Envelope(Kind.MESSAGE, 7, "bob", b"x" * 1000))
-    batch = pair.connect()
-    assert batch.messages[0].body == b"x" * 1000
+    effects = pair.connect()
+    assert effects.messages[0].body == b"x" * 1000
 
 
 def test_wrong_key_breaks_the_link_and_names_who() -> None:
     """A key that the broker does not accept is an AuthenticationError with the client's name and never the key."""
     pair = Pair(key=b"s3cret")
-    batch = pair.connect()
-    assert isinstance(batch.broken, AuthenticationError)
-    assert "alice" in str(batch.broken)
-    assert "s3cret" not in str(batch.broken)
+    effects = pair.connect()
+    assert isinstance(effects.broken, AuthenticationError)
+    assert "alice" in str(effects.broken)
+    assert "s3cret" not in str(effects.broken)
 
 
 def test_broker_with_another_key_is_told_so() -> None:
@@ -158,8 +158,8 @@ def test_broker_with_another_key_is_told_so() -> None:
     pair.hear(frame(b"#CHALLENGE#{sha256}" + b"c" * 40))
     pair.hear(frame(b"#WELCOME#"))
     pair.dialog.data_to_send()
-    batch = pair.hear(frame(b"{sha256}" + b"0" * 32))
-    assert isinstance(batch.broken, AuthenticationError)
+    effects = pair.hear(frame(b"{sha256}" + b"0" * 32))
+    assert isinstance(effects.broken, AuthenticationError)
     assert pair.dialog.data_to_send() == frame(b"#FAILURE#")
 
 
@@ -179,10 +179,10 @@ def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
     pair.dialog.dialing(10)
     for now in (10.0, 11.0, 11.9):
         pair.dialog.opened(NONCE)
-        batch = pair.dialog.lost(pair.dialog.hung_up(), now, 0.3)
+        effects = pair.dialog.lost(pair.dialog.hung_up(), now, 0.3)
         assert pair.dialog.state is State.WAITING
         assert pair.dialog.beginning
-        assert batch.outcomes == []
+        assert effects.outcomes == []
         assert now < pair.dialog.retry_at < now + 1
         pair.dialog.dialing(pair.dialog.retry_at)
         assert pair.dialog.next_deadline() == 13
@@ -220,9 +220,9 @@ def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_of
 def test_first_connection_that_is_rejected_is_final() -> None:
     """A wrong key stays wrong."""
     pair = Pair(key=b"not hers")
-    batch = pair.connect()
-    assert isinstance(batch.broken, AuthenticationError)
-    pair.dialog.lost(batch.broken, 0.0, 0.5)
+    effects = pair.connect()
+    assert isinstance(effects.broken, AuthenticationError)
+    pair.dialog.lost(effects.broken, 0.0, 0.5)
     assert pair.dialog.state is State.GONE
 
 
@@ -273,12 +273,12 @@ ENDINGS = {
 def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(pair: Pair, code: ErrorCode) -> None:
     """The connection is over, and no send is reported as undelivered."""
     pair.dialog.send("bob", 0, b"plain")
-    batch = pair.hear_frame(Kind.ERROR, 0, "$broker", codec=2, payload=error_payload(code, "why", "$broker"))
-    broken = batch.broken
+    effects = pair.hear_frame(Kind.ERROR, 0, "$broker", codec=2, payload=error_payload(code, "why", "$broker"))
+    broken = effects.broken
     assert type(broken) is Disconnected
     assert str(broken) == f"the broker closes the connection ({code}): why"
     assert type(broken.__cause__) is ENDINGS[code]
-    assert (batch.undelivered, pair.dialog.undelivered) == ([], 0)
+    assert (effects.undelivered, pair.dialog.undelivered) == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,8 @@ def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(pair: Pa
 )
 def test_other_error_with_id_0_does_not_end_the_connection(pair: Pair, sender: str, code: ErrorCode, name: str) -> None:
     """Another client can't say it; an error about a message with the id 0 is that message's."""
-    batch = pair.hear_frame(Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name))
-    assert (batch.broken, len(batch.undelivered)) == (None, sender == "$broker")
+    effects = pair.hear_frame(Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name))
+    assert (effects.broken, len(effects.undelivered)) == (None, sender == "$broker")
 
 
 def test_name_taken_is_told_instead_of_the_introduction_and_not_tried_again() -> None:
@@ -379,8 +379,8 @@ def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
     pair.connect()
     assert pair.session is not None
     assert sorted(pair.session.subscriptions) == [("a.>", ""), ("b", "g")]
-    batch = pair.hear_frame(Kind.EVENT, topic="a.x")
-    assert [sink for sink, _ in batch.events] == ["one", "two"]
+    effects = pair.hear_frame(Kind.EVENT, topic="a.x")
+    assert [sink for sink, _ in effects.events] == ["one", "two"]
 
 
 def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
@@ -392,8 +392,8 @@ def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
     pair.broker.intercept = lambda session, envelope: (
         b'"a"' in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
-    batch = pair.connect()
-    assert [(sink, type(error)) for sink, error in batch.ended] == [("one", Denied)]
+    effects = pair.connect()
+    assert [(sink, type(error)) for sink, error in effects.ended] == [("one", Denied)]
     assert [entry.pattern for entry in pair.dialog.subscriptions] == ["b"]
 
 
@@ -435,11 +435,11 @@ def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
     """An undeliverable REPLY comes back with the id its asker chose: our own request of that id goes on waiting."""
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     pair.dialog.reply("carol", id, 0, b"late answer")
-    batch = pair.hear_frame(
+    effects = pair.hear_frame(
         Kind.ERROR, id, "$broker", payload=error_payload(ErrorCode.OFFLINE, "gone", "carol/1"), codec=2
     )
-    assert not batch.outcomes
-    assert [type(error) for error in batch.undelivered] == [Offline]
+    assert not effects.outcomes
+    assert [type(error) for error in effects.undelivered] == [Offline]
     assert len(pair.dialog.awaiting) == 1
 
 
@@ -447,19 +447,19 @@ def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> No
     """The requester has its outcome already, so that nothing was lost; other refusals of an answer are reported."""
     pair.dialog.reply("carol", 7, 0, b"late answer")
     payload = error_payload(ErrorCode.DENIED, "not outstanding", "carol")
-    batch = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
-    assert (batch.outcomes, batch.undelivered, pair.dialog.late, pair.dialog.undelivered) == ([], [], 1, 0)
+    effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
+    assert (effects.outcomes, effects.undelivered, pair.dialog.late, pair.dialog.undelivered) == ([], [], 1, 0)
     payload = error_payload(ErrorCode.RATE_LIMITED, "too fast", "carol")
-    batch = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
-    assert [error.id for error in batch.undelivered] == [7]
+    effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
+    assert [error.id for error in effects.undelivered] == [7]
 
 
 def test_dialog_denied_send_is_reported(pair: Pair) -> None:
     """A message of this client that the rules forbid is no late answer."""
     id = pair.dialog.send("carol", 0, b"x")
     payload = error_payload(ErrorCode.DENIED, "no", "carol")
-    batch = pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
-    assert ([error.id for error in batch.undelivered], pair.dialog.late) == ([id], 0)
+    effects = pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
+    assert ([error.id for error in effects.undelivered], pair.dialog.late) == ([id], 0)
 
 
 def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
@@ -635,9 +635,9 @@ def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
     pair.dialog.request("bob", 0, b"second", None, "kept", None)
     kept = pair.dialog.publish("t", 0, b"plain")
     assert pair.dialog.untaken > 0
-    batch = pair.lose(doubtful=given)
-    assert {waiter: type(error) for waiter, error in batch.outcomes} == {"given": InDoubt, "kept": Disconnected}
-    assert [(type(error), error.id) for error in batch.undelivered] == [  # type: ignore[attr-defined]
+    effects = pair.lose(doubtful=given)
+    assert {waiter: type(error) for waiter, error in effects.outcomes} == {"given": InDoubt, "kept": Disconnected}
+    assert [(type(error), error.id) for error in effects.undelivered] == [  # type: ignore[attr-defined]
         (InDoubt, sent),
         (Disconnected, kept),
     ]
@@ -660,8 +660,8 @@ def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> N
     pair.session.receive(data[: len(data) // 3 + 2])
     heard, pair.session.out = bytes(pair.session.out), bytearray()
     assert [error.id for error in pair.hear(heard).undelivered] == [first]  # type: ignore[attr-defined]
-    batch = pair.lose(doubtful=len(data))
-    assert [error.id for error in batch.undelivered] == [second, third]  # type: ignore[attr-defined]
+    effects = pair.lose(doubtful=len(data))
+    assert [error.id for error in effects.undelivered] == [second, third]  # type: ignore[attr-defined]
     assert pair.dialog.undelivered == 3
 
 
@@ -703,8 +703,8 @@ def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
     pair.dialog.request("bob", 0, b"", None, "w", None)
     pair.dialog.subscribe("a", None, "sink", "v", None)
     id = pair.dialog.send("carol", 0, b"")
-    batch = pair.dialog.close(1.0)
-    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", Closed), ("v", Closed)]
+    effects = pair.dialog.close(1.0)
+    assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", Closed), ("v", Closed)]
     assert pair.dialog.state is State.CLOSING
     assert id in [error.id for error in pair.talk().undelivered]  # type: ignore[attr-defined]
     with pytest.raises(Closed):
@@ -801,13 +801,13 @@ def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: s
 def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
     """The list first, then each change; what an event repeats is not told again."""
     pair.dialog.watch("sink", "w", None)
-    batch = pair.talk()
-    assert [item for _, item in batch.events] == [
+    effects = pair.talk()
+    assert [item for _, item in effects.events] == [
         Presence("alice", online=True),
         Presence("bob", online=False),
         Presence("carol", online=False),
     ]
-    assert [waiter for waiter, _ in batch.outcomes] == ["w"]
+    assert [waiter for waiter, _ in effects.outcomes] == ["w"]
     told = [
         [item for _, item in pair.hear_frame(Kind.EVENT, name="$broker", topic=topic).events]
         for topic in ("$broker.online.bob", "$broker.online.bob", "$broker.offline.bob", "$broker.online.x.y")
@@ -837,8 +837,8 @@ def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
     bob.lose()
     carol = Pair(pair.broker, "carol", b"carol")
     carol.connect()
-    batch = pair.connect()
-    assert [item for _, item in batch.events] == [Presence("bob", online=False), Presence("carol", online=True)]
+    effects = pair.connect()
+    assert [item for _, item in effects.events] == [Presence("bob", online=False), Presence("carol", online=True)]
     del pair.broker.keys["carol"]
     pair.lose()
     assert [item for _, item in pair.connect().events] == [Presence("carol", online=False)]
@@ -849,9 +849,9 @@ def test_unwatch_leaves_nothing(pair: Pair) -> None:
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.dialog.unwatch(watch)
     pair.dialog.unwatch(watch)
-    batch = pair.talk()
+    effects = pair.talk()
     assert pair.session is not None
-    assert (batch.events, pair.session.subscriptions, len(pair.dialog.subscriptions)) == ([], [], 0)
+    assert (effects.events, pair.session.subscriptions, len(pair.dialog.subscriptions)) == ([], [], 0)
 
 
 @pytest.mark.parametrize("refused", [b"subscribe", b"clients"])
@@ -863,8 +863,8 @@ def test_watch_refused_on_a_new_connection_ends(pair: Pair, refused: bytes) -> N
     pair.broker.intercept = lambda session, envelope: (
         refused in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
-    batch = pair.connect()
-    assert [(sink, type(error)) for sink, error in batch.ended] == [("sink", Denied)]
+    effects = pair.connect()
+    assert [(sink, type(error)) for sink, error in effects.ended] == [("sink", Denied)]
     assert len(pair.dialog.subscriptions) == 0
 
 
@@ -901,9 +901,9 @@ BAD_LISTS = [
 def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: bytes) -> None:
     """Its caller hears of it, the watch leaves nothing behind, and the connection goes on."""
     id, _ = pair.dialog.watch("sink", "w", None)
-    batch = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
-    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", ProtocolError)]
-    assert (batch.broken, batch.events, len(pair.dialog.subscriptions)) == (None, [], 0)
+    effects = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
+    assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
+    assert (effects.broken, effects.events, len(pair.dialog.subscriptions)) == (None, [], 0)
     pair.talk()
     assert pair.session is not None
     assert pair.session.subscriptions == []
@@ -940,7 +940,7 @@ def test_presence_of_more_names_than_any_broker_has_breaks_the_link(
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
     batches = [pair.hear_frame(Kind.EVENT, name="$broker", topic=f"$broker.online.n{n}") for n in range(3)]
-    assert [type(batch.broken) for batch in batches] == [type(None), type(None), ProtocolError]
+    assert [type(effects.broken) for effects in batches] == [type(None), type(None), ProtocolError]
     assert len(watch._known) == 5
 
 
@@ -965,20 +965,20 @@ def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
     pair.dialog.subscribe(">", None, "sink", "w", None)
     pair.talk()
     data = b"".join(frame(encode(envelope)) for envelope in FRAMES) + frame(encode(FRAMES[0]))[:-1]
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
-        merge(batch, pair.hear(data[start : start + step]))
-    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in batch.messages]
+        merge(effects, pair.hear(data[start : start + step]))
+    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in effects.messages]
     assert got == [
         (e.kind, e.id, e.name, e.payload, e.codec, e.extension)
         for e in FRAMES
         if e.kind in (Kind.MESSAGE, Kind.REQUEST)
     ]
-    assert [(m.topic, m.body, m.sender) for _, m in batch.events] == [("a.b", b"event", "bob"), ("a", b"", "bob")]
+    assert [(m.topic, m.body, m.sender) for _, m in effects.events] == [("a.b", b"event", "bob"), ("a", b"", "bob")]
     assert pair.dialog.late == 1
-    assert not batch.broken
-    merge(batch, pair.hear(b"e"))
-    assert batch.messages[-1].body == b"one"
+    assert not effects.broken
+    merge(effects, pair.hear(b"e"))
+    assert effects.messages[-1].body == b"one"
 
 
 RUNS = st.lists(
@@ -1004,12 +1004,12 @@ def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> No
     pair.connect()
     sent = [replace(envelope, id=index) for index, envelope in enumerate(e for count, e in runs for _ in range(count))]
     data = b"".join(frame(encode(envelope)) for envelope in sent)
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
-        merge(batch, pair.hear(data[start : start + step]))
-    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in batch.messages]
+        merge(effects, pair.hear(data[start : start + step]))
+    got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in effects.messages]
     assert got == [(e.kind, e.id, e.name, e.payload, e.codec, e.extension) for e in sent]
-    assert not batch.broken
+    assert not effects.broken
 
 
 @pytest.mark.parametrize("name", [b"b\xffb", b"b b", b"/ab", b"b/A"])
@@ -1017,9 +1017,9 @@ def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> No
 def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> None:
     """A message whose sender is not valid is skipped wherever it stands; all others are delivered."""
     good = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x")))
-    batch = pair.hear(good * alike + good.replace(b"bob", name) + good * 10)
-    assert (len(batch.messages), len(batch.unreadable), batch.broken) == (alike + 10, 1, None)
-    assert isinstance(batch.unreadable[0], MalformedEnvelope)
+    effects = pair.hear(good * alike + good.replace(b"bob", name) + good * 10)
+    assert (len(effects.messages), len(effects.unreadable), effects.broken) == (alike + 10, 1, None)
+    assert isinstance(effects.unreadable[0], MalformedEnvelope)
 
 
 def test_long_form_of_a_length(pair: Pair) -> None:
@@ -1027,10 +1027,10 @@ def test_long_form_of_a_length(pair: Pair) -> None:
     body = encode(FRAMES[0])
     data = b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body
     assert pair.hear(data).messages[0].body == b"one"
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     for byte in data:
-        merge(batch, pair.hear(bytes([byte])))
-    assert batch.messages[0].body == b"one"
+        merge(effects, pair.hear(bytes([byte])))
+    assert effects.messages[0].body == b"one"
 
 
 @pytest.mark.parametrize("pieces", [1, 12])
@@ -1046,15 +1046,15 @@ def test_lengths_that_no_frame_has_break_the_link(
     pair: Pair, data: bytes, cause: type[RemoteError], pieces: int
 ) -> None:
     """Where the next frame begins is not known any more; what came before is delivered."""
-    batch = pair.hear(frame(encode(FRAMES[0])))
+    effects = pair.hear(frame(encode(FRAMES[0])))
     step = len(data) if pieces == 1 else 1
     for start in range(0, len(data), step):
-        merge(batch, pair.hear(data[start : start + step]))
-        if batch.broken:
+        merge(effects, pair.hear(data[start : start + step]))
+        if effects.broken:
             break
-    assert isinstance(batch.broken, ProtocolError)
-    assert isinstance(batch.broken.__cause__, cause)
-    assert len(batch.messages) == 1
+    assert isinstance(effects.broken, ProtocolError)
+    assert isinstance(effects.broken.__cause__, cause)
+    assert len(effects.messages) == 1
 
 
 @pytest.mark.parametrize("pieces", [1, 12])
@@ -1074,13 +1074,13 @@ def test_lengths_that_no_frame_has_break_the_link(
 def test_frames_that_cannot_be_read_are_skipped(pair: Pair, data: bytes, error: type[RemoteError], pieces: int) -> None:
     """What is before and behind them is delivered."""
     good = frame(encode(FRAMES[0]))
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     for each in (good, data, good, data * 2, good):
         step = len(each) if pieces == 1 else 1
         for start in range(0, len(each), step):
-            merge(batch, pair.hear(each[start : start + step]))
-    assert [type(each) for each in batch.unreadable] == [error] * 3
-    assert (len(batch.messages), batch.broken, pair.dialog.unreadable) == (3, None, 3)
+            merge(effects, pair.hear(each[start : start + step]))
+    assert [type(each) for each in effects.unreadable] == [error] * 3
+    assert (len(effects.messages), effects.broken, pair.dialog.unreadable) == (3, None, 3)
 
 
 TOO_DEEP = b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"
@@ -1095,8 +1095,8 @@ def with_extension(
 
 def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
     """Its requester does not wait for its timeout; a message is only reported."""
-    batch = pair.hear(with_extension(TOO_DEEP) + with_extension(b"no json") + with_extension(TOO_DEEP, Kind.MESSAGE))
-    assert len(batch.unreadable) == 3
+    effects = pair.hear(with_extension(TOO_DEEP) + with_extension(b"no json") + with_extension(TOO_DEEP, Kind.MESSAGE))
+    assert len(effects.unreadable) == 3
     pair.broker.seen.clear()
     pair.talk()
     answers = [(each.kind, each.name, each.id, json.loads(each.payload)["code"]) for each in pair.broker.seen]
@@ -1112,9 +1112,9 @@ def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpos
     else:
         id, name = pair.dialog.control("ping", {}, "w", None), b"$broker"
     assert not pair.hear(with_extension(TOO_DEEP, kind, id, b"carol")).outcomes
-    batch = pair.hear(with_extension(TOO_DEEP, kind, id, name))
-    assert [(waiter, type(error)) for waiter, error in batch.outcomes] == [("w", ProtocolError)]
-    assert (batch.unreadable, batch.broken, len(pair.dialog.awaiting)) == ([], None, 0)
+    effects = pair.hear(with_extension(TOO_DEEP, kind, id, name))
+    assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
+    assert (effects.unreadable, effects.broken, len(pair.dialog.awaiting)) == ([], None, 0)
 
 
 @given(st.binary(max_size=200), st.integers(1, 40))
@@ -1128,9 +1128,9 @@ def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) ->
             pair.dialog.dialing(0)
             pair.dialog.opened(NONCE)
         for start in range(0, len(data), step):
-            batch = pair.hear(data[start : start + step])
-            if batch.broken:
-                assert isinstance(batch.broken, RemoteError)
+            effects = pair.hear(data[start : start + step])
+            if effects.broken:
+                assert isinstance(effects.broken, RemoteError)
                 break
 
 
@@ -1278,19 +1278,19 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
     pair.dialog.unsubscribe(entry, "sink", "u", None)
     second, _ = pair.dialog.subscribe("b", None, "third", "w", None)
     pair.dialog.abandon(second)
-    batch = pair.talk()
-    assert (batch.outcomes, batch.undelivered, len(pair.dialog.awaiting)) == ([], [], 0)
+    effects = pair.talk()
+    assert (effects.outcomes, effects.undelivered, len(pair.dialog.awaiting)) == ([], [], 0)
 
 
 # The broker goes away
 
 
-def draining(pair: Pair) -> Batch[Message]:
+def draining(pair: Pair) -> Effects[Message]:
     """Tell the dialog that its connection is about to be closed, and let both sides talk."""
-    batch = pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
-    if batch.broken is None:
-        merge(batch, pair.talk())
-    return batch
+    effects = pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
+    if effects.broken is None:
+        merge(effects, pair.talk())
+    return effects
 
 
 def outgoing_requests(pair: Pair) -> list[str]:
@@ -1299,12 +1299,12 @@ def outgoing_requests(pair: Pair) -> list[str]:
 
 
 def test_draining_event_ends_the_link_once_finished_is_answered(pair: Pair) -> None:
-    batch = draining(pair)
+    effects = draining(pair)
     assert outgoing_requests(pair) == ["whoami", "goaway", "finished"]
-    assert type(batch.broken) is Disconnected
+    assert type(effects.broken) is Disconnected
     assert pair.dialog.counters["unrouted"] == 0
-    assert batch.broken is not None
-    pair.dialog.lost(batch.broken, pair.now, 0.5)
+    assert effects.broken is not None
+    pair.dialog.lost(effects.broken, pair.now, 0.5)
     assert pair.dialog.state is State.WAITING
     pair.connect()
     assert pair.dialog.state is State.READY
@@ -1354,11 +1354,11 @@ def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None
 
     pair.broker.intercept = refuse
     ids = [pair.dialog.send("bob", 0, b"x") for _ in range(3)]
-    batch = draining(pair)
-    assert [(type(error), error.id) for error in batch.undelivered if isinstance(error, ShuttingDown)] == [
+    effects = draining(pair)
+    assert [(type(error), error.id) for error in effects.undelivered if isinstance(error, ShuttingDown)] == [
         (ShuttingDown, id) for id in ids
     ]
-    assert batch.broken is not None
+    assert effects.broken is not None
 
 
 @pytest.mark.parametrize("subscribed", [False, True])
@@ -1377,16 +1377,16 @@ def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None
     if subscribed:
         pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
         pair.talk()
-    batch = draining(pair)
-    assert (len(batch.events), batch.broken, pair.dialog.state) == (subscribed, None, State.READY)
+    effects = draining(pair)
+    assert (len(effects.events), effects.broken, pair.dialog.state) == (subscribed, None, State.READY)
 
 
 def test_draining_event_reaches_its_subscribers_too(pair: Pair) -> None:
     pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
     pair.talk()
-    batch = draining(pair)
-    assert [sink for sink, _ in batch.events] == ["sink"]
-    assert batch.broken is not None
+    effects = draining(pair)
+    assert [sink for sink, _ in effects.events] == ["sink"]
+    assert effects.broken is not None
 
 
 def test_draining_event_of_another_client_changes_nothing(pair: Pair) -> None:

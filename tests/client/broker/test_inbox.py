@@ -20,8 +20,8 @@ def test_held_bytes_are_those_of_batches_not_taken_whole(steps: list[tuple[int, 
         for _ in range(min(taken, len(inbox.items))):
             inbox.items.popleft()
         inbox.settle()
-        left = {batch for batch, _ in inbox.items}
-        assert gauge.held == sum(sizes[batch] for batch in left)
+        left = {effects for effects, _ in inbox.items}
+        assert gauge.held == sum(sizes[effects] for effects in left)
         # Taking down to the mark frees something.
         if inbox.items:
             assert 0 <= inbox.mark < len(inbox.items)

@@ -20,7 +20,7 @@ from test_dialog import Pair, merge
 from brokerd_client.errors import FrameTooBig, ProtocolError
 from brokerd_client.message import Message, extension_cost
 from brokerd_client.protocol.decoder import HEAD
-from brokerd_client.protocol.dialog import Batch
+from brokerd_client.protocol.dialog import Effects
 from brokerd_client.protocol.inbox import largest_message
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
@@ -50,19 +50,19 @@ def announced(size: int, kind: int = Kind.MESSAGE, name: bytes = b"bob") -> byte
     return (HEADER.size + len(name) + size).to_bytes(4, "big") + HEADER.pack(kind, 0, 0, len(name), 7) + name
 
 
-def feed(pair: Pair, size: int) -> tuple[Batch[Message], int]:
+def feed(pair: Pair, size: int) -> tuple[Effects[Message], int]:
     """Let the dialog have so many bytes in pieces, and then a message; return what came and the most it held."""
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     piece = bytes(PIECE)
     tracemalloc.start()
     try:
         for start in range(0, size, PIECE):
-            merge(batch, pair.hear(piece[: min(PIECE, size - start)]))
+            merge(effects, pair.hear(piece[: min(PIECE, size - start)]))
         held = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    merge(batch, pair.hear_frame(Kind.MESSAGE, 8, payload=b"next"))
-    return batch, held
+    merge(effects, pair.hear_frame(Kind.MESSAGE, 8, payload=b"next"))
+    return effects, held
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.EVENT, Kind.REPLY])
@@ -72,11 +72,11 @@ def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> Non
     head = announced(size, kind)
     if kind is Kind.EVENT:
         head += b"\1t"
-    merge(first := Batch(), pair.hear(head))
-    batch, held = feed(pair, size - (2 if kind is Kind.EVENT else 0))
+    merge(first := Effects(), pair.hear(head))
+    effects, held = feed(pair, size - (2 if kind is Kind.EVENT else 0))
     assert held < MIB
-    assert [message.body for message in batch.messages] == [b"next"]
-    assert [type(error) for error in (*first.unreadable, *batch.unreadable)] == [FrameTooBig]
+    assert [message.body for message in effects.messages] == [b"next"]
+    assert [type(error) for error in (*first.unreadable, *effects.unreadable)] == [FrameTooBig]
     pair.broker.seen.clear()
     pair.talk()
     answers = [(each.kind, each.name, json.loads(each.payload)["code"]) for each in pair.broker.seen]
@@ -95,8 +95,8 @@ def test_answer_longer_than_accepted_is_an_outcome(pair: Pair) -> None:
 def test_long_frame_is_stored_once(pair: Pair) -> None:
     """What is handed out are the bytes that were collected."""
     pair.hear(announced(16 * MIB))
-    batch, held = feed(pair, 16 * MIB)
-    assert [len(message) for message in batch.messages] == [16 * MIB, 4]
+    effects, held = feed(pair, 16 * MIB)
+    assert [len(message) for message in effects.messages] == [16 * MIB, 4]
     assert held < 1.3 * 16 * MIB
 
 
@@ -147,21 +147,21 @@ def test_long_frames_however_they_are_cut(frames: list[tuple[int, int, dict[str,
         data += frame(body)
         if len(body) <= most:
             right.append((kind, id, size, extension))
-    batch: Batch[Message] = Batch()
+    effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
-        merge(batch, pair.hear(data[start : start + step]))
-    got = [(m._kind, m.id, len(m), m.extension) for m in (*batch.messages, *(m for _, m in batch.events))]
+        merge(effects, pair.hear(data[start : start + step]))
+    got = [(m._kind, m.id, len(m), m.extension) for m in (*effects.messages, *(m for _, m in effects.events))]
     assert sorted(got, key=lambda each: each[1]) == right
-    assert len(batch.unreadable) == len(frames) - len(right)
-    assert not batch.broken
+    assert len(effects.unreadable) == len(frames) - len(right)
+    assert not effects.broken
 
 
 def test_long_frame_whose_head_is_none_is_skipped(pair: Pair) -> None:
     """Of a frame that is not too long only its head is looked at; where it ends is known."""
     size = 3 * HEAD
-    batch = pair.hear(size.to_bytes(4, "big") + HEADER.pack(1, 128, 0, 3, 7) + b"bob" + bytes(size - 15 - 100))
-    merge(batch, pair.hear(bytes(100) + frame(encode(Envelope(Kind.MESSAGE, 8, "bob", b"next")))))
-    assert (len(batch.unreadable), [m.body for m in batch.messages], batch.broken) == (1, [b"next"], None)
+    effects = pair.hear(size.to_bytes(4, "big") + HEADER.pack(1, 128, 0, 3, 7) + b"bob" + bytes(size - 15 - 100))
+    merge(effects, pair.hear(bytes(100) + frame(encode(Envelope(Kind.MESSAGE, 8, "bob", b"next")))))
+    assert (len(effects.unreadable), [m.body for m in effects.messages], effects.broken) == (1, [b"next"], None)
 
 
 def test_extension_counts_with_what_it_costs(pair: Pair) -> None:

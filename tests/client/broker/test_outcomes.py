@@ -14,7 +14,7 @@ from test_dialog import LOST, NONCE, OWNER, Pair
 
 from brokerd_client.errors import AuthenticationError, BrokerdError, InDoubt, ProtocolError
 from brokerd_client.message import Message, Receipt
-from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.state import State
 from brokerd_client.wire.envelope import HEADER, Kind
 from brokerd_client.wire.framing import frame
@@ -76,15 +76,15 @@ def packed(piece: Any, ids: list[int]) -> bytes:
     return frame(header, name, topic if kind == Kind.EVENT else b"", extension if flags & 2 else b"", payload)
 
 
-def collect(batch: Batch[Message], outcomes: list[tuple[Any, Any]]) -> None:
+def collect(effects: Effects[Message], outcomes: list[tuple[Any, Any]]) -> None:
     """Note the outcomes, each of a kind that a face can pass on."""
-    for waiter, value in batch.outcomes:
+    for waiter, value in effects.outcomes:
         assert isinstance(value, (Message, Receipt, dict, BrokerdError))
         outcomes.append((waiter, value))
-    for error in (*batch.undelivered, *batch.unreadable, *(why for _, why in batch.ended)):
+    for error in (*effects.undelivered, *effects.unreadable, *(why for _, why in effects.ended)):
         assert isinstance(error, BrokerdError)
         str(error).encode()
-    assert batch.broken is None or isinstance(batch.broken, (ProtocolError, AuthenticationError, BrokerdError))
+    assert effects.broken is None or isinstance(effects.broken, (ProtocolError, AuthenticationError, BrokerdError))
 
 
 @settings(max_examples=200)
@@ -111,9 +111,9 @@ def test_call_gets_one_outcome_whatever_the_broker_sends(
     data = b"".join(packed(piece, ids) for piece in pieces)
     broken = None
     for start in range(0, len(data), step):
-        batch = dialog.receive(data[start : start + step], OWNER, 0.0)
-        collect(batch, outcomes)
-        broken = batch.broken
+        effects = dialog.receive(data[start : start + step], OWNER, 0.0)
+        collect(effects, outcomes)
+        broken = effects.broken
         if broken is not None:
             break
     if end == "close":
@@ -164,12 +164,12 @@ def test_exception_in_the_dialog_itself_is_an_outcome(monkeypatch: pytest.Monkey
         raise ZeroDivisionError("a mistake")
 
     monkeypatch.setattr(pair.dialog, "_on_event", fail)
-    batch = pair.hear_frame(Kind.MESSAGE)
-    assert not batch.broken
-    batch = pair.hear_frame(Kind.EVENT, topic="a")
-    assert isinstance(batch.broken, ProtocolError)
-    assert isinstance(batch.broken.__cause__, ZeroDivisionError)
-    [(waiter, error)] = pair.dialog.lost(batch.broken, 0.0, 0.5).outcomes
+    effects = pair.hear_frame(Kind.MESSAGE)
+    assert not effects.broken
+    effects = pair.hear_frame(Kind.EVENT, topic="a")
+    assert isinstance(effects.broken, ProtocolError)
+    assert isinstance(effects.broken.__cause__, ZeroDivisionError)
+    [(waiter, error)] = pair.dialog.lost(effects.broken, 0.0, 0.5).outcomes
     assert (waiter, type(error)) == ("w", InDoubt)
 
 

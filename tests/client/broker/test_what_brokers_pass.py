@@ -19,7 +19,7 @@ from test_dialog import OWNER, Pair
 from brokerd.core.broker import Limits
 from brokerd_client.errors import BrokerdError, Denied, InvalidName, PayloadError
 from brokerd_client.message import Message
-from brokerd_client.protocol.dialog import Batch
+from brokerd_client.protocol.dialog import Effects
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind
 from brokerd_client.wire.framing import frame
 
@@ -45,14 +45,14 @@ class Way:
         self.ann.take()
         self.bob.take()
 
-    def tell(self) -> Batch[Message]:
+    def tell(self) -> Effects[Message]:
         """Pass on what bob's dialog has put out, and let it have the answers."""
         data = self.dialog.data_to_send()
         self.dialog.wrote(len(data))
         self.bob.send_bytes(data)
         return self.hear()
 
-    def hear(self) -> Batch[Message]:
+    def hear(self) -> Effects[Message]:
         """Let the dialog have what the system has taken for bob."""
         data = bytes(self.bob.stream)
         self.bob.stream.clear()
@@ -63,11 +63,11 @@ class Way:
         for body in bodies:
             self.ann.send_bytes(frame(body))
         passed = self.bob.take()
-        batch = self.hear()
-        assert (batch.broken, batch.unreadable) == (None, [])
-        messages = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for m in batch.messages]
-        events = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for _, m in batch.events]
-        outcomes = [value for _, value in batch.outcomes]
+        effects = self.hear()
+        assert (effects.broken, effects.unreadable) == (None, [])
+        messages = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for m in effects.messages]
+        events = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for _, m in effects.events]
+        outcomes = [value for _, value in effects.outcomes]
         for each in passed:
             fields = (each.kind, each.id, each.name, each.codec, each.payload, each.topic, each.extension)
             if each.kind in (Kind.MESSAGE, Kind.REQUEST):
@@ -292,7 +292,7 @@ def test_frame_that_the_broker_passes_is_accepted(bodies: list[bytes]) -> None:
     allowed = sys.get_int_max_str_digits()
     hear = way.hear
 
-    def hear_with_less() -> Batch[Message]:
+    def hear_with_less() -> Effects[Message]:
         sys.set_int_max_str_digits(640)
         return hear()
 
@@ -311,10 +311,10 @@ def test_deepest_extension_needs_little_room_on_the_stack() -> None:
     way.ann.send_bytes(frame(body(extension=nested(32))) + frame(body(extension=nested(32).replace(b"[]", b"{}"))))
     sys.setrecursionlimit(len(inspect.stack()) + 60)
     try:
-        batch = way.hear()
+        effects = way.hear()
     finally:
         sys.setrecursionlimit(limit)
-    assert (len(batch.messages), batch.unreadable) == (2, [])
+    assert (len(effects.messages), effects.unreadable) == (2, [])
 
 
 TOKENS = st.text(max_size=3) | st.sampled_from(["a", "*", ">", "$broker", "\ud800", "é" * 130])
@@ -354,8 +354,8 @@ def test_frame_that_the_library_sends_is_not_malformed(
     except (InvalidName, PayloadError):
         assert not way.dialog.data_to_send()
         return
-    batch = way.tell()
-    assert {error.code for error in batch.undelivered if hasattr(error, "code")} <= {
+    effects = way.tell()
+    assert {error.code for error in effects.undelivered if hasattr(error, "code")} <= {
         "no_such_client",
         "denied",
         "offline",

@@ -14,7 +14,7 @@ from fuzz.script import Script, item
 
 from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, ProtocolError, Refused
 from brokerd_client.message import Message, Receipt
-from brokerd_client.protocol.dialog import Batch, Dialog
+from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.state import Event, State
 from brokerd_client.wire.envelope import HEADER, Kind, split
 from brokerd_client.wire.framing import FrameReader, frame
@@ -113,8 +113,8 @@ def authenticated(dialog: Dialog[Message]) -> None:
 def introduced(dialog: Dialog[Message]) -> None:
     """Let the broker say who the client is."""
     (id,) = (each.id for each in dialog.awaiting._table.values() if each.purpose.name == "WHOAMI")
-    batch = dialog.receive(frame(HEADER.pack(3, 0, 2, 7, id), b"$broker", WHOAMI), Owner(), 0.0)
-    assert batch.broken is None
+    effects = dialog.receive(frame(HEADER.pack(3, 0, 2, 7, id), b"$broker", WHOAMI), Owner(), 0.0)
+    assert effects.broken is None
     assert dialog.state is State.READY
 
 
@@ -161,9 +161,9 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
     data = said(pieces, list(dialog.awaiting._table) or [0])
     broken = None
     for start in range(0, len(data), step):
-        batch = dialog.receive(data[start : start + step], Owner(), 1.0)
-        note(batch, told)
-        broken = batch.broken
+        effects = dialog.receive(data[start : start + step], Owner(), 1.0)
+        note(effects, told)
+        broken = effects.broken
         if broken is not None:
             assert isinstance(broken, ENDS)
             str(broken).encode()
@@ -182,19 +182,19 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
     return [each for each in told if each[0] != "outcome"] + [counters]
 
 
-def note(batch: Batch[Message], told: list[tuple[str, Any]]) -> None:
+def note(effects: Effects[Message], told: list[tuple[str, Any]]) -> None:
     """Note what is in a batch, each of a kind that a face can pass on."""
-    for waiter, value in batch.outcomes:
+    for waiter, value in effects.outcomes:
         assert isinstance(value, (Message, Receipt, dict, BrokerdError))
         told.append(("outcome", waiter))
-    told.extend(("message", (m.kind, m.id, m.sender, m.body, str(m.extension))) for m in batch.messages)
-    for sink, found in batch.events:
+    told.extend(("message", (m.kind, m.id, m.sender, m.body, str(m.extension))) for m in effects.messages)
+    for sink, found in effects.events:
         told.append((f"event {sink}", found.body if isinstance(found, Message) else found))
-    for error in (*batch.undelivered, *batch.unreadable, *(why for _, why in batch.ended)):
+    for error in (*effects.undelivered, *effects.unreadable, *(why for _, why in effects.ended)):
         str(error).encode()
         if isinstance(error, Refused):
             error.name.encode()
-    told.extend(("unreadable", str(error)) for error in batch.unreadable)
+    told.extend(("unreadable", str(error)) for error in effects.unreadable)
     # Those of one read come in an order of their own.
     told.sort(key=lambda each: each[0])
 
