@@ -345,7 +345,7 @@ class Link:
         reason = Disconnected(f"the client does not connect any more: {error or 'its task was cancelled'}")
         reason.__cause__ = error
         self._dialog.state, self._dialog.reason = State.GONE, reason
-        for pending in self._dialog.awaiting.clear():
+        for pending in self._dialog.pending_calls.clear():
             if pending.waiter is not None and not pending.waiter.done():
                 pending.waiter.set_exception(reason)
         self._note_state()
@@ -421,7 +421,7 @@ class Link:
         limit = self._gauge.limit
         over = self._gauge.held > limit and self._gauge.weigh((queue.inbox for queue in self._queues()), limit=limit)
         self._gauge.full = over
-        stretched = len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit
+        stretched = len(self._dialog.pending_calls) > 0 and self._gauge.held <= STRETCH * limit
         # Without the handshake and the introduction there is no connection: they are read whatever is held.
         reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:

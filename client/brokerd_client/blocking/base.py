@@ -565,7 +565,7 @@ class Link:
                 deadline = due if deadline is None else min(deadline, due)
             limit = self._gauge.limit
             full = self._gauge.weigh((queue.inbox for queue in self._queues), limit=limit)
-            reading = not full or (len(self._dialog.awaiting) > 0 and self._gauge.held <= STRETCH * limit)
+            reading = not full or (len(self._dialog.pending_calls) > 0 and self._gauge.held <= STRETCH * limit)
             # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
             # A connection that has ended is read to its end: another one has to be made.
             reading = reading or state in _READING or self._channel.ended

@@ -5,7 +5,7 @@ and the chance of a wait are arguments. The faces (blocking, aio) move the bytes
 and wake who waits; every rule is here or in the dialog's parts (reception, outgoing, incoming, awaiting, routes,
 presence), and told to them in a :class:`Effects`.
 
-Every send has one outcome. One that asked to hear of it is in ``awaiting`` until it has; the others are heard of
+Every send has one outcome. One that asked to hear of it is in ``pending_calls`` until it has; the others are heard of
 when they fail. When the connection goes, a send whose frame may have left this process is in doubt, one whose frame
 has not was not sent; neither is ever repeated here.
 
@@ -230,7 +230,7 @@ class Dialog(Reception[M]):
                 self.retry_at += wait
                 self._attempt += 1
         may_have_left = self._outgoing.handed + doubtful
-        for pending in self.awaiting.clear():
+        for pending in self.pending_calls.clear():
             self._forget_subscription(pending)
             if pending.waiter is not None:
                 left = pending.end <= may_have_left
@@ -267,7 +267,7 @@ class Dialog(Reception[M]):
             self._link_deadline = now + LINGER_S
         else:
             self._link_deadline = None
-        for pending in self.awaiting.clear():
+        for pending in self.pending_calls.clear():
             if pending.waiter is not None:
                 effects.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
         return effects
@@ -287,7 +287,7 @@ class Dialog(Reception[M]):
         """Return when :meth:`tick` is to be called at the latest, or, in WAITING, the next try is due."""
         if self.state is State.WAITING:
             return self.retry_at
-        earliest = self.awaiting.deadline()
+        earliest = self.pending_calls.deadline()
         if self._link_deadline is None:
             return earliest
         return self._link_deadline if earliest is None else min(earliest, self._link_deadline)
@@ -300,7 +300,7 @@ class Dialog(Reception[M]):
             silent = self.state is State.AUTHENTICATING and not self._challenged
             why = SILENT if silent else self.state.value
             effects.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
-        for pending in self.awaiting.overdue(now):
+        for pending in self.pending_calls.overdue(now):
             # What has a deadline has a waiter.
             self._withdraw(pending)
             to = pending.to or pending.about
@@ -360,7 +360,7 @@ class Dialog(Reception[M]):
         """Put out a MESSAGE; the waiter gets a Receipt or an error."""
         id = self._take_id()
         self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, id, to, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
+        self.pending_calls.add(Pending(id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
         return id
 
     def publish_for_receipt(
@@ -375,7 +375,7 @@ class Dialog(Reception[M]):
         """Put out an EVENT; the waiter gets a Receipt or an error."""
         id = self._take_id()
         self._outgoing.put_event(Flag.RECEIPT, id, topic, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic))
+        self.pending_calls.add(Pending(id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic))
         return id
 
     def request(
@@ -390,7 +390,7 @@ class Dialog(Reception[M]):
         """Put out a REQUEST; the waiter gets the REPLY or an error."""
         id = self._take_id()
         self._outgoing.put(Kind.REQUEST, 0, id, to, codec, body, extension)
-        self.awaiting.add(Pending(id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
+        self.pending_calls.add(Pending(id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
         return id
 
     def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
@@ -446,14 +446,14 @@ class Dialog(Reception[M]):
 
     def abandon(self, id: int) -> None:
         """Nobody waits for this outcome any more: what comes of it is counted, and dropped."""
-        pending = self.awaiting.pop(id)
+        pending = self.pending_calls.pop(id)
         if pending is not None:
             self._withdraw(pending)
             self._finish()
 
     def forsake(self, waiter: object) -> None:
         """Expect no outcome for the waiter any more: its caller was interrupted."""
-        for pending in self.awaiting.of(waiter):
+        for pending in self.pending_calls.of(waiter):
             self.abandon(pending.id)
 
     def forget(self, sink: object) -> None:
@@ -510,7 +510,7 @@ class Dialog(Reception[M]):
         self._next_id = id + 1
         self._outgoing.put(Kind.REQUEST, 0, id, BROKER, 2, body, None)
         pending = Pending(id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about)
-        self.awaiting.add(pending)
+        self.pending_calls.add(pending)
         return pending
 
     def _resubscribe(self, entry: SubscriptionEntry) -> None:
@@ -601,7 +601,7 @@ class Dialog(Reception[M]):
 
     def _finish(self) -> None:
         """Ask whether all that was sent is written or reported, once no call waits for its outcome."""
-        if self.state is State.DRAINING and not self._finishing and not self.awaiting:
+        if self.state is State.DRAINING and not self._finishing and not self.pending_calls:
             self._finishing = True
             self._operate("finished", {}, Purpose.FINISHED)
 

@@ -28,7 +28,7 @@ from brokerd_client.errors import (
 from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.protocol.decoder import Incoming, Unreadable
 from brokerd_client.protocol.effects import Effects
-from brokerd_client.protocol.pending import Awaiting, Pending, Purpose
+from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
 
@@ -70,7 +70,7 @@ class Reception(Generic[M]):
         self.undelivered = 0
         #: Frames that could not be read, or were too long, and were skipped.
         self.unreadable = 0
-        self.awaiting = Awaiting()
+        self.pending_calls = PendingTable()
         self.subscriptions = SubscriptionTable()
         self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._incoming = Incoming(message, largest)
@@ -108,20 +108,20 @@ class Reception(Generic[M]):
                     effects.events.append((sink.sink, change))
 
     def _on_receipt(self, id: int, effects: Effects[M]) -> None:
-        pending = self.awaiting.get(id)
+        pending = self.pending_calls.get(id)
         if pending is None or pending.purpose is not Purpose.RECEIPT:
             self.late += 1
             return
-        self.awaiting.pop(id)
+        self.pending_calls.pop(id)
         effects.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
 
     def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
-        pending = self.awaiting.get(message.id)
+        pending = self.pending_calls.get(message.id)
         if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
             self.late += 1
             return
         if pending.purpose is Purpose.REQUEST:
-            self.awaiting.pop(message.id)
+            self.pending_calls.pop(message.id)
             effects.outcomes.append((pending.waiter, message))
             return
         try:
@@ -129,7 +129,7 @@ class Reception(Generic[M]):
         except ProtocolError as error:
             self._fail(pending, error, effects)
             return
-        self.awaiting.pop(message.id)
+        self.pending_calls.pop(message.id)
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, answer))
 
@@ -156,7 +156,7 @@ class Reception(Generic[M]):
         """End a call whose answer is not valid. Raises the error where no caller waits: the connection is over."""
         if pending.waiter is None and pending.purpose is not Purpose.FORGET:
             raise error
-        self.awaiting.pop(pending.id)
+        self.pending_calls.pop(pending.id)
         self._withdraw(pending)
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, error))
@@ -164,7 +164,7 @@ class Reception(Generic[M]):
     def _on_unreadable(self, frame: Unreadable, effects: Effects[M]) -> None:
         """Report a frame that was skipped: to the call that it answers, else to the log, and to a requester."""
         self.unreadable += 1
-        pending = self.awaiting.get(frame.id)
+        pending = self.pending_calls.get(frame.id)
         if pending is not None and _may_answer(frame, pending):
             error = ProtocolError(f"the answer to {frame.id} can't be read: {frame.error}")
             error.__cause__ = frame.error
@@ -180,12 +180,12 @@ class Reception(Generic[M]):
         most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
         code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
         name = _text(said.get("name"), _MOST_NAME)
-        pending = self.awaiting.get(envelope.id)
+        pending = self.pending_calls.get(envelope.id)
         if envelope.name != BROKER:
             if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
                 self.late += 1
                 return
-            self.awaiting.pop(envelope.id)
+            self.pending_calls.pop(envelope.id)
             # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
             effects.outcomes.append((pending.waiter, failed))
@@ -204,7 +204,7 @@ class Reception(Generic[M]):
             self.undelivered += 1
             effects.undelivered.append(error)
             return
-        self.awaiting.pop(envelope.id)
+        self.pending_calls.pop(envelope.id)
         self._on_refusal(pending, error, effects)
 
     def _on_refusal(self, pending: Pending, error: BrokerdError, effects: Effects[M]) -> None:

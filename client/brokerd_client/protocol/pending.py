@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
-__all__ = ["Awaiting", "Pending", "Purpose"]
+__all__ = ["PendingTable", "Pending", "Purpose"]
 
 #: Deadlines of finished sends that may stay in the heap, before it is built anew.
 _STALE: Final = 64
@@ -75,7 +75,7 @@ class Pending:
         return not name or name == self.about or name.partition("/")[0] == self.to.partition("/")[0]
 
 
-class Awaiting:
+class PendingTable:
     """The table of pending sends, and the earliest of their deadlines."""
 
     __slots__ = ("_deadlines", "_table")

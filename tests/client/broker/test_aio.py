@@ -123,7 +123,7 @@ def test_cancelled_request_leaves_nothing(server: FakeServer) -> None:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(isinstance(result, asyncio.CancelledError) for result in results)
-            assert len(alice._dialog.awaiting) == 0
+            assert len(alice._dialog.pending_calls) == 0
             for request in requests:
                 await request.reply("late")
             await until(lambda: alice.counters["late"] == 200)

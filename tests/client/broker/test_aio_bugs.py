@@ -276,7 +276,7 @@ def test_call_that_the_dialog_forgot_ends_at_its_timeout(
             network.broker.intercept = lambda session, envelope: True
             calling = asyncio.ensure_future(call(alice))
             await asyncio.sleep(0.01)
-            alice._dialog.awaiting.clear()
+            alice._dialog.pending_calls.clear()
             began = time.monotonic()
             try:
                 outcome = await asyncio.wait_for(calling, 5)

@@ -81,7 +81,7 @@ def moments(network: MemoryBroker, *, twice: bool = False) -> list[Cancelling]:
 def require_nothing_left(client: aio.Client, network: MemoryBroker) -> None:
     """Raise AssertionError where a call has left something in the client or at the broker."""
     dialog = client._dialog
-    assert len(dialog.awaiting) == 0
+    assert len(dialog.pending_calls) == 0
     assert len(dialog.subscriptions) == 0
     assert dialog._watches == {}
     assert client._feeds == set()
@@ -335,7 +335,7 @@ def test_calls_cancelled_at_random_for_seconds_leave_nothing(server: FakeServer)
                 done += 20
             await alice.ping()
             assert done > 1000
-            assert len(alice._dialog.awaiting) == 0
+            assert len(alice._dialog.pending_calls) == 0
             assert len(alice._dialog.subscriptions) == 0
             assert alice._dialog._watches == {}
             assert alice._feeds == set()

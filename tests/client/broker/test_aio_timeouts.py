@@ -79,7 +79,7 @@ def test_timeout_that_is_not_valid_is_refused(
             with pytest.raises(ValueError, match="a timeout is a number of seconds of at least 0, not"):
                 await call(alice, timeout)
             assert not any(envelope.name == "bob" or envelope.topic == "t" for envelope in network.broker.seen)
-            assert len(alice._dialog.awaiting) == 0
+            assert len(alice._dialog.pending_calls) == 0
             with pytest.raises(TypeError, match="a timeout is a number of seconds or None, not str"):
                 await call(alice, "5")
 

@@ -283,7 +283,7 @@ def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         alice.request("bob", 1)
     monkeypatch.undo()
-    until(lambda: len(alice._dialog.awaiting) == 0)
+    until(lambda: len(alice._dialog.pending_calls) == 0)
     alice.close()
     join_bob.close()
 

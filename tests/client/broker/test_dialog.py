@@ -404,7 +404,7 @@ def test_request_gets_its_reply(pair: Pair) -> None:
     """The reply with the request's id, from the one who was asked, is the outcome; nothing stays behind."""
     id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
     [(waiter, reply)] = pair.hear_frame(Kind.REPLY, id, "bob", payload=b"!").outcomes
-    assert (waiter, reply.body, len(pair.dialog.awaiting), pair.dialog.next_deadline()) == ("w", b"!", 0, None)
+    assert (waiter, reply.body, len(pair.dialog.pending_calls), pair.dialog.next_deadline()) == ("w", b"!", 0, None)
 
 
 def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
@@ -421,7 +421,7 @@ def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
     """A reply with the right id from the wrong client is dropped and counted; the request still waits."""
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, id, sender).outcomes
-    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (1, 1)
+    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (1, 1)
 
 
 def test_refused_request(pair: Pair) -> None:
@@ -440,7 +440,7 @@ def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
     )
     assert not effects.outcomes
     assert [type(error) for error in effects.undelivered] == [Offline]
-    assert len(pair.dialog.awaiting) == 1
+    assert len(pair.dialog.pending_calls) == 1
 
 
 def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> None:
@@ -484,7 +484,7 @@ def test_error_of_another_client_is_dropped(pair: Pair) -> None:
     second = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     for id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
         assert not pair.hear_frame(Kind.ERROR, id, sender, payload=b"{}").outcomes
-    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (3, 2)
+    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (3, 2)
 
 
 def test_receipts(pair: Pair) -> None:
@@ -543,7 +543,7 @@ def test_deadlines_are_kept_in_order(pair: Pair) -> None:
     [(waiter, error)] = pair.dialog.tick(99.0).outcomes
     assert (waiter, type(error)) == ("slow", TimedOut)
     assert not pair.hear_frame(Kind.REPLY, first).outcomes
-    assert (pair.dialog.late, len(pair.dialog.awaiting)) == (1, 1)
+    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (1, 1)
 
 
 def test_earliest_of_link_and_request(pair: Pair) -> None:
@@ -558,14 +558,14 @@ def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
     pair.dialog.abandon(id)
     pair.dialog.abandon(id)
     assert not pair.hear_frame(Kind.REPLY, id).outcomes
-    assert (len(pair.dialog.awaiting), pair.dialog.next_deadline(), pair.dialog.late) == (0, None, 1)
+    assert (len(pair.dialog.pending_calls), pair.dialog.next_deadline(), pair.dialog.late) == (0, None, 1)
 
 
 def test_many_finished_requests_leave_no_deadlines(pair: Pair) -> None:
     """The heap of deadlines does not grow with the requests that are done."""
     for _ in range(1000):
         pair.dialog.abandon(pair.dialog.request("bob", 0, b"", None, "w", 5.0))
-    assert len(pair.dialog.awaiting._deadlines) < 100
+    assert len(pair.dialog.pending_calls._deadlines) < 100
 
 
 @pytest.mark.parametrize("how", ["abandon", "deadline"])
@@ -1114,7 +1114,7 @@ def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpos
     assert not pair.hear(with_extension(TOO_DEEP, kind, id, b"carol")).outcomes
     effects = pair.hear(with_extension(TOO_DEEP, kind, id, name))
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
-    assert (effects.unreadable, effects.broken, len(pair.dialog.awaiting)) == ([], None, 0)
+    assert (effects.unreadable, effects.broken, len(pair.dialog.pending_calls)) == ([], None, 0)
 
 
 @given(st.binary(max_size=200), st.integers(1, 40))
@@ -1279,7 +1279,7 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
     second, _ = pair.dialog.subscribe("b", None, "third", "w", None)
     pair.dialog.abandon(second)
     effects = pair.talk()
-    assert (effects.outcomes, effects.undelivered, len(pair.dialog.awaiting)) == ([], [], 0)
+    assert (effects.outcomes, effects.undelivered, len(pair.dialog.pending_calls)) == ([], [], 0)
 
 
 # The broker goes away

@@ -267,7 +267,7 @@ def check_exercise(server: RunningBroker, name: str, step: int) -> None:
         for _ in positions(exercise(alice, request)[name], step):
             assert alice.control("ping", timeout=PATIENCE) == {}
         until(lambda: len(alice._dialog.subscriptions) == 0)
-        until(lambda: len(alice._dialog.awaiting) == 0)
+        until(lambda: len(alice._dialog.pending_calls) == 0)
         until(lambda: len(alice._queues) == 3)
         assert not alice._calls
 

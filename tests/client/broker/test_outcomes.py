@@ -125,18 +125,18 @@ def test_call_gets_one_outcome_whatever_the_broker_sends(
             assert all(told[waiter] for waiter, (_, deadline) in zip(waiters, calls, strict=True) if deadline)
         collect(dialog.lost(broken or LOST, 10.0, 0.5), outcomes)
     assert Counter(waiter for waiter, _ in outcomes) == Counter(waiters)
-    assert len(dialog.awaiting) == 0
+    assert len(dialog.pending_calls) == 0
     if dialog.state is not State.WAITING:
         return
     # The subscriptions and watches that are left are made again; the answers to that are anything, too.
     dialog.dialing(10.0)
     dialog.opened(NONCE)
     session_data = again(pair)
-    own = list(dialog.awaiting._table)
+    own = list(dialog.pending_calls._table)
     collect(dialog.receive(session_data + b"".join(packed(piece, own) for piece in later), OWNER, 10.0), outcomes)
     collect(dialog.lost(LOST, 10.0, 0.5), outcomes)
     assert Counter(waiter for waiter, _ in outcomes) == Counter(waiters)
-    assert len(dialog.awaiting) == 0
+    assert len(dialog.pending_calls) == 0
     assert dialog.name == "alice"
 
 
@@ -181,4 +181,4 @@ def test_operation_answered_with_no_object_fails_at_once(payload: bytes) -> None
     id = pair.dialog.control("ping", {}, "w", None)
     [(waiter, error)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
     assert (waiter, type(error)) == ("w", ProtocolError)
-    assert len(pair.dialog.awaiting) == 0
+    assert len(pair.dialog.pending_calls) == 0

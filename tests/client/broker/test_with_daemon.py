@@ -397,7 +397,7 @@ def test_timeouts_leave_nothing(connect: Connect) -> None:
         alice.request("bob", 1, timeout=0.05)
     bob.recv(PATIENCE).reply("late")
     until(lambda: alice.counters["late"] == 1)
-    assert len(alice._dialog.awaiting) == 0
+    assert len(alice._dialog.pending_calls) == 0
 
 
 def test_topics(connect: Connect) -> None:

@@ -112,7 +112,7 @@ def authenticated(dialog: Dialog[Message]) -> None:
 
 def introduced(dialog: Dialog[Message]) -> None:
     """Let the broker say who the client is."""
-    (id,) = (each.id for each in dialog.awaiting._table.values() if each.purpose.name == "WHOAMI")
+    (id,) = (each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI")
     effects = dialog.receive(frame(HEADER.pack(3, 0, 2, 7, id), b"$broker", WHOAMI), Owner(), 0.0)
     assert effects.broken is None
     assert dialog.state is State.READY
@@ -158,7 +158,7 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
         dialog.dialing(0.0)
         dialog.opened(NONCE)
         authenticated(dialog)
-    data = said(pieces, list(dialog.awaiting._table) or [0])
+    data = said(pieces, list(dialog.pending_calls._table) or [0])
     broken = None
     for start in range(0, len(data), step):
         effects = dialog.receive(data[start : start + step], Owner(), 1.0)
@@ -172,9 +172,9 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
     assert dialog.name == "alice"
     written(dialog, stage)
     note(dialog.tick(10.0), told)
-    assert all(each.deadline is None for each in dialog.awaiting._table.values())
+    assert all(each.deadline is None for each in dialog.pending_calls._table.values())
     note(dialog.lost(broken or GONE, 10.0, 0.5), told)
-    assert len(dialog.awaiting) == 0
+    assert len(dialog.pending_calls) == 0
     outcomes = Counter(waiter for what, waiter in told if what == "outcome")
     assert outcomes == Counter(waiters)
     # An answer of ours may be lost that has the id of something that was refused; when that was heard of decides.
