@@ -501,7 +501,7 @@ class Link:
         self._clear = False
         # After an interrupted write, bytes may have left that nothing here knows of.
         in_order = not self._channel.unsure and self._dialog.in_order(len(self._channel.backlog))
-        doubtful = 0 if in_order else self._dialog.unhanded
+        doubtful = 0 if in_order else self._dialog.unwritten
         effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True

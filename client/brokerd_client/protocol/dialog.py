@@ -188,9 +188,9 @@ class Dialog(Reception[M]):
         self._outgoing.recover(given, waiting)
 
     @property
-    def unhanded(self) -> int:
+    def unwritten(self) -> int:
         """Bytes put out that :meth:`wrote` has not been told of; after an interrupted call some of these have left."""
-        return max(0, self._outgoing.queued - self._outgoing.handed)
+        return max(0, self._outgoing.queued - self._outgoing.written)
 
     @property
     def untaken(self) -> int:
@@ -229,7 +229,7 @@ class Dialog(Reception[M]):
             if not at_once:
                 self.retry_at += wait
                 self._attempt += 1
-        may_have_left = self._outgoing.handed + doubtful
+        may_have_left = self._outgoing.written + doubtful
         for pending in self.pending_calls.clear():
             self._forget_subscription(pending)
             if pending.waiter is not None:
@@ -237,7 +237,7 @@ class Dialog(Reception[M]):
                 effects.outcomes.append(
                     (pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left))
                 )
-        for end, id, to in self._outgoing.take_unhanded():
+        for end, id, to in self._outgoing.take_unwritten():
             effects.undelivered.append(self._loss(id, to, left=end <= may_have_left))
         self.undelivered += len(effects.undelivered)
         for watch in self._watches:
@@ -317,7 +317,7 @@ class Dialog(Reception[M]):
         id = self._next_id
         self._next_id = id + 1
         self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
-        self._outgoing.unheard(id, to)
+        self._outgoing.without_receipt(id, to)
         return id
 
     def send_many(self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]) -> list[int]:
@@ -333,19 +333,19 @@ class Dialog(Reception[M]):
         """Put out a MESSAGE whose id the face has given already."""
         self.require_ready()
         self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
-        self._outgoing.unheard(id, to)
+        self._outgoing.without_receipt(id, to)
 
     def publish_as(self, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
         """Put out an EVENT whose id the face has given already."""
         self.require_ready()
         self._outgoing.put_event(0, id, topic, codec, body, extension)
-        self._outgoing.unheard(id, topic)
+        self._outgoing.without_receipt(id, topic)
 
     def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out an EVENT nobody waits for; return its id."""
         id = self._take_id()
         self._outgoing.put_event(0, id, topic, codec, body, extension)
-        self._outgoing.unheard(id, topic)
+        self._outgoing.without_receipt(id, topic)
         return id
 
     def send_for_receipt(
@@ -397,7 +397,7 @@ class Dialog(Reception[M]):
         """Put out the REPLY to a request; id: the request's."""
         self._require_link()
         self._outgoing.put(Kind.REPLY, 0, id, to, codec, body, extension)
-        self._outgoing.unheard(id, to)
+        self._outgoing.without_receipt(id, to)
 
     def fail(self, to: str, id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
@@ -581,14 +581,14 @@ class Dialog(Reception[M]):
 
     def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
         # A broker that sends them and reads nothing can't fill memory with the answers.
-        if self._outgoing.queued - self._outgoing.handed < _ANSWERING:
+        if self._outgoing.queued - self._outgoing.written < _ANSWERING:
             self._refuse(to, id, code, text)
 
     def _refuse(self, to: str, id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
             self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
-            self._outgoing.unheard(id, to)
+            self._outgoing.without_receipt(id, to)
 
     def _on_goaway(self) -> None:
         self._goaway = True

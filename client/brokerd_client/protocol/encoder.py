@@ -40,16 +40,16 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 class Outgoing:
     """The bytes of one connection after the other, counted from each connection's first."""
 
-    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unhanded", "handed", "queued")
+    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unwritten", "written", "queued")
 
     def __init__(self) -> None:
         #: Bytes put out on this connection so far, and how many of them the face has seen off.
         self.queued = 0
-        self.handed = 0
+        self.written = 0
         self._taken = 0
         self._parts: list[bytes] = []
         #: Sends without a receipt that the face has not seen off yet.
-        self._unhanded: list[Iterable[tuple[int, int, str]]] = []
+        self._unwritten: list[Iterable[tuple[int, int, str]]] = []
         #: Ids of which the broker has said no before the face had seen all off: of these somebody has heard.
         self._refused: set[int] = set()
         self._recipients = _Recipients()
@@ -59,7 +59,7 @@ class Outgoing:
     def reset(self) -> None:
         """Begin a connection."""
         self._parts.clear()
-        self.queued = self._taken = self.handed = 0
+        self.queued = self._taken = self.written = 0
 
     def data(self) -> bytes:
         """Return what is to be written, and forget it."""
@@ -77,9 +77,9 @@ class Outgoing:
         self._parts.clear()
         self._taken = self.queued
         # As in wrote(), without the call.
-        self.handed += size
-        if self.handed == self.queued and self._unhanded:
-            self._unhanded.clear()
+        self.written += size
+        if self.written == self.queued and self._unwritten:
+            self._unwritten.clear()
             if self._refused:
                 self._refused.clear()
 
@@ -93,7 +93,7 @@ class Outgoing:
             self._parts.clear()
             self._taken = given
         self.queued = self._taken + sum(map(len, self._parts))
-        self.handed = self._taken - waiting
+        self.written = self._taken - waiting
         self.wrote(0)
 
     def drop(self) -> None:
@@ -111,31 +111,31 @@ class Outgoing:
 
         It is not after a call that was interrupted while it put out or wrote a frame.
         """
-        return not self._parts and self._taken == self.queued == self.handed + waiting
+        return not self._parts and self._taken == self.queued == self.written + waiting
 
     def wrote(self, size: int) -> None:
         """So many more bytes are the operating system's now."""
-        self.handed += size
-        if self.handed == self.queued and self._unhanded:
-            self._unhanded.clear()
+        self.written += size
+        if self.written == self.queued and self._unwritten:
+            self._unwritten.clear()
             if self._refused:
                 self._refused.clear()
 
     def refused(self, id: int) -> None:
         """The broker has said no to this one, so that it has left: a loss says nothing about it."""
-        if self._unhanded and len(self._refused) < _MOST_REFUSED:
+        if self._unwritten and len(self._refused) < _MOST_REFUSED:
             self._refused.add(id)
 
-    def unheard(self, id: int, to: str) -> None:
+    def without_receipt(self, id: int, to: str) -> None:
         """Nobody waits for what becomes of the frame that was put out last."""
-        self._unhanded.append(((self.queued, id, to),))
+        self._unwritten.append(((self.queued, id, to),))
 
-    def take_unhanded(self) -> Iterator[tuple[int, int, str]]:
+    def take_unwritten(self) -> Iterator[tuple[int, int, str]]:
         """Yield, and forget, (where its frame ends, id, to) of every send nobody waits for that is not seen off yet."""
-        unhanded, self._unhanded = self._unhanded, []
+        unwritten, self._unwritten = self._unwritten, []
         refused, self._refused = self._refused, set()
-        for end, id, to in chain.from_iterable(unhanded):
-            if end > self.handed and id not in refused:
+        for end, id, to in chain.from_iterable(unwritten):
+            if end > self.written and id not in refused:
                 yield end, id, to
 
     def put(
@@ -182,12 +182,12 @@ class Outgoing:
         if sizes and max(sizes) >= _MAX_SHORT_BODY:
             for id, each, codec, body in zip(ids, to, codecs, bodies, strict=True):
                 self.put(_MESSAGE_KIND, 0, id, each, codec, body, None)
-                self.unheard(id, each)
+                self.without_receipt(id, each)
             return
         # No step of this is a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
         data = b"".join(chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True)))
-        self._unhanded.append(_Bulk(self.queued, ids, to, names, sizes))
+        self._unwritten.append(_Bulk(self.queued, ids, to, names, sizes))
         self._parts.append(data)
         self.queued += len(data)
 
