@@ -200,7 +200,7 @@ def _signals_go_to(
         for number, action in actions.items():
             loop.add_signal_handler(number, action, number.name)
     except NotImplementedError:
-        until_the_end = _signals_ring(loop, actions)
+        until_the_end = _signals_wake(loop, actions)
     with until_the_end:
         yield
 
@@ -260,23 +260,23 @@ def _ignore_signal(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals_ring(
+def _signals_wake(
     loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[str], None]]
 ) -> Iterator[None]:
     """Do the same where the loop can't, on Windows: nothing but a socket wakes a loop that waits for sockets."""
-    ear, bell = socket.socketpair()
+    waker_out, waker_in = socket.socketpair()
 
-    def on_ring() -> None:
-        for number in map(signal.Signals, ear.recv(64)):
+    def on_wake() -> None:
+        for number in map(signal.Signals, waker_out.recv(64)):
             if number in actions:
                 actions[number](number.name)
 
-    with ear, bell:
-        ear.setblocking(False)
-        bell.setblocking(False)
-        loop.add_reader(ear, on_ring)
+    with waker_out, waker_in:
+        waker_out.setblocking(False)
+        waker_in.setblocking(False)
+        loop.add_reader(waker_out, on_wake)
         # Python writes the number of every signal to this, whatever else is done about it.
-        ringing_before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+        ringing_before = signal.set_wakeup_fd(waker_in.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in actions}
         try:
             yield
@@ -284,4 +284,4 @@ def _signals_ring(
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(ringing_before)
-            loop.remove_reader(ear)
+            loop.remove_reader(waker_out)

@@ -333,7 +333,7 @@ class Inheritance:
         self._now = server.loop.time()
         wanted = {entry.address: entry for entry in listen}
         #: Each with its entry of the new configuration, None where that has none.
-        self._listening = [(each, wanted.get(each.config.address)) for each in map(self._ear, facts["listening"])]
+        self._listening = [(each, wanted.get(each.config.address)) for each in map(self._waker_out, facts["listening"])]
         self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, ahead.copies)
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
@@ -362,7 +362,7 @@ class Inheritance:
     def _socket(self, facts: Facts) -> socket.socket:
         return _opened(facts, next(self._rest))
 
-    def _ear(self, facts: Facts) -> Listening:
+    def _waker_out(self, facts: Facts) -> Listening:
         place = Address(*facts["configured"])
         former = ListenConfig(place, facts["mode"], facts["group"], allow_md5=False, source=_NOWHERE)
         inode = None if facts["inode"] is None else (facts["inode"][0], facts["inode"][1])

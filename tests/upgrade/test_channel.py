@@ -161,36 +161,36 @@ def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None
 
 def pipe_that_goes_over(sender: Channel, text: bytes) -> int:
     """Send a message and beside it one descriptor, of a pipe nobody else writes to; return the end to read from."""
-    ear, mouth = os.pipe()
-    os.set_blocking(ear, False)
+    waker_out, mouth = os.pipe()
+    os.set_blocking(waker_out, False)
     sock: Any = sender._sock
     sock.sendall(b"bkUP" + len(text).to_bytes(4) + text)
     socket.send_fds(sock, [b"D"], [mouth])
     os.close(mouth)
-    return ear
+    return waker_out
 
 
 def test_descriptors_of_a_message_that_breaks_off_are_closed(ends: tuple[Channel, Channel]) -> None:
     """Nobody else knows of those that had come: the pipe ends, because nobody holds its other end any more."""
-    ear = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
+    waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
     try:
         ends[0].close()
         with pytest.raises(ChannelError, match="it closed the connection between us"):
             ends[1].receive(within_s=5)
-        assert os.read(ear, 1) == b""
+        assert os.read(waker_out, 1) == b""
     finally:
-        os.close(ear)
+        os.close(waker_out)
 
 
 def test_descriptors_beside_another_word_are_closed(ends: tuple[Channel, Channel]) -> None:
     """What comes with a message that nobody wants belongs to nobody."""
-    ear = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
+    waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
     try:
         with pytest.raises(ChannelError, match="it said 'state' where 'ready' was expected"):
             ends[1].expect("ready", within_s=5)
-        assert os.read(ear, 1) == b""
+        assert os.read(waker_out, 1) == b""
     finally:
-        os.close(ear)
+        os.close(waker_out)
 
 
 @pytest.mark.parametrize("length", [1 << 50, 1 << 80])

@@ -51,21 +51,21 @@ class PipeListener:
         self._come: deque[BridgedSocket | OSError] = deque()
         self._room = threading.Condition()
         self._closing = threading.Event()
-        self._ear, self._bell = socket.socketpair()
-        self._ear.setblocking(False)
+        self._waker_out, self._waker_in = socket.socketpair()
+        self._waker_out.setblocking(False)
         self._thread = threading.Thread(target=self._take_connections, name=f"named pipe {name}", daemon=True)
         self._thread.start()
 
     def fileno(self) -> int:
         """Return a descriptor that can be read from when accept() will not raise BlockingIOError."""
-        return self._ear.fileno()
+        return self._waker_out.fileno()
 
     def accept(self) -> tuple[BridgedSocket, str]:
         """Return a socket that stands for the next connection, and the pipe's name, for a pipe's peer has none.
 
         Raises BlockingIOError: nobody has come. Raises OSError with ENOBUFS: the system has no room for one who came.
         """
-        self._ear.recv(1)
+        self._waker_out.recv(1)
         with self._room:
             come = self._come.popleft()
             self._room.notify()
@@ -86,8 +86,8 @@ class PipeListener:
             if isinstance(come, BridgedSocket):
                 come.close()
         self._come.clear()
-        self._ear.close()
-        self._bell.close()
+        self._waker_out.close()
+        self._waker_in.close()
 
     def _take_connections(self) -> None:
         with contextlib.closing(self._pipe_server):
@@ -106,7 +106,7 @@ class PipeListener:
         with self._room:
             self._room.wait_for(lambda: len(self._come) < _WAITING or self._closing.is_set())
             self._come.append(come)
-        self._bell.send(b"\0")
+        self._waker_in.send(b"\0")
 
 
 def open_pipe(name: str) -> PipeListener:

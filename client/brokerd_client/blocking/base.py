@@ -147,7 +147,7 @@ class Link:
         except BaseException as error:
             # Before the thread is asked for: a thread that begins to run after this ends at once.
             self._dropped = True
-            self._channel.ring()
+            self._channel.wake()
             if self._thread.is_alive():
                 self._thread.join(_STOP_S)
             if not self._thread.is_alive():
@@ -175,7 +175,7 @@ class Link:
         self._dispatcher.warn_of_more(time.monotonic())
         # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
         self._dropped = True
-        self._channel.ring()
+        self._channel.wake()
 
     def forked(self) -> None:
         """This is a copy, in a child of the process that made the client. See brokerd_client._common.forks."""
@@ -232,7 +232,7 @@ class Link:
                 channel = self._channel
                 if not channel.unsure and self._dialog.in_order(len(channel.backlog)):
                     self._settle()
-            self._channel.ring()
+            self._channel.wake()
 
     def _holds_up(self) -> bool:
         """Return whether a call of this client is below this one on the stack, behind a frame that is not the client's.
@@ -308,7 +308,7 @@ class Link:
                 if remaining is not None and remaining <= 0:
                     raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
                 # An interrupted call may have left that to do.
-                self._channel.ring()
+                self._channel.wake()
                 if not wait_at(mine, remaining) and not self._changes.leave(mine):
                     # It is being opened at this moment: not to be used twice.
                     mine = gate()
@@ -361,7 +361,7 @@ class Link:
         """Have the I/O thread do it, soon."""
         self._chores.append((act, None))
         self._clear = False
-        self._channel.ring()
+        self._channel.wake()
         if self._over:
             self._do_chores()
 
@@ -372,7 +372,7 @@ class Link:
         try:
             self._calls.add(call)
             self._chores.append((act, call))
-            self._channel.ring()
+            self._channel.wake()
             if self._over:
                 self._do_chores()
             call.wait(None)
@@ -424,11 +424,11 @@ class Link:
             self._dialog.took(self._channel.write(data))
         if self._channel.backlog or self._chores:
             self._clear = False
-            self._channel.ring()
+            self._channel.wake()
             return False
         if awaited and self._gauge.full:
             # The outcome may be behind what is not being read.
-            self._channel.ring()
+            self._channel.wake()
         return True
 
     def _settle(self) -> None:
@@ -486,7 +486,7 @@ class Link:
                 self._dispatcher.tell_undelivered(error, now)
             self._dispatcher.report(effects, now)
             if was_due is None and self._dispatcher.warning_due is not None:
-                self._channel.ring()
+                self._channel.wake()
         if effects.broken is not None:
             # The peer may be owed the word that it was rejected.
             if self._channel.open and not self._channel.connecting:
@@ -508,7 +508,7 @@ class Link:
         # Before the boxes end, so that on_undelivered hears of a last loss too.
         self._absorb(effects, now)
         self._note_state()
-        self._channel.ring()
+        self._channel.wake()
 
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""

@@ -162,7 +162,7 @@ class Client(Link):
                         id = dialog.send(to, number, body, extension)
                         dialog.took(channel.write(dialog.peek()))
                         if channel.backlog or self._chores:
-                            channel.ring()
+                            channel.wake()
                         else:
                             self._clear = True
                         return id

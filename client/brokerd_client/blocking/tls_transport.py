@@ -67,7 +67,7 @@ class TlsChannel(Channel):
         sent = super().write(data)
         if self._stream is not None and self._stream.unsent:
             # Only the I/O thread waits for room.
-            self.ring()
+            self.wake()
         return sent
 
     def _send_encrypted(self, data: bytes | memoryview) -> int:

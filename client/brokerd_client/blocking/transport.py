@@ -63,10 +63,10 @@ class Channel:
         self._vanished = False
         #: The peer sends nothing more. A wait that does not read has found that out.
         self.ended = False
-        self._ear, self._bell = socket.socketpair()
-        self._ear.setblocking(False)
-        self._bell.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._waker_out, self._waker_in = socket.socketpair()
+        self._waker_out.setblocking(False)
+        self._waker_in.setblocking(False)
+        self._selector.register(self._waker_out, selectors.EVENT_READ)
 
     @property
     def open(self) -> bool:
@@ -115,7 +115,7 @@ class Channel:
         if found is not None:
             return found
         if self._lookup is None:
-            self._lookup = Lookup(host, port, self.ring)
+            self._lookup = Lookup(host, port, self.wake)
         if self._lookup.done:
             lookup, self._lookup = self._lookup, None
             return lookup.result()
@@ -237,9 +237,9 @@ class Channel:
         self._arm(mask)
         found = 0
         for key, ready in self._selector.select(timeout):
-            if key.fileobj is self._ear:
+            if key.fileobj is self._waker_out:
                 with contextlib.suppress(BlockingIOError, InterruptedError):
-                    while self._ear.recv(4096):
+                    while self._waker_out.recv(4096):
                         pass
             else:
                 found = ready
@@ -280,10 +280,10 @@ class Channel:
             self._selector.unregister(self._socket)
         self._mask = mask
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the I/O thread. Never blocks: a bell that is full has been heard."""
         try:
-            self._bell.send(b"!")
+            self._waker_in.send(b"!")
         except OSError as error:
             if not by_system(error):
                 raise
@@ -314,7 +314,7 @@ class Channel:
         with contextlib.suppress(OSError):
             self._selector.close()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._selector.register(self._waker_out, selectors.EVENT_READ)
         self._mask = 0
         self.drop()
 
@@ -322,12 +322,12 @@ class Channel:
         """Close everything. The I/O thread's last act."""
         self.drop()
         self._selector.close()
-        self._ear.close()
-        self._bell.close()
+        self._waker_out.close()
+        self._waker_in.close()
 
     def disown(self) -> None:
         """Close the copies a fork has made; the parent's connection and selector stay as they are."""
-        for sock in (self._socket, self._ear, self._bell):
+        for sock in (self._socket, self._waker_out, self._waker_in):
             if sock is not None:
                 sock.close()
         self._selector.close()

@@ -191,7 +191,7 @@ class WaitQueue(Generic[T]):
         if not gauge.asked:
             gauge.asked = True
             try:
-                self._channel.ring()
+                self._channel.wake()
             except BaseException:
                 gauge.asked = False
                 raise

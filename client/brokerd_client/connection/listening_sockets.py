@@ -121,16 +121,16 @@ class SocketServer:
             path.chmod(_OWNER_ONLY)
 
     def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
-        server, bell = self._socket.fileno(), self._ends[0].fileno()
+        server, waker = self._socket.fileno(), self._ends[0].fileno()
         if server < 0:
             return False, set()
-        waiting = [server, bell, *(channel.fileno() for channel in channels)]
+        waiting = [server, waker, *(channel.fileno() for channel in channels)]
         ready = set(readable(waiting, timeout))
-        if bell in ready:
+        if waker in ready:
             with contextlib.suppress(OSError):
                 self._ends[0].recv(4096)
         come = server in ready
-        return come, ready - {server, bell}
+        return come, ready - {server, waker}
 
     def take(self) -> tuple[Channel, object] | None:
         try:

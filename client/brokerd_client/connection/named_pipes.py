@@ -195,7 +195,7 @@ if sys.platform == "win32":
             self.address = address
             self._handle: int | None = None
             self._connecting: Any = None
-            self._bell, self._rope = standard.Pipe(duplex=False)
+            self._waker_in, self._rope = standard.Pipe(duplex=False)
             try:
                 self._handle = _new_instance(address, first=True)
             except BaseException:
@@ -219,10 +219,10 @@ if sys.platform == "win32":
                         raise
                     return True, set()
             come = [self._connecting.event]
-            waiting = [*come, self._bell, *(channel.connection for channel in channels)]
+            waiting = [*come, self._waker_in, *(channel.connection for channel in channels)]
             ready = standard.wait(waiting, shortened(timeout))
-            if self._bell in ready:
-                self._bell.recv_bytes()
+            if self._waker_in in ready:
+                self._waker_in.recv_bytes()
             return come[0] in ready, {each.fileno() for each in ready if isinstance(each, PipeConnection)}
 
         def take(self) -> tuple[PipeChannel, object] | None:
@@ -252,7 +252,7 @@ if sys.platform == "win32":
                     connecting.GetOverlappedResult(True)
             if handle is not None:
                 _winapi.CloseHandle(handle)
-            self._bell.close()
+            self._waker_in.close()
             self._rope.close()
 
         def renew(self) -> None:

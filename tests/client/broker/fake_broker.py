@@ -172,7 +172,7 @@ class FakeServer:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
         self._listener.listen(128)
-        self._wake, self._bell = socket.socketpair()
+        self._wake, self._waker_in = socket.socketpair()
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="fake broker")
         self._thread.start()
@@ -183,14 +183,14 @@ class FakeServer:
             self._stopping = True
             # It may have seen that by itself, and be gone.
             with contextlib.suppress(OSError):
-                self.ring()
+                self.wake()
             self._thread.join(10)
             assert not self._thread.is_alive()
             self._thread = None
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Have the thread look at everything again."""
-        self._bell.send(b"!")
+        self._waker_in.send(b"!")
 
     def drop(self, name: str) -> None:
         """Close the connection of one client, without a word."""
@@ -198,13 +198,13 @@ class FakeServer:
             session = self.broker.online[name]
             session.failed = True
             session.out.clear()
-        self.ring()
+        self.wake()
 
     def act(self, action: Callable[[FakeBroker], object]) -> None:
         """Do something with the broker between two frames, and send what comes of it."""
         with self._lock:
             action(self.broker)
-        self.ring()
+        self.wake()
 
     def _serve(self) -> None:
         selector = selectors.DefaultSelector()
@@ -247,7 +247,7 @@ class FakeServer:
                     mask = selectors.EVENT_READ if self.reading else 0
                     mask |= selectors.EVENT_WRITE if session.out else 0
                     self._watch(selector, sock, mask)
-        for sock in (*sessions, self._listener, self._wake, self._bell):
+        for sock in (*sessions, self._listener, self._wake, self._waker_in):
             sock.close()
         self.broker.online.clear()
         selector.close()

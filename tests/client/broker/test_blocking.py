@@ -618,7 +618,7 @@ def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
     assert isinstance(caught.value.__cause__, KeyError)
     until(lambda: not threads_since(before))
     (channel,) = channels
-    assert channel._ear.fileno() == channel._bell.fileno() == -1
+    assert channel._waker_out.fileno() == channel._waker_in.fileno() == -1
     assert not channel.open
     with join("alice", server) as alice:
         assert alice.ping() > 0
@@ -652,7 +652,7 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
         with pytest.raises(Interrupted):
             join("alice", server)
     (channel,) = channels
-    assert channel._ear.fileno() == channel._bell.fileno() == -1
+    assert channel._waker_out.fileno() == channel._waker_in.fileno() == -1
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["handler's", "thread's"])
