@@ -24,7 +24,7 @@ from brokerd_client.aio.transport import Connection, Resolver, dial
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
 from brokerd_client.protocol.dialog import Dialog, Effects
-from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
+from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
@@ -79,7 +79,7 @@ class Link:
         self._timer_at = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
-        self._gauge = Gauge(settings.inbox)
+        self._meter = InboxMeter(settings.inbox)
         self._feeds: set[BaseSubscription[Any]] = set()
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
@@ -92,8 +92,8 @@ class Link:
         self._looking = False
         #: Whether no task connects again any more.
         self._deserted = False
-        self._ordered.on_put = lambda: self._hire(self._ordered, 1)
-        self._requests.on_put = lambda: self._hire(self._requests, _REQUEST_TASKS)
+        self._ordered.on_put = lambda: self._start_workers(self._ordered, 1)
+        self._requests.on_put = lambda: self._start_workers(self._requests, _REQUEST_TASKS)
         self._gone: asyncio.Future[None] = self._loop.create_future()
         forks.register(self)
         self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
@@ -227,9 +227,9 @@ class Link:
         timer: asyncio.TimerHandle | None = None
         try:
             self._write()
-            self._arm()
-            if self._gauge.full:
-                self._regulate()
+            self._schedule()
+            if self._meter.full:
+                self._update_reading()
             if deadline is not None and not call.done():
                 # The dialog's own deadline comes first, unless it has lost the call.
                 timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, id)
@@ -258,19 +258,19 @@ class Link:
             return
         self._link = link
         self._dialog.opened(nonce(), link.bindings)
-        self._arm()
+        self._schedule()
 
     def _on_data(self, link: Connection, data: bytes) -> None:
         if link is not self._link or self._forked:
             return
         before = self._dialog.state
         effects = self._dialog.receive(data, self, self._loop.time())
-        self._absorb(effects)
+        self._apply(effects)
         if effects.broken is None:
             self._flush()
             if self._dialog.state is not before:
                 self._note_state()
-            self._regulate()
+            self._update_reading()
 
     def _on_writable(self, link: Connection) -> None:
         if link is self._link:
@@ -320,7 +320,7 @@ class Link:
                 link.abort()
             effects = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
             self._stop_timer()
-            self._absorb(effects)
+            self._apply(effects)
         except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
             log().exception("the loss of a connection failed in a way that is not foreseen")
             if self._dialog.state not in _WITHOUT_CONNECTION:
@@ -350,7 +350,7 @@ class Link:
                 pending.waiter.set_exception(reason)
         self._note_state()
 
-    def _absorb(self, effects: Effects[Message]) -> None:
+    def _apply(self, effects: Effects[Message]) -> None:
         """Pass on what the dialog says has happened."""
         for call, value in effects.outcomes:
             if not call.done():
@@ -407,21 +407,21 @@ class Link:
         return [self._inbox, self._ordered, self._requests, *(subscription.queue for subscription in self._feeds)]
 
     def _new_queue(self) -> WaitQueue[Any]:
-        return WaitQueue(self._gauge, self._relieve)
+        return WaitQueue(self._meter, self._resume_reading)
 
-    def _relieve(self) -> None:
-        if self._gauge.full:
-            self._regulate()
+    def _resume_reading(self) -> None:
+        if self._meter.full:
+            self._update_reading()
 
-    def _regulate(self) -> None:
+    def _update_reading(self) -> None:
         """Read, or leave the bytes in the broker, as there is room in this process."""
         link = self._link
         if link is None:
             return
-        limit = self._gauge.limit
-        over = self._gauge.held > limit and self._gauge.weigh((queue.inbox for queue in self._queues()), limit=limit)
-        self._gauge.full = over
-        stretched = len(self._dialog.pending_calls) > 0 and self._gauge.held <= STRETCH * limit
+        limit = self._meter.limit
+        over = self._meter.held > limit and self._meter.weigh((queue.inbox for queue in self._queues()), limit=limit)
+        self._meter.full = over
+        stretched = len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit
         # Without the handshake and the introduction there is no connection: they are read whatever is held.
         reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:
@@ -442,13 +442,13 @@ class Link:
             return
         try:
             if link.has_ended():
-                self._regulate()
+                self._update_reading()
             self._loop.call_later(_LOOK_S, self._look_for_end)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._looking = False
             self._on_bug(link, error)
 
-    def _arm(self) -> None:
+    def _schedule(self) -> None:
         """Be called at the dialog's next deadline; connecting and waiting are timed by the keeper."""
         if self._dialog.state in (State.CONNECTING, State.WAITING, State.GONE, State.CLOSED):
             return
@@ -466,9 +466,9 @@ class Link:
         if self._forked:
             return
         try:
-            self._absorb(self._dialog.tick(self._loop.time()))
+            self._apply(self._dialog.tick(self._loop.time()))
             self._flush()
-            self._arm()
+            self._schedule()
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(self._link, error)
 
@@ -477,16 +477,16 @@ class Link:
         if timer is not None:
             timer.cancel()
 
-    def _hire(self, queue: WaitQueue[Job], most: int) -> None:
+    def _start_workers(self, queue: WaitQueue[Job], most: int) -> None:
         """Start tasks, ``most`` of them in all, that do the jobs in the box."""
-        crew = self._crews[queue]
-        wanted = min(most - len(crew), len(queue.inbox.items))
+        workers = self._crews[queue]
+        wanted = min(most - len(workers), len(queue.inbox.items))
         while wanted > 0 and queue.inbox.items:
             task = self._loop.create_task(self._work(queue), name="brokerd handler")
             if task.done():
                 # Begun by create_task itself (asyncio.eager_task_factory), and over: at least one job is done.
                 continue
-            crew.add(task)
+            workers.add(task)
             task.add_done_callback(lambda done: self._on_worker_done(queue, done))
             wanted -= 1
 

@@ -466,7 +466,7 @@ class Client(Link):
             for link in self._links:
                 link.abort()
             here = asyncio.current_task()
-            tasks = {self._keeper, *(task for crew in self._crews.values() for task in crew)} - {here}
+            tasks = {self._keeper, *(task for workers in self._crews.values() for task in workers)} - {here}
             for task in tasks:
                 task.cancel()
             self._dispatcher.log_failures(self._loop.time())
@@ -481,14 +481,14 @@ class Client(Link):
         finally:
             # Cancelled or not: from here on the client is closed, and every task that waits gets Closed.
             first = self._dialog.may_answer
-            self._absorb(self._dialog.close(self._loop.time()))
+            self._apply(self._dialog.close(self._loop.time()))
             self._note_state()
             for queue in (self._inbox, self._requests):
                 queue.inbox.clear()
             self._dispatcher.drop_jobs()
         if self._dialog.state is State.CLOSING and self._link is not None:
-            self._regulate()
-            self._arm()
+            self._update_reading()
+            self._schedule()
             if first and self._link.transport.can_write_eof():
                 with contextlib.suppress(OSError):
                     self._link.transport.write_eof()

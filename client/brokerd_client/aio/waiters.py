@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from brokerd_client.errors import BrokerdError, TimedOut
-from brokerd_client.protocol.inbox import Gauge, Inbox
+from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
 __all__ = ["WaitQueue"]
 
@@ -20,15 +20,15 @@ T = TypeVar("T")
 class WaitQueue(Generic[T]):
     """An inbox that tasks can wait at, or that tasks empty."""
 
-    __slots__ = ("__weakref__", "_relieve", "_waiters", "ended", "inbox", "on_put")
+    __slots__ = ("__weakref__", "_resume_reading", "_waiters", "ended", "inbox", "on_put")
 
-    def __init__(self, gauge: Gauge, relieve: Callable[[], None]) -> None:
-        self.inbox: Inbox[T] = Inbox(gauge)
+    def __init__(self, meter: InboxMeter, resume_reading: Callable[[], None]) -> None:
+        self.inbox: Inbox[T] = Inbox(meter)
         #: Why nothing more will come.
         self.ended: BrokerdError | None = None
         #: Called after items were added, where tasks empty the box.
         self.on_put: Callable[[], None] | None = None
-        self._relieve = relieve
+        self._resume_reading = resume_reading
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def put(self, items: list[T], size: int) -> None:
@@ -43,7 +43,7 @@ class WaitQueue(Generic[T]):
         if self.ended is None:
             self.ended = why
             self.inbox.release()
-            self._relieve()
+            self._resume_reading()
         self._wake(len(self._waiters))
 
     def _wake(self, count: int) -> None:
@@ -57,7 +57,7 @@ class WaitQueue(Generic[T]):
         """Return the next item. Raises IndexError where there is none."""
         item = self.inbox.items.popleft()
         if len(self.inbox.items) <= self.inbox.mark:
-            self._relieve()
+            self._resume_reading()
         return item
 
     async def take(self, timeout: float | None) -> T:

@@ -46,7 +46,7 @@ from brokerd_client.errors import (
     WrongProcess,
 )
 from brokerd_client.protocol.dialog import Dialog, Effects
-from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, Gauge
+from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import Settings, broken, no_connection
 
@@ -114,7 +114,7 @@ class Link:
         self._dropped = False
         #: Whether the I/O thread does no more chores.
         self._over = False
-        self._gauge = Gauge(settings.inbox)
+        self._meter = InboxMeter(settings.inbox)
         #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
         self._queues: weakref.WeakSet[WaitQueue[Any]] = weakref.WeakSet()
         self._inbox: WaitQueue[Message] = self._new_queue()
@@ -426,7 +426,7 @@ class Link:
             self._clear = False
             self._channel.wake()
             return False
-        if awaited and self._gauge.full:
+        if awaited and self._meter.full:
             # The outcome may be behind what is not being read.
             self._channel.wake()
         return True
@@ -461,7 +461,7 @@ class Link:
     def _new_queue(self) -> WaitQueue[Any]:
         """Return a new box of this client."""
         # Not a method of the client: the boxes are held by threads that must not hold the client.
-        return WaitQueue(self._gauge, self._channel, self._lock._is_owned)
+        return WaitQueue(self._meter, self._channel, self._lock._is_owned)
 
     def _end_feed(self, queue: WaitQueue[Any], why: BrokerdError) -> None:
         """End the box of a subscription or watch; what is still in it is the subscriber's, and counts no longer."""
@@ -469,7 +469,7 @@ class Link:
         queue.inbox.release()
         self._queues.discard(queue)
 
-    def _absorb(self, effects: Effects[Message], now: float) -> None:
+    def _apply(self, effects: Effects[Message], now: float) -> None:
         """Pass on what the dialog says has happened."""
         for call, value in effects.outcomes:
             call.settle(value)
@@ -506,7 +506,7 @@ class Link:
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         # Before the boxes end, so that on_undelivered hears of a last loss too.
-        self._absorb(effects, now)
+        self._apply(effects, now)
         self._note_state()
         self._channel.wake()
 
@@ -534,7 +534,7 @@ class Link:
             self._look_over(now)
             self._drop()
             self._do_chores()
-            self._absorb(self._dialog.tick(now), now)
+            self._apply(self._dialog.tick(now), now)
             self._drop()
             state = self._dialog.state
             if state in _LINKED and self._channel.open:
@@ -563,9 +563,9 @@ class Link:
             due = self._dispatcher.warning_due
             if due is not None:
                 deadline = due if deadline is None else min(deadline, due)
-            limit = self._gauge.limit
-            full = self._gauge.weigh((queue.inbox for queue in self._queues), limit=limit)
-            reading = not full or (len(self._dialog.pending_calls) > 0 and self._gauge.held <= STRETCH * limit)
+            limit = self._meter.limit
+            full = self._meter.weigh((queue.inbox for queue in self._queues), limit=limit)
+            reading = not full or (len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit)
             # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
             # A connection that has ended is read to its end: another one has to be made.
             reading = reading or state in _READING or self._channel.ended
@@ -692,7 +692,7 @@ class Link:
                 return False
             before = self._dialog.state
             effects = self._dialog.receive(data, self, now)
-            self._absorb(effects, now)
+            self._apply(effects, now)
             if effects.broken is None:
                 self._write()
             if self._dialog.state is not before and self._dialog.may_answer:

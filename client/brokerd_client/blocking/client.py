@@ -357,7 +357,7 @@ class Client(Link):
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests where no handler is set, until the client is closed."""
         self._check()
-        queue, gauge = self._inbox, self._gauge
+        queue, meter = self._inbox, self._meter
         inbox = queue.inbox
         items = inbox.items
         with contextlib.suppress(Closed):
@@ -366,9 +366,9 @@ class Client(Link):
                 try:
                     for item in iter(items.popleft, NOTHING):
                         # Only after it is taken: see Gauge.weigh.
-                        if gauge.full and len(items) <= inbox.mark:
+                        if meter.full and len(items) <= inbox.mark:
                             try:
-                                queue.relieve()
+                                queue.resume_reading()
                             except BaseException:
                                 queue.give_back(item)
                                 raise
@@ -578,7 +578,7 @@ class Client(Link):
         """Begin the end; with the lock, in the I/O thread or after its end."""
         first = self._dialog.state not in (State.CLOSING, State.CLOSED)
         self._clear = False
-        self._absorb(self._dialog.close(time.monotonic()), time.monotonic())
+        self._apply(self._dialog.close(time.monotonic()), time.monotonic())
         if self._dialog.state is State.CLOSING and first:
             self._channel.shut()
         for queue in list(self._queues):

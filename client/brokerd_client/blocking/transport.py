@@ -234,7 +234,7 @@ class Channel:
         if self._socket is not None:
             read, write = self._wanted(reading=reading)
             mask = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
-        self._arm(mask)
+        self._schedule(mask)
         found = 0
         for key, ready in self._selector.select(timeout):
             if key.fileobj is self._waker_out:
@@ -268,7 +268,7 @@ class Channel:
         """Return whether to wait until the socket can be read, and written."""
         return reading and not self.connecting, self.connecting or self.unwritten()
 
-    def _arm(self, mask: int) -> None:
+    def _schedule(self, mask: int) -> None:
         if mask == self._mask:
             return
         assert self._socket is not None
@@ -291,7 +291,7 @@ class Channel:
     def drop(self) -> None:
         """Close the connection, if there is one; what waited to be written is forgotten."""
         if self._socket is not None:
-            self._arm(0)
+            self._schedule(0)
             self._socket.close()
             self._socket = None
         self.connecting = self._vanished = self.ended = False

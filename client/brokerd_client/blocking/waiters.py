@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client.blocking.transport import Channel
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
-from brokerd_client.protocol.inbox import Gauge, Inbox
+from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
 __all__ = ["NOTHING", "WaitQueue", "Call", "Waiters", "by_handler", "gate", "wait_at"]
 
@@ -108,14 +108,14 @@ class WaitQueue(Generic[T]):
         so that nothing can arrive until the handler returns.
     """
 
-    __slots__ = ("__weakref__", "_channel", "_gauge", "_interrupting", "ended", "inbox", "waiters")
+    __slots__ = ("__weakref__", "_channel", "_meter", "_interrupting", "ended", "inbox", "waiters")
 
-    def __init__(self, gauge: Gauge, channel: Channel, interrupting: Callable[[], bool]) -> None:
-        self.inbox: Inbox[T] = Inbox(gauge)
+    def __init__(self, meter: InboxMeter, channel: Channel, interrupting: Callable[[], bool]) -> None:
+        self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
         #: Why nothing more will come.
         self.ended: BrokerdError | None = None
-        self._gauge = gauge
+        self._meter = meter
         self._channel = channel
         self._interrupting = interrupting
 
@@ -143,8 +143,8 @@ class WaitQueue(Generic[T]):
                 raise
             item = self._wait(timeout)
         try:
-            if self._gauge.full and len(inbox.items) <= inbox.mark:
-                self.relieve()
+            if self._meter.full and len(inbox.items) <= inbox.mark:
+                self.resume_reading()
         except BaseException:
             self.give_back(item)
             raise
@@ -185,13 +185,13 @@ class WaitQueue(Generic[T]):
                 self.give_back(item)
             raise
 
-    def relieve(self) -> None:
+    def resume_reading(self) -> None:
         """Have the I/O thread look whether there is room in the inbox again; ring its bell once for each look."""
-        gauge = self._gauge
-        if not gauge.asked:
-            gauge.asked = True
+        meter = self._meter
+        if not meter.asked:
+            meter.asked = True
             try:
                 self._channel.wake()
             except BaseException:
-                gauge.asked = False
+                meter.asked = False
                 raise

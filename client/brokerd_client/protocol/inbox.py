@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["OVERHEAD", "STRETCH", "Gauge", "Inbox", "largest_message"]
+__all__ = ["OVERHEAD", "STRETCH", "InboxMeter", "Inbox", "largest_message"]
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def largest_message(inbox: int) -> int:
     return max(_ACCEPTED, STRETCH * inbox)
 
 
-class Gauge:
+class InboxMeter:
     """Bytes held by all inboxes of one client, against the limit. ``full``: the socket is to be left unread.
 
     asked: whether the face has been asked to weigh again.
@@ -62,11 +62,11 @@ class Gauge:
 class Inbox(Generic[T]):
     """A queue whose items are counted a batch at a time."""
 
-    __slots__ = ("_batches", "_counted", "_gauge", "_released", "items", "mark")
+    __slots__ = ("_batches", "_counted", "_meter", "_released", "items", "mark")
 
-    def __init__(self, gauge: Gauge) -> None:
+    def __init__(self, meter: InboxMeter) -> None:
         self.items: deque[T] = deque()
-        self._gauge = gauge
+        self._meter = meter
         #: (items, bytes) of each batch that may still have items in the queue.
         self._batches: deque[tuple[int, int]] = deque()
         self._counted = 0
@@ -83,7 +83,7 @@ class Inbox(Generic[T]):
             self.mark = 0
         self._batches.append((len(items), size))
         self._counted += len(items)
-        self._gauge.held += size
+        self._meter.held += size
         self.items.extend(items)
 
     def settle(self) -> None:
@@ -92,13 +92,13 @@ class Inbox(Generic[T]):
         while self._batches and self._counted - self._batches[0][0] >= left:
             count, size = self._batches.popleft()
             self._counted -= count
-            self._gauge.held -= size
+            self._meter.held -= size
         self.mark = self._counted - self._batches[0][0] if self._batches else -1
 
     def release(self) -> None:
         """Stop counting what is in it, for good: it gets nothing more, and what is left can still be taken."""
         self._released = True
-        self._gauge.held -= sum(size for _, size in self._batches)
+        self._meter.held -= sum(size for _, size in self._batches)
         self._batches.clear()
         self._counted = 0
         self.mark = -1

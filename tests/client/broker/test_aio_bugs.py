@@ -62,7 +62,7 @@ def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseE
 #: Where the exception is raised: the object and its method; what makes the loop call it.
 PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
     "data received": (lambda client: client._dialog, "receive", lambda client: None),
-    "messages passed on": (lambda client: client, "_absorb", lambda client: None),
+    "messages passed on": (lambda client: client, "_apply", lambda client: None),
     "writing": (lambda client: client._link.transport, "write", lambda client: None),  # type: ignore[union-attr]
     "writable": (lambda client: client, "_on_writable", lambda client: client._link.pause_writing()),  # type: ignore[union-attr]
     "a look at the peer": (

@@ -151,7 +151,7 @@ def test_subscription_cancelled_with_its_answer_gets_no_event(monkeypatch: pytes
                 await bob.publish("a", bytes(1000))
             await bob.send("alice", "still here")
             assert (await alice.recv(2)).payload == "still here"
-            assert alice._gauge.held <= 1 << 14
+            assert alice._meter.held <= 1 << 14
 
     play(monkeypatch, scenario)
 

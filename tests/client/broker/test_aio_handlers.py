@@ -263,7 +263,7 @@ def test_eager_handlers_of_one_read_are_all_called(monkeypatch: pytest.MonkeyPat
             assert {"a", "b", "message"} <= set(seen)
             await first.close()
             await second.close()
-            assert all(not crew for crew in bob._crews.values())
+            assert all(not workers for workers in bob._crews.values())
 
     run_eager(scenario, monkeypatch)
 

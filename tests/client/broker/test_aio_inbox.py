@@ -33,8 +33,8 @@ async def require_reading(alice: aio.Client, bob: aio.Client) -> None:
     async with alice.subscribe("after") as feed:
         await bob.publish("after", "event")
         assert (await feed.recv(2)).payload == "event"
-    alice._regulate()
-    assert alice._gauge.held <= 1000
+    alice._update_reading()
+    assert alice._meter.held <= 1000
 
 
 def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(monkeypa
             watch = await alice.watch_presence()
             for number in range(100):
                 await bob.publish("a", bytes([number]) * 100)
-            await until(lambda: alice._gauge.full)
+            await until(lambda: alice._meter.full)
 
             def refuse(session: Session, envelope: Envelope) -> bool:
                 if envelope.name == "$broker" and (
@@ -125,7 +125,7 @@ def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch
             feed = await alice.subscribe("a")
             for number in range(200):
                 await bob.send("alice", bytes([number]) * 1000)
-            await until(lambda: alice._gauge.full)
+            await until(lambda: alice._meter.full)
             count = len(alice._inbox.inbox.items)
             assert count > 50
             for losses in (1, 2):
@@ -191,7 +191,7 @@ def test_full_inbox_leaves_the_socket_unread(monkeypatch: pytest.MonkeyPatch) ->
                 await bob.send("alice", bytes(1000))
                 await asyncio.sleep(0)
             await bob.ping()
-            held = alice._gauge.held
+            held = alice._meter.held
             assert INBOX < held < 2 * INBOX
             assert [len((await alice.recv(2)).body) for _ in range(200)] == [1000] * 200
 

@@ -388,7 +388,7 @@ def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> 
 
     class Slow(deque[Any]):
         def popleft(self) -> Any:
-            client._gauge.weigh([client._inbox.inbox], limit=client._gauge.limit)
+            client._meter.weigh([client._inbox.inbox], limit=client._meter.limit)
             return super().popleft()
 
     with join("alice", server, inbox=100) as client:
@@ -396,7 +396,7 @@ def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> 
             client._inbox.inbox.items = Slow()
             client._inbox.put([object()], 1000)
         next(iter(client))
-        until(lambda: not client._gauge.full)
+        until(lambda: not client._meter.full)
 
 
 def break_writes(client: Client) -> None:
@@ -554,7 +554,7 @@ def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(server: Fak
             kept.append(events)
         bob.send("alice", "here")
         assert alice.recv(PATIENCE).payload == "here"
-        until(lambda: alice.ping() > 0 and alice._gauge.weigh([alice._inbox.inbox], limit=-1) and not alice._gauge.held)
+        until(lambda: alice.ping() > 0 and alice._meter.weigh([alice._inbox.inbox], limit=-1) and not alice._meter.held)
         assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
 
 
@@ -562,12 +562,12 @@ def test_reconnect_with_a_full_inbox_is_ready_again(server: FakeServer) -> None:
     """The handshake and the introduction are read, whatever the inbox holds."""
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         bob.send_many([("alice", b"x" * 1000)] * 200)
-        until(lambda: alice._gauge.full)
+        until(lambda: alice._meter.full)
         server.drop("alice")
         # The client does not write: only its look at the unread socket finds out.
         until(lambda: alice.counters["losses"] == 1)
         until(lambda: alice.connected)
-        assert alice._gauge.full
+        assert alice._meter.full
         for _ in range(200):
             alice.recv(PATIENCE)
         assert alice.ping() > 0

@@ -275,8 +275,8 @@ def check_exercise(server: RunningBroker, name: str, step: int) -> None:
             alice.control("ping", timeout=PATIENCE)
             with alice._lock:
                 alice._inbox.inbox.clear()
-                alice._gauge.weigh([box.inbox for box in alice._queues], limit=-1)
-            return alice._gauge.held == 0
+                alice._meter.weigh([box.inbox for box in alice._queues], limit=-1)
+            return alice._meter.held == 0
 
         until(empty)
 

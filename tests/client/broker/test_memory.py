@@ -240,14 +240,14 @@ def test_errors_that_wait_for_their_handler_count_with_their_size(face: Face, se
     try:
         server.act(lambda broker: [broker.online["alice"].deliver(error) for _ in range(4000)])
         end = time.monotonic() + 5
-        while not client._gauge.full and time.monotonic() < end:
+        while not client._meter.full and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.1)
         taken = client.counters["undelivered"]
-        assert client._gauge.full
-        assert client._gauge.held >= taken * (800 + text)
+        assert client._meter.full
+        assert client._meter.held >= taken * (800 + text)
         # What one read brings is taken in whole.
-        assert client._gauge.held < 100_000 + 2 * 262_144 // len(payload) * (1000 + text)
+        assert client._meter.held < 100_000 + 2 * 262_144 // len(payload) * (1000 + text)
     finally:
         free.set()
     while len(told) < 4000 and time.monotonic() < end + 15:

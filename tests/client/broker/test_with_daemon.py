@@ -573,8 +573,8 @@ def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
 
     sending = threading.Thread(target=send)
     sending.start()
-    until(lambda: bob._gauge.full)
-    assert bob._gauge.held < 1_000_000
+    until(lambda: bob._meter.full)
+    assert bob._meter.held < 1_000_000
     assert sum(len(bob.recv(PATIENCE).body) for _ in range(600)) == 600 * 50_000
     sending.join(PATIENCE)
     assert len(sent) == 600
@@ -585,7 +585,7 @@ def test_outcome_behind_untaken_messages_is_heard(connect: Connect) -> None:
     alice, bob, carol = connect("alice"), connect("bob", inbox=1000), connect("carol")
     carol.on_request(lambda message: "reply")
     alice.send_many([("bob", b"x" * 300)] * 5)
-    until(lambda: bob._gauge.full)
+    until(lambda: bob._meter.full)
     assert bob.request("carol", 1, timeout=PATIENCE).payload == "reply"
     assert [len(bob.recv(PATIENCE).body) for _ in range(5)] == [300] * 5
 
