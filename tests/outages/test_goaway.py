@@ -16,7 +16,7 @@ from outages.stops import BURST, TIMEOUT_S, Account, run_asyncio, run_blocking
 from brokerd.testing import RunningBroker
 from brokerd_client import Client
 from brokerd_client.aio import Client as AsyncClient
-from brokerd_client.blocking.base import Link
+from brokerd_client.blocking.base import BaseClient
 from brokerd_client.protocol import backoff
 
 CLIENTS = {"alice": {}, "absent": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
@@ -99,13 +99,13 @@ def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
     alice.on_undelivered(account.hear)
     alice.ping()
     reads_on = threading.Event()
-    act = Link.act
+    act = BaseClient.act
 
-    def late(self: Link, *, readable: bool, writable: bool) -> None:
+    def late(self: BaseClient, *, readable: bool, writable: bool) -> None:
         reads_on.wait(TIMEOUT_S)
         act(self, readable=readable, writable=writable)
 
-    monkeypatch.setattr(Link, "act", late)
+    monkeypatch.setattr(BaseClient, "act", late)
     place.begin_to_stop()
     for _ in range(BURST):
         account.note(alice.send("absent", account.next_body()))

@@ -14,7 +14,7 @@ from authority import Issued
 
 from brokerd.testing import running
 from brokerd_client import aio
-from brokerd_client.aio import base as aio_link
+from brokerd_client.aio import base as aio_base
 from brokerd_client.errors import Disconnected
 from brokerd_client.tls.engine import Engine
 
@@ -37,7 +37,7 @@ def test_exception_in_tls_is_a_lost_connection(
     make: Callable[[], BaseException],
 ) -> None:
     """On a ready connection, and in the TLS handshake of the next one; the client connects again, the log has it."""
-    monkeypatch.setattr(aio_link, "chance", lambda: 0.0)
+    monkeypatch.setattr(aio_base, "chance", lambda: 0.0)
     real: Any = getattr(Engine, method)
     left: list[BaseException] = []
 

@@ -362,7 +362,7 @@ def test_sender_waits_for_its_own_bytes_only(
     """Once all that was to be sent is taken, sends go on, though a piece of it waits in TLS for its leave."""
     with brokerd_client.connect(str(here.address), "alice", key_of("alice"), ssl=trusting) as alice:
         with monkeypatch.context() as patched:
-            patched.setattr(alice._channel, "unwritten", lambda: True)
+            patched.setattr(alice._transport, "unwritten", lambda: True)
             with alice._lock:
                 alice._clear = False
             alice._flush()

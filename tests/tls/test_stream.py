@@ -17,8 +17,8 @@ from client.connection.interruption import RETURN, interrupted_at
 
 from brokerd_client.address import Address
 from brokerd_client.aio.tls_transport import _Encrypting, dial_tls
-from brokerd_client.aio.transport import Connection, Resolver
-from brokerd_client.blocking.tls_transport import TlsChannel
+from brokerd_client.aio.transport import Resolver, Transport
+from brokerd_client.blocking.tls_transport import TlsTransport
 from brokerd_client.errors import TlsError
 from brokerd_client.tls.engine import Engine
 from brokerd_client.tls.stream import TlsStream
@@ -132,7 +132,7 @@ def test_what_was_sent_before_the_connection_broke_counts_as_sent(ends: tuple[Tl
 def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, TlsStream]) -> None:
     """What was written before counts as written; the rest waits, and trying it fails."""
     ours, _ = ends
-    channel = TlsChannel(Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context())
+    channel = TlsTransport(Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context())
     try:
         channel._stream = ours
         ours.raw = Breaking(ours.raw, 40_000)  # type: ignore[assignment]
@@ -233,15 +233,15 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
         def __init__(self) -> None:
             self.opened, self.lost = asyncio.Event(), asyncio.get_running_loop().create_future()
 
-        def _on_open(self, link: Connection) -> None:
+        def _on_open(self, link: Transport) -> None:
             link.transport.write(bytes(50_000_000))
             self.opened.set()
 
-        def _on_data(self, link: Connection, data: bytes) -> None: ...
+        def _on_data(self, link: Transport, data: bytes) -> None: ...
 
-        def _on_writable(self, link: Connection) -> None: ...
+        def _on_writable(self, link: Transport) -> None: ...
 
-        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+        def _on_lost(self, link: Transport, error: Exception | None) -> None:
             self.lost.set_result(error)
 
     def shake_hands(listener: socket.socket) -> ssl.SSLSocket:

@@ -20,7 +20,7 @@ from brokerd_client._common import forks
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
-from brokerd_client.aio.transport import Connection, Resolver, dial
+from brokerd_client.aio.transport import Resolver, Transport, dial
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
 from brokerd_client.protocol.dialog import Dialog, Effects
@@ -28,7 +28,7 @@ from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
-__all__ = ["Link", "ends_worker", "runs"]
+__all__ = ["BaseClient", "ends_worker", "runs"]
 
 #: Requests a client's handler works on at once.
 _REQUEST_TASKS: Final = 64
@@ -44,7 +44,7 @@ _WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
 _FLUSH_ABOVE: Final = 64 * 1024
 
 
-class Link:
+class BaseClient:
     """One client's conversation, and the task that keeps it connected.
 
     answering: makes of a request handler a job that sends what it returns.
@@ -67,9 +67,9 @@ class Link:
             inbox=settings.inbox,
         )
         self._resolver = Resolver()
-        self._link: Connection | None = None
+        self._link: Transport | None = None
         #: Every link whose connection is not closed yet.
-        self._links: set[Connection] = set()
+        self._links: set[Transport] = set()
         #: Whether a send can be put out at once: the link is ready and takes more.
         self._clear = False
         self._clear_waiters: list[asyncio.Future[None]] = []
@@ -251,7 +251,7 @@ class Link:
 
     # What happens
 
-    def _on_open(self, link: Connection) -> None:
+    def _on_open(self, link: Transport) -> None:
         self._links.add(link)
         if self._dialog.state is not State.CONNECTING:
             link.abort()
@@ -260,7 +260,7 @@ class Link:
         self._dialog.opened(nonce(), link.bindings)
         self._schedule()
 
-    def _on_data(self, link: Connection, data: bytes) -> None:
+    def _on_data(self, link: Transport, data: bytes) -> None:
         if link is not self._link or self._forked:
             return
         before = self._dialog.state
@@ -272,7 +272,7 @@ class Link:
                 self._note_state()
             self._update_reading()
 
-    def _on_writable(self, link: Connection) -> None:
+    def _on_writable(self, link: Transport) -> None:
         if link is self._link:
             if not link.paused:
                 self._dialog.wrote(link.unwritten)
@@ -280,7 +280,7 @@ class Link:
             if self._clear is link.paused:
                 self._note_state()
 
-    def _on_lost(self, link: Connection, error: Exception | None) -> None:
+    def _on_lost(self, link: Transport, error: Exception | None) -> None:
         self._links.discard(link)
         if link is self._link and not self._forked:
             if isinstance(error, OSError):
@@ -290,7 +290,7 @@ class Link:
             else:
                 self._lose(self._dialog.hung_up())
 
-    def _on_bug(self, link: Connection | None, error: BaseException) -> None:
+    def _on_bug(self, link: Transport | None, error: BaseException) -> None:
         """Log an exception that no rule foresees, and lose the connection over it: the next one may work.
 
         Raises the exception again where it is for the event loop: KeyboardInterrupt and SystemExit.
@@ -552,7 +552,7 @@ class Link:
         """Connect, TLS included. Raises OSError, AddressError."""
         address, context = self._settings.address, self._settings.tls
         if context is None:
-            await dial(address, lambda: Connection(self), self._resolver)
+            await dial(address, lambda: Transport(self), self._resolver)
         else:
             # It takes its time to load.
             from brokerd_client.aio.tls_transport import dial_tls

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, over
 
 from brokerd_client import message
 from brokerd_client._common.dispatcher import log
-from brokerd_client.aio.base import Link, ends_worker, runs
+from brokerd_client.aio.base import BaseClient, ends_worker, runs
 from brokerd_client.aio.subscriptions import Message, Opening, PresenceWatch, Subscription
 from brokerd_client.codec import encode
 from brokerd_client.errors import (
@@ -52,7 +52,7 @@ MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
 
 
-class Client(Link):
+class Client(BaseClient):
     """A named client of a broker; made by :func:`connect`. Any task of its event loop may use it.
 
     Every call raises Closed after close(), WrongProcess in a fork, WrongLoop in another event loop or thread. Those
@@ -459,7 +459,7 @@ class Client(Link):
             return
         self._check()
         try:
-            await self._close_link()
+            await self._close_connection()
         finally:
             self._ended = True
             self._stop_timer()
@@ -473,7 +473,7 @@ class Client(Link):
             self._warn_of_more()
         await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
 
-    async def _close_link(self) -> None:
+    async def _close_connection(self) -> None:
         try:
             if self._dialog.may_answer:
                 self._flush()

@@ -11,14 +11,14 @@ import ssl
 from typing import Any, cast
 
 from brokerd_client.address import Address
-from brokerd_client.aio.transport import Connection, Hearer, Resolver, dial
+from brokerd_client.aio.transport import Hearer, Resolver, Transport, dial
 from brokerd_client.errors import Disconnected, TlsError
 from brokerd_client.tls.engine import Engine, explained
 
-__all__ = ["TlsConnection", "dial_tls"]
+__all__ = ["TlsTransport", "dial_tls"]
 
 
-class TlsConnection(Connection):
+class TlsTransport(Transport):
     """One connection: its client is told of it when TLS is ready.
 
     opened: done when it is, or can't be.
@@ -144,10 +144,10 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
 
 async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver) -> None:
     """Connect to the address and have TLS ready. Raises OSError, TlsError among them."""
-    made: list[TlsConnection] = []
+    made: list[TlsTransport] = []
 
-    def make() -> TlsConnection:
-        made.append(TlsConnection(client, context, address.host))
+    def make() -> TlsTransport:
+        made.append(TlsTransport(client, context, address.host))
         return made[-1]
 
     try:

@@ -18,7 +18,7 @@ from brokerd_client._common.lookup import Candidate, Lookup, numeric
 from brokerd_client._common.pipe_bridge import BridgedSocket, dial_pipe
 from brokerd_client.address import Address, validate_family
 
-__all__ = ["Connection", "Hearer", "Resolver", "dial"]
+__all__ = ["Transport", "Hearer", "Resolver", "dial"]
 
 #: Bytes read at once, of what is left.
 _PIECE: Final = 64 * 1024
@@ -29,18 +29,18 @@ _CROWDED_S: Final = 0.01
 class Hearer(Protocol):
     """Who is told; each time with the connection."""
 
-    def _on_open(self, link: Connection) -> None: ...
+    def _on_open(self, link: Transport) -> None: ...
 
-    def _on_data(self, link: Connection, data: bytes) -> None: ...
+    def _on_data(self, link: Transport, data: bytes) -> None: ...
 
-    def _on_writable(self, link: Connection) -> None: ...
+    def _on_writable(self, link: Transport) -> None: ...
 
-    def _on_lost(self, link: Connection, error: Exception | None) -> None: ...
+    def _on_lost(self, link: Transport, error: Exception | None) -> None: ...
 
-    def _on_bug(self, link: Connection, error: BaseException) -> None: ...
+    def _on_bug(self, link: Transport, error: BaseException) -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Transport(asyncio.Protocol):
     """One connection: tells its client what happens to it.
 
     What the event loop calls lets no exception out, whatever its kind: the loop would log it, and the client would look
@@ -214,7 +214,7 @@ class Resolver:
             self._waiter.set_result(None)
 
 
-async def dial(address: Address, protocol: Callable[[], Connection], resolver: Resolver | None = None) -> None:
+async def dial(address: Address, protocol: Callable[[], Transport], resolver: Resolver | None = None) -> None:
     """Connect to the address. Raises OSError; AddressError where this machine does not have its family."""
     loop = asyncio.get_running_loop()
     validate_family(address.family)

@@ -33,7 +33,7 @@ from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client.blocking.handlers import HandlerThreads
 from brokerd_client.blocking.subscriptions import Message
-from brokerd_client.blocking.transport import Channel
+from brokerd_client.blocking.transport import Transport
 from brokerd_client.blocking.waiters import Call, Waiters, WaitQueue, gate, wait_at
 from brokerd_client.errors import (
     BrokerdError,
@@ -50,7 +50,7 @@ from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import Settings, broken, no_connection
 
-__all__ = ["MOST_THREADS", "Link"]
+__all__ = ["MOST_THREADS", "BaseClient"]
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ _LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DR
 _READING: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 
 
-class Link:
+class BaseClient:
     """One client's conversation, and the thread that carries it on.
 
     answering: makes of a request handler a job that sends what it returns. Where nothing else is said, its methods are
@@ -95,7 +95,7 @@ class Link:
             timeout_s=settings.timeout_s,
             inbox=settings.inbox,
         )
-        self._channel = _channel(settings)
+        self._transport = _transport(settings)
         #: A thread can tell whether it holds this one, and a signal handler in it does not wait for itself.
         self._lock: Any = threading.RLock()
         #: Woken when the link has become ready, or will not any more, or everything is written.
@@ -128,7 +128,7 @@ class Link:
         self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
         self._thread = threading.Thread(
             target=_move_bytes,
-            args=(weakref.ref(self), self._channel, (self._inbox, self._ordered, self._requests)),
+            args=(weakref.ref(self), self._transport, (self._inbox, self._ordered, self._requests)),
             name="brokerd client",
             daemon=True,
         )
@@ -147,12 +147,12 @@ class Link:
         except BaseException as error:
             # Before the thread is asked for: a thread that begins to run after this ends at once.
             self._dropped = True
-            self._channel.wake()
+            self._transport.wake()
             if self._thread.is_alive():
                 self._thread.join(_STOP_S)
             if not self._thread.is_alive():
                 # Again, where the thread has done so: one that the interruption breaks ends before it gets there.
-                self._channel.close()
+                self._transport.close()
             interrupting = _interruption(error, outer)
             if interrupting is error:
                 raise
@@ -175,12 +175,12 @@ class Link:
         self._dispatcher.warn_of_more(time.monotonic())
         # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
         self._dropped = True
-        self._channel.wake()
+        self._transport.wake()
 
     def forked(self) -> None:
         """This is a copy, in a child of the process that made the client. See brokerd_client._common.forks."""
         self._forked = True
-        self._channel.disown()
+        self._transport.disown()
 
     def _check(self) -> None:
         """Raise WrongProcess in a fork. Needs no lock: in a fork it may be held for ever."""
@@ -225,14 +225,14 @@ class Link:
         if self._interrupting():
             # The lock belongs to the call below this one.
             return
-        self._channel.mend()
+        self._transport.mend()
         if not self._clear:
             # What failed before it had changed anything holds up no other sender.
             with self._lock:
-                channel = self._channel
-                if not channel.unsure and self._dialog.in_order(len(channel.backlog)):
+                transport = self._transport
+                if not transport.unsure and self._dialog.in_order(len(transport.backlog)):
                     self._settle()
-            self._channel.wake()
+            self._transport.wake()
 
     def _holds_up(self) -> bool:
         """Return whether a call of this client is below this one on the stack, behind a frame that is not the client's.
@@ -273,7 +273,7 @@ class Link:
 
     def _takes_answers(self) -> bool:
         """Return whether an answer can be written at once, on a connection that the broker closes soon."""
-        waiting = bool(self._channel.backlog or self._chores or self._dropping or self._channel.unsure)
+        waiting = bool(self._transport.backlog or self._chores or self._dropping or self._transport.unsure)
         return self._dialog.state is State.DRAINING and not waiting and self._dialog.in_order(0)
 
     def _wait_until_clear(self, timeout: float | None, deadline: float | None, *, answer: bool = False) -> float:
@@ -308,7 +308,7 @@ class Link:
                 if remaining is not None and remaining <= 0:
                     raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
                 # An interrupted call may have left that to do.
-                self._channel.wake()
+                self._transport.wake()
                 if not wait_at(mine, remaining) and not self._changes.leave(mine):
                     # It is being opened at this moment: not to be used twice.
                     mine = gate()
@@ -361,7 +361,7 @@ class Link:
         """Have the I/O thread do it, soon."""
         self._chores.append((act, None))
         self._clear = False
-        self._channel.wake()
+        self._transport.wake()
         if self._over:
             self._do_chores()
 
@@ -372,7 +372,7 @@ class Link:
         try:
             self._calls.add(call)
             self._chores.append((act, call))
-            self._channel.wake()
+            self._transport.wake()
             if self._over:
                 self._do_chores()
             call.wait(None)
@@ -421,19 +421,19 @@ class Link:
         """
         data = self._dialog.peek()
         if data:
-            self._dialog.took(self._channel.write(data))
-        if self._channel.backlog or self._chores:
+            self._dialog.took(self._transport.write(data))
+        if self._transport.backlog or self._chores:
             self._clear = False
-            self._channel.wake()
+            self._transport.wake()
             return False
         if awaited and self._meter.full:
             # The outcome may be behind what is not being read.
-            self._channel.wake()
+            self._transport.wake()
         return True
 
     def _settle(self) -> None:
         """Let senders go on, if there is nothing in their way."""
-        if self._channel.backlog or self._chores or self._dropping:
+        if self._transport.backlog or self._chores or self._dropping:
             return
         if self._dialog.state is State.READY:
             self._clear = True
@@ -447,21 +447,21 @@ class Link:
 
         Where it is not known how much of that has left, the connection is ended.
         """
-        if self._dropping or self._dialog.state not in _LINKED or not self._channel.open:
+        if self._dropping or self._dialog.state not in _LINKED or not self._transport.open:
             return not self._dropping
-        channel = self._channel
-        if channel.unsure:
-            self._end_link(Disconnected("a call was interrupted while it was writing"), now, at_once=True)
+        transport = self._transport
+        if transport.unsure:
+            self._end_connection(Disconnected("a call was interrupted while it was writing"), now, at_once=True)
             return False
-        if not self._dialog.in_order(len(channel.backlog)):
-            self._dialog.recover(channel.given, len(channel.backlog))
+        if not self._dialog.in_order(len(transport.backlog)):
+            self._dialog.recover(transport.given, len(transport.backlog))
             self._write()
         return True
 
     def _new_queue(self) -> WaitQueue[Any]:
         """Return a new box of this client."""
         # Not a method of the client: the boxes are held by threads that must not hold the client.
-        return WaitQueue(self._meter, self._channel, self._lock._is_owned)
+        return WaitQueue(self._meter, self._transport, self._lock._is_owned)
 
     def _end_feed(self, queue: WaitQueue[Any], why: BrokerdError) -> None:
         """End the box of a subscription or watch; what is still in it is the subscriber's, and counts no longer."""
@@ -486,21 +486,21 @@ class Link:
                 self._dispatcher.tell_undelivered(error, now)
             self._dispatcher.report(effects, now)
             if was_due is None and self._dispatcher.warning_due is not None:
-                self._channel.wake()
+                self._transport.wake()
         if effects.broken is not None:
             # The peer may be owed the word that it was rejected.
-            if self._channel.open and not self._channel.connecting:
+            if self._transport.open and not self._transport.connecting:
                 self._write()
-            self._end_link(effects.broken, now)
+            self._end_connection(effects.broken, now)
 
-    def _end_link(self, reason: BrokerdError, now: float, *, at_once: bool = False) -> None:
+    def _end_connection(self, reason: BrokerdError, now: float, *, at_once: bool = False) -> None:
         """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it.
 
         at_once: the next one may be tried without a wait.
         """
         self._clear = False
         # After an interrupted write, bytes may have left that nothing here knows of.
-        in_order = not self._channel.unsure and self._dialog.in_order(len(self._channel.backlog))
+        in_order = not self._transport.unsure and self._dialog.in_order(len(self._transport.backlog))
         doubtful = 0 if in_order else self._dialog.unwritten
         effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
@@ -508,7 +508,7 @@ class Link:
         # Before the boxes end, so that on_undelivered hears of a last loss too.
         self._apply(effects, now)
         self._note_state()
-        self._channel.wake()
+        self._transport.wake()
 
     def _note_state(self) -> None:
         """Tell who waits for the link what has become of it."""
@@ -537,7 +537,7 @@ class Link:
             self._apply(self._dialog.tick(now), now)
             self._drop()
             state = self._dialog.state
-            if state in _LINKED and self._channel.open:
+            if state in _LINKED and self._transport.open:
                 self._write()
             over = state in (State.CLOSED, State.GONE)
             due = self._dispatcher.warning_due
@@ -552,13 +552,15 @@ class Link:
                 self._dialog.dialing(now)
             self._settle()
         if dialing or (
-            state is State.CONNECTING and not self._channel.open and (now >= self._dial_at or self._channel.looked_up)
+            state is State.CONNECTING
+            and not self._transport.open
+            and (now >= self._dial_at or self._transport.looked_up)
         ):
             self._dial(now)
         with self._lock:
             state = self._dialog.state
             deadline = self._dialog.next_deadline()
-            if state is State.CONNECTING and not self._channel.open:
+            if state is State.CONNECTING and not self._transport.open:
                 deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
             due = self._dispatcher.warning_due
             if due is not None:
@@ -568,7 +570,7 @@ class Link:
             reading = not full or (len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit)
             # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
             # A connection that has ended is read to its end: another one has to be made.
-            reading = reading or state in _READING or self._channel.ended
+            reading = reading or state in _READING or self._transport.ended
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
                 remaining = _LOOK_S if remaining is None else min(remaining, _LOOK_S)
@@ -579,7 +581,7 @@ class Link:
     def _drop(self) -> None:
         """Close the connection, if it is gone for the dialog."""
         if self._dropping:
-            self._channel.drop()
+            self._transport.drop()
             self._dropping = False
 
     def replace(self, thread: threading.Thread) -> None:
@@ -589,7 +591,7 @@ class Link:
     def survive(self, error: BaseException) -> None:
         """Go on after an exception in this thread: its connection is lost like any other."""
         self._release()
-        self._channel.mend()
+        self._transport.mend()
         log().error("a connection is lost in a way that is not foreseen", exc_info=error)
         with self._lock:
             self._clear = False
@@ -598,8 +600,8 @@ class Link:
                 reason = Disconnected(f"the connection broke: {error!r}")
                 reason.__cause__ = error
                 # A bug raises an Exception, and may raise it again on the next connection: that one has to wait.
-                self._end_link(reason, now, at_once=not isinstance(error, Exception))
-            self._channel.renew()
+                self._end_connection(reason, now, at_once=not isinstance(error, Exception))
+            self._transport.renew()
             self._dropping = False
             # Those whose chore is still to be done wait for that.
             for call in self._calls - {call for _, call in self._chores}:
@@ -608,9 +610,9 @@ class Link:
 
     def _dial(self, now: float) -> None:
         try:
-            done = self._channel.dial()
+            done = self._transport.dial()
         except BlockingIOError:
-            self._dial_at = now + (_LOOKUP_S if self._channel.looking_up else _CROWDED_S)
+            self._dial_at = now + (_LOOKUP_S if self._transport.looking_up else _CROWDED_S)
             return
         except OSError as error:
             self._lose(no_connection(self._settings.address, error))
@@ -623,7 +625,7 @@ class Link:
 
     def _open(self) -> None:
         try:
-            bindings = self._channel.bindings
+            bindings = self._transport.bindings
         except TlsError as error:
             self._lose(error)
             return
@@ -635,7 +637,7 @@ class Link:
         now = time.monotonic()
         with self._lock:
             if not self._dropping and self._dialog.state not in (State.WAITING, State.GONE):
-                self._end_link(reason, now)
+                self._end_connection(reason, now)
 
     def _lose_by_bug(self, reason: BrokerdError, error: Exception) -> None:
         log().exception("a connection is lost in a way that is not foreseen")
@@ -650,11 +652,11 @@ class Link:
             self._lose_by_bug(Disconnected(f"the connection broke: {error}"), error)
 
     def _act(self, *, readable: bool, writable: bool) -> None:
-        channel = self._channel
-        if channel.connecting:
+        transport = self._transport
+        if transport.connecting:
             if readable or writable:
                 try:
-                    done = channel.connected()
+                    done = transport.connected()
                 except OSError as error:
                     self._lose(no_connection(self._settings.address, error))
                     return
@@ -670,12 +672,12 @@ class Link:
             gone = error
         try:
             if readable or gone is not None:
-                data = channel.read()
+                data = transport.read()
             while data:
                 if not self._take_in(data) or gone is None:
                     return
                 # Nothing more comes than is here.
-                data = channel.read()
+                data = transport.read()
         except OSError as error:
             gone = gone or error
         if gone is not None:
@@ -703,9 +705,9 @@ class Link:
     def _flush(self) -> None:
         with self._lock:
             self._clear = False
-            if self._look_over(time.monotonic()) and self._channel.unwritten():
-                self._dialog.wrote(self._channel.flush())
-                if not self._channel.backlog and self._changes:
+            if self._look_over(time.monotonic()) and self._transport.unwritten():
+                self._dialog.wrote(self._transport.flush())
+                if not self._transport.backlog and self._changes:
                     self._changes.wake()
             # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
             self._settle()
@@ -731,12 +733,12 @@ def _from_threading(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__") == threading.__name__
 
 
-def _channel(settings: Settings) -> Channel:
+def _transport(settings: Settings) -> Transport:
     if settings.tls is None:
-        return Channel(settings.address)
-    from brokerd_client.blocking.tls_transport import TlsChannel
+        return Transport(settings.address)
+    from brokerd_client.blocking.tls_transport import TlsTransport
 
-    return TlsChannel(settings.address, settings.tls)
+    return TlsTransport(settings.address, settings.tls)
 
 
 #: Where the methods are that may hold a client's lock.
@@ -745,7 +747,10 @@ _LOCKING: Final = ("send", "_put", "_mend", "_wait_until_clear", "_do_chores", "
 
 
 def _move_bytes(
-    ref: weakref.ref[Link], channel: Channel, queues: Iterable[WaitQueue[Any]], error: BaseException | None = None
+    ref: weakref.ref[BaseClient],
+    transport: Transport,
+    queues: Iterable[WaitQueue[Any]],
+    error: BaseException | None = None,
 ) -> None:
     """Run a client's I/O thread, which ends with the client and by nothing else.
 
@@ -753,20 +758,20 @@ def _move_bytes(
     can't do it. error: what has ended the thread before this one.
     """
     try:
-        _keep_moving(ref, channel, error)
-        channel.close()
+        _keep_moving(ref, transport, error)
+        transport.close()
         for queue in queues:
             queue.end(Closed("the client is closed"))
     except BaseException as caught:  # noqa: BLE001 - it has struck the handling of another one, below
         thread = threading.Thread(
-            target=_move_bytes, args=(ref, channel, queues, caught), name="brokerd client", daemon=True
+            target=_move_bytes, args=(ref, transport, queues, caught), name="brokerd client", daemon=True
         )
         if (client := ref()) is not None:
             client.replace(thread)
         thread.start()
 
 
-def _keep_moving(ref: weakref.ref[Link], channel: Channel, error: BaseException | None) -> None:
+def _keep_moving(ref: weakref.ref[BaseClient], transport: Transport, error: BaseException | None) -> None:
     rest_s = 0.0
     while True:
         try:
@@ -776,14 +781,14 @@ def _keep_moving(ref: weakref.ref[Link], channel: Channel, error: BaseException 
                     return
                 error = None
                 time.sleep(rest_s)
-            while _turn(ref, channel):
+            while _turn(ref, transport):
                 rest_s = 0.0
             return
         except BaseException as caught:  # noqa: BLE001 - without this thread every call of the client would hang
             error = caught
 
 
-def _turn(ref: weakref.ref[Link], channel: Channel) -> bool:
+def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
     """Do what is due, wait, and do what the socket is ready for; return whether the thread goes on."""
     if (client := ref()) is None:
         return False
@@ -793,7 +798,7 @@ def _turn(ref: weakref.ref[Link], channel: Channel) -> bool:
         del client
     if plan is None:
         return False
-    readable, writable = channel.wait(plan[0], reading=plan[1])
+    readable, writable = transport.wait(plan[0], reading=plan[1])
     if (client := ref()) is None:
         return False
     try:
@@ -803,7 +808,7 @@ def _turn(ref: weakref.ref[Link], channel: Channel) -> bool:
     return True
 
 
-def _survive(ref: weakref.ref[Link], error: BaseException) -> bool:
+def _survive(ref: weakref.ref[BaseClient], error: BaseException) -> bool:
     if (client := ref()) is None:
         return False
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, over
 
 from brokerd_client import message
 from brokerd_client._common.dispatcher import log
-from brokerd_client.blocking.base import Link
+from brokerd_client.blocking.base import BaseClient
 from brokerd_client.blocking.handlers import HandlerThreads
 from brokerd_client.blocking.subscriptions import BaseSubscription, Message, PresenceWatch, Subscription
 from brokerd_client.blocking.waiters import NOTHING, Call, by_handler
@@ -60,7 +60,7 @@ _HANDLER_GRACE_S: Final = 1.0
 _THREAD_GRACE_S: Final = 5.0
 
 
-class Client(Link):
+class Client(BaseClient):
     """A named client of a broker; made by :func:`connect`. Any thread may use it, a fork may not.
 
     Every call raises Closed after close(), WrongProcess in a fork. Those that send wait while the connection is being
@@ -152,7 +152,7 @@ class Client(Link):
         if self._forked:
             self._check()
         deadline = None
-        dialog, channel = self._dialog, self._channel
+        dialog, transport = self._dialog, self._transport
         while True:
             # As in Link._put and Link._write, without the calls.
             try:
@@ -160,9 +160,9 @@ class Client(Link):
                     if self._clear and not self._chores:
                         self._clear = False
                         id = dialog.send(to, number, body, extension)
-                        dialog.took(channel.write(dialog.peek()))
-                        if channel.backlog or self._chores:
-                            channel.wake()
+                        dialog.took(transport.write(dialog.peek()))
+                        if transport.backlog or self._chores:
+                            transport.wake()
                         else:
                             self._clear = True
                         return id
@@ -557,7 +557,7 @@ class Client(Link):
             self._leave_chore(self._begin_end)
             return
         # What a signal handler has sent, as a chore, is flushed, too.
-        self._until(lambda: not self._dialog.may_answer or not (self._channel.backlog or self._chores), LINGER_S)
+        self._until(lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores), LINGER_S)
         while True:
             # Again, where an exception in the I/O thread has cut it short.
             with contextlib.suppress(InDoubt):
@@ -580,7 +580,7 @@ class Client(Link):
         self._clear = False
         self._apply(self._dialog.close(time.monotonic()), time.monotonic())
         if self._dialog.state is State.CLOSING and first:
-            self._channel.shut()
+            self._transport.shut()
         for queue in list(self._queues):
             if queue is not self._ordered:
                 queue.inbox.clear()

@@ -11,15 +11,15 @@ import ssl
 import threading
 
 from brokerd_client.address import Address
-from brokerd_client.blocking.transport import Channel, by_system
+from brokerd_client.blocking.transport import Transport, by_system
 from brokerd_client.tls.stream import TlsStream
 
-__all__ = ["TlsChannel"]
+__all__ = ["TlsTransport"]
 
 _READ_SIZE = 64 * 1024
 
 
-class TlsChannel(Channel):
+class TlsTransport(Transport):
     """One connection at a time, to one address, over TLS. ``connecting`` lasts until its handshake is over."""
 
     def __init__(self, address: Address, context: ssl.SSLContext) -> None:

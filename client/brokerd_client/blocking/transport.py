@@ -23,7 +23,7 @@ from brokerd_client._common.pipe_bridge import dial_pipe
 from brokerd_client.address import Address, validate_family
 from brokerd_client.errors import TlsError
 
-__all__ = ["Channel", "by_system"]
+__all__ = ["Transport", "by_system"]
 
 _READ_SIZE = 64 * 1024
 #: Seconds that one wait lasts at most: the system's calls take no longer time than some days.
@@ -36,7 +36,7 @@ def by_system(error: OSError) -> bool:
     return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError))
 
 
-class Channel:
+class Transport:
     """One connection at a time, to one address."""
 
     #: Returns how many bytes the system has taken. Raises OSError: none, at the moment or for good.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
-from brokerd_client.blocking.transport import Channel
+from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
@@ -108,15 +108,15 @@ class WaitQueue(Generic[T]):
         so that nothing can arrive until the handler returns.
     """
 
-    __slots__ = ("__weakref__", "_channel", "_meter", "_interrupting", "ended", "inbox", "waiters")
+    __slots__ = ("__weakref__", "_transport", "_meter", "_interrupting", "ended", "inbox", "waiters")
 
-    def __init__(self, meter: InboxMeter, channel: Channel, interrupting: Callable[[], bool]) -> None:
+    def __init__(self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
         #: Why nothing more will come.
         self.ended: BrokerdError | None = None
         self._meter = meter
-        self._channel = channel
+        self._transport = transport
         self._interrupting = interrupting
 
     def put(self, items: list[T], size: int) -> None:
@@ -191,7 +191,7 @@ class WaitQueue(Generic[T]):
         if not meter.asked:
             meter.asked = True
             try:
-                self._channel.wake()
+                self._transport.wake()
             except BaseException:
                 meter.asked = False
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 from fake_broker import FakeBroker, Session
 
 from brokerd_client import aio
-from brokerd_client.aio import base as aio_link
+from brokerd_client.aio import base as aio_base
 
 PATIENCE = 20.0
 #: Bytes delivered at once, as by a read of a socket.
@@ -154,7 +154,7 @@ def play(monkeypatch: Any, scenario: Callable[[MemoryBroker], Awaitable[object]]
 
     async def watched() -> None:
         network = MemoryBroker(*(names or ("alice", "bob", "carol")))
-        monkeypatch.setattr(aio_link, "dial", network.dial)
+        monkeypatch.setattr(aio_base, "dial", network.dial)
         async with asyncio.timeout(PATIENCE):
             await scenario(network)
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -18,9 +18,9 @@ from fake_broker import FakeServer
 from brokerd_client import aio
 from brokerd_client._common.keepalive import Silence
 from brokerd_client.address import Address
-from brokerd_client.aio import base as aio_link
-from brokerd_client.aio import transport as aio_connection
-from brokerd_client.aio.transport import Connection, dial
+from brokerd_client.aio import base as aio_base
+from brokerd_client.aio import transport as aio_transport
+from brokerd_client.aio.transport import Transport, dial
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -358,7 +358,7 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     async def fail(*given: object) -> None:
         raise LookupError("nobody thought of this")
 
-    monkeypatch.setattr(aio_link, "dial", fail)
+    monkeypatch.setattr(aio_base, "dial", fail)
 
     async def main() -> None:
         with pytest.raises(Disconnected, match="nobody thought of this") as caught:
@@ -373,7 +373,7 @@ def test_a_bug_while_connecting_again_is_not_the_end(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged and counted as a loss like any other, and another try follows."""
-    dial = aio_link.dial
+    dial = aio_base.dial
     failures: list[Exception] = [LookupError("nobody thought of this")]
 
     async def fail_once(*given: Any) -> None:
@@ -383,7 +383,7 @@ def test_a_bug_while_connecting_again_is_not_the_end(
 
     async def main() -> None:
         async with join("alice", server) as client:
-            monkeypatch.setattr(aio_link, "dial", fail_once)
+            monkeypatch.setattr(aio_base, "dial", fail_once)
             server.drop("alice")
             await until(lambda: not failures and client.connected)
             assert client.counters["losses"] == 2
@@ -400,7 +400,7 @@ def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
     def refuse(*given: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(aio_connection, "keep_alive", refuse)
+    monkeypatch.setattr(aio_transport, "keep_alive", refuse)
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -422,20 +422,20 @@ def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
         def __init__(self) -> None:
             self.lost = asyncio.get_running_loop().create_future()
 
-        def _on_open(self, link: Connection) -> None:
+        def _on_open(self, link: Transport) -> None:
             link.transport.write(bytes(50_000_000))
 
-        def _on_data(self, link: Connection, data: bytes) -> None: ...
+        def _on_data(self, link: Transport, data: bytes) -> None: ...
 
-        def _on_writable(self, link: Connection) -> None: ...
+        def _on_writable(self, link: Transport) -> None: ...
 
-        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+        def _on_lost(self, link: Transport, error: Exception | None) -> None:
             self.lost.set_result(error)
 
     async def main() -> None:
         told = Told()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            await dial(Address("AF_INET", *listener.getsockname()), lambda: Connection(told))
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(told))
             peer, _ = listener.accept()
             with peer:
                 peer.shutdown(socket.SHUT_WR)
@@ -505,22 +505,22 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
         def __init__(self) -> None:
             self.heard: list[object] = []
 
-        def _on_open(self, link: Connection) -> None:
+        def _on_open(self, link: Transport) -> None:
             link.transport.pause_reading()
             self.link = link
 
-        def _on_data(self, link: Connection, data: bytes) -> None:
+        def _on_data(self, link: Transport, data: bytes) -> None:
             self.heard.append(data)
 
-        def _on_writable(self, link: Connection) -> None: ...
+        def _on_writable(self, link: Transport) -> None: ...
 
-        def _on_lost(self, link: Connection, error: Exception | None) -> None:
+        def _on_lost(self, link: Transport, error: Exception | None) -> None:
             self.heard.append(type(error))
 
     async def main() -> None:
         told = Told()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            await dial(Address("AF_INET", *listener.getsockname()), lambda: Connection(told))
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(told))
             peer, _ = listener.accept()
             with peer:
                 peer.sendall(b"the last")

@@ -13,7 +13,7 @@ from fake_broker import Session
 from memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
-from brokerd_client.aio import base as aio_link
+from brokerd_client.aio import base as aio_base
 from brokerd_client.errors import BrokerdError, Disconnected, TimedOut
 from brokerd_client.wire.envelope import Envelope, Kind
 
@@ -34,7 +34,7 @@ IDS = ["LookupError", "panic", "CancelledError", "AssertionError"]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a client connect again at once."""
-    monkeypatch.setattr(aio_link, "jitter", lambda: 0.0)
+    monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -105,7 +105,7 @@ def test_exception_in_a_callback_is_a_lost_connection(
                 await asking
             await until(lambda: alice.connected)
             monkeypatch.undo()
-            monkeypatch.setattr(aio_link, "dial", network.dial)
+            monkeypatch.setattr(aio_base, "dial", network.dial)
             assert await alice.ping() >= 0
             await bob.publish("a", "event")
             assert (await feed.recv(5)).payload == "event"
@@ -148,7 +148,7 @@ def test_exception_while_connecting_for_the_first_time_ends_connect(
                 raise error
 
             with monkeypatch.context() as patch:
-                patch.setattr(aio_link, name, fail)
+                patch.setattr(aio_base, name, fail)
                 with pytest.raises(Disconnected, match="unforeseen") as caught:
                     await network.join("alice", timeout=5)
                 assert caught.value.__cause__ is error
@@ -193,7 +193,7 @@ def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
         alice = await network.join("alice")
         waiting = asyncio.ensure_future(alice.recv())
         if not connected:
-            monkeypatch.setattr(aio_link, "jitter", lambda: 0.99)
+            monkeypatch.setattr(aio_base, "jitter", lambda: 0.99)
             network.drop("alice")
             await until(lambda: not alice.connected)
         alice._keeper.cancel()
@@ -215,7 +215,7 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch
 
     async def begin() -> tuple[MemoryBroker, aio.Client]:
         network = MemoryBroker("alice")
-        monkeypatch.setattr(aio_link, "dial", network.dial)
+        monkeypatch.setattr(aio_base, "dial", network.dial)
         return network, await network.join("alice")
 
     async def reconnected(client: aio.Client) -> None:
@@ -229,7 +229,7 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch
         once(monkeypatch, alice._dialog, "receive", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             loop.run_until_complete(alice.ping())
-        monkeypatch.setattr(aio_link, "jitter", lambda: 0.0)
+        monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
         loop.run_until_complete(reconnected(alice))
     finally:
         loop.close()

@@ -10,7 +10,7 @@ from fake_broker import FakeServer, Session
 from memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
-from brokerd_client.aio import base as aio_link
+from brokerd_client.aio import base as aio_base
 from brokerd_client.errors import Closed, Denied
 from brokerd_client.wire.envelope import Envelope, ErrorCode, Kind
 
@@ -143,7 +143,7 @@ def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it does not read: it connects again without a call, and keeps what it had read."""
-    monkeypatch.setattr(aio_link, "_LOOK_S", 0.01)
+    monkeypatch.setattr(aio_base, "_LOOK_S", 0.01)
 
     async def main() -> None:
         async with (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from brokerd_client import aio
-from brokerd_client.aio import transport as aio_connection
+from brokerd_client.aio import transport as aio_transport
 from brokerd_client.aio.transport import Resolver
 from brokerd_client.errors import Disconnected, TimedOut
 
@@ -99,7 +99,7 @@ def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
     names.released.set()
 
     async def main() -> None:
-        made: list[aio_connection.Connection] = []
+        made: list[aio_transport.Transport] = []
 
         class Quiet(asyncio.Protocol):
             def __init__(self) -> None:
@@ -110,14 +110,14 @@ def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
             closed.close()
             entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
             names.answer = [(*entry, ("127.0.0.1", refusing)), (*entry, ("127.0.0.1", port))]
-            address = aio_connection.Address("AF_INET", "slow.example", port)
-            await aio_connection.dial(address, Quiet)  # type: ignore[arg-type]
+            address = aio_transport.Address("AF_INET", "slow.example", port)
+            await aio_transport.dial(address, Quiet)  # type: ignore[arg-type]
             accepted, _ = listener.accept()
             accepted.close()
             assert len(made) == 1
             names.answer = names.answer[:1]
             with pytest.raises(ConnectionRefusedError):
-                await aio_connection.dial(address, Quiet)  # type: ignore[arg-type]
+                await aio_transport.dial(address, Quiet)  # type: ignore[arg-type]
 
     asyncio.run(main())
 

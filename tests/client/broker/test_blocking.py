@@ -30,7 +30,7 @@ from brokerd.testing import running
 from brokerd_client import Client, aio, connect
 from brokerd_client.address import parse
 from brokerd_client.blocking.base import MOST_THREADS
-from brokerd_client.blocking.transport import Channel
+from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -204,7 +204,7 @@ def test_tcp_tries_every_address_and_then_says_why() -> None:
 def test_named_pipe_is_refused_where_there_is_none() -> None:
     """The error says where there are such."""
     with pytest.raises(AddressError, match="named pipes exist on Windows only"):
-        Channel(parse(r"\\.\pipe\x"))
+        Transport(parse(r"\\.\pipe\x"))
 
 
 def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
@@ -405,7 +405,7 @@ def break_writes(client: Client) -> None:
     def fail(data: object) -> int:
         raise BrokenPipeError(errno.EPIPE, "gone")
 
-    client._channel._send = fail  # type: ignore[method-assign]
+    client._transport._send = fail  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("reconnect", [True, False])
@@ -454,7 +454,7 @@ def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("brokerd_client.blocking.transport.Silence.lasts", lambda *given: 1000.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        contextlib.closing(Channel(parse(listener.getsockname()))) as channel,
+        contextlib.closing(Transport(parse(listener.getsockname()))) as channel,
     ):
         done = channel.dial()
         peer, _ = listener.accept()
@@ -472,10 +472,10 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
 ) -> None:
     """connect() ends with what went wrong as the cause, which is logged too, instead of with its timeout."""
 
-    def fail(channel: Channel) -> bool:
+    def fail(channel: Transport) -> bool:
         raise LookupError("nobody thought of this")
 
-    monkeypatch.setattr(Channel, "dial", fail)
+    monkeypatch.setattr(Transport, "dial", fail)
     with pytest.raises(Disconnected, match="nobody thought of this") as caught:
         join("alice", server)
     assert isinstance(caught.value.__cause__, LookupError)
@@ -485,7 +485,7 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
 def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged, who waits hears that the connection is gone, and there is another one."""
     alice, bob = join("alice", server), join("bob", server)
-    read = alice._channel.read
+    read = alice._transport.read
     failures: list[Exception] = [LookupError("nobody thought of this")]
 
     def fail_once() -> bytes | None:
@@ -493,7 +493,7 @@ def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog
             raise failures.pop()
         return read()
 
-    alice._channel.read = fail_once  # type: ignore[method-assign]
+    alice._transport.read = fail_once  # type: ignore[method-assign]
     with pytest.raises(InDoubt, match="nobody thought of this"):
         alice.ping()
     assert "LookupError" in caplog.text
@@ -592,10 +592,10 @@ def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
 ) -> None:
     """``Event.wait`` may then release an unlocked lock, which is a RuntimeError."""
     before = set(threading.enumerate())
-    channels: list[Channel] = []
-    make = Channel.__init__
+    channels: list[Transport] = []
+    make = Transport.__init__
 
-    def note(channel: Channel, *args: Any) -> None:
+    def note(channel: Transport, *args: Any) -> None:
         make(channel, *args)
         channels.append(channel)
 
@@ -610,7 +610,7 @@ def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
             raise Interrupted("by a signal") from KeyError("its cause")
 
     wait = threading.Event.wait
-    monkeypatch.setattr(Channel, "__init__", note)
+    monkeypatch.setattr(Transport, "__init__", note)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Event, "wait", interrupt)
         with pytest.raises(Interrupted) as caught:
@@ -629,9 +629,9 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
 ) -> None:
     """The thread is alive at the interruption, and ends before it gets to its own work."""
     go_on = threading.Event()
-    channels: list[Channel] = []
+    channels: list[Transport] = []
 
-    def break_off(_ref: object, channel: Channel, _queues: object) -> None:
+    def break_off(_ref: object, channel: Transport, _queues: object) -> None:
         channels.append(channel)
         go_on.wait(PATIENCE)
 
@@ -685,7 +685,7 @@ def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
 
 def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
     """A wait without reading tells of the end of the connection; the bytes before it are still there."""
-    channel = Channel(parse("/not/used"))
+    channel = Transport(parse("/not/used"))
     mine, peer = socket.socketpair()
     with peer:
         mine.setblocking(False)

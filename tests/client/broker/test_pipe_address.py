@@ -17,7 +17,7 @@ from brokerd.net.listen.named_pipes import PipeListener
 from brokerd_client import aio
 from brokerd_client._common import pipe_bridge as bridge
 from brokerd_client.address import Address, parse
-from brokerd_client.aio import transport as aio_connection
+from brokerd_client.aio import transport as aio_transport
 from brokerd_client.blocking import transport as channel
 from brokerd_client.errors import AddressError, Disconnected
 
@@ -30,7 +30,7 @@ def dialed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bridge.
     """Call it with what is to dial a pipe in Windows' place."""
 
     def install(dial: Callable[[str], bridge.BridgedSocket]) -> None:
-        for module in (aio_connection, channel):
+        for module in (aio_transport, channel):
             monkeypatch.setattr(module, "dial_pipe", dial)
             monkeypatch.setattr(module, "validate_family", lambda family: None)
 
@@ -116,7 +116,7 @@ def test_a_loop_may_hand_over_any_bytes() -> None:
             heard.append(data)
 
     async def main() -> None:
-        aio_connection.Connection(Heard()).data_received(bytearray(b"bytes"))  # type: ignore[arg-type]
+        aio_transport.Transport(Heard()).data_received(bytearray(b"bytes"))  # type: ignore[arg-type]
 
     asyncio.run(main())
     assert heard == [b"bytes"]
