@@ -8,7 +8,7 @@ import time
 from typing import Any, cast
 
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
-from brokerd_client.connection.handshaking import Channel, Negotiation, SocketChannel, described, nonce
+from brokerd_client.connection.handshaking import Negotiation, PeerStream, SocketPeer, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
 from brokerd_client.connection.listening_sockets import no_delay
 from brokerd_client.connection.readiness import deadline_after, shortened
@@ -50,19 +50,19 @@ def Client(  # noqa: N802 - the standard library's name
     family = family or infer_family(address)
     validate_family(family)
     try:
-        channel = _connect(address, cast("Family", family), deadline)
+        peer_stream = _connect(address, cast("Family", family), deadline)
     except TimedOut:
         raise TimedOut(f"no connection to {format_peer(address)} within {timeout} s") from None
     try:
         if key is not None:
-            _shake_hands(channel, address, key, deadline, allow_md5=allow_md5)
-        return cast("Connection", channel.into_connection(max_message))
+            _shake_hands(peer_stream, address, key, deadline, allow_md5=allow_md5)
+        return cast("Connection", peer_stream.into_connection(max_message))
     except BaseException:
-        channel.close()
+        peer_stream.close()
         raise
 
 
-def _connect(address: Any, family: Family, deadline: float | None) -> Channel:
+def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream:
     if sys.platform == "win32" and family == "AF_PIPE":
         from brokerd_client.connection.named_pipes import dial
 
@@ -84,21 +84,21 @@ def _connect(address: Any, family: Family, deadline: float | None) -> Channel:
                 raise
         if family != "AF_UNIX":
             no_delay(sock)
-        return SocketChannel(sock)
+        return SocketPeer(sock)
     except BaseException:
         sock.close()
         raise
 
 
-def _shake_hands(channel: Channel, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool) -> None:
+def _shake_hands(peer_stream: PeerStream, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool) -> None:
     conversation = as_dialer(key, nonce(), allow_md5=allow_md5)
-    negotiation = Negotiation(channel, conversation, key, address, 0.0)
+    negotiation = Negotiation(peer_stream, conversation, key, address, 0.0)
     listener = f"the listener at {format_peer(address)}"
     began = time.monotonic()
     challenge_due = began + CHALLENGE_TIMEOUT_S if deadline is None else deadline
     try:
         while not negotiation.advance():
-            channel.wait(_remaining(deadline if negotiation.heard else challenge_due))
+            peer_stream.wait(_remaining(deadline if negotiation.heard else challenge_due))
     except TimedOut:
         seconds = time.monotonic() - began
         if negotiation.heard:

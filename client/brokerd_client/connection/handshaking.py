@@ -19,7 +19,7 @@ from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import LIMIT, NONCE_SIZE, Handshake, Proof, Send, next_message, unframed
 
-__all__ = ["Channel", "Negotiation", "SocketChannel", "answer_challenge", "deliver_challenge", "described", "nonce"]
+__all__ = ["PeerStream", "Negotiation", "SocketPeer", "answer_challenge", "deliver_challenge", "described", "nonce"]
 
 
 def nonce() -> bytes:
@@ -27,7 +27,7 @@ def nonce() -> bytes:
     return os.urandom(NONCE_SIZE)
 
 
-class Channel(Protocol):
+class PeerStream(Protocol):
     """What a handshake runs over, and a connection once it is over."""
 
     def fileno(self) -> int: ...
@@ -48,7 +48,7 @@ class Channel(Protocol):
         """Hang up."""
 
 
-class SocketChannel:
+class SocketPeer:
     """A handshake's frames over a stream socket, which it owns and makes non-blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -97,8 +97,10 @@ class Negotiation:
     clock, in seconds; kept likewise.
     """
 
-    def __init__(self, channel: Channel, conversation: Handshake, key: bytes, peer: object, deadline: float) -> None:
-        self.channel: Final = channel
+    def __init__(
+        self, peer_stream: PeerStream, conversation: Handshake, key: bytes, peer: object, deadline: float
+    ) -> None:
+        self.peer_stream: Final = peer_stream
         self.peer: Final = peer
         self.deadline = deadline
         self._conversation = conversation
@@ -122,11 +124,11 @@ class Negotiation:
         while True:
             result: bytes | None = None
             if isinstance(self._step, Send):
-                self.channel.send_frame(self._step.body)
+                self.peer_stream.send_frame(self._step.body)
             elif isinstance(self._step, Proof):
                 result = self._key if self._step.made_with(self._key) else None
             else:
-                result = self.channel.next_frame()
+                result = self.peer_stream.next_frame()
                 if result is None:
                     self._moving = False
                     return False

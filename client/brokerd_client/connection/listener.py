@@ -86,7 +86,7 @@ class Listener:
         self._left_at = 0.0
         self._server = open_server(address or arbitrary_address(family), cast("Family", family), backlog)
         self._address = self._server.address
-        self._max_handshakes = min(max_handshakes, self._server.most_channels)
+        self._max_handshakes = min(max_handshakes, self._server.most_peers)
         reset_after_fork(self)
 
     def __del__(self) -> None:
@@ -163,7 +163,7 @@ class Listener:
 
     def _forget_peers(self) -> None:
         for negotiation in list(self._negotiations.values()):
-            negotiation.channel.close()
+            negotiation.peer_stream.close()
         self._negotiations.clear()
         for connection, _ in self._ready:
             connection.close()
@@ -209,7 +209,7 @@ class Listener:
         if deadline is not None:
             deadlines.append(deadline)
         timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
-        come, moved = self._server.wait([each.channel for each in negotiations], timeout)
+        come, moved = self._server.wait([each.peer_stream for each in negotiations], timeout)
         for descriptor in moved:
             # on_error may have closed the listener since.
             if (negotiation := self._negotiations.get(descriptor)) is not None:
@@ -234,15 +234,17 @@ class Listener:
             return
         if taken is None:
             return
-        channel, peer = taken
+        peer_stream, peer = taken
         if self._key is None:
-            self._ready.append((channel.into_connection(self._max_message), peer))
+            self._ready.append((peer_stream.into_connection(self._max_message), peer))
             return
         if len(self._negotiations) >= self._max_handshakes:
             self._drop_oldest(f"dropped: more than {self._max_handshakes} peers have not finished the handshake")
         conversation = as_listener(nonce(), allow_md5=self._allow_md5)
-        negotiation = Negotiation(channel, conversation, self._key, peer, time.monotonic() + self._handshake_timeout)
-        descriptor = channel.fileno()
+        negotiation = Negotiation(
+            peer_stream, conversation, self._key, peer, time.monotonic() + self._handshake_timeout
+        )
+        descriptor = peer_stream.fileno()
         self._negotiations[descriptor] = negotiation
         self._advance(descriptor, negotiation)
 
@@ -255,10 +257,10 @@ class Listener:
             return
         except BaseException:
             self._negotiations.pop(descriptor, None)
-            negotiation.channel.close()
+            negotiation.peer_stream.close()
             raise
         self._negotiations.pop(descriptor, None)
-        self._ready.append((negotiation.channel.into_connection(self._max_message), negotiation.peer))
+        self._ready.append((negotiation.peer_stream.into_connection(self._max_message), negotiation.peer))
 
     def _drop_oldest(self, why: str) -> None:
         descriptor, oldest = next(iter(self._negotiations.items()))
@@ -266,7 +268,7 @@ class Listener:
 
     def _drop(self, descriptor: int, negotiation: Negotiation, why: Exception) -> None:
         self._negotiations.pop(descriptor, None)
-        negotiation.channel.close()
+        negotiation.peer_stream.close()
         peer = format_peer(negotiation.peer)
         error = described(why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer)
         error.__cause__ = why

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from brokerd_client.address import Family
-from brokerd_client.connection.handshaking import Channel, SocketChannel
+from brokerd_client.connection.handshaking import PeerStream, SocketPeer
 from brokerd_client.connection.readiness import readable
 
 __all__ = ["ServerSocket", "SocketServer", "arbitrary_address", "default_family", "families", "no_delay", "open_server"]
@@ -50,16 +50,16 @@ class ServerSocket(Protocol):
     address: Any
 
     @property
-    def most_channels(self) -> int:
+    def most_peers(self) -> int:
         """How many channels wait() can watch."""
 
-    def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
+    def wait(self, peer_streams: Collection[PeerStream], timeout: float | None) -> tuple[bool, set[int]]:
         """Wait until a peer comes, a channel has something, wake() is called or the time is over.
 
         Return (whether a peer may have come, the filenos of the channels that have something).
         """
 
-    def take(self) -> tuple[Channel, object] | None:
+    def take(self) -> tuple[PeerStream, object] | None:
         """Return the next peer's channel and address; None where it has gone again. Raises OSError."""
 
     def wake(self) -> None:
@@ -75,7 +75,7 @@ class ServerSocket(Protocol):
 class SocketServer:
     """A listening socket, and its file where it is a Unix socket with one."""
 
-    most_channels: Final = sys.maxsize
+    most_peers: Final = sys.maxsize
 
     def __init__(self, address: Any, family: Family, backlog: int) -> None:
         self._unlink: util.Finalize | None = None
@@ -120,11 +120,11 @@ class SocketServer:
         if stat.S_IMODE(made.st_mode) != _OWNER_ONLY:
             path.chmod(_OWNER_ONLY)
 
-    def wait(self, channels: Collection[Channel], timeout: float | None) -> tuple[bool, set[int]]:
+    def wait(self, peer_streams: Collection[PeerStream], timeout: float | None) -> tuple[bool, set[int]]:
         server, waker = self._socket.fileno(), self._ends[0].fileno()
         if server < 0:
             return False, set()
-        waiting = [server, waker, *(channel.fileno() for channel in channels)]
+        waiting = [server, waker, *(peer_stream.fileno() for peer_stream in peer_streams)]
         ready = set(readable(waiting, timeout))
         if waker in ready:
             with contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ class SocketServer:
         come = server in ready
         return come, ready - {server, waker}
 
-    def take(self) -> tuple[Channel, object] | None:
+    def take(self) -> tuple[PeerStream, object] | None:
         try:
             sock, peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -140,7 +140,7 @@ class SocketServer:
             return None
         if self._tcp:
             no_delay(sock)
-        return SocketChannel(sock), peer
+        return SocketPeer(sock), peer
 
     def wake(self) -> None:
         # A full pipe wakes as well; a closed one has nobody to wake.

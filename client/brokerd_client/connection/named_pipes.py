@@ -27,7 +27,7 @@ if sys.platform == "win32":
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
-    __all__ = ["Pipe", "PipeChannel", "PipeConnection", "PipeServer", "PipeStream", "dial"]
+    __all__ = ["Pipe", "PipePeer", "PipeConnection", "PipeServer", "PipeStream", "dial"]
 
     _BUFFER_SIZE: Final = 8192
     #: Milliseconds between two looks at the clock while a pipe is busy.
@@ -100,7 +100,7 @@ if sys.platform == "win32":
         handle, connection._handle = connection._handle, None
         return PipeConnection(handle, connection.readable, connection.writable)
 
-    class PipeChannel:
+    class PipePeer:
         """A handshake's messages over a named pipe, which it owns."""
 
         def __init__(self, handle: int) -> None:
@@ -189,7 +189,7 @@ if sys.platform == "win32":
         """A named pipe that takes connections: one instance of it always waits for the next peer."""
 
         #: Windows waits for 64 handles at once, and some are needed for other things.
-        most_channels: Final = 50
+        most_peers: Final = 50
 
         def __init__(self, address: str) -> None:
             self.address = address
@@ -206,7 +206,7 @@ if sys.platform == "win32":
             if hasattr(self, "_rope"):
                 self.close()
 
-        def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]:
+        def wait(self, peer_streams: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]:
             if self._handle is None:
                 return False, set()
             come: list[int] = []
@@ -219,13 +219,13 @@ if sys.platform == "win32":
                         raise
                     return True, set()
             come = [self._connecting.event]
-            waiting = [*come, self._waker_in, *(channel.connection for channel in channels)]
+            waiting = [*come, self._waker_in, *(peer_stream.connection for peer_stream in peer_streams)]
             ready = standard.wait(waiting, shortened(timeout))
             if self._waker_in in ready:
                 self._waker_in.recv_bytes()
             return come[0] in ready, {each.fileno() for each in ready if isinstance(each, PipeConnection)}
 
-        def take(self) -> tuple[PipeChannel, object] | None:
+        def take(self) -> tuple[PipePeer, object] | None:
             handle, connecting = self._handle, self._connecting
             assert handle is not None
             self._handle = _new_instance(self.address, first=False)
@@ -236,7 +236,7 @@ if sys.platform == "win32":
                 except OSError:
                     _winapi.CloseHandle(handle)
                     raise
-            return PipeChannel(handle), None
+            return PipePeer(handle), None
 
         def wake(self) -> None:
             if not self._rope.closed:
@@ -274,7 +274,7 @@ if sys.platform == "win32":
             _winapi.NULL,
         )
 
-    def dial(address: str, deadline: float | None) -> PipeChannel:
+    def dial(address: str, deadline: float | None) -> PipePeer:
         """Return a channel to the pipe. Raises TimedOut, if it is busy until the deadline, and OSError."""
         while True:
             left_ms = _LOOK_EVERY_MS if deadline is None else (deadline - time.monotonic()) * 1000
@@ -296,7 +296,7 @@ if sys.platform == "win32":
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimedOut
         _winapi.SetNamedPipeHandleState(handle, _winapi.PIPE_READMODE_MESSAGE, None, None)
-        return PipeChannel(handle)
+        return PipePeer(handle)
 
     def _rebuild(shared: Any, readable: bool, writable: bool, max_message: int | None) -> PipeConnection:
         return PipeConnection(shared.detach(), readable, writable, max_message=max_message)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
 from brokerd_client.connection import listener as listener_module
-from brokerd_client.connection.handshaking import Negotiation, SocketChannel
+from brokerd_client.connection.handshaking import Negotiation, SocketPeer
 from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import CHALLENGE, LIMIT, NONCE_SIZE, RECEIVE, Send, as_dialer, as_listener
@@ -99,8 +99,8 @@ def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: boo
     """Whatever bytes a peer sends, a handshake waits for more or fails with an error that is expected of it."""
     ours, theirs = socket.socketpair()
     conversation = as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
-    channel = SocketChannel(ours)
-    negotiation = Negotiation(channel, conversation, KEY, None, 0.0)
+    peer_stream = SocketPeer(ours)
+    negotiation = Negotiation(peer_stream, conversation, KEY, None, 0.0)
     with theirs:
         try:
             for data in said:
@@ -112,7 +112,7 @@ def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: boo
         except (AuthenticationError, FrameError, EOFError):
             pass
         finally:
-            channel.close()
+            peer_stream.close()
 
 
 def test_wrong_key_is_raised_once_and_others_come_in(aside: Any) -> None:

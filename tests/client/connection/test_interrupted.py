@@ -18,7 +18,7 @@ import pytest
 from client.connection.interruption import RETURN, Interrupt, interrupted_at, random_signals
 
 from brokerd_client.connection import Client, Connection, Listener, Pipe, stream, wait
-from brokerd_client.connection.handshaking import Negotiation, SocketChannel
+from brokerd_client.connection.handshaking import Negotiation, SocketPeer
 from brokerd_client.errors import AuthenticationError
 from brokerd_client.wire.handshake import as_listener
 
@@ -404,9 +404,9 @@ def test_negotiation_interrupted_never_counts_as_through() -> None:
     """A generator that an exception has left ends as one that is through does: it authenticates nobody."""
     ours, theirs = socket.socketpair()
     with theirs:
-        channel = SocketChannel(ours)
+        peer_stream = SocketPeer(ours)
         for bytecode in range(0, 300, 7):
-            negotiation = Negotiation(channel, as_listener(bytes(40)), KEY, None, 0.0)
+            negotiation = Negotiation(peer_stream, as_listener(bytes(40)), KEY, None, 0.0)
             theirs.setblocking(False)
             if interrupted_at(bytecode, negotiation.advance):
                 theirs.sendall(b"\0\0\0\4what")
@@ -414,4 +414,4 @@ def test_negotiation_interrupted_never_counts_as_through() -> None:
                     negotiation.advance()
                 with contextlib.suppress(BlockingIOError):
                     ours.recv(10_000)
-        channel.close()
+        peer_stream.close()
