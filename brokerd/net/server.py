@@ -30,7 +30,7 @@ from brokerd.net.handshake.handshakes import TAKEN, PendingHandshakes, fresh_ins
 from brokerd.net.handshake.keyring import Credential, Keyring
 from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.pending import PendingConnection
-from brokerd.net.handshake.tls import NO_CHANNEL, Channel
+from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd.net.listen.acceptor import Acceptor
 from brokerd.net.listen.listener import ListenError, Listening
 from brokerd_client.address import Address
@@ -183,7 +183,7 @@ class Server:
     def reasons(self, links: Iterable[Link], keyring: Keyring | None = None) -> list[tuple[Link, str]]:
         """Return those of the links that a keyring, by default the one in force, would not let in, and why."""
         there = (link for link in links if not link.closed and not link.session.closing)
-        judged = ((link, self.misfit(link.credential, _uid(link), keyring, link.channel)) for link in there)
+        judged = ((link, self.misfit(link.credential, _uid(link), keyring, link.tls_peer)) for link in there)
         return [(link, why) for link, why in judged if why]
 
     def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
@@ -197,7 +197,7 @@ class Server:
         credential: Credential,
         uid: int | None,
         keyring: Keyring | None = None,
-        channel: Channel = NO_CHANNEL,
+        tls_peer: TlsPeer = NO_TLS,
     ) -> str:
         """Return why a keyring has no place for who proved this credential, or ""."""
         ring = self.keyring if keyring is None else keyring
@@ -209,7 +209,7 @@ class Server:
         users = known[0].client.peer_uid
         if users is not None and uid not in users:
             return "its user is not in peer_uid any more"
-        return channel.refusal(known[0].client)
+        return tls_peer.refusal(known[0].client)
 
     def stop_accepting(self) -> None:
         """Close every listening socket and turn away who is still at the door."""
@@ -262,7 +262,7 @@ class Server:
         assert pending.credential is not None
         name = pending.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
-        misfit = self.misfit(pending.credential, pending.uid, channel=pending.channel)
+        misfit = self.misfit(pending.credential, pending.uid, tls_peer=pending.tls_peer)
         reason = misfit or self.room_for(name)
         if reason != "":
             reason = reason or TAKEN
@@ -284,7 +284,7 @@ class Server:
             peer=pending.peer,
             listener=pending.listener,
             key=pending.credential.key.key_id,
-            **_tls_fields(pending.channel),
+            **_tls_fields(pending.tls_peer),
         )
         link.open(session, pending.reader.take_rest())
         self.settle()
@@ -489,18 +489,18 @@ class Server:
 
 def _link(server: Server, pending: PendingConnection, credential: Credential) -> Link:
     if pending.stream is not None:
-        return TlsLink(server, pending.stream, credential, pending.channel)
+        return TlsLink(server, pending.stream, credential, pending.tls_peer)
     assert isinstance(pending.sock, socket.socket)
     return Link(server, pending.sock, credential)
 
 
 def _uid(link: Link) -> int | None:
-    return None if link.channel.version else peer_uid(link.sock)
+    return None if link.tls_peer.version else peer_uid(link.sock)
 
 
-def _tls_fields(channel: Channel) -> dict[str, Any]:
+def _tls_fields(tls_peer: TlsPeer) -> dict[str, Any]:
     """Return what the log says of a connection over TLS."""
-    if not channel.version:
+    if not tls_peer.version:
         return {}
-    shown = {"subject": subjects.show(channel.subject)} if channel.fingerprint else {}
-    return {"tls": channel.version, "bound_to": channel.bound or "nothing", **shown}
+    shown = {"subject": subjects.show(tls_peer.subject)} if tls_peer.fingerprint else {}
+    return {"tls": tls_peer.version, "bound_to": tls_peer.bound or "nothing", **shown}

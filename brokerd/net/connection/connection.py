@@ -21,7 +21,7 @@ from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
 from brokerd.net.connection.unread import UnreadCounter
-from brokerd.net.handshake.tls import NO_CHANNEL, Channel
+from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd_client._common.pipe_bridge import BridgedSocket
 from brokerd_client.errors import BadLength
 from brokerd_client.wire.envelope import ErrorCode
@@ -80,7 +80,7 @@ class Link:
     can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
-        "channel",
+        "tls_peer",
         "closed",
         "credential",
         "ending",
@@ -96,13 +96,11 @@ class Link:
         "writing",
     )
 
-    def __init__(
-        self, server: Server, sock: socket.socket, credential: Credential, channel: Channel = NO_CHANNEL
-    ) -> None:
+    def __init__(self, server: Server, sock: socket.socket, credential: Credential, tls_peer: TlsPeer = NO_TLS) -> None:
         self.server = server
         self.sock = sock
         self.credential = credential
-        self.channel = channel
+        self.tls_peer = tls_peer
         self.fd = sock.fileno()
         self.session: Session
         self.pending_input = b""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from brokerd.core.session import Session
 from brokerd.net.connection.connection import Link
-from brokerd.net.handshake.tls import Channel
+from brokerd.net.handshake.tls import TlsPeer
 from brokerd_client.tls.stream import TlsStream
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class TlsLink(Link):
 
     __slots__ = ("_reading_on", "_stream")
 
-    def __init__(self, server: Server, stream: TlsStream, credential: Credential, channel: Channel) -> None:
+    def __init__(self, server: Server, stream: TlsStream, credential: Credential, tls_peer: TlsPeer) -> None:
         # It does all that a Link asks of a socket.
-        super().__init__(server, cast("socket.socket", stream), credential, channel)
+        super().__init__(server, cast("socket.socket", stream), credential, tls_peer)
         self._stream = stream
         stream.trust()
         self._reading_on = False

@@ -26,7 +26,7 @@ from brokerd.net.handshake.admission import Admission, Rank
 from brokerd.net.handshake.keyring import Identity, KeySearch, key_on
 from brokerd.net.handshake.penalties import Failures
 from brokerd.net.handshake.pending import PendingConnection
-from brokerd.net.handshake.tls import SPEAKS_TLS, Channel, TlsHandshakes, challenge_nonce, is_client_hello
+from brokerd.net.handshake.tls import SPEAKS_TLS, TlsHandshakes, TlsPeer, challenge_nonce, is_client_hello
 from brokerd_client.errors import AuthenticationError, FrameError, TlsError
 from brokerd_client.wire.framing import frame
 from brokerd_client.wire.handshake import FAILURE, LIMIT, Proof, Receive, Send, as_listener
@@ -61,7 +61,7 @@ class PendingHandshakes:
         self._timer: asyncio.TimerHandle | None = None
         #: Who has failed lately.
         self.failures = Failures()
-        self._tls = TlsHandshakes(server.loop, self._on_channel, self._on_no_channel)
+        self._tls = TlsHandshakes(server.loop, self._on_tls_peer, self._on_tls_failed)
         self._admission = Admission()
         #: Called when a place has become free.
         self.on_room: Callable[[], None] = lambda: None
@@ -105,16 +105,16 @@ class PendingHandshakes:
         if not pending.done:
             self._admission.advance(pending, rank, self._loop.time())
 
-    def _on_channel(self, pending: PendingConnection, channel: Channel) -> None:
+    def _on_tls_peer(self, pending: PendingConnection, tls_peer: TlsPeer) -> None:
         """TLS is ready: begin the handshake that is about keys."""
-        pending.channel = channel
+        pending.tls_peer = tls_peer
         self._advance(pending, Rank.SILENT)
-        pending.steps = as_listener(challenge_nonce(channel), allow_md5=True, named=True)
+        pending.steps = as_listener(challenge_nonce(tls_peer), allow_md5=True, named=True)
         self._loop.add_reader(pending.fd, self._on_readable, pending)
         self._go_on(pending, None)
         self._read_on(pending)
 
-    def _on_no_channel(self, pending: PendingConnection, reason: str) -> None:
+    def _on_tls_failed(self, pending: PendingConnection, reason: str) -> None:
         assert pending.stream is not None
         if pending.stream.engine.heard:
             self._refuse(pending, reason, HandshakeOutcome.REJECTED)
@@ -237,19 +237,19 @@ class PendingHandshakes:
 
     def _search(self, pending: PendingConnection, proof: Proof) -> None:
         if proof.binding:
-            if proof.binding not in pending.channel.bindings:
+            if proof.binding not in pending.tls_peer.bindings:
                 pending.refusal = _NOT_HERE
                 pending.proof = None
                 self._go_on(pending, None)
                 return
-            pending.channel = replace(pending.channel, bound=proof.binding)
+            pending.tls_peer = replace(pending.tls_peer, bound=proof.binding)
         search = KeySearch(
             self._server.keyring,
             proof,
             allow_md5=pending.allow_md5,
             uid=pending.uid,
             now=datetime.now(UTC),
-            channel=pending.channel,
+            tls_peer=pending.tls_peer,
         )
         if not self._try(pending, search):
             heapq.heappush(self._searches, (search.tried, next(self._order), pending, search))
@@ -295,7 +295,7 @@ class PendingHandshakes:
             pending.refusal = "" if refusal == TAKEN else refusal
             if pending.refusal:
                 pending.outcome = HandshakeOutcome.REFUSED
-            key = None if pending.refusal else key_on(pending.channel, identity.accepted.key.value)
+            key = None if pending.refusal else key_on(pending.tls_peer, identity.accepted.key.value)
             if key is not None:
                 self._advance(pending, Rank.PROVED)
         self._loop.add_reader(pending.fd, self._on_readable, pending)

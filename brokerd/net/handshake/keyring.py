@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Final, cast
 
 from brokerd.config.values import ClientConfig, Key
-from brokerd.net.handshake.tls import NO_CHANNEL, Channel
+from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd_client.wire.channel_binding import BROKER, CLIENT, bound_key
 from brokerd_client.wire.handshake import Proof
 
@@ -169,14 +169,14 @@ class KeySearch:
         allow_md5: bool,
         uid: int | None,
         now: datetime,
-        channel: Channel = NO_CHANNEL,
+        tls_peer: TlsPeer = NO_TLS,
     ) -> None:
         self._ring = ring
         self._proof = proof
         self._allow_md5 = allow_md5
         self._uid = uid
         self._now = now
-        self._channel = channel
+        self._channel = tls_peer
         self._rest: list[bytes] | None = None
         self.tried = 0
 
@@ -225,10 +225,10 @@ class KeySearch:
         return Identity(credential)
 
 
-def key_on(channel: Channel, key: bytes, direction: str = BROKER) -> bytes:
+def key_on(tls_peer: TlsPeer, key: bytes, direction: str = BROKER) -> bytes:
     """Return the key with which CLIENT or BROKER answers on the channel."""
-    kind = channel.bound
-    return bound_key(key, kind, channel.bindings[kind], direction) if kind else key
+    kind = tls_peer.bound
+    return bound_key(key, kind, tls_peer.bindings[kind], direction) if kind else key
 
 
 def _public(client: ClientConfig) -> Key:

@@ -14,7 +14,7 @@ from brokerd.net.handshake.admission import Rank
 from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.penalties import origin_of
-from brokerd.net.handshake.tls import NO_CHANNEL
+from brokerd.net.handshake.tls import NO_TLS
 from brokerd_client.address import format_peer
 from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.framing import FrameReader
@@ -40,7 +40,7 @@ class PendingConnection:
 
     __slots__ = (
         "allow_md5",
-        "channel",
+        "tls_peer",
         "credential",
         "deadline",
         "done",
@@ -81,7 +81,7 @@ class PendingConnection:
         self.tls = tls
         self.stream = None if tls is None else TlsStream(sock, tls.context, end_point=tls.end_point)
         self.sock: socket.socket | TlsStream = self.stream or sock
-        self.channel = NO_CHANNEL
+        self.tls_peer = NO_TLS
         self.fd = sock.fileno()
         self.uid = peer_uid(sock)
         self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"

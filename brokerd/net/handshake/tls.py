@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from brokerd.net.handshake.pending import PendingConnection
 
-__all__ = ["NO_CHANNEL", "SPEAKS_TLS", "Channel", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
+__all__ = ["NO_TLS", "SPEAKS_TLS", "TlsPeer", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
 
 #: What is told to somebody who never spoke at a listener that waits for TLS: most likely a client without it.
 _SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"
@@ -42,7 +42,7 @@ SPEAKS_TLS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Channel:
+class TlsPeer:
     """What is known of the peer by the channel it came over, whatever its key.
 
     bindings: what its key may be bound to (wire.binding). bound: to what it is. required: whether the listener demands
@@ -75,14 +75,14 @@ class Channel:
         return ""
 
 
-NO_CHANNEL: Final = Channel()
+NO_TLS: Final = TlsPeer()
 
 
-def channel_of(stream: TlsStream, *, required: bool) -> Channel:
+def tls_peer_of(stream: TlsStream, *, required: bool) -> TlsPeer:
     """Return what a finished TLS handshake says of the peer."""
     engine = stream.engine
     der = engine.peer_certificate
-    return Channel(
+    return TlsPeer(
         bindings=engine.bindings,
         required=required,
         subject=subjects.normal(engine.peer_subject),
@@ -91,9 +91,9 @@ def channel_of(stream: TlsStream, *, required: bool) -> Channel:
     )
 
 
-def challenge_nonce(channel: Channel) -> bytes:
+def challenge_nonce(tls_peer: TlsPeer) -> bytes:
     """Return the random part of a challenge, over TLS with what the key can be bound to behind it."""
-    return os.urandom(NONCE_SIZE) + offer(channel.bindings)
+    return os.urandom(NONCE_SIZE) + offer(tls_peer.bindings)
 
 
 def is_client_hello(data: bytes) -> bool:
@@ -110,7 +110,7 @@ class TlsHandshakes:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        on_ready: Callable[[PendingConnection, Channel], None],
+        on_ready: Callable[[PendingConnection, TlsPeer], None],
         on_failed: Callable[[PendingConnection, str], None],
     ) -> None:
         self._loop = loop
@@ -154,12 +154,12 @@ class TlsHandshakes:
         try:
             ready = stream.handshake()
             if ready:
-                channel = channel_of(stream, required=tls.binding is Need.REQUIRED)
+                tls_peer = tls_peer_of(stream, required=tls.binding is Need.REQUIRED)
         except OSError as error:
             self._on_failed(pending, error.strerror or type(error).__name__)
             return
         if ready:
-            self._on_ready(pending, channel)
+            self._on_ready(pending, tls_peer)
             return
         self._loop.add_reader(pending.fd, self._on_event, pending)
         if stream.unsent:
