@@ -43,7 +43,7 @@ from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Daemon", "Elder", "Stopped"]
+__all__ = ["Daemon", "OldProcess", "Stopped"]
 
 #: Seconds between two looks at the files of the sockets: a cleaner of temporary directories may remove one.
 LOOK_S: Final = 10.0
@@ -55,7 +55,7 @@ class Stopped(Exception):
     """The daemon was told to stop while it started."""
 
 
-class Elder(Protocol):
+class OldProcess(Protocol):
     """A process that serves, and from which another one takes over everything.
 
     offered: the configured addresses that it listens at. monitored: the sockets of its monitor, kept open by both.
@@ -177,7 +177,7 @@ class Daemon:
             return "the broker is draining"
         return "" if self.addresses else "the broker is starting"
 
-    async def start(self, elder: Elder | None = None) -> None:
+    async def start(self, old_process: OldProcess | None = None) -> None:
         """Listen at every configured address. Raises ListenError or Stopped; then it listens at none.
 
         elder: another process that serves, whose place this one takes.
@@ -189,8 +189,8 @@ class Daemon:
             await aside(lambda: preload(config.monitor))
         # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
         self._allotted = allotted = await aside(lambda: self._handed.allot(config.listen))
-        offered = () if elder is None else elder.offered
-        former = [] if elder is None else elder.monitored
+        offered = () if old_process is None else old_process.offered
+        former = [] if old_process is None else old_process.monitored
         stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
         wanted = [entry for entry in config.listen if entry.address not in offered]
         monitor = [] if config.monitor is None or stays else [config.monitor.listen]
@@ -201,16 +201,16 @@ class Daemon:
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_order = Orders(self).carry_out
         told: dict[str, Any] = {}
-        if elder is None:
+        if old_process is None:
             self._server.start(opened)
         else:
             try:
-                told = elder.take_over(self._server, config.listen, opened)
+                told = old_process.take_over(self._server, config.listen, opened)
             except BaseException:
                 for listening in (*opened, *monitored):
                     listening.close()
                 raise
-            self.reloads.update(elder.reloads)
+            self.reloads.update(old_process.reloads)
         if stays:
             monitored = former
         else:
@@ -222,7 +222,7 @@ class Daemon:
             self.log, lambda: datetime.now(UTC), later, self._server.credentials
         )
         self.log.info(
-            "daemon.started" if elder is None else "daemon.upgraded",
+            "daemon.started" if old_process is None else "daemon.upgraded",
             version=__version__,
             routing=routing.NAME,
             **_why_python(),
@@ -236,11 +236,11 @@ class Daemon:
         )
         self._warn({entry.address for entry in config.listen})
         self._key_expiry_monitor.watch(config)
-        if elder is None:
+        if old_process is None:
             self.supervisor.ready(self._status)
         else:
             # The service manager takes no word from this process before it has heard of it.
-            elder.when_gone(lambda: self.supervisor.ready(self._status))
+            old_process.when_gone(lambda: self.supervisor.ready(self._status))
         self._looking = asyncio.get_running_loop().create_task(self._look_after_files())
         self.reloading.begin()
 

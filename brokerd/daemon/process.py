@@ -23,9 +23,9 @@ from brokerd.entry import release_signals
 from brokerd.log.logger import AuditError, in_words
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import Handed, Misfit
-from brokerd.upgrade.channel import ChannelError
-from brokerd.upgrade.new_process import Successor
-from brokerd.upgrade.old_process import Predecessor
+from brokerd.upgrade.channel import UpgradeChannelError
+from brokerd.upgrade.new_process import UpgradeTarget
+from brokerd.upgrade.old_process import UpgradeSource
 
 __all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
 
@@ -54,9 +54,9 @@ def run(config_path: Path) -> int:
     0 after a drain, 78 for a configuration that can't be used, alone or with the sockets that the service manager hands
     over, 1 when it can't listen or was told twice to stop.
     """
-    elder = Successor.from_environ()
-    if elder is not None:
-        return _replace(elder, config_path)
+    old_process = UpgradeTarget.from_environ()
+    if old_process is not None:
+        return _replace(old_process, config_path)
     supervisor = Supervisor.from_environ()
     try:
         config = load(config_path)
@@ -70,19 +70,19 @@ def run(config_path: Path) -> int:
         return runner.run(_serve(config, supervisor, handed))
 
 
-def _replace(elder: Successor, config_path: Path) -> int:
+def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
     """Take the place of a process that serves, or tell it why not; return the exit status."""
     _allow_many_descriptors()
     try:
-        elder.meet()
+        old_process.meet()
         config = load(config_path)
         with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(config, Supervisor.from_environ(), elder.handed, elder))
-    except (ConfigError, ListenError, AuditError, ChannelError) as error:
-        elder.fail(str(error))
+            return runner.run(_serve(config, Supervisor.from_environ(), old_process.handed, old_process))
+    except (ConfigError, ListenError, AuditError, UpgradeChannelError) as error:
+        old_process.fail(str(error))
         return EX_CONFIG if isinstance(error, (ConfigError, Misfit)) else EX_FAILED
     except Exception as error:
-        elder.fail(f"a bug: {in_words(error)}")
+        old_process.fail(f"a bug: {in_words(error)}")
         raise
 
 
@@ -98,24 +98,26 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(config: Config, supervisor: Supervisor, handed: Handed, elder: Successor | None = None) -> int:
+async def _serve(
+    config: Config, supervisor: Supervisor, handed: Handed, old_process: UpgradeTarget | None = None
+) -> int:
     try:
         daemon = Daemon(config, supervisor=supervisor, handed=handed)
     except AuditError as error:
-        if elder is not None:
+        if old_process is not None:
             raise
         supervisor.failed(str(error))
         print(error, file=sys.stderr)  # noqa: T201 - there is no log yet
         return EX_FAILED
     try:
-        return await _until_stopped(daemon, supervisor, elder)
+        return await _until_stopped(daemon, supervisor, old_process)
     finally:
         daemon.close_log()
 
 
-async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successor | None) -> int:
-    predecessor = Predecessor(daemon, None if elder is None else elder.keeper)
-    daemon.on_upgrade = predecessor.soon
+async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: UpgradeTarget | None) -> int:
+    upgrade_source = UpgradeSource(daemon, None if old_process is None else old_process.pid_holder)
+    daemon.on_upgrade = upgrade_source.soon
     status = 0
 
     def on_signal(name: str) -> None:
@@ -124,32 +126,32 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
             daemon.log.warning("daemon.killed", reason=f"{name} once more")
             status = EX_FAILED
             daemon.kill()
-            predecessor.kill()
+            upgrade_source.kill()
 
     def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
         """Until then, signals are for the process that serves."""
 
         def act(name: str) -> None:
-            if elder is None or elder.is_over:
+            if old_process is None or old_process.is_over:
                 action(name)
 
         return act
 
     def end_at_once() -> None:
-        predecessor.abandon()
+        upgrade_source.abandon()
         os._exit(EX_FAILED)
 
-    actions = map(once_it_serves, (on_signal, daemon.reload_soon, predecessor.soon))
-    insistence = _Insistence(lambda: elder is None or elder.is_over, end_at_once)
+    actions = map(once_it_serves, (on_signal, daemon.reload_soon, upgrade_source.soon))
+    insistence = _Insistence(lambda: old_process is None or old_process.is_over, end_at_once)
     with _signals_go_to(*actions), insistence.listening():
         _ignore_signal("SIGUSR1")
         # What came since the first moment of the process is acted on now.
         release_signals()
         try:
-            if not await _started(daemon, elder):
+            if not await _started(daemon, old_process):
                 return status
         except ListenError as error:
-            if elder is not None:
+            if old_process is not None:
                 raise
             daemon.log.error("daemon.failed", reason=str(error))
             supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
@@ -161,13 +163,13 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, elder: Successo
             await daemon.stopped.wait()
         finally:
             sweeper.close()
-        await predecessor.close()
+        await upgrade_source.close()
     return status
 
 
-async def _started(daemon: Daemon, elder: Successor | None) -> bool:
+async def _started(daemon: Daemon, old_process: UpgradeTarget | None) -> bool:
     """Start the daemon; return False if it was told to stop meanwhile, whatever the start waits for."""
-    starting = asyncio.ensure_future(daemon.start(elder))
+    starting = asyncio.ensure_future(daemon.start(old_process))
     stopped = asyncio.ensure_future(daemon.stopped.wait())
     await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()

@@ -33,7 +33,7 @@ from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Ahead", "Inheritance", "Passing", "capture", "describe", "let_go_of_bound", "position_of"]
+__all__ = ["Ahead", "RestoredState", "Passing", "capture", "describe", "let_go_of_bound", "position_of"]
 
 _LOOK_AGAIN_S: Final = 0.02
 #: What stands for a key that is not configured any more; no keyring holds it.
@@ -307,7 +307,7 @@ def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts
     return link
 
 
-class Inheritance:
+class RestoredState:
     """What another process captured, set up in a new server whose broker is still empty.
 
     opened: listening sockets that the other one did not have. sockets: every descriptor, in order; they belong to this

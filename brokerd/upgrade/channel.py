@@ -40,7 +40,16 @@ from typing import Any, Final
 
 from brokerd.log.logger import in_words
 
-__all__ = ["FORMAT", "HANDOVER_FD", "KEEPER_FD", "READS", "SIGNALS", "Channel", "ChannelError", "Message"]
+__all__ = [
+    "FORMAT",
+    "HANDOVER_FD",
+    "PID_HOLDER_FD",
+    "READS",
+    "SIGNALS",
+    "UpgradeChannel",
+    "UpgradeChannelError",
+    "UpgradeMessage",
+]
 
 #: The format of the state that this version writes, and those it can read.
 FORMAT: Final = 3
@@ -48,7 +57,7 @@ READS: Final = (2, 3)
 
 #: In the environment of the new process: its end of the channel, and the pipe to the keeper.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"
-KEEPER_FD: Final = "BROKERD_KEEPER_FD"
+PID_HOLDER_FD: Final = "BROKERD_KEEPER_FD"
 #: Signals that both would act on: during the upgrade they are the running process's.
 SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)
@@ -65,11 +74,11 @@ _ROOM: Final = 1 << 20
 _TRY_AGAIN_S: Final = 0.002
 
 
-class ChannelError(Exception):
+class UpgradeChannelError(Exception):
     """The other process is gone, is too slow, or says something that makes no sense; the message says which."""
 
 
-class Message:
+class UpgradeMessage:
     """One message. say: which. facts: what else the object holds. The descriptors belong to whoever reads them."""
 
     def __init__(self, say: str, facts: dict[str, Any], body: bytearray, descriptors: list[int]) -> None:
@@ -79,7 +88,7 @@ class Message:
         self.descriptors = descriptors
 
 
-class Channel:
+class UpgradeChannel:
     """One end. sock: of a pair of connected AF_UNIX stream sockets; it blocks for as long as each call says."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -122,9 +131,9 @@ class Channel:
             for start in range(0, len(descriptors), _DESCRIPTORS):
                 self._pass(descriptors[start : start + _DESCRIPTORS], deadline)
         except TimeoutError as error:
-            raise ChannelError(f"it did not take {say!r} within {round(within_s, 2):g} s") from error
+            raise UpgradeChannelError(f"it did not take {say!r} within {round(within_s, 2):g} s") from error
         except OSError as error:
-            raise ChannelError(f"it ended before it took {say!r} ({error.strerror or error})") from error
+            raise UpgradeChannelError(f"it ended before it took {say!r} ({error.strerror or error})") from error
 
     def _write(self, pieces: Iterable[bytes | bytearray | memoryview], deadline: float) -> None:
         views = [memoryview(piece) for piece in pieces if piece]
@@ -150,32 +159,32 @@ class Channel:
             else:
                 return
 
-    def receive(self, *, within_s: float) -> Message:
+    def receive(self, *, within_s: float) -> UpgradeMessage:
         """Return the next message. Raises ChannelError."""
         deadline = time.monotonic() + within_s
         try:
             magic, size = _HEAD.unpack(self._read(_HEAD.size, deadline))
             if magic != _MAGIC or size > _LARGEST_FACTS:
-                raise ChannelError("it does not speak this language")
+                raise UpgradeChannelError("it does not speak this language")
             facts = json.loads(self._read(size, deadline))
             say, body_size, count = facts.pop("say"), _number(facts.pop("bytes")), _number(facts.pop("descriptors"))
-            return Message(say, facts, self._read(body_size, deadline), self._take(count, deadline))
+            return UpgradeMessage(say, facts, self._read(body_size, deadline), self._take(count, deadline))
         except TimeoutError as error:
-            raise ChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
+            raise UpgradeChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
         except OSError as error:
-            raise ChannelError(f"it ended ({error.strerror or error})") from error
+            raise UpgradeChannelError(f"it ended ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ChannelError(f"it does not speak this language: {in_words(error)}") from error
+            raise UpgradeChannelError(f"it does not speak this language: {in_words(error)}") from error
 
-    def expect(self, *words: str, within_s: float) -> Message:
+    def expect(self, *words: str, within_s: float) -> UpgradeMessage:
         """Return the next message, which is to be one of these. Raises ChannelError; for ``failed`` with its reason."""
         message = self.receive(within_s=within_s)
         if message.say not in words:
             _close_all(message.descriptors)
         if message.say == "failed":
-            raise ChannelError(str(message.facts.get("reason", "it did not say why")))
+            raise UpgradeChannelError(str(message.facts.get("reason", "it did not say why")))
         if message.say not in words:
-            raise ChannelError(f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected")
+            raise UpgradeChannelError(f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected")
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:

@@ -21,21 +21,29 @@ from brokerd.core.operations import reply_to
 from brokerd.core.snapshot import Pieces
 from brokerd.core.snapshot_check import check_counts
 from brokerd.daemon import garbage
-from brokerd.net.handover import Ahead, Inheritance
+from brokerd.net.handover import Ahead, RestoredState
 from brokerd.net.listen.listener import Listening, inherited
 from brokerd.net.listen.socket_activation import Handed, HandedSocket
 from brokerd.net.server import Server
-from brokerd.upgrade import pid_holder as keeper
-from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, READS, SIGNALS, Channel, ChannelError
+from brokerd.upgrade import pid_holder as pid_holder
+from brokerd.upgrade.channel import (
+    FORMAT,
+    HANDOVER_FD,
+    PID_HOLDER_FD,
+    READS,
+    SIGNALS,
+    UpgradeChannel,
+    UpgradeChannelError,
+)
 from brokerd_client.address import Address
 
-__all__ = ["Successor"]
+__all__ = ["UpgradeTarget"]
 
 #: Seconds between two words of the running process; while it waits for others, it may take its time.
 _TIMEOUT_S: Final = 60.0
 
 
-class Successor:
+class UpgradeTarget:
     """This process, while another one still serves.
 
     offered: the configured addresses that it listens at. handed: what the service manager handed over to it.
@@ -43,9 +51,9 @@ class Successor:
     keeper: the pipe to the keeper that stands where the first process was; None where there is none.
     """
 
-    def __init__(self, channel: Channel, keeper: int | None) -> None:
+    def __init__(self, channel: UpgradeChannel, pid_holder: int | None) -> None:
         self._channel = channel
-        self.keeper = keeper
+        self.pid_holder = pid_holder
         #: Whether this process serves now.
         self.is_over = False
         self.offered: set[Address] = set()
@@ -56,7 +64,7 @@ class Successor:
     @classmethod
     def from_environ(cls) -> Self | None:
         """Return the successor that this process was started to be, or None."""
-        told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(KEEPER_FD, "")
+        told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(PID_HOLDER_FD, "")
         if not told:
             return None
         if pipe:
@@ -65,14 +73,14 @@ class Successor:
             signal.signal(number, signal.SIG_IGN)
         sock = socket.socket(fileno=int(told))
         sock.set_inheritable(False)
-        return cls(Channel(sock), int(pipe) if pipe else None)
+        return cls(UpgradeChannel(sock), int(pipe) if pipe else None)
 
     def meet(self) -> None:
         """Hear what the running process offers. Raises ChannelError."""
         message = self._channel.expect("offer", within_s=_TIMEOUT_S)
         offer = message.facts
         if offer.get("format") not in READS:
-            raise ChannelError(
+            raise UpgradeChannelError(
                 f"brokerd {offer.get('version')} hands over its state in the format {offer.get('format')}, "
                 f"and {__version__} reads {', '.join(map(str, READS))}"
             )
@@ -88,7 +96,7 @@ class Successor:
         """Tell the running process why this one does not take over; it ends then."""
         try:
             self._channel.send("failed", {"reason": reason}, within_s=_TIMEOUT_S)
-        except ChannelError:
+        except UpgradeChannelError:
             return
 
     def take_over(
@@ -107,7 +115,7 @@ class Successor:
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
     ) -> dict[str, object]:
         channel = self._channel
-        hello = {"version": __version__, "formats": READS, "keeper": keeper.__file__}
+        hello = {"version": __version__, "formats": READS, "keeper": pid_holder.__file__}
         with _signals_ignored():
             channel.send("hello", hello, within_s=_TIMEOUT_S)
             ahead = Ahead(server)
@@ -118,8 +126,8 @@ class Successor:
                     channel.send("copied", within_s=_TIMEOUT_S)
             facts = state.facts
             if facts["format"] not in READS:
-                raise ChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
-            inheritance = Inheritance(server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead)
+                raise UpgradeChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
+            restored = RestoredState(server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead)
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")
             self.reloads.update(reloads)
@@ -127,18 +135,18 @@ class Successor:
             channel.expect("commit", within_s=_TIMEOUT_S)
         channel.send("serving", within_s=_TIMEOUT_S)
         self.is_over = True
-        inheritance.begin()
+        restored.begin()
         told: dict[str, object] = {
             "pid": os.getpid(),
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
-            "connections": len(inheritance.links),
+            "connections": len(restored.links),
             "handshakes": len(facts["knocks"]),
-            "waiting_bytes": sum(link.session.outbox.waiting for link in inheritance.links),
+            "waiting_bytes": sum(link.session.outbox.waiting for link in restored.links),
         }
         if facts["asked_by"] is not None:
             position, id = facts["asked_by"]
             reply = {"upgraded": True, "problems": [], "version": __version__, **told}
-            reply_to(server.broker, inheritance.sessions[position], id, reply)
+            reply_to(server.broker, restored.sessions[position], id, reply)
             server.settle()
         return told
 

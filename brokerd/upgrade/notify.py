@@ -11,12 +11,12 @@ import select
 import socket
 from typing import Final
 
-__all__ = ["announce_successor"]
+__all__ = ["announce_new_process"]
 
 _TIMEOUT_S: Final = 5.0
 
 
-def announce_successor(address: str, pid: int) -> bool:
+def announce_new_process(address: str, pid: int) -> bool:
     """Return whether the manager has taken ``pid`` for the daemon's. address: NOTIFY_SOCKET's value."""
     reading, writing = os.pipe()
     try:

@@ -28,10 +28,10 @@ from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.threads import aside
 from brokerd.log.logger import in_words
 from brokerd.net import handover
-from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, KEEPER_FD, SIGNALS, Channel, ChannelError
-from brokerd.upgrade.notify import announce_successor
+from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, PID_HOLDER_FD, SIGNALS, UpgradeChannel, UpgradeChannelError
+from brokerd.upgrade.notify import announce_new_process
 
-__all__ = ["Predecessor"]
+__all__ = ["UpgradeSource"]
 
 #: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it: some
 #: more where much waits for clients.
@@ -55,29 +55,29 @@ class _Failed(Exception):
     """The upgrade does not take place; the message says why."""
 
 
-class _Heir:
+class _NewProcess:
     """The new process, and what goes with it.
 
     keeper: the pipe on which a keeper would be told of later ones; None where no new keeper is needed.
     """
 
-    def __init__(self, keeper: int | None) -> None:
+    def __init__(self, pid_holder: int | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.channel = Channel(ours)
-        self.keeper: int | None = None
+        self.channel = UpgradeChannel(ours)
+        self.pid_holder: int | None = None
         self.address = os.environ.get("NOTIFY_SOCKET", "")
         self._popen: subprocess.Popen[bytes] | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(theirs.close)
-            if keeper is None and not self.address:
-                self.keeper, keeper = os.pipe()
-                stack.callback(os.close, keeper)
+            if pid_holder is None and not self.address:
+                self.pid_holder, pid_holder = os.pipe()
+                stack.callback(os.close, pid_holder)
             environment = {name: value for name, value in os.environ.items() if name not in _OWN}
             environment[HANDOVER_FD] = str(theirs.fileno())
             passed = [theirs.fileno()]
-            if keeper is not None:
-                environment[KEEPER_FD] = str(keeper)
-                passed.append(keeper)
+            if pid_holder is not None:
+                environment[PID_HOLDER_FD] = str(pid_holder)
+                passed.append(pid_holder)
             try:
                 self._popen = subprocess.Popen(  # noqa: S603 - the command that started this very process
                     [sys.executable, *sys.orig_argv[1:]],
@@ -111,8 +111,8 @@ class _Heir:
     def end(self) -> str:
         """Have it gone, and everything that was for it; return how it had ended by itself, or ""."""
         self.channel.close()
-        if self.keeper is not None:
-            os.close(self.keeper)
+        if self.pid_holder is not None:
+            os.close(self.pid_holder)
         if self._popen is None:
             return ""
         try:
@@ -124,16 +124,16 @@ class _Heir:
         return f"it ended with status {status}" if status >= 0 else f"signal {-status} ended it"
 
 
-class Predecessor:
+class UpgradeSource:
     """Replaces the process when asked to.
 
     daemon: what it serves. keeper: the pipe to a keeper that is there already, or None.
     """
 
-    def __init__(self, daemon: Daemon, keeper: int | None = None) -> None:
+    def __init__(self, daemon: Daemon, pid_holder: int | None = None) -> None:
         self._daemon = daemon
-        self._keeper = keeper
-        self._heir: _Heir | None = None
+        self._pid_holder = pid_holder
+        self._new_process: _NewProcess | None = None
         self._task: asyncio.Task[None] | None = None
 
     def soon(self, reason: str, order: Order | None = None) -> None:
@@ -159,8 +159,8 @@ class Predecessor:
         task = self._task
         if task is None:
             return
-        if self._heir is not None:
-            self._heir.channel.wake()
+        if self._new_process is not None:
+            self._new_process.channel.wake()
             await asyncio.wait((task,), timeout=_GRACE_S)
         task.cancel()
         await asyncio.wait((task,))
@@ -187,7 +187,7 @@ class Predecessor:
                 "an upgrade is going on, which reads the configuration again"
             ):
                 await self._attempt(reason, order)
-        except (_Failed, ChannelError) as error:
+        except (_Failed, UpgradeChannelError) as error:
             problem = f"the new process can't take over: {error}"
         except OSError as error:
             problem = f"no new process can be started: {error.strerror or error}"
@@ -201,21 +201,21 @@ class Predecessor:
         gc.unfreeze()
         if self._daemon.serves:
             self._daemon.server.accept_bound()
-        if self._heir is not None:
+        if self._new_process is not None:
             try:
                 # It may take a moment to be gone, and everybody is served meanwhile.
-                how = await aside(self._heir.end)
+                how = await aside(self._new_process.end)
             except asyncio.CancelledError:
                 self._abandon()
                 raise
-            self._heir = None
+            self._new_process = None
             problem += f" ({how})"
         self._say_why_not(reason, problem, order)
 
     def _abandon(self) -> None:
-        if self._heir is not None:
-            self._heir.abandon()
-            self._heir = None
+        if self._new_process is not None:
+            self._new_process.abandon()
+            self._new_process = None
 
     async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
         """Hand over and end this process. Whatever this raises: the process serves on."""
@@ -225,8 +225,8 @@ class Predecessor:
             raise _Failed("the broker is stopping")
         # What is handed over is a socket that clients can reach.
         await daemon.listen_again()
-        heir = self._heir = _Heir(self._keeper)
-        daemon.log.info("daemon.upgrading", reason=reason, pid=heir.pid)
+        new_process = self._new_process = _NewProcess(self._pid_holder)
+        daemon.log.info("daemon.upgrading", reason=reason, pid=new_process.pid)
         handed, monitored = daemon.handed.sockets, daemon.monitor_listening
         offer = {
             "format": FORMAT,
@@ -238,9 +238,9 @@ class Predecessor:
             ],
         }
         descriptors = [*(each.sock.fileno() for each in handed), *(each.sock.fileno() for each in monitored)]
-        heir.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
+        new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread: everybody is served while the new process starts.
-        hello = (await aside(lambda: heir.channel.expect("hello", within_s=_HELLO_S))).facts
+        hello = (await aside(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts
         if FORMAT not in hello["formats"]:
             raise _Failed(
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
@@ -248,28 +248,28 @@ class Predecessor:
         passing = handover.Passing(daemon.server)
         # To look through millions of frames for garbage, because copying makes objects, takes a good part of a second.
         gc.freeze()
-        await self._copy(heir, passing)
+        await self._copy(new_process, passing)
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
         await handover.let_go_of_bound(daemon.server, why)
-        await self._copy(heir, passing)
+        await self._copy(new_process, passing)
         await daemon.settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
         # The last word of this process, before the new one has its first: two at a time would garble the log.
-        daemon.log.info("daemon.handing_over", reason=reason, pid=heir.pid, version=hello["version"])
+        daemon.log.info("daemon.handing_over", reason=reason, pid=new_process.pid, version=hello["version"])
         daemon.flush_log()
         # From here on nothing else happens here.
         with _signals_noted() as noted:
-            self._hand_over(heir, order, noted, passing)
+            self._hand_over(new_process, order, noted, passing)
             # There is no way back from here.
             try:
-                self._leave(heir, str(hello["keeper"]), noted)
+                self._leave(new_process, str(hello["keeper"]), noted)
             finally:
                 os._exit(0)
 
-    async def _copy(self, heir: _Heir, passing: handover.Passing) -> None:
+    async def _copy(self, new_process: _NewProcess, passing: handover.Passing) -> None:
         """Copy what can be copied while clients are served; return when the new process has taken it in."""
-        channel, loop = heir.channel, asyncio.get_running_loop()
+        channel, loop = new_process.channel, asyncio.get_running_loop()
 
         def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
             return lambda: channel.send("copy", facts, pieces, within_s=_HANDOVER_S)
@@ -300,9 +300,11 @@ class Predecessor:
             if count < _FEW_BLOCKS:
                 return
 
-    def _hand_over(self, heir: _Heir, order: Order | None, noted: _Noted, passing: handover.Passing) -> None:
+    def _hand_over(
+        self, new_process: _NewProcess, order: Order | None, noted: _Noted, passing: handover.Passing
+    ) -> None:
         """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
-        server, channel = self._daemon.server, heir.channel
+        server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
         taken, descriptors = handover.capture(server, passing)
         asked_by = None
@@ -319,21 +321,21 @@ class Predecessor:
         channel.send("commit", within_s=_MOMENT_S)
         try:
             channel.expect("serving", within_s=_MOMENT_S)
-        except ChannelError:
-            heir.kill()
+        except UpgradeChannelError:
+            new_process.kill()
             # Now that it can't do anything more: what it said before that decides.
-            with contextlib.suppress(ChannelError):
+            with contextlib.suppress(UpgradeChannelError):
                 channel.expect("serving", within_s=_MOMENT_S)
                 return
             raise
 
-    def _leave(self, heir: _Heir, keeper: str, noted: _Noted) -> None:
+    def _leave(self, new_process: _NewProcess, pid_holder: str, noted: _Noted) -> None:
         """Make the new process known as the daemon, pass on what signals came, and end."""
-        if self._keeper is not None:
-            os.write(self._keeper, b"%d\n" % heir.pid)
-        elif heir.keeper is None:
-            announce_successor(heir.address, heir.pid)
-        if heir.keeper is not None:
+        if self._pid_holder is not None:
+            os.write(self._pid_holder, b"%d\n" % new_process.pid)
+        elif new_process.pid_holder is None:
+            announce_new_process(new_process.address, new_process.pid)
+        if new_process.pid_holder is not None:
             # What comes from now on waits for the keeper, which has the same process id.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self._daemon.close_log()
@@ -341,11 +343,12 @@ class Predecessor:
         sys.stderr.flush()
         # Last of all: other threads block no signal, and one that came to them is noted too.
         while noted:
-            os.kill(heir.pid, noted.pop(0))
-        if heir.keeper is not None:
-            os.set_inheritable(heir.keeper, True)
+            os.kill(new_process.pid, noted.pop(0))
+        if new_process.pid_holder is not None:
+            os.set_inheritable(new_process.pid_holder, True)
             os.execv(  # noqa: S606 - a program of our own, named by the new process
-                sys.executable, [sys.executable, "-I", "-S", "-E", keeper, str(heir.keeper), str(heir.pid)]
+                sys.executable,
+                [sys.executable, "-I", "-S", "-E", pid_holder, str(new_process.pid_holder), str(new_process.pid)],
             )
 
 

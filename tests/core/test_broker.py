@@ -979,17 +979,17 @@ def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> N
     broker.detach(bob.session, net.now)
     # Nothing is carried out in between: what bob left is still to be answered for.
     net._settling = True
-    successor = net.connect("b")
+    new_process = net.connect("b")
     alice.request("b", id=1)
     net._settling = False
     net.settle()
     assert alice.error() == (1, "abandoned")
-    assert alice.session.outgoing_requests == {(1, "b"): successor.session}
-    successor.take()
-    successor.reply("a", b"here", id=1)
+    assert alice.session.outgoing_requests == {(1, "b"): new_process.session}
+    new_process.take()
+    new_process.reply("a", b"here", id=1)
     assert alice.payloads() == [b"here"]
     assert not alice.session.outgoing_requests
-    assert not successor.session.incoming_requests
+    assert not new_process.session.incoming_requests
 
 
 def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
@@ -1005,8 +1005,8 @@ def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
     broker.run_deferred(3)
     net.peers.remove(alice)
     broker.detach(alice.session, net.now)
-    successor = broker.attach("a", "i9", peer="test", now_wall=net.now)
+    new_process = broker.attach("a", "i9", peer="test", now_wall=net.now)
     while broker.has_deferred_work:
         broker.run_deferred(3)
-    assert successor.errors_in == 0
+    assert new_process.errors_in == 0
     assert broker.dropped == 7

@@ -93,9 +93,9 @@ def test_failure_of_a_copied_frame_is_reported_to_the_same_sender_only(leaves: b
             alice.leave()
 
     net.hand_over(meanwhile=meanwhile)
-    heir = net.connect("alice") if leaves else alice
+    new_process = net.connect("alice") if leaves else alice
     worker.leave()
-    assert [each.id for each in heir.take()] == ([] if leaves else [7])
+    assert [each.id for each in new_process.take()] == ([] if leaves else [7])
 
 
 def test_member_that_left_meanwhile_leaves_its_frames_to_another() -> None:

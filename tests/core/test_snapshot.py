@@ -523,6 +523,6 @@ def test_capture_leaves_out_clients_to_which_nothing_has_happened() -> None:
     broker = Broker(configs, now_wall=1000.0)
     facts = capture(broker, [], 0.0).facts
     assert facts["clients"] == {}
-    heir = Broker(configs, now_wall=2000.0)
-    restore(heir, facts, Pieces(b""), 0.0)
-    assert {(each.changed_at, each.shown_since) for each in heir.exchange.clients.values()} == {(1000.0, 1000.0)}
+    new_process = Broker(configs, now_wall=2000.0)
+    restore(new_process, facts, Pieces(b""), 0.0)
+    assert {(each.changed_at, each.shown_since) for each in new_process.exchange.clients.values()} == {(1000.0, 1000.0)}

@@ -165,7 +165,7 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
     """The new process has the state and says nothing: SIGTERM does not wait for its time to be over."""
     first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
     with Upgradable(socket_dir, first=first) as broker:
-        broker.before_successor(
+        broker.before_new_process(
             "import time\nfrom brokerd.upgrade import successor\n"
             "class Slow(successor.Inheritance):\n"
             "    def __init__(self, *given): time.sleep(60)\n"

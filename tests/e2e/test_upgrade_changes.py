@@ -170,7 +170,7 @@ def test_who_comes_during_the_pause_is_let_in_after_it(socket_dir: Path) -> None
     old = socket_dir / "old.sock"
     with Upgradable(socket_dir, CLIENTS, listen=[str(old)]) as broker, broker.login("ops") as ops:
         broker.config.write_text(broker.config.read_text().replace(f"- {old}\n", ""))
-        broker.before_successor(
+        broker.before_new_process(
             "from pathlib import Path\nimport time\nfrom brokerd.net import handover\n"
             "was = handover.Inheritance.begin\n"
             "def begin(self):\n"
@@ -213,7 +213,7 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        broker.before_successor(
+        broker.before_new_process(
             f"os.environ['BROKERD_PURE'] = '{second}'\nimport brokerd\nbrokerd.__version__ = '99.9'"
         )
         alice.write(packed(MESSAGE, "bob", bytes(1000)) * 1000)

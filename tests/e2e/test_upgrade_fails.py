@@ -78,7 +78,7 @@ def scene(broker: Upgradable) -> Iterator[Scene]:
     yield scene
     scene.close()
     broker.config.write_text(config)
-    broker.before_successor("")
+    broker.before_new_process("")
 
 
 RECEIVING = "from brokerd.upgrade import channel, successor\nimport os, signal, time\n"
@@ -171,7 +171,7 @@ def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
     """The answer and the log say why, and everything is as it was, descriptors too."""
     broker = scene.broker
     code, problem = FAILURES[which]
-    broker.before_successor(code)
+    broker.before_new_process(code)
     before = descriptors(broker.popen.pid)
     failed = len(broker.events("daemon.upgrade_failed"))
 
@@ -219,7 +219,7 @@ def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
 def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
     """And so is a reload; what goes on is not disturbed."""
     broker = scene.broker
-    broker.before_successor("import time; time.sleep(1); raise ImportError('planted')")
+    broker.before_new_process("import time; time.sleep(1); raise ImportError('planted')")
     with broker.login("late") as second:
         scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', id=1, codec=2))
         broker.wait("daemon.upgrading", len(broker.events("daemon.upgrade_failed")) + 1)
@@ -236,7 +236,7 @@ def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
 @pytest.mark.slow
 def test_a_signal_asks_for_it_too(scene: Scene) -> None:
     """The log says why it failed."""
-    scene.broker.before_successor("sys.exit(3)")
+    scene.broker.before_new_process("sys.exit(3)")
     failed = len(scene.broker.events("daemon.upgrade_failed"))
     scene.broker.signal(signal.SIGUSR2)
     event = scene.broker.wait("daemon.upgrade_failed", failed + 1)[-1]
@@ -272,7 +272,7 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
     """Its time is over; the old process has served all the while."""
     impatient = IMPATIENT.replace("_HELLO_S = 5.0", "_HELLO_S = 0.5")
     with Upgradable(socket_dir, CLIENTS, first=impatient) as broker, broker.login("ops") as ops:
-        broker.before_successor("import time; time.sleep(60)")
+        broker.before_new_process("import time; time.sleep(60)")
         answer = broker.upgrade(ops)
         assert answer["problems"] == [
             "the new process can't take over: it said nothing for 0.5 s (it did not end by itself)"
@@ -284,7 +284,7 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
 def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Signals) -> None:
     """The new process is not waited for and leaves nothing behind."""
     with Upgradable(socket_dir, CLIENTS, first=IMPATIENT) as broker, broker.login("ops"):
-        broker.before_successor("import time; time.sleep(60)")
+        broker.before_new_process("import time; time.sleep(60)")
         broker.signal(signal.SIGUSR2)
         pid = broker.wait("daemon.upgrading")[0]["pid"]
         broker.signal(number)
@@ -297,7 +297,7 @@ def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Si
 def test_a_stop_in_the_very_moment_of_the_handover_is_heard(socket_dir: Path, word: str, upgraded: int) -> None:
     """While the new process sets everything up, the old one drains; once it may begin, the new one does."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
-        broker.before_successor(
+        broker.before_new_process(
             RECEIVING + "was = channel.Channel.send\n"
             "def send(self, say, *given, **how):\n"
             f"    if say == '{word}': os.kill(os.getppid(), signal.SIGTERM)\n"

@@ -1,6 +1,6 @@
 """A daemon whose successors do what a test wants before they begin.
 
-The program is the usual one, but a process that is to take over runs the file ``successor.py`` beside the
+The program is the usual one, but a process that is to take over runs the file ``new_process.py`` beside the
 configuration first, if there is one, and the first process runs ``first.py``.
 """
 
@@ -37,7 +37,7 @@ class Upgradable(Process):
         (directory / "first.py").write_text(first)
         super().__init__(directory, *given, program=PROGRAM, **more)
 
-    def before_successor(self, code: str) -> None:
+    def before_new_process(self, code: str) -> None:
         """Have the next processes run this before anything else."""
         (self.directory / "successor.py").write_text(code)
 

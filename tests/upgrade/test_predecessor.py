@@ -10,9 +10,9 @@ import pytest
 from net.house import Recorder, configuration
 
 from brokerd.daemon import Daemon
-from brokerd.upgrade import old_process as predecessor
-from brokerd.upgrade.channel import Channel, ChannelError
-from brokerd.upgrade.old_process import Predecessor
+from brokerd.upgrade import old_process as upgrade_source
+from brokerd.upgrade.channel import UpgradeChannel, UpgradeChannelError
+from brokerd.upgrade.old_process import UpgradeSource
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes upgrade on Linux")
 
@@ -28,11 +28,11 @@ def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatc
 
     async def serve() -> None:
         async with Daemon(configuration("127.0.0.1:0"), log) as daemon:
-            subject = Predecessor(daemon)
+            subject = UpgradeSource(daemon)
             subject.soon("the test")
             await asyncio.wait_for(asyncio.gather(*filter(None, [subject._task])), 30)
 
-    monkeypatch.setattr(predecessor, "_Heir", fail)
+    monkeypatch.setattr(upgrade_source, "_NewProcess", fail)
     asyncio.run(serve())
 
     (bug,), (failed,) = log.named("daemon.bug"), log.named("daemon.upgrade_failed")
@@ -48,7 +48,7 @@ def test_what_the_other_says_is_not_in_the_error() -> None:
     with ours, theirs:
         text = b'"\xff of a message"'
         ours.sendall(b"bkUP" + len(text).to_bytes(4) + text)
-        with pytest.raises(ChannelError) as caught:
-            Channel(theirs).receive(within_s=5)
+        with pytest.raises(UpgradeChannelError) as caught:
+            UpgradeChannel(theirs).receive(within_s=5)
     assert "UnicodeDecodeError" in str(caught.value)
     assert "of a message" not in str(caught.value)
