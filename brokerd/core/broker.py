@@ -5,7 +5,7 @@ else to :meth:`Broker.handle`, one frame at a time. Nothing is dropped in silenc
 delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
 
 What is to be done by the network layer lies in six places: ``touched`` (sessions with bytes to write, or
-to be closed), ``released`` (sessions that may be read from again), ``orders`` (what an administrator
+to be closed), ``released`` (sessions that may be read from again), ``admin_commands`` (what an administrator
 asked of the daemon), ``log_events`` (what belongs into the log), ``next_deadline`` and ``has_deferred_work``.
 """
 
@@ -57,7 +57,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.framing import frame as make_frame
 
-__all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "Order", "RoutingResult"]
+__all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "AdminCommand", "RoutingResult"]
 
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
@@ -85,7 +85,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class AdminCommand:
     """Something an administrator asked that only the daemon can do, such as ``reload`` or ``log_level``."""
 
     op: str
@@ -120,7 +120,7 @@ class Broker:
         self.upgrades = 0
         self.touched: list[Session] = []
         self.released: list[Session] = []
-        self.orders: list[Order] = []
+        self.admin_commands: list[AdminCommand] = []
         self.log_events = LogEvents()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
@@ -305,7 +305,7 @@ class Broker:
 
     def order(self, op: str, source: Session, id: int, arguments: dict[str, object]) -> None:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
-        self.orders.append(Order(op, source, id, arguments))
+        self.admin_commands.append(AdminCommand(op, source, id, arguments))
 
     def reconfigure(
         self,

@@ -70,7 +70,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
     seconds from it. copier: what it has copied is left out.
     Everything decided must have been carried out: nothing touched, released or ordered.
     """
-    settled = not (broker.touched or broker.released or broker.orders)
+    settled = not (broker.touched or broker.released or broker.admin_commands)
     assert settled, "what is decided is carried out first"
     snapshot = Snapshot()
     copier = copier or Copier(broker)

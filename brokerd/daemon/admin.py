@@ -13,14 +13,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, Protocol
 
 from brokerd.config.model import Config
-from brokerd.core.broker import Broker, Order
+from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.operations import reply_to, reply_with
 from brokerd.daemon.reloader import Reloading
 from brokerd.log.logger import LevelRefused, Logs
 from brokerd.net.server import Server
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
-__all__ = ["Orderable", "Orders"]
+__all__ = ["CommandTarget", "AdminCommands"]
 
 #: Entries of a long answer that are made in one turn of the event loop: some milliseconds' work.
 _ENTRIES: Final = 256
@@ -28,7 +28,7 @@ _ENTRIES: Final = 256
 _MOST_LONG: Final = 64
 
 
-class Orderable(Protocol):
+class CommandTarget(Protocol):
     """A daemon, as far as orders go.
 
     on_upgrade: replaces the process; None where a daemon is only a part of one.
@@ -37,7 +37,7 @@ class Orderable(Protocol):
     config: Config
     broker: Broker
     reloading: Reloading
-    on_upgrade: Callable[[str, Order | None], None] | None
+    on_upgrade: Callable[[str, AdminCommand | None], None] | None
 
     @property
     def server(self) -> Server:
@@ -57,16 +57,16 @@ class Orderable(Protocol):
         """Do this beside everything else."""
 
 
-class Orders:
+class AdminCommands:
     """The orders given to one daemon."""
 
-    def __init__(self, daemon: Orderable) -> None:
+    def __init__(self, daemon: CommandTarget) -> None:
         self._daemon = daemon
         #: Long answers are made one at a time; how many are being made or wait for that.
         self._one_long = asyncio.Lock()
         self._long = 0
 
-    def carry_out(self, order: Order) -> None:
+    def execute(self, order: AdminCommand) -> None:
         """Do what is asked, or begin to; who asks is answered when it is done."""
         daemon = self._daemon
         asker = order.source.client.name
@@ -88,7 +88,7 @@ class Orders:
             daemon.in_background(self._reload_for(order, f"asked for by {asker}"))
 
     def _answer_in_turns(
-        self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
+        self, order: AdminCommand, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
     ) -> None:
         """Answer with a list of so many entries that all of them at once would hold up the event loop."""
         daemon = self._daemon
@@ -100,7 +100,9 @@ class Orders:
         self._long += 1
         daemon.in_background(self._collect(order, name, entries, more))
 
-    async def _collect(self, order: Order, name: str, entries: Iterator[dict[str, Any]], more: dict[str, Any]) -> None:
+    async def _collect(
+        self, order: AdminCommand, name: str, entries: Iterator[dict[str, Any]], more: dict[str, Any]
+    ) -> None:
         daemon = self._daemon
         pieces = []
         try:
@@ -115,7 +117,7 @@ class Orders:
         reply_with(daemon.broker, order.source, order.id, payload)
         daemon.server.settle()
 
-    def _answer_log_level(self, order: Order) -> None:
+    def _answer_log_level(self, order: AdminCommand) -> None:
         daemon, wanted = self._daemon, order.arguments
         try:
             if daemon.logs is None:
@@ -130,7 +132,7 @@ class Orders:
             reply_to(daemon.broker, order.source, order.id, {"levels": daemon.logs.levels()})
         daemon.server.settle()
 
-    async def _reload_for(self, order: Order, reason: str) -> None:
+    async def _reload_for(self, order: AdminCommand, reason: str) -> None:
         daemon = self._daemon
         dry_run = order.arguments.get("dry_run") is True
         outcome = await daemon.reloading.run(reason, dry_run=dry_run)

@@ -21,12 +21,12 @@ from brokerd.config.diff import taken_over
 from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
-from brokerd.core.broker import Broker, Order
+from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.broker import Limits as CoreLimits
 from brokerd.core.operations import stats
 from brokerd.core.session import Session
 from brokerd.daemon import garbage
-from brokerd.daemon.admin import Orders
+from brokerd.daemon.admin import AdminCommands
 from brokerd.daemon.key_expiry import KeyExpiryMonitor, uses_of
 from brokerd.daemon.reload import Prepared, ReloadOutcome, compared, obstacles, whole_plan
 from brokerd.daemon.reloader import Reloading
@@ -117,7 +117,7 @@ class Daemon:
         self.reloading = Reloading(self)
         self._key_expiry_monitor: KeyExpiryMonitor | None = None
         #: Replaces the process; None where a daemon is only a part of one.
-        self.on_upgrade: Callable[[str, Order | None], None] | None = None
+        self.on_upgrade: Callable[[str, AdminCommand | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -199,7 +199,7 @@ class Daemon:
             _close_all((opened, monitored))
             raise Stopped
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
-        self._server.on_order = Orders(self).carry_out
+        self._server.on_admin_command = AdminCommands(self).execute
         told: dict[str, Any] = {}
         if old_process is None:
             self._server.start(opened)

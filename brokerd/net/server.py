@@ -12,7 +12,7 @@ from typing import Any, Final
 from brokerd.config import cert_subjects as subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
-from brokerd.core.broker import Broker, Order
+from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.api import Log
@@ -74,7 +74,7 @@ class Server:
         self._waste = memoryview(bytearray(_WASTE))
         self.links: set[Link] = set()
         self.listening: list[Listening] = []
-        self.on_order: Callable[[Order], None] = lambda order: None
+        self.on_admin_command: Callable[[AdminCommand], None] = lambda order: None
         self.on_left: Callable[[Session], None] = lambda session: None
         self.counters = Counters()
         self._pending_handshakes = PendingHandshakes(self)
@@ -428,8 +428,8 @@ class Server:
             self._settling = False
         if broker.log_events:
             report(broker.log_events.take(), self.log_limiter)
-        while broker.orders:
-            self.on_order(broker.orders.pop(0))
+        while broker.admin_commands:
+            self.on_admin_command(broker.admin_commands.pop(0))
         if broker.has_deferred_work and not self._running_deferred:
             self._running_deferred = True
             self.loop.call_soon(self._run_deferred)

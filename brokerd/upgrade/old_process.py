@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from brokerd import __version__
-from brokerd.core.broker import Order
+from brokerd.core.broker import AdminCommand
 from brokerd.core.operations import reply_to
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.threads import aside
@@ -136,7 +136,7 @@ class UpgradeSource:
         self._new_process: _NewProcess | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def soon(self, reason: str, order: Order | None = None) -> None:
+    def soon(self, reason: str, order: AdminCommand | None = None) -> None:
         """Begin an upgrade. order: who asked through the broker, and hears how it went."""
         problem = ""
         if self._task is not None:
@@ -174,14 +174,14 @@ class UpgradeSource:
         """Kill the new process, if there is one: this one ends. Callable from any thread."""
         self._abandon()
 
-    def _say_why_not(self, reason: str, problem: str, order: Order | None) -> None:
+    def _say_why_not(self, reason: str, problem: str, order: AdminCommand | None) -> None:
         daemon = self._daemon
         daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)
         if order is not None:
             reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problem.splitlines()})
             daemon.server.settle()
 
-    async def _run(self, reason: str, order: Order | None) -> None:
+    async def _run(self, reason: str, order: AdminCommand | None) -> None:
         try:
             async with self._daemon.reloading.undisturbed(
                 "an upgrade is going on, which reads the configuration again"
@@ -217,7 +217,7 @@ class UpgradeSource:
             self._new_process.abandon()
             self._new_process = None
 
-    async def _attempt(self, reason: str, order: Order | None) -> NoReturn:
+    async def _attempt(self, reason: str, order: AdminCommand | None) -> NoReturn:
         """Hand over and end this process. Whatever this raises: the process serves on."""
         daemon = self._daemon
         if daemon.stopping:
@@ -301,7 +301,7 @@ class UpgradeSource:
                 return
 
     def _hand_over(
-        self, new_process: _NewProcess, order: Order | None, noted: _Noted, passing: handover.Passing
+        self, new_process: _NewProcess, order: AdminCommand | None, noted: _Noted, passing: handover.Passing
     ) -> None:
         """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
         server, channel = self._daemon.server, new_process.channel

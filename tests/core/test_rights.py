@@ -138,7 +138,7 @@ def test_an_administrators_operation_is_denied_to_others(op: str, flags: int) ->
     answers = eve.take()
     assert answers[-1].kind is Kind.ERROR
     assert json.loads(answers[-1].payload)["code"] == "denied"
-    assert not net.broker.orders
+    assert not net.broker.admin_commands
     assert not peers["bob"].gone
 
 
@@ -150,7 +150,7 @@ def test_only_a_request_is_an_operation(kind: Kind) -> None:
 
     peers["root"].send(Envelope(kind, 5, "" if kind is Kind.EVENT else BROKER, payload, codec=2, topic="a"))
 
-    assert not net.broker.orders
+    assert not net.broker.admin_commands
     assert not net.broker.draining
 
 

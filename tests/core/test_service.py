@@ -274,7 +274,7 @@ def test_operations_for_administrators_are_denied_to_others(op: str) -> None:
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     assert refused(ann, op) == ("denied", BROKER)
-    assert net.broker.orders == []
+    assert net.broker.admin_commands == []
 
 
 def test_stats_count_what_passed() -> None:
@@ -353,7 +353,7 @@ def test_orders_are_passed_on(op: str) -> None:
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
     ops.op(op, 9, why="x")
-    (order,) = net.broker.orders
+    (order,) = net.broker.admin_commands
     assert (order.op, order.source, order.id, order.arguments) == (op, ops.session, 9, {"why": "x"})
     assert ops.take() == []
 
@@ -364,7 +364,7 @@ def test_a_dry_run_is_asked_for_by_true_or_false() -> None:
     ops = net.connect("ops")
     assert refused(ops, "reload", dry_run="no") == ("unsupported", BROKER)
     ops.op("reload", 9, dry_run=True)
-    assert [order.arguments for order in net.broker.orders] == [{"dry_run": True}]
+    assert [order.arguments for order in net.broker.admin_commands] == [{"dry_run": True}]
 
 
 def test_can_explains_the_answer() -> None:
