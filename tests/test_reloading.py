@@ -27,8 +27,8 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
 
     daemon: Any = SimpleNamespace(
         config=SimpleNamespace(clients={}),
-        handed=None,
-        allotted={},
+        activated=None,
+        assigned={},
         serves=True,
         supervisor=supervisor,
         reopen_log=lambda: None,

@@ -38,7 +38,7 @@ from brokerd.log.logger import Logs
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
-from brokerd.net.listen.socket_activation import Handed, HandedSocket, listen_for
+from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, listen_for
 from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
@@ -91,12 +91,12 @@ class Daemon:
         log: Log | None = None,
         *,
         supervisor: Supervisor | None = None,
-        handed: Handed | None = None,
+        activated: ActivatedSockets | None = None,
     ) -> None:
         self.config = config
         self.supervisor = supervisor or Supervisor()
-        self._handed = handed or Handed()
-        self._allotted: dict[ListenConfig, list[HandedSocket]] = {}
+        self._activated = activated or ActivatedSockets()
+        self._assigned: dict[ListenConfig, list[ActivatedSocket]] = {}
         self._logs: Logs | None = None
         if log is None:
             log = self._logs = Logs(config.log)
@@ -146,14 +146,14 @@ class Daemon:
         return self._logs
 
     @property
-    def handed(self) -> Handed:
+    def activated(self) -> ActivatedSockets:
         """What the service manager handed over."""
-        return self._handed
+        return self._activated
 
     @property
-    def allotted(self) -> dict[ListenConfig, list[HandedSocket]]:
+    def assigned(self) -> dict[ListenConfig, list[ActivatedSocket]]:
         """Which entries of the configuration have which of those."""
-        return self._allotted
+        return self._assigned
 
     @property
     def serves(self) -> bool:
@@ -188,13 +188,13 @@ class Daemon:
         if config.monitor is not None:
             await aside(lambda: preload(config.monitor))
         # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
-        self._allotted = allotted = await aside(lambda: self._handed.allot(config.listen))
+        self._assigned = assigned = await aside(lambda: self._activated.assign(config.listen))
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
         stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
         wanted = [entry for entry in config.listen if entry.address not in offered]
         monitor = [] if config.monitor is None or stays else [config.monitor.listen]
-        opened, monitored = await aside(lambda: _open(wanted, monitor, allotted), discard=_close_all)
+        opened, monitored = await aside(lambda: _open(wanted, monitor, assigned), discard=_close_all)
         if self.stopping:
             _close_all((opened, monitored))
             raise Stopped
@@ -254,7 +254,7 @@ class Daemon:
     def _warn(self, among: Container[Address]) -> None:
         """Tell of what is not as the configuration means it. among: the addresses of what is new in it."""
         config = self.config
-        warn_of_surroundings(self.log, config.listen, config.clients, self._handed, self._allotted)
+        warn_of_surroundings(self.log, config.listen, config.clients, self._activated, self._assigned)
         warn_of_plain(self.log, self.server.listening, among)
         warn_of_keys(self.log, config.warnings)
 
@@ -292,7 +292,7 @@ class Daemon:
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
-        self.take_over(self.opened(compared(self.config, config, self._handed, self._allotted)), reason)
+        self.take_over(self.opened(compared(self.config, config, self._activated, self._assigned)), reason)
         self._settle()
 
     def foreseen(self, prepared: Prepared) -> list[str]:
@@ -310,7 +310,7 @@ class Daemon:
         if prepared.blocked:
             raise ListenError("\n".join(prepared.blocked))
         plan = prepared.plan
-        opened = _open(plan.opened, plan.monitor_opened, prepared.allotted, prepared.found)
+        opened = _open(plan.opened, plan.monitor_opened, prepared.assigned, prepared.found)
         try:
             audit = None if self._logs is None else self._logs.opened_audit(prepared.config.log)
         except BaseException:
@@ -351,7 +351,7 @@ class Daemon:
             prepared.discard()
             raise
         config = self.config = taken_over(self.config, prepared.config)
-        self._allotted = prepared.allotted
+        self._assigned = prepared.assigned
         if self._logs is not None:
             self._logs.take_over(config.log, prepared.audit)
         differing = (*plan.added, *plan.changed)
@@ -545,11 +545,11 @@ def _close_all(groups: Iterable[Iterable[Listening]]) -> None:
 def _open(
     clients: Iterable[ListenConfig],
     monitor: Iterable[ListenConfig],
-    allotted: dict[ListenConfig, list[HandedSocket]],
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
     found: Found | None = None,
 ) -> tuple[list[Listening], list[Listening]]:
     """Return the listening sockets for clients and for the monitor, as ``listen_for`` does."""
-    opened = listen_for(clients, allotted, found)
+    opened = listen_for(clients, assigned, found)
     try:
         return opened, listen_for(monitor, {}, found)
     except ListenError:

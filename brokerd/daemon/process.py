@@ -22,7 +22,7 @@ from brokerd.daemon.systemd import Supervisor
 from brokerd.entry import release_signals
 from brokerd.log.logger import AuditError, in_words
 from brokerd.net.listen.listener import ListenError
-from brokerd.net.listen.socket_activation import Handed, Misfit
+from brokerd.net.listen.socket_activation import ActivatedSockets, SocketActivationError
 from brokerd.upgrade.channel import UpgradeChannelError
 from brokerd.upgrade.new_process import UpgradeTarget
 from brokerd.upgrade.old_process import UpgradeSource
@@ -60,14 +60,14 @@ def run(config_path: Path) -> int:
     supervisor = Supervisor.from_environ()
     try:
         config = load(config_path)
-        handed = Handed.take(os.environ, os.getpid())
-    except (ConfigError, Misfit) as error:
+        activated = ActivatedSockets.take(os.environ, os.getpid())
+    except (ConfigError, SocketActivationError) as error:
         supervisor.failed(str(error).partition("\n")[0])
         print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
         return EX_CONFIG
     _allow_many_descriptors()
     with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(config, supervisor, handed))
+        return runner.run(_serve(config, supervisor, activated))
 
 
 def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
@@ -77,10 +77,10 @@ def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
         old_process.meet()
         config = load(config_path)
         with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(config, Supervisor.from_environ(), old_process.handed, old_process))
+            return runner.run(_serve(config, Supervisor.from_environ(), old_process.activated, old_process))
     except (ConfigError, ListenError, AuditError, UpgradeChannelError) as error:
         old_process.fail(str(error))
-        return EX_CONFIG if isinstance(error, (ConfigError, Misfit)) else EX_FAILED
+        return EX_CONFIG if isinstance(error, (ConfigError, SocketActivationError)) else EX_FAILED
     except Exception as error:
         old_process.fail(f"a bug: {in_words(error)}")
         raise
@@ -99,10 +99,10 @@ def _allow_many_descriptors() -> None:
 
 
 async def _serve(
-    config: Config, supervisor: Supervisor, handed: Handed, old_process: UpgradeTarget | None = None
+    config: Config, supervisor: Supervisor, activated: ActivatedSockets, old_process: UpgradeTarget | None = None
 ) -> int:
     try:
-        daemon = Daemon(config, supervisor=supervisor, handed=handed)
+        daemon = Daemon(config, supervisor=supervisor, activated=activated)
     except AuditError as error:
         if old_process is not None:
             raise
@@ -156,7 +156,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
             daemon.log.error("daemon.failed", reason=str(error))
             supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
             # Starting again can help where an address is taken; a socket that nobody asked for stays one.
-            return EX_CONFIG if isinstance(error, Misfit) else EX_FAILED
+            return EX_CONFIG if isinstance(error, SocketActivationError) else EX_FAILED
         garbage.set_apart()
         sweeper = garbage.Sweeper(asyncio.get_running_loop(), daemon.size)
         try:

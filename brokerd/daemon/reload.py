@@ -26,7 +26,7 @@ from brokerd.daemon import garbage
 from brokerd.monitor.toggle import preload
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, Listening, foresee, look_up
-from brokerd.net.listen.socket_activation import Handed, HandedSocket
+from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
 __all__ = ["Cause", "ReloadOutcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
 
@@ -49,7 +49,7 @@ class Prepared:
     plan: Plan
     keyring: Keyring
     ending: list[ClientConfig]
-    allotted: dict[ListenConfig, list[HandedSocket]]
+    assigned: dict[ListenConfig, list[ActivatedSocket]]
     blocked: tuple[str, ...] = ()
     found: Found = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -91,21 +91,25 @@ class ReloadOutcome:
         }
 
 
-def prepare(running: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]) -> Prepared:
+def prepare(
+    running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
+) -> Prepared:
     """Return what the files say now, ready to be taken over. Slow: to be run aside.
 
     handed: the service manager's sockets. allotted: which entries of the running configuration have which of them.
     Raises ConfigError and ListenError.
     """
     with garbage.undisturbed():
-        return _prepared(running, handed, allotted)
+        return _prepared(running, activated, assigned)
 
 
-def _prepared(running: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]) -> Prepared:
-    prepared = compared(running, load(Path(running.path)), handed, allotted)
+def _prepared(
+    running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
+) -> Prepared:
+    prepared = compared(running, load(Path(running.path)), activated, assigned)
     plan = prepared.plan
     preload(prepared.config.monitor)
-    new = (*(entry for entry in plan.opened if entry not in prepared.allotted), *plan.monitor_opened)
+    new = (*(entry for entry in plan.opened if entry not in prepared.assigned), *plan.monitor_opened)
     return replace(
         prepared,
         plan=replace(plan, restart=(*plan.restart, *_another_version())),
@@ -115,11 +119,11 @@ def _prepared(running: Config, handed: Handed, allotted: dict[ListenConfig, list
 
 
 def compared(
-    running: Config, config: Config, handed: Handed, allotted: dict[ListenConfig, list[HandedSocket]]
+    running: Config, config: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Prepared:
     """Return a configuration that is there already, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
-    wanted = handed.allot(config.listen)
+    wanted = activated.assign(config.listen)
     new = (*(entry for entry in plan.opened if entry not in wanted), *plan.monitor_opened)
     blocked = overlaps(new, (*plan.closed, *plan.monitor_closed))
     return Prepared(
@@ -128,15 +132,15 @@ def compared(
         Keyring(config.clients.values(), config.limits.identify_by_key),
         ending(config.clients.values()),
         wanted,
-        (*blocked, *_swaps(plan, allotted, wanted)),
+        (*blocked, *_swaps(plan, assigned, wanted)),
     )
 
 
 def _swaps(
-    plan: Plan, allotted: dict[ListenConfig, list[HandedSocket]], wanted: dict[ListenConfig, list[HandedSocket]]
+    plan: Plan, assigned: dict[ListenConfig, list[ActivatedSocket]], wanted: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Iterator[str]:
     """Say which addresses stay and would be listened at by other sockets than before."""
-    before = {entry.address: sockets for entry, sockets in allotted.items()}
+    before = {entry.address: sockets for entry, sockets in assigned.items()}
     for entry, _ in plan.altered:
         if wanted.get(entry, []) != before.get(entry.address, []):
             yield (
@@ -159,7 +163,7 @@ def _another_version() -> list[str]:
 
 def obstacles(prepared: Prepared) -> list[str]:
     """Return why it can't be taken over, as far as that can be seen without trying; a line each."""
-    by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.allotted)
+    by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.assigned)
     return [*prepared.blocked, *filter(None, map(foresee, (*by_itself, *prepared.plan.monitor_opened)))]
 
 

@@ -21,7 +21,7 @@ from brokerd.daemon.threads import aside
 from brokerd.log.api import Log
 from brokerd.log.logger import AuditError
 from brokerd.net.listen.listener import ListenError
-from brokerd.net.listen.socket_activation import Handed, HandedSocket
+from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
 __all__ = ["Reloadable", "Reloading"]
 
@@ -42,11 +42,11 @@ class Reloadable(Protocol):
     reload_refused: bool
 
     @property
-    def handed(self) -> Handed:
+    def activated(self) -> ActivatedSockets:
         """What the service manager handed over."""
 
     @property
-    def allotted(self) -> dict[ListenConfig, list[HandedSocket]]:
+    def assigned(self) -> dict[ListenConfig, list[ActivatedSocket]]:
         """Which entries of the configuration have which of those."""
 
     @property
@@ -133,13 +133,13 @@ class Reloading:
     async def _attempt(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
         """Read, compare and take over, or only look; return how it went."""
         daemon = self._daemon
-        running, handed, allotted = daemon.config, daemon.handed, daemon.allotted
+        running, activated, assigned = daemon.config, daemon.activated, daemon.assigned
         cause: Cause
         prepared: Prepared | None = None
         # Of the two configurations one ends with this call, and its entries are not to be freed all at once.
         entries: list[object] = list(running.clients.values())
         try:
-            ready = prepared = await aside(lambda: prepare(running, handed, allotted))
+            ready = prepared = await aside(lambda: prepare(running, activated, assigned))
             entries += ready.config.clients.values()
             problems = []
             if dry_run:

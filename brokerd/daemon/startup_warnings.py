@@ -13,7 +13,7 @@ from brokerd.config.values import ClientConfig, ListenConfig
 from brokerd.log.api import Log
 from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening
-from brokerd.net.listen.socket_activation import Handed
+from brokerd.net.listen.socket_activation import ActivatedSockets
 from brokerd_client.address import Address
 
 __all__ = ["warn_of_keys", "warn_of_plain", "warn_of_surroundings"]
@@ -26,14 +26,14 @@ def warn_of_surroundings(
     log: Log,
     listen: Iterable[ListenConfig],
     clients: Mapping[str, ClientConfig],
-    handed: Handed,
-    allotted: Iterable[ListenConfig],
+    activated: ActivatedSockets,
+    assigned: Iterable[ListenConfig],
 ) -> None:
     """Tell of what the configuration counts on and the service manager does not give.
 
     allotted: the entries of ``listen`` that have some of the sockets handed over.
     """
-    for entry in handed.unmet(listen, allotted):
+    for entry in activated.unmatched(listen, assigned):
         reason = (
             f"the service manager hands over no socket called {entry.name} nor one at this address "
             f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)"

@@ -23,7 +23,7 @@ from brokerd.core.snapshot_check import check_counts
 from brokerd.daemon import garbage
 from brokerd.net.handover import Ahead, RestoredState
 from brokerd.net.listen.listener import Listening, inherited
-from brokerd.net.listen.socket_activation import Handed, HandedSocket
+from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 from brokerd.net.server import Server
 from brokerd.upgrade import pid_holder as pid_holder
 from brokerd.upgrade.channel import (
@@ -57,7 +57,7 @@ class UpgradeTarget:
         #: Whether this process serves now.
         self.is_over = False
         self.offered: set[Address] = set()
-        self.handed = Handed()
+        self.activated = ActivatedSockets()
         self.monitored: list[Listening] = []
         self.reloads: Counter[str] = Counter()
 
@@ -85,7 +85,9 @@ class UpgradeTarget:
                 f"and {__version__} reads {', '.join(map(str, READS))}"
             )
         sockets = iter([socket.socket(fileno=descriptor) for descriptor in message.descriptors])
-        self.handed = Handed(HandedSocket(next(sockets), name, Address(*address)) for name, address in offer["handed"])
+        self.activated = ActivatedSockets(
+            ActivatedSocket(next(sockets), name, Address(*address)) for name, address in offer["handed"]
+        )
         self.monitored = [
             inherited(Address(*configured), next(sockets), Address(*address))
             for configured, address in offer.get("monitor", ())

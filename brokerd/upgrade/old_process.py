@@ -227,17 +227,17 @@ class UpgradeSource:
         await daemon.listen_again()
         new_process = self._new_process = _NewProcess(self._pid_holder)
         daemon.log.info("daemon.upgrading", reason=reason, pid=new_process.pid)
-        handed, monitored = daemon.handed.sockets, daemon.monitor_listening
+        activated, monitored = daemon.activated.sockets, daemon.monitor_listening
         offer = {
             "format": FORMAT,
             "version": __version__,
             "listening": [handover.describe(each.config.address) for each in daemon.server.listening],
-            "handed": [[each.name, handover.describe(each.address)] for each in handed],
+            "handed": [[each.name, handover.describe(each.address)] for each in activated],
             "monitor": [
                 [handover.describe(each.config.address), handover.describe(each.address)] for each in monitored
             ],
         }
-        descriptors = [*(each.sock.fileno() for each in handed), *(each.sock.fileno() for each in monitored)]
+        descriptors = [*(each.sock.fileno() for each in activated), *(each.sock.fileno() for each in monitored)]
         new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread: everybody is served while the new process starts.
         hello = (await aside(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts

@@ -19,7 +19,7 @@ from outages.traffic import until
 from brokerd.config.load import load
 from brokerd.daemon import reload
 from brokerd.daemon.reload import prepare
-from brokerd.net.listen.socket_activation import Handed
+from brokerd.net.listen.socket_activation import ActivatedSockets
 
 
 @contextmanager
@@ -163,10 +163,10 @@ def test_a_prepared_reload_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """To read the configuration again leaves no circles behind, also where a place for modules does not exist."""
     monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path / "not-there.zip")])
     running = load(written(tmp_path))
-    prepare(running, Handed(), {})
+    prepare(running, ActivatedSockets(), {})
     with uncollected():
         for _ in range(5):
-            prepare(running, Handed(), {})
+            prepare(running, ActivatedSockets(), {})
         assert gc.collect() == 0
 
 
@@ -177,5 +177,5 @@ def test_a_reload_says_that_another_version_is_installed(
     """Only a new process would run it."""
     monkeypatch.setattr(reload, "__version__", version)
     running = load(written(tmp_path))
-    restart = prepare(running, Handed(), {}).plan.restart
+    restart = prepare(running, ActivatedSockets(), {}).plan.restart
     assert any("is installed, and 0.0.0 runs" in line for line in restart) is said

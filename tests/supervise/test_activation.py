@@ -16,7 +16,7 @@ from net.raw import Raw, login
 from supervise.manager import Manager
 
 from brokerd.config.model import Config
-from brokerd.net.listen.socket_activation import Handed, HandedSocket, Misfit
+from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, SocketActivationError
 from brokerd_client.address import Address, parse
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="sockets are handed over on Linux only")
@@ -61,9 +61,9 @@ def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
     """Started by hand, the same configuration listens by itself and nobody is warned."""
     (entry,) = Config.build([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
     with bound(("127.0.0.1", 0)) as sockets:
-        other = Handed([HandedSocket(sockets[0], "other", parse(sockets[0].getsockname()))])
-        assert other.unmet([entry], []) == [entry]
-    assert Handed().unmet([entry], []) == []
+        other = ActivatedSockets([ActivatedSocket(sockets[0], "other", parse(sockets[0].getsockname()))])
+        assert other.unmatched([entry], []) == [entry]
+    assert ActivatedSockets().unmatched([entry], []) == []
 
 
 def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> None:
@@ -221,14 +221,14 @@ def test_what_is_no_listener_is_refused(socket_dir: Path, manager: Manager) -> N
 def test_sockets_for_another_process_are_left_alone() -> None:
     """LISTEN_PID says whom they are for; the variables are gone afterwards, so that no child takes them for its own."""
     environ = {"LISTEN_PID": "8", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
-    assert Handed.take(environ, 7).sockets == ()
+    assert ActivatedSockets.take(environ, 7).sockets == ()
     assert environ == {"HOME": "/"}
 
 
 def test_a_count_that_is_none_is_an_error() -> None:
     """LISTEN_FDS that is no number is said, not guessed."""
-    with pytest.raises(Misfit, match="LISTEN_FDS='many' is no number"):
-        Handed.take({"LISTEN_PID": "7", "LISTEN_FDS": "many"}, 7)
+    with pytest.raises(SocketActivationError, match="LISTEN_FDS='many' is no number"):
+        ActivatedSockets.take({"LISTEN_PID": "7", "LISTEN_FDS": "many"}, 7)
 
 
 def test_the_address_comes_before_the_name(socket_dir: Path) -> None:
@@ -237,6 +237,6 @@ def test_the_address_comes_before_the_name(socket_dir: Path) -> None:
         [str(socket_dir / "a"), {"address": str(socket_dir / "b"), "name": "both"}], {"alice": b"key"}
     )
     with bound(socket_dir / "a", socket_dir / "c") as sockets:
-        both = [HandedSocket(sock, "both", parse(sock.getsockname())) for sock in sockets]
+        both = [ActivatedSocket(sock, "both", parse(sock.getsockname())) for sock in sockets]
         first, second = config.listen
-        assert Handed(both).allot(config.listen) == {first: both[:1], second: both[1:]}
+        assert ActivatedSockets(both).assign(config.listen) == {first: both[:1], second: both[1:]}

@@ -18,19 +18,19 @@ from brokerd.config.values import ListenConfig
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd_client.address import Address, parse
 
-__all__ = ["Handed", "HandedSocket", "Misfit", "listen_at", "listen_for"]
+__all__ = ["ActivatedSockets", "ActivatedSocket", "SocketActivationError", "listen_at", "listen_for"]
 
 #: The first descriptor handed over, SD_LISTEN_FDS_START.
 _FIRST: Final = 3
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
-class Misfit(ListenError):
+class SocketActivationError(ListenError):
     """What the service manager hands over and what the configuration says do not fit; starting again won't help."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HandedSocket:
+class ActivatedSocket:
     """One listening socket. name: what the manager calls it (FileDescriptorName=)."""
 
     sock: socket.socket
@@ -41,10 +41,10 @@ class HandedSocket:
         return f"{self.address} ({self.name})"
 
 
-class Handed:
+class ActivatedSockets:
     """The sockets handed over to this process; they are kept until it ends, whoever uses them."""
 
-    def __init__(self, sockets: Iterable[HandedSocket] = ()) -> None:
+    def __init__(self, sockets: Iterable[ActivatedSocket] = ()) -> None:
         self.sockets = tuple(sockets)
 
     @classmethod
@@ -59,12 +59,14 @@ class Handed:
         try:
             count = int(given["LISTEN_FDS"])
         except ValueError:
-            raise Misfit(f"LISTEN_FDS={given['LISTEN_FDS']!r} is no number (start brokerd by a .socket unit)") from None
+            raise SocketActivationError(
+                f"LISTEN_FDS={given['LISTEN_FDS']!r} is no number (start brokerd by a .socket unit)"
+            ) from None
         names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
         names += ["unknown"] * (count - len(names))
         return cls(_taken(_FIRST + number, names[number]) for number in range(count))
 
-    def allot(self, entries: Iterable[ListenConfig]) -> dict[ListenConfig, list[HandedSocket]]:
+    def assign(self, entries: Iterable[ListenConfig]) -> dict[ListenConfig, list[ActivatedSocket]]:
         """Return which sockets each entry listens at; entries with none have to listen by themselves.
 
         A socket belongs to the entry whose address it is bound to, else to the entry that has its name.
@@ -75,32 +77,32 @@ class Handed:
         entries = list(entries)
         by_address = {place: entry for entry in entries for place in _places(entry.address)}
         by_name = {entry.name: entry for entry in entries if entry.name is not None}
-        allotted: dict[ListenConfig, list[HandedSocket]] = {}
+        assigned: dict[ListenConfig, list[ActivatedSocket]] = {}
         left = []
         for each in self.sockets:
             entry = by_address.get(_place(each.address)) or by_name.get(each.name)
             if entry is None:
                 left.append(each)
             else:
-                allotted.setdefault(entry, []).append(each)
+                assigned.setdefault(entry, []).append(each)
         if left:
-            raise Misfit("; ".join(map(_unclaimed, left)))
-        return allotted
+            raise SocketActivationError("; ".join(map(_unclaimed, left)))
+        return assigned
 
-    def unmet(self, entries: Iterable[ListenConfig], allotted: Iterable[ListenConfig]) -> list[ListenConfig]:
+    def unmatched(self, entries: Iterable[ListenConfig], assigned: Iterable[ListenConfig]) -> list[ListenConfig]:
         """Return the entries that name a socket which was not among those handed over."""
-        met = set(allotted)
+        met = set(assigned)
         return [entry for entry in entries if self.sockets and entry.name is not None and entry not in met]
 
 
-def listen_at(entry: ListenConfig, sockets: Iterable[HandedSocket]) -> list[Listening]:
+def listen_at(entry: ListenConfig, sockets: Iterable[ActivatedSocket]) -> list[Listening]:
     """Return an entry's listening sockets: duplicates, so that the entry can go and come back by a reload."""
     tls = entry.tls is not None
     return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
 
 
 def listen_for(
-    entries: Iterable[ListenConfig], allotted: dict[ListenConfig, list[HandedSocket]], found: Found | None = None
+    entries: Iterable[ListenConfig], assigned: dict[ListenConfig, list[ActivatedSocket]], found: Found | None = None
 ) -> list[Listening]:
     """Return the listening sockets of all entries. Raises ListenError; then none is left open.
 
@@ -109,7 +111,7 @@ def listen_for(
     opened: list[Listening] = []
     try:
         for entry in entries:
-            opened += listen_at(entry, allotted[entry]) if entry in allotted else listen(entry, found)
+            opened += listen_at(entry, assigned[entry]) if entry in assigned else listen(entry, found)
     except ListenError:
         for listening in opened:
             listening.close()
@@ -117,19 +119,19 @@ def listen_for(
     return opened
 
 
-def _taken(fd: int, name: str) -> HandedSocket:
+def _taken(fd: int, name: str) -> ActivatedSocket:
     os.set_inheritable(fd, False)
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:
-        raise Misfit(_no_listener(fd, name)) from error
+        raise SocketActivationError(_no_listener(fd, name)) from error
     families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
     accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if sock.type != socket.SOCK_STREAM or sock.family not in families or not accepts:
         sock.close()
-        raise Misfit(_no_listener(fd, name))
+        raise SocketActivationError(_no_listener(fd, name))
     sock.setblocking(False)
-    return HandedSocket(sock, name, _address_of(sock))
+    return ActivatedSocket(sock, name, _address_of(sock))
 
 
 def _no_listener(fd: int, name: str) -> str:
@@ -146,7 +148,7 @@ def _address_of(sock: socket.socket) -> Address:
     return parse(bound[:2])
 
 
-def _unclaimed(each: HandedSocket) -> str:
+def _unclaimed(each: ActivatedSocket) -> str:
     # As it is written in YAML, where "[" and "@" mean something else.
     address = f'"{each.address}"' if str(each.address)[0] in "[@" else str(each.address)
     return (
