@@ -168,7 +168,7 @@ def obstacles(prepared: Prepared) -> list[str]:
 
 
 def whole_plan(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
-    """Return the plan with who is disconnected and why. leaving: as ``Server.misfits`` returns it."""
+    """Return the plan with who is disconnected and why. leaving: as ``Server.unauthorized_connections`` returns it."""
     return {
         **plan.as_fields(),
         "disconnected": [

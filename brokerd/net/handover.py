@@ -237,7 +237,7 @@ class Ahead:
         self._sockets: dict[int, socket.socket] = {}
         self._links: dict[int, Link] = {}
         #: Why some of those connections are to be closed.
-        self.misfits: dict[Link, str] = {}
+        self.unauthorized_connections: dict[Link, str] = {}
 
     def add(self, facts: Facts, body: memoryview, descriptors: Sequence[int]) -> None:
         """Take in one block. Raises BadSnapshot, and what Inheritance raises."""
@@ -265,7 +265,7 @@ class Ahead:
             self._sockets[number] = _opened(told, next(descriptors, -1))
         if session is not None:
             link = self._links[number] = _link_of(server, session, self._sockets[number], told)
-            self.misfits.update(server.reasons([link]))
+            self.unauthorized_connections.update(server.reasons([link]))
 
     def take_link(self, session: Session) -> Link:
         """Return the link of a session that was copied, and is what it was."""
@@ -275,7 +275,7 @@ class Ahead:
             # The configuration of this process does not know its name.
             link = Link(self._server, sock, Credential(session.client.config, _GONE))
             link.session, session.link = session, link
-            self.misfits.update(self._server.reasons([link]))
+            self.unauthorized_connections.update(self._server.reasons([link]))
         return link
 
     def take_socket(self, number: int) -> socket.socket:
@@ -289,7 +289,7 @@ class Ahead:
             sock.close()
         self._sockets.clear()
         self._links.clear()
-        self.misfits.clear()
+        self.unauthorized_connections.clear()
 
 
 def _opened(facts: Facts, descriptor: int) -> socket.socket:
@@ -416,10 +416,10 @@ class RestoredState:
             else:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
-        misfits = self._ahead.misfits
+        unauthorized_connections = self._ahead.unauthorized_connections
         for link in self._idle:
-            if link in misfits:
-                server.broker.close(link.session, misfits[link], code=ErrorCode.KEY_REMOVED)
+            if link in unauthorized_connections:
+                server.broker.close(link.session, unauthorized_connections[link], code=ErrorCode.KEY_REMOVED)
         for link, why in server.reasons(self._fresh):
             server.broker.close(link.session, why, code=ErrorCode.KEY_REMOVED)
         self._ahead.close_rest()

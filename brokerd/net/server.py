@@ -170,7 +170,7 @@ class Server:
         """Return the key that each connection proved to know."""
         return [link.credential for link in self.links]
 
-    def misfits(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
+    def unauthorized_connections(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
         """Return the connections that a keyring, by default the one in force, would not let in, each with the reason.
 
         A key whose time is over lets nobody in, and those whom it let in stay.
@@ -183,7 +183,7 @@ class Server:
     def reasons(self, links: Iterable[Link], keyring: Keyring | None = None) -> list[tuple[Link, str]]:
         """Return those of the links that a keyring, by default the one in force, would not let in, and why."""
         there = (link for link in links if not link.closed and not link.session.closing)
-        judged = ((link, self.misfit(link.credential, _uid(link), keyring, link.tls_peer)) for link in there)
+        judged = ((link, self.why_unauthorized(link.credential, _uid(link), keyring, link.tls_peer)) for link in there)
         return [(link, why) for link, why in judged if why]
 
     def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
@@ -192,7 +192,7 @@ class Server:
         while some := list(islice(links, _JUDGED)):
             yield [(link.session, why) for link, why in self.reasons(some, keyring)]
 
-    def misfit(
+    def why_unauthorized(
         self,
         credential: Credential,
         uid: int | None,
@@ -262,11 +262,11 @@ class Server:
         assert pending.credential is not None
         name = pending.credential.client.name
         # While this handshake was finishing, another may have taken the place, or a reload the key.
-        misfit = self.misfit(pending.credential, pending.uid, tls_peer=pending.tls_peer)
-        reason = misfit or self.room_for(name)
+        why_unauthorized = self.why_unauthorized(pending.credential, pending.uid, tls_peer=pending.tls_peer)
+        reason = why_unauthorized or self.room_for(name)
         if reason != "":
             reason = reason or TAKEN
-            self._turn_away(pending, ErrorCode.KEY_REMOVED if misfit else _CODES.get(reason), reason)
+            self._turn_away(pending, ErrorCode.KEY_REMOVED if why_unauthorized else _CODES.get(reason), reason)
             self.on_refused(pending, reason, HandshakeOutcome.REFUSED)
             return
         self.keyring.let_in(pending.credential, self.wall())
