@@ -13,7 +13,7 @@ from net.house import Recorder, configuration
 
 from brokerd import daemon as daemons
 from brokerd.daemon import Daemon, Stopped
-from brokerd.daemon.threads import aside
+from brokerd.daemon.threads import run_in_thread
 
 
 def test_aside_returns_and_raises_what_the_work_does() -> None:
@@ -28,9 +28,9 @@ def test_aside_returns_and_raises_what_the_work_does() -> None:
         raise ZeroDivisionError
 
     async def main() -> None:
-        assert await aside(work) == 7
+        assert await run_in_thread(work) == 7
         with pytest.raises(ZeroDivisionError):
-            await aside(fails)
+            await run_in_thread(fails)
 
     asyncio.run(main())
     assert seen[0].daemon
@@ -56,14 +56,14 @@ def test_aside_cancelled_discards_what_comes_too_late(closed: bool) -> None:
         discarded.set()
 
     async def main() -> None:
-        tasks = [asyncio.ensure_future(aside(each, discard=discard)) for each in (work, fails)]
+        tasks = [asyncio.ensure_future(run_in_thread(each, discard=discard)) for each in (work, fails)]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         if not closed:
             go_on.set()
-            assert await aside(lambda: discarded.wait(30))
+            assert await run_in_thread(lambda: discarded.wait(30))
 
     asyncio.run(main())
     go_on.set()
@@ -83,7 +83,7 @@ def test_daemon_stopped_during_its_start_listens_nowhere(socket_dir: Path, monke
             broker.stop_soon("the test")
             return result
 
-        monkeypatch.setattr(daemons, "aside", stop_meanwhile)
+        monkeypatch.setattr(daemons, "run_in_thread", stop_meanwhile)
         with pytest.raises(Stopped):
             await broker.start()
         assert not path.exists()

@@ -72,8 +72,8 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
                 await asyncio.sleep(0)
             return function()
 
-        monkeypatch.setattr(reloading, "aside", at_once)
-        monkeypatch.setattr(daemon, "aside", ask_meanwhile)
+        monkeypatch.setattr(reloading, "run_in_thread", at_once)
+        monkeypatch.setattr(daemon, "run_in_thread", ask_meanwhile)
         async with broker:
             await asyncio.wait_for(broker.settled(), 30)
 

@@ -32,7 +32,7 @@ from brokerd.daemon.reload import Prepared, ReloadOutcome, compared, obstacles, 
 from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
-from brokerd.daemon.threads import aside
+from brokerd.daemon.threads import run_in_thread
 from brokerd.log.api import Log
 from brokerd.log.logger import Logs
 from brokerd.monitor.toggle import Switch, preload
@@ -186,15 +186,15 @@ class Daemon:
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         if config.monitor is not None:
-            await aside(lambda: preload(config.monitor))
+            await run_in_thread(lambda: preload(config.monitor))
         # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
-        self._assigned = assigned = await aside(lambda: self._activated.assign(config.listen))
+        self._assigned = assigned = await run_in_thread(lambda: self._activated.assign(config.listen))
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
         stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
         wanted = [entry for entry in config.listen if entry.address not in offered]
         monitor = [] if config.monitor is None or stays else [config.monitor.listen]
-        opened, monitored = await aside(lambda: _open(wanted, monitor, assigned), discard=_close_all)
+        opened, monitored = await run_in_thread(lambda: _open(wanted, monitor, assigned), discard=_close_all)
         if self.stopping:
             _close_all((opened, monitored))
             raise Stopped
@@ -397,14 +397,14 @@ class Daemon:
     async def listen_again(self) -> None:
         """Listen again where a socket's file is gone or has been replaced; connections made before stay."""
         listening = [*self.server.listening, *self._monitor.listening]
-        lost = await aside(lambda: [each for each in listening if each.is_lost()])
+        lost = await run_in_thread(lambda: [each for each in listening if each.is_lost()])
         for each in lost:
             await self._listen_again(each)
 
     async def _listen_again(self, former: Listening) -> None:
         config, address = former.config, former.address
         try:
-            opened = await aside(lambda: listen(config), discard=lambda opened: _close_all((opened,)))
+            opened = await run_in_thread(lambda: listen(config), discard=lambda opened: _close_all((opened,)))
         except ListenError as error:
             if address not in self._lost:
                 self._lost.add(address)

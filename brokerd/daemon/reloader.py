@@ -17,7 +17,7 @@ from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
 from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, prepare, whole_plan
 from brokerd.daemon.systemd import Supervisor
-from brokerd.daemon.threads import aside
+from brokerd.daemon.threads import run_in_thread
 from brokerd.log.api import Log
 from brokerd.log.logger import AuditError
 from brokerd.net.listen.listener import ListenError
@@ -114,7 +114,7 @@ class Reloading:
                 return await self._attempt(reason, dry_run=True)
             daemon.supervisor.reloading()
             # Whoever moved the audit file away to begin a new one asks for a reload too.
-            await aside(daemon.reopen_log)
+            await run_in_thread(daemon.reopen_log)
             await daemon.listen_again()
             problem = "it failed"
             try:
@@ -139,13 +139,13 @@ class Reloading:
         # Of the two configurations one ends with this call, and its entries are not to be freed all at once.
         entries: list[object] = list(running.clients.values())
         try:
-            ready = prepared = await aside(lambda: prepare(running, activated, assigned))
+            ready = prepared = await run_in_thread(lambda: prepare(running, activated, assigned))
             entries += ready.config.clients.values()
             problems = []
             if dry_run:
-                problems = await aside(lambda: daemon.foreseen(ready))
+                problems = await run_in_thread(lambda: daemon.foreseen(ready))
             else:
-                prepared = await aside(lambda: daemon.opened(ready), discard=Prepared.discard)
+                prepared = await run_in_thread(lambda: daemon.opened(ready), discard=Prepared.discard)
             await daemon.reviewed()
             if daemon.serves:
                 if dry_run:

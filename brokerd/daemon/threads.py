@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["aside"]
+__all__ = ["run_in_thread"]
 
 _Result = TypeVar("_Result")
 
 
-async def aside(work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None) -> _Result:
+async def run_in_thread(work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None) -> _Result:
     """Return what ``work()`` returns, or raise what it raises; it runs in a thread of its own.
 
     discard: gets the result of work that was cancelled meanwhile.
@@ -46,5 +46,5 @@ async def aside(work: Callable[[], _Result], *, discard: Callable[[_Result], Non
             if failed is None and discard is not None:
                 discard(result)  # type: ignore[arg-type]  # without an error it is a result
 
-    threading.Thread(target=run, name="aside", daemon=True).start()
+    threading.Thread(target=run, name="run_in_thread", daemon=True).start()
     return await done

@@ -23,7 +23,7 @@ from prometheus_client.core import Metric
 
 from brokerd.config.model import Config, MonitorConfig
 from brokerd.core.session import Session
-from brokerd.daemon.threads import aside
+from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import in_words
 from brokerd.monitor import formats as exposition
 from brokerd.monitor import metrics
@@ -264,7 +264,7 @@ class Site:
         """Return all families, each made when it is asked for."""
         watched, departed = self._watched, self._departed
         # Aside: with many descriptors, or keys, these take a while.
-        process, expiry = await aside(
+        process, expiry = await run_in_thread(
             lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
         )
         reading = await take(watched, departed)
@@ -275,7 +275,7 @@ class Site:
 
     async def _ends_of_keys(self, config: Config) -> list[tuple[str, str, float]]:
         if self._ends is None or self._ends[0] is not config:
-            self._ends = config, await aside(lambda: ends_of_keys(config))
+            self._ends = config, await run_in_thread(lambda: ends_of_keys(config))
         return self._ends[1]
 
     def _on_left(self, session: Session) -> None:

@@ -25,7 +25,7 @@ from brokerd import __version__
 from brokerd.core.broker import AdminCommand
 from brokerd.core.operations import reply_to
 from brokerd.daemon.daemon import Daemon
-from brokerd.daemon.threads import aside
+from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import in_words
 from brokerd.net import handover
 from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, PID_HOLDER_FD, SIGNALS, UpgradeChannel, UpgradeChannelError
@@ -204,7 +204,7 @@ class UpgradeSource:
         if self._new_process is not None:
             try:
                 # It may take a moment to be gone, and everybody is served meanwhile.
-                how = await aside(self._new_process.end)
+                how = await run_in_thread(self._new_process.end)
             except asyncio.CancelledError:
                 self._abandon()
                 raise
@@ -240,7 +240,7 @@ class UpgradeSource:
         descriptors = [*(each.sock.fileno() for each in activated), *(each.sock.fileno() for each in monitored)]
         new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread: everybody is served while the new process starts.
-        hello = (await aside(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts
+        hello = (await run_in_thread(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts
         if FORMAT not in hello["formats"]:
             raise _Failed(
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
@@ -291,12 +291,12 @@ class UpgradeSource:
         for _ in range(_ROUNDS):
             count = 0
             for block in passing.copier.blocks(loop.time()):
-                await aside(send(*block))
+                await run_in_thread(send(*block))
                 count += 1
             for some in passing.blocks():
-                await aside(hand(*some))
+                await run_in_thread(hand(*some))
                 count += 1
-            await aside(wait)
+            await run_in_thread(wait)
             if count < _FEW_BLOCKS:
                 return
 
