@@ -14,7 +14,7 @@ from brokerd.config.model import Config, Limits, Log
 from brokerd.config.values import ClientConfig, Key, ListenConfig, MonitorConfig, RateConfig
 from brokerd_client.address import Address
 
-__all__ = ["Plan", "compare", "overlaps", "taken_over"]
+__all__ = ["Plan", "compare", "overlaps", "merge"]
 
 #: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
 _RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"})
@@ -102,7 +102,7 @@ def _monitor_address(config: Config) -> Address | None:
     return None if config.monitor is None else config.monitor.address
 
 
-def taken_over(running: Config, new: Config) -> Config:
+def merge(running: Config, new: Config) -> Config:
     """Return the new configuration with what only a restart takes over as it was."""
     kept = {name: getattr(running, name) for name in _kept(running, new)}
     return replace(new, **kept) if kept else new

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Protocol, Self
 
 from brokerd import __version__
-from brokerd.config.diff import taken_over
+from brokerd.config.diff import merge
 from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
@@ -28,7 +28,7 @@ from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.daemon.admin import AdminCommands
 from brokerd.daemon.key_expiry import KeyExpiryMonitor, uses_of
-from brokerd.daemon.reload import Prepared, ReloadOutcome, compared, obstacles, whole_plan
+from brokerd.daemon.reload import Prepared, ReloadOutcome, blockers, compare_running, plan_fields
 from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
@@ -267,7 +267,7 @@ class Daemon:
         return len(self.server.links) + len(self.broker.topics)
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do this beside everything else; ``settled`` waits for it."""
+        """Do this beside everything else; ``wait_until_settled`` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -292,14 +292,14 @@ class Daemon:
 
     def apply(self, config: Config, reason: str) -> None:
         """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
-        self.take_over(self.opened(compared(self.config, config, self._activated, self._assigned)), reason)
+        self.take_over(self.opened(compare_running(self.config, config, self._activated, self._assigned)), reason)
         self._settle()
 
     def foreseen(self, prepared: Prepared) -> list[str]:
         """Return why it can't be taken over, as far as that can be seen without trying; to be called aside."""
-        problems = obstacles(prepared)
+        problems = blockers(prepared)
         if self._logs is not None:
-            problems += self._logs.foresee(prepared.config.log)
+            problems += self._logs.precheck(prepared.config.log)
         return problems
 
     def opened(self, prepared: Prepared) -> Prepared:
@@ -318,13 +318,13 @@ class Daemon:
             raise
         return replace(prepared, opened=opened, audit=audit)
 
-    async def outlook(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
+    async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
         leaving: list[tuple[Session, str]] = []
         for some in self.server.misfits_in_turns(prepared.keyring):
             leaving += some
             await asyncio.sleep(0)
-        plan = whole_plan(prepared.plan, leaving)
+        plan = plan_fields(prepared.plan, leaving)
         return ReloadOutcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
     def take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
@@ -350,7 +350,7 @@ class Daemon:
         except ListenError:
             prepared.discard()
             raise
-        config = self.config = taken_over(self.config, prepared.config)
+        config = self.config = merge(self.config, prepared.config)
         self._assigned = prepared.assigned
         if self._logs is not None:
             self._logs.take_over(config.log, prepared.audit)
@@ -373,7 +373,7 @@ class Daemon:
         self.reloaded_at = time.time()
         # What was made took the place of as much, so that the collector has not looked at it yet: it all stays.
         garbage.set_apart()
-        fields = whole_plan(plan, leaving)
+        fields = plan_fields(plan, leaving)
         yield
         self.log.info(
             "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
@@ -428,13 +428,13 @@ class Daemon:
             self._looking.cancel()
             self._looking = None
 
-    async def reviewed(self) -> None:
+    async def wait_for_revocations(self) -> None:
         """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
         while self.broker.revocation:
             self.broker.revocation.run_deferred(_REVIEWED)
             await asyncio.sleep(0)
 
-    async def settled(self) -> None:
+    async def wait_until_settled(self) -> None:
         """Return when nothing that was asked is without an answer, and everything decided is carried out."""
         self.server.settle()
         while self._background:

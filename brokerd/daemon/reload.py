@@ -25,10 +25,10 @@ from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.monitor.toggle import preload
 from brokerd.net.handshake.keyring import Keyring
-from brokerd.net.listen.listener import Found, Listening, foresee, look_up
+from brokerd.net.listen.listener import Found, Listening, look_up, precheck
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
-__all__ = ["Cause", "ReloadOutcome", "Prepared", "compared", "obstacles", "prepare", "whole_plan"]
+__all__ = ["Cause", "ReloadOutcome", "Prepared", "compare_running", "blockers", "prepare", "plan_fields"]
 
 #: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
 #: replaced.
@@ -69,7 +69,7 @@ class Prepared:
 class ReloadOutcome:
     """How a reload went, or would go.
 
-    plan: as ``whole_plan`` returns it, None where the files have mistakes. problems: a line each; with none it went
+    plan: as ``plan_fields`` returns it, None where the files have mistakes. problems: a line each; with none it went
     well. cause: what kind of problems they are. warnings: a line each.
     """
 
@@ -106,7 +106,7 @@ def prepare(
 def _prepared(
     running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Prepared:
-    prepared = compared(running, load(Path(running.path)), activated, assigned)
+    prepared = compare_running(running, load(Path(running.path)), activated, assigned)
     plan = prepared.plan
     preload(prepared.config.monitor)
     new = (*(entry for entry in plan.opened if entry not in prepared.assigned), *plan.monitor_opened)
@@ -118,7 +118,7 @@ def _prepared(
     )
 
 
-def compared(
+def compare_running(
     running: Config, config: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Prepared:
     """Return a configuration that is there already, ready to be taken over. Raises ListenError."""
@@ -161,13 +161,13 @@ def _another_version() -> list[str]:
     return [f"version {found.version} is installed, and {__version__} runs"]
 
 
-def obstacles(prepared: Prepared) -> list[str]:
+def blockers(prepared: Prepared) -> list[str]:
     """Return why it can't be taken over, as far as that can be seen without trying; a line each."""
     by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.assigned)
-    return [*prepared.blocked, *filter(None, map(foresee, (*by_itself, *prepared.plan.monitor_opened)))]
+    return [*prepared.blocked, *filter(None, map(precheck, (*by_itself, *prepared.plan.monitor_opened)))]
 
 
-def whole_plan(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
+def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
     """Return the plan with who is disconnected and why. leaving: as ``Server.unauthorized_connections`` returns it."""
     return {
         **plan.as_fields(),

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from brokerd.config.model import Config
 from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
-from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, prepare, whole_plan
+from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, plan_fields, prepare
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.api import Log
@@ -59,7 +59,7 @@ class Reloadable(Protocol):
     def foreseen(self, prepared: Prepared) -> list[str]:
         """Return why it can't be taken over, as far as that can be seen without trying; called aside."""
 
-    async def outlook(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
+    async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
         """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
 
     def opened(self, prepared: Prepared) -> Prepared:
@@ -71,10 +71,10 @@ class Reloadable(Protocol):
     def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
         """Take it over in turns. Raises ListenError or AuditError; then nothing has changed."""
 
-    async def reviewed(self) -> None:
+    async def wait_for_revocations(self) -> None:
         """Return when everything that the last reload forbade has ended."""
 
-    async def settled(self) -> None:
+    async def wait_until_settled(self) -> None:
         """Return when nothing that was asked is without an answer."""
 
 
@@ -146,10 +146,10 @@ class Reloading:
                 problems = await run_in_thread(lambda: daemon.foreseen(ready))
             else:
                 prepared = await run_in_thread(lambda: daemon.opened(ready), discard=Prepared.discard)
-            await daemon.reviewed()
+            await daemon.wait_for_revocations()
             if daemon.serves:
                 if dry_run:
-                    return await daemon.outlook(prepared, problems)
+                    return await daemon.preview(prepared, problems)
                 return await self._take_over(prepared, reason)
             prepared.discard()
             cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
@@ -161,7 +161,7 @@ class Reloading:
             cause, problems = "audit", [str(error)]
         finally:
             asyncio.get_running_loop().call_soon(_let_go, entries)
-        return ReloadOutcome(None if prepared is None else whole_plan(prepared.plan, ()), problems, cause)
+        return ReloadOutcome(None if prepared is None else plan_fields(prepared.plan, ()), problems, cause)
 
     async def _take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
         """Take it over in turns of the event loop, between which messages pass."""
@@ -180,7 +180,7 @@ class Reloading:
         await self._begun.wait()
         self._kept_still = why
         try:
-            await self._daemon.settled()
+            await self._daemon.wait_until_settled()
             async with self._one:
                 yield
         finally:

@@ -180,7 +180,7 @@ class Logs:
             return None
         return _opened(settings.audit)
 
-    def foresee(self, settings: Settings) -> list[str]:
+    def precheck(self, settings: Settings) -> list[str]:
         """Return why the settings would be refused, as far as that shows without a file being made.
 
         Slow where the file system is: to be called aside.

@@ -252,7 +252,7 @@ class UpgradeSource:
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
         await handover.let_go_of_bound(daemon.server, why)
         await self._copy(new_process, passing)
-        await daemon.settled()
+        await daemon.wait_until_settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
         # The last word of this process, before the new one has its first: two at a time would garble the log.

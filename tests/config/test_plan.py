@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brokerd.config import diff as plan
-from brokerd.config.diff import Plan, compare, overlaps, taken_over
+from brokerd.config.diff import Plan, compare, merge, overlaps
 from brokerd.config.load import load_text
 from brokerd.config.model import Config
 
@@ -137,8 +137,8 @@ def test_what_only_a_restart_takes_over_stays(monkeypatch: pytest.MonkeyPatch) -
     before, after = config(LISTEN), config(LISTEN + "log: {level: debug}\nlimits: {connections: 5}\n")
 
     assert compare(before, after).restart == ("log is taken over by a restart only",)
-    assert taken_over(before, after).log == before.log
-    assert taken_over(before, after).limits == after.limits
+    assert merge(before, after).log == before.log
+    assert merge(before, after).limits == after.limits
 
 
 def test_the_plan_as_fields_is_plain() -> None:

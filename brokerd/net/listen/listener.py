@@ -20,7 +20,7 @@ from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
-__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "foresee", "inherited", "listen", "look_up"]
+__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "precheck", "inherited", "listen", "look_up"]
 
 #: What host names of addresses mean, as ``socket.getaddrinfo`` says.
 Found: TypeAlias = Mapping[Address, list[Any]]
@@ -141,7 +141,7 @@ def inherited(configured: Address, sock: socket.socket, address: Address) -> Lis
     return Listening(config, sock, address, inode)
 
 
-def foresee(config: ListenConfig) -> str:
+def precheck(config: ListenConfig) -> str:
     """Return what can be seen to be in the way of listening there, without trying; "" where nothing can."""
     address = config.address
     if not address.is_file:
