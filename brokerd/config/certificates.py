@@ -17,7 +17,7 @@ from typing import Final
 
 from brokerd.config import key_files as keys
 from brokerd.config.model import TlsEntry
-from brokerd.config.values import Need, TlsConfig
+from brokerd.config.values import Requirement, TlsConfig
 from brokerd_client._common.paths import is_plainly_a_path
 from brokerd_client.wire import certificate
 
@@ -122,7 +122,7 @@ def _context(
         except (ssl.SSLError, OSError) as error:
             complain("client_ca", f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)")
             return None
-        optional = entry.client_certificate is Need.OPTIONAL
+        optional = entry.client_certificate is Requirement.OPTIONAL
         context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
     return context
 

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from brokerd.config.key_validity import let_in_until
-from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConfig, Need
+from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConfig, Requirement
 from brokerd.config.problems import one_line
 from brokerd_client.address import Address
 
@@ -36,7 +36,7 @@ def advice(config: Config, now: datetime) -> list[str]:
         where = f"{client.source}: client {client.name!r} can't connect"
         if client.certificate is not None and not seen:
             warnings.append(one_line(f"{where}: no listener asks for its certificate (give one tls: client_ca)"))
-        elif client.binding is Need.REQUIRED and not bound:
+        elif client.binding is Requirement.REQUIRED and not bound:
             warnings.append(one_line(f"{where}: no listener speaks TLS (give one tls:)"))
     return warnings
 

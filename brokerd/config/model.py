@@ -47,8 +47,8 @@ from brokerd.config.values import (
     LogFormat,
     LogLevel,
     MonitorConfig,
-    Need,
     RateConfig,
+    Requirement,
     Rule,
     Source,
     WhenConnected,
@@ -74,7 +74,7 @@ __all__ = [
     "LogLevel",
     "MonitorConfig",
     "MonitorEntry",
-    "Need",
+    "Requirement",
     "RateConfig",
     "RateEntry",
     "Rule",
@@ -134,11 +134,11 @@ class TlsEntry(_Entry):
     """A file with the certificate's private key in PEM, which only its owner can read."""
     client_ca: NonEmpty | None = None
     """A file with the certificates, in PEM, of those who issue clients' certificates."""
-    client_certificate: Annotated[Need, Field(strict=False)] | None = None
+    client_certificate: Annotated[Requirement, Field(strict=False)] | None = None
     """With client_ca, whether every client has to show a certificate: required (the default there) or optional."""
     minimum: TlsVersion = _written("1.3", str)
     """The lowest version of TLS that is spoken: 1.2 or 1.3."""
-    channel_binding: Annotated[Need, Field(strict=False)] = Need.OPTIONAL
+    channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
     """Whether clients have to bind their key to the TLS channel: required or optional."""
 
 
@@ -250,7 +250,7 @@ class ClientEntry(_Entry):
     """On a Unix socket, only these users may be this client; without a key, they need none."""
     certificate: CertificateEntry | None = None
     """The certificate the client has to show over TLS, besides having its key."""
-    channel_binding: Annotated[Need, Field(strict=False)] = Need.OPTIONAL
+    channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
     """Whether the client has to come over TLS and bind its key to the channel: required or optional."""
     admin: bool = False
     """Whether the client may watch and control the broker."""

@@ -29,7 +29,7 @@ __all__ = [
     "LogFormat",
     "LogLevel",
     "MonitorConfig",
-    "Need",
+    "Requirement",
     "RateConfig",
     "Rule",
     "Source",
@@ -63,7 +63,7 @@ class WhenConnected(StrEnum):
     """The oldest one is closed."""
 
 
-class Need(StrEnum):
+class Requirement(StrEnum):
     """Whether something has to be there."""
 
     REQUIRED = "required"
@@ -161,7 +161,7 @@ class TlsConfig:
     content: str
     not_after: datetime
     client_ca: bool = False
-    binding: Need = Need.OPTIONAL
+    binding: Requirement = Requirement.OPTIONAL
 
     def __str__(self) -> str:
         return f"{self.content[:8]}, good until {self.not_after:%Y-%m-%d}"
@@ -266,4 +266,4 @@ class ClientConfig:
     admin: bool
     source: Source = field(compare=False)
     certificate: CertificateConfig | None = None
-    binding: Need = Need.OPTIONAL
+    binding: Requirement = Requirement.OPTIONAL

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config import cert_subjects as subjects
-from brokerd.config.values import CertificateConfig, ClientConfig, Need
+from brokerd.config.values import CertificateConfig, ClientConfig, Requirement
 from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.channel_binding import offer
 from brokerd_client.wire.framing import frame
@@ -58,7 +58,7 @@ class TlsPeer:
 
     def refusal(self, client: ClientConfig) -> str:
         """Return why the client may not come over this channel, or ""."""
-        if (self.required or client.binding is Need.REQUIRED) and not self.bound:
+        if (self.required or client.binding is Requirement.REQUIRED) and not self.bound:
             if not self.version:
                 return "it does not come over TLS, and channel_binding: required demands it"
             return "its key is not bound to the TLS channel, and channel_binding: required demands it"
@@ -154,7 +154,7 @@ class TlsHandshakes:
         try:
             ready = stream.handshake()
             if ready:
-                tls_peer = tls_peer_of(stream, required=tls.binding is Need.REQUIRED)
+                tls_peer = tls_peer_of(stream, required=tls.binding is Requirement.REQUIRED)
         except OSError as error:
             self._on_failed(pending, error.strerror or type(error).__name__)
             return
