@@ -57,7 +57,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.framing import frame as make_frame
 
-__all__ = ["OUTCOME_RESERVE", "Broker", "Limits", "AdminCommand", "RoutingResult"]
+__all__ = ["OUTCOME_RESERVE", "Broker", "CoreLimits", "AdminCommand", "RoutingResult"]
 
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024
@@ -77,7 +77,7 @@ _ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CoreLimits:
     """The core's share of ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
 
     max_message: int = 16 * 1024 * 1024
@@ -101,7 +101,7 @@ class Broker:
         self,
         clients: Iterable[ClientConfig] = (),
         *,
-        limits: Limits | None = None,
+        limits: CoreLimits | None = None,
         version: str = "",
         routing: str = "python",
         now_wall: float = 0.0,
@@ -109,7 +109,7 @@ class Broker:
         self.exchange = Exchange(clients, now_wall)
         self.topics: Topics[Session] = Topics()
         self.revocation = Revocation(self.topics, self._on_forbidden)
-        self.limits = limits or Limits()
+        self.limits = limits or CoreLimits()
         self.version = version
         self.routing = routing
         self.started_at = now_wall
@@ -310,7 +310,7 @@ class Broker:
     def reconfigure(
         self,
         clients: Mapping[str, ClientConfig],
-        limits: Limits,
+        limits: CoreLimits,
         now_wall: float,
         differing: Iterable[str] | None = None,
     ) -> list[Session]:
@@ -331,7 +331,7 @@ class Broker:
     def reconfiguring(
         self,
         clients: Mapping[str, ClientConfig],
-        limits: Limits,
+        limits: CoreLimits,
         now_wall: float,
         differing: Iterable[str] | None = None,
     ) -> Generator[None, None, list[Session]]:

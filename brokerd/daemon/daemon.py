@@ -21,8 +21,7 @@ from brokerd.config.diff import merge
 from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
-from brokerd.core.broker import AdminCommand, Broker
-from brokerd.core.broker import Limits as CoreLimits
+from brokerd.core.broker import AdminCommand, Broker, CoreLimits
 from brokerd.core.operations import stats
 from brokerd.core.session import Session
 from brokerd.daemon import garbage

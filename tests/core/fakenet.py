@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Rule, Source, WhenConnected, WhenFull
 from brokerd.core import routing
-from brokerd.core.broker import Broker, Limits
+from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
@@ -190,7 +190,7 @@ class Peer:
 class FakeNet:
     """The broker, its connections and the time."""
 
-    def __init__(self, *configs: ClientConfig, limits: Limits | None = None, feed: Feed = routing.feed) -> None:
+    def __init__(self, *configs: ClientConfig, limits: CoreLimits | None = None, feed: Feed = routing.feed) -> None:
         self.now = 1000.0
         self.feed = feed
         self.broker = Broker(configs, limits=limits, version="test", now_wall=self.now)

@@ -15,7 +15,7 @@ from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import events as events_module
 from brokerd.core.allowance import Allowance
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
@@ -897,10 +897,10 @@ def test_a_session_ends_once() -> None:
 
 def test_payload_limits_are_the_configurations() -> None:
     """A smaller max_message of a reload counts from the next frame on."""
-    net = FakeNet(client("ann"), client("bob"), limits=Limits(max_message=100))
+    net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=100))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"x" * 100, 1)
-    net.broker.reconfigure({name: client(name) for name in ("ann", "bob")}, Limits(max_message=99), net.now)
+    net.broker.reconfigure({name: client(name) for name in ("ann", "bob")}, CoreLimits(max_message=99), net.now)
     ann.message("bob", b"x" * 100, 2)
     assert ann.error() == (2, "too_large")
     assert [each.id for each in bob.take()] == [1]

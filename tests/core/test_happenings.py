@@ -8,7 +8,7 @@ import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import WhenFull
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd.core.log_events import MOST, LogEvents
 from brokerd_client.wire.envelope import Kind
 
@@ -65,7 +65,7 @@ def test_what_is_kept_is_bounded() -> None:
 
 def full_queue(when_full: WhenFull) -> tuple[FakeNet, Any, Any]:
     """Return a net in which bob reads nothing and his queue is full."""
-    net = FakeNet(client("alice"), client("bob", queue=1000, when_full=when_full), limits=Limits(wait_timeout=5.0))
+    net = FakeNet(client("alice"), client("bob", queue=1000, when_full=when_full), limits=CoreLimits(wait_timeout=5.0))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
     for _ in range(2):

@@ -11,7 +11,7 @@ from core.fakenet import FakeNet, client, error_of
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import delivery
-from brokerd.core.broker import OUTCOME_RESERVE, Limits
+from brokerd.core.broker import OUTCOME_RESERVE, CoreLimits
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind
 
 
@@ -128,7 +128,7 @@ def test_refused_answer_is_reported_to_the_requester_at_once(kind: Kind, code: s
     """The requester gets the refusal's code with its request's id, and the answerer's name; the request is over."""
     rate = RateConfig(1 if code == "rate_limited" else None, None)
     bob_config = client("bob", send_to=[], rate=rate, connections=connections)
-    net = FakeNet(client("ann"), bob_config, limits=Limits(max_message=100))
+    net = FakeNet(client("ann"), bob_config, limits=CoreLimits(max_message=100))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 9)
     bob.take()
@@ -191,7 +191,7 @@ def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
 
 def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
     """Errors about oversized frames count like any others: their sender is not read from until it reads."""
-    net = FakeNet(client("ann", queue=1000), limits=Limits(max_message=1))
+    net = FakeNet(client("ann", queue=1000), limits=CoreLimits(max_message=1))
     ann = net.connect("ann")
     ann.block()
     while not ann.held:

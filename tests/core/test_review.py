@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from core.fakenet import FakeNet, Peer, client
 
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd.core.routing_result import RoutingResult
 from brokerd_client.wire.envelope import Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
@@ -16,7 +16,7 @@ def reload(net: FakeNet, **subscribe: Iterable[str]) -> None:
     """Give clients other rules; nothing of what that leaves to do is done."""
     entries = {name: known.config for name, known in net.broker.exchange.clients.items()}
     entries |= {name: client(name, subscribe=tuple(rules)) for name, rules in subscribe.items()}
-    net.broker.reconfigure(entries, Limits(), net.now)
+    net.broker.reconfigure(entries, CoreLimits(), net.now)
 
 
 def pair() -> tuple[FakeNet, Peer, Peer]:
@@ -155,7 +155,7 @@ def test_many_connections_are_looked_through_one_after_the_other() -> None:
     for number, member in enumerate(members):
         for each in range(number + 3):
             member.ask("subscribe", topic=f"t.{each}")
-    net.broker.reconfigure({"pool": client("pool", connections=4, subscribe=("t.0",))}, Limits(), net.now)
+    net.broker.reconfigure({"pool": client("pool", connections=4, subscribe=("t.0",))}, CoreLimits(), net.now)
     assert len(net.broker.revocation) == 4
     before = 18
     while net.broker.revocation:

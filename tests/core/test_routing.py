@@ -9,7 +9,7 @@ from core.fakenet import FakeNet, Feed, Peer, client
 
 from brokerd.config.values import WhenFull
 from brokerd.core import _routing_py, routing
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd.core.routing_result import RoutingResult
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
@@ -26,7 +26,7 @@ def feed(request: pytest.FixtureRequest) -> Feed:
 
 def pair(feed: Feed, max_message: int = 1000) -> tuple[FakeNet, Peer, Peer]:
     """Return a net with ann and bob."""
-    net = FakeNet(client("ann"), client("bob"), limits=Limits(max_message=max_message), feed=feed)
+    net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=max_message), feed=feed)
     return net, net.connect("ann"), net.connect("bob")
 
 

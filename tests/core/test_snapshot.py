@@ -8,7 +8,7 @@ import pytest
 from core.fakenet import FakeNet, client
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core.broker import Broker, Limits
+from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.exchange import Client
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
 from brokerd.core.session import Session
@@ -91,7 +91,7 @@ def test_a_held_sender_stays_held_until_there_is_room() -> None:
 
 def test_a_held_sender_waits_no_longer_than_it_would_have() -> None:
     """The time it had waited before counts."""
-    net = FakeNet(client("alice"), client("bob", queue=60), limits=Limits(wait_timeout=30.0))
+    net = FakeNet(client("alice"), client("bob", queue=60), limits=CoreLimits(wait_timeout=30.0))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
     for number in range(2):
@@ -213,7 +213,7 @@ def test_who_comes_later_under_a_name_hears_nothing_when_the_sender_goes_after_t
 
 def test_an_oversized_frame_is_passed_over_to_its_end() -> None:
     """Half of it came before the change, half of it comes after."""
-    net = FakeNet(client("alice"), client("bob"), limits=Limits(max_message=100))
+    net = FakeNet(client("alice"), client("bob"), limits=CoreLimits(max_message=100))
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.send_bytes(b"\x00\x00\x01\x00" + b"\x01\x00\x00\x03" + bytes(8) + b"bob" + b"x" * 100)
     assert alice.error() == (0, "too_large")
@@ -335,7 +335,7 @@ def test_a_session_whose_name_was_gone_already_stays_out() -> None:
     net = FakeNet(client("alice"), client("bob"))
     alice, old = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"first")
-    limits = Limits()
+    limits = CoreLimits()
     net.broker.reconfigure({"alice": client("alice")}, limits, net.now)
     net.broker.reconfigure({"alice": client("alice"), "bob": client("bob")}, limits, net.now)
     new = net.connect("bob")

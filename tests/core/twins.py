@@ -10,7 +10,7 @@ from core.fakenet import FakeNet, Feed, Peer, client
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import _routing_py
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 
 __all__ = ["HEADER", "MAX_MESSAGE", "Recorded", "agree", "frame"]
 
@@ -36,7 +36,7 @@ class Recorded(FakeNet):
             client("drops", queue=500, when_full=WhenFull.DROP_OLDEST),
             client("slow", queue=300, when_full=WhenFull.DISCONNECT),
             client("metered", rate=RateConfig(3, 400)),
-            limits=Limits(MAX_MESSAGE, 30.0),
+            limits=CoreLimits(MAX_MESSAGE, 30.0),
             feed=feed,
         )
         self.calls: list[tuple[Any, ...]] = []

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from brokerd.config.values import ClientConfig, RateConfig, WhenConnected, WhenFull
 from brokerd.core import broker as broker_module
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd.core.outbox import FrameOutbox, Outbox
 from brokerd.core.session import Session
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
@@ -147,7 +147,7 @@ class BrokerModel(RuleBasedStateMachine):
     def configure(self, data: st.DataObject) -> None:
         """Begin with a configuration, and somebody there."""
         self.configs = {name: self.config_of(name, data.draw(CONFIGS)) for name in NAMES}
-        limits = Limits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
+        limits = CoreLimits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
         self.net = FakeNet(*self.configs.values(), limits=limits)
         self.net.on_losing = self.note_leaving
         self.began = self.net.now
@@ -539,7 +539,7 @@ class BrokerModel(RuleBasedStateMachine):
         """Another entry for one client; its connections stay."""
         rate = self.configs[name].rate
         self.configs[name] = replace(self.config_of(name, drawn), rate=rate)
-        limits = Limits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
+        limits = CoreLimits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
         self.net.broker.reconfigure(self.configs, limits, self.net.now)
         rules = self.patterns_of(self.configs[name], "subscribe")
         for peer in self.members(name):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_dialog import OWNER, Pair
 
-from brokerd.core.broker import Limits
+from brokerd.core.broker import CoreLimits
 from brokerd_client.errors import BrokerdError, Denied, InvalidName, PayloadError
 from brokerd_client.message import Message
 from brokerd_client.protocol.dialog import Effects
@@ -34,7 +34,7 @@ class Way:
     """
 
     def __init__(self) -> None:
-        self.net = FakeNet(client("ann"), client("bob"), limits=Limits(max_message=MAX))
+        self.net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=MAX))
         self.ann, self.bob = self.net.connect("ann"), self.net.connect("bob")
         pair = Pair(name="bob", key=b"bob")
         pair.connect()

@@ -17,7 +17,7 @@ from core.fakenet import FakeNet, Peer, client
 from fuzz.mutator import mutated as mutated_bytes
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core.broker import Broker, Limits
+from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.outbox import FrameOutbox
 from brokerd.core.precopy import Copies
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore, restore_idle
@@ -32,7 +32,7 @@ CONFIGS = (
     client("metered", rate=RateConfig(5.0, 5000.0)),
     client("pool", connections=3),
 )
-LIMITS = Limits(max_message=1000, wait_timeout=30.0)
+LIMITS = CoreLimits(max_message=1000, wait_timeout=30.0)
 EDGES = (
     0,
     1,
