@@ -162,14 +162,14 @@ class Broker:
             return False, None
         return True, next(iter(client.sessions.values()))
 
-    def attach(self, name: str, instance: str, *, peer: str, now_wall: float, link: object = None) -> Session:
+    def attach(self, name: str, instance: str, *, peer: str, now_wall: float, connection: object = None) -> Session:
         """Return the session of a connection that has just authenticated as ``name``.
 
         instance: a fresh name for it within a pool, ``[0-9a-z]{1,16}``.
         """
         client = self.exchange.resolve(name)
         assert client is not None, "place_for said there is room"
-        session = Session(client, instance, peer=peer, since=now_wall, link=link)
+        session = Session(client, instance, peer=peer, since=now_wall, connection=connection)
         session.number = next(self._order)
         first = not client.online
         client.add(session)
@@ -205,7 +205,7 @@ class Broker:
         mark_orphaned(session)
         # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits
         # for the collector.
-        session.link = session.outbox.owner = None
+        session.connection = session.outbox.owner = None
         self._count(session)
         if not client.online:
             client.changed_at = now_wall

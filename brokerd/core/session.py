@@ -82,7 +82,7 @@ class Session:
         "hold_deadline",
         "instance",
         "closed_number",
-        "link",
+        "connection",
         "marked_at",
         "marks",
         "messages_in",
@@ -110,7 +110,7 @@ class Session:
         "widest",
     )
 
-    def __init__(self, client: Client, instance: str, *, peer: str, since: float, link: Any = None) -> None:
+    def __init__(self, client: Client, instance: str, *, peer: str, since: float, connection: Any = None) -> None:
         config = client.config
         self.client = client
         self.instance = instance
@@ -118,7 +118,7 @@ class Session:
         self.sender_header = self.address.encode()
         self.peer = peer
         self.since = since
-        self.link = link
+        self.connection = connection
         self.outbox: Outbox = new_outbox(config)
         self.outbox.owner = self
         self.rank: Rank | None = None

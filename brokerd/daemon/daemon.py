@@ -246,8 +246,10 @@ class Daemon:
     def _status(self) -> str:
         """Return how the broker fares, in a line for people."""
         assert self._server is not None
-        connections, handshakes = len(self._server.links), self._server.handshakes
-        messages = self.broker.totals["messages_in"] + sum(link.session.messages_in for link in self._server.links)
+        connections, handshakes = len(self._server.connections), self._server.handshakes
+        messages = self.broker.totals["messages_in"] + sum(
+            connection.session.messages_in for connection in self._server.connections
+        )
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
 
     def _warn(self, among: Container[Address]) -> None:
@@ -263,7 +265,7 @@ class Daemon:
 
     def size(self) -> int:
         """Return how many connections and subscriptions there are: most objects are theirs."""
-        return len(self.server.links) + len(self.broker.topics)
+        return len(self.server.connections) + len(self.broker.topics)
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
         """Do this beside everything else; ``wait_until_settled`` waits for it."""
@@ -472,7 +474,7 @@ class Daemon:
         for session in [] if client is None else list(client.sessions.values()):
             # The end of one may be that of another, who is told of it.
             if session.open:
-                session.link.lost("cut off")
+                session.connection.lost("cut off")
 
     def stats(self) -> dict[str, Any]:
         """Return what the `$broker` operation ``stats`` answers."""

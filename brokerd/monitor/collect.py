@@ -18,7 +18,7 @@ from brokerd.config.model import Config
 from brokerd.core.broker import Broker
 from brokerd.core.session import Session
 from brokerd.log.api import Log
-from brokerd.net.connection.connection import Link
+from brokerd.net.connection.connection import Connection
 from brokerd.net.server import Server
 
 __all__ = ["Counts", "Departed", "Reading", "Share", "Watched", "take"]
@@ -152,24 +152,24 @@ class Reading:
 async def take(watched: Watched, departed: Departed | None) -> Reading:
     """Return a reading. departed: for metrics of each client, None where they are not asked for."""
     broker, server = watched.broker, watched.server
-    links = list(server.links)
+    connections = list(server.connections)
     totals = broker.totals
     reading = Reading(
         counts=Counts(*(totals[counter] for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"))),
         refused=Counter(broker.refused),
         dropped=broker.dropped,
-        connections=len(links),
+        connections=len(connections),
     )
     if departed is not None:
         reading.clients = list(broker.exchange.clients)
         reading.departed = departed.clients.copy()
-    for part in _slices(links):
-        for link in part:
-            reading.add(link.session)
+    for part in _slices(connections):
+        for connection in part:
+            reading.add(connection.session)
         await asyncio.sleep(0)
     return reading
 
 
-def _slices(links: list[Link]) -> Iterator[list[Link]]:
-    for start in range(0, len(links), _SLICE):
-        yield links[start : start + _SLICE]
+def _slices(connections: list[Connection]) -> Iterator[list[Connection]]:
+    for start in range(0, len(connections), _SLICE):
+        yield connections[start : start + _SLICE]

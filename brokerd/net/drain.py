@@ -50,7 +50,7 @@ class Draining:
         self._loop = server.loop
         self._deadline = self._loop.time() + timeout_s
         self._before = self._broker.returned.copy()
-        self._parting = Parting(server, lambda link: True, "the broker is shutting down")
+        self._parting = Parting(server, lambda connection: True, "the broker is shutting down")
         self._turns = Turns(self._loop)
         #: Of sessions for which something waits: how many frames do, and how many the system had taken.
         self._waited: dict[Session, tuple[int, int]] = {}
@@ -64,20 +64,20 @@ class Draining:
             server.settle()
             await self._turns.yield_if_due()
         server.settle()
-        for link in list(server.links):
-            outbox = link.session.outbox
-            if outbox.waiting and not link.closed:
+        for connection in list(server.connections):
+            outbox = connection.session.outbox
+            if outbox.waiting and not connection.closed:
                 unsent = outbox.unsent
-                self._waited[link.session] = (unsent, outbox.frames - unsent)
+                self._waited[connection.session] = (unsent, outbox.frames - unsent)
                 await self._turns.yield_if_due()
         await self._flush()
         slow = await self._cut_off()
         await self._tell()
-        for link in list(server.links):
-            if not link.closed:
-                slow += bool(link.session.outbox.waiting)
-                self._parting.count_unread(link)
-                link.lost("the broker stopped")
+        for connection in list(server.connections):
+            if not connection.closed:
+                slow += bool(connection.session.outbox.waiting)
+                self._parting.count_unread(connection)
+                connection.lost("the broker stopped")
                 await self._turns.yield_if_due()
         cut_off = slow + server.cut_off()
         returned = broker.returned - self._before
@@ -105,22 +105,22 @@ class Draining:
         """Wait for the end of all connections; return whether it came."""
         server = self._server
         server.empty.clear()
-        if server.links or server.is_lingering:
+        if server.connections or server.is_lingering:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(server.empty.wait(), seconds)
-        return not (server.links or server.is_lingering)
+        return not (server.connections or server.is_lingering)
 
     async def _cut_off(self) -> int:
         """Close the connections that have not taken what waits for them; return how many those were."""
         count = 0
         until = self._deadline + _TELL
-        for link in list(self._server.links):
-            if link.session.outbox.waiting and not link.closed:
+        for connection in list(self._server.connections):
+            if connection.session.outbox.waiting and not connection.closed:
                 if self._loop.time() >= until:
                     break
                 count += 1
-                self._parting.count_unread(link)
-                link.lost("it did not read within limits.drain_timeout")
+                self._parting.count_unread(connection)
+                connection.lost("it did not read within limits.drain_timeout")
                 await self._turns.yield_if_due()
         return count
 

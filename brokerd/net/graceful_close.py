@@ -17,7 +17,7 @@ from brokerd_client.wire.envelope import ErrorCode
 if TYPE_CHECKING:
     from brokerd.core.exchange import Client
     from brokerd.core.session import Session
-    from brokerd.net.connection.connection import Link
+    from brokerd.net.connection.connection import Connection
     from brokerd.net.server import Server
 
 __all__ = ["Finishing", "Parting", "Turns"]
@@ -89,23 +89,23 @@ class Parting:
     routed nor reported, because time was over.
     """
 
-    def __init__(self, server: Server, concerns: Callable[[Link], bool], why: str) -> None:
+    def __init__(self, server: Server, concerns: Callable[[Connection], bool], why: str) -> None:
         self._server = server
         self._broker = server.broker
         self._concerns = concerns
         self._why = why
         self._turns = Turns(server.loop)
         #: How often a connection has been read from before its half-close.
-        self._reads: dict[Link, int] = {}
+        self._reads: dict[Connection, int] = {}
         #: What had been read of a connection that is to close by itself, and since when that has not changed.
-        self._still: dict[Link, tuple[tuple[int, ...], float]] = {}
+        self._still: dict[Connection, tuple[tuple[int, ...], float]] = {}
         #: To whom stock clients may still send: those that have only received are half-closed after the senders.
         self._fed: set[Client] | None = None
         self.counted = 0
 
-    def links(self) -> list[Link]:
+    def connections(self) -> list[Connection]:
         """Return the connections that have not ended."""
-        return [link for link in self._server.links if self._concerns(link)]
+        return [connection for connection in self._server.connections if self._concerns(connection)]
 
     async def look(self, until: float) -> float:
         """Do for each connection what is due; return after how many seconds to look again.
@@ -115,57 +115,57 @@ class Parting:
         loop = self._server.loop
         began = loop.time()
         fed, self._fed = self._fed, set()
-        for link in self.links():
+        for connection in self.connections():
             if loop.time() >= until:
                 break
-            if not link.closed and not link.session.closing:
-                self._go_on(link, fed)
+            if not connection.closed and not connection.session.closing:
+                self._go_on(connection, fed)
                 self._server.settle()
                 await self._turns.yield_if_due()
         return max(_LOOK_AGAIN, _COST * (loop.time() - began))
 
-    def _go_on(self, link: Link, fed: set[Client] | None) -> None:
-        session = link.session
+    def _go_on(self, connection: Connection, fed: set[Client] | None) -> None:
+        session = connection.session
         if session.goaway and not session.told:
             part(self._broker, session)
         if session.mute:
             self._feed(session)
-            if self._is_silent(link):
+            if self._is_silent(connection):
                 self._broker.close(session, self._why)
         elif session.goaway:
             # It closes by itself, unless it is no well-behaved client.
-            link.ending = self._why
-            if session.finished and self._is_silent(link):
-                link.half_close(self._why)
+            connection.ending = self._why
+            if session.finished and self._is_silent(connection):
+                connection.half_close(self._why)
         else:
             self._feed(session)
             asks = bool(session.outgoing_requests) or session in self._broker.asking
             ready = not session.outbox.waiting and not asks and has_finished(self._broker, session)
             last = not session.recipients and (fed is None or session.client in fed)
-            if ready and not last and not self._reads_on(link):
-                link.half_close(self._why)
+            if ready and not last and not self._reads_on(connection):
+                connection.half_close(self._why)
 
     def _feed(self, session: Session) -> None:
         assert self._fed is not None
         self._fed |= session.recipients
 
-    def _reads_on(self, link: Link) -> bool:
+    def _reads_on(self, connection: Connection) -> bool:
         """Route what has arrived; return whether something is to be answered before the half-close."""
-        session = link.session
-        reads = self._reads.get(link, 0)
-        if reads < _READS and link.advance():
-            self._reads[link] = reads + 1
+        session = connection.session
+        reads = self._reads.get(connection, 0)
+        if reads < _READS and connection.advance():
+            self._reads[connection] = reads + 1
             return True
-        return link.closed or bool(session.closing) or bool(session.outbox.waiting)
+        return connection.closed or bool(session.closing) or bool(session.outbox.waiting)
 
-    def _is_silent(self, link: Link) -> bool:
+    def _is_silent(self, connection: Connection) -> bool:
         """Return whether there has been nothing unread of this connection for some time."""
         now = self._server.loop.time()
-        progress, since = self._still.get(link, ((), now))
-        if progress != link.progress or link.session.held_by is not None:
-            self._still[link] = link.progress, now
+        progress, since = self._still.get(connection, ((), now))
+        if progress != connection.progress or connection.session.held_by is not None:
+            self._still[connection] = connection.progress, now
             return False
-        return now - since >= _SILENCE and not link.advance()
+        return now - since >= _SILENCE and not connection.advance()
 
     async def end(self, until: float) -> None:
         """Close what is left, as far as there is time: what waits has been written or is lost.
@@ -173,15 +173,15 @@ class Parting:
         until: in the time of the event loop.
         """
         loop = self._server.loop
-        for link in self.links():
+        for connection in self.connections():
             if loop.time() >= until:
                 return
-            if not link.closed and not link.session.closing:
-                self.count_unread(link)
-                self._broker.close(link.session, self._why, code=ErrorCode.SHUTTING_DOWN)
+            if not connection.closed and not connection.session.closing:
+                self.count_unread(connection)
+                self._broker.close(connection.session, self._why, code=ErrorCode.SHUTTING_DOWN)
                 self._server.settle()
                 await self._turns.yield_if_due()
 
-    def count_unread(self, link: Link) -> None:
+    def count_unread(self, connection: Connection) -> None:
         """Count the messages that this connection has sent and that are not routed any more."""
-        self.counted += link.unread_messages(_MOST_COUNTED)
+        self.counted += connection.unread_messages(_MOST_COUNTED)

@@ -23,7 +23,7 @@ from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
-from brokerd.net.connection.connection import GRACE, Link
+from brokerd.net.connection.connection import GRACE, Connection
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.graceful_close import Parting
 from brokerd.net.handshake.keyring import Credential
@@ -57,42 +57,42 @@ class Passing:
         self._server = server
         self.copier = Copier(server.broker)
         #: The connections whose sockets the other process has.
-        self.passed: dict[Link, int] = {}
+        self.passed: dict[Connection, int] = {}
         self._uses: dict[tuple[str, bytes], float] = {}
 
     def blocks(self) -> Iterator[tuple[Facts, list[int]]]:
         """Yield facts, and copies of descriptors, to be closed; everything may change between two blocks."""
-        if gone := [number for link, number in self.passed.items() if link.closed]:
-            self.passed = {link: number for link, number in self.passed.items() if not link.closed}
+        if gone := [number for connection, number in self.passed.items() if connection.closed]:
+            self.passed = {connection: number for connection, number in self.passed.items() if not connection.closed}
             yield {"gone": gone}, []
-        links = iter(_ordered(self._server))
-        while some := list(islice(links, _COPIED)):
+        connections = iter(_ordered(self._server))
+        while some := list(islice(connections, _COPIED)):
             idle: list[Facts] = []
             descriptors: list[int] = []
             # Where descriptors are short, the others go with the rest.
             with contextlib.suppress(OSError):
-                for link in some:
-                    self._copy(link, idle, descriptors)
+                for connection in some:
+                    self._copy(connection, idle, descriptors)
             if idle:
                 yield {"idle": idle}, descriptors
         yield {"keys": self.uses()}, []
 
-    def _copy(self, link: Link, idle: list[Facts], descriptors: list[int]) -> None:
-        if link.closed or not _is_idle(link):
+    def _copy(self, connection: Connection, idle: list[Facts], descriptors: list[int]) -> None:
+        if connection.closed or not _is_idle(connection):
             return
-        server, passed = self._server, link in self.passed
+        server, passed = self._server, connection in self.passed
         # Before anything is noted: it may fail.
-        descriptor = None if passed else os.dup(link.sock.fileno())
-        facts = snapshot.capture_idle(server.broker, link.session, server.loop.time(), self.copier)
+        descriptor = None if passed else os.dup(connection.sock.fileno())
+        facts = snapshot.capture_idle(server.broker, connection.session, server.loop.time(), self.copier)
         if facts is None:
             if descriptor is not None:
                 os.close(descriptor)
             return
-        idle.append({**facts, "link": _link(link, Snapshot(), passed=passed)})
+        idle.append({**facts, "link": _connection(connection, Snapshot(), passed=passed)})
         if descriptor is not None:
             descriptors.append(descriptor)
-            self.passed[link] = link.session.number
-            link.passed = True
+            self.passed[connection] = connection.session.number
+            connection.passed = True
 
     def uses(self) -> list[tuple[str, str, float]]:
         """Return the uses of keys since this was called last."""
@@ -101,9 +101,13 @@ class Passing:
         return keyring.uses(before)
 
 
-def _is_idle(link: Link) -> bool:
-    return link.can_hand_over and not (
-        link.pending_input or link.large_frame or link.waits or link.writing or link.ending
+def _is_idle(connection: Connection) -> bool:
+    return connection.can_hand_over and not (
+        connection.pending_input
+        or connection.large_frame
+        or connection.waits
+        or connection.writing
+        or connection.ending
     )
 
 
@@ -114,14 +118,16 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
     Everything decided has to be carried out: ``settle`` comes before. Connections that can't be handed over
     are closed, if there still are any: see ``let_go_of_bound``.
     """
-    for link in [link for link in server.links if not link.can_hand_over]:
-        link.lost("it came while the broker was being replaced, and can't be handed over")
-    links = _ordered(server)
+    for connection in [connection for connection in server.connections if not connection.can_hand_over]:
+        connection.lost("it came while the broker was being replaced, and can't be handed over")
+    connections = _ordered(server)
     passing = passing or Passing(server)
-    for link in links:
-        if not _is_idle(link):
-            passing.copier.forget_idle(link.session)
-    taken = snapshot.capture(server.broker, [link.session for link in links], server.loop.time(), passing.copier)
+    for connection in connections:
+        if not _is_idle(connection):
+            passing.copier.forget_idle(connection.session)
+    taken = snapshot.capture(
+        server.broker, [connection.session for connection in connections], server.loop.time(), passing.copier
+    )
     copied, passed = taken.copied, passing.passed
     lingering = server.lingering()
     pending_connections = [
@@ -130,21 +136,24 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
     taken.facts = {
         "core": taken.facts,
         "listening": [_listening(each) for each in server.listening],
-        "links": [None if link.session in copied else _link(link, taken, passed=link in passed) for link in links],
+        "links": [
+            None if connection.session in copied else _connection(connection, taken, passed=connection in passed)
+            for connection in connections
+        ],
         "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
         "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering],
         "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
         "tally": server.counters.values(),
     }
-    fresh = [link for link in links if link not in passed]
+    fresh = [connection for connection in connections if connection not in passed]
     sockets = [each.sock for group in (server.listening, fresh, pending_connections, lingering) for each in group]
     return taken, [sock.fileno() for sock in sockets]
 
 
 def position_of(server: Server, session: Session) -> int:
     """Return which of the captured connections is this session's."""
-    return [link.session for link in _ordered(server)].index(session)
+    return [connection.session for connection in _ordered(server)].index(session)
 
 
 async def let_go_of_bound(server: Server, why: str) -> None:
@@ -153,20 +162,20 @@ async def let_go_of_bound(server: Server, why: str) -> None:
     No other such connection is accepted from now on: see ``Server.accept_bound``.
     """
     server.hold_back_bound()
-    parting = Parting(server, lambda link: not link.can_hand_over, why)
+    parting = Parting(server, lambda connection: not connection.can_hand_over, why)
     deadline = server.loop.time() + GRACE
-    while parting.links() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
+    while parting.connections() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
         await asyncio.sleep(await parting.look(deadline))
     await parting.end(deadline + GRACE)
     server.settle()
-    while parting.links():  # noqa: ASYNC110 - rare
+    while parting.connections():  # noqa: ASYNC110 - rare
         # Each has GRACE to take what is written for it.
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-def _ordered(server: Server) -> list[Link]:
+def _ordered(server: Server) -> list[Connection]:
     """Return the links in the order they came, in which a pool's connections are kept."""
-    return sorted(server.links, key=lambda link: link.session.number)
+    return sorted(server.connections, key=lambda connection: connection.session.number)
 
 
 def _socket(sock: socket.socket) -> list[int]:
@@ -191,18 +200,18 @@ def _listening(each: Listening) -> Facts:
     }
 
 
-def _link(link: Link, taken: Snapshot, *, passed: bool) -> Facts:
-    large_frame = link.large_frame
-    taken.pieces.append(link.pending_input)
+def _connection(connection: Connection, taken: Snapshot, *, passed: bool) -> Facts:
+    large_frame = connection.large_frame
+    taken.pieces.append(connection.pending_input)
     if large_frame is not None:
         taken.pieces.append(memoryview(large_frame)[SLACK : large_frame.filled])
     return {
-        "socket": _socket(link.sock),
+        "socket": _socket(connection.sock),
         "passed": passed,
-        "client": link.credential.client.name,
-        "key": link.credential.key.key_id,
-        "tail": len(link.pending_input),
-        "waits": link.waits,
+        "client": connection.credential.client.name,
+        "key": connection.credential.key.key_id,
+        "tail": len(connection.pending_input),
+        "waits": connection.waits,
         "parcel": None if large_frame is None else [large_frame.filled - SLACK, large_frame.end - SLACK],
     }
 
@@ -235,9 +244,9 @@ class Ahead:
         self._server = server
         self.copies = Copies(server.broker)
         self._sockets: dict[int, socket.socket] = {}
-        self._links: dict[int, Link] = {}
+        self._connections: dict[int, Connection] = {}
         #: Why some of those connections are to be closed.
-        self.unauthorized_connections: dict[Link, str] = {}
+        self.unauthorized_connections: dict[Connection, str] = {}
 
     def add(self, facts: Facts, body: memoryview, descriptors: Sequence[int]) -> None:
         """Take in one block. Raises BadSnapshot, and what Inheritance raises."""
@@ -249,7 +258,7 @@ class Ahead:
                 raise ValueError("a block has descriptors that belong to no connection")
         elif "gone" in facts:
             for number in facts["gone"]:
-                self._links.pop(number, None)
+                self._connections.pop(number, None)
                 if (sock := self._sockets.pop(number, None)) is not None:
                     sock.close()
         elif "keys" in facts:
@@ -264,23 +273,23 @@ class Ahead:
         if not told["passed"]:
             self._sockets[number] = _opened(told, next(descriptors, -1))
         if session is not None:
-            link = self._links[number] = _link_of(server, session, self._sockets[number], told)
-            self.unauthorized_connections.update(server.reasons([link]))
+            connection = self._connections[number] = _link_of(server, session, self._sockets[number], told)
+            self.unauthorized_connections.update(server.reasons([connection]))
 
-    def take_link(self, session: Session) -> Link:
+    def take_link(self, session: Session) -> Connection:
         """Return the link of a session that was copied, and is what it was."""
         number = session.number
-        sock, link = self._sockets.pop(number), self._links.pop(number, None)
-        if link is None or link.session is not session:
+        sock, connection = self._sockets.pop(number), self._connections.pop(number, None)
+        if connection is None or connection.session is not session:
             # The configuration of this process does not know its name.
-            link = Link(self._server, sock, Credential(session.client.config, _GONE))
-            link.session, session.link = session, link
-            self.unauthorized_connections.update(self._server.reasons([link]))
-        return link
+            connection = Connection(self._server, sock, Credential(session.client.config, _GONE))
+            connection.session, session.connection = session, connection
+            self.unauthorized_connections.update(self._server.reasons([connection]))
+        return connection
 
     def take_socket(self, number: int) -> socket.socket:
         """Return the socket that was passed for the session of that number."""
-        self._links.pop(number, None)
+        self._connections.pop(number, None)
         return self._sockets.pop(number)
 
     def close_rest(self) -> None:
@@ -288,7 +297,7 @@ class Ahead:
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
-        self._links.clear()
+        self._connections.clear()
         self.unauthorized_connections.clear()
 
 
@@ -300,11 +309,11 @@ def _opened(facts: Facts, descriptor: int) -> socket.socket:
     return sock
 
 
-def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts) -> Link:
+def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts) -> Connection:
     credential = server.keyring.find(facts["client"], facts["key"])
-    link = Link(server, sock, credential or Credential(session.client.config, _GONE))
-    link.session, session.link = session, link
-    return link
+    connection = Connection(server, sock, credential or Credential(session.client.config, _GONE))
+    connection.session, session.connection = session, connection
+    return connection
 
 
 class RestoredState:
@@ -338,16 +347,16 @@ class RestoredState:
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
         #: Those that were passed on as they are, and the others.
-        self._idle: list[Link] = []
-        self._fresh: list[Link] = []
+        self._idle: list[Connection] = []
+        self._fresh: list[Connection] = []
         for session, told, each in zip(self.sessions, facts["core"]["sessions"], facts["links"], strict=False):
             if (each is None) != (type(told) is int):
                 raise ValueError("a connection was copied in part")
             if each is None:
                 self._idle.append(ahead.take_link(session))
             else:
-                self._fresh.append(self._link(session, each, pieces))
-        self.links = [*self._idle, *self._fresh]
+                self._fresh.append(self._connection(session, each, pieces))
+        self.connections = [*self._idle, *self._fresh]
         self._pending_connections = [
             (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
         ]
@@ -368,15 +377,15 @@ class RestoredState:
         inode = None if facts["inode"] is None else (facts["inode"][0], facts["inode"][1])
         return Listening(former, self._socket(facts), Address(*facts["address"]), inode, facts["first_group"])
 
-    def _link(self, session: Session, facts: Facts, pieces: Pieces) -> Link:
+    def _connection(self, session: Session, facts: Facts, pieces: Pieces) -> Connection:
         sock = self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
-        link = _link_of(self._server, session, sock, facts)
-        link.pending_input = bytes(pieces.take(facts["tail"]))
-        link.waits = facts["waits"]
+        connection = _link_of(self._server, session, sock, facts)
+        connection.pending_input = bytes(pieces.take(facts["tail"]))
+        connection.waits = facts["waits"]
         if facts["parcel"] is not None:
             filled, size = facts["parcel"]
-            link.large_frame = LargeFrame(pieces.take(filled), size)
-        return link
+            connection.large_frame = LargeFrame(pieces.take(filled), size)
+        return connection
 
     def _pending_connection(self, facts: Facts, pieces: Pieces) -> PendingConnection:
         nonce = bytes(pieces.take(facts["nonce"]))
@@ -398,9 +407,9 @@ class RestoredState:
                 self._alter(listening, entry)
         server.start([each for each, _ in self._listening])
         server.start(self._opened)
-        server.links.update(self.links)
-        for link in self._fresh:
-            self._begin_with(link)
+        server.connections.update(self.connections)
+        for connection in self._fresh:
+            self._begin_with(connection)
         self._waiting = iter(self._idle)
         server.loop.call_soon(self._begin_with_some)
         for sock, left_s in self._lingering:
@@ -417,25 +426,27 @@ class RestoredState:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
         unauthorized_connections = self._ahead.unauthorized_connections
-        for link in self._idle:
-            if link in unauthorized_connections:
-                server.broker.close(link.session, unauthorized_connections[link], code=ErrorCode.KEY_REMOVED)
-        for link, why in server.reasons(self._fresh):
-            server.broker.close(link.session, why, code=ErrorCode.KEY_REMOVED)
+        for connection in self._idle:
+            if connection in unauthorized_connections:
+                server.broker.close(
+                    connection.session, unauthorized_connections[connection], code=ErrorCode.KEY_REMOVED
+                )
+        for connection, why in server.reasons(self._fresh):
+            server.broker.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
         self._ahead.close_rest()
         announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}))
         server.settle()
 
-    def _begin_with(self, link: Link) -> None:
-        self._server.liveness.reset_recheck(link, inherited=True)
-        link.go_on()
+    def _begin_with(self, connection: Connection) -> None:
+        self._server.liveness.reset_recheck(connection, inherited=True)
+        connection.go_on()
 
     def _begin_with_some(self) -> None:
         """Begin with some of those that were idle; the others have their turn later."""
         some = list(islice(self._waiting, _BEGUN))
-        for link in some:
-            if not link.closed:
-                self._begin_with(link)
+        for connection in some:
+            if not connection.closed:
+                self._begin_with(connection)
         if some:
             self._server.loop.call_soon(self._begin_with_some)
 

@@ -17,11 +17,11 @@ from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.api import Log
 from brokerd.log.rate_limit import LogRateLimiter
-from brokerd.net.connection.connection import GRACE, READ_BUFFER, Link
+from brokerd.net.connection.connection import GRACE, READ_BUFFER, Connection
 from brokerd.net.connection.lingering_close import LingeringClose
 from brokerd.net.connection.liveness import Liveness
 from brokerd.net.connection.reset_recheck import ResetRecheck
-from brokerd.net.connection.tls import TlsLink
+from brokerd.net.connection.tls import TlsConnection
 from brokerd.net.core_events import report
 from brokerd.net.counters import Counters, HandshakeOutcome
 from brokerd.net.drain import Drained, Draining
@@ -72,7 +72,7 @@ class Server:
         self.buffer = memoryview(bytearray(READ_BUFFER))
         #: What is read to be thrown away: a connection may end while somebody else's frames lie in the buffer.
         self._waste = memoryview(bytearray(_WASTE))
-        self.links: set[Link] = set()
+        self.connections: set[Connection] = set()
         self.listening: list[Listening] = []
         self.on_admin_command: Callable[[AdminCommand], None] = lambda order: None
         self.on_left: Callable[[Session], None] = lambda session: None
@@ -168,7 +168,7 @@ class Server:
 
     def credentials(self) -> list[Credential]:
         """Return the key that each connection proved to know."""
-        return [link.credential for link in self.links]
+        return [connection.credential for connection in self.connections]
 
     def unauthorized_connections(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
         """Return the connections that a keyring, by default the one in force, would not let in, each with the reason.
@@ -180,17 +180,22 @@ class Server:
             found += some
         return found
 
-    def reasons(self, links: Iterable[Link], keyring: Keyring | None = None) -> list[tuple[Link, str]]:
+    def reasons(
+        self, connections: Iterable[Connection], keyring: Keyring | None = None
+    ) -> list[tuple[Connection, str]]:
         """Return those of the links that a keyring, by default the one in force, would not let in, and why."""
-        there = (link for link in links if not link.closed and not link.session.closing)
-        judged = ((link, self.why_unauthorized(link.credential, _uid(link), keyring, link.tls_peer)) for link in there)
-        return [(link, why) for link, why in judged if why]
+        there = (connection for connection in connections if not connection.closed and not connection.session.closing)
+        judged = (
+            (connection, self.why_unauthorized(connection.credential, _uid(connection), keyring, connection.tls_peer))
+            for connection in there
+        )
+        return [(connection, why) for connection, why in judged if why]
 
     def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
         """Yield the same in pieces, of some connections each; of those that are there when it begins."""
-        links = iter(list(self.links))
-        while some := list(islice(links, _JUDGED)):
-            yield [(link.session, why) for link, why in self.reasons(some, keyring)]
+        connections = iter(list(self.connections))
+        while some := list(islice(connections, _JUDGED)):
+            yield [(connection.session, why) for connection, why in self.reasons(some, keyring)]
 
     def why_unauthorized(
         self,
@@ -240,7 +245,7 @@ class Server:
 
         None: whoever has the place is gone, and what that one sent is to be routed first; ask again in another turn.
         """
-        if len(self.links) >= self.limits.connections:
+        if len(self.connections) >= self.limits.connections:
             return "more connections than limits.connections"
         there, leaving = self.broker.place_for(name)
         if not there:
@@ -248,13 +253,13 @@ class Server:
             client = self.broker.exchange.resolve(name)
             for session in [] if client is None else list(client.sessions.values()):
                 # What one has said may be the end of another: a write to that one fails.
-                if session.open and session.link.is_gone() is None:
+                if session.open and session.connection.is_gone() is None:
                     return None
             there, leaving = self.broker.place_for(name)
         if not there:
             return _DRAINING if self.broker.draining else TAKEN
         if leaving is not None:
-            leaving.link.end(ErrorCode.REPLACED, "replaced by a new connection")
+            leaving.connection.end(ErrorCode.REPLACED, "replaced by a new connection")
         return ""
 
     def admit(self, pending: PendingConnection) -> None:
@@ -270,10 +275,12 @@ class Server:
             self.on_refused(pending, reason, HandshakeOutcome.REFUSED)
             return
         self.keyring.let_in(pending.credential, self.wall())
-        link = _link(self, pending, pending.credential)
-        session = self.broker.attach(name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), link=link)
-        self.links.add(link)
-        self.liveness.reset_recheck(link)
+        connection = _connection(self, pending, pending.credential)
+        session = self.broker.attach(
+            name, fresh_instance(), peer=pending.peer, now_wall=self.wall(), connection=connection
+        )
+        self.connections.add(connection)
+        self.liveness.reset_recheck(connection)
         self.counters.handshakes[HandshakeOutcome.ACCEPTED] += 1
         self.log_limiter.note(
             "info",
@@ -286,7 +293,7 @@ class Server:
             key=pending.credential.key.key_id,
             **_tls_fields(pending.tls_peer),
         )
-        link.open(session, pending.reader.take_rest())
+        connection.open(session, pending.reader.take_rest())
         self.settle()
 
     def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
@@ -314,13 +321,13 @@ class Server:
 
     # What the core decided
 
-    def on_lost(self, link: Link, why: str) -> None:
+    def on_lost(self, connection: Connection, why: str) -> None:
         """Answer for a connection that has just been closed."""
-        session = link.session
+        session = connection.session
         if self._draining is not None:
             self._draining.on_leaving(session)
-        self.links.discard(link)
-        self.liveness.forget(link)
+        self.connections.discard(connection)
+        self.liveness.forget(connection)
         self.broker.detach(session, self.wall())
         self.on_left(session)
         self.log_limiter.note(
@@ -359,7 +366,7 @@ class Server:
         self._note_if_empty()
 
     def _note_if_empty(self) -> None:
-        if not self.links and not self._lingering:
+        if not self.connections and not self._lingering:
             self.empty.set()
 
     def write_touched(self) -> None:
@@ -368,19 +375,19 @@ class Server:
         while touched:
             session = touched.pop()
             session.outbox.touched = False
-            link: Link = session.link
+            connection: Connection = session.connection
             if not session.open:
                 continue
             if session.closing:
                 if not self._may_close(session):
                     continue
-                link.add_reason()
+                connection.add_reason()
             if session.cut:
-                link.lost(session.closing)
-            elif not (session.outbox.blocked and link.writing):
-                link.write()
+                connection.lost(session.closing)
+            elif not (session.outbox.blocked and connection.writing):
+                connection.write()
             elif session.closing:
-                link.close_soon()
+                connection.close_soon()
 
     def _may_close(self, session: Session) -> bool:
         """Return whether a session may be closed in this turn of the loop; else it is put off to a later one.
@@ -423,7 +430,7 @@ class Server:
                 released, broker.released = broker.released, []
                 for session in released:
                     if session.open:
-                        session.link.resume()
+                        session.connection.resume()
         finally:
             self._settling = False
         if broker.log_events:
@@ -472,9 +479,9 @@ class Server:
     def cut_off(self) -> int:
         """Close everything at once; return how many connections had bytes on their way."""
         self.stop_accepting()
-        links, lingering = list(self.links), list(self._lingering)
-        for link in links:
-            link.lost("the broker stopped")
+        connections, lingering = list(self.connections), list(self._lingering)
+        for connection in connections:
+            connection.lost("the broker stopped")
         for linger in lingering:
             linger.close()
         self.log_limiter.close()
@@ -484,18 +491,18 @@ class Server:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        return len(links) + len(lingering)
+        return len(connections) + len(lingering)
 
 
-def _link(server: Server, pending: PendingConnection, credential: Credential) -> Link:
+def _connection(server: Server, pending: PendingConnection, credential: Credential) -> Connection:
     if pending.stream is not None:
-        return TlsLink(server, pending.stream, credential, pending.tls_peer)
+        return TlsConnection(server, pending.stream, credential, pending.tls_peer)
     assert isinstance(pending.sock, socket.socket)
-    return Link(server, pending.sock, credential)
+    return Connection(server, pending.sock, credential)
 
 
-def _uid(link: Link) -> int | None:
-    return None if link.tls_peer.version else peer_uid(link.sock)
+def _uid(connection: Connection) -> int | None:
+    return None if connection.tls_peer.version else peer_uid(connection.sock)
 
 
 def _tls_fields(tls_peer: TlsPeer) -> dict[str, Any]:

@@ -141,9 +141,9 @@ class UpgradeTarget:
         told: dict[str, object] = {
             "pid": os.getpid(),
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
-            "connections": len(restored.links),
+            "connections": len(restored.connections),
             "handshakes": len(facts["knocks"]),
-            "waiting_bytes": sum(link.session.outbox.waiting for link in restored.links),
+            "waiting_bytes": sum(connection.session.outbox.waiting for connection in restored.connections),
         }
         if facts["asked_by"] is not None:
             position, id = facts["asked_by"]

@@ -214,11 +214,11 @@ class FakeNet:
         if not there:
             return None
         if leaving is not None:
-            self.lost(leaving.link, "replaced by a new connection")
+            self.lost(leaving.connection, "replaced by a new connection")
         peer = Peer(self, name)
         self._instances += 1
         instance = f"i{self._instances}"
-        peer.session = self.broker.attach(name, instance, peer="test", now_wall=self.now, link=peer)
+        peer.session = self.broker.attach(name, instance, peer="test", now_wall=self.now, connection=peer)
         self.peers.append(peer)
         self.settle()
         return peer
@@ -266,7 +266,7 @@ class FakeNet:
         while touched:
             session = touched.pop()
             session.outbox.touched = False
-            peer: Peer = session.link
+            peer: Peer = session.connection
             if not session.open:
                 continue
             if session.cut:
@@ -313,7 +313,7 @@ class FakeNet:
             released, broker.released = broker.released, []
             for session in released:
                 if session.open and not session.closing:
-                    peer: Peer = session.link
+                    peer: Peer = session.connection
                     peer.reading = True
                     self._route(peer)
         self._settling = False
@@ -352,7 +352,7 @@ class FakeNet:
         sessions = restore(self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies)
         assert not len(pieces), "bytes that nobody asked for"
         for peer, session in zip(peers, sessions, strict=True):
-            peer.session, session.link = session, peer
+            peer.session, session.connection = session, peer
 
     def leftovers(self) -> Mapping[str, object]:
         """Return what the broker still holds for connections; all of it is empty once they are gone."""

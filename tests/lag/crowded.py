@@ -29,7 +29,7 @@ from brokerd.config.model import Config
 from brokerd.config.values import WhenFull
 from brokerd.core.session import Session
 from brokerd.daemon import Daemon, garbage
-from brokerd.net.connection.connection import Link
+from brokerd.net.connection.connection import Connection
 from brokerd_client.address import Address
 
 __all__ = [
@@ -127,7 +127,7 @@ class Stand:
     def close(self) -> None: ...
 
 
-class _StandLink(Link):
+class _StandLink(Connection):
     """A link without a descriptor: the loop is asked for nothing."""
 
     __slots__ = ("handed_over",)
@@ -191,11 +191,11 @@ class Crowded:
         """Connect a client without a socket; in the broker's thread."""
         server, broker = self.daemon.server, self.daemon.broker
         (credential, *_) = server.keyring.named(name)
-        link = _StandLink(server, Stand(takes), credential)  # type: ignore[arg-type]
-        link.fd = next(_FDS)
-        session = broker.attach(name, f"{link.fd:x}", peer="unix uid=0", now_wall=0.0, link=link)
-        server.links.add(link)
-        link.open(session, b"")
+        connection = _StandLink(server, Stand(takes), credential)  # type: ignore[arg-type]
+        connection.fd = next(_FDS)
+        session = broker.attach(name, f"{connection.fd:x}", peer="unix uid=0", now_wall=0.0, connection=connection)
+        server.connections.add(connection)
+        connection.open(session, b"")
         return session
 
     def fill(self, count: int, *, takes: bool = True) -> list[Session]:
@@ -207,7 +207,7 @@ class Crowded:
 
         def lose() -> None:
             for session in sessions:
-                session.link.lost("the test says so")
+                session.connection.lost("the test says so")
 
         self.call(lose)
         self.idle()
@@ -244,16 +244,16 @@ class Crowded:
 
     def take_in(self, session: Session) -> None:
         """Wait until all that a client has written is routed, or it is held or gone."""
-        link = session.link
+        connection = session.connection
 
         def taken() -> bool:
-            if link.closed or session.closing or session.held_by is not None:
+            if connection.closed or session.closing or session.held_by is not None:
                 return True
             try:
-                unread = bool(link.sock.recv(1, socket.MSG_PEEK))
+                unread = bool(connection.sock.recv(1, socket.MSG_PEEK))
             except BlockingIOError:
                 unread = False
-            return not (unread or link.waits or link.tail or link.large_frame)
+            return not (unread or connection.waits or connection.tail or connection.large_frame)
 
         self.until(taken)
 

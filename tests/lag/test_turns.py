@@ -44,7 +44,7 @@ def test_disconnect_with_ten_thousand_subscriptions_holds_nothing_up(broker: Cro
 
     broker.call(subscribe)
     broker.meter.reset()
-    broker.timed(lambda: session.link.lost("the test says so"))
+    broker.timed(lambda: session.connection.lost("the test says so"))
     broker.idle()
     broker.meter.check()
 
@@ -62,12 +62,12 @@ def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded
         broker.daemon.server.settle()
         for sender in senders:
             broker.daemon.broker.handle(sender, frame, broker.loop.time())
-            sender.link.tail = packed(MESSAGE, "one-wait", bytes(1000), id=8)
+            sender.connection.tail = packed(MESSAGE, "one-wait", bytes(1000), id=8)
 
     broker.call(hold)
     assert broker.call(lambda: sum(sender.held_by is recipient for sender in senders)) == 1000
     broker.meter.reset()
-    broker.timed(lambda: recipient.link.lost("the test says so"))
+    broker.timed(lambda: recipient.connection.lost("the test says so"))
     broker.idle()
     broker.meter.check()
     broker.empty(senders)
@@ -168,7 +168,7 @@ def test_reload_of_ten_thousand_clients_holds_nothing_up(from_file: tuple[Crowde
         broker.meter.check()
         ops.ping()
         removed = "c1:" not in text
-        assert broker.call(lambda: len(broker.daemon.server.links)) == (1 if removed else CONNECTED + 1)
+        assert broker.call(lambda: len(broker.daemon.server.connections)) == (1 if removed else CONNECTED + 1)
 
 
 def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:

@@ -218,12 +218,12 @@ def test_all_connections_are_cut_though_one_ends_by_the_end_of_another(socket_di
     """Whoever is told of the first end may find that it is gone itself."""
     with house(configuration(str(socket_dir / "s"), {"pool": {"connections": 3}})) as broker:
         members = [broker.login("pool") for _ in range(3)]
-        links = [session.link for session in sessions_of(broker, "pool")]
+        connections = [session.connection for session in sessions_of(broker, "pool")]
 
         def cut() -> bool:
-            broker.daemon.server.on_left = lambda _: links[1].lost("with the first")
+            broker.daemon.server.on_left = lambda _: connections[1].lost("with the first")
             broker.daemon.cut_off("pool")
-            return bool(broker.daemon.server.links)
+            return bool(broker.daemon.server.connections)
 
         assert not broker.call(cut)
         for member in members:
@@ -411,7 +411,7 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
         assert not broker.log.named("client.refused")
         server = broker.daemon._server
         assert server is not None
-        assert broker.call(lambda: (len(server.links), len(server._lingering))) == (0, 0)
+        assert broker.call(lambda: (len(server.connections), len(server._lingering))) == (0, 0)
 
 
 def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:

@@ -18,7 +18,7 @@ from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT
 from brokerd.core.topics import Topics
 from brokerd.net import drain as draining
 from brokerd.net import server
-from brokerd.net.connection import connection as link
+from brokerd.net.connection import connection as connection
 
 LISTENS = ["127.0.0.1:0", "unix"]
 
@@ -50,8 +50,8 @@ def wait_until_taken(broker: House, name: str, count: int) -> None:
 
 def wait_until_arrived(broker: House, name: str) -> None:
     """Wait, in the broker's thread, until the client's connection has something to read."""
-    link = broker.daemon.broker.exchange.clients[name].sessions[name].link
-    assert select.select([link.sock], [], [], 30)[0]
+    connection = broker.daemon.broker.exchange.clients[name].sessions[name].connection
+    assert select.select([connection.sock], [], [], 30)[0]
 
 
 def test_idle_clients_are_let_go_at_once(listen: str) -> None:
@@ -93,7 +93,7 @@ def test_what_is_queued_arrives(listen: str, chatty: bool) -> None:
 
 def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time for a connection that is being closed for other reasons does not shorten it."""
-    monkeypatch.setattr(link, "GRACE", 0.0)
+    monkeypatch.setattr(connection, "GRACE", 0.0)
     monkeypatch.setattr(server, "GRACE", 0.0)
     limits = {"drain_timeout": "60s"}
     with served(limits=limits) as broker, broker.login("alice") as alice, broker.login("bob") as bob:

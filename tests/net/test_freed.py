@@ -145,7 +145,10 @@ def nobody_is_there(broker: House) -> bool:
     return broker.call(
         lambda: (
             not (
-                server.links or server.lingering() or len(server.pending_handshakes) or server.broker.has_deferred_work
+                server.connections
+                or server.lingering()
+                or len(server.pending_handshakes)
+                or server.broker.has_deferred_work
             )
         )
     )

@@ -41,9 +41,9 @@ def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(s
             _, descriptors = listed(broker, passing)
             assert len(descriptors) == 1
             with closed_at_end(descriptors):
-                (link,) = server.links
-                number = link.session.number
-                broker.call(lambda: link.lost("the test says so"))
+                (connection,) = server.connections
+                number = connection.session.number
+                broker.call(lambda: connection.lost("the test says so"))
                 assert bob.sock.recv(1) == b""
                 facts, more = listed(broker, passing)
         assert (facts[0], more) == ({"gone": [number]}, [])

@@ -69,7 +69,7 @@ def kept_alive(broker: House) -> list[tuple[int, int]]:
     """Return of each connection whether the system asks for signs of life, and the first time after how long."""
 
     def look() -> list[tuple[int, int]]:
-        socks = [getattr(link.sock, "raw", link.sock) for link in server_of(broker).links]
+        socks = [getattr(connection.sock, "raw", connection.sock) for connection in server_of(broker).connections]
         return [
             (each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), options(each)[0])
             for each in socks

@@ -254,7 +254,9 @@ def test_the_brokers_side_has_no_delay(listen: str) -> None:
         def options() -> list[int]:
             server = broker.daemon._server
             assert server is not None
-            return [link.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for link in server.links]
+            return [
+                connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for connection in server.connections
+            ]
 
         assert broker.call(options) == [1]
 

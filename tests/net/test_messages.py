@@ -33,8 +33,8 @@ from net.raw import (
 
 from brokerd.core import broker as broker_module
 from brokerd.core import operations as service
-from brokerd.net.connection import connection as link_module
-from brokerd.net.connection.connection import Link
+from brokerd.net.connection import connection as connection_module
+from brokerd.net.connection.connection import Connection
 
 MAX_ID = 2**64 - 1
 
@@ -471,8 +471,8 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
         assert server is not None
 
         def kept() -> int:
-            links = [link for link in server.links if link.session.address == "alice"]
-            return len(links[0].pending_input) + len(links[0].large_frame or b"")
+            connections = [connection for connection in server.connections if connection.session.address == "alice"]
+            return len(connections[0].pending_input) + len(connections[0].large_frame or b"")
 
         bob.ping()
         assert broker.call(kept) < 1 << 20
@@ -494,7 +494,9 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
         assert (error.id, error.code) == (9, "too_large")
         alice.ping()
         assert broker.call(
-            lambda: [len(link.pending_input) + len(link.large_frame or b"") for link in server.links]
+            lambda: [
+                len(connection.pending_input) + len(connection.large_frame or b"") for connection in server.connections
+            ]
         ) == [
             0,
             0,
@@ -678,17 +680,17 @@ def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> No
 
 def test_burst_of_events_to_many_subscribers_is_routed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that holds many events is cut where copying them would take long; all of them arrive, in order."""
-    monkeypatch.setattr(link_module, "_WIDE", 2)
-    monkeypatch.setattr(link_module, "_COPIED", 300)
+    monkeypatch.setattr(connection_module, "_WIDE", 2)
+    monkeypatch.setattr(connection_module, "_COPIED", 300)
     taken = 0
-    take_turn = Link._take_turn
+    take_turn = Connection._take_turn
 
-    def counted(self: Link) -> None:
+    def counted(self: Connection) -> None:
         nonlocal taken
         taken += self.waits
         take_turn(self)
 
-    monkeypatch.setattr(Link, "_take_turn", counted)
+    monkeypatch.setattr(Connection, "_take_turn", counted)
     names = ["m0", "m1", "m2", "m3"]
     with served(" ".join(["alice", *names])) as broker, broker.login("alice") as alice:
         members = [broker.login(name) for name in names]

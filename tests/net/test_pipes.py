@@ -20,7 +20,7 @@ from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEI
 
 import brokerd_client._common.pipe_bridge
 from brokerd.config.model import Config
-from brokerd.net.connection import connection as link
+from brokerd.net.connection import connection as connection
 from brokerd.net.listen import acceptor
 from brokerd.net.listen import listener as listening
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
@@ -406,7 +406,7 @@ def at_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 def test_clients_of_both_kinds_talk(at_pipe: Served, monkeypatch: pytest.MonkeyPatch, gathers: bool) -> None:
     """Messages, large ones too, go between a pipe and a TCP socket, also where one piece is sent at a time."""
     if not gathers:
-        monkeypatch.setattr(link, "_sendmsg", None)
+        monkeypatch.setattr(connection, "_sendmsg", None)
     big = os.urandom(5 * 2**20)
     with at_pipe.login("alice") as alice, login(at_pipe.house.addresses[1], key_of("bob")) as bob:
         bob.ping()

@@ -53,7 +53,7 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
         watch = here.daemon._server.watch  # type: ignore[union-attr]
         assert here.call(lambda: watch._timer is not None)
         here.call(watch._look)
-        assert here.call(lambda: (watch._timer, watch._links)) == (None, set())
+        assert here.call(lambda: (watch._timer, watch._connections)) == (None, set())
         alice.ping()
 
 
@@ -75,7 +75,7 @@ def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> Non
         alice.close()
         watch = here.daemon._server.watch  # type: ignore[union-attr]
         for _ in range(3):
-            here.call(lambda: (watch.note(session.link), watch._look()))
+            here.call(lambda: (watch.note(session.connection), watch._look()))
 
         assert [int(bob.recv().body[:7]) for _ in range(sent)] == list(range(sent))
         here.log.wait("client.disconnected")

@@ -21,7 +21,7 @@ from net.raw import MESSAGE, Raw, packed
 from records import APPLICATION_DATA, Forger, forger_of
 from stock import tls_login
 
-from brokerd.net.connection import connection as link_module
+from brokerd.net.connection import connection as connection_module
 from brokerd_client.tls.engine import Engine
 
 #: The kinds of records that have nothing in them, some hundred kilobytes of each; every one costs some microseconds.
@@ -173,8 +173,10 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
             # In the broker's own thread, so that it does not look before everything is there.
             alice.write_bare(flood + last)
             alice.close()
-            (link,) = [link for link in here.daemon._server.links if link.session.address == "alice"]  # type: ignore[union-attr]
-            return link.is_gone()
+            (connection,) = [
+                connection for connection in here.daemon._server.connections if connection.session.address == "alice"
+            ]  # type: ignore[union-attr]
+            return connection.is_gone()
 
         assert here.call(leave)
         assert bob.recv().body == b"the last one"
@@ -184,7 +186,7 @@ def test_what_tls_still_has_when_somebody_knocks_is_read(
     here: House, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is looked at because another one has its name is read on, though the system has nothing more of it."""
-    monkeypatch.setattr(link_module, "_READS", 1)
+    monkeypatch.setattr(connection_module, "_READS", 1)
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
         tls_login(here.address, authority.context(), "alice") as alice,
@@ -198,8 +200,10 @@ def test_what_tls_still_has_when_somebody_knocks_is_read(
             # room for at once.
             here.daemon.server.buffer = memoryview(bytearray(8192))
             alice.write(data)
-            (link,) = [link for link in here.daemon.server.links if link.session.address == "alice"]
-            return link.is_gone()
+            (connection,) = [
+                connection for connection in here.daemon.server.connections if connection.session.address == "alice"
+            ]
+            return connection.is_gone()
 
         assert not here.call(look)
         assert [bob.recv().id for _ in range(count)] == list(range(count))

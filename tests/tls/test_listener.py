@@ -17,7 +17,7 @@ from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejec
 from stock import TlsRaw, tls_login
 
 import brokerd_client
-from brokerd.net.connection.tls import TlsLink
+from brokerd.net.connection.tls import TlsConnection
 from brokerd.net.handshake import admission
 from brokerd.net.handshake.tls import TlsHandshakes
 from brokerd_client import aio, blocking
@@ -423,9 +423,11 @@ def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: s
     """When the outbox is empty and only TLS still holds something, a drain waits for that too."""
 
     def held() -> bool:
-        (link,) = [link for link in here.daemon._server.links if link.session.address == "bob"]  # type: ignore[union-attr]
-        assert isinstance(link, TlsLink)
-        return link._stream.unsent and not link.session.outbox.waiting
+        (connection,) = [
+            connection for connection in here.daemon._server.connections if connection.session.address == "bob"
+        ]  # type: ignore[union-attr]
+        assert isinstance(connection, TlsConnection)
+        return connection._stream.unsent and not connection.session.outbox.waiting
 
     with tls_login(here.address, trusting, "bob") as bob, tls_login(here.address, trusting, "alice") as alice:
         count = 0
@@ -460,12 +462,12 @@ def test_tls_link_can_t_be_handed_over(here: House, trusting: ssl.SSLContext) ->
     """Whoever wants to hand connections to another process is told that this one stays."""
     with tls_login(here.address, trusting, "alice") as alice:
         alice.ping()
-        (link,) = here.call(lambda: list(here.daemon._server.links))  # type: ignore[union-attr]
-        assert link.can_hand_over is False
+        (connection,) = here.call(lambda: list(here.daemon._server.connections))  # type: ignore[union-attr]
+        assert connection.can_hand_over is False
     with house(configuration("127.0.0.1:0")) as plain, plain.login("alice") as raw:
         raw.ping()
-        (link,) = plain.call(lambda: list(plain.daemon._server.links))  # type: ignore[union-attr]
-        assert link.can_hand_over is True
+        (connection,) = plain.call(lambda: list(plain.daemon._server.connections))  # type: ignore[union-attr]
+        assert connection.can_hand_over is True
 
 
 # Closing, and errors of the library

@@ -233,15 +233,15 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
         def __init__(self) -> None:
             self.opened, self.lost = asyncio.Event(), asyncio.get_running_loop().create_future()
 
-        def _on_open(self, link: Transport) -> None:
-            link.transport.write(bytes(50_000_000))
+        def _on_open(self, connection: Transport) -> None:
+            connection.transport.write(bytes(50_000_000))
             self.opened.set()
 
-        def _on_data(self, link: Transport, data: bytes) -> None: ...
+        def _on_data(self, connection: Transport, data: bytes) -> None: ...
 
-        def _on_writable(self, link: Transport) -> None: ...
+        def _on_writable(self, connection: Transport) -> None: ...
 
-        def _on_lost(self, link: Transport, error: Exception | None) -> None:
+        def _on_lost(self, connection: Transport, error: Exception | None) -> None:
             self.lost.set_result(error)
 
     def shake_hands(listener: socket.socket) -> ssl.SSLSocket:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #: What routes the frames of a buffer: see routing.feed.
 _Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
 
-__all__ = ["GRACE", "READ_BUFFER", "Link", "has_hung_up", "tune"]
+__all__ = ["GRACE", "READ_BUFFER", "Connection", "has_hung_up", "tune"]
 
 #: Size of the one read buffer that all connections share, in bytes.
 READ_BUFFER: Final = 256 * 1024
@@ -64,7 +64,7 @@ _sendmsg = getattr(socket.socket, "sendmsg", None)
 _HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 
 
-class Link:
+class Connection:
     """One established connection.
 
     credential: the key it proved to know.

@@ -16,7 +16,7 @@ from brokerd_client._common.keepalive import LOOKS, Silence, keep_alive
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.connection.connection import Link
+    from brokerd.net.connection.connection import Connection
     from brokerd.net.server import Server
 
 __all__ = ["Liveness"]
@@ -32,28 +32,28 @@ class Liveness:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._watched: dict[Link, Silence] = {}
+        self._watched: dict[Connection, Silence] = {}
         self._timer: asyncio.Handle | None = None
-        self._left: list[Link] = []
+        self._left: list[Connection] = []
         #: Of which the system was told another ``limits.keepalive``.
-        self._outdated: set[Link] = set()
+        self._outdated: set[Connection] = set()
 
-    def reset_recheck(self, link: Link, *, inherited: bool = False) -> None:
+    def reset_recheck(self, connection: Connection, *, inherited: bool = False) -> None:
         """Look at this connection from now on, if it is one over TCP, until it is forgotten.
 
         inherited: another process has told the system something of it.
         """
-        if link.sock.family in _TCP:
-            self._watched[link] = Silence()
+        if connection.sock.family in _TCP:
+            self._watched[connection] = Silence()
             if self._server.limits.keepalive or inherited:
-                self._tell_system(link)
+                self._tell_system(connection)
             if self._timer is None:
                 self._rest()
 
-    def forget(self, link: Link) -> None:
+    def forget(self, connection: Connection) -> None:
         """Look at this connection no more."""
-        self._watched.pop(link, None)
-        self._outdated.discard(link)
+        self._watched.pop(connection, None)
+        self._outdated.discard(connection)
 
     def reconfigure(self) -> None:
         """Have another ``limits.keepalive`` hold for those who are connected: at once, some in each turn."""
@@ -82,22 +82,22 @@ class Liveness:
     def _look(self) -> None:
         """Look at some, and at the others in the next turns."""
         limit, now = self._server.limits.keepalive, self._server.loop.time()
-        for link in self._left[-_SLICE:]:
-            if link in self._outdated:
-                self._outdated.discard(link)
-                self._tell_system(link)
-            silence = self._watched.get(link)
-            if silence is not None and limit and silence.lasts(_socket_of(link), now) >= limit:
-                link.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
+        for connection in self._left[-_SLICE:]:
+            if connection in self._outdated:
+                self._outdated.discard(connection)
+                self._tell_system(connection)
+            silence = self._watched.get(connection)
+            if silence is not None and limit and silence.lasts(_socket_of(connection), now) >= limit:
+                connection.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
         del self._left[-_SLICE:]
         if self._left:
             self._timer = self._server.loop.call_soon(self._look)
         else:
             self._rest()
 
-    def _tell_system(self, link: Link) -> None:
+    def _tell_system(self, connection: Connection) -> None:
         """Have the system ask an idle one for signs of life, as ``limits.keepalive`` says."""
-        sock, limit = _socket_of(link), self._server.limits.keepalive
+        sock, limit = _socket_of(connection), self._server.limits.keepalive
         # It may be over already, which reading it tells.
         with contextlib.suppress(OSError):
             if limit:
@@ -106,6 +106,6 @@ class Liveness:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
 
 
-def _socket_of(link: Link) -> Any:
+def _socket_of(connection: Connection) -> Any:
     # A link over TLS has a stream in its place: see TlsLink.
-    return getattr(link.sock, "raw", link.sock)
+    return getattr(connection.sock, "raw", connection.sock)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.connection.connection import Link
+    from brokerd.net.connection.connection import Connection
 
 __all__ = ["ResetRecheck"]
 
@@ -27,31 +27,31 @@ class ResetRecheck:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._links: set[Link] = set()
+        self._connections: set[Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def note(self, link: Link) -> None:
+    def note(self, connection: Connection) -> None:
         """Look at a connection again in a moment: it has just been read from."""
-        self._links.add(link)
+        self._connections.add(connection)
         if self._timer is None and hasattr(select, "poll"):
             self._timer = self._loop.call_later(_LATER, self._look)
 
     def close(self) -> None:
         """Look at nothing any more."""
-        self._links.clear()
+        self._connections.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _look(self) -> None:
         self._timer = None
-        links = {link.fd: link for link in self._links if not link.closed}
-        self._links.clear()
+        connections = {connection.fd: connection for connection in self._connections if not connection.closed}
+        self._connections.clear()
         poll = select.poll()
-        for fd in links:
+        for fd in connections:
             # Errors are reported whatever is asked for.
             poll.register(fd, 0)
         for fd, events in poll.poll(0):
             # Who is held and gone is found gone when he is read from again: what he sent before counts first.
-            if events & (select.POLLERR | select.POLLHUP) and links[fd].may_read():
-                links[fd].on_readable()
+            if events & (select.POLLERR | select.POLLHUP) and connections[fd].may_read():
+                connections[fd].on_readable()

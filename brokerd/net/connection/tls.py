@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Final, cast
 
 from brokerd.core.session import Session
-from brokerd.net.connection.connection import Link
+from brokerd.net.connection.connection import Connection
 from brokerd.net.handshake.tls import TlsPeer
 from brokerd_client.tls.stream import TlsStream
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from brokerd.net.handshake.keyring import Credential
     from brokerd.net.server import Server
 
-__all__ = ["TlsLink"]
+__all__ = ["TlsConnection"]
 
 #: Small pieces are encrypted together, up to so many bytes: a record has room for 16 KiB.
 _TOGETHER: Final = 16 * 1024
 
 
-class TlsLink(Link):
+class TlsConnection(Connection):
     """One established connection over TLS. Its keys are in this process, and can't be handed to another."""
 
     can_hand_over = False

@@ -80,7 +80,7 @@ class Acceptor:
             self._stop(wait)
             return False
         try:
-            if len(server.links) + len(server.pending_handshakes) + server.seen_off >= _MOST_SOCKETS:
+            if len(server.connections) + len(server.pending_handshakes) + server.seen_off >= _MOST_SOCKETS:
                 raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
             sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):

@@ -80,7 +80,7 @@ def target(data: bytes) -> None:
         return
     for session in sessions:
         peer = Peer(net, session.client.name)
-        peer.session, session.link = session, peer
+        peer.session, session.connection = session, peer
         peer.reading = session.held_by is None
         net.peers.append(peer)
         outbox = session.outbox
