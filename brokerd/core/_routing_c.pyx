@@ -124,7 +124,7 @@ cdef class _Run:
 
 
 cdef inline void _write_head(
-    char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* sender_header, Py_ssize_t sender_header_size, const uint8_t* id
+    char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* sender_header, Py_ssize_t sender_header_size, const uint8_t* message_id
 ) noexcept:
     """Write length, header and the sender's name: 16 + stamp_size bytes."""
     cdef uint32_t length = <uint32_t>(size_out - 4)
@@ -136,7 +136,7 @@ cdef inline void _write_head(
     at[5] = 0
     at[6] = <char>codec
     at[7] = <char>sender_header_size
-    memcpy(at + 8, id, 8)
+    memcpy(at + 8, message_id, 8)
     memcpy(at + HEAD_SIZE, sender_header, sender_header_size)
 
 

@@ -87,7 +87,7 @@ def feed(
     messages = size_in = 0
     result = RoutingResult.CONSUMED
     while end - position >= _HEAD_SIZE:
-        size, kind, flags, codec, name_size, id = unpack(buffer, position)
+        size, kind, flags, codec, name_size, message_id = unpack(buffer, position)
         first = position + _HEAD_SIZE
         body = first + name_size
         stop = position + 4 + size
@@ -103,7 +103,7 @@ def feed(
                 targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
         size_out = _HEAD_SIZE + sender_header_size + stop - body
         if targets and all(len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets):
-            head = pack(size_out - 4, kind, 0, codec, sender_header_size, id) + sender_header
+            head = pack(size_out - 4, kind, 0, codec, sender_header_size, message_id) + sender_header
             for each in targets:
                 each.content += head
                 each.content += buffer[body:stop]

@@ -242,10 +242,10 @@ class Broker:
                 return_to_sender(self, session, queued)
             elif session.incoming_requests:
                 # Requests it took and did not answer, the oldest first. What it never took was given back before.
-                (_, id), requester = next(iter(session.incoming_requests.items()))
-                end_request(self, requester, id, session)
+                (_, message_id), requester = next(iter(session.incoming_requests.items()))
+                end_request(self, requester, message_id, session)
                 message = f"{session.address} disconnected before it answered"
-                self.refuse(requester, id, ErrorCode.ABANDONED, message, session.address)
+                self.refuse(requester, message_id, ErrorCode.ABANDONED, message, session.address)
             else:
                 self._leaving.popleft()
         self.topics.tidy(count)
@@ -303,9 +303,9 @@ class Broker:
             for member in session.client.sessions.values():
                 self.release_waiters(member)
 
-    def order(self, op: str, source: Session, id: int, arguments: dict[str, object]) -> None:
+    def order(self, op: str, source: Session, message_id: int, arguments: dict[str, object]) -> None:
         """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
-        self.admin_commands.append(AdminCommand(op, source, id, arguments))
+        self.admin_commands.append(AdminCommand(op, source, message_id, arguments))
 
     def reconfigure(
         self,
@@ -423,8 +423,8 @@ class Broker:
             self.release(session)
             if not holder.waiters and holder.allowance is not None:
                 holder.allowance.end(now)
-        for requester, id, address in self.deadlines.due(now, _EXPIRED):
-            expire_request(self, requester, id, address)
+        for requester, message_id, address in self.deadlines.due(now, _EXPIRED):
+            expire_request(self, requester, message_id, address)
 
     def expire(self, session: Session, now: float) -> None:
         """Take out of a session's outbox what comes first there and whose ttl is over; tell the senders.
@@ -576,7 +576,7 @@ class Broker:
         if source.open and not source.mute:
             self.pass_on(source, make_frame(encode(envelope)))
 
-    def refuse(self, source: Session, id: int, code: ErrorCode, message: str, name: str = "") -> None:
+    def refuse(self, source: Session, message_id: int, code: ErrorCode, message: str, name: str = "") -> None:
         """Send an ERROR. name: the recipient it is about."""
         if source.mute:
             self._lose(source, code, message, name)
@@ -584,7 +584,7 @@ class Broker:
         self.refused[code] += 1
         source.errors_in += 1
         self.log_events.note("message.refused", source, name, code, message)
-        self.answer(source, Envelope(Kind.ERROR, id, BROKER, error_payload(code, message, name), codec=2))
+        self.answer(source, Envelope(Kind.ERROR, message_id, BROKER, error_payload(code, message, name), codec=2))
 
     def _lose(self, source: Session, code: ErrorCode, message: str, name: str) -> None:
         """Count a message that can't be delivered, and whose sender can't be told."""
@@ -593,20 +593,20 @@ class Broker:
             self.returned["lost"] += 1
             self.log_events.note("message.dropped", source, name, code, message)
 
-    def malformed(self, source: Session, id: int, message: str) -> RoutingResult:
+    def malformed(self, source: Session, message_id: int, message: str) -> RoutingResult:
         """Answer a malformed frame; the connection ends once the answer is written."""
-        self.refuse(source, id, ErrorCode.MALFORMED, message)
+        self.refuse(source, message_id, ErrorCode.MALFORMED, message)
         self.close(source, "malformed")
         return RoutingResult.CLOSE
 
-    def too_large(self, source: Session, kind: int, id: int, name: str, size: int) -> RoutingResult:
+    def too_large(self, source: Session, kind: int, message_id: int, name: str, size: int) -> RoutingResult:
         """Answer an oversized frame; with NEXT it is to be passed over. size: payload bytes it announced."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"
         if kind in _ANSWERS:
-            self._fail_request(source, name, id, ErrorCode.TOO_LARGE, message)
-        self.refuse(source, id, ErrorCode.TOO_LARGE, message, name)
+            self._fail_request(source, name, message_id, ErrorCode.TOO_LARGE, message)
+        self.refuse(source, message_id, ErrorCode.TOO_LARGE, message, name)
         return RoutingResult.CONSUMED
 
     def refuse_frame(
@@ -625,13 +625,13 @@ class Broker:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return RoutingResult.CONSUMED
 
-    def _fail_request(self, answerer: Session, requester: str, id: int, code: ErrorCode, message: str) -> None:
+    def _fail_request(self, answerer: Session, requester: str, message_id: int, code: ErrorCode, message: str) -> None:
         """End the request whose answer was refused, if it is outstanding, and tell its requester."""
-        session = answerer.incoming_requests.get((requester, id))
+        session = answerer.incoming_requests.get((requester, message_id))
         if session is not None:
-            end_request(self, session, id, answerer)
+            end_request(self, session, message_id, answerer)
             why = f"the answer of {answerer.address} was refused: {message}"
-            self.refuse(session, id, code, why, answerer.address)
+            self.refuse(session, message_id, code, why, answerer.address)
 
 
 def _patterns(rules: Iterable[Rule]) -> set[str]:

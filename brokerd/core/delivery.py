@@ -40,10 +40,10 @@ _RECEIPT: Final = int(Flag.RECEIPT)
 
 def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
     name, instance = split_address(envelope.name)
-    id, kind = envelope.id, envelope.kind
+    message_id, kind = envelope.id, envelope.kind
     answered: Session | None = None
     if kind is Kind.REPLY or kind is Kind.ERROR:
-        answered = source.incoming_requests.get((envelope.name, id))
+        answered = source.incoming_requests.get((envelope.name, message_id))
         if answered is None:
             return _deny_answer(broker, source, envelope)
     elif source.client.policy.sending(name) is None:
@@ -63,7 +63,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
     if result is not RoutingResult.CONSUMED:
         return result
     if answered is not None:
-        end_request(broker, answered, id, source)
+        end_request(broker, answered, message_id, source)
     if (
         kind is Kind.MESSAGE
         and client.direct is target.outbox
@@ -212,20 +212,22 @@ def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder:
     return sender.expiring.get((envelope.id, holder.address)) != queued.deadline
 
 
-def expire_request(broker: Broker, requester: Session, id: int, address: str, why: str = "") -> None:
+def expire_request(broker: Broker, requester: Session, message_id: int, address: str, why: str = "") -> None:
     """End a request whose ttl is over."""
-    responder = requester.outgoing_requests.get((id, address))
+    responder = requester.outgoing_requests.get((message_id, address))
     if responder is not None:
-        end_request(broker, requester, id, responder)
+        end_request(broker, requester, message_id, responder)
         message = why or f"its ttl was over before {address} answered"
-        broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
+        broker.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
 
 
-def _expect_answer(broker: Broker, requester: Session, responder: Session, id: int, deadline: float | None) -> None:
-    key = id, responder.address
+def _expect_answer(
+    broker: Broker, requester: Session, responder: Session, message_id: int, deadline: float | None
+) -> None:
+    key = message_id, responder.address
     if requester.expiring:
         _forget_deadline(broker, requester, key)
-    responder.incoming_requests[(requester.address, id)] = requester
+    responder.incoming_requests[(requester.address, message_id)] = requester
     requester.outgoing_requests[key] = responder
     if deadline is not None:
         requester.expiring[key] = deadline
@@ -235,9 +237,9 @@ def _expect_answer(broker: Broker, requester: Session, responder: Session, id: i
 def forget_requests(broker: Broker, requester: Session) -> None:
     """Expect no answer any more to what a session that ends has asked."""
     # A name removed and configured again may have two connections for a moment: only its own are ended.
-    for (id, _), responder in requester.outgoing_requests.items():
-        if responder.incoming_requests.get((requester.address, id)) is requester:
-            del responder.incoming_requests[(requester.address, id)]
+    for (message_id, _), responder in requester.outgoing_requests.items():
+        if responder.incoming_requests.get((requester.address, message_id)) is requester:
+            del responder.incoming_requests[(requester.address, message_id)]
     requester.outgoing_requests.clear()
     for key, deadline in requester.expiring.items():
         broker.deadlines.discard(deadline, (requester, *key))
@@ -250,23 +252,23 @@ def _forget_deadline(broker: Broker, requester: Session, key: tuple[int, str]) -
         broker.deadlines.discard(deadline, (requester, *key))
 
 
-def end_request(broker: Broker, requester: Session, id: int, responder: Session) -> None:
+def end_request(broker: Broker, requester: Session, message_id: int, responder: Session) -> None:
     """Forget that an answer is expected, from this very connection by that one: another may have its address by now."""
-    if requester.outgoing_requests.get((id, responder.address)) is responder:
-        del requester.outgoing_requests[(id, responder.address)]
+    if requester.outgoing_requests.get((message_id, responder.address)) is responder:
+        del requester.outgoing_requests[(message_id, responder.address)]
         if requester.expiring:
-            _forget_deadline(broker, requester, (id, responder.address))
-    if responder.incoming_requests.get((requester.address, id)) is requester:
-        del responder.incoming_requests[(requester.address, id)]
+            _forget_deadline(broker, requester, (message_id, responder.address))
+    if responder.incoming_requests.get((requester.address, message_id)) is requester:
+        del responder.incoming_requests[(requester.address, message_id)]
 
 
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
     """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
-    (id, address), responder = next(iter(requester.outgoing_requests.items()))
-    end_request(broker, requester, id, responder)
+    (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
+    end_request(broker, requester, message_id, responder)
     config = requester.client.config
     message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
-    broker.refuse(requester, id, ErrorCode.EXPIRED, message, address)
+    broker.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
 
 
 def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:

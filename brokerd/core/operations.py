@@ -89,14 +89,14 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
             reply_to(broker, source, request.id, reply)
 
 
-def reply_to(broker: Broker, source: Session, id: int, reply: _Arguments) -> None:
+def reply_to(broker: Broker, source: Session, message_id: int, reply: _Arguments) -> None:
     """Send the REPLY to an operation."""
-    reply_with(broker, source, id, json.dumps(reply).encode())
+    reply_with(broker, source, message_id, json.dumps(reply).encode())
 
 
-def reply_with(broker: Broker, source: Session, id: int, payload: bytes) -> None:
+def reply_with(broker: Broker, source: Session, message_id: int, payload: bytes) -> None:
     """Send the REPLY to an operation. payload: a JSON object."""
-    broker.answer(source, Envelope(Kind.REPLY, id, BROKER, payload, codec=CodecId.JSON))
+    broker.answer(source, Envelope(Kind.REPLY, message_id, BROKER, payload, codec=CodecId.JSON))
 
 
 def _read(payload: bytes) -> tuple[str, _Arguments]:
@@ -125,7 +125,7 @@ def _text(arguments: _Arguments, key: str) -> str:
 # Open to everyone
 
 
-def _whoami(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _whoami(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     return {
         "name": source.client.name,
         "address": source.address,
@@ -136,7 +136,7 @@ def _whoami(broker: Broker, source: Session, id: int, arguments: _Arguments) -> 
     }
 
 
-def _ping(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _ping(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     return {}
 
 
@@ -145,9 +145,9 @@ class Question:
 
     __slots__ = ("arguments", "id", "op", "source")
 
-    def __init__(self, source: Session, id: int, op: str, arguments: _Arguments) -> None:
+    def __init__(self, source: Session, message_id: int, op: str, arguments: _Arguments) -> None:
         self.source = source
-        self.id = id
+        self.id = message_id
         self.op = op
         self.arguments = arguments
 
@@ -162,9 +162,9 @@ class Question:
 
 
 def _ask(op: str) -> _Operation:
-    def ask(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+    def ask(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> None:
         broker.asking.add(source)
-        broker.charge(broker.deferred.add(Question(source, id, op, arguments)) * _STEP)
+        broker.charge(broker.deferred.add(Question(source, message_id, op, arguments)) * _STEP)
 
     return ask
 
@@ -209,7 +209,7 @@ def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | Non
     return topic, group
 
 
-def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _subscribe(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     topic, group = _subscription(broker, arguments)
     if source.retired:
         raise _Refusal(ErrorCode.SHUTTING_DOWN, "the broker closes this connection", BROKER)
@@ -224,26 +224,26 @@ def _subscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) 
     return {"topic": topic, "group": group}
 
 
-def _unsubscribe(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _unsubscribe(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     topic, group = _subscription(broker, arguments)
     broker.topics.discard(topic, source, group)
     source.subscriptions.discard((topic, group))
     return {"topic": topic, "group": group}
 
 
-def _goaway(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+def _goaway(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> None:
     source.goaway = True
-    reply_to(broker, source, id, {})
+    reply_to(broker, source, message_id, {})
     if broker.draining:
         part(broker, source)
 
 
-def _finished(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+def _finished(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> None:
     if not (source.goaway and source.told):
         raise _Refusal(ErrorCode.UNSUPPORTED, f"{DRAINING} and goaway come before finished", BROKER)
     if source.finishing is not None:
         raise _Refusal(ErrorCode.UNSUPPORTED, "finished has been asked already", BROKER)
-    source.finishing = id
+    source.finishing = message_id
     broker.finishing[source] = None
 
 
@@ -327,7 +327,7 @@ def _connections(broker: Broker, source: Session) -> Generator[None, None, bytes
     return _in_pieces("connections", entries, _CONNECTIONS)
 
 
-def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _disconnect(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     address = _text(arguments, "address")
     name, instance = split_address(address)
     session = broker.exchange.find(address)
@@ -342,7 +342,7 @@ def _disconnect(broker: Broker, source: Session, id: int, arguments: _Arguments)
     return {"disconnected": [each.address for each in found]}
 
 
-def _can(broker: Broker, source: Session, id: int, arguments: _Arguments) -> _Arguments:
+def _can(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
     sender, verb, target = (_text(arguments, key) for key in ("sender", "verb", "target"))
     client = broker.exchange.resolve(sender)
     if client is None:
@@ -374,15 +374,15 @@ def _where(rule: Rule) -> str:
     return "default" if rule.source is None else str(rule.source)
 
 
-def _reload(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
+def _reload(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> None:
     if not isinstance(arguments.get("dry_run", False), bool):
         raise _Refusal(ErrorCode.UNSUPPORTED, "dry_run is true or false", BROKER)
-    broker.order("reload", source, id, arguments)
+    broker.order("reload", source, message_id, arguments)
 
 
 def _order(op: str) -> _Operation:
-    def order(broker: Broker, source: Session, id: int, arguments: _Arguments) -> None:
-        broker.order(op, source, id, arguments)
+    def order(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> None:
+        broker.order(op, source, message_id, arguments)
 
     return order
 

@@ -44,14 +44,14 @@ def handle_slow_path(
         )
     if end - first < _HEADER_SIZE:
         return position, RoutingResult.CONSUMED
-    kind, _, _, name_size, id = HEADER.unpack_from(buffer, first)
+    kind, _, _, name_size, message_id = HEADER.unpack_from(buffer, first)
     payload = size - _HEADER_SIZE - name_size
     if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.limits.max_message:
         named = first + _HEADER_SIZE + name_size
         if end < named:
             return position, RoutingResult.CONSUMED
         name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
-        result = broker.too_large(source, kind, id, name if is_address(name) else "", payload)
+        result = broker.too_large(source, kind, message_id, name if is_address(name) else "", payload)
         if result is not RoutingResult.CONSUMED:
             return position, result
         position = min(stop, end)

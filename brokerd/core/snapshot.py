@@ -198,18 +198,22 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "reached": sorted(client.name for client in session.recipients),
         # Where two had one address for a moment, one that is gone may still be named.
         "owed": [
-            [address, id, index[asker]] for (address, id), asker in session.incoming_requests.items() if asker in index
+            [address, message_id, index[asker]]
+            for (address, message_id), asker in session.incoming_requests.items()
+            if asker in index
         ],
         "asked": [
-            [id, address, index[each]] for (id, address), each in session.outgoing_requests.items() if each in index
+            [message_id, address, index[each]]
+            for (message_id, address), each in session.outgoing_requests.items()
+            if each in index
         ],
         "reached_by_event": None
         if session.reached_by_event is None
         else [index[each] for each in session.reached_by_event if each.open],
         "expiring": [
-            [id, address, deadline - now]
-            for (id, address), deadline in session.expiring.items()
-            if session.outgoing_requests.get((id, address)) in index
+            [message_id, address, deadline - now]
+            for (message_id, address), deadline in session.expiring.items()
+            if session.outgoing_requests.get((message_id, address)) in index
         ],
     }
 
@@ -335,11 +339,15 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
         session, each = sessions[position], facts["sessions"][position]
         session.recipients = _reached(broker, each)
         session.recipients.update(client for name in each["reached"] for client in named.get(name, ()))
-        session.incoming_requests = {(address, id): sessions[asker] for address, id, asker in each["owed"]}
-        session.outgoing_requests = {(id, address): sessions[responder] for id, address, responder in each["asked"]}
-        session.expiring = {(id, address): now + left for id, address, left in each["expiring"]}
-        for (id, address), deadline in session.expiring.items():
-            broker.deadlines.add(deadline, (session, id, address))
+        session.incoming_requests = {
+            (address, message_id): sessions[asker] for address, message_id, asker in each["owed"]
+        }
+        session.outgoing_requests = {
+            (message_id, address): sessions[responder] for message_id, address, responder in each["asked"]
+        }
+        session.expiring = {(message_id, address): now + left for message_id, address, left in each["expiring"]}
+        for (message_id, address), deadline in session.expiring.items():
+            broker.deadlines.add(deadline, (session, message_id, address))
         if each["reached_by_event"] is not None:
             session.reached_by_event = dict.fromkeys(sessions[other] for other in each["reached_by_event"])
     fresh = [position for position in fresh if position < open_count]
@@ -427,9 +435,9 @@ def _restore_client(client: Client | None, facts: Facts, now: float) -> None:
 
 def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
     if facts["question"] is not None:
-        source, id, op = facts["question"]
+        source, message_id, op = facts["question"]
         broker.asking.add(sessions[source])
-        broker.deferred.jobs.append(Question(sessions[source], id, op, {}))
+        broker.deferred.jobs.append(Question(sessions[source], message_id, op, {}))
         return
     topic, payload, about, shown, done = facts["news"]
     news = Announcement(topic, payload, about)

@@ -393,8 +393,8 @@ def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path
     _hold(name == session["name"], f"{path} has an address that is not below its name")
     told = session["reached_by_event"] or []
     _hold(all(each < len(sessions) for each in told), f"{path}.reached_by_event names a session that is not there")
-    outgoing_requests = {(id, address) for id, address, _ in session["asked"]}
-    expiring = [(id, address) for id, address, _ in session["expiring"]]
+    outgoing_requests = {(message_id, address) for message_id, address, _ in session["asked"]}
+    expiring = [(message_id, address) for message_id, address, _ in session["expiring"]]
     _hold(set(expiring) <= outgoing_requests, f"{path}.expiring names a request that was not asked")
     _hold(len(set(expiring)) == len(expiring), f"{path}.expiring has one entry twice")
     _hold(max(session["number"], session["left_at"]) < next_number, f"{path} came after all that have come")

@@ -146,9 +146,9 @@ class UpgradeTarget:
             "waiting_bytes": sum(connection.session.outbox.waiting for connection in restored.connections),
         }
         if facts["asked_by"] is not None:
-            position, id = facts["asked_by"]
+            position, message_id = facts["asked_by"]
             reply = {"upgraded": True, "problems": [], "version": __version__, **told}
-            reply_to(server.broker, restored.sessions[position], id, reply)
+            reply_to(server.broker, restored.sessions[position], message_id, reply)
             server.settle()
         return told
 

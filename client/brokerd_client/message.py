@@ -55,7 +55,7 @@ class Message:
     def __init__(
         self,
         kind: int,
-        id: int,
+        message_id: int,
         sender: str,
         codec: int,
         body: bytes,
@@ -64,7 +64,7 @@ class Message:
         extension: Mapping[str, Any] | None = None,
     ) -> None:
         self._kind = kind
-        self.id = id
+        self.id = message_id
         self.sender = sender
         self.codec = codec
         self.body = body

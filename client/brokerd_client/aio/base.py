@@ -222,7 +222,7 @@ class BaseClient:
             # A part of it may have left: the next frame would be read as the rest of this one.
             self._on_bug(link, error)
 
-    async def _outcome(self, call: asyncio.Future[Any], id: int, deadline: float | None) -> Any:
+    async def _outcome(self, call: asyncio.Future[Any], message_id: int, deadline: float | None) -> Any:
         """Send what was put out, and return or raise what becomes of it."""
         timer: asyncio.TimerHandle | None = None
         try:
@@ -232,21 +232,21 @@ class BaseClient:
                 self._update_reading()
             if deadline is not None and not call.done():
                 # The dialog's own deadline comes first, unless it has lost the call.
-                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, id)
+                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, message_id)
             return await call
         finally:
             if timer is not None:
                 timer.cancel()
-            self._abandon(call, id)
+            self._abandon(call, message_id)
 
-    def _abandon(self, call: asyncio.Future[Any], id: int) -> None:
+    def _abandon(self, call: asyncio.Future[Any], message_id: int) -> None:
         """Nobody waits for this any more."""
         if not call.done():
             call.cancel()
         elif not call.cancelled():
             # Marks the exception as seen.
             call.exception()
-        self._dialog.abandon(id)
+        self._dialog.abandon(message_id)
         self._write()
 
     # What happens
@@ -560,9 +560,9 @@ class BaseClient:
             await dial_tls(address, context, self, self._resolver)
 
 
-def _expire(call: asyncio.Future[Any], id: int) -> None:
+def _expire(call: asyncio.Future[Any], message_id: int) -> None:
     if not call.done():
-        call.set_exception(TimedOut(f"no answer to {id} in time"))
+        call.set_exception(TimedOut(f"no answer to {message_id} in time"))
 
 
 def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:

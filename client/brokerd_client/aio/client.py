@@ -140,12 +140,12 @@ class Client(BaseClient):
         if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         if not receipt:
-            id = self._dialog.send(to, number, body, extension)
+            message_id = self._dialog.send(to, number, body, extension)
             self._write()
-            return id
+            return message_id
         call = self._loop.create_future()
-        id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
-        return cast("Receipt", await self._outcome(call, id, deadline))
+        message_id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
+        return cast("Receipt", await self._outcome(call, message_id, deadline))
 
     async def send_many(
         self,
@@ -175,14 +175,14 @@ class Client(BaseClient):
         ]
         outcomes: list[Any] = []
         try:
-            for call, id in zip(calls, ids, strict=True):
+            for call, message_id in zip(calls, ids, strict=True):
                 try:
-                    outcomes.append(await self._outcome(call, id, deadline))
+                    outcomes.append(await self._outcome(call, message_id, deadline))
                 except BrokerdError as error:
                     outcomes.append(error)
         finally:
-            for call, id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
-                self._abandon(call, id)
+            for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
+                self._abandon(call, message_id)
         return outcomes
 
     async def request(
@@ -205,8 +205,8 @@ class Client(BaseClient):
         if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         call = self._loop.create_future()
-        id = self._dialog.request(to, number, body, extension, call, deadline)
-        return cast("Message", await self._outcome(call, id, deadline))
+        message_id = self._dialog.request(to, number, body, extension, call, deadline)
+        return cast("Message", await self._outcome(call, message_id, deadline))
 
     async def reply(
         self,
@@ -282,12 +282,12 @@ class Client(BaseClient):
         if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
         if not receipt:
-            id = self._dialog.publish(topic, number, body, extension)
+            message_id = self._dialog.publish(topic, number, body, extension)
             self._write()
-            return id
+            return message_id
         call = self._loop.create_future()
-        id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
-        return cast("Receipt", await self._outcome(call, id, deadline))
+        message_id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
+        return cast("Receipt", await self._outcome(call, message_id, deadline))
 
     # Receiving
 
@@ -360,10 +360,10 @@ class Client(BaseClient):
             await self._wait_until_clear(timeout)
             subscription = Subscription(self, pattern, group, callback)
             call = self._loop.create_future()
-            id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            message_id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
             self._feeds.add(subscription)
             try:
-                await self._outcome(call, id, deadline)
+                await self._outcome(call, message_id, deadline)
             except BaseException:
                 # A cancelled task may have its answer already: the subscription exists, at the broker too.
                 self._drop_subscription(subscription, None, None)
@@ -376,22 +376,22 @@ class Client(BaseClient):
         self._check()
         call = self._loop.create_future()
         deadline = self._deadline(self._settings.timeout_s)
-        id = self._drop_subscription(subscription, call, deadline)
-        if id is not None:
+        message_id = self._drop_subscription(subscription, call, deadline)
+        if message_id is not None:
             # Whatever the answer is, and if there is none: nothing more comes.
             with contextlib.suppress(Disconnected, Closed, TimedOut):
-                await self._outcome(call, id, deadline)
+                await self._outcome(call, message_id, deadline)
 
     def _drop_subscription(
         self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
     ) -> int | None:
         """End the subscription here, and send unsubscribe; return that operation's id, None where none was needed."""
         assert subscription._entry is not None
-        id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
+        message_id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
         subscription.queue.end(Closed("the subscription was ended"))
         self._feeds.discard(subscription)
         self._write()
-        return id
+        return message_id
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> Opening[PresenceWatch]:
         """Iterate over Presence: every client this one may send to as it is now, then every change."""
@@ -401,10 +401,10 @@ class Client(BaseClient):
             await self._wait_until_clear(timeout)
             subscription = PresenceWatch(self)
             call = self._loop.create_future()
-            id, subscription._watch = self._dialog.watch(subscription, call, deadline)
+            message_id, subscription._watch = self._dialog.watch(subscription, call, deadline)
             self._feeds.add(subscription)
             try:
-                await self._outcome(call, id, deadline)
+                await self._outcome(call, message_id, deadline)
             except BaseException:
                 # A cancelled task may have its answer already: the watch exists, its subscriptions too.
                 self._drop_watch(subscription)
@@ -429,8 +429,8 @@ class Client(BaseClient):
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
         call = self._loop.create_future()
-        id = self._dialog.control(op, arguments, call, deadline)
-        return cast("dict[str, Any]", await self._outcome(call, id, deadline))
+        message_id = self._dialog.control(op, arguments, call, deadline)
+        return cast("dict[str, Any]", await self._outcome(call, message_id, deadline))
 
     async def clients(self) -> list[ClientInfo]:
         """Return the clients this one may send to, and which of them are online."""

@@ -329,7 +329,7 @@ class BaseClient:
         finally:
             self._changes.leave(mine)
 
-    def _outcome(self, call: Call, id: int, deadline: float | None) -> Any:
+    def _outcome(self, call: Call, message_id: int, deadline: float | None) -> Any:
         """Wait, and return or raise what became of a call."""
         waiting = self._for_requests.begin_wait()
         try:
@@ -340,10 +340,10 @@ class BaseClient:
             if waiting:
                 self._for_requests.end_wait()
         if not done:
-            self._have_done(lambda: self._dialog.abandon(id))
+            self._have_done(lambda: self._dialog.abandon(message_id))
             if not call.done:
                 self._calls.discard(call)
-                raise TimedOut(f"no answer to {id} in time")
+                raise TimedOut(f"no answer to {message_id} in time")
         self._calls.discard(call)
         if isinstance(call.value, BaseException):
             raise call.value
@@ -406,10 +406,10 @@ class BaseClient:
         try:
             put()
         except (Disconnected, Closed) as error:
-            for id in ids:
+            for message_id in ids:
                 self._dialog.undelivered += 1
                 self._dispatcher.tell_undelivered(
-                    Disconnected(f"{error}; {id} to {to} was not sent", id=id), time.monotonic()
+                    Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id), time.monotonic()
                 )
 
     # With the lock

@@ -159,13 +159,13 @@ class Client(BaseClient):
                 with self._lock:
                     if self._clear and not self._chores:
                         self._clear = False
-                        id = dialog.send(to, number, body, extension)
+                        message_id = dialog.send(to, number, body, extension)
                         dialog.took(transport.write(dialog.peek()))
                         if transport.backlog or self._chores:
                             transport.wake()
                         else:
                             self._clear = True
-                        return id
+                        return message_id
                 if self._interrupting():
                     return self._send_late(to, number, body, extension)
                 deadline = self._wait_until_clear(timeout, deadline)
@@ -176,10 +176,10 @@ class Client(BaseClient):
     def _send_late(self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None) -> int:
         """Have the I/O thread send, for a signal handler that can't wait for the call that it has interrupted."""
         check_address(to)
-        id = next(self._dialog.late_ids)
-        put = partial(self._dialog.send_as, id, to, number, body, extension)
-        self._leave_chore(lambda: self._put_late([id], to, put))
-        return id
+        message_id = next(self._dialog.late_ids)
+        put = partial(self._dialog.send_as, message_id, to, number, body, extension)
+        self._leave_chore(lambda: self._put_late([message_id], to, put))
+        return message_id
 
     def send_many(
         self,
@@ -214,9 +214,9 @@ class Client(BaseClient):
 
         outcomes: list[Any] = []
         try:
-            for call, id in zip(calls, self._put(timeout, put), strict=True):
+            for call, message_id in zip(calls, self._put(timeout, put), strict=True):
                 try:
-                    outcomes.append(self._outcome(call, id, deadline))
+                    outcomes.append(self._outcome(call, message_id, deadline))
                 except BrokerdError as error:
                     outcomes.append(error)
         except BaseException:
@@ -337,10 +337,10 @@ class Client(BaseClient):
         if self._interrupting():
             check_topic(topic)
             self._check()
-            id = next(self._dialog.late_ids)
-            put = partial(self._dialog.publish_as, id, topic, number, body, extension)
-            self._leave_chore(lambda: self._put_late([id], topic, put))
-            return id
+            message_id = next(self._dialog.late_ids)
+            put = partial(self._dialog.publish_as, message_id, topic, number, body, extension)
+            self._leave_chore(lambda: self._put_late([message_id], topic, put))
+            return message_id
         return self._put(timeout, self._dialog.publish, topic, number, body, extension)
 
     # Receiving
@@ -429,9 +429,9 @@ class Client(BaseClient):
             self._calls.add(call)
             if callback is not None:
                 self._for_messages.start()
-            id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            message_id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
             self._queues.add(subscription.queue)
-            return id
+            return message_id
 
         try:
             self._begin_feed(call, put, timeout)
@@ -446,8 +446,8 @@ class Client(BaseClient):
         self._refuse_to_wait()
         timeout = check_timeout(timeout)
         deadline = _deadline(timeout)
-        id = self._have_put(timeout, lambda: put(deadline))
-        self._outcome(call, id, deadline)
+        message_id = self._have_put(timeout, lambda: put(deadline))
+        self._outcome(call, message_id, deadline)
 
     def _forsake_feed(self, subscription: BaseSubscription[Any], call: Call) -> None:
         """After an exception in the call that makes a subscription or watch: leave nothing of it."""
@@ -485,16 +485,16 @@ class Client(BaseClient):
         def put() -> int | None:
             self._calls.add(call)
             entry: SubscriptionEntry | None = subscription._entry
-            id = None if entry is None else self._dialog.unsubscribe(entry, subscription, call, deadline)
+            message_id = None if entry is None else self._dialog.unsubscribe(entry, subscription, call, deadline)
             self._end_feed(subscription.queue, Closed("the subscription was ended"))
-            return id
+            return message_id
 
         try:
-            id = self._have_done(put)
-            if id is not None:
+            message_id = self._have_done(put)
+            if message_id is not None:
                 # Whatever the answer is, and if there is none: nothing more comes.
                 with contextlib.suppress(Disconnected, Closed, TimedOut):
-                    self._outcome(call, id, deadline)
+                    self._outcome(call, message_id, deadline)
             self._calls.discard(call)
         except BaseException:
             self._forsake(call)
@@ -507,9 +507,9 @@ class Client(BaseClient):
 
         def put(deadline: float | None) -> int:
             self._calls.add(call)
-            id, subscription._watch = self._dialog.watch(subscription, call, deadline)
+            message_id, subscription._watch = self._dialog.watch(subscription, call, deadline)
             self._queues.add(subscription.queue)
-            return id
+            return message_id
 
         try:
             self._begin_feed(call, put, timeout)

@@ -108,7 +108,7 @@ class Incoming(Generic[M]):
         size_of_last = in_a_row = 0
         while position < end:
             if end - position >= 16:
-                size, kind, flags, codec, name_size, id = unpack(data, position)
+                size, kind, flags, codec, name_size, message_id = unpack(data, position)
                 body = position + 16 + name_size
                 stop = position + 4 + size
                 # The ordinary frame; whatever this turns away is judged by wire.envelope, below.
@@ -118,7 +118,7 @@ class Incoming(Generic[M]):
                     if sender is None:
                         sender = self._sender(raw)
                     if sender:
-                        message = message_class(kind, id, sender, codec, data[body:stop], owner)
+                        message = message_class(kind, message_id, sender, codec, data[body:stop], owner)
                         position = stop
                         if kind >= _REPLY_KIND:
                             other(message)
@@ -138,7 +138,7 @@ class Incoming(Generic[M]):
                     sender = senders.get(raw) or self._sender(raw)
                     about = self._topics.get(topic) or self._topic(topic)
                     if first <= stop and sender and about:
-                        message = message_class(kind, id, sender, codec, data[first:stop], owner, about)
+                        message = message_class(kind, message_id, sender, codec, data[first:stop], owner, about)
                         position = stop
                         other(message)
                         continue
@@ -183,7 +183,7 @@ class Incoming(Generic[M]):
         message_class, append, before = self._message, messages.append, len(messages)
         new = message_class.__new__
         raw, sender = None, ""
-        for begun, id, name, body in fields.iter_unpack(memoryview(data)[position : position + count * step]):
+        for begun, message_id, name, body in fields.iter_unpack(memoryview(data)[position : position + count * step]):
             if begun != start:
                 break
             if name != raw:
@@ -194,7 +194,7 @@ class Incoming(Generic[M]):
             # What its __init__ does, without the call.
             message = new(message_class)
             message._kind = kind
-            message.id = id
+            message.id = message_id
             message.sender = sender
             message.codec = codec
             message.body = body
@@ -329,13 +329,13 @@ class Incoming(Generic[M]):
 
     def _skip(self, body: bytes | memoryview, error: BrokerdError, other: Other[M]) -> None:
         """Tell of a frame that is skipped."""
-        kind = id = 0
+        kind = message_id = 0
         name = ""
         if len(body) >= HEADER.size:
-            kind, _, _, _, id = HEADER.unpack_from(body)
+            kind, _, _, _, message_id = HEADER.unpack_from(body)
             with contextlib.suppress(MalformedEnvelope):
                 name = head(body).name
-        other(Unreadable(error, kind, id, name))
+        other(Unreadable(error, kind, message_id, name))
 
     def _pass_on(self, envelope: Envelope, payload: bytes, owner: Owner, messages: list[M], other: Other[M]) -> None:
         kind = envelope.kind

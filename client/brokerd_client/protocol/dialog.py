@@ -237,8 +237,8 @@ class Dialog(Reception[M]):
                 effects.outcomes.append(
                     (pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left))
                 )
-        for end, id, to in self._outgoing.take_unwritten():
-            effects.undelivered.append(self._loss(id, to, left=end <= may_have_left))
+        for end, message_id, to in self._outgoing.take_unwritten():
+            effects.undelivered.append(self._loss(message_id, to, left=end <= may_have_left))
         self.undelivered += len(effects.undelivered)
         for watch in self._watches:
             watch.disconnected()
@@ -314,11 +314,11 @@ class Dialog(Reception[M]):
         """Put out a MESSAGE nobody waits for; return its id."""
         if self.state is not _READY:
             self.require_ready()
-        id = self._next_id
-        self._next_id = id + 1
-        self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
-        self._outgoing.without_receipt(id, to)
-        return id
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._outgoing.without_receipt(message_id, to)
+        return message_id
 
     def send_many(self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]) -> list[int]:
         """Put out a MESSAGE each, which nobody waits for; return their ids."""
@@ -329,24 +329,26 @@ class Dialog(Reception[M]):
         self._next_id = ids.stop
         return list(ids)
 
-    def send_as(self, id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
+    def send_as(self, message_id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
         """Put out a MESSAGE whose id the face has given already."""
         self.require_ready()
-        self._outgoing.put(_MESSAGE_KIND, 0, id, to, codec, body, extension)
-        self._outgoing.without_receipt(id, to)
+        self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._outgoing.without_receipt(message_id, to)
 
-    def publish_as(self, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
+    def publish_as(
+        self, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> None:
         """Put out an EVENT whose id the face has given already."""
         self.require_ready()
-        self._outgoing.put_event(0, id, topic, codec, body, extension)
-        self._outgoing.without_receipt(id, topic)
+        self._outgoing.put_event(0, message_id, topic, codec, body, extension)
+        self._outgoing.without_receipt(message_id, topic)
 
     def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
         """Put out an EVENT nobody waits for; return its id."""
-        id = self._take_id()
-        self._outgoing.put_event(0, id, topic, codec, body, extension)
-        self._outgoing.without_receipt(id, topic)
-        return id
+        message_id = self._take_id()
+        self._outgoing.put_event(0, message_id, topic, codec, body, extension)
+        self._outgoing.without_receipt(message_id, topic)
+        return message_id
 
     def send_for_receipt(
         self,
@@ -358,10 +360,10 @@ class Dialog(Reception[M]):
         deadline: float | None,
     ) -> int:
         """Put out a MESSAGE; the waiter gets a Receipt or an error."""
-        id = self._take_id()
-        self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, id, to, codec, body, extension)
-        self.pending_calls.add(Pending(id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
-        return id
+        message_id = self._take_id()
+        self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
+        self.pending_calls.add(Pending(message_id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
+        return message_id
 
     def publish_for_receipt(
         self,
@@ -373,10 +375,12 @@ class Dialog(Reception[M]):
         deadline: float | None,
     ) -> int:
         """Put out an EVENT; the waiter gets a Receipt or an error."""
-        id = self._take_id()
-        self._outgoing.put_event(Flag.RECEIPT, id, topic, codec, body, extension)
-        self.pending_calls.add(Pending(id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic))
-        return id
+        message_id = self._take_id()
+        self._outgoing.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
+        self.pending_calls.add(
+            Pending(message_id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic)
+        )
+        return message_id
 
     def request(
         self,
@@ -388,21 +392,23 @@ class Dialog(Reception[M]):
         deadline: float | None,
     ) -> int:
         """Put out a REQUEST; the waiter gets the REPLY or an error."""
-        id = self._take_id()
-        self._outgoing.put(Kind.REQUEST, 0, id, to, codec, body, extension)
-        self.pending_calls.add(Pending(id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
-        return id
+        message_id = self._take_id()
+        self._outgoing.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
+        self.pending_calls.add(Pending(message_id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
+        return message_id
 
-    def reply(self, to: str, id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> None:
+    def reply(
+        self, to: str, message_id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
+    ) -> None:
         """Put out the REPLY to a request; id: the request's."""
         self._require_link()
-        self._outgoing.put(Kind.REPLY, 0, id, to, codec, body, extension)
-        self._outgoing.without_receipt(id, to)
+        self._outgoing.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
+        self._outgoing.without_receipt(message_id, to)
 
-    def fail(self, to: str, id: int, code: str, text: str) -> None:
+    def fail(self, to: str, message_id: int, code: str, text: str) -> None:
         """Put out an ERROR as the answer to a request; id: the request's."""
         self._require_link()
-        self._refuse(to, id, code, text)
+        self._refuse(to, message_id, code, text)
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
         """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
@@ -444,9 +450,9 @@ class Dialog(Reception[M]):
         for entry in self._watches.pop(watch, ()):
             self._leave(entry, watch)
 
-    def abandon(self, id: int) -> None:
+    def abandon(self, message_id: int) -> None:
         """Nobody waits for this outcome any more: what comes of it is counted, and dropped."""
-        pending = self.pending_calls.pop(id)
+        pending = self.pending_calls.pop(message_id)
         if pending is not None:
             self._withdraw(pending)
             self._finish()
@@ -491,9 +497,9 @@ class Dialog(Reception[M]):
     def _take_id(self) -> int:
         if self.state is not State.READY:
             self.require_ready()
-        id = self._next_id
-        self._next_id = id + 1
-        return id
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        return message_id
 
     def _operate(
         self,
@@ -506,10 +512,10 @@ class Dialog(Reception[M]):
     ) -> Pending:
         """Put out a REQUEST to the broker itself, in whatever state."""
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
-        id = self._next_id
-        self._next_id = id + 1
-        self._outgoing.put(Kind.REQUEST, 0, id, BROKER, 2, body, None)
-        pending = Pending(id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about)
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        self._outgoing.put(Kind.REQUEST, 0, message_id, BROKER, 2, body, None)
+        pending = Pending(message_id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about)
         self.pending_calls.add(pending)
         return pending
 
@@ -528,11 +534,11 @@ class Dialog(Reception[M]):
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
 
-    def _loss(self, id: int, to: str, *, left: bool) -> Disconnected:
+    def _loss(self, message_id: int, to: str, *, left: bool) -> Disconnected:
         why = f"the connection to the broker is gone ({self.reason})"
         if left:
-            return InDoubt(f"{why}, and what became of {id} to {to} is not known", id=id)
-        return Disconnected(f"{why}, and {id} to {to} was not sent", id=id)
+            return InDoubt(f"{why}, and what became of {message_id} to {to} is not known", id=message_id)
+        return Disconnected(f"{why}, and {message_id} to {to} was not sent", id=message_id)
 
     def _step(self, step: Event) -> None:
         follows = NEXT[self.state].get(step)
@@ -573,22 +579,22 @@ class Dialog(Reception[M]):
         for watch in self._watches:
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 
-    def _has_answered(self, id: int) -> bool:
-        if self._first_id <= id < self._next_id or id >= _LATE_IDS + self._first_id:
+    def _has_answered(self, message_id: int) -> bool:
+        if self._first_id <= message_id < self._next_id or message_id >= _LATE_IDS + self._first_id:
             return False
-        self._outgoing.refused(id)
+        self._outgoing.refused(message_id)
         return True
 
-    def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
+    def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
         # A broker that sends them and reads nothing can't fill memory with the answers.
         if self._outgoing.queued - self._outgoing.written < _ANSWERING:
-            self._refuse(to, id, code, text)
+            self._refuse(to, message_id, code, text)
 
-    def _refuse(self, to: str, id: int, code: str, text: str) -> None:
+    def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-            self._outgoing.put(Kind.ERROR, 0, id, to, 2, body, None)
-            self._outgoing.without_receipt(id, to)
+            self._outgoing.put(Kind.ERROR, 0, message_id, to, 2, body, None)
+            self._outgoing.without_receipt(message_id, to)
 
     def _on_goaway(self) -> None:
         self._goaway = True

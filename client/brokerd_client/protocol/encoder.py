@@ -121,41 +121,48 @@ class Outgoing:
             if self._refused:
                 self._refused.clear()
 
-    def refused(self, id: int) -> None:
+    def refused(self, message_id: int) -> None:
         """The broker has said no to this one, so that it has left: a loss says nothing about it."""
         if self._unwritten and len(self._refused) < _MOST_REFUSED:
-            self._refused.add(id)
+            self._refused.add(message_id)
 
-    def without_receipt(self, id: int, to: str) -> None:
+    def without_receipt(self, message_id: int, to: str) -> None:
         """Nobody waits for what becomes of the frame that was put out last."""
-        self._unwritten.append(((self.queued, id, to),))
+        self._unwritten.append(((self.queued, message_id, to),))
 
     def take_unwritten(self) -> Iterator[tuple[int, int, str]]:
         """Yield, and forget, (where its frame ends, id, to) of every send nobody waits for that is not seen off yet."""
         unwritten, self._unwritten = self._unwritten, []
         refused, self._refused = self._refused, set()
-        for end, id, to in chain.from_iterable(unwritten):
-            if end > self.written and id not in refused:
-                yield end, id, to
+        for end, message_id, to in chain.from_iterable(unwritten):
+            if end > self.written and message_id not in refused:
+                yield end, message_id, to
 
     def put(
-        self, kind: int, flags: int, id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+        self,
+        kind: int,
+        flags: int,
+        message_id: int,
+        to: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
     ) -> None:
         """Put out a frame to a recipient. Raises InvalidName."""
         name = self._recipients[to]
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            start = _PREFIX.pack(size, kind, flags, codec, len(name), id) + name
+            start = _PREFIX.pack(size, kind, flags, codec, len(name), message_id) + name
             if size < _COPIED:
                 self._parts.append(start + body)
             else:
                 self._parts += (start, body)
             self.queued += 4 + size
         else:
-            self._put_body(encode(Envelope(Kind(kind), id, to, body, codec, flags, extension=extension)))
+            self._put_body(encode(Envelope(Kind(kind), message_id, to, body, codec, flags, extension=extension)))
 
     def put_event(
-        self, flags: int, id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+        self, flags: int, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
     ) -> None:
         """Put out a publication. Raises InvalidName."""
         name = self._topics.get(topic)
@@ -165,10 +172,10 @@ class Outgoing:
             remember(self._topics, topic, name)
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            self._parts += (_PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, id) + name, body)
+            self._parts += (_PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, message_id) + name, body)
             self.queued += 4 + size
         else:
-            self._put_body(encode(Envelope(Kind.EVENT, id, "", body, codec, flags, topic, extension)))
+            self._put_body(encode(Envelope(Kind.EVENT, message_id, "", body, codec, flags, topic, extension)))
 
     def put_messages(
         self, ids: Sequence[int], to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]
@@ -180,9 +187,9 @@ class Outgoing:
         names = list(map(self._recipients.__getitem__, to))
         sizes = list(map(len, bodies))
         if sizes and max(sizes) >= _MAX_SHORT_BODY:
-            for id, each, codec, body in zip(ids, to, codecs, bodies, strict=True):
-                self.put(_MESSAGE_KIND, 0, id, each, codec, body, None)
-                self.without_receipt(id, each)
+            for message_id, each, codec, body in zip(ids, to, codecs, bodies, strict=True):
+                self.put(_MESSAGE_KIND, 0, message_id, each, codec, body, None)
+                self.without_receipt(message_id, each)
             return
         # No step of this is a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))

@@ -107,13 +107,13 @@ class Reception(Generic[M]):
                 elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
                     effects.events.append((sink.sink, change))
 
-    def _on_receipt(self, id: int, effects: Effects[M]) -> None:
-        pending = self.pending_calls.get(id)
+    def _on_receipt(self, message_id: int, effects: Effects[M]) -> None:
+        pending = self.pending_calls.get(message_id)
         if pending is None or pending.purpose is not Purpose.RECEIPT:
             self.late += 1
             return
-        self.pending_calls.pop(id)
-        effects.outcomes.append((pending.waiter, Receipt(id, pending.to or pending.about)))
+        self.pending_calls.pop(message_id)
+        effects.outcomes.append((pending.waiter, Receipt(message_id, pending.to or pending.about)))
 
     def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
         pending = self.pending_calls.get(message.id)
@@ -246,7 +246,7 @@ class Reception(Generic[M]):
         for entry in self._watches.pop(watch, ()):
             self.subscriptions.discard(entry, watch)
 
-    def _has_answered(self, id: int) -> bool:
+    def _has_answered(self, message_id: int) -> bool:
         """Return whether the id is not one of this client's own, so that only an answer can have had it."""
         raise NotImplementedError
 
@@ -262,7 +262,7 @@ class Reception(Generic[M]):
         """Undo what a caller who has given up was about to get."""
         raise NotImplementedError
 
-    def _refuse_unreadable(self, to: str, id: int, code: str, text: str) -> None:
+    def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
         """Answer a request that could not be read with an ERROR, if that can be sent."""
         raise NotImplementedError
 

@@ -46,7 +46,7 @@ class Pending:
 
     def __init__(
         self,
-        id: int,
+        message_id: int,
         purpose: Purpose,
         to: str,
         end: int,
@@ -56,7 +56,7 @@ class Pending:
         entry: SubscriptionEntry | None = None,
         sink: Any = None,
     ) -> None:
-        self.id = id
+        self.id = message_id
         self.purpose = purpose
         self.to = to
         self.end = end
@@ -96,17 +96,17 @@ class PendingTable:
                 heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (pending.deadline, pending.id))
 
-    def get(self, id: int) -> Pending | None:
+    def get(self, message_id: int) -> Pending | None:
         """Return who waits for the id."""
-        return self._table.get(id)
+        return self._table.get(message_id)
 
     def of(self, waiter: object) -> list[Pending]:
         """Return what the waiter waits for."""
         return [pending for pending in self._table.values() if pending.waiter is waiter]
 
-    def pop(self, id: int) -> Pending | None:
+    def pop(self, message_id: int) -> Pending | None:
         """Return who waited for the id, and wait no longer."""
-        return self._table.pop(id, None)
+        return self._table.pop(message_id, None)
 
     def clear(self) -> list[Pending]:
         """Return all who waited, and wait no longer."""

@@ -248,44 +248,44 @@ def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
     """Return (the envelope without extension and payload, where the extension or the payload begins)."""
     if len(body) < HEADER.size:
         raise MalformedEnvelope(f"a broker frame has at least {HEADER.size} bytes; this one has {len(body)}")
-    kind_number, flags, codec, name_size, id = HEADER.unpack_from(body)
+    kind_number, flags, codec, name_size, message_id = HEADER.unpack_from(body)
     kind = _KINDS.get(kind_number)
     if kind is None:
-        raise MalformedEnvelope(f"there is no kind {kind_number}", id)
+        raise MalformedEnvelope(f"there is no kind {kind_number}", message_id)
     if flags & ~_KNOWN_FLAGS:
-        raise MalformedEnvelope(f"flags has unknown bits set: {flags:#04x}", id)
+        raise MalformedEnvelope(f"flags has unknown bits set: {flags:#04x}", message_id)
     position = HEADER.size
-    name, position = _text(body, position, name_size, id, "name")
+    name, position = _text(body, position, name_size, message_id, "name")
     topic = ""
     if kind is Kind.EVENT:
         if position >= len(body):
-            raise MalformedEnvelope("the frame ends before the topic's length", id)
-        topic, position = _text(body, position + 1, body[position], id, "topic")
-    return Envelope(kind, id, name, b"", codec, flags, topic), position
+            raise MalformedEnvelope("the frame ends before the topic's length", message_id)
+        topic, position = _text(body, position + 1, body[position], message_id, "topic")
+    return Envelope(kind, message_id, name, b"", codec, flags, topic), position
 
 
-def _text(body: bytes | bytearray | memoryview, start: int, size: int, id: int, what: str) -> tuple[str, int]:
+def _text(body: bytes | bytearray | memoryview, start: int, size: int, message_id: int, what: str) -> tuple[str, int]:
     end = start + size
     if end > len(body):
-        raise MalformedEnvelope(f"the frame ends inside the {what}", id)
+        raise MalformedEnvelope(f"the frame ends inside the {what}", message_id)
     try:
         return str(body[start:end], "utf-8"), end
     except UnicodeDecodeError as error:
-        raise MalformedEnvelope(f"the {what} is not UTF-8", id) from error
+        raise MalformedEnvelope(f"the {what} is not UTF-8", message_id) from error
 
 
-def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tuple[dict[str, Any], int]:
+def _extension(body: bytes | bytearray | memoryview, start: int, message_id: int) -> tuple[dict[str, Any], int]:
     first = start + _EXTENSION_LENGTH.size
     if first > len(body):
-        raise MalformedEnvelope("the frame ends before the extension's length", id)
+        raise MalformedEnvelope("the frame ends before the extension's length", message_id)
     end = first + _EXTENSION_LENGTH.unpack_from(body, start)[0]
     if end > len(body):
-        raise MalformedEnvelope("the frame ends inside the extension", id)
+        raise MalformedEnvelope("the frame ends inside the extension", message_id)
     raw = bytes(body[first:end])
     try:
         text = raw.decode()
         if _is_too_deep(raw):
-            raise ExtensionTooDeep(f"the extension is nested deeper than {MAX_DEPTH} levels", id)
+            raise ExtensionTooDeep(f"the extension is nested deeper than {MAX_DEPTH} levels", message_id)
         digits = _longest_number(raw)
         extension = (_STRICT if digits >= _FLOAT_DIGITS else _PLAIN).decode(text)
         if digits >= _FEW_DIGITS or _LONG_EXPONENT.search(raw) is not None:
@@ -293,9 +293,9 @@ def _extension(body: bytes | bytearray | memoryview, start: int, id: int) -> tup
             _FINITE.encode(extension)
     # RecursionError: the caller itself has left no room for some levels.
     except (ValueError, RecursionError) as error:
-        raise MalformedEnvelope("the extension is not JSON", id) from error
+        raise MalformedEnvelope("the extension is not JSON", message_id) from error
     if not isinstance(extension, dict):
-        raise MalformedEnvelope("the extension is not a JSON object", id)
+        raise MalformedEnvelope("the extension is not a JSON object", message_id)
     return extension, end
 
 
