@@ -46,8 +46,7 @@ lint: ready-test ## run ruff and mypy only
 
 # The parts that do no input or output have no excuse for an untested branch. The loop that counts here is the plain one;
 # routing.py only picks one of the two.
-DIALOG := client/brokerd_client
-SANS_IO := $(DIALOG)/wire/*,brokerd/core/*,$(DIALOG)/awaiting.py,$(DIALOG)/batch.py,$(DIALOG)/dialog.py,$(DIALOG)/incoming.py,$(DIALOG)/life.py,$(DIALOG)/lot.py,$(DIALOG)/outgoing.py,$(DIALOG)/reception.py
+SANS_IO := client/brokerd_client/wire/*,client/brokerd_client/protocol/*,brokerd/core/*
 coverage: ready-test ## hold the sans-I/O parts to full branch coverage
 	@BROKERD_PURE=1 $(BIN)/python -m coverage run -m pytest -q tests/wire tests/core tests/client/broker
 	@$(BIN)/python -m coverage report --include='$(SANS_IO)' --omit=brokerd/core/routing.py --show-missing --fail-under=100

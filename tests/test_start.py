@@ -52,7 +52,9 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
 
 def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
     """What it starts with has neither the client's faces nor rich; who asks for rich later gets it."""
-    loaded = loaded_by("from brokerd import cli; cli._import_structlog_alone(); import brokerd.daemon.process")
+    loaded = loaded_by(
+        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import brokerd.daemon.process"
+    )
     assert "structlog" in loaded
     assert not loaded & {
         "rich",
@@ -60,9 +62,11 @@ def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
         "brokerd_client.protocol.dialog",
         "brokerd_client.aio.client",
     }
-    assert "rich.console" in loaded_by("from brokerd import cli; cli._import_structlog_alone(); import rich.console")
+    assert "rich.console" in loaded_by(
+        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import rich.console"
+    )
 
 
 def test_rich_that_is_there_already_stays() -> None:
     """A program that has loaded it keeps it."""
-    assert "rich" in loaded_by("import rich\nfrom brokerd import cli; cli._import_structlog_alone()")
+    assert "rich" in loaded_by("import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_alone()")

@@ -14,7 +14,7 @@ from brokerd.config.model import Config, Limits, Log
 from brokerd.config.values import ClientConfig, Key, ListenConfig, MonitorConfig, RateConfig
 from brokerd_client.address import Address
 
-__all__ = ["Plan", "compare", "overlaps", "merge"]
+__all__ = ["Plan", "compare", "merge", "overlaps"]
 
 #: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
 _RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"})

@@ -37,7 +37,7 @@ class WriteBuffer:
     sessions whose outbox has something new. owner: the session.
     """
 
-    __slots__ = ("frames", "owner", "room", "size", "content", "touched")
+    __slots__ = ("content", "frames", "owner", "room", "size", "touched")
 
     def __init__(self) -> None:
         self.content = bytearray()

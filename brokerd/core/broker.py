@@ -57,7 +57,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.framing import frame as make_frame
 
-__all__ = ["OUTCOME_RESERVE", "Broker", "CoreLimits", "AdminCommand", "RoutingResult"]
+__all__ = ["OUTCOME_RESERVE", "AdminCommand", "Broker", "CoreLimits", "RoutingResult"]
 
 #: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
 OUTCOME_RESERVE: Final = 256 * 1024

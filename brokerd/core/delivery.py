@@ -25,9 +25,9 @@ __all__ = [
     "expire_request",
     "forget_requests",
     "frame_head",
-    "return_to_sender",
-    "mark_orphaned",
     "make_room",
+    "mark_orphaned",
+    "return_to_sender",
     "send",
     "tell_expired",
 ]

@@ -20,7 +20,7 @@ from brokerd.log.logger import LevelRefused, Logs
 from brokerd.net.server import Server
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
-__all__ = ["CommandTarget", "AdminCommands"]
+__all__ = ["AdminCommands", "CommandTarget"]
 
 #: Entries of a long answer that are made in one turn of the event loop: some milliseconds' work.
 _ENTRIES: Final = 256

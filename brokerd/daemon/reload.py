@@ -28,7 +28,7 @@ from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, Listening, look_up, precheck
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
-__all__ = ["Cause", "ReloadOutcome", "Prepared", "compare_running", "blockers", "prepare", "plan_fields"]
+__all__ = ["Cause", "Prepared", "ReloadOutcome", "blockers", "compare_running", "plan_fields", "prepare"]
 
 #: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
 #: replaced.

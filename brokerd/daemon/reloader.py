@@ -1,7 +1,7 @@
-"""Reloads of a running daemon: one at a time, each refused or taken over whole, and none while the process is replaced.
+"""Reloads of a running daemon: one at a time, each refused or taken over whole, and none during an upgrade.
 
-What is to be taken over is made ready by :mod:`brokerd.daemon.reload`, and the daemon takes it over; here is when, and who is
-told how it went.
+The module :mod:`brokerd.daemon.reload` prepares a configuration, and the daemon takes it over. This module
+decides when, and tells the outcome.
 """
 
 from __future__ import annotations

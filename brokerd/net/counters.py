@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from brokerd.core.snapshot_check import BadSnapshot, check_counts
 
-__all__ = ["HandshakeOutcome", "Counters"]
+__all__ = ["Counters", "HandshakeOutcome"]
 
 
 class HandshakeOutcome(StrEnum):

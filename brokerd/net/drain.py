@@ -1,9 +1,9 @@
 """The end of a broker that was told to stop: what waits is delivered, or its senders are told that it was not.
 
 Clients that have asked for it are told, and leave when all they have sent is written or reported; the others get a
-half-close once nothing is owed to them (:mod:`brokerd.net.graceful_close`). That lasts as long as ``limits.drain_timeout``
-allows. A client that has not read by then is cut off, and its senders are told: of as much as can be told in a
-fraction of a second, however much it is. All of it is done in turns with the event loop.
+half-close once nothing is owed to them (:mod:`brokerd.net.graceful_close`). That lasts as long as
+``limits.drain_timeout`` allows. A client that has not read by then is cut off, and its senders are told of as much
+as can be told in a fraction of a second. All of it is done in turns with the event loop.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Ahead", "RestoredState", "Passing", "capture", "describe", "let_go_of_bound", "position_of"]
+__all__ = ["Ahead", "Passing", "RestoredState", "capture", "describe", "let_go_of_bound", "position_of"]
 
 _LOOK_AGAIN_S: Final = 0.02
 #: What stands for a key that is not configured any more; no keyring holds it.

@@ -103,10 +103,14 @@ def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(socket_dir
 
 #: What hangs at a reload and is none of the broker's own files: how it is called, and a change that asks for it.
 SLOW = {
-    "a key file": ("from brokerd.config import keys", "keys.read_private", ""),
+    "a key file": ("from brokerd.config import key_files as keys", "keys.read_private", ""),
     "a certificate": ("from brokerd.config import certificates", "certificates._read_public", ""),
     "a name service": ("import socket", "socket.getaddrinfo", ", 'broker.example:6000'"),
-    "a socket's directory": ("from brokerd.net import handed", "handed.listen", ", '{directory}/second.sock'"),
+    "a socket's directory": (
+        "from brokerd.net.listen import socket_activation as handed",
+        "handed.listen",
+        ", '{directory}/second.sock'",
+    ),
 }
 
 
@@ -166,10 +170,10 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
     first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
     with Upgradable(socket_dir, first=first) as broker:
         broker.before_new_process(
-            "import time\nfrom brokerd.upgrade import successor\n"
-            "class Slow(successor.Inheritance):\n"
+            "import time\nfrom brokerd.upgrade import new_process as successor\n"
+            "class Slow(successor.RestoredState):\n"
             "    def __init__(self, *given): time.sleep(60)\n"
-            "successor.Inheritance = Slow\n"
+            "successor.RestoredState = Slow\n"
         )
         broker.wait("daemon.started")
         broker.signal(signal.SIGUSR2)
@@ -186,7 +190,7 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
 def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path, loop: str) -> None:
     """The first one is not acted on, whatever it is that the loop waits for; the second one ends the process."""
     program = (
-        "import time\nfrom brokerd import daemon, process\n"
+        "import time\nfrom brokerd import daemon\n"
         'def stands_still(*_):\n    print(\'{"event": "stuck"}\', flush=True)\n    time.sleep(60)\n'
         f"daemon.Daemon.stop_soon = stands_still\n{PROGRAM}"
     )
@@ -221,7 +225,7 @@ def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, numb
 def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(socket_dir: Path, change: str) -> None:
     """Clients are served while its file system does not answer, and the broker ends when it is told to."""
     program = (
-        "import time\nfrom brokerd import logs\n"
+        "import time\nfrom brokerd.log import logger as logs\n"
         "opened = []\nopen_for_append = logs.open_for_append\n"
         "def hangs(path):\n"
         "    opened.append(path)\n"

@@ -172,12 +172,12 @@ def test_who_comes_during_the_pause_is_let_in_after_it(socket_dir: Path) -> None
         broker.config.write_text(broker.config.read_text().replace(f"- {old}\n", ""))
         broker.before_new_process(
             "from pathlib import Path\nimport time\nfrom brokerd.net import handover\n"
-            "was = handover.Inheritance.begin\n"
+            "was = handover.RestoredState.begin\n"
             "def begin(self):\n"
             "    Path(sys.argv[1]).with_name('pause').touch()\n"
             "    while not Path(sys.argv[1]).with_name('over').exists(): time.sleep(0.01)\n"
             "    was(self)\n"
-            "handover.Inheritance.begin = begin"
+            "handover.RestoredState.begin = begin"
         )
         ops.write(packed(REQUEST, "$broker", b'{"op": "upgrade"}', id=1))
         while not (socket_dir / "pause").exists():
@@ -289,7 +289,7 @@ def test_the_first_process_stays_for_whoever_started_it(socket_dir: Path) -> Non
         assert broker.popen.pid != serving
         assert broker.popen.poll() is None
         command = Path(f"/proc/{broker.popen.pid}/cmdline").read_bytes().split(b"\0")
-        assert command[4].endswith(b"keeper.py")
+        assert command[4].endswith(b"pid_holder.py")
         # Of the processes in between, none is left.
         assert [pid for pid in broker.successors() if is_running(pid)] == [serving]
         broker.signal(signal.SIGHUP)
@@ -309,7 +309,7 @@ def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
         first = int(Path(f"/proc/{broker.popen.pid}/task/{broker.popen.pid}/children").read_text())
         for _ in range(3):
             assert broker.upgrade(ops)["upgraded"]
-        assert b"keeper.py" in Path(f"/proc/{first}/cmdline").read_bytes()
+        assert b"pid_holder.py" in Path(f"/proc/{first}/cmdline").read_bytes()
         assert len(Path(f"/proc/{first}/task/{first}/children").read_text().split()) == 1
         os.kill(first, signal.SIGHUP)
         broker.wait("daemon.reloaded")

@@ -81,11 +81,11 @@ def scene(broker: Upgradable) -> Iterator[Scene]:
     broker.before_new_process("")
 
 
-RECEIVING = "from brokerd.upgrade import channel, successor\nimport os, signal, time\n"
+RECEIVING = "from brokerd.upgrade import channel, new_process as successor\nimport os, signal, time\n"
 #: Where the descriptors of the state are taken, not those that are copied before.
 TAKING = """
 import sys
-take = channel.Channel._take
+take = channel.UpgradeChannel._take
 def taking(act, self, count, deadline, *given):
     if count and sys._getframe(2).f_locals['say'] == 'state': act(*given)
     return take(self, count, deadline)
@@ -99,26 +99,26 @@ FAILURES = {
     ),
     "an offer it would read and a state it would not": (
         RECEIVING + "successor.READS = (3, 99)\nsuccessor.READS = (3,)\n"
-        "was = channel.Channel.expect\n"
+        "was = channel.UpgradeChannel.expect\n"
         "def expect(self, *words, **how):\n"
         "    message = was(self, *words, **how)\n"
         "    if message.say == 'state': message.facts['format'] = 4\n"
         "    return message\n"
-        "channel.Channel.expect = expect",
+        "channel.UpgradeChannel.expect = expect",
         "a state of the format 4",
     ),
     "killed while it receives connections that are copied": (
         RECEIVING
         + TAKING.replace("'state'", "'copy'")
-        + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
+        + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
         "signal 9 ended it",
     ),
     "killed while it receives the state": (
-        RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
+        RECEIVING + TAKING + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
         "signal 9 ended it",
     ),
     "hanging while it receives the state": (
-        RECEIVING + TAKING + "channel.Channel._take = lambda *given: taking(time.sleep, *given, 60)",
+        RECEIVING + TAKING + "channel.UpgradeChannel._take = lambda *given: taking(time.sleep, *given, 60)",
         "it said nothing for 0.",
     ),
     "a state it makes no sense of": (
@@ -130,25 +130,25 @@ FAILURES = {
     "a limit of open files too low for it": (
         RECEIVING + TAKING + "import resource\n"
         "def lower(): resource.setrlimit(resource.RLIMIT_NOFILE, (os.open('/dev/null', 0) + 2,) * 2)\n"
-        "channel.Channel._take = lambda *given: taking(lower, *given)",
+        "channel.UpgradeChannel._take = lambda *given: taking(lower, *given)",
         "is the limit of open files reached?",
     ),
     "dead when it is told to begin": (
-        RECEIVING + "was = channel.Channel.expect\n"
+        RECEIVING + "was = channel.UpgradeChannel.expect\n"
         "def expect(self, *words, **how):\n"
         "    message = was(self, *words, **how)\n"
         "    if message.say == 'commit': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return message\n"
-        "channel.Channel.expect = expect",
+        "channel.UpgradeChannel.expect = expect",
         "signal 9 ended it",
     ),
     "hanging when it is told to begin": (
-        RECEIVING + "was = channel.Channel.expect\n"
+        RECEIVING + "was = channel.UpgradeChannel.expect\n"
         "def expect(self, *words, **how):\n"
         "    message = was(self, *words, **how)\n"
         "    if message.say == 'commit': time.sleep(60)\n"
         "    return message\n"
-        "channel.Channel.expect = expect",
+        "channel.UpgradeChannel.expect = expect",
         "it said nothing for 0.3 s",
     ),
 }
@@ -298,11 +298,11 @@ def test_a_stop_in_the_very_moment_of_the_handover_is_heard(socket_dir: Path, wo
     """While the new process sets everything up, the old one drains; once it may begin, the new one does."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
         broker.before_new_process(
-            RECEIVING + "was = channel.Channel.send\n"
+            RECEIVING + "was = channel.UpgradeChannel.send\n"
             "def send(self, say, *given, **how):\n"
             f"    if say == '{word}': os.kill(os.getppid(), signal.SIGTERM)\n"
             "    was(self, say, *given, **how)\n"
-            "channel.Channel.send = send"
+            "channel.UpgradeChannel.send = send"
         )
         broker.signal(signal.SIGUSR2)
         assert broker.exit_status() == 0

@@ -80,7 +80,6 @@ class Connection:
     can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
-        "tls_peer",
         "closed",
         "credential",
         "ending",
@@ -88,10 +87,11 @@ class Connection:
         "grace",
         "large_frame",
         "passed",
+        "pending_input",
         "server",
         "session",
         "sock",
-        "pending_input",
+        "tls_peer",
         "waits",
         "writing",
     )

@@ -20,7 +20,7 @@ from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd_client.wire.channel_binding import BROKER, CLIENT, bound_key
 from brokerd_client.wire.handshake import Proof
 
-__all__ = ["SLICE", "Credential", "Identity", "Keyring", "KeySearch", "key_on"]
+__all__ = ["SLICE", "Credential", "Identity", "KeySearch", "Keyring", "key_on"]
 
 #: Keys tried before others get their turn: some 60 microseconds of work.
 SLICE: Final = 32

@@ -40,7 +40,6 @@ class PendingConnection:
 
     __slots__ = (
         "allow_md5",
-        "tls_peer",
         "credential",
         "deadline",
         "done",
@@ -64,6 +63,7 @@ class PendingConnection:
         "steps",
         "stream",
         "tls",
+        "tls_peer",
         "uid",
     )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from brokerd.net.handshake.pending import PendingConnection
 
-__all__ = ["NO_TLS", "SPEAKS_TLS", "TlsPeer", "TlsHandshakes", "challenge_nonce", "is_client_hello"]
+__all__ = ["NO_TLS", "SPEAKS_TLS", "TlsHandshakes", "TlsPeer", "challenge_nonce", "is_client_hello"]
 
 #: What is told to somebody who never spoke at a listener that waits for TLS: most likely a client without it.
 _SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"

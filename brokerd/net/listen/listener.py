@@ -20,7 +20,7 @@ from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
-__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "precheck", "inherited", "listen", "look_up"]
+__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "inherited", "listen", "look_up", "precheck"]
 
 #: What host names of addresses mean, as ``socket.getaddrinfo`` says.
 Found: TypeAlias = Mapping[Address, list[Any]]

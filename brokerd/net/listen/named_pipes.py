@@ -1,7 +1,7 @@
 """A named pipe of Windows that listens: to the server it looks like a listening socket.
 
-The event loop can wait for sockets only. So a thread takes the connections of the pipe, gives each a socket that stands
-for it (``brokerd_client._common.pipe_bridge``) and rings; what the loop waits for is the bell. Nothing here knows of handshakes.
+The event loop can wait for sockets only. So a thread accepts the connections of the pipe, gives each a socket that
+stands for it (``brokerd_client._common.pipe_bridge``), and wakes the loop. Handshakes are not known here.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from brokerd.config.values import ListenConfig
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd_client.address import Address, parse
 
-__all__ = ["ActivatedSockets", "ActivatedSocket", "SocketActivationError", "listen_at", "listen_for"]
+__all__ = ["ActivatedSocket", "ActivatedSockets", "SocketActivationError", "listen_at", "listen_for"]
 
 #: The first descriptor handed over, SD_LISTEN_FDS_START.
 _FIRST: Final = 3

@@ -16,7 +16,7 @@ from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
 from brokerd_client.wire.envelope import Kind
 
-__all__ = ["WaitQueue", "Dispatcher", "Sink", "Job", "log"]
+__all__ = ["Dispatcher", "Job", "Sink", "WaitQueue", "log"]
 
 M = TypeVar("M", bound=Message)
 

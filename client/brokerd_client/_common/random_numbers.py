@@ -9,7 +9,7 @@ import os
 
 from brokerd_client.wire.handshake import NONCE_SIZE
 
-__all__ = ["jitter", "first_id", "nonce"]
+__all__ = ["first_id", "jitter", "nonce"]
 
 
 def first_id() -> int:

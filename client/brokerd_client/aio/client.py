@@ -1,10 +1,10 @@
 """The broker client for asyncio: coroutines and async iterators, on one event loop.
 
-A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here. A task that is cancelled while it waits leaves
-nothing behind. Works with any event loop that has transports: asyncio's own and uvloop.
+A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here. A task that is cancelled while it
+waits leaves nothing behind. Works with any event loop that has transports: asyncio's own and uvloop.
 
-Here are the calls a user makes. What moves the bytes is in aio_link and aio_connection, what a client gives to its user
-in aio_feeds, and where tasks wait in aio_boxes.
+Here are the calls a user makes. The module ``base`` holds the connection, ``transport`` moves the bytes,
+``subscriptions`` has what a user iterates over, and ``waiters`` where calls wait.
 """
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them

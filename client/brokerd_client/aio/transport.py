@@ -18,7 +18,7 @@ from brokerd_client._common.lookup import Candidate, Lookup, numeric
 from brokerd_client._common.pipe_bridge import BridgedSocket, dial_pipe
 from brokerd_client.address import Address, validate_family
 
-__all__ = ["Transport", "Hearer", "Resolver", "dial"]
+__all__ = ["Hearer", "Resolver", "Transport", "dial"]
 
 #: Bytes read at once, of what is left.
 _PIECE: Final = 64 * 1024

@@ -2,8 +2,8 @@
 
 A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here.
 
-Here are the calls a user makes. What moves the bytes is in blocking_link, what a client gives to its user in
-blocking_feeds, and where threads wait in blocking_boxes.
+Here are the calls a user makes. The module ``base`` holds the connection, ``transport`` moves the bytes,
+``subscriptions`` has what a user iterates over, and ``waiters`` where calls wait.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
-__all__ = ["NOTHING", "WaitQueue", "Call", "Waiters", "by_handler", "gate", "wait_at"]
+__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters", "by_handler", "gate", "wait_at"]
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class WaitQueue(Generic[T]):
         so that nothing can arrive until the handler returns.
     """
 
-    __slots__ = ("__weakref__", "_transport", "_meter", "_interrupting", "ended", "inbox", "waiters")
+    __slots__ = ("__weakref__", "_interrupting", "_meter", "_transport", "ended", "inbox", "waiters")
 
     def __init__(self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]) -> None:
         self.inbox: Inbox[T] = Inbox(meter)

@@ -19,7 +19,7 @@ from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import LIMIT, NONCE_SIZE, Handshake, Proof, Send, next_message, unframed
 
-__all__ = ["PeerStream", "Negotiation", "SocketPeer", "answer_challenge", "deliver_challenge", "described", "nonce"]
+__all__ = ["Negotiation", "PeerStream", "SocketPeer", "answer_challenge", "deliver_challenge", "described", "nonce"]
 
 
 def nonce() -> bytes:

@@ -27,7 +27,7 @@ if sys.platform == "win32":
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
-    __all__ = ["Pipe", "PipePeer", "PipeConnection", "PipeServer", "PipeStream", "dial"]
+    __all__ = ["Pipe", "PipeConnection", "PipePeer", "PipeServer", "PipeStream", "dial"]
 
     _BUFFER_SIZE: Final = 8192
     #: Milliseconds between two looks at the clock while a pipe is busy.

@@ -54,7 +54,7 @@ from brokerd_client.wire.envelope import (
 from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
 
-__all__ = ["LINGER_S", "Effects", "Dialog"]
+__all__ = ["LINGER_S", "Dialog", "Effects"]
 
 M = TypeVar("M", bound=Message)
 

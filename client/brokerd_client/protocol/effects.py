@@ -20,7 +20,7 @@ class Effects(Generic[M]):
     events: (sink, Message or Presence) for subscriptions and watches. ended: (sink, why) for those that are over.
     undelivered: failures of sends that nobody waits for.
     unreadable: why a frame was skipped, one error each. warnings: sentences for the log.
-    broken: set when the connection has to be closed and :meth:`brokerd_client.protocol.dialog.Dialog.lost` called with it.
+    broken: set when the connection has to be closed; ``Dialog.lost`` is then called with it.
     """
 
     __slots__ = (

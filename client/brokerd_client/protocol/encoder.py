@@ -40,7 +40,7 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 class Outgoing:
     """The bytes of one connection after the other, counted from each connection's first."""
 
-    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unwritten", "written", "queued")
+    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unwritten", "queued", "written")
 
     def __init__(self) -> None:
         #: Bytes put out on this connection so far, and how many of them the face has seen off.

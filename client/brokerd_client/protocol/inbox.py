@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["OVERHEAD", "STRETCH", "InboxMeter", "Inbox", "largest_message"]
+__all__ = ["OVERHEAD", "STRETCH", "Inbox", "InboxMeter", "largest_message"]
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
-__all__ = ["PendingTable", "Pending", "Purpose"]
+__all__ = ["Pending", "PendingTable", "Purpose"]
 
 #: Deadlines of finished sends that may stay in the heap, before it is built anew.
 _STALE: Final = 64
@@ -42,7 +42,7 @@ class Pending:
         None where nobody waits. route, sink: the subscription it makes.
     """
 
-    __slots__ = ("about", "deadline", "end", "id", "purpose", "entry", "sink", "to", "waiter")
+    __slots__ = ("about", "deadline", "end", "entry", "id", "purpose", "sink", "to", "waiter")
 
     def __init__(
         self,

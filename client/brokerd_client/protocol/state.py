@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["NEXT", "State", "Event"]
+__all__ = ["NEXT", "Event", "State"]
 
 
 class State(Enum):
