@@ -1,0 +1,362 @@
+"""The language of code and documentation: what a program can check of CONTRIBUTING.md's rules.
+
+Docstrings, comments and messages of both packages, README.md and docs/ are read. Text in
+backticks, code blocks and doctest examples are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+SOURCES: Final = [
+    path
+    for folder in ("brokerd", "client/brokerd_client")
+    for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyx")])
+]
+PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: Longest sentence of a docstring, in words (CONTRIBUTING.md, rule 5).
+LONGEST_SENTENCE: Final = 20
+#: Rule 3: a docstring begins with the direct verb.
+OPENINGS: Final = re.compile(r"(Have|Let|Be|Say|Whoever|Who|What|Nobody|Somebody)\b")
+#: Rules 1 and 4. Each is (what is found, what would be right).
+FORBIDDEN: Final = (
+    (
+        re.compile(r"\b([Ww]hoever|[Nn]obody|[Ss]omebody|[Ee]verybody|[Aa]nybody)\b"),
+        "name the client, sender or process",
+    ),
+    (
+        re.compile(
+            r"(?:^|[.;:] |, and |, but )(?:[Ww]ho|[Oo]ne|[Oo]thers) "
+            r"(?:is|are|has|have|was|were|comes?|came|goes|went|waits?|asks?|asked|leaves?|left|sends?|sent)\b"
+        ),
+        "name the client, sender or process",
+    ),
+    (
+        re.compile(r"\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|larger\b|later\b|other\b)[a-z]"),
+        "write 'is not a'",
+    ),
+    (re.compile(r"\banew\b|\bfor ever\b|\bbeforehand\b|\bamiss\b"), "write 'again', 'forever', 'before'"),
+    (
+        re.compile(r"\bso many (?:bytes|seconds|frames|messages|connections|threads|times|more)\b"),
+        "write the number's name",
+    ),
+)
+#: Files that do not follow the rules yet; a file that does is taken off this list.
+PENDING: Final = frozenset[str](
+    {
+        "README.md",
+        "brokerd/cli/add_client.py",
+        "brokerd/cli/demo.py",
+        "brokerd/cli/health.py",
+        "brokerd/cli/main.py",
+        "brokerd/config/__init__.py",
+        "brokerd/config/builder.py",
+        "brokerd/config/cert_subjects.py",
+        "brokerd/config/certificates.py",
+        "brokerd/config/diff.py",
+        "brokerd/config/fields.py",
+        "brokerd/config/key_files.py",
+        "brokerd/config/key_validity.py",
+        "brokerd/config/lint.py",
+        "brokerd/config/listen_addresses.py",
+        "brokerd/config/load.py",
+        "brokerd/config/memory_bound.py",
+        "brokerd/config/messages.py",
+        "brokerd/config/model.py",
+        "brokerd/config/owners.py",
+        "brokerd/config/problems.py",
+        "brokerd/config/text_files.py",
+        "brokerd/config/units.py",
+        "brokerd/config/validator.py",
+        "brokerd/config/values.py",
+        "brokerd/config/yaml_reader.py",
+        "brokerd/core/_routing_py.py",
+        "brokerd/core/allowance.py",
+        "brokerd/core/broker.py",
+        "brokerd/core/deferred.py",
+        "brokerd/core/delivery.py",
+        "brokerd/core/events.py",
+        "brokerd/core/exchange.py",
+        "brokerd/core/large_frame.py",
+        "brokerd/core/log_events.py",
+        "brokerd/core/operations.py",
+        "brokerd/core/outbox.py",
+        "brokerd/core/policy.py",
+        "brokerd/core/precopy.py",
+        "brokerd/core/revocation.py",
+        "brokerd/core/routing_result.py",
+        "brokerd/core/snapshot.py",
+        "brokerd/core/snapshot_check.py",
+        "brokerd/core/topic_search.py",
+        "brokerd/core/topics.py",
+        "brokerd/core/undelivered.py",
+        "brokerd/ctl/against_running.py",
+        "brokerd/ctl/bench.py",
+        "brokerd/ctl/messages.py",
+        "brokerd/ctl/operations.py",
+        "brokerd/ctl/output.py",
+        "brokerd/ctl/plan.py",
+        "brokerd/ctl/status.py",
+        "brokerd/ctl/top.py",
+        "brokerd/daemon/admin.py",
+        "brokerd/daemon/daemon.py",
+        "brokerd/daemon/garbage.py",
+        "brokerd/daemon/key_expiry.py",
+        "brokerd/daemon/process.py",
+        "brokerd/daemon/reload.py",
+        "brokerd/daemon/reloader.py",
+        "brokerd/daemon/startup_warnings.py",
+        "brokerd/daemon/systemd.py",
+        "brokerd/daemon/threads.py",
+        "brokerd/entry.py",
+        "brokerd/log/api.py",
+        "brokerd/log/formats.py",
+        "brokerd/log/logger.py",
+        "brokerd/log/rate_limit.py",
+        "brokerd/log/sinks.py",
+        "brokerd/monitor/collect.py",
+        "brokerd/monitor/formats.py",
+        "brokerd/monitor/hosts.py",
+        "brokerd/monitor/http_server.py",
+        "brokerd/monitor/metrics.py",
+        "brokerd/monitor/toggle.py",
+        "brokerd/net/connection/connection.py",
+        "brokerd/net/connection/lingering_close.py",
+        "brokerd/net/connection/liveness.py",
+        "brokerd/net/connection/reset_recheck.py",
+        "brokerd/net/connection/tls.py",
+        "brokerd/net/connection/unread.py",
+        "brokerd/net/core_events.py",
+        "brokerd/net/counters.py",
+        "brokerd/net/drain.py",
+        "brokerd/net/graceful_close.py",
+        "brokerd/net/handover.py",
+        "brokerd/net/handshake/admission.py",
+        "brokerd/net/handshake/handshakes.py",
+        "brokerd/net/handshake/keyring.py",
+        "brokerd/net/handshake/peer_uid.py",
+        "brokerd/net/handshake/penalties.py",
+        "brokerd/net/handshake/tls.py",
+        "brokerd/net/listen/acceptor.py",
+        "brokerd/net/listen/listener.py",
+        "brokerd/net/listen/named_pipes.py",
+        "brokerd/net/listen/socket_activation.py",
+        "brokerd/net/server.py",
+        "brokerd/testing.py",
+        "brokerd/upgrade/__init__.py",
+        "brokerd/upgrade/channel.py",
+        "brokerd/upgrade/new_process.py",
+        "brokerd/upgrade/notify.py",
+        "brokerd/upgrade/old_process.py",
+        "brokerd/upgrade/pid_holder.py",
+        "client/brokerd_client/_common/dispatcher.py",
+        "client/brokerd_client/_common/forks.py",
+        "client/brokerd_client/_common/keepalive.py",
+        "client/brokerd_client/_common/lookup.py",
+        "client/brokerd_client/_common/pipe_bridge.py",
+        "client/brokerd_client/_common/warning_limiter.py",
+        "client/brokerd_client/address.py",
+        "client/brokerd_client/aio/base.py",
+        "client/brokerd_client/aio/client.py",
+        "client/brokerd_client/aio/subscriptions.py",
+        "client/brokerd_client/aio/tls_transport.py",
+        "client/brokerd_client/aio/transport.py",
+        "client/brokerd_client/blocking/base.py",
+        "client/brokerd_client/blocking/client.py",
+        "client/brokerd_client/blocking/subscriptions.py",
+        "client/brokerd_client/blocking/tls_transport.py",
+        "client/brokerd_client/blocking/transport.py",
+        "client/brokerd_client/blocking/waiters.py",
+        "client/brokerd_client/codec.py",
+        "client/brokerd_client/connection/call_lock.py",
+        "client/brokerd_client/connection/forks.py",
+        "client/brokerd_client/connection/handshaking.py",
+        "client/brokerd_client/connection/listener.py",
+        "client/brokerd_client/connection/listening_sockets.py",
+        "client/brokerd_client/connection/named_pipes.py",
+        "client/brokerd_client/connection/readiness.py",
+        "client/brokerd_client/connection/stream.py",
+        "client/brokerd_client/errors.py",
+        "client/brokerd_client/message.py",
+        "client/brokerd_client/presence.py",
+        "client/brokerd_client/protocol/decoder.py",
+        "client/brokerd_client/protocol/dialog.py",
+        "client/brokerd_client/protocol/effects.py",
+        "client/brokerd_client/protocol/encoder.py",
+        "client/brokerd_client/protocol/inbound.py",
+        "client/brokerd_client/protocol/inbox.py",
+        "client/brokerd_client/protocol/pending.py",
+        "client/brokerd_client/protocol/state.py",
+        "client/brokerd_client/protocol/subscription_table.py",
+        "client/brokerd_client/settings.py",
+        "client/brokerd_client/tls/engine.py",
+        "client/brokerd_client/tls/stream.py",
+        "client/brokerd_client/topics.py",
+        "client/brokerd_client/wire/certificate.py",
+        "client/brokerd_client/wire/channel_binding.py",
+        "client/brokerd_client/wire/envelope.py",
+        "client/brokerd_client/wire/foreign_protocols.py",
+        "client/brokerd_client/wire/framing.py",
+        "client/brokerd_client/wire/handshake.py",
+        "docs/architecture.md",
+        "docs/brokerctl.md",
+        "docs/client.md",
+        "docs/configuration.md",
+        "docs/direct-api.md",
+        "docs/operations.md",
+        "docs/performance.md",
+        "docs/protocol.md",
+        "docs/reliability.md",
+        "docs/security.md",
+    }
+)
+#: Lines that are right although a pattern finds them: (file, words of the line) and the reason.
+ALLOWED: Final[dict[tuple[str, str], str]] = {}
+
+
+class Text(NamedTuple):
+    """A piece of prose and where it begins."""
+
+    path: Path
+    line: int
+    words: str
+    is_docstring: bool = False
+
+
+def docstrings(path: Path, tree: ast.AST) -> Iterator[Text]:
+    """Yield every docstring of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = ast.get_docstring(node)
+            if found:
+                line = node.body[0].lineno
+                yield Text(path, line, found, is_docstring=True)
+
+
+def messages(path: Path, tree: ast.AST) -> Iterator[Text]:
+    """Yield the string constants in raised exceptions and log calls."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            for part in ast.walk(node.exc):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield Text(path, part.lineno, part.value)
+
+
+def comments(path: Path, source: str) -> Iterator[Text]:
+    """Yield every comment, consecutive lines as one."""
+    block: list[str] = []
+    first = last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        words = token.string.lstrip("#: ").rstrip()
+        if words.startswith(("noqa", "type:", "ruff:", "pragma", "cython", "!")):
+            continue
+        if block and token.start[0] == last + 1:
+            block.append(words)
+        else:
+            if block:
+                yield Text(path, first, " ".join(block))
+            block, first = [words], token.start[0]
+        last = token.start[0]
+    if block:
+        yield Text(path, first, " ".join(block))
+
+
+def prose_of(path: Path) -> list[Text]:
+    """Return all prose of a file."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        source = re.sub(r"```.*?```", lambda block: "\n" * block.group().count("\n"), source, flags=re.DOTALL)
+        return [Text(path, number, line) for number, line in enumerate(source.splitlines(), 1)]
+    if path.suffix == ".pyx":
+        return list(comments(path, source))
+    tree = ast.parse(source)
+    return [*docstrings(path, tree), *comments(path, source), *messages(path, tree)]
+
+
+def plain(text: str) -> str:
+    """Return the text without what stands in backticks."""
+    return re.sub(r"``[^`]*``|`[^`]*`", "X", text)
+
+
+def sentences(docstring: str) -> Iterator[str]:
+    """Yield the sentences of a docstring, without examples, tables and Args sections' names."""
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        if re.search(r"::\s*$|^\s*[>|+]|^ {4,}\S", paragraph, re.MULTILINE) and not re.search(
+            r"^(Args|Returns|Raises):", paragraph
+        ):
+            continue
+        joined = " ".join(
+            line.strip() for line in paragraph.splitlines() if not re.match(r"\s*(Args|Returns|Raises|Yields):$", line)
+        )
+        yield from re.split(r"(?<=[.;:?!])\s+", plain(joined))
+
+
+def problems(path: Path) -> list[str]:
+    """Return a line for every place that breaks a rule."""
+    name = path.relative_to(ROOT).as_posix()
+    found = []
+    for text in prose_of(path):
+        words = plain(text.words)
+        flat = " ".join(words.split())
+        for pattern, right in FORBIDDEN:
+            found += [
+                f"{name}:{text.line}: {hit.group()!r}: {right}"
+                for hit in pattern.finditer(flat)
+                if not any(name == file and part in flat for file, part in ALLOWED)
+            ]
+        if text.is_docstring:
+            if OPENINGS.match(words) and not re.match(r"What\b.*\?", words):
+                found.append(f"{name}:{text.line}: begins with {words.split()[0]!r}: begin with the direct verb")
+            counts = [(len(sentence.split()), sentence) for sentence in sentences(text.words)]
+            found += [
+                f"{name}:{text.line}: {count} words: {sentence[:60]}..."
+                for count, sentence in counts
+                if count > LONGEST_SENTENCE
+            ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in [*SOURCES, *PAGES]]
+)
+def test_language_of_file_follows_contributing_rules(path: Path) -> None:
+    """No forbidden subject or opening, and no docstring sentence of more than 20 words."""
+    found = problems(path)
+
+    if path.relative_to(ROOT).as_posix() in PENDING:
+        assert found, "it follows the rules now: take it off the list"
+    else:
+        assert found == []
+
+
+def test_language_allow_list_entry_is_still_needed() -> None:
+    """Every exception is in the file that it names, and has a reason."""
+    for (file, part), reason in ALLOWED.items():
+        assert reason
+        assert part in " ".join(plain((ROOT / file).read_text(encoding="utf-8")).split()), f"{file} has no {part!r}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["Whoever asks is told.", "Let the client wait.", "The name is no size.", "Begin anew.", "Who waits is released."],
+)
+def test_language_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """The check sees each kind of fault, so that its silence means something."""
+    monkeypatch.setattr("test_language.ROOT", tmp_path, raising=False)
+    planted = tmp_path / "planted.py"
+    planted.write_text(f'"""{words}"""\n', encoding="utf-8")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+
+    assert problems(planted)
