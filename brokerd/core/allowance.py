@@ -1,8 +1,9 @@
 """How long a recipient with a full queue may hold its senders (``when_full: wait``).
 
-At first for ``limits.wait_timeout``. What a recipient has used of that it earns back: a tenth of
-``limits.wait_timeout`` for each half of its queue that it reads, and a tenth of the time in which it holds no sender.
-So a recipient that takes a little now and then cannot hold its senders for most of the time.
+At first it may hold them for ``limits.wait_timeout``. A recipient earns back the time that
+it has used. It earns a tenth of ``limits.wait_timeout`` for each half of its queue that it
+reads. It also earns a tenth of the time in which it holds no sender. So a slow consumer
+that reads a little now and then cannot hold its senders for most of the time.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import Final
 
 __all__ = ["Allowance"]
 
-#: The share of the longest time that half a queue earns, and of the time without a held sender.
+#: Fraction of ``limits.wait_timeout`` that is earned per half queue read; also the fraction earned
+#: of the time without a held sender.
 _SHARE: Final = 0.1
 
 
 class Allowance:
-    """One recipient's time for holding senders.
+    """The time for which one recipient may hold senders.
 
-    used: seconds of it that are used up. at: when that was true. holding: whether senders are held since then.
+    used: seconds that are used up. at: the time at which ``used`` was computed.
+    holding: whether senders have been held since then.
     """
 
     __slots__ = ("at", "holding", "used")
@@ -29,23 +32,23 @@ class Allowance:
         self.holding = holding
 
     def begin(self, now: float, most: float, *, holds: bool) -> float:
-        """Return for how many seconds a sender may be held from now on. holds: others are held already."""
+        """Return for how many seconds a sender may be held. holds: other senders are held already."""
         if self.holding and holds:
             self.used += now - self.at
         else:
-            # A sender that was held and has left does not count.
+            # The time of a held sender that has left does not count.
             self.used = max(0.0, self.used - (now - self.at) * _SHARE)
         self.at = now
         self.holding = True
         return most - self.used
 
     def end(self, now: float) -> None:
-        """Count the time until now: no sender is held any more."""
+        """Add the time until now to ``used``: no sender is held any more."""
         if self.holding:
             self.used += now - self.at
             self.at = now
             self.holding = False
 
     def earn(self, most: float) -> None:
-        """Count half a queue that was read."""
+        """Credit the recipient for half a queue that it has read."""
         self.used = max(0.0, self.used - most * _SHARE)

@@ -1,6 +1,7 @@
-"""Deadlines of what waits for an answer: each is added and taken back at the same cost, however many there are.
+"""Deadlines of requests that wait for an answer.
 
-Time is cut into slots. A deadline is found when its slot is over, so up to one slot late and never early.
+Adding and removing a deadline costs the same, however many there are. Time is divided into
+slots. A deadline is reported when its slot is over: up to one slot late, and never early.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ __all__ = ["Deadlines"]
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: Slots of time per second.
+#: Time slots per second.
 _SLOTS: Final = 32
-#: Slots that are empty and may stay in the heap, before it is built again.
+#: Most entries of the heap beyond twice the slots in use; with more, the heap is rebuilt.
 _STALE: Final = 64
 
 
 class Deadlines(Generic[Key]):
-    """Keys, each with a deadline on the clock of ``now``."""
+    """Keys, each with a deadline in seconds on the clock of ``now``."""
 
     def __init__(self) -> None:
         self._slots: dict[int, dict[Key, None]] = {}
@@ -31,7 +32,7 @@ class Deadlines(Generic[Key]):
         return bool(self._slots)
 
     def add(self, deadline: float, key: Key) -> None:
-        """Remember a deadline."""
+        """Add a deadline."""
         number = math.ceil(deadline * _SLOTS)
         slot = self._slots.get(number)
         if slot is None:
@@ -40,7 +41,7 @@ class Deadlines(Generic[Key]):
         slot[key] = None
 
     def discard(self, deadline: float, key: Key) -> None:
-        """Forget a deadline, if it is still remembered."""
+        """Remove a deadline, if it is still there."""
         number = math.ceil(deadline * _SLOTS)
         slot = self._slots.get(number)
         if slot is not None:
@@ -53,13 +54,13 @@ class Deadlines(Generic[Key]):
 
     @property
     def next(self) -> float | None:
-        """When ``due`` has something to return; None where nothing is remembered."""
+        """The time at which ``due`` returns a key; None without any deadline."""
         while self._heap and self._heap[0] not in self._slots:
             heapq.heappop(self._heap)
         return self._heap[0] / _SLOTS if self._heap else None
 
     def due(self, now: float, most: int) -> list[Key]:
-        """Return and forget up to ``most`` keys whose slot is over."""
+        """Remove and return up to ``most`` keys whose slot is over."""
         found: list[Key] = []
         while len(found) < most and (earliest := self.next) is not None and earliest <= now:
             number = self._heap[0]

@@ -1,7 +1,8 @@
-"""Work that takes long, done in turns: one job after the other, a few steps at a time.
+"""Deferred work: long jobs, run one after the other and a few steps at a time.
 
-The jobs are the broker's own events and the questions whose answer is long. They are done strictly in order, so that an
-answer says what the events before it have told, and the events behind it are news.
+The jobs are the broker's own events, and requests to the broker with a long answer. They
+run strictly in order. So an answer agrees with the events before it, and the events after
+it are news.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Deferred", "Job"]
 
-#: Steps of a job that are taken at once where no other job waits: most jobs have fewer.
+#: Most steps of a new job that run at once if no other job waits. Most jobs have fewer.
 _AT_ONCE: Final = 16
 
 
 class Job(Protocol):
-    """Something that takes several steps."""
+    """A piece of work that takes several steps."""
 
     def begin(self, broker: Broker) -> Iterator[None]:
-        """Return the steps, each some tens of microseconds' work."""
+        """Return the steps, each of which takes some tens of microseconds."""
 
 
 class Deferred:
-    """The jobs that wait, in order; the first one is under way."""
+    """The queue of jobs, in order; the first one may be in progress."""
 
     def __init__(self, broker: Broker) -> None:
         self.jobs: deque[Job] = deque()
@@ -38,15 +39,15 @@ class Deferred:
         return len(self.jobs)
 
     def add(self, job: Job) -> int:
-        """Do a job when all that came before it are done: at once, where it is short and no other waits.
+        """Queue a job; run its first steps at once if no other job waits.
 
-        Returns how many steps were taken.
+        Returns the number of steps taken.
         """
         self.jobs.append(job)
         return self.run_deferred(_AT_ONCE) if len(self.jobs) == 1 else 0
 
     def run_deferred(self, count: int) -> int:
-        """Take up to ``count`` steps; return how many were taken."""
+        """Run up to ``count`` steps; return how many were run."""
         steps = 0
         while self.jobs and steps < count:
             steps += 1

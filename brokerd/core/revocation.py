@@ -1,7 +1,8 @@
-"""Subscriptions that new rules may forbid, looked through and ended little by little.
+"""The end of subscriptions that new rules forbid, checked a few at a time.
 
-One connection may have ten thousand of them, and ten connections would hold up everybody else for seconds. From the
-moment the rules are new nothing is found under a pattern that they forbid; what remains to be done is to forget it.
+One connection may have ten thousand subscriptions. Checking those of ten connections at
+once would delay all clients for seconds. From the moment new rules apply, a look-up finds
+no subscription under a pattern that they forbid. Only its removal is left to be done.
 Source of the rules: docs/configuration.md, "clients".
 """
 
@@ -20,36 +21,38 @@ __all__ = ["Revocation"]
 
 
 class Revocation:
-    """The connections whose subscriptions are looked through.
+    """The sessions whose subscriptions are being checked.
 
-    on_ended: told of each subscription that the rules forbid: whose, its pattern and its group.
+    on_ended: called for each subscription that the rules forbid, with session, pattern and
+    group.
     """
 
     def __init__(self, topics: Topics[Session], on_ended: Callable[[Session, str, str | None], None]) -> None:
         self._topics = topics
         self._on_ended = on_ended
-        #: In their order, each with what was not looked at; None where nothing was.
+        #: The sessions in their order, each with its unchecked subscriptions; None where
+        #: checking has not begun.
         self._rest: dict[Session, list[tuple[str, str | None]] | None] = {}
 
     def __len__(self) -> int:
-        """How many connections these are."""
+        """Return the number of sessions."""
         return len(self._rest)
 
     def begin(self, session: Session) -> None:
-        """Find a session under no pattern that its client's rules forbid; they are the new ones already."""
+        """Hide a session under patterns that its client's rules, which are already new, forbid."""
         if session.subscriptions:
             policy = session.client.policy
             self._topics.restrict(session, lambda pattern: policy.subscribing(pattern) is not None)
             self._rest[session] = None
 
     def finish(self, session: Session) -> None:
-        """Look through the rest of a session's subscriptions at once: its rules are about to change."""
+        """Check the rest of a session's subscriptions at once: its rules are about to change."""
         if session in self._rest:
             self._go_on(session, sys.maxsize)
             self._end(session)
 
     def run_deferred(self, count: int) -> None:
-        """Look at up to ``count`` subscriptions."""
+        """Check up to ``count`` subscriptions."""
         while self._rest and count > 0:
             session = next(iter(self._rest))
             looked_at = self._go_on(session, count)
@@ -62,14 +65,14 @@ class Revocation:
         self._topics.free(session)
 
     def _go_on(self, session: Session, count: int) -> int:
-        """Look at up to ``count`` subscriptions of a session; return how many it were."""
+        """Check up to ``count`` subscriptions of a session; return how many were checked."""
         rest = self._rest[session]
         if rest is None:
             rest = self._rest[session] = list(session.subscriptions)
         some = rest[-count:]
         del rest[-count:]
         for pattern, group in some:
-            # It may have ended since, and with it the whole session.
+            # The subscription may have ended since then, and the whole session with it.
             if (pattern, group) in session.subscriptions and session.client.policy.subscribing(pattern) is None:
                 self._topics.prune(pattern, session, group)
                 session.subscriptions.discard((pattern, group))

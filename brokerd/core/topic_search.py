@@ -1,7 +1,8 @@
-"""What a search for subscribers goes through, and what it finds: the tree's nodes, the search, the matches.
+"""The search for subscribers: the nodes of the tree, the search itself, and its matches.
 
-A search can stop anywhere and go on later; what is subscribed and ended meanwhile it is told. How the tree grows and is
-cut, and whose turn it is, is :mod:`brokerd.core.topics`. Source of the rules: docs/protocol.md, "Topics".
+A search can stop anywhere and continue later. It is notified of subscriptions that begin
+or end in between. :mod:`brokerd.core.topics` grows and cuts the tree, and decides which
+search continues. Source of the rules: docs/protocol.md, "Topics".
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ __all__ = ["Ends", "Matches", "Node", "TopicSearch"]
 
 Member = TypeVar("Member", bound=Hashable)
 
-#: Subscriptions that are looked at in the time in which a pattern is held against the rules.
+#: Cost of checking a pattern against the rules, in subscriptions that take as long to look up.
 _JUDGED: Final = 8
 
 
 class Ends(dict[Member, "set[str | None]"]):
-    """Whose subscriptions end at a node: each member with the groups it joined there; None stands for no group.
+    """The subscriptions that end at a node: each member with the groups it joined there.
 
-    pattern: what leads to the node.
+    None stands for a subscription without a group. pattern: the pattern of the node.
     """
 
     __slots__ = ("pattern",)
@@ -33,8 +34,8 @@ class Ends(dict[Member, "set[str | None]"]):
 class Node(Generic[Member]):
     """The subscriptions whose pattern ends here, and the tokens that may follow.
 
-    Most nodes have one child and no member, and a pattern can have 128 of them: no dict is made before it is needed.
-    members: whose subscriptions end here.
+    Most nodes have one child and no member, and a pattern can have 128 nodes. So a dict is
+    created only when it is needed. members: the members whose subscriptions end here.
     """
 
     __slots__ = ("_child", "_more", "_token", "members")
@@ -57,7 +58,7 @@ class Node(Generic[Member]):
         return None if self._more is None else self._more.get(token)
 
     def grow(self, token: str) -> Node[Member]:
-        """Return the node behind a token, made where there is none."""
+        """Return the node behind a token; create it if it does not exist."""
         child = self.follow(token)
         if child is None:
             child = Node()
@@ -69,7 +70,7 @@ class Node(Generic[Member]):
         return child
 
     def cut(self, token: str) -> None:
-        """Forget the node behind a token."""
+        """Remove the node behind a token."""
         if token == self._token:
             self._token, self._child = "", None
         else:
@@ -78,11 +79,12 @@ class Node(Generic[Member]):
 
 
 class Matches(Generic[Member]):
-    """Who gets an event: every one of ``everyone``, and one member of each of ``groups``.
+    """The recipients of an event: all of ``everyone``, and one member of each of ``groups``.
 
-    Each member stands there with how many patterns say so. left: who has left since, and may still stand in groups.
+    Each member is stored with the number of its patterns that match.
+    left: members that have left since, and may still be in groups.
     turn: counts the events of a group, so that its members take turns.
-    fan: what whoever sends to everyone made of it, to be used again; None until then.
+    fanout: the fan-out that the delivery prepared for everyone, for reuse; None until then.
     """
 
     __slots__ = ("_count", "_ordered", "everyone", "fanout", "groups", "left", "turn")
@@ -94,11 +96,11 @@ class Matches(Generic[Member]):
         self.turn = 0
         self.fanout: object = None
         self._count = 0
-        #: The members of groups that have been chosen from.
+        #: The members, in a fixed order, of each group from which a member has been chosen.
         self._ordered: dict[str, list[Member]] = {}
 
     def __len__(self) -> int:
-        """How many subscriptions these are."""
+        """Return the number of subscriptions."""
         return self._count
 
     def add(self, member: Member, group: str | None) -> None:
@@ -110,7 +112,7 @@ class Matches(Generic[Member]):
         self._count += 1
 
     def drop(self, member: Member, group: str | None) -> None:
-        """Count one less that was counted."""
+        """Remove a subscription that was counted."""
         members = self.everyone if group is None else self.groups[group]
         members[member] -= 1
         if not members[member]:
@@ -120,7 +122,7 @@ class Matches(Generic[Member]):
         self._count -= 1
 
     def leave(self, member: Member) -> None:
-        """Leave a member out from now on."""
+        """Exclude a member from now on."""
         self.everyone.pop(member, None)
         self.left.add(member)
 
@@ -133,11 +135,16 @@ class Matches(Generic[Member]):
 
 
 class TopicSearch(Generic[Member]):
-    """One topic's way through the tree, and then through the subscriptions at its ends; not done yet.
+    """An unfinished search for one topic: through the tree, then through the subscriptions found.
 
-    walk: the rest of the way. nodes: those whose pattern matches, and whose subscriptions were not begun with.
-    node: the one where that goes on; members: those there who were not begun with; member: the one with whom it goes
-    on; groups: those it joined there that were not looked at. found: all that was looked at, kept true meanwhile.
+    walk: the rest of the way through the tree.
+    nodes: matching nodes whose subscriptions have not been started.
+    seen: matching nodes whose subscriptions have been started.
+    node: the matching node whose subscriptions are being looked up.
+    members: the members at that node that have not been started.
+    member: the member at that node that is being looked up.
+    groups: the groups that it joined there and that have not been looked up.
+    found: the matches so far, kept correct while subscriptions change.
     asked_at: see Topics._has_turn.
     """
 
@@ -156,21 +163,22 @@ class TopicSearch(Generic[Member]):
         self.asked_at = 0
 
     def has_passed(self, node: Node[Member], member: Member, group: str | None) -> bool:
-        """Return whether it does not come to that subscription any more."""
+        """Return whether the search has passed the place of that subscription."""
         if node is not self.node:
             return node in self.seen
         return member not in self.members and (member != self.member or group not in self.groups)
 
     def leave(self, member: Member) -> None:
-        """Leave a member out from now on."""
+        """Exclude a member from now on."""
         self.found.leave(member)
         if member == self.member:
             self.groups.clear()
 
     def look_up(self, count: int, gone: Container[Member], restricted: Mapping[Member, Callable[[str], bool]]) -> int:
-        """Look at some ``count`` subscriptions; return how many it were, about, fewer where there are no more.
+        """Look up about ``count`` subscriptions; return about how many were looked up.
 
-        gone: members that are passed over. restricted: members that are passed over where their pattern is not allowed.
+        The result is less than ``count`` only if no more are left. gone: members that are
+        skipped. restricted: members that are skipped where their pattern is not allowed.
         """
         looked_at = 0
         while looked_at < count:

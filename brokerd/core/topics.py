@@ -1,9 +1,10 @@
-"""Subscriptions: who gets the event published on a topic.
+"""Subscriptions: which members receive an event that is published on a topic.
 
-Patterns hang in a tree, one level a token, so that a look-up walks the topic's own tokens and never
-sees a subscription that does not match. Thousands of patterns with many wildcards can make that a long way, and
-thousands of groups a long list at its end, so both can be gone in pieces. Found sets are kept for topics published
-again, until a subscription changes.
+Patterns are kept in a tree with one level per token. A look-up follows the topic's
+own tokens and never visits a subscription that does not match. Thousands of patterns
+with many wildcards can make the walk long, and thousands of groups can make its result
+long. So both can be processed in pieces. The matches of a topic are cached until a
+subscription changes.
 Source of the rules: docs/protocol.md, "Topics".
 """
 
@@ -21,14 +22,17 @@ __all__ = ["Matches", "Topics", "covers"]
 
 Member = TypeVar("Member", bound=Hashable)
 
-#: Topics whose matches are remembered, and how many matches in all of them; above it the memory is emptied.
+#: Most topics in the cache of matches, and most matches in all of them together. Above either
+#: limit the cache is emptied.
 _REMEMBERED: Final = 10_000
 _REMEMBERED_MATCHES: Final = 250_000
-#: Nodes of the tree looked at between two chances to stop: some tens of microseconds' work.
+#: Nodes of the tree that are visited between two points at which a search can stop. They take some
+#: tens of microseconds.
 _PIECE: Final = 128
-#: Nodes that are looked at in the time in which one subscription is put to those found.
+#: Cost of adding one subscription to the matches, in visited nodes that take as long.
 _EACH: Final = 4
-#: Subscriptions that every search may have found before its end, a megabyte; of those with more, one goes on at a time.
+#: Matches per search, about a megabyte, up to which all searches may continue side by side. Of the
+#: unfinished searches with more matches, only one continues at a time.
 _FEW: Final = 4096
 
 
@@ -48,20 +52,25 @@ def covers(rule_pattern: str, pattern: str) -> bool:
 
 
 class Topics(Generic[Member]):
-    """All subscriptions. version: changes with every one of them."""
+    """All subscriptions.
+
+    version: a number that changes with every change of the subscriptions.
+    """
 
     def __init__(self) -> None:
         self.version = 1
-        #: By who began them.
+        #: The unfinished searches by owner.
         self._searches: dict[Hashable, TopicSearch[Member]] = {}
-        #: Whose searches have found many, the one that goes on first; and how often they wanted to.
+        #: The owners of searches with many matches; the first one's search is the one that
+        #: continues. And how many times such searches have asked to continue.
         self._long: dict[Hashable, None] = {}
         self._asked = 0
-        #: Who has left, and is found no more; and what of them is still in the tree.
+        #: Members that have left and are not found any more, and their subscriptions that are
+        #: still in the tree.
         self._gone: set[Member] = set()
         self._remains: deque[tuple[Member, list[tuple[str, str | None]]]] = deque()
         self._root: Node[Member] = Node()
-        #: Who is found under some patterns only, and under which.
+        #: Members that are found only under some patterns, each with the test for a pattern.
         self._restricted: dict[Member, Callable[[str], bool]] = {}
         self._remembered: dict[str, Matches[Member]] = {}
         self._remembered_matches = 0
@@ -71,8 +80,9 @@ class Topics(Generic[Member]):
         return self._count
 
     def add(self, pattern: str, member: Member, group: str | None = None) -> bool:
-        """Subscribe; return False if that very subscription was there already."""
-        # Twice as fast as it grows: who comes and goes all the time leaves no more behind than it could have at once.
+        """Subscribe; return False if the same subscription exists already."""
+        # The tree is tidied twice as fast as it grows. A client that keeps connecting and
+        # disconnecting leaves no more behind than it may have at once.
         self.tidy(2)
         node = self._root
         for token in pattern.split("."):
@@ -84,7 +94,7 @@ class Topics(Generic[Member]):
             return False
         joined.add(group)
         for search in self._searches.values():
-            # It may have come past here already.
+            # The search may have passed this node already.
             if matches(pattern, search.topic):
                 if search.has_passed(node, member, group):
                     search.found.add(member, group)
@@ -95,7 +105,7 @@ class Topics(Generic[Member]):
         return True
 
     def discard(self, pattern: str, member: Member, group: str | None = None) -> bool:
-        """Unsubscribe; return False if there was no such subscription. Empty branches are cut."""
+        """Unsubscribe and cut empty branches; return False if not subscribed."""
         node = self._cut(pattern, member, group)
         if node is None:
             return False
@@ -109,9 +119,9 @@ class Topics(Generic[Member]):
         return True
 
     def restrict(self, member: Member, allowed: Callable[[str], bool]) -> None:
-        """Find a member, from now on and until ``free``, only under patterns that are allowed.
+        """Restrict a member to the allowed patterns, from now on and until ``free``.
 
-        allowed: says the same of a pattern until then.
+        allowed: returns the same result for a pattern until then.
         """
         self._restricted[member] = allowed
         for owner in list(self._searches):
@@ -119,16 +129,19 @@ class Topics(Generic[Member]):
         self._changed()
 
     def prune(self, pattern: str, member: Member, group: str | None) -> None:
-        """End a subscription under which its member is not found any more."""
+        """Remove a subscription under which its member is not found any more."""
         self._cut(pattern, member, group)
         self._count -= 1
 
     def free(self, member: Member) -> None:
-        """Find a member under all its patterns again."""
+        """Lift the restriction of a member: it is found under all its patterns again."""
         self._restricted.pop(member, None)
 
     def leave(self, member: Member, subscriptions: Iterable[tuple[str, str | None]]) -> None:
-        """Find a member no more, from now on. subscriptions: all that it has; tidy takes them out of the tree."""
+        """Exclude a member from all matches from now on.
+
+        subscriptions: all subscriptions of the member; ``tidy`` removes them from the tree.
+        """
         rest = list(subscriptions)
         self.free(member)
         if rest:
@@ -141,11 +154,11 @@ class Topics(Generic[Member]):
 
     @property
     def is_tidy(self) -> bool:
-        """Whether nothing is left of those who left."""
+        """Whether no subscription of a member that has left is still in the tree."""
         return not self._remains
 
     def tidy(self, count: int) -> None:
-        """Take up to ``count`` subscriptions of those who left out of the tree."""
+        """Remove up to ``count`` subscriptions of members that have left from the tree."""
         while self._remains and count > 0:
             member, rest = self._remains[0]
             pattern, group = rest.pop()
@@ -156,7 +169,7 @@ class Topics(Generic[Member]):
             count -= 1
 
     def _cut(self, pattern: str, member: Member, group: str | None) -> Node[Member] | None:
-        """Take a subscription out of the tree; return the node where it was, or None. Empty branches are cut."""
+        """Remove a subscription and the branches left empty; return its node, or None."""
         path: list[tuple[Node[Member], str]] = []
         node = self._root
         for token in pattern.split("."):
@@ -176,7 +189,7 @@ class Topics(Generic[Member]):
             if not node.is_empty:
                 break
             for search in self._searches.values():
-                # One that waits long must not collect all that come and go.
+                # A search that waits long must not collect all nodes that come and go.
                 search.nodes.pop(node, None)
             parent.cut(token)
             node = parent
@@ -187,12 +200,12 @@ class Topics(Generic[Member]):
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was found: it will be looked for again."""
+        """Empty the cache of matches."""
         self._remembered.clear()
         self._remembered_matches = 0
 
     def find(self, topic: str) -> Matches[Member]:
-        """Return who gets an event on ``topic``. The object is kept, and given again for the same topic."""
+        """Return the members that receive an event on ``topic``; the object is cached and shared."""
         found = self._remembered.get(topic)
         if found is None:
             search = TopicSearch(topic, self._walk(topic.split(".")))
@@ -203,15 +216,20 @@ class Topics(Generic[Member]):
         return found
 
     def known(self, topic: str) -> Matches[Member] | None:
-        """Return what find would return, where that is remembered."""
+        """Return the cached matches of a topic, or None if they are not cached."""
         return self._remembered.get(topic)
 
     def search(self, topic: str, owner: Hashable, nodes: int) -> tuple[Matches[Member] | None, int]:
-        """Go on to look for who gets an event on ``topic``.
+        """Continue the search for the members that receive an event on ``topic``.
 
-        owner: who searches, one topic at a time; see abandon. nodes: how many of the tree may be looked at now, about;
-            a subscription there counts as _EACH.
-        Returns (what find returns, or None: there is more to look at; how many nodes were looked at).
+        Args:
+            topic: the topic of the event.
+            owner: the owner of the search, which searches one topic at a time; see abandon.
+            nodes: about how many nodes may be visited now; a subscription counts as _EACH.
+
+        Returns:
+            The matches as from ``find``, or None if the search is not over; and the number
+            of nodes visited.
         """
         found = self._remembered.get(topic)
         if found is not None:
@@ -238,19 +256,21 @@ class Topics(Generic[Member]):
 
     @property
     def searches(self) -> int:
-        """How many are under way; each of them looks at every new subscription."""
+        """The number of unfinished searches; each of them checks every new subscription."""
         return len(self._searches)
 
     def abandon(self, owner: Hashable) -> None:
-        """Forget how far the search of ``owner`` has come, if there is one."""
+        """Discard the unfinished search of ``owner``, if there is one."""
         self._searches.pop(owner, None)
         self._long.pop(owner, None)
 
     def _has_turn(self, owner: Hashable, search: TopicSearch[Member]) -> bool:
-        """Return whether a search that has found many may go on: one at a time, so that they hold no more than that.
+        """Return whether a search with many matches may continue.
 
-        Every owner comes again and again, all of them equally often. One who does not, because it is held or about to
-        be closed, keeps nobody waiting: its search begins anew should it come back.
+        Only one such search continues at a time, which bounds the memory of them all. All
+        owners ask repeatedly and equally often. An owner stops asking when it is held or
+        about to be closed. Its search is then discarded, so that it delays no other owner.
+        The search starts from the beginning if the owner returns.
         """
         self._asked += 1
         search.asked_at = self._asked
@@ -263,7 +283,7 @@ class Topics(Generic[Member]):
         return False
 
     def _remember(self, topic: str, found: Matches[Member]) -> Matches[Member]:
-        """Return what was found, kept for the next event on ``topic``."""
+        """Cache the matches for the next event on ``topic``, and return them."""
         size = len(found)
         if len(self._remembered) >= _REMEMBERED or self._remembered_matches + size > _REMEMBERED_MATCHES:
             self.forget()
@@ -272,7 +292,10 @@ class Topics(Generic[Member]):
         return found
 
     def _walk(self, tokens: list[str]) -> Iterator[tuple[int, list[Node[Member]]]]:
-        """Yield (how many nodes were looked at, those of them whose pattern matches the topic), piece by piece."""
+        """Yield, piece by piece, the number of nodes visited and the nodes that match.
+
+        A node matches when its pattern matches the whole topic.
+        """
         recipients = [self._root]
         for depth, token in enumerate(tokens):
             wild = depth > 0 or not token.startswith("$")
