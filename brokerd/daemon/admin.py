@@ -1,7 +1,8 @@
-"""What administrators ask a running daemon for through the broker, and what they are answered.
+"""Admin commands to a running daemon, sent through the broker, and their answers.
 
-The core has judged who may ask, and hands on what only the daemon can do: drain, reload, replace the process, change
-the levels of the log, say how the keys are used. Source: docs/protocol.md, "Operations".
+The core has checked the client's permission. It passes on the commands that only the
+daemon can execute: drain, reload, replace the process, change log levels, report key
+usage. Source: docs/protocol.md, "Operations".
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from brokerd_client.wire.envelope import BROKER, ErrorCode
 
 __all__ = ["AdminCommands", "CommandTarget"]
 
-#: Entries of a long answer that are made in one turn of the event loop: some milliseconds' work.
+#: Entries of a long answer that are encoded per turn of the event loop: some
+#: milliseconds' work.
 _ENTRIES: Final = 256
-#: Long answers that may be asked for at once.
+#: Long answers that may be in progress or waiting at once.
 _MOST_LONG: Final = 64
 
 
 class CommandTarget(Protocol):
-    """A daemon, as far as orders go.
+    """A daemon, as far as admin commands use it.
 
-    on_upgrade: replaces the process; None where a daemon is only a part of one.
+    on_upgrade: replaces the process; None where the daemon is only a part of one.
     """
 
     config: Config
@@ -45,29 +47,30 @@ class CommandTarget(Protocol):
 
     @property
     def logs(self) -> Logs | None:
-        """The log of its own, None where a program gives another."""
+        """The daemon's own log; None where the program gave another log."""
 
     def key_uses(self) -> Iterator[dict[str, Any]]:
         """Yield each client's keys, as the `$broker` operation ``keys`` answers."""
 
     def stop_soon(self, reason: str) -> bool:
-        """Begin to drain; return False if that had begun already."""
+        """Begin to drain; return False if the drain had begun already."""
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do this beside everything else."""
+        """Run a coroutine as a background task."""
 
 
 class AdminCommands:
-    """The orders given to one daemon."""
+    """The admin commands given to one daemon."""
 
     def __init__(self, daemon: CommandTarget) -> None:
         self._daemon = daemon
-        #: Long answers are made one at a time; how many are being made or wait for that.
+        #: Long answers are encoded one at a time; `_long` counts those in progress or
+        #: waiting.
         self._one_long = asyncio.Lock()
         self._long = 0
 
     def execute(self, order: AdminCommand) -> None:
-        """Do what is asked, or begin to; who asks is answered when it is done."""
+        """Execute a command or begin to; its sender is answered when it is done."""
         daemon = self._daemon
         asker = order.source.client.name
         if order.op == "drain":
@@ -90,7 +93,7 @@ class AdminCommands:
     def _answer_in_turns(
         self, order: AdminCommand, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
     ) -> None:
-        """Answer with a list of so many entries that all of them at once would hold up the event loop."""
+        """Answer with a list too long to encode in one turn without blocking the event loop."""
         daemon = self._daemon
         if self._long >= _MOST_LONG:
             message = f"{self._long} long answers are being made already; ask again later"
@@ -136,6 +139,7 @@ class AdminCommands:
         daemon = self._daemon
         dry_run = order.arguments.get("dry_run") is True
         outcome = await daemon.reloading.run(reason, dry_run=dry_run)
-        # Before anything is written: whoever is disconnected by the reload asked for is to hear of it.
+        # Before bytes are written: a client that this reload disconnects must still get
+        # its answer.
         reply_to(daemon.broker, order.source, order.id, outcome.as_reply(daemon.config.path, dry_run=dry_run))
         daemon.server.settle()

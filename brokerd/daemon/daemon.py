@@ -1,6 +1,7 @@
-"""The daemon: its parts put together, started, reloaded, drained and stopped, inside any asyncio program.
+"""Daemon: starts, reloads, drains and stops a broker inside any asyncio program.
 
-The process around it, with its signals and exit statuses, is :mod:`brokerd.daemon.process`.
+The process around it, with its signals and exit statuses, is
+:mod:`brokerd.daemon.process`.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Daemon", "OldProcess", "Stopped"]
 
-#: Seconds between two looks at the files of the sockets: a cleaner of temporary directories may remove one.
+#: Seconds between two checks of the listening sockets' files: a cleaner of temporary
+#: directories may remove them.
 LOOK_S: Final = 10.0
-#: Subscriptions held against new rules in one turn of the event loop while a reload waits: some milliseconds' work.
+#: Subscriptions checked against new rules in one turn of the event loop while a reload
+#: waits: some milliseconds' work.
 _REVIEWED: Final = 64
 
 
@@ -55,10 +58,11 @@ class Stopped(Exception):
 
 
 class OldProcess(Protocol):
-    """A process that serves, and from which another one takes over everything.
+    """A serving process, from which a new process takes over everything.
 
-    offered: the configured addresses that it listens at. monitored: the sockets of its monitor, kept open by both.
-    reloads: how those of its configuration ended, known when it is taken over.
+    offered: the configured addresses that it listens at. monitored: the sockets of its
+    monitor, kept open by both processes. reloads: the counted results of its reloads,
+    known once it is taken over.
     """
 
     offered: set[Address]
@@ -68,20 +72,22 @@ class OldProcess(Protocol):
     def take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
     ) -> dict[str, object]:
-        """Fill the server, and return what there is to tell about it; raises where the other one serves on."""
+        """Fill the server and return fields for the log; raise if the old process keeps serving."""
 
     def when_gone(self, act: Callable[[], None]) -> None:
-        """Call this when the other one has ended."""
+        """Call ``act`` when the old process has ended."""
 
 
 class Daemon:
     """One broker in the running event loop.
 
-    config: what it serves. log: where its events go. supervisor: the service manager that is told how it fares.
-    handed: the sockets that the service manager listens at for it.
+    config: the configuration in use. log: where log events go. supervisor: the service
+    manager, which is told the daemon's state. activated: sockets that the service
+    manager opened for the daemon.
 
-    reloads: how many were ``accepted`` and ``refused``; reload_refused: whether the last one was; reloaded_at: when
-    the configuration in use was taken over, in seconds since the epoch.
+    reloads: how many reloads were ``accepted`` and ``refused``. reload_refused: whether
+    the last one was refused. reloaded_at: when the configuration in use was taken over,
+    in seconds since the epoch.
     """
 
     def __init__(
@@ -115,78 +121,81 @@ class Daemon:
         self._stopping: asyncio.Task[None] | None = None
         self.reloading = Reloading(self)
         self._key_expiry_monitor: KeyExpiryMonitor | None = None
-        #: Replaces the process; None where a daemon is only a part of one.
+        #: Replaces the process; None where the daemon is only a part of one.
         self.on_upgrade: Callable[[str, AdminCommand | None], None] | None = None
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
-        #: Where no client can connect any more, as the log has it already.
+        #: Addresses where clients can no longer connect, and for which the log already
+        #: says so.
         self._lost: set[Address] = set()
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens, ports chosen by the system filled in."""
+        """Addresses that the daemon listens at, with ports chosen by the system filled in."""
         return [] if self._server is None else [listening.address for listening in self._server.listening]
 
     @property
     def monitor_addresses(self) -> list[Address]:
-        """Where its monitor listens, the same way; empty where it has none."""
+        """Addresses that the monitor listens at, in the same form; empty without a monitor."""
         return self._monitor.addresses
 
     @property
     def server(self) -> Server:
-        """The server; there is one once the daemon has started."""
+        """The server; it exists once the daemon has started."""
         assert self._server is not None
         return self._server
 
     @property
     def logs(self) -> Logs | None:
-        """The log of its own, None where a program gives another."""
+        """The daemon's own log; None where the program gave another log."""
         return self._logs
 
     @property
     def activated(self) -> ActivatedSockets:
-        """What the service manager handed over."""
+        """The sockets that the service manager handed over."""
         return self._activated
 
     @property
     def assigned(self) -> dict[ListenConfig, list[ActivatedSocket]]:
-        """Which entries of the configuration have which of those."""
+        """The sockets from the service manager, by the ``listen`` entry that uses them."""
         return self._assigned
 
     @property
     def serves(self) -> bool:
-        """Whether it has started, and neither drains nor has stopped."""
+        """Whether the daemon has started, and neither drains nor has stopped."""
         return self._server is not None and not self.stopping
 
     @property
     def stopping(self) -> bool:
-        """Whether it drains, or has stopped."""
+        """Whether the daemon drains or has stopped."""
         return self._stopping is not None or self.stopped.is_set()
 
     @property
     def monitor_listening(self) -> list[Listening]:
-        """The sockets of its monitor."""
+        """The sockets of the monitor."""
         return self._monitor.listening
 
     @property
     def not_ready(self) -> str:
-        """Why it should be sent no new client, or ""."""
+        """The reason why no new client should be sent here, or ""."""
         if self._stopping is not None or self.broker.draining:
             return "the broker is draining"
         return "" if self.addresses else "the broker is starting"
 
     async def start(self, old_process: OldProcess | None = None) -> None:
-        """Listen at every configured address. Raises ListenError or Stopped; then it listens at none.
+        """Listen at every configured address.
 
-        elder: another process that serves, whose place this one takes.
+        Raises ListenError or Stopped; the daemon then listens at no address.
+        old_process: a serving process that this one replaces.
         """
         began = time.perf_counter()
         config = self.config
         keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         if config.monitor is not None:
             await run_in_thread(lambda: preload(config.monitor))
-        # Aside, because a name service or a file system may not answer, and a signal has to end the start all the same.
+        # In a thread: a name service or a file system may not answer, and a signal must
+        # still end the start.
         self._assigned = assigned = await run_in_thread(lambda: self._activated.assign(config.listen))
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
@@ -238,13 +247,14 @@ class Daemon:
         if old_process is None:
             self.supervisor.ready(self._status)
         else:
-            # The service manager takes no word from this process before it has heard of it.
+            # The service manager ignores this process until the old process has
+            # announced it.
             old_process.when_gone(lambda: self.supervisor.ready(self._status))
         self._looking = asyncio.get_running_loop().create_task(self._look_after_files())
         self.reloading.begin()
 
     def _status(self) -> str:
-        """Return how the broker fares, in a line for people."""
+        """Return the broker's state as a line for people."""
         assert self._server is not None
         connections, handshakes = len(self._server.connections), self._server.handshakes
         messages = self.broker.totals["messages_in"] + sum(
@@ -253,7 +263,10 @@ class Daemon:
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
 
     def _warn(self, among: Container[Address]) -> None:
-        """Tell of what is not as the configuration means it. among: the addresses of what is new in it."""
+        """Log where the surroundings differ from what the configuration expects.
+
+        among: the addresses of the entries that are new in it.
+        """
         config = self.config
         warn_of_surroundings(self.log, config.listen, config.clients, self._activated, self._assigned)
         warn_of_plain(self.log, self.server.listening, among)
@@ -264,11 +277,11 @@ class Daemon:
             self._server.settle()
 
     def size(self) -> int:
-        """Return how many connections and subscriptions there are: most objects are theirs."""
+        """Return the number of connections and subscriptions, which own most objects."""
         return len(self.server.connections) + len(self.broker.topics)
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do this beside everything else; ``wait_until_settled`` waits for it."""
+        """Run a coroutine as a background task; ``wait_until_settled`` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -276,37 +289,44 @@ class Daemon:
     async def reload(self, reason: str) -> list[str]:
         """Read the configuration again and take it over whole, or not at all.
 
-        Returns what is wrong, a line each; with an empty list everything was taken over. A client whose
-        entry did not change keeps its connections; one that is gone, or whose key in use is gone, is disconnected.
+        Returns the problems, a line each; an empty list means that everything was taken
+        over. A client whose entry did not change keeps its connections. A client is
+        disconnected if it is gone, or if the key that it used is gone.
         """
         outcome = await self.reloading.run(reason)
         self._settle()
         return outcome.problems
 
     def reload_soon(self, reason: str) -> None:
-        """Begin to reload, once it has started; how it went is in the log.
+        """Begin to reload once the daemon has started; the result is in the log.
 
-        One that waits to begin will do for this one too.
+        A reload that already waits to begin serves this request too.
         """
         if self.reloading.wait():
             self.in_background(self.reload(reason))
 
     def apply(self, config: Config, reason: str) -> None:
-        """Take over another configuration. Raises ListenError or AuditError; then nothing has changed."""
+        """Take over another configuration.
+
+        Raises ListenError or AuditError; nothing has changed then.
+        """
         self.take_over(self.opened(compare_running(self.config, config, self._activated, self._assigned)), reason)
         self._settle()
 
     def foreseen(self, prepared: Prepared) -> list[str]:
-        """Return why it can't be taken over, as far as that can be seen without trying; to be called aside."""
+        """Return why the configuration can't be taken over, as far as a check without trying shows.
+
+        To be called in a thread.
+        """
         problems = blockers(prepared)
         if self._logs is not None:
             problems += self._logs.precheck(prepared.config.log)
         return problems
 
     def opened(self, prepared: Prepared) -> Prepared:
-        """Return it with its new sockets and audit file opened; to be called aside.
+        """Return ``prepared`` with its new sockets and audit file opened; to be called in a thread.
 
-        Raises ListenError or AuditError; then nothing is open.
+        Raises ListenError or AuditError; nothing is open then.
         """
         if prepared.blocked:
             raise ListenError("\n".join(prepared.blocked))
@@ -320,7 +340,7 @@ class Daemon:
         return replace(prepared, opened=opened, audit=audit)
 
     async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
-        """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
+        """Return the outcome that a reload would have. problems: as ``foreseen`` returns them."""
         leaving: list[tuple[Session, str]] = []
         for some in self.server.misfits_in_turns(prepared.keyring):
             leaving += some
@@ -329,7 +349,7 @@ class Daemon:
         return ReloadOutcome(plan, problems, "listen" if problems else "", prepared.warnings)
 
     def take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
-        """Take it over at once; see ``taking_over``."""
+        """Take over the configuration at once; see ``taking_over``."""
         turns = self.taking_over(prepared, reason)
         while True:
             try:
@@ -339,10 +359,11 @@ class Daemon:
                 return outcome
 
     def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
-        """Take it over in turns: first all that can fail, and that leaves no trace then. The caller settles each time.
+        """Take over the configuration in turns; the caller settles after each one.
 
-        prepared: with what it needs ``opened``. New addresses are open before old ones are closed.
-        Raises ListenError, before the first turn ends; then nothing has changed.
+        The first turn does all that can fail, and a failure leaves no trace. prepared:
+        with what it needs ``opened``. New addresses are open before old ones are
+        closed. Raises ListenError before the first turn ends; nothing has changed then.
         """
         server, plan = self.server, prepared.plan
         opened, monitored = prepared.opened
@@ -372,7 +393,8 @@ class Daemon:
         self.reloads["accepted"] += 1
         self.reload_refused = False
         self.reloaded_at = time.time()
-        # What was made took the place of as much, so that the collector has not looked at it yet: it all stays.
+        # The new objects replaced about as many old ones, so the collector has not run:
+        # exclude all of them from collections.
         garbage.set_apart()
         fields = plan_fields(plan, leaving)
         yield
@@ -383,7 +405,8 @@ class Daemon:
         self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
         if self._key_expiry_monitor is not None and not self.stopping:
             self._key_expiry_monitor.watch(config, prepared.ending)
-        # Last: an administrator that has to leave is answered before anything is carried out.
+        # Last: an administrator that must be disconnected gets its answer before
+        # connections close.
         for session, why in leaving:
             self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
         return ReloadOutcome(fields, warnings=prepared.warnings)
@@ -391,12 +414,12 @@ class Daemon:
     async def _look_after_files(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            # Without a thread to look with, it is tried again.
+            # If no thread can be started, the next round tries again.
             with contextlib.suppress(RuntimeError):
                 await self.listen_again()
 
     async def listen_again(self) -> None:
-        """Listen again where a socket's file is gone or has been replaced; connections made before stay."""
+        """Listen again where a socket's file is gone or was replaced; existing connections stay."""
         listening = [*self.server.listening, *self._monitor.listening]
         lost = await run_in_thread(lambda: [each for each in listening if each.is_lost()])
         for each in lost:
@@ -414,7 +437,7 @@ class Daemon:
         of_server = any(each is former for each in self.server.listening)
         of_monitor = any(each is former for each in self._monitor.listening)
         if not self.serves or not (of_server or of_monitor) or former.config is not config:
-            # A reload or the end was faster.
+            # A reload or the shutdown was faster.
             _close_all((opened,))
             return
         if of_server:
@@ -430,20 +453,23 @@ class Daemon:
             self._looking = None
 
     async def wait_for_revocations(self) -> None:
-        """Return when every subscription that the last reload forbade has ended; another one would end them at once."""
+        """Return when every subscription that the last reload forbade has ended.
+
+        Another reload before that would end them all at once.
+        """
         while self.broker.revocation:
             self.broker.revocation.run_deferred(_REVIEWED)
             await asyncio.sleep(0)
 
     async def wait_until_settled(self) -> None:
-        """Return when nothing that was asked is without an answer, and everything decided is carried out."""
+        """Return when every request has its answer and every decision is carried out."""
         self.server.settle()
         while self._background:
             await asyncio.wait(self._background)
             self.server.settle()
 
     def stop_soon(self, reason: str) -> bool:
-        """Begin to drain; return False if that had begun already."""
+        """Begin to drain; return False if the drain had begun already."""
         if self._stopping is not None:
             return False
         self.log.info("daemon.stopping", reason=reason, drain_timeout_s=self.config.limits.drain_timeout)
@@ -452,9 +478,9 @@ class Daemon:
         return True
 
     async def stop(self) -> None:
-        """Drain: accept nobody, take no new message, write what waits, close.
+        """Drain: accept no client and no new message, write what waits, close.
 
-        What can't be written within ``limits.drain_timeout`` is cut off.
+        Bytes that can't be written within ``limits.drain_timeout`` are cut off.
         """
         try:
             self._stop_looking()
@@ -469,23 +495,29 @@ class Daemon:
             self.stopped.set()
 
     def cut_off(self, name: str) -> None:
-        """Close a client's connections at once, whatever waits for them."""
+        """Close a client's connections at once, without writing the bytes that wait for them."""
         client = self.broker.exchange.resolve(name)
         for session in [] if client is None else list(client.sessions.values()):
-            # The end of one may be that of another, who is told of it.
+            # Closing one session may close another, which is notified of it.
             if session.open:
                 session.connection.lost("cut off")
 
     def stats(self) -> dict[str, Any]:
-        """Return what the `$broker` operation ``stats`` answers."""
+        """Return the answer to the `$broker` operation ``stats``."""
         return stats(self.broker)
 
     def key_uses(self) -> Iterator[dict[str, Any]]:
-        """Yield each client's keys, as the `$broker` operation ``keys`` answers: their ids, times and uses."""
+        """Yield each client's keys with their ids, times and uses.
+
+        The `$broker` operation ``keys`` answers with these entries.
+        """
         return uses_of(self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC))
 
     def key_expiries(self) -> dict[str, datetime]:
-        """Return for each client whose keys have an end the moment from which it can't be let in any more."""
+        """Return, by client, the time from which its keys can no longer authenticate it.
+
+        Only clients whose keys have an end are included.
+        """
         return {} if self._key_expiry_monitor is None else self._key_expiry_monitor.expiries()
 
     def kill(self) -> None:
@@ -500,17 +532,17 @@ class Daemon:
         self.stopped.set()
 
     def reopen_log(self) -> None:
-        """Begin anew a file of the log that was moved away."""
+        """Open a new file where a file of the log was moved away."""
         if self._logs is not None:
             self._logs.reopen()
 
     def flush_log(self) -> None:
-        """Have everything logged so far written, if that can be done soon."""
+        """Write all log lines so far, if that can be done soon."""
         if self._logs is not None:
             self._logs.flush()
 
     def close_log(self) -> None:
-        """Write what waits for the log, if that can be done soon, and end it."""
+        """Write the waiting log lines, if that can be done soon, and close the log."""
         if self._logs is not None:
             self._logs.close()
 
@@ -526,7 +558,7 @@ class Daemon:
 
 
 def _why_python() -> dict[str, str]:
-    """Return a field that says why the slower routing loop runs, where it does."""
+    """Return a field with the reason why the slower routing loop runs, where it does."""
     if routing.NAME != "python":
         return {}
     forced = os.environ.get("BROKERD_PURE") == "1"

@@ -1,8 +1,10 @@
-"""Keeps the garbage collector from holding up the event loop of the daemon's own process.
+"""Garbage collection that does not block the event loop of the daemon's own process.
 
-A full collection walks every container that there is: with 10,000 connections some 70 ms, in which no message passes.
-Almost nothing of the daemon is ever garbage in circles (tests/net/test_freed.py), and what is dies young. So what
-lasts, the configuration above all, is set apart, and full collections take place only while there is little to walk.
+A full collection walks every container. With 10,000 connections it takes some 70 ms, in
+which no message passes. The daemon makes almost no cyclic garbage
+(tests/net/test_freed.py), and temporary objects die young. So long-lived objects, the
+configuration above all, are excluded from collections. Full collections take place only
+while there is little to walk.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Sweeper", "set_apart", "tended", "undisturbed"]
 
-#: Connections and subscriptions up to which a full collection takes some milliseconds.
+#: Connections and subscriptions, added up, below which a full collection takes some
+#: milliseconds.
 _FEW: Final = 1000
-#: Seconds between two looks whether there are so few.
+#: Seconds between two checks whether a full collection is cheap enough.
 _EVERY_S: Final = 60.0
 
 _state = {"tended": False}
@@ -28,7 +31,10 @@ _state = {"tended": False}
 
 @contextmanager
 def tended() -> Iterator[None]:
-    """Let no full collection begin by itself until the block ends. For a process that is a daemon and nothing else."""
+    """Prevent automatic full collections until the block ends.
+
+    For a process that is a daemon and nothing else.
+    """
     before = gc.get_threshold()
     gc.set_threshold(*before[:2], sys.maxsize & 0x7FFF_FFFF)
     _state["tended"] = True
@@ -42,14 +48,17 @@ def tended() -> Iterator[None]:
 
 
 def set_apart() -> None:
-    """Let no collection walk over what there is now."""
+    """Exclude all objects that exist now from later collections."""
     if _state["tended"]:
         gc.freeze()
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let no collection begin in the block, which makes very many objects that stay, nor walk over them later."""
+    """Prevent collections in the block, and exclude its objects from later ones.
+
+    For a block that creates very many objects that stay.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -61,9 +70,9 @@ def undisturbed() -> Iterator[None]:
 
 
 class Sweeper:
-    """Collects all garbage now and then, while there is little to be walked.
+    """Runs a full collection now and then, while there is little to walk.
 
-    size: returns how many connections and subscriptions there are.
+    size: returns the number of connections and subscriptions.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, size: Callable[[], int]) -> None:
@@ -77,5 +86,5 @@ class Sweeper:
         self._timer = self._loop.call_later(_EVERY_S, self._look)
 
     def close(self) -> None:
-        """Collect no more."""
+        """Stop collecting."""
         self._timer.cancel()

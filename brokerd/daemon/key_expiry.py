@@ -1,7 +1,7 @@
-"""The watch over keys: warns before a client's last key expires, and says which keys there are and who uses them.
+"""Key expiry: warnings before a client's last key expires, and a report on keys and their use.
 
-Names keys by their id, never shows one, and disconnects nobody: a key's time is about being let in
-(docs/operations.md, "Keys and rotation").
+Keys are named by their id and never shown. An expired key disconnects no client: a
+key's validity matters only in the handshake (docs/operations.md, "Keys and rotation").
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from brokerd.net.handshake.keyring import Credential, Keyring
 
 __all__ = ["KeyExpiryMonitor", "uses_of"]
 
-#: A warning is repeated after this time.
+#: Time after which a warning is repeated.
 _AGAIN: Final = timedelta(days=1)
-#: The time of day may be set while nobody looks; so somebody looks every hour.
+#: Longest time between two checks: the time of day may be changed between them.
 _LOOK_AGAIN: Final = timedelta(hours=1)
-#: Clients of which a look says something in an event of their own; the rest is counted.
+#: Clients per check that get a log event of their own; the rest is counted.
 _LINES: Final = 50
-#: Clients that are looked at in one turn of the event loop: some milliseconds' work.
+#: Clients that are checked per turn of the event loop: some milliseconds' work.
 _SLICE: Final = 256
 
 
 class Timer(Protocol):
-    """Something that is to happen, and can be called off."""
+    """A scheduled call that can be cancelled."""
 
     def cancel(self) -> None:
-        """Call it off."""
+        """Cancel the call."""
 
 
 class KeyExpiryMonitor:
-    """Looks at the keys of a configuration when it comes into force, when one expires, and every hour.
+    """Checks a configuration's keys when it is loaded, when a key expires, and every hour.
 
-    log: where warnings go. now: returns the time of day with its zone. call_later: calls a function after so many
-    seconds, as an event loop's. credentials: returns the key of each connection there is.
+    log: where warnings go. now: returns the time of day with its zone. call_later:
+    calls a function after a delay in seconds, as an event loop's does. credentials:
+    returns the key that each connection used.
     """
 
     def __init__(
@@ -56,18 +57,18 @@ class KeyExpiryMonitor:
         self._credentials = credentials
         self._clients: list[ClientConfig] = []
         self._warned_before = timedelta()
-        #: Until when what was said of a client need not be said again.
+        #: Until when a warning about a client is not repeated, by event and client.
         self._quiet_until: dict[tuple[str, str], datetime] = {}
         self._seen_at: datetime | None = None
         self._timer: Timer | None = None
         self._lines = 0
-        #: How many connections use each key, counted when it is asked for during a look.
+        #: How many connections use each key, counted when first needed during a check.
         self._using: Counter[tuple[str, bytes]] | None = None
 
     def watch(self, config: Config, clients: list[ClientConfig] | None = None) -> None:
-        """Look at another configuration from now on, and say at once what there is to be said.
+        """Check another configuration from now on, and log the first warnings at once.
 
-        clients: what ``ending`` returns of it, if that is known.
+        clients: the result of ``ending`` for it, if that is known.
         """
         self._clients = ending(config.clients.values()) if clients is None else clients
         self._warned_before = timedelta(seconds=config.limits.expiry_warning)
@@ -76,15 +77,16 @@ class KeyExpiryMonitor:
         self._look()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def expiries(self) -> dict[str, datetime]:
-        """Return for each client that will be, or is, without a valid key the moment at which its last one is over.
+        """Return, by client, the moment at which its last key expires or has expired.
 
-        Clients whose keys have no end are not in it; so with keys that never expire it is empty.
+        Clients whose keys have no end are not included; with keys that never expire it
+        is empty.
         """
         now = self._now()
         ends = ((client.name, _last(client, now)) for client in self._clients)
@@ -99,7 +101,10 @@ class KeyExpiryMonitor:
         self._look_on(0, before, now, now + _LOOK_AGAIN)
 
     def _look_on(self, start: int, before: datetime | None, now: datetime, upcoming: datetime) -> None:
-        """Look at some clients, and at the others in later turns. upcoming: when to look at all of them again."""
+        """Check some clients now, and the rest in later turns.
+
+        upcoming: when to check all of them again.
+        """
         some = self._clients[start : start + _SLICE]
         for client in some:
             self._look_at(client, before, now)
@@ -112,7 +117,7 @@ class KeyExpiryMonitor:
             return
         if self._lines > _LINES:
             self.log.warning("key.expiring_more", count=self._lines - _LINES)
-        # A moment later: at its last moment a key is still valid.
+        # A moment later: in its last moment a key is still valid.
         wait = (upcoming - now).total_seconds() + 0.001
         self._timer = self._call_later(wait, self._look)
 
@@ -150,7 +155,7 @@ class KeyExpiryMonitor:
 
 
 def _last(client: ClientConfig, now: datetime) -> Key | None:
-    """Return the key with which the client's time ends or has ended; None where it has no end."""
+    """Return the key that expires or expired last; None if the client's keys have no end."""
     if all(key.expired_at(now) for key in client.keys):
         return max(client.keys, key=lambda key: key.not_after or now)
     return let_in_until(client.keys, now)
@@ -159,10 +164,11 @@ def _last(client: ClientConfig, now: datetime) -> Key | None:
 def uses_of(
     config: Config, keyring: Keyring, credentials: Iterable[Credential], now: datetime
 ) -> Iterator[dict[str, Any]]:
-    """Yield for each client its keys: id, source, window, state, last use and connections. Never a key.
+    """Yield for each client its keys: id, source, window, state, last use and connections.
 
-    Times are seconds since the epoch for uses, and text for windows. A client that its user vouches for has one
-    entry without an id.
+    Never the key itself. Times are seconds since the epoch for uses, and text for
+    windows. A client authenticated by its operating-system user has one entry without
+    an id.
     """
     using = Counter((each.client.name, each.key.value) for each in credentials)
     return (

@@ -1,4 +1,4 @@
-"""The process around the daemon: its event loop, its signals, its limits and its exit status."""
+"""The process around the daemon: event loop, signals, limits and exit status."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ __all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
 #: Exit status for a configuration that can't be used, from sysexits.h.
 EX_CONFIG: Final = 78
 EX_FAILED: Final = 1
-#: Seconds from a second signal to the end of a process whose event loop does not act on it.
+#: Seconds from a second signal to the forced end of a process whose event loop does not
+#: react to it.
 _INSISTENCE_S: Final = 2.0
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return what makes the daemon's event loop: uvloop where it exists, else asyncio's.
+    """Return the factory of the daemon's event loop: uvloop's where installed, else asyncio's.
 
     On Windows it is the selector loop: the daemon reads and writes its sockets itself.
     """
@@ -51,8 +52,9 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 def run(config_path: Path) -> int:
     """Run the broker until it is told to stop; return the process's exit status.
 
-    0 after a drain, 78 for a configuration that can't be used, alone or with the sockets that the service manager hands
-    over, 1 when it can't listen or was told twice to stop.
+    The status is 0 after a drain, and 1 if the broker can't listen or was told twice to
+    stop. It is 78 if the configuration can't be used, alone or with the service
+    manager's sockets.
     """
     old_process = UpgradeTarget.from_environ()
     if old_process is not None:
@@ -71,7 +73,7 @@ def run(config_path: Path) -> int:
 
 
 def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
-    """Take the place of a process that serves, or tell it why not; return the exit status."""
+    """Take the place of a serving process, or report to it why not; return the exit status."""
     _allow_many_descriptors()
     try:
         old_process.meet()
@@ -87,13 +89,16 @@ def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
 
 
 def _allow_many_descriptors() -> None:
-    """Raise the soft limit of open files, often 1024, to the hard one: it is there for programs that use select()."""
+    """Raise the soft limit of open files, often 1024, to the hard limit.
+
+    The soft limit exists for programs that use select().
+    """
     try:
         import resource
     except ImportError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some systems say "no limit" and then take less.
+    # Some systems report "no limit" and then accept less.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -129,7 +134,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
             upgrade_source.kill()
 
     def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
-        """Until then, signals are for the process that serves."""
+        """Act on signals only once this process serves; until then they are for the old process."""
 
         def act(name: str) -> None:
             if old_process is None or old_process.is_over:
@@ -145,7 +150,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
     insistence = _Insistence(lambda: old_process is None or old_process.is_over, end_at_once)
     with _signals_go_to(*actions), insistence.listening():
         _ignore_signal("SIGUSR1")
-        # What came since the first moment of the process is acted on now.
+        # Signals held since the start of the process are acted on now.
         release_signals()
         try:
             if not await _started(daemon, old_process):
@@ -155,7 +160,8 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
                 raise
             daemon.log.error("daemon.failed", reason=str(error))
             supervisor.failed(str(error), getattr(error.__cause__, "errno", None))
-            # Starting again can help where an address is taken; a socket that nobody asked for stays one.
+            # A restart can help where an address is taken; an unexpected activated
+            # socket stays unexpected.
             return EX_CONFIG if isinstance(error, SocketActivationError) else EX_FAILED
         garbage.set_apart()
         sweeper = garbage.Sweeper(asyncio.get_running_loop(), daemon.size)
@@ -168,7 +174,7 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
 
 
 async def _started(daemon: Daemon, old_process: UpgradeTarget | None) -> bool:
-    """Start the daemon; return False if it was told to stop meanwhile, whatever the start waits for."""
+    """Start the daemon; return False if it was told to stop before the start was complete."""
     starting = asyncio.ensure_future(daemon.start(old_process))
     stopped = asyncio.ensure_future(daemon.stopped.wait())
     await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -185,9 +191,10 @@ async def _started(daemon: Daemon, old_process: UpgradeTarget | None) -> bool:
 def _signals_go_to(
     end: Callable[[str], None], reload: Callable[[str], None], upgrade: Callable[[str], None]
 ) -> Iterator[None]:
-    """Have the loop call these with a signal's name: ``end`` for those that end a process.
+    """Register loop callbacks that receive a signal's name.
 
-    ``reload`` for SIGHUP, ``upgrade`` for SIGUSR2.
+    ``end`` is called for signals that end a process, ``reload`` for SIGHUP, and
+    ``upgrade`` for SIGUSR2.
     """
     loop = asyncio.get_running_loop()
     actions = {signal.SIGTERM: end, signal.SIGINT: end}
@@ -209,9 +216,10 @@ def _signals_go_to(
 
 @contextlib.contextmanager
 def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Ignore these signals afterwards, while the interpreter ends: the exit status is decided by then.
+    """Ignore these signals after the block, while the interpreter ends.
 
-    A closing loop would restore the default actions, which end the process with a signal's status.
+    The exit status is decided by then. A closing loop would restore the default
+    actions, which end the process with a signal's status.
     """
     try:
         yield
@@ -222,9 +230,10 @@ def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterab
 
 
 class _Insistence:
-    """Ends the process soon after a second signal, where the event loop stands still and does not.
+    """Forces the end of the process soon after a second signal, if the event loop is blocked.
 
-    concerned: returns whether signals are for this process. end: ends it; called in a thread of its own.
+    concerned: returns whether signals are for this process. end: ends the process;
+    called in a thread of its own.
     """
 
     def __init__(self, concerned: Callable[[], bool], end: Callable[[], None]) -> None:
@@ -234,9 +243,9 @@ class _Insistence:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear signals beside the event loop, which hears of them by a descriptor."""
+        """Handle signals in addition to the event loop, which is notified by a descriptor."""
         numbers = (signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
-        # They interrupt a system call that waits, so that this is called even then.
+        # A signal interrupts a blocking system call, so this handler runs even then.
         before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
@@ -255,7 +264,10 @@ class _Insistence:
 
 
 def _ignore_signal(name: str) -> None:
-    """Ignore a signal until the process ends, on systems that have it: it would end the process."""
+    """Ignore a signal, on systems that have it, until the process ends.
+
+    Its default action would end the process.
+    """
     number = getattr(signal, name, None)
     if number is not None:
         signal.signal(number, signal.SIG_IGN)
@@ -265,7 +277,10 @@ def _ignore_signal(name: str) -> None:
 def _signals_wake(
     loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[str], None]]
 ) -> Iterator[None]:
-    """Do the same where the loop can't, on Windows: nothing but a socket wakes a loop that waits for sockets."""
+    """Call the actions where the loop has no signal handlers, on Windows.
+
+    A loop that waits for sockets is woken only by a socket there.
+    """
     waker_out, waker_in = socket.socketpair()
 
     def on_wake() -> None:
@@ -277,7 +292,8 @@ def _signals_wake(
         waker_out.setblocking(False)
         waker_in.setblocking(False)
         loop.add_reader(waker_out, on_wake)
-        # Python writes the number of every signal to this, whatever else is done about it.
+        # Python writes the number of every signal to this descriptor, in addition to
+        # any handler.
         ringing_before = signal.set_wakeup_fd(waker_in.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda *_: None) for number in actions}
         try:

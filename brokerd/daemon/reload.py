@@ -1,7 +1,7 @@
-"""A reload before it happens: the configuration read again, compared, and everything slow about it done.
+"""A reload's preparation: read and compare the configuration, and do all slow work.
 
-Changes nothing: the daemon takes over what is prepared here, or not. What it says of it, in the log and to whoever
-asked, is an Outcome.
+Nothing changes here: the daemon takes over the prepared configuration, or does not. The
+log and the client that asked for the reload get a ReloadOutcome.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSocke
 
 __all__ = ["Cause", "Prepared", "ReloadOutcome", "blockers", "compare_running", "plan_fields", "prepare"]
 
-#: Why a reload is refused: a mistake in the files, an address, the audit file, or the broker is about to stop or to be
-#: replaced.
+#: Why a reload is refused: a mistake in the files, an address, the audit file, or the
+#: broker is about to stop or to be replaced.
 Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade"]
 
 
@@ -39,10 +39,11 @@ Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade
 class Prepared:
     """Another configuration, ready to be taken over.
 
-    ending: the clients that have a key with an end. allotted: the service manager's sockets for its entries.
-    blocked: why it can't be taken over, a line each. found: what the host names of new addresses mean.
-    warnings: what its author hardly meant, a line each. opened: sockets that listen at new addresses, for clients and
-    for the monitor. audit: a descriptor of a new audit file, None without one.
+    ending: the clients that have a key with an end. assigned: the service manager's
+    sockets for its entries. blocked: why it can't be taken over, a line each. found:
+    the resolved host names of new addresses. warnings: probable mistakes of its author,
+    a line each. opened: sockets that listen at new addresses, for clients and for the
+    monitor. audit: a descriptor of a new audit file, or None.
     """
 
     config: Config
@@ -57,7 +58,7 @@ class Prepared:
     audit: int | None = None
 
     def discard(self) -> None:
-        """Let go of what was opened for it: it is not taken over."""
+        """Close the sockets and files opened for it, since it is not taken over."""
         for group in self.opened:
             for listening in group:
                 listening.close()
@@ -69,8 +70,9 @@ class Prepared:
 class ReloadOutcome:
     """How a reload went, or would go.
 
-    plan: as ``plan_fields`` returns it, None where the files have mistakes. problems: a line each; with none it went
-    well. cause: what kind of problems they are. warnings: a line each.
+    plan: as ``plan_fields`` returns it; None where the files have mistakes. problems: a
+    line each; an empty list means success. cause: the kind of the problems. warnings: a
+    line each.
     """
 
     plan: dict[str, Any] | None
@@ -94,10 +96,11 @@ class ReloadOutcome:
 def prepare(
     running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Prepared:
-    """Return what the files say now, ready to be taken over. Slow: to be run aside.
+    """Return the configuration in the files, ready to be taken over.
 
-    handed: the service manager's sockets. allotted: which entries of the running configuration have which of them.
-    Raises ConfigError and ListenError.
+    Slow: to be run in a thread. activated: the service manager's sockets. assigned:
+    which of them each entry of the running configuration uses. Raises ConfigError and
+    ListenError.
     """
     with garbage.undisturbed():
         return _prepared(running, activated, assigned)
@@ -121,7 +124,7 @@ def _prepared(
 def compare_running(
     running: Config, config: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Prepared:
-    """Return a configuration that is there already, ready to be taken over. Raises ListenError."""
+    """Return a loaded configuration, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
     wanted = activated.assign(config.listen)
     new = (*(entry for entry in plan.opened if entry not in wanted), *plan.monitor_opened)
@@ -139,7 +142,7 @@ def compare_running(
 def _swaps(
     plan: Plan, assigned: dict[ListenConfig, list[ActivatedSocket]], wanted: dict[ListenConfig, list[ActivatedSocket]]
 ) -> Iterator[str]:
-    """Say which addresses stay and would be listened at by other sockets than before."""
+    """Yield a problem for each address that stays but would get other sockets than before."""
     before = {entry.address: sockets for entry, sockets in assigned.items()}
     for entry, _ in plan.altered:
         if wanted.get(entry, []) != before.get(entry.address, []):
@@ -150,10 +153,11 @@ def _swaps(
 
 
 def _another_version() -> list[str]:
-    # Here, because it takes long to import.
+    # Imported here because the import is slow.
     import importlib.metadata
 
-    # What it finds in a place that is not there it builds anew each time, in circles that wait for the collector.
+    # For a folder that does not exist, importlib builds new objects on each call, in
+    # cycles that wait for the collector.
     there = [entry for entry in sys.path if entry and Path(entry).is_dir()]
     found = next(iter(importlib.metadata.distributions(name="brokerd", path=there)), None)
     if found is None or found.version == __version__:
@@ -162,13 +166,16 @@ def _another_version() -> list[str]:
 
 
 def blockers(prepared: Prepared) -> list[str]:
-    """Return why it can't be taken over, as far as that can be seen without trying; a line each."""
+    """Return why it can't be taken over, as far as a check without trying shows; a line each."""
     by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.assigned)
     return [*prepared.blocked, *filter(None, map(precheck, (*by_itself, *prepared.plan.monitor_opened)))]
 
 
 def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
-    """Return the plan with who is disconnected and why. leaving: as ``Server.unauthorized_connections`` returns it."""
+    """Return the plan, with the sessions that are disconnected and the reasons.
+
+    leaving: as ``Server.unauthorized_connections`` returns it.
+    """
     return {
         **plan.as_fields(),
         "disconnected": [

@@ -1,7 +1,8 @@
-"""Reloads of a running daemon: one at a time, each refused or taken over whole, and none during an upgrade.
+"""Reloads of a running daemon, one at a time and none during an upgrade.
 
-The module :mod:`brokerd.daemon.reload` prepares a configuration, and the daemon takes it over. This module
-decides when, and tells the outcome.
+Each reload is refused or taken over whole. The module :mod:`brokerd.daemon.reload`
+prepares a configuration, and the daemon takes it over. This module decides when, and
+reports the outcome.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSocke
 
 __all__ = ["Reloadable", "Reloading"]
 
-#: Entries of a configuration that are freed in one turn of the event loop: a millisecond's work.
+#: Entries of a configuration that are freed per turn of the event loop: a millisecond's
+#: work.
 _FREED: Final = 256
 
 
 class Reloadable(Protocol):
-    """A daemon, as far as it is reloaded.
+    """A daemon, as far as a reload uses it.
 
-    reloads: how reloads ended; those that were ``refused`` are counted here. reload_refused: whether the last one was.
+    reloads: the counted results of reloads; those that were ``refused`` are counted
+    here. reload_refused: whether the last one was refused.
     """
 
     config: Config
@@ -43,39 +46,48 @@ class Reloadable(Protocol):
 
     @property
     def activated(self) -> ActivatedSockets:
-        """What the service manager handed over."""
+        """The sockets that the service manager handed over."""
 
     @property
     def assigned(self) -> dict[ListenConfig, list[ActivatedSocket]]:
-        """Which entries of the configuration have which of those."""
+        """The sockets from the service manager, by the ``listen`` entry that uses them."""
 
     @property
     def serves(self) -> bool:
-        """Whether it has started, and neither drains nor has stopped."""
+        """Whether the daemon has started, and neither drains nor has stopped."""
 
     def reopen_log(self) -> None:
-        """Begin anew a file of the log that was moved away."""
+        """Open a new file where a file of the log was moved away."""
 
     def foreseen(self, prepared: Prepared) -> list[str]:
-        """Return why it can't be taken over, as far as that can be seen without trying; called aside."""
+        """Return why it can't be taken over, as far as a check without trying shows.
+
+        Called in a thread.
+        """
 
     async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
-        """Return what would come of taking it over. problems: as ``foreseen`` returns them."""
+        """Return the outcome that a reload would have. problems: as ``foreseen`` returns them."""
 
     def opened(self, prepared: Prepared) -> Prepared:
-        """Return it with its sockets and files opened; called aside. Raises ListenError or AuditError."""
+        """Return ``prepared`` with its sockets and files opened; called in a thread.
+
+        Raises ListenError or AuditError.
+        """
 
     async def listen_again(self) -> None:
         """Listen again where a socket's file is gone."""
 
     def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
-        """Take it over in turns. Raises ListenError or AuditError; then nothing has changed."""
+        """Take over the configuration in turns.
+
+        Raises ListenError or AuditError; nothing has changed then.
+        """
 
     async def wait_for_revocations(self) -> None:
-        """Return when everything that the last reload forbade has ended."""
+        """Return when all subscriptions that the last reload forbade have ended."""
 
     async def wait_until_settled(self) -> None:
-        """Return when nothing that was asked is without an answer."""
+        """Return when every request has its answer."""
 
 
 class Reloading:
@@ -85,22 +97,29 @@ class Reloading:
         self._daemon = daemon
         self._one = asyncio.Lock()
         self._begun = asyncio.Event()
-        #: Whether a reload that a signal asked for has not begun yet.
+        #: Whether a reload that a signal requested has not begun yet.
         self._waits = False
-        #: Why nothing may change now that another process would not know of; "" while it may.
+        #: Why reloads are blocked during an upgrade (the new process would miss them);
+        #: "" while they are allowed.
         self._kept_still = ""
 
     def begin(self) -> None:
-        """The daemon has started: what was asked until now is done, and what is asked from now on at once."""
+        """Run the reloads requested during the start, and later ones at once.
+
+        Called when the daemon has started.
+        """
         self._begun.set()
 
     def wait(self) -> bool:
-        """Have one reload wait to begin; return False where one does already, which reads all that is there by then."""
+        """Mark one reload as waiting to begin; return False if one waits already.
+
+        The waiting reload reads the files as they are when it begins.
+        """
         waits, self._waits = self._waits, True
         return not waits
 
     async def run(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
-        """Reload, or say what would come of it; the caller settles."""
+        """Reload, or only report what a reload would do; the caller settles."""
         daemon = self._daemon
         await self._begun.wait()
         if self._kept_still:
@@ -113,7 +132,8 @@ class Reloading:
             if dry_run:
                 return await self._attempt(reason, dry_run=True)
             daemon.supervisor.reloading()
-            # Whoever moved the audit file away to begin a new one asks for a reload too.
+            # A program that rotates the audit file moves it away and then requests a
+            # reload.
             await run_in_thread(daemon.reopen_log)
             await daemon.listen_again()
             problem = "it failed"
@@ -131,12 +151,13 @@ class Reloading:
             return outcome
 
     async def _attempt(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
-        """Read, compare and take over, or only look; return how it went."""
+        """Read, compare and take over, or only check; return the outcome."""
         daemon = self._daemon
         running, activated, assigned = daemon.config, daemon.activated, daemon.assigned
         cause: Cause
         prepared: Prepared | None = None
-        # Of the two configurations one ends with this call, and its entries are not to be freed all at once.
+        # One of the two configurations is freed after this call, and its entries must
+        # not be freed all at once.
         entries: list[object] = list(running.clients.values())
         try:
             ready = prepared = await run_in_thread(lambda: prepare(running, activated, assigned))
@@ -176,7 +197,10 @@ class Reloading:
 
     @contextlib.asynccontextmanager
     async def undisturbed(self, why: str) -> AsyncIterator[None]:
-        """Have no reload begin inside, and none go on. why: what whoever asks for one is told."""
+        """Prevent reloads inside the block.
+
+        why: the reason that a client gets when it requests a reload.
+        """
         await self._begun.wait()
         self._kept_still = why
         try:
@@ -188,7 +212,7 @@ class Reloading:
 
 
 def _let_go(entries: list[object]) -> None:
-    """Hold no more on to some entries, and to the others in later turns of the event loop."""
+    """Free some entries now, and the rest in later turns of the event loop."""
     del entries[-_FREED:]
     if entries:
         asyncio.get_running_loop().call_soon(_let_go, entries)

@@ -1,6 +1,7 @@
-"""What an operator is warned of when a configuration comes into force: it counts on something that is not there.
+"""Warnings about surroundings that do not match a configuration that comes into force.
 
-Looks and warns, and changes nothing. What the files alone show is said by :mod:`brokerd.config.lint`.
+This module checks and warns, and changes nothing. Warnings that need only the files are
+in :mod:`brokerd.config.lint`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from brokerd_client.address import Address
 
 __all__ = ["warn_of_keys", "warn_of_plain", "warn_of_surroundings"]
 
-#: Warnings of one kind that one event of the log has.
+#: Warnings of one kind that are listed in one log event.
 _SHOWN: Final = 20
 
 
@@ -29,9 +30,9 @@ def warn_of_surroundings(
     activated: ActivatedSockets,
     assigned: Iterable[ListenConfig],
 ) -> None:
-    """Tell of what the configuration counts on and the service manager does not give.
+    """Log what the configuration expects and the service manager does not provide.
 
-    allotted: the entries of ``listen`` that have some of the sockets handed over.
+    assigned: the entries of ``listen`` that have some of the activated sockets.
     """
     for entry in activated.unmatched(listen, assigned):
         reason = (
@@ -48,13 +49,16 @@ def warn_of_surroundings(
 
 
 def warn_of_keys(log: Log, warnings: Sequence[str]) -> None:
-    """Tell of odd keys, and of files that another user can replace: one event, whatever their number."""
+    """Log odd keys, and key files that another user can replace, in one event."""
     if warnings:
         log.warning("key.odd", count=len(warnings), warnings=list(warnings[:_SHOWN]))
 
 
 def warn_of_plain(log: Log, listening: Iterable[Listening], among: Container[Address]) -> None:
-    """Tell of listeners, of those configured addresses, whose traffic others can read and alter."""
+    """Log the listeners whose traffic other machines or users can read and alter.
+
+    among: the configured addresses to check.
+    """
     for each in listening:
         reason = about_plain(each.config, each.address)
         if reason and each.config.address in among:

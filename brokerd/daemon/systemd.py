@@ -1,8 +1,9 @@
-"""The service manager's side: told when the broker is ready, reloads, stops and how it fares; fed while the loop turns.
+"""Notifications to the service manager: ready, reloading, stopping, status and watchdog.
 
-Speaks sd_notify(3): one datagram of ``NAME=VALUE`` lines to ``$NOTIFY_SOCKET``. Without that variable every call here
-does nothing. A manager that does not listen never holds up or ends the broker. Sockets that the manager hands over are
-taken in :mod:`brokerd.net.listen.socket_activation`.
+Speaks sd_notify(3): one datagram of ``NAME=VALUE`` lines to ``$NOTIFY_SOCKET``. Without
+that variable every call here does nothing. A manager that does not read never delays or
+ends the broker. Sockets that the manager hands over are taken in
+:mod:`brokerd.net.listen.socket_activation`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from typing import Final, Self
 
 __all__ = ["Supervisor"]
 
-#: Seconds between two looks at whether the status line has changed.
+#: Seconds between two checks whether the status line has changed.
 _STATUS_EVERY: Final = 5.0
-#: Seconds that a state (ready, stopping) waits for a manager with no room for it; a sign of life does not wait.
+#: Seconds that a state (ready, stopping) waits for room in the manager's socket; a
+#: watchdog message does not wait.
 _SEND_TIMEOUT_S: Final = 1.0
-#: Seconds to end after the drain's own time is over.
+#: Seconds that the process may take to end after the drain's own time is over.
 _END_WITHIN: Final = 10.0
 
 
 class Supervisor:
-    """What the broker tells its service manager.
+    """The broker's notifications to its service manager.
 
-    notify_socket: a path, or ``@`` and an abstract name; "" for no manager.
-    watchdog_s: the manager ends a broker that it has not heard of for so many seconds; None where it does not.
+    notify_socket: a path, or ``@`` and an abstract name; "" for no manager. watchdog_s:
+    seconds without a watchdog message after which the manager ends the broker; None for
+    no limit.
     """
 
     def __init__(self, notify_socket: str = "", watchdog_s: float | None = None) -> None:
@@ -43,31 +46,34 @@ class Supervisor:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Self:
-        """Return what these variables ask for: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+        """Return the supervisor that NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID configure.
 
-        pid: this process, which a watchdog meant for another one does not concern.
+        pid: this process; a watchdog meant for another process is ignored.
         """
         address = environ.get("NOTIFY_SOCKET", "")
         if sys.platform == "win32" or not address.startswith(("/", "@")):
-            # Other kinds, such as a virtual machine's vsock:, are for the manager of a whole machine.
+            # Other kinds of address, such as a virtual machine's vsock:, are for the
+            # manager of a whole machine.
             return cls()
         watchdog_s: float | None = None
-        # sd_watchdog_enabled(3): without WATCHDOG_PID it is meant for whoever reads it.
+        # sd_watchdog_enabled(3): without WATCHDOG_PID it is meant for any process that
+        # reads it.
         if environ.get("WATCHDOG_PID", str(pid or os.getpid())) == str(pid or os.getpid()):
             with contextlib.suppress(ValueError):
                 watchdog_s = int(environ.get("WATCHDOG_USEC", "")) / 1e6 or None
         return cls(address, watchdog_s)
 
     def notify(self, **fields: object) -> bool:
-        """Tell the manager these fields of sd_notify(3), such as ``MAINPID=4711``; return whether it has them.
+        """Send fields of sd_notify(3), such as ``MAINPID=4711``; return whether they were sent.
 
-        With ``NotifyAccess=main`` the manager hears the main process alone: one that hands over to another sends
-        ``MAINPID`` itself, and the other one speaks after that.
+        With ``NotifyAccess=main`` the manager accepts only messages from the main
+        process. An old process therefore sends ``MAINPID`` itself, and the new process
+        sends after that.
         """
         return self._send(fields, _SEND_TIMEOUT_S)
 
     def ready(self, status: Callable[[], str]) -> None:
-        """Tell that it serves, and from now on how it fares and that the loop turns.
+        """Report that the broker serves, and begin sending its status and watchdog messages.
 
         status: returns a line for people; called every few seconds.
         """
@@ -83,19 +89,23 @@ class Supervisor:
             self._every(self._watchdog_s / 2, "watchdog", self._tell_alive)
 
     def reloading(self) -> None:
-        """Tell that a reload has begun; ``reloaded`` must follow."""
+        """Report that a reload has begun; ``reloaded`` must follow."""
         if not self._stopping:
             self.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="reloading")
 
     def reloaded(self, problem: str = "") -> None:
-        """Tell that it serves again. problem: why the old configuration stays; "" when the new one was taken over."""
+        """Report that the reload has ended.
+
+        problem: why the old configuration stays; "" when the new one was taken over.
+        """
         if not self._stopping:
-            # In the manager's status until the counts next change; the log keeps it.
+            # Shown in the manager's status until the counts next change; the log keeps
+            # it.
             self._told = f"reload refused, the old configuration stays: {problem}" if problem else self._status()
             self.notify(READY=1, STATUS=self._told)
 
     def stopping(self, drain_timeout_s: float) -> None:
-        """Tell that it drains, and how long that may take."""
+        """Report that the broker drains, and how long that may take."""
         self._stopping = True
         self._forget("status")
         self.notify(
@@ -105,12 +115,12 @@ class Supervisor:
         )
 
     def failed(self, why: str, number: int | None = None) -> None:
-        """Tell why it could not start. number: the system's errno, where there is one."""
-        # What a name service says is below 0, and no errno.
+        """Report why the broker could not start. number: the system's errno, if known."""
+        # Error numbers of a name service are below 0, and are not errnos.
         self.notify(STATUS=why, **({"ERRNO": number} if number is not None and number > 0 else {}))
 
     def close(self) -> None:
-        """Say nothing more by itself: the loop ends, or another process takes over."""
+        """Stop the timed messages: the loop ends, or another process takes over."""
         for name in list(self._timers):
             self._forget(name)
 
@@ -120,7 +130,8 @@ class Supervisor:
             self._told = status
 
     def _tell_alive(self) -> None:
-        # From a timer of the loop and nowhere else: a loop that stands still feeds nobody.
+        # Only ever from a timer of the loop: a blocked loop must not reset the
+        # watchdog.
         self._send({"WATCHDOG": 1}, 0)
 
     def _every(self, period_s: float, name: str, act: Callable[[], None]) -> None:
@@ -143,7 +154,8 @@ class Supervisor:
             return False
         lines = (f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
         try:
-            # A new socket each time: the manager may have been restarted and listen anew at the same address.
+            # A new socket each time: the manager may have restarted and listen again at
+            # the same address.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(send_timeout_s)
                 sock.sendto("\n".join(lines).encode(), self._address)

@@ -1,7 +1,7 @@
-"""Work done aside: in a thread, while the event loop serves on, and which nobody waits for at the end.
+"""Work in a thread while the event loop serves on; a process that ends does not wait for it.
 
-A thread of asyncio's own pool is waited for when the program ends, so that one read from a disk that does not answer
-would keep a daemon from ending.
+Python waits for the threads of asyncio's own pool when a program ends. One read from a
+disk that does not answer would keep a daemon from ending.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _Result = TypeVar("_Result")
 
 
 async def run_in_thread(work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None) -> _Result:
-    """Return what ``work()`` returns, or raise what it raises; it runs in a thread of its own.
+    """Return or raise the result of ``work()``, which runs in a thread of its own.
 
-    discard: gets the result of work that was cancelled meanwhile.
+    discard: receives the result if the caller was cancelled in the meantime.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_Result] = loop.create_future()
@@ -37,7 +37,7 @@ async def run_in_thread(work: Callable[[], _Result], *, discard: Callable[[_Resu
         result, failed = None, None
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits is to see it
+        except BaseException as error:  # noqa: BLE001 - any error must reach the caller
             failed = error
         try:
             loop.call_soon_threadsafe(tell, result, failed)
