@@ -1,7 +1,12 @@
-"""The configuration: YAML in, plain checked values out, and every mistake with its file, line and column.
+"""The configuration: YAML in, checked values out, each mistake with file, line and column.
 
-``units`` and ``fields`` say what a value may be, ``model`` what a configuration is, ``values`` what the daemon gets;
-``files`` opens files, ``document`` reads one YAML text, ``entries`` judges one file, ``keys`` fetches keys, ``load``
-goes through the files with ``findings`` in hand; ``complaints`` and ``problems`` put mistakes into words; ``plan``
-compares two configurations for a reload; ``addresses`` tells where the broker listens, without reading the rest.
+- ``units`` and ``fields`` define the values that an entry accepts;
+- ``model`` defines the form of a configuration;
+- ``values`` defines the values that the daemon uses;
+- ``text_files`` opens files, and ``yaml_reader`` parses the YAML text;
+- ``validator`` checks the entries of one file, and ``key_files`` reads keys;
+- ``load`` reads all files and collects the results in ``builder``;
+- ``messages`` and ``problems`` put mistakes into words;
+- ``diff`` compares two configurations for a reload;
+- ``listen_addresses`` finds the listen addresses without reading the rest.
 """

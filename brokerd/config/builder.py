@@ -1,4 +1,7 @@
-"""What was found in all files of one configuration so far, good and bad; in the end a Config or a ConfigError."""
+"""The results of reading one configuration's files: valid parts, and problems.
+
+``Findings.config`` turns them into a Config, or raises a ConfigError.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,57 @@ from brokerd.config.yaml_reader import Document
 
 __all__ = ["Findings"]
 
-#: How many names are compared, in all, to say which was meant: about two seconds' worth. In a large file with many
-#: slips, the later ones are reported without a guess.
+#: Limits the name comparisons for "did you mean" hints, per configuration: about two
+#: seconds of work. In a large file with many misspelt names, the later ones get no hint.
 _COMPARISONS: Final = 200_000
 
 
 class Findings:
-    """One configuration in the making.
+    """The parts of one configuration, collected while its files are read.
 
-    file: the main file. environ: where keys in the environment are looked up.
+    file: the main file. environ: the environment in which ``key_env`` is looked up.
     """
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:
         self.file = file
         self.environ = environ
         self.problems: list[Problem] = []
-        #: In the order read, which is the order of the errors; a dict for its order.
+        #: The files in the order of reading, which orders the errors; a dict keeps it.
         self.files: dict[str, None] = {file: None}
-        #: Whether every file could be read: otherwise names may be missing that are in it.
+        #: Whether every file could be read. If not, an unknown name may be defined in
+        #: the unread file.
         self.whole = True
         self.limits = Limits()
         self.log = Log()
         self.monitor: MonitorConfig | None = None
         self.listen: list[ListenConfig] = []
         self.clients: dict[str, ClientConfig] = {}
-        #: Whether any file lists a listener, good or bad.
+        #: Whether any file lists a listener, valid or not.
         self.listens = False
-        #: Every address and every name, also of entries with problems, and where it is given.
+        #: Every address and every name, with its place, also of entries with problems.
         self.addresses: dict[str, Place] = {}
         self.names: dict[str, tuple[Document, Path]] = {}
-        #: The names of sockets handed over, and where they are given.
+        #: The names of activated sockets, with their places.
         self.sockets: dict[str, Place] = {}
-        #: Every key, whose it is and where it is given.
+        #: Every key, with the name of its client and its place.
         self.keys: dict[bytes, tuple[str, Document, Path]] = {}
-        #: Files that nobody else may replace, and where each is named.
+        #: Files that no other user may replace, and the place that names each.
         self.private: dict[str, str] = {}
-        #: What is odd about keys, a line each.
+        #: Warnings about keys, one line each.
         self.odd: list[str] = []
-        #: Clients without a key, and where they are given.
+        #: Clients without a key, with their places.
         self.keyless: dict[str, tuple[Document, Path]] = {}
-        #: Names in send_to without a wildcard, and where they are given.
+        #: Names in send_to without a wildcard, with their places.
         self.recipients: list[tuple[str, Document, Path]] = []
-        #: Lists that clients have in common through an anchor become rules once. The list is kept beside its
-        #: rules: an id is only good while the object lives.
+        #: Rules by the id of their list in the file. Clients that share a list through an
+        #: anchor share its rules. The list is kept too: an id is valid only while the
+        #: object lives.
         self.rules: dict[int, tuple[object, tuple[Rule, ...]]] = {}
-        #: Files of which it is reported that others can read the keys in them.
+        #: Files already reported because other users can read the keys in them.
         self.exposed: set[str] = set()
 
     def config(self) -> Config:
-        """Return the whole configuration. Raises ConfigError if there is any problem."""
+        """Return the complete configuration. Raises ConfigError if there is any problem."""
         self._check_listeners()
         self._check_recipients()
         self._check_keyless()
@@ -84,7 +89,7 @@ class Findings:
             self.problems.append(Problem(Place(self.file, 1, 1), "listen", what))
 
     def _check_recipients(self) -> None:
-        """Report names in send_to that nobody has."""
+        """Report names in send_to that belong to no client."""
         comparisons = _COMPARISONS
         known: dict[str, str] = {}
         for name, document, path in self.recipients:
@@ -94,20 +99,21 @@ class Findings:
             if name not in known and comparisons >= len(self.names):
                 comparisons -= len(self.names)
                 meant = known[name] = did_you_mean(name, self.names)
-            # The name may be in a file that can't be read; then only what looks like a slip is one.
+            # If a file can't be read, the name may be defined there. Then only names that
+            # resemble a known name are reported.
             if self.whole or meant:
                 place, shown = document.place(path)
                 right = meant or "give a name from clients:, or a pattern with '*'"
                 self.problems.append(Problem(place, shown, f"there is no client {name!r} ({right})"))
 
     def _check_keyless(self) -> None:
-        """Report keys that everybody may know, because a client without one uses its name for a key."""
+        """Report keys that equal the name of a client without a key, which uses its name."""
         for name, (document, path) in self.keyless.items():
             whose, where, key_path = self.keys.get(name.encode(errors="replace"), (name, document, path))
             if whose != name:
                 client, _ = document.place(path, at_key=True)
                 place, shown = where.place(key_path)
-                # The name is not told: it is the key.
+                # The name is not shown: it is the key.
                 what = (
                     f"is the name of the client at {client}, which has no key and uses its name, and names are no "
                     "secret (give each client a key of its own: brokerd key)"
@@ -118,7 +124,7 @@ class Findings:
         order = {file: number for number, file in enumerate(self.files)}
         unique: dict[tuple[Place, str], Problem] = {}
         for problem in self.problems:
-            # An anchor's mistake is one mistake, however often it is merged.
+            # A mistake in an anchor is reported once, however often the anchor is merged.
             unique.setdefault((problem.place, problem.what if problem.place.line else str(problem)), problem)
         return sorted(
             unique.values(),

@@ -1,8 +1,8 @@
-"""The subject of a certificate, as text and as what two of them are compared by.
+"""The subject of a certificate: its text, and a normal form for comparison.
 
-Text is ``CN=alice,O=Example``: names of attributes and values as RFC 4514 and ``openssl x509 -subject`` write them, a
-backslash before a comma, plus or backslash that belongs to a value. The order says nothing here: some programs write
-it backwards.
+Text is ``CN=alice,O=Example``, written as in RFC 4514 and ``openssl x509 -subject``.
+A backslash precedes each comma, plus or backslash that belongs to a value. The order
+of the attributes has no meaning: some programs write it backwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ __all__ = ["Subject", "normal", "parse", "show"]
 #: Pairs of an attribute's short name and its value, sorted.
 Subject = tuple[tuple[str, str], ...]
 
-#: How OpenSSL, and with it Python, writes names out, to what people write (RFC 4514, 3, and openssl's own).
+#: Attribute names as OpenSSL and Python spell them, to their usual short forms (RFC 4514,
+#: section 3, and OpenSSL's own).
 _SHORT: Final = {
     "commonname": "CN",
     "countryname": "C",
@@ -32,7 +33,8 @@ _SHORT: Final = {
     "userid": "UID",
 }
 _RIGHT: Final = "give it whole, as in CN=alice,O=Example"
-#: One attribute: its name, and a value in which what has a meaning of its own stands behind a backslash.
+#: One attribute: its name and its value. Special characters in the value are escaped with
+#: a backslash.
 _PART: Final = re.compile(r"\s*([A-Za-z0-9.]+)\s*=\s*((?:[^\\,+]|\\.)*?)\s*(?:([,+])|\Z)", re.DOTALL)
 
 _SPECIAL: Final = re.compile(r"([\\,+])")
@@ -40,12 +42,12 @@ _ESCAPED: Final = r"\\\1"
 
 
 def normal(pairs: Iterable[tuple[str, str]]) -> Subject:
-    """Return a subject, as the ssl module gives it, in the form that is compared."""
+    """Return the normal form, for comparison, of a subject from the ssl module."""
     return tuple(sorted((_SHORT.get(name.lower(), name.upper()), value) for name, value in pairs))
 
 
 def parse(text: str) -> Subject:
-    """Return the subject in a text. Raises ValueError: what is wrong (what would be right)."""
+    """Return the subject in a text. Raises ValueError with the fault and its remedy."""
     found: list[tuple[str, str]] = []
     position = 0
     while True:
@@ -59,5 +61,5 @@ def parse(text: str) -> Subject:
 
 
 def show(subject: Subject) -> str:
-    """Return the subject as text, such as could stand in a configuration."""
+    """Return the subject as text, in the form that a configuration accepts."""
     return ",".join(f"{name}={_SPECIAL.sub(_ESCAPED, value)}" for name, value in subject)

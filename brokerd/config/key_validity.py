@@ -1,6 +1,7 @@
-"""Until when a client's keys let it in: states of keys, and the moment at which the last of them is over.
+"""The validity of a client's keys: their states, and the time at which the last one expires.
 
-Pure dates; no clock is read here. Source of the rules: docs/configuration.md, "keys".
+Only dates are compared; no clock is read here. Source of the rules:
+docs/configuration.md, "keys".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __all__ = ["KeyState", "ending", "let_in_until", "state_of"]
 
 
 class KeyState(StrEnum):
-    """What a key is worth at one moment."""
+    """Whether a key is accepted at a given time."""
 
     VALID = "valid"
     """It is accepted."""
@@ -26,22 +27,23 @@ class KeyState(StrEnum):
 
 
 def state_of(key: Key, now: datetime) -> KeyState:
-    """Return what the key is worth at ``now``, a time with its zone."""
+    """Return the state of the key at ``now``, a time with its zone."""
     if key.expired_at(now):
         return KeyState.EXPIRED
     return KeyState.VALID if key.valid_at(now) else KeyState.NOT_YET
 
 
 def ending(clients: Iterable[ClientConfig]) -> list[ClientConfig]:
-    """Return those that have a key with an end."""
+    """Return the clients that have a key with an expiry time."""
     return [client for client in clients if any(key.not_after is not None for key in client.keys)]
 
 
 def let_in_until(keys: Iterable[Key], now: datetime) -> Key | None:
-    """Return the key whose ``not_after`` ends the time, begun at or before ``now``, in which some key is accepted.
+    """Return the key at whose ``not_after`` the client loses access.
 
-    None where that time has no end, or where no key is accepted now. A key that begins when another
-    ends, or before, carries on; one that begins later leaves a gap, and the time ends there.
+    The result is None if access has no end, or if no key is accepted at ``now``. A key
+    that begins no later than another one ends extends the access. A key that begins
+    later leaves a gap, and the access ends at the gap.
     """
     windowed = sorted(keys, key=lambda key: key.not_before or now)
     last: Key | None = None

@@ -1,4 +1,4 @@
-"""What a configuration allows and its author hardly meant: warnings, one a line. Refuses nothing."""
+"""Warnings about valid settings that are probably mistakes, one a line. Nothing is refused."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from brokerd_client.address import Address
 
 __all__ = ["about_plain", "advice", "is_exposed"]
 
-#: A certificate is to be replaced some time before its end.
+#: A warning is given from this long before a certificate expires.
 _SOON: Final = timedelta(days=14)
 
 
 def advice(config: Config, now: datetime) -> list[str]:
-    """Return the warnings, as ``FILE:LINE: what is odd (what would be right)``. now: with its time zone."""
+    """Return the warnings, as ``FILE:LINE: what is odd (what would be right)``.
+
+    now: the current time, with its time zone.
+    """
     warnings = [*config.warnings]
     warnings += [one_line(warning) for listen in config.listen for warning in _about_listener(listen)]
     if config.monitor is not None:
@@ -42,7 +45,10 @@ def advice(config: Config, now: datetime) -> list[str]:
 
 
 def is_exposed(address: Address) -> bool:
-    """Return whether a TCP address may be reached from other machines; of a host's name only localhost can't."""
+    """Return whether other machines may reach a TCP address.
+
+    Every host name but localhost counts as reachable.
+    """
     if address.family not in ("AF_INET", "AF_INET6") or address.host == "localhost":
         return False
     try:
@@ -52,7 +58,7 @@ def is_exposed(address: Address) -> bool:
 
 
 def about_plain(listen: ListenConfig, address: Address) -> str:
-    """Return what is odd about a listener without TLS at this address, or ""."""
+    """Return the warning about a listener without TLS at this address, or ""."""
     if listen.tls is not None or listen.plain or not is_exposed(address):
         return ""
     return (

@@ -1,8 +1,9 @@
-"""Where a configuration says that the broker listens, told without its clients and their keys.
+"""The addresses at which the broker listens, read without the clients and their keys.
 
-Reads a file no further than its ``listen``: what stands behind, a hundred thousand clients or a mistake that the
-running broker has refused already, does not matter to whoever only looks for the broker. What is no address is
-passed over; ``load`` is where mistakes are told.
+A file is read only up to its ``listen`` section. The rest may hold a hundred thousand
+clients, or a mistake that the running broker has already refused. Neither matters to a
+program that only looks for the broker. An invalid address is skipped; ``load`` is what
+reports mistakes.
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ _CLOSES: Final = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """One address that is listened at. tls: whether TLS is spoken there."""
+    """One address at which the broker listens. tls: whether the listener uses TLS."""
 
     address: Address
     tls: bool = False
 
 
 def entrances(file: str, environ: Mapping[str, str]) -> list[Entrance]:
-    """Return the entrances in a configuration, in its order: those of the first file that has a ``listen``.
+    """Return the listen addresses of a configuration, in its order.
 
-    file: the main file, or ``files.IN_ENVIRON``.
-    Raises Unreadable: the main file can't be read; an included one that can't is passed over.
+    They come from the first file that has a ``listen`` section.
+    file: the main file, or ``text_files.IN_ENVIRON``.
+    Raises Unreadable if the main file can't be read; an unreadable included file is
+    skipped.
     """
     text, _ = text_of(file, environ)
     return _entrances(file, text, {os.path.realpath(file)})
@@ -88,7 +91,7 @@ def _addresses(listen: list[Any], base: str) -> Iterator[Entrance]:
 
 
 def _sections(text: str, file: str) -> dict[str, Any]:
-    """Return ``listen`` as soon as it is there, else ``include``, of a file's top level."""
+    """Return the top level's ``listen`` as soon as it is found, or else ``include``."""
     found: dict[str, Any] = {}
     loader = _LOADER(text)
     try:
@@ -100,12 +103,13 @@ def _sections(text: str, file: str) -> dict[str, Any]:
             if name == "listen":
                 break
     except (yaml.YAMLError, UnicodeError):
-        # What was read up to here still holds.
+        # The sections read up to here are still valid.
         pass
     finally:
         loader.dispose()
     if not isinstance(found.get("listen"), list):
-        # An alias to what stands elsewhere, or a merge: rare, and then the whole text is read.
+        # The value is an alias to another part of the file, or comes from a merge. This is
+        # rare, and the whole text is read then.
         root = read(text, file).root
         if isinstance(root, dict):
             found = {name: root[name] for name in ("listen", "include") if name in root}
@@ -113,7 +117,10 @@ def _sections(text: str, file: str) -> dict[str, Any]:
 
 
 def _top_level(loader: Any) -> Iterator[tuple[str, int, int]]:
-    """Yield (key, where it begins, where its value ends) of the outermost mapping, as characters of the text."""
+    """Yield each key of the outermost mapping, its start, and the end of its value.
+
+    Both positions are character indexes into the text.
+    """
     depth = 0
     key: Any = None
     while True:
@@ -132,7 +139,7 @@ def _top_level(loader: Any) -> Iterator[tuple[str, int, int]]:
             continue
         if key is None:
             key = event
-            # A mapping for a key: no configuration.
+            # The key is itself a mapping or a list: the text is not a configuration.
             if not isinstance(key, yaml.ScalarEvent):
                 return
         else:

@@ -1,4 +1,7 @@
-"""Who can replace the files that a configuration is made of: owners and directories, as warnings. Refuses nothing."""
+"""Warnings about users who can replace a configuration's files, by owner or directory.
+
+Nothing is refused here.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ __all__ = ["warnings_of"]
 
 
 def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield a warning for each owner, and for each directory, that should not have a file in its hands.
+    """Yield a warning for each untrusted owner, and each directory open to all users.
 
-    files: the path of each file, and where it is named. Source of the rules: docs/configuration.md, "Keys".
+    files: the path of each file, and the place that names it. Source of the rules:
+    docs/configuration.md, "Keys".
     """
-    # Windows has no such owners and modes.
+    # Windows has neither these owners nor these modes.
     if os.name != "posix":
         return
     foreign: dict[tuple[str, int], list[tuple[str, str]]] = {}
@@ -50,16 +54,18 @@ def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
 def _is_trusted(owner: int, home: os.stat_result) -> bool:
     """Return whether a file's owner is root or this user.
 
-    For root, who may check for the user that the broker runs as, the owner of the file's directory will do.
+    Root may check the files for the user that the broker runs as. So for root, the owner
+    of the file's directory is trusted too.
     """
     user = os.geteuid()
     return owner in (0, user) or (user == 0 and owner == home.st_uid)
 
 
 def _open_to_all(directory: str) -> str:
-    """Return the directory, or one above, in which every user can replace what leads to the file; "" for none.
+    """Return the directory on the path to the file that every user can write to, or "".
 
-    Of the directory itself the sticky bit is no excuse: another user may make the file first.
+    The sticky bit protects only the directories above. In the file's own directory,
+    another user may create the file first.
     """
     for each in (Path(directory), *Path(directory).parents):
         try:

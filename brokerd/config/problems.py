@@ -1,7 +1,7 @@
-"""What is wrong with a configuration: every problem with its place, and the error that carries them all.
+"""The problems of a configuration, each with its place, and the error that carries them all.
 
-A problem is one line, ``FILE:LINE:COLUMN: PATH: what is wrong (what would be right)``, whatever the file holds:
-what can't be printed is escaped, and what is long is cut. A key never stands in one.
+A problem is one line: ``FILE:LINE:COLUMN: PATH: what is wrong (what would be right)``.
+Unprintable characters are escaped, and long names are cut. A problem never shows a key.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Final, TypeAlias
 
 __all__ = ["ConfigError", "Path", "Place", "Problem", "format_path", "name_alone", "one_line"]
 
-#: The way from the top of a file to a value: keys of mappings and indexes of lists.
+#: The path from the top of a file to a value: keys of mappings and indexes of lists.
 Path: TypeAlias = Sequence[str | int]
 
-#: What a problem of the whole file has for a path.
+#: Shown as the path of a problem that concerns the whole file.
 _WHOLE: Final = "(file)"
-#: Where a key stands, or may stand by mistake.
+#: Fields whose value is a secret key, or may be a secret key by mistake.
 _KEYS: Final = frozenset({"key", "key_file", "key_env", "key_credential", "file", "env", "credential"})
-#: What the model's own names, and slips of the pen in them, look like.
+#: Matches the model's own field names, and misspelt forms of them.
 _NAME: Final = re.compile(r"[A-Za-z_-]{1,40}")
 _LONGEST_STEP: Final = 100
-#: clients.NAME.key: what a client is called is no key.
+#: In the path clients.NAME.key, the depth behind NAME: a client named like a field in
+#: _KEYS is not a secret.
 _CLIENT_DEPTH: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something is written. line, column: counted from 1; 0 where there is no text."""
+    """A place in a file. line, column: counted from 1; 0 where there is no text."""
 
     file: str
     line: int
@@ -41,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong. path: written as ``clients.bob.keys[0]``. what: with what would be right."""
+    """One fault. path: as in ``clients.bob.keys[0]``. what: the fault and its remedy."""
 
     place: Place
     path: str
@@ -52,7 +53,10 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration is refused whole; str() is every problem, one a line, in the order of the files."""
+    """The whole configuration is refused.
+
+    str() lists every problem, one a line, in the order of the files.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -60,10 +64,12 @@ class ConfigError(Exception):
 
 
 def format_path(path: Path) -> str:
-    """Return the path as people write it: ``clients.bob.keys[0]``; "" for the whole file.
+    """Return the path as text, such as ``clients.bob.keys[0]``; "" for the whole file.
 
-    Ends where a client's key is given, or named: a key that is not in quotes may look to YAML like a mapping with
-    names. Left out is what stands below a client and can't be a name, such as a key behind a colon without a space.
+    The text ends at the field that holds or names a client's key. YAML may read a key
+    without quotes as a mapping, so that part of the key would be shown as a name. Below
+    a client, a step that can't be a field name is left out. An example is a key that
+    follows a colon without a space.
     """
     text = ""
     for depth, step in enumerate(path):
@@ -80,7 +86,10 @@ def format_path(path: Path) -> str:
 
 
 def name_alone(text: str) -> str:
-    """Return a name in a mapping, or as much of it as can be one: what follows may be a key that was put there."""
+    """Return a mapping's field name, cut after the part that can be one.
+
+    The rest may be a key written there by mistake.
+    """
     if _NAME.fullmatch(text):
         return text
     name, colon, _ = text.partition(":")
@@ -88,7 +97,7 @@ def name_alone(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text with everything unprintable, line breaks among it, as escapes."""
+    """Return the text with all unprintable characters, also line breaks, escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
