@@ -1,8 +1,8 @@
-"""One established connection: bytes from its socket to the routing loop, bytes of its outbox to its socket.
+"""One established connection: moves bytes between its socket, the routing loop and its outbox.
 
-The socket is read and written here and not by an asyncio transport, so that the outbox is the only
-place where bytes wait: what the system did not take is known to the byte, and goes back to its
-senders when the connection ends.
+The socket is read and written here, not by an asyncio transport. So bytes wait only in
+the outbox. The broker knows to the byte what the system did not take. When the
+connection ends, those messages go back to their senders.
 """
 
 from __future__ import annotations
@@ -35,31 +35,36 @@ if TYPE_CHECKING:
     from brokerd.net.handshake.keyring import Credential
     from brokerd.net.server import Server
 
-#: What routes the frames of a buffer: see routing.feed.
+#: Routes the frames of a buffer: see routing.feed.
 _Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
 
 __all__ = ["GRACE", "READ_BUFFER", "Connection", "has_hung_up", "tune"]
 
 #: Size of the one read buffer that all connections share, in bytes.
 READ_BUFFER: Final = 256 * 1024
-#: A frame longer than this is collected in a buffer of its own, and passed on in it.
+#: Longest frame, in bytes, that goes through the shared read buffer. A longer one is
+#: collected in a buffer of its own, and passed on in it.
 _LARGE: Final = READ_BUFFER // 2
-#: More than a frame's length, header, name and topic can have.
+#: Bytes: more than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
-#: A read of so many bytes suggests that more are waiting; where it goes to so many recipients, up to so many
-#: more rounds are read before any of them is written to.
+#: A read of at least _PLENTY bytes suggests that more are waiting. If it goes to at
+#: least _MANY recipients, up to _ROUNDS more reads are made before the recipients are
+#: written to.
 _PLENTY: Final = 64 * 1024
 _MANY: Final = 32
-# The plain loop takes so long for one read that a second would only delay the first.
+# The Python routing loop needs so long for one read that a second read would only delay
+# the first.
 _ROUNDS: Final = 7 if routing.NAME == "compiled" else 0
-#: Where events go to more subscribers than that, so many bytes are copied for them in one turn: some milliseconds.
+#: If events go to more than _WIDE subscribers, at most _COPIED bytes are copied for
+#: them in one turn: some milliseconds.
 _WIDE: Final = 64
 _COPIED: Final = 32 * 1024 * 1024
-#: Seconds a connection that is to be closed has to take what is written for it.
+#: Seconds that a client has to read its remaining bytes before its connection is
+#: closed.
 GRACE: Final = 5.0
-#: Reads in a row for one connection, when it can't wait for its turn.
+#: Most reads in a row for one connection, when the read can't wait for its turn.
 _READS: Final = 16
-#: Sends several pieces with one call; Windows has no such call.
+#: Sends several pieces with one system call; Windows has no such call.
 _sendmsg = getattr(socket.socket, "sendmsg", None)
 _HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 
@@ -67,14 +72,17 @@ _HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0
 class Connection:
     """One established connection.
 
-    credential: the key it proved to know.
-    tail: bytes read and not yet routed, a partial frame or what a held sender has sent.
-    parcel: a long frame being collected, or waiting to be routed while its sender is held.
-    waits: others have their turn before what is in ``pending_input`` is routed.
-    channel: what the handshake said of the way it came.
-    passed: another process has its descriptor too, as it may take over.
-    ending: why the broker has begun to end it, or "".
-    can_hand_over: another process could go on with the socket and with what is kept here.
+    credential: the key that the client proved to know.
+    pending_input: bytes read and not yet routed: a partial frame, or the input of a
+        held sender.
+    large_frame: a large frame being collected, or waiting to be routed while its sender
+        is held.
+    waits: other connections have their turn before ``pending_input`` is routed.
+    tls_peer: the facts that the TLS handshake proved about the peer.
+    passed: a new process has a copy of the descriptor too, because it may take over.
+    ending: why the broker has begun to end the connection, or "".
+    can_hand_over: another process could continue with the socket and with the state
+        kept here.
     """
 
     can_hand_over: ClassVar[bool] = True
@@ -113,7 +121,7 @@ class Connection:
         self.passed = False
 
     def open(self, session: Session, early: bytes) -> None:
-        """Begin: early are bytes that came in behind the handshake."""
+        """Start reading. ``early`` holds bytes that arrived right behind the handshake."""
         self.session = session
         self.pending_input = early
         self.server.loop.add_reader(self.fd, self.on_readable)
@@ -121,7 +129,7 @@ class Connection:
             self.resume()
 
     def go_on(self) -> None:
-        """Begin where another process's link stopped; session, tail, parcel and waits are as they were there."""
+        """Continue a connection of another process; its session and pending input are restored."""
         session = self.session
         if session.outbox.blocked:
             self.writing = True
@@ -138,9 +146,13 @@ class Connection:
     # Reading
 
     def on_readable(self) -> None:
-        """Read and route what came: once, or while it goes to so many that a write for each would cost more."""
+        """Read and route once, or several times while a large read goes to many recipients.
+
+        With many recipients, writing to each after every read would cost more than
+        reading on.
+        """
         if self.session.closing:
-            # It is to be closed in a later turn; nothing more is read.
+            # The connection closes in a later turn; nothing more is read.
             self.server.loop.remove_reader(self.fd)
             return
         self.server.reset_recheck.note(self)
@@ -149,20 +161,23 @@ class Connection:
             while self._read() >= _PLENTY and rounds and self._spreads_out():
                 rounds -= 1
             self.server.settle()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+        except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
     def _spreads_out(self) -> bool:
-        """Return whether what was read goes to many, each of whom would get little with one write."""
+        """Return whether the last read goes to many recipients, each with little to write."""
         touched = self.server.broker.touched
         return len(touched) >= _MANY and self.may_read()
 
     def may_read(self) -> bool:
-        """Return whether it may be read from now: it is not over, not held, and it is not the others' turn."""
+        """Return whether the connection may be read now.
+
+        It may not if it is closed, held, or waits for its turn.
+        """
         return not (self.closed or self.waits or self.session.closing or self.session.held_by is not None)
 
     def _read(self) -> int:
-        """Read once and route what came; return how many bytes that was. The caller settles."""
+        """Read once and route the bytes; return their number. The caller settles."""
         view = self.server.buffer
         large_frame = self.large_frame
         kept = 0
@@ -194,7 +209,7 @@ class Connection:
         return size
 
     def resume(self) -> None:
-        """Route what was kept while the sender was held, and read on."""
+        """Route the input that was kept while the sender was held, and continue reading."""
         if self.closed or self.session.closing:
             return
         kept, self.pending_input = self.pending_input, b""
@@ -207,12 +222,12 @@ class Connection:
             self.server.settle()
 
     def _route_large_frame(self, large_frame: LargeFrame) -> None:
-        """Route a long frame; the loop would copy it, so it goes to the broker at once."""
+        """Route a large frame on the slow path at once, because the routing loop would copy it."""
         self.large_frame = None
         self._route(memoryview(large_frame), large_frame.end, SLACK, handle_slow_path)
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
-        """Route what lies there. feed: who does, the routing loop unless given."""
+        """Route the frames in ``view`` with ``feed``, by default the routing loop."""
         server, session = self.server, self.session
         feed = feed or routing.feed
         now = server.loop.time()
@@ -241,30 +256,33 @@ class Connection:
                 server.loop.call_soon(self._take_turn)
 
     def _end_of_turn(self, view: memoryview, start: int, end: int) -> int:
-        """Return up to where events may be routed in one turn: each is copied for very many subscribers."""
+        """Return the position up to which events may be routed in one turn.
+
+        Each event is copied for very many subscribers.
+        """
         stop = start + _COPIED // self.session.widest
         if stop >= end:
             return end
         try:
             span = frame_span(view, start, end)
         except BadLength:
-            # The routing loop judges it.
+            # The routing loop handles the invalid length.
             return end
-        # One frame at least, or all that is there of it.
+        # At least one frame, or as much of it as has arrived.
         return end if span is None else min(end, max(stop, sum(span)))
 
     def _take_turn(self) -> None:
-        """Route on: the others have had their turn."""
+        """Route the pending input: the other connections have had their turn."""
         if not self.waits:
             return
         self.waits = False
         try:
             self.resume()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+        except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
     def _keep(self, view: memoryview, position: int, end: int) -> None:
-        """Keep the bytes of a frame that has not arrived whole, or of those not routed yet."""
+        """Keep the bytes of an incomplete frame, or of frames that are not routed yet."""
         if position == end:
             return
         if isinstance(view.obj, LargeFrame):
@@ -273,13 +291,15 @@ class Connection:
         try:
             span = frame_span(view, position, end)
         except BadLength:
-            # Kept behind a held frame; the routing loop judges it when it gets there.
+            # It lies behind a held frame; the routing loop handles the invalid length
+            # when it gets there.
             span = None
         if span is not None and self.session.held_by is None:
             wanted = sum(span) - position
-            # It is there but for its turn.
+            # The frame is complete and only waits for its turn.
             there = wanted <= end - position
-            # One that is longer than any message is not collected: it is passed over as soon as its header is there.
+            # A frame longer than any message is not collected: it is skipped as soon as
+            # its header has arrived.
             if not there and _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
                 self.large_frame = LargeFrame(view[position:end], wanted)
                 return
@@ -288,7 +308,7 @@ class Connection:
     # Writing
 
     def write(self) -> None:
-        """Offer the outbox to the system; where it does not take all, wait until it takes more."""
+        """Write the outbox to the socket; if the system does not take all, wait to write."""
         session = self.session
         outbox = session.outbox
         try:
@@ -301,14 +321,15 @@ class Connection:
                 if outbox.timed:
                     self.server.broker.expire(session, self.server.loop.time())
             if outbox.timed and outbox.waiting:
-                # More has expired than is answered for in one turn.
+                # More messages have expired than are reported to their senders in one
+                # turn.
                 raise BlockingIOError
         except (BlockingIOError, InterruptedError):
             self._wait_to_write()
         except OSError as error:
             self.lost(error.strerror or type(error).__name__)
         else:
-            # As _all_written, without the call: this is done for every message.
+            # The same as _all_written, inlined: this runs for every message.
             outbox.blocked = False
             if self.writing:
                 self.writing = False
@@ -333,19 +354,19 @@ class Connection:
             self.lost(self.session.closing, written=True)
 
     def on_writable(self) -> None:
-        """Write on; whoever waited for room in this outbox may send again."""
+        """Continue writing; senders that waited for room in this outbox may send again."""
         try:
             self.write()
             if not self.closed:
                 self.server.broker.drained(self.session, self.server.loop.time())
             self.server.settle()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to go on
+        except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
     # The end
 
     def _broken(self, error: Exception) -> None:
-        """Give this connection up over a bug of ours, loudly; left alone it would be tried again without end."""
+        """Close the connection and log the bug; kept open, it would fail again without end."""
         self.server.counters.bugs += 1
         name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
         about, what = type(error).__name__, in_words(error)
@@ -353,15 +374,16 @@ class Connection:
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:
-        """Read nothing more, and give the client a last chance to take what is written for it."""
+        """Stop reading, and give the client GRACE seconds to read what is written for it."""
         self.server.loop.remove_reader(self.fd)
         if self.grace is None and not self.server.broker.draining:
             self.grace = self.server.loop.call_later(GRACE, self.lost, self.session.closing)
 
     def lost(self, why: str, *, written: bool = False) -> None:
-        """End the connection and have the core answer for what was still to be done.
+        """Close the connection, and make the core report its undelivered messages.
 
-        written: everything was, and is to arrive; else the socket is closed as it is.
+        written: all output was written and shall arrive; otherwise the socket is closed
+        at once.
         """
         if self.closed:
             return
@@ -375,7 +397,8 @@ class Connection:
             self.server.close_gracefully(self.sock)
         else:
             if self.passed:
-                # To close this descriptor ends nothing while there is another.
+                # Closing this descriptor does not end the connection while another
+                # process has a copy.
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
@@ -383,7 +406,7 @@ class Connection:
 
     @property
     def progress(self) -> tuple[int, int, int, int]:
-        """What changes with every byte that is read."""
+        """Values that change with every byte that is read."""
         large_frame = self.large_frame
         return (
             self.session.bytes_in,
@@ -393,23 +416,24 @@ class Connection:
         )
 
     def end(self, code: ErrorCode, why: str) -> None:
-        """End the connection at once. Its client is told why, if the system takes that now."""
+        """Close the connection at once; the client gets the reason if the system takes it now."""
         self.server.broker.close(self.session, why, code=code)
         self.add_reason()
         self.write()
         self.lost(why)
 
     def add_reason(self) -> None:
-        """Put the reason of the end behind what waits to be written, once."""
+        """Append the reason of the close to the outbox, once."""
         session = self.session
         if session.closing_code is not None:
             add_reason(session, session.closing_code, session.closing)
             session.closing_code = None
 
     def half_close(self, why: str) -> None:
-        """Tell the client why and that nothing more comes, and read on. Its outbox is written.
+        """Send the reason and close the sending half, but continue reading. The outbox is written.
 
-        Where the system does not take the reason at once, the connection stays as it is: call this again.
+        If the system does not take the reason at once, the connection stays as it is.
+        Call this again then.
         """
         if not self.ending:
             self.ending = why
@@ -422,14 +446,14 @@ class Connection:
 
     def _end_writing(self) -> None:
         if not isinstance(self.sock, BridgedSocket):
-            # A pipe has no half that could stay open.
+            # A pipe can't be closed in one direction only.
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
 
     def unread_messages(self, most: int) -> int:
-        """Read what the client has sent and nothing routes any more; return how many messages that were.
+        """Read input that will not be routed any more; return the number of messages in it.
 
-        most: bytes to read.
+        most: the most bytes to read.
         """
         if self.closed:
             return 0
@@ -443,25 +467,27 @@ class Connection:
         return counter.count
 
     def catch_up(self) -> None:
-        """Route what has arrived, without waiting for the event loop to say that something has."""
+        """Route the input that has arrived, without waiting for the event loop to report it."""
         for _ in range(_READS):
-            # When others have their turn, this is no way to come before them.
+            # While other connections have their turn, this connection does not overtake
+            # them.
             if self.waits or not self.advance():
                 break
             self.server.settle()
 
     def advance(self) -> bool:
-        """Route what waits for its turn, or else what has arrived; return whether there was anything."""
+        """Route pending input or newly arrived bytes; return whether there were any."""
         if self.waits:
             self._take_turn()
             return True
         return self.may_read() and self._read() > 0
 
     def is_gone(self) -> bool | None:
-        """Return whether the client has closed, without waiting for the event loop to say so.
+        """Return whether the client has closed, without waiting for the event loop to report it.
 
-        What it sent before that is routed first, unless it was not to be read from any more. None: it has closed, and
-        that takes more turns of the event loop.
+        The client's earlier input is routed first, unless it was not to be read any
+        more. None: the client has closed, but routing its input takes more turns of the
+        event loop.
         """
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
@@ -474,7 +500,7 @@ class Connection:
 
 
 def has_hung_up(sock: socket.socket | int) -> bool:
-    """Return whether the other end has closed, though bytes may be unread."""
+    """Return whether the other end has closed, even if bytes are unread."""
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()
@@ -483,7 +509,7 @@ def has_hung_up(sock: socket.socket | int) -> bool:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set the options of a connection's socket: not blocking, and on TCP no delay. Raises OSError."""
+    """Set a connection's socket to non-blocking, and TCP_NODELAY on TCP. Raises OSError."""
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,9 +1,10 @@
-"""The last moments of a connection that the broker closes: what is on its way arrives before the end does.
+"""Lingering close: the last bytes written to a connection arrive before the connection ends.
 
-A TCP socket that is closed while bytes from the peer are unread is reset, and a reset throws away whatever the
-peer's system has not acknowledged. So the end is announced, what still comes in is read and thrown away, and
-the socket is closed when the peer has everything, has closed, or has had its time. Source: RFC 9293, 3.10.4,
-and RFC 2525, 2.17.
+The system resets a TCP socket that is closed while bytes from the peer are unread. A
+reset discards all bytes that the peer's system has not acknowledged. So the broker
+shuts down its sending half, then reads and discards what still comes in. It closes the
+socket when the peer has received everything, has closed, or its time is over. Source:
+RFC 9293, 3.10.4, and RFC 2525, 2.17.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from brokerd_client._common.pipe_bridge import BridgedSocket
 
 __all__ = ["LingeringClose", "unacknowledged"]
 
-#: Seconds between two looks at what is still on its way.
+#: Seconds between two checks for unacknowledged bytes.
 _LOOK_AGAIN: Final = 0.02
 
 
 class LingeringClose:
-    """A socket whose connection is over but for bytes on their way to the peer.
+    """A socket whose connection is over except for bytes on their way to the peer.
 
-    buffer: where what still comes in is read to. time_s: until it is closed whatever has arrived.
+    buffer: the buffer into which discarded input is read.
+    time_s: seconds until the socket is closed, even if bytes have not arrived.
     on_closed: called once, when the socket is closed.
     """
 
@@ -47,16 +49,16 @@ class LingeringClose:
 
     @property
     def sock(self) -> socket.socket:
-        """The socket, for another process to go on with."""
+        """The socket, for another process to continue with."""
         return self._sock
 
     @property
     def time_left_s(self) -> float:
-        """Seconds until it is closed whatever has arrived."""
+        """Seconds until the socket is closed, even if bytes have not arrived."""
         return self._deadline - self._loop.time()
 
     def begin(self) -> None:
-        """Announce the end; close at once if nothing is on its way."""
+        """Shut down the sending half; close at once if no bytes are on their way."""
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -77,7 +79,7 @@ class LingeringClose:
         self._throw_away()
 
     def _throw_away(self) -> bool:
-        """Read what came in; return whether the peer is still there."""
+        """Read and discard input; return whether the peer is still connected."""
         try:
             there = self._sock.recv_into(self._buffer) > 0
         except (BlockingIOError, InterruptedError):
@@ -89,7 +91,7 @@ class LingeringClose:
         return there
 
     def close(self) -> None:
-        """Close the socket, whatever is on its way."""
+        """Close the socket, even if bytes are on their way."""
         if self._sock.fileno() < 0:
             return
         if self._timer is not None:
@@ -100,10 +102,11 @@ class LingeringClose:
 
 
 def unacknowledged(sock: socket.socket) -> int:
-    """Return how many bytes written to a TCP socket the peer's system has not acknowledged yet.
+    """Return how many bytes written to a TCP socket the peer's system has not acknowledged.
 
-    0 for other sockets, whose bytes are in the peer's hands when they are written, and where the system does
-    not say. 1 for a socket that stands for a pipe: when its bridge has passed everything on, it closes.
+    Return 0 for other sockets, whose written bytes are with the peer already. Return 0
+    also if the system does not report the number. Return 1 for a socket that stands for
+    a pipe: its bridge closes after passing everything on.
     """
     if isinstance(sock, BridgedSocket):
         return 1

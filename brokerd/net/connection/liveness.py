@@ -1,8 +1,10 @@
-"""The pulse of established connections over TCP: whose other end has answered nothing for too long is given up.
+"""Liveness of TCP connections: a connection whose peer has answered nothing for too long is closed.
 
-A client whose machine lost its power or its network sends no end of its connection. Idle ones the system itself asks,
-as it is told here. Those to whom bytes are under way are looked at here, a few times within ``limits.keepalive``,
-so that what waits for them goes back to its senders in time. Who does not read, but answers, stays.
+A client whose machine loses power or network sends no end of its connection. The system
+itself probes idle connections (TCP keepalive, set here). Connections with bytes under
+way are checked here, a few times within ``limits.keepalive``. So messages that wait for
+a dead peer go back to their senders in time. A client that does not read, but whose
+system acknowledges, stays connected.
 """
 
 from __future__ import annotations
@@ -23,25 +25,26 @@ __all__ = ["Liveness"]
 
 _TCP: Final = (socket.AF_INET, socket.AF_INET6)
 _SHORTEST_PAUSE_S: Final = 0.25
-#: Connections looked at in one turn of the loop: less than a millisecond's work.
+#: Connections checked in one turn of the event loop: less than a millisecond's work.
 _SLICE: Final = 200
 
 
 class Liveness:
-    """Looks at a server's TCP connections; keeps a timer only while there are some, and a limit."""
+    """Checks a server's TCP connections; has a timer only while there are any and a limit."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._watched: dict[Connection, Silence] = {}
         self._timer: asyncio.Handle | None = None
         self._left: list[Connection] = []
-        #: Of which the system was told another ``limits.keepalive``.
+        #: Connections whose socket still has the keepalive of an earlier
+        #: ``limits.keepalive``.
         self._outdated: set[Connection] = set()
 
     def reset_recheck(self, connection: Connection, *, inherited: bool = False) -> None:
-        """Look at this connection from now on, if it is one over TCP, until it is forgotten.
+        """Check this connection, if it is over TCP, until it is forgotten.
 
-        inherited: another process has told the system something of it.
+        inherited: another process has set keepalive options on its socket.
         """
         if connection.sock.family in _TCP:
             self._watched[connection] = Silence()
@@ -51,19 +54,19 @@ class Liveness:
                 self._rest()
 
     def forget(self, connection: Connection) -> None:
-        """Look at this connection no more."""
+        """Stop checking this connection."""
         self._watched.pop(connection, None)
         self._outdated.discard(connection)
 
     def reconfigure(self) -> None:
-        """Have another ``limits.keepalive`` hold for those who are connected: at once, some in each turn."""
+        """Apply a new ``limits.keepalive`` to the existing connections, some in each turn."""
         self._outdated = set(self._watched)
         if self._timer is not None:
             self._timer.cancel()
         self._begin()
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """Stop checking all connections."""
         self._watched.clear()
         self._outdated.clear()
         if self._timer is not None:
@@ -80,7 +83,7 @@ class Liveness:
         self._look()
 
     def _look(self) -> None:
-        """Look at some, and at the others in the next turns."""
+        """Check some connections now, and the rest in the next turns."""
         limit, now = self._server.limits.keepalive, self._server.loop.time()
         for connection in self._left[-_SLICE:]:
             if connection in self._outdated:
@@ -96,9 +99,9 @@ class Liveness:
             self._rest()
 
     def _tell_system(self, connection: Connection) -> None:
-        """Have the system ask an idle one for signs of life, as ``limits.keepalive`` says."""
+        """Set the socket's TCP keepalive as ``limits.keepalive`` says."""
         sock, limit = _socket_of(connection), self._server.limits.keepalive
-        # It may be over already, which reading it tells.
+        # The connection may have ended already; the next read detects that.
         with contextlib.suppress(OSError):
             if limit:
                 keep_alive(sock, limit)
@@ -107,5 +110,5 @@ class Liveness:
 
 
 def _socket_of(connection: Connection) -> Any:
-    # A link over TLS has a stream in its place: see TlsLink.
+    # A connection over TLS has a stream in place of a socket: see TlsConnection.
     return getattr(connection.sock, "raw", connection.sock)

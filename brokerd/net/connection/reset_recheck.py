@@ -1,9 +1,10 @@
-"""A second look at connections that were read from: has the peer gone without the event loop saying so again?
+"""Checks connections again after a read, for a reset that the event loop reports only once.
 
-Under uvloop a socket in error is reported once, and then no more: libuv stops to watch it (uv__poll_io in its
-src/unix/poll.c). If bytes were there too, that one report was used up by reading them, and a connection that was reset
-stays, until somebody writes to it. So whatever was read from is looked at once more a moment later, all with one call.
-Nothing runs while nothing is read.
+Under uvloop, a socket in error is reported only once. libuv stops watching it then
+(uv__poll_io in its src/unix/poll.c). If bytes had arrived too, reading them used up
+that one report. A connection that was reset would then stay until the broker writes to
+it. So each connection that was read from is polled again a moment later, all with one
+call. No timer runs while nothing is read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ResetRecheck"]
 
-#: Seconds after a read.
+#: Seconds between a read and the check.
 _LATER: Final = 1.0
 
 
 class ResetRecheck:
-    """The connections to look at again; keeps a timer only while there are any."""
+    """The connections to check again; has a timer only while there are any."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -31,13 +32,13 @@ class ResetRecheck:
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self, connection: Connection) -> None:
-        """Look at a connection again in a moment: it has just been read from."""
+        """Check a connection again in a moment, because it has just been read from."""
         self._connections.add(connection)
         if self._timer is None and hasattr(select, "poll"):
             self._timer = self._loop.call_later(_LATER, self._look)
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """Stop checking all connections."""
         self._connections.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -49,9 +50,10 @@ class ResetRecheck:
         self._connections.clear()
         poll = select.poll()
         for fd in connections:
-            # Errors are reported whatever is asked for.
+            # poll() reports errors even if no event is asked for.
             poll.register(fd, 0)
         for fd, events in poll.poll(0):
-            # Who is held and gone is found gone when he is read from again: what he sent before counts first.
+            # A held client that has disconnected is detected on its next read; its
+            # earlier frames are processed first.
             if events & (select.POLLERR | select.POLLHUP) and connections[fd].may_read():
                 connections[fd].on_readable()

@@ -1,7 +1,8 @@
 """One established connection over TLS.
 
-What differs from a plain one: bytes may be there of which the system knows nothing, and of those the outbox has given
-away one piece, of some kilobytes, may still wait here; it counts as sent, as bytes in the system's own buffer do.
+It differs from a plain one in two ways. Decrypted bytes may wait in the stream, and the
+system does not report them. A piece of some kilobytes that the outbox has given away
+may still wait in the stream. It counts as sent, like bytes in the system's own buffer.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ if TYPE_CHECKING:
 
 __all__ = ["TlsConnection"]
 
-#: Small pieces are encrypted together, up to so many bytes: a record has room for 16 KiB.
+#: Most bytes of small pieces that are encrypted together: a TLS record has room for 16
+#: KiB.
 _TOGETHER: Final = 16 * 1024
 
 
 class TlsConnection(Connection):
-    """One established connection over TLS. Its keys are in this process, and can't be handed to another."""
+    """One established connection over TLS; its keys can't be handed to another process."""
 
     can_hand_over = False
 
     __slots__ = ("_reading_on", "_stream")
 
     def __init__(self, server: Server, stream: TlsStream, credential: Credential, tls_peer: TlsPeer) -> None:
-        # It does all that a Link asks of a socket.
+        # A TlsStream has every method of a socket that a Connection calls.
         super().__init__(server, cast("socket.socket", stream), credential, tls_peer)
         self._stream = stream
         stream.trust()
@@ -42,17 +44,17 @@ class TlsConnection(Connection):
     # Reading
 
     def open(self, session: Session, early: bytes) -> None:
-        """Begin, as a Link does; more may have come behind the handshake than early."""
+        """Start reading; more than ``early`` may have arrived behind the handshake."""
         super().open(session, early)
         self._after_reading()
 
     def on_readable(self) -> None:
-        """Read and route what came, as a Link does."""
+        """Read and route, then check for bytes that are decrypted and unread."""
         super().on_readable()
         self._after_reading()
 
     def resume(self) -> None:
-        """Read on after being held, as a Link does."""
+        """Continue reading after the sender was held."""
         super().resume()
         self._after_reading()
 
@@ -60,11 +62,11 @@ class TlsConnection(Connection):
         if self.closed:
             return
         if self._stream.unsent and not self.writing:
-            # TLS itself had something to answer.
+            # TLS itself has a reply to write.
             self.writing = True
             self.server.loop.add_writer(self.fd, self.on_writable)
         if self._stream.buffered and self.may_read() and not self._reading_on:
-            # In a turn of its own, so that the others get theirs.
+            # In a turn of its own, so that the other connections get theirs.
             self._reading_on = True
             self.server.loop.call_soon(self._read_on)
 
@@ -74,16 +76,16 @@ class TlsConnection(Connection):
             self.on_readable()
 
     def advance(self) -> bool:
-        """Route what has arrived, as a Link does; a read that brought nothing may have left something."""
+        """Route what has arrived; return whether there was input or some is still decrypted."""
         there = super().advance()
-        # Whoever asked may not ask again.
+        # The caller may not call again.
         self._after_reading()
         return there or (self._stream.buffered and self.may_read())
 
     # Writing
 
     def write(self) -> None:
-        """Offer the outbox to the system, encrypted; where it does not take all, wait until it takes more."""
+        """Encrypt and write the outbox; if the system does not take all, wait to write."""
         session = self.session
         outbox, stream = session.outbox, self._stream
         try:
@@ -95,7 +97,8 @@ class TlsConnection(Connection):
                 pieces = outbox.pieces()
                 if not pieces:
                     if outbox.waiting:
-                        # More has expired than is answered for in one turn.
+                        # More messages have expired than are reported to their senders
+                        # in one turn.
                         raise BlockingIOError
                     break
                 outbox.sent(stream.send(pieces[0] if len(pieces) == 1 else _together(pieces)))
@@ -107,9 +110,10 @@ class TlsConnection(Connection):
             self._all_written()
 
     def _end_writing(self) -> None:
-        """End the sending half, as a Link does; with a goodbye of TLS before that."""
+        """Close the sending half, with a close_notify of TLS before that."""
         if self._stream.buffered:
-            # OpenSSL fails when it finds data while it says goodbye, and the data are lost.
+            # OpenSSL fails if it finds data while it sends close_notify, and the data
+            # are lost.
             return
         with contextlib.suppress(OSError):
             self._stream.finish()
@@ -117,20 +121,20 @@ class TlsConnection(Connection):
                 self._stream.raw.shutdown(socket.SHUT_WR)
 
     def lost(self, why: str, *, written: bool = False) -> None:
-        """End the connection, as a Link does; with a goodbye, where all that was to be said was said."""
+        """Close the connection, with a close_notify of TLS if all output was written."""
         if written and not self.closed:
             try:
                 self._stream.finish()
             except OSError:
                 written = False
             else:
-                # What comes from here on is thrown away, encrypted or not.
+                # Input is discarded from here on, encrypted or not.
                 self.sock = self._stream.raw
         super().lost(why, written=written)
 
 
 def _together(pieces: list[bytearray | memoryview]) -> bytes | bytearray | memoryview:
-    """Return the first of the pieces, or as many as one record has room for."""
+    """Return the first of the pieces, or as many pieces as fit into one record."""
     size, count = 0, 0
     for piece in pieces:
         size += len(piece)

@@ -1,4 +1,4 @@
-"""Counts the messages that a client has sent and that nobody routes any more, for the log."""
+"""Counts messages that a client has sent and that are not routed any more, for the log."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ __all__ = ["UnreadCounter"]
 _KINDS: Final = frozenset({Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT})
 _LONG: Final = -1
 _LONG_SIZE: Final = 12
-#: Length, header and the first byte of a name: the most that is looked at.
+#: Bytes of a frame that are examined at most: length, header and the first byte of a
+#: name.
 _HEAD: Final = _LONG_SIZE + HEADER.size + 1
 
 
 class UnreadCounter:
-    """Counts whole messages in a stream of frames. Operations of the broker are not messages.
+    """Counts complete messages in a stream of frames; operations of the broker do not count.
 
-    skip: bytes of a frame that has been judged already.
+    bytes_to_skip: bytes that are left of a frame that has been handled already.
     """
 
     def __init__(self, bytes_to_skip: int = 0) -> None:
         self.count = 0
         self._skip = bytes_to_skip
-        #: Whether the frame that is being passed over counts when it has come whole.
+        #: 1 if the frame that is being skipped counts when it is complete, else 0.
         self._counts = 0
         self._kept = b""
 
     def feed(self, view: bytes | memoryview) -> None:
-        """Count what ends in these bytes."""
+        """Count the messages that end in these bytes."""
         position, end = 0, len(view)
         if self._kept:
             view = memoryview(self._kept + bytes(view))
@@ -55,7 +56,7 @@ class UnreadCounter:
                 size = int.from_bytes(view[first : first + 8], "big")
                 first += 8
             if size < HEADER.size:
-                # No frame of the protocol; what follows it can't be told apart.
+                # Not a valid frame: the frames behind it can't be told apart.
                 self._skip = 1 << 62
                 return
             own = view[first + 3] and view[first + HEADER.size] == ord("$")
@@ -64,7 +65,7 @@ class UnreadCounter:
             position = first
 
     def _is_whole(self, view: bytes | memoryview, position: int, end: int) -> bool:
-        """Return whether the few bytes that are there hold all that is looked at."""
+        """Return whether these few bytes hold all that has to be examined."""
         if end - position < LENGTH.size:
             return False
         (size,) = LENGTH.unpack_from(view, position)
