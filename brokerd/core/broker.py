@@ -1,12 +1,18 @@
-"""The broker's decisions: who joins and leaves, where a frame goes, and what becomes of it.
+"""The broker's decisions: which sessions join, where each frame goes, and its outcome.
 
-The routing loop (:mod:`brokerd.core.routing`) passes ordinary messages on by itself and hands everything
-else to :meth:`Broker.handle`, one frame at a time. Nothing is dropped in silence: what can't be
-delivered comes back to its sender as an ERROR (docs/protocol.md, "Outcomes").
+The routing loop (:mod:`brokerd.core.routing`) passes ordinary messages on by itself.
+It hands every other frame to :meth:`Broker.handle`, one at a time. No message is
+dropped silently: one that cannot be delivered comes back to its sender as an ERROR
+(docs/protocol.md, "Outcomes").
 
-What is to be done by the network layer lies in six places: ``touched`` (sessions with bytes to write, or
-to be closed), ``released`` (sessions that may be read from again), ``admin_commands`` (what an administrator
-asked of the daemon), ``log_events`` (what belongs into the log), ``next_deadline`` and ``has_deferred_work``.
+The network layer finds its work in six attributes:
+
+- ``touched``: sessions with bytes to write, or to be closed;
+- ``released``: sessions that may be read from again;
+- ``admin_commands``: commands of an administrator that the daemon carries out;
+- ``log_events``: events to write to the log;
+- ``next_deadline``: when :meth:`Broker.tick` is due;
+- ``has_deferred_work``: whether :meth:`Broker.run_deferred` has something to do.
 """
 
 from __future__ import annotations
@@ -59,16 +65,17 @@ from brokerd_client.wire.framing import frame as make_frame
 
 __all__ = ["OUTCOME_RESERVE", "AdminCommand", "Broker", "CoreLimits", "RoutingResult"]
 
-#: Bytes by which the broker's own answers may exceed a client's queue before it is not read from any more.
+#: Bytes of the broker's own answers that may wait for one client beyond its queue quota.
+#: A client with more waiting than that is not read from.
 OUTCOME_RESERVE: Final = 256 * 1024
 
-#: Held senders that are released at once: each is looked at again in the same turn.
+#: Most held senders released per turn: the server reads from each of them in that turn.
 _RELEASED: Final = 128
-#: Steps of what is deferred that are taken each time: a few milliseconds' work.
+#: Most steps of deferred jobs per call of run_deferred: a few milliseconds' work.
 _STEPS: Final = 64
-#: Messages past their ttl that are answered for at once.
+#: Most messages past their ttl that are reported per call.
 _EXPIRED: Final = 256
-#: Clients whose entries are taken over in one turn of a reload: some milliseconds' work.
+#: Most clients reconfigured per turn of a reload: some milliseconds' work.
 _RECONFIGURED: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 _ACK: Final = int(Flag.ACK)
@@ -78,7 +85,7 @@ _ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class CoreLimits:
-    """The core's share of ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
+    """The core's part of ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
 
     max_message: int = 16 * 1024 * 1024
     wait_timeout: float = 30.0
@@ -86,7 +93,7 @@ class CoreLimits:
 
 @dataclass(frozen=True, slots=True)
 class AdminCommand:
-    """Something an administrator asked that only the daemon can do, such as ``reload`` or ``log_level``."""
+    """An admin operation for the daemon, such as ``reload`` or ``log_level``."""
 
     op: str
     source: Session
@@ -95,7 +102,7 @@ class AdminCommand:
 
 
 class Broker:
-    """Everything between the sockets."""
+    """All routing decisions and session state, without sockets or clocks."""
 
     def __init__(
         self,
@@ -113,10 +120,10 @@ class Broker:
         self.version = version
         self.routing = routing
         self.started_at = now_wall
-        #: Route caches made before this number changed are stale.
+        #: A route cache made under another generation is stale.
         self.generation = 1
         self.draining = False
-        #: How many processes served before this one, without an end between them.
+        #: Live upgrades so far: processes that served before this one without a stop.
         self.upgrades = 0
         self.touched: list[Session] = []
         self.released: list[Session] = []
@@ -124,35 +131,39 @@ class Broker:
         self.log_events = LogEvents()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
-        #: Messages of sessions that are gone: ``reported`` to their senders, ``passed_on`` to others, or ``lost``.
+        #: Messages left by closed sessions: ``reported`` to their senders, ``passed_on`` to
+        #: other pool members, or ``lost``.
         self.returned: Counter[str] = Counter()
-        #: Refusals, by their codes, that the system did not take from the outbox of the message's sender.
+        #: Refusals by error code that the message's sender did not receive: its connection
+        #: ended while they waited in its outbox.
         self.unheard: Counter[str] = Counter()
-        #: Sessions that wait for the answer to ``finished``: see :meth:`answer_finished`.
+        #: Sessions that wait for the reply to ``finished``: see :meth:`answer_finished`.
         self.finishing: dict[Session, None] = {}
-        #: How many frames that leave the routing loop are still handled before others get their turn; less than 0
-        #: for any number. Each takes a thousand times as long as one that stays in it. See spend.
+        #: Slow-path frames that the current sender may still have handled in this turn;
+        #: negative for no limit. A slow-path frame takes a thousand times as long as one
+        #: that stays in the routing loop. See charge.
         self.turn_budget = -1
         self.totals: Counter[str] = Counter()
-        #: The broker's own events, and questions with long answers, in order; and whose questions those are.
+        #: The broker's own events, and questions with long answers, in order; and the
+        #: sessions that asked those questions.
         self.deferred = Deferred(self)
         self.asking: set[Session] = set()
-        #: Sessions with room for very many held senders, which are released in turns.
+        #: By recipient that has room again: its held senders still to be released, in turns.
         self.releasing: dict[Session, list[Session]] = {}
-        #: Those of them whose senders are to try once more after that.
+        #: Those recipients whose held senders are all released once more after that.
         self.release_again: set[Session] = set()
-        #: Requests with a ttl that have no outcome yet: who asked, the id, and the address of who was asked.
+        #: Requests with a ttl and no outcome yet: (requester, message id, responder's address).
         self.deadlines: Deadlines[tuple[Session, int, str]] = Deadlines()
         self._held: dict[Session, float] = {}
-        #: Numbers all comings and goings.
+        #: Numbers every attach and detach, in order.
         self._order = itertools.count(1)
-        #: Sessions that are gone, each with what the system did not take of its outbox.
+        #: Closed sessions, each with the frames of its outbox that the system did not take.
         self._leaving: deque[tuple[Session, Unsent]] = deque()
 
     # Joining and leaving
 
     def place_for(self, name: str) -> tuple[bool, Session | None]:
-        """Return (whether one more connection of ``name`` may join, which session has to leave for it)."""
+        """Return (whether another connection of ``name`` may join, the session it replaces)."""
         client = self.exchange.resolve(name)
         if client is None or self.draining:
             return False, None
@@ -165,7 +176,7 @@ class Broker:
     def attach(self, name: str, instance: str, *, peer: str, now_wall: float, connection: object = None) -> Session:
         """Return the session of a connection that has just authenticated as ``name``.
 
-        instance: a fresh name for it within a pool, ``[0-9a-z]{1,16}``.
+        instance: the new, unique part of its address within a pool, ``[0-9a-z]{1,16}``.
         """
         client = self.exchange.resolve(name)
         assert client is not None, "place_for said there is room"
@@ -181,7 +192,7 @@ class Broker:
         return session
 
     def detach(self, session: Session, now_wall: float) -> None:
-        """Forget a session whose connection is gone; what it still had to do is answered for by work_off."""
+        """Remove a session whose connection is gone; run_deferred reports its messages."""
         if not session.open:
             return
         session.open = False
@@ -203,8 +214,8 @@ class Broker:
         session.fanouts.clear()
         session.spread = session.reached_by_event = None
         mark_orphaned(session)
-        # Without these circles it is freed as soon as it has been answered for; else the garbage of thousands waits
-        # for the collector.
+        # Without these reference cycles, a session is freed as soon as its messages are
+        # reported. Otherwise thousands of them would wait for the garbage collector.
         session.connection = session.outbox.owner = None
         self._count(session)
         if not client.online:
@@ -213,26 +224,27 @@ class Broker:
 
     @property
     def has_deferred_work(self) -> bool:
-        """Whether sessions that are gone, or new rules, have left something to be done: see :meth:`run_deferred`."""
+        """Whether closed sessions or new rules have left work for :meth:`run_deferred`."""
         left = self.deferred or self.releasing or self.revocation
         return self.owes_answers or bool(left) or not self.topics.is_tidy
 
     @property
     def owes_answers(self) -> bool:
-        """Whether somebody is still to be told what became of a message to a session that is gone."""
+        """Whether messages to closed sessions are still to be reported to their senders."""
         return bool(self._leaving)
 
     @property
     def deferred_reports(self) -> int:
-        """How many messages those are."""
+        """The number of messages to closed sessions that are still to be reported."""
         return sum(len(queue) for _, queue in self._leaving)
 
     def run_deferred(self, count: int) -> None:
-        """Answer for up to ``count`` messages of sessions that are gone, and put away their subscriptions.
+        """Report up to ``count`` messages of closed sessions, and remove their subscriptions.
 
-        Those that new rules forbid are put away too.
+        Subscriptions that new rules forbid are removed too.
 
-        There can be hundreds of thousands; all of them at once would hold up everybody else.
+        There can be hundreds of thousands. Handling all of them at once would delay every
+        other client.
         """
         while self._leaving and count > 0:
             session, queue = self._leaving[0]
@@ -241,7 +253,8 @@ class Broker:
             if queued is not None:
                 return_to_sender(self, session, queued)
             elif session.incoming_requests:
-                # Requests it took and did not answer, the oldest first. What it never took was given back before.
+                # Requests that the session received and did not answer, the oldest first.
+                # Requests that it did not receive have been returned above.
                 (_, message_id), requester = next(iter(session.incoming_requests.items()))
                 end_request(self, requester, message_id, session)
                 message = f"{session.address} disconnected before it answered"
@@ -258,23 +271,24 @@ class Broker:
         for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
             self.totals[counter] += getattr(session, counter)
 
-    # What the network layer asks
+    # Called by the network layer
 
     def charge(self, count: int) -> None:
-        """Say that the frame being handled takes as long as ``count`` more: its sender's turn is over the sooner."""
+        """Charge ``count`` more frames to the current sender's budget for this turn."""
         if self.turn_budget > 0:
             self.turn_budget = max(0, self.turn_budget - count)
 
     def touch(self, session: Session) -> None:
-        """Have the session's outbox written, or the session closed."""
+        """List the session in ``touched``, so that its outbox is written or it is closed."""
         if not session.outbox.touched:
             session.outbox.touched = True
             self.touched.append(session)
 
     def close(self, session: Session, why: str, *, cut: bool = False, code: ErrorCode | None = None) -> None:
-        """Have the session closed once its outbox is written.
+        """Mark the session to be closed once its outbox is written.
 
-        cut: at once, written or not. code: what its client is told in an ERROR with the id 0, behind all else.
+        cut: close it at once, whether its outbox is written or not.
+        code: the code of an ERROR with the id 0 that its client receives last.
         """
         if not session.closing:
             session.closing_code = code
@@ -283,13 +297,16 @@ class Broker:
         self.touch(session)
 
     def may_hold_for(self, target: Session, now: float) -> float:
-        """Return for how many seconds a recipient without room may hold one more sender."""
+        """Return for how many seconds a recipient with a full queue may hold a sender."""
         if target.allowance is None:
             target.allowance = Allowance(at=now)
         return target.allowance.begin(now, self.limits.wait_timeout, holds=bool(target.waiters))
 
     def drained(self, session: Session, now: float) -> None:
-        """Say that the system took bytes of the session's outbox: who waits for room may try again."""
+        """Release the session's held senders if at least half of its queue is free.
+
+        It is called when the system has taken bytes of the session's outbox.
+        """
         if session.slow and not session.outbox.waiting:
             session.slow = False
             self.log_events.note("client.recovered", session, reason="it has read everything that waited for it")
@@ -299,12 +316,13 @@ class Broker:
                 allowance.end(now)
                 allowance.earn(self.limits.wait_timeout)
             session.outbox.stalled = False
-            # What was sent to a pool's name may go to any of its members.
+            # A message to a pool's name may go to any member, so the senders that other
+            # members hold try again too.
             for member in session.client.sessions.values():
                 self.release_waiters(member)
 
     def order(self, op: str, source: Session, message_id: int, arguments: dict[str, object]) -> None:
-        """Pass on to the daemon what only it can do; it answers with reply_to or refuse."""
+        """Queue an admin command for the daemon, which answers with reply_to or refuse."""
         self.admin_commands.append(AdminCommand(op, source, message_id, arguments))
 
     def reconfigure(
@@ -314,11 +332,13 @@ class Broker:
         now_wall: float,
         differing: Iterable[str] | None = None,
     ) -> list[Session]:
-        """Take over a new configuration; return the sessions whose names are gone, for the caller to close.
+        """Apply a new configuration; return the sessions of removed clients.
 
-        differing: the names among ``clients`` that are new or whose entry changed, if that is known; to compare a
-            hundred thousand entries takes half a second.
-        A subscription that its client's new rules do not allow receives nothing from now on; work_off ends it.
+        The caller closes those sessions. A subscription that its client's new rules forbid
+        receives nothing from now on; run_deferred ends it.
+
+        differing: the names in ``clients`` that are new or whose entry changed, if known.
+            Comparing a hundred thousand entries takes half a second.
         """
         turns = self.reconfiguring(clients, limits, now_wall, differing)
         while True:
@@ -335,14 +355,17 @@ class Broker:
         now_wall: float,
         differing: Iterable[str] | None = None,
     ) -> Generator[None, None, list[Session]]:
-        """Do the same in turns: yield after some clients each time, whose entries are in force by then."""
+        """Apply a new configuration in turns; return the sessions of removed clients.
+
+        It yields after each group of clients, whose new entries are in force by then.
+        """
         self.limits = limits
         known = self.exchange.clients
         gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
         names = iter(clients if differing is None else differing)
         while some := list(itertools.islice(names, _RECONFIGURED)):
             self.generation += 1
-            # Outboxes of another kind may take the place of those that were found.
+            # A remembered outbox may be replaced by one of another kind.
             self.topics.forget()
             for name in some:
                 self._reconfigure_client(clients[name], now_wall)
@@ -370,17 +393,17 @@ class Broker:
         self.log_events.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
-        """Take no new message from now on, and tell every client that listens."""
+        """Begin a graceful shutdown: refuse new messages, and send the goaway notices."""
         for _ in drain_in_steps(self):
             pass
 
     def answer_finished(self, session: Session) -> bool:
-        """Answer ``finished`` if it is time; return whether it was."""
+        """Answer ``finished`` if the session has finished; return whether it has."""
         assert session.finishing is not None
         if not has_finished(self, session):
             return False
         del self.finishing[session]
-        # What is delivered to it from now on might arrive when it has closed.
+        # A frame delivered from now on might arrive after the client has closed.
         retire(self, session)
         reply_to(self, session, session.finishing, {})
         session.finished = True
@@ -388,7 +411,7 @@ class Broker:
 
     @property
     def outcome_reserve(self) -> int:
-        """Bytes of the broker's own that may wait for a client beyond its queue."""
+        """Bytes of the broker's own answers that may wait for a client beyond its queue."""
         return OUTCOME_RESERVE
 
     @property
@@ -403,16 +426,17 @@ class Broker:
 
     @property
     def next_deadline(self) -> float | None:
-        """When :meth:`tick` has something to do, in the time of ``now``; None while there is no deadline."""
+        """When :meth:`tick` is due next, on the clock of ``now``; None without deadlines."""
         held, outgoing_requests = min(self._held.values(), default=None), self.deadlines.next
         return (
             outgoing_requests if held is None else held if outgoing_requests is None else min(held, outgoing_requests)
         )
 
     def tick(self, now: float) -> None:
-        """Release senders held for as long as may be, and end requests whose ttl is over.
+        """Release senders whose time to be held is over, and end requests past their ttl.
 
-        The message that a sender was held for is then refused. Very many requests are ended in several calls.
+        The message that a sender was held for is then refused. Each call ends a limited
+        number of requests; the rest follow in further calls.
         """
         due = (session for session, deadline in self._held.items() if deadline <= now)
         for session in list(itertools.islice(due, _RELEASED)):
@@ -427,9 +451,10 @@ class Broker:
             expire_request(self, requester, message_id, address)
 
     def expire(self, session: Session, now: float) -> None:
-        """Take out of a session's outbox what comes first there and whose ttl is over; tell the senders.
+        """Remove expired frames from the front of a session's outbox; tell their senders.
 
-        It is called before the outbox is written. Very many are taken out in several calls.
+        It is called before the outbox is written. Each call removes a limited number of
+        frames; the rest follow in further calls.
         """
         for queued in session.outbox.take_expired(now, _EXPIRED):
             tell_expired(self, session, queued)
@@ -447,21 +472,21 @@ class Broker:
         return list(self._held)
 
     def release(self, session: Session) -> None:
-        """Have a session read from again, if it is held."""
+        """Release a session if it is held, so that it is read from again."""
         if session.held_by is not None:
             del self._held[session], session.held_by.waiters[session]
             session.held_by = None
             self.released.append(session)
 
     def release_waiters(self, target: Session) -> None:
-        """Let the senders that a session holds try again, those that have waited longest first, many in turns."""
+        """Release the senders that a session holds, the longest held first, many in turns."""
         if target in self.releasing:
             self.release_again.add(target)
         else:
             self.release_some(target, sorted(target.waiters, key=_held_since)[::-1])
 
     def release_some(self, target: Session, order: list[Session]) -> None:
-        """Let the last of these senders try again; what is left of them is for work_off."""
+        """Release senders from the end of ``order``; run_deferred releases the rest."""
         for _ in range(min(_RELEASED, len(order))):
             sender = order.pop()
             if sender.held_by is target:
@@ -480,13 +505,16 @@ class Broker:
                 self.release_again.discard(target)
                 self.release_waiters(target)
         else:
-            # They try again when half of the queue is free.
+            # These senders are released when half of the queue is free.
             self.release_again.discard(target)
 
     # One frame
 
     def handle(self, source: Session, frame: memoryview, now: float) -> RoutingResult:
-        """Decide about one whole frame. frame: its body; it is only looked at, and copied where it is kept."""
+        """Handle one whole frame, and return what the routing loop does with it.
+
+        frame: its body. What is kept of it is copied, except where it is a large frame.
+        """
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         too_deep = ""
@@ -515,7 +543,7 @@ class Broker:
         return result
 
     def _reads_nothing(self, source: Session) -> bool:
-        """Return whether so many outcomes of its messages wait that it may not send more of them."""
+        """Return whether more waits for a client than its queue and OUTCOME_RESERVE allow."""
         return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
     def _until_it_reads(self, source: Session) -> RoutingResult:
@@ -559,7 +587,7 @@ class Broker:
         return RoutingResult.CONSUMED
 
     def _wait_for_answer(self, source: Session) -> RoutingResult:
-        """Hold a session until its question with the long answer has been answered."""
+        """Hold a session until its operation with a long answer has been answered."""
         source.held_by = source
         source.waiters[source] = None
         self._held[source] = float("inf")
@@ -577,7 +605,7 @@ class Broker:
             self.pass_on(source, make_frame(encode(envelope)))
 
     def refuse(self, source: Session, message_id: int, code: ErrorCode, message: str, name: str = "") -> None:
-        """Send an ERROR. name: the recipient it is about."""
+        """Send an ERROR to a session. name: the recipient that it is about."""
         if source.mute:
             self._lose(source, code, message, name)
             return
@@ -587,20 +615,20 @@ class Broker:
         self.answer(source, Envelope(Kind.ERROR, message_id, BROKER, error_payload(code, message, name), codec=2))
 
     def _lose(self, source: Session, code: ErrorCode, message: str, name: str) -> None:
-        """Count a message that can't be delivered, and whose sender can't be told."""
+        """Count a message that cannot be delivered, and whose sender cannot be told."""
         if name != BROKER:
             self.dropped += 1
             self.returned["lost"] += 1
             self.log_events.note("message.dropped", source, name, code, message)
 
     def malformed(self, source: Session, message_id: int, message: str) -> RoutingResult:
-        """Answer a malformed frame; the connection ends once the answer is written."""
+        """Refuse a malformed frame; its connection is closed once the ERROR is written."""
         self.refuse(source, message_id, ErrorCode.MALFORMED, message)
         self.close(source, "malformed")
         return RoutingResult.CLOSE
 
     def too_large(self, source: Session, kind: int, message_id: int, name: str, size: int) -> RoutingResult:
-        """Answer an oversized frame; with NEXT it is to be passed over. size: payload bytes it announced."""
+        """Refuse an oversized frame. CONSUMED: the caller skips it. size: its payload bytes."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"
@@ -612,9 +640,11 @@ class Broker:
     def refuse_frame(
         self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
     ) -> RoutingResult:
-        """Send an ERROR about a frame. An ERROR that can't be delivered is not answered by another.
+        """Send the sender of a frame an ERROR about it.
 
-        The requester that waits for a refused answer is told as well.
+        An ERROR frame that cannot be delivered is not answered by another ERROR, unless
+        its sender asked for a receipt. The requester that waits for a refused answer
+        receives an ERROR as well.
         """
         if envelope.kind in _ANSWERS:
             self._fail_request(source, envelope.name, envelope.id, code, message)
@@ -626,7 +656,7 @@ class Broker:
         return RoutingResult.CONSUMED
 
     def _fail_request(self, answerer: Session, requester: str, message_id: int, code: ErrorCode, message: str) -> None:
-        """End the request whose answer was refused, if it is outstanding, and tell its requester."""
+        """End the pending request whose answer was refused, and send its requester an ERROR."""
         session = answerer.incoming_requests.get((requester, message_id))
         if session is not None:
             end_request(self, session, message_id, answerer)
@@ -639,11 +669,11 @@ def _patterns(rules: Iterable[Rule]) -> set[str]:
 
 
 def _has_room(target: Session) -> bool:
-    """Return whether senders held by a session may try again."""
+    """Return whether the senders that a session holds may try again."""
     outbox = target.outbox
     return not target.open or target.retired or not outbox.blocked or outbox.waiting <= outbox.limit // 2
 
 
 def _held_since(session: Session) -> float:
-    """Return what sorts held sessions by how long their frame has waited, the longest first."""
+    """Return the sort key of held sessions: when their waiting frame arrived."""
     return session.arrived if session.charged else float("inf")

@@ -1,6 +1,6 @@
-"""A frame on its way to one connection: found, let in, put into its outbox; and given back when that connection goes.
+"""Delivery of a frame to one connection's outbox, and its return when that connection ends.
 
-Functions of the broker (:mod:`brokerd.core.broker`), which hands them what it has to decide.
+These are functions of the broker (:mod:`brokerd.core.broker`), which calls them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ __all__ = [
     "tell_expired",
 ]
 
-#: Frames that are dropped for a newer one in one turn, and in the time that a frame takes.
+#: Most frames dropped per turn to make room for a newer frame (``drop_oldest``).
 _DROPPED: Final = 256
+#: Frames dropped per frame that is charged to the sender's turn budget.
 _DROPS: Final = 2
 _RECEIPT: Final = int(Flag.RECEIPT)
 
@@ -76,7 +77,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
 
 
 def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> RoutingResult:
-    """Refuse an answer that is not, or no longer, asked for; the sender of an ERROR hears of it too."""
+    """Refuse an answer to a request that is not pending, even where the answer is an ERROR."""
     message = f"{envelope.name} has no request {envelope.id} to {source.address} outstanding"
     broker.refuse(source, envelope.id, ErrorCode.DENIED, message, envelope.name)
     return RoutingResult.CONSUMED
@@ -85,7 +86,7 @@ def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> Routing
 def _deliver(
     broker: Broker, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float
 ) -> RoutingResult:
-    """Put a frame into the target's outbox, or do what its ``when_full`` says. CLOSE: there is no room."""
+    """Put a frame into the target's outbox, or apply its ``when_full``. CLOSE: no room."""
     rest = frame[HEADER.size + len(envelope.name) :]
     size = 4 + HEADER.size + len(source.sender_header) + len(rest)
     outbox = target.outbox
@@ -125,7 +126,7 @@ def _deliver(
 
 
 def deadline_of(source: Session, envelope: Envelope) -> float | None:
-    """Return when the ttl of the frame being handled is over; None where it has none."""
+    """Return when the ttl of the frame being handled is over; None without a ttl."""
     if envelope.extension is None or "ttl" not in envelope.extension:
         return None
     return float(source.arrived + envelope.extension["ttl"])
@@ -141,9 +142,11 @@ def make_room(
     *,
     may_hold: bool = True,
 ) -> RoutingResult:
-    """Do what ``when_full`` says. NEXT: there is room. HOLD: the source is held. CLOSE: there is none.
+    """Apply the target's ``when_full``, and return whether there is room now.
 
-    YIELD: more has to be dropped than may be at once. may_hold: False where ``wait`` is to be the same as ``refuse``.
+    CONSUMED: there is room. BLOCKED: the source is held. CLOSE: there is none.
+    YIELD: more frames have to be dropped than may be dropped at once.
+    may_hold: False where ``wait`` means the same as ``refuse``.
     """
     when_full = target.client.config.when_full
     outbox = target.outbox
@@ -185,7 +188,7 @@ def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
 
 
 def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
-    """Answer for a frame whose ttl was over before it was written to its recipient."""
+    """Report a frame whose ttl was over before it was written to its recipient."""
     envelope = head(memoryview(queued.frame)[4:])
     sender = _sender_of(broker, queued, envelope.name)
     message = f"its ttl was over before {target.address} had read what waited before it"
@@ -194,7 +197,7 @@ def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
             expire_request(broker, sender, envelope.id, target.address, message)
         return
     if envelope.kind is Kind.REPLY or envelope.kind is Kind.ERROR:
-        # The requester was to get it: it is told in its place.
+        # The target is the requester: it receives this ERROR instead of the answer.
         broker.refuse(
             target, envelope.id, ErrorCode.EXPIRED, f"the answer of {envelope.name}: {message}", envelope.name
         )
@@ -206,14 +209,14 @@ def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
 
 
 def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder: Session) -> bool:
-    """Return whether a waiting request's sender has heard already that its ttl is over."""
+    """Return whether a queued request's ttl has already been reported to its sender."""
     if queued.deadline is None or envelope.kind is not Kind.REQUEST or sender is None:
         return False
     return sender.expiring.get((envelope.id, holder.address)) != queued.deadline
 
 
 def expire_request(broker: Broker, requester: Session, message_id: int, address: str, why: str = "") -> None:
-    """End a request whose ttl is over."""
+    """End a request whose ttl is over, and send its requester an ERROR."""
     responder = requester.outgoing_requests.get((message_id, address))
     if responder is not None:
         end_request(broker, requester, message_id, responder)
@@ -235,8 +238,9 @@ def _expect_answer(
 
 
 def forget_requests(broker: Broker, requester: Session) -> None:
-    """Expect no answer any more to what a session that ends has asked."""
-    # A name removed and configured again may have two connections for a moment: only its own are ended.
+    """End all pending requests of a session that ends."""
+    # A client that is removed and configured again may have two connections for a moment.
+    # Only the requests of this one are ended.
     for (message_id, _), responder in requester.outgoing_requests.items():
         if responder.incoming_requests.get((requester.address, message_id)) is requester:
             del responder.incoming_requests[(requester.address, message_id)]
@@ -253,7 +257,10 @@ def _forget_deadline(broker: Broker, requester: Session, key: tuple[int, str]) -
 
 
 def end_request(broker: Broker, requester: Session, message_id: int, responder: Session) -> None:
-    """Forget that an answer is expected, from this very connection by that one: another may have its address by now."""
+    """Forget the pending request of one connection to another.
+
+    Each is compared by identity, because a new connection may have its address by now.
+    """
     if requester.outgoing_requests.get((message_id, responder.address)) is responder:
         del requester.outgoing_requests[(message_id, responder.address)]
         if requester.expiring:
@@ -263,7 +270,7 @@ def end_request(broker: Broker, requester: Session, message_id: int, responder: 
 
 
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
-    """End the request that has waited longest for its answer: who never answers must not cost memory for ever."""
+    """End the oldest pending request, so that unanswered requests use bounded memory."""
     (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
     end_request(broker, requester, message_id, responder)
     config = requester.client.config
@@ -272,7 +279,10 @@ def _give_up_oldest(broker: Broker, requester: Session) -> None:
 
 
 def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
-    """Return what precedes the untouched rest of a frame passed on: length, header, the sender's name."""
+    """Return the new head of a frame that is passed on: length, header, sender's address.
+
+    The rest of the frame is passed on untouched.
+    """
     header = HEADER.pack(
         envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.sender_header), envelope.id
     )
@@ -280,7 +290,10 @@ def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
 
 
 def mark_orphaned(session: Session) -> None:
-    """Have nobody who comes later under the same address hear what becomes of this session's messages."""
+    """Mark this session's queued frames as orphaned.
+
+    A new session with the same address then gets no errors for them.
+    """
     for client in session.recipients:
         for each in client.sessions.values():
             if isinstance(each.outbox, StreamOutbox):
@@ -289,7 +302,7 @@ def mark_orphaned(session: Session) -> None:
 
 
 def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
-    """Return the session that a waiting frame came from, or None when that is gone."""
+    """Return the session that a queued frame came from, or None if that has closed."""
     if queued.sender is not None:
         sender: Session = queued.sender
         return sender if sender.open and not sender.mute else None
@@ -297,9 +310,10 @@ def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
 
 
 def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
-    """Find another way for a frame that its recipient did not take, or tell its sender."""
+    """Pass a frame that its recipient did not take to another pool member, or report it."""
     body = memoryview(queued.frame)[4:]
-    # An extension was read when the frame came; to read that of every frame again would take too long.
+    # The extension was read when the frame arrived. Reading it again for every frame
+    # would take too long.
     envelope = head(body)
     if envelope.name == BROKER:
         if envelope.kind is Kind.ERROR:
@@ -310,7 +324,8 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
         return
     sender = _sender_of(broker, queued, envelope.name)
     if sender is not None and sender.number > session.closed_number:
-        # It came when this session had gone: the frame is a predecessor's.
+        # The sender joined after this session closed: the frame is from an earlier
+        # connection with the same address.
         sender = None
     if _is_over(queued, envelope, sender, session):
         return
@@ -338,7 +353,7 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
 
 
 def _count_unheard(broker: Broker, payload: bytes) -> None:
-    """Count a message whose sender did not hear that it failed. payload: the ERROR's."""
+    """Count a refusal that its recipient did not receive. payload: that of the ERROR."""
     said = json.loads(payload)
     if said["name"] != BROKER:
         broker.unheard[said["code"]] += 1

@@ -1,6 +1,7 @@
-"""Events: what is published, by clients and by the broker itself, and who gets it.
+"""Fan-out of events, published by clients and by the broker, to their subscribers.
 
-Functions of the broker (:mod:`brokerd.core.broker`). Source of the rules: docs/protocol.md, "Topics".
+These are functions of the broker (:mod:`brokerd.core.broker`). The rules are from
+docs/protocol.md, "Topics".
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Announcement", "Spread", "announce", "announce_presence", "go_on_publishing", "publish", "recipients"]
 
-#: How many subscribers the routing loop remembers for one publisher, those of all its topics together. A topic
-#: counts for some of them, however few it has.
+#: Most outboxes in the fan-out cache of one publisher, summed over its topics.
 _REMEMBERED_OUTBOXES: Final = 16_384
+#: Outboxes that a topic counts for in that sum at least, however few it has.
 _SMALL_FANOUT: Final = 16
-#: Nodes of the tree of subscriptions that are looked at in the time that a frame takes.
+#: Nodes of the subscription tree searched per frame charged to the turn budget.
 _NODES: Final = 64
-#: Subscriptions that are gone through for an event in that time.
+#: Subscribers handled per frame charged to the turn budget, for a client's event.
 _MATCHES: Final = 32
-#: Subscriptions that are gone through in one step of an event of the broker's own.
+#: Subscribers handled per step, for an event of the broker's own.
 _STEP: Final = 16
-#: Members of a group that are looked at for one that has room, before the best of them is taken.
+#: Group members examined per event before the best of them is taken, if it has room.
 _LOOKED_AT: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 
@@ -64,8 +65,10 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
 class Spread:
     """An event on its way to its subscribers.
 
-    found: all of them. rest: those whose turn is still to come; None for one that is passed over.
-    done: those whose turn has been. waiting: the one that it has stopped at. whole: the frame, once it is made.
+    found: all subscribers. rest: the subscribers still to be served; None for a step that
+        serves none of them.
+    done: the subscribers that have been chosen. waiting: the subscriber to try again.
+    deadline: when its ttl is over, or None. whole: the frame, once it is built.
     """
 
     __slots__ = ("deadline", "done", "found", "rest", "waiting", "whole")
@@ -88,13 +91,14 @@ class Spread:
 def go_on_publishing(
     broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
 ) -> RoutingResult:
-    """Give an event to the next of its subscribers; YIELD and FLUSH: there are more."""
+    """Deliver an event to its next subscribers. YIELD, FLUSH: some are still to be served."""
     spread = source.spread
     assert spread is not None
     if spread.whole is None:
         rest = frame[HEADER.size :]
         head = frame_head(source, envelope, 4 + HEADER.size + len(source.sender_header) + len(rest))
-        # A frame that is looked at again must stay as it is.
+        # ``joined`` may write into the received frame. A frame that may be handed over
+        # again must not change.
         at_once = len(spread.found) <= _MATCHES
         spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
     for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
@@ -119,7 +123,7 @@ def go_on_publishing(
 
 
 def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> RoutingResult:
-    """Put an event into a subscriber's outbox, or leave that subscriber out. FLUSH, YIELD: it is to be tried again."""
+    """Put an event into a subscriber's outbox, or skip it. FLUSH, YIELD: try again."""
     whole, outbox = spread.whole, target.outbox
     assert whole is not None
     if not outbox.reserve(len(whole)):
@@ -145,7 +149,7 @@ def _give(broker: Broker, source: Session, target: Session, spread: Spread, now:
 
 
 def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
-    """Return who gets an event on ``topic``; None where the others have their turn before all of them are found."""
+    """Return the subscribers to ``topic``; None if the turn ends before all are found."""
     if broker.turn_budget < 0:
         return broker.topics.find(topic)
     found, looked_at = broker.topics.search(topic, source, (broker.turn_budget + 1) * _NODES)
@@ -154,11 +158,12 @@ def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | Non
 
 
 def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches[Session]) -> None:
-    """Let the routing loop pass on the next event on this topic by itself, where nobody has to be chosen."""
+    """Cache a topic's fan-out for the routing loop, unless it has groups."""
     if not found.everyone or found.groups or broker.topics.known(topic) is not found:
         return
     if found.fanout is None:
-        # One for all publishers: a thousand of them on a thousand topics would have a million otherwise.
+        # All publishers share one tuple. A thousand publishers on a thousand topics would
+        # have a million otherwise.
         outboxes = tuple(target.outbox for target in found.everyone)
         found.fanout = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
     fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
@@ -171,10 +176,11 @@ def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches
 
 
 class Announcement:
-    """An event of the broker's own that is to be told.
+    """An event of the broker's own that is to be published.
 
-    about: a client; a subscriber that may not send to it is not told. client, online, since: presence that is seen from
-    now on. done: those that have been told.
+    about: a client name, or None; subscribers that may not send to that client are skipped.
+    client, online, since: the presence that is visible once the event is published.
+    done: the subscribers that have received it.
     """
 
     __slots__ = ("about", "client", "done", "online", "payload", "since", "topic")
@@ -189,7 +195,7 @@ class Announcement:
         self.done: dict[Session, None] = {}
 
     def begin(self, broker: Broker) -> Iterator[None]:
-        """Tell the subscribers, some of them in each step."""
+        """Send the event to its subscribers, to some of them in each step."""
         if self.client is not None:
             self.client.shown_online, self.client.shown_since = self.online, self.since
         event = Envelope(Kind.EVENT, 0, BROKER, self.payload.encode(), codec=2, topic=self.topic)
@@ -202,7 +208,7 @@ class Announcement:
 
 
 def announce_presence(broker: Broker, what: str, client: Client, now_wall: float) -> None:
-    """Publish that a client came or went, to whoever may know of it."""
+    """Publish a client's presence to the subscribers that may send to it."""
     payload = f'{{"name": "{client.name}", "since": {now_wall}}}'
     news = Announcement(f"$broker.{what}.{client.name}", payload, client.name)
     news.client, news.online, news.since = client, client.online, now_wall
@@ -210,13 +216,14 @@ def announce_presence(broker: Broker, what: str, client: Client, now_wall: float
 
 
 def announce(broker: Broker, topic: str, payload: str) -> None:
-    """Publish an event of the broker's own, in turns where it has very many subscribers."""
+    """Publish an event of the broker's own, in turns if it has many subscribers."""
     broker.deferred.add(Announcement(topic, payload))
 
 
 def _tell(broker: Broker, target: Session, whole: bytes) -> None:
     if target.outbox.blocked and not target.outbox.reserve(len(whole), broker.outcome_reserve):
-        # It asked to miss nothing and does not read: an end it can see is better than a gap it can't.
+        # The subscriber must not miss an event, and does not read. A closed connection,
+        # which it notices, is better than a gap, which it does not.
         broker.close(target, "it asked for presence and does not read", cut=True)
     else:
         broker.pass_on(target, whole)
@@ -225,11 +232,14 @@ def _tell(broker: Broker, target: Session, whole: bytes) -> None:
 def recipients(
     broker: Broker, topic: str, size: int, about: str | None = None, done: dict[Session, None] | None = None
 ) -> Iterator[Session | None]:
-    """Yield the sessions that get an event of the broker's own on ``topic``, and None after some work each time.
+    """Yield the sessions that get an event of the broker's own on ``topic``.
 
-    about: a client; a session that may not send to it is passed over. done: those that have it; more are added.
+    It yields None after each portion of work.
+
+    about: a client name, or None; sessions that may not send to that client are skipped.
+    done: the sessions that have the event; the sessions yielded are added.
     """
-    # Whose search it is; it has nothing to do with a connection.
+    # The search needs an owner; this one is not a connection.
     owner = object()
     while True:
         found, _ = broker.topics.search(topic, owner, _NODES)
@@ -246,10 +256,11 @@ def recipients(
 def choose(
     found: Matches[Session], size: int, about: str | None, done: dict[Session, None]
 ) -> Iterator[Session | None]:
-    """Yield the sessions that get an event of ``size`` bytes: everyone, and one member of each group.
+    """Yield the sessions that get an event of ``size`` bytes.
 
-    That is a member that gets it anyway, or else one that has room for it, or else the least loaded.
-    None stands for work that has brought no session. about, done: as for ``recipients``.
+    These are all subscribers without a group, and one member of each group. The member
+    is one that gets the event anyway, else one with room for it, else the least loaded.
+    None stands for work that found no session. about, done: as for ``recipients``.
     """
     for target in found.everyone:
         if target not in done and (about is None or target.client.policy.sending(about) is not None):
@@ -259,7 +270,8 @@ def choose(
             yield None
     if not found.groups:
         return
-    # Once an event, not once a group: an even number of groups would leave the same members at the front.
+    # The turn advances per event, not per group. With an even number of groups, the same
+    # members would always come first otherwise.
     found.turn += 1
     turn = found.turn
     for group, members in found.groups.items():
@@ -275,7 +287,7 @@ def choose(
 
 
 def _member(found: Matches[Session], group: str, turn: int, size: int, about: str | None) -> tuple[Session | None, int]:
-    """Return (the member of a group whose turn it is, or None; how many were looked at)."""
+    """Return (the member of a group that gets the event, or None; members examined)."""
     ordered = found.members_of(group)
     start = turn % len(ordered)
     best, least = None, (True, True, 0)
@@ -294,6 +306,6 @@ def _member(found: Matches[Session], group: str, turn: int, size: int, about: st
             if not waiting:
                 break
         if looked_at >= _LOOKED_AT and not least[0]:
-            # In a large group one that has room will do.
+            # In a large group, a member that has room is good enough.
             break
     return best, looked_at
