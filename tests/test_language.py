@@ -177,7 +177,6 @@ PENDING: Final = frozenset[str](
         "client/brokerd_client/wire/foreign_protocols.py",
         "client/brokerd_client/wire/framing.py",
         "client/brokerd_client/wire/handshake.py",
-        "docs/architecture.md",
         "docs/brokerctl.md",
         "docs/client.md",
         "docs/configuration.md",
