@@ -1,9 +1,10 @@
-"""What can be handed over before the hand-over: frames that wait in pools, subscriptions, and idle sessions.
+"""State that is copied before the handover: queued frames of pools, subscriptions, idle sessions.
 
-A process that is being replaced copies them in blocks while it serves, and the new one checks them and makes objects of
-them meanwhile. What has left a queue since then is left out, and what has come since is captured with all the rest, so
-that little is to be done while everything stands still. A frame is known by its number in its queue: they
-leave it at the front only. Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
+The old process copies them in blocks while it serves. The new process checks them and
+creates objects from them meanwhile. Frames that have left a queue since then are left
+out. Frames that have been added since then are captured with the rest. So little is left
+to do while nothing is served. A frame is identified by its number in its queue, because frames
+leave a queue at the front only. Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
 
 __all__ = ["KEPT", "ORPHANED", "PINNED", "RECEIPT", "Block", "CopiedQueue", "Copier", "Copies", "flags_of"]
 
-#: What is remembered of a frame, as bits.
+#: The flags of a frame, as bits.
 RECEIPT: Final = 1
 PINNED: Final = 2
 ORPHANED: Final = 4
 KEPT: Final = 8
 
-#: Frames, bytes and subscriptions in a block: about a millisecond's work.
+#: Most frames, bytes and subscriptions per block; a block takes about a millisecond.
 _FRAMES: Final = 1000
 _BYTES: Final = 1024 * 1024
 _SUBSCRIPTIONS: Final = 250
-#: See Copier.
+#: Default of ``few`` of Copier: the fewest frames or subscriptions per session that are copied.
 _FEW: Final = 100
+#: Stands for the number of the sender in a frame without a sender.
 _NOBODY: Final = -1
 
-#: What is captured of an idle session and may change. A subscription changes with a message only, or is one fewer.
+#: The state of an idle session that is captured and may change. Its subscriptions change only with
+#: a message or by becoming fewer.
 _STATE: Final = attrgetter(
     "client",
     "address",
@@ -65,7 +68,7 @@ _STATE: Final = attrgetter(
     "outbox.blocked",
     "outbox.stalled",
 )
-#: What an idle session has nothing of.
+#: The attributes that are all empty or false for an idle session.
 _BUSY: Final = attrgetter(
     "bytes_to_skip",
     "charged",
@@ -83,14 +86,14 @@ _BUSY: Final = attrgetter(
 )
 _SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since", "turn", "meter")
 
-#: Facts, and bytes beside them.
+#: Facts, and the bytes that belong to them.
 Block: TypeAlias = "tuple[dict[str, Any], list[bytes]]"
 
 
 def flags_of(queued: Queued) -> int:
-    """Return what is remembered of a frame, but for its sender and its time."""
+    """Return the flags of a frame: all that is stored besides its sender and deadline."""
     sender = queued.sender
-    # All that is ever asked of a sender that has gone is whether it is still there.
+    # Of a sender that has gone, only this fact is ever used.
     orphaned = queued.orphaned or (sender is not None and not sender.open)
     return queued.receipt * RECEIPT | queued.pinned * PINNED | orphaned * ORPHANED | queued.kept * KEPT
 
@@ -100,66 +103,69 @@ def _state(session: Session) -> tuple[object, ...]:
 
 
 class Copier:
-    """Copies what a broker holds, block by block; knows afterwards what has been copied.
+    """Copies the state of a broker, block by block, and records what has been copied.
 
     few: fewer frames or subscriptions of one session than this are captured with the rest.
-    subscriptions: those copied of each session, which may have ended since.
+    subscriptions: the copied subscriptions of each session, which may have ended since.
     """
 
     def __init__(self, broker: Broker, few: int = _FEW) -> None:
         self._broker = broker
         self._few = few
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
-        #: Of each session: the messages that it had sent when its subscriptions began to be copied.
+        #: By session: how many messages it had sent when copying its subscriptions began.
         self._unchanged: dict[Session, int] = {}
-        #: Of each queue: the number behind the last frame that has been copied.
+        #: By queue: the number after that of the last copied frame.
         self._copied_to: dict[FrameOutbox, int] = {}
-        #: The idle sessions that have been copied, and their clients: what each was like then.
+        #: The idle sessions that have been copied, and their clients, with their state then.
         self._idle: dict[Session, tuple[object, ...]] = {}
         self._clients: dict[Client, tuple[object, ...]] = {}
 
     def is_idle(self, session: Session) -> bool:
-        """Return whether nothing waits for the session, and nothing of it is under way."""
+        """Return whether the session has nothing queued and nothing in progress."""
         return session.open and session.reached_by_event is None and not any(_BUSY(session))
 
     def note_idle(self, session: Session) -> None:
-        """Note that the session, which is idle, is copied as it is now, with its client and all its subscriptions."""
+        """Record that an idle session is copied as it is now, with its client and subscriptions."""
         self._idle[session] = _state(session)
         self._clients[session.client] = _SHOWN(session.client)
         if session.subscriptions or session in self.subscriptions:
             self.subscriptions[session] = set(session.subscriptions)
 
     def forget_idle(self, session: Session) -> None:
-        """Take note that something about the session's connection is not as it was copied."""
+        """Record that the session's connection is no longer as it was when it was copied."""
         self._idle.pop(session, None)
 
     def is_as_copied(self, session: Session) -> bool:
-        """Return whether the session has been copied, and is still what it was then."""
+        """Return whether the session has been copied and has not changed since then."""
         state = self._idle.get(session)
         if state is None or session.incoming_requests or session.outgoing_requests or session.expiring:
             return False
         return state == _state(session) and session.open and not session.outbox.waiting
 
     def is_shown_as_copied(self, client: Client) -> bool | None:
-        """Return whether the client is what it was when it was copied; None if it was not."""
+        """Return whether the client is unchanged since it was copied; None if it was not copied."""
         shown = self._clients.get(client)
         return None if shown is None else client.meter is None and shown == _SHOWN(client)
 
     def blocks(self, now: float) -> Iterator[Block]:
-        """Yield what has not been copied yet; others may change everything between two blocks. now: about."""
+        """Yield the state that has not been copied yet; it may change between two blocks.
+
+        now: the approximate time.
+        """
         for session in list(self._broker.exchange.sessions()):
             yield from self._subscriptions_of(session)
             yield from self._queue_of(session, now)
 
     def changes(self, session: Session) -> tuple[set[tuple[str, str | None]], set[tuple[str, str | None]]]:
-        """Return the subscriptions that have not been copied, and those copied that have ended."""
+        """Return the subscriptions not copied yet, and the copied subscriptions that have ended."""
         copied = self.subscriptions.get(session, set())
         if self._unchanged.get(session) == session.messages_in and len(copied) == len(session.subscriptions):
             return set(), set()
         return session.subscriptions - copied, copied - session.subscriptions
 
     def copied(self, session: Session) -> tuple[int, int]:
-        """Return the number of the first frame in the session's queue, and how many from there on are copied."""
+        """Return the number of the queue's first frame, and how many copied frames begin there."""
         outbox = session.outbox
         assert isinstance(outbox, FrameOutbox)
         first = outbox.plain_gone
@@ -170,7 +176,7 @@ class Copier:
         many = len(session.subscriptions) - len(copied) >= self._few
         if many and not copied:
             self._unchanged[session] = session.messages_in
-        # A difference of a quarter of a million takes as long as a frame may take.
+        # The difference of two sets with 250,000 elements takes as long as a frame may take.
         rest = iter(list(session.subscriptions - copied if copied else session.subscriptions) if many else [])
         while session.open and (block := list(islice(rest, _SUBSCRIPTIONS))):
             self.subscriptions.setdefault(session, copied).update(block)
@@ -205,10 +211,10 @@ def _block(session: Session, first: int, frames: list[Queued], now: float) -> Bl
 
 
 class CopiedQueue:
-    """The copied end of one queue.
+    """The copied frames of one queue.
 
-    plain: the frames. first, end: the number of the first one, and that behind the last one.
-    size, timed: their bytes, and how many of them have a ttl.
+    plain: the frames. first, end: the number of the first frame, and that after the last.
+    size, timed: the bytes of the frames, and how many of the frames have a ttl.
     """
 
     def __init__(self, first: int) -> None:
@@ -217,14 +223,14 @@ class CopiedQueue:
         self.size = self.timed = 0
 
     def add(self, frames: list[Queued], size: int, timed: int) -> None:
-        """Append frames, with the sums over them."""
+        """Append frames; size and timed are the sums over them."""
         self.plain.extend(frames)
         self.end += len(frames)
         self.size += size
         self.timed += timed
 
     def drop(self, count: int) -> None:
-        """Forget the first frames."""
+        """Remove the first ``count`` frames."""
         self.first += count
         for _ in range(count):
             gone = self.plain.popleft()
@@ -233,9 +239,9 @@ class CopiedQueue:
 
 
 class Copies:
-    """What was copied, checked and made objects of, for a broker that is still empty.
+    """The copied state, checked and turned into objects, for a broker that is still empty.
 
-    Sessions that are spoken of before they are restored are there without anything in them.
+    A session that is referred to before it is restored exists as an empty object.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -243,14 +249,15 @@ class Copies:
         self._sessions: dict[int, Session] = {}
         self._queues: dict[int, CopiedQueue] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
-        #: The facts of idle sessions and of their outboxes, by the session's number; the names of copied clients.
+        #: The facts of idle sessions and of their outboxes, by the session's number; and the
+        #: names of the copied clients.
         self.idle: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.clients: set[str] = set()
-        #: The numbers of the idle sessions that are made already, as their names are known here.
+        #: The numbers of the idle sessions that exist already, as their names are known here.
         self.made: set[int] = set()
 
     def add(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
-        """Take in one block. Raises BadSnapshot."""
+        """Add one block. Raises BadSnapshot."""
         check_block(facts)
         if "frames" in facts:
             self._add_frames(facts, body, now)
@@ -258,7 +265,7 @@ class Copies:
             self._add_subscriptions(facts)
 
     def session(self, number: int) -> Session:
-        """Return the session of that number, which may have nothing in it yet."""
+        """Return the session with that number, which may still be empty."""
         found = self._sessions.get(number)
         if found is None:
             found = self._sessions[number] = Session.__new__(Session)
@@ -266,11 +273,11 @@ class Copies:
         return found
 
     def take_session(self, number: int) -> Session:
-        """Return the session of that number, to be filled."""
+        """Remove and return the session with that number, to be filled."""
         return self._sessions.pop(number, None) or Session.__new__(Session)
 
     def take_queue(self, number: int, first: int, count: int) -> CopiedQueue:
-        """Return the copied frames with the numbers from ``first`` on. Raises BadSnapshot."""
+        """Remove and return the ``count`` copied frames from ``first`` on. Raises BadSnapshot."""
         queue = self._queues.pop(number, None) or CopiedQueue(first)
         if not queue.first <= first <= first + count == queue.end:
             raise BadSnapshot(f"{count} frames of a queue are wanted from {first} on, and other ones were copied")
@@ -280,7 +287,7 @@ class Copies:
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
     ) -> set[tuple[str, str | None]]:
-        """Return the copied subscriptions of a session but for those that have ended; they are in force."""
+        """Remove and return a session's copied subscriptions, without ``ended``; they are in force."""
         kept = self._subscriptions.pop(number, set())
         for pattern, group in ended:
             if (pattern, group) in kept:
@@ -289,7 +296,7 @@ class Copies:
         return kept
 
     def drop_rest(self) -> None:
-        """Forget what was copied of sessions that are gone by now."""
+        """Discard the copies of sessions that are gone by now."""
         for number, subscriptions in self._subscriptions.items():
             self._broker.topics.leave(self.session(number), subscriptions)
         self._subscriptions.clear()
@@ -300,7 +307,7 @@ class Copies:
         self.clients.clear()
 
     def change_subscriptions(self, facts: dict[str, Any]) -> set[tuple[str, str | None]]:
-        """Put the subscriptions of an idle session in force, and end those that have ended; return those in force."""
+        """Add and end subscriptions of an idle session as told; return those in force."""
         number = facts["session"]
         for pattern, group in facts["unsubscribed"]:
             if (pattern, group) in self._subscriptions.get(number, ()):

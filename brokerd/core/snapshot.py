@@ -1,11 +1,13 @@
-"""What the broker holds of everybody, as plain values and bytes, and back again.
+"""The broker's whole state as plain values and bytes: captured and restored.
 
-For a process that takes over from another one: names, counters, subscriptions, requests without an answer, held
-senders and every byte that waits. No connection is touched and nothing is decided here. What is captured
-fits into JSON but for the bytes, which are in ``pieces``, in the order in which they are asked for again.
+A new process takes over with it from an old process. It contains names, counters,
+subscriptions, unanswered requests, held senders and every queued byte. Nothing here
+touches a connection or makes a decision. The captured facts fit into JSON. The bytes are
+in ``pieces``, in the order in which ``restore`` takes them.
 
 The rules are those of a reload: restoring under another configuration does what
-:meth:`Broker.reconfigure` would. The form is FORMAT of :mod:`brokerd.upgrade.channel`; a change here is one there.
+:meth:`Broker.reconfigure` would. The form is FORMAT of :mod:`brokerd.upgrade.channel`; a
+change here needs a change there.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ Facts: TypeAlias = dict[str, Any]
 
 
 class Snapshot:
-    """Facts, and bytes beside them. copied: the sessions of which only the number stands there."""
+    """Facts, and the bytes that belong to them.
+
+    copied: the sessions that were copied before; the facts contain only their numbers.
+    """
 
     def __init__(self) -> None:
         self.copied: set[Session] = set()
@@ -44,13 +49,13 @@ class Snapshot:
 
 
 class Pieces:
-    """The bytes of a snapshot, given out again in the order in which they were captured."""
+    """The bytes of a snapshot, returned in the order in which they were captured."""
 
     def __init__(self, body: bytes | bytearray | memoryview) -> None:
         self._rest = memoryview(body)
 
     def take(self, size: int) -> memoryview:
-        """Return the next ``size`` bytes. Raises BadSnapshot where there are fewer."""
+        """Return the next ``size`` bytes. Raises BadSnapshot if fewer are left."""
         if not 0 <= size <= len(self._rest):
             raise BadSnapshot(f"{size} bytes are wanted where {len(self._rest)} are left")
         taken, self._rest = self._rest[:size], self._rest[size:]
@@ -60,15 +65,20 @@ class Pieces:
         return len(self._rest)
 
 
-# Out
+# Capture
 
 
 def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Copier | None = None) -> Snapshot:
-    """Return everything the broker holds; it holds all of it afterwards too.
+    """Return a snapshot of the broker, which is not changed.
 
-    sessions: every one that is open, in the order they came. now: as for ``handle``; times are captured as
-    seconds from it. copier: what it has copied is left out.
-    Everything decided must have been carried out: nothing touched, released or ordered.
+    All decisions must have been carried out: the broker has no touched or released sessions
+    and no admin commands left.
+
+    Args:
+        broker: the broker to capture.
+        sessions: all open sessions, in the order in which they connected.
+        now: as for ``handle``; times are captured in seconds relative to it.
+        copier: state that it has copied is left out.
     """
     settled = not (broker.touched or broker.released or broker.admin_commands)
     assert settled, "what is decided is carried out first"
@@ -111,7 +121,7 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
 
 
 def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -> Facts | None:
-    """Return what there is to copy of a session before the hand-over; None if it is not idle, or is copied already."""
+    """Return the facts of an idle session, to copy early; None if it is busy or copied already."""
     if copier.is_as_copied(session) or not copier.is_idle(session):
         return None
     if broker.exchange.resolve(session.client.name) is not session.client or session.retired:
@@ -126,7 +136,7 @@ def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -
 
 
 def _is_known(client: Client, started_at: float, copier: Copier) -> bool:
-    """Return whether nothing has happened to a client that has not been copied."""
+    """Return whether every change of a client has been copied."""
     as_copied = copier.is_shown_as_copied(client)
     return _is_as_at_start(client, started_at) if as_copied is None else as_copied
 
@@ -150,7 +160,7 @@ def _holder(session: Session) -> Session:
 
 
 def _is_as_at_start(client: Client, started_at: float) -> bool:
-    """Return whether nothing has happened to a client yet: of ten thousand that is true of most."""
+    """Return whether a client is unused since the start, as most of ten thousand are."""
     return (
         client.changed_at == client.shown_since == started_at
         and not client.sessions
@@ -196,7 +206,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "subscriptions": sorted(([pattern, group] for pattern, group in added), key=str),
         "unsubscribed": [[pattern, group] for pattern, group in ended],
         "reached": sorted(client.name for client in session.recipients),
-        # Where two had one address for a moment, one that is gone may still be named.
+        # Two sessions may have had one address for a moment. A session that is gone may then
+        # still be listed.
         "owed": [
             [address, message_id, index[asker]]
             for (address, message_id), asker in session.incoming_requests.items()
@@ -254,7 +265,7 @@ def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, 
 
 
 def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snapshot) -> list[list[Any]]:
-    """Return [size, flags, sender] of each frame; the frames themselves are the snapshot's next bytes."""
+    """Return [size, flags, sender] of each frame; append the frames to the snapshot's bytes."""
     items: list[list[Any]] = []
     frames = []
     for queued in queue:
@@ -265,30 +276,32 @@ def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snap
 
 
 def _timed(queue: Iterable[Queued], now: float) -> list[list[Any]]:
-    """Return [position, seconds left] of each frame that has a ttl."""
+    """Return [position, seconds left] of each frame with a ttl."""
     return [[position, queued.deadline - now] for position, queued in enumerate(queue) if queued.deadline is not None]
 
 
 def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
-    """Return the flags of a frame, and its sender."""
+    """Return the flags of a frame, and the index of its sender."""
     flags = flags_of(queued)
     return flags, None if flags & ORPHANED or queued.sender is None else index[queued.sender]
 
 
-# And back
+# Restore
 
 
 def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Copies | None = None) -> list[Session]:
-    """Fill a broker that has just been made with what another one held; return the open sessions.
+    """Fill a new broker with the state of another broker; return the open sessions.
 
-    They are in the order in which they were given to ``capture``, and have no link. One whose name the configuration no
-    longer has is not in the exchange; it is to be closed, if it was not being closed already.
-    copies: what was copied before. Raises BadSnapshot for facts that ``capture`` did not write; the broker is then of
-    no more use.
+    The sessions are in the order in which ``capture`` got them, and have no connection yet.
+    A session whose name is no longer configured is not in the exchange. It has to be
+    closed, unless it was being closed already.
+
+    copies: the state that was copied before the handover.
+    Raises BadSnapshot for facts that ``capture`` did not write; the broker is then unusable.
     """
     copies = copies or Copies(broker)
     check(facts, copies.idle)
-    #: The positions of those that are there already, and of the others.
+    #: The positions of the sessions that exist already, and of the rest.
     copied: list[int] = []
     fresh: list[int] = []
     facts = {**facts, "sessions": list(facts["sessions"]), "outboxes": list(facts["outboxes"])}
@@ -311,7 +324,8 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
             client.changed_at = client.shown_since = broker.started_at
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
-    # Names that are not configured, any more or for this connection: by name, and how many had the same address before.
+    # Clients whose names are not configured, any more or for this connection. The key is the name,
+    # and how many earlier sessions here had the same address.
     strangers: dict[tuple[str, int], Client] = {}
     addresses: Counter[str] = Counter()
     open_count = len(facts["outboxes"])
@@ -356,7 +370,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
         _restore_outbox(session, facts["outboxes"][position], sessions, pieces, now, copies)
         if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
             session.renew_outbox()
-    # In the order in which they came, those of a pool above all.
+    # In the order in which the sessions connected; the order matters most for pools.
     for session in sessions[:open_count]:
         session.client.add(session)
     for position in fresh:
@@ -375,7 +389,7 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
     for source, target, left in facts["held"]:
         sessions[source].held_by = sessions[target]
         sessions[target].waiters[sessions[source]] = None
-        # It may have been about to be released, with others.
+        # The sender may have been about to be released together with other senders.
         broker.releasing.setdefault(sessions[target], []).insert(0, sessions[source])
         broker._held[sessions[source]] = float("inf") if left is None else now + left
     for position, items, timed in facts["leaving"]:
@@ -386,8 +400,9 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
 
 
 def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Session | None:
-    """Take in what ``capture_idle`` returned; return the session, not open yet, or None where its name is unknown.
+    """Restore an idle session from the facts of ``capture_idle``.
 
+    Returns the session, which is not open yet, or None if its name is unknown here.
     Raises BadSnapshot.
     """
     check_idle(facts)
@@ -418,7 +433,7 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
 
 
 def _reached(broker: Broker, facts: Facts) -> set[Client]:
-    """Return those whom a session has reached, as far as their names are known here."""
+    """Return the clients that a session has reached and whose names are known here."""
     return {client for client in map(broker.exchange.resolve, facts["reached"]) if client is not None}
 
 
@@ -449,7 +464,7 @@ def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
 
 def _restore_session(session: Session, client: Client, facts: Facts, now: float) -> Session:
     Session.__init__(session, client, facts["instance"], peer=facts["peer"], since=facts["since"])
-    # Whether a name is a pool may have changed; a connection keeps the address it has.
+    # The name may have become a pool, or ceased to be a pool. The connection keeps its address.
     session.address = facts["address"]
     session.sender_header = session.address.encode()
     session.number = facts["number"]
@@ -472,7 +487,7 @@ def _restore_outbox(
     session: Session, facts: Facts, sessions: list[Session], pieces: Pieces, now: float, copies: Copies
 ) -> None:
     outbox: StreamOutbox | FrameOutbox
-    # A name that is gone keeps the limit that its connection had.
+    # A session whose name is gone keeps the limit that its connection had.
     limit = session.client.config.queue or facts["limit"]
     if "queue" in facts:
         outbox = FrameOutbox(limit)
@@ -518,7 +533,7 @@ def _restore_queue(
 
 
 def _known(frame: memoryview, flags: int, sender: int | None, sessions: list[Session]) -> Queued:
-    """Return a frame with what is remembered of it."""
+    """Return a frame with its sender and flags."""
     return Queued(
         bytes(frame),
         receipt=bool(flags & RECEIPT),
@@ -530,7 +545,10 @@ def _known(frame: memoryview, flags: int, sender: int | None, sessions: list[Ses
 
 
 def _former(name: str) -> ClientConfig:
-    """Return the entry of a name that is no longer configured: it may do nothing, and keeps the outbox it has."""
+    """Return the entry of a name that is not configured any more.
+
+    Its sessions may do nothing, and keep their outboxes.
+    """
     return ClientConfig(
         name=name,
         keys=(),

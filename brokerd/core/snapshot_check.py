@@ -1,8 +1,9 @@
-"""What the facts of a snapshot have to be, found out before anything is made of them.
+"""Validation of a snapshot's facts, before any object is created from them.
 
-Another process wrote them, maybe another version of the program. What does not fit together would be a broker that
-answers for half of its messages, or ends in the middle of somebody's frame; so it is refused, and the other
-process serves on. Keys that are not known here are passed over. Of the bytes only the frames' lengths are looked at.
+Another process wrote the facts, maybe another version of the program. From inconsistent
+facts, a broker might answer for half of its messages, or end in the middle of a frame. So
+they are refused, and the old process continues to serve. Unknown keys are ignored. Of the
+bytes, only the lengths of the frames are checked.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ __all__ = ["FLAGS", "BadSnapshot", "check", "check_block", "check_counts", "chec
 
 Check: TypeAlias = Callable[[Any, str], None]
 
-#: Bits of what is remembered of a waiting frame.
+#: All bits that the flags of a queued frame may have.
 FLAGS: Final = 0xF
 _KEPT: Final = 8
 _PREFIX: Final = LENGTH.size
-#: Length and header.
+#: Bytes of the smallest frame: its length and its header.
 _LEAST_FRAME: Final = 16
-#: Counters go on from here, in 63 bits.
+#: Largest counter in a snapshot. The counters continue from there, in 63 bits.
 _MOST: Final = 2**62
-#: Seconds that may be left of a ttl, or have passed since its end.
+#: Most seconds per frame that may be left of its ttl, or have passed since its end.
 _LONGEST: Final = 2**33
 _MOST_ID: Final = 2**64 - 1
 
 
 class BadSnapshot(ValueError):
-    """Facts that ``capture`` did not write; the message says where, and what would be right."""
+    """Facts that ``capture`` did not write; the message names the place and the valid values."""
 
 
 def _refuse(path: str, wanted: str, value: object) -> None:
@@ -99,7 +100,7 @@ def _queue(value: Any, path: str) -> None:
     if type(value) is not list:
         _refuse(path, "a list", value)
     for position, item in enumerate(value):
-        # Written out: there may be a million of them, and everybody waits.
+        # Inlined for speed: there may be a million frames, and all clients wait.
         if (
             type(item) is not list
             or len(item) != 3
@@ -256,15 +257,17 @@ _FACTS: Final = _record(
 
 
 def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]] | None = None) -> None:
-    """Raise BadSnapshot for facts that don't have the form, or contradict themselves.
+    """Raise BadSnapshot for facts that have the wrong form or contradict each other.
 
-    copied: sessions with their outboxes, which may be named by their numbers and have been checked already.
+    copied: sessions with their outboxes, by number. The facts may refer to them by these
+    numbers. They have been checked already.
     """
     try:
-        # Without the places: to name each takes longer than to look at it, and everybody waits.
+        # Paths are omitted at first: building a path takes longer than checking the value, and all
+        # clients wait.
         _FACTS(facts, "")
     except BadSnapshot:
-        # It fails again, and says where.
+        # The second run fails again, and names the place.
         _FACTS(facts, "facts")
     sessions, outboxes = _filled_in(facts["sessions"], copied or {}), facts["outboxes"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
@@ -275,7 +278,7 @@ def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]
     next_number = facts["next_number"]
     for position, session in enumerate(sessions):
         if type(facts["sessions"][position]) is int:
-            # Written out: there may be ten thousand of them, and everybody waits.
+            # Inlined for speed: there may be ten thousand sessions, and all clients wait.
             if position >= len(outboxes) or outboxes[position] is not None:
                 raise BadSnapshot(f"sessions[{position}] was copied in part")
             if session["number"] >= next_number or session["left_at"] >= next_number:
@@ -305,7 +308,7 @@ def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]
 def _filled_in(
     sessions: list[Any], copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return the facts of all sessions, those that were copied before in the places of their numbers."""
+    """Return the facts of all sessions, with those of copied sessions in place of their numbers."""
     filled: list[dict[str, Any]] = []
     for session in sessions:
         if type(session) is int:
@@ -318,10 +321,11 @@ def _filled_in(
 
 
 def check_idle(facts: Any) -> None:
-    """Raise BadSnapshot for what can't have been copied of an idle session: see brokerd.core.precopy."""
+    """Raise BadSnapshot for facts that no idle session can have; see brokerd.core.precopy."""
     _IDLE(facts, "idle")
     session, outbox, client = facts["session"], facts["outbox"], facts["client"]
-    # It names no other session, and none of the conditions in which a session waits for something holds.
+    # An idle session refers to no other session, and is in none of the states in which a session
+    # waits.
     _check_session(session, [], "idle.session", _MOST + 1)
     _check_outbox(outbox, 0, "idle.outbox")
     _hold(not outbox.get("queue") and not sum(outbox.get("chunks", ())), "idle.outbox has something that waits")
@@ -336,7 +340,7 @@ _IDLE: Final = _record({"session": _SESSION, "outbox": _outbox, "client": _optio
 
 
 def check_block(facts: Any) -> None:
-    """Raise BadSnapshot for the facts of a block that don't have the form: see brokerd.core.precopy."""
+    """Raise BadSnapshot for facts of a block in the wrong form; see brokerd.core.precopy."""
     _SESSION_BLOCK(facts, "block")
     (_QUEUE_BLOCK if "frames" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
 
@@ -347,15 +351,18 @@ _SUBSCRIPTION_BLOCK: Final = _record({"name": _text, "subscriptions": _each(_row
 
 
 def check_counts(value: Any, path: str) -> None:
-    """Raise BadSnapshot unless these are counters by their names."""
+    """Raise BadSnapshot unless the value is an object of named counters."""
     _named(_count)(value, path)
 
 
 def check_frames(chunk: memoryview, *, one: bool = False) -> None:
-    """Raise BadSnapshot unless the bytes are whole frames. one: exactly one frame."""
+    """Raise BadSnapshot unless the bytes are whole frames.
+
+    one: whether they have to be exactly one frame.
+    """
     position, end = 0, len(chunk)
     length_at = LENGTH.unpack_from
-    # Written out: there may be a million of them, and everybody waits.
+    # Inlined for speed: there may be a million frames, and all clients wait.
     while position <= end - _PREFIX:
         (size,) = length_at(chunk, position)
         if size < 0:
@@ -367,7 +374,7 @@ def check_frames(chunk: memoryview, *, one: bool = False) -> None:
 
 
 def _long(chunk: memoryview, position: int) -> int:
-    """Return how much a frame of 2 GiB or more has behind the first four bytes."""
+    """Return how many bytes of a frame of 2 GiB or more follow its first four bytes."""
     try:
         span = frame_span(chunk, position, len(chunk))
     except BadLength as error:
@@ -406,7 +413,7 @@ def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path
     ):
         for address, other in rows:
             _hold(other < len(sessions), f"{path}.{what} names a session that is not there")
-            # An answer is found, and forgotten, by the address.
+            # An answer is looked up, and removed, by the address.
             _hold(sessions[other]["address"] == address, f"{path}.{what} has another address than the session")
         _hold(len({(row[0], row[1]) for row in session[what]}) == len(rows), f"{path}.{what} has one entry twice")
 
@@ -428,7 +435,7 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
     else:
         _hold(len(sizes) > 0 and 0 not in sizes[:-1], f"{path} has no chunk, or an empty one before others")
         _hold(all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits")
-    # The last chunk of a stream holds frames without a ttl.
+    # The last chunk of a stream holds only frames without a ttl.
     _check_timed(outbox["timed"], len(sizes) if "queue" in outbox else len(sizes) - 1, path)
     if "queue" not in outbox:
         _hold(all(row[2] <= FLAGS for row in outbox["timed"]), f"{path}.timed has flags that are not known")
@@ -439,7 +446,11 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
 
 
 def _check_copied(outbox: dict[str, Any], path: str) -> None:
-    """Hold that the queue is the begun frame, those that are never dropped, and what follows the copied frames."""
+    """Check the queue of an outbox whose plain frames were partly copied.
+
+    The queue consists of three parts, in this order: the begun frame, the frames that are
+    never dropped, and the frames behind the copied ones.
+    """
     queue, (_, copied, kept) = outbox["queue"], outbox["copied"]
     first = int(outbox["begun"] > 0)
     _hold(copied > 0, f"{path}.copied has no frame")
