@@ -1,10 +1,12 @@
 """The broker client for asyncio: coroutines and async iterators, on one event loop.
 
-A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here. A task that is cancelled while it
-waits leaves nothing behind. Works with any event loop that has transports: asyncio's own and uvloop.
+A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here. A task
+that is cancelled while it waits leaves nothing behind. The client works with any event
+loop that has transports: asyncio's own and uvloop.
 
-Here are the calls a user makes. The module ``base`` holds the connection, ``transport`` moves the bytes,
-``subscriptions`` has what a user iterates over, and ``waiters`` where calls wait.
+This module has the calls that a user makes. The module ``base`` holds the connection,
+and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user iterates
+over, and ``waiters`` has the objects that calls wait on.
 """
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
@@ -53,36 +55,43 @@ UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError]
 
 
 class Client(BaseClient):
-    """A named client of a broker; made by :func:`connect`. Any task of its event loop may use it.
+    """A named client of a broker, made by :func:`connect`.
 
-    Every call raises Closed after close(), WrongProcess in a fork, WrongLoop in another event loop or thread. Those
-    that send wait while the connection is being made again, for ``timeout`` seconds (where None is given, that of
-    connect()), and then raise Disconnected: nothing was sent.
+    Any task of its event loop may use it. Every call raises Closed after close(),
+    WrongProcess in a fork, and WrongLoop in another event loop or thread. Calls that send
+    wait while the client reconnects, for ``timeout`` seconds at most. With None they wait
+    for the timeout of connect(). After that they raise Disconnected: nothing was sent.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, _answering)
 
-    # What it is
+    # Properties
 
     @property
     def name(self) -> str:
-        """The name, as the broker says."""
+        """The client's name, as the broker reported it."""
         return self._dialog.name
 
     @property
     def address(self) -> str:
-        """What others see as the sender: the name, or NAME/INSTANCE in a pool; it may change with a reconnect."""
+        """The sender's address that other clients see: the name, or NAME/INSTANCE in a pool.
+
+        It may change with a reconnect.
+        """
         return self._dialog.address
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection at this moment."""
+        """Whether the client is connected and ready to send at this moment."""
         return self._dialog.state is State.READY
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has gone wrong so far: late answers, undelivered sends, events without a taker, lost connections."""
+        """Counts of failures so far, by kind.
+
+        Counted are late answers, undelivered sends, unclaimed events and lost connections.
+        """
         return self._dialog.counters
 
     def __repr__(self) -> str:
@@ -127,11 +136,31 @@ class Client(BaseClient):
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int | Receipt:
-        """Send a message to a client: its id at once, or with ``receipt`` a Receipt once the broker has taken it on.
+        """Send a message to a client.
 
-        ttl: seconds it stays deliverable where it has to wait. timeout: seconds for all of this.
-        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal,
-        and of a connection that breaks before this has left.
+        Without ``receipt``, failures go to the on_undelivered handler. These are a refusal
+        by the broker, and a connection that breaks before the message has left.
+
+        Args:
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            receipt: Whether to wait until the broker has accepted the message.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The message's id at once; with ``receipt`` a Receipt from the broker.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent.
+            Refused: The broker refused the message (with ``receipt``).
+            InDoubt: The connection broke before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -155,10 +184,24 @@ class Client(BaseClient):
         codec: str | int | None = None,
         timeout: float | None = None,
     ) -> list[Any]:
-        """Send (to, payload) pairs with one system call; return their ids, in order.
+        """Send messages with one system call.
 
-        With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
-        Raises PayloadError or InvalidName for any of them before any is sent.
+        Args:
+            messages: Pairs of a recipient's address and a payload.
+            receipt: Whether to wait for the outcome of every message.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The messages' ids, in order. With ``receipt``, the outcome of each message: a
+            Receipt or the error. These errors are not raised, so that none hides another.
+
+        Raises:
+            PayloadError: A payload cannot be encoded; no message was sent.
+            InvalidName: An address is not valid; no message was sent.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         to, codecs, bodies = encode_many(messages, codec)
         deadline = self._deadline(timeout)
@@ -195,9 +238,25 @@ class Client(BaseClient):
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
     ) -> Message:
-        """Ask another client and return its reply.
+        """Send a request to another client and return its reply.
 
-        Raises RequestFailed (it answered with an error), the broker's Refused, TimedOut, InDoubt, Disconnected.
+        Args:
+            to: The address of the client that is to answer.
+            payload: The object to send.
+            timeout: Seconds to wait for the reply; None for no limit.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the request stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+
+        Returns:
+            The reply.
+
+        Raises:
+            RequestFailed: The other client answered with an error.
+            Refused: The broker refused the request.
+            TimedOut: No reply came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
@@ -216,7 +275,21 @@ class Client(BaseClient):
         codec: str | int | None = None,
         extension: Mapping[str, Any] | None = None,
     ) -> None:
-        """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
+        """Answer a request that was received.
+
+        If the answer can't be delivered, the on_undelivered handler is called.
+
+        Args:
+            message: The request.
+            payload: The object to send as the answer.
+            codec: The codec of the payload, by name or number.
+            extension: A JSON object that travels beside the payload.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+        """
         number, body = encode(payload, codec)
         await self._wait_until_clear(None, answer=True)
         message.require_unanswered()
@@ -232,7 +305,7 @@ class Client(BaseClient):
         message.mark_answered()
 
     def _fail_at_once(self, message: Message, text: str) -> None:
-        """Answer a request with an error where that needs no waiting."""
+        """Answer a request with an error, if that is possible without waiting."""
         if self._can_answer and not message.answered:
             self._dialog.fail(message.sender, message.id, "failed", text)
             self._write()
@@ -275,7 +348,29 @@ class Client(BaseClient):
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int | Receipt:
-        """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
+        """Publish an event. An event without subscribers is not an error.
+
+        Args:
+            topic: The event's topic.
+            payload: The object to publish.
+            receipt: Whether to wait until the broker has accepted the event.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The event's id at once; with ``receipt`` a Receipt from the broker.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent.
+            Refused: The broker refused the event (with ``receipt``).
+            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+        """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         deadline = None if timeout is None else self._deadline(timeout)
@@ -292,15 +387,24 @@ class Client(BaseClient):
     # Receiving
 
     async def recv(self, timeout: float | None = None) -> Message:
-        """Return the next message, or request where no handler is set.
+        """Return the next message, or the next request if no request handler is set.
 
-        Raises TimedOut; Closed; Disconnected where the connection is gone for good.
+        Args:
+            timeout: Seconds to wait for a message; None for no limit.
+
+        Returns:
+            The message.
+
+        Raises:
+            TimedOut: No message arrived in time.
+            Closed: The client is closed.
+            Disconnected: The connection is lost, and the client will not reconnect.
         """
         self._check()
         return await self._inbox.take(self._limit(timeout))
 
     def __aiter__(self) -> Self:
-        """Yield messages, and requests where no handler is set, until the client is closed."""
+        """Yield messages, and requests if no request handler is set, until the client is closed."""
         return self
 
     async def __anext__(self) -> Message:
@@ -315,26 +419,49 @@ class Client(BaseClient):
             raise StopAsyncIteration from None
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
-        """Have requests answered with what ``handler(message)`` returns; a function or a coroutine function.
+        """Set the handler of requests; can be used as a decorator.
 
-        What it raises, of whatever type, is logged, and answered with an ERROR ``failed`` that holds the type's name
-        only. KeyboardInterrupt and SystemExit then end the event loop, as in every task. A handler that has called
-        message.reply() or message.fail() itself returns None. Can be used as a decorator.
+        The client sends the result of ``handler(message)`` as the reply. An exception of
+        any type is logged. The answer is then an ERROR ``failed`` that holds only the name
+        of its type. KeyboardInterrupt and SystemExit then end the event loop, as in every
+        task. A handler that calls message.reply() or message.fail() itself returns None.
+
+        Args:
+            handler: The function or coroutine function to call for each request.
+
+        Returns:
+            The handler.
         """
         self._check()
         self._dispatcher.handle_requests(handler)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
-        """Have ``handler(message)``, a function or a coroutine function, called for each message, in order."""
+        """Set the handler of messages; can be used as a decorator.
+
+        The client calls ``handler(message)`` for each message, in order.
+
+        Args:
+            handler: The function or coroutine function to call for each message.
+
+        Returns:
+            The handler.
+        """
         self._check()
         self._dispatcher.handle_messages(handler)
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
-        """Have ``handler(error)`` called for each send without a receipt that failed.
+        """Set the handler of failed sends without a receipt; can be used as a decorator.
 
-        ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
+        The client calls ``handler(error)`` for each of them; ``error.id`` is the id that
+        send returned. Without a handler these errors are logged as warnings.
+
+        Args:
+            handler: The function to call for each error.
+
+        Returns:
+            The handler.
         """
         self._check()
         self._dispatcher.handle_undelivered(handler)
@@ -350,9 +477,27 @@ class Client(BaseClient):
         *,
         timeout: float | None = 30.0,
     ) -> Opening[Subscription]:
-        """Subscribe to topics, once this is awaited, entered or iterated over. Made again after every reconnect.
+        """Subscribe to topics, once the result is awaited, entered or iterated over.
 
-        group: each event goes to one member of the group. Raises Denied, InvalidName and what request() raises.
+        The client renews the subscription after every reconnect.
+
+        Args:
+            pattern: The topics to receive; it may contain wildcards.
+            group: A group of subscribers; each event goes to one member of the group.
+            callback: The function or coroutine function to call for each event.
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            The subscription, to be opened: an async iterator of events, unless a callback
+            is given.
+
+        Raises:
+            Denied: The policy does not allow this client to subscribe to these topics.
+            InvalidName: The pattern or the group is not valid.
+            Refused: The broker refused the subscription for another reason.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
         """
 
         async def open() -> Subscription:
@@ -378,14 +523,14 @@ class Client(BaseClient):
         deadline = self._deadline(self._settings.timeout_s)
         message_id = self._drop_subscription(subscription, call, deadline)
         if message_id is not None:
-            # Whatever the answer is, and if there is none: nothing more comes.
+            # With any answer, and without an answer, no more events come.
             with contextlib.suppress(Disconnected, Closed, TimedOut):
                 await self._outcome(call, message_id, deadline)
 
     def _drop_subscription(
         self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
     ) -> int | None:
-        """End the subscription here, and send unsubscribe; return that operation's id, None where none was needed."""
+        """End the subscription and send unsubscribe; return its id, or None if not needed."""
         assert subscription._entry is not None
         message_id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
         subscription.queue.end(Closed("the subscription was ended"))
@@ -394,7 +539,21 @@ class Client(BaseClient):
         return message_id
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> Opening[PresenceWatch]:
-        """Iterate over Presence: every client this one may send to as it is now, then every change."""
+        """Watch which clients are online.
+
+        Args:
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            An async iterator of Presence, to be opened. First comes the present state of
+            every client that this client may send to, then every change.
+
+        Raises:
+            Refused: The broker refused the watch.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
 
         async def open() -> PresenceWatch:
             deadline = self._deadline(timeout)
@@ -425,7 +584,22 @@ class Client(BaseClient):
         subscription.queue.end(Closed("the watch was ended"))
 
     async def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
-        """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
+        """Ask the broker for an operation and return its answer.
+
+        Args:
+            op: The name of the operation.
+            timeout: Seconds to wait for the answer; None for no limit.
+            **arguments: The arguments of the operation.
+
+        Returns:
+            The broker's answer.
+
+        Raises:
+            Refused: The broker refused the operation.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
         call = self._loop.create_future()
@@ -433,15 +607,29 @@ class Client(BaseClient):
         return cast("dict[str, Any]", await self._outcome(call, message_id, deadline))
 
     async def clients(self) -> list[ClientInfo]:
-        """Return the clients this one may send to, and which of them are online."""
+        """Return the clients that this client may send to, and whether each is online.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         return client_list(await self.control("clients"))
 
     async def whoami(self) -> dict[str, Any]:
-        """Return what the broker says of this client and of itself: name, address, version, protocol, limits."""
+        """Return the broker's description of this client and of itself.
+
+        It has the name, the address, the version, the protocol and the limits.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         return await self.control("whoami")
 
     async def ping(self) -> float:
-        """Return how long the broker takes to answer, in seconds."""
+        """Return the seconds that the broker takes to answer.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         # An event loop's own clock may stand still within one turn.
         started = time.perf_counter()
         await self.control("ping")
@@ -450,10 +638,12 @@ class Client(BaseClient):
     # The end
 
     async def close(self) -> None:
-        """End the connection and every task of the client; who waits gets Closed. Does nothing the second time.
+        """Close the connection and end every task of the client. A second call does nothing.
 
-        What has been sent is flushed, and refusals that follow at once are still heard, for half a second each at most.
-        Messages that nobody has taken are dropped. In a fork of the client's process it does nothing.
+        Waiting calls raise Closed. Sent messages are flushed for half a second at most.
+        Refusals that follow at once are received for another half a second at most.
+        Messages that were not taken are dropped. In a fork of the client's process this
+        does nothing.
         """
         if self._forked:
             return
@@ -504,10 +694,15 @@ class Client(BaseClient):
         await self.close()
 
     async def wait_until_ready(self) -> None:
-        """Wait for the first introduction. Raises why there is none."""
+        """Wait for the first introduction.
+
+        Raises:
+            TimedOut: The connection was not made in time.
+            BrokerdError: The reason why the connection was not made.
+        """
         self._check()
         limit = self._settings.timeout_s
-        # The dialog's own deadline comes first.
+        # The dialog's own deadline expires first.
         if not await self._until(lambda: not self._dialog.beginning, limit + _GRACE_S):
             raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
@@ -515,7 +710,7 @@ class Client(BaseClient):
 
 
 def _answering(handler: Callable[[Message], object]) -> Callable[[Message], object]:
-    """Return a job that answers a request with what the handler returns."""
+    """Return a job that answers a request with the handler's result."""
 
     async def answer(request: Message) -> None:
         result: object = None
@@ -561,16 +756,41 @@ def connect(
     inbox: int = DEFAULT_INBOX,
     ssl: SSLContext | bool | None = None,
 ) -> Opening[Client]:
-    """Connect to a broker, once this is awaited or entered: ``async with connect(...) as client``.
+    """Connect to a broker, once the result is awaited or entered.
 
-    address: as address.parse takes it; else $BROKERD_ADDRESS, else /run/brokerd/brokerd.sock. name: else $BROKERD_NAME,
-        else the broker finds it by the key. key, or key_file (one trailing newline is cut): else $BROKERD_KEY_FILE.
-    timeout: seconds for all of this, and for a send to wait for a connection; infinity, or None, for no end.
-    reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
-    inbox: bytes of messages kept in this process before the socket is left unread.
-    ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
-    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut, ProtocolError, and nothing else once it
-    connects; AddressError, InvalidName, InvalidKey for what it is given.
+    Write ``async with connect(...) as client``.
+
+    Once connecting has begun, only the first five errors of the list below are raised.
+
+    Args:
+        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after that
+            /run/brokerd/brokerd.sock.
+        name: The client's name. The default is $BROKERD_NAME; without it the broker finds
+            the name by the key.
+        key: The client's key. The default is the content of ``key_file``.
+        key_file: The file that holds the key; one trailing newline is removed. The default
+            is $BROKERD_KEY_FILE.
+        timeout: Seconds for connecting, and seconds that a send waits for a connection.
+            Infinity or None means no limit.
+        reconnect: Whether to connect again after a loss; with False the first loss is final.
+        allow_pickle_from: Names of the clients whose pickles may be read.
+        inbox: Bytes of received messages kept in this process before the client stops
+            reading the socket.
+        ssl: A context for TLS, or True for a context that trusts the system's
+            certificates. An address tls://HOST:PORT does the same as True.
+
+    Returns:
+        The client, to be opened; authenticated and introduced once it is open.
+
+    Raises:
+        AuthenticationError: The broker or the client was not authenticated.
+        TlsError: The TLS connection could not be made.
+        Disconnected: The broker cannot be reached.
+        TimedOut: The connection was not made in time.
+        ProtocolError: The peer does not speak the broker's protocol.
+        AddressError: The address is not valid.
+        InvalidName: The name is not valid.
+        InvalidKey: The key is not valid.
     """
     settings = resolve(
         address,

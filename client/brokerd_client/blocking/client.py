@@ -1,9 +1,10 @@
-"""The broker client for ordinary code: threads may share it, calls block.
+"""The blocking broker client: threads may share it, and its calls block.
 
 A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here.
 
-Here are the calls a user makes. The module ``base`` holds the connection, ``transport`` moves the bytes,
-``subscriptions`` has what a user iterates over, and ``waiters`` where calls wait.
+This module has the calls that a user makes. The module ``base`` holds the connection,
+and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user iterates
+over, and ``waiters`` has the objects that calls wait on.
 """
 
 from __future__ import annotations
@@ -61,37 +62,46 @@ _THREAD_GRACE_S: Final = 5.0
 
 
 class Client(BaseClient):
-    """A named client of a broker; made by :func:`connect`. Any thread may use it, a fork may not.
+    """A named client of a broker, made by :func:`connect`.
 
-    Every call raises Closed after close(), WrongProcess in a fork. Those that send wait while the connection is being
-    made again, for ``timeout`` seconds (where None is given, that of connect()), and then raise Disconnected: nothing
-    was sent.
+    Any thread may use it, but a fork of the process may not.
+
+    Every call raises Closed after close(), and WrongProcess in a fork. Calls that send
+    wait while the client reconnects, for ``timeout`` seconds at most. With None they
+    wait for the timeout of connect(). After that they raise Disconnected: nothing was
+    sent.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, _Answer)
         _open_clients.add(self)
 
-    # What it is
+    # Properties
 
     @property
     def name(self) -> str:
-        """The name, as the broker says."""
+        """The client's name, as the broker reported it."""
         return self._dialog.name
 
     @property
     def address(self) -> str:
-        """What others see as the sender: the name, or NAME/INSTANCE in a pool; it may change with a reconnect."""
+        """The sender's address that other clients see: the name, or NAME/INSTANCE in a pool.
+
+        It may change with a reconnect.
+        """
         return self._dialog.address
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection at this moment."""
+        """Whether the client is connected and ready to send at this moment."""
         return self._dialog.state is State.READY
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has gone wrong so far: late answers, undelivered sends, events without a taker, lost connections."""
+        """Counts of failures so far, by kind.
+
+        Counted are late answers, undelivered sends, unclaimed events and lost connections.
+        """
         return self._dialog.counters
 
     def __repr__(self) -> str:
@@ -136,11 +146,31 @@ class Client(BaseClient):
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int | Receipt:
-        """Send a message to a client: its id at once, or with ``receipt`` a Receipt once the broker has taken it on.
+        """Send a message to a client.
 
-        ttl: seconds it stays deliverable where it has to wait. timeout: seconds for all of this.
-        Raises, with receipt, the broker's Refused, TimedOut and InDoubt; without, on_undelivered hears of a refusal,
-        and of a connection that breaks before this has left.
+        Without ``receipt``, failures go to the on_undelivered handler. These are a refusal
+        by the broker, and a connection that breaks before the message has left.
+
+        Args:
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            receipt: Whether to wait until the broker has accepted the message.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The message's id at once; with ``receipt`` a Receipt from the broker.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent.
+            Refused: The broker refused the message (with ``receipt``).
+            InDoubt: The connection broke before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -154,7 +184,7 @@ class Client(BaseClient):
         deadline = None
         dialog, transport = self._dialog, self._transport
         while True:
-            # As in Link._put and Link._write, without the calls.
+            # The same as BaseClient._put and BaseClient._write, inlined to save the calls.
             try:
                 with self._lock:
                     if self._clear and not self._chores:
@@ -174,7 +204,7 @@ class Client(BaseClient):
                 raise
 
     def _send_late(self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None) -> int:
-        """Have the I/O thread send, for a signal handler that can't wait for the call that it has interrupted."""
+        """Queue a send for the I/O thread: a signal handler can't wait for the lock."""
         check_address(to)
         message_id = next(self._dialog.late_ids)
         put = partial(self._dialog.send_as, message_id, to, number, body, extension)
@@ -189,10 +219,24 @@ class Client(BaseClient):
         codec: str | int | None = None,
         timeout: float | None = None,
     ) -> list[Any]:
-        """Send (to, payload) pairs with one system call; return their ids, in order.
+        """Send messages with one system call.
 
-        With ``receipt``, return one outcome each: a Receipt or the error; none is raised, so that none hides another.
-        Raises PayloadError or InvalidName for any of them before any is sent.
+        Args:
+            messages: Pairs of a recipient's address and a payload.
+            receipt: Whether to wait for the outcome of every message.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The messages' ids, in order. With ``receipt``, the outcome of each message: a
+            Receipt or the error. These errors are not raised, so that none hides another.
+
+        Raises:
+            PayloadError: A payload cannot be encoded; no message was sent.
+            InvalidName: An address is not valid; no message was sent.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         to, codecs, bodies = encode_many(messages, codec)
         timeout = check_timeout(timeout)
@@ -226,7 +270,7 @@ class Client(BaseClient):
         return outcomes
 
     def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
-        """Put out what has an outcome, with ``put(*args, call, deadline)``; wait for the outcome, and return it."""
+        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
         self._check()
         self._refuse_to_wait()
         deadline = _deadline(timeout)
@@ -253,9 +297,25 @@ class Client(BaseClient):
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
     ) -> Message:
-        """Ask another client and return its reply.
+        """Send a request to another client and return its reply.
 
-        Raises RequestFailed (it answered with an error), the broker's Refused, TimedOut, InDoubt, Disconnected.
+        Args:
+            to: The address of the client that is to answer.
+            payload: The object to send.
+            timeout: Seconds to wait for the reply; None for no limit.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the request stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+
+        Returns:
+            The reply.
+
+        Raises:
+            RequestFailed: The other client answered with an error.
+            Refused: The broker refused the request.
+            TimedOut: No reply came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
@@ -270,7 +330,21 @@ class Client(BaseClient):
         codec: str | int | None = None,
         extension: Mapping[str, Any] | None = None,
     ) -> None:
-        """Answer a request that was received; if it can't be delivered, on_undelivered hears of it."""
+        """Answer a request that was received.
+
+        If the answer can't be delivered, the on_undelivered handler is called.
+
+        Args:
+            message: The request.
+            payload: The object to send as the answer.
+            codec: The codec of the payload, by name or number.
+            extension: A JSON object that travels beside the payload.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+        """
         number, body = encode(payload, codec)
         self._answer(message, self._dialog.reply, message.sender, message.id, number, body, extension)
 
@@ -328,7 +402,29 @@ class Client(BaseClient):
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int | Receipt:
-        """Publish an event: its id at once, or with ``receipt`` a Receipt. That nobody subscribes is no error."""
+        """Publish an event. An event without subscribers is not an error.
+
+        Args:
+            topic: The event's topic.
+            payload: The object to publish.
+            receipt: Whether to wait until the broker has accepted the event.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The event's id at once; with ``receipt`` a Receipt from the broker.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent.
+            Refused: The broker refused the event (with ``receipt``).
+            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+        """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         timeout = check_timeout(timeout)
@@ -346,26 +442,36 @@ class Client(BaseClient):
     # Receiving
 
     def recv(self, timeout: float | None = None) -> Message:
-        """Return the next message, or request where no handler is set.
+        """Return the next message, or the next request if no request handler is set.
 
-        Raises TimedOut; Closed; Disconnected where the connection is gone for good.
+        Args:
+            timeout: Seconds to wait for a message; None for no limit.
+
+        Returns:
+            The message.
+
+        Raises:
+            TimedOut: No message arrived in time.
+            Closed: The client is closed.
+            Disconnected: The connection is lost, and the client will not reconnect.
         """
         if self._forked:
             self._check()
         return self._inbox.take(timeout if timeout is None else check_timeout(timeout))
 
     def __iter__(self) -> Iterator[Message]:
-        """Yield messages, and requests where no handler is set, until the client is closed."""
+        """Yield messages, and requests if no request handler is set, until the client is closed."""
         self._check()
         queue, meter = self._inbox, self._meter
         inbox = queue.inbox
         items = inbox.items
         with contextlib.suppress(Closed):
             while True:
-                # The common case without a call: the next message is here. A loop over popleft for Box.take's reason.
+                # The common case, without a call: the next message is here already.
+                # WaitQueue.take says why this is a loop over popleft.
                 try:
                     for item in iter(items.popleft, NOTHING):
-                        # Only after it is taken: see Gauge.weigh.
+                        # Only after the item is taken: see InboxMeter.weigh.
                         if meter.full and len(items) <= inbox.mark:
                             try:
                                 queue.resume_reading()
@@ -379,23 +485,47 @@ class Client(BaseClient):
                     yield queue.take(None)
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
-        """Have requests answered with what ``handler(message)`` returns, on a few threads of the client's own.
+        """Set the handler of requests; can be used as a decorator.
 
-        An exception is logged, and answered with an ERROR ``failed`` that holds its type's name only. A handler that
-        has called message.reply() or message.fail() itself returns None. Can be used as a decorator.
+        The client calls ``handler(message)`` on its own threads and sends the result as
+        the reply. An exception is logged, and answered with an ERROR ``failed`` that holds
+        only the name of its type. A handler that calls message.reply() or message.fail()
+        itself returns None.
+
+        Args:
+            handler: The function to call for each request.
+
+        Returns:
+            The handler.
         """
         self._handle(self._dispatcher.handle_requests, handler, self._for_requests)
         return handler
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
-        """Have ``handler(message)`` called for each message, in order, on a thread of the client's own."""
+        """Set the handler of messages; can be used as a decorator.
+
+        The client calls ``handler(message)`` for each message, in order, on its own thread.
+
+        Args:
+            handler: The function to call for each message.
+
+        Returns:
+            The handler.
+        """
         self._handle(self._dispatcher.handle_messages, handler, self._for_messages)
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
-        """Have ``handler(error)`` called for each send without a receipt that failed.
+        """Set the handler of failed sends without a receipt; can be used as a decorator.
 
-        ``error.id`` is what send returned. Without a handler these errors are logged as warnings.
+        The client calls ``handler(error)`` for each of them; ``error.id`` is the id that
+        send returned. Without a handler these errors are logged as warnings.
+
+        Args:
+            handler: The function to call for each error.
+
+        Returns:
+            The handler.
         """
         self._handle(self._dispatcher.handle_undelivered, handler, self._for_messages)
         return handler
@@ -418,9 +548,26 @@ class Client(BaseClient):
         *,
         timeout: float | None = 30.0,
     ) -> Subscription:
-        """Subscribe to topics; return once the broker has said yes. Made again after every reconnect.
+        """Subscribe to topics, and return once the broker has confirmed the subscription.
 
-        group: each event goes to one member of the group. Raises Denied, InvalidName and what request() raises.
+        The client renews the subscription after every reconnect.
+
+        Args:
+            pattern: The topics to receive; it may contain wildcards.
+            group: A group of subscribers; each event goes to one member of the group.
+            callback: The function to call for each event, on the client's handler thread.
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            The subscription: an iterator of events, unless a callback is given.
+
+        Raises:
+            Denied: The policy does not allow this client to subscribe to these topics.
+            InvalidName: The pattern or the group is not valid.
+            Refused: The broker refused the subscription for another reason.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
         """
         subscription = Subscription(self, pattern, group, callback)
         call = Call()
@@ -441,7 +588,7 @@ class Client(BaseClient):
             raise
 
     def _begin_feed(self, call: Call, put: Callable[[float | None], int], timeout: float | None) -> None:
-        """Have the I/O thread put out what begins a subscription or a watch, and wait until the broker has said yes."""
+        """Begin a subscription or a watch, and wait for the broker's confirmation."""
         self._check()
         self._refuse_to_wait()
         timeout = check_timeout(timeout)
@@ -450,19 +597,19 @@ class Client(BaseClient):
         self._outcome(call, message_id, deadline)
 
     def _forsake_feed(self, subscription: BaseSubscription[Any], call: Call) -> None:
-        """After an exception in the call that makes a subscription or watch: leave nothing of it."""
+        """Remove a subscription or watch whose creation an exception has cut short."""
         self._leave_chore(lambda: self._end_feed_here(subscription, "the subscription was not made"))
         self._forsake(call)
 
     def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
-        """Have the I/O thread call ``put``, which puts frames out, once these can be written."""
+        """Call ``put``, which queues frames, in the I/O thread, once these can be written."""
         until = None
         while True:
             try:
                 until = self._wait_until_clear(timeout, until)
                 return self._have_done(put)
             except Disconnected:
-                # The connection went between the two: there may be another in time.
+                # The connection was lost between the two calls: the client may reconnect in time.
                 if self.closed or until is None or time.monotonic() >= until:
                     raise
             except BaseException:
@@ -470,7 +617,7 @@ class Client(BaseClient):
                 raise
 
     def _end_feed_here(self, subscription: BaseSubscription[Any], why: str) -> None:
-        """Give the subscription or watch nothing more, and tell the broker; with the lock, in the I/O thread."""
+        """End a subscription or watch and tell the broker; with the lock, in the I/O thread."""
         self._dialog.forget(subscription)
         self._end_feed(subscription.queue, Closed(why))
 
@@ -492,7 +639,7 @@ class Client(BaseClient):
         try:
             message_id = self._have_done(put)
             if message_id is not None:
-                # Whatever the answer is, and if there is none: nothing more comes.
+                # With any answer, and without an answer, no more events come.
                 with contextlib.suppress(Disconnected, Closed, TimedOut):
                     self._outcome(call, message_id, deadline)
             self._calls.discard(call)
@@ -501,7 +648,21 @@ class Client(BaseClient):
             raise
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> PresenceWatch:
-        """Return an iterator of Presence: every client this one may send to as it is now, then every change."""
+        """Watch which clients are online.
+
+        Args:
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            An iterator of Presence. First comes the present state of every client that
+            this client may send to, then every change.
+
+        Raises:
+            Refused: The broker refused the watch.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
         subscription = PresenceWatch(self)
         call = Call()
 
@@ -526,19 +687,48 @@ class Client(BaseClient):
             self._have_done(lambda: self._end_feed_here(subscription, "the watch was ended"))
 
     def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
-        """Ask the broker for an operation and return its answer. Raises Refused, TimedOut, InDoubt, Disconnected."""
+        """Ask the broker for an operation and return its answer.
+
+        Args:
+            op: The name of the operation.
+            timeout: Seconds to wait for the answer; None for no limit.
+            **arguments: The arguments of the operation.
+
+        Returns:
+            The broker's answer.
+
+        Raises:
+            Refused: The broker refused the operation.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
         return cast("dict[str, Any]", self._ask(check_timeout(timeout), self._dialog.control, op, arguments))
 
     def clients(self) -> list[ClientInfo]:
-        """Return the clients this one may send to, and which of them are online."""
+        """Return the clients that this client may send to, and whether each is online.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         return client_list(self.control("clients"))
 
     def whoami(self) -> dict[str, Any]:
-        """Return what the broker says of this client and of itself: name, address, version, protocol, limits."""
+        """Return the broker's description of this client and of itself.
+
+        It has the name, the address, the version, the protocol and the limits.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         return self.control("whoami")
 
     def ping(self) -> float:
-        """Return how long the broker takes to answer, in seconds."""
+        """Return the seconds that the broker takes to answer.
+
+        Raises:
+            Refused, TimedOut, InDoubt, Disconnected: As :meth:`control` does.
+        """
         started = time.perf_counter()
         self.control("ping")
         return time.perf_counter() - started
@@ -546,20 +736,22 @@ class Client(BaseClient):
     # The end
 
     def close(self) -> None:
-        """End the connection and every thread of the client; who waits gets Closed. Does nothing the second time.
+        """Close the connection and end every thread of the client. A second call does nothing.
 
-        What has been sent is flushed, and refusals that follow at once are still heard, for half a second each at most.
-        Messages that nobody has taken are dropped. In a fork of the client's process it does nothing.
+        Waiting calls raise Closed. Sent messages are flushed for half a second at most.
+        Refusals that follow at once are received for another half a second at most.
+        Messages that were not taken are dropped. In a fork of the client's process this
+        does nothing.
         """
         if self._forked:
             return
         if self._interrupting():
             self._leave_chore(self._begin_end)
             return
-        # What a signal handler has sent, as a chore, is flushed, too.
+        # Messages that a signal handler has queued as chores are flushed, too.
         self._until(lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores), LINGER_S)
         while True:
-            # Again, where an exception in the I/O thread has cut it short.
+            # Repeated if an exception in the I/O thread has cut it short.
             with contextlib.suppress(InDoubt):
                 self._have_done(self._begin_end)
                 break
@@ -567,7 +759,7 @@ class Client(BaseClient):
         here = threading.current_thread()
         self._thread.join(_THREAD_GRACE_S)
         with self._lock:
-            # What the thread has said already is not said twice.
+            # A warning that the thread has logged already is not logged twice.
             self._dispatcher.warn_of_more(time.monotonic())
         deadline = time.monotonic() + _HANDLER_GRACE_S
         for thread in (*self._for_requests.threads, *self._for_messages.threads):
@@ -575,7 +767,7 @@ class Client(BaseClient):
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _begin_end(self) -> None:
-        """Begin the end; with the lock, in the I/O thread or after its end."""
+        """Begin to close the client; with the lock, in the I/O thread or after its end."""
         first = self._dialog.state not in (State.CLOSING, State.CLOSED)
         self._clear = False
         self._apply(self._dialog.close(time.monotonic()), time.monotonic())
@@ -596,8 +788,16 @@ class Client(BaseClient):
         self.close()
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Wait for the first introduction. Raises why there is none."""
-        # The dialog's own deadline comes first.
+        """Wait for the first introduction.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            TimedOut: The connection was not made in time.
+            BrokerdError: The reason why the connection was not made.
+        """
+        # The dialog's own deadline expires first.
         if not self._until(lambda: not self._dialog.beginning, timeout + _HANDLER_GRACE_S):
             raise TimedOut(f"no connection to {self._settings.address} within {timeout:g} s")
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
@@ -623,7 +823,7 @@ class _Answer:
             log().warning("a request of %s could not be answered: the connection is gone", request.sender)
 
     def failed(self, request: Message, error: BaseException) -> None:
-        """Log what the handler raised, and tell the requester that its request has failed."""
+        """Log the handler's exception, and tell the requester that its request has failed."""
         log().error("the handler of a request of %s failed", request.sender, exc_info=error)
         with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
             request.fail(f"the handler failed: {type(error).__name__}")
@@ -657,15 +857,38 @@ def connect(
 ) -> Client:
     """Connect to a broker and return the client, authenticated and introduced.
 
-    address: as address.parse takes it; else $BROKERD_ADDRESS, else /run/brokerd/brokerd.sock. name: else $BROKERD_NAME,
-        else the broker finds it by the key. key, or key_file (one trailing newline is cut): else $BROKERD_KEY_FILE.
-    timeout: seconds for all of this, and for a send to wait for a connection.
-    reconnect: False makes the first loss final. allow_pickle_from: names whose pickles may be read.
-    inbox: bytes of messages kept in this process before the socket is left unread.
-    ssl: a context for TLS, or True for one that trusts what the system trusts, as with an address tls://HOST:PORT.
-    threads: threads for request handlers, beside those in which a handler waits for the broker.
-    Raises AuthenticationError (TlsError over TLS), Disconnected, TimedOut, ProtocolError, and nothing else once it
-    connects; AddressError, InvalidName, InvalidKey for what it is given.
+    Once connecting has begun, only the first five errors of the list below are raised.
+
+    Args:
+        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after that
+            /run/brokerd/brokerd.sock.
+        name: The client's name. The default is $BROKERD_NAME; without it the broker finds
+            the name by the key.
+        key: The client's key. The default is the content of ``key_file``.
+        key_file: The file that holds the key; one trailing newline is removed. The default
+            is $BROKERD_KEY_FILE.
+        timeout: Seconds for connecting, and seconds that a send waits for a connection.
+        reconnect: Whether to connect again after a loss; with False the first loss is final.
+        allow_pickle_from: Names of the clients whose pickles may be read.
+        inbox: Bytes of received messages kept in this process before the client stops
+            reading the socket.
+        ssl: A context for TLS, or True for a context that trusts the system's
+            certificates. An address tls://HOST:PORT does the same as True.
+        threads: Threads for request handlers, beside those in which a handler waits for
+            the broker.
+
+    Returns:
+        The client.
+
+    Raises:
+        AuthenticationError: The broker or the client was not authenticated.
+        TlsError: The TLS connection could not be made.
+        Disconnected: The broker cannot be reached.
+        TimedOut: The connection was not made in time.
+        ProtocolError: The peer does not speak the broker's protocol.
+        AddressError: The address is not valid.
+        InvalidName: The name is not valid.
+        InvalidKey: The key is not valid.
     """
     settings = resolve(
         address,
