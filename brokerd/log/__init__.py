@@ -1,1 +1,1 @@
-"""The log: events, their levels and formats, and where lines go."""
+"""The log: events, levels, formats and outlets."""

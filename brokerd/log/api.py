@@ -1,4 +1,4 @@
-"""What every part of the daemon may ask of the log."""
+"""The log's interface, for every part of the daemon."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["Log"]
 
 
 class Log(Protocol):
-    """Where events go: structlog's bound loggers are one."""
+    """Where log events go: structlog's bound loggers fit."""
 
     def debug(self, event: str, **fields: Any) -> Any:
-        """Log what only a developer wants to see."""
+        """Log details for developers."""
 
     def info(self, event: str, **fields: Any) -> Any:
-        """Log what happened."""
+        """Log normal operation."""
 
     def warning(self, event: str, **fields: Any) -> Any:
-        """Log what an operator may have to act on."""
+        """Log a condition that may need an operator's action."""
 
     def error(self, event: str, **fields: Any) -> Any:
-        """Log what ends the daemon."""
+        """Log an error that ends the daemon."""

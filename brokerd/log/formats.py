@@ -1,8 +1,9 @@
-"""One event as one line: for people, for programs, for the journal; never two, and never somebody else's.
+"""Formats of the log: each event becomes one line, for people, for programs or for the journal.
 
-What a client sent may stand in a field: a topic, a name it made up, an operation that does not exist. Nothing in it
-ends a line, moves a cursor, turns the direction of text or looks like another field: whatever can't be printed is
-escaped. Source of the journal's form: systemd, "Native Journal Protocol"; of ``<N>``: sd-daemon(3).
+A field may contain text that a client sent: a topic, a made-up name, an unknown
+operation. That text can't end a line, move a cursor, change the direction of text or
+look like another field. Characters that can't be printed are escaped. Source of the
+journal's form: systemd, "Native Journal Protocol"; of ``<N>``: sd-daemon(3).
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ import structlog
 
 __all__ = ["PRIORITIES", "Entry", "Form", "console", "journal_entry", "json_line", "prefixed"]
 
-#: An event with its fields: ``timestamp``, ``level`` and ``event`` are always there, and text.
+#: An event with its fields: ``timestamp``, ``level`` and ``event`` are always present,
+#: as text.
 Entry: TypeAlias = Mapping[str, Any]
-#: Returns the bytes that stand for an event; their end is the event's end.
+#: Returns the bytes of an event; where they end, the event ends.
 Form: TypeAlias = Callable[[Entry], bytes]
 
-#: What the journal calls our levels (syslog(3)).
+#: The journal's priorities of our levels (syslog(3)).
 PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 _OUR_OWN: Final = ("timestamp", "level", "event")
-#: Text that needs no quotes: nothing in it could be taken for the end of a field.
+#: Text that needs no quotes: it has no character that could end a field.
 _PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")
-#: Bytes of one journal entry, and of its longest field; a datagram much longer is not taken by every system.
+#: Most bytes of one journal entry, and of its longest field; some systems refuse a much
+#: longer datagram.
 _LARGEST_ENTRY: Final = 100_000
 _LARGEST_FIELD: Final = 32_000
 
 
 class _Escaped:
-    """Text as Python would write it, for a renderer that prints text as it is."""
+    """Text that a renderer prints escaped, as its Python literal."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -61,12 +64,15 @@ def json_line(entry: Entry) -> bytes:
 
 
 def prefixed(entry: Entry) -> bytes:
-    """Return the event as plain text with its priority in front, as systemd reads it from a standard error."""
+    """Return the event as text with its priority in front, as systemd reads a standard error."""
     return _line(f"<{PRIORITIES[entry['level']]}>{_message(entry)}")
 
 
 def journal_entry(entry: Entry) -> bytes:
-    """Return the event as an entry of the journal: MESSAGE for people, and a field BROKERD_... for each of ours."""
+    """Return the event as an entry of the journal.
+
+    It has MESSAGE for people, and a field BROKERD_... for each field of the event.
+    """
     known = {
         "PRIORITY": str(PRIORITIES[entry["level"]]),
         "SYSLOG_IDENTIFIER": "brokerd",
@@ -80,7 +86,7 @@ def journal_entry(entry: Entry) -> bytes:
     }
     lines = [f"{key}={value}\n".encode() for key, value in (*known.items(), *more.items())]
     while sum(map(len, lines)) > _LARGEST_ENTRY:
-        # MESSAGE has them too, from the beginning.
+        # MESSAGE contains these fields too, from the beginning.
         lines.pop()
     return b"".join(lines)
 
@@ -91,12 +97,12 @@ def _message(entry: Entry) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """Return a value for a place where a blank ends it."""
+    """Return a value for a place where a space ends it."""
     return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, default=repr)
 
 
 def _bare(value: Any) -> str:
-    """Return a value for a place of its own, where only a line's end ends it."""
+    """Return a value for a place of its own, where only a line end ends it."""
     if isinstance(value, str):
         return value if value.isprintable() else json.dumps(value)[1:-1]
     return json.dumps(value, default=repr)

@@ -1,8 +1,9 @@
-"""The log: one event with fields for each happening; never a key, a MAC or a body, and nobody ever waits for it.
+"""The log: one structured event per occurrence, without keys, MACs or bodies, and never blocking.
 
-The first word of an event is its area, which can have a level of its own (``log`` in docs/configuration.md). What an
-auditor would ask for goes to a file of its own too, whatever the levels. docs/operations.md says of each event what it
-means and what to do. The events:
+The first word of an event is its area, which can have a level of its own (``log`` in
+docs/configuration.md). Events that matter to an auditor also go to a separate file,
+whatever the levels. docs/operations.md says of each event what it means and what to do.
+The events:
 
     daemon.started  daemon.stopping  daemon.stopped  daemon.failed
     daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
@@ -10,12 +11,14 @@ means and what to do. The events:
     client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
     client.unsubscribed  message.refused  message.dropped  admin.asked
     client.left  client.users_unseen
-    listener.paused  listener.plain  listener.not_handed_over  listener.unchanged  listener.lost  listener.restored
+    listener.paused  listener.plain  listener.not_handed_over  listener.unchanged
+    listener.lost  listener.restored
     key.expiring  key.expired  key.odd
     log.level_changed  log.lost  log.audit_failed
     monitor.listening  monitor.exposed  monitor.closed  monitor.bug
 
-Those that others can cause at will have a second form, with ``_more`` at its end: many within a second, counted.
+Events that clients can cause at will have a second form, with ``_more`` at its end. It
+counts the occurrences within a second.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from brokerd.log.sinks import Descriptor, Journal, Outlet, Target, of_stream, op
 
 __all__ = ["AUDITED", "AuditError", "LevelRefused", "Logs", "in_words", "quiet_log"]
 
-#: Events that the audit has, whatever the levels; besides everything of the areas in _AUDITED_AREAS.
+#: Events that go to the audit file whatever the levels, besides all events of
+#: _AUDITED_AREAS.
 AUDITED: Final = frozenset(
     {"client.connected", "client.disconnected", "client.refused", "client.refused_more", "client.unsubscribed"}
 )
@@ -48,18 +52,18 @@ _JOURNAL: Final = "/run/systemd/journal/socket"
 
 
 class AuditError(Exception):
-    """The audit file can't be opened; the message is why."""
+    """The audit file can't be opened; the message is the reason."""
 
 
 class LevelRefused(Exception):
-    """A level can't be changed so; the message is what is wrong (what would be right)."""
+    """A level can't be changed as requested; the message says what is wrong and what is right."""
 
 
 class Logs:
-    """The log of one daemon; nothing global is changed.
+    """The log of one daemon, without global state.
 
-    settings: the section ``log``. stream: standard error unless given. journal: where the system's journal takes
-    entries. Raises AuditError.
+    settings: the section ``log``. stream: standard error unless given. journal: the
+    socket of the system's journal. Raises AuditError.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Logs:
         self._settings = settings or Settings()
         self._stream = stream or sys.stderr
         self._journal = journal
-        #: By area: the level set while it runs, and until when on the monotonic clock.
+        #: By area: the level set at run time, and until when on the monotonic clock.
         self._changed: dict[str, tuple[LogLevel, float | None]] = {}
         self._form, target = _place(self._settings.format, self._stream, journal)
         self._main = self._outlet(target, self._form)
@@ -82,19 +86,19 @@ class Logs:
     # Events
 
     def debug(self, event: str, **fields: Any) -> None:
-        """Log what only a developer wants to see."""
+        """Log details for developers."""
         self._log(LogLevel.DEBUG, event, fields)
 
     def info(self, event: str, **fields: Any) -> None:
-        """Log what happened."""
+        """Log normal operation."""
         self._log(LogLevel.INFO, event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Log what an operator may have to act on."""
+        """Log a condition that may need an operator's action."""
         self._log(LogLevel.WARNING, event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
-        """Log what ends the daemon, or a bug."""
+        """Log an error that ends the daemon, or a bug."""
         self._log(LogLevel.ERROR, event, fields)
 
     def _log(self, level: LogLevel, event: str, fields: dict[str, Any]) -> None:
@@ -121,7 +125,7 @@ class Logs:
         return getattr(self._settings.areas, area, None) or self._settings.level
 
     def levels(self) -> dict[str, dict[str, Any]]:
-        """Return for every area its level, whether it was changed while it runs, and the seconds that has left."""
+        """Return, by area, its level, whether it was changed at run time, and the seconds left."""
         found: dict[str, dict[str, Any]] = {}
         for area in LogAreas.model_fields:
             level = self._level_of(area)
@@ -132,10 +136,11 @@ class Logs:
         return found
 
     def change_level(self, area: object, level: object, for_: object = None, *, by: str) -> None:
-        """Set an area's level, or all areas', until the next reload or for a time.
+        """Set the level of one area or of all, until the next reload or for a time.
 
-        area: an area or ``all``. level: a level, or ``default`` for what the configuration says. for_: a duration
-        as in the configuration, None for no end. by: who asked. Raises LevelRefused.
+        area: an area or ``all``. level: a level, or ``default`` for the level in the
+        configuration. for_: a duration as in the configuration, None for no end. by:
+        the client that asked. Raises LevelRefused.
         """
         areas = list(LogAreas.model_fields) if area == "all" else [area] if isinstance(area, str) else []
         if not set(areas) <= set(LogAreas.model_fields) or not areas:
@@ -160,9 +165,9 @@ class Logs:
     # Other settings, other files
 
     def reopen(self) -> None:
-        """Begin the audit file anew where it was moved away; when that fails, go on with the old one.
+        """Open a new audit file where the old one was moved away; keep the old one if that fails.
 
-        Slow where the file system is: to be called aside.
+        Slow where the file system is: to be called in a thread.
         """
         if self._audit is None:
             return
@@ -172,18 +177,18 @@ class Logs:
             self.error("log.audit_failed", reason=str(error))
 
     def opened_audit(self, settings: Settings) -> int | None:
-        """Return a descriptor of another audit file that the settings name, for ``take_over``; None without one.
+        """Return a descriptor of a new audit file in the settings, for ``take_over``, or None.
 
-        Slow where the file system is: to be called aside. Raises AuditError.
+        Slow where the file system is: to be called in a thread. Raises AuditError.
         """
         if settings.audit is None or settings.audit == self._settings.audit:
             return None
         return _opened(settings.audit)
 
     def precheck(self, settings: Settings) -> list[str]:
-        """Return why the settings would be refused, as far as that shows without a file being made.
+        """Return why the settings would be refused, as far as a check without creating files shows.
 
-        Slow where the file system is: to be called aside.
+        Slow where the file system is: to be called in a thread.
         """
         if settings.audit is None or settings.audit == self._settings.audit or os.path.exists(settings.audit):  # noqa: PTH110
             return []
@@ -193,9 +198,9 @@ class Logs:
         return [f"the audit file {settings.audit} can't be made there (see to log.audit)"]
 
     def take_over(self, settings: Settings, audit: int | None = None) -> None:
-        """Go on with other settings; levels changed while it ran are forgotten.
+        """Switch to other settings; levels changed at run time are reset.
 
-        audit: what ``opened_audit`` returned for them; it belongs to this object from now on.
+        audit: the result of ``opened_audit`` for them; this object owns it from now on.
         """
         if settings.audit != self._settings.audit:
             self._begin_audit(audit)
@@ -203,7 +208,7 @@ class Logs:
         if settings.format != self._settings.format:
             self._form, target = _place(settings.format, self._stream, self._journal)
             before, self._main = self._main, self._outlet(target, self._form)
-            # What is in the old one comes out first where it comes out soon.
+            # Lines that wait in the old outlet are written first, if that is quick.
             before.close(0.1)
         self._settings = settings
 
@@ -223,16 +228,16 @@ class Logs:
         outlet, target = audit
         outlet.call(lambda: target.replace(descriptor))
 
-    # The end
+    # Closing
 
     def flush(self, timeout_s: float = 0.3) -> bool:
-        """Wait until everything is written, up to a time for all places together; return whether it is."""
+        """Write all waiting lines; return False if that takes longer than the time for all outlets."""
         end = time.monotonic() + timeout_s
         done = [outlet.flush(max(0.0, end - time.monotonic())) for outlet in self._outlets()]
         return all(done)
 
     def close(self, timeout_s: float = 0.3) -> None:
-        """Write what waits and end; what takes longer than the time is given up."""
+        """Write the waiting lines and close; discard those that take longer than the time."""
         atexit.unregister(self.close)
         end = time.monotonic() + timeout_s
         for outlet in self._outlets():
@@ -248,7 +253,11 @@ def _entry(level: str, event: str, fields: dict[str, Any]) -> Entry:
 
 
 def _is_audited(area: str, level: LogLevel, event: str, fields: dict[str, Any]) -> bool:
-    """Return whether an auditor would ask for it: who came and was refused, what administrators did, what changed."""
+    """Return whether the event goes to the audit file.
+
+    It does if it shows which clients connected or were refused, what administrators
+    did, or what changed.
+    """
     if level is LogLevel.DEBUG or event == "daemon.bug":
         return False
     if event == "message.refused":
@@ -257,7 +266,7 @@ def _is_audited(area: str, level: LogLevel, event: str, fields: dict[str, Any]) 
 
 
 def _place(format: LogFormat, stream: TextIO, journal: str) -> tuple[Form, Target]:
-    """Return how a line looks, and where it goes."""
+    """Return the form of a line, and its target."""
     if format is LogFormat.JSON:
         return json_line, of_stream(stream)
     if format is LogFormat.CONSOLE or stream.isatty():
@@ -288,20 +297,21 @@ def _opened(path: str) -> int:
 
 
 def in_words(error: BaseException) -> str:
-    """Return an error as the log has it.
+    """Return an error as text for the log.
 
-    Not its repr: that of an error about text or bytes shows all of them, and they may be somebody's message.
+    Not its repr: an error about text or bytes shows all of them there, which may be a
+    client's message.
     """
     return f"{type(error).__name__}: {error}"
 
 
 class _Nowhere:
-    """A logger that keeps nothing, for brokers inside a program."""
+    """A logger that discards every event, for brokers inside a program."""
 
     def __getattr__(self, method: str) -> Callable[..., None]:
         return lambda event, **fields: None
 
 
 def quiet_log() -> Any:
-    """Return a logger that keeps nothing."""
+    """Return a logger that discards every event."""
     return _Nowhere()

@@ -1,9 +1,11 @@
-"""Floods of one event: each by itself while they are few, counted while they are many.
+"""Log rate limiter: writes a frequent event line by line while it is rare, and counts the rest.
 
-A stranger can knock thousands of times a second, and a client can be refused a million messages a second. A line for
-each would cost more than turning them away, fill the disk, and bury the others. So the first few of an event about the
-same parties have a line each, and the first some dozens in all, within a second; one line, ``EVENT_more``, counts the
-rest. While that goes on, the second becomes two, four, at last a minute.
+An unknown peer can connect thousands of times a second. A client's messages can be
+refused a million times a second. A line for each would cost more than the refusal, fill
+the disk, and bury the other lines. So within a second, the first few events about the
+same parties have a line each. In all, some dozens of lines are written. One line,
+``EVENT_more``, counts the rest. While the events continue, the period doubles from a
+second to at most a minute.
 """
 
 from __future__ import annotations
@@ -22,20 +24,20 @@ __all__ = ["LogRateLimiter"]
 _FEW: Final = (5, 50)
 _FEW_OF: Final = {
     "client.refused": (30, 50),
-    # Whoever has proved who he is may be one of thousands that come back at once.
+    # An authenticated client may be one of thousands that reconnect at once.
     "client.connected": (50, 100_000),
     "client.disconnected": (50, 100_000),
 }
-#: Seconds of the first period, and of the longest.
+#: Length of the first period and of the longest, in seconds.
 _PERIOD: Final = 1.0
 _LONGEST: Final = 60.0
-#: Parties counted apart, and how many of them the line names.
+#: Parties counted separately per event and period, and how many of them the line names.
 _APART: Final = 1000
 _NAMED: Final = 5
 
 
 class _Flow:
-    """One event within the present period."""
+    """The lines and counts of one event within the current period."""
 
     __slots__ = ("counted", "each", "ends", "level", "lines", "period", "timer")
 
@@ -50,7 +52,7 @@ class _Flow:
 
 
 class LogRateLimiter:
-    """Logs events that others can cause at will; keeps a timer only while there were some."""
+    """Logs events that clients can cause at will; keeps a timer only after recent events."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, log: Log) -> None:
         self.log = log
@@ -58,9 +60,10 @@ class LogRateLimiter:
         self._flows: dict[str, _Flow] = {}
 
     def note(self, level: str, event: str, about: str, count: int = 1, **fields: Any) -> None:
-        """Log an event, now or as one of many.
+        """Log an event now, or count it as one of many.
 
-        about: who and why, for counting and for people. count: how often it happened since it was noted last.
+        about: the parties and the reason, for counting and for people. count: how often
+        it happened since it was last noted.
         """
         flow = self._flows.setdefault(event, _Flow())
         if flow.timer is None:
@@ -69,7 +72,7 @@ class LogRateLimiter:
                 flow.period = _PERIOD
             flow.timer = self._loop.call_later(flow.period, self._end_period, event)
         flow.level = level
-        # Who was counted in the last period is known already.
+        # In later periods the parties are known already, so each gets one line.
         each, in_all = _FEW_OF.get(event, _FEW)
         if flow.lines < in_all and flow.each[about] < (each if flow.period == _PERIOD else 1):
             flow.lines += 1
@@ -82,7 +85,7 @@ class LogRateLimiter:
         flow.counted[about] += count
 
     def close(self) -> None:
-        """Log what was only counted until now."""
+        """Log the events that were only counted so far."""
         for event, flow in list(self._flows.items()):
             if flow.timer is not None:
                 flow.timer.cancel()
@@ -97,7 +100,7 @@ class LogRateLimiter:
         flow.timer = None
         flow.lines = 0
         flow.each, flow.counted = Counter(), Counter()
-        # A flood that has ceased for so long is over: the next one is a new one.
+        # After this time without events, the next burst counts as a new one.
         flow.ends = self._loop.time() + flow.period
         flow.period = min(flow.period * 2, _LONGEST)
         getattr(self.log, flow.level)(

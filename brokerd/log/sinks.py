@@ -1,8 +1,8 @@
-"""Where lines of the log go, each place with a thread of its own: nobody waits for a full pipe or a slow disk.
+"""Log outlets, each with a thread of its own, so that no full pipe or slow disk blocks the broker.
 
-Lines come out whole and in order. What can't be written, or would wait too long a queue, is counted, and the count
-takes its place as a line of its own when writing works again. No descriptor is made non-blocking: others may
-share it.
+Lines are written whole and in order. Lines that can't be written, or that find the
+queue full, are counted. When writing works again, a line with the count takes their
+place. No descriptor is made non-blocking: other processes may share it.
 """
 
 from __future__ import annotations
@@ -28,29 +28,31 @@ __all__ = [
     "open_for_append",
 ]
 
-#: What may wait for one place, in lines and in bytes.
+#: Most that may wait for one outlet, in lines and in bytes.
 MOST_LINES: Final = 10_000
 MOST_BYTES: Final = 4 * 2**20
-#: Seconds until it is tried again to say how many lines are lost, when no further line comes.
+#: Seconds until the thread tries again to report lost lines, when no further line
+#: comes.
 _TRY_AGAIN: Final = 5.0
-#: Seconds between two looks at a descriptor that somebody else has made non-blocking.
+#: Seconds between two attempts to write to a descriptor that another process made
+#: non-blocking.
 _POLL: Final = 0.02
 
 
 class Target(Protocol):
-    """What lines are written to; only an Outlet's thread calls it."""
+    """A destination of log lines; only an Outlet's thread calls it."""
 
     def write(self, line: bytes) -> None:
-        """Write one line, for as long as that takes. Raises OSError where it is lost."""
+        """Write one line, however long that takes. Raises OSError if it is lost."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 class Descriptor:
     """A file, a pipe or a terminal, by its descriptor.
 
-    owned: the descriptor is closed with this.
+    owned: the descriptor is closed with this object.
     """
 
     def __init__(self, descriptor: int, *, owned: bool = False) -> None:
@@ -59,7 +61,7 @@ class Descriptor:
         self._rest = _missing_line_end(descriptor)
 
     def write(self, line: bytes) -> None:
-        """Write one line; of one that can't be written to its end, the rest comes before the next."""
+        """Write one line; the rest of a partly written line is written before the next one."""
         while self._rest:
             self._rest = self._rest[self._attempt(self._rest) :]
         rest = line
@@ -77,23 +79,26 @@ class Descriptor:
             try:
                 return os.write(self._descriptor, data)
             except BlockingIOError:
-                # Somebody who shares it has made it non-blocking.
+                # A process that shares the descriptor has made it non-blocking.
                 time.sleep(_POLL)
 
     def replace(self, descriptor: int) -> None:
-        """Go on with another descriptor, such as that of a file begun anew."""
+        """Switch to another descriptor, such as that of a newly opened file."""
         old, self._descriptor = self._descriptor, descriptor
         self._rest = _missing_line_end(descriptor)
         os.close(old)
 
     def close(self) -> None:
-        """Close the descriptor, if it is ours."""
+        """Close the descriptor, if this object owns it."""
         if self._owned:
             os.close(self._descriptor)
 
 
 def _missing_line_end(descriptor: int) -> bytes:
-    """Return a line end if the file ends in a line cut short, by a process that has ended since; else nothing."""
+    """Return a line end if the file ends in an incomplete line, else nothing.
+
+    A process that has ended since may have left such a line.
+    """
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
@@ -111,7 +116,7 @@ def _missing_line_end(descriptor: int) -> bytes:
 
 
 class Text:
-    """A stream that has no descriptor, such as one that a program keeps its output in."""
+    """A stream without a descriptor, such as one in which a program collects its output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -125,11 +130,11 @@ class Text:
             raise OSError("the stream is closed") from error
 
     def close(self) -> None:
-        """Do nothing: it is not ours."""
+        """Do nothing: the stream belongs to the program."""
 
 
 class Journal:
-    """The system's journal, a datagram for each entry.
+    """The system's journal, with a datagram for each entry.
 
     Raises OSError where there is none.
     """
@@ -148,7 +153,7 @@ class Journal:
         return sock
 
     def write(self, line: bytes) -> None:
-        """Send one entry; a journal that was started anew is found again."""
+        """Send one entry; connect again if the journal was restarted."""
         try:
             self._socket.send(line)
         except OSError:
@@ -162,16 +167,16 @@ class Journal:
 
 
 class _Lost:
-    """The place of lines that found no room."""
+    """The place of lines for which the queue had no room."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 class Outlet:
-    """Lines on their way to one place.
+    """The queue of lines for one target, and the thread that writes them.
 
-    lost_line: returns the line that says how many were lost.
+    lost_line: returns the line that reports the number of lost lines.
     """
 
     def __init__(self, target: Target, lost_line: Callable[[int], bytes]) -> None:
@@ -183,11 +188,11 @@ class Outlet:
         self._thread: threading.Thread | None = None
         self._busy = False
         self._closed = False
-        #: Lines that could not be written, in the thread's hands.
+        #: Lines that could not be written; only the thread uses this count.
         self._failed = 0
 
     def put(self, line: bytes) -> None:
-        """Have a line written when it is its turn; never waits."""
+        """Queue a line; never blocks."""
         with self._change:
             if self._closed:
                 return
@@ -203,25 +208,26 @@ class Outlet:
                 last.count += 1
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have something done between the lines before and those after."""
+        """Call a function between the lines queued before it and those after."""
         with self._change:
             self._add(function)
 
     def _add(self, item: bytes | _Lost | Callable[[], None]) -> None:
         self._queue.append(item)
         if self._thread is None:
-            # A daemon's thread must not keep a process alive that nobody listens to: see flush.
+            # A daemon thread: pending log lines must not keep a process alive; see
+            # flush.
             self._thread = threading.Thread(target=self._run, name="brokerd log", daemon=True)
             self._thread.start()
         self._change.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything is written; return False if that takes longer than the time."""
+        """Wait until every line is written; return False if that takes longer than the time."""
         with self._change:
             return self._change.wait_for(lambda: not self._queue and not self._busy, timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Write what waits, and end; what takes longer than the time is given up."""
+        """Write the waiting lines and close; discard those that take longer than the time."""
         done = self.flush(timeout_s)
         with self._change:
             self._closed = True
@@ -268,7 +274,7 @@ class Outlet:
 
 
 def of_stream(stream: TextIO) -> Target:
-    """Return what writes to a stream: past its buffer where it has a descriptor."""
+    """Return the target for a stream; it bypasses the buffer of one with a descriptor."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError, AttributeError):
@@ -278,7 +284,10 @@ def of_stream(stream: TextIO) -> Target:
 
 
 def open_for_append(path: str) -> int:
-    """Return a descriptor that appends to a file; a new one is its owner's alone. Raises OSError."""
-    # O_NONBLOCK: a FIFO that nobody reads is an error, and holds nobody up.
+    """Return a descriptor that appends to a file. Raises OSError.
+
+    Only its owner may read or write a new file.
+    """
+    # O_NONBLOCK: opening a FIFO without a reader fails instead of blocking.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o600)
