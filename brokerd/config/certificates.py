@@ -1,8 +1,8 @@
-"""A listener's certificate, private key and CA, from their files: read, held against each other and the clock.
+"""A listener's certificate, private key and CA: read, checked to match and to be in date.
 
-What comes out is ready to use, so that a file that is damaged later harms nobody but the next reload. Each file is
-opened once, so that what was checked is what is used. The private key has to be as well kept as any key (``keys``).
-Nothing here shows what is in it.
+The result is ready to use, so a file damaged later affects only the next reload. Each
+file is opened once, so that the checked content is the content used. The private key
+file must be protected like any key file (``key_files``). Nothing here shows the key.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from brokerd_client.wire import certificate
 
 __all__ = ["MAX_PEM", "load_tls"]
 
-#: The largest file of certificates, in bytes: a system's whole list of CAs is a quarter of this.
+#: Limits a file of certificates, in bytes. A system's whole list of CAs is a quarter of it.
 MAX_PEM: Final = 1024 * 1024
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
 _MAKE_KEY: Final = "give the file that openssl or your CA's program wrote beside the certificate"
 
-#: Told of each thing that is wrong: the key of the entry, and what is wrong (what would be right).
+#: Called for each fault with the entry's field, and the fault with its remedy in brackets.
 Complain = Callable[[str, str], None]
 
 
 def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: Complain) -> TlsConfig | None:
-    """Return what a listener needs for TLS; None where something is wrong, and has been told to ``complain``.
+    """Return a listener's TLS settings, or None after reporting a fault to ``complain``.
 
-    base: where relative paths start. environ: for CREDENTIALS_DIRECTORY, as keys.read_private.
+    base: the directory of relative paths. environ: for CREDENTIALS_DIRECTORY, as in
+    key_files.read_private.
     """
     paths = {
         field: os.path.join(base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
@@ -88,10 +89,14 @@ def _context(
     issuers: list[bytes] | None,
     complain: Complain,
 ) -> ssl.SSLContext | None:
-    """Return the listener's context; None where something is wrong. issuers: the client_ca's certificates, in DER."""
+    """Return the listener's context, or None after reporting a fault.
+
+    issuers: the certificates of client_ca, in DER.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if entry.minimum == "1.2" else ssl.TLSVersion.TLSv1_3
-    # A connection is never resumed: each shows its certificate again, to whoever is accepted then.
+    # TLS sessions are never resumed: each new connection shows its certificate again, and
+    # it is checked against the CA in use then.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     try:
@@ -129,9 +134,10 @@ def _context(
 
 @contextlib.contextmanager
 def _named(content: bytes, path: str) -> Iterator[str]:
-    """Yield a name to open what was read from ``path``: the ssl module takes a certificate and its key by name only.
+    """Yield a file name under which the content read from ``path`` can be opened.
 
-    The name is that of a file in memory; where the system has none, ``path`` itself.
+    The ssl module accepts a certificate and its key only by file name. The name is that
+    of a file in memory, or ``path`` itself on a system without such files.
     """
     with contextlib.ExitStack() as stack:
         name = path
@@ -153,13 +159,14 @@ def _words(error: OSError) -> str:
 
 
 def _read_public(path: str, written: str) -> bytes:
-    """Return what is in a file that anybody may read. Raises KeyRefused.
+    """Return the content of a file that every user may read. Raises KeyRefused.
 
-    written: the path as the configuration has it. It is not repeated where it is no path: the private key may be in it.
+    written: the path as the configuration has it. An error repeats it only if it looks
+    like a path: it may hold the private key by mistake.
     """
     shown = path if is_plainly_a_path(written) else "of that name"
     try:
-        # Never a FIFO without a writer: that would wait.
+        # O_NONBLOCK: opening a FIFO without a writer would block.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             content = os.read(handle, MAX_PEM + 1)
@@ -178,7 +185,7 @@ def _read_public(path: str, written: str) -> bytes:
 
 
 def _certificates(path: str, content: bytes) -> list[bytes]:
-    """Return the certificates in a file in PEM, in DER, at least one. Raises KeyRefused."""
+    """Return the certificates of a PEM file, at least one, in DER. Raises KeyRefused."""
     found = []
     for piece in content.decode("latin-1").split(_BEGIN)[1:]:
         text, end, _ = piece.partition(_END)

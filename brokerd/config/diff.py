@@ -1,6 +1,7 @@
-"""What a reload would change: two configurations compared, nothing carried out.
+"""The differences between two configurations: what a reload would change. Nothing is applied.
 
-Every change is a phrase for people, ``queue: 8MiB -> 16MiB``. A key never stands in one, only its id.
+Every change is a readable phrase, ``queue: 8MiB -> 16MiB``. A phrase shows the id of a
+key, never the key.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from brokerd_client.address import Address
 
 __all__ = ["Plan", "compare", "merge", "overlaps"]
 
-#: The parts of a configuration that a running broker takes over; for any other a changed value waits for a restart.
+#: The fields of a configuration that a reload applies. A change of any other field needs a
+#: restart.
 _RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"})
-#: So much of a long list of rules is shown.
+#: Limits the rules shown per phrase.
 _SHOWN: Final = 8
 #: Addresses that mean every address of the machine.
 _EVERYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared with, never bound
-#: What the name localhost may mean.
+#: The hosts that the name localhost may stand for.
 _THIS_MACHINE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -30,11 +32,12 @@ _THIS_MACHINE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 class Plan:
     """The differences between the running configuration and a new one.
 
-    added, removed: names of clients. changed: names, each with what changes.
-    opened, closed: ``listen`` entries by their address; altered: entries whose address stays and whose other
-    settings change, each with what changes.
-    limits, log, monitor: what changes in that section. monitor_opened, monitor_closed: where the monitor begins to
-    listen, and where it ceases to. restart: what a reload leaves as it is.
+    added, removed: names of clients. changed: names of clients, each with its changes.
+    opened, closed: ``listen`` entries, by their address.
+    altered: entries with the same address but other settings, each with its changes.
+    limits, log, monitor: the changes in that section.
+    monitor_opened, monitor_closed: where the monitor starts and stops listening.
+    restart: changes that a reload does not apply.
     """
 
     added: tuple[str, ...]
@@ -51,7 +54,7 @@ class Plan:
     restart: tuple[str, ...]
 
     def as_fields(self) -> dict[str, Any]:
-        """Return the plan for a reply or a log event: plain lists and mappings of text."""
+        """Return the plan, for a reply or a log event, as lists and mappings of text."""
         return {
             "added": list(self.added),
             "changed": {name: list(changes) for name, changes in self.changed.items()},
@@ -67,7 +70,7 @@ class Plan:
 
 
 def compare(running: Config, new: Config) -> Plan:
-    """Return what would change."""
+    """Return the differences between the running configuration and a new one."""
     before, after = running.clients, new.clients
     listening = {entry.address: entry for entry in running.listen}
     wanted = {entry.address: entry for entry in new.listen}
@@ -103,7 +106,7 @@ def _monitor_address(config: Config) -> Address | None:
 
 
 def merge(running: Config, new: Config) -> Config:
-    """Return the new configuration with what only a restart takes over as it was."""
+    """Return the new configuration, but with the running values that need a restart."""
     kept = {name: getattr(running, name) for name in _kept(running, new)}
     return replace(new, **kept) if kept else new
 
@@ -114,7 +117,10 @@ def _kept(running: Config, new: Config) -> list[str]:
 
 
 def overlaps(opened: Iterable[ListenConfig], closed: Collection[ListenConfig]) -> Iterator[str]:
-    """Say which new addresses can't be opened before an old one is closed, as one of the two means every address."""
+    """Yield a phrase for each new address that can't be opened before an old one is closed.
+
+    That is so if one of the two addresses stands for every address of the machine.
+    """
     for new in opened:
         for old in closed:
             if _overlap(new, old):

@@ -1,7 +1,7 @@
-"""The kinds of values a configuration holds, each with its check and its JSON Schema.
+"""The types of the configuration's values, each with its check and its JSON Schema.
 
-Every check raises ValueError whose text is what is wrong (what would be right), and repeats no value that might be
-a key.
+Every check raises ValueError, with the fault and, in brackets, its remedy. The text never
+repeats a value that might be a key.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ __all__ = [
 ]
 
 _MODE: Final = re.compile(r"0?[0-7]{3}")
-#: A path with "/" or the end of a socket's name, @ABSTRACT, a pipe, or a host and a port; the loader knows more.
+#: Matches a path with "/" or a socket's file extension, @ABSTRACT, a pipe, or a host and a
+#: port. The loader checks more.
 _ADDRESS_PATTERN: Final = r"^([^/:]*/.*|[^/:]*\.sock(et)?|@.+|\\\\.+|[^/]+:[0-9]{1,5})$"
-#: What systemd takes for FileDescriptorName=.
+#: _SOCKET_NAME matches the names that systemd accepts for FileDescriptorName=.
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
 
 
 def _right(error: ValueError) -> ValueError:
-    """Return the library's error in this package's form: what is wrong (what would be right)."""
+    """Return the library's error in this package's form: the fault (its remedy)."""
     wrong, colon, right = str(error).rpartition(": ")
     return ValueError(f"{wrong} ({right})" if colon else str(error))
 
@@ -146,7 +147,7 @@ def _name_pattern(value: object) -> str:
     text = _text(value)
     if text.startswith("$"):
         raise ValueError("is the broker itself (take it out: every client may send to $broker)")
-    # What stands between brackets is a set of characters, as in a shell.
+    # Square brackets hold a set of characters, as in a shell.
     rest = re.sub(r"\[!?\]?[^\]]*\]", "", text)
     if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", rest):
         raise ValueError("can match no client (give a client's name, or a pattern such as report.*)")
@@ -161,7 +162,7 @@ def _host_name(value: object) -> str:
 
 
 def _tls_version(value: object) -> str:
-    # Without quotes it is a number in YAML, and no less clear.
+    # Without quotes, YAML reads the version as a number; that is accepted too.
     text = str(value) if isinstance(value, (str, float)) else ""
     if text not in ("1.2", "1.3"):
         raise ValueError('is no version of TLS that is spoken here (give "1.3" or "1.2")')
@@ -275,11 +276,12 @@ KeyBytes: TypeAlias = Annotated[
 Moment: TypeAlias = Annotated[
     datetime,
     BeforeValidator(_moment),
-    # Some YAML readers make a timestamp of it before a validator of JSON Schema sees it, which is no JSON type.
+    # Some YAML readers turn it into a timestamp before a JSON Schema validator sees it. A
+    # timestamp is not a JSON type.
     WithJsonSchema({"not": {"type": ["number", "boolean", "array", "object", "null"]}}),
 ]
 _Item = TypeVar("_Item")
-#: A list in the file, a tuple from there on: what is validated is never changed.
+#: A list in the file becomes a tuple: a validated value is never changed.
 Several: TypeAlias = Annotated[tuple[_Item, ...], Field(strict=False)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
 UserId: TypeAlias = Annotated[int, Field(ge=0, lt=2**32 - 1)]

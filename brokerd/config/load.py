@@ -1,7 +1,8 @@
-"""Files to a Config: reads them and follows their includes; every problem is found before any is raised.
+"""Loading: reads the main file and its includes, and returns a Config.
 
-``files`` opens them, the text is read by ``document``, its entries are judged by ``entries``. Writes nothing and
-opens no socket.
+All problems are found before one error reports them together. ``text_files`` opens the
+files, ``yaml_reader`` parses the text, and ``validator`` checks the entries. This module
+writes nothing and opens no socket.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _NOT_A_PATH: Final = "is no path (give a file or a pattern)"
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in a file and those it includes.
+    """Return the configuration in a file and the files that it includes.
 
-    path: the file, or ``files.IN_ENVIRON`` for a configuration that stands in the environment.
-    environ: where ``key_env`` and CREDENTIALS_DIRECTORY are looked up; os.environ unless given.
+    path: the file, or ``text_files.IN_ENVIRON`` for a configuration in the environment.
+    environ: the environment for ``key_env`` and CREDENTIALS_DIRECTORY; by default
+    os.environ.
     Raises ConfigError with every problem of every file.
     """
     files = _Files(os.fspath(path), environ)
@@ -38,9 +40,11 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None)
 
 
 def load_text(text: str | bytes, path: str = "brokerd.yaml", environ: Mapping[str, str] | None = None) -> Config:
-    """Return the configuration in a text. path: what it is called, and where relative paths start from.
+    """Return the configuration in a text.
 
-    The text has no file, so keys in it are not held against a file's mode. Raises ConfigError as ``load``.
+    path: the name used in errors; relative paths start from its directory.
+    The text has no file, so no file mode is checked for keys in it. Raises ConfigError
+    as ``load`` does.
     """
     files = _Files(path, environ)
     with _without_collections():
@@ -75,7 +79,11 @@ def build(
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep the garbage collector from walking, again and again, over a hundred thousand entries that all stay."""
+    """Pause the garbage collector.
+
+    Otherwise it would traverse a hundred thousand entries repeatedly, and all of them
+    stay in use.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -86,12 +94,12 @@ def _without_collections() -> Iterator[None]:
 
 
 class _Files:
-    """Reads the main file and, depth first, those it includes; what it finds is in ``findings``."""
+    """Reads the main file and, depth first, its includes; collects results in ``findings``."""
 
     def __init__(self, main: str, environ: Mapping[str, str] | None) -> None:
         self._main = main
         self.findings = Findings(main, os.environ if environ is None else environ)
-        #: Files by their true path, so that none is read twice.
+        #: The real paths of the files read, so that no file is read twice.
         self._seen: set[str] = set()
 
     def read_main(self) -> None:
@@ -105,7 +113,7 @@ class _Files:
         self._read(text, self._main, status, File)
 
     def read_text(self, text: str | bytes) -> None:
-        """Take a text for the main file's."""
+        """Read a given text as the main file."""
         try:
             whole = decoded(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
         except Unreadable as error:
@@ -125,9 +133,10 @@ class _Files:
         self.judge(read(text, file), os.path.dirname(file), status, model)  # noqa: PTH120 - a Path would make "" a "."
 
     def judge(self, document: Document, base: str, status: os.stat_result | None, model: type[IncludedFile]) -> None:
-        """Judge one file, then the files it includes.
+        """Validate one file, then the files that it includes.
 
-        base: where its relative paths start. status: the file's, None where there is no file.
+        base: the directory of its relative paths. status: that of the file, or None for a
+        text without a file.
         """
         findings = self.findings
         findings.problems += document.problems
@@ -141,7 +150,8 @@ class _Files:
             return
         what = "is no mapping (a configuration begins with keys such as listen: and clients:)"
         if root is None:
-            # Included, a file of comments alone is an example; as the whole configuration it is a mistake.
+            # An included file may hold only comments, as an example does. A main file of
+            # comments alone is a mistake.
             if model is not File or not document.whole:
                 return
             what = "is empty (a configuration has listen: and clients:)"
@@ -149,7 +159,7 @@ class _Files:
         findings.problems.append(Problem(Place(document.file, 1, 1), "", what))
 
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
-        """Read the files that one entry of ``include`` names; one that was read before adds nothing."""
+        """Read the files that one entry of ``include`` names, except those already read."""
         try:
             files = matching(pattern, base)
         except Unreadable as error:
@@ -179,7 +189,7 @@ class _Files:
                 self._read(text, file, status, IncludedFile)
 
     def _refuse_include(self, document: Document, path: Path, what: str) -> None:
-        """Report an entry of ``include`` whose files can't be read, or not all of them."""
+        """Report an entry of ``include`` if any of its files can't be read."""
         self.findings.whole = False
         place, shown = document.place(path)
         self.findings.problems.append(Problem(place, shown, what))

@@ -1,8 +1,9 @@
-"""The most memory that a broker with this configuration can come to hold, whatever its clients and strangers do.
+"""The upper bound of a broker's memory, whatever its clients and unknown peers do.
 
-Every term is a limit of the configuration times what one of it costs in the worst case: the shortest messages, the
-longest topics, every queue full. It is a bound and no forecast; a broker whose clients read holds little more
-than :data:`BASE`. What the system keeps for each socket is not in it.
+Every term is a limit of the configuration, times the worst-case cost of one unit. The
+worst case is the shortest messages, the longest topics, and every queue full. The bound
+is not a forecast: a broker whose clients read holds little more than :data:`BASE`. The
+system's own memory for each socket is not included.
 """
 
 from __future__ import annotations
@@ -19,35 +20,42 @@ __all__ = ["BASE", "Bound", "memory_bound"]
 _KIB: Final = 1024
 _MIB: Final = 1024 * 1024
 
-#: The interpreter, the libraries, the code, the log's own queue, and what is remembered of topics (core.topics).
+#: Bytes of the interpreter, the libraries, the code, the log's queue, and the cache of
+#: topics (core.topics).
 BASE: Final = 128 * _MIB
-#: The allocator rounds up, and keeps holes between what is still used.
+#: Factor for the allocator, which rounds up and leaves holes between live objects.
 _ALLOCATOR: Final = 1.5
-#: A queue whose frames are kept one by one, holding nothing but the shortest, costs this many times its bytes.
+#: Memory per byte of a queue that keeps its frames one by one, if all are the shortest.
 _SINGLE_FRAMES: Final = 10
-#: When a recipient goes, each message that waited for it comes back as an error, to somebody who may not read either.
-#: The sender sends no more then, so every byte that waits is answered for once: the shortest by so many bytes.
+#: Bytes of error reports per queued byte, for the shortest messages. When a recipient
+#: disconnects, each message queued for it is reported as an error to its sender, which
+#: may not read either. That sender then sends no more, so each byte is reported once.
 _OUTCOMES: Final = 12
-#: The broker's own answers that may wait beyond a client's queue (core.broker), and the read buffer's size.
+#: Bytes of the broker's own answers that may wait beyond a client's queue (core.broker),
+#: and of the read buffer.
 _RESERVE: Final = 256 * _KIB
 _READ_BUFFER: Final = 256 * _KIB
-#: One connection, one that has not proved who it is, and the caches of one that publishes.
+#: Bytes per connection, per pending connection, and for the caches of a connection that
+#: publishes.
 _CONNECTION: Final = 16 * _KIB
 _HANDSHAKE: Final = 16 * _KIB
 _PUBLISHED: Final = 2 * _MIB
-#: TLS for one of either: OpenSSL's own state, and bytes under way in both directions (brokerd_client.tls.stream).
+#: Bytes of TLS per connection, pending or not: OpenSSL's own state, and the bytes in
+#: flight in both directions (brokerd_client.tls.stream).
 _TLS: Final = 256 * _KIB
-#: A subscription of 128 tokens that shares none with another; a request that is not answered.
+#: Bytes per subscription of 128 tokens that shares none with another, and per unanswered
+#: request.
 _SUBSCRIPTION: Final = 12 * _KIB
 _REQUEST: Final = 640
-#: A configured client, and one remembered by a connection that has sent to it.
+#: Bytes per configured client, and per client in the cache of a connection that has sent
+#: to it.
 _CLIENT: Final = 8 * _KIB
 _REACHED: Final = 320
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Bytes, by what they are for. total: of all of them together."""
+    """The bound in bytes, by purpose. total: the sum."""
 
     base: int
     clients: int
@@ -61,16 +69,16 @@ class Bound:
 
     @property
     def total(self) -> int:
-        """The bound."""
+        """The bound of all parts together, in bytes."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Return each part by a name for people."""
+        """Return each part by its readable name."""
         return {part.name.replace("_", " "): getattr(self, part.name) for part in fields(self)}
 
 
 def memory_bound(config: Config) -> Bound:
-    """Return the bound for a configuration."""
+    """Return the memory bound for a configuration."""
     limits = config.limits
     connections = list(_most_costly(config))
     known = len(config.clients)
@@ -92,14 +100,17 @@ def _sum(sizes: Iterator[int]) -> int:
 
 
 def _queue(client: ClientConfig, max_message: int) -> int:
-    """Return what may wait for one connection: its queue, or one message that is longer; and the broker's answers."""
+    """Return the bytes that may wait for one connection.
+
+    They are its queue, or one longer message, and the broker's own answers.
+    """
     single = client.connections > 1 or client.when_full is WhenFull.DROP_OLDEST
     waiting = max(client.queue, max_message + _KIB) + _RESERVE
     return waiting * (_OUTCOMES + (_SINGLE_FRAMES if single else 1))
 
 
 def _most_costly(config: Config) -> Iterator[ClientConfig]:
-    """Yield the client of each connection there can be at once, those that cost most first."""
+    """Yield the client of each possible simultaneous connection, the most costly first."""
 
     def cost(client: ClientConfig) -> int:
         held = client.subscriptions * _SUBSCRIPTION + client.requests * _REQUEST

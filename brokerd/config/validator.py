@@ -1,7 +1,7 @@
-"""One file's entries, judged: each by its model, and together by what no single entry can know.
+"""Validates the entries of one file, each against its model and then together.
 
-Names, addresses and keys given twice show here; names that nobody has show when all files are read, in
-``findings``. Reads key files, through ``keys``, and nothing else.
+Names, addresses and keys that occur twice are found here. Unknown names are found in
+``builder``, when all files are read. Only key files are read, through ``key_files``.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from brokerd_client.wire import envelope
 
 __all__ = ["Entries"]
 
-#: Bytes of a Unix socket's path; one more is the NUL that ends it (sys/un.h).
+#: Limits the path of a Unix socket, in bytes, without its final NUL (sys/un.h).
 _MAX_SOCKET_PATH: Final = 107
 _WILDCARDS: Final = frozenset("*?[")
-#: Which kind of key a field of a client names.
+#: The kind of key that each field of a client gives.
 _KINDS: Final = {"key": "key", "key_file": "file", "key_env": "env", "key_credential": "credential"}
 _UNLIMITED: Final = RateConfig(None, None)
 _DEFAULT_RULES: Final = {
@@ -55,7 +55,7 @@ _DEFAULT_RULES: Final = {
 
 
 class Entries:
-    """Judges one file's entries and adds them to the configuration in the making."""
+    """Validates one file's entries and adds them to the ``Findings``."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Entries:
         self._base = base
         self._status = status
         self._model = model
-        #: What the file includes: where it says so, and the pattern.
+        #: The file's includes: the path of each entry, and its pattern.
         self.includes: list[tuple[Path, str]] = []
-        #: What the text itself had wrong: no model need complain of it again.
+        #: Problems already found in the text, which are not reported again.
         self._known = {(problem.place, problem.path) for problem in document.problems}
 
     def _problem(self, path: Path, what: str, *, at_key: bool = False) -> None:
@@ -81,14 +81,14 @@ class Entries:
             self._findings.problems.append(Problem(place, shown, what))
 
     def _validated(self, path: Path, model: type[BaseModel], value: object) -> tuple[Any, set[Path]]:
-        """Return (the entry, {}), or (None, where in it something is wrong), having reported it."""
+        """Return (the entry, {}), or report faults and return (None, their paths)."""
         try:
             return model.model_validate(value), set()
         except ValidationError as error:
             bad: set[Path] = set()
             for each in error.errors(include_url=False):
                 if each["type"] == "too_short" and each["input"]:
-                    # The list is not empty; its items are what is wrong.
+                    # The list is not empty; its items are the problem.
                     continue
                 where = each["loc"]
                 bad |= {where[:1], where[:2]}
@@ -97,7 +97,7 @@ class Entries:
             return None, bad
 
     def judge(self, root: dict[str, Any]) -> None:
-        """Judge the whole file, and then the files it includes."""
+        """Validate the whole file, and collect its includes."""
         for key, value in root.items():
             if key not in File.model_fields:
                 self._problem((key,), unknown_key(key, self._model.model_fields), at_key=True)
@@ -130,7 +130,7 @@ class Entries:
                     self.includes.append((("include", number), pattern))
 
     def _with_paths(self, section: Any) -> Any:
-        """Return the section with a relative path starting from the directory of this file."""
+        """Return the section with its relative path joined to this file's directory."""
         audit = getattr(section, "audit", None)
         if audit is None:
             return section
@@ -138,7 +138,7 @@ class Entries:
         return section.model_copy(update={"audit": whole})
 
     def _validated_section(self, key: str, root: dict[str, Any]) -> None:
-        """Report a section that is no list, or no mapping, as the model does."""
+        """Report a section that is not a list, or not a mapping, as the model does."""
         if key not in root:
             return
         value = root[key]
@@ -177,7 +177,7 @@ class Entries:
         )
 
     def _tls(self, path: Path, entry: ListenEntry) -> TlsConfig | None:
-        """Return a listener's TLS, having reported what is wrong with it."""
+        """Return a listener's TLS settings, or report the faults and return None."""
         if entry.address.family not in ("AF_INET", "AF_INET6"):
             for key in ("tls", "plain"):
                 if key in entry.model_fields_set:
@@ -211,7 +211,10 @@ class Entries:
         )
 
     def _address(self, where: Path, address: Address) -> tuple[Address, Place]:
-        """Return an address to listen at, a relative path joined to this file's directory, and where it is given."""
+        """Return a listen address and its place in the file.
+
+        A relative path is joined to this file's directory.
+        """
         if address.is_file:
             address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
             size = len(os.fsencode(address.path))
@@ -229,13 +232,16 @@ class Entries:
         return address, place
 
     def _validated_place(self, path: Path, model: type[BaseModel], entry: object) -> Any:
-        """Return the entry, which is a mapping or an address alone, or None, having reported what is wrong."""
+        """Return an entry, written as a mapping or as an address alone.
+
+        If it has faults, report them and return None.
+        """
         if isinstance(entry, Mapping):
             return self._validated(path, model, entry)[0]
         try:
             return model.model_validate(entry)
         except ValidationError as error:
-            # The short form has no key: its error is the entry's.
+            # The short form has no field: its error belongs to the entry.
             self._problem(path, complaint(error.errors(include_url=False)[0], model))
             return None
 
@@ -290,7 +296,7 @@ class Entries:
         return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
 
     def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
-        """Note the names in send_to; whether they exist shows when all files are read."""
+        """Record the names in send_to; they are checked when all files are read."""
         listed = raw.get("send_to")
         if not isinstance(listed, list) or id(listed) in self._findings.rules:
             return
@@ -316,7 +322,7 @@ class Entries:
     def _client_keys(
         self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
     ) -> tuple[Key, ...]:
-        """Return the client's keys, having reported those that can't be used."""
+        """Return the client's usable keys, and report the others."""
         given = [field for field in raw if field in KEY_FIELDS and raw[field] is not None]
         if not given:
             if raw.get("peer_uid") is None and not self._meant_a_key(raw):
@@ -329,7 +335,7 @@ class Entries:
             place, _ = self._document.place((*path, given[0]), at_key=True)
             what = f"{given[0]} is given too, at {place} (keep one of {', '.join(given)})"
             self._problem((*path, given[1]), what, at_key=True)
-            # Which of them is meant is not known; what is wrong with the others hardly matters.
+            # It is not known which of them is meant, so their own faults are not reported.
             return ()
         field = given[0]
         where = (*path, field)
@@ -339,7 +345,10 @@ class Entries:
         return () if key is None else (key,)
 
     def _meant_a_key(self, raw: dict[str, Any]) -> bool:
-        """Return whether a key, or how to do without, was given and is reported: empty, or by a name with a slip."""
+        """Return whether a key field, or ``peer_uid``, was given but already reported.
+
+        Its value may be empty, or its name misspelt.
+        """
         if isinstance(raw, Map) and any(field in raw for field in (*KEY_FIELDS, "peer_uid")):
             return True
         unknown = [field for field in raw if field not in ClientEntry.model_fields]
@@ -357,7 +366,7 @@ class Entries:
             where = (*path, number)
             given = [field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None]
             if not given and isinstance(item, Map) and any(field in item for field in KEY_ITEM_FIELDS):
-                # It is empty, and reported.
+                # The field is empty, which is already reported.
                 continue
             if len(given) != 1:
                 wrong = f"has {' and '.join(given)}" if given else "says not where the key is"
@@ -372,7 +381,7 @@ class Entries:
                 yield Key(key.value, begin, end, key.source)
 
     def _key(self, name: str, path: Path, kind: str, value: str | bytes) -> Key | None:
-        """Return the key, or None where it can't be used, which is reported."""
+        """Return the key, or report that it can't be used and return None."""
         environ = self._findings.environ
         source = kind
         try:
@@ -406,7 +415,7 @@ class Entries:
         return Key(found, source=source)
 
     def _note_private(self, file: str, path: Path) -> None:
-        """Have it said if another user can replace a file with a key."""
+        """Record a key file, for a warning if another user can replace it."""
         if key_store.forbidden(file, self._findings.environ) == key_store.OTHERS:
             place, _ = self._document.place(path)
             self._findings.private.setdefault(file, str(place))
@@ -414,7 +423,7 @@ class Entries:
     def _inline_key(self, path: Path, value: str | bytes) -> bytes:
         key = value.encode() if isinstance(value, str) else value
         if self._status is not None and self._document.file not in self._findings.exposed:
-            # Once a file: one chmod puts all of its keys right.
+            # Reported once per file: one chmod corrects all of its keys.
             file = self._document.file
             exposure = key_store.exposed(file, self._status, key_store.forbidden(file, self._findings.environ))
             if exposure:
