@@ -1,7 +1,8 @@
-"""A key's bytes, from wherever the configuration says they are.
+"""Reads a key's bytes from a file, an environment variable or a systemd credential.
 
-A key that somebody else can read is refused, and the refusal names the chmod to run. No error, name or
-representation made here holds a key. The rules are those of docs/configuration.md, "Keys".
+A key file that other users can read is refused, and the error names the chmod to run. No
+error, name or representation made here holds a key. The rules are those of
+docs/configuration.md, "Keys".
 """
 
 from __future__ import annotations
@@ -30,30 +31,31 @@ __all__ = [
     "read_private",
 ]
 
-#: The longest key file, in bytes; a longer one is some other file.
+#: Limits a key file, in bytes; a longer file is not a key file.
 MAX_KEY: Final = 64 * 1024
 
-#: Others must neither read a key nor replace it.
+#: The mode bits by which other users could read or replace a key file.
 OTHERS: Final = stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
 _ANY_WRITE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-#: Variables as they are called: words in capitals, each shorter than a key.
+#: Matches usual variable names: words in capitals, each shorter than a key.
 _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9]{0,14}(_[A-Z0-9]{1,15}){0,5}")
-#: Letters that are too few to tell UTF-16 by its zeros.
+#: UTF-16 is recognized by its zero bytes only in a key with more letters than this.
 _FEW: Final = 3
-# O_NONBLOCK: a FIFO in the place of a file must not hold up the daemon.
+# O_NONBLOCK: a FIFO in the place of a file must not block the daemon.
 _OPEN_FLAGS: Final = (
     os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 )
 
 
 class KeyRefused(ValueError):
-    """The key can't be used; the text is what is wrong (what would be right)."""
+    """The key can't be used; the text gives the fault (and its remedy)."""
 
 
 def read_file(path: str, environ: Mapping[str, str], written: str | None = None) -> bytes:
-    """Return the key in a file: its bytes, with one trailing newline cut.
+    """Return the key in a file: its bytes without one trailing newline.
 
-    environ: says which directories are closed to others, whatever the modes of the files in them: ``forbidden``.
+    environ: names the directories that are closed to other users, whatever the modes of
+    the files in them; see ``forbidden``.
     written: as for ``read_private``. Raises KeyRefused.
     """
     quoted = shlex.quote(path)
@@ -65,10 +67,11 @@ def read_file(path: str, environ: Mapping[str, str], written: str | None = None)
 
 
 def read_private(path: str, environ: Mapping[str, str], missing: str, written: str | None = None) -> bytes:
-    """Return what is in a file that nobody but its owner may read.
+    """Return the content of a file that only its owner may read.
 
-    environ: as for ``read_file``. missing: what would be right where there is no file. written: the path as the
-    configuration has it, where that differs; it is repeated only if it is plainly a path, and not a key.
+    environ: as for ``read_file``. missing: the remedy if the file does not exist.
+    written: the path as the configuration has it, if that differs. An error repeats the
+    path only if it is clearly a path, and not a key.
     Raises KeyRefused.
     """
     try:
@@ -103,7 +106,7 @@ def read_env(name: str, environ: Mapping[str, str]) -> bytes:
         raise KeyRefused(f"the environment has no variable {shown} (set it, or give key_file)")
     if not value:
         raise KeyRefused(f"the environment variable {name} is empty (set it to the key)")
-    # Back to the bytes that the environment held, whatever its encoding.
+    # Restore the bytes of the environment, whatever its encoding.
     return os.fsencode(value)
 
 
@@ -116,17 +119,17 @@ def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
         raise KeyRefused("there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential=NAME:PATH)")
     path = os.path.join(directory, name)  # noqa: PTH118 - read_file takes text
     if "\0" in name or not os.path.lexists(path):
-        # The name is not repeated: it may be the key.
+        # The error does not repeat the name: it may be the key.
         raise KeyRefused(f"{directory} holds no credential of that name (give the unit LoadCredential=NAME:PATH)")
     return read_file(path, environ)
 
 
 def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
-    """Return what is wrong with a file's mode and the chmod to run, or "" where nothing is.
+    """Return the fault of a file's mode with the chmod to run, or "" without a fault.
 
-    shared: the mode bits that nobody but the owner may have.
+    shared: the mode bits that must not be set.
     """
-    # Windows has no such bits; what os.stat makes up there means nothing.
+    # Windows has no such bits; the values of os.stat have no meaning there.
     if os.name != "posix" or not stat.S_ISREG(status.st_mode) or not status.st_mode & shared:
         return ""
     mode = stat.S_IMODE(status.st_mode)
@@ -137,9 +140,10 @@ def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
 
 
 def oddity(key: bytes, kind: str) -> str:
-    """Return what its author hardly meant about a key, and what would be right; "" where nothing is odd.
+    """Return a probable mistake in a key and its remedy, or "" without one.
 
-    kind: where it comes from, as in ``keys``: file, key, env or credential. Nothing of the key is told.
+    kind: the key's origin, as in ``keys``: file, key, env or credential. The text shows
+    nothing of the key.
     """
     right = {"env": "set the variable to the key alone", "key": "write it in one line, in quotes: not key: |"}.get(
         kind, "write the key into it anew: brokerd key > FILE"
@@ -161,7 +165,7 @@ def oddity(key: bytes, kind: str) -> str:
 
 
 def _is_text(key: bytes, encoding: str = "utf-8") -> bool:
-    """Return whether a key is text: random bytes may begin or end with any byte."""
+    """Return whether a key is text, as random bytes may begin or end with any byte."""
     try:
         return all(char.isprintable() or char.isspace() for char in key.decode(encoding))
     except UnicodeDecodeError:
@@ -169,7 +173,10 @@ def _is_text(key: bytes, encoding: str = "utf-8") -> bool:
 
 
 def _is_utf_16(key: bytes) -> bool:
-    """Return whether it is text after a mark, or every other byte is 0; a last newline may have lost its half."""
+    """Return whether a key is UTF-16: text after a byte order mark, or every other byte 0.
+
+    The last newline may have lost one of its two bytes.
+    """
     if key.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _is_text(key[: len(key) // 2 * 2], "utf-16")
     even, odd = key[::2], key[1::2]
@@ -180,7 +187,7 @@ def _is_utf_16(key: bytes) -> bool:
 
 
 def _is_projected(path: str) -> bool:
-    """Return whether a path leads through a directory as Kubernetes makes it for the files of a volume."""
+    """Return whether a path leads through a directory that Kubernetes made for a volume."""
     parts = Path(os.path.realpath(path)).parts
     return any(part.startswith("..") for part in parts)
 
@@ -188,10 +195,12 @@ def _is_projected(path: str) -> bool:
 def forbidden(path: str, environ: Mapping[str, str]) -> int:
     """Return the mode bits that a file with a key in it must not have.
 
-    A file below CREDENTIALS_DIRECTORY may be readable by its group, as some versions of systemd make it: the
-    directory itself is closed to others. One below BROKERD_SEALED_DIRECTORY may be readable by all, as container
-    runtimes make it: nobody but this container sees the directory. Only who starts the broker can know that, so the
-    variable is set in the image and nowhere else.
+    A file below CREDENTIALS_DIRECTORY may be readable by its group, as in some versions of
+    systemd. The directory itself is closed to other users.
+
+    A file below BROKERD_SEALED_DIRECTORY may be readable by all users, as container
+    runtimes make it. Only this container sees the directory. The broker can't check
+    that, so the variable is set in the image and nowhere else.
     """
     if _is_below(path, environ.get("BROKERD_SEALED_DIRECTORY")):
         return stat.S_IWGRP | stat.S_IWOTH

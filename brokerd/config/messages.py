@@ -1,7 +1,7 @@
-"""What pydantic found wrong, in the words of this program: what is wrong (what would be right).
+"""Pydantic's errors in the words of this program: the fault, and its remedy in brackets.
 
-Says of a value only what kind it is: it may be a key that stands in the wrong place. What is repeated are names
-of keys that nobody knows, to say which was meant.
+An error names only the type of a value: the value may be a secret key in the wrong place.
+Only unknown field names are repeated, with a hint at the name that was meant.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["complaint", "did_you_mean", "unknown_key"]
 
 
 def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Return the words for one of pydantic's errors. model: what was validated."""
+    """Return the message for one of pydantic's errors. model: the model that raised it."""
     if error["type"] == "extra_forbidden":
         return unknown_key(str(error["loc"][-1]), known_at(model, error["loc"][:-1]))
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "enum":
-        # The words to choose from: 'a', 'b' or 'c'.
+        # The expected words are in the form 'a', 'b' or 'c'.
         words = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return f"is none of {', '.join(words)}{_meant(error['input'], words)}"
     words_for = _WORDS.get(error["type"])
@@ -34,7 +34,7 @@ def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return the words for a key that the model does not have."""
+    """Return the message for a key that the model does not have."""
     short = name_alone(key)
     known = sorted(known)
     if short.removesuffix(":...") in known:
@@ -44,8 +44,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return ``did you mean 'that'?`` with the word most like this one, or "" where none is."""
-    # Comparing costs the product of the lengths; a word this long is no slip of the pen.
+    """Return ``did you mean 'that'?`` with the most similar word, or "" without one."""
+    # A comparison costs the product of the lengths; a longer word is not a typing error.
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= 64 else []
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -71,7 +71,7 @@ def _meant(value: object, words: list[str]) -> str:
 
 
 def _kind(value: object) -> str:
-    """Return what kind of value it is, as people call it; never the value."""
+    """Return the readable name of the value's type; never the value."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):

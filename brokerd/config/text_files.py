@@ -1,6 +1,6 @@
-"""The texts a configuration is made of: files, the patterns that name them, and a variable in the place of a file.
+"""The texts of a configuration, from files, from file name patterns, or from a variable.
 
-Opens files for reading and nothing else; what a text says is for others to read.
+Files are only opened and read; other modules parse the texts.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from typing import Final
 
 __all__ = ["DEFAULT_CONFIG", "IN_ENVIRON", "MAX_FILE", "VARIABLE", "Unreadable", "decoded", "matching", "text_of"]
 
-#: What is run when nothing else is said.
+#: The configuration file used by default.
 DEFAULT_CONFIG: Final = "/etc/brokerd/brokerd.yaml"
-#: The environment variable that may hold a whole configuration, as containers like to be given one.
+#: The environment variable that may hold a whole configuration, for containers.
 VARIABLE: Final = "BROKERD_CONFIG_YAML"
-#: What stands for that variable where a file's name is asked for: its relative paths start from the working directory.
+#: Stands for that variable in the place of a file name. Relative paths in it start from
+#: the working directory.
 IN_ENVIRON: Final = f"${VARIABLE}"
-#: The largest configuration file, in bytes: some million clients.
+#: Limits a configuration file, in bytes: about a million clients.
 MAX_FILE: Final = 256 * 2**20
-# O_NONBLOCK: a FIFO without a writer must not hold anybody up. O_BINARY: Windows would end the file at a Ctrl-Z.
+# O_NONBLOCK: opening a FIFO without a writer must not block. O_BINARY: otherwise Windows
+# would end the file at a Ctrl-Z.
 _OPEN_FLAGS: Final = (
     os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 )
 
 
 class Unreadable(Exception):
-    """A file can't be read as text; the message is what is wrong (what would be right).
+    """A file can't be read as text; the message gives the fault (and its remedy).
 
-    line, column: where in the file, 0 where it is the file as a whole.
+    line, column: the place in the file, 0 for the file as a whole.
     """
 
     def __init__(self, what: str, line: int = 0, column: int = 0) -> None:
@@ -42,9 +44,10 @@ class Unreadable(Exception):
 
 
 def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, os.stat_result | None]:
-    """Return a file's text and its status; no status for the text in the environment, which has no file.
+    """Return a file's text and its status, or None for the status of a text in ``environ``.
 
-    environ: where IN_ENVIRON is looked up; without one it is a file's name like any other.
+    environ: where IN_ENVIRON is looked up. Without ``environ``, IN_ENVIRON is an ordinary
+    file name.
     Raises Unreadable.
     """
     if environ is not None and file == IN_ENVIRON:
@@ -78,9 +81,10 @@ def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, o
 
 
 def matching(pattern: str, base: str) -> list[str]:
-    """Return the files that a pattern names, sorted; a pattern without wildcards names one, which may not exist.
+    """Return the sorted files that match a pattern.
 
-    A directory that can't be listed never counts as an empty one. Raises Unreadable for it, and for a missing one.
+    A pattern without wildcards gives one file, which may not exist. A directory that
+    can't be listed, or is missing, never counts as empty. It raises Unreadable.
     """
     pattern = os.path.expanduser(pattern)  # noqa: PTH111 - a Path would change how the name is shown
     return sorted(_matching(pattern, base))
@@ -119,7 +123,10 @@ def _listed(directory: str, pattern: str) -> list[str]:
 
 
 def _is_directory(path: str) -> bool:
-    """Return whether what a wildcard has matched is a directory. Raises Unreadable where that can't be known."""
+    """Return whether a path that matches a wildcard is a directory.
+
+    Raises Unreadable if that can't be determined.
+    """
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - the same
     except FileNotFoundError:
@@ -131,7 +138,10 @@ def _is_directory(path: str) -> bool:
 
 
 def _is_there(path: str) -> bool:
-    """Return whether a file has this name, be it a link to nothing. Raises Unreadable where that can't be known."""
+    """Return whether the path exists, also as a dangling link.
+
+    Raises Unreadable if that can't be determined.
+    """
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -142,7 +152,7 @@ def _is_there(path: str) -> bool:
 
 
 def _target_of(path: str) -> str:
-    """Return what to add about a symbolic link whose target is missing, "" for any other path."""
+    """Return a note on a symbolic link whose target is missing, or "" for any other path."""
     try:
         return f", where the link {path} leads: {os.readlink(path)}"  # noqa: PTH115 - the same
     except (OSError, ValueError):
@@ -155,7 +165,7 @@ def _let_in(error: OSError) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """Return the bytes as text. Raises Unreadable, with the place, where they are no UTF-8."""
+    """Return the bytes as text. Raises Unreadable, with the place, if they are not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +178,8 @@ def _unopened(file: str, error: OSError | ValueError) -> str:
     if isinstance(error, ValueError):
         return "is no path (give a file)"
     if error.errno == errno.ENOENT and file == DEFAULT_CONFIG:
-        # Whoever named no file learns every way to give one; in a container the first is a volume.
+        # The user named no file, so the error lists every way to give one. In a container,
+        # the first way is a volume.
         right = (
             "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its text into "
             f"{VARIABLE}; brokerd demo needs none"

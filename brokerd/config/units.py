@@ -1,7 +1,7 @@
-"""Durations, sizes and rates as people write them: ``30s``, ``8MiB``, ``10000/s``, or a bare number.
+"""Durations, sizes and rates in readable form: ``30s``, ``8MiB``, ``10000/s``, or a number.
 
-Reads text, never a file. The words are those of docs/configuration.md, "Units". Every function raises
-ValueError whose text is what is wrong and, in brackets, what would be right.
+The units are those of docs/configuration.md, "Units". Every function raises ValueError,
+with the fault and, in brackets, its remedy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 _NUMBER: Final = r"[0-9]+(\.[0-9]+)?"
-#: The same patterns stand in the JSON Schema, so they keep to what JavaScript's regular expressions know.
+#: The JSON Schema uses these patterns too, so they are limited to the syntax of
+#: JavaScript's regular expressions.
 DURATION_PATTERN: Final = rf"^{_NUMBER} ?(ms|s|m|h|d)?$"
 SIZE_PATTERN: Final = rf"^{_NUMBER} ?(B|[kKMGT]B|[KMGT]iB)?$"
 RATE_PATTERN: Final = rf"^{_NUMBER} ?(/(s|m|h))?$"
@@ -38,14 +39,16 @@ _BYTES: Final = {
 }
 _WRITTEN: Final = re.compile(r"(?P<number>[0-9]{1,30}(\.[0-9]{1,30})?) ?(?P<unit>[A-Za-z]*)(?P<per>/[A-Za-z]*)?")
 
-#: Ten years: longer than any timer is meant to run, and short enough for every clock.
+#: Limits a duration, in seconds: ten years. No timer needs more, and every clock can
+#: represent it.
 _LONGEST_S: Final = 3650 * 86400.0
-#: 1 PiB: above it a number is a slip of the pen, and arithmetic on it would only hide that.
+#: Limits a size, in bytes, or a rate, per second: 1 PiB. A larger number is a typing
+#: error, and arithmetic on it would hide that.
 _LARGEST: Final = 2**50
 
 
 def duration(value: object) -> float:
-    """Return seconds, 0 or more: of a number, or of text such as ``500ms 30s 5m 1h 7d``."""
+    """Return seconds, 0 or more, from a number or a text such as ``500ms 30s 5m 1h 7d``."""
     right = "give seconds, or a number with ms, s, m, h or d, such as 30s"
     number, unit, per = _split(value, "duration", right)
     if per or unit not in ("", *_SECONDS):
@@ -57,7 +60,7 @@ def duration(value: object) -> float:
 
 
 def size(value: object) -> int:
-    """Return bytes, 0 or more: of a whole number, or of text such as ``64KiB 8MiB 1GB``."""
+    """Return bytes, 0 or more, from a whole number or a text such as ``64KiB 8MiB 1GB``."""
     right = "give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB"
     number, unit, per = _split(value, "size", right)
     factor = _BYTES.get(unit)
@@ -67,7 +70,7 @@ def size(value: object) -> int:
 
 
 def rate(value: object) -> float:
-    """Return how many a second, above 0: of a number, or of text such as ``10000/s 600/m``."""
+    """Return a rate per second, above 0, from a number or a text such as ``10000/s 600/m``."""
     right = "give a number a second, such as 10000/s; /m and /h do too"
     number, unit, per = _split(value, "rate", right)
     if unit:
@@ -76,7 +79,7 @@ def rate(value: object) -> float:
 
 
 def byte_rate(value: object) -> float:
-    """Return bytes a second, above 0: of a number, or of text such as ``50MiB/s``."""
+    """Return bytes per second, above 0, from a number or a text such as ``50MiB/s``."""
     right = "give bytes a second, such as 50MiB/s; /m and /h do too"
     number, unit, per = _split(value, "rate", right)
     factor = _BYTES.get(unit)
@@ -86,9 +89,9 @@ def byte_rate(value: object) -> float:
 
 
 def _split(value: object, what: str, right: str) -> tuple[float, str, str]:
-    """Return (number, unit, per) with "" for what is not there."""
+    """Return (number, unit, per), with "" for a missing part."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # In this order: isfinite can't take a whole number beyond the largest float.
+        # The range is checked first: isfinite raises for an integer beyond the largest float.
         if not 0 <= value <= _LARGEST or not math.isfinite(value):
             raise ValueError(f"this number is no {what} ({right})")
         return value, "", ""
@@ -116,7 +119,10 @@ def _per_second(number: float, per: str, value: object, right: str) -> float:
 
 
 def _shown(value: object) -> str:
-    """Return the value for a message: short, on one line, and only where it is text or a number."""
+    """Return a short form of the value for an error, on one line.
+
+    Only a text is repeated.
+    """
     if isinstance(value, str):
         return repr(value if len(value) <= 40 else value[:40] + "...")
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -1,10 +1,11 @@
-"""What the daemon holds of a configuration: plain, immutable values with nothing left to look up.
+"""The configuration as the daemon uses it: plain, immutable values that are complete.
 
-Keys are read, durations are seconds, sizes are bytes. Nothing here reads a file or knows a default: the
-form of the file and every default are in ``brokerd.config.model``, which also hands these names on.
+Keys are read, durations are seconds, sizes are bytes. Nothing here reads a file or has a
+default. ``brokerd.config.model`` defines the form of the file and every default, and
+exports these names too.
 
-Two values are equal when they mean the same: where an entry stands in its file takes no part, so that
-a reload does not disconnect a client whose lines only moved.
+Values are compared by their meaning, without the place of an entry in its file. So a
+reload does not disconnect a client whose lines only moved.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class LogFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where something is written. line: counted from 1; 0 where there is no file."""
+    """A place in a file. line: counted from 1; 0 if there is no file."""
 
     file: str
     line: int
@@ -103,7 +104,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One pattern that allows something. source: where it is written, None for a default."""
+    """One pattern that grants access. source: its place in the file, None for a default."""
 
     pattern: str
     source: Source | None = field(default=None, compare=False)
@@ -114,10 +115,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key and the time in which it is accepted; neither str nor repr shows it.
+    """One key and its validity period; neither str nor repr shows the key.
 
-    not_before, not_after: with their time zone, None where the window is open.
-    source: where it came from, such as ``key_file keys/alice``; never the key.
+    not_before, not_after: with their time zone, None where the period is open.
+    source: the key's origin, such as ``key_file keys/alice``; never the key.
     """
 
     value: bytes = field(repr=False)
@@ -127,21 +128,24 @@ class Key:
 
     @property
     def key_id(self) -> str:
-        """Eight hexadecimal digits that tell keys apart in a log and do not lead back to the key."""
+        """Eight hexadecimal digits that identify the key in a log but do not reveal it."""
         return hashlib.sha256(_KEY_ID_PREFIX + self.value).hexdigest()[:8]
 
     def valid_at(self, now: datetime) -> bool:
-        """Return whether the key is accepted at ``now``, a time with its zone; both ends belong to the window."""
+        """Return whether the key is accepted at ``now``, a time with its zone.
+
+        Both ends belong to the validity period.
+        """
         return not self.expired_at(now) and (self.not_before is None or self.not_before <= now)
 
     def expired_at(self, now: datetime) -> bool:
-        """Return whether the key's time is over at ``now`` and will not come again."""
+        """Return whether the key has expired at ``now``; it is never accepted again."""
         return self.not_after is not None and now > self.not_after
 
 
 @dataclass(frozen=True, slots=True)
 class RateConfig:
-    """What a client may send in a second; None where there is no limit."""
+    """Limits on what a client may send per second; None without a limit."""
 
     messages: float | None
     bytes: float | None
@@ -149,11 +153,12 @@ class RateConfig:
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """TLS at one listener, its files read.
+    """TLS at one listener, with its files read.
 
-    context: what new connections use; it holds the private key, and shows it to nobody. end_point: what a channel is
-    bound to (wire.binding). content: a digest of the files and settings, by which two are compared. not_after: the end
-    of the certificate's time. binding: whether clients have to bind their keys.
+    context: used by new connections; it holds the private key, and never shows it.
+    end_point: the channel binding's value (wire.channel_binding). content: a digest of
+    the files and settings, for comparison. not_after: when the certificate expires.
+    binding: whether clients must bind their keys.
     """
 
     context: ssl.SSLContext = field(repr=False, compare=False)
@@ -169,10 +174,10 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class CertificateConfig:
-    """What a client's certificate has to be.
+    """Requirements on a client's certificate.
 
-    subject: as ``brokerd.config.cert_subjects`` writes it, () for any. fingerprints: SHA-256 in lower-case hexadecimal
-    digits, any of which will do; () for any.
+    subject: the normal form of ``brokerd.config.cert_subjects``, () for any.
+    fingerprints: SHA-256 in lower-case hexadecimal digits; one must match; () for any.
     """
 
     subject: tuple[tuple[str, str], ...] = ()
@@ -185,12 +190,13 @@ class CertificateConfig:
 
 @dataclass(frozen=True, slots=True)
 class ListenConfig:
-    """One place to listen at.
+    """One listener.
 
     mode: the file mode of a Unix socket's file, None for every other address.
     group: the name or number of the group that gets the file, or None.
-    name: of the service manager's socket to listen at, where that is bound to another address; or None.
-    tls: None without. plain: whether it is meant to have none.
+    name: the name of the service manager's socket to use, if that is bound to another
+    address; or None.
+    tls: None without TLS. plain: whether TLS is absent on purpose.
     """
 
     address: Address
@@ -205,9 +211,10 @@ class ListenConfig:
 
 @dataclass(frozen=True, slots=True)
 class MonitorConfig:
-    """Where the monitor answers over HTTP, and how much it tells.
+    """The address of the monitor, which answers over HTTP, and the scope of its metrics.
 
-    per_client: whether there are metrics for each client. hosts: names it answers by, besides that of the address.
+    per_client: whether there are metrics for each client. hosts: accepted host names,
+    besides that of the address.
     """
 
     address: Address
@@ -217,18 +224,18 @@ class MonitorConfig:
 
     @property
     def answered_hosts(self) -> frozenset[str]:
-        """Every name that a request may have in its Host header, in small letters."""
+        """The names accepted in a request's Host header, in lower case."""
         return frozenset(host.rstrip(".").lower() for host in (*self.hosts, self.address.host))
 
     @property
     def listen(self) -> ListenConfig:
-        """The same place, as one to listen at. A Unix socket's file is its owner's alone."""
+        """The same address as a listener. Only the owner can use a Unix socket's file."""
         mode = 0o600 if self.address.is_file else None
         return ListenConfig(self.address, mode=mode, group=None, allow_md5=False, source=self.source)
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody but this machine's own programs can get there."""
+        """Whether only programs on this machine can reach the address."""
         if self.address.family == "AF_UNIX":
             return True
         try:
@@ -239,14 +246,15 @@ class MonitorConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """One identity.
+    """One client.
 
-    keys: any of them is accepted within its window; empty only with ``peer_uid``.
-    connections: how many may share the name. queue: bytes that may wait for the client.
-    subscriptions, requests: how many of a connection's own the broker keeps in mind.
-    peer_uid: the users a Unix socket's peer may be, None for all.
-    certificate: what it has to show over TLS, None where nothing is demanded. binding: whether it has to come over TLS
-    and bind its key to the channel.
+    keys: each is accepted within its validity period; empty only with ``peer_uid``.
+    connections: limits the connections that share the name. queue: limits the bytes that
+    may wait for the client.
+    subscriptions, requests: limits how many the broker stores per connection.
+    peer_uid: the users allowed as the peer of a Unix socket, None for all.
+    certificate: the certificate required over TLS, None if none is required.
+    binding: whether the client must use TLS and bind its key to the channel.
     """
 
     name: str

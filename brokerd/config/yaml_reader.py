@@ -1,12 +1,14 @@
-"""One YAML text as plain values that remember where they were written.
+"""One YAML text as plain values with their places in the text.
 
-Built from the parser's events, not by PyYAML's composer: the compiled composer calls itself for every level of
-nesting, and a file of 100,000 brackets ends the process. Here nesting has a limit, and so has what
-aliases may multiply. The types are those of ``yaml.SafeLoader``, with four differences, each an error or text
-instead of a surprise: a key given twice, a key that is not text, a value that is missing, and a number with colons,
-which YAML 1.1 reads to base 60.
+The values are built from the parser's events, not by PyYAML's composer. The compiled
+composer recurses at every level of nesting, so a file of 100,000 brackets crashes the
+process. Here both nesting and repetition by aliases are limited.
 
-Never opens a file. No problem found here repeats a value: it may be a key.
+The types are those of ``yaml.SafeLoader``, with four differences. A repeated key, a key
+that is not text, and a missing value are errors. A number with colons, which YAML 1.1
+reads to base 60, is text.
+
+No file is opened here. No problem repeats a value: it may be a secret key.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from brokerd.config.problems import Path, Place, Problem, format_path
 
 __all__ = ["Document", "Map", "Seq", "read"]
 
-#: A configuration has five levels.
+#: Limits the nesting, in levels. A configuration has five.
 _DEEPEST: Final = 20
-#: An int of more bits is no setting, and Python refuses to print it.
+#: Limits an integer, in bits. No setting needs more, and Python refuses to print it.
 _LONGEST_INT_BITS: Final = 1024
-#: Values that aliases may repeat: this many, and so many for each value written.
+#: Limits the values that aliases repeat, per text: a fixed number, plus a number for each
+#: value written.
 _REPEATED: Final = 1_000_000
 _REPEATED_EACH: Final = 20
 
@@ -45,7 +48,7 @@ _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RESOLVERS: Final = yaml.SafeLoader.yaml_implicit_resolvers
 _TAG: Final = "tag:yaml.org,2002:"
 _TEXT: Final = _TAG + "str"
-#: What a merge key, <<, is read as; told from text by being this object.
+#: Represents a merge key, <<. It differs from the same text by object identity.
 _MERGE: Final = "".join("<<")
 _CONSTRUCTOR: Final = SafeConstructor()
 _CONSTRUCT: Final = {
@@ -59,14 +62,14 @@ _CONSTRUCT: Final = {
 
 
 class Mark(Protocol):
-    """A place in the text as PyYAML counts: both from 0."""
+    """A place in the text as PyYAML counts, with line and column from 0."""
 
     line: int
     column: int
 
 
 class Map(dict[str, Any]):
-    """A mapping; marks: for each key, where the key and where its value begins."""
+    """A mapping; marks: for each key, the start of the key and of its value."""
 
     __slots__ = ("marks",)
 
@@ -76,7 +79,7 @@ class Map(dict[str, Any]):
 
 
 class Seq(list[Any]):
-    """A list; marks: where each item begins."""
+    """A list; marks: the start of each item."""
 
     __slots__ = ("marks",)
 
@@ -87,10 +90,10 @@ class Seq(list[Any]):
 
 @dataclass(slots=True)
 class Document:
-    """One file's text, read.
+    """The parsed text of one file.
 
-    root: the value, None for an empty file or one that is no YAML; problems: what the text itself has wrong;
-    whole: whether it was read to its end.
+    root: the value, None for an empty file or invalid YAML.
+    problems: the faults of the text itself. whole: whether it was read to its end.
     """
 
     file: str
@@ -99,10 +102,11 @@ class Document:
     whole: bool = True
 
     def place(self, path: Path, *, at_key: bool = False) -> tuple[Place, str]:
-        """Return where the path leads, and the path as far as the text goes.
+        """Return the place that a path leads to, and the part of the path that exists.
 
-        A scalar's place is its own; that of a list, a mapping or an empty value is its key, and so is that of
-        anything missing in it. at_key: the place of the last key instead of its value.
+        The place of a scalar is its own start. The place of a list, a mapping or an empty
+        value is its key, also for anything missing in it.
+        at_key: return the place of the last key instead of its value.
         """
         value: object = self.root
         place = Place(self.file, 1, 1) if isinstance(value, (Map, Seq)) else Place(self.file, 0, 0)
@@ -116,7 +120,7 @@ class Document:
             elif isinstance(value, Seq) and isinstance(step, int) and step < len(value.marks):
                 mark, value = value.marks[step], value[step]
             elif isinstance(value, (dict, list)):
-                # Missing here, or made by a program and so without marks.
+                # The step is missing, or a program made the value, so that it has no marks.
                 break
             else:
                 return place, format_path(path[:depth])
@@ -127,7 +131,7 @@ class Document:
 def read(text: str, file: str) -> Document:
     """Return the document in the text. file: its name for the places.
 
-    Raises nothing: whatever is wrong is in the document's problems.
+    Nothing is raised: all faults are in the document's problems.
     """
     document = Document(file)
     bad = Reader.NON_PRINTABLE.search(text)
@@ -150,7 +154,7 @@ def read(text: str, file: str) -> Document:
             return document
         mark = error.problem_mark or error.context_mark
         if _at_end(text, mark) and error.context_mark is not None:
-            # The text ended inside something: where that began says more.
+            # The text ended inside a construct; the start of the construct says more.
             mark = error.context_mark
         composer.report(mark, _syntax(error, text, mark))
     finally:
@@ -159,24 +163,24 @@ def read(text: str, file: str) -> Document:
 
 
 class _Stop(Exception):
-    """The rest of the text can't be read; the problem is reported."""
+    """The rest of the text can't be read; the problem is already reported."""
 
 
-#: An anchor whose value is not complete: an alias to it would be inside itself.
+#: Marks an anchor whose value is not complete: an alias to it would contain itself.
 _OPEN: Final = object()
-#: A scalar that is reported already.
+#: Marks a scalar that is already reported as a problem.
 _BROKEN: Final = object()
 
 
 class _Composer:
-    """Makes values of the parser's events, and knows at every moment the path of the value being read."""
+    """Builds values from the parser's events, and tracks the path of the current value."""
 
     def __init__(self, text: str, document: Document) -> None:
         self._loader = _LOADER(text)
         self._next = self._loader.get_event
         self._document = document
         self._path: list[str | int] = []
-        #: Anchor to (value, how many values it holds).
+        #: Each anchor's value, and the number of values that it holds.
         self._anchors: dict[str, tuple[object, int]] = {}
         self._written = 0
         self._repeated = 0
@@ -292,7 +296,7 @@ class _Composer:
         return entries
 
     def _key(self, event: Any, depth: int) -> str | None:
-        """Return the key, _MERGE for a merge, or None for what can't be one, which is reported."""
+        """Return the key, _MERGE for a merge, or None after reporting an invalid key."""
         if type(event) is ScalarEvent and event.tag is None and event.implicit[0] and event.value == "<<":
             return _MERGE
         key = self._value(event, depth + 1)
@@ -332,7 +336,8 @@ class _Composer:
             value = construct(ScalarNode(tag, text, event.start_mark))
             if type(value) is int and value.bit_length() > _LONGEST_INT_BITS:
                 raise ValueError
-        # What the constructors raise for "0x_", a 13th month, "!!bool perhaps" and "!!timestamp soon".
+        # The constructors raise these for "0x_", a 13th month, "!!bool perhaps" and
+        # "!!timestamp soon".
         except (ValueError, KeyError, AttributeError, IndexError, OverflowError, TypeError, yaml.YAMLError):
             kind = tag.removeprefix(_TAG)
             self.report(event.start_mark, f"YAML takes this for a {kind}, and it is none (put text in quotes)")
@@ -344,7 +349,8 @@ def _resolve(text: str) -> str:
     """Return the tag of an unquoted scalar, by the rules of yaml.SafeLoader."""
     for tag, pattern in _RESOLVERS.get(text[:1], ()):
         if pattern.match(text):
-            # 1:30 is 90 to YAML 1.1, "=" and "<<" are special; to everybody else all three are text.
+            # In YAML 1.1, 1:30 is 90, and "=" and "<<" are special. People mean text by all
+            # three.
             to_base_60 = ":" in text and tag in (_TAG + "int", _TAG + "float")
             return _TEXT if to_base_60 or tag not in _CONSTRUCT else str(tag)
     return _TEXT
@@ -359,13 +365,13 @@ def _at_end(text: str, mark: Mark | None) -> bool:
 
 
 def _syntax(error: yaml.MarkedYAMLError, text: str, mark: Mark | None) -> str:
-    """Return what is wrong with the YAML, with nothing of the text in it but single characters."""
+    """Return the YAML fault; it repeats nothing of the text but single characters."""
     if mark is not None:
         lines = text.split("\n")
         line = lines[mark.line] if mark.line < len(lines) else ""
         if line[mark.column : mark.column + 1] == "\t":
             return "not YAML: a tab (indent with spaces)"
-    # The plain parser quotes what it found, which may be a key.
+    # The pure Python parser quotes the text that it found, which may be a key.
     problem = re.sub(r"(['\"]).{2,}\1", "something", str(error.problem or "unreadable"), flags=re.DOTALL)
     context = re.sub(r"(['\"]).{2,}\1", "something", str(error.context or ""), flags=re.DOTALL)
     return f"not YAML: {problem}" + (f" ({context})" if context else " (see the YAML of docs/configuration.md)")
