@@ -1,7 +1,8 @@
-"""What the core noted, as events of the log: their levels and the names of their fields.
+"""Turns the core's events into log events: their levels and the names of their fields.
 
-A message that is refused is its sender's affair: he has the answer, and at the level ``debug`` the log has it too. That
-somebody was *denied* something is the operator's: the rules are wrong, or somebody tries what he may not.
+A refused message concerns its sender. The sender has the error, and the log has it at
+the level ``debug``. A *denied* message concerns the operator. Either the rules are
+wrong, or a client tries something that it may not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["LEVELS", "report"]
 
-#: Each event the core notes: its level, and what the other side is called in it.
+#: For each event of the core: its level, and the field that names the other side.
 LEVELS: Final = {
     "message.refused": ("debug", "to"),
     "message.dropped": ("warning", "sender"),
@@ -25,14 +26,14 @@ LEVELS: Final = {
     "client.unsubscribed": ("info", "topic"),
     "admin.asked": ("info", "to"),
 }
-#: What codes are called where they are no error's.
+#: Field names of codes in events whose code is not an error code.
 _CODES: Final = {"client.slow": "when_full", "client.unsubscribed": "group", "admin.asked": "op"}
-#: Operations that change nothing, and that a screen may ask for every second.
+#: Operations that change nothing, and that a status display may call every second.
 _LOOKING: Final = frozenset({"stats", "connections", "can", "keys"})
 
 
 def report(log_events: Iterable[LogEvent], log_limiter: LogRateLimiter) -> None:
-    """Log what the core noted."""
+    """Log the core's events."""
     for event, session, other, code, reason, times in log_events:
         level, other_side = LEVELS[event]
         if code == ErrorCode.DENIED:

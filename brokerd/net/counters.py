@@ -1,6 +1,7 @@
-"""What the network layer counts beside its work: how handshakes ended, and what should never happen.
+"""Counters of the network layer: how handshakes ended, and events that should never happen.
 
-Nothing here is touched for a message. The core keeps its own counters where its bytes move.
+Routing a message touches none of them. The core has its own counters where it moves
+bytes.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class HandshakeOutcome(StrEnum):
 class Counters:
     """Counters of one server since the broker started.
 
-    handshakes: by how they ended. pauses: times that no connection could be accepted for want of descriptors.
-    bugs: connections given up over a bug of ours.
+    handshakes: number of handshakes by outcome.
+    pauses: times that the system had no descriptor for another connection.
+    bugs: connections closed because of a bug in the broker.
     """
 
     handshakes: Counter[HandshakeOutcome] = field(default_factory=Counter)
@@ -46,14 +48,14 @@ class Counters:
     bugs: int = 0
 
     def values(self) -> dict[str, dict[str, int]]:
-        """Return all of it as plain values, for another process."""
+        """Return all counters as plain values, for another process."""
         handshakes = {outcome.value: count for outcome, count in self.handshakes.items()}
         return {"handshakes": handshakes, "others": {"pauses": self.pauses, "bugs": self.bugs}}
 
     def go_on_from(self, values: dict[str, dict[str, int]]) -> None:
-        """Count on from what ``values`` of another process returned; what it did not count is 0.
+        """Add the counts that ``values`` of another process returned; a missing count is 0.
 
-        Raises BadSnapshot for what can't be that; then nothing has changed.
+        Raises BadSnapshot for an invalid argument; then nothing has changed.
         """
         if not isinstance(values, dict):
             raise BadSnapshot("tally is no object")

@@ -1,9 +1,11 @@
-"""The end of a broker that was told to stop: what waits is delivered, or its senders are told that it was not.
+"""The drain of a broker: waiting messages are delivered, or reported to their senders.
 
-Clients that have asked for it are told, and leave when all they have sent is written or reported; the others get a
-half-close once nothing is owed to them (:mod:`brokerd.net.graceful_close`). That lasts as long as
-``limits.drain_timeout`` allows. A client that has not read by then is cut off, and its senders are told of as much
-as can be told in a fraction of a second. All of it is done in turns with the event loop.
+Clients that asked for a goaway notice get it. They leave when all that they have sent
+is written or reported. Other clients get a half-close when nothing is owed to them any
+more (:mod:`brokerd.net.graceful_close`). The drain lasts as long as
+``limits.drain_timeout`` allows. A client that has not read by then is cut off. Its
+senders are told of as many messages as a fraction of a second allows. All of this is
+done in turns with the event loop.
 """
 
 from __future__ import annotations
@@ -21,18 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Drained", "Draining"]
 
-#: Seconds beyond the timeout in which senders are told what was not delivered, and in which that is written.
+#: Seconds beyond the timeout in which undelivered messages are reported to their
+#: senders, and seconds in which the reports are written.
 _TELL: Final = 0.4
 _WRITE: Final = 0.2
-#: Messages answered for between two looks at the clock: some milliseconds' work.
+#: Messages reported between two checks of the clock: some milliseconds' work.
 _SLICE: Final = 256
 
 
 class Drained(NamedTuple):
-    """How it went.
+    """The result of a drain.
 
-    cut_off: connections that had bytes on their way. flushed: messages that waited and were written.
-    reported: those that came back to their senders. lost: those that neither arrived nor came back.
+    cut_off: connections that had bytes on their way.
+    flushed: messages that waited and were written.
+    reported: messages that came back to their senders.
+    lost: messages that neither arrived nor came back.
     """
 
     cut_off: int
@@ -52,12 +57,13 @@ class Draining:
         self._before = self._broker.returned.copy()
         self._parting = Parting(server, lambda connection: True, "the broker is shutting down")
         self._turns = Turns(self._loop)
-        #: Of sessions for which something waits: how many frames do, and how many the system had taken.
+        #: For each session with a filled outbox: the number of frames that wait, and of
+        #: frames that the system had taken.
         self._waited: dict[Session, tuple[int, int]] = {}
         self._flushed = 0
 
     async def run(self) -> Drained:
-        """Let go of every connection; return how it went."""
+        """Close every connection gracefully; return the result."""
         server, broker = self._server, self._broker
         server.stop_accepting()
         for _ in drain_in_steps(broker):
@@ -81,20 +87,20 @@ class Draining:
                 await self._turns.yield_if_due()
         cut_off = slow + server.cut_off()
         returned = broker.returned - self._before
-        # A refusal that its sender has not read has reported nothing.
+        # An error that its sender has not read has reported nothing.
         reported = max(0, returned["reported"] - broker.unheard["offline"])
         lost = returned["lost"] + broker.unheard.total() + broker.deferred_reports + self._parting.counted
         return Drained(cut_off, self._flushed, reported, lost)
 
     def on_leaving(self, session: Session) -> None:
-        """Count what a session that is about to end has been written of what waited for it."""
+        """Count the waiting frames that were written to a session that is about to end."""
         unsent, taken = self._waited.pop(session, (0, 0))
         if unsent:
             outbox = session.outbox
             self._flushed += min(unsent, outbox.frames - outbox.unsent - taken)
 
     async def _flush(self) -> None:
-        """Wait until every client has taken what waits for it and is gone, or the time is over."""
+        """Wait until every client has read its messages and left, or the time is over."""
         while True:
             pause = await self._parting.look(self._deadline)
             left = self._deadline - self._loop.time()
@@ -102,7 +108,7 @@ class Draining:
                 return
 
     async def _is_empty_within(self, seconds: float) -> bool:
-        """Wait for the end of all connections; return whether it came."""
+        """Wait for the end of all connections; return whether all have ended."""
         server = self._server
         server.empty.clear()
         if server.connections or server.is_lingering:
@@ -111,7 +117,7 @@ class Draining:
         return not (server.connections or server.is_lingering)
 
     async def _cut_off(self) -> int:
-        """Close the connections that have not taken what waits for them; return how many those were."""
+        """Close the connections that have unwritten output; return how many those were."""
         count = 0
         until = self._deadline + _TELL
         for connection in list(self._server.connections):
@@ -125,7 +131,7 @@ class Draining:
         return count
 
     async def _tell(self) -> None:
-        """Tell the senders of what could not be delivered, and let them go."""
+        """Report undelivered messages to their senders, and close the senders' connections."""
         broker, server = self._broker, self._server
         until = self._loop.time() + _TELL
         while broker.owes_answers and self._loop.time() < until:

@@ -1,8 +1,9 @@
-"""Connections that the broker is about to close: no message that a client has sent is lost in silence.
+"""Graceful close of connections: no message that a client has sent is lost without a report.
 
-A client that has asked for it (``goaway``) is told, finishes what it has sent, and closes. A stock client gets a
-half-close once nothing more is owed to it; what it still sends is delivered where possible, else counted. Source of
-the rules: docs/protocol.md, "Going away".
+A client that asked for a ``goaway`` notice gets it, finishes its output, and closes. A
+stock client gets a half-close when nothing more is owed to it. Messages that it still
+sends are delivered where possible, and counted otherwise. Source of the rules:
+docs/protocol.md, "Going away".
 """
 
 from __future__ import annotations
@@ -22,35 +23,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Finishing", "Parting", "Turns"]
 
-#: Seconds without an unread byte after which a half-closed connection is closed.
+#: Seconds without new input after which a half-closed connection is closed.
 _SILENCE: Final = 0.5
-#: Reads of one connection before it is half-closed, whatever it still sends; one in each look.
+#: Most reads of one connection before its half-close, even if it sends on; one read per
+#: look.
 _READS: Final = 16
-#: Seconds of work after which the event loop has its turn.
+#: Seconds of work after which the event loop gets its turn.
 _TURN: Final = 0.005
-#: Seconds between two looks, at least, and as a multiple of what a look costs.
+#: Shortest pause between two looks, in seconds, and the pause as a multiple of the time
+#: that a look takes.
 _LOOK_AGAIN: Final = 0.02
 _COST: Final = 10
-#: Bytes that are read of one connection when time is over, to count the messages in them.
+#: Most bytes that are read of one connection when the time is over, to count the
+#: messages in them.
 _MOST_COUNTED: Final = 16 * 1024 * 1024
 
 
 class Turns:
-    """Gives the event loop its turn while something long is done."""
+    """Gives the event loop its turn during long work."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._until = loop.time() + _TURN
 
     async def yield_if_due(self) -> None:
-        """Let the event loop go round, if enough has been done since it did."""
+        """Yield to the event loop, if enough work has been done since the last time."""
         if self._loop.time() >= self._until:
             await asyncio.sleep(0)
             self._until = self._loop.time() + _TURN
 
 
 class Finishing:
-    """Answers ``finished`` of clients for which it is time; keeps a timer only while some wait."""
+    """Answers ``finished`` operations when their time comes; has a timer only while some wait."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -58,12 +62,12 @@ class Finishing:
         self._left: list[Session] = []
 
     def look_soon(self) -> None:
-        """Look in the next turn, unless a look is due."""
+        """Schedule a look for the next turn, unless a look is scheduled."""
         if self._timer is None:
             self._timer = self._server.loop.call_soon(self._look)
 
     def close(self) -> None:
-        """Look no more."""
+        """Cancel the scheduled look."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -83,10 +87,11 @@ class Finishing:
 
 
 class Parting:
-    """The end of some of a server's connections.
+    """Ends some of a server's connections gracefully.
 
-    concerns: whether a connection is one of them. why: the reason in the log. counted: messages that were neither
-    routed nor reported, because time was over.
+    concerns: returns whether a connection is among them.
+    why: the reason in the log.
+    counted: messages that were neither routed nor reported, because the time was over.
     """
 
     def __init__(self, server: Server, concerns: Callable[[Connection], bool], why: str) -> None:
@@ -95,11 +100,13 @@ class Parting:
         self._concerns = concerns
         self._why = why
         self._turns = Turns(server.loop)
-        #: How often a connection has been read from before its half-close.
+        #: Number of reads of each connection before its half-close.
         self._reads: dict[Connection, int] = {}
-        #: What had been read of a connection that is to close by itself, and since when that has not changed.
+        #: For each connection that should close by itself: its progress at the last
+        #: look, and the time since which that has not changed.
         self._still: dict[Connection, tuple[tuple[int, ...], float]] = {}
-        #: To whom stock clients may still send: those that have only received are half-closed after the senders.
+        #: Recipients of the stock clients that may still send. Clients that only
+        #: receive are half-closed after their senders.
         self._fed: set[Client] | None = None
         self.counted = 0
 
@@ -108,7 +115,7 @@ class Parting:
         return [connection for connection in self._server.connections if self._concerns(connection)]
 
     async def look(self, until: float) -> float:
-        """Do for each connection what is due; return after how many seconds to look again.
+        """Take the next step for each connection; return the seconds until the next look.
 
         until: when to stop, in the time of the event loop.
         """
@@ -133,7 +140,7 @@ class Parting:
             if self._is_silent(connection):
                 self._broker.close(session, self._why)
         elif session.goaway:
-            # It closes by itself, unless it is no well-behaved client.
+            # A well-behaved client closes by itself.
             connection.ending = self._why
             if session.finished and self._is_silent(connection):
                 connection.half_close(self._why)
@@ -150,7 +157,7 @@ class Parting:
         self._fed |= session.recipients
 
     def _reads_on(self, connection: Connection) -> bool:
-        """Route what has arrived; return whether something is to be answered before the half-close."""
+        """Route input that has arrived; return whether the half-close has to wait for replies."""
         session = connection.session
         reads = self._reads.get(connection, 0)
         if reads < _READS and connection.advance():
@@ -159,7 +166,7 @@ class Parting:
         return connection.closed or bool(session.closing) or bool(session.outbox.waiting)
 
     def _is_silent(self, connection: Connection) -> bool:
-        """Return whether there has been nothing unread of this connection for some time."""
+        """Return whether this connection has had no new input for some time."""
         now = self._server.loop.time()
         progress, since = self._still.get(connection, ((), now))
         if progress != connection.progress or connection.session.held_by is not None:
@@ -168,9 +175,10 @@ class Parting:
         return now - since >= _SILENCE and not connection.advance()
 
     async def end(self, until: float) -> None:
-        """Close what is left, as far as there is time: what waits has been written or is lost.
+        """Close the remaining connections, as far as there is time.
 
-        until: in the time of the event loop.
+        Waiting messages have been written by now, or are lost. until: in the time of
+        the event loop.
         """
         loop = self._server.loop
         for connection in self.connections():
@@ -183,5 +191,5 @@ class Parting:
                 await self._turns.yield_if_due()
 
     def count_unread(self, connection: Connection) -> None:
-        """Count the messages that this connection has sent and that are not routed any more."""
+        """Count the messages that this connection has sent and that will not be routed."""
         self.counted += connection.unread_messages(_MOST_COUNTED)

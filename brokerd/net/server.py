@@ -1,4 +1,4 @@
-"""The server: accepts connections, lets them in through the door, and carries out what the core decided."""
+"""The server: accepts connections, runs their handshakes, and carries out the core's decisions."""
 
 from __future__ import annotations
 
@@ -39,17 +39,20 @@ from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Server"]
 
-#: Size of the buffer for what is thrown away, in bytes.
+#: Size of the buffer for input that is discarded, in bytes.
 _WASTE: Final = 64 * 1024
-#: Sessions closed in one turn of the loop, and connections judged by a new keyring: some milliseconds' work.
+#: Sessions closed, and connections checked against a new keyring, in one turn of the
+#: event loop: some milliseconds' work.
 _CLOSES: Final = 64
 _JUDGED: Final = 256
-#: Messages of sessions that are gone answered for in one turn of the loop: a millisecond's work.
+#: Messages of ended sessions reported to their senders in one turn of the event loop: a
+#: millisecond's work.
 _DEFERRED_PER_TURN: Final = 64
-#: Frames of one sender that leave the routing loop handled in one turn of the event loop.
+#: Frames of one sender handled on the slow path in one turn of the event loop.
 _TURN_BUDGET: Final = 128
 _DRAINING: Final = "the broker is draining"
-#: What a client is told that has proved its key and is refused; else the connection ends without a word.
+#: Error codes for a client that has proved its key and is refused. For any other reason
+#: the connection is closed without an answer.
 _CODES: Final = {TAKEN: ErrorCode.NAME_TAKEN, _DRAINING: ErrorCode.SHUTTING_DOWN}
 
 
@@ -70,7 +73,8 @@ class Server:
         self.log = log
         self.wall = wall
         self.buffer = memoryview(bytearray(READ_BUFFER))
-        #: What is read to be thrown away: a connection may end while somebody else's frames lie in the buffer.
+        #: The buffer for discarded input. It is a separate one, because a connection
+        #: may end while frames of another lie in ``buffer``.
         self._waste = memoryview(bytearray(_WASTE))
         self.connections: set[Connection] = set()
         self.listening: list[Listening] = []
@@ -83,50 +87,53 @@ class Server:
         self.reset_recheck = ResetRecheck(self.loop)
         self.liveness = Liveness(self)
         self._tick: asyncio.TimerHandle | None = None
-        #: When that is. uvloop's handle of a time that has passed knows none.
+        #: The time of that timer, in seconds of the event loop. uvloop's handle does
+        #: not know it once the time has passed.
         self._tick_at = 0.0
-        #: Sessions closed in this turn of the loop, and those that are to be closed in later ones.
+        #: Number of sessions closed in this turn of the event loop, and the sessions to
+        #: be closed in later turns.
         self._closes = 0
         self._closing_on = False
         self._put_off: deque[Session] = deque()
         self._settling = False
         self._running_deferred = False
-        #: Set when the last connection is gone.
+        #: Set when the last connection has ended.
         self.empty: asyncio.Event = asyncio.Event()
         self._lingering: set[LingeringClose] = set()
         self._linger_s = GRACE
         self._draining: Draining | None = None
         self._finishing = Finishing(self)
-        #: Listening sockets at which nobody is accepted before another process does, or this one goes on.
+        #: Listening sockets that accept nothing until another process takes over, or
+        #: this one continues.
         self._held_back: list[Listening] = []
-        #: See Broker.patience: some milliseconds' work.
+        #: See Broker.turn_budget: some milliseconds' work.
         self.turn_budget = _TURN_BUDGET
 
     @property
     def is_lingering(self) -> bool:
-        """Whether the last bytes of a connection that is over are still on their way."""
+        """Whether the last bytes of a closed connection are still on their way."""
         return bool(self._lingering)
 
     @property
     def handshakes(self) -> int:
-        """Connections that have not proved yet who they are."""
+        """Number of connections whose handshake is not over."""
         return len(self._pending_handshakes)
 
     @property
     def seen_off(self) -> int:
-        """Return how many connections that are over still have their last bytes on their way."""
+        """Number of closed connections whose last bytes are still on their way."""
         return len(self._lingering)
 
     # Accepting
 
     def start(self, listening: Iterable[Listening]) -> None:
-        """Accept connections from these sockets too."""
+        """Accept connections from these listening sockets too."""
         for each in listening:
             self.listening.append(each)
             self._acceptor.add(each)
 
     def reconfigure(self, keyring: Keyring, limits: Limits) -> None:
-        """Take over new keys and limits."""
+        """Replace the keys and limits."""
         keyring.adopt_uses(self.keyring)
         self.keyring = keyring
         before, self.limits = self.limits, limits
@@ -134,7 +141,10 @@ class Server:
             self.liveness.reconfigure()
 
     def alter(self, altered: Iterable[ListenConfig]) -> None:
-        """Take over new settings of addresses listened at already. Raises ListenError; then nothing has changed."""
+        """Change the settings of addresses that are listened at already.
+
+        Raises ListenError; then nothing has changed.
+        """
         settings = {entry.address: entry for entry in altered}
         undo: list[Callable[[], None]] = []
         for listening in self.listening:
@@ -148,32 +158,36 @@ class Server:
                     raise
 
     def stop_listening_at(self, addresses: Container[Address]) -> None:
-        """Close the listening sockets of these configured addresses; connections made there stay."""
+        """Close the listening sockets of these configured addresses; their connections stay."""
         for each in [each for each in self.listening if each.config.address in addresses]:
             self._stop_listening(each)
 
     def listen_instead(self, former: Listening, listening: Listening) -> None:
-        """Accept connections from another socket of the same address; those made at the former one stay."""
+        """Replace a listening socket by another of the same address.
+
+        Connections made at the former one stay.
+        """
         position = next(number for number, each in enumerate(self.listening) if each is former)
         self.start([listening])
         self._stop_listening(former)
         self.listening.insert(position, self.listening.pop())
 
     def _stop_listening(self, listening: Listening) -> None:
-        # Who has been connected by the system already is let in.
+        # Clients that the system has connected already are accepted.
         self._acceptor.accept_some(listening)
         self._acceptor.remove(listening)
         self.listening = [each for each in self.listening if each is not listening]
         listening.close()
 
     def credentials(self) -> list[Credential]:
-        """Return the key that each connection proved to know."""
+        """Return the credential that each connection proved."""
         return [connection.credential for connection in self.connections]
 
     def unauthorized_connections(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
-        """Return the connections that a keyring, by default the one in force, would not let in, each with the reason.
+        """Return the sessions that a keyring would not accept now, each with the reason.
 
-        A key whose time is over lets nobody in, and those whom it let in stay.
+        By default, the current keyring is used. An expired key accepts no new
+        connections, but its existing connections stay.
         """
         found: list[tuple[Session, str]] = []
         for some in self.misfits_in_turns(keyring):
@@ -183,7 +197,10 @@ class Server:
     def reasons(
         self, connections: Iterable[Connection], keyring: Keyring | None = None
     ) -> list[tuple[Connection, str]]:
-        """Return those of the links that a keyring, by default the one in force, would not let in, and why."""
+        """Return the connections that a keyring would not accept now, each with the reason.
+
+        By default, the current keyring is used.
+        """
         there = (connection for connection in connections if not connection.closed and not connection.session.closing)
         judged = (
             (connection, self.why_unauthorized(connection.credential, _uid(connection), keyring, connection.tls_peer))
@@ -192,7 +209,10 @@ class Server:
         return [(connection, why) for connection, why in judged if why]
 
     def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
-        """Yield the same in pieces, of some connections each; of those that are there when it begins."""
+        """Yield the unauthorized connections in batches, so that the caller can pause between them.
+
+        Only connections that exist at the beginning are checked.
+        """
         connections = iter(list(self.connections))
         while some := list(islice(connections, _JUDGED)):
             yield [(connection.session, why) for connection, why in self.reasons(some, keyring)]
@@ -204,7 +224,7 @@ class Server:
         keyring: Keyring | None = None,
         tls_peer: TlsPeer = NO_TLS,
     ) -> str:
-        """Return why a keyring has no place for who proved this credential, or ""."""
+        """Return why a keyring does not authorize the client of this credential, or ""."""
         ring = self.keyring if keyring is None else keyring
         known = ring.named(credential.client.name)
         if not known:
@@ -217,7 +237,7 @@ class Server:
         return tls_peer.refusal(known[0].client)
 
     def stop_accepting(self) -> None:
-        """Close every listening socket and turn away who is still at the door."""
+        """Close every listening socket, and refuse all pending connections."""
         for each in self.listening:
             self._acceptor.remove(each)
             each.close()
@@ -225,34 +245,40 @@ class Server:
         self._pending_handshakes.close()
 
     def hold_back_bound(self) -> None:
-        """Leave in the system's queue the connections that no other process could go on with."""
+        """Stop accepting at TLS listeners: no other process could continue their connections.
+
+        New connections stay in the system's queue.
+        """
         for each in self.listening:
             if each.config.tls is not None and each not in self._held_back:
                 self._acceptor.remove(each)
                 self._held_back.append(each)
 
     def accept_bound(self) -> None:
-        """Accept those connections again."""
+        """Accept connections at the TLS listeners again."""
         held_back, self._held_back = self._held_back, []
         for each in held_back:
             if each in self.listening:
                 self._acceptor.add(each)
 
-    # The door asks
+    # Called by the pending handshakes
 
     def room_for(self, name: str) -> str | None:
         """Make room for one more connection of ``name``; return why there is none, or "".
 
-        None: whoever has the place is gone, and what that one sent is to be routed first; ask again in another turn.
+        None: the connection that holds the place has ended, but its earlier input has
+        to be routed first. The caller asks again in another turn.
         """
         if len(self.connections) >= self.limits.connections:
             return "more connections than limits.connections"
         there, leaving = self.broker.place_for(name)
         if not there:
-            # A client that comes back at once may be faster than the news that it went.
+            # A client that reconnects immediately may be faster than the event of its
+            # disconnection.
             client = self.broker.exchange.resolve(name)
             for session in [] if client is None else list(client.sessions.values()):
-                # What one has said may be the end of another: a write to that one fails.
+                # Routing the input of one session may end another, because a write to
+                # it fails.
                 if session.open and session.connection.is_gone() is None:
                     return None
             there, leaving = self.broker.place_for(name)
@@ -263,10 +289,11 @@ class Server:
         return ""
 
     def admit(self, pending: PendingConnection) -> None:
-        """Begin the session of a connection that has proved who it is."""
+        """Begin the session of a connection that has proved its identity."""
         assert pending.credential is not None
         name = pending.credential.client.name
-        # While this handshake was finishing, another may have taken the place, or a reload the key.
+        # While this handshake was finishing, another connection may have taken the
+        # place, or a reload may have removed the key.
         why_unauthorized = self.why_unauthorized(pending.credential, pending.uid, tls_peer=pending.tls_peer)
         reason = why_unauthorized or self.room_for(name)
         if reason != "":
@@ -297,7 +324,7 @@ class Server:
         self.settle()
 
     def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
-        """Close a connection whose client has proved its key; code: what it is told, if anything."""
+        """Close a connection whose client has proved its key; send ``code`` first, if any."""
         if code is None:
             pending.sock.close()
             return
@@ -312,17 +339,17 @@ class Server:
             self.close_gracefully(sock.raw if isinstance(sock, TlsStream) else sock)
 
     def on_refused(self, pending: PendingConnection, reason: str, outcome: HandshakeOutcome) -> None:
-        """Count and log that a connection was turned away."""
+        """Count and log a refused connection."""
         self.counters.handshakes[outcome] += 1
         client = None if pending.credential is None else pending.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
         fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}
         self.log_limiter.note("warning", "client.refused", f"{client or pending.origin}: {reason}", **fields)
 
-    # What the core decided
+    # Carrying out the core's decisions
 
     def on_lost(self, connection: Connection, why: str) -> None:
-        """Answer for a connection that has just been closed."""
+        """Detach the session of a connection that has just been closed, and log its end."""
         session = connection.session
         if self._draining is not None:
             self._draining.on_leaving(session)
@@ -343,11 +370,11 @@ class Server:
         self.settle()
 
     def close_gracefully(self, sock: socket.socket) -> None:
-        """Close a socket when what was written to it has arrived."""
+        """Close a socket when all bytes written to it have arrived."""
         self.linger(sock, self._linger_s)
 
     def linger(self, sock: socket.socket, time_s: float) -> None:
-        """Close a socket when what was written to it has arrived, or when its time is over."""
+        """Close a socket when all bytes written to it have arrived, or after ``time_s`` seconds."""
         linger = LingeringClose(sock, self._waste, time_s, self.loop, self._on_lingered)
         self._lingering.add(linger)
         linger.begin()
@@ -358,7 +385,7 @@ class Server:
         return self._pending_handshakes
 
     def lingering(self) -> list[LingeringClose]:
-        """Return the sockets that are being closed."""
+        """Return the sockets in their lingering close."""
         return list(self._lingering)
 
     def _on_lingered(self, linger: LingeringClose) -> None:
@@ -370,7 +397,7 @@ class Server:
             self.empty.set()
 
     def write_touched(self) -> None:
-        """Offer every outbox that has something new to the system."""
+        """Write every outbox that has new bytes, and close sessions that are to be closed."""
         touched = self.broker.touched
         while touched:
             session = touched.pop()
@@ -390,9 +417,10 @@ class Server:
                 connection.close_soon()
 
     def _may_close(self, session: Session) -> bool:
-        """Return whether a session may be closed in this turn of the loop; else it is put off to a later one.
+        """Return whether a session may be closed in this turn of the event loop.
 
-        A reload or an operator may end ten thousand at once.
+        Otherwise it is postponed to a later turn. A reload or an operator may end ten
+        thousand sessions at once.
         """
         if self._draining is not None:
             return True
@@ -406,7 +434,7 @@ class Server:
         return False
 
     def _close_on(self) -> None:
-        """Close some of the sessions that were put off."""
+        """Close some of the postponed sessions."""
         self._closing_on = False
         self._closes = 0
         for _ in range(min(_CLOSES, len(self._put_off))):
@@ -419,7 +447,7 @@ class Server:
         self.settle()
 
     def settle(self) -> None:
-        """Carry out everything the core has decided: write, close, resume, pass on orders, set the timer."""
+        """Carry out the core's decisions: write, close, resume, run commands, set the timer."""
         if self._settling:
             return
         self._settling = True
@@ -446,7 +474,7 @@ class Server:
             self._finishing.look_soon()
 
     def _run_deferred(self) -> None:
-        """Answer for some of what a session that is gone left behind; the rest in the next turns."""
+        """Do some of the deferred work of ended sessions, and the rest in the next turns."""
         self._running_deferred = False
         self.broker.run_deferred(_DEFERRED_PER_TURN)
         self.settle()
@@ -468,9 +496,9 @@ class Server:
     # The end
 
     async def drain(self, timeout_s: float) -> Drained:
-        """Let go of every connection, its outbox written first; return how it went.
+        """Drain: close every connection after its outbox is written; return the result.
 
-        timeout_s: until those that do not read are cut off.
+        timeout_s: seconds until connections that do not read are cut off.
         """
         self._linger_s = timeout_s
         self._draining = Draining(self, timeout_s)
@@ -506,7 +534,7 @@ def _uid(connection: Connection) -> int | None:
 
 
 def _tls_fields(tls_peer: TlsPeer) -> dict[str, Any]:
-    """Return what the log says of a connection over TLS."""
+    """Return the log fields of a connection over TLS."""
     if not tls_peer.version:
         return {}
     shown = {"subject": subjects.show(tls_peer.subject)} if tls_peer.fingerprint else {}
