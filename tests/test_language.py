@@ -94,8 +94,6 @@ PENDING: Final = frozenset[str](
         "brokerd/monitor/toggle.py",
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
-        "brokerd/net/handshake/admission.py",
-        "brokerd/net/handshake/handshakes.py",
         "brokerd/net/handshake/keyring.py",
         "brokerd/net/handshake/peer_uid.py",
         "brokerd/net/handshake/penalties.py",

@@ -1,8 +1,9 @@
-"""A server's sockets with all that belongs to them, taken down for another process and set up again there.
+"""The handover: a server's sockets and state, captured for another process, restored there.
 
-`capture` changes nothing: whether the other process takes over or not is decided later. `Inheritance` is the other
-side: it builds everything and touches no socket until `begin`. Facts are plain values, bytes are in the
-snapshot's pieces, and the sockets go by their descriptors. Keys are named by their ids and never captured.
+`capture` changes nothing, because it is decided later whether the other process takes
+over. `RestoredState` is the other side: it builds everything, but uses no socket until
+`begin`. Facts are plain values, bytes are in the snapshot's pieces, and sockets go by
+their descriptors. Keys are named by their ids and never captured.
 """
 
 from __future__ import annotations
@@ -36,32 +37,37 @@ from brokerd_client.wire.envelope import ErrorCode
 __all__ = ["Ahead", "Passing", "RestoredState", "capture", "describe", "let_go_of_bound", "position_of"]
 
 _LOOK_AGAIN_S: Final = 0.02
-#: What stands for a key that is not configured any more; no keyring holds it.
+#: Takes the place of a key that is not configured any more; no keyring holds it.
 _GONE: Final = Key(b"", source="a key that is no longer configured")
 _NOWHERE: Final = Source("", 0)
-#: Connections copied in one block, and those begun with in one turn of the loop: some milliseconds' work.
+#: Connections copied in one block, and connections started in one turn of the event
+#: loop: some milliseconds' work.
 _COPIED: Final = 50
 _BEGUN: Final = 100
 
 
-# Out
+# Capture
 
 
 class Passing:
-    """Copies idle connections, and passes their sockets, while they are served.
+    """Copies idle connections and passes their sockets, while the broker serves them.
 
-    copier: copies what the broker holds.
+    copier: copies the state that the broker holds.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self.copier = Copier(server.broker)
-        #: The connections whose sockets the other process has.
+        #: Connections whose sockets the other process has, with the numbers of their
+        #: sessions.
         self.passed: dict[Connection, int] = {}
         self._uses: dict[tuple[str, bytes], float] = {}
 
     def blocks(self) -> Iterator[tuple[Facts, list[int]]]:
-        """Yield facts, and copies of descriptors, to be closed; everything may change between two blocks."""
+        """Yield blocks of facts and duplicated descriptors; the caller closes the descriptors.
+
+        Everything may change between two blocks.
+        """
         if gone := [number for connection, number in self.passed.items() if connection.closed]:
             self.passed = {connection: number for connection, number in self.passed.items() if not connection.closed}
             yield {"gone": gone}, []
@@ -69,7 +75,8 @@ class Passing:
         while some := list(islice(connections, _COPIED)):
             idle: list[Facts] = []
             descriptors: list[int] = []
-            # Where descriptors are short, the others go with the rest.
+            # If descriptors run out, the remaining connections go with the final
+            # capture.
             with contextlib.suppress(OSError):
                 for connection in some:
                     self._copy(connection, idle, descriptors)
@@ -81,7 +88,7 @@ class Passing:
         if connection.closed or not _is_idle(connection):
             return
         server, passed = self._server, connection in self.passed
-        # Before anything is noted: it may fail.
+        # First, because it may fail: nothing is recorded yet.
         descriptor = None if passed else os.dup(connection.sock.fileno())
         facts = snapshot.capture_idle(server.broker, connection.session, server.loop.time(), self.copier)
         if facts is None:
@@ -95,7 +102,7 @@ class Passing:
             connection.passed = True
 
     def uses(self) -> list[tuple[str, str, float]]:
-        """Return the uses of keys since this was called last."""
+        """Return the uses of keys since the last call."""
         keyring, before = self._server.keyring, self._uses
         self._uses = keyring.moments()
         return keyring.uses(before)
@@ -112,11 +119,12 @@ def _is_idle(connection: Connection) -> bool:
 
 
 def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
-    """Return everything the server has, and the descriptors of its sockets in the order in which they are described.
+    """Return the state of a server, and the descriptors of its sockets in the same order.
 
-    passing: what it has copied and passed is left out.
-    Everything decided has to be carried out: ``settle`` comes before. Connections that can't be handed over
-    are closed, if there still are any: see ``let_go_of_bound``.
+    passing: state that it has copied and passed is left out.
+
+    All decisions of the core have to be carried out first: call ``settle`` before.
+    Remaining connections that can't be handed over are closed: see ``let_go_of_bound``.
     """
     for connection in [connection for connection in server.connections if not connection.can_hand_over]:
         connection.lost("it came while the broker was being replaced, and can't be handed over")
@@ -152,14 +160,14 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
 
 
 def position_of(server: Server, session: Session) -> int:
-    """Return which of the captured connections is this session's."""
+    """Return the position of this session's connection among the captured ones."""
     return [connection.session for connection in _ordered(server)].index(session)
 
 
 async def let_go_of_bound(server: Server, why: str) -> None:
-    """Close the connections that no other process can go on with; return when they are closed.
+    """Close the connections that no other process can continue; return when they are closed.
 
-    No other such connection is accepted from now on: see ``Server.accept_bound``.
+    No such connection is accepted from now on: see ``Server.accept_bound``.
     """
     server.hold_back_bound()
     parting = Parting(server, lambda connection: not connection.can_hand_over, why)
@@ -169,12 +177,12 @@ async def let_go_of_bound(server: Server, why: str) -> None:
     await parting.end(deadline + GRACE)
     server.settle()
     while parting.connections():  # noqa: ASYNC110 - rare
-        # Each has GRACE to take what is written for it.
+        # Each client has GRACE seconds to read its remaining bytes.
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
 def _ordered(server: Server) -> list[Connection]:
-    """Return the links in the order they came, in which a pool's connections are kept."""
+    """Return the connections in the order they came, in which a pool's connections are kept."""
     return sorted(server.connections, key=lambda connection: connection.session.number)
 
 
@@ -234,22 +242,22 @@ def _pending_connection(pending: PendingConnection, server: Server, taken: Snaps
     }
 
 
-# And back
+# Restore
 
 
 class Ahead:
-    """What another process copied and passed while it served, made ready for the server that takes over."""
+    """Connections that the old process copied and passed while it served them."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self.copies = Copies(server.broker)
         self._sockets: dict[int, socket.socket] = {}
         self._connections: dict[int, Connection] = {}
-        #: Why some of those connections are to be closed.
+        #: The reasons for closing some of those connections.
         self.unauthorized_connections: dict[Connection, str] = {}
 
     def add(self, facts: Facts, body: memoryview, descriptors: Sequence[int]) -> None:
-        """Take in one block. Raises BadSnapshot, and what Inheritance raises."""
+        """Restore one block. Raises BadSnapshot, and the errors that RestoredState raises."""
         if "idle" in facts:
             rest = iter(descriptors)
             for each in facts["idle"]:
@@ -277,11 +285,11 @@ class Ahead:
             self.unauthorized_connections.update(server.reasons([connection]))
 
     def take_link(self, session: Session) -> Connection:
-        """Return the link of a session that was copied, and is what it was."""
+        """Return the connection of a session that was copied and has not changed."""
         number = session.number
         sock, connection = self._sockets.pop(number), self._connections.pop(number, None)
         if connection is None or connection.session is not session:
-            # The configuration of this process does not know its name.
+            # This process's configuration does not know the name of its client.
             connection = Connection(self._server, sock, Credential(session.client.config, _GONE))
             connection.session, session.connection = session, connection
             self.unauthorized_connections.update(self._server.reasons([connection]))
@@ -293,7 +301,7 @@ class Ahead:
         return self._sockets.pop(number)
 
     def close_rest(self) -> None:
-        """Close what is left, of connections that ended meanwhile."""
+        """Close the remaining sockets, of connections that have ended meanwhile."""
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
@@ -304,7 +312,8 @@ class Ahead:
 def _opened(facts: Facts, descriptor: int) -> socket.socket:
     family, type, proto = facts["socket"]
     sock = socket.socket(family, type, proto, fileno=descriptor)
-    # It is so already, as it is for the other process; but this object has to know.
+    # The descriptor is non-blocking already, in both processes; this socket object has
+    # to know.
     sock.setblocking(False)
     return sock
 
@@ -317,12 +326,15 @@ def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts
 
 
 class RestoredState:
-    """What another process captured, set up in a new server whose broker is still empty.
+    """The captured state of another process, restored in a new server with an empty broker.
 
-    opened: listening sockets that the other one did not have. sockets: every descriptor, in order; they belong to this
-    object from now on. ahead: what was copied and passed before.
-    sessions: the open ones, in the order in which they were captured.
-    Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for what can't have been captured.
+    opened: listening sockets that the other process did not have.
+    descriptors: every descriptor, in order; they belong to this object from now on.
+    ahead: the connections that were copied and passed before.
+    sessions: the open sessions, in the order in which they were captured.
+
+    Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for a state that was
+    never captured.
     """
 
     def __init__(
@@ -341,12 +353,13 @@ class RestoredState:
         self._rest = iter(descriptors)
         self._now = server.loop.time()
         wanted = {entry.address: entry for entry in listen}
-        #: Each with its entry of the new configuration, None where that has none.
+        #: Each listening socket with its entry of the new configuration, or None if it
+        #: has none.
         self._listening = [(each, wanted.get(each.config.address)) for each in map(self._waker_out, facts["listening"])]
         self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, ahead.copies)
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
-        #: Those that were passed on as they are, and the others.
+        #: Connections that were passed while idle, and all other connections.
         self._idle: list[Connection] = []
         self._fresh: list[Connection] = []
         for session, told, each in zip(self.sessions, facts["core"]["sessions"], facts["links"], strict=False):
@@ -365,7 +378,7 @@ class RestoredState:
             raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
-        # An older process does not tell.
+        # An older version does not send its counters.
         server.counters.go_on_from(facts.get("tally", {}))
 
     def _socket(self, facts: Facts) -> socket.socket:
@@ -399,7 +412,7 @@ class RestoredState:
         return pending
 
     def begin(self) -> None:
-        """Go on where the other process stopped; from here on this one alone has the sockets."""
+        """Continue serving; from here on only this process uses the sockets."""
         server = self._server
         unwanted = {each.config.address for each, entry in self._listening if entry is None}
         for listening, entry in self._listening:
@@ -442,7 +455,7 @@ class RestoredState:
         connection.go_on()
 
     def _begin_with_some(self) -> None:
-        """Begin with some of those that were idle; the others have their turn later."""
+        """Start some of the idle connections, and the rest in later turns."""
         some = list(islice(self._waiting, _BEGUN))
         for connection in some:
             if not connection.closed:
@@ -451,7 +464,7 @@ class RestoredState:
             self._server.loop.call_soon(self._begin_with_some)
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:
-        """Take over the settings of the new configuration; the connections go on even where that fails."""
+        """Apply the settings of the new configuration; connections continue even if that fails."""
         try:
             listening.alter(entry)
         except ListenError as error:

@@ -1,10 +1,11 @@
-"""Which unfinished handshake gives way when there is room for no more, and how long newcomers wait before that.
+"""Decides which pending handshake gives way to a newcomer, and how long newcomers wait.
 
-The room is ``limits.handshakes``. A peer keeps its place for a moment, its grace, in which it should take the next
-step; newcomers wait in the system's queue meanwhile. Then a peer of the origin with the most unfinished handshakes
-gives way: the one that has got least far. The grace of its origin is halved each time, and doubled when a peer gets in.
-So clients are let in as fast as they answer, and silent connections cost the newcomers one grace in all.
-No clock and no sockets here. Source: docs/security.md.
+The room is ``limits.handshakes``. A peer keeps its place for a time, its grace, in
+which it should take the next step. Newcomers wait in the system's queue meanwhile. Then
+a peer gives way: of the origin with the most pending handshakes, the least advanced.
+The grace of its origin is halved each time, and doubled when a peer is accepted. So
+clients are accepted as fast as they answer. Silent connections cost the newcomers one
+grace in all. This module has no clock and no sockets. Source: docs/security.md.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ __all__ = ["GRACE_S", "Admission", "Rank"]
 
 #: Seconds that a peer has for a step of the handshake before it may have to give way.
 GRACE_S: Final = 2.0
-#: A grace is halved at most this often; then it is a hundredth of the time that the fastest peers need.
+#: Most halvings of a grace; then it is a hundredth of the time that the fastest peers
+#: need.
 _MOST_HALVINGS: Final = 14
 #: Seconds after which an origin's shortened grace is forgotten.
 _FORGET_AFTER_S: Final = 60.0
-#: Origins remembered.
+#: Most origins remembered.
 _REMEMBERED: Final = 10_000
-#: Origins with equally many handshakes that are looked at for one that has to give way.
+#: Most origins with equally many handshakes that are searched for a handshake that
+#: gives way.
 _LOOKS: Final = 32
 
 
 class Rank(IntEnum):
-    """How far a peer has got; of one origin, the lowest gives way first."""
+    """How far a peer has got; of one origin, the lowest rank gives way first."""
 
     FAILED = 0
     SILENT = 1
@@ -40,12 +43,12 @@ class Rank(IntEnum):
     PROVED = 3
 
 
-#: What a handshake adds to its origin's weight: a peer that has proved a key counts half.
+#: Weight that a handshake adds to its origin: a peer that has proved a key counts half.
 _WEIGHTS: Final = {Rank.FAILED: 2, Rank.SILENT: 2, Rank.JUDGED: 2, Rank.PROVED: 1}
 
 
 class _Crowd:
-    """The unfinished handshakes of one origin, by rank, and in each rank the one longest there first."""
+    """The pending handshakes of one origin by rank, oldest first in each rank."""
 
     __slots__ = ("origin", "ranks", "weight")
 
@@ -57,8 +60,10 @@ class _Crowd:
     def least(self) -> PendingConnection:
         """Return the handshake that would give way.
 
-        A peer whose answer is judged goes after the silent ones, unless there are more such peers than silent ones.
-        Else wrong answers would fill the room, and a client would have no time for its own answer.
+        A peer whose answer is being judged gives way after the silent peers. Only if
+        such peers outnumber the silent peers does one of them give way first. Otherwise
+        wrong answers would fill the room. A client would have no time for its own
+        answer.
         """
         judged, silent = self.ranks[Rank.JUDGED], self.ranks[Rank.SILENT]
         if len(judged) > len(silent) and not self.ranks[Rank.FAILED]:
@@ -67,20 +72,21 @@ class _Crowd:
 
 
 class Admission:
-    """All unfinished handshakes by origin, and what is known of the origins."""
+    """All pending handshakes by origin, and the record of the origins."""
 
     def __init__(self) -> None:
         self._crowds: dict[str, _Crowd] = {}
         #: The crowds of each weight.
         self._by_weight: dict[int, dict[str, _Crowd]] = {}
         self._most = 0
-        #: How often each origin's grace was halved, and when last; the latest last.
+        #: For each origin: the halvings of its grace, and the time of the last change;
+        #: latest last.
         self._halvings: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        #: The same for all origins of which nothing is remembered.
+        #: The same for all origins without a record.
         self._strangers = (0, 0.0)
 
     def add(self, pending: PendingConnection, now: float) -> None:
-        """Give a new handshake its place."""
+        """Add a new handshake."""
         crowd = self._crowds.get(pending.origin)
         if crowd is None:
             crowd = self._crowds[pending.origin] = _Crowd(pending.origin)
@@ -89,7 +95,7 @@ class Admission:
         self._weigh(crowd, _WEIGHTS[Rank.SILENT])
 
     def advance(self, pending: PendingConnection, rank: Rank, now: float) -> None:
-        """Note that a peer has taken a step; the time for its next one begins."""
+        """Record that a peer has taken a step; the time for its next step begins."""
         crowd = self._crowds[pending.origin]
         del crowd.ranks[pending.rank][pending]
         crowd.ranks[rank][pending] = None
@@ -99,7 +105,7 @@ class Admission:
             self._weigh(crowd, change)
 
     def remove(self, pending: PendingConnection) -> None:
-        """Forget a handshake that is over."""
+        """Remove a handshake that is over."""
         crowd = self._crowds[pending.origin]
         del crowd.ranks[pending.rank][pending]
         self._weigh(crowd, -_WEIGHTS[pending.rank])
@@ -120,7 +126,7 @@ class Admission:
             self._most -= 1
 
     def least(self, now: float) -> tuple[PendingConnection | None, float]:
-        """Return the handshake that is to give way first, None where there is none, and in how many seconds it may."""
+        """Return the handshake that gives way first, or None, and the seconds until it may."""
         first: PendingConnection | None = None
         first_wait = float("inf")
         for crowd in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
@@ -133,17 +139,18 @@ class Admission:
                     break
         return first, first_wait
 
-    # What is known of the origins
+    # The record of the origins
 
     def grace(self, origin: str, now: float) -> float:
-        """Return for how many seconds a peer of this origin keeps its place after each step."""
+        """Return the seconds that a peer of this origin keeps its place after each step."""
         halvings, at = self._halvings.get(origin, self._strangers)
         return GRACE_S / (1 << halvings) if now - at <= _FORGET_AFTER_S else GRACE_S
 
     def gave_way(self, origin: str, now: float) -> None:
-        """Note that a peer went without getting in while others waited: the grace of its origin is halved.
+        """Record a peer that left unaccepted while the room was full: halve its origin's grace.
 
-        Where nothing was known of the origin, the grace of all such origins is halved too: a flood may have thousands.
+        If the origin has no record, the grace of all such origins is halved too. A
+        flood may come from thousands of origins.
         """
         known = self._halvings.get(origin)
         if known is None:
@@ -151,7 +158,7 @@ class Admission:
         self._note(origin, _next(known, 1, now), now)
 
     def got_in(self, origin: str, now: float) -> None:
-        """Note that a peer has finished its handshake: the grace of its origin is doubled again."""
+        """Record a peer that has finished its handshake: double its origin's grace again."""
         self._strangers = (_next(self._strangers, -1, now), self._strangers[1])
         self._note(origin, _next(self._halvings.get(origin, (0, now)), -1, now), now)
 
@@ -163,6 +170,6 @@ class Admission:
 
 
 def _next(before: tuple[int, float], change: int, now: float) -> int:
-    """Return how often a grace is halved from now on."""
+    """Return the new number of halvings of a grace."""
     halvings, at = before
     return min(max((halvings if now - at <= _FORGET_AFTER_S else 0) + change, 0), _MOST_HALVINGS)

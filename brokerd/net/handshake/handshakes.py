@@ -1,9 +1,10 @@
-"""The door: unfinished handshakes, each with a deadline, bounded in number, none in another's way.
+"""Pending handshakes: each has a deadline, their number is limited, and none delays another.
 
-A connection waits here until it has proved who it is. Searching for the key behind an answer without a
-name can take a thousand tries, so searches run in slices, one a turn of the event loop, the search with the
-fewest tries first: whoever used its key lately is let in at once, however many strangers are
-knocking. Source: docs/protocol.md, "Handshake".
+A connection is pending until it has proved its identity. The search for the key behind
+an answer without a name can take a thousand tries. So searches run in slices, one per
+turn of the event loop. The search with the fewest tries runs first. So a client that
+used its key lately is accepted at once, even during a flood of strangers. Source:
+docs/protocol.md, "Handshake".
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TAKEN", "PendingHandshakes", "fresh_instance"]
 
-#: Why a client is refused behind its handshake, and not in it: see Server.admit.
+#: The reason for a refusal after the handshake, not within it: see Server.admit.
 TAKEN: Final = "its name is connected already"
 
 _NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
@@ -49,7 +50,7 @@ _GIVES_WAY: Final = (
 
 
 class PendingHandshakes:
-    """All unfinished handshakes of a server, oldest first."""
+    """All pending handshakes of a server, oldest first."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -59,7 +60,7 @@ class PendingHandshakes:
         self._order = itertools.count()
         self._searching = False
         self._timer: asyncio.TimerHandle | None = None
-        #: Who has failed lately.
+        #: The recent failures of each origin.
         self.failures = Failures()
         self._tls = TlsHandshakes(server.loop, self._on_tls_peer, self._on_tls_failed)
         self._admission = Admission()
@@ -72,7 +73,7 @@ class PendingHandshakes:
     def begin(
         self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, tls: TlsConfig | None = None
     ) -> None:
-        """Begin the handshake with a connection just accepted; where there is no room, another gives way."""
+        """Begin the handshake of an accepted connection; another gives way if the room is full."""
         limits = self._server.limits
         if len(self._pending_connections) >= limits.handshakes:
             self._make_room()
@@ -86,7 +87,7 @@ class PendingHandshakes:
             self._go_on(pending, None)
 
     def seconds_to_room(self) -> float:
-        """Return in how many seconds one more connection may be accepted, 0 for at once."""
+        """Return the seconds until one more connection may be accepted; 0 means now."""
         if len(self._pending_connections) < self._server.limits.handshakes:
             return 0.0
         return self._admission.least(self._loop.time())[1]
@@ -106,7 +107,7 @@ class PendingHandshakes:
             self._admission.advance(pending, rank, self._loop.time())
 
     def _on_tls_peer(self, pending: PendingConnection, tls_peer: TlsPeer) -> None:
-        """TLS is ready: begin the handshake that is about keys."""
+        """Begin the key handshake, because the TLS handshake is complete."""
         pending.tls_peer = tls_peer
         self._advance(pending, Rank.SILENT)
         pending.steps = as_listener(challenge_nonce(tls_peer), allow_md5=True, named=True)
@@ -122,18 +123,21 @@ class PendingHandshakes:
             self._lose(pending, ConnectionResetError(0, reason))
 
     def _read_on(self, pending: PendingConnection) -> None:
-        """Look again soon, where TLS has decrypted more than was read: the system knows nothing of it."""
+        """Schedule a read if TLS holds decrypted bytes, which the system does not report."""
         if pending.stream is not None and pending.stream.buffered and not pending.done:
             self._loop.call_soon(self._on_readable, pending)
 
-    # Another process's handshakes
+    # Handshakes of another process
 
     def pending_connections(self) -> list[PendingConnection]:
-        """Return the unfinished handshakes, oldest first."""
+        """Return the pending connections, oldest first."""
         return list(self._pending_connections)
 
     def take_over(self, pending: PendingConnection) -> None:
-        """Go on with a handshake that another process began: from the start, but nothing is said twice."""
+        """Continue a handshake that another process began.
+
+        It is replayed from the start, but no frame is sent twice.
+        """
         pending.muted = pending.spoken
         self._add(pending)
         self._loop.add_reader(pending.fd, self._on_readable, pending)
@@ -142,7 +146,7 @@ class PendingHandshakes:
         self._go_on(pending, None)
 
     def close(self) -> None:
-        """Turn everybody away."""
+        """Refuse all pending connections."""
         for pending in list(self._pending_connections):
             self._refuse(pending, "the broker stops", HandshakeOutcome.REFUSED)
         if self._timer is not None:
@@ -155,7 +159,8 @@ class PendingHandshakes:
         if pending.done or pending.slowed or (pending.proof is not None and pending.reader.buffered > 2 * LIMIT):
             return
         try:
-            # Never more than the handshake can need at once; what lies behind it belongs to the session.
+            # At most as many bytes as a handshake can need at once; later bytes belong
+            # to the session.
             data = pending.sock.recv(2 * LIMIT)
         except (BlockingIOError, InterruptedError):
             return
@@ -172,13 +177,15 @@ class PendingHandshakes:
         pending.heard += data
         pending.reader.feed(data)
         if has_hung_up(pending.fd):
-            # The event loop may tell nobody of the end that comes behind this: see watch.py.
+            # The event loop may not report the end behind these bytes: see
+            # reset_recheck.py.
             self._loop.call_soon(self._on_readable, pending)
         self._read_on(pending)
         if pending.proof is None:
             self._pull(pending)
         elif pending.reader.buffered > 2 * LIMIT:
-            # It talks on while its answer is being judged; the rest can wait in the system's buffer.
+            # The peer sends on while its answer is checked; the rest can wait in the
+            # system's buffer.
             self._loop.remove_reader(pending.fd)
 
     def _pull(self, pending: PendingConnection) -> None:
@@ -191,7 +198,7 @@ class PendingHandshakes:
             self._go_on(pending, body)
 
     def _go_on(self, pending: PendingConnection, result: bytes | None) -> None:
-        """Resume the handshake with what it asked for, and do what it wants next."""
+        """Resume the handshake with the input it asked for, and carry out its next step."""
         try:
             while True:
                 step = pending.steps.send(result)
@@ -209,7 +216,7 @@ class PendingHandshakes:
                         return
                     result = body
                 elif pending.muted:
-                    # It has been welcomed already, with this key.
+                    # The other process has welcomed the peer already, with this key.
                     assert pending.credential is not None
                     result = pending.credential.key.value
                     self._advance(pending, Rank.PROVED)
@@ -233,7 +240,7 @@ class PendingHandshakes:
             raise OSError("the peer does not take even a handshake's bytes")
         pending.spoken += 1
 
-    # Whose key it is
+    # Finding the key
 
     def _search(self, pending: PendingConnection, proof: Proof) -> None:
         if proof.binding:
@@ -258,7 +265,7 @@ class PendingHandshakes:
                 self._loop.call_soon(self._search_on)
 
     def _search_on(self) -> None:
-        """Give one slice to the search that has had the fewest."""
+        """Run one slice of the search that has had the fewest tries."""
         self._searching = False
         while self._searches:
             _, _, pending, search = heapq.heappop(self._searches)
@@ -271,7 +278,7 @@ class PendingHandshakes:
             self._loop.call_soon(self._search_on)
 
     def _try(self, pending: PendingConnection, search: KeySearch) -> bool:
-        """Run one slice; return whether the search is over, its result given to the handshake."""
+        """Run one slice; return whether the search is over and its result is used."""
         identity = search.step()
         if identity is None:
             return False
@@ -279,7 +286,7 @@ class PendingHandshakes:
         return True
 
     def _identified(self, pending: PendingConnection, identity: Identity) -> None:
-        """Give the handshake the key that was found, if there is one and room for its client."""
+        """Pass the key to the handshake, if it was found and there is room for its client."""
         if pending.done:
             return
         pending.refusal = identity.refusal
@@ -291,7 +298,8 @@ class PendingHandshakes:
             if refusal is None:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
-            # A client whose name is connected is told so behind the handshake: its key is right.
+            # A client whose name is connected is told so after the handshake: its key
+            # is right.
             pending.refusal = "" if refusal == TAKEN else refusal
             if pending.refusal:
                 pending.outcome = HandshakeOutcome.REFUSED
@@ -303,7 +311,7 @@ class PendingHandshakes:
         self._go_on(pending, key)
         self._read_on(pending)
 
-    # The end of it
+    # The end of a handshake
 
     def _admit(self, pending: PendingConnection) -> None:
         assert pending.credential is not None, "a handshake ends well only with a key that was found"
@@ -321,10 +329,13 @@ class PendingHandshakes:
         failed: bool = False,
         tell: bool = False,
     ) -> None:
-        """Turn a peer away. failed: it answered wrong, and was told. tell: it is told now that this is its failure.
+        """Refuse a peer and close its connection.
 
-        One that is only unlucky (too many at the door, the broker stops) is told nothing that it could take
-        for a wrong key.
+        failed: the peer gave a wrong answer, and was told.
+        tell: send the peer a failure now.
+
+        A peer that gave no wrong answer is told nothing that looks like a wrong key.
+        Examples are too many pending handshakes, or a broker that stops.
         """
         if pending.done:
             return
@@ -338,9 +349,10 @@ class PendingHandshakes:
         self._server.on_refused(pending, reason, outcome)
 
     def _lose(self, pending: PendingConnection, error: OSError) -> None:
-        """Let go of a peer that is gone: it is refused only if it had begun to answer.
+        """Forget a peer that has disconnected; it counts as refused only if it had begun to answer.
 
-        A health check and a balancer's probe say nothing and leave: a line for each would bury the others.
+        Health checks and load balancers' probes connect and leave without a byte. A log
+        line for each would bury the important ones.
         """
         if (
             pending.silent
@@ -360,7 +372,8 @@ class PendingHandshakes:
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
         if not got_in and len(self._pending_connections) >= self._server.limits.handshakes:
-            # It kept a place from a newcomer, whether it had to give way or left by itself.
+            # The peer kept a place from a newcomer, whether it had to give way or left
+            # by itself.
             self._admission.gave_way(pending.origin, self._loop.time())
         if self._pending_connections.pop(pending, pending) is None:
             self._admission.remove(pending)
@@ -372,7 +385,7 @@ class PendingHandshakes:
         pending.steps.close()
 
     def _delay(self, pending: PendingConnection) -> bool:
-        """Return whether the failure is told later, because its origin has failed often."""
+        """Return whether the failure is sent later, because its origin has failed often."""
         now = self._loop.time()
         delay = self.failures.delay(pending.origin, now)
         if not delay:
@@ -393,7 +406,7 @@ class PendingHandshakes:
     # Deadlines
 
     def _schedule_expiry(self) -> None:
-        """Keep one timer, for the oldest: all have the same time, so it is the first to run out."""
+        """Set one timer, for the oldest handshake: all have the same time, so it expires first."""
         if self._timer is None and self._pending_connections:
             self._timer = self._loop.call_at(next(iter(self._pending_connections)).deadline, self._expire)
 
@@ -409,5 +422,5 @@ class PendingHandshakes:
 
 
 def fresh_instance() -> str:
-    """Return a name for a pool's new connection: ``[0-9a-z]{1,16}``, not given before in practice."""
+    """Return an instance for a pool's new connection: ``[0-9a-z]{1,16}``, new in practice."""
     return os.urandom(6).hex()
