@@ -1,7 +1,8 @@
-"""How long to wait before the next try to reach the broker: exponential, with full jitter.
+"""The wait before the next attempt to connect: exponential backoff with full jitter.
 
-Draws no random number: the chance is an argument. Full jitter, because after a restart every client tries
-at once: spreading each wait evenly over the whole interval finishes the herd soonest.
+The module draws no random numbers: the jitter is an argument. Full jitter, because all
+clients reconnect together after a restart of the broker. Spreading each wait evenly over
+the whole interval lets all of them connect soonest.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Final
 
 __all__ = ["BASE_S", "CAP_S", "delay"]
 
-#: The first wait is at most this long, in seconds.
+#: Longest first wait, in seconds.
 BASE_S: Final = 0.1
-#: No wait is longer than this.
+#: Longest wait of all, in seconds.
 CAP_S: Final = 10.0
 _MAX_DOUBLINGS: Final = 10
 

@@ -1,6 +1,7 @@
-"""Many messages that are sent together: recipients checked, payloads encoded, before any of them is put out. No I/O.
+"""Encoding of messages that are sent together. No I/O.
 
-The usual lot, bytes for a few recipients, costs no line of Python per message.
+All recipients are checked and all payloads encoded before any message is queued. For the
+usual bulk, bytes for a few recipients, no line of Python runs per message.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from brokerd_client.wire.envelope import CodecId, check_address
 
 __all__ = ["Bulk", "encode_many"]
 
-#: Recipients, numbers of codecs, bodies; all of the same length.
+#: Recipients, codec numbers, bodies: three sequences of the same length.
 Bulk: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
 
 _BYTES_ALONE: Final = {bytes}
@@ -25,9 +26,9 @@ _known_address: Final = lru_cache(4096)(check_address)
 
 
 def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Bulk:
-    """Return the (to, payload) pairs as a lot. codec: as codec.encode takes it, for all of them.
+    """Return the (to, payload) pairs as a bulk. codec: for all of them, as in codec.encode.
 
-    Raises PayloadError or InvalidName for the first that is none.
+    Raises PayloadError or InvalidName for the first pair that is not valid.
     """
     pairs = list(messages)
     if not pairs:
@@ -40,7 +41,7 @@ def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None)
             for each in set(to):
                 _known_address(each)
         except InvalidName:
-            # Which is the first, the set has forgotten.
+            # The set has no order: find the first invalid recipient.
             for each in to:  # pragma: no branch - one of them raises
                 check_address(each)
         return to, _RAW * len(to), cast("tuple[bytes, ...]", payloads)

@@ -1,10 +1,11 @@
-"""Frames out of the bytes of one connection: ordinary ones read in place, the others judged by wire.envelope. No I/O.
+"""Decoding of frames from the bytes of one connection. No I/O.
 
-Rules: docs/protocol.md, "The header". Of a run of frames that are all of one size, as a busy sender's are, the fields
-of each are taken by one struct, which costs half of what a frame alone does.
+Rules: docs/protocol.md, "The header". Ordinary frames are read in place; wire.envelope
+checks the others. A busy sender's frames often come in a run of one size. One struct then
+reads the fields of each frame, at half of the cost of a single frame.
 
-A frame that can't be read, or is longer than this client accepts, is skipped and told of: only the lengths of frames
-have to be right for the connection to go on.
+A frame that is unreadable, or longer than this client accepts, is skipped and reported.
+The connection can continue as long as the lengths of the frames are valid.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ M = TypeVar("M", bound=Message)
 
 #: Length and header of a frame, at once.
 _PREFIX: Final = struct.Struct("!iBBBBQ")
-#: A longer frame is not skipped: its length is nonsense.
+#: Longest frame that is skipped, in bytes. A longer length is an error that ends the connection.
 MAX_FRAME: Final = 2**32
-#: Bytes of a frame before its payload, at most: header, name, topic, extension.
+#: Most bytes of a frame before its payload: header, name, topic, extension.
 HEAD: Final = HEADER.size + 255 + 1 + 255 + 2 + 0xFFFF
-#: The payload of a longer frame that comes in pieces is collected by itself, and not copied when it is whole.
+#: Bytes. The payload of a longer frame that comes in pieces gets a buffer of its own,
+#: and is not copied when it is complete.
 _LARGE: Final = 2 * HEAD
-#: After so many messages of one size in a row, more are expected; so few are not worth it, nor are large ones.
+#: Messages of one size in a row after which a run is tried, and the fewest further messages in it.
+#: Larger messages than the second limit, in bytes, are never read as a run.
 _RUN: Final = 4
 _RUN_MAX_SIZE: Final = 4096
 
@@ -43,7 +46,10 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 
 
 class Unreadable(NamedTuple):
-    """A frame that was skipped: why, and what of its head could be read. kind: 0, name: "" where that could not be."""
+    """A skipped frame: the error, and the readable fields of its header.
+
+    An unreadable kind is 0, an unreadable name is "".
+    """
 
     error: BrokerdError
     kind: int
@@ -51,12 +57,16 @@ class Unreadable(NamedTuple):
     name: str
 
 
-#: Called, in order, with each frame that is neither MESSAGE nor REQUEST: a REPLY or EVENT as a message.
+#: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or EVENT
+#: is passed as a message.
 Other: TypeAlias = Callable[[M | Envelope | Unreadable], None]
 
 
 class _Large:
-    """A long frame that comes in pieces. payload: None where it is skipped. size: of the frame; missing: to come."""
+    """A large frame that comes in pieces.
+
+    payload: None if the frame is skipped. size: bytes of the frame. missing: bytes still to come.
+    """
 
     __slots__ = ("envelope", "missing", "payload", "size")
 
@@ -68,9 +78,9 @@ class _Large:
 
 
 class Incoming(Generic[M]):
-    """The bytes of one connection after the other.
+    """The decoder for a client's successive connections.
 
-    message: the class of what is received. largest: bytes of the longest payload that is accepted.
+    message: the class of received messages. largest: longest accepted payload, in bytes.
     """
 
     __slots__ = ("_extra", "_large", "_message", "_most", "_partial", "_runs", "_senders", "_topics")
@@ -78,26 +88,26 @@ class Incoming(Generic[M]):
     def __init__(self, message: type[M], largest: int) -> None:
         self._message = message
         self._most = largest + HEAD
-        #: The beginning of a frame whose end has not come yet.
+        #: The first bytes of a frame that is not complete yet.
         self._partial = bytearray()
         self._large: _Large | None = None
-        #: Bytes that the extensions of the last frames cost beyond their own.
+        #: Memory that the extensions of the last frames cost beyond their length, in bytes.
         self._extra = 0
-        #: Names and topics in their other form, checked.
+        #: Checked names and topics, by their bytes on the wire.
         self._senders: dict[bytes, str] = {}
         self._topics: dict[bytes, str] = {}
         self._runs: dict[tuple[int, int], struct.Struct] = {}
 
     def reset(self) -> None:
-        """Begin a connection."""
+        """Forget the incomplete frame, for a new connection."""
         self._partial = bytearray()
         self._large = None
 
     def read(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
-        """Take in every whole frame; keep the beginning of the last one for the next time.
+        """Decode every complete frame; keep an incomplete one for the next call.
 
-        MESSAGE and REQUEST are added to ``messages``, and are there also when a later frame raises RemoteError.
-        Return how many bytes of frames that was, about.
+        MESSAGE and REQUEST are added to ``messages``. They stay there if a later frame raises
+        RemoteError. Return the approximate number of bytes of the frames.
         """
         self._extra = 0
         position, end, size_before = 0, len(data), 0
@@ -111,7 +121,7 @@ class Incoming(Generic[M]):
                 size, kind, flags, codec, name_size, message_id = unpack(data, position)
                 body = position + 16 + name_size
                 stop = position + 4 + size
-                # The ordinary frame; whatever this turns away is judged by wire.envelope, below.
+                # The ordinary frame; wire.envelope checks all other frames, below.
                 if flags == 0 and 0 < kind < 4 and body <= stop <= end:
                     raw = data[position + 16 : body]
                     sender = senders.get(raw)
@@ -163,10 +173,10 @@ class Incoming(Generic[M]):
         return size_before + position + self._extra
 
     def _run(self, data: bytes, last: int, position: int, owner: Owner, messages: list[M]) -> int:
-        """Take in the frames from ``position`` on that begin as the one at ``last`` does; return where they end.
+        """Decode the run of frames from ``position`` on; return where the run ends.
 
-        That one is an ordinary MESSAGE or REQUEST; so are those whose length, kind, flags, codec and length of the
-        sender's name are the same.
+        The frame at ``last`` is an ordinary MESSAGE or REQUEST. The frames of the run have the
+        same length, kind, flags, codec and name length, so they are ordinary too.
         """
         size, kind, _, codec, name_size, _ = _PREFIX.unpack_from(data, last)
         step = position - last
@@ -191,7 +201,7 @@ class Incoming(Generic[M]):
                 if not sender:
                     break
                 raw = name
-            # What its __init__ does, without the call.
+            # The same as Message.__init__, without the cost of the call.
             message = new(message_class)
             message._kind = kind
             message.id = message_id
@@ -205,9 +215,9 @@ class Incoming(Generic[M]):
         return position + (len(messages) - before) * step
 
     def _complete(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
-        """Finish the frame that began earlier, as far as ``data`` goes; return how much of ``data`` that took.
+        """Continue an incomplete frame with ``data``; return how many bytes of ``data`` it took.
 
-        Only what the frame lacks is added to it: joining whole reads would copy every byte twice.
+        Only the frame's missing bytes are added: joining whole reads would copy every byte twice.
         """
         if self._large is not None:
             return self._collect(self._large, data, owner, messages, other)
@@ -240,9 +250,9 @@ class Incoming(Generic[M]):
         return position
 
     def _begin(self, data: bytes | bytearray, first: int, size: int, end: int, other: Other[M]) -> _Large | None:
-        """Take in as much as there is of the long frame whose body is at ``first``; its head has to be there.
+        """Begin a large frame whose body starts at ``first``; its header has to be complete.
 
-        Return it, or None where it is here whole, which only one that is skipped can be.
+        Return the frame, or None if it is complete. Only a skipped frame can be complete here.
         """
         stop = min(first + size, end)
         with memoryview(data) as view, view[first:stop] as body:
@@ -257,7 +267,10 @@ class Incoming(Generic[M]):
         return large if large.missing else None
 
     def _skip_long(self, body: memoryview, size: int, other: Other[M]) -> None:
-        """Tell of a frame that is longer than what is accepted. Raises FrameTooBig where its head is no frame's."""
+        """Report a frame that is longer than the limit.
+
+        Raises FrameTooBig if its header is not valid.
+        """
         error = FrameTooBig(size, self._most)
         try:
             envelope = head(body)
@@ -270,7 +283,7 @@ class Incoming(Generic[M]):
     def _collect(
         self, large: _Large, data: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]
     ) -> int:
-        """Take in what the long frame lacks, as far as ``data`` goes; return how much of ``data`` that took."""
+        """Add bytes of ``data`` to the large frame; return how many bytes it took."""
         taken = min(large.missing, len(data))
         large.missing -= taken
         if large.payload is not None:
@@ -280,12 +293,12 @@ class Incoming(Generic[M]):
             self._large = None
             if large.payload is not None:
                 assert large.envelope is not None
-                # No copy: the bytes are the buffer's own.
+                # getvalue() returns the buffer's own bytes, without a copy.
                 self._pass_on(large.envelope, large.payload.getvalue(), owner, messages, other)
         return taken
 
     def _sender(self, raw: bytes) -> str:
-        """Return the sender's name, or "" where it is not one."""
+        """Return the sender's name, or "" if it is not valid."""
         text = str(raw, "utf-8", "replace")
         if not is_address(text):
             return ""
@@ -293,7 +306,7 @@ class Incoming(Generic[M]):
         return text
 
     def _topic(self, raw: bytes) -> str:
-        """Return the topic, or "" where it is not one."""
+        """Return the topic, or "" if it is not UTF-8."""
         try:
             text = raw.decode()
         except UnicodeDecodeError:
@@ -302,13 +315,16 @@ class Incoming(Generic[M]):
         return text
 
     def _on_frame(self, body: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]) -> None:
-        """Take in a frame that is out of the ordinary, or came in pieces."""
+        """Decode a frame that is not ordinary, or came in pieces."""
         envelope, start = self._split(body, other)
         if envelope is not None:
             self._pass_on(envelope, bytes(body[start:]), owner, messages, other)
 
     def _split(self, body: bytes | memoryview, other: Other[M]) -> tuple[Envelope | None, int]:
-        """Return (the envelope, where the payload begins); None for a frame that is skipped, which is told."""
+        """Return (the envelope, where the payload begins).
+
+        An invalid frame is skipped and reported; the envelope is then None.
+        """
         try:
             envelope, start = split(body)
             if envelope.kind in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT):
@@ -328,7 +344,7 @@ class Incoming(Generic[M]):
         return envelope, start
 
     def _skip(self, body: bytes | memoryview, error: BrokerdError, other: Other[M]) -> None:
-        """Tell of a frame that is skipped."""
+        """Report a frame that is skipped."""
         kind = message_id = 0
         name = ""
         if len(body) >= HEADER.size:

@@ -1,16 +1,19 @@
-"""The conversation of one client with the broker, sans-I/O: bytes in, what they mean out, and bytes to send.
+"""One client's conversation with the broker, sans-I/O: bytes in, effects and bytes out.
 
-Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no lots: ``now``, nonces, the first id
-and the chance of a wait are arguments. The faces (blocking, aio) move the bytes, sleep until :meth:`next_deadline`
-and wake who waits; every rule is here or in the dialog's parts (reception, outgoing, incoming, awaiting, routes,
-presence), and told to them in a :class:`Effects`.
+Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no random
+numbers. ``now``, nonces, the first id and the jitter of a wait are arguments. The faces
+(blocking, aio) move the bytes, sleep until :meth:`next_deadline` and wake the waiting
+callers. Every rule is here or in the dialog's parts: inbound, decoder, encoder, pending,
+subscription_table, presence. The faces learn the effects from an :class:`Effects`.
 
-Every send has one outcome. One that asked to hear of it is in ``pending_calls`` until it has; the others are heard of
-when they fail. When the connection goes, a send whose frame may have left this process is in doubt, one whose frame
-has not was not sent; neither is ever repeated here.
+Every send has one outcome. A send that asked for its outcome stays in ``pending_calls``
+until the outcome comes. Other sends are reported only when they fail. When the connection
+is lost, a send whose frame may have left this process is in doubt. A send whose frame has
+not left was not sent. Neither is ever repeated here.
 
-A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with what arrives, and after *every* call writes
-:meth:`data_to_send` and says how much of it went with :meth:`wrote`; :meth:`lost` when the connection is gone.
+A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with each piece of input.
+After *every* call it writes :meth:`data_to_send` and reports the number of written bytes
+with :meth:`wrote`. When the connection is gone it calls :meth:`lost`.
 """
 
 from __future__ import annotations
@@ -58,29 +61,34 @@ __all__ = ["LINGER_S", "Dialog", "Effects"]
 
 M = TypeVar("M", bound=Message)
 
-#: Seconds that outcomes are still taken in after close().
+#: Seconds after close() during which outcomes are still received.
 LINGER_S: Final = 0.5
-#: Bytes that may wait to leave while the dialog answers, by itself, requests that can't be read.
+#: Limit of unwritten bytes. Above it, the dialog no longer answers unreadable requests with errors.
 _ANSWERING: Final = 2**18
-#: The ids of what is put out later are so much above the others, which are below 2**62 when a client begins.
+#: Added to the first id to get the first late id (see ``late_ids``). The ids of other frames
+#: begin below 2**62, so that the two ranges do not meet.
 _LATE_IDS: Final = 2**63
-#: Doublings of the first wait before connecting for the first time is tried again.
+#: Extra doublings of the wait between attempts, as long as the first connection has not succeeded.
 _CROWDED: Final = 3
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
-#: Looking into an enum takes as long as a few other lines of a send.
+#: Kept in a name because looking up an enum member costs as much as a few other lines of a send.
 _READY: Final = State.READY
 #: States in which an answer can be sent.
 _LINKED: Final = (State.READY, State.DRAINING)
 
 
 class Dialog(Reception[M]):
-    """One client's conversation, over as many connections as it takes.
+    """One client's conversation with the broker, over all its successive connections.
 
-    key: never shown. name: "" where only the key says who we are. first_id: a random number below 2**62, so that
-        nobody else's ids are ours. message: the class of what is received. reconnect: whether a loss is followed
-        by another try. timeout_s: seconds for connecting, handshake and introduction. inbox: bytes of messages that
-        the client keeps; with it grows the longest message that is accepted.
+    Args:
+        key: The client's key; it is never shown.
+        name: The client's name, or "" if the broker finds the client by its key.
+        first_id: A random number below 2**62, so that ids of other clients differ.
+        message: The class of received messages.
+        reconnect: Whether another attempt follows a lost connection.
+        timeout_s: Seconds for connecting, handshake and introduction together.
+        inbox: Limit of the inbox, in bytes. The longest accepted message grows with it.
     """
 
     def __init__(
@@ -102,15 +110,16 @@ class Dialog(Reception[M]):
         self.address = ""
         #: The broker's answer to ``whoami``.
         self.introduction: dict[str, Any] = {}
-        #: When the next try is due, in WAITING.
+        #: When the next attempt to connect is due, in the state WAITING.
         self.retry_at = 0.0
-        #: Why there is no connection, where there is none.
+        #: Why the connection was lost or could not be made; None while it is open.
         self.reason: BrokerdError | None = None
-        #: Connections that were lost.
+        #: Number of lost connections.
         self.losses = 0
         self._key = key
         self._first_id = self._next_id = first_id
-        #: Ids for what is put out later with ``send_as`` or ``publish_as``. Taking one is a single step.
+        #: Ids for frames that are queued later with ``send_as`` or ``publish_as``.
+        #: Taking an id is a single step.
         self.late_ids = itertools.count(_LATE_IDS + first_id)
         self._reconnect = reconnect
         self._timeout_s = timeout_s
@@ -118,34 +127,37 @@ class Dialog(Reception[M]):
         self._attempt = 0
         self._ready_since = 0.0
         self._introduced = False
-        #: Until when connecting for the first time may be tried again; None before the first try.
+        #: Until when the first connection may be attempted again; None before the first attempt.
         self._first_deadline: float | None = None
         self._handshake: handshake.Handshake | None = None
         #: Whether the listener has sent its challenge.
         self._challenged = False
-        #: Whether the broker tells before it closes this connection; and whether ``finished`` has been sent on it.
+        #: Whether the broker announces the end of this connection; whether ``finished`` was sent.
         self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._outgoing = Outgoing()
-        #: Return what is to be written, and forget it. Every send asks: this saves it a call.
+        #: Return the bytes to be written, and forget them. The alias saves each send one call.
         self.data_to_send: Callable[[], bytes] = self._outgoing.data
-        #: Called with how many more bytes the face has handed to the operating system.
+        #: Report how many more bytes the face has handed to the operating system.
         self.wrote: Callable[[int], None] = self._outgoing.wrote
-        #: The same in two steps, between which an interrupted call of the face loses nothing.
+        #: The same in two steps: a call of the face that is interrupted between them loses nothing.
         self.peek: Callable[[], bytes] = self._outgoing.peek
         self.took: Callable[[int], None] = self._outgoing.took
 
-    # The link
+    # The connection
 
     def dialing(self, now: float) -> None:
-        """The face begins to connect."""
+        """Record that the face begins to connect."""
         self._step(Event.DIAL)
         if self._first_deadline is None:
             self._first_deadline = now + self._timeout_s
         self._link_deadline = now + self._timeout_s if self._introduced else self._first_deadline
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
-        """There is a connection; nonce: fresh random bytes for the handshake. bindings: of TLS, for the key."""
+        """Begin the handshake on a new connection.
+
+        nonce: fresh random bytes for it. bindings: the TLS channel bindings of the key.
+        """
         self._step(Event.OPEN)
         self._goaway = self._finishing = False
         self._reader = FrameReader()
@@ -158,9 +170,10 @@ class Dialog(Reception[M]):
         assert first is handshake.RECEIVE, "the listener speaks first"
 
     def receive(self, data: bytes, owner: Owner, now: float) -> Effects[M]:
-        """Take in bytes of the connection. owner: the client that the messages will belong to.
+        """Handle bytes that the connection received. owner: the client of the messages.
 
-        Whatever goes wrong with them ends the connection, and with it every call that waits: ``effects.broken``.
+        Any error in them is returned as ``effects.broken``. It ends the connection, and with
+        it every waiting call.
         """
         effects: Effects[M] = Effects()
         try:
@@ -170,7 +183,7 @@ class Dialog(Reception[M]):
                 self._read(data, owner, effects, now)
         except (AuthenticationError, ProtocolError) as error:
             effects.broken = error
-        except Exception as error:  # noqa: BLE001 - a mistake of ours, too, must not leave a call without its outcome
+        except Exception as error:  # noqa: BLE001 - a bug must not leave a call without its outcome
             what = f"{error}" if isinstance(error, BrokerdError) else f"{type(error).__name__}: {error}"
             effects.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
             effects.broken.__cause__ = error
@@ -180,16 +193,22 @@ class Dialog(Reception[M]):
         return effects
 
     def in_order(self, waiting: int) -> bool:
-        """Return whether every byte put out is the operating system's, or among the ``waiting`` bytes of the face."""
+        """Return whether the counts of queued and written bytes agree.
+
+        Each queued byte must be written, or be one of the ``waiting`` bytes of the face.
+        """
         return self._outgoing.in_order(waiting)
 
     def recover(self, given: int, waiting: int) -> None:
-        """Count again what was put out, after a call of the face that was interrupted: see Outgoing.recover."""
+        """Recount the queued bytes after an interrupted call of the face: see Outgoing.recover."""
         self._outgoing.recover(given, waiting)
 
     @property
     def unwritten(self) -> int:
-        """Bytes put out that :meth:`wrote` has not been told of; after an interrupted call some of these have left."""
+        """Queued bytes that were not reported to :meth:`wrote`.
+
+        After an interrupted call, some of them have left.
+        """
         return max(0, self._outgoing.queued - self._outgoing.written)
 
     @property
@@ -200,17 +219,22 @@ class Dialog(Reception[M]):
     def lost(
         self, reason: BrokerdError, now: float, jitter: float, *, doubtful: int = 0, at_once: bool = False
     ) -> Effects[M]:
-        """The connection is gone, or could not be made: every send has its outcome now.
+        """Give every send its outcome, after a connection was lost or could not be made.
 
-        chance: a random number in [0, 1). doubtful: bytes beyond those told to :meth:`wrote` that may have left.
-        at_once: the face has ended it for a reason of its own, so that the next try need not wait.
+        Args:
+            reason: Why there is no connection.
+            now: The time, in seconds.
+            jitter: A random number in [0, 1) for the wait.
+            doubtful: Bytes that may have left although :meth:`wrote` was not told of them.
+            at_once: Whether the next attempt follows without a wait. The face sets it if it
+                ended the connection for a reason of its own.
         """
         effects: Effects[M] = Effects()
         lived = now - self._ready_since if self.state in _LINKED else 0.0
         again = self._reconnect if self._introduced else self._was_cut_off(reason)
         attempt = 0 if lived >= backoff.CAP_S else self._attempt
         if not self._introduced:
-            # The broker has no room, so that many others try too: the waits begin longer.
+            # The broker is full, so many other clients retry too: begin with longer waits.
             attempt += _CROWDED
         wait = backoff.delay(attempt, jitter)
         if not self._introduced and self._first_deadline is not None:
@@ -223,7 +247,7 @@ class Dialog(Reception[M]):
         self._outgoing.drop()
         self._link_deadline = None
         if self.state is State.WAITING:
-            # A link that breaks at once must not be tried at once again, for ever.
+            # A connection that always breaks immediately must not be retried immediately each time.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
             self.retry_at = now
             if not at_once:
@@ -245,22 +269,25 @@ class Dialog(Reception[M]):
         return effects
 
     def _was_cut_off(self, reason: BrokerdError) -> bool:
-        """Return whether the peer ended the connection before it had let us in, without a word.
+        """Return whether the peer closed the connection without a reason before it was ready.
 
-        A broker does that when it has more unfinished handshakes than it has room for. Nothing was sent by then that
-        could be sent twice.
+        A broker does that when it has too many pending handshakes. A retry is safe: no
+        message was sent by then, so none can be sent twice.
         """
         under_way = self.state in (State.AUTHENTICATING, State.INTRODUCING)
-        # What has a cause behind it is the broker's refusal.
+        # A Disconnected with a cause is a refusal by the broker.
         return reason.cut_off or (under_way and type(reason) is Disconnected and reason.__cause__ is None)
 
     @property
     def beginning(self) -> bool:
-        """Whether it is not decided yet what becomes of connecting for the first time."""
+        """Whether the first connection has neither succeeded nor finally failed."""
         return not self._introduced and self.state not in (State.GONE, State.CLOSING, State.CLOSED)
 
     def close(self, now: float) -> Effects[M]:
-        """The caller closes: who waits hears Closed; what the broker still says is taken in for LINGER_S."""
+        """Close the dialog: end waiting calls with Closed.
+
+        Frames from the broker are still received for LINGER_S seconds.
+        """
         effects: Effects[M] = Effects()
         self._step(Event.CLOSE)
         if self.state is State.CLOSING:
@@ -274,7 +301,7 @@ class Dialog(Reception[M]):
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has gone wrong so far, by name."""
+        """The numbers of failures so far, by name."""
         return {
             "late": self.late,
             "undelivered": self.undelivered,
@@ -284,7 +311,10 @@ class Dialog(Reception[M]):
         }
 
     def next_deadline(self) -> float | None:
-        """Return when :meth:`tick` is to be called at the latest, or, in WAITING, the next try is due."""
+        """Return the latest time for the next call of :meth:`tick`.
+
+        In the state WAITING, it is the time of the next attempt to connect.
+        """
         if self.state is State.WAITING:
             return self.retry_at
         earliest = self.pending_calls.deadline()
@@ -293,7 +323,7 @@ class Dialog(Reception[M]):
         return self._link_deadline if earliest is None else min(earliest, self._link_deadline)
 
     def tick(self, now: float) -> Effects[M]:
-        """Time has passed: give up what is overdue."""
+        """End the calls and the connecting that are overdue at ``now``."""
         effects: Effects[M] = Effects()
         if self._link_deadline is not None and self._link_deadline <= now:
             self._link_deadline = None
@@ -301,17 +331,17 @@ class Dialog(Reception[M]):
             why = SILENT if silent else self.state.value
             effects.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
         for pending in self.pending_calls.overdue(now):
-            # What has a deadline has a waiter.
+            # A pending call with a deadline always has a waiter.
             self._withdraw(pending)
             to = pending.to or pending.about
             effects.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
         self._finish()
         return effects
 
-    # What a caller sends. Each needs a READY link, and raises Disconnected or Closed where there is none
+    # Methods for callers' sends. Outside the state READY they raise Disconnected or Closed
 
     def send(self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
-        """Put out a MESSAGE nobody waits for; return its id."""
+        """Queue a MESSAGE without a receipt; return its id."""
         if self.state is not _READY:
             self.require_ready()
         message_id = self._next_id
@@ -321,7 +351,7 @@ class Dialog(Reception[M]):
         return message_id
 
     def send_many(self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]) -> list[int]:
-        """Put out a MESSAGE each, which nobody waits for; return their ids."""
+        """Queue several MESSAGE frames without receipts; return their ids."""
         self.require_ready()
         first = self._next_id
         ids = range(first, first + len(to))
@@ -330,7 +360,7 @@ class Dialog(Reception[M]):
         return list(ids)
 
     def send_as(self, message_id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
-        """Put out a MESSAGE whose id the face has given already."""
+        """Queue a MESSAGE whose id the face has already assigned."""
         self.require_ready()
         self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
         self._outgoing.without_receipt(message_id, to)
@@ -338,13 +368,13 @@ class Dialog(Reception[M]):
     def publish_as(
         self, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
     ) -> None:
-        """Put out an EVENT whose id the face has given already."""
+        """Queue an EVENT whose id the face has already assigned."""
         self.require_ready()
         self._outgoing.put_event(0, message_id, topic, codec, body, extension)
         self._outgoing.without_receipt(message_id, topic)
 
     def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
-        """Put out an EVENT nobody waits for; return its id."""
+        """Queue an EVENT without a receipt; return its id."""
         message_id = self._take_id()
         self._outgoing.put_event(0, message_id, topic, codec, body, extension)
         self._outgoing.without_receipt(message_id, topic)
@@ -359,7 +389,7 @@ class Dialog(Reception[M]):
         waiter: object,
         deadline: float | None,
     ) -> int:
-        """Put out a MESSAGE; the waiter gets a Receipt or an error."""
+        """Queue a MESSAGE; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
         self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
         self.pending_calls.add(Pending(message_id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
@@ -374,7 +404,7 @@ class Dialog(Reception[M]):
         waiter: object,
         deadline: float | None,
     ) -> int:
-        """Put out an EVENT; the waiter gets a Receipt or an error."""
+        """Queue an EVENT; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
         self._outgoing.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
         self.pending_calls.add(
@@ -391,7 +421,7 @@ class Dialog(Reception[M]):
         waiter: object,
         deadline: float | None,
     ) -> int:
-        """Put out a REQUEST; the waiter gets the REPLY or an error."""
+        """Queue a REQUEST; the waiter gets the REPLY or an error. Return its id."""
         message_id = self._take_id()
         self._outgoing.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
         self.pending_calls.add(Pending(message_id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
@@ -400,18 +430,18 @@ class Dialog(Reception[M]):
     def reply(
         self, to: str, message_id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
     ) -> None:
-        """Put out the REPLY to a request; id: the request's."""
+        """Queue the REPLY to a request; message_id: the id of the request."""
         self._require_link()
         self._outgoing.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
         self._outgoing.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
-        """Put out an ERROR as the answer to a request; id: the request's."""
+        """Queue an ERROR as the answer to a request; message_id: the id of the request."""
         self._require_link()
         self._refuse(to, message_id, code, text)
 
     def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
-        """Ask the broker for an operation; the waiter gets its answer, a dict, or an error."""
+        """Request an operation from the broker; the waiter gets a dict or an error."""
         self.require_ready()
         about = next((value for value in arguments.values() if isinstance(value, str)), "")
         return self._operate(op, arguments, Purpose.CONTROL, waiter, deadline, about).id
@@ -419,7 +449,10 @@ class Dialog(Reception[M]):
     def subscribe(
         self, pattern: str, group: str | None, sink: object, waiter: object, deadline: float | None
     ) -> tuple[int, SubscriptionEntry]:
-        """Give the sink the events that fit, and ask the broker for them; the waiter gets a dict or an error."""
+        """Subscribe the sink to a pattern, here and at the broker.
+
+        The waiter gets a dict or an error.
+        """
         check_pattern(pattern)
         word = check_name(group) if group is not None else ""
         self.require_ready()
@@ -429,13 +462,19 @@ class Dialog(Reception[M]):
         return pending.id, entry
 
     def unsubscribe(self, entry: SubscriptionEntry, sink: object, waiter: object, deadline: float | None) -> int | None:
-        """Give the sink nothing more; None where there is no answer of the broker to wait for."""
+        """Stop passing events to the sink; return the id of the request to the broker.
+
+        Return None if no request is needed: then no answer comes.
+        """
         if not self.subscriptions.discard(entry, sink) or self.state is not State.READY:
             return None
         return self._operate("unsubscribe", entry.arguments, Purpose.CONTROL, waiter, deadline, entry.pattern).id
 
     def watch(self, sink: object, waiter: object, deadline: float | None) -> tuple[int, presence.Watch]:
-        """Tell the sink who is online, and every change; the waiter gets a dict or an error."""
+        """Report the online clients to the sink, and every later change.
+
+        The waiter gets a dict or an error.
+        """
         self.require_ready()
         watch = presence.Watch(sink)
         self._watches[watch] = [self.subscriptions.add(pattern, "", watch) for pattern in presence.PATTERNS]
@@ -446,38 +485,41 @@ class Dialog(Reception[M]):
         return pending.id, watch
 
     def unwatch(self, watch: presence.Watch) -> None:
-        """Tell the watch's sink nothing more."""
+        """Stop reporting presence to the watch's sink."""
         for entry in self._watches.pop(watch, ()):
             self._leave(entry, watch)
 
     def abandon(self, message_id: int) -> None:
-        """Nobody waits for this outcome any more: what comes of it is counted, and dropped."""
+        """Stop waiting for this outcome; if it comes later, it is counted and dropped."""
         pending = self.pending_calls.pop(message_id)
         if pending is not None:
             self._withdraw(pending)
             self._finish()
 
     def forsake(self, waiter: object) -> None:
-        """Expect no outcome for the waiter any more: its caller was interrupted."""
+        """Abandon all calls of a waiter whose caller was interrupted."""
         for pending in self.pending_calls.of(waiter):
             self.abandon(pending.id)
 
     def forget(self, sink: object) -> None:
-        """Give the sink of a subscription or watch nothing more, however far the call that makes it has come."""
+        """Remove the sink from all subscriptions and watches.
+
+        This works at any stage of the call that subscribes it.
+        """
         for watch in [each for each in self._watches if each.sink is sink]:
             self.unwatch(watch)
         for entry in [each for each in self.subscriptions if sink in each.sinks]:
             self._leave(entry, sink)
 
-    # Sending, below
+    # Helpers for sending
 
     def hung_up(self) -> Disconnected:
-        """Return the error for a connection that the broker has closed; it says how far we were, if not through."""
+        """Return the error for a connection closed by the broker; it names any state but READY."""
         at = "" if self.state is State.READY else f" ({self.state.value})"
         return Disconnected(f"the broker closed the connection{at}")
 
     def require_ready(self) -> None:
-        """Raise Closed or Disconnected unless messages flow."""
+        """Raise Closed or Disconnected unless the state is READY."""
         if self.state is State.READY:
             return
         if self.state in (State.CLOSING, State.CLOSED):
@@ -486,11 +528,11 @@ class Dialog(Reception[M]):
 
     @property
     def may_answer(self) -> bool:
-        """Whether an answer can be sent."""
+        """Whether the state allows to send an answer."""
         return self.state in _LINKED
 
     def _require_link(self) -> None:
-        """Raise Closed or Disconnected unless answers can be sent."""
+        """Raise Closed or Disconnected unless the state allows to send answers."""
         if self.state not in _LINKED:
             self.require_ready()
 
@@ -510,7 +552,7 @@ class Dialog(Reception[M]):
         deadline: float | None = None,
         about: str = "",
     ) -> Pending:
-        """Put out a REQUEST to the broker itself, in whatever state."""
+        """Queue a REQUEST to the broker itself, in any state."""
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         message_id = self._next_id
         self._next_id = message_id + 1
@@ -527,7 +569,7 @@ class Dialog(Reception[M]):
             self._operate("unsubscribe", entry.arguments, Purpose.FORGET)
 
     def _withdraw(self, pending: Pending) -> None:
-        """Undo what a caller who has given up was about to get."""
+        """Remove the subscription or watch of a call that was given up."""
         if pending.purpose is Purpose.SUBSCRIBE:
             assert pending.entry is not None
             self._leave(pending.entry, pending.sink)
@@ -545,10 +587,10 @@ class Dialog(Reception[M]):
         assert follows is not None, f"{step.name} can't happen in {self.state.name}"
         self.state = follows
 
-    # Receiving, below
+    # Helpers for receiving
 
     def _authenticate(self, data: bytes) -> bytes:
-        """Go on with the handshake; return the bytes behind it."""
+        """Continue the handshake; return the bytes that follow it."""
         assert self._handshake is not None
         self._reader.feed(data)
         try:
@@ -560,7 +602,7 @@ class Dialog(Reception[M]):
                     step = self._handshake.send(None)
         except StopIteration as end:
             if end.value is None:
-                # An exception, of a signal handler for instance, has ended it before.
+                # An exception, for instance of a signal handler, ended the handshake earlier.
                 raise AuthenticationError("the handshake was cut off at this end") from None
             self._handshake = None
             self._step(Event.AUTHENTICATE)
@@ -571,7 +613,7 @@ class Dialog(Reception[M]):
         return b""
 
     def _introduce(self) -> None:
-        """Ask who we are, and for everything we had subscribed to."""
+        """Request this client's introduction, and subscribe again to all earlier subscriptions."""
         self._operate("whoami", {}, Purpose.WHOAMI)
         self._operate("goaway", {}, Purpose.GOAWAY)
         for entry in self.subscriptions:
@@ -586,7 +628,7 @@ class Dialog(Reception[M]):
         return True
 
     def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
-        # A broker that sends them and reads nothing can't fill memory with the answers.
+        # The limit keeps a broker that sends such requests, but does not read, from filling memory.
         if self._outgoing.queued - self._outgoing.written < _ANSWERING:
             self._refuse(to, message_id, code, text)
 
@@ -600,13 +642,16 @@ class Dialog(Reception[M]):
         self._goaway = True
 
     def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection had asked to be told."""
+        """Send only answers from now on; return whether this connection asked for goaway."""
         if self._goaway and self.state is State.READY:
             self._step(Event.DRAIN)
         return self._goaway
 
     def _finish(self) -> None:
-        """Ask whether all that was sent is written or reported, once no call waits for its outcome."""
+        """Send ``finished`` in the state DRAINING, once no call waits for its outcome.
+
+        The broker answers when every earlier send is delivered or reported.
+        """
         if self.state is State.DRAINING and not self._finishing and not self.pending_calls:
             self._finishing = True
             self._operate("finished", {}, Purpose.FINISHED)
@@ -626,7 +671,7 @@ class Dialog(Reception[M]):
         self.introduction = answer
         self._step(Event.INTRODUCE)
         if not self._introduced:
-            # Tries to connect for the first time say nothing of later ones.
+            # Failed attempts before the first success must not lengthen later waits.
             self._introduced, self._attempt = True, 0
         self._link_deadline = None
         self._ready_since = now

@@ -1,4 +1,4 @@
-"""What happened in a dialog while it took something in, for its face to pass on. No I/O."""
+"""The effects of one call of a dialog, for its face to pass on. No I/O."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ M = TypeVar("M", bound=Message)
 
 
 class Effects(Generic[M]):
-    """What happened, for the face to pass on.
+    """The effects of one call of a dialog, for the face to pass on.
 
-    messages: MESSAGE and REQUEST frames, in order; ``size`` is their bytes on the wire, about.
-    outcomes: (waiter, Message | dict | Receipt | BrokerdError) for who waits.
-    events: (sink, Message or Presence) for subscriptions and watches. ended: (sink, why) for those that are over.
-    undelivered: failures of sends that nobody waits for.
-    unreadable: why a frame was skipped, one error each. warnings: sentences for the log.
-    broken: set when the connection has to be closed; ``Dialog.lost`` is then called with it.
+    messages: MESSAGE and REQUEST frames, in order; ``size`` is about their bytes on the wire.
+    outcomes: (waiter, Message | dict | Receipt | BrokerdError) for waiting calls.
+    events: (sink, Message or Presence) for subscriptions and watches.
+    ended: (sink, error) for subscriptions and watches that have ended.
+    undelivered: failures of sends without a waiting call.
+    unreadable: one error for each skipped frame. warnings: sentences for the log.
+    broken: set when the connection has to be closed; the face then calls ``Dialog.lost`` with it.
     """
 
     __slots__ = (

@@ -1,7 +1,8 @@
-"""What has been put out on one connection: frames, and how far their bytes have gone. No I/O.
+"""Encoding of frames for one connection, and the count of their written bytes. No I/O.
 
-Rules of the frames: docs/protocol.md, "The header". The ordinary frame is packed here; one with an extension, or too
-long for the short length, is written by wire.envelope and wire.framing. Many messages at once cost no object each.
+Rules of the frames: docs/protocol.md, "The header". Ordinary frames are packed here. A frame
+with an extension, or too long for the short length, is written by wire.envelope and
+wire.framing. A bulk of messages needs no object for each message.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ _PREFIX: Final = struct.Struct("!iBBBBQ")
 _START: Final = struct.Struct("!iBBBB")
 _ID: Final = struct.Struct("!Q")
 _HEADER_SIZE: Final = 12
-#: Frames below this are built at once; the bodies of others are not copied for it.
+#: Bytes. Shorter frames are joined into one piece; the bodies of longer frames are not copied.
 _COPIED: Final = 1024
-#: Bodies up to here have room, with any name, topic and header, in a frame with the short length.
+#: Bytes. A frame with a shorter body fits the short length, with any name, topic and header.
 _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
-#: Names and topics remembered in their other form; all are forgotten when there are more.
+#: Most entries per table of encoded names and topics; a full table is cleared.
 _REMEMBERED: Final = 4096
-#: Refusals remembered until all is seen off. Beyond that a loss tells again of what was refused.
+#: Most refusals remembered until all queued bytes are written. Beyond that limit, a lost
+#: connection reports refused sends a second time.
 _MOST_REFUSED: Final = 2**18
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
@@ -38,42 +40,46 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 
 
 class Outgoing:
-    """The bytes of one connection after the other, counted from each connection's first."""
+    """The encoder for a client's successive connections; each counts its bytes from 0."""
 
     __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unwritten", "queued", "written")
 
     def __init__(self) -> None:
-        #: Bytes put out on this connection so far, and how many of them the face has seen off.
+        #: Bytes queued on this connection so far, and how many of them the face has written.
         self.queued = 0
         self.written = 0
         self._taken = 0
         self._parts: list[bytes] = []
-        #: Sends without a receipt that the face has not seen off yet.
+        #: Sends without a receipt that the face has not written yet.
         self._unwritten: list[Iterable[tuple[int, int, str]]] = []
-        #: Ids of which the broker has said no before the face had seen all off: of these somebody has heard.
+        #: Ids of sends that the broker refused before the face had written everything. Their
+        #: failure is reported already.
         self._refused: set[int] = set()
         self._recipients = _Recipients()
         self._starts = _Starts(self._recipients)
         self._topics: dict[str, bytes] = {}
 
     def reset(self) -> None:
-        """Begin a connection."""
+        """Forget the queued bytes and their counts, for a new connection."""
         self._parts.clear()
         self.queued = self._taken = self.written = 0
 
     def data(self) -> bytes:
-        """Return what is to be written, and forget it."""
+        """Return the bytes to be written, and forget them."""
         data = b"".join(self._parts)
         self._parts.clear()
         self._taken = self.queued
         return data
 
     def peek(self) -> bytes:
-        """Return what is to be written; ``took`` says what has become of it."""
+        """Return the bytes to be written; the face then reports them to :meth:`took`."""
         return b"".join(self._parts)
 
     def took(self, size: int) -> None:
-        """Forget what :meth:`peek` has returned: ``size`` bytes of it have been written, and the face has the rest."""
+        """Forget the bytes that :meth:`peek` returned.
+
+        ``size`` of them have been written; the face has the rest.
+        """
         self._parts.clear()
         self._taken = self.queued
         # As in wrote(), without the call.
@@ -84,12 +90,13 @@ class Outgoing:
                 self._refused.clear()
 
     def recover(self, given: int, waiting: int) -> None:
-        """Count again, after a call that was interrupted.
+        """Recount the bytes after an interrupted call.
 
-        given: bytes of this connection that the face has, or has had. waiting: how many of these it has still to write.
+        given: bytes of this connection that the face got so far. waiting: how many of these it
+        has still to write.
         """
         if given > self._taken:
-            # It was interrupted between giving them to the face and forgetting them here.
+            # The call was interrupted after the face got the bytes, before took().
             self._parts.clear()
             self._taken = given
         self.queued = self._taken + sum(map(len, self._parts))
@@ -97,7 +104,7 @@ class Outgoing:
         self.wrote(0)
 
     def drop(self) -> None:
-        """Forget what is to be written."""
+        """Forget the bytes to be written."""
         self._parts.clear()
         self._taken = self.queued
 
@@ -107,14 +114,15 @@ class Outgoing:
         return self.queued - self._taken
 
     def in_order(self, waiting: int) -> bool:
-        """Return whether every byte put out is the operating system's, or among the ``waiting`` bytes of the face.
+        """Return whether the counts of queued and written bytes agree.
 
-        It is not after a call that was interrupted while it put out or wrote a frame.
+        Each queued byte must be written, or be one of the ``waiting`` bytes of the face. The
+        counts differ after a call that was interrupted while it queued or wrote a frame.
         """
         return not self._parts and self._taken == self.queued == self.written + waiting
 
     def wrote(self, size: int) -> None:
-        """So many more bytes are the operating system's now."""
+        """Record that ``size`` more bytes were handed to the operating system."""
         self.written += size
         if self.written == self.queued and self._unwritten:
             self._unwritten.clear()
@@ -122,16 +130,22 @@ class Outgoing:
                 self._refused.clear()
 
     def refused(self, message_id: int) -> None:
-        """The broker has said no to this one, so that it has left: a loss says nothing about it."""
+        """Record that the broker refused this send.
+
+        It has therefore left, and a lost connection does not report it again.
+        """
         if self._unwritten and len(self._refused) < _MOST_REFUSED:
             self._refused.add(message_id)
 
     def without_receipt(self, message_id: int, to: str) -> None:
-        """Nobody waits for what becomes of the frame that was put out last."""
+        """Record that the frame queued last was sent without a receipt."""
         self._unwritten.append(((self.queued, message_id, to),))
 
     def take_unwritten(self) -> Iterator[tuple[int, int, str]]:
-        """Yield, and forget, (where its frame ends, id, to) of every send nobody waits for that is not seen off yet."""
+        """Yield, and forget, the sends without a receipt that are not written yet.
+
+        Each is (where its frame ends, id, to).
+        """
         unwritten, self._unwritten = self._unwritten, []
         refused, self._refused = self._refused, set()
         for end, message_id, to in chain.from_iterable(unwritten):
@@ -148,7 +162,7 @@ class Outgoing:
         body: bytes,
         extension: Mapping[str, Any] | None,
     ) -> None:
-        """Put out a frame to a recipient. Raises InvalidName."""
+        """Queue a frame to a recipient. Raises InvalidName."""
         name = self._recipients[to]
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
@@ -164,7 +178,7 @@ class Outgoing:
     def put_event(
         self, flags: int, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
     ) -> None:
-        """Put out a publication. Raises InvalidName."""
+        """Queue a publication. Raises InvalidName."""
         name = self._topics.get(topic)
         if name is None:
             encoded = check_topic(topic).encode()
@@ -180,9 +194,9 @@ class Outgoing:
     def put_messages(
         self, ids: Sequence[int], to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]
     ) -> None:
-        """Put out a MESSAGE each, in order; nobody waits for what becomes of them.
+        """Queue several MESSAGE frames without receipts, in order.
 
-        Raises InvalidName before anything is put out.
+        Raises InvalidName before any frame is queued.
         """
         names = list(map(self._recipients.__getitem__, to))
         sizes = list(map(len, bodies))
@@ -191,7 +205,7 @@ class Outgoing:
                 self.put(_MESSAGE_KIND, 0, message_id, each, codec, body, None)
                 self.without_receipt(message_id, each)
             return
-        # No step of this is a line of Python per message.
+        # No step below runs a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
         data = b"".join(chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True)))
         self._unwritten.append(_Bulk(self.queued, ids, to, names, sizes))
@@ -199,7 +213,7 @@ class Outgoing:
         self.queued += len(data)
 
     def put_frame(self, data: bytes) -> None:
-        """Put out bytes that are a frame already."""
+        """Queue bytes that are already a frame."""
         self._parts.append(data)
         self.queued += len(data)
 
@@ -210,7 +224,10 @@ class Outgoing:
 
 
 class _Bulk:
-    """Messages that were put out together: (where its frame ends, id, to) of each, when somebody asks."""
+    """Messages that were queued together.
+
+    The iterator computes (where its frame ends, id, to) of each.
+    """
 
     __slots__ = ("_begin", "_ids", "_names", "_sizes", "_to")
 
@@ -231,7 +248,7 @@ class _Bulk:
 
 
 class _Recipients(dict[str, bytes]):
-    """Recipients, checked, as they are on the wire. Raises InvalidName for what is none."""
+    """Checked recipients as bytes on the wire. Raises InvalidName for an invalid one."""
 
     def __missing__(self, to: str) -> bytes:
         name = check_address(to).encode()
@@ -240,7 +257,7 @@ class _Recipients(dict[str, bytes]):
 
 
 class _Starts(dict[tuple[str, int, int], bytes]):
-    """What is before the id in a MESSAGE's frame, by recipient, codec and the body's size."""
+    """The bytes before the id in a MESSAGE's frame, by recipient, codec and body size."""
 
     def __init__(self, recipients: Mapping[str, bytes]) -> None:
         super().__init__()
@@ -255,7 +272,7 @@ class _Starts(dict[tuple[str, int, int], bytes]):
 
 
 def remember(table: dict[K, V], key: K, value: V) -> None:
-    """Put it into the table, which never has more than some thousand entries."""
+    """Put an entry into the table, which is cleared when it has _REMEMBERED entries."""
     if len(table) >= _REMEMBERED:
         table.clear()
     table[key] = value

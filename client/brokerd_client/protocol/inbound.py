@@ -1,7 +1,7 @@
-"""What the broker says to a client, and whom it concerns: outcomes, events, the end of a subscription. No I/O.
+"""Handling of received frames: outcomes, events, the end of a subscription. No I/O.
 
-Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer is somebody's only if its id and who it comes from,
-or is about, fit: see brokerd_client.protocol.pending.
+Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer belongs to a call only if
+its id fits, and the sender or recipient that it names: see brokerd_client.protocol.pending.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ M = TypeVar("M", bound=Message)
 _EVENT_KIND: Final = int(Kind.EVENT)
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
-#: Codes that tell, with the id 0, why the broker closes the connection.
+#: Error codes that, with the id 0, give the reason why the broker closes the connection.
 _ENDINGS: Final = frozenset(cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown))
-#: Bytes that an answer may cost when it is decoded: an ERROR's payload; an operation's answer for the caller or with
-#: the list of clients, in messages of the longest; any other operation's.
+#: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An operation's answer
+#: for a caller, or with the list of clients, in multiples of the longest message. Any other
+#: operation's answer, in bytes.
 _MOST_ERROR: Final = 2**20
 _MOST_LISTED: Final = 8
 _MOST_SAID: Final = 2**18
-#: Bytes that each value of an answer costs when it is decoded, about.
+#: Approximate memory of each value in a decoded answer, in bytes.
 _VALUE_COST: Final = 64
-#: Characters of an ERROR's texts that are kept: its code; its name; its message, the broker's own and a client's.
+#: Most characters kept of an ERROR's texts: its code, its name, its message from the broker, and
+#: its message from a client.
 _MOST_CODE: Final = 64
 _MOST_NAME: Final = 255
 _MOST_TEXT: Final = 1000
@@ -56,19 +58,20 @@ _MOST_CLIENT_TEXT: Final = 2**16
 
 
 class Reception(Generic[M]):
-    """The receiving half of a dialog: who waits for what, and what becomes of it.
+    """The receiving half of a dialog: pending calls, subscriptions and their outcomes.
 
-    message: the class of what is received. largest: bytes of the longest payload that is accepted.
+    message: the class of received messages. largest: longest accepted payload, in bytes.
     """
 
     def __init__(self, message: type[M], largest: int) -> None:
-        #: Replies and receipts that came after their caller had given up, and own answers that came too late.
+        #: Replies and receipts that came after their caller had given up, and this client's own
+        #: answers that came too late.
         self.late = 0
-        #: Events that fit no subscription any more.
+        #: Events that no longer match a subscription.
         self.unrouted = 0
-        #: Sends that failed and that nobody waited for.
+        #: Failed sends without a waiting call.
         self.undelivered = 0
-        #: Frames that could not be read, or were too long, and were skipped.
+        #: Frames skipped because they were unreadable or too long.
         self.unreadable = 0
         self.pending_calls = PendingTable()
         self.subscriptions = SubscriptionTable()
@@ -77,7 +80,7 @@ class Reception(Generic[M]):
         self._most_listed = _MOST_LISTED * largest
 
     def _read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
-        """Take in every whole frame."""
+        """Handle every complete frame."""
 
         def other(frame: M | Envelope | Unreadable) -> None:
             if isinstance(frame, Unreadable):
@@ -134,7 +137,7 @@ class Reception(Generic[M]):
             effects.outcomes.append((pending.waiter, answer))
 
     def _answer(self, pending: Pending, message: M, effects: Effects[M], now: float) -> dict[str, Any]:
-        """Return the answer of an operation, taken in. Raises ProtocolError where it is not valid."""
+        """Handle and return the answer of an operation. Raises ProtocolError if it is not valid."""
         listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
         any_size = listed or pending.purpose is Purpose.CONTROL
         answer = _json_object(message.body, self._most_listed if any_size else _MOST_SAID)
@@ -153,7 +156,10 @@ class Reception(Generic[M]):
         return answer
 
     def _fail(self, pending: Pending, error: ProtocolError, effects: Effects[M]) -> None:
-        """End a call whose answer is not valid. Raises the error where no caller waits: the connection is over."""
+        """End a call whose answer is not valid.
+
+        Raises the error if no caller waits for the answer: the connection then has to end.
+        """
         if pending.waiter is None and pending.purpose is not Purpose.FORGET:
             raise error
         self.pending_calls.pop(pending.id)
@@ -162,7 +168,10 @@ class Reception(Generic[M]):
             effects.outcomes.append((pending.waiter, error))
 
     def _on_unreadable(self, frame: Unreadable, effects: Effects[M]) -> None:
-        """Report a frame that was skipped: to the call that it answers, else to the log, and to a requester."""
+        """Report a skipped frame to the call that it answers, or else to the log.
+
+        If it is a request, its sender gets an error.
+        """
         self.unreadable += 1
         pending = self.pending_calls.get(frame.id)
         if pending is not None and _may_answer(frame, pending):
@@ -186,7 +195,7 @@ class Reception(Generic[M]):
                 self.late += 1
                 return
             self.pending_calls.pop(envelope.id)
-            # The broker's codes are the broker's to say: a client's error is a failed request whatever it says.
+            # Only the broker may use its error codes: a client's error is always a RequestFailed.
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
             effects.outcomes.append((pending.waiter, failed))
             return
@@ -198,7 +207,7 @@ class Reception(Generic[M]):
             return
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
-                # The requester has its outcome, or has left: nothing was lost.
+                # The requester already has its outcome, or is disconnected: no message was lost.
                 self.late += 1
                 return
             self.undelivered += 1
@@ -208,7 +217,7 @@ class Reception(Generic[M]):
         self._on_refusal(pending, error, effects)
 
     def _on_refusal(self, pending: Pending, error: BrokerdError, effects: Effects[M]) -> None:
-        """The broker has said no to this one."""
+        """Give a pending call the broker's refusal as its outcome."""
         self._forget_subscription(pending)
         if pending.purpose is Purpose.WHOAMI:
             effects.broken = Disconnected(f"the broker refused the connection: {error}")
@@ -224,7 +233,7 @@ class Reception(Generic[M]):
     def _end(
         self, sinks: Sequence[object], entry: SubscriptionEntry | None, error: BrokerdError, effects: Effects[M]
     ) -> None:
-        """Tell the sinks that there will be nothing more."""
+        """Report to the sinks that their subscription or watch has ended."""
         for sink in sinks:
             if not isinstance(sink, presence.Watch):
                 assert entry is not None
@@ -235,7 +244,7 @@ class Reception(Generic[M]):
                 effects.ended.append((sink.sink, error))
 
     def _forget_subscription(self, pending: Pending) -> None:
-        """Undo it here; the broker needs not be told."""
+        """Remove the call's subscription or watch here; the broker has none to remove."""
         if pending.purpose is Purpose.SUBSCRIBE:
             assert pending.entry is not None
             self.subscriptions.discard(pending.entry, pending.sink)
@@ -247,19 +256,22 @@ class Reception(Generic[M]):
             self.subscriptions.discard(entry, watch)
 
     def _has_answered(self, message_id: int) -> bool:
-        """Return whether the id is not one of this client's own, so that only an answer can have had it."""
+        """Return whether the id is not one of this client's own ids.
+
+        Only an answer of this client can have such an id.
+        """
         raise NotImplementedError
 
     def _on_goaway(self) -> None:
-        """The broker tells before it closes this connection."""
+        """Record that the broker will announce the end of this connection."""
         raise NotImplementedError
 
     def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection had asked to be told."""
+        """Send only answers from now on; return whether this connection asked for goaway."""
         raise NotImplementedError
 
     def _withdraw(self, pending: Pending) -> None:
-        """Undo what a caller who has given up was about to get."""
+        """Remove the subscription or watch of a call that was given up."""
         raise NotImplementedError
 
     def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
@@ -267,12 +279,12 @@ class Reception(Generic[M]):
         raise NotImplementedError
 
     def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
-        """The broker has said who we are. Raises ProtocolError where it is not valid."""
+        """Handle the broker's answer to whoami. Raises ProtocolError if it is not valid."""
         raise NotImplementedError
 
 
 def _may_answer(frame: Unreadable, pending: Pending) -> bool:
-    """Return whether a frame that can't be read, with the id of the call, is the answer to it."""
+    """Return whether an unreadable frame with the id of the call is the answer to it."""
     if frame.kind == Kind.RECEIPT:
         return pending.purpose is Purpose.RECEIPT
     if frame.kind == Kind.REPLY and pending.purpose is Purpose.RECEIPT:
@@ -283,7 +295,11 @@ def _may_answer(frame: Unreadable, pending: Pending) -> bool:
 
 
 def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
-    """Return the JSON object in the bytes, or None where there is none, or where it may cost more than ``most``."""
+    """Return the JSON object in the bytes.
+
+    Return None if the bytes are not an object, or if it may cost more than ``most`` bytes
+    of memory.
+    """
     if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > most:
         return None
     try:
@@ -294,5 +310,8 @@ def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
 
 
 def _text(value: object, most: int) -> str:
-    """Return the beginning of a text that was received, without what can't be written; "" for any other value."""
+    """Return the first ``most`` characters of a received text; "" for a value of another type.
+
+    Lone surrogates, which have no UTF-8 form, are replaced.
+    """
     return value[:most].encode(errors="replace").decode() if isinstance(value, str) else ""

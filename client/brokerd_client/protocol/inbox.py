@@ -1,10 +1,12 @@
-"""Messages that have arrived and nobody has taken yet, and how many bytes of them the process holds.
+"""Inboxes: received messages that no caller has taken yet, and the memory that they use.
 
-One Gauge counts for all inboxes of a client; above its limit the face stops reading the socket, so that the
-messages wait in the broker, within the client's quota there. No I/O, no waiting: that is the faces'.
+One InboxMeter counts for all inboxes of a client. Above its limit the face stops reading the
+socket. Further messages then wait in the broker, within the client's quota there. The module
+does no I/O and does not wait: the faces do both.
 
-Threads: one thread puts, any may take. Taking is a bare ``deque.popleft``, so a taken message is uncounted
-only later, when :meth:`Inbox.settle` compares what was put with what is left.
+Threads: one thread puts, any thread may take. Taking is a bare ``deque.popleft``, so a taken
+message stays counted at first. :meth:`Inbox.settle` later compares the items put with the
+items left, and subtracts the difference.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ __all__ = ["OVERHEAD", "STRETCH", "Inbox", "InboxMeter", "largest_message"]
 
 T = TypeVar("T")
 
-#: Bytes a received message costs in this process beyond its frame.
+#: Memory of a received message in this process beyond its frame, in bytes.
 OVERHEAD: Final = 200
-#: While a call waits for its outcome, which may be behind messages nobody takes, so many times the limit is read.
+#: Factor of the inbox limit while a call waits for its outcome. The outcome may be behind
+#: messages that no caller takes, so the socket is read beyond the limit.
 STRETCH: Final = 4
-#: Bytes of a message that every client accepts: the broker's ``limits.max_message`` unless set.
+#: Size of a message that every client accepts, in bytes: the default of the broker's
+#: ``limits.max_message``.
 _ACCEPTED: Final = 16 * 2**20
 
 
@@ -32,8 +36,9 @@ def largest_message(inbox: int) -> int:
 
 
 class InboxMeter:
-    """Bytes held by all inboxes of one client, against the limit. ``full``: the socket is to be left unread.
+    """The bytes held by all inboxes of one client, and their limit.
 
+    full: whether the face must not read the socket.
     asked: whether the face has been asked to weigh again.
     """
 
@@ -46,9 +51,10 @@ class InboxMeter:
         self.asked = False
 
     def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
-        """Return, and keep, whether the inboxes hold more than ``limit`` bytes, after settling each.
+        """Settle the inboxes; return whether they hold more than ``limit`` bytes.
 
-        ``full`` is raised before the settling: a taker that comes too late to be settled sees it.
+        The result is kept in ``full``. It is also set before the settling, so that a thread
+        that takes a message too late to be settled sees it.
         """
         self.asked = False
         if self.held > limit:
@@ -60,7 +66,7 @@ class InboxMeter:
 
 
 class Inbox(Generic[T]):
-    """A queue whose items are counted a batch at a time."""
+    """A queue whose items are counted in batches."""
 
     __slots__ = ("_batches", "_counted", "_meter", "_released", "items", "mark")
 
@@ -71,11 +77,11 @@ class Inbox(Generic[T]):
         self._batches: deque[tuple[int, int]] = deque()
         self._counted = 0
         self._released = False
-        #: When no more items than this are left, settling uncounts something.
+        #: Settling subtracts at least one batch when at most this many items are left.
         self.mark = -1
 
     def put(self, items: list[T], size: int) -> None:
-        """Add what one read brought, ``size`` bytes in all."""
+        """Add the messages of one read, ``size`` bytes in all."""
         if self._released:
             self.items.extend(items)
             return
@@ -87,7 +93,7 @@ class Inbox(Generic[T]):
         self.items.extend(items)
 
     def settle(self) -> None:
-        """Uncount the batches that have been taken whole."""
+        """Subtract the batches that have been taken completely."""
         left = len(self.items)
         while self._batches and self._counted - self._batches[0][0] >= left:
             count, size = self._batches.popleft()
@@ -96,7 +102,10 @@ class Inbox(Generic[T]):
         self.mark = self._counted - self._batches[0][0] if self._batches else -1
 
     def release(self) -> None:
-        """Stop counting what is in it, for good: it gets nothing more, and what is left can still be taken."""
+        """Stop counting this inbox permanently.
+
+        It gets no more counted messages; the messages left in it can still be taken.
+        """
         self._released = True
         self._meter.held -= sum(size for _, size in self._batches)
         self._batches.clear()
@@ -104,9 +113,9 @@ class Inbox(Generic[T]):
         self.mark = -1
 
     def take_all(self) -> list[T]:
-        """Take everything in it."""
+        """Take and return all messages."""
         taken: list[T] = []
-        # Others may be taking from it at this moment.
+        # Other threads may take messages at the same time.
         with contextlib.suppress(IndexError):
             while True:
                 taken.append(self.items.popleft())
@@ -114,6 +123,6 @@ class Inbox(Generic[T]):
         return taken
 
     def clear(self) -> None:
-        """Forget everything in it."""
+        """Drop all messages."""
         self.items.clear()
         self.settle()

@@ -1,7 +1,8 @@
-"""The sends whose outcome is still to come: who waits, until when, and whether an answer is really theirs. No I/O.
+"""The pending table: sends whose outcome is still to come. No I/O.
 
-An id is the sender's own choice, and a REPLY that can't be delivered comes back as an ERROR with the id of
-somebody else's request. So an answer counts only if its id *and* the one it comes from, or is about, fit.
+Each sender chooses its own ids. A REPLY that can't be delivered comes back as an ERROR with
+the id of another client's request. So an answer counts only if its id fits *and* its sender,
+or the recipient that it is about.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
 __all__ = ["Pending", "PendingTable", "Purpose"]
 
-#: Deadlines of finished sends that may stay in the heap, before it is built anew.
+#: Deadlines of finished sends that may stay in the heap before it is rebuilt.
 _STALE: Final = 64
 
 
 class Purpose(Enum):
-    """What an answer is for."""
+    """The purpose of a pending call: the kind of answer that it expects."""
 
     RECEIPT = "a send or a publication that asked for a receipt"
     REQUEST = "a request to another client"
@@ -35,11 +36,12 @@ class Purpose(Enum):
 
 
 class Pending:
-    """One send that waits for its outcome.
+    """A send that waits for its outcome.
 
-    to: the recipient, "" for a publication. about: the topic or name it concerns, "" where there is none.
-    end: the number of the byte, of all sent on this connection, behind the frame. waiter: the face's own;
-        None where nobody waits. route, sink: the subscription it makes.
+    to: the recipient, "" for a publication. about: the topic or name it concerns, or "".
+    end: the position in this connection's sent bytes where the frame ends.
+    waiter: an object of the face's; None if no caller waits.
+    entry, sink: the subscription that the call makes.
     """
 
     __slots__ = ("about", "deadline", "end", "entry", "id", "purpose", "sink", "to", "waiter")
@@ -67,7 +69,10 @@ class Pending:
         self.sink = sink
 
     def answered_by(self, sender: str) -> bool:
-        """Return whether a REPLY or ERROR of that sender answers this: who asks a pool hears from one of it."""
+        """Return whether a REPLY or ERROR from ``sender`` can answer this call.
+
+        A request to a pool is answered by one of the pool's members.
+        """
         return sender == self.to or (sender.startswith(self.to) and sender[len(self.to) : len(self.to) + 1] == "/")
 
     def concerned_by(self, name: str) -> bool:
@@ -88,7 +93,7 @@ class PendingTable:
         return len(self._table)
 
     def add(self, pending: Pending) -> None:
-        """Wait for the outcome of ``pending``."""
+        """Add a call to the table."""
         self._table[pending.id] = pending
         if pending.deadline is not None:
             if len(self._deadlines) > _STALE + 2 * len(self._table):
@@ -97,19 +102,19 @@ class PendingTable:
             heapq.heappush(self._deadlines, (pending.deadline, pending.id))
 
     def get(self, message_id: int) -> Pending | None:
-        """Return who waits for the id."""
+        """Return the call with the id, or None."""
         return self._table.get(message_id)
 
     def of(self, waiter: object) -> list[Pending]:
-        """Return what the waiter waits for."""
+        """Return the calls of the waiter."""
         return [pending for pending in self._table.values() if pending.waiter is waiter]
 
     def pop(self, message_id: int) -> Pending | None:
-        """Return who waited for the id, and wait no longer."""
+        """Remove and return the call with the id, or return None."""
         return self._table.pop(message_id, None)
 
     def clear(self) -> list[Pending]:
-        """Return all who waited, and wait no longer."""
+        """Remove and return all calls."""
         found = list(self._table.values())
         self._table.clear()
         self._deadlines.clear()
@@ -122,7 +127,7 @@ class PendingTable:
         return self._deadlines[0][0] if self._deadlines else None
 
     def overdue(self, now: float) -> list[Pending]:
-        """Return those whose deadline has passed, and wait for them no longer."""
+        """Remove and return the calls whose deadline has passed."""
         found = []
         while (earliest := self.deadline()) is not None and earliest <= now:
             found.append(self._table.pop(heapq.heappop(self._deadlines)[1]))

@@ -1,4 +1,4 @@
-"""The life of a client's link to the broker: one state, and a table of what may follow what. No I/O."""
+"""The states of a client's connection to the broker, and the table of transitions. No I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["NEXT", "Event", "State"]
 
 
 class State(Enum):
-    """Where the link is."""
+    """The state of the connection."""
 
     IDLE = "nothing has been tried yet"
     CONNECTING = "the face is opening a connection"
@@ -24,7 +24,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a link."""
+    """An event that changes the state of the connection."""
 
     DIAL = "the face begins to connect"
     OPEN = "there is a connection"
@@ -36,7 +36,7 @@ class Event(Enum):
     CLOSE = "the caller closes"
 
 
-#: NEXT[state][step] is the state that follows; what is not in the table can't happen.
+#: NEXT[state][event] is the state that follows; an event that is not in the table can't happen.
 NEXT: Final[dict[State, dict[Event, State]]] = {
     State.IDLE: {Event.DIAL: State.CONNECTING, Event.CLOSE: State.CLOSED},
     State.CONNECTING: {

@@ -1,7 +1,8 @@
-"""Which subscriptions of this process get an event: local routing, by the topic alone. No I/O.
+"""The subscription table: local routing of events, by their topic alone. No I/O.
 
-The broker sends an event once per connection, however many of its subscriptions match; here it goes to every
-local subscription that matches. Subscriptions of one group and pattern take turns.
+The broker sends an event once per connection, even if several of its subscriptions match. The
+table finds every local subscription that matches. Subscriptions of one group and pattern take
+turns.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from brokerd_client.topics import has_wildcard, matches
 
 __all__ = ["SubscriptionEntry", "SubscriptionTable"]
 
-#: Topics remembered with their routes; all are forgotten when there are more.
+#: Most topics remembered with their entries; when there are more, all are forgotten.
 _REMEMBERED: Final = 4096
 
 
 class SubscriptionEntry:
-    """What is asked of the broker once, and the local subscriptions (sinks) that asked for it.
+    """One subscription at the broker, and its local subscriptions (sinks).
 
-    group: "" for a plain subscription. A sink is never looked at here.
+    group: "" for a plain subscription. The table never inspects a sink.
     """
 
     __slots__ = ("group", "pattern", "sinks", "turn")
@@ -33,11 +34,11 @@ class SubscriptionEntry:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """What the operations subscribe and unsubscribe take."""
+        """The arguments of the operations subscribe and unsubscribe."""
         return {"topic": self.pattern, "group": self.group} if self.group else {"topic": self.pattern}
 
     def next_recipients(self) -> list[object]:
-        """Return who gets the next event: everybody, or in a group the one whose turn it is."""
+        """Return the sinks of the next event: all, or in a group the sink whose turn it is."""
         if not self.group:
             return self.sinks
         self.turn = (self.turn + 1) % len(self.sinks)
@@ -45,13 +46,14 @@ class SubscriptionEntry:
 
 
 class SubscriptionTable:
-    """The routes of one client. A route exists as long as it has a sink."""
+    """The subscription entries of one client. An entry exists as long as it has a sink."""
 
     __slots__ = ("_by_key", "_literal", "_remembered", "_wild")
 
     def __init__(self) -> None:
         self._by_key: dict[tuple[str, str], SubscriptionEntry] = {}
-        #: Routes whose pattern is one topic are found by it; the others are tried one by one.
+        #: Entries whose pattern is a plain topic, by that topic. Entries with wildcards are
+        #: matched one after the other.
         self._literal: dict[str, list[SubscriptionEntry]] = {}
         self._wild: list[SubscriptionEntry] = []
         self._remembered: dict[str, list[SubscriptionEntry]] = {}
@@ -63,7 +65,7 @@ class SubscriptionTable:
         return len(self._by_key)
 
     def add(self, pattern: str, group: str, sink: object) -> SubscriptionEntry:
-        """Give the sink what fits from now on; return its route."""
+        """Add the sink to the entry of the pattern and group; return the entry."""
         entry = self._by_key.get((pattern, group))
         if entry is None:
             entry = self._by_key[pattern, group] = SubscriptionEntry(pattern, group)
@@ -73,7 +75,10 @@ class SubscriptionTable:
         return entry
 
     def discard(self, entry: SubscriptionEntry, sink: object) -> bool:
-        """Give the sink nothing more; return whether that was the route's last one, and the broker is to be told."""
+        """Remove the sink from the entry; return whether it was the entry's last sink.
+
+        If so, the broker has to be told.
+        """
         if sink not in entry.sinks:
             return False
         entry.sinks.remove(sink)
@@ -88,7 +93,7 @@ class SubscriptionTable:
         return True
 
     def of(self, topic: str) -> list[SubscriptionEntry]:
-        """Return the routes whose pattern the topic fits."""
+        """Return the entries whose pattern matches the topic."""
         found = self._remembered.get(topic)
         if found is None:
             found = self._literal.get(topic, []) + [entry for entry in self._wild if matches(entry.pattern, topic)]
