@@ -1,6 +1,6 @@
-"""Who gets what has arrived: a handler, a subscription, or whoever calls recv. No I/O, no waiting.
+"""The dispatcher: hands received messages to handlers, subscriptions and ``recv``.
 
-Both faces use one; their boxes differ in how one waits at them.
+It does no I/O and does not wait. Both faces use it; only their wait queues differ.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ __all__ = ["Dispatcher", "Job", "Sink", "WaitQueue", "log"]
 
 M = TypeVar("M", bound=Message)
 
-#: What to call, and with what.
+#: A callable and its argument.
 Job: TypeAlias = tuple[Callable[[Any], object], Any]
 
 _REQUEST = int(Kind.REQUEST)
-#: Bytes that an error costs in this process, its texts and the job that it is a part of aside.
+#: Memory of a waiting error in bytes, together with its job, but without its texts.
 _ERROR_COST: Final = 800
 
 
 class WaitQueue(Protocol):
-    """An inbox somebody can wait at."""
+    """An inbox at which threads or tasks can wait."""
 
     inbox: Inbox[Any]
-    #: Why nothing more will come.
+    #: Why no more items will come; None while more may come.
     ended: BrokerdError | None
 
     def put(self, items: list[Any], size: int) -> None:
-        """Add items of ``size`` bytes in all, and wake who waits."""
+        """Add items of ``size`` bytes in all, and wake the waiting threads or tasks."""
         ...
 
     def end(self, why: BrokerdError) -> None:
-        """Nothing more will come; wake who waits."""
+        """End the queue: no more items will come. Wake the waiting threads or tasks."""
         ...
 
 
@@ -49,20 +49,21 @@ class Sink(Protocol):
 
     @property
     def queue(self) -> WaitQueue:
-        """Where its events are waited for."""
+        """The queue at which callers wait for its events."""
         ...
 
     @property
     def callback(self) -> Callable[[Any], object] | None:
-        """Who gets its events, where nobody waits for them."""
+        """The callback for its events; None if callers wait for them at the queue."""
         ...
 
 
 class Dispatcher(Generic[M]):
-    """The handlers and boxes of one client.
+    """The handlers and wait queues of one client.
 
-    inbox: for recv. ordered: jobs done one after the other. requests: jobs done side by side.
-    answering: makes of a request handler a job that sends what it returns.
+    inbox: messages for recv. ordered: jobs done one after the other.
+    requests: jobs done concurrently.
+    answering: wraps a request handler so that its result is sent as the reply.
     """
 
     def __init__(
@@ -83,17 +84,17 @@ class Dispatcher(Generic[M]):
         self._unreadable = WarningLimiter("more messages could not be read")
 
     def handle_messages(self, handler: Callable[[M], object]) -> None:
-        """Give messages to the handler, those that wait already first."""
+        """Pass messages to the handler, beginning with those that already wait."""
         self._on_message = handler
         self._dispatch_again()
 
     def handle_requests(self, handler: Callable[[M], object]) -> None:
-        """Give requests to the handler, those that wait already first."""
+        """Pass requests to the handler, beginning with those that already wait."""
         self._on_request = self._answering(handler)
         self._dispatch_again()
 
     def handle_undelivered(self, handler: Callable[[BrokerdError], object]) -> None:
-        """Give failures nobody waits for to the handler, instead of logging them."""
+        """Pass failures of sends without a waiting call to the handler instead of the log."""
         self._on_undelivered = handler
 
     def _dispatch_again(self) -> None:
@@ -103,7 +104,7 @@ class Dispatcher(Generic[M]):
             self.dispatch_messages(earlier, sum(map(_weight, earlier)))
 
     def dispatch_messages(self, messages: list[M], size: int) -> None:
-        """Pass on messages and requests in their order; ``size`` bytes in all."""
+        """Dispatch messages and requests in their order; ``size`` bytes in all."""
         answer, handle = self._on_request, self._on_message
         if answer is None and handle is None:
             self.inbox.put(messages, size)
@@ -126,7 +127,7 @@ class Dispatcher(Generic[M]):
                 queue.put(items, share * len(items))
 
     def dispatch_events(self, events: Iterable[tuple[Sink, Any]]) -> None:
-        """Pass on events, each subscription's at once."""
+        """Dispatch events, all events of a subscription together."""
         by_sink: dict[Sink, list[Any]] = {}
         for feed, item in events:
             by_sink.setdefault(feed, []).append(item)
@@ -139,7 +140,10 @@ class Dispatcher(Generic[M]):
                 self.ordered.put([(callback, item) for item in items], size)
 
     def tell_undelivered(self, error: BrokerdError, now: float) -> None:
-        """Pass on a failure nobody waits for; without a handler it is a warning in the log, or one of many."""
+        """Report a failed send without a waiting call.
+
+        Without a handler, the failure is a warning in the log, and many are counted together.
+        """
         if self._on_undelivered is not None and self.ordered.ended is None:
             self.ordered.put([(self._on_undelivered, error)], _weight(error))
         else:
@@ -152,22 +156,22 @@ class Dispatcher(Generic[M]):
             log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
 
     def drop_jobs(self) -> None:
-        """Drop what the handler of messages and callbacks have not been called with; failures are told all the same."""
+        """Drop the waiting jobs of message handlers and callbacks, but not reports of failures."""
         failures = self._take_failures()
         if failures:
             self.ordered.put(failures, sum(_weight(error) for _, error in failures))
 
     def log_failures(self, now: float) -> None:
-        """Warn of the failures that no handler will be told of any more."""
+        """Log the failures that no handler will get any more."""
         for _, error in self._take_failures():
             self._warn(error, now)
 
     def _take_failures(self) -> list[Job]:
-        """Take all that is to be done in order, and return the failures among it."""
+        """Take all ordered jobs, and return the reports of failures among them."""
         return [job for job in self.ordered.inbox.take_all() if isinstance(job[1], BrokerdError)]
 
     def report(self, effects: Effects[M], now: float) -> None:
-        """Log what was wrong with what the broker has sent."""
+        """Log skipped frames, warnings and unexpected errors of the dialog."""
         for error in effects.unreadable:
             if self._unreadable.note(type(error).__name__, now):
                 log().warning("message %s was skipped: %s", getattr(error, "id", 0), error)
@@ -179,12 +183,12 @@ class Dispatcher(Generic[M]):
 
     @property
     def warning_due(self) -> float | None:
-        """When ``warn_of_more`` is to be called, None while there is nothing to warn of."""
+        """When to call ``warn_of_more``; None while no warning waits."""
         due = [each.due for each in (self._undelivered, self._unreadable) if each.due is not None]
         return min(due, default=None)
 
     def warn_of_more(self, now: float) -> None:
-        """Log what was only counted until now."""
+        """Log the warnings that were only counted until now."""
         for each in (self._undelivered, self._unreadable):
             more = each.more(now)
             if more:
@@ -192,7 +196,7 @@ class Dispatcher(Generic[M]):
 
 
 def _weight(item: object) -> int:
-    """Return the bytes that a message, an error or a change of presence costs while it waits."""
+    """Return the memory of a waiting message, error or presence change, in bytes."""
     if isinstance(item, Message):
         return OVERHEAD + len(item) + (0 if item.extension is None else extension_cost(item.extension))
     if isinstance(item, BrokerdError):

@@ -1,7 +1,7 @@
-"""Tells clients that they have been copied into another process by a fork.
+"""Notification of clients that a fork has copied them into another process.
 
-The copy's file descriptors are closed at once, so that the parent's end is seen by the broker when the parent ends.
-No lock is taken: whoever held it does not exist in the child.
+The copy's file descriptors are closed immediately. Otherwise the broker would not notice when
+the parent ends. No lock is taken, because the thread that held it does not exist in the child.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ __all__ = ["register"]
 
 
 class Forkable(Protocol):
-    """Something that must not be used in a fork."""
+    """An object that must not be used in a fork."""
 
     def forked(self) -> None:
-        """This is the child now."""
+        """Handle a fork, in the child."""
         ...
 
 

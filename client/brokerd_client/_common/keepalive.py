@@ -1,10 +1,12 @@
-"""How a TCP connection tells that its other end is gone without a word: unplugged, cut off, switched off.
+"""Liveness of TCP connections: find peers that are unplugged, cut off or switched off.
 
-Two cases, because the system treats them apart. On an idle connection it asks the other end now and then (keepalive).
-Where bytes are under way it only repeats them, for a quarter of an hour and more, and does not ask; there
-:class:`Silence` looks at what it says of its repetitions. TCP_USER_TIMEOUT would be shorter, but ends a connection
-whose other end lives and does not read for that long, too (tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer): a slow
-reader is not a dead one.
+The system treats two cases differently. On an idle connection it probes the peer from time to
+time (keepalive). While bytes are in flight it only retransmits them, for 15 minutes and more,
+and does not probe. For this case :class:`Silence` reads the system's retransmission counts.
+
+TCP_USER_TIMEOUT would need less code. But it also ends connections whose peer lives and does
+not read for that long. Sources: tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer. A slow
+consumer is not a dead peer.
 """
 
 from __future__ import annotations
@@ -17,25 +19,26 @@ from typing import Any, Final
 
 __all__ = ["DEFAULT_S", "LOOKS", "TCP", "Silence", "has_ended", "keep_alive"]
 
-#: Seconds without an answer after which a connection is given up, unless told otherwise.
+#: Seconds without an answer after which a connection is closed, by default.
 DEFAULT_S: Final = 30.0
-#: More seconds than that TCP does not wait in between.
+#: Longest interval of a TCP keepalive option, in seconds.
 _LONGEST_S: Final = 32767
-#: Looks at a connection within that time.
+#: Checks of a connection within that time.
 LOOKS: Final = 4
-#: As Linux's struct tcp_info begins: the state, two counts of what was repeated without an answer, and after eleven
-#: numbers the milliseconds since the last acknowledgement.
+#: The first fields of Linux's struct tcp_info. Those read are the counts of unanswered
+#: retransmissions and probes, and the milliseconds since the last acknowledgement.
 _TCP_INFO: Final = struct.Struct("=xxBB4x48xI")
 #: The families of TCP's sockets.
 TCP: Final = (getattr(socket, "AF_INET", None), getattr(socket, "AF_INET6", None))
-#: The name on macOS of what the others call TCP_KEEPIDLE.
+#: TCP_KEEPIDLE; macOS calls it TCP_KEEPALIVE.
 _IDLE: Final = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
 
 
 def keep_alive(sock: Any, limit_s: float) -> None:
-    """Have the system end an idle TCP connection whose other end has not answered for so many seconds.
+    """Set TCP keepalive: the system ends an idle connection whose peer stops answering.
 
-    limit_s: whole seconds count, one at least; 0 changes nothing. Other sockets are left alone. Raises OSError.
+    limit_s: seconds without an answer, rounded down, at least one; 0 changes nothing.
+    Sockets that are not TCP stay unchanged. Raises OSError.
     """
     if sock.family not in TCP or not limit_s:
         return
@@ -53,9 +56,9 @@ def _option(name: str) -> int | None:
 
 
 def has_ended(sock: Any) -> bool:
-    """Return whether the peer of a connected socket sends nothing more, without a read.
+    """Return whether the peer of a connected socket has ended its sending, without a read.
 
-    Systems without ``poll`` do not tell: there the result is False.
+    On systems without ``poll`` the result is always False.
     """
     if not hasattr(select, "poll"):
         return False
@@ -65,9 +68,9 @@ def has_ended(sock: Any) -> bool:
 
 
 class Silence:
-    """Whether the other end of one TCP connection still answers what is sent to it; asked again and again.
+    """The liveness check of one TCP connection with bytes in flight; it is called repeatedly.
 
-    Only Linux tells; elsewhere nobody is ever silent.
+    Only Linux has the counts; on other systems no peer is ever silent.
     """
 
     __slots__ = ("_since",)
@@ -76,9 +79,10 @@ class Silence:
         self._since: float | None = None
 
     def lasts(self, sock: Any, now: float) -> float:
-        """Return for how many seconds nothing that was repeated has been answered; 0 where nothing is amiss.
+        """Return the seconds without an answer to retransmissions; 0 if the peer answers.
 
-        sock: connected. now: on the clock of the last call. One that does not read, but answers, is not silent.
+        sock: connected. now: on the same clock as in the last call. A peer that does not read,
+        but answers, is not silent.
         """
         quiet_s = _quiet_s(sock)
         if quiet_s is None:
@@ -86,12 +90,12 @@ class Silence:
             return 0.0
         if self._since is None:
             self._since = now
-        # From the first look on: before it the connection may have been idle, which is no silence.
+        # Count from the first check on: before it the connection may have been idle, not silent.
         return min(quiet_s, now - self._since)
 
 
 def _quiet_s(sock: Any) -> float | None:
-    """Return the seconds since the last answer, None where nothing had to be repeated since then."""
+    """Return the seconds since the last answer; None if nothing was retransmitted since."""
     if sys.platform != "linux" or sock.family not in TCP:
         return None
     try:
@@ -99,6 +103,6 @@ def _quiet_s(sock: Any) -> float | None:
             sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         )
     except (OSError, struct.error):
-        # It is over, which reading it tells.
+        # The connection has ended; the next read will report that.
         return None
     return quiet_ms / 1000 if repeats or probes else None

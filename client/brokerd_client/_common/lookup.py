@@ -1,6 +1,7 @@
-"""The addresses of a host's name, looked up in a thread of its own, so that a slow look-up holds up nothing else.
+"""Look-up of a host name's addresses in a thread of its own.
 
-The system offers no way to end a look-up: the thread is a daemon, and ends with its look-up.
+So a slow look-up does not delay anything else. The system offers no way to cancel a look-up,
+so the thread is a daemon thread, and ends with its look-up.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import TypeAlias
 
 __all__ = ["Candidate", "Lookup", "numeric"]
 
-#: A family, and an address of it as the socket module takes it.
+#: An address family, and an address of it in the form that the socket module takes.
 Candidate: TypeAlias = tuple[int, tuple[object, ...] | str]
 
 
 class Lookup:
-    """One look-up under way. tell: called in the look-up's thread when it is done."""
+    """A running look-up. tell: called in the look-up's thread when the look-up is done."""
 
     def __init__(self, host: str, port: int, tell: Callable[[], object]) -> None:
         self._host = host
@@ -32,11 +33,14 @@ class Lookup:
 
     @property
     def done(self) -> bool:
-        """Whether there is a result."""
+        """Whether the look-up has ended, with addresses or an error."""
         return self._found is not None
 
     def result(self) -> list[Candidate]:
-        """Return the addresses. Raises BlockingIOError while there is no result, OSError where there is no address."""
+        """Return the addresses.
+
+        Raises BlockingIOError before the look-up has ended, OSError if it found no address.
+        """
         if self._found is None:
             raise BlockingIOError(f"the look-up of {self._host} is under way")
         if isinstance(self._found, Exception):
@@ -54,7 +58,7 @@ class Lookup:
 
 
 def numeric(host: str, port: int) -> list[Candidate] | None:
-    """Return the address that ``host`` spells out, or None where it is a name, which has to be looked up."""
+    """Return the address if ``host`` is an IP address; None if it is a name to look up."""
     try:
         return _ask(host, port, socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):

@@ -1,4 +1,7 @@
-"""Whether a text may be shown as the path of a file that is missing: it could be a key in the wrong place."""
+"""The check whether an error may show a text as the path of a missing file.
+
+The text could be a key that was given in the wrong place.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from typing import Final
 __all__ = ["is_plainly_a_path"]
 
 _SEPARATOR: Final = re.compile(r"[/\\]")
-#: Digits as of a key in hexadecimal; characters from which on a text of all kinds looks like a key.
+#: A key in hexadecimal digits. Below it, the characters from which on a text with lower-case
+#: letters, upper-case letters and digits looks like a key.
 _HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]{16,}")
 _RANDOM: Final = 20
 
 
 def is_plainly_a_path(text: str) -> bool:
-    """Return whether a text may be shown as a path: it is one by its form, and does not look like a key."""
+    """Return whether a text has the form of a path and does not look like a key."""
     if (
         not text.isprintable()
         or " " in text

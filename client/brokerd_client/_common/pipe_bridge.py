@@ -1,9 +1,10 @@
 """A socket that stands for a named pipe, for programs whose loops can wait for sockets only.
 
-Two threads carry what comes: a message of the pipe is a frame's body, and becomes a length-prefixed frame on the
-socket; a frame from the socket becomes one message. Of a message that comes in only a piece is in memory, however long
-it is: whoever reads the socket sees its length first and judges it. When either side ends, what it has said before is
-delivered first. Nothing here knows what the frames mean.
+Two threads copy the data. A message of the pipe is a frame's body, and becomes a
+length-prefixed frame on the socket. A frame from the socket becomes one message. Only a piece
+of an incoming message is in memory, even if the message is long. The reader of the socket gets
+the length first, and can refuse it. When one side closes, its earlier data is delivered first.
+The bridge does not know the meaning of the frames.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from brokerd_client.wire.framing import MAX_SHORT, FrameReader, frame_prefix
 
 __all__ = ["LINGER_S", "BridgedSocket", "Pipe", "bridge", "dial_pipe"]
 
-#: Seconds in which the pipe's peer may still take what the closed socket had been given.
+#: Seconds in which the pipe's peer may still read data that was written before the socket closed.
 LINGER_S: Final = 5.0
-#: Bytes asked for while nothing comes: the system keeps a buffer of this size for every idle pipe.
+#: Bytes per read of an idle pipe: the system keeps a buffer of this size for each of them.
 _FIRST_PIECE: Final = 4 * 1024
+#: Bytes per read while a message comes in, and per read of the socket.
 _PIECE: Final = 64 * 1024
 
 
 class Pipe(Protocol):
-    """A connected pipe that keeps messages whole. One thread reads, one writes, and any thread may call stop()."""
+    """A connected pipe that keeps the boundaries of messages.
+
+    One thread reads, one thread writes, and any thread may call stop().
+    """
 
     def read(self, size: int) -> tuple[bytes, int]:
-        """Return the next piece of a message, and how many bytes of that message come after it.
+        """Return the next piece of a message, and how many bytes of the message follow it.
 
         Raises EOFError: the other end is closed. Raises OSError: stopped, or broken.
         """
@@ -43,22 +48,26 @@ class Pipe(Protocol):
         """Write one message. Raises BrokenPipeError: the other end is closed. Raises OSError: stopped, or broken."""
 
     def stop(self, *, writing: bool) -> None:
-        """End a read under way and every later one with an OSError; with ``writing`` writes too."""
+        """End current and later reads with an OSError; with ``writing``, writes too."""
 
     def close(self) -> None:
-        """Close; nothing is under way any more."""
+        """Close the pipe; no read or write may be in progress."""
 
 
 class BridgedSocket(socket.socket):
-    """The program's end. When it is closed, the pipe's peer has LINGER_S seconds to take what was written to it.
+    """The program's end of the bridge.
 
-    To have all of it delivered, shut down the writing side and wait for the end of what can be read.
+    After close(), the pipe's peer has LINGER_S seconds to read the remaining data. To deliver
+    all data, shut down the writing side, and read until the end of the input.
     """
 
     _on_close: Callable[[], None] | None = None
 
     def close(self) -> None:
-        """Close, and let the bridge know: it may be waiting for the pipe's peer, and would not notice."""
+        """Close the socket, and notify the bridge.
+
+        The bridge may be waiting for the pipe's peer, and would not notice.
+        """
         super().close()
         tell, self._on_close = self._on_close, None
         if tell is not None:
@@ -86,9 +95,9 @@ def bridge(pipe: Pipe) -> BridgedSocket:
 
 
 def dial_pipe(name: str) -> BridgedSocket:
-    """Return a socket that stands for a connection to the pipe of that name; waits for a millisecond at most.
+    """Return a socket for a new connection to the named pipe; wait for at most a millisecond.
 
-    Raises BlockingIOError: the pipe is busy, and may not be a moment later. Raises OSError: there is no such pipe.
+    Raises BlockingIOError: the pipe is busy now; try again. Raises OSError: the pipe does not exist.
     """
     if sys.platform == "win32":
         from brokerd_client.connection.named_pipes import dial
@@ -101,7 +110,7 @@ def dial_pipe(name: str) -> BridgedSocket:
 
 
 class _Bridge:
-    """The two threads; the last one that ends closes the pipe and the socket."""
+    """The two threads of a bridge; the thread that ends last closes the pipe and the socket."""
 
     def __init__(self, pipe: Pipe, sock: socket.socket) -> None:
         self._pipe = pipe
@@ -114,7 +123,7 @@ class _Bridge:
         started = 0
         try:
             for work in (self._write_messages, self._read_messages):
-                # daemon: whoever wants everything delivered waits for it, at the socket.
+                # daemon: a program that needs all data delivered waits for that at the socket.
                 threading.Thread(target=work, name="named pipe", daemon=True).start()
                 started += 1
         except RuntimeError as error:
@@ -126,7 +135,7 @@ class _Bridge:
             raise OSError(errno.EAGAIN, str(error)) from error
 
     def _read_messages(self) -> None:
-        """Pipe to socket, until the peer closes or the socket's other end does."""
+        """Copy from pipe to socket, until the peer or the socket's other end closes."""
         pipe, sock = self._pipe, self._sock
         try:
             while True:
@@ -136,7 +145,7 @@ class _Bridge:
                     piece, left = pipe.read(min(left, _PIECE))
                     sock.sendall(piece)
         except (EOFError, OSError):
-            # Either end is gone, or was told to stop; what came before that is delivered.
+            # One end is closed, or was stopped; earlier data is delivered first.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
             if not self._all_written.wait(LINGER_S):
@@ -145,7 +154,7 @@ class _Bridge:
             self._leave()
 
     def _write_messages(self) -> None:
-        """Socket to pipe, until the socket's other end is closed."""
+        """Copy from socket to pipe, until the socket's other end is closed."""
         pipe, sock, frames = self._pipe, self._sock, FrameReader()
         try:
             while data := sock.recv(_PIECE):
@@ -153,13 +162,13 @@ class _Bridge:
                 while (body := frames.next_frame(MAX_SHORT)) is not None:
                     pipe.write(body)
             self._all_written.set()
-            # A pipe has no half that could stay open.
+            # A pipe can't be closed in one direction only.
             pipe.stop(writing=True)
         except (FrameError, OSError) as error:
             self._all_written.set()
             if not isinstance(error, BrokenPipeError):
                 pipe.stop(writing=True)
-            # A peer that is gone may have said something before: it is delivered, and nothing more goes the other way.
+            # Earlier data of a closed peer is still delivered; data for it is read and dropped.
             with contextlib.suppress(OSError):
                 while sock.recv(_PIECE):
                     pass

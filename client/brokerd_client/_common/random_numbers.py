@@ -1,6 +1,7 @@
-"""Random numbers, all from the operating system: what a dialog takes as arguments, for both faces.
+"""Random numbers from the operating system, for both faces: the arguments of a dialog.
 
-The modules random and secrets are not imported: they take longer to import than everything here takes to run.
+The modules random and secrets are not imported: their import takes longer than these
+functions take to run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def first_id() -> int:
 
 
 def nonce() -> bytes:
-    """Return what a handshake's challenge consists of."""
+    """Return NONCE_SIZE random bytes for a handshake's challenge."""
     return os.urandom(NONCE_SIZE)
 
 

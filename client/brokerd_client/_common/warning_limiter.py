@@ -1,8 +1,9 @@
-"""Warnings of what went wrong with messages: each by itself while they are few, counted while they are many.
+"""A rate limit for warnings about messages: few get a line each, many are counted.
 
-A program in a loop can be refused a million messages a second, and a line for each would bury everything else that it
-logs. So the first few within a second have a line each, and one line counts the rest. While that goes on, the second
-becomes two, four, at last a minute. No clock in here, no I/O.
+The broker can refuse a million messages a second of a program in a loop. A line for each would
+bury everything else in the log. So the first few within a second get a line each, and one line
+counts the rest. While the warnings go on, the period doubles, up to a minute. The module reads
+no clock and does no I/O.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from typing import Final
 
 __all__ = ["WarningLimiter"]
 
-#: Messages with a line of their own in the first period, and in a later one of the same flood.
+#: Most warnings with a line of their own in the first period, and in each later period.
 _FEW: Final = 5
 _FEW_LATER: Final = 1
-#: Seconds of the first period, and of the longest.
+#: Length of the first period, and of the longest, in seconds.
 _PERIOD_S: Final = 1.0
 _LONGEST_S: Final = 60.0
-#: Reasons counted apart, and how many of them the line names.
+#: Most reasons that are counted separately, and most reasons named in the line.
 _APART: Final = 1000
 _NAMED: Final = 5
 
 
 class WarningLimiter:
-    """What of one client's messages was not delivered, or could not be read, and how much of that has been said.
+    """The limiter for one kind of warning of one client.
 
-    what: the words for it. due: when what was only counted is to be said, on the clock of ``now``; None while there
-        is nothing.
+    what: the words for the counted warnings. due: when to log them, on the clock of ``now``;
+    None while none is counted.
     """
 
     def __init__(self, what: str = "more messages were not delivered") -> None:
@@ -39,9 +40,12 @@ class WarningLimiter:
         self._counted: Counter[str] = Counter()
 
     def note(self, reason: str, now: float) -> bool:
-        """Note one more; return whether it is to have a line of its own. reason: for counting, and for people."""
+        """Count a warning; return whether it gets a line of its own.
+
+        reason: groups the counted warnings, and appears in the line.
+        """
         if self.due is None and now >= self._ends:
-            # The last period is over, and nothing was counted in it: this is not that flood any more.
+            # The last period is over without counted warnings: begin again with the first period.
             self._period_s, self._ends, self._lines = _PERIOD_S, now + _PERIOD_S, 0
         if self._lines < (_FEW if self._period_s == _PERIOD_S else _FEW_LATER):
             self._lines += 1
@@ -53,7 +57,7 @@ class WarningLimiter:
         return False
 
     def more(self, now: float) -> str:
-        """Return in words what was only counted until now, "" for nothing; the next period begins."""
+        """Return the line for the counted warnings, "" if none; begin the next period."""
         counted, self._counted = self._counted, Counter()
         self.due = None
         if not counted:
