@@ -109,7 +109,6 @@ PENDING: Final = frozenset[str](
         "brokerd/upgrade/notify.py",
         "brokerd/upgrade/old_process.py",
         "brokerd/upgrade/pid_holder.py",
-        "client/brokerd_client/_common/lookup.py",
         "client/brokerd_client/address.py",
         "client/brokerd_client/aio/base.py",
         "client/brokerd_client/aio/subscriptions.py",

@@ -1,7 +1,7 @@
 """Look-up of a host name's addresses in a thread of its own.
 
-So a slow look-up does not delay anything else. The system offers no way to cancel a look-up,
-so the thread is a daemon thread, and ends with its look-up.
+So a slow look-up does not delay anything else. The system offers no way to cancel a look-up.
+The thread is therefore a daemon thread, and ends with its look-up.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def bridge(pipe: Pipe) -> BridgedSocket:
 def dial_pipe(name: str) -> BridgedSocket:
     """Return a socket for a new connection to the named pipe; wait for at most a millisecond.
 
-    Raises BlockingIOError: the pipe is busy now; try again. Raises OSError: the pipe does not exist.
+    Raises BlockingIOError: the pipe is busy now; try again.
+    Raises OSError: the pipe does not exist.
     """
     if sys.platform == "win32":
         from brokerd_client.connection.named_pipes import dial

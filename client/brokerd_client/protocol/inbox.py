@@ -53,8 +53,8 @@ class InboxMeter:
     def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
         """Settle the inboxes; return whether they hold more than ``limit`` bytes.
 
-        The result is kept in ``full``. It is also set before the settling, so that a thread
-        that takes a message too late to be settled sees it.
+        The result is kept in ``full``. It is also set before the settling. So a thread that
+        takes a message too late to be settled sees it.
         """
         self.asked = False
         if self.held > limit:
