@@ -1,6 +1,6 @@
-"""The monitor: HTTP pages that tell health checks and Prometheus how the broker is.
+"""The monitor: HTTP pages that show the broker's state to health checks and Prometheus.
 
-It only looks: nothing can be changed here, and what it shows is counted by the core and the network layer anyway. It is
-imported only where it is switched on (``monitor:`` in docs/configuration.md). The pages are described in
-docs/operations.md, "Monitoring".
+It is read-only, and it shows counters that the core and the network layer keep anyway.
+It is imported only if the configuration enables it (``monitor:`` in
+docs/configuration.md). The pages are described in docs/operations.md, "Monitoring".
 """

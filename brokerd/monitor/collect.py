@@ -1,8 +1,9 @@
-"""One reading of every counter, taken from the running broker in slices so that messages go on meanwhile.
+"""A reading of every counter, taken from the running broker in slices while messages pass.
 
-The counters are the core's and the network layer's own. A counter never falls from one reading to the next:
-connections and what was counted of those that are gone are noted at one moment, and only then are the
-connections' own counters added, which may have grown by then but never shrink.
+The counters belong to the core and the network layer. A counter never falls from one
+reading to the next. The list of connections and the totals of closed ones are copied at
+one moment. Only then are the connections' own counters added, which may have grown
+since but never shrink.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from brokerd.net.server import Server
 
 __all__ = ["Counts", "Departed", "Reading", "Share", "Watched", "take"]
 
-#: Connections looked at in one turn of the loop, some 300 microseconds' work.
+#: Connections that are read per turn of the event loop, some 300 microseconds' work.
 _SLICE: Final = 256
 
 
 class Watched(Protocol):
-    """A daemon, as far as the monitor looks.
+    """A daemon, as far as the monitor reads it.
 
-    reloads: how reloads ended, ``accepted`` or ``refused``. reloaded_at: when the configuration in use was
-    taken over, in seconds since the epoch.
+    reloads: the counted results of reloads, ``accepted`` or ``refused``. reloaded_at:
+    when the configuration in use was taken over, in seconds since the epoch.
     """
 
     config: Config
@@ -43,18 +44,21 @@ class Watched(Protocol):
 
     @property
     def server(self) -> Server:
-        """Every socket of the daemon."""
+        """The daemon's server, with all of its sockets."""
 
     @property
     def not_ready(self) -> str:
-        """Why it should be sent no new client, or ""."""
+        """The reason why no new client should be sent here, or ""."""
 
     def key_expiries(self) -> dict[str, datetime]:
-        """Return for each client whose keys have an end the moment from which it can't be let in any more."""
+        """Return, by client, the time from which its keys can no longer authenticate it.
+
+        Only clients whose keys have an end are included.
+        """
 
 
 class Counts(NamedTuple):
-    """The counters that every connection has, or sums of them. errors: messages that were refused."""
+    """The counters of a connection, or sums of them. errors: messages that were refused."""
 
     messages_in: int = 0
     bytes_in: int = 0
@@ -77,20 +81,20 @@ _NOTHING: Final = Counts()
 
 
 class Departed:
-    """What was counted of connections that are gone, by client; kept only while it is asked for."""
+    """The counters of closed connections, by client; kept only for metrics of each client."""
 
     def __init__(self) -> None:
         self.clients: dict[str, Counts] = {}
 
     def note(self, session: Session) -> None:
-        """Keep the counters of a connection that has just ended."""
+        """Add the counters of a connection that has just closed."""
         name = session.client.name
         self.clients[name] = self.clients.get(name, _NOTHING).plus(session)
 
 
 @dataclass(slots=True)
 class Share:
-    """What one client has of everything."""
+    """The part of all counters that belongs to one client."""
 
     counts: Counts
     connections: int = 0
@@ -101,10 +105,12 @@ class Share:
 class Reading:
     """All counters at about one moment.
 
-    fullest: how full the fullest queue is, 1.0 where nothing more is taken. slow: connections that take nothing at
-    the moment. held: senders that are not read from. owed: requests not answered.
-    clients: the names to tell of one by one, none unless asked for; departed: of their connections that are gone;
-    shares: of those that have connections, both together.
+    fullest: how full the fullest queue is; a queue at 1.0 accepts nothing more. slow:
+    connections that accept no bytes at the moment. held: senders that are not read
+    from. incoming_requests: requests not answered. clients: the names with metrics of
+    their own, empty unless asked for. departed: the counters of their closed
+    connections. shares: for clients with connections, open and closed connections
+    together.
     """
 
     counts: Counts
@@ -122,11 +128,14 @@ class Reading:
     incoming_requests: int = 0
 
     def share(self, name: str) -> Share:
-        """Return what one of ``clients`` has."""
+        """Return the share of one of ``clients``."""
         return self.shares.get(name) or Share(self.departed.get(name, _NOTHING))
 
     def add(self, session: Session) -> None:
-        """Add one connection's part. It may have ended meanwhile: its counters stand all the same."""
+        """Add the counters of one connection.
+
+        They count even if the connection has closed since the reading began.
+        """
         self.counts = self.counts.plus(session)
         share = None
         if self.clients:
@@ -142,7 +151,7 @@ class Reading:
         self.slow += outbox.blocked
         self.held += session.held_by is not None
         self.incoming_requests += len(session.incoming_requests)
-        # The client's first connection stands for it.
+        # Only the client's first connection counts it as online.
         self.online += next(iter(session.client.sessions.values()), None) is session
         if share is not None:
             share.connections += 1
@@ -150,7 +159,10 @@ class Reading:
 
 
 async def take(watched: Watched, departed: Departed | None) -> Reading:
-    """Return a reading. departed: for metrics of each client, None where they are not asked for."""
+    """Take a reading of all counters.
+
+    departed: for metrics of each client; None where they are not asked for.
+    """
     broker, server = watched.broker, watched.server
     connections = list(server.connections)
     totals = broker.totals

@@ -1,4 +1,4 @@
-"""Metrics as text: in Prometheus's format or OpenMetrics, whichever is asked for, written in pieces."""
+"""Metrics as text, in Prometheus's format or OpenMetrics, written in pieces."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class _One(Collector):
 
 
 def chosen(accept: str) -> tuple[Encoder, str]:
-    """Return what writes the format that an Accept header asks for, and its content type.
+    """Return the encoder for the format that an Accept header asks for, and its content type.
 
-    OpenMetrics if it is among those, and in a version that we speak; else Prometheus's own, which everybody reads.
+    It is OpenMetrics if the header lists it in a version that the monitor supports.
+    Otherwise it is Prometheus's own format, which every scraper reads.
     """
     for each in accept.lower().split(","):
         kind, *parameters = (part.strip() for part in each.split(";"))
@@ -43,9 +44,10 @@ def chosen(accept: str) -> tuple[Encoder, str]:
 
 
 async def written(families: Iterable[Metric], encoder: Encoder) -> bytes:
-    """Return the text. Between two families, and two pieces of a long one, others get their turn of the loop.
+    """Return the text; other tasks run between two families, and between pieces of a long one.
 
-    Families in a row with the same name are one: the lines that describe it are written once.
+    Consecutive families with the same name are one: the lines that describe it are
+    written once.
     """
     whole = bytearray()
     name, ends = "", b""

@@ -1,7 +1,9 @@
-"""Which values of a request's Host header the monitor answers. No I/O.
+"""The check of a request's Host header, without I/O.
 
-A web page can have its own domain's name lead to this machine (DNS rebinding), and a browser then lets it read what is
-answered. Its requests carry that name: what is asked for by an IP address, or as localhost, is no such request.
+A web page can make its own domain's name resolve to this machine (DNS rebinding). A
+browser then lets the page read the answers. The monitor refuses such requests, because
+they carry that domain's name. A request for an IP address or for localhost can't be
+such a request.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ __all__ = ["fits"]
 
 
 def fits(values: Iterable[str], names: Collection[str]) -> bool:
-    """Return whether all the values may be answered. names: in small letters, without a port."""
+    """Return whether the monitor answers all the values. names: in lower case, without a port."""
     return all(_fits(value, names) for value in values)
 
 
 def _fits(value: str, names: Collection[str]) -> bool:
     host = _without_port(value.strip()).lower().removesuffix(".")
-    # Requests without a host have none to be misled by.
+    # A request without a host name can't be the result of DNS rebinding.
     return not host or host == "localhost" or host in names or _is_address(host)
 
 

@@ -1,8 +1,9 @@
-"""The pages over HTTP, and the limits that keep whoever asks from costing the broker anything it would miss.
+"""The monitor's HTTP pages, and the limits that keep requests from slowing the broker.
 
-Whoever can reach the address can connect. So connections are few and short: one request each, some seconds at
-most, a bounded number answered in a second; and reading the counters takes a small share of the event loop's time
-however often it is asked for. Connections without a request give way to newer ones (pending.py).
+Any peer that can reach the address can connect. So connections are few and short: one
+request each, some seconds at most, and a bounded number of answers per second. Reading
+the counters takes a small share of the event loop's time, however often it is
+requested. Connections without a request give way to newer ones (pending_requests.py).
 """
 
 from __future__ import annotations
@@ -38,23 +39,27 @@ from brokerd_client.address import Address
 
 __all__ = ["Site"]
 
-#: Connections at once that are answered. They share the process's descriptors with the clients.
+#: Most connections that are answered at once. They share the process's descriptors with
+#: the clients.
 _MOST: Final = 16
-#: Connections at once whose request is not here: in a flood of 2,500 a second each has 25 milliseconds for it.
+#: Most connections at once without a complete request: at 2,500 new connections a
+#: second, each has 25 milliseconds to send its request.
 _MOST_SILENT: Final = 64
-#: Connections at once whose request waits for the next second.
+#: Most connections at once whose complete request waits for the next second.
 _MOST_WHOLE: Final = 64
-#: Seconds a connection may last.
+#: Longest time that a connection may last, in seconds.
 _LONGEST: Final = 10.0
-#: Requests answered in a second: some thirty milliseconds' work.
+#: Most requests answered per second: some thirty milliseconds' work.
 _A_SECOND: Final = 100
-#: Connections accepted in a second, silent ones mostly: some two hundred milliseconds' work.
+#: Most connections accepted per second, mostly silent ones: some two hundred
+#: milliseconds' work.
 _ACCEPTED: Final = 4000
-#: For every second of reading the counters, seconds in which they are not read again.
+#: For every second of reading the counters, seconds until they are read again.
 _REST: Final = 9
-#: Bytes of a page given to the system at once: a slow reader is not to have a copy of all of it kept.
+#: Bytes of a page given to the system at once, so that a slow reader does not cause a
+#: copy of the whole page.
 _PIECE: Final = 64 * 1024
-#: Bytes of one header, and of the request's first line.
+#: Most bytes of one header, and of the request's first line.
 _LINE: Final = 4096
 _MISDIRECTED: Final = (
     "this monitor answers where it is asked for by an IP address, as localhost, or by a name of its configuration: "
@@ -66,7 +71,7 @@ _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Site:
-    """The monitor of one daemon, wherever it listens at the moment."""
+    """The monitor of one daemon, at its current addresses."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -75,7 +80,7 @@ class Site:
         self._guests = _Guests(self._answer)
         self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_whole)
         self._arrivals: set[asyncio.Task[object]] = set()
-        #: Connections accepted, and requests answered, in this second.
+        #: Connections accepted, and requests answered, in the current second.
         self._accepted = 0
         self._answered = 0
         self._paused = False
@@ -92,13 +97,13 @@ class Site:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens, ports chosen by the system filled in."""
+        """Addresses that the monitor listens at, with ports chosen by the system filled in."""
         return [each.address for each in self.listening]
 
-    # What the daemon asks
+    # Called by the daemon
 
     def move(self, opened: list[Listening]) -> None:
-        """Answer at these sockets, and no more at those before."""
+        """Listen at these sockets instead of the previous ones."""
         self._stop_listening()
         self.listening = opened
         for each in opened:
@@ -106,14 +111,14 @@ class Site:
         self._watched.log.info("monitor.listening", addresses=[str(address) for address in self.addresses])
 
     def apply(self, config: MonitorConfig) -> None:
-        """Take over settings. The sockets are moved by :meth:`move`."""
+        """Apply settings. The sockets are moved by :meth:`move`."""
         if not config.is_local:
             self._watched.log.warning(
                 "monitor.exposed",
                 address=str(config.address),
                 reason="it asks nobody for a password: whoever reaches it reads the metrics",
             )
-        # No browser reaches a Unix socket: there the header says nothing.
+        # A browser can't connect to a Unix socket, so the header has no meaning there.
         self._hosts = None if config.address.family == "AF_UNIX" else config.answered_hosts
         if not config.per_client:
             self._departed = None
@@ -121,7 +126,7 @@ class Site:
             self._departed = Departed()
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop listening and close every connection."""
         self._watched.log.info("monitor.closed", addresses=[str(address) for address in self.addresses])
         self._stop_listening()
         self._pending.close()
@@ -151,18 +156,18 @@ class Site:
         except (BlockingIOError, InterruptedError, ConnectionError):
             return
         except OSError:
-            # No descriptor left, for one. Those who wait can wait.
+            # No descriptor is left, for example. Pending connections can wait.
             self._accepted = _ACCEPTED
         else:
             self._accepted += 1
             sock.setblocking(False)
-            # What a slow reader has the system keep is bounded as well.
+            # This also bounds the bytes that the system keeps for a slow reader.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIECE)
             self._pending.add(sock, origin_of(peer, None))
         self._pause_at_bound()
 
     def _pause_at_bound(self) -> None:
-        """Accept nothing more in this second where that would cost too much."""
+        """Stop accepting connections for this second once it reaches the limit."""
         if self._accepted >= _ACCEPTED and not self._paused:
             self._paused = True
             for each in self.listening:
@@ -183,7 +188,7 @@ class Site:
                 self._listen_at(each)
 
     def _on_whole(self) -> None:
-        """Answer the requests that are here, as many as this second has room for; the others wait for the next."""
+        """Answer complete requests up to this second's limit; the rest wait for the next second."""
         self._begin_second()
         while self._answered < _A_SECOND and (request := self._pending.take()) is not None:
             self._answered += 1
@@ -196,7 +201,7 @@ class Site:
         try:
             await self._loop.connect_accepted_socket(self._guests, sock)
         except OSError:
-            # Gone before it was begun.
+            # The peer disconnected before the connection was set up.
             self._guests.heads.pop(sock.fileno(), None)
             sock.close()
 
@@ -216,7 +221,7 @@ class Site:
                 response = await page(request)
         except ConnectionError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to fail for the broker
+        except Exception as error:  # noqa: BLE001 - an error in the monitor must not end the broker
             self._watched.log.error(
                 "monitor.bug", page=request.path, error=in_words(error), trace=traceback.format_exception(error)
             )
@@ -225,16 +230,17 @@ class Site:
         return response
 
     def _may_answer(self, request: web.BaseRequest) -> bool:
-        """Return whether the request asks for this monitor, and not for a name that was made to lead here."""
+        """Return whether the request names this monitor, not a foreign name that resolves here."""
         if self._hosts is None:
             return True
-        # A whole URL in the first line goes before the header (RFC 9112, 3.2.2).
+        # A whole URL in the first line takes precedence over the header (RFC 9112,
+        # 3.2.2).
         _, colons, rest = request.raw_path.partition("://")
         outgoing_requests = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
         return fits([*request.headers.getall("Host", ()), outgoing_requests], self._hosts)
 
     async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer, which says it all: the event loop turns."""
+        """Answer; an answer shows that the event loop turns."""
         return _text("live\n")
 
     async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -261,9 +267,9 @@ class Site:
         return response
 
     async def _families(self) -> Iterator[Metric]:
-        """Return all families, each made when it is asked for."""
+        """Return all families; each is made when the iterator reaches it."""
         watched, departed = self._watched, self._departed
-        # Aside: with many descriptors, or keys, these take a while.
+        # In a thread: with many descriptors or keys these take a while.
         process, expiry = await run_in_thread(
             lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
         )
@@ -284,15 +290,15 @@ class Site:
 
 
 class _Guests(web.Server):
-    """Everybody connected to the monitor: few at once, and for a short time each."""
+    """The connections that the monitor answers: few at once, and for a short time each."""
 
     def __init__(self, answer: _Page) -> None:
-        # What is wrong with a stranger's request is told to him; nobody else need know.
+        # A faulty request is reported to its sender; the log does not need it.
         silent = logging.getLogger("brokerd.monitor")
         silent.disabled = True
         super().__init__(
             answer,
-            # Whoever has gone waits for no page.
+            # A peer that has disconnected needs no page.
             handler_cancellation=True,
             access_log=None,
             logger=silent,
@@ -303,7 +309,7 @@ class _Guests(web.Server):
             read_bufsize=_LINE,
         )
         self._there: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
-        #: What has been read of each connection already, by its descriptor.
+        #: Bytes already read from each connection, by its descriptor.
         self.heads: dict[int, bytes] = {}
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:

@@ -1,4 +1,4 @@
-"""When keys end: what the key watch says about clients, and the ends of single keys, worked out once."""
+"""Key expiry for the metrics: for clients, and for single keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["Expiry", "ends_of_keys", "expiry_of"]
 class Expiry:
     """Clients and the ends of their last keys, in seconds since the epoch.
 
-    expired: how many clients can't connect any more. next: when the next one won't, None where that is not in sight.
+    expired: how many clients can no longer connect. next: when the next client can no
+    longer connect, or None.
     """
 
     expired: int
@@ -23,14 +24,14 @@ class Expiry:
 
 
 def expiry_of(ends: Mapping[str, datetime], now: float) -> Expiry:
-    """Return what follows from ends: for clients by name, the moment at which their last key is over."""
+    """Return the expiry of clients. ends: by client, when its last key expires."""
     moments = [end.timestamp() for end in ends.values()]
     coming = [moment for moment in moments if moment >= now]
     return Expiry(len(moments) - len(coming), min(coming, default=None))
 
 
 def ends_of_keys(config: Config) -> list[tuple[str, str, float]]:
-    """Return (client, id of the key, end) for every key with an end; it takes a while where there are many."""
+    """Return (client, id of the key, end) for every key with an end; slow with many keys."""
     return [
         (client.name, key.key_id, key.not_after.timestamp())
         for client in config.clients.values()

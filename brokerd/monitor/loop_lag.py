@@ -1,4 +1,4 @@
-"""How late the event loop is: what every message in the broker waits for, whatever holds the loop up."""
+"""The delay of the event loop, which every message in the broker waits for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Final
 
 __all__ = ["BOUNDS", "Lag"]
 
-#: Upper bounds of the histogram's buckets, in seconds; one more has no bound.
+#: Upper bounds of the histogram's buckets, in seconds; one further bucket has no bound.
 BOUNDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-#: Seconds between two looks.
+#: Seconds between two measurements.
 _EVERY: Final = 0.1
 
 
 class Lag:
-    """A histogram of how much later than asked for a timer rang.
+    """A histogram of how late a timer was called.
 
-    counts: for each bucket, the last one without a bound. total: seconds, of all together.
+    counts: for each bucket, the last one without a bound. total: the sum of all delays,
+    in seconds.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -32,12 +33,12 @@ class Lag:
         self._timer = self._loop.call_at(now + _EVERY, self._ring, now + _EVERY)
 
     def note(self, late: float) -> None:
-        """Count one look. late: seconds."""
+        """Count one measurement. late: seconds."""
         self.counts[bisect_left(BOUNDS, late)] += 1
         self.total += late
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,9 +1,10 @@
-"""The metrics: one reading of the counters as families with names, units and words, for Prometheus.
+"""The metrics: a reading of the counters as families with names, units and help texts.
 
-Names follow its rules: ``brokerd_`` in front, base units, ``_total`` behind what only grows. The number of
-series is fixed, whatever clients do: labels have values from closed lists. Only where the configuration asks
-for metrics of each client does it grow, with the number of names in the configuration.
-docs/operations.md says of each what it means and when to worry.
+Names follow Prometheus's rules: ``brokerd_`` in front, base units, ``_total`` behind a
+value that only grows. The number of series is fixed, whatever clients do: labels have
+values from closed lists. Only if the configuration asks for metrics of each client does
+it grow with the number of configured names. docs/operations.md says of each metric what
+it means and when to worry.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["of_the_broker", "of_the_clients"]
 
-#: Clients in one piece of a family, so that writing it out can be interrupted.
+#: Clients in one piece of a family, so that other tasks can run between two pieces.
 _PIECE: Final = 256
 
 _Item = TypeVar("_Item")
@@ -113,7 +114,7 @@ def _about_reloads(watched: Watched) -> Iterator[Metric]:
 
 
 def of_the_clients(reading: Reading, ends_of_keys: Sequence[tuple[str, str, float]]) -> Iterator[Metric]:
-    """Yield the families about each client, in pieces: several in a row with the same name are one family.
+    """Yield the families about each client, in pieces; consecutive ones with one name are one.
 
     ends_of_keys: (client, id of the key, end).
     """
@@ -161,7 +162,10 @@ def _counter(name: str, words: str, value: float) -> Metric:
 
 
 def _labelled_counter(name: str, words: str, label: str, values: Iterable[str], counted: Mapping[Any, int]) -> Metric:
-    """Return a counter with a series for every value the label can have: what has not happened yet is 0, not absent."""
+    """Return a counter with a series for every possible value of the label.
+
+    A series that has counted nothing yet is 0, not absent.
+    """
     family = CounterMetricFamily(f"brokerd_{name}", words, labels=[label])
     for value in values:
         family.add_metric([str(value)], counted.get(value, 0))
@@ -179,6 +183,6 @@ def _lag(lag: Lag) -> Metric:
 
 
 def _pieces(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Yield parts of a sequence, one empty part of an empty one."""
+    """Yield parts of a sequence, or one empty part for an empty sequence."""
     for start in range(0, max(len(items), 1), _PIECE):
         yield items[start : start + _PIECE]

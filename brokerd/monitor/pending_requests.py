@@ -1,7 +1,8 @@
-"""Connections to the monitor whose request has not been answered yet: few, for a short time, fair to each origin.
+"""Monitor connections whose request is not answered yet: few, short, and fair to each origin.
 
-A silent connection costs a socket and nothing else, and gives way to a newer one: the oldest that has not sent a whole
-request, of the origin that has most. A peer that connects often does not keep a health check from being heard.
+A silent connection costs only a socket, and gives way to a newer one. The origin with
+most connections loses its oldest one without a complete request. A peer that connects
+often does not keep a health check from being answered.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Final
 
 __all__ = ["Pending"]
 
-#: Bytes read before the request counts as whole, so that the answer says what is wrong with it.
+#: Bytes after which a request counts as complete, so that the answer can say what is
+#: wrong with it.
 _MOST_HEAD: Final = 8 * 1024
-#: What ends a request's head; a bare line feed is for the parser to judge.
+#: The ends of a request's head; the parser decides whether a bare line feed is valid.
 _ENDS: Final = (b"\r\n\r\n", b"\n\n")
 
 
 class _Peer:
-    """One connection. whole: whether its request is here."""
+    """One connection. whole: whether its request is complete."""
 
     __slots__ = ("head", "origin", "sock", "timer", "whole")
 
@@ -37,8 +39,9 @@ class _Peer:
 class Pending:
     """The connections of one monitor that wait for their request, or for their turn.
 
-    most: connections at once without a whole request. most_whole: with one. longest_s: seconds that one may last.
-    on_whole: called when a request has become whole.
+    most: connections at once without a complete request. most_whole: connections at
+    once with one. longest_s: seconds that a connection may last. on_whole: called when
+    a request is complete.
     """
 
     def __init__(self, most: int, most_whole: int, longest_s: float, on_whole: Callable[[], object]) -> None:
@@ -47,29 +50,33 @@ class Pending:
         self._longest_s = longest_s
         self._on_whole = on_whole
         self._loop = asyncio.get_running_loop()
-        #: Both in the order in which they came.
+        #: Both dictionaries keep the order in which connections or requests came.
         self._unfinished: dict[_Peer, None] = {}
         self._whole: dict[_Peer, None] = {}
-        #: Requests of each origin that were taken since none was left.
+        #: Requests of each origin that were taken since no complete request was left.
         self._turns: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._unfinished) + len(self._whole)
 
     def add(self, sock: socket.socket, origin: str) -> None:
-        """Take in an accepted connection, which is non-blocking."""
+        """Add an accepted, non-blocking connection."""
         peer = _Peer(sock, origin)
         self._unfinished[peer] = None
         peer.timer = self._loop.call_later(self._longest_s, self._drop, peer)
         self._loop.add_reader(sock.fileno(), self._read, peer)
-        # A health check's request is usually here already: it is heard before a silent peer could displace it.
+        # A health check's request has usually arrived already: it is read before a
+        # silent connection could displace it.
         self._read(peer)
         for peers, most in ((self._unfinished, self._most), (self._whole, self._most_whole)):
             if len(peers) > most:
                 self._drop(_least(peers))
 
     def take(self) -> tuple[socket.socket, bytes] | None:
-        """Return the next connection whose request is whole, and the request; origins take turns."""
+        """Return the next connection with a complete request, and the request.
+
+        Origins take turns.
+        """
         first: dict[str, _Peer] = {}
         for peer in self._whole:
             first.setdefault(peer.origin, peer)
@@ -97,7 +104,7 @@ class Pending:
             self._drop(peer)
             return
         peer.head += data
-        # TLS, or another protocol: the answer is due at once.
+        # TLS or another protocol: the answer is due at once.
         foreign = not peer.head[:1].isalpha() and not peer.head[:1].isspace()
         if foreign or len(peer.head) >= _MOST_HEAD or any(end in peer.head for end in _ENDS):
             self._loop.remove_reader(peer.sock.fileno())
@@ -122,7 +129,7 @@ class Pending:
 
 
 def _least(peers: Collection[_Peer]) -> _Peer:
-    """Return the connection that gives way: the oldest of the origin that has most."""
+    """Return the connection to close: the oldest of the origin that has most."""
     counts = Counter(peer.origin for peer in peers)
     most = max(counts.values())
     return next(peer for peer in peers if counts[peer.origin] == most)

@@ -1,7 +1,7 @@
-"""The monitor's switch: on, off, and moved, as the configuration says.
+"""The monitor's switch: turns the monitor on and off, and moves it, as configured.
 
-What answers is imported when it is first switched on, and not before: a daemon without a monitor starts as quickly
-as if there were none.
+The HTTP server is imported when the monitor is first turned on. A daemon without a
+monitor therefore starts as quickly as if there were none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ __all__ = ["Switch", "preload"]
 
 
 def preload(config: MonitorConfig | None) -> None:
-    """Import what the monitor needs, if there is to be one: some hundred milliseconds, best spent in a thread."""
+    """Import the HTTP server if a monitor is configured.
+
+    That takes some hundred milliseconds, so it is best done in a thread.
+    """
     if config is not None:
         import brokerd.monitor.http_server  # noqa: F401 - so that it is there when it is needed
 
@@ -34,16 +37,19 @@ class Switch:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens, ports chosen by the system filled in; empty while it is off."""
+        """Addresses that the monitor listens at, ports filled in; empty while it is off."""
         return [] if self._site is None else self._site.addresses
 
     @property
     def listening(self) -> list[Listening]:
-        """The sockets it listens at."""
+        """The sockets that the monitor listens at."""
         return [] if self._site is None else self._site.listening
 
     def turn(self, config: MonitorConfig | None, opened: list[Listening]) -> None:
-        """Have the monitor as configured, or none. opened: where it is to listen from now on; empty if it does."""
+        """Turn the monitor on as configured, or off.
+
+        opened: the sockets to listen at from now on; empty if the current ones stay.
+        """
         if config is None:
             self.off()
             return
@@ -56,7 +62,7 @@ class Switch:
             self._site.move(opened)
 
     def off(self) -> None:
-        """Answer nobody any more."""
+        """Turn the monitor off."""
         if self._site is not None:
             self._site.close()
             self._site = None
