@@ -231,7 +231,7 @@ class Logs:
     # Closing
 
     def flush(self, timeout_s: float = 0.3) -> bool:
-        """Write all waiting lines; return False if that takes longer than the time for all outlets."""
+        """Write all waiting lines; return False if that takes longer than the time for them all."""
         end = time.monotonic() + timeout_s
         done = [outlet.flush(max(0.0, end - time.monotonic())) for outlet in self._outlets()]
         return all(done)
