@@ -1,8 +1,10 @@
-"""What the commands do before they import anything large: open standard descriptors, and hold signals.
+"""Setup before large imports: open the standard descriptors and hold signals.
 
-A standard descriptor that is closed would become that of a socket or a file, into which somebody's print goes; and
-libuv ends the process when it closes one. A signal that arrives before its handler is there would end the process: it
-waits until :mod:`brokerd.daemon.process` takes it, or until :mod:`brokerd.cli.main` finds that another command runs.
+Otherwise a closed standard descriptor would be reused for a socket or a file. A print
+would then write into it, and libuv ends the process when it closes one. A signal that
+arrives before its handler exists would end the process. It is held until
+:mod:`brokerd.daemon.process` handles it, or until :mod:`brokerd.cli.main` finds that
+another command runs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Final
 
 __all__ = ["HELD", "brokerctl", "brokerd", "hold_signals", "open_standard_descriptors", "release_signals"]
 
-#: Signals that mean something to a running broker, and would end a process that has no handler yet.
+#: Signals that a running broker handles, and that would end a process without a
+#: handler.
 HELD: Final = tuple(
     getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, "pthread_sigmask")
 )
@@ -38,14 +41,14 @@ def brokerctl() -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Open each of the descriptors 0, 1 and 2 that is closed on the null device."""
+    """Open the null device at each of the descriptors 0, 1 and 2 that is closed."""
     if os.name != "posix":
         return
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free, and so this one.
+            # The system assigns the lowest free number, which is this one.
             opened = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(opened, True)
             if getattr(sys, name) is None:
@@ -53,12 +56,12 @@ def open_standard_descriptors() -> None:
 
 
 def hold_signals() -> None:
-    """Have the signals in HELD wait until ``release_signals``."""
+    """Block the signals in HELD until ``release_signals``."""
     if HELD:
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def release_signals() -> None:
-    """Take the signals that wait, and those to come."""
+    """Unblock the held signals, and deliver those that are pending."""
     if HELD:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)

@@ -1,4 +1,4 @@
-"""A real broker for tests: in this process, on a temporary socket, with clients made as they are asked for.
+"""A real broker for tests: in this process, on a temporary socket, with clients on demand.
 
 With pytest, import the fixture (or name this module in ``pytest_plugins``)::
 
@@ -10,8 +10,9 @@ With pytest, import the fixture (or name this module in ``pytest_plugins``)::
         alice.send("bob", "hello")
         assert bob.recv(timeout=5).payload == "hello"
 
-Without it, :func:`running` is a context manager that gives the same object. Nothing is mocked: the broker runs
-in a thread with an event loop of its own, and clients connect to it as they always do.
+Without pytest, :func:`running` is a context manager that gives the same object. Nothing
+is mocked: the broker runs in a thread with an event loop of its own, and clients
+connect to it as usual.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ _Result = TypeVar("_Result")
 class RunningBroker:
     """A broker in a thread of this process.
 
-    address: where it listens, as ``brokerd_client.connect`` takes it. It stays the same across kill and start.
-    tls: as in a ``listen`` entry; it then listens on 127.0.0.1 with TLS, and clients are connected with ``ssl=``.
+    address: where it listens, as ``brokerd_client.connect`` takes it. It stays the same
+    across kill and start. tls: as in a ``listen`` entry. The broker then listens on
+    127.0.0.1 with TLS, and clients connect with ``ssl=``.
     """
 
     def __init__(
@@ -75,21 +77,24 @@ class RunningBroker:
     # Clients
 
     def add(self, name: str, **entry: Any) -> None:
-        """Configure one more client, or change one: entry is what stands under its name in a configuration file."""
+        """Add or change a client.
+
+        entry: the options that stand under its name in a configuration file.
+        """
         self._enter(name, entry)
         if self._daemon is not None:
             daemon, config = self._daemon, self._config()
             self._call(lambda: daemon.apply(config, "brokerd.testing"))
 
     def key(self, name: str) -> bytes:
-        """Return the client's key; a name not seen before becomes a client."""
+        """Return the client's key; an unknown name is added as a client."""
         if name not in self._entries:
             self.add(name)
         key = self._entries[name]["key"]
         return key.encode() if isinstance(key, str) else bytes(key)
 
     def connect(self, name: str, **options: Any) -> Client:
-        """Return a connected client of the library; it is closed with the broker, if not before."""
+        """Return a connected client of the library; :meth:`close` closes the client too."""
         import brokerd_client
 
         client = brokerd_client.connect(self.address, name=name, key=self.key(name), **options)
@@ -102,31 +107,32 @@ class RunningBroker:
 
         return await aio.connect(self.address, name=name, key=self.key(name), **options)
 
-    # The broker's life
+    # Start and end of the broker
 
     def start(self) -> None:
-        """Start it, again after :meth:`stop` or :meth:`kill`, at the same address."""
+        """Start the broker, also after :meth:`stop` or :meth:`kill`, at the same address."""
         assert self._daemon is None, "it runs already"
         daemon = self._on_loop(self._make_daemon())
         self._daemon = daemon
         self.address = str(daemon.addresses[0])
-        # A port that the system has chosen is meant from here on, in every configuration it is to take over too.
+        # From here on, every configuration contains the port that the system has
+        # chosen.
         daemon.config = self._config()
 
     def stop(self) -> None:
-        """Drain it and stop."""
+        """Drain and stop the broker."""
         if self._daemon is not None:
             daemon, self._daemon = self._daemon, None
             self._on_loop(daemon.stop())
 
     def kill(self) -> None:
-        """End it without a word to anybody, as a crash would."""
+        """End the broker without notifying its clients, as a crash would."""
         if self._daemon is not None:
             daemon, self._daemon = self._daemon, None
             self._call(daemon.kill)
 
     def disconnect(self, name: str) -> None:
-        """Cut the connections of one client, as a broken network would."""
+        """Close the connections of one client, as a broken network would."""
         daemon = self._running()
         self._call(lambda: daemon.cut_off(name))
 
@@ -136,7 +142,7 @@ class RunningBroker:
         return self._call(daemon.stats)
 
     def close(self) -> None:
-        """Close the clients made here, stop the broker and remove its directory."""
+        """Close the clients made by :meth:`connect`, stop the broker and remove its directory."""
         for client in self._opened:
             client.close()
         self._opened.clear()
@@ -186,7 +192,7 @@ class RunningBroker:
         def call() -> None:
             try:
                 done.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the caller is to see it
+            except BaseException as error:  # noqa: BLE001 - any error must reach the caller
                 done.set_exception(error)
 
         self._loop.call_soon_threadsafe(call)
@@ -200,19 +206,19 @@ def running(
     limits: Mapping[str, Any] | None = None,
     tls: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningBroker]:
-    """Run a broker for the length of a with statement; arguments as sections of a configuration file."""
+    """Run a broker in a with statement; arguments are sections of a configuration file."""
     with RunningBroker(clients, limits=limits, tls=tls) as running_broker:
         yield running_broker
 
 
 try:
     import pytest
-except ImportError:  # the fixture is for those who have pytest
+except ImportError:  # the fixture exists only where pytest is installed
     pass
 else:
 
     @pytest.fixture
     def broker() -> Iterator[RunningBroker]:
-        """A real broker on a temporary socket; its clients are made as they are asked for."""
+        """A real broker on a temporary socket; clients are created on demand."""
         with RunningBroker() as running_broker:
             yield running_broker
