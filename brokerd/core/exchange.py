@@ -1,8 +1,9 @@
-"""Names, pools and presence: who is where.
+"""Clients, pools and presence: the sessions behind each configured name.
 
-A Client is a configured name and lives as long as the configuration has it; a Session is one of its
-connections. A name with ``connections: 1`` has one session or none and is reached by its name; a pool's
-sessions each have an address of their own as well.
+A Client is a configured name; it lives as long as the configuration has it. A Session
+is one of its connections. A client with ``connections: 1`` has at most one session,
+whose address is the client's name. In a pool, each session also has an address of its
+own.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from brokerd.core.session import Session
 __all__ = ["Client", "Exchange"]
 
 
-#: A session's place among those of its pool: whether it does not read, bytes that wait, the turn it was picked last,
-#: and its number.
+#: A session's rank in its pool: whether it does not read, bytes that wait, the turn in which
+#: it was last picked, and its number. The lowest rank is picked.
 Rank: TypeAlias = tuple[bool, int, int, int]
-#: Ranks that hold no more, and may be kept all the same.
+#: Stale ranks that one pool's heap may hold, beyond twice its sessions, before it is rebuilt.
 _STALE: Final = 64
 
 
 class Client(RouteEntry):
     """One configured name.
 
-    sessions: its connections, oldest first, by address. changed_at: when it last came online or
-    went offline, in seconds since the epoch. shown_online, shown_since: the same, as far as it has been told.
+    sessions: its connections by address, oldest first.
+    changed_at: when it last came online or went offline, in seconds since the epoch.
+    shown_online, shown_since: its presence, as far as that has been published.
     """
 
     __slots__ = (
@@ -60,22 +62,24 @@ class Client(RouteEntry):
         self.changed_at = self.shown_since = now_wall
         self.shown_online = False
         self.turn = 0
-        #: The sessions of a pool by their load, the least first: see pick.
+        #: Heap of the sessions of a pool by load, the least first: see pick.
         self._ranks: list[Rank] = []
         self._numbered: dict[int, Session] = {}
-        #: Whether one of them still has a queue of another kind, whose load is not followed.
+        #: Whether a session of the pool has a StreamOutbox, whose load is not tracked.
         self._mixed = False
 
     @property
     def online(self) -> bool:
-        """Whether at least one connection is there."""
+        """Whether the client has at least one connection."""
         return bool(self.sessions)
 
     def pick(self) -> Session | None:
-        """Return the least loaded session: one that reads, fewest bytes waiting, then the one not picked for longest.
+        """Return the least loaded session, or None.
 
-        A rank may be too low, as a load grows unnoticed; it is set right when it comes first. One that shrinks is
-        told to ``eased``, so that no rank is too high.
+        A session that reads comes first, then the fewest bytes waiting, then the session
+        that was picked longest ago. A growing load is not noticed at once, so a rank may
+        be too low. It is corrected when it comes first. A shrinking load is reported to
+        ``eased``, so that no rank is too high.
         """
         sessions = self.sessions
         if len(sessions) <= 1:
@@ -100,7 +104,7 @@ class Client(RouteEntry):
             return session
 
     def eased(self, session: Session) -> None:
-        """Take note that fewer bytes wait for a session than before."""
+        """Lower the rank of a session that has fewer bytes waiting than before."""
         rank = session.rank
         if rank is not None:
             if len(self._ranks) > _STALE + 2 * len(self.sessions):
@@ -109,7 +113,7 @@ class Client(RouteEntry):
             heapq.heappush(self._ranks, session.rank)
 
     def _rank_all(self) -> None:
-        """Rank the sessions from the beginning."""
+        """Rebuild the heap of ranks."""
         self._ranks = []
         for session in self.sessions.values():
             session.rank = (
@@ -121,7 +125,7 @@ class Client(RouteEntry):
         heapq.heapify(self._ranks)
 
     def add(self, session: Session) -> None:
-        """Take in a session."""
+        """Add a session."""
         self.sessions[session.address] = session
         self._numbered[session.number] = session
         session.rank = (*_load(session), self.turn, session.number)
@@ -129,7 +133,7 @@ class Client(RouteEntry):
         self._choose_direct()
 
     def remove(self, session: Session) -> None:
-        """Forget a session."""
+        """Remove a session."""
         del self.sessions[session.address]
         del self._numbered[session.number]
         session.rank = None
@@ -140,9 +144,9 @@ class Client(RouteEntry):
         self._choose_direct()
 
     def reconfigure(self, config: ClientConfig) -> None:
-        """Take over a changed entry; the connections stay.
+        """Apply a changed configuration entry; the connections stay.
 
-        A connection that has bytes waiting keeps the kind of outbox it began with.
+        A connection that has bytes waiting keeps its present kind of outbox.
         """
         if config.rate != self.config.rate:
             self.meter = Meter.for_rate(config.rate)
@@ -165,13 +169,13 @@ class Client(RouteEntry):
 
 
 def _load(session: Session) -> tuple[bool, int]:
-    # While its outbox is not blocked, what waits there is only on its way.
+    # While an outbox is not blocked, its bytes are only waiting for the next write.
     waiting = session.outbox.waiting
     return session.outbox.blocked and waiting > 0, waiting
 
 
 class Exchange:
-    """All configured names."""
+    """All configured clients."""
 
     def __init__(self, configs: Iterable[ClientConfig] = (), now_wall: float = 0.0) -> None:
         self.clients: dict[str, Client] = {config.name: Client(config, now_wall) for config in configs}

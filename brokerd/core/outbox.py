@@ -1,16 +1,19 @@
-"""Bytes that wait for one connection, and the quota they may fill.
+"""Outboxes: the bytes that wait for one connection, within its queue quota.
 
-Two kinds with one interface. A StreamOutbox is a run of bytes in chunks that each begin with a whole
-frame: appending is cheap and the routing loop writes straight into its ``content``. A long frame is a chunk by
-itself and is not copied (:mod:`brokerd.core.large_frame`). A FrameOutbox keeps
-every frame by itself, for recipients whose queue must be edited: pools, whose waiting frames move to
-another member, and clients with ``when_full: drop_oldest``.
+There are two kinds with one interface. A StreamOutbox is a run of bytes in chunks, each
+of which begins with a whole frame. Appending is cheap, and the routing loop writes
+straight into its ``content``. A large frame is a chunk by itself and is not copied
+(:mod:`brokerd.core.large_frame`).
 
-A frame with a ttl is told apart in both kinds. ``pieces`` ends before one whose time was over at the last
-``take_expired``, which returns it when it comes first.
+A FrameOutbox keeps every frame separately, for recipients whose queue must be edited.
+These are pools, whose waiting frames move to another member, and clients with
+``when_full: drop_oldest``.
 
-An outbox never sends: whoever writes its bytes says with ``sent(n)`` how many the system took, and sets
-``blocked`` while it takes none.
+Both kinds keep track of frames with a ttl. ``pieces`` ends before a frame whose ttl was
+over at the last ``take_expired``. That method returns the frame once it comes first.
+
+An outbox never sends. The network layer writes its bytes, and calls ``sent(n)`` with
+the number of bytes that the system took. It sets ``blocked`` while the system takes none.
 """
 
 from __future__ import annotations
@@ -26,19 +29,20 @@ from brokerd.core.undelivered import Chunk, Queued, Unsent, count_after, cut
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
 
-#: A chunk of a StreamOutbox is closed once it holds this many bytes.
+#: Most bytes in one chunk of a StreamOutbox, unless a single frame is longer.
 CHUNK: Final = 128 * 1024
-#: At most this many pieces are handed to one vectored write; IOV_MAX is 1024 on Linux.
+#: Most pieces per vectored write; IOV_MAX is 1024 on Linux.
 _PIECES: Final = 512
 
 
 class StreamOutbox(WriteBuffer):
-    """A byte stream in chunks; the last one is ``content``, where the routing loop writes.
+    """A byte stream in chunks; the last chunk is ``content``, where the routing loop writes.
 
-    limit: bytes that may wait.
-    blocked: the system took less than was offered; set and cleared by whoever writes.
-    stalled: senders were held for as long as may be; cleared when half of the queue is free.
-    timed: how many frames with a ttl wait here.
+    limit: bytes that may wait: the queue quota.
+    blocked: whether the system took less than was offered; the network layer sets it.
+    stalled: whether senders were held for the longest time allowed; cleared when half of
+        the queue is free.
+    timed: number of waiting frames with a ttl.
     """
 
     __slots__ = (
@@ -64,18 +68,19 @@ class StreamOutbox(WriteBuffer):
         self.blocked = False
         self.stalled = False
         self._older: deque[Chunk] = deque()
-        #: For each of those: how many frames had been written since the beginning when it was closed; None if unknown.
+        #: For each closed chunk: the value of ``frames`` when it was closed; None if unknown.
         self._ends: deque[int | None] = deque()
         self._older_bytes = 0
-        #: How many chunks have been closed, and those of them that are a frame with a ttl, by their number.
+        #: Number of chunks closed so far, and the chunks that are a frame with a ttl, each
+        #: with its number.
         self._closed = 0
         self._timed: deque[tuple[int, Queued]] = deque()
         self.timed = 0
         self._as_of = 0.0
-        #: Bytes of the first chunk that the system has taken, and of all chunks before it.
+        #: Bytes that the system has taken of the first chunk, and of all chunks before it.
         self._head = 0
         self._taken = 0
-        #: By the stamp of a sender that is gone: where in the stream its last bytes may lie.
+        #: By the sender header of a closed session: up to where in the stream its bytes may lie.
         self._left: dict[bytes, int] = {}
 
     @property
@@ -84,10 +89,10 @@ class StreamOutbox(WriteBuffer):
         return self._older_bytes + len(self.content) - self._head
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be appended to ``content`` now, within limit + beyond.
+        """Return whether ``size`` more bytes may be appended now, within limit + beyond.
 
-        A frame longer than the whole quota is still taken when nothing waits: otherwise it could
-        never be delivered.
+        A frame longer than the whole quota is accepted when nothing waits. Otherwise it
+        could never be delivered.
         """
         waiting = self.waiting
         if waiting and waiting + size > self.limit + beyond:
@@ -96,9 +101,10 @@ class StreamOutbox(WriteBuffer):
         return True
 
     def append(self, frame: bytes | memoryview) -> None:
-        """Append one whole frame, whatever the quota says: the broker's own answers are not refused.
+        """Append one whole frame, even beyond the quota.
 
-        What is in a memoryview is kept as it is and must not change any more.
+        The broker's own answers are never refused. A memoryview is kept without a copy,
+        and its bytes must not change afterwards.
         """
         if isinstance(frame, memoryview):
             self._close_buffer()
@@ -120,9 +126,9 @@ class StreamOutbox(WriteBuffer):
         self.timed += 1
 
     def sender_left(self, sender_header: bytes) -> None:
-        """Remember that what waits here under this stamp is from a connection that is gone.
+        """Mark the waiting frames with this sender header as sent by a closed session.
 
-        The next connection with that address is not to hear of it.
+        The next connection with that address gets no errors for them.
         """
         if self.waiting:
             self._left[sender_header] = self._taken + self._older_bytes + len(self.content)
@@ -145,7 +151,7 @@ class StreamOutbox(WriteBuffer):
         self.room = min(CHUNK, self.limit - self._older_bytes + self._head)
 
     def pieces(self) -> list[bytearray | memoryview]:
-        """Return what to write next, in order; whole chunks, never empty ones."""
+        """Return the next bytes to write, in order, as chunks that are never empty."""
         if not self._older:
             if not self._head:
                 return [self.content] if self.content else []
@@ -164,7 +170,10 @@ class StreamOutbox(WriteBuffer):
         return pieces
 
     def _before_expired(self) -> int:
-        """Return how many chunks may be written before the first that has expired; one that is begun may."""
+        """Return how many chunks may be written before the first that has expired.
+
+        A chunk that is partly written may be written to its end.
+        """
         first = self._closed - len(self._older)
         for number, queued in itertools.islice(self._timed, _PIECES):
             if number - first >= _PIECES:
@@ -188,7 +197,7 @@ class StreamOutbox(WriteBuffer):
         return expired
 
     def _forget_first(self) -> int:
-        """Forget the first of the closed chunks; return its size."""
+        """Remove the first of the closed chunks; return its size."""
         if self._timed and self._timed[0][0] == self._closed - len(self._older):
             self._timed.popleft()
             self.timed -= 1
@@ -199,13 +208,13 @@ class StreamOutbox(WriteBuffer):
         return size
 
     def sent(self, size: int) -> bool:
-        """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
+        """Remove ``size`` bytes that the system took; return whether nothing waits now."""
         head = self._head + size
         while self._older and head >= len(self._older[0]):
             head -= self._forget_first()
         if not self._older and head >= len(self.content):
             self._taken += len(self.content)
-            # A new object, not clear(): the one handed out by pieces() may still be looked at.
+            # A new object, not clear(): the caller of pieces() may still hold the old one.
             self.content = bytearray()
             self._left.clear()
             self._head = 0
@@ -218,19 +227,19 @@ class StreamOutbox(WriteBuffer):
 
     @property
     def begun(self) -> int:
-        """Bytes of what lies here that the system has taken already."""
+        """Bytes of ``chunks`` that the system has taken already."""
         return self._head
 
     def chunks(self) -> list[bytearray | memoryview]:
-        """Return what lies here, in order; each chunk begins with a whole frame."""
+        """Return all waiting chunks, in order; each begins with a whole frame."""
         return [*self._older, self.content]
 
     def left(self) -> dict[bytes, int]:
-        """Return up to where in ``chunks`` the bytes of senders that are gone may lie, by their stamps."""
+        """Return up to where in ``chunks`` closed senders' bytes may lie, by sender header."""
         return {sender_header: end - self._taken for sender_header, end in self._left.items()}
 
     def timed_frames(self) -> list[tuple[int, Queued]]:
-        """Return which of ``chunks`` are frames with a ttl."""
+        """Return the frames with a ttl, each with its index in ``chunks``."""
         first = self._closed - len(self._older)
         return [(number - first, queued) for number, queued in self._timed]
 
@@ -241,7 +250,11 @@ class StreamOutbox(WriteBuffer):
         left: dict[bytes, int],
         timed: Iterable[tuple[int, Queued]] = (),
     ) -> None:
-        """Make this empty outbox hold what ``chunks``, ``begun``, ``left`` and ``timed_frames`` of another returned."""
+        """Fill this empty outbox with the contents of another.
+
+        The arguments are what its ``chunks``, ``begun``, ``left`` and ``timed_frames``
+        returned.
+        """
         *older, self.content = chunks
         self._closed = len(older)
         self._timed.extend(timed)
@@ -265,7 +278,7 @@ class StreamOutbox(WriteBuffer):
         return count + count_after(self.content, head)
 
     def take_unsent(self) -> Unsent:
-        """Return every frame the system did not take whole, oldest first, and forget them."""
+        """Remove and return every frame that the system did not take whole, oldest first."""
         count = self.unsent
         timed = dict(self.timed_frames())
         chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
@@ -282,10 +295,11 @@ class StreamOutbox(WriteBuffer):
 
 
 class FrameOutbox(WriteBuffer):
-    """Frames kept one by one: see StreamOutbox for the attributes they share.
+    """Frames kept separately; see StreamOutbox for the attributes that both share.
 
-    Its ``content`` stays empty and its ``room`` 0: the routing loop never writes here. Frames that are never dropped
-    have a queue of their own, so that the oldest of the others is found without a walk past them.
+    Its ``content`` stays empty and its ``room`` 0: the routing loop never writes here.
+    Frames that are never dropped have a queue of their own. So the oldest droppable frame
+    is found without a search.
     """
 
     __slots__ = (
@@ -311,11 +325,12 @@ class FrameOutbox(WriteBuffer):
         #: The frame of which the system has taken the first ``_head`` bytes.
         self._begun: Queued | None = None
         self._head = 0
-        #: Frames that may be dropped, their bytes, and how many such frames have left this queue.
+        #: Frames that may be dropped, their bytes, and the number of them that have left.
         self._plain: deque[Queued] = deque()
         self._plain_bytes = 0
         self._plain_gone = 0
-        #: Frames that are never dropped, each with how many of the others precede it since the beginning.
+        #: Frames that are never dropped, each with the number of droppable frames that were
+        #: queued before it, counted since the outbox began.
         self._kept: deque[tuple[int, Queued]] = deque()
         self._waiting = 0
         self.timed = 0
@@ -327,15 +342,15 @@ class FrameOutbox(WriteBuffer):
         return self._waiting
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be put now, within limit + beyond."""
+        """Return whether ``size`` more bytes may be queued now, within limit + beyond."""
         return not self._waiting or self._waiting + size <= self.limit + beyond
 
     def append(self, frame: bytes) -> None:
-        """Append one whole frame of the broker's own, whatever the quota says."""
+        """Append one whole frame of the broker's own, even beyond the quota."""
         self.put(Queued(frame, kept=True))
 
     def put(self, queued: Queued) -> None:
-        """Append one whole frame with what is to be remembered of it."""
+        """Append one whole frame with its delivery information."""
         self._insert(queued)
         self.frames += 1
         self.size += len(queued.frame)
@@ -351,13 +366,13 @@ class FrameOutbox(WriteBuffer):
         self.timed += queued.deadline is not None
 
     def _first(self) -> Queued | None:
-        """Return the frame whose turn it is, or None."""
+        """Return the frame that is to be written next, or None."""
         if self._kept and self._kept[0][0] <= self._plain_gone:
             return self._kept[0][1]
         return self._plain[0] if self._plain else None
 
     def _next(self) -> Queued:
-        """Remove and return the frame whose turn it is."""
+        """Remove and return the frame that is to be written next."""
         if self._kept and self._kept[0][0] <= self._plain_gone:
             queued = self._kept.popleft()[1]
             self.timed -= queued.deadline is not None
@@ -372,7 +387,7 @@ class FrameOutbox(WriteBuffer):
         return queued
 
     def _in_order(self) -> Iterator[Queued]:
-        """Yield every frame that waits, in order; nothing may change meanwhile."""
+        """Yield every waiting frame, in order; the outbox must not change meanwhile."""
         if self._begun is not None:
             yield self._begun
         place = self._plain_gone
@@ -384,7 +399,7 @@ class FrameOutbox(WriteBuffer):
         yield from plain
 
     def pieces(self) -> list[bytearray | memoryview]:
-        """Return what to write next, in order."""
+        """Return the next frames to write, in order."""
         frames: Iterator[Queued] = itertools.islice(self._in_order(), _PIECES)
         if self.timed:
             frames = itertools.takewhile(self._may_be_written, frames)
@@ -394,7 +409,7 @@ class FrameOutbox(WriteBuffer):
         return pieces
 
     def sent(self, size: int) -> bool:
-        """Forget the first ``size`` bytes: the system has them. Return whether nothing waits now."""
+        """Remove ``size`` bytes that the system took; return whether nothing waits now."""
         self._waiting -= size
         if not self._waiting:
             self.stalled = False
@@ -413,7 +428,7 @@ class FrameOutbox(WriteBuffer):
         return not self._waiting
 
     def _tell_eased(self) -> None:
-        """Tell the pool, if it takes this outbox for fuller than it is."""
+        """Report a smaller load to the pool, if the session's rank there is too high."""
         owner = self.owner
         if owner is not None and owner.rank is not None and owner.rank[1] > self._waiting:
             owner.client.eased(owner)
@@ -436,10 +451,11 @@ class FrameOutbox(WriteBuffer):
         return expired
 
     def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
-        """Drop the oldest frames until ``size`` more bytes fit the quota, ``most`` frames at once; return them.
+        """Drop the oldest frames until ``size`` more bytes fit the quota; return them.
 
-        A frame of which the system has taken a part stays, since its end must follow; when nothing else
-        is left, there is room for any frame. None: what may be dropped is not enough, and nothing was.
+        At most ``most`` frames are dropped per call. A partly written frame stays, since
+        its end must follow. If nothing else is left, any frame may be appended.
+        None: the droppable frames are not enough, and none has been dropped.
         """
         excess = self._waiting + size - self.limit
         if excess > self._plain_bytes and self._kept:
@@ -454,39 +470,39 @@ class FrameOutbox(WriteBuffer):
         return dropped
 
     def has_made_room(self, size: int) -> bool:
-        """Return whether ``drop_oldest`` has done all it can for a frame of ``size`` bytes."""
+        """Return whether ``drop_oldest`` has dropped all it can for ``size`` more bytes."""
         return self._waiting + size <= self.limit or not self._plain
 
     @property
     def begun(self) -> int:
-        """Bytes of the first frame that the system has taken already."""
+        """Bytes that the system has taken of the first frame."""
         return self._head
 
     def queue(self) -> list[Queued]:
-        """Return the frames that lie here, in order."""
+        """Return all waiting frames, in order."""
         return list(self._in_order())
 
     @property
     def plain(self) -> deque[Queued]:
-        """The frames that may be dropped, in order; they leave at the front only."""
+        """The frames that may be dropped, in order; they are removed from the front only."""
         return self._plain
 
     @property
     def plain_gone(self) -> int:
-        """How many such frames have left: the number of the first one that is here."""
+        """Number of frames that have left ``plain``: the number of its first frame."""
         return self._plain_gone
 
     def kept(self) -> list[tuple[int, Queued]]:
-        """Return the frames that are never dropped, each with how many of ``plain`` are before it."""
+        """Return the frames never dropped, each with the number of ``plain`` before it."""
         return [(max(0, precede - self._plain_gone), queued) for precede, queued in self._kept]
 
     @property
     def begun_frame(self) -> Queued | None:
-        """The frame of which the system has taken a part."""
+        """The frame that is partly written, or None."""
         return self._begun
 
     def refill(self, queue: Iterable[Queued], begun: int) -> None:
-        """Make this empty outbox hold what ``queue`` and ``begun`` of another one returned."""
+        """Fill this empty outbox with what ``queue`` and ``begun`` of another returned."""
         for queued in queue:
             if begun and self._begun is None:
                 self._begun, self._head = queued, begun
@@ -495,14 +511,17 @@ class FrameOutbox(WriteBuffer):
                 self._insert(queued)
 
     def refill_plain(self, plain: deque[Queued], size: int, timed: int) -> None:
-        """Take over the frames that may be dropped, in an outbox that has none. size, timed: sums over them."""
+        """Add the droppable frames of another outbox; this one must have none.
+
+        size: their bytes. timed: the number of them with a ttl.
+        """
         self._plain = plain
         self._plain_bytes += size
         self._waiting += size
         self.timed += timed
 
     def refill_kept(self, kept: Iterable[tuple[int, Queued]]) -> None:
-        """Put the frames that are never dropped where ``kept`` of another one said."""
+        """Add the frames that are never dropped, as ``kept`` of another outbox returned."""
         for precede, queued in kept:
             self._kept.append((precede, queued))
             self._waiting += len(queued.frame)
@@ -514,7 +533,7 @@ class FrameOutbox(WriteBuffer):
         return len(self._plain) + len(self._kept) + (self._begun is not None)
 
     def take_unsent(self) -> Unsent:
-        """Return every frame the system did not take whole, oldest first, and forget them."""
+        """Remove and return every frame that the system did not take whole, oldest first."""
         count, rest = self.unsent, FrameOutbox(self.limit)
         rest._begun, rest._plain, rest._kept = self._begun, self._plain, self._kept
         rest._plain_gone = self._plain_gone

@@ -20,7 +20,7 @@ __all__ = ["Session", "new_outbox"]
 
 
 def new_outbox(config: ClientConfig) -> Outbox:
-    """Return an empty outbox of the kind that the client's entry calls for."""
+    """Return an empty outbox of the kind that the client's configuration needs."""
     edited = config.connections > 1 or config.when_full is WhenFull.DROP_OLDEST
     return FrameOutbox(config.queue) if edited else StreamOutbox(config.queue)
 
@@ -28,36 +28,42 @@ def new_outbox(config: ClientConfig) -> Outbox:
 class Session:
     """One authenticated connection.
 
-    client: whose it is. address: how others see and reach it: the name, or ``name/instance`` in a pool.
-    stamp: that address as it is written into every frame this session sends.
-    link: the connection's handle in the network layer; the core only carries it.
+    client: the client that it belongs to.
+    address: its address for other clients: the name, or ``name/instance`` in a pool.
+    sender_header: that address as it is written into every frame of this session.
+    connection: the connection in the network layer; the core only carries it.
 
-    skip: bytes of an oversized frame still to be passed over.
-    held_by: nothing more is read from it until that session has room; hold_deadline says until when
-        the frame it was held for may wait.
-    arrived: when the frame being handled came; its ttl counts from there.
-    charged: the frame being handled has been counted against the sender's rate already.
+    bytes_to_skip: bytes of an oversized frame still to be skipped.
+    held_by: the session with a full queue for which this one is not read from, or None.
+    hold_deadline: until when the frame that it is held for may wait.
+    arrived: when the frame being handled arrived; its ttl counts from then.
+    charged: whether that frame has been counted against the client's rate already.
     closing: why it is to be closed once its outbox is written, or "".
-    closing_code: what its client is told then, or None.
-    cut: it is to be closed at once, written or not.
-    slow: its queue was full, and has not been empty since.
-    allowance: how long it may hold senders; None while it never has.
-    waiters: sessions held because this one's queue is full, in the order they came.
+    closing_code: the code of the ERROR that its client receives then, or None.
+    cut: whether it is to be closed at once, even with bytes unwritten.
+    slow: whether its queue was full, and has not been empty since (slow consumer).
+    allowance: how long it may hold senders; None if it has never held any.
+    waiters: sessions held because this one's queue is full, in order of arrival.
 
-    owed: requests delivered here and not answered yet, by (address of who asked, id).
-    asked: its own requests not answered yet, by (id, address of who was asked).
-    spread: its event that is on the way to very many subscribers. reached_by_event: those that have it.
-    expiring: until when an answer may come, of those of its requests that have a ttl.
-    widest: how many outboxes the largest event that the routing loop remembers for it goes to.
-    rank: its place among the connections of its pool: see Client.pick.
-    number, left_at: where in the order of all that came and went it came, and went.
-    reached: whom it has sent something that the broker may have to answer for.
+    incoming_requests: the requester of each request delivered here and not answered yet,
+        by (requester's address, id).
+    outgoing_requests: the responder of each of its own requests not answered yet, by
+        (id, responder's address).
+    expiring: the deadlines of those outgoing requests that have a ttl, by the same key.
+    spread: its event that is still on its way to many subscribers, or None.
+    reached_by_event: the subscribers that have been chosen for that event so far.
+    routes, fanouts: the routing loop's caches of recipients and topics: see ``caches``.
+    widest: outboxes in the largest fan-out in that cache.
+    rank: its rank among the connections of its pool: see Client.pick.
+    number, closed_number: its positions in the order of all attaches and detaches.
+    recipients: the clients that it has sent frames for which the broker may owe a report.
 
-    goaway: it has asked to be told before the broker closes it. told: it has been.
-    parting: its new messages are refused, because its connection is about to end.
-    finishing: the id of its request ``finished``, once it has asked. finished: that has been answered.
+    goaway: whether it has asked for a notice before the broker closes it.
+    told: whether that notice has been sent.
+    parting: whether its new messages are refused because its connection is about to end.
+    finishing: the id of its request ``finished``, or None. finished: it has been answered.
     marks, marked_at: see :func:`brokerd.core.goaway.has_finished`.
-    retired: nothing more is delivered to it. mute: nothing more is sent to it at all.
+    retired: whether it receives no more deliveries. mute: the broker sends it nothing.
     """
 
     __slots__ = (
@@ -158,11 +164,12 @@ class Session:
         self.errors_in = 0
 
     def caches(self, broker: Broker) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
-        """Return what the routing loop remembers of earlier frames, emptied where it is no longer true.
+        """Return the routing loop's caches, emptied where they are stale.
 
-        By recipient: the seat a message goes to. By topic: the outboxes an event goes to.
-        A frame that the broker has begun with goes back to it, not past it: then nothing is remembered. Nor is
-        anything for a connection that is about to end.
+        They are the route entry of each recipient, and the outboxes of each topic.
+        Both are empty while the broker is handling a frame of this session. That frame
+        then goes back to the broker, not past it. They are also empty for a connection
+        that is about to end.
         """
         if self.charged or self.parting or self.mute:
             return {}, {}
@@ -188,7 +195,7 @@ class Session:
         return self.outbox.size
 
     def renew_outbox(self) -> None:
-        """Begin an outbox of the kind that a changed entry calls for; nothing may be waiting."""
+        """Replace an empty outbox by one of the kind that a changed configuration needs."""
         old, self.outbox = self.outbox, new_outbox(self.client.config)
         self.outbox.owner = self
         self.outbox.frames, self.outbox.size, self.outbox.touched = old.frames, old.size, old.touched

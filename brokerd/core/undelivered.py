@@ -1,7 +1,8 @@
-"""What an outbox held when its connection ended: frames that go back to their senders, cut out one at a time.
+"""Frames left in an outbox when its connection ended, extracted one at a time.
 
-A queue can hold hundreds of thousands of short messages. Cutting them all out at once would take as long as answering
-for them, and hold up everybody else.
+They are returned to their senders. A queue can hold hundreds of thousands of short
+messages. Extracting all of them at once would take as long as reporting them, and
+would delay every other client.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ Chunk: TypeAlias = "bytearray | memoryview"
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """One frame that waits.
+    """One waiting frame.
 
-    frame: length prefix included; it does not change any more. receipt: its sender asked for a RECEIPT.
-    pinned: it was sent to this very connection, not to its name.
-    sender: the session it came from, where that is remembered. orphaned: that one is known to be gone.
-    kept: it is never dropped for a newer one: an answer to what the recipient sent itself.
-    deadline: it is not written from then on, on the clock of ``now``; None where it has no ttl.
+    frame: its bytes with the length prefix; they do not change any more.
+    receipt: whether its sender asked for a RECEIPT.
+    pinned: whether it was sent to this connection's own address, not to the client's name.
+    sender: the session it came from, where that is remembered.
+    orphaned: whether its sender's session is known to have closed.
+    kept: whether it is never dropped for a newer frame. Such a frame answers a frame of
+        the recipient's own.
+    deadline: when its ttl is over and it is no longer written; None without a ttl.
+        It is a time on the clock of ``now``.
     """
 
     frame: bytes | memoryview
@@ -41,7 +46,7 @@ class Queued:
 
 
 class Unsent:
-    """Frames that the system did not take whole, oldest first; its length is how many are left."""
+    """Frames that the system did not take whole, oldest first; ``len`` counts the rest."""
 
     __slots__ = ("_frames", "_left")
 
@@ -53,21 +58,23 @@ class Unsent:
         return max(self._left, 0)
 
     def __iter__(self) -> Iterator[Queued]:
-        """Yield those that are left, which stay."""
+        """Yield the remaining frames without removing them."""
         left = list(self._frames)
         self._frames = iter(left)
         yield from left
 
     def pop(self) -> Queued | None:
-        """Return the oldest one and forget it; None when there is none left."""
+        """Remove and return the oldest frame, or None if none is left."""
         self._left -= 1
         return next(self._frames, None)
 
 
 def cut(chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Mapping[bytes, int]) -> Iterator[Queued]:
-    """Yield every frame of the chunks that ends behind the first ``head`` bytes; a chunk is let go of when it is done.
+    """Yield every frame of the chunks that ends after the first ``head`` bytes.
 
-    chunks: each with what is remembered of it, where it is one frame of which anything is.
+    Each chunk is released once its frames have been yielded.
+
+    chunks: each with its Queued if it is a single frame with a ttl, else with None.
     at: where in the stream the first chunk begins. left: see StreamOutbox.
     """
     while chunks:
@@ -86,18 +93,18 @@ def cut(chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Ma
 
 
 def count_after(chunk: Chunk, head: int) -> int:
-    """Return how many frames of a chunk end behind its first ``head`` bytes."""
+    """Return how many frames of a chunk end after its first ``head`` bytes."""
     return sum(end > head for _, _, end in _frames(chunk))
 
 
 def _sender_header(chunk: Chunk, body: int) -> bytes:
-    """Return the sender's name in the frame whose body begins there."""
+    """Return the sender's address in the frame whose body begins at ``body``."""
     name_size = HEADER.unpack_from(chunk, body)[3]
     return bytes(chunk[body + HEADER.size : body + HEADER.size + name_size])
 
 
 def _frames(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
-    """Yield where each frame of a chunk begins, where its body does, and where it ends."""
+    """Yield the start of each frame of a chunk, the start of its body, and its end."""
     start = 0
     while start < len(chunk):
         span = frame_span(chunk, start, len(chunk))
