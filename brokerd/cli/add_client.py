@@ -1,7 +1,8 @@
-"""A client added by a command: its key file and its entry below ``clients.d``, both or none.
+"""Adds a client: its key file and its entry below ``clients.d``, both or none.
 
-Writes two new files and the directories they need, never over another file, and takes everything back unless the
-whole configuration, read again, is good and has the client.
+The command writes two new files and their directories, and never overwrites a file. Then
+it reads the whole configuration again. If that is invalid or lacks the client, everything
+is removed again.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from brokerd.config.load import load
 
 __all__ = ["Added", "NotAdded", "add_client"]
 
-#: Bytes of a fresh key: as many as the digest it is used with has.
+#: The size of a new key, in bytes: that of the digest that it is used with.
 _KEY_SIZE: Final = 32
 _OPEN_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-#: What systems say of a file system without links.
+#: The errors that systems report for a file system without links.
 _NO_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class NotAdded(Exception):
-    """The client can't be added; the text is what is in the way (what would be right). Nothing was changed."""
+    """The client can't be added; the text gives the fault (and its remedy).
+
+    Nothing was changed.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,11 @@ class Added:
 
 
 def add_client(name: str, main: Path) -> Added:
-    """Make a client of this name, with a fresh key; return its files.
+    """Create a client of this name, with a new key, and return its files.
 
-    name: one that a client can have. main: the configuration's main file.
-    Raises NotAdded; raises ConfigError where the configuration has mistakes, before or after. Then nothing has changed.
+    name: a valid client name. main: the configuration's main file.
+    Raises NotAdded, or ConfigError if the configuration has mistakes, before or after.
+    In both cases nothing was changed.
     """
     home = main.absolute().parent
     entry, key = home / "clients.d" / f"{name}.yaml", home / "keys" / name
@@ -56,11 +61,13 @@ def add_client(name: str, main: Path) -> Added:
     with ExitStack() as undo:
         try:
             if main.is_file():
-                # A configuration that includes files of a directory can't be read without that directory.
+                # A configuration that includes the files of a directory can't be read without
+                # that directory.
                 _make_directory(entry.parent, 0o755, home, undo)
             _check_new(name, main, entry, key)
             _make_directory(key.parent, 0o700, home, undo)
-            # The key first: an entry without its key would be a mistake in the configuration.
+            # The key is written first: an entry without its key would be a mistake in the
+            # configuration.
             _write_new(key, secrets.token_urlsafe(_KEY_SIZE) + "\n", 0o600, undo)
             _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
         except FileExistsError as error:
@@ -76,7 +83,7 @@ def add_client(name: str, main: Path) -> Added:
 
 
 def _check_new(name: str, main: Path, entry: Path, key: Path) -> None:
-    """Raise NotAdded if the configuration has the client, or its files, or would not read its entry."""
+    """Raise NotAdded if the client or its files exist, or its entry would not be read."""
     config = load(main)
     if name in config.clients:
         raise NotAdded(f"client {name!r} is configured already, at {config.clients[name].source} (choose another name)")
@@ -101,7 +108,7 @@ def _includes(file: Path, entry: Path) -> bool:
 
 
 def _literal_home(parts: tuple[str, ...], pattern: str, home: Path) -> tuple[str, ...]:
-    """Return the pattern's parts, with the directory of the main file, which is no pattern, taken literally."""
+    """Return the pattern's parts, with the main file's directory taken literally."""
     if Path(pattern).expanduser().is_absolute():
         return parts
     count = len(home.parts)
@@ -118,7 +125,7 @@ def _make_directory(path: Path, mode: int, home: Path, undo: ExitStack) -> None:
 
 
 def _write_new(path: Path, text: str, mode: int, undo: ExitStack) -> None:
-    """Write a file that was not there, so that it is there whole or not at all. Raises FileExistsError, OSError."""
+    """Write a new file completely or not at all. Raises FileExistsError, OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _file_to_remove(temporary):
         handle = os.open(temporary, _OPEN_FLAGS, 0o600)
@@ -135,7 +142,10 @@ def _write_new(path: Path, text: str, mode: int, undo: ExitStack) -> None:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Give a whole file its name. Raises FileExistsError; a rename alone would replace a file made in the meantime."""
+    """Give a complete file its final name. Raises FileExistsError.
+
+    A rename alone would replace a file that was created in the meantime.
+    """
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -143,7 +153,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # For a moment it is there and empty, and ours.
+        # Claim the name first: for a moment the file exists, and is empty.
         os.close(os.open(path, _OPEN_FLAGS, 0o600))
         temporary.replace(path)
 
@@ -157,7 +167,10 @@ def _file_to_remove(path: Path) -> Iterator[None]:
 
 
 def _give_away(path: Path, like: Path) -> None:
-    """Let root's new file belong to whom its directory belongs: the broker, which has to read it, need not be root."""
+    """Change the owner of root's new file to that of its directory.
+
+    The broker has to read the file, and need not run as root.
+    """
     if os.name == "posix" and os.geteuid() == 0:
         status = like.stat()
         os.chown(path, status.st_uid, status.st_gid)

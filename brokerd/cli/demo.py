@@ -1,8 +1,8 @@
-"""``brokerd demo``: a broker on a temporary socket and three clients that talk, in a few seconds.
+"""``brokerd demo``: a broker on a temporary socket, and three clients that exchange messages.
 
-Two of the clients are this package's library; the third is a Python as it comes, in a process of its own, without
-this package or any other. Needs no configuration, leaves nothing behind, and succeeds only if every message was
-seen to arrive.
+Two clients use this package's library. The third is a stock Python in a process of its
+own, without this or any other package. The demo takes a few seconds, needs no
+configuration, and leaves nothing behind. It succeeds only if every message arrived.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from brokerd_client.errors import BrokerdError, NoSuchClient
 
 __all__ = ["STOCK_CLIENT", "Interpreter", "find_interpreter", "run"]
 
-#: What the stock Python runs. Its address is an argument; its key comes through a pipe, where nobody else sees it.
+#: The program of the stock Python. Its address is an argument. Its key comes through a pipe,
+#: where no other process sees it.
 STOCK_CLIENT: Final = """\
 from multiprocessing.connection import Client
 import struct, sys
@@ -47,20 +48,20 @@ sender, payload = frame[12:12 + n].decode(), frame[12 + n:]
 print(sender, payload.decode(), sep="\\n")
 """
 
-#: Seconds that anything here may take before the demo has failed.
+#: Limits each step of the demo, in seconds; then the demo has failed.
 _TIMEOUT_S: Final = 20.0
 _COLOURS: Final = {"alice": "cyan", "bob": "green", "carol": "magenta", "broker": "yellow"}
-#: The first Python whose own library knows more than HMAC-MD5.
+#: The first Python whose standard library supports more than HMAC-MD5.
 _MODERN: Final = (3, 12)
 
 
 class _Failed(Exception):
-    """The demo did not show what it is to show."""
+    """A step of the demo failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """A Python to be the stock client. version: major and minor."""
+    """A Python interpreter for the stock client. version: major and minor."""
 
     path: str
     version: tuple[int, int]
@@ -90,7 +91,10 @@ def run(console: Console | None = None) -> int:
 
 
 def find_interpreter() -> Interpreter:
-    """Return this Python if it is modern enough, else the newest one on the PATH that is, else this one."""
+    """Return a modern Python: this one, or else the newest on the PATH.
+
+    Without any, return this Python.
+    """
     this = Interpreter(sys.executable, sys.version_info[:2])
     if not this.needs_md5:
         return this
@@ -102,7 +106,10 @@ def find_interpreter() -> Interpreter:
 
 
 def _version(path: str) -> tuple[int, int] | None:
-    """Return the version of an interpreter, or None if it does not run: a name on the PATH may be an empty promise."""
+    """Return the version of an interpreter, or None if it does not run.
+
+    A program on the PATH may be a wrapper without a Python behind it.
+    """
     try:
         done = subprocess.run(  # noqa: S603 - found under the name of a Python
             [path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
@@ -118,7 +125,7 @@ def _version(path: str) -> tuple[int, int] | None:
 
 
 async def _with_broker(directory: Path, console: Console) -> int:
-    """Run a broker for as long as the clients talk; return how many messages arrived."""
+    """Run a broker while the clients talk, and return the number of messages that arrived."""
     keys = {name: secrets.token_urlsafe(32) for name in ("alice", "bob", "carol")}
     stock = await asyncio.to_thread(find_interpreter)
     config = Config.build(
@@ -130,7 +137,7 @@ async def _with_broker(directory: Path, console: Console) -> int:
 
 
 class _Demo:
-    """The conversation, step by step; each step is printed when it has happened."""
+    """The conversation, step by step; each step is printed when it is done."""
 
     def __init__(self, console: Console, address: str, keys: dict[str, str], stock: Interpreter) -> None:
         self._console = console
@@ -140,7 +147,10 @@ class _Demo:
         self._arrived = 0
 
     def show(self) -> int:
-        """Return how many messages arrived. Raises _Failed, or the library's errors, where one did not."""
+        """Run the conversation and return the number of messages that arrived.
+
+        Raises _Failed, or the library's errors, if a message did not arrive.
+        """
         self._say("broker", f"listens at {self._address} and knows {', '.join(self._keys)}")
         with self._connect("alice") as alice, self._connect("bob") as bob:
             self._message(alice, bob)
@@ -184,7 +194,7 @@ class _Demo:
     def _stock_python(self, bob: brokerd_client.Client) -> None:
         version = ".".join(map(str, self._stock.version))
         self._say("carol", f"is Python {version} as it comes, nothing installed, and runs these lines:")
-        # As text, which a narrow terminal wraps: a Syntax of its own would cut the lines off.
+        # Printed as text, which a narrow terminal wraps: a Syntax object would cut the lines.
         for line in Syntax(STOCK_CLIENT, "python", background_color="default").highlight(STOCK_CLIENT).split():
             self._console.print(Text("         ") + line, soft_wrap=True)
         # -S: without any installed package, this one included.

@@ -1,7 +1,9 @@
-"""Whether the broker lives, asked from outside by whoever has no key: it must challenge who comes in.
+"""A health check without a key: the broker must challenge a new connection.
 
-A challenge is the first thing that the event loop itself says to a connection: the system alone would accept one of a
-frozen broker too. Nothing is answered, so nothing is proved or refused. Source: docs/protocol.md, "Handshake".
+The challenge is the first frame that the event loop itself sends to a connection. An
+accepted connection proves nothing: the system accepts it for a frozen broker too. The
+check never answers the challenge, so the broker neither accepts nor refuses it.
+Source: docs/protocol.md, "Handshake".
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ from brokerd_client.wire.handshake import CHALLENGE, LIMIT
 
 __all__ = ["Unhealthy", "entrance_to_ask", "probe"]
 
-#: Listening at every interface includes the machine's own.
+#: The loopback address to ask for each address that means every interface.
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - nothing is bound here
 _NO_BROKER: Final = "something else than a broker answers (is this its address?)"
 
 
 class Unhealthy(Exception):
-    """The broker did not answer as a living one does; the text is what it did (what to look at)."""
+    """The broker did not send a challenge; the text says what happened (and what to check)."""
 
 
 def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
-    """Return the nearest way in: a Unix socket if there is one, else a port, best one without TLS.
+    """Return the listener to check: a Unix socket, or else a port, preferably without TLS.
 
-    Raises Unhealthy where none can be asked.
+    Raises Unhealthy if no listener can be checked.
     """
     askable = [each for each in entrances if each.address.family == "AF_UNIX" or each.address.port]
     if not askable:
@@ -41,9 +43,9 @@ def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
 
 
 def probe(entrance: Entrance, timeout: float) -> float:
-    """Wait for the broker's challenge, then leave; return how long it took, in seconds.
+    """Wait for the broker's challenge, disconnect, and return the time taken, in seconds.
 
-    timeout: seconds, for everything together; only the system's looking up of a name is not cut short.
+    timeout: limits the whole check, in seconds, except the system's name lookup.
     Raises Unhealthy.
     """
     began = time.monotonic()
@@ -55,19 +57,19 @@ def probe(entrance: Entrance, timeout: float) -> float:
         ):
             _await_challenge(stream, deadline)
     except (TimeoutError, BlockingIOError):
-        # A Unix socket raises the second where TCP would wait: the queue in front of accept() is full.
+        # With a full accept queue, a Unix socket raises BlockingIOError where TCP would wait.
         raise Unhealthy(f"no challenge within {timeout:g} s (it is stopped, stuck or overrun)") from None
     except FrameError:
         raise Unhealthy(_NO_BROKER) from None
     except OSError as error:
-        # A broker that wants to see a certificate first says so by an alert of TLS: that is an answer too.
+        # A broker that requires a client certificate sends a TLS alert: that is an answer too.
         if "_ALERT_" not in (getattr(error, "reason", None) or ""):
             raise Unhealthy(f"{error.strerror or error} (is the broker running, and is this its address?)") from None
     return time.monotonic() - began
 
 
 def _left(deadline: float) -> float:
-    """Return the seconds that are left. Raises TimeoutError."""
+    """Return the seconds until the deadline. Raises TimeoutError if it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -79,7 +81,7 @@ def _connected(address: Address, deadline: float) -> socket.socket:
         host = _LOOPBACK.get(address.host, address.host)
         found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
         for rest, (family, _, _, _, place) in zip(range(len(found), 1, -1), found, strict=False):
-            # A part of the time for each, so that one that does not answer is not the only one asked.
+            # Each address gets a part of the time, so that a silent one does not use it all.
             with contextlib.suppress(OSError):
                 return _connected_to(family, place, time.monotonic() + _left(deadline) / rest)
         family, _, _, _, place = found[-1]
@@ -101,7 +103,10 @@ def _connected_to(family: int, place: Any, deadline: float) -> socket.socket:
 
 
 def _speaking(sock: socket.socket, deadline: float, *, tls: bool) -> socket.socket:
-    """Return the socket, TLS spoken on it where the broker does; whose certificate it shows does not matter here."""
+    """Return the socket, wrapped in TLS if the listener uses it.
+
+    The broker's certificate is not checked here.
+    """
     if not tls:
         return sock
     import ssl
@@ -114,7 +119,7 @@ def _speaking(sock: socket.socket, deadline: float, *, tls: bool) -> socket.sock
 
 
 def _await_challenge(stream: socket.socket, deadline: float) -> None:
-    """Return when the challenge is there. Raises OSError, FrameError and Unhealthy."""
+    """Return when the challenge has arrived. Raises OSError, FrameError and Unhealthy."""
     reader = FrameReader()
     while (body := reader.next_frame(LIMIT)) is None:
         stream.settimeout(_left(deadline))

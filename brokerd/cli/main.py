@@ -1,8 +1,10 @@
-"""The command ``brokerd``: runs the broker, and what goes with it that needs no broker running.
+"""The command ``brokerd``: runs the broker, and has commands that need no running broker.
 
-What talks to a running broker is ``brokerctl``; ``check --against-running`` alone asks one, as ``brokerctl`` does. A
-mistake in a configuration is a line on standard error and exit status 78, never a traceback. Each command imports what
-it needs when it is called, so that ``brokerd key`` does not wait for an event loop.
+Commands for a running broker belong to ``brokerctl``. Only ``check --against-running``
+asks one too, as ``brokerctl`` does, and ``health`` waits for a challenge. A mistake in a
+configuration gives a line on standard error and exit status 78, never a traceback. Each
+command imports its modules when it is called, so that ``brokerd key`` does not load an
+event loop.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ __all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
 
 #: The exit status for a configuration that can't be used (sysexits.h).
 EX_CONFIG: Final = 78
-#: Bytes of a fresh key: as many as the digest it is used with has.
+#: The size of a new key, in bytes: that of the digest that it is used with.
 _KEY_SIZE: Final = 32
 
 
 class _Commands(click.Group):
-    """The commands; whoever gives a file in the place of one is told how."""
+    """The commands; a file in the place of a command gives an error with the right form."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -64,7 +66,7 @@ class _Commands(click.Group):
 def main(context: click.Context, config: Path) -> None:
     """Run the broker in the foreground; with a COMMAND, do that instead."""
     if context.invoked_subcommand is not None:
-        # Signals were held for a broker, and none is started.
+        # Signals were blocked for a broker, but none is started.
         release_signals()
     context.obj = _chosen(context, config)
     if context.invoked_subcommand is None:
@@ -72,7 +74,10 @@ def main(context: click.Context, config: Path) -> None:
 
 
 def _chosen(context: click.Context, config: Path) -> Path:
-    """Return what the options and the environment mean: a file, or IN_ENVIRON for the text in the environment."""
+    """Return the configuration file by the options and the environment.
+
+    For a text in the environment, return IN_ENVIRON.
+    """
     source = context.get_parameter_source("config")
     if not os.environ.get(VARIABLE) or source is click.core.ParameterSource.COMMANDLINE:
         return config
@@ -83,10 +88,11 @@ def _chosen(context: click.Context, config: Path) -> Path:
 
 
 def _run(config: Path) -> int:
-    """Run the broker until it is stopped; return the exit status."""
+    """Run the broker until it is stopped, and return the exit status."""
     if os.getpid() == 1:
-        # The first process of a container: the system drops a signal that it does not wait for, and a stop during the
-        # start would have to end in force. Once the event loop runs, the daemon waits for the signal itself.
+        # In the first process of a container, the system drops a signal without a handler.
+        # A stop during the start would then need a forced kill. Once the event loop runs,
+        # the daemon handles the signal itself.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _import_structlog_alone()
     from brokerd.config.problems import ConfigError
@@ -100,13 +106,15 @@ def _run(config: Path) -> int:
 
 
 def _import_structlog_alone() -> None:
-    """Import structlog without rich, which it would load for tracebacks of a form that nothing here prints.
+    """Import structlog without rich.
 
-    That is a sixth of the time that it takes the daemon to accept connections.
+    structlog would load rich for a form of traceback that is never printed here. That
+    takes a sixth of the time until the daemon accepts connections.
     """
     modules = cast("dict[str, object]", sys.modules)
     if "rich" not in modules:
-        # What is None there can't be imported: see importlib's "The module cache".
+        # A module that is None in sys.modules can't be imported (importlib, "The module
+        # cache").
         modules["rich"] = None
         try:
             import structlog  # noqa: F401 - it is there when brokerd.log.logger asks for it
@@ -140,7 +148,7 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
         click.echo(str(error), err=True)
         context.exit(EX_CONFIG)
     if against_running:
-        # The broker's answer has the warnings too.
+        # The broker's answer includes the warnings.
         context.exit(_check_against_running(config, as_json))
     for warning in advice(config, datetime.now(UTC)):
         click.echo(f"warning: {warning}", err=True)
@@ -163,7 +171,7 @@ def check(context: click.Context, file: Path | None, against_running: bool, as_j
 
 
 def _places(config: Config) -> Iterator[str]:
-    """Yield where the broker will listen, one place a line."""
+    """Yield a line for each address at which the broker will listen."""
     for entry in config.listen:
         address = entry.address
         if address.is_file:
@@ -180,7 +188,7 @@ def _places(config: Config) -> Iterator[str]:
 
 
 def _check_against_running(config: Config, as_json: bool) -> int:
-    """Print what a reload of the running broker would change; return the exit status."""
+    """Print what a reload would change in the running broker; return the exit status."""
     from dataclasses import replace
 
     from brokerd.ctl.against_running import Administrator, ask_for_plan
@@ -283,7 +291,7 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
 
 
 def _add_client(name: str, config: Path) -> int:
-    """Make the files of a new client and say what to do next; return the exit status."""
+    """Create a new client's files, print the next steps, and return the exit status."""
     from brokerd.cli.add_client import NotAdded, add_client
     from brokerd.config.problems import ConfigError
 
@@ -338,7 +346,7 @@ def _check_name(name: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    """Return the name or path for YAML: in quotes only if YAML would take it for something other than text."""
+    """Return the name or path for YAML, in quotes only if YAML would not read it as text."""
     import yaml
 
     return text if yaml.safe_load(text) == text else f'"{text}"'

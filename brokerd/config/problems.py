@@ -67,8 +67,8 @@ def format_path(path: Path) -> str:
     """Return the path as text, such as ``clients.bob.keys[0]``; "" for the whole file.
 
     The text ends at the field that holds or names a client's key. YAML may read a key
-    without quotes as a mapping, so that part of the key would be shown as a name. Below
-    a client, a step that can't be a field name is left out. An example is a key that
+    without quotes as a mapping, and then the path would show a part of the key. Below a
+    client, a step that can't be a field name is left out. An example is a key that
     follows a colon without a space.
     """
     text = ""
