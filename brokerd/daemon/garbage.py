@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Sweeper", "set_apart", "tended", "undisturbed"]
 
-#: Connections and subscriptions, added up, below which a full collection takes some
-#: milliseconds.
+#: Most connections and subscriptions, together, with which a full collection is run: it
+#: then takes some milliseconds.
 _FEW: Final = 1000
 #: Seconds between two checks whether a full collection is cheap enough.
 _EVERY_S: Final = 60.0

@@ -267,7 +267,7 @@ class Site:
         return response
 
     async def _families(self) -> Iterator[Metric]:
-        """Return all families; each is made when the iterator reaches it."""
+        """Return all families; those of each client are made when the iterator reaches them."""
         watched, departed = self._watched, self._departed
         # In a thread: with many descriptors or keys these take a while.
         process, expiry = await run_in_thread(
