@@ -1,6 +1,7 @@
-"""Restart without a disconnect: the daemon replaces itself and keeps its sockets.
+"""Live upgrade: the daemon replaces itself with a new process and keeps its sockets.
 
-:mod:`upgrade_source` starts the new process and hands over; :mod:`new_process` is the new process's side;
-:mod:`channel` is what they say to each other; :mod:`pid_holder` stays where the first process was, for whoever
-started it. docs/operations.md, "Upgrade", tells it from the outside.
+:mod:`old_process` starts the new process and hands over. :mod:`new_process` is the new
+process's side. :mod:`channel` carries the messages between them. :mod:`notify` tells the
+service manager. :mod:`pid_holder` keeps the process id of the first process.
+docs/operations.md, "Upgrade", describes an upgrade from the outside.
 """

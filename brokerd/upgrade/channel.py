@@ -1,29 +1,36 @@
-"""What two processes of the daemon say to each other during an upgrade: facts, bytes and descriptors.
+"""The messages between two processes of the daemon during an upgrade: facts, bytes, descriptors.
 
-A message is MAGIC, the length of a JSON object as 32 bits in network byte order, and the object:
+A message begins with MAGIC, then the length of a JSON object as 32 bits in network byte
+order, then the object:
 
     {"say": WORD, ...facts, "bytes": N, "descriptors": M}
 
-behind it N bytes, and M descriptors in groups of up to 253 (SCM_MAX_FD of Linux), each group beside one byte. The
-words, in the order in which they are said (old: the running process; new: the one that takes its place):
+N bytes and M descriptors follow. Descriptors are sent in groups of up to 253 (SCM_MAX_FD
+of Linux), each group beside one byte. These are the words of the old process and of the
+new process, in the order in which they are sent:
 
-    old offer     format, version, listening: what it would hand over, and where it listens; handed: the names of the
-                  sockets that the service manager handed over, monitor: where the monitor listens; the descriptors of
-                  both go with it
-    new hello     version, formats: its configuration is good, and what it could not listen at before is open
-    old copy      what waits, and subscriptions, in blocks, as brokerd.core.precopy has it, and idle connections with
-                  their descriptors, as brokerd.net.handover has it, any number of times
-    old copied    asks whether all that has been taken in
-    new copied    it has
-    old state     format, frozen_at, asked_by, reloads: how many ended how, and what brokerd.net.handover captures; the
-                  old one does nothing else now
+    old offer     format, version, listening: the format of its state, and where it listens;
+                  handed: the names and addresses of the sockets from the service manager;
+                  monitor: where the monitor listens; the descriptors of the sockets of
+                  both, handed and monitor, go with the message
+    new hello     version, formats; keeper: the path of the PID holder's program; its
+                  configuration is valid, and it listens at all configured addresses where
+                  the old process did not
+    old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy; idle
+                  connections with their descriptors, as in brokerd.net.handover; sent any
+                  number of times
+    old copied    asks whether all copies have been processed
+    new copied    confirms it
+    old state     format, frozen_at, asked_by; reloads: how many reloads ended in which way;
+                  and all that brokerd.net.handover captures; the old process is idle now
     new ready     everything is set up; no socket has been touched
-    old commit    it is yours
-    new serving   taken; said before the first socket is touched, so that the old one may go on if this never comes
+    old commit    the sockets belong to the new process
+    new serving   confirms it; sent before the first socket is touched, so that the old
+                  process may continue if this message never comes
 
-Either may say ``failed`` with a reason instead, and then the old one goes on. A state has a format, a number; a
-newer process reads the formats in READS, and what a format does not know of is left out or ignored.
-Nothing here is ever unpickled.
+Either process may send ``failed`` with a reason instead. Then the old process continues.
+The format of a state is a number. A newer process reads the formats in READS. Facts that
+a format does not have are left out or ignored. No data is ever unpickled.
 """
 
 from __future__ import annotations
@@ -51,35 +58,43 @@ __all__ = [
     "UpgradeMessage",
 ]
 
-#: The format of the state that this version writes, and those it can read.
+#: The format of the state that this version writes, and the formats that it can read.
 FORMAT: Final = 3
 READS: Final = (2, 3)
 
-#: In the environment of the new process: its end of the channel, and the pipe to the keeper.
+#: Environment variables of the new process: the descriptors of its end of the channel, and of the
+#: pipe to the PID holder.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"
 PID_HOLDER_FD: Final = "BROKERD_KEEPER_FD"
-#: Signals that both would act on: during the upgrade they are the running process's.
+#: Signals that both processes handle. During the upgrade only the old process handles them.
 SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)
 )
 
 _MAGIC: Final = b"bkUP"
 _HEAD: Final = struct.Struct("!4sI")
+#: Largest JSON object of a message, in bytes.
 _LARGEST_FACTS: Final = 1 << 30
+#: Most descriptors per group (SCM_MAX_FD of Linux).
 _DESCRIPTORS: Final = 253
+#: Most pieces of bytes per call of sendmsg.
 _PIECES: Final = 512
-#: Bytes that room is made for before any of them has come.
+#: Bytes per message for which memory is allocated before any of them has arrived.
 _ROOM: Final = 1 << 20
-#: Seconds before descriptors are sent again that the system would not take: it counts those not received yet.
+#: Seconds before a group of descriptors is sent again after ETOOMANYREFS. The kernel limits the
+#: descriptors that are sent and not received yet.
 _TRY_AGAIN_S: Final = 0.002
 
 
 class UpgradeChannelError(Exception):
-    """The other process is gone, is too slow, or says something that makes no sense; the message says which."""
+    """The other process is gone, too slow, or sent an invalid message; the text says which."""
 
 
 class UpgradeMessage:
-    """One message. say: which. facts: what else the object holds. The descriptors belong to whoever reads them."""
+    """One message, whose descriptors belong to the reader.
+
+    say: the word. facts: the rest of the JSON object.
+    """
 
     def __init__(self, say: str, facts: dict[str, Any], body: bytearray, descriptors: list[int]) -> None:
         self.say = say
@@ -89,11 +104,15 @@ class UpgradeMessage:
 
 
 class UpgradeChannel:
-    """One end. sock: of a pair of connected AF_UNIX stream sockets; it blocks for as long as each call says."""
+    """One end of the channel between two processes.
+
+    sock: one of a pair of connected AF_UNIX stream sockets. It blocks for at most as long
+    as each call allows.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        #: Bytes of the last object sent.
+        #: The bytes of the last JSON object sent.
         self.told = 0
 
     def fileno(self) -> int:
@@ -101,11 +120,11 @@ class UpgradeChannel:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close this end; the other one sees it."""
+        """Close this end, which the other process notices."""
         self._sock.close()
 
     def wake(self) -> None:
-        """Have a receive that another thread waits in end at once."""
+        """Interrupt a receive that another thread waits in."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -120,7 +139,7 @@ class UpgradeChannel:
         *,
         within_s: float,
     ) -> None:
-        """Send one message. Raises ChannelError."""
+        """Send one message. Raises UpgradeChannelError."""
         deadline = time.monotonic() + within_s
         size = sum(map(len, pieces))
         told = json.dumps({**(facts or {}), "say": say, "bytes": size, "descriptors": len(descriptors)}).encode()
@@ -160,7 +179,7 @@ class UpgradeChannel:
                 return
 
     def receive(self, *, within_s: float) -> UpgradeMessage:
-        """Return the next message. Raises ChannelError."""
+        """Return the next message. Raises UpgradeChannelError."""
         deadline = time.monotonic() + within_s
         try:
             magic, size = _HEAD.unpack(self._read(_HEAD.size, deadline))
@@ -177,7 +196,10 @@ class UpgradeChannel:
             raise UpgradeChannelError(f"it does not speak this language: {in_words(error)}") from error
 
     def expect(self, *words: str, within_s: float) -> UpgradeMessage:
-        """Return the next message, which is to be one of these. Raises ChannelError; for ``failed`` with its reason."""
+        """Return the next message, which has to have one of these words.
+
+        Raises UpgradeChannelError; for ``failed`` with the reason that it contains.
+        """
         message = self.receive(within_s=within_s)
         if message.say not in words:
             _close_all(message.descriptors)
@@ -188,7 +210,11 @@ class UpgradeChannel:
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:
-        """Return so many bytes; room is made only for what has come and as much again, whatever was announced."""
+        """Return the next ``size`` bytes.
+
+        The buffer is never larger than twice the bytes received, with a minimum of _ROOM,
+        however large the announced size is.
+        """
         body = bytearray()
         got = 0
         while got < size:
@@ -203,7 +229,7 @@ class UpgradeChannel:
         return body
 
     def _take(self, count: int, deadline: float) -> list[int]:
-        """Return so many descriptors. Whatever this raises: those that had come are closed."""
+        """Return the next ``count`` descriptors; on any error, close those received."""
         taken: list[int] = []
         try:
             while len(taken) < count:
@@ -227,7 +253,7 @@ class UpgradeChannel:
 
 
 def _number(value: object) -> int:
-    """Return a count as it came. Raises ValueError."""
+    """Return the value if it is a valid count. Raises ValueError."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no count")
     return value

@@ -1,6 +1,7 @@
-"""The new process's side of an upgrade: come up, take everything over, or end without a trace.
+"""The new process's side of an upgrade: start, then take everything over or end without a trace.
 
-Nothing that the running process has is touched before it has said ``commit``. Signals are its until then too.
+The new process touches nothing of the old process before the old process has sent
+``commit``. Until then the old process also handles all signals.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ from brokerd_client.address import Address
 
 __all__ = ["UpgradeTarget"]
 
-#: Seconds between two words of the running process; while it waits for others, it may take its time.
+#: Longest wait for one message of the old process, or for sending one to it, in seconds. The old
+#: process may be slow because it waits for other things.
 _TIMEOUT_S: Final = 60.0
 
 
 class UpgradeTarget:
-    """This process, while another one still serves.
+    """This process, the new process, while the old process still serves.
 
-    offered: the configured addresses that it listens at. handed: what the service manager handed over to it.
-    monitored: the sockets of its monitor. reloads: what it counted of those, once it has been taken over.
-    keeper: the pipe to the keeper that stands where the first process was; None where there is none.
+    offered: the configured addresses at which the old process listens.
+    activated: the sockets that the old process has from the service manager.
+    monitored: the sockets of the old process's monitor.
+    reloads: the old process's counters of reloads, once they have been taken over.
+    pid_holder: the pipe to the PID holder; None where there is no PID holder.
     """
 
     def __init__(self, channel: UpgradeChannel, pid_holder: int | None) -> None:
@@ -63,7 +67,7 @@ class UpgradeTarget:
 
     @classmethod
     def from_environ(cls) -> Self | None:
-        """Return the successor that this process was started to be, or None."""
+        """Return the upgrade for which this process was started, or None without an upgrade."""
         told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(PID_HOLDER_FD, "")
         if not told:
             return None
@@ -76,7 +80,7 @@ class UpgradeTarget:
         return cls(UpgradeChannel(sock), int(pipe) if pipe else None)
 
     def meet(self) -> None:
-        """Hear what the running process offers. Raises ChannelError."""
+        """Receive the offer of the old process. Raises UpgradeChannelError."""
         message = self._channel.expect("offer", within_s=_TIMEOUT_S)
         offer = message.facts
         if offer.get("format") not in READS:
@@ -95,7 +99,7 @@ class UpgradeTarget:
         self.offered = {Address(*each) for each in offer["listening"]}
 
     def fail(self, reason: str) -> None:
-        """Tell the running process why this one does not take over; it ends then."""
+        """Tell the old process why this process does not take over; this process ends then."""
         try:
             self._channel.send("failed", {"reason": reason}, within_s=_TIMEOUT_S)
         except UpgradeChannelError:
@@ -104,12 +108,18 @@ class UpgradeTarget:
     def take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
     ) -> dict[str, object]:
-        """Take over everything; return what there is to tell about it.
+        """Take over everything; return facts about it for log and reply.
 
-        server: new, with a new broker. listen: the entries of the configuration. opened: sockets of those
-        that the running process did not listen at. Raises ChannelError; then nothing has been touched.
+        Args:
+            server: a new server with a new broker.
+            listen: the entries of the configuration.
+            opened: the sockets for entries at which the old process did not listen.
+
+        Raises:
+            UpgradeChannelError: the upgrade failed, and nothing has been touched.
         """
-        # Everything made here stays, and looking through it for garbage would only make the pause longer.
+        # All objects created here stay alive, and garbage collection would only make the pause
+        # longer.
         with garbage.undisturbed():
             return self._take_over(server, listen, opened)
 
@@ -153,7 +163,7 @@ class UpgradeTarget:
         return told
 
     def when_gone(self, act: Callable[[], None]) -> None:
-        """Call this when the process that served before has nothing more to say to anybody."""
+        """Call ``act`` once the old process has closed its end of the channel."""
         loop = asyncio.get_running_loop()
 
         def on_end() -> None:
@@ -166,7 +176,7 @@ class UpgradeTarget:
 
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Leave the signals that come meanwhile to the running process, which acts on them or passes them on."""
+    """Ignore signals meanwhile: the old process handles them or passes them on."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield

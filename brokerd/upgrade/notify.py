@@ -1,7 +1,8 @@
-"""Tells the service manager which process is the daemon now, and waits until it has heard.
+"""Notification of the service manager that another process is the daemon now.
 
-sd_notify(3): MAINPID, and then BARRIER with a pipe that the manager closes when it has dealt with what came before.
-Without the wait this process could be gone before the manager asks whose message that was, and the message be lost.
+sd_notify(3): MAINPID is sent first, then BARRIER with a pipe. The manager closes the pipe
+when it has processed all messages before it. Without this wait, the old process could be
+gone before the manager looks up the sender of the message. The message would be lost.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from typing import Final
 
 __all__ = ["announce_new_process"]
 
+#: Longest wait for the manager, per send and for the barrier, in seconds.
 _TIMEOUT_S: Final = 5.0
 
 
 def announce_new_process(address: str, pid: int) -> bool:
-    """Return whether the manager has taken ``pid`` for the daemon's. address: NOTIFY_SOCKET's value."""
+    """Announce ``pid`` as the daemon's; return whether the manager has processed it.
+
+    address: the value of NOTIFY_SOCKET.
+    """
     reading, writing = os.pipe()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

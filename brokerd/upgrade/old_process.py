@@ -1,8 +1,9 @@
-"""The running process's side of an upgrade: start the new one, hand everything over, be gone.
+"""The old process's side of an upgrade: start the new process, hand everything over, end.
 
-Until the new process has said that it serves, nothing here is given up: whatever fails, the daemon goes on as if
-nothing had been asked. While the new process starts, everybody is served as usual; the pause begins with ``state`` and
-is one call that does not come back to the event loop.
+The old process gives nothing up until the new process has sent ``serving``. If anything
+fails before, the daemon continues as if no upgrade had been requested. While the new
+process starts, all clients are served as usual. The pause begins with ``state``. It is one
+call that does not return to the event loop.
 """
 
 from __future__ import annotations
@@ -33,32 +34,37 @@ from brokerd.upgrade.notify import announce_new_process
 
 __all__ = ["UpgradeSource"]
 
-#: Seconds in which the new process has to come up, and in which it has to take over once everybody waits for it: some
-#: more where much waits for clients.
+#: Longest wait per upgrade, in seconds, for the new process to start.
 _HELLO_S: Final = 30.0
+#: Longest time per upgrade, in seconds, for the handover, while all clients wait. It gets more time
+#: where many bytes are queued.
 _HANDOVER_S: Final = 10.0
+#: Bytes of queued frames, and bytes of facts, for which the handover gets one more second.
 _BYTES_A_SECOND: Final = 200e6
 _FACTS_A_SECOND: Final = 1e6
-#: How often what has come since is copied, at most, and with how few blocks that ends.
+#: Most rounds of copying per call of _copy. A round with fewer blocks than _FEW_BLOCKS is the last
+#: one.
 _ROUNDS: Final = 5
 _FEW_BLOCKS: Final = 4
-#: Seconds for what takes no time: a last word, and the end of a process that was told to end.
+#: Longest wait for steps that take almost no time, in seconds: the last messages, and the end of a
+#: process that was told to end.
 _MOMENT_S: Final = 2.0
-#: Seconds for a new process to end by itself when this one has stopped, before it is killed.
+#: Seconds that a new process has to end by itself when this one has stopped; then it is killed.
 _GRACE_S: Final = 0.3
-#: What belongs to this very process.
+#: Environment variables that apply to this process only and are not passed on.
 _OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+#: Signals that end the broker.
 _ENDING: Final = {signal.SIGINT, signal.SIGTERM}
 
 
 class _Failed(Exception):
-    """The upgrade does not take place; the message says why."""
+    """The upgrade does not take place; the text says why."""
 
 
 class _NewProcess:
-    """The new process, and what goes with it.
+    """The new process, with its channel and pipe.
 
-    keeper: the pipe on which a keeper would be told of later ones; None where no new keeper is needed.
+    pid_holder: the pipe that a new PID holder would read; None where no new one is needed.
     """
 
     def __init__(self, pid_holder: int | None) -> None:
@@ -83,7 +89,7 @@ class _NewProcess:
                     [sys.executable, *sys.orig_argv[1:]],
                     env=environment,
                     pass_fds=passed,
-                    # Ctrl-C and the like reach it through this process or the keeper, once.
+                    # Signals such as Ctrl-C reach it only once, through this process or the PID holder.
                     start_new_session=True,
                 )
             except BaseException:
@@ -96,27 +102,30 @@ class _NewProcess:
         return self._popen.pid
 
     def kill(self) -> None:
-        """End it at once; afterwards it is certain to do nothing more."""
+        """Kill the process and wait until it has ended: afterwards it can do nothing more."""
         assert self._popen is not None
         self._popen.kill()
         self._popen.wait()
 
     def abandon(self) -> None:
-        """Kill it without waiting until it has ended: this process ends too."""
+        """Kill the process without waiting for its end, because this process ends too."""
         assert self._popen is not None
         self.channel.wake()
         self.channel.close()
         self._popen.kill()
 
     def end(self) -> str:
-        """Have it gone, and everything that was for it; return how it had ended by itself, or ""."""
+        """End the process and close its channel and pipe.
+
+        Returns how the process ended, or "" if it was never started.
+        """
         self.channel.close()
         if self.pid_holder is not None:
             os.close(self.pid_holder)
         if self._popen is None:
             return ""
         try:
-            # With the channel closed it ends by itself.
+            # The new process ends by itself once the channel is closed.
             status = self._popen.wait(_MOMENT_S)
         except subprocess.TimeoutExpired:
             self.kill()
@@ -125,9 +134,9 @@ class _NewProcess:
 
 
 class UpgradeSource:
-    """Replaces the process when asked to.
+    """Replaces this process by a new one on request.
 
-    daemon: what it serves. keeper: the pipe to a keeper that is there already, or None.
+    daemon: the daemon of this process. pid_holder: the pipe to an existing PID holder, or None.
     """
 
     def __init__(self, daemon: Daemon, pid_holder: int | None = None) -> None:
@@ -137,7 +146,10 @@ class UpgradeSource:
         self._task: asyncio.Task[None] | None = None
 
     def soon(self, reason: str, order: AdminCommand | None = None) -> None:
-        """Begin an upgrade. order: who asked through the broker, and hears how it went."""
+        """Begin an upgrade.
+
+        order: the admin command that requested it, to be answered with the outcome; or None.
+        """
         problem = ""
         if self._task is not None:
             problem = "an upgrade is going on already"
@@ -155,7 +167,7 @@ class UpgradeSource:
         self._task = None
 
     async def close(self) -> None:
-        """Give up an upgrade that is going on, whatever it waits for: the daemon has stopped."""
+        """Give up an upgrade in progress, whatever it waits for: the daemon has stopped."""
         task = self._task
         if task is None:
             return
@@ -171,7 +183,7 @@ class UpgradeSource:
             self._task.cancel()
 
     def abandon(self) -> None:
-        """Kill the new process, if there is one: this one ends. Callable from any thread."""
+        """Kill the new process, if any, because this process ends. Callable from any thread."""
         self._abandon()
 
     def _say_why_not(self, reason: str, problem: str, order: AdminCommand | None) -> None:
@@ -203,7 +215,7 @@ class UpgradeSource:
             self._daemon.server.accept_bound()
         if self._new_process is not None:
             try:
-                # It may take a moment to be gone, and everybody is served meanwhile.
+                # The new process may take a moment to end. Clients are served meanwhile.
                 how = await run_in_thread(self._new_process.end)
             except asyncio.CancelledError:
                 self._abandon()
@@ -218,12 +230,12 @@ class UpgradeSource:
             self._new_process = None
 
     async def _attempt(self, reason: str, order: AdminCommand | None) -> NoReturn:
-        """Hand over and end this process. Whatever this raises: the process serves on."""
+        """Hand over and end this process; on any exception, the process continues to serve."""
         daemon = self._daemon
         if daemon.stopping:
-            # Asked for while it started, and then to stop.
+            # The upgrade was requested during the start, and then the broker was told to stop.
             raise _Failed("the broker is stopping")
-        # What is handed over is a socket that clients can reach.
+        # The sockets that are handed over have to be reachable for clients.
         await daemon.listen_again()
         new_process = self._new_process = _NewProcess(self._pid_holder)
         daemon.log.info("daemon.upgrading", reason=reason, pid=new_process.pid)
@@ -239,14 +251,15 @@ class UpgradeSource:
         }
         descriptors = [*(each.sock.fileno() for each in activated), *(each.sock.fileno() for each in monitored)]
         new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
-        # In a thread: everybody is served while the new process starts.
+        # In a thread, so that clients are served while the new process starts.
         hello = (await run_in_thread(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts
         if FORMAT not in hello["formats"]:
             raise _Failed(
                 f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
             )
         passing = handover.Passing(daemon.server)
-        # To look through millions of frames for garbage, because copying makes objects, takes a good part of a second.
+        # Copying creates objects, which would trigger garbage collection. Searching millions of
+        # frames for garbage takes a good part of a second.
         gc.freeze()
         await self._copy(new_process, passing)
         why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
@@ -255,20 +268,21 @@ class UpgradeSource:
         await daemon.wait_until_settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
-        # The last word of this process, before the new one has its first: two at a time would garble the log.
+        # The last log line of this process comes before the first of the new process. Two
+        # processes writing at once would garble the log.
         daemon.log.info("daemon.handing_over", reason=reason, pid=new_process.pid, version=hello["version"])
         daemon.flush_log()
-        # From here on nothing else happens here.
+        # From here on this process does nothing else.
         with _signals_noted() as noted:
             self._hand_over(new_process, order, noted, passing)
-            # There is no way back from here.
+            # From here on the upgrade cannot be undone.
             try:
                 self._leave(new_process, str(hello["keeper"]), noted)
             finally:
                 os._exit(0)
 
     async def _copy(self, new_process: _NewProcess, passing: handover.Passing) -> None:
-        """Copy what can be copied while clients are served; return when the new process has taken it in."""
+        """Copy state while clients are served; return when the new process has processed it."""
         channel, loop = new_process.channel, asyncio.get_running_loop()
 
         def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
@@ -303,7 +317,11 @@ class UpgradeSource:
     def _hand_over(
         self, new_process: _NewProcess, order: AdminCommand | None, noted: _Noted, passing: handover.Passing
     ) -> None:
-        """Give the new process everything. Raises ChannelError or _Failed; then it has touched nothing and is dead."""
+        """Hand everything over to the new process.
+
+        Raises UpgradeChannelError or _Failed. Then the new process has touched nothing, and
+        will not touch anything.
+        """
         server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
         taken, descriptors = handover.capture(server, passing)
@@ -315,7 +333,7 @@ class UpgradeSource:
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
             channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S + deadline - time.monotonic())
-            # How much there is to set up is no reason to fail.
+            # A large state takes longer to set up, and this must not make the upgrade fail.
             deadline += channel.told / _FACTS_A_SECOND
             channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         channel.send("commit", within_s=_MOMENT_S)
@@ -323,25 +341,27 @@ class UpgradeSource:
             channel.expect("serving", within_s=_MOMENT_S)
         except UpgradeChannelError:
             new_process.kill()
-            # Now that it can't do anything more: what it said before that decides.
+            # The new process can do nothing more now. Whether it had sent ``serving`` before
+            # decides.
             with contextlib.suppress(UpgradeChannelError):
                 channel.expect("serving", within_s=_MOMENT_S)
                 return
             raise
 
     def _leave(self, new_process: _NewProcess, pid_holder: str, noted: _Noted) -> None:
-        """Make the new process known as the daemon, pass on what signals came, and end."""
+        """Announce the new process as the daemon, pass on the noted signals, and end."""
         if self._pid_holder is not None:
             os.write(self._pid_holder, b"%d\n" % new_process.pid)
         elif new_process.pid_holder is None:
             announce_new_process(new_process.address, new_process.pid)
         if new_process.pid_holder is not None:
-            # What comes from now on waits for the keeper, which has the same process id.
+            # Signals from now on stay pending for the PID holder, which has the same process id.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self._daemon.close_log()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Last of all: other threads block no signal, and one that came to them is noted too.
+        # This comes last: the other threads do not block signals, and a signal that they
+        # received is noted too.
         while noted:
             os.kill(new_process.pid, noted.pop(0))
         if new_process.pid_holder is not None:
@@ -353,19 +373,19 @@ class UpgradeSource:
 
 
 class _Noted(list[int]):
-    """Signals that came during the handover."""
+    """The signals that were received during the handover."""
 
     _fails = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal, as its handler. Raises _Failed inside ``ending_fails``."""
+        """Note a signal as its handler. Raises _Failed inside ``ending_fails`` if it ends the broker."""
         self.append(number)
         if self._fails:
             self._fail()
 
     @contextlib.contextmanager
     def ending_fails(self) -> Iterator[None]:
-        """Raise _Failed as soon as a signal that ends the broker has come, whatever is waited for inside."""
+        """Raise _Failed on a signal that ends the broker, whatever the block is waiting for."""
         self._fails = True
         try:
             self._fail()
@@ -381,7 +401,7 @@ class _Noted(list[int]):
 
 @contextlib.contextmanager
 def _signals_noted() -> Iterator[_Noted]:
-    """Note the signals that come meanwhile; the event loop, if it comes back, acts on them itself."""
+    """Note the signals that are received meanwhile; the event loop, if resumed, handles them."""
     noted = _Noted()
     before = {number: signal.signal(number, noted.note) for number in SIGNALS}
     try:

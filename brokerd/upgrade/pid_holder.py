@@ -1,9 +1,11 @@
-"""Stays where the first process was, for whoever started it: the same process id, signals passed on, the same end.
+"""The PID holder: keeps the process id of the first process after an upgrade.
 
-Where nobody can be told that the daemon has another process id now (a container, a shell, most supervisors), the first
-process becomes this one when it has handed over. It runs by itself, ``python -I -S -E keeper.py PIPE PID``, with
-nothing but the standard library, and does three things: passes signals on to the process that serves, reaps
-what ends, and ends as the one that serves ended. Each process that takes over is named in the pipe by the one before.
+Containers, shells and most supervisors cannot be told that the daemon has a new process
+id. There, the first process becomes the PID holder when it has handed over. It runs on its
+own as ``python -I -S -E pid_holder.py PIPE PID``, with only the standard library. It passes
+signals on to the process that serves, and reaps processes that end. It ends with the exit
+status of the process that serves. Before it ends, each old process writes the id of its
+new process to the pipe.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import os
 import signal
 import sys
 
-#: Those of them that there are: Windows imports this too.
+#: Signals that are passed on, as far as the platform has them: Windows imports this module too.
 PASSED_ON = tuple(
     getattr(signal, name)
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
@@ -21,7 +23,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Have the processes of those that end become children of this one; process 1 needs not ask."""
+    """Become the parent of orphaned descendants; process 1 is their parent anyway."""
     if os.getpid() != 1:
         import ctypes
 
@@ -29,7 +31,7 @@ def adopt_orphans() -> None:
 
 
 def newest(pipe: int, serving: int) -> int:
-    """Return which process serves now: the last one named in the pipe, or the one that did before."""
+    """Return the process that serves now: the last id in the pipe, or ``serving`` if none came."""
     named = b""
     with contextlib.suppress(BlockingIOError):
         while piece := os.read(pipe, 4096):
@@ -38,7 +40,10 @@ def newest(pipe: int, serving: int) -> int:
 
 
 def main(pipe: int, serving: int) -> int:
-    """Return the exit status of the last process that served; 128 and its number where a signal ended it."""
+    """Run until the process that serves ends; return its exit status.
+
+    If a signal ended it, the status is 128 plus the number of the signal.
+    """
     watched = {*PASSED_ON, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     adopt_orphans()
@@ -48,7 +53,8 @@ def main(pipe: int, serving: int) -> int:
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 ended[found[0]] = found[1]
-        # Asked after that: one that has ended named who comes behind it before.
+        # The pipe is read after the wait: a process writes the id of its new process before it
+        # ends.
         serving = newest(pipe, serving)
         if serving in ended:
             status = os.waitstatus_to_exitcode(ended[serving])
