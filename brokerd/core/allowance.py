@@ -32,7 +32,7 @@ class Allowance:
         self.holding = holding
 
     def begin(self, now: float, most: float, *, holds: bool) -> float:
-        """Return for how many seconds a sender may be held. holds: other senders are held already."""
+        """Return the seconds a sender may be held. holds: other senders are held already."""
         if self.holding and holds:
             self.used += now - self.at
         else:

@@ -3,8 +3,8 @@
 The old process copies them in blocks while it serves. The new process checks them and
 creates objects from them meanwhile. Frames that have left a queue since then are left
 out. Frames that have been added since then are captured with the rest. So little is left
-to do while nothing is served. A frame is identified by its number in its queue, because frames
-leave a queue at the front only. Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
+to do while nothing is served. A frame is identified by its number in its queue, because
+frames leave a queue at the front only. Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ class Copies:
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
     ) -> set[tuple[str, str | None]]:
-        """Remove and return a session's copied subscriptions, without ``ended``; they are in force."""
+        """Remove and return a session's copied subscriptions; end those in ``ended`` before."""
         kept = self._subscriptions.pop(number, set())
         for pattern, group in ended:
             if (pattern, group) in kept:
@@ -307,7 +307,7 @@ class Copies:
         self.clients.clear()
 
     def change_subscriptions(self, facts: dict[str, Any]) -> set[tuple[str, str | None]]:
-        """Add and end subscriptions of an idle session as told; return those in force."""
+        """Apply the changes of an idle session's subscriptions; return those in force."""
         number = facts["session"]
         for pattern, group in facts["unsubscribed"]:
             if (pattern, group) in self._subscriptions.get(number, ()):

@@ -205,7 +205,7 @@ class Topics(Generic[Member]):
         self._remembered_matches = 0
 
     def find(self, topic: str) -> Matches[Member]:
-        """Return the members that receive an event on ``topic``; the object is cached and shared."""
+        """Return the members that receive an event on ``topic``, as a cached object."""
         found = self._remembered.get(topic)
         if found is None:
             search = TopicSearch(topic, self._walk(topic.split(".")))

@@ -89,7 +89,8 @@ class _NewProcess:
                     [sys.executable, *sys.orig_argv[1:]],
                     env=environment,
                     pass_fds=passed,
-                    # Signals such as Ctrl-C reach it only once, through this process or the PID holder.
+                    # Signals such as Ctrl-C reach the new process once: passed on by this process
+                    # or the PID holder.
                     start_new_session=True,
                 )
             except BaseException:
@@ -235,7 +236,7 @@ class UpgradeSource:
         if daemon.stopping:
             # The upgrade was requested during the start, and then the broker was told to stop.
             raise _Failed("the broker is stopping")
-        # The sockets that are handed over have to be reachable for clients.
+        # Clients have to be able to reach the sockets that are handed over.
         await daemon.listen_again()
         new_process = self._new_process = _NewProcess(self._pid_holder)
         daemon.log.info("daemon.upgrading", reason=reason, pid=new_process.pid)
@@ -341,8 +342,8 @@ class UpgradeSource:
             channel.expect("serving", within_s=_MOMENT_S)
         except UpgradeChannelError:
             new_process.kill()
-            # The new process can do nothing more now. Whether it had sent ``serving`` before
-            # decides.
+            # The killed process can do nothing more. The handover has succeeded if it had sent
+            # ``serving`` before.
             with contextlib.suppress(UpgradeChannelError):
                 channel.expect("serving", within_s=_MOMENT_S)
                 return
@@ -378,7 +379,7 @@ class _Noted(list[int]):
     _fails = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal as its handler. Raises _Failed inside ``ending_fails`` if it ends the broker."""
+        """Note a signal. In ``ending_fails``, raise _Failed if it ends the broker."""
         self.append(number)
         if self._fails:
             self._fail()
