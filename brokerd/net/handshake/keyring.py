@@ -1,8 +1,9 @@
-"""Whose key made an answer: the identity behind a handshake.
+"""The keyring: finds the key that made a handshake's answer, and so the client's identity.
 
-An answer with a name is checked against that client's keys only. Without one the keys are tried, most
-recently used first, within a limit; a search is a sequence of small slices, so that the one who runs it
-can let others go first. Source: docs/protocol.md, "Identity".
+An answer with a name is checked against that client's keys only. Without a name, the
+keys are tried, most recently used first, within a limit. A search is a sequence of
+small slices, so that the caller can do other work in between. Source: docs/protocol.md,
+"Identity".
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from brokerd_client.wire.handshake import Proof
 
 __all__ = ["SLICE", "Credential", "Identity", "KeySearch", "Keyring", "key_on"]
 
-#: Keys tried before others get their turn: some 60 microseconds of work.
+#: Keys tried in one slice of a search: some 60 microseconds of work.
 SLICE: Final = 32
 
 
@@ -34,15 +35,17 @@ class Credential:
     key: Key
 
 
-#: What is tried in the place of a key that is not there. It has no client: nobody can ever have made an answer with it.
+#: Tried in the place of a missing key. It has no client, because no answer can ever
+#: have been made with it.
 _NOBODYS: Final = Credential(cast("ClientConfig", None), Key(os.urandom(32)))
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a search found.
+    """The result of a search.
 
-    credential: whose key made the answer, or None. refusal: why it may not be used, or "".
+    credential: the credential whose key made the answer, or None.
+    refusal: why the credential may not be used, or "".
     """
 
     credential: Credential | None = None
@@ -58,56 +61,62 @@ class Keyring:
     """All keys, in the order of their last use."""
 
     def __init__(self, clients: Iterable[ClientConfig], limit: int = 1000) -> None:
-        #: Most recently used last: that is the cheap end of an OrderedDict to move to.
+        #: Most recently used last, because moving a key to that end of an OrderedDict
+        #: is cheap.
         self._order: OrderedDict[bytes, Credential] = OrderedDict()
         self._by_client: dict[str, list[Credential]] = {}
         for client in clients:
             self._by_client[client.name] = [Credential(client, key) for key in client.keys or [_public(client)]]
-        # Until they are used, those that the file names first are tried first.
+        # Until keys are used, those that the file names first are tried first.
         for credentials in reversed(self._by_client.values()):
             self._order.update((credential.key.value, credential) for credential in reversed(credentials))
         self.limit = limit
-        #: When each key last let somebody in since the broker started, in seconds since the epoch; the latest last.
+        #: When each key last authenticated a connection since the broker started, in
+        #: seconds since the epoch; the latest last.
         self._last_used: dict[tuple[str, bytes], float] = {}
-        #: Every named search tries as many keys as the client with the most keys has: those of its own, and then
-        #: keys of nobody, so that neither the time nor the path taken says anything about the name.
+        #: Every search by name tries as many keys as the client with the most keys has.
+        #: After the client's own keys it tries random keys without a client. So neither
+        #: the time nor the code path reveals anything about the name.
         self._nobodys = [_NOBODYS] * max(map(len, self._by_client.values()), default=1)
 
     def __len__(self) -> int:
         return len(self._order)
 
     def candidates(self, limit: int) -> Iterator[bytes]:
-        """Yield keys to try, most recently used first; not to be used across a change of the order."""
+        """Yield keys to try, most recently used first.
+
+        The iterator is not valid after a change of the order.
+        """
         return islice(reversed(self._order), limit)
 
     def owner(self, key: bytes) -> Credential:
-        """Return whose key it is; it is one of the candidates."""
+        """Return the credential of a key, which is one of the candidates."""
         return self._order[key]
 
     def named(self, name: str) -> list[Credential]:
-        """Return the keys of one client."""
+        """Return the credentials of one client."""
         return self._by_client.get(name, [])
 
     def tried_for(self, name: str) -> list[Credential]:
-        """Return what to try for a name: equally many keys for every name, known or not."""
+        """Return the credentials to try for a name: equally many for every name, known or not."""
         credentials = self._by_client.get(name, self._nobodys)
         return credentials + self._nobodys[len(credentials) :]
 
     def adopt_uses(self, other: Keyring) -> None:
-        """Know of the uses of another keyring, and try keys in their order; those never used come last."""
+        """Copy the uses of another keyring and the order of its keys; unused keys come last."""
         for (name, value), when in other._last_used.items():
             if any(each.key.value == value for each in self.named(name)):
                 self._last_used[name, value] = when
                 self._order.move_to_end(value)
 
     def moments(self) -> dict[tuple[str, bytes], float]:
-        """Return when each key last let somebody in, to be given to ``uses`` later."""
+        """Return when each key last authenticated a connection, as an argument for ``uses``."""
         return dict(self._last_used)
 
     def uses(self, before: Mapping[tuple[str, bytes], float] | None = None) -> list[tuple[str, str, float]]:
-        """Return (client's name, id of the key, when it last let somebody in) of keys used, the latest one first.
+        """Return (client's name, id of the key, time of last use) of used keys, latest first.
 
-        before: uses from before that are left out.
+        before: uses that it contains are left out.
         """
         if not before:
             found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
@@ -120,7 +129,7 @@ class Keyring:
         return uses
 
     def take_uses(self, uses: Iterable[tuple[str, str, float]]) -> None:
-        """Know of what ``uses`` of another keyring returned, as ``adopt_uses`` does."""
+        """Restore the uses that ``uses`` of another keyring returned."""
         for name, key_id, when in reversed(list(uses)):
             credential = self.find(name, key_id)
             if credential is not None:
@@ -128,7 +137,7 @@ class Keyring:
                 self.let_in(credential, when)
 
     def find(self, name: str, key_id: str) -> Credential | None:
-        """Return the client's key of that id, or None."""
+        """Return the client's credential with the key of that id, or None."""
         return next((each for each in self.named(name) if each.key.key_id == key_id), None)
 
     def holds(self, credential: Credential) -> bool:
@@ -136,17 +145,20 @@ class Keyring:
         return any(each.key.value == credential.key.value for each in self.named(credential.client.name))
 
     def let_in(self, credential: Credential, now_wall: float) -> None:
-        """Note that the key has let somebody in. now_wall: in seconds since the epoch."""
+        """Record that the key has authenticated a connection.
+
+        now_wall: the time of day, in seconds since the epoch.
+        """
         used = credential.client.name, credential.key.value
         self._last_used.pop(used, None)
         self._last_used[used] = now_wall
 
     def last_used(self, credential: Credential) -> float | None:
-        """Return when the key last let somebody in, None for not since the broker started."""
+        """Return when the key was last used, or None if not since the broker started."""
         return self._last_used.get((credential.client.name, credential.key.value))
 
     def used(self, credential: Credential) -> None:
-        """Have the key tried first from now on."""
+        """Move the key to the front, so that it is tried first from now on."""
         if credential.key.value in self._order:
             self._order.move_to_end(credential.key.value)
 
@@ -154,9 +166,10 @@ class Keyring:
 class KeySearch:
     """The search for the key that made one answer.
 
-    allow_md5: whether the listener allows HMAC-MD5 for every client. uid: the user at the other end of a
-    Unix socket, None elsewhere. now: the time of day, for the keys' windows. channel: how the peer came, and what its
-    key is bound to.
+    allow_md5: whether the listener allows HMAC-MD5 for every client.
+    uid: the user at the other end of a Unix socket, None elsewhere.
+    now: the time of day, for the keys' validity periods.
+    tls_peer: the facts that TLS proved about the peer, and the binding of its key.
     """
 
     __slots__ = ("_allow_md5", "_channel", "_now", "_proof", "_rest", "_ring", "_uid", "tried")
@@ -181,7 +194,7 @@ class KeySearch:
         self.tried = 0
 
     def step(self) -> Identity | None:
-        """Try some keys; return what was found, or None if there are more to try."""
+        """Try some keys; return the result, or None if there are more keys to try."""
         if self._proof.name:
             return self._among_named()
         if self._rest is None:
@@ -199,7 +212,7 @@ class KeySearch:
         return None if self._rest else Identity(refusal="unknown key")
 
     def _among_named(self) -> Identity:
-        """Try a name's keys: all of them, and always equally many."""
+        """Try all keys of a name, and always equally many."""
         found: Credential | None = None
         for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
             self.tried += 1
@@ -226,11 +239,14 @@ class KeySearch:
 
 
 def key_on(tls_peer: TlsPeer, key: bytes, direction: str = BROKER) -> bytes:
-    """Return the key with which CLIENT or BROKER answers on the channel."""
+    """Return the key with which CLIENT or BROKER answers, with the peer's channel binding."""
     kind = tls_peer.bound
     return bound_key(key, kind, tls_peer.bindings[kind], direction) if kind else key
 
 
 def _public(client: ClientConfig) -> Key:
-    """Return the key of a client that needs none: its name, which is no secret. Its user is what counts."""
+    """Return the key of a client without keys: its name, which is not a secret.
+
+    The client's user id is checked instead.
+    """
     return Key(client.name.encode(), source="the name; peer_uid says who may use it")

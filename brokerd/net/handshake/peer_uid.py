@@ -1,7 +1,8 @@
-"""Which user of this machine is at the other end of a Unix socket, and which users can be told apart there.
+"""The user at the other end of a Unix socket, and the users that can be told apart there.
 
-In a user namespace of its own (systemd's PrivateUsers=yes) a process sees a few users, and all others as one: the
-overflow user, 65534. Taking that for a user would take everybody for it. Source: user_namespaces(7).
+A process in a user namespace of its own (systemd's PrivateUsers=yes) sees only some
+users. All other users appear to it as the overflow user, 65534. If the broker took that
+for a user, it would take every user for it. Source: user_namespaces(7).
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ def _seen() -> tuple[range, ...] | None:
 
 
 def is_seen(uid: int, seen: tuple[range, ...] | None = None) -> bool:
-    """Return whether this user is told from all others. seen: what is; this process's view unless given."""
+    """Return whether this process can tell this user from all others.
+
+    seen: the ranges of visible users, by default those of this process.
+    """
     seen = _seen() if seen is None else seen
     return seen is None or any(uid in each for each in seen)
 
 
 def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None) -> dict[str, list[int]]:
-    """Return the clients whose peer_uid has users that can't be seen, and those users. seen: as ``is_seen``."""
+    """Return the clients whose peer_uid has users that can't be seen, and those users.
+
+    seen: as for ``is_seen``.
+    """
     found: dict[str, list[int]] = {}
     for name, client in clients.items():
         missing = [uid for uid in client.peer_uid or () if not is_seen(uid, seen)]
@@ -54,8 +61,12 @@ def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None =
 
 
 def peer_uid(sock: socket.socket) -> int | None:
-    """Return the user id at the other end of a Unix socket; None for other sockets and systems, and for one unseen."""
-    # The other end of a bridged socket is this process, whoever uses the pipe.
+    """Return the user id at the other end of a Unix socket, or None.
+
+    None: the socket or the system does not tell, or the user can't be seen.
+    """
+    # The other end of a bridged socket is this process, no matter which process uses
+    # the pipe.
     if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
         return None
     uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])

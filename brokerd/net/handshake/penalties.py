@@ -1,7 +1,8 @@
-"""Who has failed at the door lately: each further failure is told a little later, and none locks anybody out for good.
+"""Penalties of failed handshakes: each further failure of an origin is answered a little later.
 
-Counted by origin: what a stranger can't change at will. No clock and no sockets here: ``now`` is in seconds, on any
-clock that does not go back. Source: docs/security.md.
+No penalty locks a peer out for good. Failures are counted by origin, which a stranger
+can't change at will. This module has no clock and no sockets: ``now`` is in seconds, on
+any clock that does not go back. Source: docs/security.md.
 """
 
 from __future__ import annotations
@@ -13,34 +14,37 @@ from typing import Final
 
 __all__ = ["Failures", "origin_of"]
 
-#: Failures an origin may have before its answers are slowed.
+#: Failures of one origin before its answers are delayed.
 _FREE_FAILURES: Final = 10
 _DELAY_STEP: Final = 0.05
 _LONGEST_DELAY: Final = 1.0
-#: Failures are forgotten after this many seconds.
+#: Seconds after which the failures of an origin are forgotten.
 _FORGET_AFTER: Final = 60.0
 _REMEMBERED: Final = 10_000
 
 
 class Failures:
-    """The failures of each origin, and when its last one was; of so many origins, the latest last."""
+    """The number of failures of each origin and the time of the last one.
+
+    At most _REMEMBERED origins are kept, the latest last.
+    """
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def count(self, origin: str, now: float) -> None:
-        """Note one more failure."""
+        """Record one more failure."""
         count, _ = self._of.pop(origin, (0, 0.0))
         self._of[origin] = (count + 1, now)
         if len(self._of) > _REMEMBERED:
             self._of.popitem(last=False)
 
     def forgive(self, origin: str) -> None:
-        """Forget its failures: it has proved who it is."""
+        """Forget the failures of an origin, because a peer there has proved its identity."""
         self._of.pop(origin, None)
 
     def delay(self, origin: str, now: float) -> float:
-        """Return after how many seconds it may be told of one more failure; 0 for at once."""
+        """Return the seconds until one more failure may be sent to this origin; 0 means now."""
         count, at = self._of.get(origin, (0, 0.0))
         if now - at > _FORGET_AFTER:
             self.forgive(origin)
@@ -48,20 +52,21 @@ class Failures:
         return min(max(count - _FREE_FAILURES + 1, 0) * _DELAY_STEP, _LONGEST_DELAY)
 
     def ages(self, now: float) -> list[tuple[str, int, float]]:
-        """Return (origin, failures, seconds since the last one) of whoever failed lately."""
+        """Return (origin, failures, seconds since the last one) of each remembered origin."""
         return [(origin, count, now - at) for origin, (count, at) in self._of.items()]
 
     def remember(self, ages: Iterable[tuple[str, int, float]], now: float) -> None:
-        """Take over what ``ages`` of another process returned."""
+        """Restore the failures that ``ages`` of another process returned."""
         for origin, count, age in ages:
             self._of[origin] = (count, now - age)
 
 
 def origin_of(peer: object, uid: int | None) -> str:
-    """Return by what a peer's failures are counted: its user, its IPv4 address, or its IPv6 network of 64 bits.
+    """Return the origin of a peer: its user, its IPv4 address, or its IPv6 network of 64 bits.
 
-    Whoever has one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4). An IPv4 address that came to a
-    socket for both kinds, as systemd makes them, counts as what it is (2.5.5.2). peer: as accept() gives it.
+    The owner of one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4).
+    systemd makes sockets for both kinds of addresses. An IPv4 address that arrives
+    there counts as IPv4 (2.5.5.2). peer: the address that accept() returns.
     """
     if uid is not None:
         return f"uid {uid}"

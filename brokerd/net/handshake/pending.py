@@ -1,6 +1,6 @@
-"""One unfinished handshake: a connection that has not proved yet who it is, and all that is known of it.
+"""One pending connection: its handshake is not over.
 
-What it says and hears is the business of ``pending_handshakes``. Source: docs/protocol.md, "Handshake".
+``handshakes`` exchanges its frames. Source: docs/protocol.md, "Handshake".
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ __all__ = ["PendingConnection"]
 
 
 class PendingConnection:
-    """One connection that has not proved yet who it is.
+    """One connection that has not proved its identity yet.
 
-    peer: where it comes from, for people. uid: the user at the other end of a Unix socket, else None.
-    listener: the address it came in by. origin: by what its failures are counted.
-    silent: whether it has sent nothing yet.
-    nonce: what it was challenged with. heard: every byte it has said; spoken: frames said to it. With these
-        another process can come to the same point: see Door.take_over.
-    muted: frames that were said already, and are not said again.
-    slowed: it has failed, and is told so later; until then nothing it says is listened to.
-    tls, stream: how TLS is spoken with it, and the TLS that is, None without. channel: what is known by that.
-    rank, moved_at: how far it has got, and since when: see Admission.
-    can_hand_over: another process could go on with the socket and with what is kept here.
+    peer: the peer's address, for people.
+    uid: the user at the other end of a Unix socket, else None.
+    listener: the address at which the connection was accepted.
+    origin: the key by which its failures are counted.
+    silent: whether the peer has sent nothing yet.
+    nonce: the random part of the broker's challenge.
+    heard: every byte that the peer has sent.
+    spoken: number of frames sent to the peer. With nonce and heard, another process can
+        continue: see PendingHandshakes.take_over.
+    muted: number of frames that were sent already, and are not sent again.
+    slowed: the peer has failed and is told so later; until then its input is ignored.
+    tls: the TLS settings, None without TLS.
+    stream: the TLS stream, None without TLS.
+    tls_peer: the facts that TLS proved about the peer.
+    rank, moved_at: how far the peer has got, and since when: see Admission.
+    can_hand_over: another process could continue with the socket and with the state
+        kept here.
     """
 
     __slots__ = (
@@ -90,7 +97,7 @@ class PendingConnection:
         self.allow_md5 = allow_md5
         self.deadline = deadline
         self.reader = FrameReader()
-        # Whether MD5 may be used is decided when the client is known: see Search.
+        # Whether MD5 may be used is decided when the client is known: see KeySearch.
         self.nonce = nonce or os.urandom(NONCE_SIZE)
         self.steps = as_listener(self.nonce, allow_md5=True, named=True)
         self.heard = bytearray()
@@ -101,7 +108,7 @@ class PendingConnection:
         self.credential: Credential | None = None
         self.refusal = ""
         self.silent = True
-        #: What a failure would be counted as.
+        #: The outcome that a failure would count as.
         self.outcome = HandshakeOutcome.REJECTED
         self.done = False
         self.rank = Rank.SILENT
@@ -109,5 +116,5 @@ class PendingConnection:
 
     @property
     def can_hand_over(self) -> bool:
-        """As a link's: not over TLS, whose keys are in this process."""
+        """Whether another process could continue: not over TLS, whose keys are in this process."""
         return self.tls is None

@@ -1,8 +1,10 @@
-"""TLS at the door: handshakes of TLS, before a peer's key is asked for; and what a channel says of its peer.
+"""TLS handshakes, before a peer's key is asked for, and the facts that they prove about a peer.
 
-A handshake costs the listener a signature, some hundred microseconds. So they are carried on one step a turn of the
-event loop, in the order in which the peers' bytes came: a crowd of strangers makes everybody inside wait for one step,
-and each other for all. Deadline and number are the door's business. Source: docs/protocol.md, "Over TLS".
+A handshake costs the listener a signature, some hundred microseconds. So the handshakes
+take one step per turn of the event loop, in the order in which bytes arrived. During a
+flood of strangers, established connections wait for one step only. Each stranger waits
+for all others. Deadlines and the number of handshakes are the business of
+`PendingHandshakes`. Source: docs/protocol.md, "Over TLS".
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_TLS", "SPEAKS_TLS", "TlsHandshakes", "TlsPeer", "challenge_nonce", "is_client_hello"]
 
-#: What is told to somebody who never spoke at a listener that waits for TLS: most likely a client without it.
+#: Sent to a silent peer at a listener that waits for TLS: most likely a client without
+#: TLS.
 _SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"
 _SILENT: Final = (
     "said nothing within limits.handshake_timeout: a client without TLS waits for the broker to speak first (give it "
     "the address tls://HOST:PORT, or another listener)"
 )
-#: Why somebody who speaks TLS to a listener without it is turned away.
+#: The reason for refusing a peer that speaks TLS to a listener without it.
 SPEAKS_TLS: Final = (
     "it speaks TLS, and this listener does not (give the listen entry tls:, or the client the address without tls://)"
 )
@@ -43,10 +46,13 @@ SPEAKS_TLS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class TlsPeer:
-    """What is known of the peer by the channel it came over, whatever its key.
+    """The facts that TLS proved about the peer, independent of its key.
 
-    bindings: what its key may be bound to (wire.binding). bound: to what it is. required: whether the listener demands
-    that. subject, fingerprint: of its certificate, "" and () where it has shown none. version: of TLS.
+    bindings: the values to which its key may be bound (wire.channel_binding).
+    bound: the kind of binding that its key has, or "".
+    required: whether the listener demands a binding.
+    subject, fingerprint: of its certificate; () and "" if it has shown none.
+    version: of TLS, or "" without TLS.
     """
 
     bindings: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -57,7 +63,7 @@ class TlsPeer:
     version: str = ""
 
     def refusal(self, client: ClientConfig) -> str:
-        """Return why the client may not come over this channel, or ""."""
+        """Return why the client may not connect over this channel, or ""."""
         if (self.required or client.binding is Requirement.REQUIRED) and not self.bound:
             if not self.version:
                 return "it does not come over TLS, and channel_binding: required demands it"
@@ -79,7 +85,7 @@ NO_TLS: Final = TlsPeer()
 
 
 def tls_peer_of(stream: TlsStream, *, required: bool) -> TlsPeer:
-    """Return what a finished TLS handshake says of the peer."""
+    """Return the facts that a finished TLS handshake proved about the peer."""
     engine = stream.engine
     der = engine.peer_certificate
     return TlsPeer(
@@ -92,19 +98,23 @@ def tls_peer_of(stream: TlsStream, *, required: bool) -> TlsPeer:
 
 
 def challenge_nonce(tls_peer: TlsPeer) -> bytes:
-    """Return the random part of a challenge, over TLS with what the key can be bound to behind it."""
+    """Return the random part of a challenge; over TLS, followed by the offered channel bindings."""
     return os.urandom(NONCE_SIZE) + offer(tls_peer.bindings)
 
 
 def is_client_hello(data: bytes) -> bool:
-    """Return whether these first bytes are TLS (RFC 8446, 5.1): as a frame they would announce 350 MiB."""
+    """Return whether these first bytes are TLS (RFC 8446, 5.1).
+
+    As a frame they would announce 350 MiB.
+    """
     return data.startswith(b"\x16\x03")
 
 
 class TlsHandshakes:
-    """TLS handshakes under way.
+    """TLS handshakes in progress.
 
-    on_ready: called when one is over, with the channel. on_failed: with why it never will be.
+    on_ready: called when a handshake is complete, with its TlsPeer.
+    on_failed: called when a handshake has failed, with the reason.
     """
 
     def __init__(
@@ -124,7 +134,7 @@ class TlsHandshakes:
         self._loop.add_reader(pending.fd, self._on_event, pending)
 
     def _on_event(self, pending: PendingConnection) -> None:
-        """Have its turn come; until then nobody looks at its socket."""
+        """Queue the handshake for its turn; until then its socket is not watched."""
         self.leave(pending)
         self._waiting.append(pending)
         if not self._stepping:
@@ -132,7 +142,7 @@ class TlsHandshakes:
             self._loop.call_soon(self._step)
 
     def leave(self, pending: PendingConnection) -> None:
-        """Look at its socket no more."""
+        """Stop watching the socket."""
         self._loop.remove_reader(pending.fd)
         self._loop.remove_writer(pending.fd)
 
@@ -166,7 +176,10 @@ class TlsHandshakes:
             self._loop.add_writer(pending.fd, self._on_event, pending)
 
     def overdue(self, pending: PendingConnection) -> str:
-        """Tell one whose time is over what can be told, without TLS; return why it is turned away, "" as any other."""
+        """Return why an overdue handshake is refused, or "" if TLS is not the reason.
+
+        A peer that has sent nothing gets an explanation without TLS.
+        """
         stream = pending.stream
         if stream is None or stream.engine.ready:
             return ""
