@@ -1,7 +1,8 @@
-"""Accepts connections of every listener and passes each to the door.
+"""Accepts connections of every listener and begins their handshakes.
 
-Where the system has no descriptor left, a listener rests for a moment, and where the door has no room, all of them do;
-newcomers wait in the system's queue meanwhile. When there is room again, the listeners take turns.
+If the system has no descriptor left, a listener pauses for a moment. If
+``limits.handshakes`` is reached, all listeners pause. New connections wait in the
+system's queue meanwhile. When there is room again, the listeners take turns.
 """
 
 from __future__ import annotations
@@ -21,29 +22,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Acceptor"]
 
-#: Connections accepted in one turn of the loop, so that a crowd at the door holds up nobody inside.
+#: Connections accepted in one turn of the event loop, so that a flood of new
+#: connections does not delay the established ones.
 _ACCEPTS: Final = 32
 #: Seconds without accepting after the system had no descriptor left.
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
-#: What the system says then; Windows has numbers of its own for sockets.
+#: Error numbers for a lack of descriptors; Windows has numbers of its own for sockets.
 _OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} | {
     getattr(errno, name) for name in ("WSAEMFILE", "WSAENOBUFS") if hasattr(errno, name)
 }
-#: Connections that are held at once: on Windows a loop can wait for 512 sockets, and those that listen are among them.
+#: Most connections that are open at once. On Windows an event loop can wait for 512
+#: sockets, including the listening ones.
 _MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
 
 
 class Acceptor:
-    """Accepts what comes to the listeners of one server."""
+    """Accepts connections of the listeners of one server."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._loop = server.loop
-        #: Every listener; the next one to have its turn comes first.
+        #: Every listener; the next one in turn comes first.
         self._listeners: deque[Listening] = deque()
-        #: Those that wait for descriptors.
+        #: Listeners that wait for descriptors.
         self._paused: list[Listening] = []
-        #: When the door is asked for room again; None while there is room.
+        #: The timer of the next check for room; None while there is room.
         self._full: asyncio.TimerHandle | None = None
         self._coming = False
         server.pending_handshakes.on_room = self._on_room
@@ -67,7 +70,7 @@ class Acceptor:
             self._loop.add_reader(listening.sock.fileno(), self.accept_some, listening)
 
     def accept_some(self, listening: Listening) -> None:
-        """Accept what has come to a listener, up to one turn's share."""
+        """Accept waiting connections of a listener, at most one turn's share."""
         for _ in range(_ACCEPTS):
             if not self._accept(listening):
                 break
@@ -93,7 +96,7 @@ class Acceptor:
         try:
             tune(sock)
         except OSError:
-            # Gone before it was begun.
+            # The peer has disconnected already.
             sock.close()
             return True
         entry = listening.config
@@ -114,7 +117,10 @@ class Acceptor:
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        """Accept again: one connection of each listener in turn, as long as there is room, and one turn's share."""
+        """Accept one connection of each listener in turn, while there is room.
+
+        At most one turn's share is accepted.
+        """
         self._coming = False
         if self._full is None:
             return
@@ -126,7 +132,7 @@ class Acceptor:
                 break
             wait = self._server.pending_handshakes.seconds_to_room()
             if wait:
-                # The listener whose turn it is keeps it.
+                # The listener whose turn it is keeps its turn.
                 self._stop(wait)
                 break
             listening = self._listeners[0]

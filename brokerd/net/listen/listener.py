@@ -1,6 +1,7 @@
-"""Listening sockets and pipes: bound as the configuration says, a stale socket file taken over and a live one left.
+"""Listening sockets and pipes, bound as the configuration says.
 
-Nothing is accepted here.
+A stale socket file is replaced; the file of a live listener is left alone. Nothing is
+accepted here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from brokerd_client.address import Address, parse
 
 __all__ = ["BACKLOG", "Found", "ListenError", "Listening", "inherited", "listen", "look_up", "precheck"]
 
-#: What host names of addresses mean, as ``socket.getaddrinfo`` says.
+#: The addresses that host names resolve to, as ``socket.getaddrinfo`` returns them.
 Found: TypeAlias = Mapping[Address, list[Any]]
 
-#: Connections the system keeps for us until they are accepted; it caps this at its own limit.
+#: Connections that the system keeps until they are accepted; it caps this at its own
+#: limit.
 BACKLOG: Final = 4096
 _HINTS: Final = {
     errno.EADDRINUSE: " (another program listens there)",
@@ -34,7 +36,8 @@ _HINTS: Final = {
     errno.ENOENT: " (make the directory first)",
     errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
 }
-#: Seconds to wait for another broker that begins to listen in the same directory, and between two tries.
+#: Seconds to wait for another broker that begins to listen in the same directory, and
+#: seconds between two tries.
 _LOCK_S: Final = 3.0
 _LOCK_AGAIN_S: Final = 0.002
 _NO_SOCKET: Final = "a file that is no socket is there (choose another path or remove it)"
@@ -46,10 +49,11 @@ class ListenError(Exception):
 
 @dataclass(slots=True)
 class Listening:
-    """One listening socket, or what looks like one and takes a pipe's connections.
+    """One listening socket, or a pipe listener that behaves like one.
 
-    address: where it really listens, a port chosen by the system filled in. inode: of its socket file,
-    so that nobody else's file is removed at the end. first_group: the group that the file was made with.
+    address: the real address, with the port that the system has chosen.
+    inode: of its socket file, so that another program's file is not removed at the end.
+    first_group: the group with which the file was created.
     """
 
     config: ListenConfig
@@ -59,7 +63,7 @@ class Listening:
     first_group: int = -1
 
     def is_lost(self) -> bool:
-        """Return whether its socket file is gone, or is another one: no client can connect any more."""
+        """Return whether its socket file is missing or replaced: no client can connect any more."""
         if self.inode is None:
             return False
         try:
@@ -70,7 +74,7 @@ class Listening:
             return False
 
     def alter(self, config: ListenConfig) -> Callable[[], None]:
-        """Take over changed settings of the same address; return what takes them back.
+        """Apply changed settings of the same address; return a function that undoes the change.
 
         Raises ListenError; then nothing has changed.
         """
@@ -87,7 +91,10 @@ class Listening:
         return undo
 
     def _change_file(self, before: ListenConfig, after: ListenConfig) -> os.stat_result | None:
-        """Change mode and group of the socket's file; return its old status, None where nothing is to be changed."""
+        """Change mode and group of the socket's file; return its old status.
+
+        Return None if nothing has to change.
+        """
         if self.inode is None or (before.mode, before.group) == (after.mode, after.group):
             return None
         path = Path(self.address.path)
@@ -106,9 +113,10 @@ class Listening:
         return status
 
     def close(self) -> None:
-        """Remove the socket file, if it is still ours, and stop listening.
+        """Remove the socket file, if it is still this listener's, and stop listening.
 
-        In this order: while the socket listens, no other broker takes the file over, and its inode stays its own.
+        The order matters: while the socket listens, no other broker replaces the file.
+        So the inode stays its own.
         """
         if self.inode is not None:
             path = Path(self.address.path)
@@ -119,7 +127,10 @@ class Listening:
 
 
 def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
-    """Return what the host names of these entries mean, for ``listen``; it may take long. Raises ListenError."""
+    """Resolve the host names of these entries for ``listen``; this may take long.
+
+    Raises ListenError.
+    """
     found = {}
     for entry in entries:
         if entry.address.family in ("AF_INET", "AF_INET6"):
@@ -131,7 +142,10 @@ def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
 
 
 def inherited(configured: Address, sock: socket.socket, address: Address) -> Listening:
-    """Return a socket that another process listens at, and its file with it. configured: where it was told to."""
+    """Return a socket, and its file, at which another process listens.
+
+    configured: the address in that process's configuration.
+    """
     config = ListenConfig(configured, mode=None, group=None, allow_md5=False, source=Source("", 0))
     sock.setblocking(False)
     inode = None
@@ -142,7 +156,7 @@ def inherited(configured: Address, sock: socket.socket, address: Address) -> Lis
 
 
 def precheck(config: ListenConfig) -> str:
-    """Return what can be seen to be in the way of listening there, without trying; "" where nothing can."""
+    """Return an obstacle to listening there that shows without trying, or ""."""
     address = config.address
     if not address.is_file:
         return ""
@@ -162,9 +176,10 @@ def precheck(config: ListenConfig) -> str:
 
 
 def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
-    """Return the listening sockets of one ``listen`` entry: one, or one for each address a host name has.
+    """Return the listening sockets of one ``listen`` entry.
 
-    found: what ``look_up`` found. Raises ListenError.
+    That is one socket, or one for each address of a host name. found: the result of
+    ``look_up``. Raises ListenError.
     """
     address = config.address
     try:
@@ -196,12 +211,14 @@ def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
     missing: OSError | None = None
     try:
         for family, _, _, _, sockaddr in dict.fromkeys(found):
-            # A name with several addresses and port 0 gets the same port for all of them.
+            # A name with several addresses and port 0 gets the same port for all of
+            # them.
             at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
             try:
                 opened.append(_listen_at(config, family, at))
             except OSError as error:
-                # localhost is often ::1 too where IPv6 is switched off: what is there is served.
+                # localhost often includes ::1 even if IPv6 is switched off: the
+                # existing addresses are served.
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 missing = error
@@ -217,7 +234,8 @@ def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
 def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> Listening:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # On Windows SO_REUSEADDR would let anybody take the port over; its opposite is right there.
+        # On Windows SO_REUSEADDR would let any program take over the port; the opposite
+        # option is right there.
         option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
         sock.setsockopt(socket.SOL_SOCKET, option, 1)
         if family == socket.AF_INET6:
@@ -232,7 +250,7 @@ def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> 
 
 
 def _named(config: ListenConfig, address: Address) -> Address:
-    """Return the address as clients are to write it."""
+    """Return the address as clients have to write it."""
     return replace(address, tls=config.tls is not None)
 
 
@@ -270,16 +288,17 @@ def _listen_unix(config: ListenConfig) -> Listening:
 def _alone_in(directory: Path) -> Iterator[None]:
     """Keep other brokers from listening in this directory meanwhile.
 
-    Two that find the same stale file would otherwise both replace it. The lock is that of the directory itself
-    (flock), so no file is left, and it ends with the process. A cleaner may hold the lock for long, and some file
-    systems have none: then it is done without.
+    Two brokers that find the same stale file would otherwise both replace it. The lock
+    is that of the directory itself (flock), so no file is left. It ends with the
+    process. A cleanup program may hold the lock for long, and some file systems have no
+    locks. Then the broker goes on without the lock.
     """
     import fcntl
 
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        # What is wrong with the directory shows when the socket is bound.
+        # A fault of the directory shows when the socket is bound.
         yield
         return
     try:
@@ -300,7 +319,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 def _bind_file(listening: Listening, sock: socket.socket) -> None:
     config, path = listening.config, Path(listening.address.path)
-    # Before bind, so that there is no moment in which others could connect: the file is made with this mode.
+    # Before bind, so that the file is created with this mode: no other user can connect
+    # in between.
     os.fchmod(sock.fileno(), config.mode if config.mode is not None else 0o600)
     umask = os.umask(0)
     try:
@@ -314,7 +334,10 @@ def _bind_file(listening: Listening, sock: socket.socket) -> None:
 
 
 def _take_over(path: Path) -> None:
-    """Remove the socket file of a dead daemon. Raises ListenError for a live one, or for any other file."""
+    """Remove the socket file of a dead daemon.
+
+    Raises ListenError for the file of a live daemon, and for any other file.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -336,7 +359,10 @@ def _take_over(path: Path) -> None:
 
 
 def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_group: int) -> None:
-    """Give a socket's file its mode and group; on the way from the old to the new nobody has more than by either."""
+    """Set mode and group of a socket's file.
+
+    On the way no user has more rights than by the old or the new settings.
+    """
     mode = config.mode if config.mode is not None else 0o600
     path.chmod(mode & status.st_mode)
     _give_to_group(path, first_group if config.group is None else config.group)
@@ -344,7 +370,7 @@ def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_gro
 
 
 def _give_to_group(path: Path, group: str | int) -> None:
-    """Give a file to a group, if it is not the group's already: a sandbox may forbid even to try."""
+    """Change the group of a file, unless it is right already: a sandbox may forbid even trying."""
     if isinstance(group, str):
         import grp
 

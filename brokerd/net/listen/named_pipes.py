@@ -1,7 +1,9 @@
-"""A named pipe of Windows that listens: to the server it looks like a listening socket.
+"""A listening named pipe of Windows, which behaves like a listening socket for the server.
 
-The event loop can wait for sockets only. So a thread accepts the connections of the pipe, gives each a socket that
-stands for it (``brokerd_client._common.pipe_bridge``), and wakes the loop. Handshakes are not known here.
+The event loop can wait for sockets only. So a thread accepts the connections of the
+pipe. It gives each a socket that stands for it
+(``brokerd_client._common.pipe_bridge``), and wakes the event loop. Handshakes are not
+handled here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from brokerd_client._common.pipe_bridge import BridgedSocket, Pipe, bridge
 
 __all__ = ["PipeListener", "open_pipe"]
 
-#: Connections kept until the server accepts them; the peers of further ones wait in the system.
+#: Connections kept until the server accepts them; further peers wait in the system.
 _WAITING: Final = 64
 #: Seconds before the next try after the system had no handle, socket or thread left.
 _PAUSE_S: Final = 0.1
@@ -40,9 +42,11 @@ class _PipeServer(Protocol):
 
 
 class PipeListener:
-    """What the server needs of a listening socket: fileno(), accept() and close().
+    """The part of a listening socket that the server needs: fileno(), accept() and close().
 
-    door: takes the connections; it belongs to the listener's thread, which closes it. name: the pipe's.
+    pipe_server: takes the connections; it belongs to the listener's thread, which
+        closes it.
+    name: the name of the pipe.
     """
 
     def __init__(self, pipe_server: _PipeServer, name: str) -> None:
@@ -57,13 +61,15 @@ class PipeListener:
         self._thread.start()
 
     def fileno(self) -> int:
-        """Return a descriptor that can be read from when accept() will not raise BlockingIOError."""
+        """Return a descriptor that is readable when accept() will not raise BlockingIOError."""
         return self._waker_out.fileno()
 
     def accept(self) -> tuple[BridgedSocket, str]:
-        """Return a socket that stands for the next connection, and the pipe's name, for a pipe's peer has none.
+        """Return a socket that stands for the next connection, and the pipe's name.
 
-        Raises BlockingIOError: nobody has come. Raises OSError with ENOBUFS: the system has no room for one who came.
+        A pipe's peer has no address. Raises BlockingIOError if no connection waits.
+        Raises OSError with ENOBUFS if the system has no room for a connection that
+        waits.
         """
         self._waker_out.recv(1)
         with self._room:
@@ -74,7 +80,7 @@ class PipeListener:
         return come, self._name
 
     def close(self) -> None:
-        """Listen no more; connections that were not accepted are closed, the others live on."""
+        """Stop listening: connections that were not accepted are closed, the others stay."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -98,7 +104,8 @@ class PipeListener:
                     if taken is not None:
                         self._announce(bridge(taken[0].into_stream()))
                 except OSError as error:
-                    # Whatever the system's own code: the server is to leave it alone for a moment.
+                    # Whatever the system's own code, ENOBUFS makes the server pause for
+                    # a moment.
                     self._announce(OSError(errno.ENOBUFS, error.strerror or os.strerror(errno.ENOBUFS)))
                     self._closing.wait(_PAUSE_S)
 
@@ -110,7 +117,10 @@ class PipeListener:
 
 
 def open_pipe(name: str) -> PipeListener:
-    """Return a listener at the pipe of that name. Raises OSError: it can't be made, or this is not Windows."""
+    """Return a listener at the pipe of that name.
+
+    Raises OSError if it can't be created, or if this is not Windows.
+    """
     if sys.platform == "win32":
         from brokerd_client.connection.named_pipes import PipeServer
 

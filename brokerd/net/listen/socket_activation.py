@@ -1,8 +1,9 @@
-"""Sockets that the service manager listens at for the broker, and which ``listen`` entry each belongs to.
+"""Socket activation: sockets that the service manager passes, and their ``listen`` entries.
 
-Takes them as sd_listen_fds(3) says: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, descriptors from 3 on. Their addresses,
-files, modes and groups are the manager's: nothing here binds, changes or removes one. They stay open, and connections
-wait in them, while the broker restarts.
+They are received as sd_listen_fds(3) says: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES,
+descriptors from 3 on. Their addresses, files, modes and groups belong to the service
+manager. This module binds, changes or removes none of them. They stay open, and
+connections wait in them, while the broker restarts.
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from brokerd_client.address import Address, parse
 
 __all__ = ["ActivatedSocket", "ActivatedSockets", "SocketActivationError", "listen_at", "listen_for"]
 
-#: The first descriptor handed over, SD_LISTEN_FDS_START.
+#: The first descriptor that is passed, SD_LISTEN_FDS_START.
 _FIRST: Final = 3
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class SocketActivationError(ListenError):
-    """What the service manager hands over and what the configuration says do not fit; starting again won't help."""
+    """The sockets of the service manager do not fit the configuration.
+
+    Starting the broker again does not help.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivatedSocket:
-    """One listening socket. name: what the manager calls it (FileDescriptorName=)."""
+    """One listening socket.
+
+    name: the name that the service manager gives it (FileDescriptorName=).
+    """
 
     sock: socket.socket
     name: str
@@ -42,16 +49,17 @@ class ActivatedSocket:
 
 
 class ActivatedSockets:
-    """The sockets handed over to this process; they are kept until it ends, whoever uses them."""
+    """The sockets passed to this process; they are kept until it ends."""
 
     def __init__(self, sockets: Iterable[ActivatedSocket] = ()) -> None:
         self.sockets = tuple(sockets)
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str], pid: int) -> Self:
-        """Return what these variables hand over to this process, and remove them: they concern nobody else.
+        """Return the sockets that these variables pass to this process, and remove the variables.
 
-        Raises Misfit for what is no listening stream socket.
+        Child processes must not see them. Raises SocketActivationError for a descriptor
+        that is not a listening stream socket.
         """
         given = {variable: environ.pop(variable, "") for variable in _VARIABLES}
         if given["LISTEN_PID"] != str(pid):
@@ -67,10 +75,11 @@ class ActivatedSockets:
         return cls(_taken(_FIRST + number, names[number]) for number in range(count))
 
     def assign(self, entries: Iterable[ListenConfig]) -> dict[ListenConfig, list[ActivatedSocket]]:
-        """Return which sockets each entry listens at; entries with none have to listen by themselves.
+        """Return the sockets of each entry; an entry without sockets has to listen by itself.
 
-        A socket belongs to the entry whose address it is bound to, else to the entry that has its name.
-        Raises Misfit, naming every socket that belongs to none: nobody would answer who connects there.
+        A socket belongs to the entry whose address it is bound to, else to the entry
+        that has its name. Raises SocketActivationError with every socket that belongs
+        to no entry. A client that connected there would get no answer.
         """
         if not self.sockets:
             return {}
@@ -90,13 +99,16 @@ class ActivatedSockets:
         return assigned
 
     def unmatched(self, entries: Iterable[ListenConfig], assigned: Iterable[ListenConfig]) -> list[ListenConfig]:
-        """Return the entries that name a socket which was not among those handed over."""
+        """Return the entries that name a socket which the service manager did not pass."""
         met = set(assigned)
         return [entry for entry in entries if self.sockets and entry.name is not None and entry not in met]
 
 
 def listen_at(entry: ListenConfig, sockets: Iterable[ActivatedSocket]) -> list[Listening]:
-    """Return an entry's listening sockets: duplicates, so that the entry can go and come back by a reload."""
+    """Return an entry's listening sockets.
+
+    They are duplicates, so that a reload can remove the entry and add it again.
+    """
     tls = entry.tls is not None
     return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
 
@@ -106,7 +118,8 @@ def listen_for(
 ) -> list[Listening]:
     """Return the listening sockets of all entries. Raises ListenError; then none is left open.
 
-    allotted: those that the service manager listens at. found: what host names mean, where that has been looked up.
+    assigned: the entries whose sockets the service manager passes.
+    found: the result of ``look_up``, or None.
     """
     opened: list[Listening] = []
     try:
@@ -149,7 +162,7 @@ def _address_of(sock: socket.socket) -> Address:
 
 
 def _unclaimed(each: ActivatedSocket) -> str:
-    # As it is written in YAML, where "[" and "@" mean something else.
+    # As it is written in YAML, where "[" and "@" have another meaning.
     address = f'"{each.address}"' if str(each.address)[0] in "[@" else str(each.address)
     return (
         f"the service manager hands over a socket at {each.address}, called {each.name}, that no listen entry is for "
@@ -159,18 +172,18 @@ def _unclaimed(each: ActivatedSocket) -> str:
 
 
 def _place(address: Address) -> tuple[str, int]:
-    """Return what two addresses have in common when they are the same place."""
+    """Return a value that is the same for two addresses of the same place."""
     if address.is_file:
         return os.path.realpath(address.path), 0
     return (address.path, 0) if address.path else (address.host, address.port)
 
 
 def _places(address: Address) -> set[tuple[str, int]]:
-    """Return every place that a configured address stands for: a host name may have several."""
+    """Return every place of a configured address: a host name may have several."""
     if address.family not in ("AF_INET", "AF_INET6"):
         return {_place(address)}
     if address.port == 0:
-        # Any port: no socket is bound to that.
+        # Any port: no socket is bound to port 0.
         return set()
     # A name that can't be resolved is reported when the entry listens by itself.
     with contextlib.suppress(OSError):
