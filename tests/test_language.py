@@ -118,7 +118,6 @@ PENDING: Final = frozenset[str](
         "client/brokerd_client/wire/framing.py",
         "client/brokerd_client/wire/handshake.py",
         "docs/brokerctl.md",
-        "docs/client.md",
         "docs/configuration.md",
         "docs/direct-api.md",
         "docs/operations.md",
