@@ -103,7 +103,7 @@ def _state(session: Session) -> tuple[object, ...]:
 
 
 class Copier:
-    """Copies the state of a broker, block by block, and records what has been copied.
+    """A copy of a broker's state in progress: its blocks, and the record of copied parts.
 
     few: fewer frames or subscriptions of one session than this are captured with the rest.
     subscriptions: the copied subscriptions of each session, which may have ended since.
@@ -287,7 +287,7 @@ class Copies:
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
     ) -> set[tuple[str, str | None]]:
-        """Remove and return a session's copied subscriptions; end those in ``ended`` before."""
+        """End the copied subscriptions in ``ended``; remove and return the rest, in force."""
         kept = self._subscriptions.pop(number, set())
         for pattern, group in ended:
             if (pattern, group) in kept:

@@ -39,7 +39,7 @@ class Revocation:
         return len(self._rest)
 
     def begin(self, session: Session) -> None:
-        """Hide a session under patterns that its client's rules, which are already new, forbid."""
+        """Hide a session under patterns that its client's (already new) rules forbid."""
         if session.subscriptions:
             policy = session.client.policy
             self._topics.restrict(session, lambda pattern: policy.subscribing(pattern) is not None)

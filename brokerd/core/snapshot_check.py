@@ -1,8 +1,8 @@
 """Validation of a snapshot's facts, before any object is created from them.
 
-Another process wrote the facts, maybe another version of the program. From inconsistent
-facts, a broker might answer for half of its messages, or end in the middle of a frame. So
-they are refused, and the old process continues to serve. Unknown keys are ignored. Of the
+Another process wrote the facts, maybe another version of the program. A broker made
+from inconsistent facts might answer for half of its messages. It might also end in the
+middle of a frame. So such facts are refused, and the old process continues to serve. Unknown keys are ignored. Of the
 bytes, only the lengths of the frames are checked.
 """
 

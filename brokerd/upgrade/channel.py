@@ -112,7 +112,7 @@ class UpgradeChannel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        #: The bytes of the last JSON object sent.
+        #: Size of the last JSON object sent, in bytes.
         self.told = 0
 
     def fileno(self) -> int:

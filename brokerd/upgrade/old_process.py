@@ -135,7 +135,7 @@ class _NewProcess:
 
 
 class UpgradeSource:
-    """Replaces this process by a new one on request.
+    """The replacement of this process by a new process, on request.
 
     daemon: the daemon of this process. pid_holder: the pipe to an existing PID holder, or None.
     """
@@ -179,7 +179,7 @@ class UpgradeSource:
         await asyncio.wait((task,))
 
     def kill(self) -> None:
-        """Give up an upgrade at once, and the new process with it."""
+        """Cancel an upgrade at once and kill the new process."""
         if self._task is not None:
             self._task.cancel()
 
