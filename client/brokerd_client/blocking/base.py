@@ -1,18 +1,23 @@
-"""What moves the bytes of a blocking client: its lock, its connection and its I/O thread.
+"""The lock, the connection and the I/O thread of a blocking client.
 
-A part of the blocking face: it moves bytes, sleeps until the dialog's next deadline and wakes who waits.
+A part of the blocking face. It moves bytes, sleeps until the dialog's next deadline and
+wakes waiting threads.
 
-The I/O thread reads, connects again, and writes what a sender could not finish; senders write from their own thread,
-so that a send costs one system call. One lock guards the dialog. The I/O thread and the handlers' threads hold the
-client weakly: one that is dropped unclosed ends, with a ResourceWarning.
+The I/O thread reads, reconnects, and writes the bytes that a sender could not write.
+Senders write from their own thread, so that a send costs one system call. One lock
+guards the dialog. The I/O thread and the handler threads hold only a weak reference to
+the client. A client that is dropped unclosed therefore ends, with a ResourceWarning.
 
-**Interrupted calls.** An exception can be raised between any two instructions of a thread, by a signal handler or by
-PyThreadState_SetAsyncExc. A thread that holds the lock therefore clears ``_clear`` before it changes anything, and sets
-it again as its last act. Where ``_clear`` is left unset, no sender writes before the I/O thread has looked
-(``_look_over``): it writes what was put out and is not written, or, where it is not known how much has left, ends the
-connection, so that every send under way gets its outcome. What can't be repaired like that is only done in the I/O
-thread, as a chore. A signal handler that has interrupted its own thread within the lock finds ``_clear`` unset, and
-leaves a chore, too: to wait would be to wait for itself.
+**Interrupted calls.** A signal handler or PyThreadState_SetAsyncExc can raise an
+exception between any two instructions of a thread. A thread that holds the lock
+therefore clears ``_clear`` before it changes anything. It sets ``_clear`` again as its
+last act. While ``_clear`` is unset, no sender writes until the I/O thread has checked the
+connection (``_look_over``). The I/O thread then writes the queued frames that were not
+written. If the number of bytes written is not known, it ends the connection instead.
+Every send in flight then gets its outcome. Changes that can't be repaired like this are
+made only in the I/O thread, as chores. A signal handler may interrupt its own thread
+while that thread holds the lock. It finds ``_clear`` unset and leaves a chore, too;
+waiting would be a deadlock with itself.
 """
 
 from __future__ import annotations
@@ -56,29 +61,33 @@ T = TypeVar("T")
 
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
-#: Seconds until an answer of the system's look-up of a host's name is asked for, if it does not ring the bell.
+#: Seconds until the I/O thread checks a look-up of a host's name that has not woken it.
 _LOOKUP_S: Final = 1.0
-#: Seconds between two looks of an I/O thread that does not read: for room in the inbox, if no taker rings its bell,
-#: and for the end of the connection.
+#: Seconds between two checks by an I/O thread that does not read. It checks whether the
+#: inbox has room, if no reader of the inbox woke it, and whether the connection has ended.
 _LOOK_S: Final = 0.5
-#: Seconds that the I/O thread rests after an exception, doubled with each that follows at once, and at most.
+#: Seconds that the I/O thread sleeps after an exception: the first time, doubled with each
+#: exception that follows at once, and the maximum.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
-#: Seconds that an interrupted start waits at most for the end of the I/O thread.
+#: Seconds that an interrupted start waits for the end of the I/O thread, at most.
 _STOP_S: Final = 5.0
-#: Threads of a request handler in all, unless ``threads`` is more.
+#: Most threads of a client's request handler, unless ``threads`` is larger.
 MOST_THREADS: Final = 64
 #: States in which the connection carries frames.
 _LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DRAINING, State.CLOSING)
-#: States in which everything is read, for the answers that the state waits for.
+#: States in which the socket is read even if the inbox is full, for the answers they need.
 _READING: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 
 
 class BaseClient:
-    """One client's conversation, and the thread that carries it on.
+    """One client's dialog with the broker, and its I/O thread.
 
-    answering: makes of a request handler a job that sends what it returns. Where nothing else is said, its methods are
-        called with the lock held.
+    Unless a comment says otherwise, the methods are called with the lock held.
+
+    Args:
+        settings: The settings of the client.
+        answering: Wraps a request handler in a job that sends the handler's result.
     """
 
     def __init__(
@@ -96,26 +105,29 @@ class BaseClient:
             inbox=settings.inbox,
         )
         self._transport = _transport(settings)
-        #: A thread can tell whether it holds this one, and a signal handler in it does not wait for itself.
+        #: Reentrant: a thread can tell whether it holds the lock, and a signal handler in
+        #: that thread does not deadlock.
         self._lock: Any = threading.RLock()
-        #: Woken when the link has become ready, or will not any more, or everything is written.
+        #: Woken when the connection is ready or is lost for good, or all bytes are written.
         self._changes = Waiters()
-        #: Whether a send can be written at once: the link is ready, nothing is waiting to be written, no call is at it.
+        #: Whether a send can be written at once: the connection is ready, no bytes wait to be
+        #: written, and no other call is writing.
         self._clear = False
-        #: What the I/O thread is to do before anything else, and which call waits for that.
+        #: Functions that the I/O thread calls before anything else, each with its waiting call.
         self._chores: deque[tuple[Callable[[], Any], Call | None]] = deque()
-        #: Calls whose outcome is to come; each is settled even if the I/O thread loses what the broker has said.
+        #: Calls without an outcome yet. Each is settled even if the I/O thread loses the
+        #: broker's answer.
         self._calls: set[Call] = set()
-        #: Whether the connection is gone for the dialog, and only the I/O thread has not closed it yet.
+        #: Whether the dialog has lost the connection and the I/O thread has not closed it yet.
         self._dropping = False
         self._dial_at = 0.0
         self._forked = False
-        #: Whether nobody but the I/O thread has the client any more.
+        #: Whether the I/O thread alone still refers to the client.
         self._dropped = False
-        #: Whether the I/O thread does no more chores.
+        #: Whether the I/O thread no longer does chores.
         self._over = False
         self._meter = InboxMeter(settings.inbox)
-        #: Kept weakly: a subscription that is dropped is not kept alive by being counted.
+        #: Weak references: a dropped subscription is not kept alive by being counted.
         self._queues: weakref.WeakSet[WaitQueue[Any]] = weakref.WeakSet()
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
@@ -136,22 +148,25 @@ class BaseClient:
         forks.register(self)
 
     def _start_thread(self) -> None:
-        """Start the I/O thread. Where that raises, leave neither a thread nor a descriptor.
+        """Start the I/O thread. If that fails, leave neither a thread nor a descriptor.
 
-        Raises the exception of a signal handler that interrupts it, and not the RuntimeError that follows from it.
+        If a signal handler interrupts the start, its exception is raised. The RuntimeError
+        that follows from the interruption is not.
         """
         outer = sys.exc_info()[1]
         try:
             self._thread.start()
             return
         except BaseException as error:
-            # Before the thread is asked for: a thread that begins to run after this ends at once.
+            # Set before the thread's state is checked: a thread that begins to run after
+            # this ends at once.
             self._dropped = True
             self._transport.wake()
             if self._thread.is_alive():
                 self._thread.join(_STOP_S)
             if not self._thread.is_alive():
-                # Again, where the thread has done so: one that the interruption breaks ends before it gets there.
+                # The thread may have closed it already, but a thread that was interrupted
+                # may have ended before that.
                 self._transport.close()
             interrupting = _interruption(error, outer)
             if interrupting is error:
@@ -161,7 +176,7 @@ class BaseClient:
 
     @property
     def closed(self) -> bool:
-        """Whether close() was called, or the connection is lost and no other will be made."""
+        """Whether close() was called, or the connection is lost for good."""
         return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
 
     def __del__(self) -> None:
@@ -169,21 +184,22 @@ class BaseClient:
         if getattr(self, "_thread", None) is None or self._forked or not self._thread.is_alive():
             return
         if self._dialog.state is not State.CLOSED:
-            # No source=self: who keeps the warning would keep the client.
+            # No source=self: a stored warning would keep the client alive.
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
-        # Without the lock, which the thread that is stopped for this may hold, at a box.
+        # Without the lock: the thread in which this destructor runs may hold it already.
         self._dispatcher.warn_of_more(time.monotonic())
-        # Until this returns the I/O thread's weak reference still works, and using it brings the client back to life.
+        # Until this returns, the I/O thread's weak reference still works. Its use brings
+        # the client back to life.
         self._dropped = True
         self._transport.wake()
 
     def forked(self) -> None:
-        """This is a copy, in a child of the process that made the client. See brokerd_client._common.forks."""
+        """Disable this copy in a forked child; see brokerd_client._common.forks."""
         self._forked = True
         self._transport.disown()
 
     def _check(self) -> None:
-        """Raise WrongProcess in a fork. Needs no lock: in a fork it may be held for ever."""
+        """Raise WrongProcess in a fork. Needs no lock: in a fork it may never be released."""
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
 
@@ -193,9 +209,10 @@ class BaseClient:
     # Calls; without the lock
 
     def _interrupting(self) -> bool:
-        """Return whether this thread has interrupted a call of this client, which goes on only after this one.
+        """Return whether this thread has interrupted a call of this client.
 
-        It has in a signal handler, and in a destructor that the collector of garbage calls.
+        That is so in a signal handler, and in a destructor called by the garbage collector.
+        The interrupted call continues only after the present call has returned.
         """
         if threading.get_ident() == self._thread.ident:
             return True
@@ -207,13 +224,13 @@ class BaseClient:
         return False
 
     def _release(self) -> None:
-        """Release the lock, however often this thread has it."""
+        """Release the lock completely, even if this thread holds it several times."""
         with contextlib.suppress(RuntimeError):
             while True:
                 self._lock.release()
 
     def _refuse_to_wait(self) -> None:
-        """Raise WouldDeadlock where a wait would never end."""
+        """Raise WouldDeadlock if a wait would never end."""
         if self._interrupting():
             raise WouldDeadlock(
                 "this signal handler holds up a call of the same client: send, publish, reply and close work here, "
@@ -221,13 +238,13 @@ class BaseClient:
             )
 
     def _mend(self) -> None:
-        """After an exception in a call: release what it still holds, and have the I/O thread look at what it left."""
+        """Release an interrupted call's locks, and wake the I/O thread to repair its state."""
         if self._interrupting():
             # The lock belongs to the call below this one.
             return
         self._transport.mend()
         if not self._clear:
-            # What failed before it had changed anything holds up no other sender.
+            # A call that failed before it changed anything must not block other senders.
             with self._lock:
                 transport = self._transport
                 if not transport.unsure and self._dialog.in_order(len(transport.backlog)):
@@ -235,9 +252,10 @@ class BaseClient:
             self._transport.wake()
 
     def _holds_up(self) -> bool:
-        """Return whether a call of this client is below this one on the stack, behind a frame that is not the client's.
+        """Return whether another call of this client is further down this thread's stack.
 
-        If not, and the lock is held by this thread, then an interrupted call has not released it.
+        At least one stack frame outside the client lies between the two calls. Without
+        such a call, a lock held by this thread was left behind by an interrupted call.
         """
         frame: FrameType | None = sys._getframe(1)
         outside = False
@@ -250,11 +268,18 @@ class BaseClient:
         return False
 
     def _put(self, timeout: float | None, put: Callable[..., T], *args: Any, answer: bool = False) -> T:
-        """Call ``put``, which puts frames out, once these can be written; write them; return what it returned.
+        """Queue frames with ``put`` once they can be written; write them; return its result.
 
-        answer: it is an answer, which a connection that the broker closes soon takes, too.
+        Args:
+            timeout: Seconds to wait; None for the timeout of connect().
+            put: The function that queues the frames.
+            *args: Its arguments.
+            answer: Whether the frame is an answer. A connection that the broker closes soon
+                still accepts answers.
 
-        Raises WouldDeadlock, and what _wait_until_clear and ``put`` raise.
+        Raises:
+            WouldDeadlock: A signal handler calls this while it interrupts the client.
+            BrokerdError: As _wait_until_clear and ``put`` do.
         """
         self._check()
         deadline = None
@@ -272,16 +297,24 @@ class BaseClient:
                 raise
 
     def _takes_answers(self) -> bool:
-        """Return whether an answer can be written at once, on a connection that the broker closes soon."""
+        """Return whether an answer can be written at once on a draining connection."""
         waiting = bool(self._transport.backlog or self._chores or self._dropping or self._transport.unsure)
         return self._dialog.state is State.DRAINING and not waiting and self._dialog.in_order(0)
 
     def _wait_until_clear(self, timeout: float | None, deadline: float | None, *, answer: bool = False) -> float:
-        """Wait for the connection, and until what others have sent is written; return the deadline, for the next call.
+        """Wait until the client is connected and all earlier bytes are written.
 
-        answer: it takes answers, at least.
+        Args:
+            timeout: Seconds to wait; None for the timeout of connect().
+            deadline: The result of an earlier call, or None.
+            answer: Whether it is enough that the connection accepts answers.
 
-        Raises TimedOut: others' bytes are still waiting. Raises Disconnected: there is no connection.
+        Returns:
+            The deadline, for the next call.
+
+        Raises:
+            TimedOut: Earlier bytes of other threads are still not written.
+            Disconnected: The client is not connected.
         """
         self._refuse_to_wait()
         limit = self._settings.timeout_s if timeout is None else timeout
@@ -301,22 +334,22 @@ class BaseClient:
                         if not linked and (remaining <= 0 or self.closed):
                             self._dialog.require_ready()
                     else:
-                        # The broker takes nothing now: only the caller's own timeout counts.
+                        # The broker is not reading now: only the caller's own timeout counts.
                         remaining = None
                 if clear:
                     return deadline
                 if remaining is not None and remaining <= 0:
                     raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
-                # An interrupted call may have left that to do.
+                # An interrupted call may not have woken the I/O thread.
                 self._transport.wake()
                 if not wait_at(mine, remaining) and not self._changes.leave(mine):
-                    # It is being opened at this moment: not to be used twice.
+                    # Another thread is opening the gate at this moment: it can't be reused.
                     mine = gate()
         finally:
             self._changes.leave(mine)
 
     def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Return whether the condition, which a change may make true, comes about in time."""
+        """Wait until the condition holds; return whether it does in time (seconds)."""
         deadline = time.monotonic() + timeout
         mine = gate()
         try:
@@ -330,7 +363,7 @@ class BaseClient:
             self._changes.leave(mine)
 
     def _outcome(self, call: Call, message_id: int, deadline: float | None) -> Any:
-        """Wait, and return or raise what became of a call."""
+        """Wait for the outcome of a call; return it, or raise it if it is an error."""
         waiting = self._for_requests.begin_wait()
         try:
             if waiting and self._for_requests.short:
@@ -350,7 +383,7 @@ class BaseClient:
         return call.value
 
     def _forsake(self, call: Call) -> None:
-        """After an exception in a call that waits for an outcome: expect none any more."""
+        """Drop a call that was interrupted while it waited for its outcome."""
         self._leave_chore(lambda: self._dialog.forsake(call))
         # Behind the chore that may be about to add it.
         self._leave_chore(lambda: self._calls.discard(call))
@@ -358,7 +391,7 @@ class BaseClient:
     # Chores
 
     def _leave_chore(self, act: Callable[[], object]) -> None:
-        """Have the I/O thread do it, soon."""
+        """Queue a function for the I/O thread, and do not wait for it."""
         self._chores.append((act, None))
         self._clear = False
         self._transport.wake()
@@ -366,7 +399,10 @@ class BaseClient:
             self._do_chores()
 
     def _have_done(self, act: Callable[[], T]) -> T:
-        """Have the I/O thread do it; return what it returns. Raises WouldDeadlock, and what it raises."""
+        """Call a function in the I/O thread; return its result or raise its exception.
+
+        Raises WouldDeadlock if a signal handler calls this while it interrupts the client.
+        """
         self._refuse_to_wait()
         call = Call()
         try:
@@ -385,7 +421,7 @@ class BaseClient:
         return cast("T", call.value)
 
     def _do_chores(self) -> None:
-        """Do what was left to do; in the I/O thread, or after its end. Takes the lock."""
+        """Do the queued chores; in the I/O thread, or after its end. Takes the lock."""
         with self._lock:
             while self._chores:
                 act, call = self._chores.popleft()
@@ -402,7 +438,7 @@ class BaseClient:
                         call.settle(value)
 
     def _put_late(self, ids: list[int], to: str, put: Callable[[], None]) -> None:
-        """Put out, as a chore, what a signal handler has sent."""
+        """Queue, as a chore, the messages that a signal handler has sent."""
         try:
             put()
         except (Disconnected, Closed) as error:
@@ -415,9 +451,10 @@ class BaseClient:
     # With the lock
 
     def _write(self, *, awaited: bool = False) -> bool:
-        """Write what the dialog has put out; return whether a sender may go on.
+        """Write the dialog's queued frames; return whether the next sender may write.
 
-        awaited: a thread may wait for what becomes of it.
+        Args:
+            awaited: Whether a thread may wait for the outcome of these frames.
         """
         data = self._dialog.peek()
         if data:
@@ -427,12 +464,12 @@ class BaseClient:
             self._transport.wake()
             return False
         if awaited and self._meter.full:
-            # The outcome may be behind what is not being read.
+            # The outcome may lie behind input that is not being read.
             self._transport.wake()
         return True
 
     def _settle(self) -> None:
-        """Let senders go on, if there is nothing in their way."""
+        """Allow senders to write and wake them, if nothing else must be written first."""
         if self._transport.backlog or self._chores or self._dropping:
             return
         if self._dialog.state is State.READY:
@@ -443,9 +480,9 @@ class BaseClient:
             self._changes.wake()
 
     def _look_over(self, now: float) -> bool:
-        """Return whether the connection can be used, after finishing what an interrupted call has begun.
+        """Finish the writes of an interrupted call; return whether the connection can be used.
 
-        Where it is not known how much of that has left, the connection is ended.
+        If the number of bytes written is not known, the connection is ended.
         """
         if self._dropping or self._dialog.state not in _LINKED or not self._transport.open:
             return not self._dropping
@@ -459,18 +496,22 @@ class BaseClient:
         return True
 
     def _new_queue(self) -> WaitQueue[Any]:
-        """Return a new box of this client."""
-        # Not a method of the client: the boxes are held by threads that must not hold the client.
+        """Return a new wait queue of this client."""
+        # It gets no method of the client: wait queues are held by threads that must not
+        # hold the client.
         return WaitQueue(self._meter, self._transport, self._lock._is_owned)
 
     def _end_feed(self, queue: WaitQueue[Any], why: BrokerdError) -> None:
-        """End the box of a subscription or watch; what is still in it is the subscriber's, and counts no longer."""
+        """End the wait queue of a subscription or watch.
+
+        Its remaining items can still be taken, but no longer count against the inbox.
+        """
         queue.end(why)
         queue.inbox.release()
         self._queues.discard(queue)
 
     def _apply(self, effects: Effects[Message], now: float) -> None:
-        """Pass on what the dialog says has happened."""
+        """Deliver the dialog's effects: outcomes, messages, events, ended subscriptions, errors."""
         for call, value in effects.outcomes:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
@@ -488,30 +529,35 @@ class BaseClient:
             if was_due is None and self._dispatcher.warning_due is not None:
                 self._transport.wake()
         if effects.broken is not None:
-            # The peer may be owed the word that it was rejected.
+            # The peer may have to be told that it was rejected.
             if self._transport.open and not self._transport.connecting:
                 self._write()
             self._end_connection(effects.broken, now)
 
     def _end_connection(self, reason: BrokerdError, now: float, *, at_once: bool = False) -> None:
-        """Tell the dialog that the connection is gone, and everybody what that means; the I/O thread closes it.
+        """Report a lost connection to the dialog and to waiting calls.
 
-        at_once: the next one may be tried without a wait.
+        The I/O thread closes the connection.
+
+        Args:
+            reason: Why the connection is lost.
+            now: The present time, in seconds.
+            at_once: Whether the client may reconnect without a delay.
         """
         self._clear = False
-        # After an interrupted write, bytes may have left that nothing here knows of.
+        # After an interrupted write, bytes may have been sent that were not counted.
         in_order = not self._transport.unsure and self._dialog.in_order(len(self._transport.backlog))
         doubtful = 0 if in_order else self._dialog.unwritten
         effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True
-        # Before the boxes end, so that on_undelivered hears of a last loss too.
+        # Before the wait queues end, so that on_undelivered is called for a last loss too.
         self._apply(effects, now)
         self._note_state()
         self._transport.wake()
 
     def _note_state(self) -> None:
-        """Tell who waits for the link what has become of it."""
+        """Wake the threads that wait for the connection, and end the wait queues if it is gone."""
         state = self._dialog.state
         if state is State.GONE:
             why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
@@ -525,7 +571,10 @@ class BaseClient:
     # The I/O thread; without the lock
 
     def prepare(self) -> tuple[float | None, bool] | None:
-        """Do what is due; return (seconds to wait, whether to read), or None when there is nothing more to do."""
+        """Do the work that is due; return (seconds to wait, whether to read).
+
+        Returns None when the I/O thread has nothing more to do.
+        """
         if self._dropped:
             return None
         now = time.monotonic()
@@ -568,8 +617,9 @@ class BaseClient:
             limit = self._meter.limit
             full = self._meter.weigh((queue.inbox for queue in self._queues), limit=limit)
             reading = not full or (len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit)
-            # A full inbox is no reason to leave the broker's side of a handshake unread, or the answers to a close().
-            # A connection that has ended is read to its end: another one has to be made.
+            # Even with a full inbox, the broker's part of a handshake and the answers to a
+            # close() are read. A connection that has ended is read to its end, so that the
+            # client can reconnect.
             reading = reading or state in _READING or self._transport.ended
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
@@ -579,17 +629,17 @@ class BaseClient:
         return remaining, reading
 
     def _drop(self) -> None:
-        """Close the connection, if it is gone for the dialog."""
+        """Close the connection if the dialog has lost it."""
         if self._dropping:
             self._transport.drop()
             self._dropping = False
 
     def replace(self, thread: threading.Thread) -> None:
-        """Note that another thread is the I/O thread from now on."""
+        """Store the thread that is the I/O thread from now on."""
         self._thread = thread
 
     def survive(self, error: BaseException) -> None:
-        """Go on after an exception in this thread: its connection is lost like any other."""
+        """Recover from an exception in the I/O thread; the connection is treated as lost."""
         self._release()
         self._transport.mend()
         log().error("a connection is lost in a way that is not foreseen", exc_info=error)
@@ -599,11 +649,12 @@ class BaseClient:
             if not self._dropping and self._dialog.state not in (State.IDLE, State.WAITING, State.GONE, State.CLOSED):
                 reason = Disconnected(f"the connection broke: {error!r}")
                 reason.__cause__ = error
-                # A bug raises an Exception, and may raise it again on the next connection: that one has to wait.
+                # A bug raises an Exception, and may do so again on the next connection: the
+                # client reconnects only after a delay.
                 self._end_connection(reason, now, at_once=not isinstance(error, Exception))
             self._transport.renew()
             self._dropping = False
-            # Those whose chore is still to be done wait for that.
+            # Calls whose chore is still queued go on waiting.
             for call in self._calls - {call for _, call in self._chores}:
                 call.settle(InDoubt("the connection broke, and what became of this call is not known"))
             self._note_state()
@@ -617,7 +668,7 @@ class BaseClient:
         except OSError as error:
             self._lose(no_connection(self._settings.address, error))
             return
-        except Exception as error:  # noqa: BLE001 - a bug; but who waits for the connection is to hear of it
+        except Exception as error:  # noqa: BLE001 - a bug; waiting calls must get the error
             self._lose_by_bug(no_connection(self._settings.address, error), error)
             return
         if done:
@@ -645,10 +696,10 @@ class BaseClient:
         self._lose(reason)
 
     def act(self, *, readable: bool, writable: bool) -> None:
-        """Do what the socket is ready for."""
+        """Read and write as far as the socket is ready."""
         try:
             self._act(readable=readable, writable=writable)
-        except Exception as error:  # noqa: BLE001 - a bug; but who waits is to hear of it, and another may work
+        except Exception as error:  # noqa: BLE001 - a bug; waiting calls get it
             self._lose_by_bug(Disconnected(f"the connection broke: {error}"), error)
 
     def _act(self, *, readable: bool, writable: bool) -> None:
@@ -676,7 +727,7 @@ class BaseClient:
             while data:
                 if not self._take_in(data) or gone is None:
                     return
-                # Nothing more comes than is here.
+                # The connection is broken: only bytes that arrived already are left to read.
                 data = transport.read()
         except OSError as error:
             gone = gone or error
@@ -686,7 +737,7 @@ class BaseClient:
             self._lose(self._dialog.hung_up())
 
     def _take_in(self, data: bytes) -> bool:
-        """Have the dialog read it; return whether the connection goes on."""
+        """Pass received bytes to the dialog; return whether the connection stays open."""
         now = time.monotonic()
         with self._lock:
             self._clear = False
@@ -709,15 +760,21 @@ class BaseClient:
                 self._dialog.wrote(self._transport.flush())
                 if not self._transport.backlog and self._changes:
                     self._changes.wake()
-            # What is left besides the backlog, of TLS, may go with a read too: nobody is to wait for that.
+            # TLS bytes besides the backlog may also be sent during a read: senders must not
+            # wait for them.
             self._settle()
 
 
 def _interruption(error: BaseException, outer: BaseException | None) -> BaseException:
-    """Return the exception that interrupted a call of ``threading``, or ``error`` where nothing did.
+    """Return the exception that interrupted a call of ``threading``, or ``error`` itself.
 
-    An exception inside ``Condition.wait`` finds a lock released that ``with`` releases again: "release unlocked lock".
-    outer: the exception that was being handled before the call, which is not the interruption.
+    When an exception strikes inside ``Condition.wait``, the lock is released already. The
+    ``with`` statement then releases it again and raises "release unlocked lock".
+
+    Args:
+        error: The exception that the call raised.
+        outer: The exception that was being handled before the call. It is not the
+            interruption.
     """
     while isinstance(error, RuntimeError) and error.__context__ not in (None, outer) and _from_threading(error):
         assert error.__context__ is not None
@@ -726,7 +783,7 @@ def _interruption(error: BaseException, outer: BaseException | None) -> BaseExce
 
 
 def _from_threading(error: BaseException) -> bool:
-    """Return whether the standard library's ``threading`` raised it, and not a signal handler."""
+    """Return whether the library's ``threading`` raised the error, not a signal handler."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -741,7 +798,7 @@ def _transport(settings: Settings) -> Transport:
     return TlsTransport(settings.address, settings.tls)
 
 
-#: Where the methods are that may hold a client's lock.
+#: Modules and names of the methods that may hold a client's lock.
 _OWN_MODULES: Final = (__name__, "brokerd_client.blocking.client")
 _LOCKING: Final = ("send", "_put", "_mend", "_wait_until_clear", "_do_chores", "close")
 
@@ -752,17 +809,22 @@ def _move_bytes(
     queues: Iterable[WaitQueue[Any]],
     error: BaseException | None = None,
 ) -> None:
-    """Run a client's I/O thread, which ends with the client and by nothing else.
+    """Run a client's I/O thread, which ends only when the client ends.
 
-    Holds the client only between two waits. boxes: ended when the thread ends, for a client that was dropped unclosed
-    can't do it. error: what has ended the thread before this one.
+    It holds the client only between two waits.
+
+    Args:
+        ref: The client.
+        transport: The client's transport, which the thread closes.
+        queues: Wait queues that the thread ends; a client that was dropped unclosed can't.
+        error: The exception that ended the previous I/O thread, if any.
     """
     try:
         _keep_moving(ref, transport, error)
         transport.close()
         for queue in queues:
             queue.end(Closed("the client is closed"))
-    except BaseException as caught:  # noqa: BLE001 - it has struck the handling of another one, below
+    except BaseException as caught:  # noqa: BLE001 - raised while handling another
         thread = threading.Thread(
             target=_move_bytes, args=(ref, transport, queues, caught), name="brokerd client", daemon=True
         )
@@ -789,7 +851,7 @@ def _keep_moving(ref: weakref.ref[BaseClient], transport: Transport, error: Base
 
 
 def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
-    """Do what is due, wait, and do what the socket is ready for; return whether the thread goes on."""
+    """Do the work that is due, wait, read and write; return whether the thread continues."""
     if (client := ref()) is None:
         return False
     try:

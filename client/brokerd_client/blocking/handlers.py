@@ -17,10 +17,14 @@ __all__ = ["HandlerThreads"]
 
 
 class HandlerThreads:
-    """Threads that do the jobs of one box.
+    """Threads that do the jobs of one wait queue. Only the I/O thread starts them.
 
-    count: threads that are kept free for jobs, beside those in which a handler waits for the broker. most: threads in
-        all. Only the I/O thread starts them.
+    Args:
+        queue: The wait queue of the jobs.
+        name: The name of the threads.
+        count: Threads kept free for jobs, beside those in which a handler waits for the
+            broker.
+        most: Most threads in all.
     """
 
     def __init__(self, queue: WaitQueue[Job], name: str, count: int, most: int) -> None:
@@ -34,7 +38,7 @@ class HandlerThreads:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that run now."""
+        """The threads that are running."""
         return list(self._threads.values())
 
     @property
@@ -51,17 +55,17 @@ class HandlerThreads:
             registered.wait()
 
     def begin_wait(self) -> bool:
-        """Note that the calling thread waits for the broker; return whether it is one of these."""
+        """Count the calling thread as waiting; return whether it is a handler thread."""
         me = threading.get_ident()
         if me not in self._threads:
             return False
-        # Not while a thread ends, which would count on this one.
+        # Not while another thread ends because it counts on this one.
         with self._lock:
             self._waiting.add(me)
         return True
 
     def end_wait(self) -> None:
-        """Note that the calling thread waits no longer."""
+        """Count the calling thread as running again."""
         self._waiting.discard(threading.get_ident())
 
     def _run(self, registered: threading.Event) -> None:
@@ -77,7 +81,7 @@ class HandlerThreads:
                     except BaseException as error:  # noqa: BLE001 - see the head of this file
                         _on_failure(function, item, error)
                     finally:
-                        # An interrupted wait may have left it.
+                        # An interrupted wait may have left the thread in the set.
                         self._waiting.discard(threading.get_ident())
                     del function, item
                 except BrokerdError:
@@ -90,7 +94,10 @@ class HandlerThreads:
             self._leave()
 
     def _retire(self) -> bool:
-        """Return whether this thread ends: a thread that waited has come back, and its substitute is not needed."""
+        """Remove this thread and return True if there are more threads than needed.
+
+        That is so when a thread that waited for the broker runs again.
+        """
         with self._lock:
             if len(self._threads) - len(self._waiting) <= self._count:
                 return False
@@ -104,7 +111,7 @@ class HandlerThreads:
 
 
 def _on_failure(function: Any, item: Any, error: BaseException) -> None:
-    """Log what a handler raised, and have the peer that waits for its answer told."""
+    """Log a handler's exception, and send an error to a peer that waits for its answer."""
     try:
         tell = getattr(function, "failed", None)
         if tell is None:

@@ -1,6 +1,6 @@
-"""What a blocking client gives to its user: messages that can be answered, subscriptions, watches.
+"""Objects that a blocking client returns: messages, subscriptions and presence watches.
 
-A part of the blocking face; each hands what is asked of it on to its client.
+A part of the blocking face; each object passes its calls on to its client.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Giver(message.Owner, Protocol):
-    """The client, as far as it is needed here."""
+    """The part of the client that this module needs."""
 
     def reply(self, message: Message, payload: object, *, codec: str | int | None = None) -> None: ...
 
@@ -46,23 +46,59 @@ class Message(message.Message):
     _owner: Giver
 
     def reply(self, payload: object, *, codec: str | int | None = None) -> None:
-        """Answer this request. Raises PayloadError, AlreadyAnswered, Disconnected or Closed."""
+        """Answer this request.
+
+        Args:
+            payload: The object to send as the answer.
+            codec: The codec of the payload, by name or number.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+            Closed: The client is closed.
+        """
         self._owner.reply(self, payload, codec=codec)
 
     def fail(self, text: str, code: str = "failed") -> None:
-        """Answer this request with an error: the caller gets RequestFailed with this code and text."""
+        """Answer this request with an error: the requester gets RequestFailed.
+
+        Args:
+            text: The text of the error.
+            code: The code of the error.
+
+        Raises:
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+            Closed: The client is closed.
+        """
         self._owner._fail(self, text, code)
 
 
 class BaseSubscription(Generic[T]):
-    """What a subscription or a watch gives: an iterator that ends when the feed or its client is closed."""
+    """The base of subscriptions and watches: an iterator of items.
+
+    It ends when the subscription, the watch or its client is closed.
+    """
 
     def __init__(self, client: Giver) -> None:
         self._client = client
         self.queue: WaitQueue[T] = client._new_queue()
 
     def recv(self, timeout: float | None = None) -> T:
-        """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
+        """Return the next item.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Returns:
+            The next event or presence change.
+
+        Raises:
+            TimedOut: No item arrived in time.
+            Closed: The subscription, the watch or its client is closed.
+            Refused: The broker has ended the subscription or the watch.
+        """
         self._client._check()
         return self.queue.take(check_timeout(timeout))
 
@@ -72,7 +108,7 @@ class BaseSubscription(Generic[T]):
                 yield self.recv()
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """End the subscription or the watch."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -100,7 +136,7 @@ class Subscription(BaseSubscription[Message]):
         self._entry: SubscriptionEntry | None = None
 
     def unsubscribe(self) -> None:
-        """Ask for no more events; iterating ends with those that are here already."""
+        """End the subscription. Iterating ends after the events that have arrived already."""
         self._client._unsubscribe(self)
 
     close = unsubscribe
@@ -110,11 +146,11 @@ class Subscription(BaseSubscription[Message]):
 
 
 class PresenceWatch(BaseSubscription[Presence]):
-    """One Presence for each client this one may send to, as it is now; then every change."""
+    """First one Presence for each client that this one may send to; then every change."""
 
     callback = None
     _watch: Watch | None = None
 
     def close(self) -> None:
-        """Ask for no more changes."""
+        """End the watch."""
         self._client._unwatch(self)

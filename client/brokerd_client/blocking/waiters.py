@@ -1,9 +1,11 @@
-"""Where threads wait: for the outcome of a call, for a change, and for what arrives.
+"""Objects that threads wait on: for a call's outcome, for a change, and for messages.
 
-A part of the blocking face; knows nothing of connections, but rings the I/O thread's bell when there is room again.
+A part of the blocking face. It knows nothing of connections, but wakes the I/O thread
+when the inbox has room again.
 
-An exception can be raised in a thread at any moment, by a signal handler for example. Nothing here needs a lock that
-such a thread could keep, and an interrupted wait loses neither an item nor another thread's wake-up.
+An exception can be raised in a thread at any moment, by a signal handler for example.
+Nothing here needs a lock that such a thread could keep. An interrupted wait loses neither
+an item nor another thread's wake-up.
 """
 
 from __future__ import annotations
@@ -22,26 +24,26 @@ __all__ = ["NOTHING", "Call", "WaitQueue", "Waiters", "by_handler", "gate", "wai
 
 T = TypeVar("T")
 
-#: Never an item: see Box.take.
+#: A value that is never an item: see WaitQueue.take.
 NOTHING: Final = object()
 
 
 def gate() -> threading.Lock:
-    """Return a lock that is held: a thread waits at it until another thread releases it."""
+    """Return a held lock; a thread waits at it until another thread releases it."""
     lock = threading.Lock()
     lock.acquire()
     return lock
 
 
 def wait_at(lock: threading.Lock, remaining: float | None) -> bool:
-    """Return whether the gate was opened within ``remaining`` seconds."""
+    """Wait at the gate; return whether it was opened within ``remaining`` seconds."""
     if remaining is None:
         return lock.acquire()
     return lock.acquire(timeout=max(0.0, min(remaining, threading.TIMEOUT_MAX)))
 
 
 def by_handler(error: BaseException) -> bool:
-    """Return whether a signal handler has raised it, and not a call in the function that has caught it."""
+    """Return whether a signal handler raised the error, not a call in the catching function."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
@@ -56,7 +58,7 @@ class Call:
         self.value: Any = None
 
     def settle(self, value: Any) -> None:
-        """Let the thread go on with this outcome; a second outcome changes nothing."""
+        """Set the outcome and wake the thread; a second outcome changes nothing."""
         if not self.done:
             self.value = value
             self.done = True
@@ -64,36 +66,37 @@ class Call:
             self._gate.release()
 
     def wait(self, deadline: float | None) -> bool:
-        """Return whether there is an outcome before the deadline."""
+        """Wait for the outcome; return whether it came before the deadline."""
         return wait_at(self._gate, None if deadline is None else deadline - time.monotonic())
 
 
 class Waiters:
     """Threads that wait for a change.
 
-    A thread enters its gate, then looks whether it has to wait, and only then waits at the gate: no change is missed.
+    A thread first enters its gate, then checks whether it has to wait. Only then does it
+    wait at the gate, so that no change is missed.
     """
 
     __slots__ = ("_gates",)
 
     def __init__(self) -> None:
-        #: In the order of their coming. No step here raises an exception of its own, which a signal handler's could be
-        #: taken for.
+        #: In order of arrival. No operation on it raises an exception of its own, so that a
+        #: signal handler's exception can't be mistaken for one.
         self._gates: dict[threading.Lock, None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._gates)
 
     def enter(self, lock: threading.Lock) -> None:
-        """Have the gate opened at the next change."""
+        """Add a gate, which the next change opens."""
         self._gates[lock] = None
 
     def leave(self, lock: threading.Lock) -> bool:
-        """Remove the gate; return whether it was still there, and no wake-up is lost with it."""
+        """Remove the gate; return whether it was still there, so that no wake-up is lost."""
         return self._gates.pop(lock, 0) is None
 
     def wake(self, count: int | None = None) -> None:
-        """Open ``count`` gates, without it all of them."""
+        """Open ``count`` gates; with None, open all of them."""
         left = len(self._gates) if count is None else count
         while left > 0 and (first := next(iter(self._gates), None)) is not None:
             if self.leave(first):
@@ -104,8 +107,11 @@ class Waiters:
 class WaitQueue(Generic[T]):
     """An inbox that threads can wait at.
 
-    interrupting: returns whether the calling thread is in a signal handler that has interrupted a call of the client,
-        so that nothing can arrive until the handler returns.
+    Args:
+        meter: Counts the bytes of all inboxes of the client.
+        transport: The client's transport, whose ``wake`` wakes the I/O thread.
+        interrupting: Returns whether the calling thread is in a signal handler that has
+            interrupted a call of the client. Nothing can then arrive until it returns.
     """
 
     __slots__ = ("__weakref__", "_interrupting", "_meter", "_transport", "ended", "inbox", "waiters")
@@ -113,29 +119,38 @@ class WaitQueue(Generic[T]):
     def __init__(self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
-        #: Why nothing more will come.
+        #: The reason why no more items will arrive; None while they may.
         self.ended: BrokerdError | None = None
         self._meter = meter
         self._transport = transport
         self._interrupting = interrupting
 
     def put(self, items: list[T], size: int) -> None:
-        """Add items and wake as many waiting threads."""
+        """Add items, and wake one waiting thread per item."""
         self.inbox.put(items, size)
         self.waiters.wake(len(items))
 
     def end(self, why: BrokerdError) -> None:
-        """Note that nothing more will come, and wake every waiting thread."""
+        """Store the reason why no more items will arrive, and wake every waiting thread."""
         if self.ended is None:
             self.ended = why
         self.waiters.wake()
 
     def take(self, timeout: float | None) -> T:
-        """Return the next item. Raises TimedOut, or why nothing more will come."""
+        """Return the next item.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Raises:
+            TimedOut: No item arrived in time.
+            BrokerdError: The reason why no more items will arrive.
+        """
         inbox = self.inbox
         try:
-            # A loop, since CPython raises a signal handler's exception after a call of popleft, which would lose the
-            # item, but not between a loop's step and its variable.
+            # A loop, because CPython raises a signal handler's exception after a call of
+            # popleft, which would lose the item. It does not raise between a loop's step
+            # and the assignment of its variable.
             for item in iter(inbox.items.popleft, NOTHING):  # noqa: B007
                 break
         except IndexError as error:
@@ -177,7 +192,7 @@ class WaitQueue(Generic[T]):
                     if (remaining is not None and remaining <= 0) or not wait_at(mine, remaining):
                         raise TimedOut(f"nothing arrived within {timeout:g} s")
             finally:
-                # A wake-up that this thread has no use for is passed on.
+                # A wake-up that this thread does not need is passed on to another thread.
                 if not self.waiters.leave(mine) and self.inbox.items:
                     self.waiters.wake(1)
         except BaseException:
@@ -186,7 +201,7 @@ class WaitQueue(Generic[T]):
             raise
 
     def resume_reading(self) -> None:
-        """Have the I/O thread look whether there is room in the inbox again; ring its bell once for each look."""
+        """Wake the I/O thread to check whether the inbox has room; wake it once per check."""
         meter = self._meter
         if not meter.asked:
             meter.asked = True
