@@ -89,8 +89,6 @@ PENDING: Final = frozenset[str](
         "client/brokerd_client/aio/subscriptions.py",
         "client/brokerd_client/aio/tls_transport.py",
         "client/brokerd_client/aio/transport.py",
-        "client/brokerd_client/blocking/tls_transport.py",
-        "client/brokerd_client/blocking/transport.py",
         "client/brokerd_client/codec.py",
         "client/brokerd_client/connection/call_lock.py",
         "client/brokerd_client/connection/forks.py",

@@ -1,7 +1,8 @@
-"""The blocking face's connection over TLS: a Channel whose bytes go through a TlsStream.
+"""The blocking face's connection over TLS: a Transport whose bytes go through a TlsStream.
 
-As with a Channel one thread dials, waits, reads and closes, and any thread may write, one at a time; since TLS is one
-thing in both directions, reading and writing take turns here.
+As with a Transport, one thread dials, waits, reads and closes. Any thread may write, one
+at a time. TLS shares its state between both directions, so a lock serializes reading
+and writing.
 """
 
 from __future__ import annotations
@@ -20,32 +21,35 @@ _READ_SIZE = 64 * 1024
 
 
 class TlsTransport(Transport):
-    """One connection at a time, to one address, over TLS. ``connecting`` lasts until its handshake is over."""
+    """The connection to one address over TLS, one at a time.
+
+    ``connecting`` stays true until the TLS handshake is over.
+    """
 
     def __init__(self, address: Address, context: ssl.SSLContext) -> None:
         super().__init__(address)
         self._context = context
         self._stream: TlsStream | None = None
-        #: A thread can tell whether it holds this one: see mend.
+        #: Reentrant, because a thread can release such a lock completely: see mend.
         self._turn = threading.RLock()
         self._send = self._send_encrypted
 
     @property
     def bindings(self) -> dict[str, bytes]:
-        """What the key is to be bound to."""
+        """The channel bindings of the key."""
         assert self._stream is not None
         return self._stream.engine.bindings
 
     def unwritten(self) -> bool:
-        """Return whether something that was to be written has not left yet."""
+        """Return whether bytes wait to be written."""
         return bool(self.backlog) or (self._stream is not None and self._stream.unsent)
 
     def dial(self) -> bool:
-        """Begin to connect. Raises OSError where no candidate is left."""
+        """Begin to connect. Raises OSError if all candidate addresses have failed."""
         return super().dial() and self._begin()
 
     def connected(self) -> bool:
-        """Return whether the connecting that was under way is done, TLS included. Raises OSError."""
+        """Return whether the connection is made, TLS included. Raises OSError."""
         if self._stream is not None:
             return self._shake()
         return super().connected() and self._begin()
@@ -63,10 +67,10 @@ class TlsTransport(Transport):
         return not self.connecting
 
     def write(self, data: bytes) -> int:
-        """Write as a Channel does; what TLS has taken counts as written."""
+        """Write as a Transport does; bytes that TLS has taken count as written."""
         sent = super().write(data)
         if self._stream is not None and self._stream.unsent:
-            # Only the I/O thread waits for room.
+            # Only the I/O thread waits until the socket is writable.
             self.wake()
         return sent
 
@@ -81,13 +85,13 @@ class TlsTransport(Transport):
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
-                # What was taken before may have left. The next write fails again.
+                # The bytes taken before may have been sent. The next write fails again.
                 if not sent or not by_system(error):
                     raise
         return sent
 
     def read(self) -> bytes | None:
-        """Return what has arrived, as a Channel does."""
+        """Return the bytes that have arrived, as a Transport does."""
         assert self._stream is not None
         with self._turn:
             try:
@@ -97,14 +101,14 @@ class TlsTransport(Transport):
                 return None
 
     def shut(self) -> None:
-        """Tell the peer that nothing more comes."""
+        """End the sending side of the TLS connection."""
         stream = self._stream
         if stream is not None and not self.connecting:
             with self._turn, contextlib.suppress(OSError):
                 stream.finish()
 
     def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
-        """Wait as a Channel does; what TLS has decrypted already is readable."""
+        """Wait as a Transport does; bytes that TLS has decrypted already are readable."""
         stream = self._stream
         here = reading and stream is not None and stream.buffered and not self.connecting
         readable, writable = super().wait(0 if here else timeout, reading=reading)
@@ -116,7 +120,7 @@ class TlsTransport(Transport):
         return True, self._stream.unsent
 
     def mend(self) -> None:
-        """Release the turn, where an interrupted call of this thread still holds it."""
+        """Release the lock, if an interrupted call of this thread still holds it."""
         with contextlib.suppress(RuntimeError):
             while True:
                 self._turn.release()

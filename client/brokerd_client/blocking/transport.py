@@ -1,10 +1,12 @@
-"""A non-blocking socket, what waits to be written to it, and a bell: the moving parts of the blocking face.
+"""The transport of the blocking face: a non-blocking socket, its backlog and a waker.
 
-Knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes; any thread may write or ring,
-one at a time. ``handed``, what the operating system has taken, is what the caller of :meth:`write` is told.
+It knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes. Any
+thread may write or wake, one at a time. :meth:`write` returns the number of bytes that
+the operating system has taken.
 
-A write may be interrupted by an exception, of a signal handler for example. What it was given is kept in ``backlog``
-before the system is, and ``unsure`` says whether the system may have taken more than ``backlog`` tells.
+An exception, for example of a signal handler, may interrupt a write. The bytes are
+therefore stored in ``backlog`` before they are passed to the system. ``unsure`` tells
+whether the system may have taken bytes that are still in ``backlog``.
 """
 
 from __future__ import annotations
@@ -26,30 +28,34 @@ from brokerd_client.errors import TlsError
 __all__ = ["Transport", "by_system"]
 
 _READ_SIZE = 64 * 1024
-#: Seconds that one wait lasts at most: the system's calls take no longer time than some days.
+#: Seconds that one wait lasts at most: the system's calls accept a few days at most.
 _LONGEST_WAIT_S = 3600.0
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 
 def by_system(error: OSError) -> bool:
-    """Return whether the system has raised it, and not a signal handler, whose TimeoutError is an OSError too."""
+    """Return whether the system raised the error, not a signal handler.
+
+    A signal handler may raise a TimeoutError, which is an OSError too.
+    """
     return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError))
 
 
 class Transport:
-    """One connection at a time, to one address."""
+    """The connection to one address, one at a time."""
 
-    #: Returns how many bytes the system has taken. Raises OSError: none, at the moment or for good.
+    #: Returns how many bytes the system has taken. Raises OSError if it takes none, at the
+    #: moment or permanently.
     _send: Callable[[bytes | memoryview], int]
 
     def __init__(self, address: Address) -> None:
         validate_family(address.family)
         self.address = address
-        #: Written by no one yet: the rest of what a write could not finish.
+        #: Bytes that are not written yet: the rest of a write that could not finish.
         self.backlog: bytes | memoryview = b""
         #: Bytes given to write() on this connection.
         self.given = 0
-        #: Whether a write is at it, or was interrupted while the system took its bytes.
+        #: Whether a write is in progress, or was interrupted while the system took its bytes.
         self.unsure = False
         self.connecting = False
         self._socket: socket.socket | None = None
@@ -59,9 +65,10 @@ class Transport:
         self._mask = 0
         self._silence = Silence()
         self._look_at = 0.0
-        #: The peer is gone without a word: reading raises that, behind what had come.
+        #: Whether the peer vanished without closing. Reading raises an error for it, after
+        #: the bytes that had arrived.
         self._vanished = False
-        #: The peer sends nothing more. A wait that does not read has found that out.
+        #: Whether the peer sends no more bytes, as found by a wait that does not read.
         self.ended = False
         self._waker_out, self._waker_in = socket.socketpair()
         self._waker_out.setblocking(False)
@@ -74,7 +81,7 @@ class Transport:
         return self._socket is not None
 
     def unwritten(self) -> bool:
-        """Return whether something that was to be written has not left yet."""
+        """Return whether bytes wait to be written."""
         return bool(self.backlog)
 
     @property
@@ -89,14 +96,16 @@ class Transport:
 
     @property
     def bindings(self) -> Mapping[str, bytes]:
-        """What the key is to be bound to: nothing, without TLS."""
+        """The channel bindings of the key: none without TLS."""
         return {}
 
     def dial(self) -> bool:
-        """Begin to connect; return whether it is done already. Raises OSError where no candidate is left.
+        """Begin to connect; return whether the connection is made already.
 
-        Raises BlockingIOError: a host's name is being looked up, and the bell rings when that is done; or the listener
-        has no room at the moment.
+        Raises:
+            BlockingIOError: A host's name is being looked up; the I/O thread is woken when
+                that is done. Or the listener's queue is full at the moment.
+            OSError: All candidate addresses have failed.
         """
         if self.address.family == "AF_PIPE":
             self._socket = dial_pipe(self.address.path)
@@ -119,13 +128,14 @@ class Transport:
         if self._lookup.done:
             lookup, self._lookup = self._lookup, None
             return lookup.result()
-        # What a connection before this one has begun is gone on with: there is one thread at most.
+        # A look-up begun by an earlier attempt is used again, so that there is one thread at
+        # most.
         return self._lookup.result()
 
     def connected(self) -> bool:
-        """Return whether the connecting that was under way is done; False: the next candidate is being tried.
+        """Return whether the connection is made, or False if the next candidate is being tried.
 
-        Raises OSError where no candidate is left.
+        Raises OSError if all candidate addresses have failed.
         """
         assert self._socket is not None
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -142,7 +152,7 @@ class Transport:
                 sock.setblocking(False)
                 if family != getattr(socket, "AF_UNIX", None):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    # A peer whose machine is gone says nothing for ever.
+                    # A peer whose machine is gone never closes the connection.
                     keep_alive(sock, DEFAULT_S)
                 code = sock.connect_ex(sockaddr)
                 if code == 0 or (code in _UNDER_WAY and family != getattr(socket, "AF_UNIX", None)):
@@ -158,9 +168,10 @@ class Transport:
         raise error
 
     def write(self, data: bytes) -> int:
-        """Write what goes now, behind the backlog, and keep the rest there; return how many bytes went.
+        """Write as many bytes as possible now, after the backlog; return how many were written.
 
-        A connection that is gone takes nothing: the I/O thread finds that out, too, and reads what came before.
+        The rest is kept in the backlog. A lost connection takes no bytes. The I/O thread
+        detects the loss, too, and reads the bytes that came before it.
         """
         if self.backlog:
             both = b"".join((self.backlog, data))
@@ -175,8 +186,9 @@ class Transport:
         self.backlog = data
         self.given += size
         try:
-            # A loop, since CPython raises a signal handler's exception after a call of send, when its result is not in
-            # a variable yet, but not between a loop's step and its variable.
+            # A loop, because CPython raises a signal handler's exception after a call of
+            # send, when the result is not in a variable yet. It does not raise between a
+            # loop's step and the assignment of its variable.
             for sent in map(self._send, (data,)):
                 if sent == size:
                     self.backlog = b""
@@ -193,7 +205,10 @@ class Transport:
         return sent
 
     def flush(self) -> int:
-        """Write what goes of the backlog; return how many bytes went. Raises OSError: the connection is gone."""
+        """Write from the backlog; return how many bytes were written.
+
+        Raises OSError if the connection is lost.
+        """
         self.unsure = True
         try:
             sent = self._send(self.backlog)
@@ -207,7 +222,10 @@ class Transport:
         return sent
 
     def read(self) -> bytes | None:
-        """Return what has arrived, b"" at the end, None where nothing has. Raises OSError: the connection is gone."""
+        """Return the bytes that have arrived, b"" at the end, or None if there are none yet.
+
+        Raises OSError if the connection is lost.
+        """
         assert self._socket is not None
         try:
             return self._socket.recv(_READ_SIZE)
@@ -216,16 +234,19 @@ class Transport:
             return None
 
     def shut(self) -> None:
-        """Tell the peer that nothing more comes."""
+        """Shut down the sending side of the connection."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
 
     def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
-        """Wait for the socket or the bell, ``timeout`` seconds at most; return (readable, writable).
+        """Wait for the socket or the waker; return (readable, writable).
 
-        reading: whether arriving bytes are wanted. A wait without them looks whether the peer has ended the connection;
-            then the rest of its bytes is to be read, and the socket counts as readable.
+        Args:
+            timeout: Seconds to wait at most; None for no limit.
+            reading: Whether to wait for input. A wait without it checks whether the peer has
+                ended the connection. The rest of its bytes must then be read, and the socket
+                counts as readable.
         """
         timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
@@ -250,7 +271,10 @@ class Transport:
         return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
 
     def _look_for_silence(self, timeout: float | None) -> float | None:
-        """Look, now and then, whether the peer still answers; return the timeout, cut to when to look again."""
+        """Check at intervals whether the peer still answers.
+
+        Returns the timeout in seconds, shortened to the time of the next check.
+        """
         if self._socket is None or self.connecting or self._socket.family not in TCP:
             return timeout
         now = time.monotonic()
@@ -265,7 +289,7 @@ class Transport:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _wanted(self, *, reading: bool) -> tuple[bool, bool]:
-        """Return whether to wait until the socket can be read, and written."""
+        """Return whether to wait for the socket to be readable, and to be writable."""
         return reading and not self.connecting, self.connecting or self.unwritten()
 
     def _schedule(self, mask: int) -> None:
@@ -281,7 +305,7 @@ class Transport:
         self._mask = mask
 
     def wake(self) -> None:
-        """Wake the I/O thread. Never blocks: a bell that is full has been heard."""
+        """Wake the I/O thread. Never blocks: a full waker wakes the thread anyway."""
         try:
             self._waker_in.send(b"!")
         except OSError as error:
@@ -289,7 +313,7 @@ class Transport:
                 raise
 
     def drop(self) -> None:
-        """Close the connection, if there is one; what waited to be written is forgotten."""
+        """Close the connection, if there is one, and discard the backlog."""
         if self._socket is not None:
             self._schedule(0)
             self._socket.close()
@@ -301,12 +325,12 @@ class Transport:
         self.unsure = False
 
     def mend(self) -> None:
-        """Release what an interrupted call of this thread still holds."""
+        """Release the locks that an interrupted call of this thread still holds."""
 
     def renew(self) -> None:
-        """Close the connection, whatever state it was left in. For the I/O thread, after an exception in it."""
-        # Each step can be repeated, should another exception come in between. A socket that stays open would have the
-        # broker refuse the next connection.
+        """Close the connection, whatever its state, after an exception in the I/O thread."""
+        # Each step can be repeated, in case another exception interrupts it. If the socket
+        # stayed open, the broker would refuse the next connection.
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.close()
@@ -319,14 +343,14 @@ class Transport:
         self.drop()
 
     def close(self) -> None:
-        """Close everything. The I/O thread's last act."""
+        """Close the connection, the selector and the waker; the I/O thread's last act."""
         self.drop()
         self._selector.close()
         self._waker_out.close()
         self._waker_in.close()
 
     def disown(self) -> None:
-        """Close the copies a fork has made; the parent's connection and selector stay as they are."""
+        """Close the copies in a forked child; the parent's connection stays open."""
         for sock in (self._socket, self._waker_out, self._waker_in):
             if sock is not None:
                 sock.close()
