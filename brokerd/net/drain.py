@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Drained", "Draining"]
 
-#: Seconds beyond the timeout in which undelivered messages are reported to their
-#: senders, and seconds in which the reports are written.
+#: Seconds beyond the timeout: _TELL to report undelivered messages to their senders,
+#: and _WRITE to write those reports.
 _TELL: Final = 0.4
 _WRITE: Final = 0.2
 #: Messages reported between two checks of the clock: some milliseconds' work.

@@ -140,7 +140,8 @@ class Parting:
             if self._is_silent(connection):
                 self._broker.close(session, self._why)
         elif session.goaway:
-            # A well-behaved client closes by itself.
+            # A well-behaved client closes by itself; a finished client that stays is
+            # half-closed.
             connection.ending = self._why
             if session.finished and self._is_silent(connection):
                 connection.half_close(self._why)

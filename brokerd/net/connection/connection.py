@@ -48,8 +48,7 @@ _LARGE: Final = READ_BUFFER // 2
 #: Bytes: more than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
 #: A read of at least _PLENTY bytes suggests that more are waiting. If it goes to at
-#: least _MANY recipients, up to _ROUNDS more reads are made before the recipients are
-#: written to.
+#: least _MANY recipients, up to _ROUNDS more reads follow before the next write.
 _PLENTY: Final = 64 * 1024
 _MANY: Final = 32
 # The Python routing loop needs so long for one read that a second read would only delay
@@ -430,10 +429,10 @@ class Connection:
             session.closing_code = None
 
     def half_close(self, why: str) -> None:
-        """Send the reason and close the sending half, but continue reading. The outbox is written.
+        """Send the reason and close the sending half, but continue reading.
 
-        If the system does not take the reason at once, the connection stays as it is.
-        Call this again then.
+        The outbox is written. If the system does not take the reason at once, the
+        connection stays as it is. Call this again then.
         """
         if not self.ending:
             self.ending = why

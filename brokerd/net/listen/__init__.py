@@ -1,1 +1,1 @@
-"""Listening sockets: opened here, handed over by systemd, and named pipes."""
+"""Listening sockets: opened here or passed by systemd, and named pipes."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Acceptor"]
 
-#: Connections accepted in one turn of the event loop, so that a flood of new
-#: connections does not delay the established ones.
+#: Connections accepted in one turn of the event loop. So a flood of new connections
+#: does not delay the established ones.
 _ACCEPTS: Final = 32
 #: Seconds without accepting after the system had no descriptor left.
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.1
