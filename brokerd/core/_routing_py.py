@@ -1,9 +1,13 @@
-"""The routing loop: whole frames from a read buffer straight into the outboxes of their recipients.
+"""The routing loop: from a read buffer straight into the outboxes of the recipients.
 
-What it does by itself is the ordinary: a MESSAGE without flags to a recipient this sender has reached
-before, an EVENT without flags on a topic it has published on before, with room in every queue. Everything else
-goes to :func:`brokerd.core.slow_path.handle_slow_path`, a frame at a time. It is the reference for its compiled twin,
-``_routing_c.pyx``, and is written in the same shape: one pass, offsets instead of slices, one copy of the payload.
+It handles only ordinary frames, and only if every recipient's queue has room:
+
+- a MESSAGE without flags to a recipient that this sender has reached before;
+- an EVENT without flags on a topic that this sender has published on before.
+
+Every other frame goes to :func:`brokerd.core.slow_path.handle_slow_path`. This module
+is the reference for its compiled twin, ``_routing_c.pyx``. Both have the same shape:
+one pass, offsets instead of slices, one copy of the payload.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ __all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]
 
 NAME: Final[str] = "python"
 
-#: A short frame's length and its header in one.
+#: The length and the header of a short frame together.
 _HEAD: Final = struct.Struct("!iBBBBQ")
 _HEAD_SIZE: Final = _HEAD.size
 _MESSAGE: Final = 1
@@ -30,11 +34,13 @@ _EVENT: Final = 5
 
 
 class WriteBuffer:
-    """The end of an outbox, where the loop writes.
+    """The end of an outbox, where the routing loop writes.
 
-    tail: the bytes written last; room: how long it may grow before ``reserve`` must be asked.
-    frames, size: frames and bytes written here since the beginning. touched: the owner is in the list of
-    sessions whose outbox has something new. owner: the session.
+    content: the bytes written last.
+    room: bytes that ``content`` may reach before ``reserve`` must be called.
+    frames, size: frames and bytes appended since the outbox began.
+    touched: whether the owner is in the list of sessions with new bytes to write.
+    owner: the session.
     """
 
     __slots__ = ("content", "frames", "owner", "room", "size", "touched")
@@ -53,10 +59,12 @@ class WriteBuffer:
 
 
 class RouteEntry:
-    """Where a name is reached: what the route caches hold, so that they never go stale.
+    """A recipient in the senders' route caches.
 
-    direct: the outbox of the one connection behind the name, when messages may be written straight there;
-    None sends the loop to the broker.
+    The caches hold this object instead of an outbox, so that they never go stale.
+
+    direct: the outbox of the name's one connection, if messages may be written straight
+        into it. None: the loop hands the message to the broker.
     """
 
     __slots__ = ("direct",)
@@ -70,8 +78,9 @@ def feed(
 ) -> tuple[int, RoutingResult]:
     """Route the whole frames in ``buffer[start:end]``.
 
-    Returns (where the first byte not consumed is, why it stopped there): NEXT for a frame that has not
-    arrived whole, FLUSH, HOLD and YIELD for one to be fed again, CLOSE when nothing more may be read.
+    Return (the position of the first byte not consumed, why the loop stopped there).
+    CONSUMED: the next frame has not arrived whole. FLUSH, BLOCKED and YIELD: the frame
+    there must be fed again. CLOSE: nothing more may be read.
     now: seconds of a monotonic clock.
     """
     position = start
@@ -120,10 +129,11 @@ def feed(
         position, result = handle_slow_path(broker, source, buffer, position, end, now)
         if result is not RoutingResult.CONSUMED or position == before:
             break
-        # What the broker did may have changed who is reached how.
+        # The broker may have changed the routes.
         routes, fanouts = source.caches(broker)
     else:
-        # Fewer bytes than the shortest frame: a length that can't be is refused without waiting for more.
+        # Fewer bytes than the shortest frame has: an impossible length is refused without
+        # waiting for more bytes.
         if position < end:
             position, result = handle_slow_path(broker, source, buffer, position, end, now)
     source.messages_in += messages

@@ -1,6 +1,8 @@
-"""The last steps of a session that the broker is about to close: it is told, finishes, and gets nothing more.
+"""Goaway: the last steps of a session that the broker is about to close.
 
-Functions of the broker (:mod:`brokerd.core.broker`). Source of the rules: docs/protocol.md, "Going away".
+The session receives a notice, finishes, and then receives nothing more. These are
+functions of the broker (:mod:`brokerd.core.broker`). The rules are from
+docs/protocol.md, "Going away".
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ __all__ = [
 DRAINING: Final = "$broker.draining"
 _EVENT: Final = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, b"{}", codec=CodecId.JSON, topic=DRAINING)))
 
-#: Sessions that frames wait for, with the outbox, and how many bytes it must have written for the last of them.
+#: Sessions for which a session's frames may wait, each with its outbox and a number of bytes.
+#: Once the outbox has written that many bytes in all, none of those frames waits there.
 Marks: TypeAlias = "list[tuple[Session, Outbox, int]]"
 
 
 def drain_in_steps(broker: Broker) -> Iterator[None]:
-    """Take no new message from now on, tell every client that listens, and release held senders; a step for each."""
+    """Begin a drain: refuse new messages, send the notices, and release held senders.
+
+    It yields after each step.
+    """
     if broker.draining:
         return
     broker.draining = True
@@ -55,43 +61,43 @@ def drain_in_steps(broker: Broker) -> Iterator[None]:
         if session.open:
             tell(broker, session)
         yield
-    # A sender that was held for room hears now that its message comes too late.
+    # The message of a sender that was held for a full queue is refused now.
     for session in broker.held():
         broker.release(session)
         yield
 
 
 def tell(broker: Broker, session: Session) -> None:
-    """Send a session the event that announces its end, once."""
+    """Send a session the goaway notice, once."""
     if not session.told:
         session.told = True
         broker.pass_on(session, _EVENT)
 
 
 def add_reason(session: Session, code: ErrorCode, why: str) -> None:
-    """Put the ERROR with the id 0 that tells why the broker closes a connection behind what waits for it."""
-    # Nothing is delivered behind the answer to ``finished``.
+    """Append the ERROR with the id 0 that says why the broker closes the connection."""
+    # Nothing is delivered after the reply to ``finished``.
     if session.open and not (session.mute or session.finished):
         session.outbox.append(reason_frame(code, why))
 
 
 @lru_cache(maxsize=64)
 def reason_frame(code: ErrorCode, why: str) -> bytes:
-    """Return the ERROR that tells a client why its connection ends."""
-    # An error about the broker itself: no message is lost if the client does not read it.
+    """Return the ERROR frame that says why a client's connection ends."""
+    # The ERROR names the broker itself: if the client does not read it, no message is lost.
     payload = error_payload(code, why, BROKER)
     return make_frame(encode(Envelope(Kind.ERROR, 0, BROKER, payload, codec=CodecId.JSON)))
 
 
 def part(broker: Broker, session: Session) -> None:
-    """Refuse new messages of this session from now on, and tell it so if it has asked to be told."""
+    """Refuse a session's new messages and send it the notice, if it has asked for that."""
     session.parting = session.goaway
     if session.goaway:
         tell(broker, session)
 
 
 def retire(broker: Broker, session: Session) -> None:
-    """Deliver nothing more to a session: it is found by no name, topic or answer."""
+    """Stop all deliveries to a session: no name, topic or pending request finds it."""
     if session.retired or not session.open:
         return
     session.retired = True
@@ -104,13 +110,16 @@ def retire(broker: Broker, session: Session) -> None:
 
 
 def mute(broker: Broker, session: Session) -> None:
-    """Send a session nothing more: its further frames are delivered where possible, else counted as lost."""
+    """Send a session nothing more.
+
+    Its further frames are delivered where possible, else counted as lost.
+    """
     retire(broker, session)
     session.mute = True
 
 
 def mark(session: Session) -> Marks:
-    """Return where frames of this session may wait: what its recipients' outboxes must have written."""
+    """Return the outboxes that hold frames of this session, and how far they must write."""
     return [
         (other, other.outbox, other.outbox.size)
         for client in session.recipients
@@ -122,14 +131,15 @@ def mark(session: Session) -> Marks:
 def has_finished(broker: Broker, session: Session) -> bool:
     """Return whether every frame of this session has been written to its recipient, or reported.
 
-    It has not while another client still waits for an answer of this one: a client that has sent ``finished``
-    itself does not wait.
+    It has not finished while another client still waits for its answer. A client that has
+    sent ``finished`` itself does not wait.
     """
     if _owes(session.incoming_requests.values()):
         return False
     marks = session.marks
     if marks is None or not all(other.open for other, _, _ in marks):
-        # What waited for a connection that is gone is being reported, or waits for another of the same name.
+        # Frames that waited for a closed connection are being reported, or wait for
+        # another connection of the same client.
         if broker.owes_answers:
             return False
         marks = None

@@ -1,8 +1,8 @@
-"""A long frame in a buffer of its own, which is passed on with another head and never copied.
+"""A large frame in a buffer of its own, passed on with a new head and without a copy.
 
-Its bytes are received into their place. In front of them is room for the head that the broker writes, so that what
-was received becomes what is sent: one buffer, from the sender's socket to the sockets of all who get it. Nothing but
-the head is ever changed, and that once.
+The socket's bytes are received straight into the buffer. In front of them is room for
+the head that the broker writes. So one buffer serves from the sender's socket to the
+sockets of all recipients. Only the head is ever changed, and only once.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from typing import Final
 
 __all__ = ["SLACK", "LargeFrame", "joined"]
 
-#: Room in front of the frame: more than a length, a header and a sender's address together.
+#: Bytes of room in front of a frame: more than a length, a header and a sender's address.
 SLACK: Final = 128
-#: It grows by so much at least.
+#: Fewest bytes by which the buffer of a large frame grows, up to the end of the frame.
 _STEP: Final = 16 * 1024
-#: Added until it has that size: always the same ones, so that the processor need not fetch as many as it writes.
+#: Zeros appended to grow the buffer. They are always the same ones, so the processor
+#: reads them from its cache instead of fetching as many bytes as it writes.
 _ZEROS: Final = memoryview(bytes(256 * 1024))
 
 
 class LargeFrame(bytearray):
-    """One frame being collected, and then on its way: the bytes from SLACK to ``end``.
+    """One frame while it is received and then sent: the bytes from SLACK to ``end``.
 
-    end: where the frame ends. filled: where the bytes that have arrived end.
+    end: where the frame ends. filled: where the received bytes end.
     """
 
     __slots__ = ("end", "filled")
 
     def __init__(self, begun: bytes | memoryview, size: int) -> None:
-        """Begin with the bytes that are there; size: of the whole frame, its length included."""
+        """Begin with the bytes received so far. size: the frame's bytes, length included."""
         super().__init__(SLACK)
         self += begun
         self.filled = len(self)
@@ -36,14 +37,16 @@ class LargeFrame(bytearray):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the frame has arrived."""
+        """Whether all of the frame has been received."""
         return self.filled == self.end
 
     def space(self, most: int) -> memoryview:
-        """Return where the next bytes go, ``most`` at most; to be released before more is asked for.
+        """Return a view of where the next bytes go, at most ``most`` of them.
 
-        It grows with what has arrived and not with what was announced: a peer that sends little costs little. Doubled
-        each time, no byte is moved more than once on average, should the memory behind it be taken.
+        The view must be released before the next call. The buffer grows with the bytes
+        received, not with the length announced. A peer that sends little therefore costs
+        little memory. The buffer doubles each time. So no byte is moved more than once on
+        average, should the memory behind the buffer be in use.
         """
         if self.filled == len(self):
             missing = min(max(len(self), _STEP), self.end - self.filled)
@@ -54,9 +57,9 @@ class LargeFrame(bytearray):
 
 
 def joined(head: bytes, rest: memoryview) -> bytes | memoryview:
-    """Return a whole frame: another head before the untouched rest of a frame.
+    """Return a whole frame: a new head before the untouched rest of a frame.
 
-    The rest of one that lies in a Parcel is not copied: the head is written in front of it.
+    The rest of a LargeFrame is not copied: the head is written in front of it.
     """
     large_frame = rest.obj
     if not isinstance(large_frame, LargeFrame):

@@ -1,4 +1,4 @@
-"""Picks the routing loop: the compiled one where it was built, else its readable twin.
+"""The routing loop in use: the compiled one where it was built, else its Python twin.
 
 ``BROKERD_PURE=1`` in the environment forces the twin. ``NAME`` says which one runs.
 """

@@ -1,4 +1,4 @@
-"""What the routing loop does after it has handed a frame to the broker."""
+"""Results of the broker's handling of a frame, for the routing loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["RoutingResult"]
 
 
 class RoutingResult(Enum):
-    """What the routing loop does after handing over a frame."""
+    """The routing loop's next step after the broker has handled a frame."""
 
     CONSUMED = auto()
     """The frame is done with; go on behind it."""

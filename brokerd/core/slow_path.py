@@ -1,6 +1,7 @@
-"""Frames that leave the routing loop: too long, too short, malformed, not whole yet, or for the broker to judge.
+"""The slow path: the handling of every frame that leaves the routing loop.
 
-Both loops come here, so that there is one answer to every odd frame.
+Such a frame is too long, too short, malformed, not whole yet, or for the broker to
+judge. Both routing loops call it, so that they treat these frames alike.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["handle_slow_path"]
 
 _HEADER_SIZE: Final = HEADER.size
-#: An EVENT's topic and its length come out of no payload allowance.
+#: Bytes by which an EVENT may exceed max_message: its topic and the topic's length byte
+#: do not count as payload.
 _TOPIC_ALLOWANCE: Final = 256
 
 
 def handle_slow_path(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
 ) -> tuple[int, RoutingResult]:
-    """Deal with the one frame at ``position``; return where to go on and how, as feed does."""
+    """Handle the one frame at ``position``; return the same pair as feed does."""
     if not broker.turn_budget:
         return position, RoutingResult.YIELD
     broker.turn_budget -= 1
