@@ -1,7 +1,8 @@
-"""What an operator may want to know of: noted by the core, which does not log, and taken by the network layer.
+"""Log events: noted by the core, which does not log, and taken by the network layer.
 
-Noting costs what one look into a dict costs. The same thing noted again before it is taken is counted, not
-kept twice, and what is kept is bounded: a flood makes numbers grow, never memory. The routing loop notes nothing.
+Noting an event costs one dict lookup. An event that is noted again before it is taken
+is counted, not kept twice. The number of events kept is bounded, so a flood increases
+counts, never memory. The routing loop notes nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST", "LogEvent", "LogEvents"]
 
-#: Different happenings kept at once; from then on the other side of one is left out.
+#: Most different events kept at once. Beyond that, events that differ only in ``other`` are
+#: counted together, without it.
 MOST: Final = 256
 
 
 class LogEvent(NamedTuple):
-    """Something that happened, once or several times.
+    """An event for the log that happened once or several times.
 
-    event: as in the log. session: whose doing it was, or whose queue. other: the name, address or topic at the
-    other side, "" where there is none, or where too many were noted. code, reason: why, for programs and for
-    people; the reason is that of the first time. times: how often.
+    event: its name in the log.
+    session: the session that caused it, or whose queue it is about.
+    other: the name, address or topic at the other side. It is "" if there is none, or if
+        too many events were noted.
+    code: the reason for programs.
+    reason: the reason for people, as it was noted first.
+    times: the number of times that it happened.
     """
 
     event: str
@@ -34,19 +40,19 @@ class LogEvent(NamedTuple):
 
 
 class LogEvents:
-    """Everything noted since it was last taken, oldest first."""
+    """The events noted since the last ``take``, oldest first."""
 
     __slots__ = ("_noted",)
 
     def __init__(self) -> None:
-        #: For each: the reason given first, and how often.
+        #: For each event: the reason noted first, and the number of times.
         self._noted: dict[tuple[str, Session, str, str], tuple[str, int]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._noted)
 
     def note(self, event: str, session: Session, other: str = "", code: str = "", reason: str = "") -> None:
-        """Note that something happened, or that it happened again."""
+        """Note an event, or count it if it is noted already."""
         noted = self._noted
         key = (event, session, other, code)
         if key not in noted and len(noted) >= MOST:
@@ -55,7 +61,7 @@ class LogEvents:
         noted[key] = (first, count + 1)
 
     def take(self) -> list[LogEvent]:
-        """Return everything noted, and forget it."""
+        """Remove and return all noted events."""
         noted, self._noted = self._noted, {}
         return [
             LogEvent(event, session, other, code, reason, count)

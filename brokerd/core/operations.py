@@ -1,8 +1,10 @@
-"""The broker as a client: the `$broker` operations.
+"""The `$broker` operations: requests that the broker itself answers.
 
-Each is a REQUEST whose payload is a JSON object ``{"op": NAME, ...}``; its REPLY is a JSON object, a
-refusal an ERROR (docs/protocol.md, "Operations"). An operation is a function that returns the reply;
-one that returns None is answered later, by the daemon.
+An operation is a REQUEST whose payload is a JSON object ``{"op": NAME, ...}``. Its
+REPLY is a JSON object; a refusal is an ERROR (docs/protocol.md, "Operations").
+
+Each operation is a function that returns the reply. If it returns None, the reply is
+sent by another part of the broker, mostly later.
 """
 
 from __future__ import annotations
@@ -34,24 +36,29 @@ __all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "reply_with", "serve", "s
 
 PROTOCOL_VERSION: Final = 1
 
-#: Longest operation, in bytes of JSON: some milliseconds' work, where what one message may hold would be seconds'.
+#: Most bytes of JSON per operation: some milliseconds' work. The largest message allowed
+#: would take seconds.
 _LARGEST: Final = 128 * 1024
-#: Frames that are handled in the time that a step of a long answer takes.
+#: Frames charged to the sender's turn budget per step of a long answer.
 _STEP: Final = 4
-#: Clients that are listed in one step, and clients that are counted in one.
+#: Clients listed per step of a long answer.
 _CLIENTS: Final = 32
+#: Clients counted per step of a long answer.
 _COUNTED: Final = 256
-#: Tokens of a pattern for which the tree of subscriptions grows, or is cut, in that time.
+#: Tokens of a topic pattern per frame charged to the turn budget. The tree of
+#: subscriptions is extended or cut by that many in the time of one frame.
 _TOKENS: Final = 16
-#: Searches under way that are told of a subscription in that time.
+#: Searches under way per frame charged to the turn budget: each is told of a changed
+#: subscription.
 _SEARCHES: Final = 4
-#: Connections that are described in one step.
+#: Connections listed or counted per step of a long answer.
 _CONNECTIONS: Final = 8
-#: What a client may ask of this broker beyond the first version of the protocol.
+#: Features that this broker offers beyond the first version of the protocol.
 _FEATURES: Final = ("goaway",)
 #: Counters that are the sum of those of the sessions.
 _SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
-#: More than any name, address, topic or pattern has. What is longer is not looked at, and repeated nowhere.
+#: Most characters per argument: more than any name, address, topic or pattern has. A longer
+#: argument is neither examined nor repeated in an answer or the log.
 _LONGEST: Final = 255
 
 _Arguments: TypeAlias = dict[str, Any]
@@ -59,7 +66,7 @@ _Operation: TypeAlias = "Callable[[Broker, Session, int, _Arguments], _Arguments
 
 
 class _Refusal(Exception):
-    """An operation says no."""
+    """A refused operation."""
 
     def __init__(self, code: ErrorCode, message: str, name: str = "") -> None:
         super().__init__(message)
@@ -68,7 +75,7 @@ class _Refusal(Exception):
 
 
 def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) -> None:
-    """Carry out one request to ``$broker`` and answer it."""
+    """Carry out one REQUEST to ``$broker`` and answer it."""
     try:
         op, arguments = _read(payload)
         operation = _OPEN.get(op)
@@ -122,7 +129,7 @@ def _text(arguments: _Arguments, key: str) -> str:
     return value
 
 
-# Open to everyone
+# For every client
 
 
 def _whoami(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
@@ -141,7 +148,7 @@ def _ping(broker: Broker, source: Session, message_id: int, arguments: _Argument
 
 
 class Question:
-    """An operation whose answer is long: it is made little by little, when all that came before it has been done."""
+    """An operation with a long answer, which is built in steps as deferred work."""
 
     __slots__ = ("arguments", "id", "op", "source")
 
@@ -152,7 +159,7 @@ class Question:
         self.arguments = arguments
 
     def begin(self, broker: Broker) -> Iterator[None]:
-        """Make the answer and send it."""
+        """Build the answer in steps and send it."""
         source = self.source
         payload = yield from _LONG[self.op](broker, source)
         broker.asking.discard(source)
@@ -170,7 +177,10 @@ def _ask(op: str) -> _Operation:
 
 
 def _in_pieces(name: str, entries: Iterable[_Arguments | None], each: int) -> Generator[None, None, bytes]:
-    """Return a JSON object with one list, made of the entries that are not None; a step for ``each`` entries."""
+    """Return a JSON object with one list of the entries that are not None.
+
+    It yields after every ``each`` entries.
+    """
     pieces: list[bytes] = []
     some: list[_Arguments] = []
     for count, entry in enumerate(entries, 1):
@@ -266,7 +276,8 @@ def stats(broker: Broker) -> _Arguments:
 
 
 def _count(broker: Broker) -> Generator[None, None, _Arguments]:
-    # Of one moment: a session that leaves meanwhile counts with what it has had.
+    # The list of sessions is fixed first. A session that ends meanwhile counts with its
+    # last numbers.
     sums = Counter(broker.totals)
     clients = list(broker.exchange.clients.values())
     sessions: list[Session] = []
@@ -387,7 +398,7 @@ def _order(op: str) -> _Operation:
     return order
 
 
-#: Operations whose answer is long: see Question.
+#: Operations with a long answer: see Question.
 _LONG: Final[dict[str, Callable[[Broker, Session], Generator[None, None, bytes]]]] = {
     "clients": _clients,
     "stats": _stats,

@@ -1,7 +1,8 @@
-"""Who may do what: the rules of one client, compiled.
+"""Policies: the rules of one client, compiled.
 
-`send_to` holds shell-style patterns of names, `publish` and `subscribe` topic patterns
-(docs/configuration.md, "clients"). Every answer names the rule that gave it.
+`send_to` holds shell-style patterns of names; `publish` and `subscribe` hold topic
+patterns (docs/configuration.md, "clients"). Every method returns the rule that allows
+the action, or None.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Policy:
         return next((rule for rule, match in self._send_to if match(name)), None)
 
     def publishing(self, topic: str) -> Rule | None:
-        """Return the rule that allows publishing on ``topic``, or None; never under ``$``."""
+        """Return the rule that allows publishing on ``topic``, or None.
+
+        No rule allows topics that begin with ``$``.
+        """
         return None if topic.startswith("$") else _first(self._publish, lambda rule: matches(rule, topic))
 
     def subscribing(self, pattern: str) -> Rule | None:

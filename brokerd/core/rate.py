@@ -1,6 +1,6 @@
-"""How much a client may send: token buckets that hold one second's worth.
+"""Rate limits of one client: token buckets that hold one second's worth.
 
-`rate` in docs/configuration.md. Time comes in as an argument.
+They implement `rate` in docs/configuration.md. Time comes in as an argument.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Bucket", "Meter"]
 
 
 class Bucket:
-    """A token bucket: filled at ``per_second``, holds at most that many tokens, or one message's."""
+    """A token bucket: it gains ``per_second`` tokens, and holds as many, but at least one."""
 
     __slots__ = ("_at", "_per_second", "_tokens")
 
@@ -24,31 +24,34 @@ class Bucket:
         self._at: float | None = None
 
     def refill(self, now: float) -> None:
-        """Add what has flowed in since the last call."""
+        """Add the tokens gained since the last call."""
         if self._at is not None and now > self._at:
             self._tokens = min(max(1.0, self._per_second), self._tokens + (now - self._at) * self._per_second)
         self._at = now
 
     def has(self, amount: float) -> bool:
-        """Return whether the amount is there; more than a full bucket asks only that it be full."""
+        """Return whether the bucket holds ``amount`` tokens.
+
+        For an amount larger than a full bucket, the bucket must be full.
+        """
         return self._tokens >= min(amount, max(1.0, self._per_second))
 
     def level(self, now: float) -> float:
-        """Return how much is there now."""
+        """Return the number of tokens at ``now``."""
         self.refill(now)
         return self._tokens
 
     def fill_to(self, level: float, now: float) -> None:
-        """Hold that much, as another bucket did."""
+        """Set the number of tokens at ``now``, taken from another bucket."""
         self._tokens, self._at = level, now
 
     def take(self, amount: float) -> None:
-        """Take the amount out, into debt where it is more than a full bucket."""
+        """Remove ``amount`` tokens; more than a full bucket holds leaves a debt."""
         self._tokens -= amount
 
 
 class Meter:
-    """Both rates of one client."""
+    """The message rate and the byte rate of one client."""
 
     __slots__ = ("_bytes", "_messages")
 
@@ -58,23 +61,23 @@ class Meter:
 
     @classmethod
     def for_rate(cls, rate: RateConfig) -> Meter | None:
-        """Return a meter, or None where nothing is limited."""
+        """Return a meter, or None if neither rate is limited."""
         if rate.messages is None and rate.bytes is None:
             return None
         return cls(rate.messages, rate.bytes)
 
     def levels(self, now: float) -> list[float | None]:
-        """Return how much may still be sent at once: messages and bytes, None where that is not limited."""
+        """Return the messages and the bytes that may be sent now; None for no limit."""
         return [None if bucket is None else bucket.level(now) for bucket in (self._messages, self._bytes)]
 
     def fill_to(self, levels: list[float | None], now: float) -> None:
-        """Allow what another meter of the same rate did."""
+        """Set both levels to those of another meter of the same rate."""
         for bucket, level in zip((self._messages, self._bytes), levels, strict=True):
             if bucket is not None and level is not None:
                 bucket.fill_to(level, now)
 
     def allows(self, size: int, now: float) -> bool:
-        """Return whether one message of ``size`` bytes may pass now, and count it if it may."""
+        """Return whether a message of ``size`` bytes may pass now; if so, count it."""
         wanted = [(bucket, amount) for bucket, amount in ((self._messages, 1), (self._bytes, size)) if bucket]
         for bucket, _ in wanted:
             bucket.refill(now)
