@@ -222,7 +222,7 @@ class Dialog(Reception[M]):
         """Give every send its outcome, after a connection was lost or could not be made.
 
         Args:
-            reason: Why there is no connection.
+            reason: Why the connection was lost or could not be made.
             now: The time, in seconds.
             jitter: A random number in [0, 1) for the wait.
             doubtful: Bytes that may have left although :meth:`wrote` was not told of them.

@@ -1,7 +1,8 @@
-"""What little has to be read from an X.509 certificate, which the ssl module does not tell: a walk through its DER.
+"""Reading of those fields of an X.509 certificate that the ssl module does not expose.
 
-Sources: RFC 5280, 4.1 (the certificate), RFC 4055 (RSASSA-PSS), RFC 5929, 4 (tls-server-end-point). Verifies nothing:
-the certificates that come here have been read, or verified, by the TLS library.
+The module walks through the certificate's DER. Sources: RFC 5280, 4.1 (the certificate);
+RFC 4055 (RSASSA-PSS); RFC 5929, 4 (tls-server-end-point). It verifies nothing: the TLS library
+has already read, or verified, the certificates.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _GENERALIZED_TIME: Final = 0x18
 _CONTEXT_0: Final = 0xA0
 
 _PSS: Final = "2a864886f70d01010a"
-#: Algorithm identifiers, the bytes of the OID in hexadecimal, to the digest that is used. For MD5 and SHA-1 that is
-#: SHA-256, as RFC 5929 says; and for everything else that is not here: Ed25519 and Ed448 name no digest.
+#: The digest to use by algorithm identifier: the bytes of the OID in hexadecimal. For MD5 and SHA-1
+#: it is SHA-256, as RFC 5929 says. So it is for all others that are not listed: Ed25519 and Ed448
+#: name no digest.
 _HASHES: Final = {
     "2a864886f70d01010c": "sha384",  # sha384WithRSAEncryption
     "2a864886f70d01010d": "sha512",  # sha512WithRSAEncryption
@@ -56,7 +58,10 @@ def end_point(der: bytes) -> bytes:
 
 
 def signature_hash(der: bytes) -> str:
-    """Return the digest to use with a certificate, by hashlib's name: that of its signature. Raises ValueError."""
+    """Return hashlib's name of the digest to use with a certificate: its signature's digest.
+
+    Raises ValueError.
+    """
     algorithm = _fields(_fields(_fields(der)[0][1], 2)[1][1])
     if algorithm[0][0] != _OID:
         raise ValueError("the certificate's signature names no algorithm")
@@ -69,14 +74,14 @@ def signature_hash(der: bytes) -> str:
 def validity(der: bytes) -> tuple[datetime, datetime]:
     """Return (not before, not after). Raises ValueError."""
     tbs = _fields(_fields(der)[0][1])[0][1]
-    # version [0] is left out in version 1; then serial number, signature, issuer, validity.
+    # A version 1 certificate has no version [0]; then serial number, signature, issuer, validity.
     position = 4 if tbs[:1] == bytes([_CONTEXT_0]) else 3
     begin, end, *_ = _fields(_fields(tbs, position + 1)[position][1], 2)
     return _moment(*begin), _moment(*end)
 
 
 def _pss_hash(parameters: list[tuple[int, bytes]]) -> str:
-    """Return the OID of the digest in the parameters of RSASSA-PSS, "" for their default, SHA-1."""
+    """Return the OID of the digest in RSASSA-PSS parameters, "" for the default, SHA-1."""
     for tag, content in _fields(parameters[0][1]) if parameters else ():
         if tag == _CONTEXT_0:
             return _fields(_fields(content)[0][1])[0][1].hex()
@@ -86,7 +91,7 @@ def _pss_hash(parameters: list[tuple[int, bytes]]) -> str:
 def _moment(tag: int, content: bytes) -> datetime:
     text = content.decode("ascii")
     if tag == _UTC_TIME:
-        # RFC 5280, 4.1.2.5.1: 50 to 99 are of the last century.
+        # RFC 5280, 4.1.2.5.1: the years 50 to 99 are 1950 to 1999.
         text = ("19" if text >= "50" else "20") + text
     elif tag != _GENERALIZED_TIME:
         raise ValueError("the certificate's validity is no time")
@@ -94,7 +99,10 @@ def _moment(tag: int, content: bytes) -> datetime:
 
 
 def _fields(data: bytes, least: int = 1) -> list[tuple[int, bytes]]:
-    """Return (tag, content) of every element, of which there are so many at least. Raises ValueError."""
+    """Return (tag, content) of every element.
+
+    Raises ValueError if there are fewer than ``least``, or the data is not valid DER.
+    """
     found: list[tuple[int, bytes]] = []
     position = 0
     while position < len(data):

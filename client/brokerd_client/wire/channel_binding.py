@@ -1,13 +1,16 @@
-"""A key bound to one TLS channel, and how two peers agree on what it is bound to.
+"""Keys bound to one TLS channel, and the agreement of two peers on the kind of binding.
 
-Over TLS a client proves that it knows its key *on this channel*: what it uses is not the key but a MAC of the channel's
-binding data under it. Somebody in the middle has two channels, with different data, so neither side's proof is good on
-the other. The broker says behind the nonce of its challenge which kinds of binding it knows; the client says behind its
-name which one it has used. Both are covered by proofs: to alter the offer alters the challenge that is answered,
-and without its mark an answer made with a bound key is no answer at all. Each direction has a bound key of its own, so
-that what a client proves is never what a broker would have to prove. Source: docs/protocol.md, "Over TLS".
+Over TLS a client proves that it knows its key *on this channel*. It does not use the key itself,
+but a MAC of the channel's binding data under the key. An attacker in the middle has two channels
+with different data. So the proof of one side is not valid on the other channel.
 
-Nothing here knows TLS: the data come in as an argument.
+The broker lists the kinds of binding that it knows after the nonce of its challenge. The client
+marks the kind that it used after its name. Proofs protect both. If the list is altered, the
+answered challenge differs. Without its mark, an answer made with a bound key is not valid. Each
+direction has a bound key of its own. So a client's proof can never serve as a broker's proof.
+Source: docs/protocol.md, "Over TLS".
+
+The module does not use TLS: the binding data are arguments.
 """
 
 from __future__ import annotations
@@ -34,28 +37,31 @@ __all__ = [
 EXPORTER: Final = "tls-exporter"
 #: RFC 5929: a digest of the listener's certificate.
 END_POINT: Final = "tls-server-end-point"
-#: Best first.
+#: The kinds of binding, best first.
 KINDS: Final = (EXPORTER, END_POINT)
 
-#: By kind, the binding data of one channel; empty without TLS.
+#: The binding data of one channel, by kind; empty without TLS.
 Bindings = Mapping[str, bytes]
 
 #: The directions: the client's answer (message 2), and the broker's (message 5).
 CLIENT: Final = "client"
 BROKER: Final = "broker"
 
-#: Of this way to bind keys. There is no other: a peer without it is refused.
+#: The only version of key binding; a peer without it is refused.
 _VERSION: Final = b"2"
 _LABEL: Final = b"brokerd channel binding " + _VERSION
 
 
 def bound_key(key: bytes, kind: str, data: bytes, direction: str) -> bytes:
-    """Return the key with which CLIENT or BROKER answers on the channel with these binding data: 32 bytes."""
+    """Return the bound key, 32 bytes, for answers on the channel with this binding data.
+
+    direction: CLIENT or BROKER, the side that answers.
+    """
     return hmac.digest(key, b"%s\0%s\0%s\0%s" % (_LABEL, direction.encode(), kind.encode(), data), "sha256")
 
 
 def offer(bindings: Iterable[str]) -> bytes:
-    """Return what a listener appends to its nonce to say which kinds it knows; b"" where there are none."""
+    """Return the list of known kinds that a listener appends to its nonce, or b""."""
     kinds = [kind.encode() for kind in KINDS if kind in bindings]
     return b"\0" + b" ".join([*kinds, _VERSION]) if kinds else b""
 
@@ -63,9 +69,9 @@ def offer(bindings: Iterable[str]) -> bytes:
 def choose(offered: bytes, bindings: Bindings) -> str:
     """Return the best kind that both sides know.
 
-    offered: what stands behind the nonce. bindings: never empty. A listener that offers no known kind is taken to
-    know END_POINT, as every listener must: there is no going back to an unbound key, which a peer in the middle could
-    bring about.
+    offered: the bytes after the nonce. bindings: never empty. END_POINT is the kind if the listener
+    offers no known kind, because every listener must know it. A fallback to an unbound key is not
+    possible: an attacker in the middle could force it.
     Raises ValueError: the offer does not end in the version of bound keys that is known here.
     """
     *kinds, version = offered[1:].split(b" ") if offered.startswith(b"\0") else [b""]
@@ -75,14 +81,14 @@ def choose(offered: bytes, bindings: Bindings) -> str:
 
 
 def marked(name: bytes, kind: str) -> bytes:
-    """Return what stands behind the MAC of an answer made with a bound key."""
+    """Return the bytes after the MAC of an answer that was made with a bound key."""
     return b"%s\0%s %s" % (name, kind.encode(), _VERSION)
 
 
 def unmarked(rest: bytes) -> tuple[bytes, str]:
-    """Return (name, kind) of what stands behind a MAC; the kind is "" for a key that is not bound.
+    """Return (name, kind) from the bytes after a MAC; the kind is "" for an unbound key.
 
-    Raises ValueError: there is a mark, and it says nothing that is known here.
+    Raises ValueError: the bytes have a mark of an unknown kind.
     """
     name, mark, kind = rest.partition(b"\0")
     if not mark:

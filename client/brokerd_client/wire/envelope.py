@@ -1,7 +1,7 @@
-"""What is inside a broker frame: the 12-byte header, kinds, flags, error codes, names and topics.
+"""The contents of a broker frame: the 12-byte header, kinds, flags, error codes, names, topics.
 
-Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads the same layout
-from its own buffer; whatever is out of the ordinary it hands to :func:`parse`.
+Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads the same
+layout from its own buffer. It leaves frames that are not ordinary to this module.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ MAX_TOPIC: Final = 255
 MAX_ID: Final = 2**64 - 1
 #: Longest extension, in bytes of JSON.
 MAX_EXTENSION: Final = 0xFFFF
-#: Levels of objects and arrays that an extension may have; its own object is the first. No interpreter's
-#: recursion limit decides this: a frame that passes here can be read everywhere.
+#: Most levels of objects and arrays in an extension; its own object is the first. The limit does
+#: not depend on an interpreter's recursion limit: a frame that passes here is readable everywhere.
 MAX_DEPTH: Final = 32
 #: Longest ``ttl``, in seconds: 68 years.
 MAX_TTL: Final = 2**31 - 1
@@ -65,21 +65,22 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(/[0-9a-z]{1,16})?")
 _SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
 _EXTENSION_LENGTH: Final = struct.Struct("!H")
-#: Digits that the largest 64-bit float has; an integer with fewer always fits.
+#: Digits of the largest 64-bit float; an integer with fewer digits always fits.
 _FLOAT_DIGITS: Final = 309
-#: A number with fewer digits than this, whose exponent has fewer than three, always fits.
+#: A number with fewer digits than this, and fewer than three in its exponent, always fits.
 _FEW_DIGITS: Final = 200
 _LONG_EXPONENT: Final = re.compile(rb"[eE]\+?[0-9]{3}")
-#: A JSON string, also one whose end is missing.
+#: A JSON string, also without its closing quote.
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
-#: What opens a level is 2, what closes it 0: less 1 each, their sum is how many are open.
+#: An opening bracket becomes 2, a closing bracket 0. Less 1 each, the sum is the number of open
+#: levels.
 _LEVELS: Final = bytes.maketrans(b"[{]}", b"\2\2\0\0")
 _NO_DIGITS: Final = bytes(byte if byte in b"0123456789" else 32 for byte in range(256))
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     MESSAGE = 1
     """One way, to a named client."""
@@ -98,7 +99,7 @@ class Kind(IntEnum):
 
 
 class Flag(IntFlag):
-    """Bits of the second header byte; any other bit is malformed."""
+    """The bits of the second header byte; a frame with any other bit is malformed."""
 
     RECEIPT = 1
     EXTENSION = 2
@@ -106,7 +107,7 @@ class Flag(IntFlag):
 
 
 class CodecId(IntEnum):
-    """How a payload is encoded: 4 to 127 are reserved, 128 to 255 the users' own."""
+    """The encoding of a payload: 4 to 127 are reserved, 128 to 255 are for users."""
 
     RAW = 0
     PICKLE = 1
@@ -115,7 +116,7 @@ class CodecId(IntEnum):
 
 
 class ErrorCode(StrEnum):
-    """The words an ERROR says; each has its exception in :mod:`brokerd_client.errors`."""
+    """The codes of an ERROR; each has its exception in :mod:`brokerd_client.errors`."""
 
     NO_SUCH_CLIENT = "no_such_client"
     OFFLINE = "offline"
@@ -128,7 +129,8 @@ class ErrorCode(StrEnum):
     MALFORMED = "malformed"
     UNSUPPORTED = "unsupported"
     SHUTTING_DOWN = "shutting_down"
-    # With the id 0, as the last frame before the broker closes the connection; so may shutting_down be.
+    # These come with the id 0, as the last frame before the broker closes the connection.
+    # shutting_down can come so, too.
     NAME_TAKEN = "name_taken"
     REPLACED = "replaced"
     KEY_REMOVED = "key_removed"
@@ -141,11 +143,11 @@ _KINDS: Final = {int(kind): kind for kind in Kind}
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One broker frame, parsed.
+    """A parsed broker frame.
 
     name: the recipient on the way to the broker, the authenticated sender on the way from it.
-    topic: only of an EVENT, else "". extension: the JSON object, or None where there is none.
-    payload: the bytes as they were sent, never decoded here.
+    topic: the topic of an EVENT, "" for other kinds. extension: the JSON object, or None.
+    payload: the bytes as sent; this module never decodes them.
     """
 
     kind: Kind
@@ -164,8 +166,8 @@ class Envelope:
 def encode(envelope: Envelope) -> bytes:
     """Return the frame's body, ready for :func:`brokerd_client.wire.framing.frame`.
 
-    The EXTENSION bit follows from whether there is an extension.
-    Raises InvalidName or PayloadError for what has no room in the header, or no form on the wire.
+    The EXTENSION bit is set if the envelope has an extension.
+    Raises InvalidName or PayloadError for values that do not fit the header or the wire format.
     """
     name = _utf8(envelope.name, "name")
     if len(name) > 255:
@@ -202,7 +204,7 @@ def _utf8(text: str, what: str) -> bytes:
 def _json(extension: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(extension, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    # RecursionError: nested too deeply. ValueError: NaN, infinity, or a part that holds itself.
+    # RecursionError: nested too deeply. ValueError: NaN, infinity, or an object that contains itself.
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"the extension can't be written as JSON: {error}") from error
     # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for it.
@@ -220,7 +222,7 @@ def _json(extension: Mapping[str, Any]) -> bytes:
 
 
 def parse(body: bytes | bytearray | memoryview) -> Envelope:
-    """Return the envelope in a frame's body, payload included; see :func:`split` for what is checked."""
+    """Return the envelope in a frame's body with its payload; :func:`split` lists the checks."""
     head, start = split(body)
     return replace(head, payload=bytes(body[start:]))
 
@@ -228,9 +230,10 @@ def parse(body: bytes | bytearray | memoryview) -> Envelope:
 def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
     """Return (the envelope without its payload, where the payload begins in ``body``).
 
-    Checks the layout only: whether the name may be a recipient, and the kind come from a client,
-    is for the one who receives it to judge.
-    Raises MalformedEnvelope, with the id where it was readable; ExtensionTooDeep, of which :func:`head` reads the rest.
+    Only the layout is checked. The caller has to check whether the name is a valid recipient,
+    and whether a client may send this kind.
+    Raises MalformedEnvelope, with the id if it is readable. Raises ExtensionTooDeep; :func:`head`
+    can then still read the rest.
     """
     envelope, position = _head(body)
     if envelope.flags & Flag.EXTENSION:
@@ -240,7 +243,7 @@ def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
 
 
 def head(body: bytes | bytearray | memoryview) -> Envelope:
-    """Return the envelope without extension and payload, neither of which is looked at."""
+    """Return the envelope without extension and payload, which are not checked."""
     return _head(body)[0]
 
 
@@ -289,9 +292,10 @@ def _extension(body: bytes | bytearray | memoryview, start: int, message_id: int
         digits = _longest_number(raw)
         extension = (_STRICT if digits >= _FLOAT_DIGITS else _PLAIN).decode(text)
         if digits >= _FEW_DIGITS or _LONG_EXPONENT.search(raw) is not None:
-            # Only a number that became infinite can't be written again; looking at each takes ten times as long.
+            # Writing fails only for a number that became infinite. Checking each number in Python
+            # would take ten times as long.
             _FINITE.encode(extension)
-    # RecursionError: the caller itself has left no room for some levels.
+    # RecursionError: the caller's own stack is too deep for the decoder.
     except (ValueError, RecursionError) as error:
         raise MalformedEnvelope("the extension is not JSON", message_id) from error
     if not isinstance(extension, dict):
@@ -300,7 +304,10 @@ def _extension(body: bytes | bytearray | memoryview, start: int, message_id: int
 
 
 def _is_too_deep(raw: bytes) -> bool:
-    """Return whether more than MAX_DEPTH objects and arrays are open at once, whether the rest is JSON or not."""
+    """Return whether more than MAX_DEPTH objects and arrays are nested.
+
+    The rest of the text need not be JSON.
+    """
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
         return False
     levels = _STRING.sub(b"", raw).translate(_LEVELS, _NO_BRACKETS)
@@ -308,7 +315,10 @@ def _is_too_deep(raw: bytes) -> bool:
 
 
 def _longest_number(raw: bytes) -> int:
-    """Return how many digits stand in a row at most, in a number or a string; 0 where there is no room for many."""
+    """Return the longest run of digits, in numbers and strings.
+
+    Return 0 for a text that is too short for many digits.
+    """
     return max(map(len, raw.translate(_NO_DIGITS).split()), default=0) if len(raw) >= _FEW_DIGITS else 0
 
 
@@ -317,20 +327,23 @@ def _not_json(constant: str) -> NoReturn:
 
 
 def _integer(text: str) -> int:
-    # Above some length, which is a setting of the interpreter, int() raises: it is not asked.
+    # int() raises above a length that the interpreter's settings limit: check before calling it.
     if len(text) >= _FLOAT_DIGITS and (len(text) > _FLOAT_DIGITS + 1 or math.isinf(float(text))):
         raise ValueError("a number is too large")
     return int(text)
 
 
-#: The latter looks at the size of every integer, which takes longer.
+#: The second decoder checks the size of every integer, which takes longer.
 _PLAIN: Final = json.JSONDecoder(parse_constant=_not_json)
 _STRICT: Final = json.JSONDecoder(parse_constant=_not_json, parse_int=_integer)
 _FINITE: Final = json.JSONEncoder(allow_nan=False, check_circular=False)
 
 
 def is_ttl(value: object) -> bool:
-    """Return whether the value can be a ``ttl``: a number of seconds up to MAX_TTL; with 0 or less it is over."""
+    """Return whether the value is a valid ``ttl``: a number of seconds up to MAX_TTL.
+
+    With 0 or less, the message has already expired.
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= MAX_TTL
 
 
@@ -366,13 +379,13 @@ def check_address(text: str) -> str:
 
 
 def split_address(text: str) -> tuple[str, str]:
-    """Return (name, instance) of an address; the instance is "" where there is none."""
+    """Return (name, instance) of an address; a missing instance is ""."""
     name, _, instance = text.partition("/")
     return name, instance
 
 
 def check_topic(text: str) -> str:
-    """Return the text. Raises InvalidName if nothing can be published on it."""
+    """Return the text. Raises InvalidName if it is not a topic to publish on."""
     _check_tokens(text, "topic")
     if any(token in ("*", ">") for token in text.split(".")):
         raise InvalidName(f"{text!r} is no topic: '*' and '>' are for subscriptions")
@@ -380,7 +393,7 @@ def check_topic(text: str) -> str:
 
 
 def check_pattern(text: str) -> str:
-    """Return the text. Raises InvalidName if it can't be subscribed to.
+    """Return the text. Raises InvalidName if it is not a pattern to subscribe to.
 
     ``*`` stands for one token, a final ``>`` for one or more.
     """

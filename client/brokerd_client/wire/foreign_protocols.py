@@ -1,8 +1,9 @@
-"""Which protocol a peer speaks that does not speak this one: known by its first bytes.
+"""Recognition of peers that speak another protocol, by their first bytes.
 
-A wrong port is a common mistake, and its first bytes, read as a frame's length, make a puzzling error. Sources:
-RFC 9112 (HTTP), RFC 4253 (SSH), RFC 8446 (TLS), the RESP specification (Redis), RFC 5321 (SMTP), RFC 959 (FTP),
-RFC 9051 (IMAP), RFC 1939 (POP3), RFC 6143 (VNC).
+A wrong port is a common mistake. The first bytes of the other protocol, read as a frame's
+length, would make a confusing error. Sources: RFC 9112 (HTTP), RFC 4253 (SSH), RFC 8446 (TLS);
+the RESP specification (Redis); RFC 5321 (SMTP), RFC 959 (FTP), RFC 9051 (IMAP), RFC 1939 (POP3);
+RFC 6143 (VNC).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 
 __all__ = ["SILENT", "foreign_protocol", "foreign_speech"]
 
-#: Four bytes, which is what a frame's length has, are enough for all.
+#: (First bytes, protocol). The four bytes of a frame's length are enough to recognise each.
 _BEGINNINGS: Final = (
     (b"HTTP", "HTTP"),
     (b"SSH-", "SSH"),
@@ -32,7 +33,7 @@ _BEGINNINGS: Final = (
     (b"<!DO", "HTTP"),
     (b"<!do", "HTTP"),
 )
-#: Why a peer may say nothing at all where a challenge is due.
+#: The possible reasons why a peer sends nothing although a challenge is due.
 SILENT: Final = (
     "no challenge came: the listener seems to have no authkey, or does not accept connections now, or the port is that "
     "of another protocol, whose clients speak first (HTTP, TLS, Redis)"
@@ -40,13 +41,13 @@ SILENT: Final = (
 
 
 def foreign_protocol(data: bytes | bytearray | memoryview) -> str:
-    """Return the name of the protocol that the first bytes of a peer belong to, "" where they belong to none known."""
+    """Return the name of the protocol with these first bytes, or "" if it is not known."""
     begin = bytes(data[:4])
     return next((name for first, name in _BEGINNINGS if begin.startswith(first)), "")
 
 
 def foreign_speech(data: bytes | bytearray | memoryview) -> str:
-    """Return what is wrong with a peer whose first bytes these are, "" where that is not known."""
+    """Return an error text for a peer with these first bytes, or "" if they are not known."""
     name = foreign_protocol(data)
     if not name:
         return ""

@@ -1,13 +1,13 @@
 """Length-prefixed frames, as ``multiprocessing.connection`` writes them.
 
-A frame is a signed 32-bit big-endian length and that many bytes; a length of -1 is followed by an
-unsigned 64-bit big-endian length. Source: CPython, Lib/multiprocessing/connection.py,
-``Connection._send_bytes`` and ``_recv_bytes``. Any other negative length is refused here, where the
+A frame is a signed 32-bit big-endian length and that many bytes. A length of -1 is followed by
+an unsigned 64-bit big-endian length. Source: CPython, Lib/multiprocessing/connection.py,
+``Connection._send_bytes`` and ``_recv_bytes``. Any other negative length is refused here. The
 standard library takes it for an empty message.
 
-Frames are *pulled*, one at a time and under the limit of the moment: the last message of a handshake
-and the first large frame can share a segment, and a decoder that ran ahead would judge the second
-by the limit of the first.
+Frames are *pulled*, one at a time and under the current limit. The last message of a handshake
+and the first large frame can share a segment. A decoder that ran ahead would check the second
+against the limit of the first.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _LONG_HEADER_SIZE: Final = LONG_LENGTH.size
 
 
 def frame_prefix(size: int) -> bytes:
-    """Return the bytes that announce a body of ``size`` bytes: 4, or 12 above 2 GiB - 1."""
+    """Return the length prefix of a body of ``size`` bytes: 4 bytes, or 12 above 2 GiB - 1."""
     return LENGTH.pack(size) if size <= MAX_SHORT else LONG_LENGTH.pack(-1, size)
 
 
 def frame(*parts: bytes | bytearray | memoryview) -> bytes:
-    """Return one whole frame whose body is the parts joined."""
+    """Return a complete frame whose body is the joined parts."""
     # len() of a memoryview counts its items, which need not be bytes.
     size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
     return b"".join((frame_prefix(size), *parts))
 
 
 def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> tuple[int, int] | None:
-    """Return (where the body starts, its size in bytes) of the frame at ``start``, without reading the body.
+    """Return (where the body starts, its size in bytes) of the frame at ``start``.
 
-    None: ``buffer[start:end]`` does not hold the whole length yet.
+    The body is not read. Return None if ``buffer[start:end]`` ends inside the length.
     Raises BadLength: the length is negative and not -1.
     """
     if end - start < _HEADER_SIZE:
@@ -58,15 +58,16 @@ def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> 
 
 
 class FrameReader:
-    """Bytes in, whole frames out, one at a time.
+    """A decoder that takes bytes and returns complete frames, one at a time.
 
-    Bytes are kept in one bytearray that is cut from the front now and then, not at every frame:
-    joining a tail to new bytes for every read costs time quadratic in the frame's size.
+    The bytes are kept in one bytearray. Its consumed part is removed only occasionally, not at
+    every frame. Joining the rest to new bytes at every read would take time quadratic in the
+    frame's size.
     """
 
     __slots__ = ("_buffer", "_start")
 
-    #: Consumed bytes kept at the front before the buffer is cut.
+    #: Most consumed bytes kept at the front of the buffer before they are removed.
     COMPACT_ABOVE: Final = 64 * 1024
 
     def __init__(self) -> None:
@@ -79,16 +80,16 @@ class FrameReader:
 
     @property
     def buffered(self) -> int:
-        """Bytes held that no frame has taken yet."""
+        """Buffered bytes that were not returned in a frame yet."""
         return len(self._buffer) - self._start
 
     def next_frame(self, limit: int) -> bytes | None:
-        """Return the next whole frame's body, or None until more bytes arrive.
+        """Return the next complete frame's body, or None if more bytes are needed.
 
         limit: largest body accepted, in bytes; 256 while authenticating, as CPython's
             ``recv_bytes(256)`` (Lib/multiprocessing/connection.py).
-        Raises FrameTooBig: more was announced; nothing of the body was waited for.
-        Raises BadLength: no frame has that length.
+        Raises FrameTooBig: the length is above the limit; this is raised before the body arrives.
+        Raises BadLength: the length is not valid.
         """
         span = self._span(limit)
         if span is None:
@@ -102,9 +103,9 @@ class FrameReader:
         return body
 
     def missing(self, limit: int) -> int:
-        """Return how many bytes are still to come before ``next_frame`` can give a frame, at least.
+        """Return the least number of bytes that ``next_frame`` still needs for a frame.
 
-        0 when a whole frame is there. Raises as next_frame does.
+        The number is 0 if a complete frame is there. Raises the same errors as next_frame.
         """
         span = self._span(limit)
         if span is None:
@@ -113,11 +114,11 @@ class FrameReader:
         return max(0, first + size - len(self._buffer))
 
     def peek(self, size: int) -> bytes:
-        """Return the first bytes that no frame has taken, ``size`` at most."""
+        """Return the first ``size`` buffered bytes without consuming them."""
         return bytes(self._buffer[self._start : self._start + size])
 
     def take_rest(self) -> bytes:
-        """Return and forget every byte no frame has taken: they belong to whoever reads on."""
+        """Return and forget all buffered bytes, for the next decoder."""
         rest = bytes(memoryview(self._buffer)[self._start :])
         self._buffer = bytearray()
         self._start = 0

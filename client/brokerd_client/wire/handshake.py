@@ -1,18 +1,20 @@
 """Both roles of ``multiprocessing.connection``'s mutual HMAC challenge, as generators.
 
-Source: CPython, Lib/multiprocessing/connection.py, ``deliver_challenge`` and ``answer_challenge``, and the
-protocol description beside them; the answer with a name is brokerd's (docs/protocol.md, "Handshake").
+Source: CPython, Lib/multiprocessing/connection.py, ``deliver_challenge`` and
+``answer_challenge``, and the protocol description beside them. The answer with a name is
+brokerd's own addition (docs/protocol.md, "Handshake").
 
-A generator yields what it wants done and is resumed with the result:
+A generator yields each step for its caller, and is resumed with the result:
 
     Send(body)      send one frame; resumed with None
     RECEIVE         resumed with the body of the next frame, read under LIMIT
-    Proof(...)      the peer answered our challenge; resumed with the key that made the answer, or None. Where the
-                    proof says that its key is bound to the channel, that is the key bound for BROKER
+    Proof(...)      the peer answered the challenge; resumed with the key that made the
+                    answer, or None. If the proof has a binding, it is resumed with the
+                    key bound for BROKER
 
-It returns a result when the conversation succeeded and raises AuthenticationError when it did not. What
-has to be sent to the peer first (``#FAILURE#``) was yielded before that. Nonces and keys are arguments;
-no key, MAC or nonce ever appears in an exception.
+A generator returns a result if the handshake succeeded, and raises AuthenticationError if not.
+Before it raises, it yields the ``#FAILURE#`` that the peer has to get. Nonces and keys are
+arguments; no key, MAC or nonce ever appears in an exception.
 """
 
 from __future__ import annotations
@@ -49,15 +51,15 @@ __all__ = [
     "unframed",
 ]
 
-#: The largest frame of a handshake, in bytes: CPython's ``recv_bytes(256)``.
+#: Largest frame of a handshake, in bytes: CPython's ``recv_bytes(256)``.
 LIMIT: Final = 256
 #: Random bytes of a challenge: CPython's MESSAGE_LENGTH.
 NONCE_SIZE: Final = 40
 CHALLENGE: Final = b"#CHALLENGE#"
 WELCOME: Final = b"#WELCOME#"
 FAILURE: Final = b"#FAILURE#"
-#: What a client's challenge ends in. No client answers a challenge that does: otherwise a listener without the key
-#: could have one client's challenge answered by another client.
+#: The end of a client's challenge. No client answers a challenge with this end. Otherwise a
+#: listener without the key could get one client's challenge answered by another client.
 CLIENT_MARK: Final = b"\0client"
 
 #: Digest name to MAC size in bytes: CPython's _ALLOWED_DIGESTS.
@@ -86,12 +88,13 @@ RECEIVE: Final = Receive()
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The peer's answer to our challenge: resume with the key that made it, or with None.
+    """The peer's answer to the challenge: resume with the key that made it, or with None.
 
-    challenge: what the MAC was computed over. digest: a name of DIGESTS.
+    challenge: the input of the MAC. digest: a name of DIGESTS.
     name: the client's name if the answer carried one, else b"".
-    binding: what the key is bound to by wire.binding, "" where it is not. The answer was then made with the key bound
-        for CLIENT; resume with the one bound for BROKER.
+    binding: the kind of channel binding (wire.channel_binding), "" for an unbound key. With a
+        binding, the answer was made with the key bound for CLIENT; resume with the key bound
+        for BROKER.
     """
 
     challenge: bytes = field(repr=False)
@@ -101,12 +104,12 @@ class Proof:
     binding: str = ""
 
     def made_with(self, key: bytes) -> bool:
-        """Return whether ``key`` made this answer, in time that does not depend on where it differs."""
+        """Return whether ``key`` made this answer; the MACs are compared in constant time."""
         return self.maker((key,)) == 0
 
     def maker(self, keys: Iterable[bytes]) -> int | None:
         """Return the position of the first of ``keys`` that made this answer, or None; see made_with."""
-        # A search tries a thousand of them: nothing is looked up more than once.
+        # A search can try a thousand keys: look up each name only once.
         challenge, digest, mac = self.challenge, self.digest, self.mac
         same, made = hmac.compare_digest, hmac.digest
         try:
@@ -122,8 +125,8 @@ class Proof:
 class Established:
     """Both sides have proved that they know the key.
 
-    key: the key with which the listener answers, bound to the channel where there is one. digest: the digest of the
-    peer's answer. name: the name it gave, or b"".
+    key: the key with which the listener answers; over TLS it is bound to the channel.
+    digest: the digest of the peer's answer. name: the name in that answer, or b"".
     """
 
     key: bytes = field(repr=False)
@@ -135,9 +138,10 @@ Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Establ
 
 
 def next_message(reader: FrameReader) -> bytes | None:
-    """Return the next message of a handshake, None until more bytes arrive.
+    """Return the next message of a handshake, or None if more bytes are needed.
 
-    Raises AuthenticationError: the peer speaks another protocol, and which. FrameError: what came is not a message.
+    Raises AuthenticationError: the peer speaks another protocol, which the message names.
+    Raises FrameError: the bytes are not a frame of a handshake.
     """
     try:
         return reader.next_frame(LIMIT)
@@ -146,22 +150,22 @@ def next_message(reader: FrameReader) -> bytes | None:
 
 
 def unframed(reader: FrameReader, error: FrameError) -> AuthenticationError | FrameError:
-    """Return the error to raise for a peer whose bytes are not a frame: one that names its protocol, if it is known."""
+    """Return the error for bytes that are not a frame; it names the peer's protocol if known."""
     speech = foreign_speech(reader.peek(4))
     return AuthenticationError(speech) if speech else error
 
 
 def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) -> Handshake:
-    """Return the listening side of a handshake: challenge, then be challenged.
+    """Return the listening side of a handshake: challenge the peer, then answer its challenge.
 
-    nonce: NONCE_SIZE fresh random bytes; over TLS with ``binding.offer`` behind them.
+    nonce: NONCE_SIZE fresh random bytes; over TLS followed by ``channel_binding.offer``.
     allow_md5: whether HMAC-MD5 may be used, in either direction.
-    named: whether an answer may carry the client's name, and say what its key is bound to.
+    named: whether an answer may carry the client's name and the mark of a channel binding.
     Raises AuthenticationError from the generator when either side rejects the other.
     """
     established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
     try:
-        # A peer that has proved itself with a better digest has no honest reason to ask us for MD5.
+        # A peer that used a better digest itself has no honest reason to ask for MD5.
         yield from _prove(established.key, allow_md5=established.digest == "md5")
         verdict = yield RECEIVE
         if verdict != FAILURE:
@@ -176,18 +180,20 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
 def as_dialer(
     key: bytes, nonce: bytes, *, name: bytes = b"", allow_md5: bool = True, bindings: Bindings | None = None
 ) -> Handshake:
-    """Return the dialing side of a handshake: be challenged, then challenge.
+    """Return the dialing side of a handshake: answer the challenge, then challenge the peer.
 
-    key: may be empty, though no broker takes that. name: sent behind the MAC to a broker, so that it need not search;
-        b"" for the answer of the standard library. bindings: over TLS the channel's binding data; the key is then bound
-        to the channel, in both directions, and there is no way back to an unbound one.
+    key: may be empty, though no broker accepts that.
+    name: sent after the MAC, so that a broker need not search for the key; b"" for the standard
+        library's answer.
+    bindings: over TLS, the channel's binding data. The key is then bound to the channel, in both
+        directions, without a fallback to an unbound key.
     """
-    # What the listener has to prove.
+    # The key with which the listener has to answer.
     key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=True)).key
     challenged = deliver_challenge(nonce + CLIENT_MARK, allow_md5=allow_md5)
     step = next(challenged)
     while True:
-        # The key is known here, so it need not be asked for.
+        # The key is known here, so the proof is not yielded to the caller.
         result = (key if step.made_with(key) else None) if isinstance(step, Proof) else (yield step)
         try:
             step = challenged.send(result)
@@ -199,10 +205,10 @@ def as_dialer(
 def deliver_challenge(
     nonce: bytes, *, digest: str = "sha256", allow_md5: bool = True, named: bool = False
 ) -> Handshake:
-    """Challenge the peer, ask for the key that made its answer, and tell it the result.
+    """Challenge the peer, yield its proof to get the key, and send the peer the result.
 
-    A peer that knows no digest prefix takes the whole of it for the challenge and answers with a
-    bare HMAC-MD5, so one form serves both.
+    A peer that does not know digest prefixes takes the prefix as a part of the challenge. It then
+    answers with a bare HMAC-MD5. So one form serves both kinds of peers.
     """
     challenge = b"{%s}%s" % (digest.encode("ascii"), nonce)
     yield Send(CHALLENGE + challenge)
@@ -228,10 +234,11 @@ def answer_challenge(
     bindings: Bindings | None = None,
     dialing: bool = False,
 ) -> Handshake:
-    """Answer the peer's challenge with ``key``, bound to the channel if there are bindings; wait for its welcome.
+    """Answer the peer's challenge with ``key``, and wait for its welcome.
 
-    dialing: whether this end is the client, and answers no challenge of a client. The result's key is the one with
-    which the peer has to answer.
+    bindings: if given, the key is bound to the channel. dialing: whether this end is the client,
+    which answers no challenge of another client. The result holds the key with which the peer has
+    to answer.
     """
     established = yield from _prove(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing)
     verdict = yield RECEIVE
@@ -278,7 +285,7 @@ def _prove(
 
 
 def _check_verdict(verdict: bytes | None) -> None:
-    """Return if the peer accepted our answer. Raises AuthenticationError."""
+    """Raise AuthenticationError unless the peer accepted this end's answer."""
     if verdict == FAILURE:
         raise AuthenticationError(
             "the peer rejected our answer: it does not accept the key used here, or has no place left for who uses it"
@@ -300,7 +307,7 @@ def _unavailable(digest: str) -> AuthenticationError:
 
 def _read_challenge(message: bytes) -> bytes:
     if message.startswith(FAILURE):
-        # A listener that knows what is wrong before anything was said tells it behind the word.
+        # A listener that refuses a connection before the handshake sends the reason after the word.
         text = message[len(FAILURE) :].decode("ascii", "replace").strip() or "it did not say why"
         why = "".join(letter if letter.isprintable() else "?" for letter in text)
         raise AuthenticationError(f"the listener sent us away before any key was shown: {why}")
@@ -325,13 +332,13 @@ def _challenge_digest(challenge: bytes) -> tuple[str, bytes]:
 
 
 def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
-    """Return (digest, what follows) of ``{digest}...``, or None where there is no known digest."""
+    """Return (digest, the rest) of ``{digest}...``, or None if the digest is not known."""
     if message[:1] != b"{":
         return None
     curly = message.find(b"}", 1, _LONGEST_DIGEST_NAME + 2)
     if curly < 0:
         return None
-    # Latin-1 maps every byte; an unknown name is simply not in DIGESTS.
+    # Latin-1 can decode every byte; an unknown name is not in DIGESTS.
     digest = message[1:curly].decode("latin-1")
     if digest not in DIGESTS:
         return None
@@ -339,7 +346,7 @@ def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
 
 
 def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: bool) -> Proof:
-    """Return the parsed answer. Raises AuthenticationError where it can't be one, or MD5 is refused."""
+    """Return the parsed answer. Raises AuthenticationError if it is invalid or uses refused MD5."""
     if len(answer) == _LEGACY_MAC_SIZE:
         digest, mac, name = "md5", answer, b""
     else:
