@@ -1,8 +1,9 @@
-"""What a configuration is: the form of the file, every default, and the values the daemon gets from it.
+"""The model of a configuration: the form of the file, every default, and the resulting values.
 
-The pydantic models are the file's form; the JSON Schema and the tables of docs/configuration.md follow them.
-What needs more than one entry, another file or a key's bytes is judged in ``load`` and ``keys``. Nothing here
-opens a file. No error of these models ever repeats what was written where a key may stand.
+The pydantic models define the file's form. The JSON Schema and the tables of
+docs/configuration.md follow them. Checks that need several entries, another file or a
+key's bytes are in ``validator``, ``builder`` and ``key_files``. Nothing here opens a
+file. No error of these models repeats a value from a place where a key may stand.
 """
 
 from __future__ import annotations
@@ -85,15 +86,16 @@ __all__ = [
     "json_schema",
 ]
 
-#: Where a client's key may come from; a client gives one of them.
+#: The fields that give a client's key; each client has one of them.
 KEY_FIELDS: Final = ("key", "key_file", "key_env", "key_credential", "keys")
-#: The same for one entry of ``keys``.
+#: The fields that give the key in one entry of ``keys``.
 KEY_ITEM_FIELDS: Final = ("file", "key", "env", "credential")
 
 
 def _written(default: str, read: Callable[[str], object]) -> Any:
-    """Return a field whose default is given as people write it; the JSON Schema shows it so."""
-    # Read once, here: validating the defaults of every client would take longer than its own entries.
+    """Return a field with its default in readable form, as the JSON Schema shows it."""
+    # The default is read once, here: to validate the defaults of every client would take
+    # longer than to validate its own entries.
     return Field(default=read(default), json_schema_extra={"default": default})
 
 
@@ -113,7 +115,7 @@ class _AddressEntry(_Entry):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: object) -> object:
-        """Return the long form of an address that stands alone."""
+        """Return the long form of an entry that is only an address."""
         return value if isinstance(value, Mapping) else {"address": value}
 
     @classmethod
@@ -350,10 +352,11 @@ class File(IncludedFile):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole configuration, checked: what ``brokerd.config.load.load`` returns.
+    """A complete, checked configuration, as returned by ``brokerd.config.load.load``.
 
-    clients: by name, read-only. path: the main file. files: every file read, the main one first.
-    warnings: what is odd about keys and about who can replace the files, a line each.
+    clients: by name, read-only. path: the main file. files: every file read, the main
+    file first. warnings: about keys, and about users who can replace the files, a line
+    each.
     """
 
     path: str
@@ -378,29 +381,30 @@ class Config:
         monitor: Any = None,
         base: str = "",
     ) -> Config:
-        """Return a configuration made by a program instead of a file, by the same rules.
+        """Return a configuration from a program's values, under the same rules as a file.
 
-        listen: an address in any form, a mapping as in the file, or a list of those (of entries: a pair of host and
-            port is an entry). clients: name to a key, or to a mapping as in the file; keys may be bytes.
-        monitor: an address in any form, or a mapping as in the file; None for none.
-        base: the directory that relative paths start from, unless it is the process's own.
+        listen: an address in any form, a mapping as in the file, or a list of such entries.
+            A tuple of host and port is one entry.
+        clients: name to a key, or to a mapping as in the file; keys may be bytes.
+        monitor: an address in any form, or a mapping as in the file; None for no monitor.
+        base: the directory of relative paths, by default the process's own.
         Raises ConfigError as ``load`` does.
         """
-        # Here, because load imports this module.
+        # Imported here, because load imports this module.
         from brokerd.config.load import build
 
         return build(listen, clients, limits=limits, log=log, monitor=monitor, base=base)
 
 
 class _Schema(GenerateJsonSchema):
-    """Draft 2020-12, without the null that only says "not given": a key that is given has a value."""
+    """Draft 2020-12, without null for an absent key: a key in the file has a value."""
 
     def nullable_schema(self, schema: Any) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
         json_schema = super().default_schema(schema)
-        # A section's default is the defaults of its keys, which say so themselves.
+        # A section has no default of its own: each of its keys shows its default.
         if json_schema.get("default") is None or isinstance(json_schema["default"], dict):
             del json_schema["default"]
         return json_schema
@@ -410,5 +414,5 @@ class _Schema(GenerateJsonSchema):
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file; config/brokerd.schema.json is this."""
+    """Return the JSON Schema of a configuration file, as in config/brokerd.schema.json."""
     return File.model_json_schema(schema_generator=_Schema)

@@ -30,7 +30,7 @@ _CLIENT_DEPTH: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place in a file. line, column: counted from 1; 0 where there is no text."""
+    """A place in a file. line, column: counted from 1; 0 without a text."""
 
     file: str
     line: int
@@ -67,7 +67,7 @@ def format_path(path: Path) -> str:
     """Return the path as text, such as ``clients.bob.keys[0]``; "" for the whole file.
 
     The text ends at the field that holds or names a client's key. YAML may read a key
-    without quotes as a mapping, and then the path would show a part of the key. Below a
+    without quotes as a mapping; then the path would show a part of the key. Below a
     client, a step that can't be a field name is left out. An example is a key that
     follows a colon without a space.
     """

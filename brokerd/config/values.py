@@ -93,7 +93,7 @@ class LogFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place in a file. line: counted from 1; 0 if there is no file."""
+    """A place in a file. line: counted from 1; 0 without a file."""
 
     file: str
     line: int

@@ -1,7 +1,8 @@
-"""Asks the broker that runs with a configuration what a reload would change: `brokerd check --against-running`.
+"""`brokerd check --against-running`: asks the running broker what a reload would change.
 
-Who asks is, by BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE, whoever the environment says; without them an
-administrator of the configuration itself, with its own key, at one of its listeners.
+The request comes from the client named by BROKERD_ADDRESS, BROKERD_NAME and
+BROKERD_KEY_FILE in the environment. Without them, it comes from an administrator in the
+configuration, with that client's key, at one of the configured listeners.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from brokerd_client.errors import BrokerdError
 
 __all__ = ["Administrator", "ask_for_plan"]
 
-#: Tried in the hope that one of them is let in: with a single connection each, some may be connected already.
+#: Limits the administrators tried per address. With a limit of one connection each, some may
+#: be connected already.
 _TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Administrator:
-    """Somebody who may ask. key: None for one that its user vouches for; neither str nor repr shows it."""
+    """A client with ``admin: true``.
+
+    key: None if the user id identifies the client; neither str nor repr shows it.
+    """
 
     name: str
     key: bytes | None = field(repr=False)
@@ -36,8 +41,8 @@ def ask_for_plan(
 ) -> dict[str, Any]:
     """Return the running broker's answer to a dry run of a reload.
 
-    config: the main file, which is to be the broker's. addresses, administrators: from it.
-    Raises Failure: nobody answers, or refuses, or the broker reads another file.
+    config: the main file, which must be the broker's. addresses, administrators: from it.
+    Raises Failure if no broker answers, if it refuses, or if it reads another file.
     """
     try:
         with _connected(list(addresses), list(administrators), environ) as client:

@@ -1,6 +1,7 @@
-"""`brokerctl bench`: how fast the broker carries messages from this client to itself, and how long an answer takes.
+"""`brokerctl bench`: measures throughput from this client to itself, and round trip times.
 
-It measures the whole path: this process encodes, sends, receives and decodes, and is usually the slower part.
+The whole path is measured. This process encodes, sends, receives and decodes, and is
+usually slower than the broker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["COMMANDS", "Result"]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured. Times in seconds; rates per second."""
+    """The measurements. Times are in seconds, rates per second."""
 
     messages: int
     size: int
@@ -85,7 +86,7 @@ def bench(access: Access, messages: int, size: int, batch: int, pings: int, time
 def _to_itself(
     client: brokerd_client.Client, messages: int, size: int, batch: int, timeout: float, done: Callable[[int], object]
 ) -> float:
-    """Return the seconds from the first message's sending to the last one's arrival."""
+    """Return the seconds from the first send to the last arrival."""
     body = bytes(size)
     failures: list[BrokerdError] = []
 
@@ -106,7 +107,7 @@ def _to_itself(
             if failures:
                 raise failures[0]
             try:
-                # Not all the time at once: a failure of the sender would be seen too late.
+                # Wait in short steps: a failure of the sender would be seen too late.
                 client.recv(timeout=max(0.0, min(0.5, left)))
                 break
             except TimedOut as error:

@@ -1,4 +1,4 @@
-"""The `brokerctl` command itself: who connects where, as every subcommand is told."""
+"""The `brokerctl` command: the client and the address that every subcommand uses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Access", "brokerctl", "connecting", "main"]
 
-#: Seconds that anything may take for which no time was given.
+#: Limits each operation without a timeout of its own, in seconds.
 DEFAULT_TIMEOUT_S: Final = 10.0
-#: Bytes of messages that may wait to be printed. A message or an answer may be four times as long.
+#: Limits the received messages that wait to be printed, in bytes per client. A single
+#: message or answer may be four times as long.
 _INBOX: Final = 64 * 2**20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -39,7 +40,7 @@ Exit status:
 
 @dataclass(slots=True)
 class Access:
-    """Where the broker is and who we are; what is None comes from the environment."""
+    """The broker's address and the client's identity; None means: from the environment."""
 
     address: str | None = None
     name: str | None = None
@@ -49,7 +50,7 @@ class Access:
     cert_key: str | None = None
 
     def connect(self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False) -> brokerd_client.Client:
-        """Return a connected client. Raises Failure where no broker can be reached."""
+        """Return a connected client. Raises Failure if no broker can be reached."""
         try:
             return brokerd_client.connect(
                 self.address,
@@ -88,7 +89,7 @@ def _option(name: str, words: str, *, file: bool = False) -> Callable[[_Function
     )
 
 
-#: Last first, as decorators go.
+#: In reverse order, as decorators are applied.
 _OPTIONS: Final = (
     _option("key-file", "A file that holds this client's key.", file=True),
     _option("cert-key", "Over TLS, the private key of --cert, if it is in another file.", file=True),
@@ -100,17 +101,17 @@ _OPTIONS: Final = (
 
 
 def connecting(function: _Function) -> _Function:
-    """Give a command the options that say where the broker is; they may stand before or behind its name."""
+    """Add the connection options to a command; they may precede or follow its name."""
     for option in _OPTIONS:
         function = option(function)
     return function
 
 
 class _Group(click.Group):
-    """A group whose commands may let the library's errors through."""
+    """A group that handles the library's errors for its commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error of the library becomes an exit status."""
+        """Run the command, and turn an error of the library into an exit status."""
         try:
             return super().invoke(ctx)
         except BrokerdError as error:

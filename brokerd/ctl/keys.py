@@ -1,4 +1,4 @@
-"""The keys of all clients, as `$broker` lists them: ids, times and uses; a key itself is nowhere in it."""
+"""Prints the list of all clients' keys from `$broker`: ids, times and uses, but no key."""
 
 from __future__ import annotations
 

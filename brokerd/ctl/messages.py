@@ -22,7 +22,7 @@ from brokerd_client.wire.envelope import Kind
 
 __all__ = ["COMMANDS"]
 
-#: Messages sent by one system call, and waited for together.
+#: Limits the messages sent with one system call and awaited together.
 _BATCH: Final = 256
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -63,7 +63,7 @@ def _timeout_option(default: float) -> Callable[[_Function], _Function]:
 
 
 def _read_payload(payload: str | None) -> bytes:
-    """Return the argument's bytes, or those of the standard input where it is missing or "-"."""
+    """Return the argument's bytes, or the standard input if it is missing or "-"."""
     if payload is not None and payload != "-":
         return payload.encode(errors="surrogateescape")
     if payload is None and sys.stdin.isatty():
@@ -72,7 +72,7 @@ def _read_payload(payload: str | None) -> bytes:
 
 
 def _encode(payload: bytes, codec: str) -> Any:
-    """Return what the library is to send. Raises click.BadParameter for JSON that is none."""
+    """Return the value for the library to send. Raises click.BadParameter for invalid JSON."""
     if codec == "raw":
         return payload
     try:
@@ -243,10 +243,11 @@ def subscribe(
 
 
 def _arriving(receive: Callable[..., Any], count: int | None, timeout: float | None) -> Iterator[Any]:
-    """Yield what arrives, ``count`` at most, for ``timeout`` seconds at most.
+    """Yield received messages, at most ``count``, for at most ``timeout`` seconds.
 
-    Raises Failure if there were fewer than ``count`` when the time was over; without a count, that is the
-    end that was asked for. Raises Failure too where the broker went away, which nobody asks for.
+    Raises Failure if fewer than ``count`` have arrived at the end of the time. Without a
+    count, the end of the time is the normal end. Also raises Failure if the broker
+    closes the connection.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     for arrived in itertools.count():

@@ -1,9 +1,8 @@
-"""Commands that ask the broker itself: clients, ping, stats, can, disconnect, reload, upgrade, drain, log-level.
+"""Commands that ask the broker itself, and completion.
 
-And completion.
-
-Each is an operation of ``$broker`` (docs/protocol.md, "Operations"); all but clients and ping are for clients
-with ``admin: true``.
+The commands are clients, ping, stats, can, disconnect, reload, upgrade, drain and
+log-level. Each is an operation of ``$broker`` (docs/protocol.md, "Operations"). All but
+clients and ping require ``admin: true``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
 
 __all__ = ["COMMANDS"]
 
-#: Seconds in which a new process has come up and taken over, or has failed to.
+#: Limits an upgrade, in seconds: by then the new process has taken over or failed.
 _UPGRADE_TIMEOUT_S: Final = 60.0
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -109,7 +108,7 @@ def stats(access: Access, as_json: bool, timeout: float) -> None:
 
 
 def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return each counter under its name, in the unit a person reads."""
+    """Return each counter with its name, in a readable unit."""
     rows = []
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What `brokerctl` prints: JSON where it was asked for, rich tables on a terminal, plain lines in a pipe.
+"""Output of `brokerctl`: JSON on request, tables on a terminal, plain lines in a pipe.
 
-A payload comes from somebody else: on a terminal it is shown with its control characters escaped, so that
-it can't move the cursor, change the title or worse.
+A payload comes from another client. On a terminal, its control characters are escaped, so
+that it can't move the cursor, change the title or do worse.
 """
 
 from __future__ import annotations
@@ -36,30 +36,34 @@ __all__ = [
     "since",
 ]
 
-#: Tables, and whether there is a terminal to show them on.
+#: Prints tables, and knows whether the output is a terminal.
 console = Console(highlight=False)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Print one JSON document on one line, at once; what a terminal would obey is escaped, as JSON allows."""
+    """Print one JSON document on one line, and flush it.
+
+    Characters that control a terminal are written as JSON escapes.
+    """
     text = json.dumps(value, ensure_ascii=False)
     if not text.isprintable():
-        # Within strings alone. json.dumps escapes no control characters but those of ASCII.
+        # These characters occur only in strings. json.dumps escapes only the control
+        # characters of ASCII.
         text = "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
     click.echo(text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """Tell a person something that is no result: on the standard error, and only on a terminal."""
+    """Print a note that is not a result, on standard error, and only on a terminal."""
     if sys.stderr.isatty():
         click.echo(text, err=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a table on a terminal; elsewhere one line a row, its fields apart by tabs, with no heading.
+    """Print a table on a terminal, or tab-separated lines without a heading elsewhere.
 
-    right: columns that hold numbers.
+    right: the right-aligned columns, which hold numbers.
     """
     if not console.is_terminal:
         for row in rows:
@@ -74,19 +78,19 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
 
 
 def print_values(values: Mapping[str, str]) -> None:
-    """Print what has a name and a value each, as a table or as lines."""
+    """Print names and values, as a table or as lines."""
     print_table(("", ""), values.items())
 
 
 def printable(text: str) -> str:
-    """Return the text with all that a terminal or an editor obeys written as escapes, line ends too."""
+    """Return the text with all terminal and editor controls escaped, also line ends."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
 def payload_text(message: Message) -> str | None:
-    """Return the payload as text, or None where it is none."""
+    """Return the payload as text, or None if it is not text."""
     try:
         return message.text()
     except UndecodablePayload:
@@ -96,7 +100,7 @@ def payload_text(message: Message) -> str | None:
 def message_object(message: Message) -> dict[str, Any]:
     """Return a message as `--json` shows it.
 
-    payload: the value of JSON, or text; in its place base64: bytes that are neither.
+    payload: the JSON value, or the text. base64: in its place, bytes that are neither.
     """
     shown: dict[str, Any] = {"kind": message.kind.name.lower(), "sender": message.sender, "id": message.id}
     if message.topic:
@@ -111,7 +115,7 @@ def message_object(message: Message) -> dict[str, Any]:
 
 
 def print_message(message: Message, *, as_json: bool, raw: bool) -> None:
-    """Print a message that arrived: a JSON object, its bare bytes, or one line with who sent it."""
+    """Print a received message: a JSON object, its bare bytes, or a line with its sender."""
     if as_json:
         print_json(message_object(message))
     elif raw:
@@ -128,7 +132,10 @@ def print_message(message: Message, *, as_json: bool, raw: bool) -> None:
 
 
 def print_payload(message: Message, *, raw: bool) -> None:
-    """Print a payload: its bytes as they are, or as text with a line end; on a terminal made harmless."""
+    """Print a payload as unchanged bytes, or as text with a line end.
+
+    On a terminal, control characters are escaped.
+    """
     text = None if raw else payload_text(message)
     if text is None and not raw and console.is_terminal:
         console.print(f"({len(message.body)} bytes that are no text; --raw writes them)")
@@ -141,7 +148,7 @@ def print_payload(message: Message, *, raw: bool) -> None:
 
 
 def as_bytes(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes in readable form."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -150,5 +157,5 @@ def as_bytes(count: float) -> str:
 
 
 def since(moment: float | None) -> str:
-    """Return a moment of Unix time as local time, or "" where it is not known."""
+    """Return a Unix time as local time, or "" if it is not known."""
     return "" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

@@ -1,6 +1,7 @@
-"""What a reload changes, or would change, for people: the plan in a reply of `$broker`, as lines.
+"""The plan of a reload, from a reply of `$broker`, as readable lines.
 
-What stands in a plan comes from files, and names in it from whoever wrote them: control characters are escaped.
+The names and values in a plan come from configuration files, so control characters are
+escaped.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ __all__ = ["judge", "plan_lines"]
 
 
 def plan_lines(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that show an answer to ``reload``: ``+`` comes, ``-`` goes, ``~`` changes, ``!`` is worth a look.
+    """Yield the lines for an answer to ``reload``.
 
-    Problems are not among them: see ``judge``.
+    ``+`` marks an addition, ``-`` a removal, ``~`` a change, and ``!`` a warning.
+    Problems are not included: see ``judge``.
     """
     plan = answer.get("plan") or {}
     shown = False
@@ -47,7 +49,10 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def judge(answer: Mapping[str, Any]) -> None:
-    """Raise Failure where the answer to ``reload`` is no: with a status of its own where the files have mistakes."""
+    """Raise Failure if the broker refused a ``reload``.
+
+    Mistakes in the files have an exit status of their own.
+    """
     if not answer["problems"]:
         return
     status = Status.CONFIG if answer.get("cause") == "config" else Status.REFUSED

@@ -1,4 +1,4 @@
-"""How `brokerctl` ends: its exit statuses, and which failure means which. Prints no payload and no key."""
+"""The exit statuses of `brokerctl`, one for each kind of failure. No payload or key is printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Failure", "Status", "ended_by_ctrl_c", "failure_of", "is_turned_away
 
 
 class Status(IntEnum):
-    """What a script can tell apart."""
+    """The outcomes that a script can distinguish."""
 
     DONE = 0
     """What was asked for happened."""
@@ -49,20 +49,20 @@ class Status(IntEnum):
 
 
 class Failure(click.ClickException):
-    """The end of a command that did not do what was asked for."""
+    """The failure of a command, with its exit status."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
         self.exit_code = int(status)  # type: ignore[misc]  # click calls it a class's, and reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Say why, in one line on the standard error."""
+        """Print the reason in one line on standard error."""
         click.echo(f"brokerctl: {self.format_message()}", file=file or sys.stderr)
 
 
 @contextmanager
 def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
-    """Take Ctrl-C inside for a good end, if it is the one that was asked for; else let it through."""
+    """Treat Ctrl-C in the block as success if it is the expected end; else re-raise it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -71,12 +71,12 @@ def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
 
 
 def is_turned_away(error: BrokerdError) -> bool:
-    """Return whether a broker has ended the connection because it does not let this client in."""
+    """Return whether the broker has closed the connection to reject this client."""
     return isinstance(error, Disconnected) and isinstance(error.__cause__, (NameTaken, KeyRemoved))
 
 
 def failure_of(error: BrokerdError) -> Failure:
-    """Return the end that an error of the library means."""
+    """Return the failure that corresponds to an error of the library."""
     if isinstance(error, Abandoned):
         return Failure(Status.IN_DOUBT, f"{error.code}: {error}")
     if isinstance(error, Refused):
@@ -93,5 +93,5 @@ def failure_of(error: BrokerdError) -> Failure:
         return Failure(Status.REFUSED, str(error))
     if isinstance(error, (Disconnected, Closed)):
         return Failure(Status.UNREACHABLE, str(error))
-    # A peer that breaks the protocol is no broker.
+    # A peer that violates the protocol is not a broker.
     return Failure(Status.UNREACHABLE, f"no broker there: {error}")

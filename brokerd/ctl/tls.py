@@ -1,4 +1,4 @@
-"""Whom `brokerctl` trusts over TLS, and the certificate it shows: an ssl context out of options and environment."""
+"""The ssl context of `brokerctl`, from options and environment: trusted CAs, certificate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["context_of"]
 
 
 def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: str | None) -> SSLContext | None:
-    """Return the context to connect with; None without TLS, or where nothing is said about it.
+    """Return the context for a connection; None without TLS or without TLS settings.
 
-    An option goes before its variable: BROKERD_ADDRESS, BROKERD_CA, BROKERD_CERT, BROKERD_CERT_KEY; the variables mean
-    nothing for an address without TLS. Raises Failure.
+    An option overrides its variable: BROKERD_ADDRESS, BROKERD_CA, BROKERD_CERT,
+    BROKERD_CERT_KEY. The variables are ignored for an address without TLS. Raises
+    Failure.
     """
     given = ca or cert or cert_key
     if not (address or os.environ.get("BROKERD_ADDRESS", "")).startswith("tls://"):
@@ -31,7 +32,7 @@ def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: 
         raise Failure(Status.USAGE, "--cert-key is the key of a certificate: give --cert too")
     if not (ca or cert):
         return None
-    # Here, because it takes its time to load.
+    # Imported here, because it is slow to load.
     import ssl
 
     try:

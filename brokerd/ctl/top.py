@@ -1,6 +1,7 @@
-"""`brokerctl top`: every connection, live: its rates, what waits for it, and who is slow. Asks the broker, no more.
+"""`brokerctl top`: a live table of all connections, with rates, queues and slow consumers.
 
-The broker counts; rates are differences between two answers, divided by the time between them.
+The broker is only asked for its counters. A rate is the difference between two answers,
+divided by the time between them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _COUNTERS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One connection at one moment. rates: per second, by the name of the counter."""
+    """One connection at one time. rates: per second, by the name of the counter."""
 
     address: str
     peer: str
@@ -43,7 +44,7 @@ class Row:
 
     @property
     def state(self) -> str:
-        """What is the matter with it, if anything."""
+        """The problem of the connection, if it has one."""
         return "slow" if self.slow else "held" if self.held else ""
 
     def as_object(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Row:
         }
 
 
-#: What the rows can be sorted by: the key to press, and what comes first.
+#: The sort orders of the rows: the key to press, and the sort key.
 ORDERS: Final[dict[str, tuple[str, Callable[[Row], Any]]]] = {
     "waiting": ("w", lambda row: (-row.waiting_bytes, row.address)),
     "in": ("i", lambda row: (-row.rates["messages_in"], row.address)),
@@ -73,16 +74,19 @@ ORDERS: Final[dict[str, tuple[str, Callable[[Row], Any]]]] = {
 
 @dataclass(slots=True)
 class Rates:
-    """Turns counters into rates. Knows only the last answer; a connection it has not seen before has no rate."""
+    """Computes rates from counters and the previous answer; a new connection has no rate."""
 
     _seen: dict[tuple[str, Any], tuple[float, Mapping[str, Any]]] = field(default_factory=dict)
 
     def rows(self, connections: Sequence[Mapping[str, Any]], now: float) -> list[Row]:
-        """Return a row for each connection in an answer that came at ``now``, in seconds of any clock."""
+        """Return a row for each connection in an answer.
+
+        now: the time of the answer, in seconds of any clock.
+        """
         rows = []
         seen = {}
         for connection in connections:
-            # A connection that came back under the same address counts from 0 again.
+            # A client that reconnects under the same address is counted from 0 again.
             identity = (connection["address"], connection["since"])
             seen[identity] = (now, connection)
             then, before = self._seen.get(identity, (now, connection))
@@ -124,7 +128,7 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
     with ended_by_ctrl_c(count is None), access.connect() as client:
         looks = _looks(client, rates, interval)
         if as_json or not console.is_terminal:
-            # The first look has nothing to compare with.
+            # The first answer has no previous one to compare with.
             next(looks)
             time.sleep(interval)
             for number, (stats, rows) in enumerate(looks, start=1):
@@ -150,7 +154,10 @@ def _looks(client: Any, rates: Rates, interval: float) -> Iterator[tuple[dict[st
 
 
 def _scroll(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interval: float, count: int | None) -> None:
-    """Print one look below the other, every row of it: the terminal can't move its cursor, and can be scrolled."""
+    """Print each table below the last one, with all rows.
+
+    This is for a terminal that can't move its cursor, but can be scrolled.
+    """
     for number, (stats, rows) in enumerate(looks, start=1):
         shown = _table(sorted(rows, key=ORDERS[order][1]), order, console.width)
         console.print(_heading(stats), shown, "", sep="\n", soft_wrap=True)
@@ -178,7 +185,7 @@ def _live(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interva
 
 @contextmanager
 def _single_keys() -> Iterator[Callable[[float], str | None]]:
-    """Let keys be read without Enter; gives a function that waits some seconds for one."""
+    """Read keys without Enter; yield a function that waits some seconds for a key."""
     try:
         import termios
         import tty
@@ -187,7 +194,7 @@ def _single_keys() -> Iterator[Callable[[float], str | None]]:
         before = termios.tcgetattr(descriptor)
         tty.setcbreak(descriptor)
     except (ImportError, OSError, ValueError):
-        # No terminal to read from, or none of this kind: only Ctrl-C ends it.
+        # Keys can't be read from this input: only Ctrl-C ends the command.
         yield lambda seconds: time.sleep(seconds)
         return
 
@@ -220,7 +227,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-#: What is left out first where not all columns have room; never the one that the rows are sorted by.
+#: The columns to omit, first to last, if the screen is too narrow. The column by which the
+#: rows are sorted is always shown.
 _LEAST: Final = ("of", "from", "bytes in/s", "bytes out/s", "errors", "out/s", "in/s", "", "waiting")
 _SORTED_BY: Final = {
     "waiting": {"waiting"},
@@ -229,15 +237,16 @@ _SORTED_BY: Final = {
     "bytes": {"bytes in/s", "bytes out/s"},
     "errors": {"errors"},
 }
-#: Characters between two columns, and those of an address that are worth more than a column.
+#: The gap between two columns, and the least width of the address column, in characters.
 _GAP: Final = 2
 _ADDRESS: Final = 12
 
 
 def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
-    """Return the columns that have room side by side, each whole but the address, which may be shortened.
+    """Return the columns that fit side by side; only the address may be shortened.
 
-    width: of the screen, in characters. needed: by each column. order: what the rows are sorted by.
+    width: that of the screen, in characters. needed: the width of each column.
+    order: the sort order of the rows.
     """
     columns = list(needed)
     kept = _SORTED_BY.get(order, set())
@@ -254,7 +263,7 @@ def _table(rows: Sequence[Row], order: str, width: int) -> Table:
     needed = {column: max([len(column), *(len(each[column]) for each in cells)]) for column in _COLUMNS}
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     columns = columns_in(width, needed, order)
-    # What the others leave.
+    # The address gets the width that the other columns leave.
     needed["address"] = min(needed["address"], width - sum(needed[each] + _GAP for each in columns[1:]))
     for column in columns:
         kind: Any = "left" if column in ("address", "from", "") else "right"
@@ -279,7 +288,7 @@ def _heading(stats: Mapping[str, Any]) -> Text:
 def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:
     keys = "  ".join(f"{key} {name}" for name, (key, _) in ORDERS.items())
     footer = Text(f"sorted by {order}.  q quit  {keys}", style="dim", no_wrap=True, overflow="ellipsis")
-    # A line each for what stands above and below.
+    # The lines above and below the rows take the rest of the screen.
     shown = rows[: max(1, console.height - 3)]
     return Group(_heading(stats), _table(shown, order, console.width), footer)
 
