@@ -100,7 +100,6 @@ PENDING: Final = frozenset[str](
         "client/brokerd_client/wire/envelope.py",
         "client/brokerd_client/wire/handshake.py",
         "docs/brokerctl.md",
-        "docs/configuration.md",
         "docs/direct-api.md",
         "docs/operations.md",
         "docs/performance.md",
