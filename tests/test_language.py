@@ -67,7 +67,6 @@ PENDING: Final = frozenset[str](
         "brokerd/core/operations.py",
         "brokerd/ctl/against_running.py",
         "brokerd/ctl/operations.py",
-        "brokerd/ctl/output.py",
         "brokerd/ctl/top.py",
         "brokerd/log/logger.py",
         "brokerd/net/counters.py",

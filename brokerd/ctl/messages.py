@@ -246,8 +246,8 @@ def _arriving(receive: Callable[..., Any], count: int | None, timeout: float | N
     """Yield received messages, at most ``count``, for at most ``timeout`` seconds.
 
     Raises Failure if fewer than ``count`` have arrived at the end of the time. Without a
-    count, the end of the time is the normal end. Also raises Failure if the broker
-    closes the connection.
+    count, the end of the time is the normal end. Also raises Failure if the connection
+    to the broker ends.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     for arrived in itertools.count():

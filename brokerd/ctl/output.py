@@ -1,7 +1,7 @@
 """Output of `brokerctl`: JSON on request, tables on a terminal, plain lines in a pipe.
 
-A payload comes from another client. On a terminal, its control characters are escaped, so
-that it can't move the cursor, change the title or do worse.
+A payload comes from another client. On a terminal, its control characters are escaped:
+otherwise it could move the cursor, change the title or do worse.
 """
 
 from __future__ import annotations

@@ -227,8 +227,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-#: The columns to omit, first to last, if the screen is too narrow. The column by which the
-#: rows are sorted is always shown.
+#: The order in which columns are omitted if the screen is too narrow. The column by which
+#: the rows are sorted is omitted last.
 _LEAST: Final = ("of", "from", "bytes in/s", "bytes out/s", "errors", "out/s", "in/s", "", "waiting")
 _SORTED_BY: Final = {
     "waiting": {"waiting"},
@@ -237,7 +237,8 @@ _SORTED_BY: Final = {
     "bytes": {"bytes in/s", "bytes out/s"},
     "errors": {"errors"},
 }
-#: The gap between two columns, and the least width of the address column, in characters.
+#: The gap between two columns, in characters, and the width of the address column below
+#: which another column is omitted.
 _GAP: Final = 2
 _ADDRESS: Final = 12
 
