@@ -86,7 +86,7 @@ __all__ = [
     "json_schema",
 ]
 
-#: The fields that give a client's key; each client has one of them.
+#: The fields that give a client's key; a client has at most one of them.
 KEY_FIELDS: Final = ("key", "key_file", "key_env", "key_credential", "keys")
 #: The fields that give the key in one entry of ``keys``.
 KEY_ITEM_FIELDS: Final = ("file", "key", "env", "credential")
