@@ -132,8 +132,8 @@ def feed(
         # The broker may have changed the routes.
         routes, fanouts = source.caches(broker)
     else:
-        # Fewer bytes than the shortest frame has: an impossible length is refused without
-        # waiting for more bytes.
+        # Fewer bytes than the shortest frame has: an impossible length is refused
+        # without waiting for more bytes.
         if position < end:
             position, result = handle_slow_path(broker, source, buffer, position, end, now)
     source.messages_in += messages

@@ -65,8 +65,8 @@ from brokerd_client.wire.framing import frame as make_frame
 
 __all__ = ["OUTCOME_RESERVE", "AdminCommand", "Broker", "CoreLimits", "RoutingResult"]
 
-#: Bytes of the broker's own answers that may wait for one client beyond its queue quota.
-#: A client with more waiting than that is not read from.
+#: Bytes of the broker's own answers that may wait for one client beyond its queue
+#: quota. A client with more waiting than that is not read from.
 OUTCOME_RESERVE: Final = 256 * 1024
 
 #: Most held senders released per turn: the server reads from each of them in that turn.
@@ -85,7 +85,7 @@ _ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class CoreLimits:
-    """The core's part of ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
+    """The core's ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
 
     max_message: int = 16 * 1024 * 1024
     wait_timeout: float = 30.0
@@ -131,39 +131,43 @@ class Broker:
         self.log_events = LogEvents()
         self.refused: Counter[str] = Counter()
         self.dropped = 0
-        #: Messages left by closed sessions: ``reported`` to their senders, ``passed_on`` to
-        #: other pool members, or ``lost``.
+        #: Messages left by closed sessions: ``reported`` to their senders,
+        #: ``passed_on`` to other pool members, or ``lost``.
         self.returned: Counter[str] = Counter()
-        #: Refusals by error code that the message's sender did not receive: its connection
-        #: ended while they waited in its outbox.
+        #: Refusals by error code that the message's sender did not receive: its
+        #: connection ended while they waited in its outbox.
         self.unheard: Counter[str] = Counter()
-        #: Sessions that wait for the reply to ``finished``: see :meth:`answer_finished`.
+        #: Sessions that wait for the reply to ``finished``: see
+        #: :meth:`answer_finished`.
         self.finishing: dict[Session, None] = {}
         #: Slow-path frames that the current sender may still have handled in this turn;
-        #: negative for no limit. A slow-path frame takes a thousand times as long as one
-        #: that stays in the routing loop. See charge.
+        #: negative for no limit. A slow-path frame takes a thousand times as long as
+        #: one that stays in the routing loop. See charge.
         self.turn_budget = -1
         self.totals: Counter[str] = Counter()
         #: The broker's own events, and questions with long answers, in order; and the
         #: sessions that asked those questions.
         self.deferred = Deferred(self)
         self.asking: set[Session] = set()
-        #: By recipient that has room again: its held senders still to be released, in turns.
+        #: By recipient that has room again: its held senders still to be released, in
+        #: turns.
         self.releasing: dict[Session, list[Session]] = {}
         #: Those recipients whose held senders are all released once more after that.
         self.release_again: set[Session] = set()
-        #: Requests with a ttl and no outcome yet: (requester, message id, responder's address).
+        #: Requests with a ttl and no outcome yet: (requester, message id, responder's
+        #: address).
         self.deadlines: Deadlines[tuple[Session, int, str]] = Deadlines()
         self._held: dict[Session, float] = {}
         #: Numbers every attach and detach, in order.
         self._order = itertools.count(1)
-        #: Closed sessions, each with the frames of its outbox that the system did not take.
+        #: Closed sessions, each with the frames of its outbox that the system did not
+        #: take.
         self._leaving: deque[tuple[Session, Unsent]] = deque()
 
     # Joining and leaving
 
     def place_for(self, name: str) -> tuple[bool, Session | None]:
-        """Return (whether another connection of ``name`` may join, the session it replaces)."""
+        """Return (whether a connection of ``name`` may join, the session it replaces)."""
         client = self.exchange.resolve(name)
         if client is None or self.draining:
             return False, None
@@ -192,7 +196,7 @@ class Broker:
         return session
 
     def detach(self, session: Session, now_wall: float) -> None:
-        """Remove a session whose connection is gone; run_deferred reports its messages."""
+        """Remove a closed connection's session; run_deferred reports its messages."""
         if not session.open:
             return
         session.open = False
@@ -224,13 +228,13 @@ class Broker:
 
     @property
     def has_deferred_work(self) -> bool:
-        """Whether closed sessions or new rules have left work for :meth:`run_deferred`."""
+        """Whether closed sessions or new rules left work for :meth:`run_deferred`."""
         left = self.deferred or self.releasing or self.revocation
         return self.owes_answers or bool(left) or not self.topics.is_tidy
 
     @property
     def owes_answers(self) -> bool:
-        """Whether messages to closed sessions are still to be reported to their senders."""
+        """Whether messages to closed sessions are still to be reported."""
         return bool(self._leaving)
 
     @property
@@ -239,12 +243,12 @@ class Broker:
         return sum(len(queue) for _, queue in self._leaving)
 
     def run_deferred(self, count: int) -> None:
-        """Report up to ``count`` messages of closed sessions, and remove their subscriptions.
+        """Report up to ``count`` messages of closed sessions; remove their subscriptions.
 
         Subscriptions that new rules forbid are removed too.
 
-        There can be hundreds of thousands. Handling all of them at once would delay every
-        other client.
+        There can be hundreds of thousands. Handling all of them at once would delay
+        every other client.
         """
         while self._leaving and count > 0:
             session, queue = self._leaving[0]
@@ -253,8 +257,8 @@ class Broker:
             if queued is not None:
                 return_to_sender(self, session, queued)
             elif session.incoming_requests:
-                # Requests that the session received and did not answer, the oldest first.
-                # Requests that it did not receive have been returned above.
+                # Requests that the session received and did not answer, the oldest
+                # first. Requests that it did not receive have been returned above.
                 (_, message_id), requester = next(iter(session.incoming_requests.items()))
                 end_request(self, requester, message_id, session)
                 message = f"{session.address} disconnected before it answered"
@@ -279,7 +283,7 @@ class Broker:
             self.turn_budget = max(0, self.turn_budget - count)
 
     def touch(self, session: Session) -> None:
-        """List the session in ``touched``, so that its outbox is written or it is closed."""
+        """List the session in ``touched``, to have it written to or closed."""
         if not session.outbox.touched:
             session.outbox.touched = True
             self.touched.append(session)
@@ -297,7 +301,7 @@ class Broker:
         self.touch(session)
 
     def may_hold_for(self, target: Session, now: float) -> float:
-        """Return for how many seconds a recipient with a full queue may hold a sender."""
+        """Return the seconds for which a full recipient may hold one more sender."""
         if target.allowance is None:
             target.allowance = Allowance(at=now)
         return target.allowance.begin(now, self.limits.wait_timeout, holds=bool(target.waiters))
@@ -322,7 +326,7 @@ class Broker:
                 self.release_waiters(member)
 
     def order(self, op: str, source: Session, message_id: int, arguments: dict[str, object]) -> None:
-        """Queue an admin command for the daemon, which answers with reply_to or refuse."""
+        """Queue an admin command for the daemon, which answers it."""
         self.admin_commands.append(AdminCommand(op, source, message_id, arguments))
 
     def reconfigure(
@@ -334,8 +338,8 @@ class Broker:
     ) -> list[Session]:
         """Apply a new configuration; return the sessions of removed clients.
 
-        The caller closes those sessions. A subscription that its client's new rules forbid
-        receives nothing from now on; run_deferred ends it.
+        The caller closes those sessions. A subscription that its client's new rules
+        forbid receives nothing from now on; run_deferred ends it.
 
         differing: the names in ``clients`` that are new or whose entry changed, if known.
             Comparing a hundred thousand entries takes half a second.
@@ -393,7 +397,7 @@ class Broker:
         self.log_events.note("client.unsubscribed", session, pattern, group or "", why)
 
     def drain(self) -> None:
-        """Begin a graceful shutdown: refuse new messages, and send the goaway notices."""
+        """Begin a graceful shutdown: refuse new messages, send the goaway notices."""
         for _ in drain_in_steps(self):
             pass
 
@@ -411,7 +415,7 @@ class Broker:
 
     @property
     def outcome_reserve(self) -> int:
-        """Bytes of the broker's own answers that may wait for a client beyond its queue."""
+        """Bytes of the broker's answers that may wait for a client beyond its queue."""
         return OUTCOME_RESERVE
 
     @property
@@ -426,14 +430,14 @@ class Broker:
 
     @property
     def next_deadline(self) -> float | None:
-        """When :meth:`tick` is due next, on the clock of ``now``; None without deadlines."""
+        """When :meth:`tick` is due, on the clock of ``now``; None without deadlines."""
         held, outgoing_requests = min(self._held.values(), default=None), self.deadlines.next
         return (
             outgoing_requests if held is None else held if outgoing_requests is None else min(held, outgoing_requests)
         )
 
     def tick(self, now: float) -> None:
-        """Release senders whose time to be held is over, and end requests past their ttl.
+        """Release senders held for the longest time; end requests past their ttl.
 
         The message that a sender was held for is then refused. Each call ends a limited
         number of requests; the rest follow in further calls.
@@ -451,7 +455,7 @@ class Broker:
             expire_request(self, requester, message_id, address)
 
     def expire(self, session: Session, now: float) -> None:
-        """Remove expired frames from the front of a session's outbox; tell their senders.
+        """Remove expired frames from the front of an outbox, and tell their senders.
 
         It is called before the outbox is written. Each call removes a limited number of
         frames; the rest follow in further calls.
@@ -479,7 +483,7 @@ class Broker:
             self.released.append(session)
 
     def release_waiters(self, target: Session) -> None:
-        """Release the senders that a session holds, the longest held first, many in turns."""
+        """Release the senders that a session holds, the longest held first, in turns."""
         if target in self.releasing:
             self.release_again.add(target)
         else:
@@ -543,7 +547,7 @@ class Broker:
         return result
 
     def _reads_nothing(self, source: Session) -> bool:
-        """Return whether more waits for a client than its queue and OUTCOME_RESERVE allow."""
+        """Return whether more waits for a client than queue and reserve allow."""
         return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
     def _until_it_reads(self, source: Session) -> RoutingResult:
@@ -622,13 +626,13 @@ class Broker:
             self.log_events.note("message.dropped", source, name, code, message)
 
     def malformed(self, source: Session, message_id: int, message: str) -> RoutingResult:
-        """Refuse a malformed frame; its connection is closed once the ERROR is written."""
+        """Refuse a malformed frame; close its connection once the ERROR is written."""
         self.refuse(source, message_id, ErrorCode.MALFORMED, message)
         self.close(source, "malformed")
         return RoutingResult.CLOSE
 
     def too_large(self, source: Session, kind: int, message_id: int, name: str, size: int) -> RoutingResult:
-        """Refuse an oversized frame. CONSUMED: the caller skips it. size: its payload bytes."""
+        """Refuse an oversized frame. CONSUMED: the caller skips it. size: payload bytes."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"
@@ -656,7 +660,7 @@ class Broker:
         return RoutingResult.CONSUMED
 
     def _fail_request(self, answerer: Session, requester: str, message_id: int, code: ErrorCode, message: str) -> None:
-        """End the pending request whose answer was refused, and send its requester an ERROR."""
+        """End the request whose answer was refused, and send its requester an ERROR."""
         session = answerer.incoming_requests.get((requester, message_id))
         if session is not None:
             end_request(self, session, message_id, answerer)

@@ -1,4 +1,4 @@
-"""Delivery of a frame to one connection's outbox, and its return when that connection ends.
+"""Delivery of a frame to one connection, and its return when that connection ends.
 
 These are functions of the broker (:mod:`brokerd.core.broker`), which calls them.
 """
@@ -77,7 +77,7 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
 
 
 def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> RoutingResult:
-    """Refuse an answer to a request that is not pending, even where the answer is an ERROR."""
+    """Refuse an answer to a request that is not pending, even an ERROR."""
     message = f"{envelope.name} has no request {envelope.id} to {source.address} outstanding"
     broker.refuse(source, envelope.id, ErrorCode.DENIED, message, envelope.name)
     return RoutingResult.CONSUMED
@@ -86,7 +86,7 @@ def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> Routing
 def _deliver(
     broker: Broker, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float
 ) -> RoutingResult:
-    """Put a frame into the target's outbox, or apply its ``when_full``. CLOSE: no room."""
+    """Put a frame into the target's outbox, or apply ``when_full``. CLOSE: no room."""
     rest = frame[HEADER.size + len(envelope.name) :]
     size = 4 + HEADER.size + len(source.sender_header) + len(rest)
     outbox = target.outbox
@@ -239,8 +239,8 @@ def _expect_answer(
 
 def forget_requests(broker: Broker, requester: Session) -> None:
     """End all pending requests of a session that ends."""
-    # A client that is removed and configured again may have two connections for a moment.
-    # Only the requests of this one are ended.
+    # A client that is removed and configured again may have two connections for a
+    # moment. Only the requests of this one are ended.
     for (message_id, _), responder in requester.outgoing_requests.items():
         if responder.incoming_requests.get((requester.address, message_id)) is requester:
             del responder.incoming_requests[(requester.address, message_id)]
@@ -270,7 +270,7 @@ def end_request(broker: Broker, requester: Session, message_id: int, responder: 
 
 
 def _give_up_oldest(broker: Broker, requester: Session) -> None:
-    """End the oldest pending request, so that unanswered requests use bounded memory."""
+    """End the oldest pending request, so that requests use bounded memory."""
     (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
     end_request(broker, requester, message_id, responder)
     config = requester.client.config
@@ -279,7 +279,7 @@ def _give_up_oldest(broker: Broker, requester: Session) -> None:
 
 
 def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
-    """Return the new head of a frame that is passed on: length, header, sender's address.
+    """Return the new head of a frame: its length, header and sender's address.
 
     The rest of the frame is passed on untouched.
     """
@@ -310,7 +310,7 @@ def _sender_of(broker: Broker, queued: Queued, name: str) -> Session | None:
 
 
 def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
-    """Pass a frame that its recipient did not take to another pool member, or report it."""
+    """Pass a frame that was not taken to another pool member, or report it."""
     body = memoryview(queued.frame)[4:]
     # The extension was read when the frame arrived. Reading it again for every frame
     # would take too long.
@@ -353,7 +353,7 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
 
 
 def _count_unheard(broker: Broker, payload: bytes) -> None:
-    """Count a refusal that its recipient did not receive. payload: that of the ERROR."""
+    """Count a refusal that was not received. payload: the payload of the ERROR."""
     said = json.loads(payload)
     if said["name"] != BROKER:
         broker.unheard[said["code"]] += 1

@@ -91,7 +91,7 @@ class Spread:
 def go_on_publishing(
     broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
 ) -> RoutingResult:
-    """Deliver an event to its next subscribers. YIELD, FLUSH: some are still to be served."""
+    """Deliver an event to its next subscribers. YIELD, FLUSH: some remain."""
     spread = source.spread
     assert spread is not None
     if spread.whole is None:
@@ -149,7 +149,7 @@ def _give(broker: Broker, source: Session, target: Session, spread: Spread, now:
 
 
 def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
-    """Return the subscribers to ``topic``; None if the turn ends before all are found."""
+    """Return the subscribers to ``topic``; None if the turn ends before that."""
     if broker.turn_budget < 0:
         return broker.topics.find(topic)
     found, looked_at = broker.topics.search(topic, source, (broker.turn_budget + 1) * _NODES)
@@ -162,8 +162,8 @@ def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches
     if not found.everyone or found.groups or broker.topics.known(topic) is not found:
         return
     if found.fanout is None:
-        # All publishers share one tuple. A thousand publishers on a thousand topics would
-        # have a million otherwise.
+        # All publishers share one tuple. A thousand publishers on a thousand topics
+        # would have a million otherwise.
         outboxes = tuple(target.outbox for target in found.everyone)
         found.fanout = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
     fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
@@ -270,8 +270,8 @@ def choose(
             yield None
     if not found.groups:
         return
-    # The turn advances per event, not per group. With an even number of groups, the same
-    # members would always come first otherwise.
+    # The turn advances per event, not per group. With an even number of groups, the
+    # same members would always come first otherwise.
     found.turn += 1
     turn = found.turn
     for group, members in found.groups.items():

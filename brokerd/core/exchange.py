@@ -22,10 +22,11 @@ from brokerd.core.session import Session
 __all__ = ["Client", "Exchange"]
 
 
-#: A session's rank in its pool: whether it does not read, bytes that wait, the turn in which
-#: it was last picked, and its number. The lowest rank is picked.
+#: A session's rank in its pool: whether it does not read, bytes that wait, the turn in
+#: which it was last picked, and its number. The lowest rank is picked.
 Rank: TypeAlias = tuple[bool, int, int, int]
-#: Stale ranks that one pool's heap may hold, beyond twice its sessions, before it is rebuilt.
+#: Stale ranks that one pool's heap may hold, beyond twice its sessions, before it is
+#: rebuilt.
 _STALE: Final = 64
 
 

@@ -39,8 +39,9 @@ __all__ = [
 DRAINING: Final = "$broker.draining"
 _EVENT: Final = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, b"{}", codec=CodecId.JSON, topic=DRAINING)))
 
-#: Sessions for which a session's frames may wait, each with its outbox and a number of bytes.
-#: Once the outbox has written that many bytes in all, none of those frames waits there.
+#: Sessions for which a session's frames may wait, each with its outbox and a number of
+#: bytes. Once the outbox has written that many bytes in all, none of those frames waits
+#: there.
 Marks: TypeAlias = "list[tuple[Session, Outbox, int]]"
 
 
@@ -84,13 +85,14 @@ def add_reason(session: Session, code: ErrorCode, why: str) -> None:
 @lru_cache(maxsize=64)
 def reason_frame(code: ErrorCode, why: str) -> bytes:
     """Return the ERROR frame that says why a client's connection ends."""
-    # The ERROR names the broker itself: if the client does not read it, no message is lost.
+    # The ERROR names the broker itself: if the client does not read it, no message is
+    # lost.
     payload = error_payload(code, why, BROKER)
     return make_frame(encode(Envelope(Kind.ERROR, 0, BROKER, payload, codec=CodecId.JSON)))
 
 
 def part(broker: Broker, session: Session) -> None:
-    """Refuse a session's new messages and send it the notice, if it has asked for that."""
+    """Refuse a session's new messages and send the notice, if it asked for one."""
     session.parting = session.goaway
     if session.goaway:
         tell(broker, session)
@@ -119,7 +121,7 @@ def mute(broker: Broker, session: Session) -> None:
 
 
 def mark(session: Session) -> Marks:
-    """Return the outboxes that hold frames of this session, and how far they must write."""
+    """Return the outboxes with frames of this session, and how far they must write."""
     return [
         (other, other.outbox, other.outbox.size)
         for client in session.recipients
@@ -129,10 +131,10 @@ def mark(session: Session) -> Marks:
 
 
 def has_finished(broker: Broker, session: Session) -> bool:
-    """Return whether every frame of this session has been written to its recipient, or reported.
+    """Return whether every frame of a session has been written or reported.
 
-    It has not finished while another client still waits for its answer. A client that has
-    sent ``finished`` itself does not wait.
+    It has not finished while another client still waits for its answer. A client that
+    has sent ``finished`` itself does not wait.
     """
     if _owes(session.incoming_requests.values()):
         return False

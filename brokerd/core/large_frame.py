@@ -11,7 +11,8 @@ from typing import Final
 
 __all__ = ["SLACK", "LargeFrame", "joined"]
 
-#: Bytes of room in front of a frame: more than a length, a header and a sender's address.
+#: Bytes of room in front of a frame: more than a length, a header and a sender's
+#: address.
 SLACK: Final = 128
 #: Fewest bytes by which the buffer of a large frame grows, up to the end of the frame.
 _STEP: Final = 16 * 1024

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST", "LogEvent", "LogEvents"]
 
-#: Most different events kept at once. Beyond that, events that differ only in ``other`` are
-#: counted together, without it.
+#: Most different events kept at once. Beyond that, events that differ only in ``other``
+#: are counted together, without it.
 MOST: Final = 256
 
 

@@ -36,8 +36,8 @@ __all__ = ["PROTOCOL_VERSION", "Question", "reply_to", "reply_with", "serve", "s
 
 PROTOCOL_VERSION: Final = 1
 
-#: Most bytes of JSON per operation: some milliseconds' work. The largest message allowed
-#: would take seconds.
+#: Most bytes of JSON per operation: some milliseconds' work. The largest message
+#: allowed would take seconds.
 _LARGEST: Final = 128 * 1024
 #: Frames charged to the sender's turn budget per step of a long answer.
 _STEP: Final = 4
@@ -57,8 +57,8 @@ _CONNECTIONS: Final = 8
 _FEATURES: Final = ("goaway",)
 #: Counters that are the sum of those of the sessions.
 _SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
-#: Most characters per argument: more than any name, address, topic or pattern has. A longer
-#: argument is neither examined nor repeated in an answer or the log.
+#: Most characters per argument: more than any name, address, topic or pattern has. A
+#: longer argument is neither examined nor repeated in an answer or the log.
 _LONGEST: Final = 255
 
 _Arguments: TypeAlias = dict[str, Any]

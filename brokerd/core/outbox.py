@@ -68,19 +68,22 @@ class StreamOutbox(WriteBuffer):
         self.blocked = False
         self.stalled = False
         self._older: deque[Chunk] = deque()
-        #: For each closed chunk: the value of ``frames`` when it was closed; None if unknown.
+        #: For each closed chunk: the value of ``frames`` when it was closed; None if
+        #: unknown.
         self._ends: deque[int | None] = deque()
         self._older_bytes = 0
-        #: Number of chunks closed so far, and the chunks that are a frame with a ttl, each
-        #: with its number.
+        #: Number of chunks closed so far, and the chunks that are a frame with a ttl,
+        #: each with its number.
         self._closed = 0
         self._timed: deque[tuple[int, Queued]] = deque()
         self.timed = 0
         self._as_of = 0.0
-        #: Bytes that the system has taken of the first chunk, and of all chunks before it.
+        #: Bytes that the system has taken of the first chunk, and of all chunks before
+        #: it.
         self._head = 0
         self._taken = 0
-        #: By the sender header of a closed session: up to where in the stream its bytes may lie.
+        #: By the sender header of a closed session: up to where in the stream its bytes
+        #: may lie.
         self._left: dict[bytes, int] = {}
 
     @property
@@ -214,7 +217,8 @@ class StreamOutbox(WriteBuffer):
             head -= self._forget_first()
         if not self._older and head >= len(self.content):
             self._taken += len(self.content)
-            # A new object, not clear(): the caller of pieces() may still hold the old one.
+            # A new object, not clear(): the caller of pieces() may still hold the old
+            # one.
             self.content = bytearray()
             self._left.clear()
             self._head = 0
@@ -325,12 +329,13 @@ class FrameOutbox(WriteBuffer):
         #: The frame of which the system has taken the first ``_head`` bytes.
         self._begun: Queued | None = None
         self._head = 0
-        #: Frames that may be dropped, their bytes, and the number of them that have left.
+        #: Frames that may be dropped, their bytes, and the number of them that have
+        #: left.
         self._plain: deque[Queued] = deque()
         self._plain_bytes = 0
         self._plain_gone = 0
-        #: Frames that are never dropped, each with the number of droppable frames that were
-        #: queued before it, counted since the outbox began.
+        #: Frames that are never dropped, each with the number of droppable frames that
+        #: were queued before it, counted since the outbox began.
         self._kept: deque[tuple[int, Queued]] = deque()
         self._waiting = 0
         self.timed = 0

@@ -14,7 +14,10 @@ __all__ = ["Bucket", "Meter"]
 
 
 class Bucket:
-    """A token bucket: it gains ``per_second`` tokens, and holds as many, but at least one."""
+    """A token bucket: it gains ``per_second`` tokens a second and can hold as many.
+
+    It can hold at least one token, so that one message may always pass in time.
+    """
 
     __slots__ = ("_at", "_per_second", "_tokens")
 

@@ -195,7 +195,7 @@ class Session:
         return self.outbox.size
 
     def renew_outbox(self) -> None:
-        """Replace an empty outbox by one of the kind that a changed configuration needs."""
+        """Replace an empty outbox by one of the kind that a changed entry needs."""
         old, self.outbox = self.outbox, new_outbox(self.client.config)
         self.outbox.owner = self
         self.outbox.frames, self.outbox.size, self.outbox.touched = old.frames, old.size, old.touched
