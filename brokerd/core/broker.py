@@ -167,7 +167,7 @@ class Broker:
     # Joining and leaving
 
     def place_for(self, name: str) -> tuple[bool, Session | None]:
-        """Return (whether a connection of ``name`` may join, the session it replaces)."""
+        """Return (whether a connection may join as ``name``, the session replaced)."""
         client = self.exchange.resolve(name)
         if client is None or self.draining:
             return False, None
@@ -243,7 +243,7 @@ class Broker:
         return sum(len(queue) for _, queue in self._leaving)
 
     def run_deferred(self, count: int) -> None:
-        """Report up to ``count`` messages of closed sessions; remove their subscriptions.
+        """Report up to ``count`` messages of closed sessions; remove subscriptions.
 
         Subscriptions that new rules forbid are removed too.
 
@@ -483,7 +483,7 @@ class Broker:
             self.released.append(session)
 
     def release_waiters(self, target: Session) -> None:
-        """Release the senders that a session holds, the longest held first, in turns."""
+        """Release the senders that a session holds, the longest held first."""
         if target in self.releasing:
             self.release_again.add(target)
         else:
@@ -632,7 +632,7 @@ class Broker:
         return RoutingResult.CLOSE
 
     def too_large(self, source: Session, kind: int, message_id: int, name: str, size: int) -> RoutingResult:
-        """Refuse an oversized frame. CONSUMED: the caller skips it. size: payload bytes."""
+        """Refuse an oversized frame. CONSUMED: skip it. size: its payload bytes."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
         message = f"{size} bytes; at most {self.limits.max_message} are taken"

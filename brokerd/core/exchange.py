@@ -77,9 +77,9 @@ class Client(RouteEntry):
     def pick(self) -> Session | None:
         """Return the least loaded session, or None.
 
-        A session that reads comes first, then the fewest bytes waiting, then the session
-        that was picked longest ago. A growing load is not noticed at once, so a rank may
-        be too low. It is corrected when it comes first. A shrinking load is reported to
+        A session that reads comes first, then the fewest bytes waiting, then the
+        session that was picked longest ago. A growing load is not noticed at once, so a
+        rank may be too low. It is corrected when it comes first. A shrinking load is reported to
         ``eased``, so that no rank is too high.
         """
         sessions = self.sessions

@@ -30,7 +30,7 @@ class LargeFrame(bytearray):
     __slots__ = ("end", "filled")
 
     def __init__(self, begun: bytes | memoryview, size: int) -> None:
-        """Begin with the bytes received so far. size: the frame's bytes, length included."""
+        """Begin with the bytes received. size: the frame's bytes, length included."""
         super().__init__(SLACK)
         self += begun
         self.filled = len(self)

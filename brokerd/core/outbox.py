@@ -13,7 +13,8 @@ Both kinds keep track of frames with a ttl. ``pieces`` ends before a frame whose
 over at the last ``take_expired``. That method returns the frame once it comes first.
 
 An outbox never sends. The network layer writes its bytes, and calls ``sent(n)`` with
-the number of bytes that the system took. It sets ``blocked`` while the system takes none.
+the number of bytes that the system took. It sets ``blocked`` while the system takes
+none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _PIECES: Final = 512
 
 
 class StreamOutbox(WriteBuffer):
-    """A byte stream in chunks; the last chunk is ``content``, where the routing loop writes.
+    """A byte stream in chunks; the routing loop writes into the last, ``content``.
 
     limit: bytes that may wait: the queue quota.
     blocked: whether the system took less than was offered; the network layer sets it.
@@ -92,7 +93,7 @@ class StreamOutbox(WriteBuffer):
         return self._older_bytes + len(self.content) - self._head
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be appended now, within limit + beyond.
+        """Return whether ``size`` more bytes may be appended, within limit + beyond.
 
         A frame longer than the whole quota is accepted when nothing waits. Otherwise it
         could never be delivered.
@@ -186,7 +187,7 @@ class StreamOutbox(WriteBuffer):
         return _PIECES
 
     def take_expired(self, now: float, most: int) -> list[Queued]:
-        """Remove and return up to ``most`` frames that come first and whose time is over."""
+        """Remove and return up to ``most`` expired frames from the front."""
         self._as_of = now
         expired: list[Queued] = []
         while self._timed and not self._head and len(expired) < most:
@@ -211,7 +212,7 @@ class StreamOutbox(WriteBuffer):
         return size
 
     def sent(self, size: int) -> bool:
-        """Remove ``size`` bytes that the system took; return whether nothing waits now."""
+        """Remove ``size`` bytes that the system took; return whether all are taken."""
         head = self._head + size
         while self._older and head >= len(self._older[0]):
             head -= self._forget_first()
@@ -239,7 +240,7 @@ class StreamOutbox(WriteBuffer):
         return [*self._older, self.content]
 
     def left(self) -> dict[bytes, int]:
-        """Return up to where in ``chunks`` closed senders' bytes may lie, by sender header."""
+        """Return where in ``chunks`` closed senders' last bytes may end, by header."""
         return {sender_header: end - self._taken for sender_header, end in self._left.items()}
 
     def timed_frames(self) -> list[tuple[int, Queued]]:
@@ -282,7 +283,7 @@ class StreamOutbox(WriteBuffer):
         return count + count_after(self.content, head)
 
     def take_unsent(self) -> Unsent:
-        """Remove and return every frame that the system did not take whole, oldest first."""
+        """Remove and return all frames that the system did not take whole, in order."""
         count = self.unsent
         timed = dict(self.timed_frames())
         chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
@@ -302,8 +303,8 @@ class FrameOutbox(WriteBuffer):
     """Frames kept separately; see StreamOutbox for the attributes that both share.
 
     Its ``content`` stays empty and its ``room`` 0: the routing loop never writes here.
-    Frames that are never dropped have a queue of their own. So the oldest droppable frame
-    is found without a search.
+    Frames that are never dropped have a queue of their own. So the oldest droppable
+    frame is found without a search.
     """
 
     __slots__ = (
@@ -347,7 +348,7 @@ class FrameOutbox(WriteBuffer):
         return self._waiting
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be queued now, within limit + beyond."""
+        """Return whether ``size`` more bytes may be queued, within limit + beyond."""
         return not self._waiting or self._waiting + size <= self.limit + beyond
 
     def append(self, frame: bytes) -> None:
@@ -414,7 +415,7 @@ class FrameOutbox(WriteBuffer):
         return pieces
 
     def sent(self, size: int) -> bool:
-        """Remove ``size`` bytes that the system took; return whether nothing waits now."""
+        """Remove ``size`` bytes that the system took; return whether all are taken."""
         self._waiting -= size
         if not self._waiting:
             self.stalled = False
@@ -433,7 +434,7 @@ class FrameOutbox(WriteBuffer):
         return not self._waiting
 
     def _tell_eased(self) -> None:
-        """Report a smaller load to the pool, if the session's rank there is too high."""
+        """Report a smaller load to the pool if the session's rank is too high."""
         owner = self.owner
         if owner is not None and owner.rank is not None and owner.rank[1] > self._waiting:
             owner.client.eased(owner)
@@ -442,7 +443,7 @@ class FrameOutbox(WriteBuffer):
         return queued.deadline is None or queued.deadline > self._as_of or queued is self._begun
 
     def take_expired(self, now: float, most: int) -> list[Queued]:
-        """Remove and return up to ``most`` frames that come first and whose time is over."""
+        """Remove and return up to ``most`` expired frames from the front."""
         self._as_of = now
         expired: list[Queued] = []
         while self._begun is None and len(expired) < most:
@@ -458,8 +459,8 @@ class FrameOutbox(WriteBuffer):
     def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
         """Drop the oldest frames until ``size`` more bytes fit the quota; return them.
 
-        At most ``most`` frames are dropped per call. A partly written frame stays, since
-        its end must follow. If nothing else is left, any frame may be appended.
+        At most ``most`` frames are dropped per call. A partly written frame stays,
+        since its end must follow. If nothing else is left, any frame may be appended.
         None: the droppable frames are not enough, and none has been dropped.
         """
         excess = self._waiting + size - self.limit
@@ -475,7 +476,7 @@ class FrameOutbox(WriteBuffer):
         return dropped
 
     def has_made_room(self, size: int) -> bool:
-        """Return whether ``drop_oldest`` has dropped all it can for ``size`` more bytes."""
+        """Return whether ``drop_oldest`` need not go on for ``size`` more bytes."""
         return self._waiting + size <= self.limit or not self._plain
 
     @property
@@ -489,7 +490,7 @@ class FrameOutbox(WriteBuffer):
 
     @property
     def plain(self) -> deque[Queued]:
-        """The frames that may be dropped, in order; they are removed from the front only."""
+        """The droppable frames, in order; they are removed from the front only."""
         return self._plain
 
     @property
@@ -498,7 +499,7 @@ class FrameOutbox(WriteBuffer):
         return self._plain_gone
 
     def kept(self) -> list[tuple[int, Queued]]:
-        """Return the frames never dropped, each with the number of ``plain`` before it."""
+        """Return the undroppable frames, each with how many of ``plain`` precede it."""
         return [(max(0, precede - self._plain_gone), queued) for precede, queued in self._kept]
 
     @property
@@ -507,7 +508,7 @@ class FrameOutbox(WriteBuffer):
         return self._begun
 
     def refill(self, queue: Iterable[Queued], begun: int) -> None:
-        """Fill this empty outbox with what ``queue`` and ``begun`` of another returned."""
+        """Fill this empty outbox with the ``queue`` and ``begun`` of another."""
         for queued in queue:
             if begun and self._begun is None:
                 self._begun, self._head = queued, begun
@@ -526,7 +527,7 @@ class FrameOutbox(WriteBuffer):
         self.timed += timed
 
     def refill_kept(self, kept: Iterable[tuple[int, Queued]]) -> None:
-        """Add the frames that are never dropped, as ``kept`` of another outbox returned."""
+        """Add the undroppable frames that ``kept`` of another outbox returned."""
         for precede, queued in kept:
             self._kept.append((precede, queued))
             self._waiting += len(queued.frame)
@@ -538,7 +539,7 @@ class FrameOutbox(WriteBuffer):
         return len(self._plain) + len(self._kept) + (self._begun is not None)
 
     def take_unsent(self) -> Unsent:
-        """Remove and return every frame that the system did not take whole, oldest first."""
+        """Remove and return all frames that the system did not take whole, in order."""
         count, rest = self.unsent, FrameOutbox(self.limit)
         rest._begun, rest._plain, rest._kept = self._begun, self._plain, self._kept
         rest._plain_gone = self._plain_gone

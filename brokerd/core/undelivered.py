@@ -46,7 +46,7 @@ class Queued:
 
 
 class Unsent:
-    """Frames that the system did not take whole, oldest first; ``len`` counts the rest."""
+    """Frames that the system did not take whole; ``len`` counts the remaining ones."""
 
     __slots__ = ("_frames", "_left")
 
