@@ -1,7 +1,8 @@
 """The library of the brokerd message broker: standard library only, no daemon needed.
 
-``connect`` is the client for ordinary code, ``aio`` the same for asyncio, ``connection`` the direct API, a drop-in
-for ``multiprocessing.connection``. Each is imported when it is first asked for; only the exceptions are there at once.
+``connect`` is the client for blocking code, and ``aio`` the client for asyncio. ``connection`` is
+the direct API, a drop-in replacement for ``multiprocessing.connection``. Each is imported at its
+first use; only the exceptions are imported at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
 ]
 __all__ += [name for name in _errors if name != "refusal"]
 
-#: Where each name comes from.
+#: The module of each name.
 _HOMES = {
     "Client": "blocking",
     "ClientInfo": "presence",
@@ -46,7 +47,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the daemon needs nothing of it, and asyncio takes long to import."""
+    """Import a public name at its first use.
+
+    The daemon needs none of these names, and asyncio takes long to import.
+    """
     import importlib
 
     if name in ("aio", "connection"):

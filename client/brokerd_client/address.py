@@ -1,10 +1,10 @@
-"""Where a listener is: parse an address, infer its family, write it down again. Opens nothing.
+"""Addresses of listeners: parse an address, infer its family, format it. Opens no file or socket.
 
-Two readings of an address exist, and they differ for a plain string:
+An address can be read in two ways, which differ for a plain string:
 
-- :func:`infer_family` follows ``multiprocessing.connection``: a tuple is TCP, two leading backslashes a
-  Windows named pipe, any other string a Unix socket's path.
-- :func:`parse` reads what people write in a configuration file or on a command line, where
+- :func:`infer_family` follows ``multiprocessing.connection``. A tuple is TCP. A string with two
+  leading backslashes is a Windows named pipe. Any other string is a Unix socket's path.
+- :func:`parse` reads the addresses of configuration files and command lines. There
   ``localhost:6000`` is TCP: see its docstring.
 """
 
@@ -22,14 +22,14 @@ from brokerd_client.errors import AddressError
 __all__ = ["Address", "Family", "SockAddr", "format_peer", "infer_family", "parse", "validate_family"]
 
 Family: TypeAlias = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
-#: What ``socket.bind`` and ``socket.connect`` take; a pipe's name for AF_PIPE.
+#: The argument of ``socket.bind`` and ``socket.connect``; a pipe's name for AF_PIPE.
 SockAddr: TypeAlias = tuple[str, int] | str
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
 _HOST: Final = re.compile(r"[^\W\d_][\w.-]*|" + r"[0-9]+(\.[0-9]+){3}")
 _PATH_ENDS: Final = (".sock", ".socket")
-#: What other programs write in front of a path.
+#: Prefixes of paths in the addresses of other programs; here they are errors.
 _PATH_SCHEMES: Final = ("unix:", "unix-connect:", "unix-listen:", "file:", "ipc:", "local:")
 _LONGEST_PORT: Final = 5
 _QUAD: Final = re.compile(r"[0-9]+(\.[0-9]+){3}")
@@ -40,10 +40,11 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One place to listen at or connect to.
+    """An address to listen at or connect to.
 
-    family: decides which of the others mean something. host, port: AF_INET and AF_INET6.
-    path: AF_UNIX (an abstract name begins with a NUL character) and AF_PIPE. tls: whether TLS is spoken there.
+    family: decides which of the other fields are used. host, port: for AF_INET and AF_INET6.
+    path: for AF_PIPE and AF_UNIX, where an abstract name begins with a NUL character.
+    tls: whether connections to it use TLS.
     """
 
     family: Family
@@ -54,7 +55,7 @@ class Address:
 
     @property
     def sockaddr(self) -> SockAddr:
-        """What the socket module, or the pipe functions, take."""
+        """The address in the form that the socket module, or the pipe functions, take."""
         return (self.host, self.port) if self.family in ("AF_INET", "AF_INET6") else self.path
 
     @property
@@ -70,11 +71,12 @@ class Address:
 
 
 def parse(address: str | Sequence[Any] | Address) -> Address:
-    r"""Return the address in any form a person writes.
+    r"""Return the address that a person wrote in any of the usual forms.
 
-    ``host:port`` and ``[::1]:port``, each with ``tls://`` before it where TLS is spoken; a pair of host and port,
-    ``@abstract``, ``\\.\pipe\name``, or the path of a Unix socket. A path has a ``/`` in it, or ends in ``.sock`` or
-    ``.socket``, so that no host without a port becomes a file. Raises AddressError, naming the forms.
+    The forms are ``host:port`` and ``[::1]:port``, each with ``tls://`` before it for TLS;
+    a pair of host and port; ``@abstract``; ``\\.\pipe\name``; or the path of a Unix socket.
+    A path contains a ``/``, or ends in ``.sock`` or ``.socket``. So a host without a port is not
+    mistaken for a file. Raises AddressError, which lists the forms.
     """
     if isinstance(address, Address):
         return address
@@ -107,7 +109,7 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
 
 
 def _check_path(address: str) -> None:
-    """Raise AddressError unless the text is plainly the path of a file."""
+    """Raise AddressError unless the text clearly is the path of a file."""
     begin, slash, rest = address.partition("/")
     if not slash and not address.endswith(_PATH_ENDS):
         raise AddressError(_incomplete(address))
@@ -128,7 +130,7 @@ def _not_text(value: object) -> str:
 
 
 def _incomplete(address: str) -> str:
-    """Return what is missing in a text that is neither a path nor a host with a port."""
+    """Return an error text for an address that is neither a path nor a host with a port."""
     if address.isascii() and address.isdecimal() and len(address) <= _LONGEST_PORT:
         return f"{address} is a port without a host: give HOST:{address}, such as localhost:{address}"
     bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
@@ -155,7 +157,7 @@ def _from_pair(pair: Sequence[Any]) -> Address:
 
 
 def _is_ip(host: str) -> bool:
-    # Here, because it takes some milliseconds, and most addresses are paths or names.
+    # Imported here: it takes some milliseconds, and most addresses are paths or names.
     import ipaddress
 
     try:
@@ -170,7 +172,10 @@ def _no_ipv6(host: str) -> str:
 
 
 def _can_be_looked_up(host: str) -> bool:
-    """Return whether the resolver takes the name: for others it raises what is no OSError. "" is every interface."""
+    """Return whether the resolver accepts the name; "" stands for every interface.
+
+    For other names the resolver raises an error that is not an OSError.
+    """
     if "\0" in host:
         return False
     if host.isascii():
@@ -208,7 +213,7 @@ def validate_family(family: str) -> None:
 
 
 def format_peer(sockaddr: object) -> str:
-    """Return the address a connection came from, for people: ``host:port``, a path, or ``unix``."""
+    """Return a peer's address as text for people: ``host:port``, a path, or ``unix``."""
     if isinstance(sockaddr, tuple) and len(sockaddr) >= 2:
         host, port = sockaddr[0], sockaddr[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

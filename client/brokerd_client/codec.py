@@ -1,9 +1,9 @@
-"""Payloads to bytes and back: raw, JSON, MessagePack (where it is installed), pickle only when asked for.
+"""Encoding and decoding of payloads: raw, JSON, MessagePack (if installed), pickle (on request).
 
-The number of a codec travels in the header (docs/protocol.md, "The header"); the broker never decodes a
-payload. A payload's type picks raw or JSON; anything else has to be asked for by name. Reading a pickle runs
-whatever its sender put into it, so :func:`decode` refuses one unless the caller allows it. ``pickle`` and
-``msgpack`` are imported only when one is needed.
+The number of a codec is in the header (docs/protocol.md, "The header"). The broker never decodes a
+payload. A payload's type selects raw or JSON; any other codec has to be given by name. Reading a
+pickle runs code from its sender, so :func:`decode` refuses pickles unless the caller allows them.
+``pickle`` and ``msgpack`` are imported only when needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from brokerd_client.wire.envelope import CodecId
 
 __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 
-#: 128 to 255 are the users' own: their payloads are bytes on both sides.
+#: Codecs 128 to 255 are for users: their payloads are bytes on both sides.
 FIRST_USER_CODEC: Final = 128
 _LAST_CODEC: Final = 255
 
@@ -28,9 +28,14 @@ _to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), al
 def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]:
     """Return (the codec's number, the bytes to send).
 
-    codec: None for the payload's own (bytes-like: raw; str, dict, list, int, float, bool, None: JSON), one of
-        "raw", "json", "msgpack", "pickle", or a number, of which 128 to 255 take bytes as they are.
-    Raises PayloadError: the payload doesn't fit the codec; the message says which would.
+    Args:
+        payload: The object to encode.
+        codec: One of "raw", "json", "msgpack", "pickle", or a number; 128 to 255 take bytes
+            unchanged. With None, the payload's type selects raw (bytes-like) or JSON (str, dict,
+            list, int, float, bool, None).
+
+    Raises:
+        PayloadError: The payload does not fit the codec; the message names a codec that does.
     """
     if codec is None:
         if type(payload) is bytes:
@@ -56,16 +61,17 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
 
 
 def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
-    """Return the payload in ``body``; the bytes themselves for raw and for the users' own codecs.
+    """Return the payload in ``body``; for raw and users' codecs, it is the bytes themselves.
 
-    Raises UndecodablePayload: the body is not what the codec says, or the codec is not served here.
+    Raises:
+        UndecodablePayload: The body does not fit the codec, or the codec is not available here.
     """
     if codec == CodecId.RAW or codec >= FIRST_USER_CODEC:
         return body
     if codec == CodecId.JSON:
         try:
             return json.loads(body)
-        # RecursionError: json gives up on deep nesting that way.
+        # RecursionError: json raises it for deep nesting.
         except (ValueError, RecursionError) as error:
             raise UndecodablePayload("the payload is not the JSON it is said to be") from error
     if codec == CodecId.PICKLE:
@@ -115,7 +121,7 @@ def _unpickle(body: bytes, *, allow_pickle: bool) -> Any:
     try:
         return pickle.loads(body)  # noqa: S301 - the caller has named this sender as trusted
     except Exception as error:
-        # What a pickle runs may raise anything.
+        # The code that a pickle runs may raise anything.
         raise UndecodablePayload(f"the payload can't be unpickled: {type(error).__name__}") from error
 
 
@@ -137,7 +143,7 @@ def _unmsgpack(body: bytes) -> Any:
             "the payload is MessagePack, which needs the msgpack package; .body holds the bytes"
         ) from error
     except Exception as error:
-        # The package has errors of its own, one for each of its versions.
+        # The package raises errors of its own, which differ between its versions.
         raise UndecodablePayload("the payload is not the MessagePack it is said to be") from error
 
 

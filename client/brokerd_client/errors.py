@@ -1,4 +1,4 @@
-"""Every exception the library raises, in one tree that says who must act.
+"""Every exception that the library raises, in one tree, ordered by the side at fault.
 
 ::
 
@@ -8,33 +8,34 @@
     │   ├── InvalidName              (ValueError) not a client name, address or topic
     │   ├── InvalidKey               (ValueError) an empty or unreadable key
     │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
-    │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large to frame
+    │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large for a frame
     │   ├── WrongLoop                (RuntimeError) an asyncio client used outside the event loop that made it
     │   ├── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
     │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the call that it has interrupted
     ├── RemoteError                  the peer broke the rules
-    │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or with the connection as a whole
+    │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or on the whole connection
     │   ├── FrameError
-    │   │   ├── BadLength            a length no frame can have
-    │   │   └── FrameTooBig          more was announced than the limit of the moment
-    │   ├── MalformedEnvelope        a frame that is no broker frame
+    │   │   ├── BadLength            the length of a frame is not valid
+    │   │   └── FrameTooBig          the announced length is above the current limit
+    │   ├── MalformedEnvelope        the frame is not a valid broker frame
     │   │   └── ExtensionTooDeep     ... its extension has too many levels
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
-    │       └── TlsError             (ConnectionError) ... that of TLS: a certificate, a version, no TLS at all
-    ├── Refused                      the broker, or the other client, said no: one class per error code
+    │       └── TlsError             (ConnectionError) ... the TLS handshake: a certificate, a version, no TLS at all
+    ├── Refused                      the broker, or the other client, refused: one class per error code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
     │   ├── NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
     │   └── RequestFailed            the other client answered a request with an error of its own
     ├── Disconnected                 (ConnectionError) the connection to the broker is gone
-    │   └── InDoubt                  ... and what became of this send is not known
+    │   └── InDoubt                  ... and the outcome of this send is not known
     ├── Closed                       (OSError) used after close()
-    ├── TimedOut                     (TimeoutError) the time the caller gave ran out
+    ├── TimedOut                     (TimeoutError) the caller's timeout ran out
     └── BufferTooShort               (multiprocessing.BufferTooShort) args[0] is the whole message
 
-Nothing here ever holds a key, a MAC or a message body, except BufferTooShort, whose purpose
-it is. ``Refused.code`` is the word of the wire (docs/protocol.md, "Outcomes").
+No exception ever holds a key, a MAC or a message body. The exception is BufferTooShort, whose
+purpose is to return the body. ``Refused.code`` is the error code on the wire (docs/protocol.md,
+"Outcomes").
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ __all__ = [
 
 
 class BrokerdError(Exception):
-    """Whatever the library raises is one of these."""
+    """The base class of all exceptions that the library raises."""
 
-    #: Whether the peer ended a connection in the middle of its handshake, without a word: another try may succeed.
+    #: Whether the peer closed the connection during the handshake without a reason. A retry may succeed.
     cut_off = False
 
 
@@ -104,7 +105,7 @@ class AddressError(LocalError, ValueError):
 
 
 class InvalidName(LocalError, ValueError):
-    """The text is no client name, address or topic (docs/protocol.md, "Names")."""
+    """The text is not a valid client name, address or topic (docs/protocol.md, "Names")."""
 
 
 class InvalidKey(LocalError, ValueError):
@@ -116,11 +117,11 @@ class PayloadError(LocalError, TypeError):
 
 
 class AlreadyAnswered(LocalError, RuntimeError):
-    """A request was given a second answer; whoever asked has the first."""
+    """The caller answered a request twice; the requester has the first answer."""
 
 
 class WrongLoop(LocalError, RuntimeError):
-    """An asyncio client was used in another event loop, or in another thread, than the one that made it."""
+    """An asyncio client was used outside the event loop or thread that made it."""
 
 
 class WrongProcess(LocalError, RuntimeError):
@@ -128,7 +129,7 @@ class WrongProcess(LocalError, RuntimeError):
 
 
 class WouldDeadlock(LocalError, RuntimeError):
-    """A signal handler called something that waits, and has interrupted a call of the same client."""
+    """A signal handler made a call that waits for the client's call that it interrupted."""
 
 
 class RemoteError(BrokerdError):
@@ -136,15 +137,18 @@ class RemoteError(BrokerdError):
 
 
 class ProtocolError(RemoteError, ConnectionError):
-    """The broker broke the rules of the protocol (docs/protocol.md); ``__cause__`` is the error behind it, if any."""
+    """The broker broke the rules of the protocol (docs/protocol.md).
+
+    ``__cause__`` is the original error, if there is one.
+    """
 
 
 class FrameError(RemoteError):
-    """The bytes are no frame."""
+    """The bytes are not a valid frame."""
 
 
 class BadLength(FrameError):
-    """The length is negative and not the -1 that announces a 64-bit length."""
+    """The length is negative, and not the -1 that announces a 64-bit length."""
 
 
 class FrameTooBig(FrameError):
@@ -159,14 +163,14 @@ class FrameTooBig(FrameError):
         self.limit = limit
 
     def __reduce__(self) -> tuple[type[FrameTooBig], tuple[int, int]]:
-        # Without it the copy that travels to another process would be built from the message.
+        # Without this method, unpickling in another process would call __init__ with the message.
         return FrameTooBig, (self.size, self.limit)
 
 
 class MalformedEnvelope(RemoteError):
-    """A frame that is no broker frame.
+    """The frame is not a valid broker frame.
 
-    id: the frame's id where it could be read, else 0.
+    id: the frame's id, or 0 if it could not be read.
     """
 
     def __init__(self, message: str, id: int = 0) -> None:
@@ -175,31 +179,31 @@ class MalformedEnvelope(RemoteError):
 
 
 class ExtensionTooDeep(MalformedEnvelope):
-    """The frame's extension has more levels than the protocol allows; the rest of the frame may be read."""
+    """The frame's extension has too many levels; the rest of the frame may be readable."""
 
 
 class UndecodablePayload(RemoteError):
-    """The payload is not what its codec says it is."""
+    """The payload does not fit the codec in the header."""
 
 
 class AuthenticationError(RemoteError, multiprocessing.AuthenticationError):
-    """The handshake failed; the message says which side rejected which, and why."""
+    """The handshake failed; the message names the side that refused, and the reason."""
 
 
 class TlsError(AuthenticationError, ConnectionError):
-    """There is no TLS channel with the peer, or none any more; the message says what would be right."""
+    """The TLS channel failed or could not be made; the message says what would be right."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        # Whoever reports an OSError shows this.
+        # Code that reports an OSError shows strerror.
         self.strerror = message
 
 
 class Refused(BrokerdError):
-    """The broker, or the client asked, said no.
+    """The broker, or the other client of a request, refused a message.
 
-    code: the word of the wire, such as ``offline``. name: the recipient it concerns, or "".
-    id: the id of the message refused, 0 where the broker could not read it.
+    code: the error code on the wire, such as ``offline``. name: the recipient that it concerns, or "".
+    id: the id of the refused message, or 0 if the broker could not read it.
     """
 
     code = "refused"
@@ -213,7 +217,7 @@ class Refused(BrokerdError):
 
 
 class NoSuchClient(Refused):
-    """The configuration knows no client of that name."""
+    """The configuration has no client with that name."""
 
     code = "no_such_client"
 
@@ -225,13 +229,13 @@ class Offline(Refused):
 
 
 class Abandoned(Refused):
-    """The request was delivered, and its recipient's connection ended before it answered."""
+    """The request was delivered, but its recipient disconnected before it answered."""
 
     code = "abandoned"
 
 
 class Denied(Refused):
-    """The sender's rules do not allow it."""
+    """The sender's rules do not allow the message."""
 
     code = "denied"
 
@@ -261,7 +265,7 @@ class RateLimited(Refused):
 
 
 class Malformed(Refused):
-    """The broker could not read what was sent, and closed the connection."""
+    """The broker could not read the frame, and closed the connection."""
 
     code = "malformed"
 
@@ -273,25 +277,25 @@ class Unsupported(Refused):
 
 
 class ShuttingDown(Refused):
-    """The broker is draining and takes nothing new."""
+    """The broker is draining, and accepts nothing new."""
 
     code = "shutting_down"
 
 
 class NameTaken(Refused):
-    """The client has as many connections as it may have; the broker closes this one."""
+    """The client already has all the connections that it may have; the broker closes this one."""
 
     code = "name_taken"
 
 
 class Replaced(Refused):
-    """A newer connection of the same client has taken the place of this one."""
+    """A newer connection of the same client has replaced this connection."""
 
     code = "replaced"
 
 
 class KeyRemoved(Refused):
-    """The configuration does not let this key in any more; the broker closes its connections."""
+    """The configuration no longer accepts this key; the broker closes its connections."""
 
     code = "key_removed"
 
@@ -303,15 +307,15 @@ class DisconnectedByOperator(Refused):
 
 
 class RequestFailed(Refused):
-    """The client asked answered with an error whose code is its own."""
+    """The other client answered a request with an error; the code is that client's own."""
 
     code = "failed"
 
 
 class Disconnected(BrokerdError, ConnectionError):
-    """The connection to the broker is gone, or was never made.
+    """The connection to the broker is lost, or was never made.
 
-    id: the id of the message that was therefore not sent, 0 where it is about none.
+    id: the id of the message that was therefore not sent; 0 if the error is not about a message.
     """
 
     def __init__(self, message: str, *, id: int = 0) -> None:
@@ -320,9 +324,9 @@ class Disconnected(BrokerdError, ConnectionError):
 
 
 class InDoubt(Disconnected):
-    """The connection went before the outcome of this send was known.
+    """The connection was lost before the outcome of this send was known.
 
-    It may have been delivered or not; it is never repeated by the library.
+    The message may or may not have been delivered; the library never repeats it.
     id: the id of the message.
     """
 
@@ -332,11 +336,11 @@ class Closed(BrokerdError, OSError):
 
 
 class TimedOut(BrokerdError, TimeoutError):
-    """The time the caller gave ran out."""
+    """The caller's timeout ran out."""
 
 
 class BufferTooShort(BrokerdError, multiprocessing.BufferTooShort):
-    """The buffer handed to recv_bytes_into is too small; args[0] is the whole message."""
+    """The buffer given to recv_bytes_into is too small; args[0] is the whole message."""
 
 
 _BY_CODE: dict[str, type[Refused]] = {
@@ -362,7 +366,7 @@ _BY_CODE: dict[str, type[Refused]] = {
 
 
 def refusal(code: str, message: str, *, name: str = "", id: int = 0) -> Refused:
-    """Return the exception for an error code; RequestFailed for a code that is not the broker's."""
+    """Return the exception for an error code; for an unknown code it is RequestFailed."""
     cls = _BY_CODE.get(code)
     if cls is None:
         return RequestFailed(message, name=name, id=id, code=code)

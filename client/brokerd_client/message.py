@@ -1,6 +1,7 @@
-"""What a client receives: a message, its sender as the broker authenticated it, its payload decoded when asked for.
+"""Received messages: the sender that the broker authenticated, and the payload.
 
-No I/O: answering is added by the faces, whose messages are this one's subclasses.
+The payload is decoded when it is first read. The module does no I/O: the faces define subclasses
+that can answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 
 __all__ = ["VALUE_COST", "Message", "Owner", "Receipt", "extension_cost", "with_ttl"]
 
-#: Bytes that each value of an extension costs in this process, about.
+#: Approximate memory of each value in an extension, in bytes.
 VALUE_COST: Final = 64
 
 
@@ -30,9 +31,9 @@ class Owner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The broker has taken responsibility for the message.
+    """The broker's confirmation that it has taken responsibility for a message.
 
-    id: the message's. to: its recipient, or its topic.
+    id: the id of the message. to: its recipient, or its topic.
     """
 
     id: int
@@ -40,16 +41,17 @@ class Receipt:
 
 
 class Message:
-    """One MESSAGE, REQUEST, REPLY or EVENT.
+    """A received MESSAGE, REQUEST, REPLY or EVENT.
 
-    sender: the address the broker vouches for (``name`` or ``name/instance``). body: the payload's bytes, as sent.
-    codec: how they are encoded. topic: of an EVENT, else "". extension: the sender's JSON object, or None.
+    sender: the address that the broker authenticated (``name`` or ``name/instance``).
+    body: the payload's bytes, as sent. codec: the number of their encoding.
+    topic: the topic of an EVENT, else "". extension: the sender's JSON object, or None.
     """
 
     __slots__ = ("_answered", "_kind", "_owner", "_payload", "body", "codec", "extension", "id", "sender", "topic")
 
     _payload: Any
-    #: Set once it has been answered.
+    #: Set when the message has been answered.
     _answered: bool
 
     def __init__(
@@ -74,15 +76,16 @@ class Message:
 
     @property
     def kind(self) -> Kind:
-        """What the frame was."""
+        """The kind of the frame."""
         return Kind(self._kind)
 
     @property
     def payload(self) -> Any:
-        """The payload, decoded at the first look.
+        """The payload; it is decoded at the first access.
 
-        Raises UndecodablePayload: it is not what its codec says, or it is a pickle of a sender that
-            ``allow_pickle_from`` does not name. ``body`` can always be read.
+        Raises:
+            UndecodablePayload: The payload does not fit its codec. Or it is a pickle, and
+                ``allow_pickle_from`` does not name its sender. ``body`` can always be read.
         """
         try:
             return self._payload
@@ -95,7 +98,8 @@ class Message:
     def text(self) -> str:
         """Return the payload as text: a JSON string's content, or the body read as UTF-8.
 
-        Raises UndecodablePayload: it is not UTF-8.
+        Raises:
+            UndecodablePayload: The body is not UTF-8.
         """
         if self.codec == CodecId.JSON:
             payload = self.payload
@@ -108,15 +112,15 @@ class Message:
 
     @property
     def answered(self) -> bool:
-        """Whether this request has been answered here."""
+        """Whether this client has answered the request."""
         return hasattr(self, "_answered")
 
     def mark_answered(self) -> None:
-        """Its one answer is on its way."""
+        """Record that the request's only answer was sent."""
         self._answered = True
 
     def require_unanswered(self) -> None:
-        """Raise AlreadyAnswered where an answer is on its way."""
+        """Raise AlreadyAnswered if the request was answered before."""
         if self.answered:
             raise AlreadyAnswered(f"request {self.id} of {self.sender} has been answered: each gets one answer")
 
@@ -133,7 +137,7 @@ class Message:
 
 
 def extension_cost(extension: Mapping[str, Any]) -> int:
-    """Return the bytes that an extension costs in this process, about."""
+    """Return the approximate memory of an extension in this process, in bytes."""
     cost = 0
     waiting: list[object] = [extension]
     while waiting:
@@ -150,7 +154,7 @@ def extension_cost(extension: Mapping[str, Any]) -> int:
 
 
 def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:
-    """Return the extension with the time to live, in seconds, put in; None where there is neither."""
+    """Return the extension with ``ttl``, in seconds, added to it; None if both are None."""
     if ttl is None:
         return extension
     if not is_ttl(ttl) or ttl < 0:

@@ -1,8 +1,8 @@
-"""Who is here: the ``clients`` list joined with the presence events, so that nobody is missed or told twice.
+"""Presence: the ``clients`` list, joined with the presence events. No I/O.
 
-Rules: docs/protocol.md, "The broker as a client". A watch subscribes first and asks for the list second, on one
-connection, so the list's answer says everything about the events before it, and nothing about those after it.
-No I/O.
+So each change is reported exactly once. Rules: docs/protocol.md, "The broker as a client". A
+watch first subscribes, and then requests the list, on one connection. The list therefore
+includes all events that came before it, and none that come after it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ __all__ = ["OFFLINE_PREFIX", "ONLINE_PREFIX", "PATTERNS", "ClientInfo", "Presenc
 
 ONLINE_PREFIX: Final = "$broker.online."
 OFFLINE_PREFIX: Final = "$broker.offline."
-#: A client's name may hold dots, which a topic takes for more tokens.
+#: They end in ">" because a client's name may contain dots, which make several tokens of a topic.
 PATTERNS: Final = (ONLINE_PREFIX + ">", OFFLINE_PREFIX + ">")
-#: Names that one watch remembers at most: ten times as many as a broker was ever tried with.
+#: Most names per watch: ten times the number of clients that a broker was ever tested with.
 _MOST: Final = 2**20
-#: Seconds since the epoch that a time is below: some 30,000 years.
+#: Upper limit of a time, in seconds since the epoch: some 30,000 years.
 _END_OF_TIME: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
 class ClientInfo:
-    """A client this one may send to.
+    """A client to which this client may send.
 
-    since: when it came or went, in seconds since the epoch; None where the broker doesn't know.
+    since: when it came online or went offline, in seconds since the epoch; None if the broker
+    does not know.
     """
 
     name: str
@@ -40,7 +41,7 @@ class ClientInfo:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """A client is online now, or offline now."""
+    """A change of presence: a client is now online, or now offline."""
 
     name: str
     online: bool
@@ -68,9 +69,9 @@ def _client(entry: object) -> ClientInfo:
 
 
 class Watch:
-    """One watcher's picture of who is online.
+    """The online clients as one watch knows them.
 
-    sink: whom the changes are for; this class never looks at it.
+    sink: the receiver of the changes; this class never inspects it.
     """
 
     __slots__ = ("_known", "_synced", "sink")
@@ -81,9 +82,9 @@ class Watch:
         self._synced = False
 
     def snapshot(self, clients: Iterable[ClientInfo]) -> list[Presence]:
-        """Take in the list; return what it says that the watcher has not been told.
+        """Apply the list; return the changes that were not reported yet.
 
-        A client that is no longer in the list can't be seen any more: it counts as offline.
+        A client that is no longer in the list is not visible any more, and counts as offline.
         """
         self._synced = True
         fresh = {client.name: client.online for client in clients}
@@ -93,9 +94,9 @@ class Watch:
         return [Presence(name, online=False) for name in gone] + changes
 
     def event(self, topic: str) -> Presence | None:
-        """Return the change a presence event tells, or None where it is none.
+        """Return the change that a presence event reports, or None if nothing changed.
 
-        An event before the list came is told by the list. Raises ProtocolError.
+        Events before the list are ignored, because the list includes them. Raises ProtocolError.
         """
         online = topic.startswith(ONLINE_PREFIX)
         name = topic[len(ONLINE_PREFIX if online else OFFLINE_PREFIX) :]
@@ -107,5 +108,5 @@ class Watch:
         return Presence(name, online)
 
     def disconnected(self) -> None:
-        """Trust no event until the next list: some may have been missed."""
+        """Ignore events until the next list, because some may have been missed."""
         self._synced = False

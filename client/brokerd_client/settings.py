@@ -1,6 +1,7 @@
-"""What a client needs to connect, gathered from arguments and the environment. Reads a key file; opens nothing else.
+"""Settings of a client, from arguments and the environment. Only a key file is opened.
 
-Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An argument goes before its variable.
+Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An argument overrides
+its variable.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
-#: Seconds for connecting, the handshake and the first answer.
+#: Limit of connecting, the handshake and the first answer together, in seconds.
 DEFAULT_TIMEOUT_S: Final = 10.0
-#: Bytes of messages kept in this process before the socket is left unread.
+#: Most bytes of messages kept in this process before the client stops reading its socket.
 DEFAULT_INBOX: Final = 8 * 2**20
 
-#: Threads of a blocking client for its request handler, beside those in which a handler waits for the broker.
+#: Threads per blocking client for its request handler, without those in which a handler waits
+#: for the broker.
 DEFAULT_THREADS: Final = 4
-#: Seconds, some three years: a timeout of as much or more has no end. The system's calls can't take much more.
+#: Seconds, some three years. Longer timeouts count as infinite: system calls can't take much more.
 ENDLESS_S: Final = 1e8
 
 AnyAddress: TypeAlias = str | Sequence[Any] | Address
@@ -50,7 +52,7 @@ AnyAddress: TypeAlias = str | Sequence[Any] | Address
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How one client connects, and what it keeps. The key is never shown."""
+    """The settings of one client and its connections. The key is never shown."""
 
     address: Address
     name: str
@@ -64,20 +66,21 @@ class Settings:
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Return the timeout in seconds, None where it has no end: None itself, infinity, ENDLESS_S and more.
+    """Return the timeout in seconds, or None if it is infinite.
 
-    Raises TypeError: it is not a number. Raises ValueError: it is negative, or nan.
+    None, infinity, and ENDLESS_S and more are infinite. Raises TypeError if it is not a number,
+    ValueError if it is negative or nan.
     """
     if timeout is None:
         return None
     try:
-        # Not float(), which takes text as well.
+        # float() would also accept text.
         seconds = timeout + 0.0
     except OverflowError:
         seconds = ENDLESS_S if timeout > 0 else -1.0
     except TypeError:
         raise TypeError(f"a timeout is a number of seconds or None, not {type(timeout).__name__}") from None
-    # Not "< 0": nan compares as false with everything.
+    # "< 0" would accept nan, for which every comparison is false.
     if not seconds >= 0:
         raise ValueError(f"a timeout is a number of seconds of at least 0, not {timeout}")
     return None if seconds >= ENDLESS_S else seconds
@@ -96,10 +99,11 @@ def resolve(
     ssl: SSLContext | bool | None = None,
     threads: int = DEFAULT_THREADS,
 ) -> Settings:
-    """Return the settings, defaults filled in.
+    """Return the settings, with defaults for missing arguments.
 
-    ssl: a client's context, True for the default one; None: the default one if the address says tls://.
-    Raises AddressError, InvalidName or InvalidKey, each saying what would be right.
+    ssl: a client's context, or True for the default context. With None, the default context is
+    used if the address begins with tls://.
+    Raises AddressError, InvalidName or InvalidKey, each with a message that says what is right.
     """
     if isinstance(allow_pickle_from, str):
         raise TypeError("allow_pickle_from takes several names: give a list, even for one")
@@ -116,7 +120,8 @@ def resolve(
     return Settings(
         where,
         name,
-        # A client that needs no key, because its user vouches for it, uses its name: docs/protocol.md, "Without a key".
+        # A client that needs no key, because its Unix user identifies it, uses its name as the
+        # key: docs/protocol.md, "Without a key".
         _key(key, key_file, name.encode() if where.family == "AF_UNIX" else b""),
         ENDLESS_S if limit is None else limit,
         reconnect,
@@ -128,14 +133,14 @@ def resolve(
 
 
 def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLContext | None]:
-    """Return (the address, which says whether TLS is spoken there; the context to use)."""
+    """Return (the address with its ``tls`` field set, the TLS context to use)."""
     if not where.tls and not given:
         return where, None
     if where.family not in ("AF_INET", "AF_INET6"):
         raise AddressError(f"TLS is for TCP, and {where} is none: leave ssl away, or give tls://HOST:PORT")
     if given is False:
         raise AddressError(f"{where} says tls://, and ssl=False that there is none: give one of them")
-    # Here, and not above: it takes its time to load.
+    # Imported here, because it takes long to load.
     import ssl
 
     if given is None or given is True:
@@ -148,7 +153,7 @@ def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLC
 
 
 def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, without: bytes) -> bytes:
-    """Return the key to use; ``without`` where none is given, unless that is empty."""
+    """Return the key to use; without a key return ``without``, unless that is empty."""
     if key is not None and key_file is not None:
         raise InvalidKey("give key or key_file, not both")
     if key is not None:
@@ -169,17 +174,17 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
             "configured with peer_uid and no key needs only its name"
         )
     try:
-        # A pathlib.Path would read it as well, and take longer to import than all that is in this file.
+        # pathlib would take longer to import than the rest of this file.
         with open(path, "rb") as file:  # noqa: PTH123
             found = file.read()
     except OSError as error:
         if not is_plainly_a_path(os.fspath(path)):
-            # It may be the key itself, and so the system's error is not shown either.
+            # The path may be the key itself, so the system's error is not shown either.
             raise InvalidKey(
                 f"the key file can't be read: {error.strerror} (give the path of a file that holds the key)"
             ) from None
         raise InvalidKey(f"the key file {os.fspath(path)} can't be read: {error.strerror}") from error
-    # As the daemon does: one newline, of either kind.
+    # Remove one line ending, LF or CRLF, as the daemon does.
     found = found.removesuffix(b"\r\n") if found.endswith(b"\r\n") else found.removesuffix(b"\n")
     if not found:
         raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
@@ -187,7 +192,10 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
 
 
 def _encoded(key: str) -> bytes | None:
-    """Return the key in UTF-8, or None where it can't be: the error about that would hold the whole key."""
+    """Return the key in UTF-8, or None if it can't be encoded.
+
+    The exception is not passed on, because it would hold the whole key.
+    """
     try:
         return key.encode()
     except UnicodeEncodeError:
@@ -195,7 +203,7 @@ def _encoded(key: str) -> bytes | None:
 
 
 def unreachable(address: Address, error: Exception) -> str:
-    """Return a sentence for a connection that could not be made."""
+    """Return the error text for a connection that could not be made."""
     code = error.errno if isinstance(error, OSError) else None
     reason = getattr(error, "strerror", None) or error
     nobody = code in (errno.ENOENT, errno.ECONNREFUSED)
@@ -216,5 +224,5 @@ def no_connection(address: Address, error: Exception) -> BrokerdError:
 
 
 def broken(error: OSError) -> BrokerdError:
-    """Return the error for a connection that was made and broke."""
+    """Return the error for a connection that broke after it was made."""
     return error if isinstance(error, TlsError) else Disconnected(f"the connection broke: {error.strerror or error}")

@@ -1,7 +1,7 @@
-"""Whether a topic fits a subscription's pattern: docs/protocol.md, "Topics". No I/O.
+"""Matching of topics and subscription patterns: docs/protocol.md, "Topics". No I/O.
 
-The broker asks it of its rules, and a client of its own subscriptions, each of which gets the events it
-asked for. Patterns and topics have been checked by wire.envelope before they come here.
+The broker matches topics with its rules. A client matches events with its own subscriptions, so
+that each gets its events. wire.envelope has already checked the patterns and topics.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ __all__ = ["has_wildcard", "matches"]
 
 
 def has_wildcard(pattern: str) -> bool:
-    """Return whether the pattern can fit more topics than the one it spells."""
+    """Return whether the pattern can match more than one topic."""
     return "*" in pattern.split(".") or pattern == ">" or pattern.endswith(".>")
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Return whether ``topic`` fits: ``*`` stands for one token, a final ``>`` for one or more.
+    """Return whether ``topic`` matches: ``*`` stands for one token, a final ``>`` for one or more.
 
-    A pattern that begins with either does not match the broker's own topics, which begin with ``$``.
+    A pattern that begins with a wildcard does not match the broker's own topics, which begin with ``$``.
     """
     wanted, given = pattern.split("."), topic.split(".")
     if topic.startswith("$") and wanted[0] in ("*", ">"):

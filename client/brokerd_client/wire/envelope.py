@@ -204,7 +204,7 @@ def _utf8(text: str, what: str) -> bytes:
 def _json(extension: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(extension, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    # RecursionError: nested too deeply. ValueError: NaN, infinity, or an object that contains itself.
+    # RecursionError: nested too deeply. ValueError: NaN, infinity, or a reference cycle.
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"the extension can't be written as JSON: {error}") from error
     # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for it.
