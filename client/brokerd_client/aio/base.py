@@ -1,7 +1,7 @@
-"""What moves the bytes of an asyncio client: its connection, the task that makes it again, and who waits for it.
+"""The connection of an asyncio client, the task that reconnects, and the waiting calls.
 
-A part of the asyncio face: it moves bytes, is woken at the dialog's next deadline and wakes who waits. What the tasks
-send between two turns of the loop leaves with one system call.
+A part of the asyncio face. It moves bytes, runs at the dialog's next deadline and wakes
+waiting tasks. All frames sent in one turn of the event loop leave with one system call.
 """
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
@@ -30,24 +30,26 @@ from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, 
 
 __all__ = ["BaseClient", "ends_worker", "runs"]
 
-#: Requests a client's handler works on at once.
+#: Most requests that a client's handler works on at the same time.
 _REQUEST_TASKS: Final = 64
-#: States in which the socket is read however full the inbox is.
+#: States in which the socket is read even if the inbox is full.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
-#: Seconds between two looks at a connection that is not read, whether it has ended.
+#: Seconds between two checks whether a connection that is not read has ended.
 _LOOK_S: Final = 0.5
-#: Seconds after its deadline at which a call ends that the dialog has not ended.
+#: Seconds after its deadline when a call ends, if the dialog has not ended it.
 _GRACE_S: Final = 0.05
-#: States of a client that has no connection, and knows it.
+#: States in which the client has no connection and the dialog knows it.
 _WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
-#: Bytes put out that are not kept until the loop's next turn.
+#: Most bytes that are kept until the loop's next turn; more are written at once.
 _FLUSH_ABOVE: Final = 64 * 1024
 
 
 class BaseClient:
-    """One client's conversation, and the task that keeps it connected.
+    """One client's dialog with the broker, and the task that keeps it connected.
 
-    answering: makes of a request handler a job that sends what it returns.
+    Args:
+        settings: The settings of the client.
+        answering: Wraps a request handler in a job that sends the handler's result.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ class BaseClient:
         )
         self._resolver = Resolver()
         self._link: Transport | None = None
-        #: Every link whose connection is not closed yet.
+        #: Every transport whose connection is not closed yet.
         self._links: set[Transport] = set()
-        #: Whether a send can be put out at once: the link is ready and takes more.
+        #: Whether a send can be written at once: the connection is ready and not paused.
         self._clear = False
         self._clear_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
-        #: When that is. uvloop's handle of a time that has passed knows none.
+        #: The time of the timer; uvloop's handles do not keep a time that has passed.
         self._timer_at = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
@@ -88,9 +90,9 @@ class BaseClient:
         self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
-        #: Whether a timer looks at the connection while it is not read.
+        #: Whether a timer checks the connection while it is not read.
         self._looking = False
-        #: Whether no task connects again any more.
+        #: Whether the task that reconnects has ended.
         self._deserted = False
         self._ordered.on_put = lambda: self._start_workers(self._ordered, 1)
         self._requests.on_put = lambda: self._start_workers(self._requests, _REQUEST_TASKS)
@@ -104,13 +106,13 @@ class BaseClient:
 
     @property
     def closed(self) -> bool:
-        """Whether close() was called, or the connection is lost and no other will be made."""
+        """Whether close() was called, or the connection is lost for good."""
         return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
 
     def forked(self) -> None:
-        """This is a copy, in a child of the process that made the client. See brokerd_client._common.forks."""
+        """Disable this copy in a forked child; see brokerd_client._common.forks."""
         self._forked = True
-        # No thread's: so a send needs no look at _forked.
+        # Not the id of any thread, so that a send need not check _forked.
         self._thread_id = 0
         for link in self._links:
             sock = link.transport.get_extra_info("socket")
@@ -121,7 +123,7 @@ class BaseClient:
     # Sending
 
     def _check(self) -> None:
-        """Raise WrongProcess in a fork, WrongLoop outside the client's event loop."""
+        """Raise WrongProcess in a fork, and WrongLoop outside the client's event loop."""
         if self._forked:
             raise WrongProcess("this client belongs to the process that made it: connect again in the child")
         here = running_loop()
@@ -132,7 +134,7 @@ class BaseClient:
                 "this client belongs to another event loop: connect again in this loop; "
                 "if its own loop runs in another thread, use asyncio.run_coroutine_threadsafe"
             )
-        # Between two runs of the loop its own thread may set handlers.
+        # Between two runs of the loop, the loop's own thread may set handlers.
         if get_ident() != self._thread_id or self._loop.is_running():
             raise WrongLoop(
                 "this client belongs to the thread of its event loop: elsewhere use asyncio.run_coroutine_threadsafe, "
@@ -140,11 +142,11 @@ class BaseClient:
             )
 
     def _limit(self, timeout: float | None) -> float | None:
-        """Return the timeout in seconds, None where it has no end. Raises ValueError."""
+        """Return the timeout in seconds, or None for no limit. Raises ValueError."""
         return None if timeout is None else check_timeout(timeout)
 
     def _deadline(self, timeout: float | None) -> float | None:
-        """Return when a call with this timeout is given up. Raises ValueError for a timeout that is not valid."""
+        """Return the deadline for a timeout in seconds. Raises ValueError if it is not valid."""
         if timeout is None:
             return None
         limit = check_timeout(timeout)
@@ -152,13 +154,19 @@ class BaseClient:
 
     @property
     def _can_answer(self) -> bool:
-        """Whether an answer can be put out at once."""
+        """Whether an answer can be written at once."""
         return self._dialog.may_answer and self._link is not None and not self._link.paused
 
     async def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
-        """Wait for the connection, and until it takes more. answer: or until it takes answers.
+        """Wait until the client is connected and can write.
 
-        Raises TimedOut: earlier bytes are still waiting. Raises Disconnected: there is no connection.
+        Args:
+            timeout: Seconds to wait; None for the timeout of connect().
+            answer: Whether it is enough that the connection accepts answers.
+
+        Raises:
+            TimedOut: Earlier bytes are still not written.
+            Disconnected: The client is not connected.
         """
         self._check()
         if self._clear:
@@ -174,11 +182,11 @@ class BaseClient:
                     self._dialog.require_ready()
                 if timeout is not None:
                     raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
-            # The broker takes nothing now: only the caller's own timeout counts.
+            # The broker is not reading now: only the caller's own timeout counts.
             await self._wait_for_change(None if ready and timeout is None else deadline - self._loop.time())
 
     async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Return whether the condition, which _note_state may make true, comes about in time."""
+        """Wait until the condition holds; return whether it does in time (seconds)."""
         deadline = self._loop.time() + timeout
         while not condition():
             remaining = deadline - self._loop.time()
@@ -197,16 +205,18 @@ class BaseClient:
                 self._clear_waiters.remove(waiter)
 
     def _write(self) -> None:
-        """Have what the dialog has put out leave: all that comes up in this turn of the loop at once."""
+        """Schedule the writing of the dialog's frames: all frames of this turn at once."""
         if self._dialog.untaken > _FLUSH_ABOVE:
             self._flush()
         elif not self._flushing and self._dialog.untaken:
-            # In this order: a signal handler's exception in between costs a flush too many, and not all that follow.
+            # In this order: a signal handler's exception in between costs a needless flush.
+            # In the other order it would prevent all later flushes.
             self._loop.call_soon(self._flush)
             self._flushing = True
 
     def _flush(self) -> None:
-        # Here, and not only where call_soon was asked: a callback that an interrupt has cost the loop is missed once.
+        # Cleared here, so that a callback that the loop lost to an interrupt is missed only
+        # once.
         self._flushing = False
         link = self._link
         if link is None or not self._dialog.untaken:
@@ -215,15 +225,17 @@ class BaseClient:
             data = self._dialog.data_to_send()
             link.unwritten += len(data)
             link.transport.write(data)
-            # One that is closing has not taken it: the connection was gone, which its end will tell.
+            # A closing transport did not take the bytes: the connection was lost, and
+            # connection_lost will report it.
             if not link.paused and not link.transport.is_closing():
                 self._on_writable(link)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
-            # A part of it may have left: the next frame would be read as the rest of this one.
+            # A part of the frame may have been sent: the broker would take the next frame for
+            # the rest of it.
             self._on_bug(link, error)
 
     async def _outcome(self, call: asyncio.Future[Any], message_id: int, deadline: float | None) -> Any:
-        """Send what was put out, and return or raise what becomes of it."""
+        """Write the queued frames; return the call's outcome, or raise it if it is an error."""
         timer: asyncio.TimerHandle | None = None
         try:
             self._write()
@@ -231,7 +243,7 @@ class BaseClient:
             if self._meter.full:
                 self._update_reading()
             if deadline is not None and not call.done():
-                # The dialog's own deadline comes first, unless it has lost the call.
+                # The dialog's own deadline expires first, unless it has lost the call.
                 timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, message_id)
             return await call
         finally:
@@ -240,11 +252,11 @@ class BaseClient:
             self._abandon(call, message_id)
 
     def _abandon(self, call: asyncio.Future[Any], message_id: int) -> None:
-        """Nobody waits for this any more."""
+        """Drop a call whose outcome is not awaited any more."""
         if not call.done():
             call.cancel()
         elif not call.cancelled():
-            # Marks the exception as seen.
+            # Mark the exception as retrieved.
             call.exception()
         self._dialog.abandon(message_id)
         self._write()
@@ -291,9 +303,9 @@ class BaseClient:
                 self._lose(self._dialog.hung_up())
 
     def _on_bug(self, link: Transport | None, error: BaseException) -> None:
-        """Log an exception that no rule foresees, and lose the connection over it: the next one may work.
+        """Log an unexpected exception and drop the connection; the next one may work.
 
-        Raises the exception again where it is for the event loop: KeyboardInterrupt and SystemExit.
+        KeyboardInterrupt and SystemExit are raised again, for the event loop.
         """
         exits = isinstance(error, (KeyboardInterrupt, SystemExit))
         if not exits:
@@ -308,7 +320,7 @@ class BaseClient:
             raise error
 
     def _lose(self, reason: BrokerdError) -> None:
-        """Give up the connection, which may be gone already; do nothing where there is none."""
+        """Drop the connection, which may be lost already; do nothing if there is none."""
         before = self._dialog.state
         if before in (State.IDLE, State.WAITING, State.GONE):
             return
@@ -332,7 +344,7 @@ class BaseClient:
             self._gone.set_result(None)
 
     def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
-        """End the client where the task has ended that would connect again: cancelled from outside, or by a bug."""
+        """End the client when its reconnecting task was cancelled from outside, or had a bug."""
         self._deserted = True
         error = None if keeper.cancelled() else keeper.exception()
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -341,7 +353,7 @@ class BaseClient:
             self._give_up(error)
 
     def _give_up(self, error: BaseException | None) -> None:
-        """End the client for good; every call that waits raises Disconnected."""
+        """End the client permanently; every waiting call raises Disconnected."""
         reason = Disconnected(f"the client does not connect any more: {error or 'its task was cancelled'}")
         reason.__cause__ = error
         self._dialog.state, self._dialog.reason = State.GONE, reason
@@ -351,7 +363,7 @@ class BaseClient:
         self._note_state()
 
     def _apply(self, effects: Effects[Message]) -> None:
-        """Pass on what the dialog says has happened."""
+        """Deliver the dialog's effects: outcomes, messages, events, ended subscriptions, errors."""
         for call, value in effects.outcomes:
             if not call.done():
                 if isinstance(value, BaseException):
@@ -372,17 +384,17 @@ class BaseClient:
         due = self._dispatcher.warning_due
         if due is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
-                # No more will follow, and the loop may end before it is due.
+                # No more warnings will follow, and the loop may end before this one is due.
                 self._warn_of_more()
             elif self._warning is None:
                 self._warning = self._loop.call_at(due, self._warn_of_more)
         if effects.broken is not None:
-            # The peer may be owed the word that it was rejected.
+            # The peer may have to be told that it was rejected.
             self._flush()
             self._lose(effects.broken)
 
     def _warn_of_more(self) -> None:
-        """Log what was not delivered and has only been counted until now."""
+        """Log the undelivered messages that have only been counted until now."""
         if self._warning is not None:
             self._warning.cancel()
             self._warning = None
@@ -390,7 +402,7 @@ class BaseClient:
             self._dispatcher.warn_of_more(self._loop.time())
 
     def _note_state(self) -> None:
-        """Tell who waits for the link what has become of it."""
+        """Wake the tasks that wait for the connection, and end the wait queues if it is gone."""
         state = self._dialog.state
         self._clear = state is State.READY and self._link is not None and not self._link.paused
         if self.closed:
@@ -414,7 +426,7 @@ class BaseClient:
             self._update_reading()
 
     def _update_reading(self) -> None:
-        """Read, or leave the bytes in the broker, as there is room in this process."""
+        """Start or stop reading, according to the room in the inbox (backpressure)."""
         link = self._link
         if link is None:
             return
@@ -422,7 +434,8 @@ class BaseClient:
         over = self._meter.held > limit and self._meter.weigh((queue.inbox for queue in self._queues()), limit=limit)
         self._meter.full = over
         stretched = len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit
-        # Without the handshake and the introduction there is no connection: they are read whatever is held.
+        # The handshake and the introduction are read even if the inbox is full: the
+        # connection is not usable without them.
         reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
         if reading is not link.reading:
             link.reading = reading
@@ -435,7 +448,10 @@ class BaseClient:
                     self._loop.call_later(_LOOK_S, self._look_for_end)
 
     def _look_for_end(self) -> None:
-        """Read what is left of a connection that has ended while it was not read: another one has to be made."""
+        """Read the rest of a connection that ended while it was not read.
+
+        The client can reconnect only after that.
+        """
         link = self._link
         if link is None or link.reading:
             self._looking = False
@@ -449,7 +465,10 @@ class BaseClient:
             self._on_bug(link, error)
 
     def _schedule(self) -> None:
-        """Be called at the dialog's next deadline; connecting and waiting are timed by the keeper."""
+        """Set the timer to the dialog's next deadline.
+
+        The reconnecting task times connecting and waiting itself.
+        """
         if self._dialog.state in (State.CONNECTING, State.WAITING, State.GONE, State.CLOSED):
             return
         deadline = self._dialog.next_deadline()
@@ -478,13 +497,14 @@ class BaseClient:
             timer.cancel()
 
     def _start_workers(self, queue: WaitQueue[Job], most: int) -> None:
-        """Start tasks, ``most`` of them in all, that do the jobs in the box."""
+        """Start tasks that do the queue's jobs, at most ``most`` tasks in all."""
         workers = self._crews[queue]
         wanted = min(most - len(workers), len(queue.inbox.items))
         while wanted > 0 and queue.inbox.items:
             task = self._loop.create_task(self._work(queue), name="brokerd handler")
             if task.done():
-                # Begun by create_task itself (asyncio.eager_task_factory), and over: at least one job is done.
+                # create_task itself has run the task (asyncio.eager_task_factory), and it is
+                # over: at least one job is done.
                 continue
             workers.add(task)
             task.add_done_callback(lambda done: self._on_worker_done(queue, done))
@@ -506,21 +526,25 @@ class BaseClient:
                     log().exception("a handler failed")
                 del function, item
         except IndexError:
-            # At once, not when the task is done: what is put in between is to find a place for a new one.
+            # At once, not when the task is done: items added in between must be able to
+            # start a new task.
             self._crews[queue].discard(task)
 
     def _on_worker_done(self, queue: WaitQueue[Job], task: asyncio.Task[None]) -> None:
-        """Start another worker for the jobs that a cancelled worker has left; not when everything is cancelled."""
+        """Start another worker for the jobs that a cancelled worker has left.
+
+        None is started when all tasks are being cancelled.
+        """
         self._crews[queue].discard(task)
         if not task.cancelled():
-            # An exit, which has left the loop already; this marks it as seen.
+            # An exit, which has left the loop already; this marks it as retrieved.
             task.exception()
         ending = self._ended or (task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0))
         if queue.inbox.items and queue.on_put is not None and not ending:
             queue.on_put()
 
     async def _keep_connected(self) -> None:
-        """Connect, and connect again, for as long as the dialog wants it."""
+        """Connect, and reconnect for as long as the dialog requires it."""
         task = asyncio.current_task()
         assert task is not None
         while True:
@@ -535,7 +559,7 @@ class BaseClient:
             except (OSError, AddressError) as error:
                 self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
             except BaseException as error:
-                # A bug; but the tasks that wait for the connection are to hear of it.
+                # A bug; the tasks that wait for the connection must get the error.
                 if ends_worker(error, task):
                     raise
                 log().exception("connecting failed in a way that is not foreseen")
@@ -554,7 +578,7 @@ class BaseClient:
         if context is None:
             await dial(address, lambda: Transport(self), self._resolver)
         else:
-            # It takes its time to load.
+            # Imported here because loading it is slow.
             from brokerd_client.aio.tls_transport import dial_tls
 
             await dial_tls(address, context, self, self._resolver)
@@ -566,9 +590,10 @@ def _expire(call: asyncio.Future[Any], message_id: int) -> None:
 
 
 def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
-    """Return whether what was raised in this task is for the event loop, or for the task: it is cancelled from outside.
+    """Return whether an exception must end the task instead of being logged.
 
-    A task that is dropped gets GeneratorExit from outside, and does not run then.
+    That is so for exits meant for the event loop, and for a cancellation from outside. A
+    task that is dropped gets GeneratorExit from outside, and is not running then.
     """
     if isinstance(error, asyncio.CancelledError):
         return task.cancelling() > 0

@@ -1,6 +1,6 @@
-"""What an asyncio client gives to its user: messages that can be answered, openings, subscriptions, watches.
+"""Objects that an asyncio client returns: messages, openings, subscriptions and watches.
 
-A part of the asyncio face; each hands what is asked of it on to its client.
+A part of the asyncio face; each object passes its calls on to its client.
 """
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Giver(message.Owner, Protocol):
-    """The client, as far as it is needed here."""
+    """The part of the client that this module needs."""
 
     async def reply(self, message: Message, payload: object, *, codec: str | int | None = None) -> None: ...
 
@@ -49,16 +49,37 @@ class Message(message.Message):
     _owner: Giver
 
     async def reply(self, payload: object, *, codec: str | int | None = None) -> None:
-        """Answer this request. Raises PayloadError, AlreadyAnswered, Disconnected or Closed."""
+        """Answer this request.
+
+        Args:
+            payload: The object to send as the answer.
+            codec: The codec of the payload, by name or number.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+            Closed: The client is closed.
+        """
         await self._owner.reply(self, payload, codec=codec)
 
     async def fail(self, text: str, code: str = "failed") -> None:
-        """Answer this request with an error: the caller gets RequestFailed with this code and text."""
+        """Answer this request with an error: the requester gets RequestFailed.
+
+        Args:
+            text: The text of the error.
+            code: The code of the error.
+
+        Raises:
+            AlreadyAnswered: The request has been answered before.
+            Disconnected: The client is not connected; nothing was sent.
+            Closed: The client is closed.
+        """
         await self._owner._fail(self, text, code)
 
 
 class Opened(Protocol):
-    """What an Opening gives: it can be entered and iterated over."""
+    """The result of an Opening: it can be entered and iterated over."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -73,7 +94,10 @@ O = TypeVar("O", bound=Opened)  # noqa: E741 - for Opened
 
 
 class Opening(Generic[O]):
-    """Something about to be opened: await it, enter it with ``async with``, or iterate over it with ``async for``."""
+    """An object that is opened on first use.
+
+    Await it, enter it with ``async with``, or iterate over it with ``async for``.
+    """
 
     def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
         self._open = open
@@ -97,16 +121,17 @@ class Opening(Generic[O]):
 
 
 class Iteration(Generic[O]):
-    """An iterator over something that it opens at its first step, and closes at its end or when it is dropped.
+    """An iterator over an object that it opens at its first step.
 
-    A step that is cancelled, as by a timeout, ends nothing: the next step goes on.
+    It closes the object at its end, or when it is dropped. A step that is cancelled, for
+    example by a timeout, does not end the iteration: the next step continues.
     """
 
     def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
         self._open = open
         self._ended = False
-        #: Suspended inside an ``async with``: the event loop closes a generator that is dropped, and with it what is
-        #: open.
+        #: Suspended inside an ``async with``: when the generator is dropped, the event loop
+        #: closes it, and with it the opened object.
         self._holder: AsyncGenerator[O, None] | None = None
         self._items: AsyncIterator[Any] | None = None
 
@@ -127,7 +152,7 @@ class Iteration(Generic[O]):
             raise
 
     async def aclose(self) -> None:
-        """End the iteration, and close what it has opened."""
+        """End the iteration, and close the object that it has opened."""
         self._ended = True
         holder, self._holder, self._items = self._holder, None, None
         if holder is not None:
@@ -141,14 +166,29 @@ async def _hold(open: Callable[[], Awaitable[O]]) -> AsyncGenerator[O, None]:
 
 
 class BaseSubscription(Generic[T]):
-    """What a subscription or a watch gives: an async iterator that ends when the feed or its client is closed."""
+    """The base of subscriptions and watches: an async iterator of items.
+
+    It ends when the subscription, the watch or its client is closed.
+    """
 
     def __init__(self, client: Giver) -> None:
         self._client = client
         self.queue: WaitQueue[T] = client._new_queue()
 
     async def recv(self, timeout: float | None = None) -> T:
-        """Return the next one. Raises TimedOut; Closed after the end; the broker's refusal if it ended this."""
+        """Return the next item.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Returns:
+            The next event or presence change.
+
+        Raises:
+            TimedOut: No item arrived in time.
+            Closed: The subscription, the watch or its client is closed.
+            Refused: The broker has ended the subscription or the watch.
+        """
         self._client._check()
         return await self.queue.take(self._client._limit(timeout))
 
@@ -162,7 +202,7 @@ class BaseSubscription(Generic[T]):
             raise StopAsyncIteration from None
 
     async def close(self) -> None:
-        """Ask for nothing more."""
+        """End the subscription or the watch."""
         raise NotImplementedError
 
     async def __aenter__(self) -> Self:
@@ -191,7 +231,7 @@ class Subscription(BaseSubscription[Message]):
         self._entry: SubscriptionEntry | None = None
 
     async def unsubscribe(self) -> None:
-        """Ask for no more events; iterating ends with those that are here already."""
+        """End the subscription. Iterating ends after the events that have arrived already."""
         await self._client._unsubscribe(self)
 
     close = unsubscribe
@@ -201,11 +241,11 @@ class Subscription(BaseSubscription[Message]):
 
 
 class PresenceWatch(BaseSubscription[Presence]):
-    """One Presence for each client this one may send to, as it is now; then every change."""
+    """First one Presence for each client that this one may send to; then every change."""
 
     callback = None
     _watch: Watch | None = None
 
     async def close(self) -> None:
-        """Ask for no more changes."""
+        """End the watch."""
         self._client._unwatch(self)

@@ -1,7 +1,7 @@
-"""One connection of an asyncio client over TLS: a Connection whose bytes go through an Engine.
+"""The transport of an asyncio client over TLS: a Transport whose bytes go through an Engine.
 
-Not asyncio's own TLS: its transports can't say that nothing more comes without closing, and do not tell how much
-has left this process.
+It does not use asyncio's own TLS. Those transports can't end the sending side without
+closing, and do not report how many bytes have left this process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["TlsTransport", "dial_tls"]
 
 
 class TlsTransport(Transport):
-    """One connection: its client is told of it when TLS is ready.
+    """A connection over TLS, reported to its client when TLS is ready.
 
-    opened: done when it is, or can't be.
+    The future ``opened`` is done when TLS is ready or has failed.
     """
 
     def __init__(self, client: Hearer, context: ssl.SSLContext, hostname: str) -> None:
@@ -34,7 +34,7 @@ class TlsTransport(Transport):
 
     @property
     def bindings(self) -> dict[str, bytes]:
-        """What the key is to be bound to."""
+        """The channel bindings of the key."""
         return self._bindings
 
     def _made(self) -> None:
@@ -72,12 +72,12 @@ class TlsTransport(Transport):
     def _deliver(self) -> None:
         engine, transport = self._engine, self.transport
         data = engine.read()
-        # TLS may have something to answer.
+        # TLS may have bytes to send in answer.
         transport.write(b"")
         if data:
             self._client._on_data(self, data)
         if engine.more:
-            # What came before an error; this raises it.
+            # The bytes before an error are delivered; this call raises the error.
             engine.read()
         if engine.ended:
             transport.abort()
@@ -85,10 +85,10 @@ class TlsTransport(Transport):
     def _fail(self, error: TlsError) -> None:
         self._error = error
         assert self._raw is not None
-        # The peer may be owed the word of what was wrong.
+        # The peer may have to be sent a TLS alert.
         _pass_on(self._engine, self._raw)
         if self._raw.get_write_buffer_size():
-            # It takes nothing: to close would be to wait for it.
+            # The peer is not reading: a close would wait for it.
             self._raw.abort()
         self._raw.close()
         self._opened(error)
@@ -101,37 +101,37 @@ class TlsTransport(Transport):
                 self.opened.set_exception(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """asyncio.Protocol: the connection is gone."""
+        """asyncio.Protocol: the connection is closed or lost."""
         self._opened(error or explained(ssl.SSLEOFError(), listener=False))
         super().connection_lost(self._error or error)
 
 
 class _Encrypting:
-    """What a client uses of a transport, over TLS."""
+    """The part of an asyncio transport that a client uses, over TLS."""
 
     def __init__(self, engine: Engine, raw: asyncio.Transport) -> None:
         self._engine = engine
         self._raw = raw
 
     def __getattr__(self, name: str) -> Any:
-        """The rest is the transport's own."""
+        """Return any other attribute from the underlying transport."""
         return getattr(self._raw, name)
 
     def write(self, data: bytes) -> None:
-        """As a transport's."""
+        """Encrypt and write bytes, as a transport does."""
         try:
             self._engine.write(data)
         except TlsError:
-            # It has failed, or the peer has; whoever writes hears of it as of any connection that is gone.
+            # TLS or the peer has failed; the writer learns of it as of any lost connection.
             self._raw.abort()
         _pass_on(self._engine, self._raw)
 
     def can_write_eof(self) -> bool:
-        """As a transport's."""
+        """Return True: TLS can end its sending side."""
         return True
 
     def write_eof(self) -> None:
-        """Say goodbye, as TLS does: nothing more is written here."""
+        """Send the closing alert of TLS and end the sending side."""
         self._engine.finish()
         _pass_on(self._engine, self._raw)
 
@@ -143,7 +143,7 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
 
 
 async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver) -> None:
-    """Connect to the address and have TLS ready. Raises OSError, TlsError among them."""
+    """Connect to the address and make TLS ready. Raises OSError, of which TlsError is a subclass."""
     made: list[TlsTransport] = []
 
     def make() -> TlsTransport:

@@ -1,6 +1,7 @@
-"""One connection of an asyncio client, from dialling to its end: tells its client what happens to it.
+"""The transport of an asyncio client: one connection, from connecting to its end.
 
-A part of the asyncio face; the bytes mean nothing here.
+A part of the asyncio face. It reports events to its client and does not interpret the
+bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from brokerd_client.address import Address, validate_family
 
 __all__ = ["Hearer", "Resolver", "Transport", "dial"]
 
-#: Bytes read at once, of what is left.
+#: Most bytes per read of the input that is left when a connection is lost.
 _PIECE: Final = 64 * 1024
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
 
 
 class Hearer(Protocol):
-    """Who is told; each time with the connection."""
+    """The client that gets the events of a connection, each with the connection."""
 
     def _on_open(self, link: Transport) -> None: ...
 
@@ -41,28 +42,28 @@ class Hearer(Protocol):
 
 
 class Transport(asyncio.Protocol):
-    """One connection: tells its client what happens to it.
+    """A connection that reports its events to its client.
 
-    What the event loop calls lets no exception out, whatever its kind: the loop would log it, and the client would look
-    alive. An exception ends the connection instead.
+    Methods called by the event loop raise no exception of any type. The loop would only
+    log it, and the client would look alive. An exception ends the connection instead.
     """
 
     transport: asyncio.Transport
 
     def __init__(self, client: Hearer) -> None:
         self._client = client
-        #: Done when the connection is closed, and everything of it freed.
+        #: Done when the connection is closed and its resources are freed.
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.paused = False
         self.reading = True
-        #: Whether the peer is known to send nothing more; what it has sent may not have been read.
+        #: Whether the peer is known to send no more bytes; its last bytes may be unread.
         self.ended = False
-        #: Bytes given to the transport that it may not have written yet.
+        #: Bytes passed to the transport that it may not have written yet.
         self.unwritten = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio.Protocol: there is a connection."""
+        """asyncio.Protocol: the connection is made."""
         self.transport = cast("asyncio.Transport", transport)
         try:
             self._made()
@@ -77,7 +78,10 @@ class Transport(asyncio.Protocol):
         self._client._on_bug(self, error)
 
     def has_ended(self) -> bool:
-        """Return whether the peer sends nothing more, without reading; False where the system does not tell."""
+        """Return, without reading, whether the peer sends no more bytes.
+
+        False if the system does not tell.
+        """
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.transport.is_closing():
             self.ended = has_ended(sock)
@@ -89,23 +93,24 @@ class Transport(asyncio.Protocol):
 
     @property
     def bindings(self) -> Mapping[str, bytes]:
-        """What the key is to be bound to: nothing, without TLS."""
+        """The channel bindings of the key: none without TLS."""
         return {}
 
     def prepare(self) -> None:
         """Set up the transport."""
         transport = self.transport
-        # Paused then means just this: not everything has been written.
+        # With this limit, "paused" means exactly that some bytes are not written yet.
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in TCP:
-            # A peer whose machine is gone says nothing for ever. One that has hung up already is told of by reading.
+            # A peer whose machine is gone never closes the connection. Reading reports a
+            # peer that has closed it already.
             with contextlib.suppress(OSError):
                 keep_alive(sock, DEFAULT_S)
             self._look(sock, Silence())
 
     def _look(self, sock: object, silence: Silence) -> None:
-        """Look, now and then, whether the peer still answers; tell the client when it is gone without a word."""
+        """Check at intervals whether the peer still answers; if not, report the loss."""
         loop = self.closed.get_loop()
         if self.closed.done():
             return
@@ -121,7 +126,7 @@ class Transport(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
         try:
-            # Windows' own loop hands over a bytearray, whatever asyncio.Protocol promises.
+            # The event loop of Windows passes a bytearray, although asyncio.Protocol promises bytes.
             self._received(bytes(data))
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(error)
@@ -130,12 +135,12 @@ class Transport(asyncio.Protocol):
         self._client._on_data(self, data)
 
     def pause_writing(self) -> None:
-        """asyncio.Protocol: not everything has been written."""
+        """asyncio.Protocol: some bytes are not written yet."""
         self.paused = True
         self._note_writable()
 
     def resume_writing(self) -> None:
-        """asyncio.Protocol: everything has been written."""
+        """asyncio.Protocol: all bytes are written."""
         self.paused = False
         self._note_writable()
 
@@ -146,11 +151,14 @@ class Transport(asyncio.Protocol):
             self._on_bug(error)
 
     def eof_received(self) -> None:
-        """asyncio.Protocol: nothing more comes. To close would be to wait until a peer reads that is gone."""
+        """asyncio.Protocol: the peer sends no more bytes.
+
+        The connection is aborted: a close would wait for a peer that is gone to read.
+        """
         self.transport.abort()
 
     def _read_out(self) -> None:
-        """Take in what had come and was not read yet: the loops drop it when a write fails."""
+        """Read the input that has arrived; the event loops drop it when a write fails."""
         sock = self.transport.get_extra_info("socket")
         if sock is None:
             return
@@ -163,7 +171,7 @@ class Transport(asyncio.Protocol):
             self.data_received(b"".join(pieces))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """asyncio.Protocol: the connection is gone."""
+        """asyncio.Protocol: the connection is closed or lost."""
         try:
             if isinstance(error, OSError):
                 self._read_out()
@@ -179,10 +187,11 @@ class Transport(asyncio.Protocol):
 
 
 class Resolver:
-    """Finds the addresses of host names for one client, in a thread of its own.
+    """The look-up of host names for one client, in a separate thread.
 
-    Not in the event loop's executor: a look-up can't be cancelled, and asyncio.run waits for that executor's threads. A
-    look-up that outlasts an attempt to connect is used by the next attempt, so that there is one thread at most.
+    It does not use the event loop's executor: a look-up can't be cancelled, and asyncio.run
+    waits for the executor's threads. A look-up that outlasts an attempt to connect is used
+    by the next attempt, so that there is one thread at most.
     """
 
     def __init__(self) -> None:
@@ -190,7 +199,7 @@ class Resolver:
         self._waiter: asyncio.Future[None] | None = None
 
     async def find(self, host: str, port: int) -> list[Candidate]:
-        """Return the addresses of the host, not looked up where it is an address itself. Raises OSError."""
+        """Return the addresses of the host, without a look-up if it is an address. Raises OSError."""
         found = numeric(host, port)
         if found is not None:
             return found
@@ -205,7 +214,7 @@ class Resolver:
         return lookup.result()
 
     def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
-        # A loop that is closed waits for nothing.
+        # A loop that is closed has no waiting task.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._wake)
 
@@ -215,11 +224,14 @@ class Resolver:
 
 
 async def dial(address: Address, protocol: Callable[[], Transport], resolver: Resolver | None = None) -> None:
-    """Connect to the address. Raises OSError; AddressError where this machine does not have its family."""
+    """Connect to the address.
+
+    Raises OSError, or AddressError if this machine does not support the address's family.
+    """
     loop = asyncio.get_running_loop()
     validate_family(address.family)
     if address.family == "AF_PIPE":
-        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe tells nobody that it is free
+        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe does not report that it is free
             await asyncio.sleep(_CROWDED_S)
         try:
             await loop.create_connection(protocol, sock=pipe)
@@ -230,8 +242,8 @@ async def dial(address: Address, protocol: Callable[[], Transport], resolver: Re
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
-            # The loops take "the queue of new connections is full" for "under way".
-            while not _connected(sock, address.path):  # noqa: ASYNC110 - a listener tells nobody that it has room
+            # The event loops mistake "the queue of new connections is full" for "in progress".
+            while not _connected(sock, address.path):  # noqa: ASYNC110 - a listener does not report that it has room
                 await asyncio.sleep(_CROWDED_S)
             await loop.create_unix_connection(protocol, sock=sock)
         except BaseException:

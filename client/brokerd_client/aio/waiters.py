@@ -1,4 +1,7 @@
-"""Where tasks wait for what arrives, or are hired to empty it. A part of the asyncio face; knows no connections."""
+"""A queue that tasks wait on, or that worker tasks empty.
+
+A part of the asyncio face; it knows nothing of connections.
+"""
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
@@ -18,28 +21,31 @@ T = TypeVar("T")
 
 
 class WaitQueue(Generic[T]):
-    """An inbox that tasks can wait at, or that tasks empty."""
+    """An inbox that tasks can wait at, or that worker tasks empty."""
 
     __slots__ = ("__weakref__", "_resume_reading", "_waiters", "ended", "inbox", "on_put")
 
     def __init__(self, meter: InboxMeter, resume_reading: Callable[[], None]) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
-        #: Why nothing more will come.
+        #: The reason why no more items will arrive; None while they may.
         self.ended: BrokerdError | None = None
-        #: Called after items were added, where tasks empty the box.
+        #: Called after items were added, if worker tasks empty the queue.
         self.on_put: Callable[[], None] | None = None
         self._resume_reading = resume_reading
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def put(self, items: list[T], size: int) -> None:
-        """Add items and wake who waits."""
+        """Add items, and wake one waiting task per item."""
         self.inbox.put(items, size)
         if self.on_put is not None:
             self.on_put()
         self._wake(len(items))
 
     def end(self, why: BrokerdError) -> None:
-        """Nothing more will come; what is left can still be taken, and no longer counts against the client's inbox."""
+        """Store the reason why no more items will arrive, and wake every waiting task.
+
+        Remaining items can still be taken, but no longer count against the client's inbox.
+        """
         if self.ended is None:
             self.ended = why
             self.inbox.release()
@@ -54,14 +60,22 @@ class WaitQueue(Generic[T]):
                 count -= 1
 
     def take_now(self) -> T:
-        """Return the next item. Raises IndexError where there is none."""
+        """Return the next item. Raises IndexError if there is none."""
         item = self.inbox.items.popleft()
         if len(self.inbox.items) <= self.inbox.mark:
             self._resume_reading()
         return item
 
     async def take(self, timeout: float | None) -> T:
-        """Return the next item. Raises TimedOut, or why nothing more will come."""
+        """Return the next item.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Raises:
+            TimedOut: No item arrived in time.
+            BrokerdError: The reason why no more items will arrive.
+        """
         with contextlib.suppress(IndexError):
             return self.take_now()
         if timeout is None:
@@ -85,7 +99,7 @@ class WaitQueue(Generic[T]):
             try:
                 await waiter
             except BaseException:
-                # Cancelled, or a coroutine that is closed.
+                # The task was cancelled, or the coroutine is being closed.
                 if waiter.done() and not waiter.cancelled():
                     # Woken at the same time: the item is for the next waiter.
                     self._wake(1)
