@@ -77,8 +77,6 @@ PENDING: Final = frozenset[str](
         "client/brokerd_client/codec.py",
         "client/brokerd_client/connection/call_lock.py",
         "client/brokerd_client/connection/forks.py",
-        "client/brokerd_client/connection/handshaking.py",
-        "client/brokerd_client/connection/listener.py",
         "client/brokerd_client/connection/listening_sockets.py",
         "client/brokerd_client/connection/named_pipes.py",
         "client/brokerd_client/connection/readiness.py",

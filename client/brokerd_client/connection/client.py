@@ -35,15 +35,28 @@ def Client(  # noqa: N802 - the standard library's name
     max_message: int | None = None,
     allow_md5: bool = True,
 ) -> Connection:
-    """Return a connection to the listener at ``address``, each side having proved to the other that it has the key.
+    """Connect to the listener at ``address``; each side proves to the other that it has the key.
 
-    family: by default inferred from the address. authenticate, authkey: as for Listener; the third parameter may also
-        be the key. timeout: seconds for connecting and the handshake together (a name's resolution excepted). None: no
-        limit, but 20 seconds for the challenge of a listener that should have a key; math.inf: no limit at all.
-    max_message: largest message that the connection accepts, in bytes. allow_md5: whether a listener that knows nothing
-        but HMAC-MD5 (Python 3.11 and older) is good enough.
-    Raises AuthenticationError: one side rejected the other, and which. TimedOut. EOFError: the listener hung up during
-    the handshake. OSError: nothing listens there, and the like.
+    Args:
+        address: The address of the listener.
+        family: By default inferred from the address.
+        authenticate: As for Listener; the third parameter may also be the key.
+        authkey: As for Listener.
+        timeout: Seconds for connecting and the handshake together, without the look-up of
+            a host's name. None means no limit, but 20 seconds for the challenge of a
+            listener that should have a key. math.inf means no limit at all.
+        max_message: Largest message that the connection accepts, in bytes.
+        allow_md5: Whether to accept a listener that supports only HMAC-MD5 (Python 3.11
+            and older).
+
+    Returns:
+        The connection.
+
+    Raises:
+        AuthenticationError: One side rejected the other; the error tells which.
+        TimedOut: Connecting and the handshake took too long.
+        EOFError: The listener closed the connection during the handshake.
+        OSError: The listener cannot be reached, for example.
     """
     deadline = deadline_after(timeout, time.monotonic())
     key = chosen_key(authenticate, authkey)
@@ -111,7 +124,7 @@ def _shake_hands(peer_stream: PeerStream, address: Any, key: bytes, deadline: fl
 
 
 def _remaining(deadline: float | None) -> float | None:
-    """Return the seconds left, None for no limit. Raises TimedOut where none are."""
+    """Return the seconds left, or None for no limit. Raises TimedOut if none are left."""
     if deadline is None:
         return None
     remaining = deadline - time.monotonic()

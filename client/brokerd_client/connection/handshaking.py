@@ -1,7 +1,8 @@
-"""A handshake under way: moves the bytes that a generator of wire/handshake.py asks for, as far as they have come.
+"""A pending handshake: moves the bytes that a generator of wire/handshake.py asks for.
 
-It never waits, never reads a byte beyond the handshake - those belong to the connection - and never decides: what
-comes out is the generator's result, or why there is none. Who waits, and for how long, is the caller's business.
+It never waits, and never reads a byte beyond the handshake, which belongs to the
+connection. It makes no decision either: the result is the generator's result or error.
+The caller decides how long to wait.
 """
 
 from __future__ import annotations
@@ -28,28 +29,31 @@ def nonce() -> bytes:
 
 
 class PeerStream(Protocol):
-    """What a handshake runs over, and a connection once it is over."""
+    """A stream that carries a handshake, and becomes a connection afterwards."""
 
     def fileno(self) -> int: ...
 
     def wait(self, timeout: float | None) -> object:
-        """Wait until the peer has sent something or left, or the time is over."""
+        """Wait until the peer has sent bytes or closed, or ``timeout`` seconds have passed."""
 
     def send_frame(self, body: bytes) -> None:
-        """Send a frame of a handshake at once. Raises OSError where that can't be done."""
+        """Send a frame of a handshake at once. Raises OSError if that is not possible."""
 
     def next_frame(self) -> bytes | None:
-        """Return a frame of at most LIMIT bytes, or None until more comes. Raises EOFError, OSError, FrameError."""
+        """Return a frame of at most LIMIT bytes, or None if it is not complete yet.
+
+        Raises EOFError, OSError or FrameError.
+        """
 
     def into_connection(self, max_message: int | None) -> Any:
-        """Return the connection, which owns what the channel owned."""
+        """Return a connection that takes over the stream's descriptor."""
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the stream."""
 
 
 class SocketPeer:
-    """A handshake's frames over a stream socket, which it owns and makes non-blocking."""
+    """A peer's stream socket during a handshake; it is owned and made non-blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -64,13 +68,14 @@ class SocketPeer:
 
     def send_frame(self, body: bytes) -> None:
         data = frame(body)
-        # A handshake sends less than any socket's buffer holds, so nobody has to wait for a peer here.
+        # A handshake sends less than any socket's buffer holds, so sending need not wait.
         if self._socket.send(data) != len(data):
             raise OSError("the peer's socket takes no more")
 
     def next_frame(self) -> bytes | None:
         try:
-            # Exactly what is missing: the first message may already be there, behind the last frame of the handshake.
+            # Read exactly the missing bytes: the first message may already have arrived,
+            # after the last frame of the handshake.
             while missing := self._reader.missing(LIMIT):
                 data = self._socket.recv(missing)
                 if not data:
@@ -91,10 +96,14 @@ class SocketPeer:
 
 
 class Negotiation:
-    """One handshake over one channel.
+    """One handshake over one stream.
 
-    peer: who is at the other end, as the socket module gives it; kept for whoever asks. deadline: on the caller's
-    clock, in seconds; kept likewise.
+    Args:
+        peer_stream: The stream to the peer.
+        conversation: The generator that makes and checks the frames.
+        key: The key.
+        peer: The peer's address, as the socket module returns it; stored for the caller.
+        deadline: Seconds on the caller's clock; stored for the caller.
     """
 
     def __init__(
@@ -112,11 +121,16 @@ class Negotiation:
         self.heard = False
 
     def advance(self) -> bool:
-        """Go on as far as the bytes that have come allow; return whether the handshake is over, and succeeded.
+        """Advance the handshake with the bytes that have arrived; return whether it succeeded.
 
-        Raises AuthenticationError: one side rejected the other. FrameError: what came is no frame of a handshake.
-        EOFError, OSError: the peer is gone. After any other exception the handshake can't go on: bytes may be lost, and
-        a generator that an exception has left looks like one that is through.
+        After an unlisted exception the handshake can't continue: bytes may be lost. A
+        generator that an exception has left looks like a finished one.
+
+        Raises:
+            AuthenticationError: One side rejected the other.
+            FrameError: The bytes are not a frame of a handshake.
+            EOFError: The peer closed the connection.
+            OSError: The connection is lost.
         """
         if self._moving:
             raise OSError("the handshake was cut off by an exception at this end")
@@ -143,7 +157,7 @@ class Negotiation:
 
 
 class _Messages(Protocol):
-    """What deliver_challenge and answer_challenge need of a connection."""
+    """The methods of a connection that deliver_challenge and answer_challenge use."""
 
     def send_bytes(self, buf: Any, /) -> object: ...
 
@@ -159,19 +173,27 @@ def _is_listening(connection: object, first_call_says: bool) -> bool:
     try:
         return _listening.setdefault(connection, first_call_says)
     except TypeError:
-        # It can't be remembered; then it is what listeners and clients of the standard library are.
+        # The connection can't be remembered; assume the order of the standard library.
         return True
 
 
 def deliver_challenge(
     connection: _Messages, authkey: Key, digest_name: str = "sha256", *, allow_md5: bool = True
 ) -> None:
-    """Demand of the peer proof that it knows the key, and tell it the result.
+    """Challenge the peer to prove that it knows the key, and send it the result.
 
-    digest_name: what the challenge asks for. allow_md5: whether an answer made with HMAC-MD5, all that
-        Python 3.11 and older know, is good enough. On a connection that answered a challenge first, and so is the
-        client's, the challenge is marked as a client's.
-    Raises AuthenticationError: the answer is wrong. It blocks until the peer has answered.
+    This blocks until the peer has answered. A connection that answered a challenge first
+    is a client's connection; its challenge is marked as a client's.
+
+    Args:
+        connection: The connection to the peer.
+        authkey: The key.
+        digest_name: The digest that the challenge asks for.
+        allow_md5: Whether to accept an answer made with HMAC-MD5, the only digest that
+            Python 3.11 and older support.
+
+    Raises:
+        AuthenticationError: The answer is wrong.
     """
     key = key_bytes(authkey)
     random = nonce() if _is_listening(connection, True) else nonce() + handshake.CLIENT_MARK
@@ -179,10 +201,13 @@ def deliver_challenge(
 
 
 def answer_challenge(connection: _Messages, authkey: Key, *, allow_md5: bool = True) -> None:
-    """Prove to the peer that the key is known here.
+    """Answer the peer's challenge, to prove that this end knows the key.
 
-    On a connection that has not delivered a challenge before, and so is the client's, a client's challenge is refused.
-    Raises AuthenticationError: the peer does not accept it, or is no listener.
+    A connection that has not delivered a challenge before is a client's connection. It
+    refuses a challenge that is marked as a client's.
+
+    Raises:
+        AuthenticationError: The peer rejects the answer, or is not a listener.
     """
     key = key_bytes(authkey)
     dialing = not _is_listening(connection, False)
@@ -206,7 +231,7 @@ def _converse(connection: _Messages, conversation: Handshake, key: bytes) -> Non
 
 
 def described(error: Exception, peer: str) -> AuthenticationError:
-    """Return the error for people: with whom the handshake failed, and why."""
+    """Return a readable error that names the peer and the reason of the failure."""
     reason = str(error)
     if isinstance(error, FrameError):
         reason = f"{reason}: this is no handshake; is it a Listener or Client, with a key on both sides?"

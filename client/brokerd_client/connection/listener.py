@@ -1,8 +1,9 @@
-"""Listener: takes peers in, one that is fit at a time, whatever the others do.
+"""Listener: accepts authenticated peers one by one, without being blocked by other peers.
 
-No thread runs behind it: whoever is in accept() also moves the handshakes of all peers that have come, so that one who
-says nothing, half of it, or garbage holds up nobody. Between two calls peers wait in the system's queue, as they do
-for the standard library's listener, and no handshake's time runs.
+It has no background thread. A thread in accept() also advances the handshakes of all
+pending peers. A peer that sends nothing, half a handshake, or garbage therefore delays no
+other peer. Between two calls, peers wait in the system's queue, as they do for the
+standard library's listener. No handshake's time runs then.
 """
 
 from __future__ import annotations
@@ -35,20 +36,26 @@ _log: Final = logging.getLogger("brokerd_client.connection")
 
 
 class Listener:
-    """A socket, or Windows named pipe, that takes connections.
+    """A listening socket, or Windows named pipe, that accepts connections.
 
-    address: a (host, port) pair, a path, an abstract name (beginning with NUL) or a pipe's name; None for a free
-        one. family: by default inferred from the address. A socket file is readable and writable by its owner only.
-    backlog: how many peers may wait in the system's queue.
-    authenticate, authkey: see docs/direct-api.md; the fourth parameter may also be the key.
-    max_message: largest message that the connections accept, in bytes; None for any.
-    allow_md5: whether peers that know nothing but HMAC-MD5 (Python 3.11 and older) may come in.
-    handshake_timeout: seconds that a peer has to prove itself. max_handshakes: unfinished ones at once; one more
-        and the oldest is dropped.
-    on_error: what becomes of the error of a peer that did not prove itself. ``"raise"``: accept() raises it where
-        the peer answered wrongly, as the forerunner does, and drops those who said nothing, left or sent garbage.
-        ``"skip"``: accept() drops them all. A callable is given every error and the peer's address instead; what
-        it raises, accept() raises.
+    Args:
+        address: A (host, port) pair, a path, an abstract name (beginning with NUL) or a
+            pipe's name. None chooses a free address. Only the owner of a socket file can
+            read and write it.
+        family: By default inferred from the address.
+        backlog: Most peers that may wait in the system's queue.
+        authenticate: See docs/direct-api.md; the fourth parameter may also be the key.
+        authkey: See docs/direct-api.md.
+        max_message: Largest message that the connections accept, in bytes; None for any.
+        allow_md5: Whether to accept peers that support only HMAC-MD5 (Python 3.11 and
+            older).
+        handshake_timeout: Seconds that a peer has for its handshake.
+        max_handshakes: Most pending handshakes at once; one more drops the oldest.
+        on_error: The handling of peers that failed to authenticate. ``"raise"``: accept()
+            raises the error if the peer answered wrongly, as processing.connection does.
+            It drops peers that sent nothing, left or sent garbage. ``"skip"``: accept()
+            drops all of them. A callable is called with every error and the peer's address
+            instead; accept() raises its exceptions.
     """
 
     def __init__(
@@ -78,7 +85,8 @@ class Listener:
         self._on_error = on_error
         self._closed = False
         self._last_accepted: Any = None
-        # Whoever holds it moves everything below. Re-entrant: on_error and signal handlers may close the listener.
+        # The thread that holds this lock changes everything below. Reentrant: on_error and
+        # signal handlers may close the listener.
         self._turn = new_turn()
         self._negotiations: dict[int, Negotiation] = {}
         self._ready: deque[tuple[Connection, object]] = deque()
@@ -106,21 +114,32 @@ class Listener:
 
     @property
     def address(self) -> Any:
-        """The address in use: with the port, or path, that was chosen."""
+        """The address in use, with the port or path that was chosen."""
         return self._address
 
     @property
     def last_accepted(self) -> Any:
-        """The address from which the last connection came; None where it has none, as most Unix sockets."""
+        """The address of the last accepted peer; None if it has none, as most Unix sockets."""
         return self._last_accepted
 
     def accept(self, timeout: float | None = None) -> Connection:
-        """Return the next connection, authenticated where there is a key.
+        """Return the next connection, authenticated if there is a key.
 
-        timeout: seconds; None waits for ever. Any number of threads may be here at once.
-        Raises TimedOut; Closed, where close() was called before or meanwhile; AuthenticationError, as ``on_error``
-        says: the listener goes on, and the next call returns the next connection. After any other exception a
-        connection that was complete is returned by the next call; a peer whose handshake it cut off is hung up on.
+        Any number of threads may call this at once. After an unlisted exception, the next
+        call returns a connection that was complete. A peer whose handshake was cut off is
+        disconnected.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Returns:
+            The connection.
+
+        Raises:
+            TimedOut: No connection was ready in time.
+            Closed: close() was called before or during the call.
+            AuthenticationError: A peer failed to authenticate, and ``on_error`` is
+                ``"raise"``. The next call returns the next connection.
         """
         turn = self._turn
         if turn._is_owned():
@@ -137,7 +156,7 @@ class Listener:
             turn.release()
             return accepted[0]
         except BaseException as error:
-            # First of all, and without a question before it: a second signal must come later than this.
+            # Before anything else, and without a check: a second signal must come later.
             try:  # noqa: SIM105
                 turn.release()
             except RuntimeError:
@@ -145,12 +164,15 @@ class Listener:
             if accepted is not None and not (self._ready and self._ready[0] is accepted):
                 self._ready.appendleft(accepted)
             if self._closed and isinstance(error, Exception) and not isinstance(error, Closed):
-                # close() was called in the middle of it, by a signal handler or on_error.
+                # A signal handler or on_error called close() during this call.
                 raise Closed("listener is closed") from error
             raise
 
     def close(self) -> None:
-        """Close; whoever is in accept() raises Closed. Connections already accepted live on."""
+        """Close the listener; waiting accept() calls raise Closed.
+
+        Connections that were accepted already stay open.
+        """
         self._closed = True
         self._server.wake()
         with self._turn:
@@ -171,20 +193,20 @@ class Listener:
         self._errors.clear()
 
     def _reset_after_fork(self) -> None:
-        # Peers half-way through belong to the parent; closing the copies here does not hang up on them.
+        # Pending peers belong to the parent; closing the copies here does not disconnect them.
         self._turn = new_turn()
         if not self._closed:
             self._forget_peers()
             self._server.renew()
 
     def _resume(self) -> None:
-        """Give every handshake the time back during which nobody was here to move it."""
+        """Extend every handshake's deadline by the time between two accept() calls."""
         away = time.monotonic() - self._left_at
         for negotiation in list(self._negotiations.values()):
             negotiation.deadline += away
 
     def _wait_for_next(self, deadline: float | None, timeout: float | None) -> None:
-        """Move the handshakes until a connection is ready. Raises as accept."""
+        """Advance the handshakes until a connection is ready. Raises as accept does."""
         try:
             self._resume()
             while not self._next_is_here():
@@ -195,7 +217,7 @@ class Listener:
             self._left_at = time.monotonic()
 
     def _next_is_here(self) -> bool:
-        """Return whether a connection is ready, or raise what is to be raised."""
+        """Return whether a connection is ready. Raises Closed, or a pending error."""
         if self._closed:
             raise Closed("listener is closed")
         if not self._ready and self._errors:
@@ -203,7 +225,7 @@ class Listener:
         return bool(self._ready)
 
     def _serve(self, deadline: float | None) -> None:
-        """Wait once, and do what has become possible: take a peer, move handshakes, drop whose time is over."""
+        """Wait once; then accept a peer, advance handshakes, and drop overdue handshakes."""
         negotiations = list(self._negotiations.values())
         deadlines = [negotiation.deadline for negotiation in negotiations]
         if deadline is not None:
@@ -211,7 +233,7 @@ class Listener:
         timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
         come, moved = self._server.wait([each.peer_stream for each in negotiations], timeout)
         for descriptor in moved:
-            # on_error may have closed the listener since.
+            # on_error may have closed the listener in the meantime.
             if (negotiation := self._negotiations.get(descriptor)) is not None:
                 self._advance(descriptor, negotiation)
         now = time.monotonic()
