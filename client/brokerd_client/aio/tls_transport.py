@@ -143,7 +143,7 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
 
 
 async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver) -> None:
-    """Connect to the address and make TLS ready. Raises OSError, of which TlsError is a subclass."""
+    """Connect to the address and make TLS ready. Raises OSError, also as TlsError."""
     made: list[TlsTransport] = []
 
     def make() -> TlsTransport:

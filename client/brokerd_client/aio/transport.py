@@ -126,7 +126,7 @@ class Transport(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
         try:
-            # The event loop of Windows passes a bytearray, although asyncio.Protocol promises bytes.
+            # The event loop of Windows passes a bytearray, not the bytes that it promises.
             self._received(bytes(data))
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(error)
@@ -190,8 +190,8 @@ class Resolver:
     """The look-up of host names for one client, in a separate thread.
 
     It does not use the event loop's executor: a look-up can't be cancelled, and asyncio.run
-    waits for the executor's threads. A look-up that outlasts an attempt to connect is used
-    by the next attempt, so that there is one thread at most.
+    waits for the executor's threads. If a look-up outlasts an attempt to connect, the next
+    attempt uses it. So there is one thread at most.
     """
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class Resolver:
         self._waiter: asyncio.Future[None] | None = None
 
     async def find(self, host: str, port: int) -> list[Candidate]:
-        """Return the addresses of the host, without a look-up if it is an address. Raises OSError."""
+        """Return the host's addresses; an address needs no look-up. Raises OSError."""
         found = numeric(host, port)
         if found is not None:
             return found
@@ -231,7 +231,7 @@ async def dial(address: Address, protocol: Callable[[], Transport], resolver: Re
     loop = asyncio.get_running_loop()
     validate_family(address.family)
     if address.family == "AF_PIPE":
-        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe does not report that it is free
+        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe reports nothing
             await asyncio.sleep(_CROWDED_S)
         try:
             await loop.create_connection(protocol, sock=pipe)
@@ -243,7 +243,7 @@ async def dial(address: Address, protocol: Callable[[], Transport], resolver: Re
         try:
             sock.setblocking(False)
             # The event loops mistake "the queue of new connections is full" for "in progress".
-            while not _connected(sock, address.path):  # noqa: ASYNC110 - a listener does not report that it has room
+            while not _connected(sock, address.path):  # noqa: ASYNC110 - nothing reports room
                 await asyncio.sleep(_CROWDED_S)
             await loop.create_unix_connection(protocol, sock=sock)
         except BaseException:
