@@ -13,7 +13,7 @@
     │   ├── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
     │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the call that it has interrupted
     ├── RemoteError                  the peer broke the rules
-    │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or on the whole connection
+    │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or otherwise
     │   ├── FrameError
     │   │   ├── BadLength            the length of a frame is not valid
     │   │   └── FrameTooBig          the announced length is above the current limit
@@ -21,7 +21,7 @@
     │   │   └── ExtensionTooDeep     ... its extension has too many levels
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
-    │       └── TlsError             (ConnectionError) ... the TLS handshake: a certificate, a version, no TLS at all
+    │       └── TlsError             (ConnectionError) ... in TLS: a certificate, a version, no TLS at all
     ├── Refused                      the broker, or the other client, refused: one class per error code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
@@ -33,8 +33,8 @@
     ├── TimedOut                     (TimeoutError) the caller's timeout ran out
     └── BufferTooShort               (multiprocessing.BufferTooShort) args[0] is the whole message
 
-No exception ever holds a key, a MAC or a message body. The exception is BufferTooShort, whose
-purpose is to return the body. ``Refused.code`` is the error code on the wire (docs/protocol.md,
+No exception ever holds a key, a MAC or a message body. Only BufferTooShort returns the body: that
+is its purpose. ``Refused.code`` is the error code on the wire (docs/protocol.md,
 "Outcomes").
 """
 
@@ -92,7 +92,8 @@ __all__ = [
 class BrokerdError(Exception):
     """The base class of all exceptions that the library raises."""
 
-    #: Whether the peer closed the connection during the handshake without a reason. A retry may succeed.
+    #: Whether the peer closed the connection during the handshake without a reason.
+    #: A retry may then succeed.
     cut_off = False
 
 
@@ -129,7 +130,7 @@ class WrongProcess(LocalError, RuntimeError):
 
 
 class WouldDeadlock(LocalError, RuntimeError):
-    """A signal handler made a call that waits for the client's call that it interrupted."""
+    """A signal handler made a waiting call, but had interrupted a call of the same client."""
 
 
 class RemoteError(BrokerdError):
@@ -202,7 +203,8 @@ class TlsError(AuthenticationError, ConnectionError):
 class Refused(BrokerdError):
     """The broker, or the other client of a request, refused a message.
 
-    code: the error code on the wire, such as ``offline``. name: the recipient that it concerns, or "".
+    code: the error code on the wire, such as ``offline``.
+    name: the recipient that the error concerns, or "".
     id: the id of the refused message, or 0 if the broker could not read it.
     """
 
@@ -235,7 +237,7 @@ class Abandoned(Refused):
 
 
 class Denied(Refused):
-    """The sender's rules do not allow the message."""
+    """The sender's rules do not allow the message or operation."""
 
     code = "denied"
 

@@ -17,7 +17,8 @@ def has_wildcard(pattern: str) -> bool:
 def matches(pattern: str, topic: str) -> bool:
     """Return whether ``topic`` matches: ``*`` stands for one token, a final ``>`` for one or more.
 
-    A pattern that begins with a wildcard does not match the broker's own topics, which begin with ``$``.
+    A pattern that begins with a wildcard does not match the broker's own topics, which begin
+    with ``$``.
     """
     wanted, given = pattern.split("."), topic.split(".")
     if topic.startswith("$") and wanted[0] in ("*", ">"):
