@@ -4,8 +4,8 @@ The system treats two cases differently. On an idle connection it probes the pee
 time (keepalive). While bytes are in flight it only retransmits them, for 15 minutes and more,
 and does not probe. For this case :class:`Silence` reads the system's retransmission counts.
 
-TCP_USER_TIMEOUT would need less code. But it also ends connections whose peer lives and does
-not read for that long. Sources: tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer. A slow
+TCP_USER_TIMEOUT could replace this check. But it also ends connections whose peer lives and
+does not read for that long. Sources: tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer. A slow
 consumer is not a dead peer.
 """
 

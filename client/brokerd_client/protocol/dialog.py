@@ -650,7 +650,7 @@ class Dialog(Reception[M]):
     def _finish(self) -> None:
         """Send ``finished`` in the state DRAINING, once no call waits for its outcome.
 
-        The broker answers when every earlier send is delivered or reported.
+        The broker answers when every earlier send is written or reported.
         """
         if self.state is State.DRAINING and not self._finishing and not self.pending_calls:
             self._finishing = True
