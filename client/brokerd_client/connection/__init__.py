@@ -1,15 +1,16 @@
 """The direct API: two processes, one connection, a key. A drop-in for ``multiprocessing.connection``.
 
-It keeps what its forerunner ``processing.connection`` documented, old method names included, and speaks to the
-standard library of every Python. docs/direct-api.md says how to use it; what differs from the standard library
-is listed there.
+It keeps the documented API of its predecessor ``processing.connection``, old method names
+included. It is compatible with the standard library of every Python. docs/direct-api.md
+says how to use it, and lists the differences from the standard library.
 
-    listener.py  Listener        doors.py        listening sockets, their files, waking
-    client.py    Client          negotiation.py  handshakes under way, deliver_challenge, answer_challenge
-    stream.py    Connection      keys.py         what a caller may give as a key
-    pair.py      Pipe            readiness.py    wait
-    xml.py       XmlListener ... named_pipes.py  AF_PIPE, on Windows
-    turn.py      locks           forks.py        what a fork must forget
+    listener.py    Listener         listening_sockets.py  listening sockets, their files, waking
+    client.py      Client           handshaking.py        pending handshakes, deliver_challenge,
+    stream.py      Connection                             answer_challenge
+    pair.py        Pipe             keys.py               the forms of a key
+    xml.py         XmlListener ...  readiness.py          wait
+    call_lock.py   locks            named_pipes.py        AF_PIPE, on Windows
+    forks.py       resets in a fork
 """
 
 from __future__ import annotations
@@ -59,6 +60,6 @@ if sys.platform == "win32":
 
     __all__ += ["PipeConnection"]
 
-# The forerunner's names.
+# The names of processing.connection.
 deliverChallenge = deliver_challenge  # noqa: N816
 answerChallenge = answer_challenge  # noqa: N816

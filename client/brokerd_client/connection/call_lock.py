@@ -1,9 +1,10 @@
-"""Whose turn it is: the locks of connections and listeners, which an exception may leave at any bytecode.
+"""The locks of connections and listeners, which survive an exception at any bytecode.
 
-``with turn:`` gives the lock back after every exception inside its block. Between the block's end and the call of
-``__exit__`` is one place where it does not; :func:`release_if_held`, called by a handler around it, closes that gap.
-Because the lock knows its thread, a call from a signal handler that interrupts another call is refused, and never waits
-for the very call that it interrupts.
+``with turn:`` releases the lock after every exception inside its block. An exception
+between the block's end and the call of ``__exit__`` would leave it held. An exception
+handler around the block closes that gap with :func:`release_if_held`. The lock knows its
+thread. A signal handler's call that interrupts another call is therefore refused, and
+never waits for the call that it interrupts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["Turn", "new_turn", "refuse_nested_call", "release_if_held"]
 
 
 class Turn(Protocol):
-    """What is used of a threading.RLock."""
+    """The methods of threading.RLock that are used here."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
 
@@ -43,5 +44,8 @@ def release_if_held(turn: Turn) -> None:
 
 
 def refuse_nested_call(act: str) -> NoReturn:
-    """Raise RuntimeError: this call interrupts a call of the same kind, from a signal handler for instance."""
+    """Raise RuntimeError, because this call interrupts a call of the same kind.
+
+    A signal handler can do that, for example.
+    """
     raise RuntimeError(f"nested {act}: this thread is in the middle of another {act} on the same object")

@@ -1,4 +1,4 @@
-"""Objects that must forget something in a fork: locks of threads, and conversations, that a child does not have."""
+"""Objects that must be reset in a fork: their locks and handshakes belong to the parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _resettable: Final[weakref.WeakSet[_Resettable]] = weakref.WeakSet()
 
 
 def reset_after_fork(obj: _Resettable) -> None:
-    """Have ``obj._reset_after_fork()`` called in every fork of this process, for as long as obj lives."""
+    """Call ``obj._reset_after_fork()`` in every fork of this process, while obj is alive."""
     _resettable.add(obj)
 
 

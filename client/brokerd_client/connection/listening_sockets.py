@@ -1,6 +1,7 @@
-"""Where peers come in: a listening socket, its file, and the waker that ends a wait from another thread.
+"""A listening socket, its file, and the waker that ends a wait from another thread.
 
-A door takes peers one at a time and says who is ready. It knows nothing of keys, and waits only when told to.
+A server socket accepts peers one at a time and reports which peers have sent bytes. It
+knows nothing of keys, and waits only in wait().
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ _OWNER_ONLY: Final = 0o600
 
 
 def arbitrary_address(family: str) -> Any:
-    """Return a free address of the family, for a listener that was given none."""
+    """Return a free address of the family, for a listener without an address."""
     if family == "AF_INET":
         return ("localhost", 0)
     if family == "AF_INET6":
         return ("::1", 0)
     if family == "AF_UNIX":
-        # The directory is this process's own, mode 0700 and removed when it ends, so a guessed name harms nobody.
+        # The directory is this process's own, has mode 0700 and is removed when the process
+        # ends, so a guessed name does no harm.
         return tempfile.mktemp(prefix="listener-", dir=util.get_temp_dir())  # noqa: S306
     if family == "AF_PIPE":
         return tempfile.mktemp(prefix=rf"\\.\pipe\pyc-{os.getpid()}-", dir="")  # noqa: S306
@@ -44,36 +46,36 @@ def arbitrary_address(family: str) -> Any:
 
 
 class ServerSocket(Protocol):
-    """Where peers come in."""
+    """A socket or named pipe that accepts peers."""
 
-    #: Where peers are to connect to.
+    #: The address that peers connect to.
     address: Any
 
     @property
     def most_peers(self) -> int:
-        """How many channels wait() can watch."""
+        """The largest number of peer streams that wait() can watch."""
 
     def wait(self, peer_streams: Collection[PeerStream], timeout: float | None) -> tuple[bool, set[int]]:
-        """Wait until a peer comes, a channel has something, wake() is called or the time is over.
+        """Wait for a new peer, for input, for wake(), or for ``timeout`` seconds.
 
-        Return (whether a peer may have come, the filenos of the channels that have something).
+        Returns (whether a peer may have connected, the filenos of the streams with input).
         """
 
     def take(self) -> tuple[PeerStream, object] | None:
-        """Return the next peer's channel and address; None where it has gone again. Raises OSError."""
+        """Return the next peer's stream and address; None if it has left. Raises OSError."""
 
     def wake(self) -> None:
-        """End a wait, from any thread."""
+        """End a wait. Any thread may call this."""
 
     def close(self) -> None:
-        """Close, and remove what was left in the file system by this process."""
+        """Close, and remove the socket file that this process has made."""
 
     def renew(self) -> None:
-        """Stop sharing the waker with the process this one was forked from."""
+        """Replace the waker, which a fork shares with its parent process."""
 
 
 class SocketServer:
-    """A listening socket, and its file where it is a Unix socket with one."""
+    """A listening socket, and its file if it is a Unix socket with a file."""
 
     most_peers: Final = sys.maxsize
 
@@ -86,7 +88,8 @@ class SocketServer:
             if family == "AF_UNIX":
                 self._bind_file(address)
             else:
-                # On Windows SO_REUSEADDR would let anybody take the port over; its opposite is right there.
+                # On Windows SO_REUSEADDR would let any process take over the port; its
+                # opposite is right there.
                 option = socket.SO_REUSEADDR if os.name == "posix" else socket.SO_EXCLUSIVEADDRUSE  # type: ignore[attr-defined,unused-ignore]
                 self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
                 self._socket.bind(address)
@@ -104,8 +107,8 @@ class SocketServer:
     def _bind_file(self, address: str | bytes) -> None:
         """Bind a Unix socket that only its owner can connect to, whatever the umask.
 
-        The file is made with the socket's own mode, less the umask, so there is no moment at which it is more open.
-        Where a system does not know that, nobody can connect before listen() either.
+        The file gets the socket's own mode, less the umask, so it is never more open. On
+        systems without that feature, no process can connect before listen() either.
         """
         if os.fsencode(address)[:1] == b"\0":
             self._socket.bind(address)
@@ -136,22 +139,22 @@ class SocketServer:
         try:
             sock, peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            # Another thread or process was faster, or the peer thought better of it.
+            # Another thread or process was faster, or the peer has closed the connection.
             return None
         if self._tcp:
             no_delay(sock)
         return SocketPeer(sock), peer
 
     def wake(self) -> None:
-        # A full pipe wakes as well; a closed one has nobody to wake.
+        # A full waker wakes as well; a closed waker has no waiting thread.
         with contextlib.suppress(OSError):
             self._ends[1].send(b"\0")
 
     def close(self) -> None:
         unlink, self._unlink = self._unlink, None
         if unlink is not None:
-            # First, while the open socket still keeps the inode's number from being given to another file.
-            # It does nothing in a process other than the one that made the file.
+            # First, while the open socket still keeps its inode number from being reused. It
+            # does nothing in a process that did not make the file.
             unlink()
         self._socket.close()
         for end in self._ends:
@@ -166,13 +169,13 @@ class SocketServer:
 
 
 def no_delay(sock: socket.socket) -> None:
-    """Have small messages sent at once. A peer that is gone already is noticed when it is read from."""
+    """Send small messages without delay. A lost peer is detected at the next read."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def open_server(address: Any, family: Family, backlog: int) -> ServerSocket:
-    """Return a door at the address. Raises OSError, where it is in use for example."""
+    """Return a server socket at the address. Raises OSError, for example if it is in use."""
     if sys.platform == "win32" and family == "AF_PIPE":
         from brokerd_client.connection.named_pipes import PipeServer
 
@@ -181,7 +184,7 @@ def open_server(address: Any, family: Family, backlog: int) -> ServerSocket:
 
 
 def _unlink_if_same(path: Path, device: int, inode: int) -> None:
-    """Remove the socket file, unless another has taken its place."""
+    """Remove the socket file, unless another file has taken its place."""
     with contextlib.suppress(FileNotFoundError):
         found = path.lstat()
         if (found.st_dev, found.st_ino) == (device, inode):

@@ -1,4 +1,4 @@
-"""Which of several things can be read from: ``multiprocessing.connection.wait``."""
+"""``multiprocessing.connection.wait``: wait until one of several objects can be read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import Any, Final
 
 __all__ = ["deadline_after", "readable", "shortened", "wait"]
 
-#: In seconds; poll() counts milliseconds in a C int. Whoever waits longer looks at the clock and waits again.
+#: Most seconds of one system call: poll() counts milliseconds in a C int. A longer wait is
+#: made of several calls, with a check of the clock between them.
 _LONGEST_WAIT: Final = 1_000_000
 
 
 def deadline_after(timeout: float | None, now: float) -> float | None:
-    """Return when the timeout, in seconds from ``now``, is over; None for no limit. Raises ValueError for NaN."""
+    """Return the deadline of a timeout in seconds from ``now``; None for no limit.
+
+    Raises ValueError for NaN.
+    """
     if timeout is None:
         return None
     if math.isnan(timeout):
@@ -25,16 +29,21 @@ def deadline_after(timeout: float | None, now: float) -> float | None:
 
 
 def shortened(timeout: float | None) -> float | None:
-    """Return the timeout, made short enough for the system's calls; at its end the caller looks at the clock."""
+    """Return the timeout in seconds, short enough for the system's calls.
+
+    When it has passed, the caller checks the clock.
+    """
     return None if timeout is None else min(max(timeout, 0), _LONGEST_WAIT)
 
 
 if sys.platform != "win32":
 
     def readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-        """Return the descriptors (sockets only, on Windows) that can be read from, waiting once for up to ``timeout``.
+        """Wait once; return the descriptors (on Windows, sockets only) that can be read.
 
-        timeout: seconds; None waits for ever, and a negative time does not wait.
+        Args:
+            descriptors: The descriptors to wait for.
+            timeout: Seconds to wait; None for no limit; a negative time does not wait.
         """
         seconds = shortened(timeout)
         milliseconds = None if seconds is None else 1000 * seconds
@@ -46,9 +55,11 @@ if sys.platform != "win32":
 else:
 
     def readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-        """Return the descriptors (sockets only, on Windows) that can be read from, waiting once for up to ``timeout``.
+        """Wait once; return the descriptors (on Windows, sockets only) that can be read.
 
-        timeout: seconds; None waits for ever, and a negative time does not wait.
+        Args:
+            descriptors: The descriptors to wait for.
+            timeout: Seconds to wait; None for no limit; a negative time does not wait.
         """
         return set(select.select(list(descriptors), (), (), shortened(timeout))[0])
 
@@ -57,7 +68,7 @@ if sys.platform == "win32":
     from multiprocessing.connection import wait as _wait_for_handles
 
     def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
-        """Return those of the objects that are ready: connections, sockets, handles; [] when the time is over."""
+        """Return the objects that are ready: connections, sockets, handles; [] at the timeout."""
         objects = list(object_list)
         deadline = deadline_after(timeout, time.monotonic())
         while True:
@@ -68,21 +79,26 @@ if sys.platform == "win32":
 else:
 
     def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
-        """Return those of the objects that can be read from, or whose peer is gone, in the order given.
+        """Wait until at least one object can be read, or has lost its peer.
 
-        object_list: connections, sockets, file descriptors, process sentinels. timeout: seconds; None waits for
-        ever, as math.inf does, and a negative time does not wait. [] when the time is over.
+        Args:
+            object_list: Connections, sockets, file descriptors or process sentinels.
+            timeout: Seconds to wait. None and math.inf mean no limit; a negative time does
+                not wait.
+
+        Returns:
+            The objects that are ready, in the order given; [] after the timeout.
         """
         objects = [(obj if isinstance(obj, int) else obj.fileno(), obj) for obj in object_list]
         descriptors = [descriptor for descriptor, _ in objects]
-        # A connection may have a message that the system knows no more.
+        # A connection may hold a message that the system does not know any more.
         holding = {descriptor for descriptor, obj in objects if getattr(obj, "_holds_message", False) is True}
         if holding:
             timeout = 0
         deadline = deadline_after(timeout, time.monotonic())
         ready = readable(descriptors, timeout) | holding
         while not ready and deadline is not None:
-            # Timers are coarser than clocks: never come back early.
+            # Timers are coarser than clocks: never return early.
             timeout = deadline - time.monotonic()
             if timeout <= 0:
                 break

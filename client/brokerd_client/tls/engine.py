@@ -1,7 +1,8 @@
-"""TLS, sans-I/O: what the ssl module does to the bytes of one connection, and its errors in words that help.
+"""TLS without I/O: encryption of one connection's bytes, and errors with helpful texts.
 
-An Engine turns bytes to send into bytes for the wire and back; who moves them is the caller's business: a socket
-(tls_stream) or a transport (aio_tls). Imported only where TLS is used: the ssl module takes its time to load.
+An Engine turns bytes to send into bytes for the wire, and back. The caller moves them,
+through a socket (tls/stream.py) or an asyncio transport (aio/tls_transport.py). This module
+is imported only if TLS is used, because the ssl module is slow to load.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ __all__ = ["Engine", "explained", "room"]
 
 #: The first byte of a record: change_cipher_spec, alert, handshake or application_data (RFC 8446, 5.1).
 _RECORD_TYPES: Final = range(0x14, 0x18)
-#: Bytes decrypted at once where the caller has no buffer of its own.
+#: Most bytes decrypted at once, if the caller has no buffer of its own.
 _PIECE: Final = 64 * 1024
 
 
 class Engine:
-    """One end of one TLS channel.
+    """One end of one TLS connection.
 
-    context: a client's or a listener's, as ``end_point`` says. hostname: for a client, whom it wants to talk to.
-    end_point: for a listener, the binding data of its certificate; None for a client, who computes them.
-    more: whether there may be something to read before any more is fed.
-    ended: whether the peer has said that nothing more comes, or is gone.
+    The attribute ``more`` tells whether input may be readable before more bytes are fed.
+    The attribute ``ended`` tells whether the peer has ended its side, or is gone.
+
+    Args:
+        context: The context of a client or a listener, according to ``end_point``.
+        hostname: For a client, the name of the host that it connects to.
+        end_point: For a listener, the binding data of its certificate. None for a client,
+            which computes them.
     """
 
     __slots__ = ("_end_point", "_error", "_heard", "_incoming", "_outgoing", "_ssl", "ended", "more", "ready")
@@ -49,7 +54,7 @@ class Engine:
         self.ended = False
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Take in bytes from the wire. Raises TlsError: they are not TLS at all."""
+        """Feed bytes from the wire. Raises TlsError if they are not TLS at all."""
         if not self._heard and data:
             self._heard = True
             if data[0] not in _RECORD_TYPES:
@@ -58,20 +63,23 @@ class Engine:
         self._incoming.write(data)
 
     def feed_end(self) -> None:
-        """Nothing more comes from the wire."""
+        """Feed the end of the bytes from the wire."""
         self._incoming.write_eof()
 
     @property
     def heard(self) -> bool:
-        """Whether anything has come from the wire."""
+        """Whether any bytes have come from the wire."""
         return self._heard
 
     def output(self) -> bytes:
-        """Return what is to be put on the wire now, also after an error: it may be what the peer is to know of it."""
+        """Return the bytes to write to the wire now.
+
+        After an error there may be some too: an alert for the peer.
+        """
         return self._outgoing.read()
 
     def handshake(self) -> bool:
-        """Go on with the handshake as far as the bytes that have come allow; return whether it is over.
+        """Advance the handshake with the bytes fed so far; return whether it is over.
 
         Raises TlsError.
         """
@@ -82,22 +90,25 @@ class Engine:
         except ssl.SSLError as error:
             raise self._explained(error) from error
         except ValueError as error:
-            # A hostname that no certificate can have.
+            # The hostname is one that no certificate can have.
             raise TlsError(str(error)) from error
         self.ready = True
-        # What came behind the handshake's last bytes has been taken in with them.
+        # Bytes that followed the handshake's last bytes have been fed with them.
         self.more = self._incoming.pending > 0
         return True
 
     def read_into(self, view: memoryview) -> int:
-        """Decrypt into ``view``, never empty; return how many bytes. Raises TlsError, after what came before it."""
+        """Decrypt into ``view``, which must not be empty; return the number of bytes.
+
+        Raises TlsError, but only after the bytes before the error have been returned.
+        """
         if self._error is not None:
             raise self._error
         got, size = 0, len(view)
         self.more = False
         try:
             while got < size:
-                # With a buffer it returns how many bytes it has put there.
+                # With a buffer, read() returns the number of bytes that it has put there.
                 count = cast("int", self._ssl.read(size - got, cast("bytearray", view[got:])))
                 if not count:
                     self.ended = True
@@ -107,7 +118,8 @@ class Engine:
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            # Nothing in this protocol is ended by the end of the stream, so that a missing goodbye hides nothing.
+            # No message of this protocol ends with the stream, so a missing closing alert
+            # (close_notify) can't hide a truncation.
             self.ended = True
         except ssl.SSLError as error:
             self._error = self._explained(error)
@@ -117,7 +129,10 @@ class Engine:
         return got
 
     def read(self) -> bytes:
-        """Return everything that has arrived. Raises TlsError, after what came before."""
+        """Return all bytes that have arrived.
+
+        Raises TlsError, but only after the bytes before the error have been returned.
+        """
         pieces: list[bytes] = []
         buffer = room()
         self.more = True
@@ -126,7 +141,7 @@ class Engine:
         return b"".join(pieces)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Encrypt. Raises TlsError."""
+        """Encrypt bytes to send. Raises TlsError."""
         try:
             view = memoryview(data)
             while view:
@@ -138,19 +153,19 @@ class Engine:
         if self.ready and isinstance(error, ssl.SSLEOFError):
             return TlsError("the peer has closed the connection")
         if self.ready and getattr(error, "reason", None) in _VERSION_REASONS:
-            # There was one that both speak.
+            # Both ends had agreed on a version before.
             return TlsError("TLS failed: what came is not TLS")
         return explained(error, listener=self._end_point is not None)
 
     def finish(self) -> None:
-        """Say goodbye: nothing more is written here."""
-        # The peer has not said it yet, or has other things to say first: nobody waits for that here.
+        """End the sending side, with TLS's closing alert (close_notify)."""
+        # The peer may not have ended its side yet, or may send more first: this does not wait.
         with contextlib.suppress(ssl.SSLError, ValueError):
             self._ssl.unwrap()
 
     @property
     def bindings(self) -> dict[str, bytes]:
-        """What this channel can be bound to, once the handshake is over. Raises TlsError."""
+        """The channel bindings, available after the handshake. Raises TlsError."""
         if self._end_point is not None:
             found = {END_POINT: self._end_point}
         else:
@@ -174,19 +189,19 @@ class Engine:
 
     @property
     def peer_certificate(self) -> bytes | None:
-        """The peer's certificate, verified, in DER; None where it has shown none."""
+        """The peer's verified certificate in DER; None if the peer has sent none."""
         return self._ssl.getpeercert(binary_form=True)
 
     @property
     def peer_subject(self) -> tuple[tuple[str, str], ...]:
-        """Whom the peer's certificate is about: names, as OpenSSL writes them out, and values, in its order."""
+        """The subject of the peer's certificate: OpenSSL's names and their values, in order."""
         found = self._ssl.getpeercert() or {}
         parts = found.get("subject", ())
         return tuple((name, value) for part in parts for name, value in part)  # type: ignore[misc,str-unpack,unused-ignore]
 
 
 class _Rooms(threading.local):
-    """Where one thread decrypts what has arrived, for one engine after the other."""
+    """The buffer in which one thread decrypts input, for one engine after the other."""
 
     room: memoryview | None = None
 
@@ -195,13 +210,16 @@ _rooms: Final = _Rooms()
 
 
 def room() -> memoryview:
-    """Return this thread's buffer: made once, because making it costs as much as decrypting a small message."""
+    """Return this thread's buffer.
+
+    It is made once, because making it costs as much as decrypting a small message.
+    """
     if _rooms.room is None:
         _rooms.room = memoryview(bytearray(_PIECE))
     return _rooms.room
 
 
-#: By whether this end listens.
+#: The error texts, by whether this end is the listener.
 _NO_TLS: Final = {
     False: "the peer does not speak TLS: a plain listener is reached without tls:// and ssl=",
     True: "it does not speak TLS, which this listener does: give it the address tls://HOST:PORT, or another listener",
@@ -220,12 +238,17 @@ _CLOSED: Final = {
     False: "the broker closed the connection during the TLS handshake: its log says why",
     True: "closed by the peer during the TLS handshake",
 }
-#: What a peer says of our certificate.
+#: The alerts with which a peer rejects this end's certificate.
 _ALERTS: Final = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_UNKNOWN", "CERTIFICATE_REVOKED")
 
 
 def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
-    """Return the error in words that say what would be right. listener: whether this end listens."""
+    """Return an error whose text tells what would be right.
+
+    Args:
+        error: The error of the ssl module.
+        listener: Whether this end is the listener.
+    """
     reason = str(getattr(error, "reason", None) or "")
     if isinstance(error, ssl.SSLEOFError):
         cut = TlsError(_CLOSED[listener])

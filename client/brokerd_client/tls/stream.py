@@ -1,17 +1,21 @@
-"""TLS over a non-blocking socket, used like one: a read or write that can't go on raises BlockingIOError.
+"""TLS over a non-blocking socket, used like a socket.
 
-What differs from a socket, for whoever waits for it:
+A read or write that can't continue raises BlockingIOError. A caller that waits for the
+stream must know these differences from a socket:
 
 - bytes may be here already when the system says that there are none: ``buffered``;
-- bytes that were taken may not have gone yet, one piece of them at most: ``unsent``, until :meth:`flush` says so.
+- bytes that were taken may not be written yet, at most one piece of them: ``unsent``. They
+  are written when :meth:`flush` returns True.
 
-Reading may write (an answer to the peer's TLS), never the other way round.
+Reading may write (an answer to the peer's TLS); writing never reads.
 
-An exception of a signal handler may end a read or a write in the middle. What was decrypted or taken by then is known
-to no caller, so that the stream goes no further: later reads and writes raise TlsError.
+A signal handler's exception may interrupt a read or a write. No caller then knows which
+bytes were decrypted or taken. The stream can't continue: later reads and writes raise
+TlsError.
 
-A peer may send much in which there is nothing for anybody: updates of its keys, records of one byte. Each costs this
-end some microseconds, so that a call takes in little of that at once, and leaves the rest to the system until the next.
+A peer may send many bytes with little or no payload: key updates, or records of one byte.
+Each costs this end some microseconds. A call therefore reads few such bytes at once, and
+leaves the rest to the system until the next call.
 """
 
 from __future__ import annotations
@@ -26,24 +30,28 @@ from brokerd_client.tls.engine import Engine, room
 
 __all__ = ["TlsStream"]
 
-#: Bytes from the wire read at once, and bytes to send taken at once: this much is kept for every connection.
+#: Most bytes read from the wire at once, and most bytes taken for sending at once. This
+#: much memory is kept for every connection.
 _PIECE: Final = 32 * 1024
-#: The same where the last ones were mostly TLS's own: as many updates of keys take a millisecond.
+#: Most bytes read at once if the last ones were mostly TLS's own. Key updates of this size
+#: take a millisecond.
 _SIP: Final = 4 * 1024
-#: Where less than this share was in it, a piece was mostly TLS's own. The smallest frames, each in a record of its own,
-#: are twice that.
+#: The share of payload below which a piece counts as mostly TLS's own. The smallest frames,
+#: each in its own record, have twice that share.
 _YIELD: Final = 1 / 5
-#: The longest record (RFC 5246, 6.2.3): nothing of what is in it is there before all of it is.
+#: Bytes of the longest record (RFC 5246, 6.2.3). Its content can be read only when all of
+#: it has arrived.
 _RECORD: Final = 5 + 16 * 1024 + 2048
-#: Bytes that are taken in without anything in them, and by a listener from whoever has not proved who it is.
+#: Most bytes in a row that are read without any payload: from an authenticated peer, and by
+#: a listener from a peer that is not authenticated.
 _MOST_BARREN: Final = 64 * 1024
 _MOST_BARREN_AT_THE_DOOR: Final = 20 * 1024
-#: Answers of TLS itself that wait for a peer who does not read.
+#: Most bytes of TLS's own answers that wait for a peer that does not read.
 _MOST_UNSENT: Final = 2 * _PIECE
 
 
 class TlsStream:
-    """One connection, its socket non-blocking and now this object's own."""
+    """A TLS connection over a socket, which it owns and makes non-blocking."""
 
     __slots__ = ("_barren", "_left", "_most_barren", "_torn", "_unsent", "_wary", "engine", "raw")
 
@@ -58,40 +66,40 @@ class TlsStream:
         self.raw = sock
         self.engine = Engine(context, hostname=hostname, end_point=end_point)
         self._unsent = b""
-        #: True while a read or a write is under way, and for good where an exception cut it off.
+        #: True during a read or a write, and permanently if an exception cut it off.
         self._torn = False
-        #: Bytes that came since the last of which there was something to read.
+        #: Bytes received since the last payload.
         self._barren = 0
         self._most_barren = _MOST_BARREN if end_point is None else _MOST_BARREN_AT_THE_DOOR
         self._wary = True
-        #: Whether the last read stopped though the system may have had more.
+        #: Whether the last read stopped although the system may have had more bytes.
         self._left = False
 
     def trust(self) -> None:
-        """The peer has proved who it is: it may do what any client may."""
+        """Apply the limits of an authenticated peer from now on."""
         self._most_barren = _MOST_BARREN
 
     @property
     def family(self) -> int:
-        """As a socket's."""
+        """The address family of the socket."""
         return self.raw.family
 
     @property
     def buffered(self) -> bool:
-        """Whether there may be something to read, be it the end, of which the system tells nothing, or not again."""
+        """Whether input, or the end, may be readable although the system does not report it."""
         return self.engine.more or self.engine.ended or self._left
 
     @property
     def unsent(self) -> bool:
-        """Whether bytes wait for the socket to take them: for :meth:`flush`."""
+        """Whether bytes wait to be written to the socket by :meth:`flush`."""
         return bool(self._unsent)
 
     def fileno(self) -> int:
-        """As a socket's."""
+        """Return the socket's file descriptor."""
         return self.raw.fileno()
 
     def handshake(self) -> bool:
-        """Go on with the handshake, by what one read brings; return whether it is over. Raises OSError."""
+        """Advance the handshake by one read; return whether it is over. Raises OSError."""
         engine = self.engine
         try:
             ready = engine.handshake()
@@ -102,7 +110,7 @@ class TlsStream:
         except (BlockingIOError, InterruptedError):
             return False
         except TlsError:
-            # The peer may be owed the word of what was wrong.
+            # The peer may have to be sent a TLS alert.
             with contextlib.suppress(OSError):
                 self.flush()
             raise
@@ -110,7 +118,7 @@ class TlsStream:
         return ready
 
     def _feed(self, size: int) -> int:
-        """Read once from the socket; return how many bytes, 0 for the end. Raises OSError."""
+        """Read once from the socket; return the number of bytes, 0 at the end. Raises OSError."""
         data = self.raw.recv(size)
         if data:
             self.engine.feed(data)
@@ -119,7 +127,7 @@ class TlsStream:
         return len(data)
 
     def recv_into(self, view: memoryview, size: int = 0) -> int:
-        """As a socket's: 0 is the end. Raises OSError."""
+        """Read into a buffer as a socket does; 0 is the end. Raises OSError."""
         self._begin()
         try:
             got = self._receive_into(view, size)
@@ -141,7 +149,7 @@ class TlsStream:
             view = view[:size]
         engine = self.engine
         got, fed = engine.read_into(view), 0
-        # At the door little is asked for, and little is decrypted for it.
+        # During a handshake little is requested, so little is decrypted for it.
         piece = min(_SIP, 2 * len(view)) if self._wary else _PIECE
         self._left = False
         try:
@@ -157,11 +165,11 @@ class TlsStream:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            # What came before it is read first; the next read fails again.
+            # The bytes before the error are read first; the next read fails again.
             if not got:
                 raise
         finally:
-            # Where the answer can't be written any more, what came counts all the same.
+            # If TLS's answer can't be written any more, the input is still returned.
             with contextlib.suppress(OSError):
                 self.flush()
         self._judge(got, fed)
@@ -170,7 +178,10 @@ class TlsStream:
         return got
 
     def _judge(self, got: int, fed: int) -> None:
-        """Be wary of a peer whose bytes are mostly TLS's own. Raises TlsError: there is nothing in them at all."""
+        """Limit reads from a peer whose bytes are mostly TLS's own.
+
+        Raises TlsError if the peer has sent too many bytes without any payload.
+        """
         if fed and got >= fed * _YIELD:
             self._wary = False
         elif fed > _RECORD:
@@ -180,7 +191,7 @@ class TlsStream:
             raise TlsError(f"the peer has sent {self._barren} bytes of TLS with nothing in them")
 
     def recv(self, size: int) -> bytes:
-        """As a socket's: b"" is the end. Raises OSError."""
+        """Read as a socket does; b"" is the end. Raises OSError."""
         self._begin()
         view = room()[:size]
         try:
@@ -192,7 +203,10 @@ class TlsStream:
         return data
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        """As a socket's: return how many bytes were taken. They are as good as sent: :meth:`flush`. Raises OSError."""
+        """Send as a socket does; return the number of bytes taken. Raises OSError.
+
+        The bytes taken count as sent; :meth:`flush` writes the rest of them.
+        """
         self._begin()
         try:
             taken = self._take(data)
@@ -207,8 +221,8 @@ class TlsStream:
             raise BlockingIOError
         taken = memoryview(data)[:_PIECE]
         self.engine.write(taken)
-        # Some of it may have left before the connection broke, and in it what the peer takes for a whole message. The
-        # next write fails again.
+        # Some bytes may have been sent before the connection broke, and the peer may have got
+        # a whole message. The next write fails again.
         try:
             self.flush()
         except OSError as error:
@@ -217,7 +231,7 @@ class TlsStream:
         return len(taken)
 
     def flush(self) -> bool:
-        """Offer what was taken and not sent to the system; return whether all is gone. Raises OSError."""
+        """Write the bytes that were taken and not sent; return whether all are. Raises OSError."""
         output = self.engine.output()
         if output:
             self._unsent = self._unsent + output if self._unsent else output
@@ -230,7 +244,7 @@ class TlsStream:
         return True
 
     def finish(self) -> None:
-        """Say goodbye, if that can be sent now: nothing more is written. Raises OSError."""
+        """End the sending side, if that can be sent now. Raises OSError."""
         self.engine.finish()
         self.flush()
 
@@ -240,5 +254,8 @@ class TlsStream:
 
 
 def _by_system(error: OSError) -> bool:
-    """Return whether the system has raised it, and not a signal handler, whose TimeoutError is an OSError too."""
+    """Return whether the system raised the error, not a signal handler.
+
+    A signal handler may raise a TimeoutError, which is an OSError too.
+    """
     return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError, ConnectionError))
