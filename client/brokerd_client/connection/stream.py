@@ -1,12 +1,13 @@
-"""One connection: whole messages over a file descriptor, as ``multiprocessing.connection.Connection`` has them.
+"""A connection: whole messages over a descriptor, as in ``multiprocessing.connection``.
 
-A message is a frame (docs/protocol.md, "Frame"); an object sent is a pickle in one. Nothing is ever read beyond the
-message asked for, so that whoever holds the descriptor next - a child process, :func:`wait` - finds all that is still
-to come. Source of the behaviour: CPython, Lib/multiprocessing/connection.py, ``_ConnectionBase`` and ``Connection``.
+A message is a frame (docs/protocol.md, "Frame"); an object sent is a pickle in a frame.
+No byte is read beyond the requested message. The next user of the descriptor, such as a
+child process or :func:`wait`, therefore finds all later messages. Source of the behaviour:
+CPython, Lib/multiprocessing/connection.py, ``_ConnectionBase`` and ``Connection``.
 
-Beyond that: several threads may send, and several receive; a message announced above ``max_message`` is refused
-before anything is allocated for it; lengths that no frame can have are refused; and a connection on which a frame was
-cut off in the middle is never used in that direction again.
+Beyond that, several threads may send, and several may receive. A message announced above
+``max_message`` is refused before memory is allocated for it. Lengths that no frame can have
+are refused. After a frame was cut off, its direction is never used again.
 
 An exception may come at any bytecode: from a signal handler, or set by another thread. Received bytes are stored by the
 C call that reads them, before the interpreter can look for signals: ``list.extend(map(read, ...))``. They stay in the
@@ -103,7 +104,7 @@ class Connection:
         self._handle = descriptor
 
     def _prepare(self, descriptor: int, readable: bool, writable: bool, max_message: int | None) -> None:
-        """Set everything but the handle: without it this object owns nothing yet."""
+        """Set all attributes but the handle; without it this object owns nothing yet."""
         self._readable = readable
         self._writable = writable
         self._max_message = max_message
@@ -256,9 +257,10 @@ class Connection:
     # Receiving.
 
     def recv(self) -> Any:
-        """Return the next object. Raises EOFError where the peer is gone, and as recv_bytes.
+        """Return the next object. Raises the same errors as recv_bytes.
 
-        Unpickling runs what the peer says: only ever from a peer that has proved to know the key.
+        Unpickling runs code that the peer chooses. Call this only if the peer has proved
+        that it knows the key.
         """
         return _unpickled(self.recv_bytes())
 
@@ -346,9 +348,10 @@ class Connection:
             raise
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        """Return whether there is something to receive, or the peer is gone, waiting up to ``timeout`` seconds.
+        """Return whether a message can be received, or the peer is gone.
 
-        None waits for ever; a negative time does not wait.
+        This waits up to ``timeout`` seconds. None means no limit; a negative time does not
+        wait.
         """
         if self._handle is None or not self._readable:
             self._refuse_to("receive")
@@ -480,7 +483,10 @@ class Connection:
             raise
 
     def _cut_off(self) -> None:
-        """Let nobody read on in the middle of a frame, as ``_bad_message_length`` in the standard library."""
+        """Prevent reading on in the middle of a frame.
+
+        The standard library's ``_bad_message_length`` does the same.
+        """
         if self._writable:
             self._readable = False
         else:
