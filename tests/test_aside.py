@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from net.house import Recorder, configuration
 
-from brokerd import daemon as daemons
 from brokerd.daemon import Daemon, Stopped
+from brokerd.daemon import daemon as daemons
 from brokerd.daemon.threads import run_in_thread
 
 

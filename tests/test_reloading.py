@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from net.house import Recorder
 
-from brokerd import daemon
 from brokerd.config.load import load
+from brokerd.daemon import daemon
 from brokerd.daemon import reloader as reloading
 from brokerd.daemon.reloader import Reloading
 
@@ -75,7 +75,7 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
         monkeypatch.setattr(reloading, "run_in_thread", at_once)
         monkeypatch.setattr(daemon, "run_in_thread", ask_meanwhile)
         async with broker:
-            await asyncio.wait_for(broker.settled(), 30)
+            await asyncio.wait_for(broker.wait_until_settled(), 30)
 
     asyncio.run(serve())
     assert not log.named("daemon.reload_refused")

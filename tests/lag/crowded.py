@@ -253,7 +253,7 @@ class Crowded:
                 unread = bool(connection.sock.recv(1, socket.MSG_PEEK))
             except BlockingIOError:
                 unread = False
-            return not (unread or connection.waits or connection.tail or connection.large_frame)
+            return not (unread or connection.waits or connection.pending_input or connection.large_frame)
 
         self.until(taken)
 

@@ -62,7 +62,7 @@ def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded
         broker.daemon.server.settle()
         for sender in senders:
             broker.daemon.broker.handle(sender, frame, broker.loop.time())
-            sender.connection.tail = packed(MESSAGE, "one-wait", bytes(1000), id=8)
+            sender.connection.pending_input = packed(MESSAGE, "one-wait", bytes(1000), id=8)
 
     broker.call(hold)
     assert broker.call(lambda: sum(sender.held_by is recipient for sender in senders)) == 1000
@@ -222,7 +222,7 @@ def test_key_expiry_of_ten_thousand_clients_holds_nothing_up() -> None:
         broker.fill(CONNECTED)
         broker.idle()
         broker.meter.reset()
-        keywatch = broker.daemon._keywatch
+        keywatch = broker.daemon._key_expiry_monitor
         assert keywatch is not None
         broker.timed(lambda: keywatch.watch(broker.daemon.config))
         broker.until(lambda: bool(broker.log.named("key.expiring_more")))

@@ -367,7 +367,7 @@ class Served:
         return self._doors[-1]
 
     def raw(self) -> PipeRaw:
-        return PipeRaw(self.pending_handshakes.dial())
+        return PipeRaw(self.door.dial())
 
     def login(self, name: str) -> PipeRaw:
         """Return a connection of that client that the broker has let in."""
@@ -504,7 +504,7 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
             assert alice.recv().kind == RECEIPT
         broker.house.stop_soon()
         assert broker.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 1
-        for pipe in broker.pending_handshakes.taken:
+        for pipe in broker.door.taken:
             pipe.wait_until_closed()
 
 
@@ -512,7 +512,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
     """A pipe taken out of the configuration takes nobody any more, its connections live on; put back, it is served."""
     daemon = at_pipe.house.daemon
     with_pipe = daemon.config
-    first = at_pipe.pending_handshakes
+    first = at_pipe.door
     with at_pipe.login("alice") as alice:
         without = dataclasses.replace(with_pipe, listen=with_pipe.listen[1:])
         at_pipe.house.call(lambda: daemon.apply(without, "test"))
@@ -520,7 +520,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
         assert [each.family for each in at_pipe.house.addresses] == ["AF_INET"]
         alice.ping()
         at_pipe.house.call(lambda: daemon.apply(with_pipe, "test"))
-        assert at_pipe.pending_handshakes is not first
+        assert at_pipe.door is not first
         with at_pipe.login("bob") as bob:
             bob.send(MESSAGE, "alice", b"new")
             assert alice.recv().body == b"new"
@@ -528,7 +528,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
 
 def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
     """The log says so, and who came is served a moment later."""
-    at_pipe.pending_handshakes.failures = [OSError(errno.ENOMEM, "no room")]
+    at_pipe.door.failures = [OSError(errno.ENOMEM, "no room")]
     with at_pipe.login("alice") as alice:
         alice.ping()
     paused = at_pipe.house.log.wait("listener.paused")[0]

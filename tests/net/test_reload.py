@@ -15,11 +15,11 @@ import pytest
 from net.house import Recorder
 
 import brokerd_client
-from brokerd import daemon as daemons
 from brokerd.config.load import load
 from brokerd.core.broker import Broker
 from brokerd.core.revocation import Revocation
 from brokerd.daemon import Daemon
+from brokerd.daemon import daemon as daemons
 from brokerd.daemon.process import loop_factory
 from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
 

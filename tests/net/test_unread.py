@@ -31,7 +31,7 @@ def test_unread_counter_counts_whole_messages_only(step: int) -> None:
 
 
 def test_unread_counter_passes_over_what_was_judged_already() -> None:
-    counter = UnreadCounter(skip=5)
+    counter = UnreadCounter(bytes_to_skip=5)
     counter.feed(b"#####" + packed(MESSAGE, "bob"))
     assert counter.count == 1
 

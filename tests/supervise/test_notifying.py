@@ -45,7 +45,7 @@ def test_an_abstract_address_is_told_too() -> None:
 
 def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
     """The status follows the connections and messages, and says nothing while they stay."""
-    often = "import brokerd.daemon.systemd\nbrokerd.supervise._STATUS_EVERY = 0.05\n"
+    often = "import brokerd.daemon.systemd\nbrokerd.daemon.systemd._STATUS_EVERY = 0.05\n"
     with (
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, first=often) as broker,

@@ -37,7 +37,7 @@ def test_exception_in_tls_is_a_lost_connection(
     make: Callable[[], BaseException],
 ) -> None:
     """On a ready connection, and in the TLS handshake of the next one; the client connects again, the log has it."""
-    monkeypatch.setattr(aio_base, "chance", lambda: 0.0)
+    monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
     real: Any = getattr(Engine, method)
     left: list[BaseException] = []
 
@@ -53,8 +53,8 @@ def test_exception_in_tls_is_a_lost_connection(
             left.append(make())
             if method == "handshake":
                 # The one of the next connection.
-                assert alice._connection is not None
-                alice._connection.abort()
+                assert alice._link is not None
+                alice._link.abort()
             else:
                 with pytest.raises(Disconnected):
                     await alice.ping()

@@ -477,9 +477,9 @@ def test_close_is_quick_and_what_was_sent_arrives(
     here: House, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that sends and closes at once has everything delivered, and is not closed by a time that runs out."""
-    for module in (dialog, aio, blocking):
-        monkeypatch.setattr(module.client, "LINGER_S", 3 * PATIENCE)
-    monkeypatch.setattr(blocking, "_THREAD_GRACE_S", 3 * PATIENCE)
+    for module in (dialog, aio.client, blocking.client):
+        monkeypatch.setattr(module, "LINGER_S", 3 * PATIENCE)
+    monkeypatch.setattr(blocking.client, "_THREAD_GRACE_S", 3 * PATIENCE)
     bob = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
     alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
     for number in range(200):
