@@ -23,7 +23,7 @@ CLASSES = {
 def drawn_tree() -> dict[str, tuple[str, str]]:
     """Return class name to (its parent's name, the other base in parentheses or "") as the docstring draws it."""
     assert errors.__doc__ is not None
-    drawing = errors.__doc__.partition("::\n")[2].partition("Nothing here")[0]
+    drawing = errors.__doc__.partition("::\n")[2].partition("No exception ever")[0]
     tree: dict[str, tuple[str, str]] = {}
     path: list[tuple[int, str]] = []
     for line in drawing.splitlines():

@@ -24,11 +24,14 @@ _STEP_S = 0.2
 
 
 class Siege:
-    """What the attackers share. login: returns a connection of that client. knock: one that has said nothing."""
+    """What the attackers share.
 
-    def __init__(self, login: Callable[[str], Raw], knock: Callable[[], Raw], seconds: float) -> None:
+    login: returns a connection of that client. open_: returns a connection that has sent nothing.
+    """
+
+    def __init__(self, login: Callable[[str], Raw], open_: Callable[[], Raw], seconds: float) -> None:
         self.login = login
-        self.knock = knock
+        self.open = open_
         self.deadline = time.monotonic() + seconds
         self.rounds = dict.fromkeys(ATTACKS, 0)
         self._threads = [threading.Thread(target=self._run, args=(name,), name=name) for name in ATTACKS]
@@ -80,7 +83,7 @@ def half_handshakes(siege: Siege, order: random.Random) -> None:
     held = []
     try:
         for _ in range(200):
-            raw = siege.begin()
+            raw = siege.open()
             held.append(raw)
             with contextlib.suppress(OSError):
                 raw.sock.send(order.choice([b"", b"\0\0", prefixed(b"x" * 200)[:-1], b"\xff" * 8]))
