@@ -239,7 +239,7 @@ def recipients(
     about: a client name, or None; sessions that may not send to that client are skipped.
     done: the sessions that have the event; the sessions yielded are added.
     """
-    # The search needs an owner; this one is not a connection.
+    # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
     while True:
         found, _ = broker.topics.search(topic, owner, _NODES)
