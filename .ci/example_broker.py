@@ -1,10 +1,13 @@
-"""Runs a broker with three example clients in the foreground, and first says what to type in another terminal.
+"""Runs a broker with three example clients in the foreground, and first says what to
+type in another terminal.
 
 Makes, in ``.run`` beside this checkout's files (mode 0700, ignored by git):
 
-- ``keys/alice``, ``keys/bob``, ``keys/carol``: a fresh key each, mode 0600; kept when run again;
+- ``keys/alice``, ``keys/bob``, ``keys/carol``: a fresh key each, mode 0600; kept when
+  run again;
 - ``brokerd.yaml``: the configuration, written anew by every run;
-- ``brokerd.sock``: where the broker listens. In a folder too deep for the path of a Unix socket it is
+- ``brokerd.sock``: where the broker listens. In a folder too deep for the path of a
+  Unix socket it is
   in a fresh temporary directory, and a note says so.
 
 It never runs two brokers in one place.
@@ -48,11 +51,15 @@ def main() -> int:
     configuration.chmod(0o600)
     print(instructions(run, socket_path))
     print("\nThis terminal is the broker's; Ctrl-C stops it.\n", flush=True)
-    return run_in_foreground([str(Path(sys.executable).parent / "brokerd"), "--config", str(configuration)])
+    return run_in_foreground(
+        [str(Path(sys.executable).parent / "brokerd"), "--config", str(configuration)]
+    )
 
 
 def make_keys(folder: Path) -> None:
-    """Give every example client a key file that only its owner can read; those that exist stay."""
+    """Give every example client a key file that only its owner can read; those that
+    exist stay.
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
     for name in CLIENTS:
         path = folder / name
@@ -65,7 +72,9 @@ def make_keys(folder: Path) -> None:
 
 
 def choose_socket_path(run: Path) -> Path:
-    """Return where to listen: in ``run``, or in a short directory of our own that ``run`` remembers."""
+    """Return where to listen: in ``run``, or in a short directory of our own that
+    ``run`` remembers.
+    """
     path = run / "brokerd.sock"
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
         return path
@@ -74,8 +83,12 @@ def choose_socket_path(run: Path) -> Path:
         memory.write_text(tempfile.mkdtemp(prefix="brokerd-"), encoding="utf-8")
     path = Path(memory.read_text(encoding="utf-8")) / "brokerd.sock"
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        sys.exit(f"{path} is too long for a Unix socket: set TMPDIR to a shorter directory, such as /tmp")
-    print(f"Note: {run} is too long a path for a Unix socket; the broker listens at {path} instead.\n")
+        sys.exit(
+            f"{path} is too long for a Unix socket: set TMPDIR to a shorter directory, such as /tmp"
+        )
+    print(
+        f"Note: {run} is too long a path for a Unix socket; the broker listens at {path} instead.\n"
+    )
     return path
 
 
@@ -85,18 +98,26 @@ def is_private(folder: Path) -> bool:
         status = folder.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) == 0o700
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.getuid()
+        and stat.S_IMODE(status.st_mode) == 0o700
+    )
 
 
 def answers(socket_path: Path) -> bool:
-    """Return whether somebody listens there; a socket file that a dead broker left behind does not count."""
+    """Return whether somebody listens there; a socket file that a dead broker left
+    behind does not count.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
         return probe.connect_ex(str(socket_path)) == 0
 
 
 def configuration_text(run: Path, socket_path: Path) -> str:
-    """Return the YAML of the example: alice and bob as they should be, carol for a Python of any age."""
+    """Return the YAML of the example: alice and bob as they should be, carol for a
+    Python of any age.
+    """
     return f"""\
 # Written anew by every `make run`; config/brokerd.yaml explains every key.
 listen:
@@ -123,11 +144,12 @@ def instructions(run: Path, socket_path: Path) -> str:
     brokerctl = shlex.quote(str(Path(sys.executable).parent / "brokerctl"))
     address = shlex.quote(str(socket_path))
     keys = run / "keys"
+    bob_key = shlex.quote(str(keys / "bob"))
     return f"""\
 In another terminal, be bob, who answers whoever asks:
 
     export BROKERD_ADDRESS={address}
-    {brokerctl} --name bob --key-file {shlex.quote(str(keys / "bob"))} listen --reply "hello, I am bob"
+    {brokerctl} --name bob --key-file {bob_key} listen --reply "hello, I am bob"
 
 In a third one, be alice:
 
@@ -150,10 +172,11 @@ Or be carol, with any Python and nothing installed:
 
 
 def run_in_foreground(command: list[str]) -> int:
-    """Run the command as a shell would, so that Ctrl-C reaches it alone, and return its exit status.
+    """Run the command as a shell would, so that Ctrl-C reaches it alone, and return its
+    exit status.
 
-    In one group with make, make would die of the same Ctrl-C and call a broker that stopped as
-    asked a failure.
+    In one group with make, make would die of the same Ctrl-C and call a broker that
+    stopped as asked a failure.
     """
     if not sys.stdin.isatty():
         os.execv(command[0], command)
@@ -164,8 +187,13 @@ def run_in_foreground(command: list[str]) -> int:
     broker = subprocess.Popen(command, process_group=0)
     with contextlib.suppress(OSError):
         os.tcsetpgrp(terminal, broker.pid)
-    # A terminal that is closed ends the broker too; to the broker itself SIGHUP means something else.
-    for number, forwarded in ((signal.SIGINT, signal.SIGINT), (signal.SIGTERM,) * 2, (signal.SIGHUP, signal.SIGTERM)):
+    # A terminal that is closed ends the broker too; to the broker itself SIGHUP means
+    # something else.
+    for number, forwarded in (
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM,) * 2,
+        (signal.SIGHUP, signal.SIGTERM),
+    ):
         signal.signal(number, lambda _number, _frame, send=forwarded: broker.send_signal(send))
     try:
         return broker.wait()

@@ -1,4 +1,5 @@
-"""Writes an sdist anew with nothing in it of when and by whom it was made: python repack_sdist.py FILE.tar.gz
+"""Writes an sdist anew with nothing in it of when and by whom it was made: python
+repack_sdist.py FILE.tar.gz
 
 Members are sorted; their time is SOURCE_DATE_EPOCH, their owner nobody.
 """

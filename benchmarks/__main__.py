@@ -1,4 +1,6 @@
-"""The command ``python -m benchmarks``: measures, prints, and after a whole run writes docs/performance.md."""
+"""The command ``python -m benchmarks``: measures, prints, and after a whole run writes
+docs/performance.md.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timi
 FULL = Timing(warm_s=0.25, seconds=0.8)
 QUICK = Timing(warm_s=0.1, seconds=0.2)
 ROUNDS, QUICK_ROUNDS = 5, 2
-#: Before each workload, when nothing here runs yet, it is seen for so many seconds what others do on this machine.
+#: Before each workload, when nothing here runs yet, it is seen for so many seconds what
+#: others do on this machine.
 QUIET_S = 0.5
 TOO_BUSY = 0.1
 #: What may go wrong with a system; anything else is a mistake in here.
@@ -51,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure brokerd against other systems.")
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, in a minute or two")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description="Measure brokerd against other systems."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few and short rounds, in a minute or two"
+    )
     parser.add_argument("--only", metavar="WORKLOAD,...", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--systems", metavar="SYSTEM,...", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, help="how often each is measured")
@@ -84,7 +91,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         given = getattr(options, name)
         chosen = given.split(",") if given else list(known)
         if unknown := [each for each in chosen if each not in known]:
-            parser.error(f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+            parser.error(
+                f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+            )
         setattr(options, name, chosen)
     timing = QUICK if options.quick else FULL
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
@@ -96,28 +105,43 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _print_missing(versions: dict[str, str | None], wanted: Collection[str]) -> None:
     for name, version in versions.items():
         if version is None and name in wanted:
-            print(f"{SYSTEMS[name].title} is not installed and is left out ({SYSTEMS[name].install})")
+            print(
+                f"{SYSTEMS[name].title} is not installed and is left out ({SYSTEMS[name].install})"
+            )
 
 
 def _measure(run: Run, workload: Workload, systems: Collection[str], directory: Path) -> None:
     """Measure everybody, taking turns, and print the medians."""
-    print(f"\n{workload.title} ({workload.unit}, {'more' if workload.higher else 'less'} is better)", flush=True)
+    print(
+        f"\n{workload.title} ({workload.unit}, {'more' if workload.higher else 'less'} is better)",
+        flush=True,
+    )
     run.others.append(busy_share(QUIET_S))
     if run.others[-1] > TOO_BUSY:
         print(f"  careful: other programs use {run.others[-1]:.0%} of the processors", flush=True)
-    entrants = [each for each in workload.entrants if each.system in systems and run.versions[each.system] is not None]
+    entrants = [
+        each
+        for each in workload.entrants
+        if each.system in systems and run.versions[each.system] is not None
+    ]
     results: dict[str, list[Result]] = {entrant.name: [] for entrant in entrants}
     run.results[workload.key] = results
     with contextlib.ExitStack() as held:
         stages = Stages(workload, run, directory)
         held.callback(stages.close)
-        rounds = 1 if workload.anew and run.rounds <= QUICK_ROUNDS else min(run.rounds, workload.most_rounds)
+        rounds = (
+            1
+            if workload.anew and run.rounds <= QUICK_ROUNDS
+            else min(run.rounds, workload.most_rounds)
+        )
         for _ in range(rounds):
             for entrant in entrants:
                 try:
                     results[entrant.name].append(stages.measure(entrant))
                 except TROUBLE as error:
-                    line = f"{workload.title}, {entrant.title}: {str(error) or type(error).__name__}"
+                    line = (
+                        f"{workload.title}, {entrant.title}: {str(error) or type(error).__name__}"
+                    )
                     run.spoilt.append(line.splitlines()[0])
                     print(f"  does not count: {line}", flush=True)
                     stages.drop(entrant)
@@ -127,13 +151,22 @@ def _measure(run: Run, workload: Workload, systems: Collection[str], directory: 
             middle = statistics.median(values)
             ours = middle if ours is None else ours
             spread = f"{number(min(values))} to {number(max(values))}"
-            seen = {name: run.median(workload.key, entrant.name, name) for name in results[entrant.name][0].more}
+            seen = {
+                name: run.median(workload.key, entrant.name, name)
+                for name in results[entrant.name][0].more
+            }
             more = "  ".join(f"{name} {value:.3g}" for name, value in seen.items())
-            print(f"  {entrant.title:32} {number(middle):>12}  ({spread})  {ours / middle:7.3g} x   {more}", flush=True)
+            print(
+                f"  {entrant.title:32} {number(middle):>12}  ({spread})  {ours / middle:7.3g} x  "
+                f" {more}",
+                flush=True,
+            )
 
 
 class Stages:
-    """The stages of one workload, each kept for all rounds unless the workload wants a new one every time."""
+    """The stages of one workload, each kept for all rounds unless the workload wants a
+    new one every time.
+    """
 
     def __init__(self, workload: Workload, run: Run, directory: Path) -> None:
         self._workload = workload

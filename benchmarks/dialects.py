@@ -1,7 +1,9 @@
-"""What a client of each system says, as bytes: how it gets in, and its messages encoded beforehand.
+"""What a client of each system says, as bytes: how it gets in, and its messages encoded
+beforehand.
 
-Setting up is done here, with sockets that block; the load generator then moves the bytes. Nothing here is
-measured. Sources: docs/protocol.md; the NATS client protocol; RESP; MQTT 3.1.1.
+Setting up is done here, with sockets that block; the load generator then moves the
+bytes. Nothing here is measured. Sources: docs/protocol.md; the NATS client protocol;
+RESP; MQTT 3.1.1.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 def read_until(sock: socket.socket, end: bytes) -> bytes:
-    """Return bytes up to and including ``end``, byte by byte, so that nothing behind it is taken."""
+    """Return bytes up to and including ``end``, byte by byte, so that nothing behind it
+    is taken.
+    """
     data = bytearray()
     while not data.endswith(end):
         data += read_exactly(sock, 1)
@@ -48,7 +52,8 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
 class Dialect:
     """One system's way to talk.
 
-    stray: size of what the server may send unasked. answers: whether it answers a sender's every message.
+    stray: size of what the server may send unasked. answers: whether it answers a
+    sender's every message.
     """
 
     stray = 0
@@ -101,7 +106,9 @@ class Brokerd(Dialect):
 
     def subscribe(self, sock: socket.socket, topic: str) -> None:
         operation = json.dumps({"op": "subscribe", "topic": topic}).encode()
-        sock.sendall(frame(HEADER.pack(Kind.REQUEST, 0, CodecId.JSON, 7, 1) + b"$broker" + operation))
+        sock.sendall(
+            frame(HEADER.pack(Kind.REQUEST, 0, CodecId.JSON, 7, 1) + b"$broker" + operation)
+        )
         answer = self._read_frame(sock)
         if answer[0] != Kind.REPLY:
             raise RuntimeError(f"the subscription was refused: {answer!r}")
@@ -110,11 +117,19 @@ class Brokerd(Dialect):
         return frame(HEADER.pack(Kind.MESSAGE, 0, CodecId.RAW, len(to), 0) + to.encode() + payload)
 
     def event(self, topic: str, payload: bytes) -> bytes:
-        return frame(HEADER.pack(Kind.EVENT, 0, CodecId.RAW, 0, 0) + bytes([len(topic)]) + topic.encode() + payload)
+        return frame(
+            HEADER.pack(Kind.EVENT, 0, CodecId.RAW, 0, 0)
+            + bytes([len(topic)])
+            + topic.encode()
+            + payload
+        )
 
 
 class ThreadBroker(Brokerd):
-    """The same frames; one key for all, and the name in a frame of its own. See thread_broker.py."""
+    """The same frames; one key for all, and the name in a frame of its own.
+
+    See thread_broker.py.
+    """
 
     def enter(self, sock: socket.socket, name: str) -> None:
         self._shake_hands(sock, key_of("all").encode(), b"")
@@ -138,7 +153,14 @@ class Nats(Dialect):
     @staticmethod
     def introduction(name: str) -> bytes:
         """Return what a client says first."""
-        options = {"verbose": False, "pedantic": False, "user": name, "pass": key_of(name), "lang": "c", "version": "1"}
+        options = {
+            "verbose": False,
+            "pedantic": False,
+            "user": name,
+            "pass": key_of(name),
+            "lang": "c",
+            "version": "1",
+        }
         return b"CONNECT %s\r\nPING\r\n" % json.dumps(options).encode()
 
     def enter(self, sock: socket.socket, name: str) -> None:
@@ -167,7 +189,9 @@ class Redis(Dialect):
 
     @staticmethod
     def _command(*words: bytes) -> bytes:
-        return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+        return b"*%d\r\n" % len(words) + b"".join(
+            b"$%d\r\n%s\r\n" % (len(word), word) for word in words
+        )
 
     @classmethod
     def introduction(cls, name: str) -> bytes:

@@ -37,7 +37,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One ratio, ours to theirs, both of one workload. at_least: whether the bound is the least or the most allowed."""
+    """One ratio, ours to theirs, both of one workload.
+
+    at_least: whether the bound is the least or the most allowed.
+    """
 
     work: str
     against: str
@@ -66,10 +69,27 @@ GOALS: Final = (
     Goal("1 to 1, 1 KiB", "nats-server", "1to1-1k", "brokerd", "nats", 1.4),
     Goal("1 to 1, 64 KiB", "nats-server", "1to1-64k", "brokerd", "nats", 1.2),
     Goal("4 senders to 1, 16 B", "nats-server", "4to1-16", "brokerd", "nats", 10),
-    Goal("1 to 1,000 receivers in shuffled order, 16 B", "nats-server", "1to1000-16", "brokerd", "nats", 3),
+    Goal(
+        "1 to 1,000 receivers in shuffled order, 16 B",
+        "nats-server",
+        "1to1000-16",
+        "brokerd",
+        "nats",
+        3,
+    ),
     Goal("1 event to 100 subscribers, 16 B", "nats-server", "events", "brokerd", "nats", 4),
-    Goal("round trip, p50, TCP", "nats-server", "roundtrip", "brokerd", "nats", 0.75, at_least=False),
-    Goal("idle authenticated connection, memory", "nats-server", "memory", "brokerd", "nats", 0.2, at_least=False),
+    Goal(
+        "round trip, p50, TCP", "nats-server", "roundtrip", "brokerd", "nats", 0.75, at_least=False
+    ),
+    Goal(
+        "idle authenticated connection, memory",
+        "nats-server",
+        "memory",
+        "brokerd",
+        "nats",
+        0.2,
+        at_least=False,
+    ),
     Goal(
         "new authenticated connections/s (1,000 configured clients, stock handshake)",
         "nats-server, password",
@@ -78,7 +98,14 @@ GOALS: Final = (
         "nats",
         1.5,
     ),
-    Goal("Python to Python, 16 B, separate processes", "nats-py", "python", "brokerd-client", "nats-py", 8),
+    Goal(
+        "Python to Python, 16 B, separate processes",
+        "nats-py",
+        "python",
+        "brokerd-client",
+        "nats-py",
+        8,
+    ),
     Goal("the same", "zenoh through its router", "python", "brokerd-client", "zenoh", 2),
     Goal(
         "routing cost per message, 100,000 clients configured",
@@ -99,19 +126,21 @@ GOALS: Final = (
     ),
 )
 
-#: What a profile shows to be in the way of a goal, by (workload, theirs); shown on the page while the goal is missed.
+#: What a profile shows to be in the way of a goal, by (workload, theirs); shown on the
+#: page while the goal is missed.
 REMARKS: Final[dict[tuple[str, str], str]] = {
     ("roundtrip", "nats"): (
-        "most of the time nobody works: two processes are woken for every message. The relay, which looks at nothing, "
-        "comes to 0.6 to 0.7 x. For a round trip it spends 17 µs of processor time, brokerd 33 and nats-server 43. "
-        "brokerd makes the same three system calls for a message as the relay (wait, receive, send); its Python takes "
-        "3 µs of the 8 that a message costs more than in the relay, and a profile shows the rest in no one place. On a "
-        "machine with other work to do the ratio swings: 0.72 to 1.15 x were seen."
+        "most of the time nobody works: two processes are woken for every message. The relay, which"
+        " looks at nothing, comes to 0.6 to 0.7 x. For a round trip it spends 17 µs of processor"
+        " time, brokerd 33 and nats-server 43. brokerd makes the same three system calls for a"
+        " message as the relay (wait, receive, send); its Python takes 3 µs of the 8 that a message"
+        " costs more than in the relay, and a profile shows the rest in no one place. On a machine"
+        " with other work to do the ratio swings: 0.72 to 1.15 x were seen."
     ),
     ("connect", "nats"): (
-        "an answer without a name has to be searched for, 500 tries on average. A try takes 1.85 µs, of which 1.5 are "
-        "the standard library's HMAC: 1 ms of the 1.5 that a connection costs. With a name it costs 0.3 ms, for three "
-        "sends, three receives, two lines in the log, and a conversation in Python; nats-server, which compares a "
-        "password, takes 0.14."
+        "an answer without a name has to be searched for, 500 tries on average. A try takes 1.85"
+        " µs, of which 1.5 are the standard library's HMAC: 1 ms of the 1.5 that a connection"
+        " costs. With a name it costs 0.3 ms, for three sends, three receives, two lines in the"
+        " log, and a conversation in Python; nats-server, which compares a password, takes 0.14."
     ),
 }

@@ -34,10 +34,15 @@ def compiler() -> str | None:
 
 
 def compiled(source: str, directory: Path) -> Path:
-    """Compile a C file that is beside this one, once, and return the program. Raises RuntimeError."""
+    """Compile a C file that is beside this one, once, and return the program.
+
+    Raises RuntimeError.
+    """
     cc = compiler()
     if cc is None:
-        raise RuntimeError("the load generator needs a C compiler (cc); on Debian: apt-get install gcc libc6-dev")
+        raise RuntimeError(
+            "the load generator needs a C compiler (cc); on Debian: apt-get install gcc libc6-dev"
+        )
     program = directory / "bin" / Path(source).stem
     if not program.exists():
         program.parent.mkdir(exist_ok=True)
@@ -62,10 +67,14 @@ def raise_descriptor_limit() -> None:
 
 
 def busy_share(seconds: float) -> float:
-    """Return what share of all processors is in use, by whomever, for that long from now on."""
+    """Return what share of all processors is in use, by whomever, for that long from
+    now on.
+    """
 
     def ticks() -> tuple[int, int]:
-        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        fields = [
+            int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
         return sum(fields) - fields[3] - fields[4], sum(fields)
 
     busy, whole = ticks()
@@ -76,7 +85,10 @@ def busy_share(seconds: float) -> float:
 
 @contextlib.contextmanager
 def wait_for(what: str, timeout_s: float) -> Iterator[Iterator[None]]:
-    """Yield turns of a loop, a few milliseconds apart. Raises TimeoutError when there were too many."""
+    """Yield turns of a loop, a few milliseconds apart.
+
+    Raises TimeoutError when there were too many.
+    """
 
     def turns() -> Iterator[None]:
         deadline = time.monotonic() + timeout_s
@@ -95,7 +107,12 @@ class Process:
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, *, given: bytes = b"", env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        given: bytes = b"",
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
         self._output: IO[bytes] = log.open("wb")

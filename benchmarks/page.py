@@ -28,9 +28,9 @@ __all__ = ["Run", "number", "write_page"]
 class Run:
     """Everything one run has found out.
 
-    results: workload, then entrant, to its measurements. spoilt: what went wrong, a line each.
-    others: what share of the processors was in use before each workload, when nothing of this ran.
-    versions: by system; None where it is not installed.
+    results: workload, then entrant, to its measurements. spoilt: what went wrong, a
+    line each. others: what share of the processors was in use before each workload,
+    when nothing of this ran. versions: by system; None where it is not installed.
     """
 
     timing: Timing
@@ -44,7 +44,10 @@ class Run:
     def values(self) -> dict[str, dict[str, list[float]]]:
         """Return the values only."""
         return {
-            workload: {entrant: [result.value for result in results] for entrant, results in entrants.items()}
+            workload: {
+                entrant: [result.value for result in results]
+                for entrant, results in entrants.items()
+            }
             for workload, entrants in self.results.items()
         }
 
@@ -54,9 +57,15 @@ class Run:
         return [goal.judge(values) for goal in GOALS]
 
     def median(self, workload: str, entrant: str, of: str = "") -> float | None:
-        """Return the median of an entrant's values, or of something else that was seen; None without any."""
+        """Return the median of an entrant's values, or of something else that was seen;
+        None without any.
+        """
         results = self.results.get(workload, {}).get(entrant, [])
-        found = [result.more[of] for result in results if of in result.more] if of else [r.value for r in results]
+        found = (
+            [result.more[of] for result in results if of in result.more]
+            if of
+            else [r.value for r in results]
+        )
         return statistics.median(found) if found else None
 
 
@@ -86,8 +95,9 @@ def _page(run: Run) -> Iterator[str]:
     yield "# Performance"
     yield ""
     yield (
-        "This page is written by `make bench`, which starts every system on one machine and gives all of them the same "
-        "work. Machines differ and are noisy; look at the ratios, which are of medians from one run."
+        "This page is written by `make bench`, which starts every system on one machine and gives"
+        " all of them the same work. Machines differ and are noisy; look at the ratios, which are"
+        " of medians from one run."
     )
     yield ""
     yield "## Goals"
@@ -145,7 +155,10 @@ def _how(run: Run) -> Iterator[str]:
     yield "|---|---|"
     for name, system in SYSTEMS.items():
         if not name.startswith(("direct", "relay-", "brokerd-")):
-            yield f"| {system.title} | {run.versions.get(name) or f'not installed; {system.install}'} |"
+            yield (
+                f"| {system.title} |"
+                f" {run.versions.get(name) or f'not installed; {system.install}'} |"
+            )
     yield ""
 
 
@@ -156,7 +169,10 @@ def _machine() -> str:
             model = line.partition(":")[2].strip()
             break
     kernel = ".".join(platform.release().split(".")[:2])
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Linux {kernel}, Python {platform.python_version()}"
+    return (
+        f"{model}, {len(os.sched_getaffinity(0))} cores, Linux {kernel}, Python"
+        f" {platform.python_version()}"
+    )
 
 
 def _generator(run: Run) -> Iterator[str]:
@@ -179,16 +195,22 @@ def _generator(run: Run) -> Iterator[str]:
     yield ""
 
 
-def _workload(run: Run, workload: Workload, results: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+def _workload(
+    run: Run, workload: Workload, results: Mapping[str, Sequence[Result]]
+) -> Iterator[str]:
     best = "more" if workload.higher else "less"
     rounds = max(map(len, results.values()), default=0)
     yield f"### {workload.title[0].upper()}{workload.title[1:]}"
     yield ""
-    yield f"{workload.unit}, {best} is better: the median of {rounds} rounds, the least and the most."
+    yield (
+        f"{workload.unit}, {best} is better: the median of {rounds} rounds, the least and the most."
+    )
     yield ""
     entrants = [entrant for entrant in workload.entrants if results.get(entrant.name)]
     reference = _reference(workload, results)
-    busy = any("server_busy" in result.more for entrant in entrants for result in results[entrant.name])
+    busy = any(
+        "server_busy" in result.more for entrant in entrants for result in results[entrant.name]
+    )
     each = workload.higher and any(
         "server_ns" in result.more for entrant in entrants for result in results[entrant.name]
     )
@@ -217,13 +239,17 @@ def _workload(run: Run, workload: Workload, results: Mapping[str, Sequence[Resul
             cells.append("" if use is None else f"{use:.0%}")
         if each:
             cost = run.median(workload.key, entrant.name, "server_ns")
-            cells.append("" if cost is None or entrant.system.startswith("direct") else number(cost))
+            cells.append(
+                "" if cost is None or entrant.system.startswith("direct") else number(cost)
+            )
         if p99:
             late = run.median(workload.key, entrant.name, "p99")
             cells.append("" if late is None else number(late))
         yield f"| {' | '.join(cells)} |"
     missing = [
-        SYSTEMS[entrant.system].title for entrant in workload.entrants if run.versions.get(entrant.system) is None
+        SYSTEMS[entrant.system].title
+        for entrant in workload.entrants
+        if run.versions.get(entrant.system) is None
     ]
     if missing:
         yield ""
@@ -235,11 +261,14 @@ def _workload(run: Run, workload: Workload, results: Mapping[str, Sequence[Resul
 
 
 def _reference(workload: Workload, results: Mapping[str, Sequence[Result]]) -> Entrant | None:
-    """Return whom the others are compared with: brokerd over TCP, in the form of the goals."""
+    """Return whom the others are compared with: brokerd over TCP, in the form of the
+    goals.
+    """
     return next((entrant for entrant in workload.entrants if results.get(entrant.name)), None)
 
 
-# Pictures: a dot for the median on a logarithmic scale, a line from the least to the most.
+# Pictures: a dot for the median on a logarithmic scale, a line from the least to the
+# most.
 
 _SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13"'
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 760, 230, 90, 26, 42, 40
@@ -261,7 +290,10 @@ def _picture(workload: Workload, results: Mapping[str, Sequence[Result]]) -> str
         return _LEFT + (math.log10(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
     def text(at: float, down: float, words: str, anchor: str, more: str = "") -> str:
-        return f'<text x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}"{more}>{html.escape(words)}</text>'
+        return (
+            f'<text x="{at:.1f}" y="{down:.1f}"'
+            f' text-anchor="{anchor}"{more}>{html.escape(words)}</text>'
+        )
 
     best = "more is better" if workload.higher else "less is better"
     floor = _TOP + _ROW * len(rows)
@@ -272,18 +304,32 @@ def _picture(workload: Workload, results: Mapping[str, Sequence[Result]]) -> str
     ]
     for power in range(low, high + 1):
         at = x(10.0**power)
-        parts.append(f'<line x1="{at:.1f}" y1="{_TOP - 6}" x2="{at:.1f}" y2="{floor}" stroke="#d8d8d8"/>')
-        parts.append(text(at, floor + 16, f"{10.0**power:,.16g}", "middle", ' fill="#606060" font-size="11"'))
-    parts.append(text(_WIDTH - _RIGHT, floor + 32, f"{workload.unit}, {best}", "end", ' fill="#606060" font-size="11"'))
+        parts.append(
+            f'<line x1="{at:.1f}" y1="{_TOP - 6}" x2="{at:.1f}" y2="{floor}" stroke="#d8d8d8"/>'
+        )
+        parts.append(
+            text(at, floor + 16, f"{10.0**power:,.16g}", "middle", ' fill="#606060" font-size="11"')
+        )
+    parts.append(
+        text(
+            _WIDTH - _RIGHT,
+            floor + 32,
+            f"{workload.unit}, {best}",
+            "end",
+            ' fill="#606060" font-size="11"',
+        )
+    )
     for index, (entrant, values) in enumerate(rows):
         down = _TOP + _ROW * index + _ROW / 2
         middle = statistics.median(values)
         colour = "#c2410c" if entrant.system.startswith("brokerd") else "#334155"
         parts.append(text(_LEFT - 12, down + 4, entrant.title, "end", f' fill="{colour}"'))
         parts.append(
-            f'<line x1="{x(values[0]):.1f}" y1="{down}" x2="{x(values[-1]):.1f}" y2="{down}" stroke="{colour}" '
-            'stroke-width="2"/>'
+            f'<line x1="{x(values[0]):.1f}" y1="{down}" x2="{x(values[-1]):.1f}" y2="{down}"'
+            f' stroke="{colour}" stroke-width="2"/>'
         )
         parts.append(f'<circle cx="{x(middle):.1f}" cy="{down}" r="5" fill="{colour}"/>')
-        parts.append(text(_WIDTH - _RIGHT + 10, down + 4, number(middle), "start", f' fill="{colour}"'))
+        parts.append(
+            text(_WIDTH - _RIGHT + 10, down + 4, number(middle), "start", f' fill="{colour}"')
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"

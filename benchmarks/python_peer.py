@@ -1,8 +1,10 @@
-"""One end of a measurement of a client library: ``python -m benchmarks.python_peer LIBRARY ROLE ADDRESS FILE``.
+"""One end of a measurement of a client library: ``python -m benchmarks.python_peer
+LIBRARY ROLE ADDRESS FILE``.
 
-ROLE is send (as c0000) or receive (as c0001). FILE is shared by both ends and by whoever measures: five unsigned
-64-bit numbers, see Board. The sender waits while too much is under way, in the same way for every library, so that
-none is measured by how much it can hold; each library is used in the way that is fastest with it.
+ROLE is send (as c0000) or receive (as c0001). FILE is shared by both ends and by
+whoever measures: five unsigned 64-bit numbers, see Board. The sender waits while too
+much is under way, in the same way for every library, so that none is measured by how
+much it can hold; each library is used in the way that is fastest with it.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ BATCH = 1000
 #: Messages that may be under way.
 WINDOW = 50_000
 SENDER, RECEIVER = "c0000", "c0001"
-#: A receiver shows its count so often; a batch is a multiple of it, so the last one is shown too.
+#: A receiver shows its count so often; a batch is a multiple of it, so the last one is
+#: shown too.
 STEP = 250
 
 
 class Board:
-    """Numbers that several processes see: received, sent, stop, receiver ready, sender ready."""
+    """Numbers that several processes see: received, sent, stop, receiver ready, sender
+    ready.
+    """
 
     SIZE = 40
     RECEIVED, SENT, STOP, RECEIVER_READY, SENDER_READY = range(5)
@@ -151,7 +156,9 @@ def zenoh_send(address: str, board: Board) -> None:
     import zenoh
 
     with _zenoh(address) as session:  # type: ignore[attr-defined]
-        publisher = session.declare_publisher(RECEIVER, congestion_control=zenoh.CongestionControl.BLOCK)
+        publisher = session.declare_publisher(
+            RECEIVER, congestion_control=zenoh.CongestionControl.BLOCK
+        )
         put = publisher.put
 
         def send_batch() -> None:
@@ -175,7 +182,8 @@ def zenoh_receive(address: str, board: Board) -> None:
                 board[Board.RECEIVED] = count
 
         session.declare_subscriber(RECEIVER, on_sample)
-        # A declaration takes its way through the router; there is nothing that tells when it has.
+        # A declaration takes its way through the router; there is nothing that tells
+        # when it has.
         time.sleep(0.5)
         board[Board.RECEIVER_READY] = 1
         threading.Event().wait()

@@ -1,7 +1,9 @@
-"""A server for a client library that brings none as a program: ``python -m benchmarks.python_server NAME PORT``.
+"""A server for a client library that brings none as a program: ``python -m
+benchmarks.python_server NAME PORT``.
 
-zenoh: a session in router mode, which is what its router is; all of it is Rust, and this process only keeps it alive.
-pyzmq: a ROUTER that reads the recipient from the first frame and puts the sender in its place.
+zenoh: a session in router mode, which is what its router is; all of it is Rust, and
+this process only keeps it alive. pyzmq: a ROUTER that reads the recipient from the
+first frame and puts the sender in its place.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def serve_pyzmq(port: int) -> None:
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        # No limit, as the receiver is never far behind: the sender waits for it. Nothing may be lost unseen.
+        # No limit, as the receiver is never far behind: the sender waits for it.
+        # Nothing may be lost unseen.
         router.set_hwm(0)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.bind(f"tcp://127.0.0.1:{port}")

@@ -1,7 +1,8 @@
-"""The systems that are measured: whether they are here, how each is started, and how to connect to it.
+"""The systems that are measured: whether they are here, how each is started, and how to
+connect to it.
 
-All of them authenticate each client by a name and a key of its own, listen on the loopback interface or on a Unix
-socket, and store nothing on disk.
+All of them authenticate each client by a name and a key of its own, listen on the
+loopback interface or on a Unix socket, and store nothing on disk.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class Running:
 class System:
     """Something to measure.
 
-    name: for the command line. title: for people. start: takes client names and an empty directory.
-    find: returns its version, or None where it is not installed. install: how to get it.
+    name: for the command line. title: for people. start: takes client names and an
+    empty directory. find: returns its version, or None where it is not installed.
+    install: how to get it.
     """
 
     name: str
@@ -122,7 +124,9 @@ def _version(command: Sequence[str], pattern: str) -> str | None:
     path = program(command[0])
     if path is None:
         return None
-    done = subprocess.run([path, *command[1:]], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        [path, *command[1:]], capture_output=True, text=True, timeout=20, check=False
+    )
     found = re.search(pattern, done.stdout + done.stderr)
     return found[1] if found else "of unknown version"
 
@@ -133,7 +137,9 @@ def _version(command: Sequence[str], pattern: str) -> str | None:
 def _start_brokerd(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
     port, path = (0, str(directory / "s")) if unix else (free_port(), "")
     clients = "".join(f"  {name}: {{key: {key_of(name)}}}\n" for name in names)
-    config = _private(directory / "brokerd.yaml", f"listen: [{path or f'127.0.0.1:{port}'}]\nclients:\n{clients}")
+    config = _private(
+        directory / "brokerd.yaml", f"listen: [{path or f'127.0.0.1:{port}'}]\nclients:\n{clients}"
+    )
     command = [sys.executable, "-m", "brokerd.cli.main", "--config", str(config)]
     return Running(Process(command, directory / "log"), dialects.Brokerd(), port, path)
 
@@ -193,14 +199,18 @@ def _start_redis(names: Sequence[str], directory: Path) -> Running:
 
 def _start_mosquitto(names: Sequence[str], directory: Path) -> Running:
     port = free_port()
-    passwords = _private(directory / "passwords", "".join(f"{name}:{key_of(name)}\n" for name in names))
+    passwords = _private(
+        directory / "passwords", "".join(f"{name}:{key_of(name)}\n" for name in names)
+    )
     hashing = [str(program("mosquitto_passwd")), "-U", str(passwords)]
     subprocess.run(hashing, check=True, capture_output=True, timeout=120)
     user = "user root\n" if os.geteuid() == 0 else ""
     config = _private(
         directory / "mosquitto.conf",
-        f"{user}listener {port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\npersistence false\n"
-        # With its default it throws messages away as soon as a receiver is a little behind.
+        f"{user}listener {port} 127.0.0.1\nallow_anonymous false\npassword_file"
+        f" {passwords}\npersistence false\n"
+        # With its default it throws messages away as soon as a receiver is a little
+        # behind.
         f"max_queued_messages 0\nset_tcp_nodelay true\nlog_type error\n",
     )
     command = [str(program("mosquitto")), "-c", str(config)]
@@ -218,7 +228,9 @@ def _start_threads(names: Sequence[str], directory: Path) -> Running:
 
 
 class _Relay(Running):
-    """It takes connections two by two, so that none may be made only to see whether it is there."""
+    """It takes connections two by two, so that none may be made only to see whether it
+    is there.
+    """
 
     def await_ready(self) -> None:
         with wait_for("the relay is ready", _READY_S) as turns:
@@ -229,12 +241,16 @@ class _Relay(Running):
 
 def _start_relay_tcp(names: Sequence[str], directory: Path) -> Running:
     port = free_port()
-    return _Relay(Process(_relay(directory, str(port)), directory / "log"), dialects.Nothing(), port)
+    return _Relay(
+        Process(_relay(directory, str(port)), directory / "log"), dialects.Nothing(), port
+    )
 
 
 def _start_relay_unix(names: Sequence[str], directory: Path) -> Running:
     path = str(directory / "s")
-    return _Relay(Process(_relay(directory, path), directory / "log"), dialects.Nothing(), path=path)
+    return _Relay(
+        Process(_relay(directory, path), directory / "log"), dialects.Nothing(), path=path
+    )
 
 
 def _relay(directory: Path, address: str) -> list[str]:
@@ -320,10 +336,14 @@ def _client(system: System, name: str, *distributions: str) -> System:
         library = find_library()
         return None if library is None or system.find() is None else library
 
-    return System(name, name, system.start, find, f"pip install {' '.join(distributions)}; and {system.title}")
+    return System(
+        name, name, system.start, find, f"pip install {' '.join(distributions)}; and {system.title}"
+    )
 
 
-_BROKERD: Final = System("brokerd", "brokerd", _start_brokerd_tcp, _find_brokerd, "it is this project")
+_BROKERD: Final = System(
+    "brokerd", "brokerd", _start_brokerd_tcp, _find_brokerd, "it is this project"
+)
 _NATS: Final = System(
     "nats",
     "nats-server",
@@ -343,7 +363,13 @@ SYSTEMS: Final = {
     system.name: system
     for system in (
         _BROKERD,
-        System("brokerd-unix", "brokerd, Unix socket", _start_brokerd_unix, _find_brokerd, "it is this project"),
+        System(
+            "brokerd-unix",
+            "brokerd, Unix socket",
+            _start_brokerd_unix,
+            _find_brokerd,
+            "it is this project",
+        ),
         _NATS,
         _REDIS,
         System(
@@ -361,10 +387,18 @@ SYSTEMS: Final = {
             "threads",
             "thread per connection",
             _start_threads,
-            lambda: f"multiprocessing.connection of Python {'.'.join(map(str, sys.version_info[:3]))}",
+            lambda: (
+                f"multiprocessing.connection of Python {'.'.join(map(str, sys.version_info[:3]))}"
+            ),
             "it is in this directory",
         ),
-        System("relay", "raw relay", _start_relay_tcp, _find_relay, "on Debian: apt-get install gcc libc6-dev"),
+        System(
+            "relay",
+            "raw relay",
+            _start_relay_tcp,
+            _find_relay,
+            "on Debian: apt-get install gcc libc6-dev",
+        ),
         System(
             "relay-unix",
             "raw relay, Unix socket",
@@ -372,7 +406,13 @@ SYSTEMS: Final = {
             _find_relay,
             "on Debian: apt-get install gcc libc6-dev",
         ),
-        System("direct", "no server: loopback alone", _start_direct_tcp, _find_relay, "it is in this directory"),
+        System(
+            "direct",
+            "no server: loopback alone",
+            _start_direct_tcp,
+            _find_relay,
+            "it is in this directory",
+        ),
         System(
             "direct-unix",
             "no server: socket pair alone",
@@ -380,8 +420,20 @@ SYSTEMS: Final = {
             _find_relay,
             "it is in this directory",
         ),
-        System("brokerd-client", "brokerd_client", _start_brokerd_tcp, _find_brokerd, "it is this project"),
-        System("brokerd-client-unix", "brokerd_client, Unix socket", _start_brokerd_unix, _find_brokerd, ""),
+        System(
+            "brokerd-client",
+            "brokerd_client",
+            _start_brokerd_tcp,
+            _find_brokerd,
+            "it is this project",
+        ),
+        System(
+            "brokerd-client-unix",
+            "brokerd_client, Unix socket",
+            _start_brokerd_unix,
+            _find_brokerd,
+            "",
+        ),
         _client(_NATS, "nats-py", "nats-py"),
         System(
             "zenoh",

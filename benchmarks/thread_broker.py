@@ -1,8 +1,9 @@
-"""A broker with a thread for each connection, over the standard library's ``multiprocessing.connection``.
+"""A broker with a thread for each connection, over the standard library's
+``multiprocessing.connection``.
 
-What one would write in an afternoon, as something to measure against: ``python thread_broker.py PORT``, the
-key on standard input. A connection's first frame is its name; then the frames are brokerd's, and a message to
-nobody is lost.
+What one would write in an afternoon, as something to measure against: ``python
+thread_broker.py PORT``, the key on standard input. A connection's first frame is its
+name; then the frames are brokerd's, and a message to nobody is lost.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def serve(conn: Connection, clients: dict[bytes, tuple[Connection, threading.Loc
             if recipient is not None:
                 to, lock = recipient
                 with lock:
-                    to.send_bytes(HEADER.pack(kind, flags, codec, len(name), id) + name + message[12 + size :])
+                    to.send_bytes(
+                        HEADER.pack(kind, flags, codec, len(name), id) + name + message[12 + size :]
+                    )
     conn.close()
 
 
@@ -38,7 +41,8 @@ def main() -> None:
     clients: dict[bytes, tuple[Connection, threading.Lock]] = {}
     listener = Listener(("127.0.0.1", int(sys.argv[1])), backlog=1024, authkey=key)
     while True:
-        # Who connects and does not know the key, or goes away, is none of the others' business.
+        # Who connects and does not know the key, or goes away, is none of the others'
+        # business.
         with contextlib.suppress(Exception):
             conn = listener.accept()
             threading.Thread(target=serve, args=(conn, clients), daemon=True).start()

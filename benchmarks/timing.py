@@ -1,12 +1,14 @@
-"""Whether the time of a refusal tells if a name exists: ``python -m benchmarks.timing``.
+"""Whether the time of a refusal tells if a name exists: ``python -m
+benchmarks.timing``.
 
-A stranger with no key tries, in random order, a name that the broker knows and one that it does not. What is
-timed is the broker's judgement: from the moment its answer is on the way until #FAILURE# is there. Every try comes
-from another address of 127.0.0.0/8 (each has a few), so that the broker's slowing of whoever keeps failing has no
-part in it.
+A stranger with no key tries, in random order, a name that the broker knows and one that
+it does not. What is timed is the broker's judgement: from the moment its answer is on
+the way until #FAILURE# is there. Every try comes from another address of 127.0.0.0/8
+(each has a few), so that the broker's slowing of whoever keeps failing has no part in
+it.
 
-The two samples are compared by rank (Mann and Whitney's U): 0.5 means that a refusal of one is as often faster as
-slower than one of the other.
+The two samples are compared by rank (Mann and Whitney's U): 0.5 means that a refusal of
+one is as often faster as slower than one of the other.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ TRIES = 5
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Return (how often a value of ``first`` is the smaller one, z, two-sided p) by Mann and Whitney's U.
+    """Return (how often a value of ``first`` is the smaller one, z, two-sided p) by
+    Mann and Whitney's U.
 
-    Ties share their rank; z is the normal approximation with the correction for ties, good from some 20 values on.
+    Ties share their rank; z is the normal approximation with the correction for ties,
+    good from some 20 values on.
     """
     n, m = len(first), len(second)
     ordered = sorted([(value, 0) for value in first] + [(value, 1) for value in second])
@@ -60,7 +64,9 @@ def compare(first: Sequence[float], second: Sequence[float]) -> tuple[float, flo
 
 
 def _refusal_ns(port: int, source: str, name: str) -> int:
-    """Return how long the broker took to refuse a wrong key under that name, in nanoseconds."""
+    """Return how long the broker took to refuse a wrong key under that name, in
+    nanoseconds.
+    """
     with socket.socket(socket.AF_INET) as sock:
         sock.settimeout(20)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -94,9 +100,15 @@ def _read(sock: socket.socket, size: int) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; the exit status is 0 whatever the outcome: it is for people to judge."""
-    parser = argparse.ArgumentParser("python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tries", type=int, default=10_000, help="for each of the two (default 10000)")
+    """Measure and print; the exit status is 0 whatever the outcome: it is for people to
+    judge.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--tries", type=int, default=10_000, help="for each of the two (default 10000)"
+    )
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else random.randrange(2**32)
@@ -119,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for label, name in (("known name, wrong key", KNOWN), ("unknown name", UNKNOWN)):
         low, median, high = statistics.quantiles(taken[name], n=4)
         print(f"{label:22} median {median:8.1f}   quartiles {low:.1f} to {high:.1f}")
-    print(f"known is the faster one in {share:.4f} of all pairs; Mann-Whitney z = {z:+.2f}, p = {p:.3f}")
+    print(
+        f"known is the faster one in {share:.4f} of all pairs; Mann-Whitney z = {z:+.2f}, p ="
+        f" {p:.3f}"
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 """The work that is given to each system, and how each is measured doing it.
 
-A workload prepares a stage for an entrant (a system, started and connected) and measures it as often as it is asked.
-A measurement that lost a message, or got one too many, is no measurement: it raises Spoilt.
+A workload prepares a stage for an entrant (a system, started and connected) and
+measures it as often as it is asked. A measurement that lost a message, or got one too
+many, is no measurement: it raises Spoilt.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Spoilt(Exception):
 class Timing:
     """How long one measurement takes, and how hard a stream pushes.
 
-    warm_s: before it begins. small: whether counts are reduced, too. window_mib: what may be under way.
+    warm_s: before it begins. small: whether counts are reduced, too. window_mib: what
+    may be under way.
     """
 
     warm_s: float
@@ -55,7 +57,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measurement. value: in the workload's unit. more: what else was seen, by name."""
+    """One measurement. value: in the workload's unit. more: what else was seen, by
+    name.
+    """
 
     value: float
     more: dict[str, float] = field(default_factory=dict)
@@ -63,7 +67,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """One line of a workload's table. variant: what of the system is measured, where it is not all the same."""
+    """One line of a workload's table.
+
+    variant: what of the system is measured, where it is not all the same.
+    """
 
     system: str
     variant: str = ""
@@ -79,7 +86,8 @@ class Entrant:
 
 
 class Stage:
-    """An entrant, started, with everything prepared; a context manager that ends all of it.
+    """An entrant, started, with everything prepared; a context manager that ends all of
+    it.
 
     directory: a temporary one, its own. program: the load generator.
     """
@@ -120,14 +128,17 @@ class Stage:
         return path
 
     def probe(self, sender: str, message: bytes, receivers: Sequence[str], payload: bytes) -> int:
-        """Send one message, see that each receiver gets it, and return how long it is on arrival."""
+        """Send one message, see that each receiver gets it, and return how long it is
+        on arrival.
+        """
         self.connections[sender].sendall(message)
         sizes = set()
         for name in receivers:
             sock = self.connections[name]
             sock.settimeout(_PROBE_S)
             data = b""
-            # A server may have put a greeting before it; what follows the payload is a line's end at most.
+            # A server may have put a greeting before it; what follows the payload is a
+            # line's end at most.
             while payload not in data or (data.endswith(payload) and message.endswith(b"\r\n")):
                 piece = sock.recv(_MIB)
                 if not piece:
@@ -139,7 +150,9 @@ class Stage:
         return sizes.pop()
 
     def load(self, arguments: Sequence[object], timeout_s: float) -> dict[str, Any]:
-        """Run the load generator; return what it says, and the server's use of a processor meanwhile."""
+        """Run the load generator; return what it says, and the server's use of a
+        processor meanwhile.
+        """
         command = [str(self.program), *map(str, arguments)]
         descriptors = [sock.fileno() for sock in self.connections.values()]
         process = self.running.process
@@ -172,8 +185,9 @@ class Stage:
 class Workload:
     """What the systems have to do.
 
-    key: for the command line. title: for people. unit: of the values. higher: whether more is better.
-    entrants: who takes part. anew: whether every measurement needs a stage of its own.
+    key: for the command line. title: for people. unit: of the values. higher: whether
+    more is better. entrants: who takes part. anew: whether every measurement needs a
+    stage of its own.
     """
 
     key = ""
@@ -209,7 +223,8 @@ _LIMITS: Final = ("relay", "relay-unix", "direct", "direct-unix")
 class Stream(Workload):
     """Senders write as fast as they can, receivers read as fast as they can.
 
-    Each sender's buffer holds messages to all receivers, as often to one as to the other, in shuffled order.
+    Each sender's buffer holds messages to all receivers, as often to one as to the
+    other, in shuffled order.
     """
 
     def __init__(
@@ -285,7 +300,9 @@ class Events(Workload):
     key = "events"
     title = "1 event to 100 subscribers, 16 B"
     unit = "deliveries/s"
-    entrants = tuple(Entrant(system) for system in ("brokerd", "brokerd-unix", "nats", "redis", "mosquitto"))
+    entrants = tuple(
+        Entrant(system) for system in ("brokerd", "brokerd-unix", "nats", "redis", "mosquitto")
+    )
     payload = b"x" * 16
     topic = "news.of.all"
 
@@ -341,20 +358,27 @@ class RoundTrip(Workload):
                 message = dialect.message(other, payload)
                 size = stage.probe(name, message, [other], payload)
                 if dialect.answers and name == names[0]:
-                    # Where a publication is answered, each end gets that answer and the message, in every round. The
-                    # second end has the answer to its probe when the first round begins.
+                    # Where a publication is answered, each end gets that answer and the
+                    # message, in every round. The second end has the answer to its
+                    # probe when the first round begins.
                     dialects.read_until(stage.connections[name], b"\r\n")
                 answer = len(b":1\r\n") if dialect.answers else 0
                 ends += [stage.connections[name].fileno(), stage.file(name, message), size + answer]
             said = stage.load(
-                ["pingpong", timing.warm_s, timing.seconds, dialect.stray, *ends], timing.warm_s + timing.seconds + 40
+                ["pingpong", timing.warm_s, timing.seconds, dialect.stray, *ends],
+                timing.warm_s + timing.seconds + 40,
             )
         stage.connections.clear()
-        return Result(said["p50"], {"p99": said["p99"], "server_us": said["server_cpu"] / max(said["count"], 1) * 1e6})
+        return Result(
+            said["p50"],
+            {"p99": said["p99"], "server_us": said["server_cpu"] / max(said["count"], 1) * 1e6},
+        )
 
 
 class IdleMemory(Workload):
-    """What a connection costs that is authenticated and idle: the growth of the proportional set size."""
+    """What a connection costs that is authenticated and idle: the growth of the
+    proportional set size.
+    """
 
     key = "memory"
     title = "idle authenticated connection, memory"
@@ -362,7 +386,9 @@ class IdleMemory(Workload):
     higher = False
     anew = True
     most_rounds = 3
-    entrants = tuple(Entrant(system) for system in ("brokerd", "nats", "redis", "mosquitto", "threads"))
+    entrants = tuple(
+        Entrant(system) for system in ("brokerd", "nats", "redis", "mosquitto", "threads")
+    )
 
     def _count(self, timing: Timing) -> int:
         return 100 if timing.small else 2000
@@ -443,7 +469,10 @@ class Connecting(Workload):
             raise Spoilt("nobody came in")
         return Result(
             said["count"] / said["seconds"],
-            {"server_busy": said["server_cpu"] / said["seconds"], "load_busy": said["cpu"] / said["seconds"]},
+            {
+                "server_busy": said["server_cpu"] / said["seconds"],
+                "load_busy": said["cpu"] / said["seconds"],
+            },
         )
 
     @staticmethod
@@ -457,7 +486,15 @@ class PythonToPython(Workload):
     key = "python"
     title = "Python to Python, 16 B, separate processes"
     entrants = tuple(
-        Entrant(system) for system in ("brokerd-client", "brokerd-client-unix", "nats-py", "zenoh", "pyzmq", "redis-py")
+        Entrant(system)
+        for system in (
+            "brokerd-client",
+            "brokerd-client-unix",
+            "nats-py",
+            "zenoh",
+            "pyzmq",
+            "redis-py",
+        )
     )
 
     def names(self, entrant: Entrant, timing: Timing) -> list[str]:
@@ -470,8 +507,16 @@ class PythonToPython(Workload):
             held.callback(board.close)
 
             def start(role: str) -> Process:
-                command = [sys.executable, "-m", "benchmarks.python_peer", stage.entrant.system, role]
-                process = Process([*command, stage.running.address, str(path)], stage.directory / f"log-{role}")
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.python_peer",
+                    stage.entrant.system,
+                    role,
+                ]
+                process = Process(
+                    [*command, stage.running.address, str(path)], stage.directory / f"log-{role}"
+                )
                 held.callback(process.stop)
                 return process
 
@@ -496,23 +541,32 @@ class PythonToPython(Workload):
                 raise Spoilt("nothing arrived")
             board[Board.STOP] = 1
             wait_until("the sender stops", sender, lambda: board[Board.SENT])
-            wait_until("everything arrives", receiver, lambda: board[Board.RECEIVED] >= board[Board.SENT])
+            wait_until(
+                "everything arrives", receiver, lambda: board[Board.RECEIVED] >= board[Board.SENT]
+            )
             if board[Board.RECEIVED] != board[Board.SENT]:
                 raise Spoilt(f"{board[Board.SENT]} were sent and {board[Board.RECEIVED]} arrived")
         return Result(
             (n1 - n0) / (t1 - t0),
-            {"server_busy": (cpu1 - cpu0) / (t1 - t0), **{f"{role}_cpu": value for role, value in busy.items()}},
+            {
+                "server_busy": (cpu1 - cpu0) / (t1 - t0),
+                **{f"{role}_cpu": value for role, value in busy.items()},
+            },
         )
 
 
 class Configured(Stream):
-    """The same stream to a few, with few and with very many clients configured: the processor's time per message."""
+    """The same stream to a few, with few and with very many clients configured: the
+    processor's time per message.
+    """
 
     unit = "ns/message"
     higher = False
 
     def __init__(self) -> None:
-        super().__init__("configured", "routing cost per message, by clients configured", 16, receivers=8)
+        super().__init__(
+            "configured", "routing cost per message, by clients configured", 16, receivers=8
+        )
         self.entrants = (Entrant("brokerd", "10 clients"), Entrant("brokerd", "100,000 clients"))
 
     def names(self, entrant: Entrant, timing: Timing) -> list[str]:
@@ -533,10 +587,11 @@ class Configured(Stream):
 
 
 class SlowReader(Workload):
-    """Fifty pairs with the default queue and ``when_full``; the throughput of all but the first.
+    """Fifty pairs with the default queue and ``when_full``; the throughput of all but
+    the first.
 
-    In one variant the first receiver reads nothing, its queue is full and its sender is held, before
-    the measurement begins and until it has ended.
+    In one variant the first receiver reads nothing, its queue is full and its sender is
+    held, before the measurement begins and until it has ended.
     """
 
     key = "slow_reader"
@@ -578,7 +633,10 @@ class SlowReader(Workload):
 
     @staticmethod
     def _fill(sock: socket.socket, data: bytes) -> None:
-        """Send until the sender has been held for a while. Raises Spoilt if that never comes."""
+        """Send until the sender has been held for a while.
+
+        Raises Spoilt if that never comes.
+        """
         deadline = time.monotonic() + 20
         sock.settimeout(0.5)
         view = memoryview(data)
@@ -606,7 +664,13 @@ WORKLOADS: Final[dict[str, Workload]] = {
         Stream("1to1-1k", "1 to 1, 1 KiB", 1024),
         Stream("1to1-64k", "1 to 1, 64 KiB", 64 * 1024),
         Stream("4to1-16", "4 senders to 1, 16 B", 16, senders=4, systems=_ALL),
-        Stream("1to1000-16", "1 to 1,000 receivers in shuffled order, 16 B", 16, receivers=1000, systems=_ALL),
+        Stream(
+            "1to1000-16",
+            "1 to 1,000 receivers in shuffled order, 16 B",
+            16,
+            receivers=1000,
+            systems=_ALL,
+        ),
         Events(),
         RoundTrip(),
         IdleMemory(),

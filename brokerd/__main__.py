@@ -1,4 +1,6 @@
-"""``python -m brokerd``: the command brokerd, with an interpreter of one's choice or where no script is installed."""
+"""``python -m brokerd``: the command brokerd, with an interpreter of one's choice or
+where no script is installed.
+"""
 
 from __future__ import annotations
 

@@ -14,12 +14,21 @@ import signal
 import sys
 from typing import Final
 
-__all__ = ["HELD", "brokerctl", "brokerd", "hold_signals", "open_standard_descriptors", "release_signals"]
+__all__ = [
+    "HELD",
+    "brokerctl",
+    "brokerd",
+    "hold_signals",
+    "open_standard_descriptors",
+    "release_signals",
+]
 
 #: Signals that a running broker handles, and that would end a process without a
 #: handler.
 HELD: Final = tuple(
-    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, "pthread_sigmask")
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, "pthread_sigmask")
 )
 
 

@@ -1,4 +1,5 @@
-"""A real broker for tests: in this process, on a temporary socket, with clients on demand.
+"""A real broker for tests: in this process, on a temporary socket, with clients on
+demand.
 
 With pytest, import the fixture (or name this module in ``pytest_plugins``)::
 
@@ -71,7 +72,9 @@ class RunningBroker:
         for name, entry in (clients or {}).items():
             self._enter(name, entry)
         self._loop = loop_factory()()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="brokerd.testing", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="brokerd.testing", daemon=True
+        )
         self._thread.start()
 
     # Clients
@@ -94,7 +97,9 @@ class RunningBroker:
         return key.encode() if isinstance(key, str) else bytes(key)
 
     def connect(self, name: str, **options: Any) -> Client:
-        """Return a connected client of the library; :meth:`close` closes the client too."""
+        """Return a connected client of the library; :meth:`close` closes the client
+        too.
+        """
         import brokerd_client
 
         client = brokerd_client.connect(self.address, name=name, key=self.key(name), **options)
@@ -110,7 +115,9 @@ class RunningBroker:
     # Start and end of the broker
 
     def start(self) -> None:
-        """Start the broker, also after :meth:`stop` or :meth:`kill`, at the same address."""
+        """Start the broker, also after :meth:`stop` or :meth:`kill`, at the same
+        address.
+        """
         assert self._daemon is None, "it runs already"
         daemon = self._on_loop(self._make_daemon())
         self._daemon = daemon
@@ -142,7 +149,9 @@ class RunningBroker:
         return self._call(daemon.stats)
 
     def close(self) -> None:
-        """Close the clients made by :meth:`connect`, stop the broker and remove its directory."""
+        """Close the clients made by :meth:`connect`, stop the broker and remove its
+        directory.
+        """
         for client in self._opened:
             client.close()
         self._opened.clear()

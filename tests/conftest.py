@@ -17,7 +17,9 @@ settings.load_profile("brokerd")
 
 @pytest.fixture
 def socket_dir() -> Iterator[Path]:
-    """A private directory whose path is short enough for a Unix socket, which tmp_path's may not be."""
+    """A private directory whose path is short enough for a Unix socket, which
+    tmp_path's may not be.
+    """
     path = tempfile.mkdtemp(prefix="bd-")
     try:
         yield Path(path)

@@ -1,4 +1,6 @@
-"""docs/reliability.md: its tables are written by what was seen, each between two marks; the text around by hand."""
+"""docs/reliability.md: its tables are written by what was seen, each between two marks;
+the text around by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Addresses: every form that people write is understood, and everything else is refused with the forms named."""
+"""Addresses: every form that people write is understood, and everything else is refused
+with the forms named.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,13 @@ def test_an_address_is_its_own_reading() -> None:
         ("tls://[zz]:5", "is no IPv6 address"),
         (("::zz", 5), "is no IPv6 address"),
         ("1.2.3.999:5", "'1.2.3.999' is no IPv4 address: give four numbers from 0 to 255"),
-        ("1.2.3.04:5", "'1.2.3.04' is no IPv4 address: give four numbers from 0 to 255, without zeros before them"),
+        (
+            "1.2.3.04:5",
+            (
+                "'1.2.3.04' is no IPv4 address: give four numbers from 0 to 255, without zeros"
+                " before them"
+            ),
+        ),
         ("tls://1.2.3.256:5", "is no IPv4 address"),
         (("256.1.1.1", 5), "is no IPv4 address"),
         ("tcp://localhost:6000", "leave out tcp:// and give HOST:PORT"),
@@ -122,7 +130,13 @@ def test_an_address_is_its_own_reading() -> None:
         ("[::1]", r"'\[::1\]' has no port: give \[HOST\]:PORT, such as \[::1\]:6000"),
         ("6000", "^6000 is a port without a host: give HOST:6000, such as localhost:6000$"),
         (6000, "^6000 is a port without a host: give HOST:6000"),
-        ("localhost", "^'localhost' has no port: give localhost:PORT, or ./localhost for the path of a Unix socket$"),
+        (
+            "localhost",
+            (
+                "^'localhost' has no port: give localhost:PORT, or ./localhost for the path of a"
+                " Unix socket$"
+            ),
+        ),
         ("127.0.0.1", "^'127.0.0.1' has no port: give 127.0.0.1:PORT, or ./127.0.0.1 for"),
         ("broker.example.org", "^'broker.example.org' has no port: give"),
         ("b\u00fccher", "^'b\u00fccher' has no port: give"),
@@ -131,9 +145,18 @@ def test_an_address_is_its_own_reading() -> None:
         ("123456", "HOST:PORT"),
         ("host:b.sock", "HOST:PORT"),
         ("unix:b.sock", "HOST:PORT"),
-        ("unix:/run/b.sock", "^'unix:/run/b.sock' is not a valid address: give /run/b.sock without 'unix:'$"),
+        (
+            "unix:/run/b.sock",
+            "^'unix:/run/b.sock' is not a valid address: give /run/b.sock without 'unix:'$",
+        ),
         ("UNIX:/b", "give /b without 'UNIX:'"),
-        ("localhost:6000/", "'localhost:6000/' is not a valid address: give HOST:PORT alone, or begin a path with ./"),
+        (
+            "localhost:6000/",
+            (
+                "'localhost:6000/' is not a valid address: give HOST:PORT alone, or begin a path"
+                " with ./"
+            ),
+        ),
         ("tcp:localhost/6000", "give HOST:PORT alone"),
         ("/run/brokerd/", "^'/run/brokerd/' is a directory: give the path of a socket in it$"),
         ("[]:6000", "HOST:PORT"),
@@ -163,7 +186,9 @@ def test_what_is_no_address_is_refused(text: Any, reason: str) -> None:
 
 @given(st.text() | st.lists(st.text() | st.integers(), max_size=3))
 def test_anything_is_an_address_or_an_address_error(text: Any) -> None:
-    """Whatever is written, nothing but the named error is raised, and what is read has one form."""
+    """Whatever is written, nothing but the named error is raised, and what is read has
+    one form.
+    """
     try:
         address = parse(text)
     except AddressError:

@@ -1,4 +1,6 @@
-"""Work in a thread: its result goes to the task that waits, or is discarded where that was cancelled."""
+"""Work in a thread: its result goes to the task that waits, or is discarded where that
+was cancelled.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_aside_returns_and_raises_what_the_work_does() -> None:
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_aside_cancelled_discards_what_comes_too_late(closed: bool) -> None:
-    """What was opened meanwhile is closed, also where the event loop has ended by then; an error is dropped."""
+    """What was opened meanwhile is closed, also where the event loop has ended by then;
+    an error is dropped.
+    """
     go_on, discarded = threading.Event(), threading.Event()
     results: list[int] = []
 
@@ -56,7 +60,9 @@ def test_aside_cancelled_discards_what_comes_too_late(closed: bool) -> None:
         discarded.set()
 
     async def main() -> None:
-        tasks = [asyncio.ensure_future(run_in_thread(each, discard=discard)) for each in (work, fails)]
+        tasks = [
+            asyncio.ensure_future(run_in_thread(each, discard=discard)) for each in (work, fails)
+        ]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
@@ -71,7 +77,9 @@ def test_aside_cancelled_discards_what_comes_too_late(closed: bool) -> None:
     assert results == [7]
 
 
-def test_daemon_stopped_during_its_start_listens_nowhere(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_daemon_stopped_during_its_start_listens_nowhere(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was opened when it was told to stop is closed again, and the start says so."""
     path = socket_dir / "b.sock"
 

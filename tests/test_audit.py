@@ -1,4 +1,6 @@
-"""What `make audit` finds, with the real pip-audit and a vulnerability service that knows what a test says."""
+"""What `make audit` finds, with the real pip-audit and a vulnerability service that
+knows what a test says.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ TOOLS = ROOT / ".venv-tools"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (TOOLS / "bin" / "pip-audit").exists(), reason="pip-audit is not installed: `make audit` does so"
+        not (TOOLS / "bin" / "pip-audit").exists(),
+        reason="pip-audit is not installed: `make audit` does so",
     ),
 ]
 
@@ -74,7 +77,9 @@ def service() -> Iterator[Service]:
 
 def audit(url: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Return what the audit said when its service is the one at the URL."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_AUDIT_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PIP_AUDIT_")
+    }
     environment |= {
         "PIP_AUDIT_VULNERABILITY_SERVICE": "osv",
         "PIP_AUDIT_OSV_URL": url,
@@ -108,7 +113,9 @@ def locked() -> set[tuple[str, str]]:
 
 
 def advisory(package: str) -> dict[str, Any]:
-    """Return what osv.dev would say of a package in which something is wrong until version 99."""
+    """Return what osv.dev would say of a package in which something is wrong until
+    version 99.
+    """
     return {
         "schema_version": "1.6.0",
         "id": "PYSEC-2999-1",
@@ -118,14 +125,20 @@ def advisory(package: str) -> dict[str, Any]:
         "affected": [
             {
                 "package": {"name": package, "ecosystem": "PyPI"},
-                "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "99.0"}]}],
+                "ranges": [
+                    {"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "99.0"}]}
+                ],
             }
         ],
     }
 
 
-def test_nothing_known_is_a_clean_audit_of_every_locked_package(service: Service, tmp_path: Path) -> None:
-    """The service is asked about every package of every lock in its version, and the status is 0."""
+def test_nothing_known_is_a_clean_audit_of_every_locked_package(
+    service: Service, tmp_path: Path
+) -> None:
+    """The service is asked about every package of every lock in its version, and the
+    status is 0.
+    """
     done = audit(service.url, tmp_path)
 
     assert done.returncode == 0, done.stdout
@@ -134,8 +147,12 @@ def test_nothing_known_is_a_clean_audit_of_every_locked_package(service: Service
 
 
 @pytest.mark.parametrize("package", ["pyyaml", "colorama"])
-def test_an_advisory_against_a_locked_package_ends_it_with_1(service: Service, tmp_path: Path, package: str) -> None:
-    """The package, the advisory and the version that mends it are named, also where it is for another system only."""
+def test_an_advisory_against_a_locked_package_ends_it_with_1(
+    service: Service, tmp_path: Path, package: str
+) -> None:
+    """The package, the advisory and the version that mends it are named, also where it
+    is for another system only.
+    """
     service.known[package] = [advisory(package)]
     (version,) = {version for name, version in locked() if name == package}
 

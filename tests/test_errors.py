@@ -1,4 +1,6 @@
-"""The exception tree: it is the one its docstring draws, every code has its class, and all of it can be pickled."""
+"""The exception tree: it is the one its docstring draws, every code has its class, and
+all of it can be pickled.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,30 @@ import re
 import pytest
 
 from brokerd_client import errors
-from brokerd_client.errors import BrokerdError, FrameTooBig, InDoubt, MalformedEnvelope, Refused, RequestFailed, refusal
+from brokerd_client.errors import (
+    BrokerdError,
+    FrameTooBig,
+    InDoubt,
+    MalformedEnvelope,
+    Refused,
+    RequestFailed,
+    refusal,
+)
 from brokerd_client.wire.envelope import ErrorCode
 
 CLASSES = {
     name: value
     for name, value in vars(errors).items()
-    if inspect.isclass(value) and issubclass(value, BaseException) and value.__module__ == errors.__name__
+    if inspect.isclass(value)
+    and issubclass(value, BaseException)
+    and value.__module__ == errors.__name__
 }
 
 
 def drawn_tree() -> dict[str, tuple[str, str]]:
-    """Return class name to (its parent's name, the other base in parentheses or "") as the docstring draws it."""
+    """Return class name to (its parent's name, the other base in parentheses or "") as
+    the docstring draws it.
+    """
     assert errors.__doc__ is not None
     drawing = errors.__doc__.partition("::\n")[2].partition("No exception ever")[0]
     tree: dict[str, tuple[str, str]] = {}
@@ -31,7 +45,8 @@ def drawn_tree() -> dict[str, tuple[str, str]]:
         if match is None:
             continue
         depth = len(match["indent"])
-        # Names that share a line are apart by two spaces; the text behind one begins in lower case or "(".
+        # Names that share a line are apart by two spaces; the text behind one begins in
+        # lower case or "(".
         names = re.match(r"(?:[A-Z]\w+(?:\s\s|$))+|[A-Z]\w+", match["rest"])
         assert names is not None, line
         base = re.search(r"\((?P<base>[\w.]+)\)", match["rest"])
@@ -45,7 +60,9 @@ def drawn_tree() -> dict[str, tuple[str, str]]:
 
 
 def test_the_drawn_tree_is_the_real_one() -> None:
-    """Every class is in the docstring, under its real parent and with its other base, and no other is."""
+    """Every class is in the docstring, under its real parent and with its other base,
+    and no other is.
+    """
     real = {
         name: (
             cls.__bases__[0].__name__,
@@ -54,7 +71,9 @@ def test_the_drawn_tree_is_the_real_one() -> None:
         for name, cls in CLASSES.items()
     }
 
-    assert {name: (parent, base.rpartition(".")[2]) for name, (parent, base) in drawn_tree().items()} == real
+    assert {
+        name: (parent, base.rpartition(".")[2]) for name, (parent, base) in drawn_tree().items()
+    } == real
 
 
 def test_everything_is_exported() -> None:

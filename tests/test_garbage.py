@@ -38,7 +38,9 @@ def test_tended_process_begins_no_full_collection(collections: list[int]) -> Non
 
 
 def test_undisturbed_work_is_neither_collected_nor_walked_over() -> None:
-    """In a tended process what was made is set apart; elsewhere a program's own objects are not."""
+    """In a tended process what was made is set apart; elsewhere a program's own objects
+    are not.
+    """
     with garbage.tended():
         apart = gc.get_freeze_count()
         with garbage.undisturbed():

@@ -1,8 +1,10 @@
-"""Arrows point one way: reads every import of both packages and fails on one that the table does not draw.
+"""Arrows point one way: reads every import of both packages and fails on one that the
+table does not draw.
 
-``errors <- wire <- dialog <- {blocking, aio}``; ``wire <- core <- net <- daemon <- cli``;
-``config.model <- core, net, daemon``. The library never looks at the daemon and imports nothing beyond the
-standard library; what is sans-I/O imports nothing that opens, waits, logs or draws lots.
+``errors <- wire <- dialog <- {blocking, aio}``; ``wire <- core <- net <- daemon <-
+cli``; ``config.model <- core, net, daemon``. The library never looks at the daemon and
+imports nothing beyond the standard library; what is sans-I/O imports nothing that
+opens, waits, logs or draws lots.
 """
 
 from __future__ import annotations
@@ -21,13 +23,25 @@ PACKAGES = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "br
 #: What every other part may look at: errors, addresses, and the bytes on the wire.
 LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wire")
 #: What a user of the library is given, and what the protocol makes of received bytes.
-VALUES = ("brokerd_client.codec", "brokerd_client.message", "brokerd_client.presence", "brokerd_client.topics")
+VALUES = (
+    "brokerd_client.codec",
+    "brokerd_client.message",
+    "brokerd_client.presence",
+    "brokerd_client.topics",
+)
 #: What both faces are made of. They never import each other.
-FACE = (*LEAVES, *VALUES, "brokerd_client.settings", "brokerd_client.protocol", "brokerd_client._common")
+FACE = (
+    *LEAVES,
+    *VALUES,
+    "brokerd_client.settings",
+    "brokerd_client.protocol",
+    "brokerd_client._common",
+)
 MODEL = ("brokerd.config.model", "brokerd.config.values", "brokerd.config.cert_subjects")
 
-#: What each part may import of the two packages. The longest matching prefix of a module's name decides; a prefix
-#: stands for itself and everything inside it, and a package may always import its own inside.
+#: What each part may import of the two packages. The longest matching prefix of a
+#: module's name decides; a prefix stands for itself and everything inside it, and a
+#: package may always import its own inside.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client": ("brokerd_client",),
     "brokerd_client.errors": (),
@@ -41,8 +55,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.connection": (*LEAVES, "brokerd_client._common"),
     "brokerd_client.tls": LEAVES,
     "brokerd_client.protocol": (*LEAVES, *VALUES),
-    "brokerd_client._common": (*LEAVES, *VALUES, "brokerd_client.protocol", "brokerd_client.connection.named_pipes"),
-    "brokerd_client.blocking": (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
+    "brokerd_client._common": (
+        *LEAVES,
+        *VALUES,
+        "brokerd_client.protocol",
+        "brokerd_client.connection.named_pipes",
+    ),
+    "brokerd_client.blocking": (
+        *FACE,
+        "brokerd_client.tls",
+        "brokerd_client.connection.named_pipes",
+    ),
     "brokerd_client.aio": (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
     "brokerd": (),
     "brokerd.config": (*LEAVES, "brokerd_client._common.paths"),
@@ -57,9 +80,30 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.core",
         "brokerd.log",
     ),
-    "brokerd.monitor": (*LEAVES, *MODEL, "brokerd.core", "brokerd.net", "brokerd.log", "brokerd.daemon.threads"),
-    "brokerd.daemon": (*LEAVES, "brokerd.config", "brokerd.core", "brokerd.net", "brokerd.log", "brokerd.monitor"),
-    "brokerd.upgrade": (*LEAVES, *MODEL, "brokerd.core", "brokerd.daemon", "brokerd.log", "brokerd.net"),
+    "brokerd.monitor": (
+        *LEAVES,
+        *MODEL,
+        "brokerd.core",
+        "brokerd.net",
+        "brokerd.log",
+        "brokerd.daemon.threads",
+    ),
+    "brokerd.daemon": (
+        *LEAVES,
+        "brokerd.config",
+        "brokerd.core",
+        "brokerd.net",
+        "brokerd.log",
+        "brokerd.monitor",
+    ),
+    "brokerd.upgrade": (
+        *LEAVES,
+        *MODEL,
+        "brokerd.core",
+        "brokerd.daemon",
+        "brokerd.log",
+        "brokerd.net",
+    ),
     # The process around the daemon: it also replaces itself.
     "brokerd.daemon.process": (
         *LEAVES,
@@ -110,14 +154,17 @@ OPTIONAL = {"brokerd_client.codec": {"msgpack"}}
 def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
     """Yield (line, module imported) for every import in the file, wherever it stands.
 
-    ``from a import b`` yields ``a.b``: whether b is a module or a name in one, the longest prefix decides.
+    ``from a import b`` yields ``a.b``: whether b is a module or a name in one, the
+    longest prefix decides.
     """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".pyx":
-        # Cython is not Python, but its lines of imports are; cimport looks at declarations of C only.
+        # Cython is not Python, but its lines of imports are; cimport looks at
+        # declarations of C only.
         source = "\n".join(
-            line.strip() if re.match(r"\s*(from [\w.]+ )?import ", line) else "" for line in source.splitlines()
+            line.strip() if re.match(r"\s*(from [\w.]+ )?import ", line) else ""
+            for line in source.splitlines()
         )
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -154,13 +201,24 @@ def problems_of(path: Path, module: str) -> list[str]:
         top = imported.partition(".")[0]
         reason = ""
         if top in PACKAGES:
-            if not any(within(imported, prefix) for prefix in (*MAY_IMPORT[owner], owner, "brokerd.__version__")):
+            if not any(
+                within(imported, prefix)
+                for prefix in (*MAY_IMPORT[owner], owner, "brokerd.__version__")
+            ):
                 reason = f"{owner} may import only {', '.join(MAY_IMPORT[owner]) or 'itself'}"
         elif any(within(module, prefix) for prefix in SANS_IO) and top in NOT_IN_SANS_IO:
             reason = "what is sans-I/O takes clocks, chance and sockets as arguments"
-        elif module.startswith("brokerd_client") and top not in sys.stdlib_module_names | OPTIONAL.get(module, set()):
+        elif module.startswith(
+            "brokerd_client"
+        ) and top not in sys.stdlib_module_names | OPTIONAL.get(module, set()):
             reason = "the library imports nothing beyond the standard library"
-        elif not module.startswith("brokerd_client") and top in ("pickle", "cPickle", "_pickle", "shelve", "dill"):
+        elif not module.startswith("brokerd_client") and top in (
+            "pickle",
+            "cPickle",
+            "_pickle",
+            "shelve",
+            "dill",
+        ):
             reason = "nothing in the daemon unpickles"
         if reason:
             found.append(f"{path}:{line}: {module} imports {imported}: {reason}")
@@ -177,7 +235,9 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), [pytest.param(*item, id=item[0]) for item in modules()])
+@pytest.mark.parametrize(
+    ("module", "path"), [pytest.param(*item, id=item[0]) for item in modules()]
+)
 def test_every_import_follows_the_arrows(module: str, path: Path) -> None:
     """No module imports what its layer must not know."""
     assert problems_of(path, module) == []
@@ -185,7 +245,9 @@ def test_every_import_follows_the_arrows(module: str, path: Path) -> None:
 
 @pytest.mark.parametrize("module", [module for module, _ in modules() if module not in PACKAGES])
 def test_every_module_has_its_place(module: str) -> None:
-    """A new module is drawn into the table: nothing falls under the rule of a whole package by accident."""
+    """A new module is drawn into the table: nothing falls under the rule of a whole
+    package by accident.
+    """
     owner = max((prefix for prefix in MAY_IMPORT if within(module, prefix)), key=len)
     assert owner not in PACKAGES, f"{module} has no place in MAY_IMPORT of {__file__}"
 
@@ -215,7 +277,10 @@ def test_every_module_has_its_place(module: str) -> None:
         ("brokerd.core.exchange", "from brokerd.config import load"),
         ("brokerd.core.exchange", "import brokerd_client"),
         ("brokerd.net.server", "from brokerd.daemon.daemon import Daemon"),
-        ("brokerd.net.server", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from brokerd import cli"),
+        (
+            "brokerd.net.server",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from brokerd import cli",
+        ),
         ("brokerd.daemon.daemon", "from brokerd.cli.main import main"),
         ("brokerd.ctl", "from brokerd.core import exchange"),
         ("brokerd.cli.main", "import pickle"),
@@ -238,7 +303,9 @@ def test_a_forbidden_import_is_seen(tmp_path: Path, module: str, line: str) -> N
 def test_a_forbidden_import_is_seen_in_compiled_source(tmp_path: Path) -> None:
     """What Cython compiles is held to the same arrows."""
     planted = tmp_path / "planted.pyx"
-    planted.write_text("cdef int x = 1\nfrom libc.string cimport memcpy\nimport socket\n", encoding="utf-8")
+    planted.write_text(
+        "cdef int x = 1\nfrom libc.string cimport memcpy\nimport socket\n", encoding="utf-8"
+    )
 
     (problem,) = problems_of(planted, "brokerd.core._routing_c")
 
@@ -253,7 +320,10 @@ def test_a_forbidden_import_is_seen_in_compiled_source(tmp_path: Path) -> None:
         ("brokerd_client.codec", "import msgpack"),
         ("brokerd_client.blocking.client", "import socket, threading, time"),
         ("brokerd.core.exchange", "from brokerd.config.model import Client"),
-        ("brokerd.net.server", "from brokerd.core.exchange import Exchange\nimport asyncio, structlog"),
+        (
+            "brokerd.net.server",
+            "from brokerd.core.exchange import Exchange\nimport asyncio, structlog",
+        ),
         ("brokerd.cli.main", "from brokerd import __version__\nimport click"),
     ],
 )

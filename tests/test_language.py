@@ -1,7 +1,8 @@
-"""The language of code and documentation: what a program can check of CONTRIBUTING.md's rules.
+"""The language of code and documentation: what a program can check of CONTRIBUTING.md's
+rules.
 
-Docstrings, comments and messages of both packages, README.md and docs/ are read. Text in
-backticks, code blocks and doctest examples are left out.
+Docstrings, comments and messages of both packages, README.md and docs/ are read. Text
+in backticks, code blocks and doctest examples are left out.
 """
 
 from __future__ import annotations
@@ -42,10 +43,15 @@ FORBIDDEN: Final = (
         "name the client, sender or process",
     ),
     (
-        re.compile(r"\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|larger\b|later\b|other\b)[a-z]"),
+        re.compile(
+            r"\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|larger\b|later\b|other\b)[a-z]"
+        ),
         "write 'is not a'",
     ),
-    (re.compile(r"\banew\b|\bfor ever\b|\bbeforehand\b|\bamiss\b"), "write 'again', 'forever', 'before'"),
+    (
+        re.compile(r"\banew\b|\bfor ever\b|\bbeforehand\b|\bamiss\b"),
+        "write 'again', 'forever', 'before'",
+    ),
     (
         re.compile(r"\bso many (?:bytes|seconds|frames|messages|connections|threads|times|more)\b"),
         "write the number's name",
@@ -90,7 +96,8 @@ PENDING: Final = frozenset[str](
         "docs/reliability.md",
     }
 )
-#: Lines that are right although a pattern finds them: (file, words of the line) and the reason.
+#: Lines that are right although a pattern finds them: (file, words of the line) and the
+#: reason.
 ALLOWED: Final[dict[tuple[str, str], str]] = {}
 
 
@@ -147,7 +154,9 @@ def prose_of(path: Path) -> list[Text]:
     """Return all prose of a file."""
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        source = re.sub(r"```.*?```", lambda block: "\n" * block.group().count("\n"), source, flags=re.DOTALL)
+        source = re.sub(
+            r"```.*?```", lambda block: "\n" * block.group().count("\n"), source, flags=re.DOTALL
+        )
         return [Text(path, number, line) for number, line in enumerate(source.splitlines(), 1)]
     if path.suffix == ".pyx":
         return list(comments(path, source))
@@ -161,14 +170,18 @@ def plain(text: str) -> str:
 
 
 def sentences(docstring: str) -> Iterator[str]:
-    """Yield the sentences of a docstring, without examples, tables and Args sections' names."""
+    """Yield the sentences of a docstring, without examples, tables and Args sections'
+    names.
+    """
     for paragraph in re.split(r"\n\s*\n", docstring):
         if re.search(r"::\s*$|^\s*[>|+]|^ {4,}\S", paragraph, re.MULTILINE) and not re.search(
             r"^(Args|Returns|Raises):", paragraph
         ):
             continue
         joined = " ".join(
-            line.strip() for line in paragraph.splitlines() if not re.match(r"\s*(Args|Returns|Raises|Yields):$", line)
+            line.strip()
+            for line in paragraph.splitlines()
+            if not re.match(r"\s*(Args|Returns|Raises|Yields):$", line)
         )
         yield from re.split(r"(?<=[.;:?!])\s+", plain(joined))
 
@@ -188,7 +201,10 @@ def problems(path: Path) -> list[str]:
             ]
         if text.is_docstring:
             if OPENINGS.match(words) and not re.match(r"What\b.*\?", words):
-                found.append(f"{name}:{text.line}: begins with {words.split()[0]!r}: begin with the direct verb")
+                found.append(
+                    f"{name}:{text.line}: begins with {words.split()[0]!r}: begin with the direct"
+                    " verb"
+                )
             counts = [(len(sentence.split()), sentence) for sentence in sentences(text.words)]
             found += [
                 f"{name}:{text.line}: {count} words: {sentence[:60]}..."
@@ -199,7 +215,8 @@ def problems(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in [*SOURCES, *PAGES]]
+    "path",
+    [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in [*SOURCES, *PAGES]],
 )
 def test_language_of_file_follows_contributing_rules(path: Path) -> None:
     """No forbidden subject or opening, and no docstring sentence of more than 20 words."""
@@ -215,14 +232,24 @@ def test_language_allow_list_entry_is_still_needed() -> None:
     """Every exception is in the file that it names, and has a reason."""
     for (file, part), reason in ALLOWED.items():
         assert reason
-        assert part in " ".join(plain((ROOT / file).read_text(encoding="utf-8")).split()), f"{file} has no {part!r}"
+        assert part in " ".join(plain((ROOT / file).read_text(encoding="utf-8")).split()), (
+            f"{file} has no {part!r}"
+        )
 
 
 @pytest.mark.parametrize(
     "words",
-    ["Whoever asks is told.", "Let the client wait.", "The name is no size.", "Begin anew.", "Who waits is released."],
+    [
+        "Whoever asks is told.",
+        "Let the client wait.",
+        "The name is no size.",
+        "Begin anew.",
+        "Who waits is released.",
+    ],
 )
-def test_language_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+def test_language_planted_fault_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     """The check sees each kind of fault, so that its silence means something."""
     monkeypatch.setattr("test_language.ROOT", tmp_path, raising=False)
     planted = tmp_path / "planted.py"

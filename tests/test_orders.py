@@ -11,13 +11,22 @@ from net.raw import JSON, REQUEST, packed
 from brokerd.daemon import admin as orders
 
 
-def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One more than may wait is refused, and asked again it is answered."""
     monkeypatch.setattr(orders, "_MOST_LONG", 2)
     monkeypatch.setattr(orders, "_ENTRIES", 1)
-    with house(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here, here.login("ops") as ops:
+    with (
+        house(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here,
+        here.login("ops") as ops,
+    ):
         question = json.dumps({"op": "keys"}).encode()
-        ops.write(b"".join(packed(REQUEST, "$broker", question, id=number, codec=JSON) for number in (1, 2, 3)))
+        ops.write(
+            b"".join(
+                packed(REQUEST, "$broker", question, id=number, codec=JSON) for number in (1, 2, 3)
+            )
+        )
         answers = {answer.id: answer for answer in (ops.recv() for _ in range(3))}
         assert answers[3].code == "full"
         for number in (1, 2):

@@ -1,4 +1,6 @@
-"""What is installed is what was written: both packages, their type marks, their commands, and no tests."""
+"""What is installed is what was written: both packages, their type marks, their
+commands, and no tests.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
 
-#: Run where the checkout is not the current directory; prints where each package came from.
+#: Run where the checkout is not the current directory; prints where each package came
+#: from.
 IMPORT_BOTH = (
-    "import brokerd, brokerd.config, brokerd.core, brokerd.net, brokerd_client, brokerd_client.wire.handshake;"
-    "print(brokerd.__file__); print(brokerd_client.__file__)"
+    "import brokerd, brokerd.config, brokerd.core, brokerd.net, brokerd_client,"
+    " brokerd_client.wire.handshake;print(brokerd.__file__); print(brokerd_client.__file__)"
 )
 
 
 def packages_on_disk() -> set[str]:
-    """Return the dotted name of every folder with an ``__init__.py`` in the two packages."""
+    """Return the dotted name of every folder with an ``__init__.py`` in the two
+    packages.
+    """
     return {
         ".".join((package, *marker.parent.relative_to(folder).parts))
         for package, folder in FOLDERS.items()
@@ -36,8 +41,14 @@ def packages_on_disk() -> set[str]:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Return what the command printed; fail with everything it said if it did not succeed."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    """Return what the command printed; fail with everything it said if it did not
+    succeed.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -54,41 +65,62 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def test_every_package_is_listed() -> None:
-    """A folder that is a package is in pyproject.toml's list; one forgotten would be missing from the wheel."""
+    """A folder that is a package is in pyproject.toml's list; one forgotten would be
+    missing from the wheel.
+    """
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
-    """No folder with modules lacks its ``__init__.py``, which an import from the checkout would forgive."""
+    """No folder with modules lacks its ``__init__.py``, which an import from the
+    checkout would forgive.
+    """
     for folder in FOLDERS.values():
         for path in folder.rglob("*.py"):
-            assert (path.parent / "__init__.py").exists(), f"{path.parent} has modules and no __init__.py"
+            assert (path.parent / "__init__.py").exists(), (
+                f"{path.parent} has modules and no __init__.py"
+            )
 
 
 def test_both_packages_import_from_elsewhere(tmp_path: Path) -> None:
-    """The installation that runs these tests imports both packages from outside the checkout."""
+    """The installation that runs these tests imports both packages from outside the
+    checkout.
+    """
     files = run(sys.executable, "-c", IMPORT_BOTH, cwd=tmp_path).splitlines()
 
     assert [Path(file).parent.name for file in files] == ["brokerd", "brokerd_client"]
 
 
 def test_every_command_has_its_function() -> None:
-    """The functions behind the commands exist, without which the command fails at its start only."""
+    """The functions behind the commands exist, without which the command fails at its
+    start only.
+    """
     for target in PROJECT["project"]["scripts"].values():
         module, _, function = target.partition(":")
-        run(sys.executable, "-c", f"from {module} import {function}; assert callable({function})", cwd=ROOT.parent)
+        run(
+            sys.executable,
+            "-c",
+            f"from {module} import {function}; assert callable({function})",
+            cwd=ROOT.parent,
+        )
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is installed: builds leave files behind, and those of an earlier build must not count."""
+    """A copy of what is installed: builds leave files behind, and those of an earlier
+    build must not count.
+    """
     copy = tmp_path_factory.mktemp("checkout") / "brokerd"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for folder in ("brokerd", "client", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
+        shutil.copytree(
+            ROOT / folder,
+            copy / folder,
+            ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"),
+        )
     return copy
 
 
@@ -96,7 +128,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     """Every module and both py.typed are in the wheel; tests and caches are not."""
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        tmp_path,
+        checkout,
+        cwd=tmp_path,
+    )
     (wheel,) = tmp_path.glob("*.whl")
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -107,7 +150,11 @@ def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Pat
         for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi"), folder / "py.typed"]
     }
     assert expected <= files
-    compiled = {name for name in files - expected if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")}
+    compiled = {
+        name
+        for name in files - expected
+        if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")
+    }
     assert files - expected - compiled == set()
 
 
@@ -115,7 +162,9 @@ def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Pat
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
 def test_pip_install_imports_both_packages(checkout: Path, tmp_path: Path, editable: bool) -> None:
-    """After ``pip install .`` and ``pip install -e .`` both packages import, and each from where it should."""
+    """After ``pip install .`` and ``pip install -e .`` both packages import, and each
+    from where it should.
+    """
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True, symlinks=True)
     python = environment / "bin" / "python"
@@ -129,8 +178,12 @@ def test_pip_install_imports_both_packages(checkout: Path, tmp_path: Path, edita
 
 
 def locked(name: str) -> dict[str, str]:
-    """Return the version of each package in a lock, by its canonical name; fail for one without a hash."""
-    text = (ROOT / ".ci" / f"requirements-{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    """Return the version of each package in a lock, by its canonical name; fail for one
+    without a hash.
+    """
+    text = (
+        (ROOT / ".ci" / f"requirements-{name}.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    )
     versions = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -147,16 +200,24 @@ def locked(name: str) -> dict[str, str]:
     [
         ("run", PROJECT["project"]["dependencies"]),
         ("build", PROJECT["build-system"]["requires"]),
-        ("test", PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]),
+        (
+            "test",
+            PROJECT["project"]["dependencies"]
+            + PROJECT["project"]["optional-dependencies"]["test"],
+        ),
     ],
 )
 def test_the_lock_has_what_is_wanted(lock: str, wanted: list[str]) -> None:
-    """Every requirement of pyproject.toml is locked in a version that it allows: else run `make lock`."""
+    """Every requirement of pyproject.toml is locked in a version that it allows: else
+    run `make lock`.
+    """
     versions = locked(lock)
     for requirement in map(Requirement, wanted):
         version = versions.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not locked: run make lock"
-        assert requirement.specifier.contains(version), f"{requirement} is locked as {version}: run make lock"
+        assert requirement.specifier.contains(version), (
+            f"{requirement} is locked as {version}: run make lock"
+        )
 
 
 def test_locks_name_no_index() -> None:
@@ -180,14 +241,21 @@ def test_locks_name_no_index() -> None:
 def test_an_audit_that_did_not_take_place_is_not_a_clean_one(
     tmp_path: Path, said: str, status: int, expected: int
 ) -> None:
-    """What is known ends with 1, and a service that does not answer with 2, never with 0."""
+    """What is known ends with 1, and a service that does not answer with 2, never with
+    0.
+    """
     tool = tmp_path / "bin" / "pip-audit"
     tool.parent.mkdir()
     tool.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {status}\n", encoding="utf-8")
     tool.chmod(0o755)
 
     done = subprocess.run(
-        [ROOT / ".ci" / "audit.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [ROOT / ".ci" / "audit.sh", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
     assert done.returncode == expected

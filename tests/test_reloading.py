@@ -1,4 +1,6 @@
-"""Reloads at odd moments: one that a bug ends, one asked for before there is anything to reload."""
+"""Reloads at odd moments: one that a bug ends, one asked for before there is anything
+to reload.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from brokerd.daemon.reloader import Reloading
 
 
 def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What began with RELOADING ends with READY and a reason, the bug is not hidden, and the next reload goes on."""
+    """What began with RELOADING ends with READY and a reason, the bug is not hidden,
+    and the next reload goes on.
+    """
     told: list[str] = []
     supervisor = SimpleNamespace(reloading=lambda: told.append("reloading"), reloaded=told.append)
 
@@ -53,7 +57,9 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
 def test_a_reload_asked_for_during_the_start_takes_place_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file may have changed since it was read: nothing is refused, and nobody is told that the broker stops."""
+    """The file may have changed since it was read: nothing is refused, and nobody is
+    told that the broker stops.
+    """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
     file.write_text("listen: [127.0.0.1:0]\nclients: {a: {key: k}}\nmonitor: 127.0.0.1:0\n")
@@ -79,5 +85,7 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
 
     asyncio.run(serve())
     assert not log.named("daemon.reload_refused")
-    order = [each.event for each in log.events if each.event in ("daemon.started", "daemon.reloaded")]
+    order = [
+        each.event for each in log.events if each.event in ("daemon.started", "daemon.reloaded")
+    ]
     assert order == ["daemon.started", "daemon.reloaded"]

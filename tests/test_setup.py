@@ -1,4 +1,6 @@
-"""What `.ci/setup.sh` does where the index and the locks don't agree: pip is the real one, and installs nothing."""
+"""What `.ci/setup.sh` does where the index and the locks don't agree: pip is the real
+one, and installs nothing.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,20 @@ def build_wheel(*arguments): raise NotImplementedError
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="a script for POSIX shells"),
-    pytest.mark.skipif(not (3, 11) <= sys.version_info[:2] <= (3, 13), reason="the locks are for Python 3.11 to 3.13"),
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip"),
+    pytest.mark.skipif(
+        not (3, 11) <= sys.version_info[:2] <= (3, 13),
+        reason="the locks are for Python 3.11 to 3.13",
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("pip") is None, reason="this environment has no pip"
+    ),
 ]
 
 
 class Checkout:
-    """A project with locks, an environment, and an index on disk with one package in it: thing 1.0."""
+    """A project with locks, an environment, and an index on disk with one package in
+    it: thing 1.0.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path / "checkout"
@@ -71,17 +80,26 @@ class Checkout:
         wheel = self.index / "thing-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as file:
             file.writestr("thing.py", "")
-            file.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
-            file.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            file.writestr(
+                "thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
+            )
+            file.writestr(
+                "thing-1.0.dist-info/WHEEL",
+                "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            )
             file.writestr("thing-1.0.dist-info/RECORD", "")
         self.digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         (self.path / ".ci" / "requirements-build.txt").touch()
 
     def lock(self, requirement: str) -> None:
-        (self.path / ".ci" / "requirements-run.txt").write_text(f"{requirement}\n", encoding="utf-8")
+        (self.path / ".ci" / "requirements-run.txt").write_text(
+            f"{requirement}\n", encoding="utf-8"
+        )
 
     def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Return what the script did; pip looks at this index only, and stops before it would install."""
+        """Return what the script did; pip looks at this index only, and stops before it
+        would install.
+        """
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -154,7 +172,9 @@ def test_a_lock_without_a_hash_is_never_passed_over(checkout: Checkout) -> None:
 
 
 def test_a_version_that_the_index_lacks_is_told_loudly(checkout: Checkout) -> None:
-    """What pyproject.toml allows is installed in its place, and which version is missing is said."""
+    """What pyproject.toml allows is installed in its place, and which version is
+    missing is said.
+    """
     checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
 
     done = checkout.set_up()
@@ -166,7 +186,9 @@ def test_a_version_that_the_index_lacks_is_told_loudly(checkout: Checkout) -> No
 
 
 def test_only_the_locks_are_good_enough_on_demand(checkout: Checkout) -> None:
-    """With LOCKED=1 a version that the index lacks is an error, also in an environment that was made without."""
+    """With LOCKED=1 a version that the index lacks is an error, also in an environment
+    that was made without.
+    """
     checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
     assert checkout.set_up().returncode == 0
     assert checkout.set_up().stdout == ""

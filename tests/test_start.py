@@ -1,4 +1,6 @@
-"""What is imported when: starting is mostly importing, so nothing is loaded before it is needed."""
+"""What is imported when: starting is mostly importing, so nothing is loaded before it
+is needed.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ import brokerd_client
 def loaded_by(code: str) -> set[str]:
     """Return the names of the modules that a fresh interpreter has loaded after this."""
     command = f"import sys\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True
+    )
     return set(done.stdout.split())
 
 
 def test_importing_the_library_loads_next_to_nothing() -> None:
-    """Neither face, nor asyncio, nor anything of the conversation is there before it is asked for."""
+    """Neither face, nor asyncio, nor anything of the conversation is there before it is
+    asked for.
+    """
     loaded = loaded_by("import brokerd_client")
     assert not loaded & {
         "asyncio",
@@ -51,9 +57,12 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
 
 
 def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
-    """What it starts with has neither the client's faces nor rich; who asks for rich later gets it."""
+    """What it starts with has neither the client's faces nor rich; who asks for rich
+    later gets it.
+    """
     loaded = loaded_by(
-        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import brokerd.daemon.process"
+        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import"
+        " brokerd.daemon.process"
     )
     assert "structlog" in loaded
     assert not loaded & {
@@ -69,4 +78,6 @@ def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
 
 def test_rich_that_is_there_already_stays() -> None:
     """A program that has loaded it keeps it."""
-    assert "rich" in loaded_by("import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_alone()")
+    assert "rich" in loaded_by(
+        "import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_alone()"
+    )

@@ -52,7 +52,8 @@ def test_it_comes_back_at_the_same_address(broker: RunningBroker) -> None:
     broker.kill()
     broker.start()
     assert broker.address == address
-    # What is asked before she knows of the kill may go to the connection that was lost, and says so.
+    # What is asked before she knows of the kill may go to the connection that was lost,
+    # and says so.
     deadline = monotonic() + 30
     while not alice.counters["losses"]:
         assert monotonic() < deadline

@@ -1,8 +1,8 @@
 """Adds a client: its key file and its entry below ``clients.d``, both or none.
 
-The command writes two new files and their directories, and never overwrites a file. Then
-it reads the whole configuration again. If that is invalid or lacks the client, everything
-is removed again.
+The command writes two new files and their directories, and never overwrites a file.
+Then it reads the whole configuration again. If that is invalid or lacks the client,
+everything is removed again.
 """
 
 from __future__ import annotations
@@ -57,17 +57,20 @@ def add_client(name: str, main: Path) -> Added:
     home = main.absolute().parent
     entry, key = home / "clients.d" / f"{name}.yaml", home / "keys" / name
     quoted = name if yaml.safe_load(name) == name else f'"{name}"'
-    text = f"clients:\n  {quoted}:\n    key_file: {yaml.safe_dump(f'../keys/{name}').splitlines()[0]}\n"
+    text = (
+        f"clients:\n  {quoted}:\n    key_file:"
+        f" {yaml.safe_dump(f'../keys/{name}').splitlines()[0]}\n"
+    )
     with ExitStack() as undo:
         try:
             if main.is_file():
-                # A configuration that includes the files of a directory can't be read without
-                # that directory.
+                # A configuration that includes the files of a directory can't be read
+                # without that directory.
                 _make_directory(entry.parent, 0o755, home, undo)
             _check_new(name, main, entry, key)
             _make_directory(key.parent, 0o700, home, undo)
-            # The key is written first: an entry without its key would be a mistake in the
-            # configuration.
+            # The key is written first: an entry without its key would be a mistake in
+            # the configuration.
             _write_new(key, secrets.token_urlsafe(_KEY_SIZE) + "\n", 0o600, undo)
             _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
         except FileExistsError as error:
@@ -75,7 +78,9 @@ def add_client(name: str, main: Path) -> Added:
                 f"there is a file {error.filename} already (move it away, or choose another name)"
             ) from error
         except OSError as error:
-            raise NotAdded(f"{error.filename or home} can't be written: {error.strerror} (see to it)") from error
+            raise NotAdded(
+                f"{error.filename or home} can't be written: {error.strerror} (see to it)"
+            ) from error
         if name not in load(main).clients:
             raise NotAdded(f"{main} does not read {entry} (see to its include:)")
         undo.pop_all()
@@ -86,9 +91,14 @@ def _check_new(name: str, main: Path, entry: Path, key: Path) -> None:
     """Raise NotAdded if the client or its files exist, or its entry would not be read."""
     config = load(main)
     if name in config.clients:
-        raise NotAdded(f"client {name!r} is configured already, at {config.clients[name].source} (choose another name)")
+        raise NotAdded(
+            f"client {name!r} is configured already, at {config.clients[name].source} (choose"
+            " another name)"
+        )
     if not any(_includes(Path(file), entry) for file in config.files):
-        raise NotAdded(f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])')
+        raise NotAdded(
+            f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])'
+        )
     for file in (key, entry):
         if file.is_symlink() or file.exists():
             raise NotAdded(f"there is a file {file} already (move it away, or choose another name)")
@@ -102,7 +112,9 @@ def _includes(file: Path, entry: Path) -> bool:
     for pattern in (root or {}).get("include", ()):
         whole = os.path.normpath(home / Path(pattern).expanduser())
         parts = Path(whole).parts
-        if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, wanted, _literal_home(parts, pattern, home))):
+        if len(parts) == len(wanted) and all(
+            map(fnmatch.fnmatchcase, wanted, _literal_home(parts, pattern, home))
+        ):
             return True
     return False
 

@@ -1,4 +1,5 @@
-"""``brokerd demo``: a broker on a temporary socket, and three clients that exchange messages.
+"""``brokerd demo``: a broker on a temporary socket, and three clients that exchange
+messages.
 
 Two clients use this package's library. The third is a stock Python in a process of its
 own, without this or any other package. The demo takes a few seconds, needs no
@@ -33,8 +34,8 @@ from brokerd_client.errors import BrokerdError, NoSuchClient
 
 __all__ = ["STOCK_CLIENT", "Interpreter", "find_interpreter", "run"]
 
-#: The program of the stock Python. Its address is an argument. Its key comes through a pipe,
-#: where no other process sees it.
+#: The program of the stock Python. Its address is an argument. Its key comes through a
+#: pipe, where no other process sees it.
 STOCK_CLIENT: Final = """\
 from multiprocessing.connection import Client
 import struct, sys
@@ -82,10 +83,13 @@ def run(console: Console | None = None) -> int:
         ):
             shown = runner.run(_with_broker(Path(directory), console))
     except (_Failed, BrokerdError, OSError, subprocess.SubprocessError) as error:
-        console.print(f"The demo failed: {type(error).__name__}: {error}", style="bold red", markup=False)
+        console.print(
+            f"The demo failed: {type(error).__name__}: {error}", style="bold red", markup=False
+        )
         return 1
     console.print(
-        f"\n{shown} messages arrived, none was lost, in {time.monotonic() - began:.1f} seconds.", style="bold"
+        f"\n{shown} messages arrived, none was lost, in {time.monotonic() - began:.1f} seconds.",
+        style="bold",
     )
     return 0
 
@@ -125,12 +129,17 @@ def _version(path: str) -> tuple[int, int] | None:
 
 
 async def _with_broker(directory: Path, console: Console) -> int:
-    """Run a broker while the clients talk, and return the number of messages that arrived."""
+    """Run a broker while the clients talk, and return the number of messages that
+    arrived.
+    """
     keys = {name: secrets.token_urlsafe(32) for name in ("alice", "bob", "carol")}
     stock = await asyncio.to_thread(find_interpreter)
     config = Config.build(
         "127.0.0.1:0" if sys.platform == "win32" else str(directory / "brokerd.sock"),
-        {name: {"key": key, "allow_md5": name == "carol" and stock.needs_md5} for name, key in keys.items()},
+        {
+            name: {"key": key, "allow_md5": name == "carol" and stock.needs_md5}
+            for name, key in keys.items()
+        },
     )
     async with Daemon(config, quiet_log()) as daemon:
         return await asyncio.to_thread(_Demo(console, str(daemon.addresses[0]), keys, stock).show)
@@ -139,7 +148,9 @@ async def _with_broker(directory: Path, console: Console) -> int:
 class _Demo:
     """The conversation, step by step; each step is printed when it is done."""
 
-    def __init__(self, console: Console, address: str, keys: dict[str, str], stock: Interpreter) -> None:
+    def __init__(
+        self, console: Console, address: str, keys: dict[str, str], stock: Interpreter
+    ) -> None:
         self._console = console
         self._address = address
         self._keys = keys
@@ -161,7 +172,9 @@ class _Demo:
 
     @contextlib.contextmanager
     def _connect(self, name: str) -> Iterator[brokerd_client.Client]:
-        with brokerd_client.connect(self._address, name=name, key=self._keys[name], timeout=_TIMEOUT_S) as client:
+        with brokerd_client.connect(
+            self._address, name=name, key=self._keys[name], timeout=_TIMEOUT_S
+        ) as client:
             self._say(name, "is connected, with a key of its own")
             yield client
 
@@ -179,7 +192,9 @@ class _Demo:
         bob.on_request(answer)
         self._say("alice", "asks bob to multiply 6 by 7")
         reply = alice.request("bob", {"multiply": [6, 7]}, timeout=_TIMEOUT_S)
-        self._expect((reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42")
+        self._expect(
+            (reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42"
+        )
         self._arrive("alice", f"hears from bob: {reply.payload['product']}")
 
     def _refusal(self, alice: brokerd_client.Client) -> None:
@@ -193,14 +208,25 @@ class _Demo:
 
     def _stock_python(self, bob: brokerd_client.Client) -> None:
         version = ".".join(map(str, self._stock.version))
-        self._say("carol", f"is Python {version} as it comes, nothing installed, and runs these lines:")
-        # Printed as text, which a narrow terminal wraps: a Syntax object would cut the lines.
-        for line in Syntax(STOCK_CLIENT, "python", background_color="default").highlight(STOCK_CLIENT).split():
+        self._say(
+            "carol", f"is Python {version} as it comes, nothing installed, and runs these lines:"
+        )
+        # Printed as text, which a narrow terminal wraps: a Syntax object would cut the
+        # lines.
+        for line in (
+            Syntax(STOCK_CLIENT, "python", background_color="default")
+            .highlight(STOCK_CLIENT)
+            .split()
+        ):
             self._console.print(Text("         ") + line, soft_wrap=True)
         # -S: without any installed package, this one included.
         command = [self._stock.path, "-I", "-S", "-c", STOCK_CLIENT, *self._split_address()]
         with subprocess.Popen(  # noqa: S603 - a Python, and the program above
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as carol:
             try:
                 assert carol.stdin is not None
@@ -220,7 +246,11 @@ class _Demo:
 
     def _split_address(self) -> list[str]:
         host, colon, port = self._address.rpartition(":")
-        return [host, port] if colon and port.isdigit() and "/" not in self._address else [self._address]
+        return (
+            [host, port]
+            if colon and port.isdigit() and "/" not in self._address
+            else [self._address]
+        )
 
     def _receive(self, client: brokerd_client.Client, sender: str, payload: object) -> None:
         message = client.recv(timeout=_TIMEOUT_S)
@@ -240,4 +270,6 @@ class _Demo:
         self._say(who, what)
 
     def _say(self, who: str, what: str) -> None:
-        self._console.print(Text.assemble((f"{who:>6} ", f"bold {_COLOURS[who]}"), what), soft_wrap=True)
+        self._console.print(
+            Text.assemble((f"{who:>6} ", f"bold {_COLOURS[who]}"), what), soft_wrap=True
+        )

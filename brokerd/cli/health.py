@@ -28,22 +28,28 @@ _NO_BROKER: Final = "something else than a broker answers (is this its address?)
 
 
 class Unhealthy(Exception):
-    """The broker did not send a challenge; the text says what happened (and what to check)."""
+    """The broker did not send a challenge; the text says what happened (and what to
+    check).
+    """
 
 
 def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
-    """Return the listener to check: a Unix socket, or else a port, preferably without TLS.
+    """Return the listener to check: a Unix socket, or else a port, preferably without
+    TLS.
 
     Raises Unhealthy if no listener can be checked.
     """
     askable = [each for each in entrances if each.address.family == "AF_UNIX" or each.address.port]
     if not askable:
-        raise Unhealthy("the configuration names no Unix socket and no fixed port to ask at (give --address)")
+        raise Unhealthy(
+            "the configuration names no Unix socket and no fixed port to ask at (give --address)"
+        )
     return min(askable, key=lambda each: (each.address.family != "AF_UNIX", each.tls))
 
 
 def probe(entrance: Entrance, timeout: float) -> float:
-    """Wait for the broker's challenge, disconnect, and return the time taken, in seconds.
+    """Wait for the broker's challenge, disconnect, and return the time taken, in
+    seconds.
 
     timeout: limits the whole check, in seconds, except the system's name lookup.
     Raises Unhealthy.
@@ -57,14 +63,20 @@ def probe(entrance: Entrance, timeout: float) -> float:
         ):
             _await_challenge(stream, deadline)
     except (TimeoutError, BlockingIOError):
-        # With a full accept queue, a Unix socket raises BlockingIOError where TCP would wait.
-        raise Unhealthy(f"no challenge within {timeout:g} s (it is stopped, stuck or overrun)") from None
+        # With a full accept queue, a Unix socket raises BlockingIOError where TCP would
+        # wait.
+        raise Unhealthy(
+            f"no challenge within {timeout:g} s (it is stopped, stuck or overrun)"
+        ) from None
     except FrameError:
         raise Unhealthy(_NO_BROKER) from None
     except OSError as error:
-        # A broker that requires a client certificate sends a TLS alert: that is an answer too.
+        # A broker that requires a client certificate sends a TLS alert: that is an
+        # answer too.
         if "_ALERT_" not in (getattr(error, "reason", None) or ""):
-            raise Unhealthy(f"{error.strerror or error} (is the broker running, and is this its address?)") from None
+            raise Unhealthy(
+                f"{error.strerror or error} (is the broker running, and is this its address?)"
+            ) from None
     return time.monotonic() - began
 
 
@@ -81,7 +93,8 @@ def _connected(address: Address, deadline: float) -> socket.socket:
         host = _LOOPBACK.get(address.host, address.host)
         found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
         for rest, (family, _, _, _, place) in zip(range(len(found), 1, -1), found, strict=False):
-            # Each address gets a part of the time, so that a silent one does not use it all.
+            # Each address gets a part of the time, so that a silent one does not use it
+            # all.
             with contextlib.suppress(OSError):
                 return _connected_to(family, place, time.monotonic() + _left(deadline) / rest)
         family, _, _, _, place = found[-1]
@@ -119,7 +132,10 @@ def _speaking(sock: socket.socket, deadline: float, *, tls: bool) -> socket.sock
 
 
 def _await_challenge(stream: socket.socket, deadline: float) -> None:
-    """Return when the challenge has arrived. Raises OSError, FrameError and Unhealthy."""
+    """Return when the challenge has arrived.
+
+    Raises OSError, FrameError and Unhealthy.
+    """
     reader = FrameReader()
     while (body := reader.next_frame(LIMIT)) is None:
         stream.settimeout(_left(deadline))

@@ -1,10 +1,11 @@
-"""The command ``brokerd``: runs the broker, and has commands that need no running broker.
+"""The command ``brokerd``: runs the broker, and has commands that need no running
+broker.
 
 Commands for a running broker belong to ``brokerctl``. Only ``check --against-running``
-asks one too, as ``brokerctl`` does, and ``health`` waits for a challenge. A mistake in a
-configuration gives a line on standard error and exit status 78, never a traceback. Each
-command imports its modules when it is called, so that ``brokerd key`` does not load an
-event loop.
+asks one too, as ``brokerctl`` does, and ``health`` waits for a challenge. A mistake in
+a configuration gives a line on standard error and exit status 78, never a traceback.
+Each command imports its modules when it is called, so that ``brokerd key`` does not
+load an event loop.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _KEY_SIZE: Final = 32
 
 
 class _Commands(click.Group):
-    """The commands; a file in the place of a command gives an error with the right form."""
+    """The commands; a file in the place of a command gives an error with the right
+    form.
+    """
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -51,7 +54,11 @@ class _Commands(click.Group):
             raise click.UsageError(f"{error.message} {right}", ctx) from None
 
 
-@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--config",
     envvar="BROKERD_CONFIG",
@@ -82,7 +89,10 @@ def _chosen(context: click.Context, config: Path) -> Path:
     if not os.environ.get(VARIABLE) or source is click.core.ParameterSource.COMMANDLINE:
         return config
     if source is click.core.ParameterSource.ENVIRONMENT:
-        click.echo(f"BROKERD_CONFIG and {VARIABLE} are both set (keep one: a file, or the text itself)", err=True)
+        click.echo(
+            f"BROKERD_CONFIG and {VARIABLE} are both set (keep one: a file, or the text itself)",
+            err=True,
+        )
         context.exit(EX_CONFIG)
     return Path(IN_ENVIRON)
 
@@ -90,9 +100,9 @@ def _chosen(context: click.Context, config: Path) -> Path:
 def _run(config: Path) -> int:
     """Run the broker until it is stopped, and return the exit status."""
     if os.getpid() == 1:
-        # In the first process of a container, the system drops a signal without a handler.
-        # A stop during the start would then need a forced kill. Once the event loop runs,
-        # the daemon handles the signal itself.
+        # In the first process of a container, the system drops a signal without a
+        # handler. A stop during the start would then need a forced kill. Once the event
+        # loop runs, the daemon handles the signal itself.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _import_structlog_alone()
     from brokerd.config.problems import ConfigError
@@ -124,18 +134,28 @@ def _import_structlog_alone() -> None:
 
 @main.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--against-running", is_flag=True, help="Ask the running broker what a reload would change.")
-@click.option("--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON.")
-@click.option("--memory", is_flag=True, help="Say how much memory its limits allow at most, and what for.")
+@click.option(
+    "--against-running", is_flag=True, help="Ask the running broker what a reload would change."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON."
+)
+@click.option(
+    "--memory", is_flag=True, help="Say how much memory its limits allow at most, and what for."
+)
 @click.pass_context
-def check(context: click.Context, file: Path | None, against_running: bool, as_json: bool, memory: bool) -> None:
+def check(
+    context: click.Context, file: Path | None, against_running: bool, as_json: bool, memory: bool
+) -> None:
     """Check a configuration and everything it includes; change nothing.
 
-    Every mistake is a line on standard error, and the exit status is then 78. Opens no socket and writes nothing.
+    Every mistake is a line on standard error, and the exit status is then 78. Opens no
+    socket and writes nothing.
 
-    With --against-running, the broker that runs with this configuration is asked what a reload would change: as the
-    client that BROKERD_NAME, BROKERD_KEY_FILE and BROKERD_ADDRESS say, or else as an administrator of the
-    configuration. The exit status is 0 only if the reload would work.
+    With --against-running, the broker that runs with this configuration is asked what a
+    reload would change: as the client that BROKERD_NAME, BROKERD_KEY_FILE and
+    BROKERD_ADDRESS say, or else as an administrator of the configuration. The exit
+    status is 0 only if the reload would work.
     """
     from brokerd.config.lint import advice
     from brokerd.config.load import load
@@ -201,10 +221,14 @@ def _check_against_running(config: Config, as_json: bool) -> int:
     administrators = [
         Administrator(client.name, key)
         for client in admins
-        for key in ([key.value for key in client.keys if key.valid_at(now)] if client.keys else [None])
+        for key in (
+            [key.value for key in client.keys if key.valid_at(now)] if client.keys else [None]
+        )
     ]
     try:
-        addresses = [str(replace(entry.address, tls=entry.tls is not None)) for entry in config.listen]
+        addresses = [
+            str(replace(entry.address, tls=entry.tls is not None)) for entry in config.listen
+        ]
         answer = ask_for_plan(config.path, addresses, administrators, os.environ)
         if as_json:
             print_json(answer)
@@ -219,7 +243,11 @@ def _check_against_running(config: Config, as_json: bool) -> int:
 
 
 @main.command()
-@click.option("--address", metavar="ADDRESS", help="Where to ask; else the configuration says where it listens.")
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Where to ask; else the configuration says where it listens.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -261,13 +289,19 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
 @main.command()
 @click.argument("name", required=False)
 @click.option("--add", is_flag=True, help="Write the key to a file and make NAME a client with it.")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="With --add: the configuration.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --add: the configuration.",
+)
 @click.pass_context
 def key(context: click.Context, name: str | None, add: bool, config: Path | None) -> None:
     """Print a fresh key; with a client's NAME, also the YAML to paste.
 
-    With --add nothing is printed of the key: it is written to keys/NAME, beside the configuration, for the owner alone,
-    and clients.d/NAME.yaml makes NAME a client that has it. Both files are written, or none; never over another.
+    With --add nothing is printed of the key: it is written to keys/NAME, beside the
+    configuration, for the owner alone, and clients.d/NAME.yaml makes NAME a client that
+    has it. Both files are written, or none; never over another.
     """
     import secrets
 
@@ -281,12 +315,10 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
     click.echo(fresh)
     if name is not None:
         click.echo(
-            f"\n# To put it into a file beside the configuration that only its owner can read:\n"
-            f"#   (umask 077; mkdir -p keys; printf '%s\\n' {fresh} > keys/{name})\n"
-            f"# or, in a configuration that only its owner can read, give the key itself: key, not key_file.\n"
-            f"clients:\n"
-            f"  {_quoted(name)}:\n"
-            f"    key_file: {_quoted(f'keys/{name}')}"
+            "\n# To put it into a file beside the configuration that only its owner can read:\n#  "
+            f" (umask 077; mkdir -p keys; printf '%s\\n' {fresh} > keys/{name})\n# or, in a"
+            " configuration that only its owner can read, give the key itself: key, not"
+            f" key_file.\nclients:\n  {_quoted(name)}:\n    key_file: {_quoted(f'keys/{name}')}"
         )
 
 
@@ -305,8 +337,8 @@ def _add_client(name: str, config: Path) -> int:
         return 1
     click.echo(
         f"added client {name}: {added.entry}, with its key in {added.key}\n"
-        f"Next: brokerctl reload\n"
-        f"Then: give the key to the client; it connects with its name and the key:\n"
+        "Next: brokerctl reload\n"
+        "Then: give the key to the client; it connects with its name and the key:\n"
         f"  BROKERD_NAME={name} BROKERD_KEY_FILE={added.key} brokerctl ping"
     )
     return 0
@@ -346,7 +378,9 @@ def _check_name(name: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    """Return the name or path for YAML, in quotes only if YAML would not read it as text."""
+    """Return the name or path for YAML, in quotes only if YAML would not read it as
+    text.
+    """
     import yaml
 
     return text if yaml.safe_load(text) == text else f'"{text}"'

@@ -1,4 +1,5 @@
-"""The configuration: YAML in, checked values out, each mistake with file, line and column.
+"""The configuration: YAML in, checked values out, each mistake with file, line and
+column.
 
 - ``units`` and ``fields`` define the values that an entry accepts;
 - ``model`` defines the form of a configuration;

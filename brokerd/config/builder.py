@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Final
 
 from brokerd.config.messages import did_you_mean
-from brokerd.config.model import ClientConfig, Config, Limits, ListenConfig, Log, MonitorConfig, Rule
+from brokerd.config.model import (
+    ClientConfig,
+    Config,
+    Limits,
+    ListenConfig,
+    Log,
+    MonitorConfig,
+    Rule,
+)
 from brokerd.config.owners import warnings_of
 from brokerd.config.problems import ConfigError, Path, Place, Problem, one_line
 from brokerd.config.yaml_reader import Document
@@ -17,7 +25,8 @@ from brokerd.config.yaml_reader import Document
 __all__ = ["Findings"]
 
 #: Limits the name comparisons for "did you mean" hints, per configuration: about two
-#: seconds of work. In a large file with many misspelt names, the later ones get no hint.
+#: seconds of work. In a large file with many misspelt names, the later ones get no
+#: hint.
 _COMPARISONS: Final = 200_000
 
 
@@ -58,15 +67,18 @@ class Findings:
         self.keyless: dict[str, tuple[Document, Path]] = {}
         #: Names in send_to without a wildcard, with their places.
         self.recipients: list[tuple[str, Document, Path]] = []
-        #: Rules by the id of their list in the file. Clients that share a list through an
-        #: anchor share its rules. The list is kept too: an id is valid only while the
-        #: object lives.
+        #: Rules by the id of their list in the file. Clients that share a list through
+        #: an anchor share its rules. The list is kept too: an id is valid only while
+        #: the object lives.
         self.rules: dict[int, tuple[object, tuple[Rule, ...]]] = {}
         #: Files already reported because other users can read the keys in them.
         self.exposed: set[str] = set()
 
     def config(self) -> Config:
-        """Return the complete configuration. Raises ConfigError if there is any problem."""
+        """Return the complete configuration.
+
+        Raises ConfigError if there is any problem.
+        """
         self._check_listeners()
         self._check_recipients()
         self._check_keyless()
@@ -99,24 +111,30 @@ class Findings:
             if name not in known and comparisons >= len(self.names):
                 comparisons -= len(self.names)
                 meant = known[name] = did_you_mean(name, self.names)
-            # If a file can't be read, the name may be defined there. Then only names that
-            # resemble a known name are reported.
+            # If a file can't be read, the name may be defined there. Then only names
+            # that resemble a known name are reported.
             if self.whole or meant:
                 place, shown = document.place(path)
                 right = meant or "give a name from clients:, or a pattern with '*'"
-                self.problems.append(Problem(place, shown, f"there is no client {name!r} ({right})"))
+                self.problems.append(
+                    Problem(place, shown, f"there is no client {name!r} ({right})")
+                )
 
     def _check_keyless(self) -> None:
-        """Report keys that equal the name of a client without a key, which uses its name."""
+        """Report keys that equal the name of a client without a key, which uses its
+        name.
+        """
         for name, (document, path) in self.keyless.items():
-            whose, where, key_path = self.keys.get(name.encode(errors="replace"), (name, document, path))
+            whose, where, key_path = self.keys.get(
+                name.encode(errors="replace"), (name, document, path)
+            )
             if whose != name:
                 client, _ = document.place(path, at_key=True)
                 place, shown = where.place(key_path)
                 # The name is not shown: it is the key.
                 what = (
-                    f"is the name of the client at {client}, which has no key and uses its name, and names are no "
-                    "secret (give each client a key of its own: brokerd key)"
+                    f"is the name of the client at {client}, which has no key and uses its name,"
+                    " and names are no secret (give each client a key of its own: brokerd key)"
                 )
                 self.problems.append(Problem(place, shown, what))
 
@@ -124,9 +142,16 @@ class Findings:
         order = {file: number for number, file in enumerate(self.files)}
         unique: dict[tuple[Place, str], Problem] = {}
         for problem in self.problems:
-            # A mistake in an anchor is reported once, however often the anchor is merged.
-            unique.setdefault((problem.place, problem.what if problem.place.line else str(problem)), problem)
+            # A mistake in an anchor is reported once, however often the anchor is
+            # merged.
+            unique.setdefault(
+                (problem.place, problem.what if problem.place.line else str(problem)), problem
+            )
         return sorted(
             unique.values(),
-            key=lambda problem: (order.get(problem.place.file, 0), problem.place.line, problem.place.column),
+            key=lambda problem: (
+                order.get(problem.place.file, 0),
+                problem.place.line,
+                problem.place.column,
+            ),
         )

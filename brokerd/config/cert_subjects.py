@@ -16,8 +16,8 @@ __all__ = ["Subject", "normal", "parse", "show"]
 #: Pairs of an attribute's short name and its value, sorted.
 Subject = tuple[tuple[str, str], ...]
 
-#: Attribute names as OpenSSL and Python spell them, to their usual short forms (RFC 4514,
-#: section 3, and OpenSSL's own).
+#: Attribute names as OpenSSL and Python spell them, to their usual short forms (RFC
+#: 4514, section 3, and OpenSSL's own).
 _SHORT: Final = {
     "commonname": "CN",
     "countryname": "C",
@@ -33,9 +33,11 @@ _SHORT: Final = {
     "userid": "UID",
 }
 _RIGHT: Final = "give it whole, as in CN=alice,O=Example"
-#: One attribute: its name and its value. Special characters in the value are escaped with
-#: a backslash.
-_PART: Final = re.compile(r"\s*([A-Za-z0-9.]+)\s*=\s*((?:[^\\,+]|\\.)*?)\s*(?:([,+])|\Z)", re.DOTALL)
+#: One attribute: its name and its value. Special characters in the value are escaped
+#: with a backslash.
+_PART: Final = re.compile(
+    r"\s*([A-Za-z0-9.]+)\s*=\s*((?:[^\\,+]|\\.)*?)\s*(?:([,+])|\Z)", re.DOTALL
+)
 
 _SPECIAL: Final = re.compile(r"([\\,+])")
 _ESCAPED: Final = r"\\\1"

@@ -1,4 +1,5 @@
-"""A listener's certificate, private key and CA: read, checked to match and to be in date.
+"""A listener's certificate, private key and CA: read, checked to match and to be in
+date.
 
 The result is ready to use, so a file damaged later affects only the next reload. Each
 file is opened once, so that the checked content is the content used. The private key
@@ -23,18 +24,23 @@ from brokerd_client.wire import certificate
 
 __all__ = ["MAX_PEM", "load_tls"]
 
-#: Limits a file of certificates, in bytes. A system's whole list of CAs is a quarter of it.
+#: Limits a file of certificates, in bytes. A system's whole list of CAs is a quarter of
+#: it.
 MAX_PEM: Final = 1024 * 1024
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
 _MAKE_KEY: Final = "give the file that openssl or your CA's program wrote beside the certificate"
 
-#: Called for each fault with the entry's field, and the fault with its remedy in brackets.
+#: Called for each fault with the entry's field, and the fault with its remedy in
+#: brackets.
 Complain = Callable[[str, str], None]
 
 
-def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: Complain) -> TlsConfig | None:
-    """Return a listener's TLS settings, or None after reporting a fault to ``complain``.
+def load_tls(
+    entry: TlsEntry, base: str, environ: Mapping[str, str], complain: Complain
+) -> TlsConfig | None:
+    """Return a listener's TLS settings, or None after reporting a fault to
+    ``complain``.
 
     base: the directory of relative paths. environ: for CREDENTIALS_DIRECTORY, as in
     key_files.read_private.
@@ -45,7 +51,9 @@ def load_tls(entry: TlsEntry, base: str, environ: Mapping[str, str], complain: C
         if (value := getattr(entry, field)) is not None
     }
     if entry.client_certificate is not None and entry.client_ca is None:
-        complain("client_certificate", "means nothing without client_ca (give it, or take this out)")
+        complain(
+            "client_certificate", "means nothing without client_ca (give it, or take this out)"
+        )
     contents: dict[str, bytes] = {}
     ders: dict[str, list[bytes]] = {}
     for field, path in paths.items():
@@ -94,9 +102,11 @@ def _context(
     issuers: the certificates of client_ca, in DER.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2 if entry.minimum == "1.2" else ssl.TLSVersion.TLSv1_3
-    # TLS sessions are never resumed: each new connection shows its certificate again, and
-    # it is checked against the CA in use then.
+    context.minimum_version = (
+        ssl.TLSVersion.TLSv1_2 if entry.minimum == "1.2" else ssl.TLSVersion.TLSv1_3
+    )
+    # TLS sessions are never resumed: each new connection shows its certificate again,
+    # and it is checked against the CA in use then.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     try:
@@ -111,12 +121,21 @@ def _context(
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             complain(
-                "key", f"{paths['key']} is not the key of {paths['certificate']} (give the two that belong together)"
+                "key",
+                f"{paths['key']} is not the key of {paths['certificate']} (give the two that belong"
+                " together)",
             )
         elif error.reason in ("CA_MD_TOO_WEAK", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL"):
-            complain("certificate", f"{paths['certificate']} is too weak: {_words(error)} (have a stronger one made)")
+            complain(
+                "certificate",
+                f"{paths['certificate']} is too weak: {_words(error)} (have a stronger one made)",
+            )
         else:
-            complain("key", f"{paths['key']} holds no private key that can be used: {_words(error)} (give it in PEM)")
+            complain(
+                "key",
+                f"{paths['key']} holds no private key that can be used: {_words(error)} (give it in"
+                " PEM)",
+            )
         return None
     except OSError as error:
         complain("key", f"{paths['key']} can't be read: {error.strerror} (see to the disk)")
@@ -125,7 +144,10 @@ def _context(
         try:
             context.load_verify_locations(cadata=b"".join(issuers))
         except (ssl.SSLError, OSError) as error:
-            complain("client_ca", f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)")
+            complain(
+                "client_ca",
+                f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)",
+            )
             return None
         optional = entry.client_certificate is Requirement.OPTIONAL
         context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
@@ -143,7 +165,9 @@ def _named(content: bytes, path: str) -> Iterator[str]:
         name = path
         if hasattr(os, "memfd_create"):
             with contextlib.suppress(OSError):
-                memory = stack.enter_context(os.fdopen(os.memfd_create("brokerd"), "wb", buffering=0))
+                memory = stack.enter_context(
+                    os.fdopen(os.memfd_create("brokerd"), "wb", buffering=0)
+                )
                 own = f"/proc/self/fd/{memory.fileno()}"
                 if memory.write(content) == len(content) and os.access(own, os.R_OK):
                     name = own
@@ -151,7 +175,9 @@ def _named(content: bytes, path: str) -> Iterator[str]:
 
 
 def _no_password() -> str:
-    raise keys.KeyRefused("is encrypted, and nobody is there to give a password (openssl pkey -in FILE -out PLAIN)")
+    raise keys.KeyRefused(
+        "is encrypted, and nobody is there to give a password (openssl pkey -in FILE -out PLAIN)"
+    )
 
 
 def _words(error: OSError) -> str:
@@ -167,25 +193,37 @@ def _read_public(path: str, written: str) -> bytes:
     shown = path if is_plainly_a_path(written) else "of that name"
     try:
         # O_NONBLOCK: opening a FIFO without a writer would block.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
         try:
             content = os.read(handle, MAX_PEM + 1)
         finally:
             os.close(handle)
     except FileNotFoundError:
-        raise keys.KeyRefused(f"there is no file {shown} (give the file that holds the certificate)") from None
+        raise keys.KeyRefused(
+            f"there is no file {shown} (give the file that holds the certificate)"
+        ) from None
     except ValueError:
         raise keys.KeyRefused("is no path (give the file that holds the certificate)") from None
     except OSError as error:
         what = shown if shown == path else "the file of that name"
-        raise keys.KeyRefused(f"{what} can't be read: {error.strerror} (let this user read it)") from None
+        raise keys.KeyRefused(
+            f"{what} can't be read: {error.strerror} (let this user read it)"
+        ) from None
     if len(content) > MAX_PEM:
-        raise keys.KeyRefused(f"{path} is larger than {MAX_PEM // 1024} KiB (give the file that holds the certificate)")
+        raise keys.KeyRefused(
+            f"{path} is larger than {MAX_PEM // 1024} KiB (give the file that holds the"
+            " certificate)"
+        )
     return content
 
 
 def _certificates(path: str, content: bytes) -> list[bytes]:
-    """Return the certificates of a PEM file, at least one, in DER. Raises KeyRefused."""
+    """Return the certificates of a PEM file, at least one, in DER.
+
+    Raises KeyRefused.
+    """
     found = []
     for piece in content.decode("latin-1").split(_BEGIN)[1:]:
         text, end, _ = piece.partition(_END)
@@ -197,7 +235,9 @@ def _certificates(path: str, content: bytes) -> list[bytes]:
             raise keys.KeyRefused(f"{path} holds a damaged certificate (copy it again)") from None
         found.append(der)
     if not found:
-        raise keys.KeyRefused(f"{path} holds no certificate (give it in PEM, which begins with {_BEGIN})")
+        raise keys.KeyRefused(
+            f"{path} holds no certificate (give it in PEM, which begins with {_BEGIN})"
+        )
     return found
 
 
@@ -207,5 +247,8 @@ def _out_of_time(path: str, der: bytes) -> str:
     if now > end:
         return f"{path} expired at {end.isoformat()} (have a new one made)"
     if now < begin:
-        return f"{path} is not valid before {begin.isoformat()} (wait until then, or set the clock right)"
+        return (
+            f"{path} is not valid before {begin.isoformat()} (wait until then, or set the clock"
+            " right)"
+        )
     return ""

@@ -1,4 +1,5 @@
-"""The differences between two configurations: what a reload would change. Nothing is applied.
+"""The differences between two configurations: what a reload would change. Nothing is
+applied.
 
 Every change is a readable phrase, ``queue: 8MiB -> 16MiB``. A phrase shows the id of a
 key, never the key.
@@ -17,9 +18,11 @@ from brokerd_client.address import Address
 
 __all__ = ["Plan", "compare", "merge", "overlaps"]
 
-#: The fields of a configuration that a reload applies. A change of any other field needs a
-#: restart.
-_RELOADED: Final = frozenset({"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"})
+#: The fields of a configuration that a reload applies. A change of any other field
+#: needs a restart.
+_RELOADED: Final = frozenset(
+    {"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"}
+)
 #: Limits the rules shown per phrase.
 _SHOWN: Final = 8
 #: Addresses that mean every address of the machine.
@@ -117,20 +120,29 @@ def _kept(running: Config, new: Config) -> list[str]:
 
 
 def overlaps(opened: Iterable[ListenConfig], closed: Collection[ListenConfig]) -> Iterator[str]:
-    """Yield a phrase for each new address that can't be opened before an old one is closed.
+    """Yield a phrase for each new address that can't be opened before an old one is
+    closed.
 
     That is so if one of the two addresses stands for every address of the machine.
     """
     for new in opened:
         for old in closed:
             if _overlap(new, old):
-                yield f"can't listen at {new.address} while this broker listens at {old.address} (restart it)"
+                yield (
+                    f"can't listen at {new.address} while this broker listens at {old.address}"
+                    " (restart it)"
+                )
 
 
 def _overlap(new: ListenConfig, old: ListenConfig) -> bool:
     one, other = new.address, old.address
     families = ("AF_INET", "AF_INET6")
-    if one.family not in families or other.family not in families or one.port != other.port or not one.port:
+    if (
+        one.family not in families
+        or other.family not in families
+        or one.port != other.port
+        or not one.port
+    ):
         return False
     hosts = {one.host, other.host}
     if len(hosts) == 1 or ("localhost" in hosts and hosts <= _THIS_MACHINE):

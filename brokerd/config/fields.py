@@ -1,7 +1,7 @@
 """The types of the configuration's values, each with its check and its JSON Schema.
 
-Every check raises ValueError, with the fault and, in brackets, its remedy. The text never
-repeats a value that might be a key.
+Every check raises ValueError, with the fault and, in brackets, its remedy. The text
+never repeats a value that might be a key.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 _MODE: Final = re.compile(r"0?[0-7]{3}")
-#: Matches a path with "/" or a socket's file extension, @ABSTRACT, a pipe, or a host and a
-#: port. The loader checks more.
+#: Matches a path with "/" or a socket's file extension, @ABSTRACT, a pipe, or a host
+#: and a port. The loader checks more.
 _ADDRESS_PATTERN: Final = r"^([^/:]*/.*|[^/:]*\.sock(et)?|@.+|\\\\.+|[^/]+:[0-9]{1,5})$"
 #: _SOCKET_NAME matches the names that systemd accepts for FileDescriptorName=.
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
@@ -69,13 +69,17 @@ def _address(value: object) -> Address:
     except AddressError as error:
         raise _right(error) from None
     if address.tls:
-        raise ValueError("tls:// is what clients write (give HOST:PORT, and tls: {certificate: FILE, key: FILE})")
+        raise ValueError(
+            "tls:// is what clients write (give HOST:PORT, and tls: {certificate: FILE, key: FILE})"
+        )
     return address
 
 
 def _mode(value: object) -> int:
     if not isinstance(value, str) or not _MODE.fullmatch(value):
-        raise ValueError('is no file mode (give three octal digits in quotes, such as "0600" or "0660")')
+        raise ValueError(
+            'is no file mode (give three octal digits in quotes, such as "0600" or "0660")'
+        )
     return int(value, 8)
 
 
@@ -89,7 +93,10 @@ def _group(value: object) -> str | int:
 
 def _socket_name(value: object) -> str:
     if not isinstance(value, str) or not _SOCKET_NAME.fullmatch(value):
-        raise ValueError("is no socket's name (give FileDescriptorName= of the .socket unit: ASCII without a colon)")
+        raise ValueError(
+            "is no socket's name (give FileDescriptorName= of the .socket unit: ASCII without a"
+            " colon)"
+        )
     return value
 
 
@@ -132,7 +139,9 @@ def _positive_size(value: object) -> int:
 def _publish_pattern(value: object) -> str:
     pattern = _topic_pattern(value)
     if pattern.startswith("$"):
-        raise ValueError("is a topic of the broker's own (nobody but the broker publishes below '$')")
+        raise ValueError(
+            "is a topic of the broker's own (nobody but the broker publishes below '$')"
+        )
     return pattern
 
 
@@ -150,14 +159,18 @@ def _name_pattern(value: object) -> str:
     # Square brackets hold a set of characters, as in a shell.
     rest = re.sub(r"\[!?\]?[^\]]*\]", "", text)
     if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", rest):
-        raise ValueError("can match no client (give a client's name, or a pattern such as report.*)")
+        raise ValueError(
+            "can match no client (give a client's name, or a pattern such as report.*)"
+        )
     return text
 
 
 def _host_name(value: object) -> str:
     text = _text(value)
     if not _HOST_NAME.fullmatch(text):
-        raise ValueError("is not a valid host name (give a name without a port, such as broker.example)")
+        raise ValueError(
+            "is not a valid host name (give a name without a port, such as broker.example)"
+        )
     return text
 
 
@@ -178,7 +191,8 @@ def _fingerprints(value: object) -> tuple[str, ...]:
     found = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
     if not found or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in found):
         raise ValueError(
-            "is no SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout -fingerprint -sha256 -in FILE)"
+            "is no SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout"
+            " -fingerprint -sha256 -in FILE)"
         )
     return tuple(found)
 
@@ -193,33 +207,60 @@ Duration: TypeAlias = Annotated[
     float,
     BeforeValidator(units.duration),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": units.DURATION_PATTERN}]}
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": units.DURATION_PATTERN},
+            ]
+        }
     ),
 ]
 Timeout: TypeAlias = Annotated[
     float,
     BeforeValidator(_timeout),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.DURATION_PATTERN}]}
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": units.DURATION_PATTERN},
+            ]
+        }
     ),
 ]
 Size: TypeAlias = Annotated[
     int,
     BeforeValidator(_positive_size),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": units.SIZE_PATTERN},
+            ]
+        }
+    ),
 ]
 Rate: TypeAlias = Annotated[
     float,
     BeforeValidator(units.rate),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.RATE_PATTERN}]}
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": units.RATE_PATTERN},
+            ]
+        }
     ),
 ]
 ByteRate: TypeAlias = Annotated[
     float,
     BeforeValidator(units.byte_rate),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": units.BYTE_RATE_PATTERN}]}
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": units.BYTE_RATE_PATTERN},
+            ]
+        }
     ),
 ]
 Where: TypeAlias = Annotated[
@@ -231,7 +272,10 @@ Where: TypeAlias = Annotated[
                 {"type": "string", "pattern": _ADDRESS_PATTERN},
                 {
                     "type": "array",
-                    "prefixItems": [{"type": "string"}, {"type": "integer", "minimum": 0, "maximum": 65535}],
+                    "prefixItems": [
+                        {"type": "string"},
+                        {"type": "integer", "minimum": 0, "maximum": 65535},
+                    ],
                     "minItems": 2,
                     "maxItems": 2,
                 },
@@ -246,7 +290,9 @@ Group: TypeAlias = Annotated[
     # One validator for both types: a union would report every member's error.
     Any,
     BeforeValidator(_group),
-    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}
+    ),
 ]
 SocketName: TypeAlias = Annotated[
     str,
@@ -268,16 +314,20 @@ _FINGERPRINT: Final = {"type": "string", "pattern": r"^[0-9A-Fa-f]{2}([: ]?[0-9A
 Fingerprints: TypeAlias = Annotated[
     Any,
     BeforeValidator(_fingerprints),
-    WithJsonSchema({"anyOf": [_FINGERPRINT, {"type": "array", "items": _FINGERPRINT, "minItems": 1}]}),
+    WithJsonSchema(
+        {"anyOf": [_FINGERPRINT, {"type": "array", "items": _FINGERPRINT, "minItems": 1}]}
+    ),
 ]
 KeyBytes: TypeAlias = Annotated[
-    bytes, BeforeValidator(_key), WithJsonSchema({"type": "string", "minLength": 1, "writeOnly": True})
+    bytes,
+    BeforeValidator(_key),
+    WithJsonSchema({"type": "string", "minLength": 1, "writeOnly": True}),
 ]
 Moment: TypeAlias = Annotated[
     datetime,
     BeforeValidator(_moment),
-    # Some YAML readers turn it into a timestamp before a JSON Schema validator sees it. A
-    # timestamp is not a JSON type.
+    # Some YAML readers turn it into a timestamp before a JSON Schema validator sees it.
+    # A timestamp is not a JSON type.
     WithJsonSchema({"not": {"type": ["number", "boolean", "array", "object", "null"]}}),
 ]
 _Item = TypeVar("_Item")

@@ -1,7 +1,7 @@
 """Reads a key's bytes from a file, an environment variable or a systemd credential.
 
-A key file that other users can read is refused, and the error names the chmod to run. No
-error, name or representation made here holds a key. The rules are those of
+A key file that other users can read is refused, and the error names the chmod to run.
+No error, name or representation made here holds a key. The rules are those of
 docs/configuration.md, "Keys".
 """
 
@@ -43,7 +43,10 @@ _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9]{0,14}(_[A-Z0-9]{1,15}){0,5}")
 _FEW: Final = 3
 # O_NONBLOCK: a FIFO in the place of a file must not block the daemon.
 _OPEN_FLAGS: Final = (
-    os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    os.O_RDONLY
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
 )
 
 
@@ -66,7 +69,9 @@ def read_file(path: str, environ: Mapping[str, str], written: str | None = None)
     return key
 
 
-def read_private(path: str, environ: Mapping[str, str], missing: str, written: str | None = None) -> bytes:
+def read_private(
+    path: str, environ: Mapping[str, str], missing: str, written: str | None = None
+) -> bytes:
     """Return the content of a file that only its owner may read.
 
     environ: as for ``read_file``. missing: the remedy if the file does not exist.
@@ -78,7 +83,9 @@ def read_private(path: str, environ: Mapping[str, str], missing: str, written: s
         handle = os.open(path, _OPEN_FLAGS)
     except (OSError, ValueError) as error:
         plain = is_plainly_a_path(path if written is None else written)
-        raise KeyRefused(_unopened(path, error, missing) if plain else _unopened_secret(error)) from None
+        raise KeyRefused(
+            _unopened(path, error, missing) if plain else _unopened_secret(error)
+        ) from None
     try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
@@ -94,7 +101,9 @@ def read_private(path: str, environ: Mapping[str, str], missing: str, written: s
     finally:
         os.close(handle)
     if len(content) > MAX_KEY:
-        raise KeyRefused(f"{path} is longer than {MAX_KEY // 1024} KiB (give the file that holds the key)")
+        raise KeyRefused(
+            f"{path} is longer than {MAX_KEY // 1024} KiB (give the file that holds the key)"
+        )
     return content
 
 
@@ -113,14 +122,20 @@ def read_env(name: str, environ: Mapping[str, str]) -> bytes:
 def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
     """Return the key in a credential that systemd hands over. Raises KeyRefused."""
     if "/" in name or name in (".", ".."):
-        raise KeyRefused("is no credential's name (give the name in LoadCredential=, without a path)")
+        raise KeyRefused(
+            "is no credential's name (give the name in LoadCredential=, without a path)"
+        )
     directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SEALED_DIRECTORY")
     if not directory:
-        raise KeyRefused("there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential=NAME:PATH)")
+        raise KeyRefused(
+            "there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential=NAME:PATH)"
+        )
     path = os.path.join(directory, name)  # noqa: PTH118 - read_file takes text
     if "\0" in name or not os.path.lexists(path):
         # The error does not repeat the name: it may be the key.
-        raise KeyRefused(f"{directory} holds no credential of that name (give the unit LoadCredential=NAME:PATH)")
+        raise KeyRefused(
+            f"{directory} holds no credential of that name (give the unit LoadCredential=NAME:PATH)"
+        )
     return read_file(path, environ)
 
 
@@ -135,8 +150,14 @@ def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
     mode = stat.S_IMODE(status.st_mode)
     where = ""
     if not mode & _ANY_WRITE or _is_projected(path):
-        where = ", and it is not below BROKERD_SEALED_DIRECTORY, for secrets that only this container sees"
-    return f"others than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600 {shlex.quote(path)})"
+        where = (
+            ", and it is not below BROKERD_SEALED_DIRECTORY, for secrets that only this container"
+            " sees"
+        )
+    return (
+        f"others than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600"
+        f" {shlex.quote(path)})"
+    )
 
 
 def oddity(key: bytes, kind: str) -> str:
@@ -145,9 +166,10 @@ def oddity(key: bytes, kind: str) -> str:
     kind: the key's origin, as in ``keys``: file, key, env or credential. The text shows
     nothing of the key.
     """
-    right = {"env": "set the variable to the key alone", "key": "write it in one line, in quotes: not key: |"}.get(
-        kind, "write the key into it anew: brokerd key > FILE"
-    )
+    right = {
+        "env": "set the variable to the key alone",
+        "key": "write it in one line, in quotes: not key: |",
+    }.get(kind, "write the key into it anew: brokerd key > FILE")
     wrong = ""
     if _is_utf_16(key):
         wrong = "is UTF-16"
@@ -173,7 +195,8 @@ def _is_text(key: bytes, encoding: str = "utf-8") -> bool:
 
 
 def _is_utf_16(key: bytes) -> bool:
-    """Return whether a key is UTF-16: text after a byte order mark, or every other byte 0.
+    """Return whether a key is UTF-16: text after a byte order mark, or every other byte
+    0.
 
     The last newline may have lost one of its two bytes.
     """
@@ -181,13 +204,20 @@ def _is_utf_16(key: bytes) -> bool:
         return _is_text(key[: len(key) // 2 * 2], "utf-16")
     even, odd = key[::2], key[1::2]
     for zeros, letters in ((odd, even), (even, odd)):
-        if len(letters) > _FEW and not any(zeros[:_FEW]) and not any(zeros[:-1]) and all(letters[:-1]):
+        if (
+            len(letters) > _FEW
+            and not any(zeros[:_FEW])
+            and not any(zeros[:-1])
+            and all(letters[:-1])
+        ):
             return True
     return False
 
 
 def _is_projected(path: str) -> bool:
-    """Return whether a path leads through a directory that Kubernetes made for a volume."""
+    """Return whether a path leads through a directory that Kubernetes made for a
+    volume.
+    """
     parts = Path(os.path.realpath(path)).parts
     return any(part.startswith("..") for part in parts)
 
@@ -195,8 +225,8 @@ def _is_projected(path: str) -> bool:
 def forbidden(path: str, environ: Mapping[str, str]) -> int:
     """Return the mode bits that a file with a key in it must not have.
 
-    A file below CREDENTIALS_DIRECTORY may be readable by its group, as in some versions of
-    systemd. The directory itself is closed to other users.
+    A file below CREDENTIALS_DIRECTORY may be readable by its group, as in some versions
+    of systemd. The directory itself is closed to other users.
 
     A file below BROKERD_SEALED_DIRECTORY may be readable by all users, as container
     runtimes make it. Only this container sees the directory. The broker can't check
@@ -210,7 +240,9 @@ def forbidden(path: str, environ: Mapping[str, str]) -> int:
 
 
 def _is_below(path: str, directory: str | None) -> bool:
-    return bool(directory) and Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory or ""))
+    return bool(directory) and Path(os.path.normpath(path)).is_relative_to(
+        os.path.normpath(directory or "")
+    )
 
 
 def _cut_newline(content: bytes) -> bytes:

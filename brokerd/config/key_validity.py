@@ -1,4 +1,5 @@
-"""The validity of a client's keys: their states, and the time at which the last one expires.
+"""The validity of a client's keys: their states, and the time at which the last one
+expires.
 
 Only dates are compared; no clock is read here. Source of the rules:
 docs/configuration.md, "keys".

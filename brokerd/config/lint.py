@@ -1,4 +1,7 @@
-"""Warnings about valid settings that are probably mistakes, one a line. Nothing is refused."""
+"""Warnings about valid settings that are probably mistakes, one a line.
+
+Nothing is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,30 @@ def advice(config: Config, now: datetime) -> list[str]:
     now: the current time, with its time zone.
     """
     warnings = [*config.warnings]
-    warnings += [one_line(warning) for listen in config.listen for warning in _about_listener(listen)]
+    warnings += [
+        one_line(warning) for listen in config.listen for warning in _about_listener(listen)
+    ]
     if config.monitor is not None:
         warnings += map(one_line, _about_monitor(config.monitor))
     if not config.clients:
-        warnings.append(one_line(f"{config.path}: there are no clients: nobody can connect (add some to clients:)"))
+        warnings.append(
+            one_line(
+                f"{config.path}: there are no clients: nobody can connect (add some to clients:)"
+            )
+        )
     seen = any(listen.tls is not None and listen.tls.client_ca for listen in config.listen)
     bound = any(listen.tls is not None for listen in config.listen)
     for listen in config.listen:
         warnings += map(one_line, _about_certificate(listen, now))
     for client in config.clients.values():
-        warnings += map(one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning)))
+        warnings += map(
+            one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning))
+        )
         where = f"{client.source}: client {client.name!r} can't connect"
         if client.certificate is not None and not seen:
-            warnings.append(one_line(f"{where}: no listener asks for its certificate (give one tls: client_ca)"))
+            warnings.append(
+                one_line(f"{where}: no listener asks for its certificate (give one tls: client_ca)")
+            )
         elif client.binding is Requirement.REQUIRED and not bound:
             warnings.append(one_line(f"{where}: no listener speaks TLS (give one tls:)"))
     return warnings
@@ -62,14 +75,18 @@ def about_plain(listen: ListenConfig, address: Address) -> str:
     if listen.tls is not None or listen.plain or not is_exposed(address):
         return ""
     return (
-        "plain TCP that other machines can reach: whoever is on the way can read and alter what passes "
-        "(give the listen entry tls: {certificate: FILE, key: FILE}, or plain: true if it is meant to be so)"
+        "plain TCP that other machines can reach: whoever is on the way can read and alter what"
+        " passes (give the listen entry tls: {certificate: FILE, key: FILE}, or plain: true if it"
+        " is meant to be so)"
     )
 
 
 def _about_listener(listen: ListenConfig) -> Iterator[str]:
     if isinstance(listen.group, str) and not _group_exists(listen.group):
-        yield f"{listen.source}: this machine has no group {listen.group!r} (make it, or give another)"
+        yield (
+            f"{listen.source}: this machine has no group {listen.group!r} (make it, or give"
+            " another)"
+        )
     plain = about_plain(listen, listen.address)
     if plain:
         yield f"{listen.source}: {listen.address} is {plain}"
@@ -78,14 +95,18 @@ def _about_listener(listen: ListenConfig) -> Iterator[str]:
 def _about_certificate(listen: ListenConfig, now: datetime) -> Iterator[str]:
     if listen.tls is not None and listen.tls.not_after - now < _SOON:
         end = listen.tls.not_after.isoformat()
-        yield f"{listen.source}: the certificate of {listen.address} expires at {end} (have a new one made, and reload)"
+        yield (
+            f"{listen.source}: the certificate of {listen.address} expires at {end} (have a new one"
+            " made, and reload)"
+        )
 
 
 def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:
     if not monitor.is_local:
         yield (
-            f"{monitor.source}: the monitor at {monitor.address} asks nobody for a password: whoever reaches it reads "
-            f"the metrics (give 127.0.0.1:{monitor.address.port}, or keep others away with a firewall)"
+            f"{monitor.source}: the monitor at {monitor.address} asks nobody for a password:"
+            f" whoever reaches it reads the metrics (give 127.0.0.1:{monitor.address.port}, or keep"
+            " others away with a firewall)"
         )
 
 
@@ -94,13 +115,26 @@ def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta)
     if client.keys and not any(key.valid_at(now) for key in client.keys):
         if all(key.expired_at(now) for key in client.keys):
             last = max(key.not_after for key in client.keys if key.not_after is not None)
-            yield f"{where} can't connect: its last key expired at {last.isoformat()} (give it a new one)"
+            yield (
+                f"{where} can't connect: its last key expired at {last.isoformat()} (give it a new"
+                " one)"
+            )
         else:
-            yield f"{where} can't connect now: none of its keys is valid yet, or still (see not_before, not_after)"
+            yield (
+                f"{where} can't connect now: none of its keys is valid yet, or still (see"
+                " not_before, not_after)"
+            )
     last_key = let_in_until(client.keys, now)
-    if last_key is not None and last_key.not_after is not None and last_key.not_after - now <= warned_before:
+    if (
+        last_key is not None
+        and last_key.not_after is not None
+        and last_key.not_after - now <= warned_before
+    ):
         until = last_key.not_after.isoformat()
-        yield f"{where} can't connect after {until}: its last key expires then (give it one that begins before)"
+        yield (
+            f"{where} can't connect after {until}: its last key expires then (give it one that"
+            " begins before)"
+        )
 
 
 def _group_exists(group: str) -> bool:

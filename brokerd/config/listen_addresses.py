@@ -108,8 +108,8 @@ def _sections(text: str, file: str) -> dict[str, Any]:
     finally:
         loader.dispose()
     if not isinstance(found.get("listen"), list):
-        # The value is an alias to another part of the file, or comes from a merge. This is
-        # rare, and the whole text is read then.
+        # The value is an alias to another part of the file, or comes from a merge. This
+        # is rare, and the whole text is read then.
         root = read(text, file).root
         if isinstance(root, dict):
             found = {name: root[name] for name in ("listen", "include") if name in root}

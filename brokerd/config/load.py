@@ -1,8 +1,8 @@
 """Loading: reads the main file and its includes, and returns a Config.
 
 All problems are found before one error reports them together. ``text_files`` opens the
-files, ``yaml_reader`` parses the text, and ``validator`` checks the entries. This module
-writes nothing and opens no socket.
+files, ``yaml_reader`` parses the text, and ``validator`` checks the entries. This
+module writes nothing and opens no socket.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None)
         return files.findings.config()
 
 
-def load_text(text: str | bytes, path: str = "brokerd.yaml", environ: Mapping[str, str] | None = None) -> Config:
+def load_text(
+    text: str | bytes, path: str = "brokerd.yaml", environ: Mapping[str, str] | None = None
+) -> Config:
     """Return the configuration in a text.
 
     path: the name used in errors; relative paths start from its directory.
@@ -66,11 +68,16 @@ def build(
     root: dict[str, Any] = {
         "listen": [list(entry) if isinstance(entry, tuple) else entry for entry in entries],
         "clients": {
-            name: {"key": entry} if isinstance(entry, (bytes, str)) else dict(entry) for name, entry in clients.items()
+            name: {"key": entry} if isinstance(entry, (bytes, str)) else dict(entry)
+            for name, entry in clients.items()
         },
         **({} if limits is None else {"limits": dict(limits)}),
         **({} if log is None else {"log": dict(log)}),
-        **({} if monitor is None else {"monitor": list(monitor) if isinstance(monitor, tuple) else monitor}),
+        **(
+            {}
+            if monitor is None
+            else {"monitor": list(monitor) if isinstance(monitor, tuple) else monitor}
+        ),
     }
     files = _Files("(program)", None)
     files.judge(Document("(program)", root), base, None, File)
@@ -94,7 +101,9 @@ def _without_collections() -> Iterator[None]:
 
 
 class _Files:
-    """Reads the main file and, depth first, its includes; collects results in ``findings``."""
+    """Reads the main file and, depth first, its includes; collects results in
+    ``findings``.
+    """
 
     def __init__(self, main: str, environ: Mapping[str, str] | None) -> None:
         self._main = main
@@ -126,17 +135,25 @@ class _Files:
         place = Place(self._main, error.line or 1, error.column or 1)
         self.findings.problems.append(Problem(place, "", str(error)))
 
-    def _read(self, text: str, file: str, status: os.stat_result | None, model: type[IncludedFile]) -> None:
+    def _read(
+        self, text: str, file: str, status: os.stat_result | None, model: type[IncludedFile]
+    ) -> None:
         self.findings.files[file] = None
         if status is not None:
             self.findings.private[file] = file
         self.judge(read(text, file), os.path.dirname(file), status, model)  # noqa: PTH120 - a Path would make "" a "."
 
-    def judge(self, document: Document, base: str, status: os.stat_result | None, model: type[IncludedFile]) -> None:
+    def judge(
+        self,
+        document: Document,
+        base: str,
+        status: os.stat_result | None,
+        model: type[IncludedFile],
+    ) -> None:
         """Validate one file, then the files that it includes.
 
-        base: the directory of its relative paths. status: that of the file, or None for a
-        text without a file.
+        base: the directory of its relative paths. status: that of the file, or None for
+        a text without a file.
         """
         findings = self.findings
         findings.problems += document.problems
@@ -150,8 +167,8 @@ class _Files:
             return
         what = "is no mapping (a configuration begins with keys such as listen: and clients:)"
         if root is None:
-            # An included file may hold only comments, as an example does. A main file of
-            # comments alone is a mistake.
+            # An included file may hold only comments, as an example does. A main file
+            # of comments alone is a mistake.
             if model is not File or not document.whole:
                 return
             what = "is empty (a configuration has listen: and clients:)"
@@ -159,7 +176,9 @@ class _Files:
         findings.problems.append(Problem(Place(document.file, 1, 1), "", what))
 
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
-        """Read the files that one entry of ``include`` names, except those already read."""
+        """Read the files that one entry of ``include`` names, except those already
+        read.
+        """
         try:
             files = matching(pattern, base)
         except Unreadable as error:

@@ -31,8 +31,8 @@ _SINGLE_FRAMES: Final = 10
 #: disconnects, each message queued for it is reported as an error to its sender, which
 #: may not read either. That sender then sends no more, so each byte is reported once.
 _OUTCOMES: Final = 12
-#: Bytes of the broker's own answers that may wait beyond a client's queue (core.broker),
-#: and of the read buffer.
+#: Bytes of the broker's own answers that may wait beyond a client's queue
+#: (core.broker), and of the read buffer.
 _RESERVE: Final = 256 * _KIB
 _READ_BUFFER: Final = 256 * _KIB
 #: Bytes per connection, per pending connection, and for the caches of a connection that
@@ -43,12 +43,12 @@ _PUBLISHED: Final = 2 * _MIB
 #: Bytes of TLS per connection, pending or not: OpenSSL's own state, and the bytes in
 #: flight in both directions (brokerd_client.tls.stream).
 _TLS: Final = 256 * _KIB
-#: Bytes per subscription of 128 tokens that shares none with another, and per unanswered
-#: request.
+#: Bytes per subscription of 128 tokens that shares none with another, and per
+#: unanswered request.
 _SUBSCRIPTION: Final = 12 * _KIB
 _REQUEST: Final = 640
-#: Bytes per configured client, and per client in the cache of a connection that has sent
-#: to it.
+#: Bytes per configured client, and per client in the cache of a connection that has
+#: sent to it.
 _CLIENT: Final = 8 * _KIB
 _REACHED: Final = 320
 
@@ -90,8 +90,13 @@ def memory_bound(config: Config) -> Bound:
         partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections),
         subscriptions=sum(client.subscriptions * _SUBSCRIPTION for client in connections),
         requests=sum(client.requests * _REQUEST for client in connections),
-        tls=_TLS * (limits.handshakes + len(connections)) * any(listen.tls is not None for listen in config.listen),
-        caches=sum(_CONNECTION + _PUBLISHED * bool(client.publish) + known * _REACHED for client in connections),
+        tls=_TLS
+        * (limits.handshakes + len(connections))
+        * any(listen.tls is not None for listen in config.listen),
+        caches=sum(
+            _CONNECTION + _PUBLISHED * bool(client.publish) + known * _REACHED
+            for client in connections
+        ),
     )
 
 

@@ -1,7 +1,8 @@
-"""Pydantic's errors in the words of this program: the fault, and its remedy in brackets.
+"""Pydantic's errors in the words of this program: the fault, and its remedy in
+brackets.
 
-An error names only the type of a value: the value may be a secret key in the wrong place.
-Only unknown field names are repeated, with a hint at the name that was meant.
+An error names only the type of a value: the value may be a secret key in the wrong
+place. Only unknown field names are repeated, with a hint at the name that was meant.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ __all__ = ["complaint", "did_you_mean", "unknown_key"]
 
 
 def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Return the message for one of pydantic's errors. model: the model that raised it."""
+    """Return the message for one of pydantic's errors.
+
+    model: the model that raised it.
+    """
     if error["type"] == "extra_forbidden":
         return unknown_key(str(error["loc"][-1]), known_at(model, error["loc"][:-1]))
     if error["type"] == "value_error":
@@ -45,7 +49,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return ``did you mean 'that'?`` with the most similar word, or "" without one."""
-    # A comparison costs the product of the lengths; a longer word is not a typing error.
+    # A comparison costs the product of the lengths; a longer word is not a typing
+    # error.
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= 64 else []
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -59,7 +64,9 @@ def known_at(model: type[BaseModel], path: Path) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the model inside an annotation such as ``Annotated[list[KeyEntry], ...] | None``."""
+    """Return the model inside an annotation such as ``Annotated[list[KeyEntry], ...] |
+    None``.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)

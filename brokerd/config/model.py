@@ -1,4 +1,5 @@
-"""The model of a configuration: the form of the file, every default, and the resulting values.
+"""The model of a configuration: the form of the file, every default, and the resulting
+values.
 
 The pydantic models define the file's form. The JSON Schema and the tables of
 docs/configuration.md follow them. Checks that need several entries, another file or a
@@ -94,8 +95,8 @@ KEY_ITEM_FIELDS: Final = ("file", "key", "env", "credential")
 
 def _written(default: str, read: Callable[[str], object]) -> Any:
     """Return a field with its default in readable form, as the JSON Schema shows it."""
-    # The default is read once, here: to validate the defaults of every client would take
-    # longer than to validate its own entries.
+    # The default is read once, here: to validate the defaults of every client would
+    # take longer than to validate its own entries.
     return Field(default=read(default), json_schema_extra={"default": default})
 
 
@@ -123,21 +124,27 @@ class _AddressEntry(_Entry):
         """Return the schema of both forms."""
         schema = handler.resolve_ref_schema(handler(core_schema))
         short = schema["properties"]["address"]["anyOf"]
-        long = {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
-        return {"title": schema["title"], "description": schema["description"], "anyOf": [*short, long]}
+        long = {
+            key: schema[key] for key in ("type", "properties", "required", "additionalProperties")
+        }
+        return {
+            "title": schema["title"],
+            "description": schema["description"],
+            "anyOf": [*short, long],
+        }
 
 
 class TlsEntry(_Entry):
     """TLS at a listener: what it shows, and what it wants to see."""
 
     certificate: NonEmpty
-    """A file with the certificate in PEM, those that lead to its CA behind it, relative to this file."""
+    """A file with the certificate chain in PEM, the server's own first, relative to this file."""
     key: NonEmpty
     """A file with the certificate's private key in PEM, which only its owner can read."""
     client_ca: NonEmpty | None = None
     """A file with the certificates, in PEM, of those who issue clients' certificates."""
     client_certificate: Annotated[Requirement, Field(strict=False)] | None = None
-    """With client_ca, whether every client has to show a certificate: required (the default there) or optional."""
+    """With client_ca, whether clients must show a certificate: required (default) or optional."""
     minimum: TlsVersion = _written("1.3", str)
     """The lowest version of TLS that is spoken: 1.2 or 1.3."""
     channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
@@ -148,7 +155,7 @@ class ListenEntry(_AddressEntry):
     """A place to listen at: an address alone, or a mapping with its options."""
 
     address: Where
-    r"""HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, \\.\pipe\NAME, or a Unix socket's path, with a / or .sock."""
+    r"""HOST:PORT, [IPV6]:PORT, [HOST, PORT], @ABSTRACT, \\.\pipe\NAME, or a Unix socket's path."""
     allow_md5: bool = False
     """Whether every client may use HMAC-MD5 here, the only digest Python 3.11 and older know."""
     mode: Mode = _written("0600", lambda digits: int(digits, 8))
@@ -156,11 +163,11 @@ class ListenEntry(_AddressEntry):
     group: Group | None = None
     """Group that gets the Unix socket's file: a name or a number."""
     name: SocketName | None = None
-    """What systemd calls the socket it hands over for this entry, where that has another address."""
+    """The FileDescriptorName= of the systemd socket for this entry, if its address differs."""
     tls: TlsEntry | None = None
     """TLS, on TCP: the certificate, its key, and what clients have to show."""
     plain: bool = False
-    """On TCP without TLS, that this is meant: no warning that others can read and alter what passes."""
+    """Confirms that TCP without TLS is intended, and silences the warning about it."""
 
 
 class KeyEntry(_Entry):
@@ -196,7 +203,9 @@ class RateEntry(_Entry):
 class CertificateEntry(_Entry):
     """What a client's certificate has to be, beside the client's key."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["subject"]}, {"required": ["fingerprint"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["subject"]}, {"required": ["fingerprint"]}]}
+    )
 
     subject: Subject | None = None
     """The whole subject, such as CN=alice,O=Example, in any order."""
@@ -211,7 +220,10 @@ class ClientEntry(_Entry):
         json_schema_extra={
             "anyOf": [
                 {"oneOf": [{"required": [field]} for field in KEY_FIELDS]},
-                {"required": ["peer_uid"], "not": {"anyOf": [{"required": [field]} for field in KEY_FIELDS]}},
+                {
+                    "required": ["peer_uid"],
+                    "not": {"anyOf": [{"required": [field]} for field in KEY_FIELDS]},
+                },
             ]
         },
     )
@@ -233,7 +245,7 @@ class ClientEntry(_Entry):
     publish: Several[PublishPattern] = (">",)
     """What the client may publish on: topic patterns."""
     subscribe: Several[SubscribePattern] = (">", "$broker.>")
-    """What the client may subscribe to: topic patterns; $broker.> is the presence of other clients."""
+    """Topic patterns that the client may subscribe to; $broker.> is other clients' presence."""
     queue: Size = _written("8MiB", units.size)
     """Bytes that may wait for this client."""
     subscriptions: Annotated[int, Field(ge=0, le=10_000_000)] = 10000
@@ -253,7 +265,7 @@ class ClientEntry(_Entry):
     certificate: CertificateEntry | None = None
     """The certificate the client has to show over TLS, besides having its key."""
     channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
-    """Whether the client has to come over TLS and bind its key to the channel: required or optional."""
+    """Whether the client must use TLS and bind its key to the channel: required or optional."""
     admin: bool = False
     """Whether the client may watch and control the broker."""
 
@@ -268,11 +280,11 @@ class Limits(_Entry):
     handshake_timeout: Timeout = _written("5s", units.duration)
     """The time a connection has to prove who it is."""
     handshakes: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Unfinished handshakes at once; above that new connections wait, or a silent peer gives way to them."""
+    """Most unfinished handshakes; beyond it a connection waits, or replaces a silent peer."""
     identify_by_key: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
     """Keys tried for a client that does not give its name."""
     keepalive: Duration = _written("30s", units.duration)
-    """The time after which a client over TCP that answers nothing at all is disconnected; 0 leaves it to the system."""
+    """Disconnect a TCP client that answers nothing for this long; 0 leaves it to the system."""
     wait_timeout: Duration = _written("30s", units.duration)
     """The longest time a sender is held by a full queue (when_full: wait)."""
     drain_timeout: Duration = _written("8s", units.duration)
@@ -282,7 +294,9 @@ class Limits(_Entry):
 
 
 class LogAreas(_Entry):
-    """The level of some events, by the first word of their names; what is not given is as ``level`` says."""
+    """The level of some events, by the first word of their names; what is not given is
+    as ``level`` says.
+    """
 
     daemon: Annotated[LogLevel, Field(strict=False)] | None = None
     """Start, reload, stop."""
@@ -312,29 +326,35 @@ class Log(_Entry):
     areas: LogAreas = LogAreas()
     """Levels of their own for some areas, such as {client: debug}."""
     audit: NonEmpty | None = None
-    """A file for who came and was refused, what administrators did, and what changed, one JSON object a line."""
+    """File for connections, refusals, administrators' commands and changes: JSON lines."""
 
 
 class MonitorEntry(_AddressEntry):
-    """Where the broker tells how it is, over HTTP: an address alone, or a mapping with its options."""
+    """Where the broker tells how it is, over HTTP: an address alone, or a mapping with
+    its options.
+    """
 
     address: Where
-    """HOST:PORT, [HOST, PORT], @ABSTRACT, or a path with a / or .sock. There is no password: keep it local."""
+    """HOST:PORT, [HOST, PORT], @ABSTRACT, or a Unix path; no password: keep it local."""
     per_client: bool = False
     """Whether there are metrics for each client, some eight for each name."""
     hosts: Several[HostName] = ()
-    """Names it is asked for by, without a port. IP addresses, localhost and the name in ``address`` need none."""
+    """Accepted Host names without port; IP addresses, localhost and ``address`` need no entry."""
 
 
 class IncludedFile(_Entry):
-    """A file that another one includes: it adds listeners and clients, and may include further files."""
+    """A file that another one includes: it adds listeners and clients, and may include
+    further files.
+    """
 
     listen: Several[ListenEntry] = ()
     """Where clients connect; at least one in all files together."""
-    clients: dict[Name, ClientEntry] = Field(default={}, json_schema_extra={"additionalProperties": False})
+    clients: dict[Name, ClientEntry] = Field(
+        default={}, json_schema_extra={"additionalProperties": False}
+    )
     """Who may connect, by name."""
     include: Several[NonEmpty] = ()
-    """Further files, by path or shell-style pattern relative to this file; each adds to listen and clients."""
+    """Further files, as paths or patterns relative to this file, that add to listen and clients."""
 
 
 class File(IncludedFile):
@@ -347,7 +367,7 @@ class File(IncludedFile):
     log: Log = Log()
     """What is logged, and how."""
     monitor: MonitorEntry | None = None
-    """Where the broker tells how it is, over HTTP: /livez, /readyz and /metrics; off unless given."""
+    """HTTP address of the monitor: /livez, /readyz and /metrics; without it there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,13 +401,15 @@ class Config:
         monitor: Any = None,
         base: str = "",
     ) -> Config:
-        """Return a configuration from a program's values, under the same rules as a file.
+        """Return a configuration from a program's values, under the same rules as a
+        file.
 
-        listen: an address in any form, a mapping as in the file, or a list of such entries.
+        listen: an address in any form, a mapping as in the file, or a list of such
+        entries.
             A tuple of host and port is one entry.
         clients: name to a key, or to a mapping as in the file; keys may be bytes.
-        monitor: an address in any form, or a mapping as in the file; None for no monitor.
-        base: the directory of relative paths, by default the process's own.
+        monitor: an address in any form, or a mapping as in the file; None for no
+        monitor. base: the directory of relative paths, by default the process's own.
         Raises ConfigError as ``load`` does.
         """
         # Imported here, because load imports this module.

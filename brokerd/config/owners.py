@@ -54,8 +54,8 @@ def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
 def _is_trusted(owner: int, home: os.stat_result) -> bool:
     """Return whether a file's owner is root or this user.
 
-    Root may check the files for the user that the broker runs as. So for root, the owner
-    of the file's directory is trusted too.
+    Root may check the files for the user that the broker runs as. So for root, the
+    owner of the file's directory is trusted too.
     """
     user = os.geteuid()
     return owner in (0, user) or (user == 0 and owner == home.st_uid)

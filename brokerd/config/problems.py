@@ -1,4 +1,5 @@
-"""The problems of a configuration, each with its place, and the error that carries them all.
+"""The problems of a configuration, each with its place, and the error that carries them
+all.
 
 A problem is one line: ``FILE:LINE:COLUMN: PATH: what is wrong (what would be right)``.
 Unprintable characters are escaped, and long names are cut. A problem never shows a key.
@@ -19,7 +20,9 @@ Path: TypeAlias = Sequence[str | int]
 #: Shown as the path of a problem that concerns the whole file.
 _WHOLE: Final = "(file)"
 #: Fields whose value is a secret key, or may be a secret key by mistake.
-_KEYS: Final = frozenset({"key", "key_file", "key_env", "key_credential", "file", "env", "credential"})
+_KEYS: Final = frozenset(
+    {"key", "key_file", "key_env", "key_credential", "file", "env", "credential"}
+)
 #: Matches the model's own field names, and misspelt forms of them.
 _NAME: Final = re.compile(r"[A-Za-z_-]{1,40}")
 _LONGEST_STEP: Final = 100
@@ -42,7 +45,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault. path: as in ``clients.bob.keys[0]``. what: the fault and its remedy."""
+    """One fault. path: as in ``clients.bob.keys[0]``.
+
+    what: the fault and its remedy.
+    """
 
     place: Place
     path: str
@@ -100,4 +106,6 @@ def one_line(text: str) -> str:
     """Return the text with all unprintable characters, also line breaks, escaped."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

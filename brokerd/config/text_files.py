@@ -1,4 +1,5 @@
-"""The texts of a configuration, from files, from file name patterns, or from a variable.
+"""The texts of a configuration, from files, from file name patterns, or from a
+variable.
 
 Files are only opened and read; other modules parse the texts.
 """
@@ -13,7 +14,16 @@ import stat
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["DEFAULT_CONFIG", "IN_ENVIRON", "MAX_FILE", "VARIABLE", "Unreadable", "decoded", "matching", "text_of"]
+__all__ = [
+    "DEFAULT_CONFIG",
+    "IN_ENVIRON",
+    "MAX_FILE",
+    "VARIABLE",
+    "Unreadable",
+    "decoded",
+    "matching",
+    "text_of",
+]
 
 #: The configuration file used by default.
 DEFAULT_CONFIG: Final = "/etc/brokerd/brokerd.yaml"
@@ -24,10 +34,13 @@ VARIABLE: Final = "BROKERD_CONFIG_YAML"
 IN_ENVIRON: Final = f"${VARIABLE}"
 #: Limits a configuration file, in bytes: about a million clients.
 MAX_FILE: Final = 256 * 2**20
-# O_NONBLOCK: opening a FIFO without a writer must not block. O_BINARY: otherwise Windows
-# would end the file at a Ctrl-Z.
+# O_NONBLOCK: opening a FIFO without a writer must not block. O_BINARY: otherwise
+# Windows would end the file at a Ctrl-Z.
 _OPEN_FLAGS: Final = (
-    os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
 )
 
 
@@ -43,17 +56,21 @@ class Unreadable(Exception):
         self.column = column
 
 
-def text_of(file: str, environ: Mapping[str, str] | None = None) -> tuple[str, os.stat_result | None]:
-    """Return a file's text and its status, or None for the status of a text in ``environ``.
+def text_of(
+    file: str, environ: Mapping[str, str] | None = None
+) -> tuple[str, os.stat_result | None]:
+    """Return a file's text and its status, or None for the status of a text in
+    ``environ``.
 
-    environ: where IN_ENVIRON is looked up. Without ``environ``, IN_ENVIRON is an ordinary
-    file name.
-    Raises Unreadable.
+    environ: where IN_ENVIRON is looked up. Without ``environ``, IN_ENVIRON is an
+    ordinary file name. Raises Unreadable.
     """
     if environ is not None and file == IN_ENVIRON:
         text = environ.get(VARIABLE)
         if not text:
-            raise Unreadable(f"the environment has no {VARIABLE} (set it to the configuration's text)")
+            raise Unreadable(
+                f"the environment has no {VARIABLE} (set it to the configuration's text)"
+            )
         return decoded(os.fsencode(text)), None
     try:
         handle = os.open(file, _OPEN_FLAGS)
@@ -117,9 +134,13 @@ def _listed(directory: str, pattern: str) -> list[str]:
         what = f"there is no directory {directory}{_target_of(directory)}"
         raise Unreadable(f"{what} (make it, or take {pattern} out)") from None
     except NotADirectoryError:
-        raise Unreadable(f"{directory} is not a directory (give a pattern of files in a directory)") from None
+        raise Unreadable(
+            f"{directory} is not a directory (give a pattern of files in a directory)"
+        ) from None
     except OSError as error:
-        raise Unreadable(f"the directory {directory} can't be listed: {error.strerror} ({_let_in(error)})") from None
+        raise Unreadable(
+            f"the directory {directory} can't be listed: {error.strerror} ({_let_in(error)})"
+        ) from None
 
 
 def _is_directory(path: str) -> bool:
@@ -132,7 +153,9 @@ def _is_directory(path: str) -> bool:
     except FileNotFoundError:
         if not _is_there(path):
             return False
-        raise Unreadable(f"{path} is not there{_target_of(path)} (make that, or remove the link)") from None
+        raise Unreadable(
+            f"{path} is not there{_target_of(path)} (make that, or remove the link)"
+        ) from None
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {error.strerror} ({_let_in(error)})") from None
 
@@ -152,7 +175,9 @@ def _is_there(path: str) -> bool:
 
 
 def _target_of(path: str) -> str:
-    """Return a note on a symbolic link whose target is missing, or "" for any other path."""
+    """Return a note on a symbolic link whose target is missing, or "" for any other
+    path.
+    """
     try:
         return f", where the link {path} leads: {os.readlink(path)}"  # noqa: PTH115 - the same
     except (OSError, ValueError):
@@ -161,28 +186,37 @@ def _target_of(path: str) -> str:
 
 def _let_in(error: OSError) -> str:
     closed = error.errno in (errno.EACCES, errno.EPERM)
-    return "let this user read and search every directory on the way" if closed else "see to the file system"
+    return (
+        "let this user read and search every directory on the way"
+        if closed
+        else "see to the file system"
+    )
 
 
 def decoded(content: bytes) -> str:
-    """Return the bytes as text. Raises Unreadable, with the place, if they are not UTF-8."""
+    """Return the bytes as text.
+
+    Raises Unreadable, with the place, if they are not UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         begin = content.rfind(b"\n", 0, error.start) + 1
         column = len(content[begin : error.start].decode(errors="replace")) + 1
-        raise Unreadable("is not UTF-8 (save it as UTF-8)", content.count(b"\n", 0, error.start) + 1, column) from None
+        raise Unreadable(
+            "is not UTF-8 (save it as UTF-8)", content.count(b"\n", 0, error.start) + 1, column
+        ) from None
 
 
 def _unopened(file: str, error: OSError | ValueError) -> str:
     if isinstance(error, ValueError):
         return "is no path (give a file)"
     if error.errno == errno.ENOENT and file == DEFAULT_CONFIG:
-        # The user named no file, so the error lists every way to give one. In a container,
-        # the first way is a volume.
+        # The user named no file, so the error lists every way to give one. In a
+        # container, the first way is a volume.
         right = (
-            "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its text into "
-            f"{VARIABLE}; brokerd demo needs none"
+            "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its"
+            f" text into {VARIABLE}; brokerd demo needs none"
         )
         return f"there is no file {file} ({right})"
     if error.errno == errno.ENOENT:

@@ -1,4 +1,5 @@
-"""Durations, sizes and rates in readable form: ``30s``, ``8MiB``, ``10000/s``, or a number.
+"""Durations, sizes and rates in readable form: ``30s``, ``8MiB``, ``10000/s``, or a
+number.
 
 The units are those of docs/configuration.md, "Units". Every function raises ValueError,
 with the fault and, in brackets, its remedy.
@@ -37,7 +38,9 @@ _BYTES: Final = {
     **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
 }
-_WRITTEN: Final = re.compile(r"(?P<number>[0-9]{1,30}(\.[0-9]{1,30})?) ?(?P<unit>[A-Za-z]*)(?P<per>/[A-Za-z]*)?")
+_WRITTEN: Final = re.compile(
+    r"(?P<number>[0-9]{1,30}(\.[0-9]{1,30})?) ?(?P<unit>[A-Za-z]*)(?P<per>/[A-Za-z]*)?"
+)
 
 #: Limits a duration, in seconds: ten years. No timer needs more, and every clock can
 #: represent it.
@@ -48,7 +51,9 @@ _LARGEST: Final = 2**50
 
 
 def duration(value: object) -> float:
-    """Return seconds, 0 or more, from a number or a text such as ``500ms 30s 5m 1h 7d``."""
+    """Return seconds, 0 or more, from a number or a text such as ``500ms 30s 5m 1h
+    7d``.
+    """
     right = "give seconds, or a number with ms, s, m, h or d, such as 30s"
     number, unit, per = _split(value, "duration", right)
     if per or unit not in ("", *_SECONDS):
@@ -60,7 +65,9 @@ def duration(value: object) -> float:
 
 
 def size(value: object) -> int:
-    """Return bytes, 0 or more, from a whole number or a text such as ``64KiB 8MiB 1GB``."""
+    """Return bytes, 0 or more, from a whole number or a text such as ``64KiB 8MiB
+    1GB``.
+    """
     right = "give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB"
     number, unit, per = _split(value, "size", right)
     factor = _BYTES.get(unit)
@@ -70,7 +77,9 @@ def size(value: object) -> int:
 
 
 def rate(value: object) -> float:
-    """Return a rate per second, above 0, from a number or a text such as ``10000/s 600/m``."""
+    """Return a rate per second, above 0, from a number or a text such as ``10000/s
+    600/m``.
+    """
     right = "give a number a second, such as 10000/s; /m and /h do too"
     number, unit, per = _split(value, "rate", right)
     if unit:
@@ -91,7 +100,8 @@ def byte_rate(value: object) -> float:
 def _split(value: object, what: str, right: str) -> tuple[float, str, str]:
     """Return (number, unit, per), with "" for a missing part."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # The range is checked first: isfinite raises for an integer beyond the largest float.
+        # The range is checked first: isfinite raises for an integer beyond the largest
+        # float.
         if not 0 <= value <= _LARGEST or not math.isfinite(value):
             raise ValueError(f"this number is no {what} ({right})")
         return value, "", ""
@@ -114,7 +124,10 @@ def _per_second(number: float, per: str, value: object, right: str) -> float:
     if per not in ("", "/s", "/m", "/h"):
         raise ValueError(f"{_shown(value)} is no rate ({right})")
     if not 0 < number <= _LARGEST:
-        raise ValueError(f"{_shown(value)} lets nothing pass, or everything ({right}; without a limit, take it out)")
+        raise ValueError(
+            f"{_shown(value)} lets nothing pass, or everything ({right}; without a limit, take it"
+            " out)"
+        )
     return number / _SECONDS[per[1:] or "s"]
 
 

@@ -80,7 +80,9 @@ class Entries:
         if (place, shown) not in self._known:
             self._findings.problems.append(Problem(place, shown, what))
 
-    def _validated(self, path: Path, model: type[BaseModel], value: object) -> tuple[Any, set[Path]]:
+    def _validated(
+        self, path: Path, model: type[BaseModel], value: object
+    ) -> tuple[Any, set[Path]]:
         """Return (the entry, {}), or report faults and return (None, their paths)."""
         try:
             return model.model_validate(value), set()
@@ -108,7 +110,11 @@ class Entries:
                 section, _ = self._validated((), File, {key: value})
                 if section is not None:
                     setattr(self._findings, key, self._with_paths(getattr(section, key)))
-        listen, clients, include = root.get("listen", []), root.get("clients", {}), root.get("include", [])
+        listen, clients, include = (
+            root.get("listen", []),
+            root.get("clients", {}),
+            root.get("include", []),
+        )
         if "listen" in root:
             self._findings.listens = True
         if not isinstance(listen, list) or not listen:
@@ -155,13 +161,17 @@ class Entries:
         if not address.is_file and isinstance(entry, Mapping):
             for key in ("mode", "group"):
                 if key in entry:
-                    self._problem((*path, key), "only a Unix socket has a file (take it out)", at_key=True)
+                    self._problem(
+                        (*path, key), "only a Unix socket has a file (take it out)", at_key=True
+                    )
         tls = self._tls(path, valid)
         if valid.name is not None:
             place_of_name, _ = self._document.place((*path, "name"))
             first = self._findings.sockets.setdefault(valid.name, place_of_name)
             if first is not place_of_name:
-                what = f"the socket {valid.name!r} is given twice, first at {first} (keep one of them)"
+                what = (
+                    f"the socket {valid.name!r} is given twice, first at {first} (keep one of them)"
+                )
                 self._problem((*path, "name"), what)
         self._findings.listen.append(
             ListenConfig(
@@ -187,9 +197,14 @@ class Entries:
             return None
         if entry.plain:
             self._problem(
-                (*path, "plain"), "says that there is no TLS, and tls is given (keep one of them)", at_key=True
+                (*path, "plain"),
+                "says that there is no TLS, and tls is given (keep one of them)",
+                at_key=True,
             )
-        self._note_private(os.path.join(self._base, os.path.expanduser(entry.tls.key)), (*path, "tls", "key"))  # noqa: PTH111, PTH118
+        self._note_private(
+            os.path.join(self._base, os.path.expanduser(entry.tls.key)),  # noqa: PTH111, PTH118
+            (*path, "tls", "key"),
+        )
         return load_tls(
             entry.tls,
             self._base,
@@ -203,7 +218,10 @@ class Entries:
             return
         where: Path = ("monitor", "address") if isinstance(entry, Mapping) else ("monitor",)
         if valid.address.family == "AF_PIPE":
-            self._problem(where, "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)")
+            self._problem(
+                where,
+                "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)",
+            )
             return
         address, place = self._address(where, valid.address)
         self._findings.monitor = MonitorConfig(
@@ -220,7 +238,8 @@ class Entries:
             size = len(os.fsencode(address.path))
             if size > _MAX_SOCKET_PATH or "\0" in address.path:
                 what = (
-                    f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size} (give a shorter one)"
+                    f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size}"
+                    " (give a shorter one)"
                 )
                 self._problem(where, what)
         place, _ = self._document.place(where)
@@ -256,7 +275,11 @@ class Entries:
         first = findings.names.setdefault(name, (self._document, path))
         if first[0] is not self._document:
             place, _ = first[0].place(first[1], at_key=True)
-            self._problem(path, f"client {name!r} is given twice, first at {place} (keep one of them)", at_key=True)
+            self._problem(
+                path,
+                f"client {name!r} is given twice, first at {place} (keep one of them)",
+                at_key=True,
+            )
         entry: ClientEntry | None
         entry, bad = self._validated(path, ClientEntry, raw)
         if not isinstance(raw, dict):
@@ -292,7 +315,11 @@ class Entries:
         if demanded is None:
             return None
         if not (demanded.subject or demanded.fingerprint):
-            self._problem((*path, "certificate"), "demands nothing (give subject, fingerprint or both)", at_key=True)
+            self._problem(
+                (*path, "certificate"),
+                "demands nothing (give subject, fingerprint or both)",
+                at_key=True,
+            )
         return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
 
     def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
@@ -301,20 +328,31 @@ class Entries:
         if not isinstance(listed, list) or id(listed) in self._findings.rules:
             return
         for number, name in enumerate(listed):
-            if ("send_to", number) not in bad and isinstance(name, str) and not _WILDCARDS & set(name):
+            if (
+                ("send_to", number) not in bad
+                and isinstance(name, str)
+                and not _WILDCARDS & set(name)
+            ):
                 where = (*path, "send_to", number)
                 self._findings.recipients.append((name, self._document, where))
 
-    def _rules(self, field: str, raw: dict[str, Any], patterns: tuple[str, ...]) -> tuple[Rule, ...]:
+    def _rules(
+        self, field: str, raw: dict[str, Any], patterns: tuple[str, ...]
+    ) -> tuple[Rule, ...]:
         listed = raw.get(field)
         if listed is None:
             return _DEFAULT_RULES[field]
         known = self._findings.rules.get(id(listed))
         if known is not None:
             return known[1]
-        lines = [mark.line + 1 for mark in listed.marks] if isinstance(listed, Seq) else [0] * len(patterns)
+        lines = (
+            [mark.line + 1 for mark in listed.marks]
+            if isinstance(listed, Seq)
+            else [0] * len(patterns)
+        )
         rules = tuple(
-            Rule(pattern, Source(self._document.file, line)) for pattern, line in zip(patterns, lines, strict=True)
+            Rule(pattern, Source(self._document.file, line))
+            for pattern, line in zip(patterns, lines, strict=True)
         )
         self._findings.rules[id(listed)] = listed, rules
         return rules
@@ -335,7 +373,8 @@ class Entries:
             place, _ = self._document.place((*path, given[0]), at_key=True)
             what = f"{given[0]} is given too, at {place} (keep one of {', '.join(given)})"
             self._problem((*path, given[1]), what, at_key=True)
-            # It is not known which of them is meant, so their own faults are not reported.
+            # It is not known which of them is meant, so their own faults are not
+            # reported.
             return ()
         field = given[0]
         where = (*path, field)
@@ -364,8 +403,14 @@ class Entries:
                 continue
             listed = entry.keys[number] if entry and entry.keys else KeyEntry.model_validate(item)
             where = (*path, number)
-            given = [field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None]
-            if not given and isinstance(item, Map) and any(field in item for field in KEY_ITEM_FIELDS):
+            given = [
+                field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None
+            ]
+            if (
+                not given
+                and isinstance(item, Map)
+                and any(field in item for field in KEY_ITEM_FIELDS)
+            ):
                 # The field is empty, which is already reported.
                 continue
             if len(given) != 1:
@@ -374,7 +419,9 @@ class Entries:
                 continue
             begin, end = listed.not_before, listed.not_after
             if begin is not None and end is not None and end <= begin:
-                what = "is not after not_before: the key would never be accepted (give a later time)"
+                what = (
+                    "is not after not_before: the key would never be accepted (give a later time)"
+                )
                 self._problem((*where, "not_after"), what)
             key = self._key(name, (*where, given[0]), given[0], item[given[0]])
             if key is not None:
@@ -410,7 +457,10 @@ class Entries:
         other, document, where = self._findings.keys.setdefault(found, (name, self._document, path))
         if other != name:
             place, _ = document.place(where)
-            what = f"has the same key as client {other!r} at {place} (give each client a key of its own: brokerd key)"
+            what = (
+                f"has the same key as client {other!r} at {place} (give each client a key of its"
+                " own: brokerd key)"
+            )
             self._problem(path, what)
         return Key(found, source=source)
 
@@ -425,10 +475,14 @@ class Entries:
         if self._status is not None and self._document.file not in self._findings.exposed:
             # Reported once per file: one chmod corrects all of its keys.
             file = self._document.file
-            exposure = key_store.exposed(file, self._status, key_store.forbidden(file, self._findings.environ))
+            exposure = key_store.exposed(
+                file, self._status, key_store.forbidden(file, self._findings.environ)
+            )
             if exposure:
                 self._findings.exposed.add(self._document.file)
                 self._problem(path, f"a key stands in this file, and {exposure}")
         if not key:
-            raise key_store.KeyRefused("is empty (give at least one byte; brokerd key makes a good one)")
+            raise key_store.KeyRefused(
+                "is empty (give at least one byte; brokerd key makes a good one)"
+            )
         return key

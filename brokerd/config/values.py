@@ -1,7 +1,7 @@
 """The configuration as the daemon uses it: plain, immutable values that are complete.
 
-Keys are read, durations are seconds, sizes are bytes. Nothing here reads a file or has a
-default. ``brokerd.config.model`` defines the form of the file and every default, and
+Keys are read, durations are seconds, sizes are bytes. Nothing here reads a file or has
+a default. ``brokerd.config.model`` defines the form of the file and every default, and
 exports these names too.
 
 Values are compared by their meaning, without the place of an entry in its file. So a
@@ -56,7 +56,9 @@ class WhenFull(StrEnum):
 
 
 class WhenConnected(StrEnum):
-    """What becomes of a further connection when all of a client's connections are taken."""
+    """What becomes of a further connection when all of a client's connections are
+    taken.
+    """
 
     REFUSE = "refuse"
     """The new one is refused."""
@@ -86,7 +88,9 @@ class LogFormat(StrEnum):
     """How a line of the log is written."""
 
     AUTO = "auto"
-    """Console on a terminal, the journal's own form where standard error is the journal, JSON elsewhere."""
+    """Console on a terminal, the journal's own form where standard error is the
+    journal, JSON elsewhere.
+    """
     CONSOLE = "console"
     JSON = "json"
 
@@ -104,7 +108,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One pattern that grants access. source: its place in the file, None for a default."""
+    """One pattern that grants access.
+
+    source: its place in the file, None for a default.
+    """
 
     pattern: str
     source: Source | None = field(default=None, compare=False)
@@ -211,7 +218,8 @@ class ListenConfig:
 
 @dataclass(frozen=True, slots=True)
 class MonitorConfig:
-    """The address of the monitor, which answers over HTTP, and the scope of its metrics.
+    """The address of the monitor, which answers over HTTP, and the scope of its
+    metrics.
 
     per_client: whether there are metrics for each client. hosts: accepted host names,
     besides that of the address.
@@ -229,9 +237,14 @@ class MonitorConfig:
 
     @property
     def listen(self) -> ListenConfig:
-        """The same address as a listener. Only the owner can use a Unix socket's file."""
+        """The same address as a listener.
+
+        Only the owner can use a Unix socket's file.
+        """
         mode = 0o600 if self.address.is_file else None
-        return ListenConfig(self.address, mode=mode, group=None, allow_md5=False, source=self.source)
+        return ListenConfig(
+            self.address, mode=mode, group=None, allow_md5=False, source=self.source
+        )
 
     @property
     def is_local(self) -> bool:
@@ -249,12 +262,11 @@ class ClientConfig:
     """One client.
 
     keys: each is accepted within its validity period; empty only with ``peer_uid``.
-    connections: limits the connections that share the name. queue: limits the bytes that
-    may wait for the client.
-    subscriptions, requests: limits how many the broker stores per connection.
-    peer_uid: the users allowed as the peer of a Unix socket, None for all.
-    certificate: the certificate required over TLS, None if none is required.
-    binding: whether the client must use TLS and bind its key to the channel.
+    connections: limits the connections that share the name. queue: limits the bytes
+    that may wait for the client. subscriptions, requests: limits how many the broker
+    stores per connection. peer_uid: the users allowed as the peer of a Unix socket,
+    None for all. certificate: the certificate required over TLS, None if none is
+    required. binding: whether the client must use TLS and bind its key to the channel.
     """
 
     name: str

@@ -39,8 +39,8 @@ __all__ = ["Document", "Map", "Seq", "read"]
 _DEEPEST: Final = 20
 #: Limits an integer, in bits. No setting needs more, and Python refuses to print it.
 _LONGEST_INT_BITS: Final = 1024
-#: Limits the values that aliases repeat, per text: a fixed number, plus a number for each
-#: value written.
+#: Limits the values that aliases repeat, per text: a fixed number, plus a number for
+#: each value written.
 _REPEATED: Final = 1_000_000
 _REPEATED_EACH: Final = 20
 
@@ -104,9 +104,9 @@ class Document:
     def place(self, path: Path, *, at_key: bool = False) -> tuple[Place, str]:
         """Return the place that a path leads to, and the part of the path that exists.
 
-        The place of a scalar is its own start. The place of a list, a mapping or an empty
-        value is its key, also for anything missing in it.
-        at_key: return the place of the last key instead of its value.
+        The place of a scalar is its own start. The place of a list, a mapping or an
+        empty value is its key, also for anything missing in it. at_key: return the
+        place of the last key instead of its value.
         """
         value: object = self.root
         place = Place(self.file, 1, 1) if isinstance(value, (Map, Seq)) else Place(self.file, 0, 0)
@@ -115,12 +115,17 @@ class Document:
             if isinstance(value, Map) and isinstance(step, str) and step in value.marks:
                 key_mark, value_mark = value.marks[step]
                 value = value[step]
-                wants_key = value is None or isinstance(value, (Map, Seq)) or (at_key and depth == len(path) - 1)
+                wants_key = (
+                    value is None
+                    or isinstance(value, (Map, Seq))
+                    or (at_key and depth == len(path) - 1)
+                )
                 mark = key_mark if wants_key else value_mark
             elif isinstance(value, Seq) and isinstance(step, int) and step < len(value.marks):
                 mark, value = value.marks[step], value[step]
             elif isinstance(value, (dict, list)):
-                # The step is missing, or a program made the value, so that it has no marks.
+                # The step is missing, or a program made the value, so that it has no
+                # marks.
                 break
             else:
                 return place, format_path(path[:depth])
@@ -189,7 +194,9 @@ class _Composer:
         self._loader.dispose()
 
     def report(self, mark: Mark | None, what: str) -> None:
-        place = Place(self._document.file, 1, 1) if mark is None else _place(self._document.file, mark)
+        place = (
+            Place(self._document.file, 1, 1) if mark is None else _place(self._document.file, mark)
+        )
         self._document.problems.append(Problem(place, format_path(self._path), what))
 
     def compose(self) -> None:
@@ -216,12 +223,22 @@ class _Composer:
                 self._anchors[event.anchor] = value, 1
             return value
         if depth >= _DEEPEST:
-            self._stop(event, f"is nested more than {_DEEPEST} deep (a configuration has five levels)")
+            self._stop(
+                event, f"is nested more than {_DEEPEST} deep (a configuration has five levels)"
+            )
         if event.anchor is None:
-            return self._mapping(event, depth) if kind is MappingStartEvent else self._sequence(event, depth)
+            return (
+                self._mapping(event, depth)
+                if kind is MappingStartEvent
+                else self._sequence(event, depth)
+            )
         self._anchors[event.anchor] = _OPEN, 0
         before = self._written + self._repeated
-        value = self._mapping(event, depth) if kind is MappingStartEvent else self._sequence(event, depth)
+        value = (
+            self._mapping(event, depth)
+            if kind is MappingStartEvent
+            else self._sequence(event, depth)
+        )
         self._anchors[event.anchor] = value, self._written + self._repeated - before + 1
         return value
 
@@ -231,10 +248,15 @@ class _Composer:
             self._stop(event, "an alias stands inside what it names (take it out)")
         if not size:
             # Its name is not repeated: it may be a key that begins with an asterisk.
-            self._stop(event, "an alias to an anchor that is not there (text that begins with '*' needs quotes)")
+            self._stop(
+                event,
+                "an alias to an anchor that is not there (text that begins with '*' needs quotes)",
+            )
         self._repeated += size
         if self._repeated > _REPEATED + _REPEATED_EACH * self._written:
-            self._stop(event, "the aliases up to here repeat too much (write fewer, or shorter anchors)")
+            self._stop(
+                event, "the aliases up to here repeat too much (write fewer, or shorter anchors)"
+            )
         return value
 
     def _stop(self, event: Any, what: str) -> None:
@@ -272,18 +294,24 @@ class _Composer:
             path[-1] = key if key is not None else "?"
             if key is not None and key in marks:
                 first = _place(self._document.file, marks[key][0])
-                self.report(key_event.start_mark, f"is given twice, first at {first} (keep one of them)")
+                self.report(
+                    key_event.start_mark, f"is given twice, first at {first} (keep one of them)"
+                )
                 key = None
             value_event = self._next()
             value = self._value(value_event, depth + 1)
             if key is _MERGE:
                 if merge_mark is not None:
-                    self.report(key_event.start_mark, "is given twice (merge a list: <<: [*one, *other])")
+                    self.report(
+                        key_event.start_mark, "is given twice (merge a list: <<: [*one, *other])"
+                    )
                 merge_mark = key_event.start_mark
                 merged += self._merged(value, value_event)
             elif key is not None:
                 if value is None:
-                    self.report(key_event.start_mark, "is empty (give a value, or take the key out)")
+                    self.report(
+                        key_event.start_mark, "is empty (give a value, or take the key out)"
+                    )
                 entries[key] = value
                 marks[key] = key_event.start_mark, value_event.start_mark
             key_event = self._next()
@@ -297,13 +325,20 @@ class _Composer:
 
     def _key(self, event: Any, depth: int) -> str | None:
         """Return the key, _MERGE for a merge, or None after reporting an invalid key."""
-        if type(event) is ScalarEvent and event.tag is None and event.implicit[0] and event.value == "<<":
+        if (
+            type(event) is ScalarEvent
+            and event.tag is None
+            and event.implicit[0]
+            and event.value == "<<"
+        ):
             return _MERGE
         key = self._value(event, depth + 1)
         if type(key) is str:
             return key
         if key is not _BROKEN:
-            kind = {int: "a number", float: "a number", bool: "true or false"}.get(type(key), "no text")
+            kind = {int: "a number", float: "a number", bool: "true or false"}.get(
+                type(key), "no text"
+            )
             self._path.pop()
             self.report(event.start_mark, f"holds a key that is {kind} to YAML (put it in quotes)")
             self._path.append("")
@@ -312,13 +347,19 @@ class _Composer:
     def _merged(self, value: object, event: Any) -> list[Map]:
         maps = value if isinstance(value, Seq) else [value]
         if not all(isinstance(item, Map) for item in maps):
-            self.report(event.start_mark, "only a mapping can be merged (give an alias to one, or a list of them)")
+            self.report(
+                event.start_mark,
+                "only a mapping can be merged (give an alias to one, or a list of them)",
+            )
             return []
         return list(maps)
 
     def _check_tag(self, event: Any, kind: str) -> None:
         if event.tag not in (None, "!", _TAG + kind):
-            self.report(event.start_mark, "a tag that means nothing here (text that begins with '!' needs quotes)")
+            self.report(
+                event.start_mark,
+                "a tag that means nothing here (text that begins with '!' needs quotes)",
+            )
 
     def _scalar(self, event: Any) -> object:
         tag, text = event.tag, event.value
@@ -330,7 +371,10 @@ class _Composer:
             return text
         construct = _CONSTRUCT.get(tag)
         if construct is None:
-            self.report(event.start_mark, "a tag that means nothing here (text that begins with '!' needs quotes)")
+            self.report(
+                event.start_mark,
+                "a tag that means nothing here (text that begins with '!' needs quotes)",
+            )
             return _BROKEN
         try:
             value = construct(ScalarNode(tag, text, event.start_mark))
@@ -338,9 +382,20 @@ class _Composer:
                 raise ValueError
         # The constructors raise these for "0x_", a 13th month, "!!bool perhaps" and
         # "!!timestamp soon".
-        except (ValueError, KeyError, AttributeError, IndexError, OverflowError, TypeError, yaml.YAMLError):
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            TypeError,
+            yaml.YAMLError,
+        ):
             kind = tag.removeprefix(_TAG)
-            self.report(event.start_mark, f"YAML takes this for a {kind}, and it is none (put text in quotes)")
+            self.report(
+                event.start_mark,
+                f"YAML takes this for a {kind}, and it is none (put text in quotes)",
+            )
             return _BROKEN
         return value
 
@@ -349,8 +404,8 @@ def _resolve(text: str) -> str:
     """Return the tag of an unquoted scalar, by the rules of yaml.SafeLoader."""
     for tag, pattern in _RESOLVERS.get(text[:1], ()):
         if pattern.match(text):
-            # In YAML 1.1, 1:30 is 90, and "=" and "<<" are special. People mean text by all
-            # three.
+            # In YAML 1.1, 1:30 is 90, and "=" and "<<" are special. People mean text by
+            # all three.
             to_base_60 = ":" in text and tag in (_TAG + "int", _TAG + "float")
             return _TEXT if to_base_60 or tag not in _CONSTRUCT else str(tag)
     return _TEXT
@@ -372,6 +427,10 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, mark: Mark | None) -> str:
         if line[mark.column : mark.column + 1] == "\t":
             return "not YAML: a tab (indent with spaces)"
     # The pure Python parser quotes the text that it found, which may be a key.
-    problem = re.sub(r"(['\"]).{2,}\1", "something", str(error.problem or "unreadable"), flags=re.DOTALL)
+    problem = re.sub(
+        r"(['\"]).{2,}\1", "something", str(error.problem or "unreadable"), flags=re.DOTALL
+    )
     context = re.sub(r"(['\"]).{2,}\1", "something", str(error.context or ""), flags=re.DOTALL)
-    return f"not YAML: {problem}" + (f" ({context})" if context else " (see the YAML of docs/configuration.md)")
+    return f"not YAML: {problem}" + (
+        f" ({context})" if context else " (see the YAML of docs/configuration.md)"
+    )

@@ -105,14 +105,24 @@ def feed(
             entry = routes.get(bytes(buffer[first:body]))
             if entry is not None and (direct := entry.direct) is not None:
                 targets = (direct,)
-        elif kind == _EVENT and not flags and not name_size and first < stop <= end and stop - first <= limit:
+        elif (
+            kind == _EVENT
+            and not flags
+            and not name_size
+            and first < stop <= end
+            and stop - first <= limit
+        ):
             topic = first + 1 + buffer[first]
             body = first
             if topic <= stop:
                 targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
         size_out = _HEAD_SIZE + sender_header_size + stop - body
-        if targets and all(len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets):
-            head = pack(size_out - 4, kind, 0, codec, sender_header_size, message_id) + sender_header
+        if targets and all(
+            len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets
+        ):
+            head = (
+                pack(size_out - 4, kind, 0, codec, sender_header_size, message_id) + sender_header
+            )
             for each in targets:
                 each.content += head
                 each.content += buffer[body:stop]

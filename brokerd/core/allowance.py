@@ -1,9 +1,9 @@
 """How long a recipient with a full queue may hold its senders (``when_full: wait``).
 
-At first it may hold them for ``limits.wait_timeout``. A recipient earns back the time that
-it has used. It earns a tenth of ``limits.wait_timeout`` for each half of its queue that it
-reads. It also earns a tenth of the time in which it holds no sender. So a slow consumer
-that reads a little now and then cannot hold its senders for most of the time.
+At first it may hold them for ``limits.wait_timeout``. A recipient earns back the time
+that it has used. It earns a tenth of ``limits.wait_timeout`` for each half of its queue
+that it reads. It also earns a tenth of the time in which it holds no sender. So a slow
+consumer that reads a little now and then cannot hold its senders for most of the time.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Final
 
 __all__ = ["Allowance"]
 
-#: Fraction of ``limits.wait_timeout`` that is earned per half queue read; also the fraction earned
-#: of the time without a held sender.
+#: Fraction of ``limits.wait_timeout`` that is earned per half queue read; also the
+#: fraction earned of the time without a held sender.
 _SHARE: Final = 0.1
 
 
@@ -32,7 +32,10 @@ class Allowance:
         self.holding = holding
 
     def begin(self, now: float, most: float, *, holds: bool) -> float:
-        """Return the seconds a sender may be held. holds: other senders are held already."""
+        """Return the seconds a sender may be held.
+
+        holds: other senders are held already.
+        """
         if self.holding and holds:
             self.used += now - self.at
         else:

@@ -177,7 +177,9 @@ class Broker:
             return False, None
         return True, next(iter(client.sessions.values()))
 
-    def attach(self, name: str, instance: str, *, peer: str, now_wall: float, connection: object = None) -> Session:
+    def attach(
+        self, name: str, instance: str, *, peer: str, now_wall: float, connection: object = None
+    ) -> Session:
         """Return the session of a connection that has just authenticated as ``name``.
 
         instance: the new, unique part of its address within a pool, ``[0-9a-z]{1,16}``.
@@ -288,7 +290,9 @@ class Broker:
             session.outbox.touched = True
             self.touched.append(session)
 
-    def close(self, session: Session, why: str, *, cut: bool = False, code: ErrorCode | None = None) -> None:
+    def close(
+        self, session: Session, why: str, *, cut: bool = False, code: ErrorCode | None = None
+    ) -> None:
         """Mark the session to be closed once its outbox is written.
 
         cut: close it at once, whether its outbox is written or not.
@@ -313,7 +317,9 @@ class Broker:
         """
         if session.slow and not session.outbox.waiting:
             session.slow = False
-            self.log_events.note("client.recovered", session, reason="it has read everything that waited for it")
+            self.log_events.note(
+                "client.recovered", session, reason="it has read everything that waited for it"
+            )
         if session.outbox.waiting <= session.outbox.limit // 2:
             allowance = session.allowance
             if allowance is not None and (allowance.holding or session.outbox.stalled):
@@ -325,7 +331,9 @@ class Broker:
             for member in session.client.sessions.values():
                 self.release_waiters(member)
 
-    def order(self, op: str, source: Session, message_id: int, arguments: dict[str, object]) -> None:
+    def order(
+        self, op: str, source: Session, message_id: int, arguments: dict[str, object]
+    ) -> None:
         """Queue an admin command for the daemon, which answers it."""
         self.admin_commands.append(AdminCommand(op, source, message_id, arguments))
 
@@ -341,7 +349,8 @@ class Broker:
         The caller closes those sessions. A subscription that its client's new rules
         forbid receives nothing from now on; run_deferred ends it.
 
-        differing: the names in ``clients`` that are new or whose entry changed, if known.
+        differing: the names in ``clients`` that are new or whose entry changed, if
+        known.
             Comparing a hundred thousand entries takes half a second.
         """
         turns = self.reconfiguring(clients, limits, now_wall, differing)
@@ -365,7 +374,11 @@ class Broker:
         """
         self.limits = limits
         known = self.exchange.clients
-        gone = [session for name in known.keys() - clients.keys() for session in known.pop(name).sessions.values()]
+        gone = [
+            session
+            for name in known.keys() - clients.keys()
+            for session in known.pop(name).sessions.values()
+        ]
         names = iter(clients if differing is None else differing)
         while some := list(itertools.islice(names, _RECONFIGURED)):
             self.generation += 1
@@ -433,7 +446,11 @@ class Broker:
         """When :meth:`tick` is due, on the clock of ``now``; None without deadlines."""
         held, outgoing_requests = min(self._held.values(), default=None), self.deadlines.next
         return (
-            outgoing_requests if held is None else held if outgoing_requests is None else min(held, outgoing_requests)
+            outgoing_requests
+            if held is None
+            else held
+            if outgoing_requests is None
+            else min(held, outgoing_requests)
         )
 
     def tick(self, now: float) -> None:
@@ -464,7 +481,11 @@ class Broker:
             tell_expired(self, session, queued)
 
     def hold(self, source: Session, target: Session, deadline: float) -> RoutingResult:
-        why = "it does not read the broker's answers" if target is source else "the queue it sends to is full"
+        why = (
+            "it does not read the broker's answers"
+            if target is source
+            else "the queue it sends to is full"
+        )
         self.log_events.note("client.held", source, target.address, reason=why)
         source.held_by = target
         target.waiters[source] = None
@@ -536,7 +557,9 @@ class Broker:
             meter = source.client.meter
             if meter is not None and not meter.allows(len(frame), now):
                 source.charged = False
-                return self.refuse_frame(source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate")
+                return self.refuse_frame(
+                    source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate"
+                )
         if too_deep:
             result = self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, too_deep)
         else:
@@ -551,9 +574,15 @@ class Broker:
         return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
     def _until_it_reads(self, source: Session) -> RoutingResult:
-        return self.hold(source, source, float("inf")) if source.outbox.blocked else RoutingResult.FLUSH
+        return (
+            self.hold(source, source, float("inf"))
+            if source.outbox.blocked
+            else RoutingResult.FLUSH
+        )
 
-    def _dispatch(self, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
+    def _dispatch(
+        self, source: Session, envelope: Envelope, frame: memoryview, now: float
+    ) -> RoutingResult:
         if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
             message = "nothing sent here is stored, so nothing can be acknowledged"
             return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
@@ -570,19 +599,29 @@ class Broker:
             return self._to_broker(source, envelope, frame)
         return send(self, source, envelope, frame, now)
 
-    def _expiry(self, source: Session, envelope: Envelope, now: float) -> tuple[ErrorCode, str] | None:
+    def _expiry(
+        self, source: Session, envelope: Envelope, now: float
+    ) -> tuple[ErrorCode, str] | None:
         if envelope.extension is None or "ttl" not in envelope.extension:
             return None
         ttl = envelope.extension["ttl"]
         if not is_ttl(ttl):
             return ErrorCode.UNSUPPORTED, f"ttl is not a number of seconds up to {MAX_TTL}"
-        return (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over") if now - source.arrived >= ttl else None
+        return (
+            (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over")
+            if now - source.arrived >= ttl
+            else None
+        )
 
     def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> RoutingResult:
         if envelope.name != BROKER:
-            return self.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}")
+            return self.refuse_frame(
+                source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}"
+            )
         if envelope.kind is not Kind.REQUEST:
-            return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only")
+            return self.refuse_frame(
+                source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only"
+            )
         if source in self.asking:
             return self._wait_for_answer(source)
         if envelope.flags & _RECEIPT:
@@ -608,7 +647,9 @@ class Broker:
         if source.open and not source.mute:
             self.pass_on(source, make_frame(encode(envelope)))
 
-    def refuse(self, source: Session, message_id: int, code: ErrorCode, message: str, name: str = "") -> None:
+    def refuse(
+        self, source: Session, message_id: int, code: ErrorCode, message: str, name: str = ""
+    ) -> None:
         """Send an ERROR to a session. name: the recipient that it is about."""
         if source.mute:
             self._lose(source, code, message, name)
@@ -616,7 +657,10 @@ class Broker:
         self.refused[code] += 1
         source.errors_in += 1
         self.log_events.note("message.refused", source, name, code, message)
-        self.answer(source, Envelope(Kind.ERROR, message_id, BROKER, error_payload(code, message, name), codec=2))
+        self.answer(
+            source,
+            Envelope(Kind.ERROR, message_id, BROKER, error_payload(code, message, name), codec=2),
+        )
 
     def _lose(self, source: Session, code: ErrorCode, message: str, name: str) -> None:
         """Count a message that cannot be delivered, and whose sender cannot be told."""
@@ -631,7 +675,9 @@ class Broker:
         self.close(source, "malformed")
         return RoutingResult.CLOSE
 
-    def too_large(self, source: Session, kind: int, message_id: int, name: str, size: int) -> RoutingResult:
+    def too_large(
+        self, source: Session, kind: int, message_id: int, name: str, size: int
+    ) -> RoutingResult:
         """Refuse an oversized frame. CONSUMED: skip it. size: its payload bytes."""
         if self._reads_nothing(source):
             return self._until_it_reads(source)
@@ -642,7 +688,12 @@ class Broker:
         return RoutingResult.CONSUMED
 
     def refuse_frame(
-        self, source: Session, envelope: Envelope, code: ErrorCode, message: str, name: str | None = None
+        self,
+        source: Session,
+        envelope: Envelope,
+        code: ErrorCode,
+        message: str,
+        name: str | None = None,
     ) -> RoutingResult:
         """Send the sender of a frame an ERROR about it.
 
@@ -654,12 +705,16 @@ class Broker:
             self._fail_request(source, envelope.name, envelope.id, code, message)
         if envelope.kind is Kind.ERROR and not envelope.flags & _RECEIPT:
             self.dropped += 1
-            self.log_events.note("message.dropped", source, envelope.name, code, f"an ERROR for it: {message}")
+            self.log_events.note(
+                "message.dropped", source, envelope.name, code, f"an ERROR for it: {message}"
+            )
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return RoutingResult.CONSUMED
 
-    def _fail_request(self, answerer: Session, requester: str, message_id: int, code: ErrorCode, message: str) -> None:
+    def _fail_request(
+        self, answerer: Session, requester: str, message_id: int, code: ErrorCode, message: str
+    ) -> None:
         """End the request whose answer was refused, and send its requester an ERROR."""
         session = answerer.incoming_requests.get((requester, message_id))
         if session is not None:
@@ -675,7 +730,12 @@ def _patterns(rules: Iterable[Rule]) -> set[str]:
 def _has_room(target: Session) -> bool:
     """Return whether the senders that a session holds may try again."""
     outbox = target.outbox
-    return not target.open or target.retired or not outbox.blocked or outbox.waiting <= outbox.limit // 2
+    return (
+        not target.open
+        or target.retired
+        or not outbox.blocked
+        or outbox.waiting <= outbox.limit // 2
+    )
 
 
 def _held_since(session: Session) -> float:

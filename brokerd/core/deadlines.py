@@ -1,7 +1,8 @@
 """Deadlines of requests that wait for an answer.
 
-Adding and removing a deadline costs the same, however many there are. Time is divided into
-slots. A deadline is reported when its slot is over: up to one slot late, and never early.
+Adding and removing a deadline costs the same, however many there are. Time is divided
+into slots. A deadline is reported when its slot is over: up to one slot late, and never
+early.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 #: Time slots per second.
 _SLOTS: Final = 32
-#: Most entries of the heap beyond twice the slots in use; with more, the heap is rebuilt.
+#: Most entries of the heap beyond twice the slots in use; with more, the heap is
+#: rebuilt.
 _STALE: Final = 64
 
 

@@ -1,8 +1,8 @@
 """Deferred work: long jobs, run one after the other and a few steps at a time.
 
-The jobs are the broker's own events, and requests to the broker with a long answer. They
-run strictly in order. So an answer agrees with the events before it, and the events after
-it are news.
+The jobs are the broker's own events, and requests to the broker with a long answer.
+They run strictly in order. So an answer agrees with the events before it, and the
+events after it are news.
 """
 
 from __future__ import annotations

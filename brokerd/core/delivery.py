@@ -13,7 +13,17 @@ from brokerd.core.large_frame import LargeFrame, joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
-from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, head, split, split_address
+from brokerd_client.wire.envelope import (
+    BROKER,
+    HEADER,
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    head,
+    split,
+    split_address,
+)
 from brokerd_client.wire.framing import frame_prefix
 
 if TYPE_CHECKING:
@@ -39,7 +49,9 @@ _DROPS: Final = 2
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
-def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
+def send(
+    broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
+) -> RoutingResult:
     name, instance = split_address(envelope.name)
     message_id, kind = envelope.id, envelope.kind
     answered: Session | None = None
@@ -48,18 +60,28 @@ def send(broker: Broker, source: Session, envelope: Envelope, frame: memoryview,
         if answered is None:
             return _deny_answer(broker, source, envelope)
     elif source.client.policy.sending(name) is None:
-        return broker.refuse_frame(source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}")
+        return broker.refuse_frame(
+            source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}"
+        )
     client = broker.exchange.resolve(name)
     if client is None:
-        return broker.refuse_frame(source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}")
+        return broker.refuse_frame(
+            source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}"
+        )
     if (broker.draining or source.parting) and answered is None and not source.mute:
-        return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
+        return broker.refuse_frame(
+            source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
+        )
     target = answered or (client.sessions.get(envelope.name) if instance else client.pick())
     if target is None:
-        return broker.refuse_frame(source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected")
+        return broker.refuse_frame(
+            source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected"
+        )
     result = _deliver(broker, source, target, envelope, frame, now)
     if result is RoutingResult.CLOSE:
-        message = f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
+        message = (
+            f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
+        )
         return broker.refuse_frame(source, envelope, ErrorCode.FULL, message, target.address)
     if result is not RoutingResult.CONSUMED:
         return result
@@ -84,7 +106,12 @@ def _deny_answer(broker: Broker, source: Session, envelope: Envelope) -> Routing
 
 
 def _deliver(
-    broker: Broker, source: Session, target: Session, envelope: Envelope, frame: memoryview, now: float
+    broker: Broker,
+    source: Session,
+    target: Session,
+    envelope: Envelope,
+    frame: memoryview,
+    now: float,
 ) -> RoutingResult:
     """Put a frame into the target's outbox, or apply ``when_full``. CLOSE: no room."""
     rest = frame[HEADER.size + len(envelope.name) :]
@@ -104,9 +131,20 @@ def _deliver(
         pinned = "/" in envelope.name
         kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
         whole = joined(head, rest)
-        outbox.put(Queued(whole, receipt=wants_receipt, pinned=pinned, sender=source, kept=kept, deadline=deadline))
+        outbox.put(
+            Queued(
+                whole,
+                receipt=wants_receipt,
+                pinned=pinned,
+                sender=source,
+                kept=kept,
+                deadline=deadline,
+            )
+        )
     elif deadline is not None:
-        outbox.append_timed(Queued(joined(head, rest), receipt=wants_receipt, sender=source, deadline=deadline))
+        outbox.append_timed(
+            Queued(joined(head, rest), receipt=wants_receipt, sender=source, deadline=deadline)
+        )
     elif isinstance(rest.obj, LargeFrame):
         outbox.append(joined(head, rest))
     else:
@@ -158,7 +196,9 @@ def make_room(
         if source.hold_deadline is None:
             source.hold_deadline = now + broker.may_hold_for(target, now)
         if source.hold_deadline > now:
-            until = source.hold_deadline if deadline is None else min(deadline, source.hold_deadline)
+            until = (
+                source.hold_deadline if deadline is None else min(deadline, source.hold_deadline)
+            )
             return broker.hold(source, target, until)
         outbox.stalled = True
     elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
@@ -176,7 +216,9 @@ def make_room(
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:
     envelope = head(memoryview(queued.frame)[4:])
     broker.dropped += 1
-    broker.log_events.note("message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one")
+    broker.log_events.note(
+        "message.dropped", target, envelope.name, "drop_oldest", "it made room for a newer one"
+    )
     sender = _sender_of(broker, queued, envelope.name)
     if _is_over(queued, envelope, sender, target):
         return
@@ -199,7 +241,11 @@ def tell_expired(broker: Broker, target: Session, queued: Queued) -> None:
     if envelope.kind is Kind.REPLY or envelope.kind is Kind.ERROR:
         # The target is the requester: it receives this ERROR instead of the answer.
         broker.refuse(
-            target, envelope.id, ErrorCode.EXPIRED, f"the answer of {envelope.name}: {message}", envelope.name
+            target,
+            envelope.id,
+            ErrorCode.EXPIRED,
+            f"the answer of {envelope.name}: {message}",
+            envelope.name,
         )
     if sender is None or envelope.kind in (Kind.EVENT, Kind.ERROR):
         broker.dropped += 1
@@ -215,7 +261,9 @@ def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder:
     return sender.expiring.get((envelope.id, holder.address)) != queued.deadline
 
 
-def expire_request(broker: Broker, requester: Session, message_id: int, address: str, why: str = "") -> None:
+def expire_request(
+    broker: Broker, requester: Session, message_id: int, address: str, why: str = ""
+) -> None:
     """End a request whose ttl is over, and send its requester an ERROR."""
     responder = requester.outgoing_requests.get((message_id, address))
     if responder is not None:
@@ -274,7 +322,10 @@ def _give_up_oldest(broker: Broker, requester: Session) -> None:
     (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
     end_request(broker, requester, message_id, responder)
     config = requester.client.config
-    message = f"more than {config.requests} requests unanswered; this was the oldest (clients.{config.name}.requests)"
+    message = (
+        f"more than {config.requests} requests unanswered; this was the oldest"
+        f" (clients.{config.name}.requests)"
+    )
     broker.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
 
 
@@ -284,7 +335,11 @@ def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
     The rest of the frame is passed on untouched.
     """
     header = HEADER.pack(
-        envelope.kind, envelope.flags & ~_RECEIPT, envelope.codec, len(source.sender_header), envelope.id
+        envelope.kind,
+        envelope.flags & ~_RECEIPT,
+        envelope.codec,
+        len(source.sender_header),
+        envelope.id,
     )
     return b"".join((frame_prefix(size - 4), header, source.sender_header))
 
@@ -330,7 +385,11 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
     if _is_over(queued, envelope, sender, session):
         return
     other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
-    moves = other is not None and isinstance(other.outbox, FrameOutbox) and other.outbox.reserve(len(queued.frame))
+    moves = (
+        other is not None
+        and isinstance(other.outbox, FrameOutbox)
+        and other.outbox.reserve(len(queued.frame))
+    )
     if envelope.kind is Kind.REQUEST and sender is not None:
         end_request(broker, sender, envelope.id, session)
     if moves:
@@ -344,7 +403,13 @@ def return_to_sender(broker: Broker, session: Session, queued: Queued) -> None:
     elif sender is not None:
         to = session.address if queued.pinned else session.client.name
         broker.returned["reported"] += 1
-        broker.refuse(sender, envelope.id, ErrorCode.OFFLINE, f"{to} disconnected before it took the message", to)
+        broker.refuse(
+            sender,
+            envelope.id,
+            ErrorCode.OFFLINE,
+            f"{to} disconnected before it took the message",
+            to,
+        )
     else:
         broker.dropped += 1
         broker.returned["lost"] += 1

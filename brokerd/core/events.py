@@ -17,14 +17,31 @@ from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches
 from brokerd_client.errors import InvalidName
-from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, ErrorCode, Flag, Kind, check_topic, encode
+from brokerd_client.wire.envelope import (
+    BROKER,
+    HEADER,
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    check_topic,
+    encode,
+)
 from brokerd_client.wire.framing import frame as make_frame
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
 
-__all__ = ["Announcement", "Spread", "announce", "announce_presence", "go_on_publishing", "publish", "recipients"]
+__all__ = [
+    "Announcement",
+    "Spread",
+    "announce",
+    "announce_presence",
+    "go_on_publishing",
+    "publish",
+    "recipients",
+]
 
 #: Most outboxes in the fan-out cache of one publisher, summed over its topics.
 _REMEMBERED_OUTBOXES: Final = 16_384
@@ -41,7 +58,9 @@ _LOOKED_AT: Final = 256
 _RECEIPT: Final = int(Flag.RECEIPT)
 
 
-def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float) -> RoutingResult:
+def publish(
+    broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
+) -> RoutingResult:
     if envelope.name:
         return broker.malformed(source, envelope.id, "an EVENT names no recipient")
     try:
@@ -52,20 +71,25 @@ def publish(broker: Broker, source: Session, envelope: Envelope, frame: memoryvi
         message = f"{source.client.name} may not publish on {envelope.topic}"
         return broker.refuse_frame(source, envelope, ErrorCode.DENIED, message)
     if (broker.draining or source.parting) and not source.mute:
-        return broker.refuse_frame(source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down")
+        return broker.refuse_frame(
+            source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
+        )
     found = _find(broker, source, envelope.topic)
     if found is None:
         return RoutingResult.YIELD
     size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
     done = source.reached_by_event if source.reached_by_event is not None else {}
-    source.spread = Spread(found, choose(found, size, None, done), done, deadline_of(source, envelope))
+    source.spread = Spread(
+        found, choose(found, size, None, done), done, deadline_of(source, envelope)
+    )
     return go_on_publishing(broker, source, envelope, frame, now)
 
 
 class Spread:
     """An event on its way to its subscribers.
 
-    found: all subscribers. rest: the subscribers still to be served; None for a step that
+    found: all subscribers. rest: the subscribers still to be served; None for a step
+    that
         serves none of them.
     done: the subscribers that have been chosen. waiting: the subscriber to try again.
     deadline: when its ttl is over, or None. whole: the frame, once it is built.
@@ -122,7 +146,9 @@ def go_on_publishing(
     return RoutingResult.CONSUMED
 
 
-def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> RoutingResult:
+def _give(
+    broker: Broker, source: Session, target: Session, spread: Spread, now: float
+) -> RoutingResult:
     """Put an event into a subscriber's outbox, or skip it. FLUSH, YIELD: try again."""
     whole, outbox = spread.whole, target.outbox
     assert whole is not None
@@ -165,7 +191,9 @@ def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches
         # All publishers share one tuple. A thousand publishers on a thousand topics
         # would have a million otherwise.
         outboxes = tuple(target.outbox for target in found.everyone)
-        found.fanout = outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+        found.fanout = (
+            outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+        )
     fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
     if fanout:
         if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
@@ -178,9 +206,9 @@ def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches
 class Announcement:
     """An event of the broker's own that is to be published.
 
-    about: a client name, or None; subscribers that may not send to that client are skipped.
-    client, online, since: the presence that is visible once the event is published.
-    done: the subscribers that have received it.
+    about: a client name, or None; subscribers that may not send to that client are
+    skipped. client, online, since: the presence that is visible once the event is
+    published. done: the subscribers that have received it.
     """
 
     __slots__ = ("about", "client", "done", "online", "payload", "since", "topic")
@@ -230,14 +258,18 @@ def _tell(broker: Broker, target: Session, whole: bytes) -> None:
 
 
 def recipients(
-    broker: Broker, topic: str, size: int, about: str | None = None, done: dict[Session, None] | None = None
+    broker: Broker,
+    topic: str,
+    size: int,
+    about: str | None = None,
+    done: dict[Session, None] | None = None,
 ) -> Iterator[Session | None]:
     """Yield the sessions that get an event of the broker's own on ``topic``.
 
     It yields None after each portion of work.
 
-    about: a client name, or None; sessions that may not send to that client are skipped.
-    done: the sessions that have the event; the sessions yielded are added.
+    about: a client name, or None; sessions that may not send to that client are
+    skipped. done: the sessions that have the event; the sessions yielded are added.
     """
     # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
@@ -263,7 +295,9 @@ def choose(
     None stands for work that found no session. about, done: as for ``recipients``.
     """
     for target in found.everyone:
-        if target not in done and (about is None or target.client.policy.sending(about) is not None):
+        if target not in done and (
+            about is None or target.client.policy.sending(about) is not None
+        ):
             done[target] = None
             yield target
         else:
@@ -286,13 +320,17 @@ def choose(
         yield chosen
 
 
-def _member(found: Matches[Session], group: str, turn: int, size: int, about: str | None) -> tuple[Session | None, int]:
+def _member(
+    found: Matches[Session], group: str, turn: int, size: int, about: str | None
+) -> tuple[Session | None, int]:
     """Return (the member of a group that gets the event, or None; members examined)."""
     ordered = found.members_of(group)
     start = turn % len(ordered)
     best, least = None, (True, True, 0)
     looked_at = 0
-    for member in itertools.chain(itertools.islice(ordered, start, None), itertools.islice(ordered, start)):
+    for member in itertools.chain(
+        itertools.islice(ordered, start, None), itertools.islice(ordered, start)
+    ):
         looked_at += 1
         if member in found.left or not member.open:
             continue

@@ -79,8 +79,8 @@ class Client(RouteEntry):
 
         A session that reads comes first, then the fewest bytes waiting, then the
         session that was picked longest ago. A growing load is not noticed at once, so a
-        rank may be too low. It is corrected when it comes first. A shrinking load is reported to
-        ``eased``, so that no rank is too high.
+        rank may be too low. It is corrected when it comes first. A shrinking load is
+        reported to ``eased``, so that no rank is too high.
         """
         sessions = self.sessions
         if len(sessions) <= 1:
@@ -179,7 +179,9 @@ class Exchange:
     """All configured clients."""
 
     def __init__(self, configs: Iterable[ClientConfig] = (), now_wall: float = 0.0) -> None:
-        self.clients: dict[str, Client] = {config.name: Client(config, now_wall) for config in configs}
+        self.clients: dict[str, Client] = {
+            config.name: Client(config, now_wall) for config in configs
+        }
 
     def resolve(self, name: str) -> Client | None:
         """Return the configured client of that name, or None."""

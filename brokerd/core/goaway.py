@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from brokerd.core.delivery import forget_requests
 from brokerd.core.events import recipients
-from brokerd_client.wire.envelope import BROKER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
+from brokerd_client.wire.envelope import (
+    BROKER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Kind,
+    encode,
+    error_payload,
+)
 from brokerd_client.wire.framing import frame as make_frame
 
 if TYPE_CHECKING:
@@ -37,7 +45,9 @@ __all__ = [
 
 #: The topic of the event that announces the end of the connection.
 DRAINING: Final = "$broker.draining"
-_EVENT: Final = make_frame(encode(Envelope(Kind.EVENT, 0, BROKER, b"{}", codec=CodecId.JSON, topic=DRAINING)))
+_EVENT: Final = make_frame(
+    encode(Envelope(Kind.EVENT, 0, BROKER, b"{}", codec=CodecId.JSON, topic=DRAINING))
+)
 
 #: Sessions for which a session's frames may wait, each with its outbox and a number of
 #: bytes. Once the outbox has written that many bytes in all, none of those frames waits

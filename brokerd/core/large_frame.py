@@ -45,9 +45,9 @@ class LargeFrame(bytearray):
         """Return a view of where the next bytes go, at most ``most`` of them.
 
         The view must be released before the next call. The buffer grows with the bytes
-        received, not with the length announced. A peer that sends little therefore costs
-        little memory. The buffer doubles each time. So no byte is moved more than once on
-        average, should the memory behind the buffer be in use.
+        received, not with the length announced. A peer that sends little therefore
+        costs little memory. The buffer doubles each time. So no byte is moved more than
+        once on average, should the memory behind the buffer be in use.
         """
         if self.filled == len(self):
             missing = min(max(len(self), _STEP), self.end - self.filled)

@@ -22,9 +22,9 @@ MOST: Final = 256
 class LogEvent(NamedTuple):
     """An event for the log that happened once or several times.
 
-    event: its name in the log.
-    session: the session that caused it, or whose queue it is about.
-    other: the name, address or topic at the other side. It is "" if there is none, or if
+    event: its name in the log. session: the session that caused it, or whose queue it
+    is about. other: the name, address or topic at the other side. It is "" if there is
+    none, or if
         too many events were noted.
     code: the reason for programs.
     reason: the reason for people, as it was noted first.
@@ -51,7 +51,9 @@ class LogEvents:
     def __bool__(self) -> bool:
         return bool(self._noted)
 
-    def note(self, event: str, session: Session, other: str = "", code: str = "", reason: str = "") -> None:
+    def note(
+        self, event: str, session: Session, other: str = "", code: str = "", reason: str = ""
+    ) -> None:
         """Note an event, or count it if it is noted already."""
         noted = self._noted
         key = (event, session, other, code)

@@ -81,13 +81,19 @@ def serve(broker: Broker, source: Session, request: Envelope, payload: bytes) ->
         operation = _OPEN.get(op)
         if operation is None and op in _ADMIN:
             if not source.client.policy.admin:
-                raise _Refusal(ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER)
+                raise _Refusal(
+                    ErrorCode.DENIED, f"the operation {op} is for clients with admin: true", BROKER
+                )
             operation = _ADMIN[op]
             whom = arguments.get("address")
-            broker.log_events.note("admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op)
+            broker.log_events.note(
+                "admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op
+            )
         if operation is None:
             known = ", ".join(sorted((*_OPEN, *_ADMIN)))
-            raise _Refusal(ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER)
+            raise _Refusal(
+                ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER
+            )
         reply = operation(broker, source, request.id, arguments)
     except _Refusal as refusal:
         broker.refuse(source, request.id, refusal.code, str(refusal), refusal.name)
@@ -114,10 +120,14 @@ def _read(payload: bytes) -> tuple[str, _Arguments]:
         arguments = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise _Refusal(
-            ErrorCode.UNSUPPORTED, "an operation is a JSON object with an op; this is no JSON", BROKER
+            ErrorCode.UNSUPPORTED,
+            "an operation is a JSON object with an op; this is no JSON",
+            BROKER,
         ) from error
     if not isinstance(arguments, dict) or not isinstance(arguments.get("op"), str):
-        raise _Refusal(ErrorCode.UNSUPPORTED, 'an operation is a JSON object such as {"op": "whoami"}', BROKER)
+        raise _Refusal(
+            ErrorCode.UNSUPPORTED, 'an operation is a JSON object such as {"op": "whoami"}', BROKER
+        )
     return arguments.pop("op"), arguments
 
 
@@ -176,7 +186,9 @@ def _ask(op: str) -> _Operation:
     return ask
 
 
-def _in_pieces(name: str, entries: Iterable[_Arguments | None], each: int) -> Generator[None, None, bytes]:
+def _in_pieces(
+    name: str, entries: Iterable[_Arguments | None], each: int
+) -> Generator[None, None, bytes]:
     """Return a JSON object with one list of the entries that are not None.
 
     It yields after every ``each`` entries.
@@ -199,9 +211,11 @@ def _in_pieces(name: str, entries: Iterable[_Arguments | None], each: int) -> Ge
 def _clients(broker: Broker, source: Session) -> Generator[None, None, bytes]:
     may_see = source.client.policy.sending
     entries = (
-        {"name": client.name, "online": client.shown_online, "since": client.shown_since}
-        if source.open and may_see(client.name) is not None
-        else None
+        (
+            {"name": client.name, "online": client.shown_online, "since": client.shown_since}
+            if source.open and may_see(client.name) is not None
+            else None
+        )
         for client in list(broker.exchange.clients.values())
     )
     return _in_pieces("clients", entries, _CLIENTS)
@@ -219,22 +233,34 @@ def _subscription(broker: Broker, arguments: _Arguments) -> tuple[str, str | Non
     return topic, group
 
 
-def _subscribe(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
+def _subscribe(
+    broker: Broker, source: Session, message_id: int, arguments: _Arguments
+) -> _Arguments:
     topic, group = _subscription(broker, arguments)
     if source.retired:
         raise _Refusal(ErrorCode.SHUTTING_DOWN, "the broker closes this connection", BROKER)
     if source.client.policy.subscribing(topic) is None:
-        raise _Refusal(ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER)
+        raise _Refusal(
+            ErrorCode.DENIED, f"{source.client.name} may not subscribe to {topic}", BROKER
+        )
     config = source.client.config
-    if len(source.subscriptions) >= config.subscriptions and (topic, group) not in source.subscriptions:
-        message = f"no more than {config.subscriptions} subscriptions (clients.{config.name}.subscriptions)"
+    if (
+        len(source.subscriptions) >= config.subscriptions
+        and (topic, group) not in source.subscriptions
+    ):
+        message = (
+            f"no more than {config.subscriptions} subscriptions"
+            f" (clients.{config.name}.subscriptions)"
+        )
         raise _Refusal(ErrorCode.FULL, message, BROKER)
     broker.topics.add(topic, source, group)
     source.subscriptions.add((topic, group))
     return {"topic": topic, "group": group}
 
 
-def _unsubscribe(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
+def _unsubscribe(
+    broker: Broker, source: Session, message_id: int, arguments: _Arguments
+) -> _Arguments:
     topic, group = _subscription(broker, arguments)
     broker.topics.discard(topic, source, group)
     source.subscriptions.discard((topic, group))
@@ -338,7 +364,9 @@ def _connections(broker: Broker, source: Session) -> Generator[None, None, bytes
     return _in_pieces("connections", entries, _CONNECTIONS)
 
 
-def _disconnect(broker: Broker, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
+def _disconnect(
+    broker: Broker, source: Session, message_id: int, arguments: _Arguments
+) -> _Arguments:
     address = _text(arguments, "address")
     name, instance = split_address(address)
     session = broker.exchange.find(address)
@@ -367,7 +395,12 @@ def _can(broker: Broker, source: Session, message_id: int, arguments: _Arguments
     if verb == "send":
         rule, rules = policy.sending(target.partition("/")[0]), client.config.send_to
         if rule is not None and broker.exchange.resolve(target.partition("/")[0]) is None:
-            return {"allowed": False, "rule": None, "where": None, "why": f"there is no client {target}"}
+            return {
+                "allowed": False,
+                "rule": None,
+                "where": None,
+                "why": f"there is no client {target}",
+            }
     elif verb == "publish":
         rule, rules = policy.publishing(target), client.config.publish
     elif verb == "subscribe":
@@ -375,10 +408,20 @@ def _can(broker: Broker, source: Session, message_id: int, arguments: _Arguments
     else:
         raise _Refusal(ErrorCode.UNSUPPORTED, "verb is send, publish or subscribe", BROKER)
     if rule is not None:
-        return {"allowed": True, "rule": rule.pattern, "where": _where(rule), "why": f"{rule.pattern} allows it"}
+        return {
+            "allowed": True,
+            "rule": rule.pattern,
+            "where": _where(rule),
+            "why": f"{rule.pattern} allows it",
+        }
     given = ", ".join(each.pattern for each in rules) or "nothing"
     where = _where(rules[0]) if rules else None
-    return {"allowed": False, "rule": None, "where": where, "why": f"none of its rules matches: {given}"}
+    return {
+        "allowed": False,
+        "rule": None,
+        "where": where,
+        "why": f"none of its rules matches: {given}",
+    }
 
 
 def _where(rule: Rule) -> str:

@@ -39,9 +39,9 @@ _PIECES: Final = 512
 class StreamOutbox(WriteBuffer):
     """A byte stream in chunks; the routing loop writes into the last, ``content``.
 
-    limit: bytes that may wait: the queue quota.
-    blocked: whether the system took less than was offered; the network layer sets it.
-    stalled: whether senders were held for the longest time allowed; cleared when half of
+    limit: bytes that may wait: the queue quota. blocked: whether the system took less
+    than was offered; the network layer sets it. stalled: whether senders were held for
+    the longest time allowed; cleared when half of
         the queue is free.
     timed: number of waiting frames with a ttl.
     """
@@ -182,7 +182,11 @@ class StreamOutbox(WriteBuffer):
         for number, queued in itertools.islice(self._timed, _PIECES):
             if number - first >= _PIECES:
                 break
-            if queued.deadline is not None and queued.deadline <= self._as_of and (number > first or not self._head):
+            if (
+                queued.deadline is not None
+                and queued.deadline <= self._as_of
+                and (number > first or not self._head)
+            ):
                 return number - first
         return _PIECES
 
@@ -192,7 +196,11 @@ class StreamOutbox(WriteBuffer):
         expired: list[Queued] = []
         while self._timed and not self._head and len(expired) < most:
             number, queued = self._timed[0]
-            if number != self._closed - len(self._older) or queued.deadline is None or queued.deadline > now:
+            if (
+                number != self._closed - len(self._older)
+                or queued.deadline is None
+                or queued.deadline > now
+            ):
                 break
             self._forget_first()
             expired.append(queued)
@@ -288,7 +296,9 @@ class StreamOutbox(WriteBuffer):
         timed = dict(self.timed_frames())
         chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
         self._taken += self._older_bytes + len(self.content)
-        frames = cut(chunks, self._head, self._taken - self._older_bytes - len(self.content), self._left)
+        frames = cut(
+            chunks, self._head, self._taken - self._older_bytes - len(self.content), self._left
+        )
         self._left = {}
         self._older.clear()
         self._ends.clear()

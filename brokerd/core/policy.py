@@ -25,7 +25,9 @@ class Policy:
 
     def __init__(self, config: ClientConfig) -> None:
         self.admin = config.admin
-        self._send_to = tuple((rule, re.compile(translate(rule.pattern)).match) for rule in config.send_to)
+        self._send_to = tuple(
+            (rule, re.compile(translate(rule.pattern)).match) for rule in config.send_to
+        )
         self._everyone = next((rule for rule in config.send_to if rule.pattern == "*"), None)
         self._publish = config.publish
         self._subscribe = config.subscribe
@@ -41,7 +43,11 @@ class Policy:
 
         No rule allows topics that begin with ``$``.
         """
-        return None if topic.startswith("$") else _first(self._publish, lambda rule: matches(rule, topic))
+        return (
+            None
+            if topic.startswith("$")
+            else _first(self._publish, lambda rule: matches(rule, topic))
+        )
 
     def subscribing(self, pattern: str) -> Rule | None:
         """Return the rule that allows the whole of ``pattern``, or None."""

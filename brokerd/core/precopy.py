@@ -1,10 +1,12 @@
-"""State that is copied before the handover: queued frames of pools, subscriptions, idle sessions.
+"""State that is copied before the handover: queued frames of pools, subscriptions, idle
+sessions.
 
 The old process copies them in blocks while it serves. The new process checks them and
 creates objects from them meanwhile. Frames that have left a queue since then are left
-out. Frames that have been added since then are captured with the rest. So little is left
-to do while nothing is served. A frame is identified by its number in its queue, because
-frames leave a queue at the front only. Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
+out. Frames that have been added since then are captured with the rest. So little is
+left to do while nothing is served. A frame is identified by its number in its queue,
+because frames leave a queue at the front only. Source of the form: FORMAT of
+:mod:`brokerd.upgrade.channel`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
 
-__all__ = ["KEPT", "ORPHANED", "PINNED", "RECEIPT", "Block", "CopiedQueue", "Copier", "Copies", "flags_of"]
+__all__ = [
+    "KEPT",
+    "ORPHANED",
+    "PINNED",
+    "RECEIPT",
+    "Block",
+    "CopiedQueue",
+    "Copier",
+    "Copies",
+    "flags_of",
+]
 
 #: The flags of a frame, as bits.
 RECEIPT: Final = 1
@@ -37,13 +49,14 @@ KEPT: Final = 8
 _FRAMES: Final = 1000
 _BYTES: Final = 1024 * 1024
 _SUBSCRIPTIONS: Final = 250
-#: Default of ``few`` of Copier: the fewest frames or subscriptions per session that are copied.
+#: Default of ``few`` of Copier: the fewest frames or subscriptions per session that are
+#: copied.
 _FEW: Final = 100
 #: Stands for the number of the sender in a frame without a sender.
 _NOBODY: Final = -1
 
-#: The state of an idle session that is captured and may change. Its subscriptions change only with
-#: a message or by becoming fewer.
+#: The state of an idle session that is captured and may change. Its subscriptions
+#: change only with a message or by becoming fewer.
 _STATE: Final = attrgetter(
     "client",
     "address",
@@ -95,7 +108,9 @@ def flags_of(queued: Queued) -> int:
     sender = queued.sender
     # Of a sender that has gone, only this fact is ever used.
     orphaned = queued.orphaned or (sender is not None and not sender.open)
-    return queued.receipt * RECEIPT | queued.pinned * PINNED | orphaned * ORPHANED | queued.kept * KEPT
+    return (
+        queued.receipt * RECEIPT | queued.pinned * PINNED | orphaned * ORPHANED | queued.kept * KEPT
+    )
 
 
 def _state(session: Session) -> tuple[object, ...]:
@@ -103,21 +118,25 @@ def _state(session: Session) -> tuple[object, ...]:
 
 
 class Copier:
-    """A copy of a broker's state in progress: its blocks, and the record of copied parts.
+    """A copy of a broker's state in progress: its blocks, and the record of copied
+    parts.
 
-    few: fewer frames or subscriptions of one session than this are captured with the rest.
-    subscriptions: the copied subscriptions of each session, which may have ended since.
+    few: fewer frames or subscriptions of one session than this are captured with the
+    rest. subscriptions: the copied subscriptions of each session, which may have ended
+    since.
     """
 
     def __init__(self, broker: Broker, few: int = _FEW) -> None:
         self._broker = broker
         self._few = few
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
-        #: By session: how many messages it had sent when copying its subscriptions began.
+        #: By session: how many messages it had sent when copying its subscriptions
+        #: began.
         self._unchanged: dict[Session, int] = {}
         #: By queue: the number after that of the last copied frame.
         self._copied_to: dict[FrameOutbox, int] = {}
-        #: The idle sessions that have been copied, and their clients, with their state then.
+        #: The idle sessions that have been copied, and their clients, with their state
+        #: then.
         self._idle: dict[Session, tuple[object, ...]] = {}
         self._clients: dict[Client, tuple[object, ...]] = {}
 
@@ -126,30 +145,42 @@ class Copier:
         return session.open and session.reached_by_event is None and not any(_BUSY(session))
 
     def note_idle(self, session: Session) -> None:
-        """Record that an idle session is copied as it is now, with its client and subscriptions."""
+        """Record that an idle session is copied as it is now, with its client and
+        subscriptions.
+        """
         self._idle[session] = _state(session)
         self._clients[session.client] = _SHOWN(session.client)
         if session.subscriptions or session in self.subscriptions:
             self.subscriptions[session] = set(session.subscriptions)
 
     def forget_idle(self, session: Session) -> None:
-        """Record that the session's connection is no longer as it was when it was copied."""
+        """Record that the session's connection is no longer as it was when it was
+        copied.
+        """
         self._idle.pop(session, None)
 
     def is_as_copied(self, session: Session) -> bool:
         """Return whether the session has been copied and has not changed since then."""
         state = self._idle.get(session)
-        if state is None or session.incoming_requests or session.outgoing_requests or session.expiring:
+        if (
+            state is None
+            or session.incoming_requests
+            or session.outgoing_requests
+            or session.expiring
+        ):
             return False
         return state == _state(session) and session.open and not session.outbox.waiting
 
     def is_shown_as_copied(self, client: Client) -> bool | None:
-        """Return whether the client is unchanged since it was copied; None if it was not copied."""
+        """Return whether the client is unchanged since it was copied; None if it was
+        not copied.
+        """
         shown = self._clients.get(client)
         return None if shown is None else client.meter is None and shown == _SHOWN(client)
 
     def blocks(self, now: float) -> Iterator[Block]:
-        """Yield the state that has not been copied yet; it may change between two blocks.
+        """Yield the state that has not been copied yet; it may change between two
+        blocks.
 
         now: the approximate time.
         """
@@ -157,15 +188,23 @@ class Copier:
             yield from self._subscriptions_of(session)
             yield from self._queue_of(session, now)
 
-    def changes(self, session: Session) -> tuple[set[tuple[str, str | None]], set[tuple[str, str | None]]]:
-        """Return the subscriptions not copied yet, and the copied subscriptions that have ended."""
+    def changes(
+        self, session: Session
+    ) -> tuple[set[tuple[str, str | None]], set[tuple[str, str | None]]]:
+        """Return the subscriptions not copied yet, and the copied subscriptions that
+        have ended.
+        """
         copied = self.subscriptions.get(session, set())
-        if self._unchanged.get(session) == session.messages_in and len(copied) == len(session.subscriptions):
+        if self._unchanged.get(session) == session.messages_in and len(copied) == len(
+            session.subscriptions
+        ):
             return set(), set()
         return session.subscriptions - copied, copied - session.subscriptions
 
     def copied(self, session: Session) -> tuple[int, int]:
-        """Return the number of the queue's first frame, and how many copied frames begin there."""
+        """Return the number of the queue's first frame, and how many copied frames
+        begin there.
+        """
         outbox = session.outbox
         assert isinstance(outbox, FrameOutbox)
         first = outbox.plain_gone
@@ -176,11 +215,19 @@ class Copier:
         many = len(session.subscriptions) - len(copied) >= self._few
         if many and not copied:
             self._unchanged[session] = session.messages_in
-        # The difference of two sets with 250,000 elements takes as long as a frame may take.
-        rest = iter(list(session.subscriptions - copied if copied else session.subscriptions) if many else [])
+        # The difference of two sets with 250,000 elements takes as long as a frame may
+        # take.
+        rest = iter(
+            list(session.subscriptions - copied if copied else session.subscriptions)
+            if many
+            else []
+        )
         while session.open and (block := list(islice(rest, _SUBSCRIPTIONS))):
             self.subscriptions.setdefault(session, copied).update(block)
-            yield {"session": session.number, "name": session.client.name, "subscriptions": block}, []
+            yield (
+                {"session": session.number, "name": session.client.name, "subscriptions": block},
+                [],
+            )
 
     def _queue_of(self, session: Session, now: float) -> Iterator[Block]:
         while session.open and isinstance(session.outbox, FrameOutbox):
@@ -203,8 +250,12 @@ class Copier:
 def _block(session: Session, first: int, frames: list[Queued], now: float) -> Block:
     sizes = array("Q", [len(queued.frame) for queued in frames])
     flags = bytes([flags_of(queued) for queued in frames])
-    senders = array("q", [_NOBODY if queued.sender is None else queued.sender.number for queued in frames])
-    deadlines = array("d", [math.inf if queued.deadline is None else queued.deadline - now for queued in frames])
+    senders = array(
+        "q", [_NOBODY if queued.sender is None else queued.sender.number for queued in frames]
+    )
+    deadlines = array(
+        "d", [math.inf if queued.deadline is None else queued.deadline - now for queued in frames]
+    )
     facts = {"session": session.number, "first": first, "frames": len(frames)}
     index = [sizes.tobytes(), flags, senders.tobytes(), deadlines.tobytes()]
     return facts, [*index, b"".join([queued.frame for queued in frames])]
@@ -213,8 +264,8 @@ def _block(session: Session, first: int, frames: list[Queued], now: float) -> Bl
 class CopiedQueue:
     """The copied frames of one queue.
 
-    plain: the frames. first, end: the number of the first frame, and that after the last.
-    size, timed: the bytes of the frames, and how many of the frames have a ttl.
+    plain: the frames. first, end: the number of the first frame, and that after the
+    last. size, timed: the bytes of the frames, and how many of the frames have a ttl.
     """
 
     def __init__(self, first: int) -> None:
@@ -239,7 +290,8 @@ class CopiedQueue:
 
 
 class Copies:
-    """The copied state, checked and turned into objects, for a broker that is still empty.
+    """The copied state, checked and turned into objects, for a broker that is still
+    empty.
 
     A session that is referred to before it is restored exists as an empty object.
     """
@@ -249,11 +301,12 @@ class Copies:
         self._sessions: dict[int, Session] = {}
         self._queues: dict[int, CopiedQueue] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
-        #: The facts of idle sessions and of their outboxes, by the session's number; and the
-        #: names of the copied clients.
+        #: The facts of idle sessions and of their outboxes, by the session's number;
+        #: and the names of the copied clients.
         self.idle: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.clients: set[str] = set()
-        #: The numbers of the idle sessions that exist already, as their names are known here.
+        #: The numbers of the idle sessions that exist already, as their names are known
+        #: here.
         self.made: set[int] = set()
 
     def add(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
@@ -277,17 +330,24 @@ class Copies:
         return self._sessions.pop(number, None) or Session.__new__(Session)
 
     def take_queue(self, number: int, first: int, count: int) -> CopiedQueue:
-        """Remove and return the ``count`` copied frames from ``first`` on. Raises BadSnapshot."""
+        """Remove and return the ``count`` copied frames from ``first`` on.
+
+        Raises BadSnapshot.
+        """
         queue = self._queues.pop(number, None) or CopiedQueue(first)
         if not queue.first <= first <= first + count == queue.end:
-            raise BadSnapshot(f"{count} frames of a queue are wanted from {first} on, and other ones were copied")
+            raise BadSnapshot(
+                f"{count} frames of a queue are wanted from {first} on, and other ones were copied"
+            )
         queue.drop(first - queue.first)
         return queue
 
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
     ) -> set[tuple[str, str | None]]:
-        """End the copied subscriptions in ``ended``; remove and return the rest, in force."""
+        """End the copied subscriptions in ``ended``; remove and return the rest, in
+        force.
+        """
         kept = self._subscriptions.pop(number, set())
         for pattern, group in ended:
             if (pattern, group) in kept:
@@ -322,7 +382,11 @@ class Copies:
         client = self._broker.exchange.resolve(facts["name"])
         there = self._subscriptions.setdefault(number, set())
         for pattern, group in facts["subscriptions"]:
-            if client is not None and (pattern, group) not in there and client.policy.subscribing(pattern) is not None:
+            if (
+                client is not None
+                and (pattern, group) not in there
+                and client.policy.subscribing(pattern) is not None
+            ):
                 self._broker.topics.add(pattern, self.session(number), group)
                 there.add((pattern, group))
 

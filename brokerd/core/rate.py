@@ -29,7 +29,9 @@ class Bucket:
     def refill(self, now: float) -> None:
         """Add the tokens gained since the last call."""
         if self._at is not None and now > self._at:
-            self._tokens = min(max(1.0, self._per_second), self._tokens + (now - self._at) * self._per_second)
+            self._tokens = min(
+                max(1.0, self._per_second), self._tokens + (now - self._at) * self._per_second
+            )
         self._at = now
 
     def has(self, amount: float) -> bool:
@@ -71,7 +73,10 @@ class Meter:
 
     def levels(self, now: float) -> list[float | None]:
         """Return the messages and the bytes that may be sent now; None for no limit."""
-        return [None if bucket is None else bucket.level(now) for bucket in (self._messages, self._bytes)]
+        return [
+            None if bucket is None else bucket.level(now)
+            for bucket in (self._messages, self._bytes)
+        ]
 
     def fill_to(self, levels: list[float | None], now: float) -> None:
         """Set both levels to those of another meter of the same rate."""
@@ -81,7 +86,11 @@ class Meter:
 
     def allows(self, size: int, now: float) -> bool:
         """Return whether a message of ``size`` bytes may pass now; if so, count it."""
-        wanted = [(bucket, amount) for bucket, amount in ((self._messages, 1), (self._bytes, size)) if bucket]
+        wanted = [
+            (bucket, amount)
+            for bucket, amount in ((self._messages, 1), (self._bytes, size))
+            if bucket
+        ]
         for bucket, _ in wanted:
             bucket.refill(now)
         if not all(bucket.has(amount) for bucket, amount in wanted):

@@ -1,9 +1,9 @@
 """The end of subscriptions that new rules forbid, checked a few at a time.
 
 One connection may have ten thousand subscriptions. Checking those of ten connections at
-once would delay all clients for seconds. From the moment new rules apply, a look-up finds
-no subscription under a pattern that they forbid. Only its removal is left to be done.
-Source of the rules: docs/configuration.md, "clients".
+once would delay all clients for seconds. From the moment new rules apply, a look-up
+finds no subscription under a pattern that they forbid. Only its removal is left to be
+done. Source of the rules: docs/configuration.md, "clients".
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ __all__ = ["Revocation"]
 class Revocation:
     """The sessions whose subscriptions are being checked.
 
-    on_ended: called for each subscription that the rules forbid, with session, pattern and
-    group.
+    on_ended: called for each subscription that the rules forbid, with session, pattern
+    and group.
     """
 
-    def __init__(self, topics: Topics[Session], on_ended: Callable[[Session, str, str | None], None]) -> None:
+    def __init__(
+        self, topics: Topics[Session], on_ended: Callable[[Session, str, str | None], None]
+    ) -> None:
         self._topics = topics
         self._on_ended = on_ended
-        #: The sessions in their order, each with its unchecked subscriptions; None where
-        #: checking has not begun.
+        #: The sessions in their order, each with its unchecked subscriptions; None
+        #: where checking has not begun.
         self._rest: dict[Session, list[tuple[str, str | None]] | None] = {}
 
     def __len__(self) -> int:
@@ -46,7 +48,9 @@ class Revocation:
             self._rest[session] = None
 
     def finish(self, session: Session) -> None:
-        """Check the rest of a session's subscriptions at once: its rules are about to change."""
+        """Check the rest of a session's subscriptions at once: its rules are about to
+        change.
+        """
         if session in self._rest:
             self._go_on(session, sys.maxsize)
             self._end(session)
@@ -65,7 +69,9 @@ class Revocation:
         self._topics.free(session)
 
     def _go_on(self, session: Session, count: int) -> int:
-        """Check up to ``count`` subscriptions of a session; return how many were checked."""
+        """Check up to ``count`` subscriptions of a session; return how many were
+        checked.
+        """
         rest = self._rest[session]
         if rest is None:
             rest = self._rest[session] = list(session.subscriptions)
@@ -73,7 +79,9 @@ class Revocation:
         del rest[-count:]
         for pattern, group in some:
             # The subscription may have ended since then, and the whole session with it.
-            if (pattern, group) in session.subscriptions and session.client.policy.subscribing(pattern) is None:
+            if (pattern, group) in session.subscriptions and session.client.policy.subscribing(
+                pattern
+            ) is None:
                 self._topics.prune(pattern, session, group)
                 session.subscriptions.discard((pattern, group))
                 self._on_ended(session, pattern, group)

@@ -45,7 +45,8 @@ class Session:
     allowance: how long it may hold senders; None if it has never held any.
     waiters: sessions held because this one's queue is full, in order of arrival.
 
-    incoming_requests: the requester of each request delivered here and not answered yet,
+    incoming_requests: the requester of each request delivered here and not answered
+    yet,
         by (requester's address, id).
     outgoing_requests: the responder of each of its own requests not answered yet, by
         (id, responder's address).
@@ -53,17 +54,17 @@ class Session:
     spread: its event that is still on its way to many subscribers, or None.
     reached_by_event: the subscribers that have been chosen for that event so far.
     routes, fanouts: the routing loop's caches of recipients and topics: see ``caches``.
-    widest: outboxes in the largest fan-out in that cache.
-    rank: its rank among the connections of its pool: see Client.pick.
-    number, closed_number: its positions in the order of all attaches and detaches.
-    recipients: the clients that it has sent frames for which the broker may owe a report.
+    widest: outboxes in the largest fan-out in that cache. rank: its rank among the
+    connections of its pool: see Client.pick. number, closed_number: its positions in
+    the order of all attaches and detaches. recipients: the clients that it has sent
+    frames for which the broker may owe a report.
 
-    goaway: whether it has asked for a notice before the broker closes it.
-    told: whether that notice has been sent.
-    parting: whether its new messages are refused because its connection is about to end.
-    finishing: the id of its request ``finished``, or None. finished: it has been answered.
-    marks, marked_at: see :func:`brokerd.core.goaway.has_finished`.
-    retired: whether it receives no more deliveries. mute: the broker sends it nothing.
+    goaway: whether it has asked for a notice before the broker closes it. told: whether
+    that notice has been sent. parting: whether its new messages are refused because its
+    connection is about to end. finishing: the id of its request ``finished``, or None.
+    finished: it has been answered. marks, marked_at: see
+    :func:`brokerd.core.goaway.has_finished`. retired: whether it receives no more
+    deliveries. mute: the broker sends it nothing.
     """
 
     __slots__ = (
@@ -116,7 +117,9 @@ class Session:
         "widest",
     )
 
-    def __init__(self, client: Client, instance: str, *, peer: str, since: float, connection: Any = None) -> None:
+    def __init__(
+        self, client: Client, instance: str, *, peer: str, since: float, connection: Any = None
+    ) -> None:
         config = client.config
         self.client = client
         self.instance = instance
@@ -163,7 +166,9 @@ class Session:
         self.bytes_in = 0
         self.errors_in = 0
 
-    def caches(self, broker: Broker) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
+    def caches(
+        self, broker: Broker
+    ) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
         """Return the routing loop's caches, emptied where they are stale.
 
         They are the route entry of each recipient, and the outboxes of each topic.
@@ -198,7 +203,11 @@ class Session:
         """Replace an empty outbox by one of the kind that a changed entry needs."""
         old, self.outbox = self.outbox, new_outbox(self.client.config)
         self.outbox.owner = self
-        self.outbox.frames, self.outbox.size, self.outbox.touched = old.frames, old.size, old.touched
+        self.outbox.frames, self.outbox.size, self.outbox.touched = (
+            old.frames,
+            old.size,
+            old.touched,
+        )
 
     def __repr__(self) -> str:
         return f"<Session {self.address} from {self.peer}>"

@@ -53,7 +53,9 @@ def handle_slow_path(
         if end < named:
             return position, RoutingResult.CONSUMED
         name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
-        result = broker.too_large(source, kind, message_id, name if is_address(name) else "", payload)
+        result = broker.too_large(
+            source, kind, message_id, name if is_address(name) else "", payload
+        )
         if result is not RoutingResult.CONSUMED:
             return position, result
         position = min(stop, end)

@@ -2,12 +2,12 @@
 
 A new process takes over with it from an old process. It contains names, counters,
 subscriptions, unanswered requests, held senders and every queued byte. Nothing here
-touches a connection or makes a decision. The captured facts fit into JSON. The bytes are
-in ``pieces``, in the order in which ``restore`` takes them.
+touches a connection or makes a decision. The captured facts fit into JSON. The bytes
+are in ``pieces``, in the order in which ``restore`` takes them.
 
 The rules are those of a reload: restoring under another configuration does what
-:meth:`Broker.reconfigure` would. The form is FORMAT of :mod:`brokerd.upgrade.channel`; a
-change here needs a change there.
+:meth:`Broker.reconfigure` would. The form is FORMAT of :mod:`brokerd.upgrade.channel`;
+a change here needs a change there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from brokerd.core.session import Session
 from brokerd.core.snapshot_check import BadSnapshot, check, check_frames, check_idle
 from brokerd.core.undelivered import Unsent
 
-__all__ = ["BadSnapshot", "Facts", "Pieces", "Snapshot", "capture", "capture_idle", "restore", "restore_idle"]
+__all__ = [
+    "BadSnapshot",
+    "Facts",
+    "Pieces",
+    "Snapshot",
+    "capture",
+    "capture_idle",
+    "restore",
+    "restore_idle",
+]
 
 Facts: TypeAlias = dict[str, Any]
 
@@ -68,11 +77,13 @@ class Pieces:
 # Capture
 
 
-def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Copier | None = None) -> Snapshot:
+def capture(
+    broker: Broker, sessions: Iterable[Session], now: float, copier: Copier | None = None
+) -> Snapshot:
     """Return a snapshot of the broker, which is not changed.
 
-    All decisions must have been carried out: the broker has no touched or released sessions
-    and no admin commands left.
+    All decisions must have been carried out: the broker has no touched or released
+    sessions and no admin commands left.
 
     Args:
         broker: the broker to capture.
@@ -104,7 +115,8 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
             if not _is_known(client, broker.started_at, copier)
         },
         "sessions": [
-            session.number if session in copied else _session(broker, session, index, now, copier) for session in index
+            session.number if session in copied else _session(broker, session, index, now, copier)
+            for session in index
         ],
         "outboxes": [
             None if session in copied else _outbox(session, index, snapshot, now, copier)
@@ -112,16 +124,25 @@ def capture(broker: Broker, sessions: Iterable[Session], now: float, copier: Cop
             if session.open
         ],
         "held": [
-            [index[session], index[_holder(session)], None if deadline == float("inf") else deadline - now]
+            [
+                index[session],
+                index[_holder(session)],
+                None if deadline == float("inf") else deadline - now,
+            ]
             for session, deadline in broker._held.items()
         ],
-        "leaving": [[index[session], _queue(queue, index, snapshot), _timed(queue, now)] for session, queue in leaving],
+        "leaving": [
+            [index[session], _queue(queue, index, snapshot), _timed(queue, now)]
+            for session, queue in leaving
+        ],
     }
     return snapshot
 
 
 def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -> Facts | None:
-    """Return the facts of an idle session, to copy early; None if it is busy or copied already."""
+    """Return the facts of an idle session, to copy early; None if it is busy or copied
+    already.
+    """
     if copier.is_as_copied(session) or not copier.is_idle(session):
         return None
     if broker.exchange.resolve(session.client.name) is not session.client or session.retired:
@@ -181,7 +202,9 @@ def _client(client: Client, now: float) -> Facts:
     }
 
 
-def _session(broker: Broker, session: Session, index: Mapping[Session, int], now: float, copier: Copier) -> Facts:
+def _session(
+    broker: Broker, session: Session, index: Mapping[Session, int], now: float, copier: Copier
+) -> Facts:
     added, ended = copier.changes(session)
     client = broker.exchange.resolve(session.client.name)
     return {
@@ -206,8 +229,8 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
         "subscriptions": sorted(([pattern, group] for pattern, group in added), key=str),
         "unsubscribed": [[pattern, group] for pattern, group in ended],
         "reached": sorted(client.name for client in session.recipients),
-        # Two sessions may have had one address for a moment. A session that is gone may then
-        # still be listed.
+        # Two sessions may have had one address for a moment. A session that is gone may
+        # then still be listed.
         "owed": [
             [address, message_id, index[asker]]
             for (address, message_id), asker in session.incoming_requests.items()
@@ -229,7 +252,9 @@ def _session(broker: Broker, session: Session, index: Mapping[Session, int], now
     }
 
 
-def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, now: float, copier: Copier) -> Facts:
+def _outbox(
+    session: Session, index: Mapping[Session, int], snapshot: Snapshot, now: float, copier: Copier
+) -> Facts:
     outbox = session.outbox
     facts: Facts = {
         "frames": outbox.frames,
@@ -260,12 +285,18 @@ def _outbox(session: Session, index: Mapping[Session, int], snapshot: Snapshot, 
             [position, (queued.deadline or now) - now, *_told_of(queued, index)]
             for position, queued in outbox.timed_frames()
         ]
-        facts["left"] = [[sender_header.decode(), end] for sender_header, end in outbox.left().items()]
+        facts["left"] = [
+            [sender_header.decode(), end] for sender_header, end in outbox.left().items()
+        ]
     return facts
 
 
-def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snapshot) -> list[list[Any]]:
-    """Return [size, flags, sender] of each frame; append the frames to the snapshot's bytes."""
+def _queue(
+    queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snapshot
+) -> list[list[Any]]:
+    """Return [size, flags, sender] of each frame; append the frames to the snapshot's
+    bytes.
+    """
     items: list[list[Any]] = []
     frames = []
     for queued in queue:
@@ -277,7 +308,11 @@ def _queue(queue: Iterable[Queued], index: Mapping[Session, int], snapshot: Snap
 
 def _timed(queue: Iterable[Queued], now: float) -> list[list[Any]]:
     """Return [position, seconds left] of each frame with a ttl."""
-    return [[position, queued.deadline - now] for position, queued in enumerate(queue) if queued.deadline is not None]
+    return [
+        [position, queued.deadline - now]
+        for position, queued in enumerate(queue)
+        if queued.deadline is not None
+    ]
 
 
 def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
@@ -289,15 +324,17 @@ def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | N
 # Restore
 
 
-def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Copies | None = None) -> list[Session]:
+def restore(
+    broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Copies | None = None
+) -> list[Session]:
     """Fill a new broker with the state of another broker; return the open sessions.
 
-    The sessions are in the order in which ``capture`` got them, and have no connection yet.
-    A session whose name is no longer configured is not in the exchange. It has to be
-    closed, unless it was being closed already.
+    The sessions are in the order in which ``capture`` got them, and have no connection
+    yet. A session whose name is no longer configured is not in the exchange. It has to
+    be closed, unless it was being closed already.
 
-    copies: the state that was copied before the handover.
-    Raises BadSnapshot for facts that ``capture`` did not write; the broker is then unusable.
+    copies: the state that was copied before the handover. Raises BadSnapshot for facts
+    that ``capture`` did not write; the broker is then unusable.
     """
     copies = copies or Copies(broker)
     check(facts, copies.idle)
@@ -324,12 +361,15 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
             client.changed_at = client.shown_since = broker.started_at
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
-    # Clients whose names are not configured, any more or for this connection. The key is the name,
-    # and how many earlier sessions here had the same address.
+    # Clients whose names are not configured, any more or for this connection. The key
+    # is the name, and how many earlier sessions here had the same address.
     strangers: dict[tuple[str, int], Client] = {}
     addresses: Counter[str] = Counter()
     open_count = len(facts["outboxes"])
-    sessions = [copies.take_session(each if type(each) is int else each["number"]) for each in facts["sessions"]]
+    sessions = [
+        copies.take_session(each if type(each) is int else each["number"])
+        for each in facts["sessions"]
+    ]
     for position in copied:
         session = sessions[position]
         session.open = True
@@ -348,27 +388,39 @@ def restore(broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Co
         named.setdefault(name, []).append(client)
     for position in copied if strangers else ():
         recipients = copies.idle[sessions[position].number][0]["reached"]
-        sessions[position].recipients.update(client for name in recipients for client in named.get(name, ()))
+        sessions[position].recipients.update(
+            client for name in recipients for client in named.get(name, ())
+        )
     for position in fresh:
         session, each = sessions[position], facts["sessions"][position]
         session.recipients = _reached(broker, each)
-        session.recipients.update(client for name in each["reached"] for client in named.get(name, ()))
+        session.recipients.update(
+            client for name in each["reached"] for client in named.get(name, ())
+        )
         session.incoming_requests = {
             (address, message_id): sessions[asker] for address, message_id, asker in each["owed"]
         }
         session.outgoing_requests = {
-            (message_id, address): sessions[responder] for message_id, address, responder in each["asked"]
+            (message_id, address): sessions[responder]
+            for message_id, address, responder in each["asked"]
         }
-        session.expiring = {(message_id, address): now + left for message_id, address, left in each["expiring"]}
+        session.expiring = {
+            (message_id, address): now + left for message_id, address, left in each["expiring"]
+        }
         for (message_id, address), deadline in session.expiring.items():
             broker.deadlines.add(deadline, (session, message_id, address))
         if each["reached_by_event"] is not None:
-            session.reached_by_event = dict.fromkeys(sessions[other] for other in each["reached_by_event"])
+            session.reached_by_event = dict.fromkeys(
+                sessions[other] for other in each["reached_by_event"]
+            )
     fresh = [position for position in fresh if position < open_count]
     for position in fresh:
         session = sessions[position]
         _restore_outbox(session, facts["outboxes"][position], sessions, pieces, now, copies)
-        if not session.outbox.waiting and broker.exchange.resolve(session.client.name) is session.client:
+        if (
+            not session.outbox.waiting
+            and broker.exchange.resolve(session.client.name) is session.client
+        ):
             session.renew_outbox()
     # In the order in which the sessions connected; the order matters most for pools.
     for session in sessions[:open_count]:
@@ -434,7 +486,9 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
 
 def _reached(broker: Broker, facts: Facts) -> set[Client]:
     """Return the clients that a session has reached and whose names are known here."""
-    return {client for client in map(broker.exchange.resolve, facts["reached"]) if client is not None}
+    return {
+        client for client in map(broker.exchange.resolve, facts["reached"]) if client is not None
+    }
 
 
 def _restore_client(client: Client | None, facts: Facts, now: float) -> None:
@@ -464,7 +518,8 @@ def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
 
 def _restore_session(session: Session, client: Client, facts: Facts, now: float) -> Session:
     Session.__init__(session, client, facts["instance"], peer=facts["peer"], since=facts["since"])
-    # The name may have become a pool, or ceased to be a pool. The connection keeps its address.
+    # The name may have become a pool, or ceased to be a pool. The connection keeps its
+    # address.
     session.address = facts["address"]
     session.sender_header = session.address.encode()
     session.number = facts["number"]
@@ -484,7 +539,12 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
 
 
 def _restore_outbox(
-    session: Session, facts: Facts, sessions: list[Session], pieces: Pieces, now: float, copies: Copies
+    session: Session,
+    facts: Facts,
+    sessions: list[Session],
+    pieces: Pieces,
+    now: float,
+    copies: Copies,
 ) -> None:
     outbox: StreamOutbox | FrameOutbox
     # A session whose name is gone keeps the limit that its connection had.
@@ -510,7 +570,10 @@ def _restore_outbox(
         for chunk in chunks:
             check_frames(chunk)
         timed = [
-            (position, replace(_known(chunks[position], flags, sender, sessions), deadline=now + rest))
+            (
+                position,
+                replace(_known(chunks[position], flags, sender, sessions), deadline=now + rest),
+            )
             for position, rest, flags, sender in facts["timed"]
         ]
         outbox.refill(list(map(bytearray, chunks)), facts["begun"], left, timed)
@@ -521,12 +584,19 @@ def _restore_outbox(
 
 
 def _restore_queue(
-    items: list[list[Any]], sessions: list[Session], pieces: Pieces, timed: list[list[Any]], now: float
+    items: list[list[Any]],
+    sessions: list[Session],
+    pieces: Pieces,
+    timed: list[list[Any]],
+    now: float,
 ) -> list[Queued]:
     frames = [pieces.take(size) for size, _, _ in items]
     for frame in frames:
         check_frames(frame, one=True)
-    queue = [_known(frame, flags, sender, sessions) for frame, (_, flags, sender) in zip(frames, items, strict=True)]
+    queue = [
+        _known(frame, flags, sender, sessions)
+        for frame, (_, flags, sender) in zip(frames, items, strict=True)
+    ]
     for position, left in timed:
         queue[position] = replace(queue[position], deadline=now + left)
     return queue

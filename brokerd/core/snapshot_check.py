@@ -2,8 +2,8 @@
 
 Another process wrote the facts, maybe another version of the program. A broker made
 from inconsistent facts might answer for half of its messages. It might also end in the
-middle of a frame. So such facts are refused, and the old process continues to serve. Unknown keys are ignored. Of the
-bytes, only the lengths of the frames are checked.
+middle of a frame. So such facts are refused, and the old process continues to serve.
+Unknown keys are ignored. Of the bytes, only the lengths of the frames are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from brokerd_client.errors import BadLength, InvalidName
 from brokerd_client.wire.envelope import check_pattern
 from brokerd_client.wire.framing import LENGTH, frame_span
 
-__all__ = ["FLAGS", "BadSnapshot", "check", "check_block", "check_counts", "check_frames", "check_idle"]
+__all__ = [
+    "FLAGS",
+    "BadSnapshot",
+    "check",
+    "check_block",
+    "check_counts",
+    "check_frames",
+    "check_idle",
+]
 
 Check: TypeAlias = Callable[[Any, str], None]
 
@@ -34,7 +42,9 @@ _MOST_ID: Final = 2**64 - 1
 
 
 class BadSnapshot(ValueError):
-    """Facts that ``capture`` did not write; the message names the place and the valid values."""
+    """Facts that ``capture`` did not write; the message names the place and the valid
+    values.
+    """
 
 
 def _refuse(path: str, wanted: str, value: object) -> None:
@@ -169,7 +179,14 @@ def _outbox(value: Any, path: str) -> None:
 
 
 _OUTBOX: Final = _record(
-    {"frames": _count, "size": _count, "limit": _count, "blocked": _flag, "stalled": _flag, "begun": _count}
+    {
+        "frames": _count,
+        "size": _count,
+        "limit": _count,
+        "blocked": _flag,
+        "stalled": _flag,
+        "begun": _count,
+    }
 )
 _QUEUED: Final = _record(
     {
@@ -223,7 +240,13 @@ _JOB: Final = _record(
     {
         "question": _optional(_row(_count, _id, _long_operation)),
         "news": _optional(
-            _row(_own_topic, _any_text, _optional(_text), _optional(_row(_text, _flag, _number)), _each(_count))
+            _row(
+                _own_topic,
+                _any_text,
+                _optional(_text),
+                _optional(_row(_text, _flag, _number)),
+                _each(_count),
+            )
         ),
     }
 )
@@ -256,15 +279,17 @@ _FACTS: Final = _record(
 )
 
 
-def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]] | None = None) -> None:
+def check(
+    facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]] | None = None
+) -> None:
     """Raise BadSnapshot for facts that have the wrong form or contradict each other.
 
-    copied: sessions with their outboxes, by number. The facts may refer to them by these
-    numbers. They have been checked already.
+    copied: sessions with their outboxes, by number. The facts may refer to them by
+    these numbers. They have been checked already.
     """
     try:
-        # Paths are omitted at first: building a path takes longer than checking the value, and all
-        # clients wait.
+        # Paths are omitted at first: building a path takes longer than checking the
+        # value, and all clients wait.
         _FACTS(facts, "")
     except BadSnapshot:
         # The second run fails again, and names the place.
@@ -272,23 +297,35 @@ def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]
     sessions, outboxes = _filled_in(facts["sessions"], copied or {}), facts["outboxes"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
     gone = [position for position, _, _ in facts["leaving"]]
-    _hold(gone == list(range(len(outboxes), len(sessions))), "leaving are not those sessions that have no outbox")
+    _hold(
+        gone == list(range(len(outboxes), len(sessions))),
+        "leaving are not those sessions that have no outbox",
+    )
     for name, client in facts["clients"].items():
         _check_levels(client["rate"], client["levels"], name)
     next_number = facts["next_number"]
     for position, session in enumerate(sessions):
         if type(facts["sessions"][position]) is int:
-            # Inlined for speed: there may be ten thousand sessions, and all clients wait.
+            # Inlined for speed: there may be ten thousand sessions, and all clients
+            # wait.
             if position >= len(outboxes) or outboxes[position] is not None:
                 raise BadSnapshot(f"sessions[{position}] was copied in part")
             if session["number"] >= next_number or session["left_at"] >= next_number:
                 raise BadSnapshot(f"sessions[{position}] came after all that have come")
             continue
-        _hold(position >= len(outboxes) or outboxes[position] is not None, f"outboxes[{position}] was copied alone")
+        _hold(
+            position >= len(outboxes) or outboxes[position] is not None,
+            f"outboxes[{position}] was copied alone",
+        )
         _check_session(session, sessions, f"sessions[{position}]", next_number)
-    addresses = [session["address"] for session in sessions[: len(outboxes)] if session["configured"]]
+    addresses = [
+        session["address"] for session in sessions[: len(outboxes)] if session["configured"]
+    ]
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
-    _hold(len({session["number"] for session in sessions}) == len(sessions), "two sessions have one number")
+    _hold(
+        len({session["number"] for session in sessions}) == len(sessions),
+        "two sessions have one number",
+    )
     for position, job in enumerate(facts["deferred"]):
         _check_job(job, len(outboxes), f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):
@@ -308,7 +345,9 @@ def check(facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]
 def _filled_in(
     sessions: list[Any], copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return the facts of all sessions, with those of copied sessions in place of their numbers."""
+    """Return the facts of all sessions, with those of copied sessions in place of their
+    numbers.
+    """
     filled: list[dict[str, Any]] = []
     for session in sessions:
         if type(session) is int:
@@ -321,15 +360,23 @@ def _filled_in(
 
 
 def check_idle(facts: Any) -> None:
-    """Raise BadSnapshot for facts that no idle session can have; see brokerd.core.precopy."""
+    """Raise BadSnapshot for facts that no idle session can have; see
+    brokerd.core.precopy.
+    """
     _IDLE(facts, "idle")
     session, outbox, client = facts["session"], facts["outbox"], facts["client"]
-    # An idle session refers to no other session, and is in none of the states in which a session
-    # waits.
+    # An idle session refers to no other session, and is in none of the states in which
+    # a session waits.
     _check_session(session, [], "idle.session", _MOST + 1)
     _check_outbox(outbox, 0, "idle.outbox")
-    _hold(not outbox.get("queue") and not sum(outbox.get("chunks", ())), "idle.outbox has something that waits")
-    _hold(outbox.get("copied") is None and outbox["begun"] == 0, "idle.outbox has something that was begun")
+    _hold(
+        not outbox.get("queue") and not sum(outbox.get("chunks", ())),
+        "idle.outbox has something that waits",
+    )
+    _hold(
+        outbox.get("copied") is None and outbox["begun"] == 0,
+        "idle.outbox has something that was begun",
+    )
     busy = [what for what in ("charged", "closing", "skip", "allowance", "hold_s") if session[what]]
     _hold(not busy and session["configured"], "idle.session is not idle")
     if client is not None:
@@ -340,14 +387,18 @@ _IDLE: Final = _record({"session": _SESSION, "outbox": _outbox, "client": _optio
 
 
 def check_block(facts: Any) -> None:
-    """Raise BadSnapshot for facts of a block in the wrong form; see brokerd.core.precopy."""
+    """Raise BadSnapshot for facts of a block in the wrong form; see
+    brokerd.core.precopy.
+    """
     _SESSION_BLOCK(facts, "block")
     (_QUEUE_BLOCK if "frames" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
 
 
 _SESSION_BLOCK: Final = _record({"session": _count})
 _QUEUE_BLOCK: Final = _record({"first": _count, "frames": _count})
-_SUBSCRIPTION_BLOCK: Final = _record({"name": _text, "subscriptions": _each(_row(_pattern, _optional(_any_text)))})
+_SUBSCRIPTION_BLOCK: Final = _record(
+    {"name": _text, "subscriptions": _each(_row(_pattern, _optional(_any_text)))}
+)
 
 
 def check_counts(value: Any, path: str) -> None:
@@ -370,7 +421,12 @@ def check_frames(chunk: memoryview, *, one: bool = False) -> None:
         position += _PREFIX + size
         if one:
             break
-    _hold(position == end, "what waits as one frame is more, or not whole" if one else "what waits ends inside a frame")
+    _hold(
+        position == end,
+        "what waits as one frame is more, or not whole"
+        if one
+        else "what waits ends inside a frame",
+    )
 
 
 def _long(chunk: memoryview, position: int) -> int:
@@ -388,23 +444,40 @@ def _hold(holds: bool, otherwise: str) -> None:
 
 
 def _check_levels(rate: list[float | None], levels: list[float | None] | None, name: str) -> None:
-    _hold((levels is None) == (rate == [None, None]), f"what is left of the rate of {name} does not fit the rate")
+    _hold(
+        (levels is None) == (rate == [None, None]),
+        f"what is left of the rate of {name} does not fit the rate",
+    )
     present = [None, None] if levels is None else levels
     for limit, level in zip(rate, present, strict=True):
-        _hold((limit is None) == (level is None), f"what is left of the rate of {name} does not fit the rate")
-        _hold(limit is None or level is None or level <= max(1.0, limit), f"{name} has more left than its rate")
+        _hold(
+            (limit is None) == (level is None),
+            f"what is left of the rate of {name} does not fit the rate",
+        )
+        _hold(
+            limit is None or level is None or level <= max(1.0, limit),
+            f"{name} has more left than its rate",
+        )
 
 
-def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path: str, next_number: int) -> None:
+def _check_session(
+    session: dict[str, Any], sessions: list[dict[str, Any]], path: str, next_number: int
+) -> None:
     name, _, _ = session["address"].partition("/")
     _hold(name == session["name"], f"{path} has an address that is not below its name")
     told = session["reached_by_event"] or []
-    _hold(all(each < len(sessions) for each in told), f"{path}.reached_by_event names a session that is not there")
+    _hold(
+        all(each < len(sessions) for each in told),
+        f"{path}.reached_by_event names a session that is not there",
+    )
     outgoing_requests = {(message_id, address) for message_id, address, _ in session["asked"]}
     expiring = [(message_id, address) for message_id, address, _ in session["expiring"]]
     _hold(set(expiring) <= outgoing_requests, f"{path}.expiring names a request that was not asked")
     _hold(len(set(expiring)) == len(expiring), f"{path}.expiring has one entry twice")
-    _hold(max(session["number"], session["left_at"]) < next_number, f"{path} came after all that have come")
+    _hold(
+        max(session["number"], session["left_at"]) < next_number,
+        f"{path} came after all that have come",
+    )
     subscriptions = [(pattern, group) for pattern, group in session["subscriptions"]]
     _hold(len(set(subscriptions)) == len(subscriptions), f"{path} has a subscription twice")
     for what, rows in (
@@ -414,8 +487,14 @@ def _check_session(session: dict[str, Any], sessions: list[dict[str, Any]], path
         for address, other in rows:
             _hold(other < len(sessions), f"{path}.{what} names a session that is not there")
             # An answer is looked up, and removed, by the address.
-            _hold(sessions[other]["address"] == address, f"{path}.{what} has another address than the session")
-        _hold(len({(row[0], row[1]) for row in session[what]}) == len(rows), f"{path}.{what} has one entry twice")
+            _hold(
+                sessions[other]["address"] == address,
+                f"{path}.{what} has another address than the session",
+            )
+        _hold(
+            len({(row[0], row[1]) for row in session[what]}) == len(rows),
+            f"{path}.{what} has one entry twice",
+        )
 
 
 def _check_job(job: dict[str, Any], there: int, path: str) -> None:
@@ -433,12 +512,20 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
             _check_copied(outbox, path)
         _hold(len(sizes) <= outbox["frames"], f"{path} holds more frames than were ever put there")
     else:
-        _hold(len(sizes) > 0 and 0 not in sizes[:-1], f"{path} has no chunk, or an empty one before others")
-        _hold(all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits")
+        _hold(
+            len(sizes) > 0 and 0 not in sizes[:-1],
+            f"{path} has no chunk, or an empty one before others",
+        )
+        _hold(
+            all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits"
+        )
     # The last chunk of a stream holds only frames without a ttl.
     _check_timed(outbox["timed"], len(sizes) if "queue" in outbox else len(sizes) - 1, path)
     if "queue" not in outbox:
-        _hold(all(row[2] <= FLAGS for row in outbox["timed"]), f"{path}.timed has flags that are not known")
+        _hold(
+            all(row[2] <= FLAGS for row in outbox["timed"]),
+            f"{path}.timed has flags that are not known",
+        )
         _check_senders([[0, *row[2:]] for row in outbox["timed"]], count, path)
     _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
     begun = outbox["begun"]
@@ -448,8 +535,8 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
 def _check_copied(outbox: dict[str, Any], path: str) -> None:
     """Check the queue of an outbox whose plain frames were partly copied.
 
-    The queue consists of three parts, in this order: the begun frame, the frames that are
-    never dropped, and the frames behind the copied ones.
+    The queue consists of three parts, in this order: the begun frame, the frames that
+    are never dropped, and the frames behind the copied ones.
     """
     queue, (_, copied, kept) = outbox["queue"], outbox["copied"]
     first = int(outbox["begun"] > 0)
@@ -457,9 +544,18 @@ def _check_copied(outbox: dict[str, Any], path: str) -> None:
     _hold(first + len(kept) <= len(queue), f"{path}.copied places frames that are not there")
     plain = queue[first + len(kept) :]
     _hold(kept == sorted(kept), f"{path}.copied is not in order")
-    _hold(not kept or kept[-1] <= copied + len(plain), f"{path}.copied places a frame behind all others")
-    _hold(all(item[1] & _KEPT for item in queue[first : first + len(kept)]), f"{path}.copied places other frames")
-    _hold(not any(item[1] & _KEPT for item in plain), f"{path}.queue has frames that are never dropped behind others")
+    _hold(
+        not kept or kept[-1] <= copied + len(plain),
+        f"{path}.copied places a frame behind all others",
+    )
+    _hold(
+        all(item[1] & _KEPT for item in queue[first : first + len(kept)]),
+        f"{path}.copied places other frames",
+    )
+    _hold(
+        not any(item[1] & _KEPT for item in plain),
+        f"{path}.queue has frames that are never dropped behind others",
+    )
 
 
 def _check_timed(timed: list[list[Any]], places: int, path: str) -> None:
@@ -469,4 +565,7 @@ def _check_timed(timed: list[list[Any]], places: int, path: str) -> None:
 
 
 def _check_senders(queue: list[list[Any]], count: int, path: str) -> None:
-    _hold(all(sender is None or sender < count for _, _, sender in queue), f"{path} has a sender that is not there")
+    _hold(
+        all(sender is None or sender < count for _, _, sender in queue),
+        f"{path} has a sender that is not there",
+    )

@@ -1,8 +1,9 @@
-"""The search for subscribers: the nodes of the tree, the search itself, and its matches.
+"""The search for subscribers: the nodes of the tree, the search itself, and its
+matches.
 
-A search can stop anywhere and continue later. It is notified of subscriptions that begin
-or end in between. :mod:`brokerd.core.topics` grows and cuts the tree, and decides which
-search continues. Source of the rules: docs/protocol.md, "Topics".
+A search can stop anywhere and continue later. It is notified of subscriptions that
+begin or end in between. :mod:`brokerd.core.topics` grows and cuts the tree, and decides
+which search continues. Source of the rules: docs/protocol.md, "Topics".
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ __all__ = ["Ends", "Matches", "Node", "TopicSearch"]
 
 Member = TypeVar("Member", bound=Hashable)
 
-#: Cost of checking a pattern against the rules, in subscriptions that take as long to look up.
+#: Cost of checking a pattern against the rules, in subscriptions that take as long to
+#: look up.
 _JUDGED: Final = 8
 
 
 class Ends(dict[Member, "set[str | None]"]):
-    """The subscriptions that end at a node: each member with the groups it joined there.
+    """The subscriptions that end at a node: each member with the groups it joined
+    there.
 
     None stands for a subscription without a group. pattern: the pattern of the node.
     """
@@ -34,8 +37,9 @@ class Ends(dict[Member, "set[str | None]"]):
 class Node(Generic[Member]):
     """The subscriptions whose pattern ends here, and the tokens that may follow.
 
-    Most nodes have one child and no member, and a pattern can have 128 nodes. So a dict is
-    created only when it is needed. members: the members whose subscriptions end here.
+    Most nodes have one child and no member, and a pattern can have 128 nodes. So a dict
+    is created only when it is needed. members: the members whose subscriptions end
+    here.
     """
 
     __slots__ = ("_child", "_more", "_token", "members")
@@ -79,12 +83,13 @@ class Node(Generic[Member]):
 
 
 class Matches(Generic[Member]):
-    """The recipients of an event: all of ``everyone``, and one member of each of ``groups``.
+    """The recipients of an event: all of ``everyone``, and one member of each of
+    ``groups``.
 
-    Each member is stored with the number of its patterns that match.
-    left: members that have left since, and may still be in groups.
-    turn: counts the events of a group, so that its members take turns.
-    fanout: the fan-out that the delivery prepared for everyone, for reuse; None until then.
+    Each member is stored with the number of its patterns that match. left: members that
+    have left since, and may still be in groups. turn: counts the events of a group, so
+    that its members take turns. fanout: the fan-out that the delivery prepared for
+    everyone, for reuse; None until then.
     """
 
     __slots__ = ("_count", "_ordered", "everyone", "fanout", "groups", "left", "turn")
@@ -96,7 +101,8 @@ class Matches(Generic[Member]):
         self.turn = 0
         self.fanout: object = None
         self._count = 0
-        #: The members, in a fixed order, of each group from which a member has been chosen.
+        #: The members, in a fixed order, of each group from which a member has been
+        #: chosen.
         self._ordered: dict[str, list[Member]] = {}
 
     def __len__(self) -> int:
@@ -135,7 +141,8 @@ class Matches(Generic[Member]):
 
 
 class TopicSearch(Generic[Member]):
-    """An unfinished search for one topic: through the tree, then through the subscriptions found.
+    """An unfinished search for one topic: through the tree, then through the
+    subscriptions found.
 
     walk: the rest of the way through the tree.
     nodes: matching nodes whose subscriptions have not been started.
@@ -148,7 +155,18 @@ class TopicSearch(Generic[Member]):
     asked_at: see Topics._has_turn.
     """
 
-    __slots__ = ("asked_at", "found", "groups", "member", "members", "node", "nodes", "seen", "topic", "walk")
+    __slots__ = (
+        "asked_at",
+        "found",
+        "groups",
+        "member",
+        "members",
+        "node",
+        "nodes",
+        "seen",
+        "topic",
+        "walk",
+    )
 
     def __init__(self, topic: str, walk: Iterator[tuple[int, list[Node[Member]]]]) -> None:
         self.topic = topic
@@ -174,11 +192,17 @@ class TopicSearch(Generic[Member]):
         if member == self.member:
             self.groups.clear()
 
-    def look_up(self, count: int, gone: Container[Member], restricted: Mapping[Member, Callable[[str], bool]]) -> int:
+    def look_up(
+        self,
+        count: int,
+        gone: Container[Member],
+        restricted: Mapping[Member, Callable[[str], bool]],
+    ) -> int:
         """Look up about ``count`` subscriptions; return about how many were looked up.
 
-        The result is less than ``count`` only if no more are left. gone: members that are
-        skipped. restricted: members that are skipped where their pattern is not allowed.
+        The result is less than ``count`` only if no more are left. gone: members that
+        are skipped. restricted: members that are skipped where their pattern is not
+        allowed.
         """
         looked_at = 0
         while looked_at < count:

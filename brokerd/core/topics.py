@@ -22,22 +22,24 @@ __all__ = ["Matches", "Topics", "covers"]
 
 Member = TypeVar("Member", bound=Hashable)
 
-#: Most topics in the cache of matches, and most matches in all of them together. Above either
-#: limit the cache is emptied.
+#: Most topics in the cache of matches, and most matches in all of them together. Above
+#: either limit the cache is emptied.
 _REMEMBERED: Final = 10_000
 _REMEMBERED_MATCHES: Final = 250_000
-#: Nodes of the tree that are visited between two points at which a search can stop. They take some
-#: tens of microseconds.
+#: Nodes of the tree that are visited between two points at which a search can stop.
+#: They take some tens of microseconds.
 _PIECE: Final = 128
 #: Cost of adding one subscription to the matches, in visited nodes that take as long.
 _EACH: Final = 4
-#: Matches per search, about a megabyte, up to which all searches may continue side by side. Of the
-#: unfinished searches with more matches, only one continues at a time.
+#: Matches per search, about a megabyte, up to which all searches may continue side by
+#: side. Of the unfinished searches with more matches, only one continues at a time.
 _FEW: Final = 4096
 
 
 def covers(rule_pattern: str, pattern: str) -> bool:
-    """Return whether everything that ``pattern`` can match is matched by ``rule_pattern`` too."""
+    """Return whether everything that ``pattern`` can match is matched by
+    ``rule_pattern`` too.
+    """
     rule, tokens = rule_pattern.split("."), pattern.split(".")
     if rule[0] in ("*", ">") and tokens[0].startswith("$"):
         return False
@@ -61,16 +63,17 @@ class Topics(Generic[Member]):
         self.version = 1
         #: The unfinished searches by owner.
         self._searches: dict[Hashable, TopicSearch[Member]] = {}
-        #: The owners of searches with many matches; the first one's search is the one that
-        #: continues. And how many times such searches have asked to continue.
+        #: The owners of searches with many matches; the first one's search is the one
+        #: that continues. And how many times such searches have asked to continue.
         self._long: dict[Hashable, None] = {}
         self._asked = 0
-        #: Members that have left and are not found any more, and their subscriptions that are
-        #: still in the tree.
+        #: Members that have left and are not found any more, and their subscriptions
+        #: that are still in the tree.
         self._gone: set[Member] = set()
         self._remains: deque[tuple[Member, list[tuple[str, str | None]]]] = deque()
         self._root: Node[Member] = Node()
-        #: Members that are found only under some patterns, each with the test for a pattern.
+        #: Members that are found only under some patterns, each with the test for a
+        #: pattern.
         self._restricted: dict[Member, Callable[[str], bool]] = {}
         self._remembered: dict[str, Matches[Member]] = {}
         self._remembered_matches = 0
@@ -81,8 +84,8 @@ class Topics(Generic[Member]):
 
     def add(self, pattern: str, member: Member, group: str | None = None) -> bool:
         """Subscribe; return False if the same subscription exists already."""
-        # The tree is tidied twice as fast as it grows. A client that keeps connecting and
-        # disconnecting leaves no more behind than it may have at once.
+        # The tree is tidied twice as fast as it grows. A client that keeps connecting
+        # and disconnecting leaves no more behind than it may have at once.
         self.tidy(2)
         node = self._root
         for token in pattern.split("."):
@@ -140,7 +143,8 @@ class Topics(Generic[Member]):
     def leave(self, member: Member, subscriptions: Iterable[tuple[str, str | None]]) -> None:
         """Exclude a member from all matches from now on.
 
-        subscriptions: all subscriptions of the member; ``tidy`` removes them from the tree.
+        subscriptions: all subscriptions of the member; ``tidy`` removes them from the
+        tree.
         """
         rest = list(subscriptions)
         self.free(member)
@@ -223,13 +227,13 @@ class Topics(Generic[Member]):
         """Continue the search for the members that receive an event on ``topic``.
 
         Args:
-            topic: the topic of the event.
-            owner: the owner of the search, which searches one topic at a time; see abandon.
-            nodes: about how many nodes may be visited now; a subscription counts as _EACH.
+            topic: the topic of the event. owner: the owner of the search, which
+            searches one topic at a time; see abandon. nodes: about how many nodes may
+            be visited now; a subscription counts as _EACH.
 
         Returns:
-            The matches as from ``find``, or None if the search is not over; and the number
-            of nodes visited.
+            The matches as from ``find``, or None if the search is not over; and the
+            number of nodes visited.
         """
         found = self._remembered.get(topic)
         if found is not None:
@@ -256,7 +260,9 @@ class Topics(Generic[Member]):
 
     @property
     def searches(self) -> int:
-        """The number of unfinished searches; each of them checks every new subscription."""
+        """The number of unfinished searches; each of them checks every new
+        subscription.
+        """
         return len(self._searches)
 
     def abandon(self, owner: Hashable) -> None:
@@ -267,10 +273,10 @@ class Topics(Generic[Member]):
     def _has_turn(self, owner: Hashable, search: TopicSearch[Member]) -> bool:
         """Return whether a search with many matches may continue.
 
-        Only one such search continues at a time, which bounds the memory of them all. All
-        owners ask repeatedly and equally often. An owner stops asking when it is held or
-        about to be closed. Its search is then discarded, so that it delays no other owner.
-        The search starts from the beginning if the owner returns.
+        Only one such search continues at a time, which bounds the memory of them all.
+        All owners ask repeatedly and equally often. An owner stops asking when it is
+        held or about to be closed. Its search is then discarded, so that it delays no
+        other owner. The search starts from the beginning if the owner returns.
         """
         self._asked += 1
         search.asked_at = self._asked
@@ -285,7 +291,10 @@ class Topics(Generic[Member]):
     def _remember(self, topic: str, found: Matches[Member]) -> Matches[Member]:
         """Cache the matches for the next event on ``topic``, and return them."""
         size = len(found)
-        if len(self._remembered) >= _REMEMBERED or self._remembered_matches + size > _REMEMBERED_MATCHES:
+        if (
+            len(self._remembered) >= _REMEMBERED
+            or self._remembered_matches + size > _REMEMBERED_MATCHES
+        ):
             self.forget()
         self._remembered[topic] = found
         self._remembered_matches += size

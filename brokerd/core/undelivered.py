@@ -25,12 +25,12 @@ Chunk: TypeAlias = "bytearray | memoryview"
 class Queued:
     """One waiting frame.
 
-    frame: its bytes with the length prefix; they do not change any more.
-    receipt: whether its sender asked for a RECEIPT.
-    pinned: whether it was sent to this connection's own address, not to the client's name.
-    sender: the session it came from, where that is remembered.
-    orphaned: whether its sender's session is known to have closed.
-    kept: whether it is never dropped for a newer frame. Such a frame answers a frame of
+    frame: its bytes with the length prefix; they do not change any more. receipt:
+    whether its sender asked for a RECEIPT. pinned: whether it was sent to this
+    connection's own address, not to the client's name. sender: the session it came
+    from, where that is remembered. orphaned: whether its sender's session is known to
+    have closed. kept: whether it is never dropped for a newer frame. Such a frame
+    answers a frame of
         the recipient's own.
     deadline: when its ttl is over and it is no longer written; None without a ttl.
         It is a time on the clock of ``now``.
@@ -69,7 +69,9 @@ class Unsent:
         return next(self._frames, None)
 
 
-def cut(chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Mapping[bytes, int]) -> Iterator[Queued]:
+def cut(
+    chunks: deque[tuple[Chunk, Queued | None]], head: int, at: int, left: Mapping[bytes, int]
+) -> Iterator[Queued]:
     """Yield every frame of the chunks that ends after the first ``head`` bytes.
 
     Each chunk is released once its frames have been yielded.

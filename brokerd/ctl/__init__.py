@@ -1,6 +1,8 @@
-"""`brokerctl`: talks to a running broker as a client of it, with that client's key and rights.
+"""`brokerctl`: talks to a running broker as a client of it, with that client's key and
+rights.
 
-Knows nothing of the daemon's inside: everything goes through :func:`brokerd_client.connect`.
+Knows nothing of the daemon's inside: everything goes through
+:func:`brokerd_client.connect`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`brokerd check --against-running`: asks the running broker what a reload would change.
+"""`brokerd check --against-running`: asks the running broker what a reload would
+change.
 
 The request comes from the client named by BROKERD_ADDRESS, BROKERD_NAME and
 BROKERD_KEY_FILE in the environment. Without them, it comes from an administrator in the
@@ -20,8 +21,8 @@ from brokerd_client.errors import BrokerdError
 
 __all__ = ["Administrator", "ask_for_plan"]
 
-#: Limits the administrators tried per address. With a limit of one connection each, some may
-#: be connected already.
+#: Limits the administrators tried per address. With a limit of one connection each,
+#: some may be connected already.
 _TRIES = 8
 
 
@@ -37,12 +38,15 @@ class Administrator:
 
 
 def ask_for_plan(
-    config: str, addresses: Iterable[str], administrators: Iterable[Administrator], environ: Mapping[str, str]
+    config: str,
+    addresses: Iterable[str],
+    administrators: Iterable[Administrator],
+    environ: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the running broker's answer to a dry run of a reload.
 
-    config: the main file, which must be the broker's. addresses, administrators: from it.
-    Raises Failure if no broker answers, if it refuses, or if it reads another file.
+    config: the main file, which must be the broker's. addresses, administrators: from
+    it. Raises Failure if no broker answers, if it refuses, or if it reads another file.
     """
     try:
         with _connected(list(addresses), list(administrators), environ) as client:
@@ -52,7 +56,8 @@ def ask_for_plan(
     if os.path.realpath(str(answer.get("config"))) != os.path.realpath(config):
         raise Failure(
             Status.USAGE,
-            f"the running broker reads {answer.get('config')}, not {config} (check that file, or ask another)",
+            f"the running broker reads {answer.get('config')}, not {config} (check that file, or"
+            " ask another)",
         )
     return answer
 
@@ -75,9 +80,16 @@ def _connected(
             try:
                 context = context_of(where, None, None, None)
                 return brokerd_client.connect(
-                    where, each.name, each.key, timeout=DEFAULT_TIMEOUT_S, reconnect=False, ssl=context
+                    where,
+                    each.name,
+                    each.key,
+                    timeout=DEFAULT_TIMEOUT_S,
+                    reconnect=False,
+                    ssl=context,
                 )
             except (BrokerdError, OSError) as error:
                 failures.append(f"{each.name} at {where}: {error}")
     tried = "\n".join(failures)
-    raise Failure(Status.UNREACHABLE, f"no broker lets an administrator of this configuration in:\n{tried}")
+    raise Failure(
+        Status.UNREACHABLE, f"no broker lets an administrator of this configuration in:\n{tried}"
+    )

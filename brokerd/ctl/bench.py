@@ -1,4 +1,5 @@
-"""`brokerctl bench`: measures throughput from this client to itself, and round trip times.
+"""`brokerctl bench`: measures throughput from this client to itself, and round trip
+times.
 
 The whole path is measured. This process encodes, sends, receives and decodes, and is
 usually slower than the broker.
@@ -41,26 +42,66 @@ class Result:
 
 
 @click.command()
-@click.option("--messages", type=click.IntRange(min=1), default=50_000, show_default=True, help="How many to send.")
-@click.option("--size", type=click.IntRange(min=0), default=16, show_default=True, help="Bytes in each.")
-@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Messages a system call.")
-@click.option("--pings", type=click.IntRange(min=1), default=500, show_default=True, help="Round trips to measure.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds at most.")
+@click.option(
+    "--messages",
+    type=click.IntRange(min=1),
+    default=50_000,
+    show_default=True,
+    help="How many to send.",
+)
+@click.option(
+    "--size", type=click.IntRange(min=0), default=16, show_default=True, help="Bytes in each."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Messages a system call.",
+)
+@click.option(
+    "--pings",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Round trips to measure.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds at most.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connecting
 @click.pass_obj
-def bench(access: Access, messages: int, size: int, batch: int, pings: int, timeout: float, as_json: bool) -> None:
-    """Measure the way through the broker: messages from this client to itself, and round trips to the broker.
+def bench(
+    access: Access, messages: int, size: int, batch: int, pings: int, timeout: float, as_json: bool
+) -> None:
+    """Measure the way through the broker: messages from this client to itself, and
+    round trips to the broker.
 
     It is a failure if a message does not arrive.
     """
     with (
         access.connect() as client,
-        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
+        Progress(
+            console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+        ) as progress,
     ):
-        round_trips = sorted(client.ping() for _ in progress.track(range(pings), description="round trips"))
+        round_trips = sorted(
+            client.ping() for _ in progress.track(range(pings), description="round trips")
+        )
         task = progress.add_task("messages", total=messages)
-        seconds = _to_itself(client, messages, size, batch, timeout, lambda done: progress.update(task, completed=done))
+        seconds = _to_itself(
+            client,
+            messages,
+            size,
+            batch,
+            timeout,
+            lambda done: progress.update(task, completed=done),
+        )
     result = Result(
         messages,
         size,
@@ -76,7 +117,10 @@ def bench(access: Access, messages: int, size: int, batch: int, pings: int, time
     print_values(
         {
             "messages": f"{messages:,} of {as_bytes(size)} in {seconds:.2f} s",
-            "rate": f"{result.messages_per_second:,.0f} messages/s, {as_bytes(result.bytes_per_second)}/s",
+            "rate": (
+                f"{result.messages_per_second:,.0f} messages/s,"
+                f" {as_bytes(result.bytes_per_second)}/s"
+            ),
             "round trip": f"median {result.round_trip_median * 1e6:.0f} us",
             "99 % within": f"{result.round_trip_p99 * 1e6:.0f} us",
         }
@@ -84,7 +128,12 @@ def bench(access: Access, messages: int, size: int, batch: int, pings: int, time
 
 
 def _to_itself(
-    client: brokerd_client.Client, messages: int, size: int, batch: int, timeout: float, done: Callable[[int], object]
+    client: brokerd_client.Client,
+    messages: int,
+    size: int,
+    batch: int,
+    timeout: float,
+    done: Callable[[int], object],
 ) -> float:
     """Return the seconds from the first send to the last arrival."""
     body = bytes(size)
@@ -93,7 +142,9 @@ def _to_itself(
     def send() -> None:
         try:
             for start in range(0, messages, batch):
-                client.send_many([(client.address, body)] * min(batch, messages - start), codec="raw")
+                client.send_many(
+                    [(client.address, body)] * min(batch, messages - start), codec="raw"
+                )
         except BrokerdError as error:
             failures.append(error)
 

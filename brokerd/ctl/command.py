@@ -49,7 +49,9 @@ class Access:
     cert: str | None = None
     cert_key: str | None = None
 
-    def connect(self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False) -> brokerd_client.Client:
+    def connect(
+        self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False
+    ) -> brokerd_client.Client:
         """Return a connected client. Raises Failure if no broker can be reached."""
         try:
             return brokerd_client.connect(
@@ -92,9 +94,15 @@ def _option(name: str, words: str, *, file: bool = False) -> Callable[[_Function
 #: In reverse order, as decorators are applied.
 _OPTIONS: Final = (
     _option("key-file", "A file that holds this client's key.", file=True),
-    _option("cert-key", "Over TLS, the private key of --cert, if it is in another file.", file=True),
+    _option(
+        "cert-key", "Over TLS, the private key of --cert, if it is in another file.", file=True
+    ),
     _option("cert", "Over TLS, the certificate to show to the broker.", file=True),
-    _option("ca", "Over TLS, who may have issued the broker's certificate; the system's list if not given.", file=True),
+    _option(
+        "ca",
+        "Over TLS, who may have issued the broker's certificate; the system's list if not given.",
+        file=True,
+    ),
     _option("name", "The client to be; found by the key if not given."),
     _option("address", "HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path or @ABSTRACT."),
 )
@@ -120,7 +128,9 @@ class _Group(click.Group):
             raise click.exceptions.Exit(Status.INTERRUPTED) from None
 
 
-@click.group(cls=_Group, help=_HELP, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, help=_HELP, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="brokerctl")
 @connecting
 @click.pass_context

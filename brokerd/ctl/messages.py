@@ -30,7 +30,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _payload_options(function: _Function) -> _Function:
     for option in (
-        click.option("--ttl", type=click.FloatRange(min=0), help="Seconds for which it may still be delivered."),
+        click.option(
+            "--ttl",
+            type=click.FloatRange(min=0),
+            help="Seconds for which it may still be delivered.",
+        ),
         click.option(
             "--codec",
             type=click.Choice(["raw", "json"]),
@@ -48,7 +52,9 @@ def _incoming_options(function: _Function) -> _Function:
     for option in (
         click.option("--raw", is_flag=True, help="Write the payloads' bytes and nothing else."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line."),
-        click.option("--reconnect", is_flag=True, help="Wait for a broker that goes away, instead of ending."),
+        click.option(
+            "--reconnect", is_flag=True, help="Wait for a broker that goes away, instead of ending."
+        ),
         click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to listen at most."),
         click.option("--count", type=click.IntRange(min=1), help="End after so many messages."),
     ):
@@ -58,7 +64,11 @@ def _incoming_options(function: _Function) -> _Function:
 
 def _timeout_option(default: float) -> Callable[[_Function], _Function]:
     return click.option(
-        "--timeout", type=click.FloatRange(min=0), default=default, show_default=True, help="Seconds to wait."
+        "--timeout",
+        type=click.FloatRange(min=0),
+        default=default,
+        show_default=True,
+        help="Seconds to wait.",
     )
 
 
@@ -72,13 +82,18 @@ def _read_payload(payload: str | None) -> bytes:
 
 
 def _encode(payload: bytes, codec: str) -> Any:
-    """Return the value for the library to send. Raises click.BadParameter for invalid JSON."""
+    """Return the value for the library to send.
+
+    Raises click.BadParameter for invalid JSON.
+    """
     if codec == "raw":
         return payload
     try:
         return json.loads(payload)
     except ValueError as error:
-        raise click.BadParameter(f"the payload is no JSON: {error}", param_hint="--codec json") from error
+        raise click.BadParameter(
+            f"the payload is no JSON: {error}", param_hint="--codec json"
+        ) from error
 
 
 @click.command()
@@ -121,18 +136,27 @@ def send(
         click.echo(f"the broker has taken {taken} for {to}")
 
 
-def _send_many(client: brokerd_client.Client, to: str, bodies: list[Any], codec: str, timeout: float) -> None:
+def _send_many(
+    client: brokerd_client.Client, to: str, bodies: list[Any], codec: str, timeout: float
+) -> None:
     failed: list[BrokerdError] = []
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
         task = progress.add_task("sending", total=len(bodies))
         for start in range(0, len(bodies), _BATCH):
             batch = bodies[start : start + _BATCH]
-            outcomes = client.send_many([(to, body) for body in batch], receipt=True, codec=codec, timeout=timeout)
+            outcomes = client.send_many(
+                [(to, body) for body in batch], receipt=True, codec=codec, timeout=timeout
+            )
             failed += [outcome for outcome in outcomes if isinstance(outcome, BrokerdError)]
             progress.advance(task, len(batch))
     if failed:
         first = failure_of(failed[0])
-        raise Failure(Status(first.exit_code), f"{len(failed)} of {len(bodies)} not sent; the first: {first.message}")
+        raise Failure(
+            Status(first.exit_code),
+            f"{len(failed)} of {len(bodies)} not sent; the first: {first.message}",
+        )
 
 
 @click.command()
@@ -182,8 +206,8 @@ def listen(
 ) -> None:
     """Print the messages and requests that arrive, until Ctrl-C.
 
-    With --count, it is a failure if fewer arrive before the time is over or Ctrl-C is pressed. A request is
-    answered with --reply, or with an error where there is none.
+    With --count, it is a failure if fewer arrive before the time is over or Ctrl-C is
+    pressed. A request is answered with --reply, or with an error where there is none.
     """
     with ended_by_ctrl_c(count is None), access.connect(reconnect=reconnect) as client:
         note(f"listening as {client.address}; Ctrl-C ends it")
@@ -202,7 +226,9 @@ def listen(
 @_timeout_option(DEFAULT_TIMEOUT_S)
 @connecting
 @click.pass_obj
-def publish(access: Access, topic: str, payload: str | None, codec: str, ttl: float | None, timeout: float) -> None:
+def publish(
+    access: Access, topic: str, payload: str | None, codec: str, ttl: float | None, timeout: float
+) -> None:
     """Publish an event on TOPIC, and wait until the broker has taken it.
 
     PAYLOAD is read from the standard input if it is missing or "-".
@@ -242,26 +268,34 @@ def subscribe(
             print_message(message, as_json=as_json, raw=raw)
 
 
-def _arriving(receive: Callable[..., Any], count: int | None, timeout: float | None) -> Iterator[Any]:
+def _arriving(
+    receive: Callable[..., Any], count: int | None, timeout: float | None
+) -> Iterator[Any]:
     """Yield received messages, at most ``count``, for at most ``timeout`` seconds.
 
-    Raises Failure if fewer than ``count`` have arrived at the end of the time. Without a
-    count, the end of the time is the normal end. Also raises Failure if the connection
-    to the broker ends.
+    Raises Failure if fewer than ``count`` have arrived at the end of the time. Without
+    a count, the end of the time is the normal end. Also raises Failure if the
+    connection to the broker ends.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     for arrived in itertools.count():
         if arrived == count:
             return
         try:
-            message = receive(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            message = receive(
+                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+            )
         except TimedOut as error:
             if count is None:
                 return
-            raise Failure(Status.TIMED_OUT, f"timed out: {arrived} of {count} arrived in {timeout} s") from error
+            raise Failure(
+                Status.TIMED_OUT, f"timed out: {arrived} of {count} arrived in {timeout} s"
+            ) from error
         except (Disconnected, Closed) as error:
             ended = failure_of(error)
-            raise Failure(Status(ended.exit_code), f"{ended.message} (--reconnect waits for it)") from error
+            raise Failure(
+                Status(ended.exit_code), f"{ended.message} (--reconnect waits for it)"
+            ) from error
         yield message
 
 

@@ -39,7 +39,9 @@ _timeout = click.option(
 @click.command()
 @_as_json
 @click.option("--watch", is_flag=True, help="Go on, and print who comes and goes, until Ctrl-C.")
-@click.option("--keys", is_flag=True, help="List every client's keys and their last use (administrators).")
+@click.option(
+    "--keys", is_flag=True, help="List every client's keys and their last use (administrators)."
+)
 @connecting
 @click.pass_obj
 def clients(access: Access, as_json: bool, watch: bool, keys: bool) -> None:
@@ -56,9 +58,13 @@ def clients(access: Access, as_json: bool, watch: bool, keys: bool) -> None:
             return
         found = sorted(client.clients(), key=lambda info: info.name)
     if as_json:
-        print_json([{"name": info.name, "online": info.online, "since": info.since} for info in found])
+        print_json(
+            [{"name": info.name, "online": info.online, "since": info.since} for info in found]
+        )
     else:
-        rows = [(info.name, "online" if info.online else "offline", since(info.since)) for info in found]
+        rows = [
+            (info.name, "online" if info.online else "offline", since(info.since)) for info in found
+        ]
         print_table(("name", "", "since"), rows)
 
 
@@ -74,8 +80,16 @@ def _watch(client: brokerd_client.Client, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many times.")
-@click.option("--interval", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Seconds between them.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many times."
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Seconds between them.",
+)
 @_as_json
 @connecting
 @click.pass_obj
@@ -115,7 +129,11 @@ def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
             rows += _readable(value, f"{prefix}{key} ")
         elif key.endswith("_at") and isinstance(value, (int, float)):
             rows.append((prefix + key.replace("_", " "), since(value)))
-        elif (key.endswith("_bytes") or key.startswith("bytes_")) and isinstance(value, int) and console.is_terminal:
+        elif (
+            (key.endswith("_bytes") or key.startswith("bytes_"))
+            and isinstance(value, int)
+            and console.is_terminal
+        ):
             rows.append((prefix + key.replace("_", " "), as_bytes(value)))
         elif isinstance(value, bool):
             rows.append((prefix + key.replace("_", " "), "yes" if value else "no"))
@@ -135,8 +153,8 @@ def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 def can(access: Access, sender: str, verb: str, target: str, as_json: bool, timeout: float) -> None:
     """Say whether a client may do something, and the rule that decides it.
 
-    As in `can alice send bob`, `can alice publish jobs.new`, `can alice subscribe 'jobs.>'`. The exit status is 1
-    if it may not.
+    As in `can alice send bob`, `can alice publish jobs.new`, `can alice subscribe
+    'jobs.>'`. The exit status is 1 if it may not.
     """
     with access.connect(timeout=timeout) as client:
         answer = client.control("can", timeout=timeout, sender=sender, verb=verb, target=target)
@@ -156,7 +174,9 @@ def can(access: Access, sender: str, verb: str, target: str, as_json: bool, time
 @connecting
 @click.pass_obj
 def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None:
-    """End all connections of a client, or the one connection whose address is NAME/INSTANCE."""
+    """End all connections of a client, or the one connection whose address is
+    NAME/INSTANCE.
+    """
     with access.connect(timeout=timeout) as client:
         answer = client.control("disconnect", timeout=timeout, address=whom)
     if as_json:
@@ -167,7 +187,11 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Change nothing: say what would change, and whether it would work.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Change nothing: say what would change, and whether it would work.",
+)
 @_as_json
 @_timeout
 @connecting
@@ -175,8 +199,9 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
 def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None:
     """Have the broker read its configuration again; a bad one changes nothing.
 
-    Prints what changes: + comes, - goes, ~ changes, ! is worth a look. With mistakes in the configuration the exit
-    status is 78. A dry run binds no address, so that one that somebody else has shows only when it is done.
+    Prints what changes: + comes, - goes, ~ changes, ! is worth a look. With mistakes in
+    the configuration the exit status is 78. A dry run binds no address, so that one
+    that somebody else has shows only when it is done.
     """
     with access.connect(timeout=timeout) as client:
         answer = client.control("reload", timeout=timeout, dry_run=dry_run)
@@ -202,9 +227,11 @@ def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None
 @connecting
 @click.pass_obj
 def upgrade(access: Access, as_json: bool, timeout: float) -> None:
-    """Have the broker replace itself with the code and the configuration on disk; plain connections go on.
+    """Have the broker replace itself with the code and the configuration on disk; plain
+    connections go on.
 
-    Returns when the new process answers. If it can't take over, the old one goes on, and says why.
+    Returns when the new process answers. If it can't take over, the old one goes on,
+    and says why.
     """
     with access.connect() as client:
         answer = client.control("upgrade", timeout=timeout)
@@ -239,18 +266,29 @@ def drain(access: Access, as_json: bool, timeout: float) -> None:
 @click.command("log-level")
 @click.argument("area", required=False)
 @click.argument("level", required=False)
-@click.option("--for", "for_", metavar="DURATION", help="How long, as in 10m; until the next reload if not given.")
+@click.option(
+    "--for",
+    "for_",
+    metavar="DURATION",
+    help="How long, as in 10m; until the next reload if not given.",
+)
 @_as_json
 @_timeout
 @connecting
 @click.pass_obj
 def log_level(
-    access: Access, area: str | None, level: str | None, for_: str | None, as_json: bool, timeout: float
+    access: Access,
+    area: str | None,
+    level: str | None,
+    for_: str | None,
+    as_json: bool,
+    timeout: float,
 ) -> None:
     """Show the levels of the broker's log by area; with AREA and LEVEL, change one.
 
-    As in `log-level client debug --for 10m`. AREA may be all; LEVEL may be default, which is what the configuration
-    says. A change is gone at the next reload or restart.
+    As in `log-level client debug --for 10m`. AREA may be all; LEVEL may be default,
+    which is what the configuration says. A change is gone at the next reload or
+    restart.
     """
     if (area is None) != (level is None) or (area is None and for_ is not None):
         raise Failure(Status.USAGE, "give an area and a level, such as client debug; or neither")
@@ -263,7 +301,9 @@ def log_level(
         return
     rows = []
     for name, found in answer["levels"].items():
-        left = f"for {found['seconds']:.0f} s more" if "seconds" in found else "until the next reload"
+        left = (
+            f"for {found['seconds']:.0f} s more" if "seconds" in found else "until the next reload"
+        )
         rows.append((name, found["level"], left if found["changed"] else ""))
     print_table(("area", "level", "changed"), rows)
 
@@ -284,4 +324,15 @@ def completion(shell: str) -> None:
     click.echo(kind(brokerctl, {}, "brokerctl", "_BROKERCTL_COMPLETE").source())
 
 
-COMMANDS: Final = (clients, ping, stats, can, disconnect, reload, upgrade, drain, log_level, completion)
+COMMANDS: Final = (
+    clients,
+    ping,
+    stats,
+    can,
+    disconnect,
+    reload,
+    upgrade,
+    drain,
+    log_level,
+    completion,
+)

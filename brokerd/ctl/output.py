@@ -60,7 +60,9 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
     """Print a table on a terminal, or tab-separated lines without a heading elsewhere.
 
     right: the right-aligned columns, which hold numbers.
@@ -85,7 +87,8 @@ def print_values(values: Mapping[str, str]) -> None:
 def printable(text: str) -> str:
     """Return the text with all terminal and editor controls escaped, also line ends."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
@@ -102,7 +105,11 @@ def message_object(message: Message) -> dict[str, Any]:
 
     payload: the JSON value, or the text. base64: in its place, bytes that are neither.
     """
-    shown: dict[str, Any] = {"kind": message.kind.name.lower(), "sender": message.sender, "id": message.id}
+    shown: dict[str, Any] = {
+        "kind": message.kind.name.lower(),
+        "sender": message.sender,
+        "id": message.id,
+    }
     if message.topic:
         shown["topic"] = message.topic
     if message.extension is not None:
@@ -115,17 +122,23 @@ def message_object(message: Message) -> dict[str, Any]:
 
 
 def print_message(message: Message, *, as_json: bool, raw: bool) -> None:
-    """Print a received message: a JSON object, its bare bytes, or a line with its sender."""
+    """Print a received message: a JSON object, its bare bytes, or a line with its
+    sender.
+    """
     if as_json:
         print_json(message_object(message))
     elif raw:
         print_payload(message, raw=True)
     else:
         text = payload_text(message)
-        shown = printable(text) if text is not None else f"({len(message.body)} bytes that are no text)"
+        shown = (
+            printable(text) if text is not None else f"({len(message.body)} bytes that are no text)"
+        )
         origin = f"{message.sender} {message.topic}" if message.topic else message.sender
         if console.is_terminal:
-            console.print(Text.assemble((printable(origin), "bold cyan"), " ", shown), soft_wrap=True)
+            console.print(
+                Text.assemble((printable(origin), "bold cyan"), " ", shown), soft_wrap=True
+            )
         else:
             click.echo(f"{printable(origin)}\t{shown}")
         sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""The exit statuses of `brokerctl`, one for each kind of failure. No payload or key is printed."""
+"""The exit statuses of `brokerctl`, one for each kind of failure.
+
+No payload or key is printed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The ssl context of `brokerctl`, from options and environment: trusted CAs, certificate."""
+"""The ssl context of `brokerctl`, from options and environment: trusted CAs,
+certificate.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["context_of"]
 
 
-def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: str | None) -> SSLContext | None:
+def context_of(
+    address: str | None, ca: str | None, cert: str | None, cert_key: str | None
+) -> SSLContext | None:
     """Return the context for a connection; None without TLS or without TLS settings.
 
     An option overrides its variable: BROKERD_ADDRESS, BROKERD_CA, BROKERD_CERT,
@@ -23,7 +27,10 @@ def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: 
     given = ca or cert or cert_key
     if not (address or os.environ.get("BROKERD_ADDRESS", "")).startswith("tls://"):
         if given:
-            raise Failure(Status.USAGE, "--ca, --cert and --cert-key are for TLS: give --address tls://HOST:PORT")
+            raise Failure(
+                Status.USAGE,
+                "--ca, --cert and --cert-key are for TLS: give --address tls://HOST:PORT",
+            )
         return None
     ca = ca or os.environ.get("BROKERD_CA")
     cert = cert or os.environ.get("BROKERD_CERT")
@@ -38,13 +45,17 @@ def context_of(address: str | None, ca: str | None, cert: str | None, cert_key: 
     try:
         context = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise Failure(Status.USAGE, f"--ca {ca} can't be used: {_words(error)}; give certificates in PEM") from error
+        raise Failure(
+            Status.USAGE, f"--ca {ca} can't be used: {_words(error)}; give certificates in PEM"
+        ) from error
     try:
         if cert:
             context.load_cert_chain(cert, cert_key)
     except OSError as error:
         files = f"--cert {cert}" + (f" with --cert-key {cert_key}" if cert_key else "")
-        raise Failure(Status.USAGE, f"{files} can't be used: {_words(error)}; give both in PEM") from error
+        raise Failure(
+            Status.USAGE, f"{files} can't be used: {_words(error)}; give both in PEM"
+        ) from error
     return context
 
 

@@ -1,4 +1,5 @@
-"""`brokerctl top`: a live table of all connections, with rates, queues and slow consumers.
+"""`brokerctl top`: a live table of all connections, with rates, queues and slow
+consumers.
 
 The broker is only asked for its counters. A rate is the difference between two answers,
 divided by the time between them.
@@ -74,7 +75,9 @@ ORDERS: Final[dict[str, tuple[str, Callable[[Row], Any]]]] = {
 
 @dataclass(slots=True)
 class Rates:
-    """Computes rates from counters and the previous answer; a new connection has no rate."""
+    """Computes rates from counters and the previous answer; a new connection has no
+    rate.
+    """
 
     _seen: dict[tuple[str, Any], tuple[float, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -112,8 +115,12 @@ class Rates:
 
 
 @click.command()
-@click.option("--sort", "order", type=click.Choice(list(ORDERS)), default="waiting", show_default=True)
-@click.option("--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds.")
+@click.option(
+    "--sort", "order", type=click.Choice(list(ORDERS)), default="waiting", show_default=True
+)
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds."
+)
 @click.option("--count", type=click.IntRange(min=1), help="End after so many looks.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a look, one a line.")
 @connecting
@@ -121,8 +128,9 @@ class Rates:
 def top(access: Access, order: str, interval: float, count: int | None, as_json: bool) -> None:
     """Watch every connection: its rates, the bytes that wait for it, and who is slow.
 
-    slow: it reads less than is sent to it. held: it is not read from, because it sends to one that is slow.
-    On a terminal, a key changes the order: w waiting, i in, o out, b bytes, e errors, n name; q ends it.
+    slow: it reads less than is sent to it. held: it is not read from, because it sends
+    to one that is slow. On a terminal, a key changes the order: w waiting, i in, o out,
+    b bytes, e errors, n name; q ends it.
     """
     rates = Rates()
     with ended_by_ctrl_c(count is None), access.connect() as client:
@@ -146,14 +154,21 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
             _live(looks, order, interval, count)
 
 
-def _looks(client: Any, rates: Rates, interval: float) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+def _looks(
+    client: Any, rates: Rates, interval: float
+) -> Iterator[tuple[dict[str, Any], list[Row]]]:
     while True:
         stats = client.control("stats")
         connections = client.control("connections")["connections"]
         yield stats, rates.rows(connections, time.monotonic())
 
 
-def _scroll(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interval: float, count: int | None) -> None:
+def _scroll(
+    looks: Iterator[tuple[dict[str, Any], list[Row]]],
+    order: str,
+    interval: float,
+    count: int | None,
+) -> None:
     """Print each table below the last one, with all rows.
 
     This is for a terminal that can't move its cursor, but can be scrolled.
@@ -166,7 +181,12 @@ def _scroll(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, inter
         time.sleep(interval)
 
 
-def _live(looks: Iterator[tuple[dict[str, Any], list[Row]]], order: str, interval: float, count: int | None) -> None:
+def _live(
+    looks: Iterator[tuple[dict[str, Any], list[Row]]],
+    order: str,
+    interval: float,
+    count: int | None,
+) -> None:
     keys = {key: name for name, (key, _) in ORDERS.items()}
     with _single_keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         for number, (stats, rows) in enumerate(looks, start=1):
@@ -209,7 +229,18 @@ def _single_keys() -> Iterator[Callable[[float], str | None]]:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-_COLUMNS: Final = ("address", "from", "in/s", "out/s", "bytes in/s", "bytes out/s", "waiting", "of", "errors", "")
+_COLUMNS: Final = (
+    "address",
+    "from",
+    "in/s",
+    "out/s",
+    "bytes in/s",
+    "bytes out/s",
+    "waiting",
+    "of",
+    "errors",
+    "",
+)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -227,9 +258,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-#: The order in which columns are omitted if the screen is too narrow. The column by which
-#: the rows are sorted is omitted last.
-_LEAST: Final = ("of", "from", "bytes in/s", "bytes out/s", "errors", "out/s", "in/s", "", "waiting")
+#: The order in which columns are omitted if the screen is too narrow. The column by
+#: which the rows are sorted is omitted last.
+_LEAST: Final = (
+    "of",
+    "from",
+    "bytes in/s",
+    "bytes out/s",
+    "errors",
+    "out/s",
+    "in/s",
+    "",
+    "waiting",
+)
 _SORTED_BY: Final = {
     "waiting": {"waiting"},
     "in": {"in/s"},
@@ -251,7 +292,10 @@ def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
     """
     columns = list(needed)
     kept = _SORTED_BY.get(order, set())
-    for least in (*(each for each in _LEAST if each not in kept), *(each for each in _LEAST if each in kept)):
+    for least in (
+        *(each for each in _LEAST if each not in kept),
+        *(each for each in _LEAST if each in kept),
+    ):
         wanted = sum(needed[each] for each in columns[1:]) + min(needed[columns[0]], _ADDRESS)
         if wanted + _GAP * (len(columns) - 1) <= width:
             break
@@ -261,11 +305,15 @@ def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
 
 def _table(rows: Sequence[Row], order: str, width: int) -> Table:
     cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
-    needed = {column: max([len(column), *(len(each[column]) for each in cells)]) for column in _COLUMNS}
+    needed = {
+        column: max([len(column), *(len(each[column]) for each in cells)]) for column in _COLUMNS
+    }
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     columns = columns_in(width, needed, order)
     # The address gets the width that the other columns leave.
-    needed["address"] = min(needed["address"], width - sum(needed[each] + _GAP for each in columns[1:]))
+    needed["address"] = min(
+        needed["address"], width - sum(needed[each] + _GAP for each in columns[1:])
+    )
     for column in columns:
         kind: Any = "left" if column in ("address", "from", "") else "right"
         table.add_column(column, justify=kind, no_wrap=True, width=needed[column])
@@ -288,7 +336,9 @@ def _heading(stats: Mapping[str, Any]) -> Text:
 
 def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:
     keys = "  ".join(f"{key} {name}" for name, (key, _) in ORDERS.items())
-    footer = Text(f"sorted by {order}.  q quit  {keys}", style="dim", no_wrap=True, overflow="ellipsis")
+    footer = Text(
+        f"sorted by {order}.  q quit  {keys}", style="dim", no_wrap=True, overflow="ellipsis"
+    )
     # The lines above and below the rows take the rest of the screen.
     shown = rows[: max(1, console.height - 3)]
     return Group(_heading(stats), _table(shown, order, console.width), footer)

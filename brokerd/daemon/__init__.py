@@ -1,4 +1,6 @@
-"""The parts put together: a broker inside any asyncio program, and the process around it."""
+"""The parts put together: a broker inside any asyncio program, and the process around
+it.
+"""
 
 from __future__ import annotations
 

@@ -79,21 +79,33 @@ class AdminCommands:
         elif order.op == "log_level":
             self._answer_log_level(order)
         elif order.op == "keys":
-            self._answer_in_turns(order, "clients", daemon.key_uses(), {"since": daemon.broker.started_at})
+            self._answer_in_turns(
+                order, "clients", daemon.key_uses(), {"since": daemon.broker.started_at}
+            )
         elif order.op == "upgrade":
             if daemon.on_upgrade is not None:
                 daemon.on_upgrade(f"asked for by {asker}", order)
             else:
-                problems = ["this broker is a part of another program, which would have to be replaced"]
-                reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problems})
+                problems = [
+                    "this broker is a part of another program, which would have to be replaced"
+                ]
+                reply_to(
+                    daemon.broker, order.source, order.id, {"upgraded": False, "problems": problems}
+                )
                 daemon.server.settle()
         else:
             daemon.in_background(self._reload_for(order, f"asked for by {asker}"))
 
     def _answer_in_turns(
-        self, order: AdminCommand, name: str, entries: Iterator[dict[str, Any]], more: dict[str, object]
+        self,
+        order: AdminCommand,
+        name: str,
+        entries: Iterator[dict[str, Any]],
+        more: dict[str, object],
     ) -> None:
-        """Answer with a list too long to encode in one turn without blocking the event loop."""
+        """Answer with a list too long to encode in one turn without blocking the event
+        loop.
+        """
         daemon = self._daemon
         if self._long >= _MOST_LONG:
             message = f"{self._long} long answers are being made already; ask again later"
@@ -104,7 +116,11 @@ class AdminCommands:
         daemon.in_background(self._collect(order, name, entries, more))
 
     async def _collect(
-        self, order: AdminCommand, name: str, entries: Iterator[dict[str, Any]], more: dict[str, Any]
+        self,
+        order: AdminCommand,
+        name: str,
+        entries: Iterator[dict[str, Any]],
+        more: dict[str, Any],
     ) -> None:
         daemon = self._daemon
         pieces = []
@@ -127,7 +143,10 @@ class AdminCommands:
                 raise LevelRefused("the log of this broker is its program's own")
             if wanted:
                 daemon.logs.change_level(
-                    wanted.get("area"), wanted.get("level"), wanted.get("for"), by=order.source.client.name
+                    wanted.get("area"),
+                    wanted.get("level"),
+                    wanted.get("for"),
+                    by=order.source.client.name,
                 )
         except LevelRefused as error:
             daemon.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
@@ -141,5 +160,10 @@ class AdminCommands:
         outcome = await daemon.reloading.run(reason, dry_run=dry_run)
         # Before bytes are written: a client that this reload disconnects must still get
         # its answer.
-        reply_to(daemon.broker, order.source, order.id, outcome.as_reply(daemon.config.path, dry_run=dry_run))
+        reply_to(
+            daemon.broker,
+            order.source,
+            order.id,
+            outcome.as_reply(daemon.config.path, dry_run=dry_run),
+        )
         daemon.server.settle()

@@ -72,7 +72,9 @@ class OldProcess(Protocol):
     def take_over(
         self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
     ) -> dict[str, object]:
-        """Fill the server and return fields for the log; raise if the old process keeps serving."""
+        """Fill the server and return fields for the log; raise if the old process keeps
+        serving.
+        """
 
     def when_gone(self, act: Callable[[], None]) -> None:
         """Call ``act`` when the old process has ended."""
@@ -132,12 +134,20 @@ class Daemon:
 
     @property
     def addresses(self) -> list[Address]:
-        """Addresses that the daemon listens at, with ports chosen by the system filled in."""
-        return [] if self._server is None else [listening.address for listening in self._server.listening]
+        """Addresses that the daemon listens at, with ports chosen by the system filled
+        in.
+        """
+        return (
+            []
+            if self._server is None
+            else [listening.address for listening in self._server.listening]
+        )
 
     @property
     def monitor_addresses(self) -> list[Address]:
-        """Addresses that the monitor listens at, in the same form; empty without a monitor."""
+        """Addresses that the monitor listens at, in the same form; empty without a
+        monitor.
+        """
         return self._monitor.addresses
 
     @property
@@ -196,13 +206,19 @@ class Daemon:
             await run_in_thread(lambda: preload(config.monitor))
         # In a thread: a name service or a file system may not answer, and a signal must
         # still end the start.
-        self._assigned = assigned = await run_in_thread(lambda: self._activated.assign(config.listen))
+        self._assigned = assigned = await run_in_thread(
+            lambda: self._activated.assign(config.listen)
+        )
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
-        stays = config.monitor is not None and any(each.config.address == config.monitor.address for each in former)
+        stays = config.monitor is not None and any(
+            each.config.address == config.monitor.address for each in former
+        )
         wanted = [entry for entry in config.listen if entry.address not in offered]
         monitor = [] if config.monitor is None or stays else [config.monitor.listen]
-        opened, monitored = await run_in_thread(lambda: _open(wanted, monitor, assigned), discard=_close_all)
+        opened, monitored = await run_in_thread(
+            lambda: _open(wanted, monitor, assigned), discard=_close_all
+        )
         if self.stopping:
             _close_all((opened, monitored))
             raise Stopped
@@ -268,7 +284,9 @@ class Daemon:
         among: the addresses of the entries that are new in it.
         """
         config = self.config
-        warn_of_surroundings(self.log, config.listen, config.clients, self._activated, self._assigned)
+        warn_of_surroundings(
+            self.log, config.listen, config.clients, self._activated, self._assigned
+        )
         warn_of_plain(self.log, self.server.listening, among)
         warn_of_keys(self.log, config.warnings)
 
@@ -310,11 +328,15 @@ class Daemon:
 
         Raises ListenError or AuditError; nothing has changed then.
         """
-        self.take_over(self.opened(compare_running(self.config, config, self._activated, self._assigned)), reason)
+        self.take_over(
+            self.opened(compare_running(self.config, config, self._activated, self._assigned)),
+            reason,
+        )
         self._settle()
 
     def foreseen(self, prepared: Prepared) -> list[str]:
-        """Return why the configuration can't be taken over, as far as a check without trying shows.
+        """Return why the configuration can't be taken over, as far as a check without
+        trying shows.
 
         To be called in a thread.
         """
@@ -324,7 +346,8 @@ class Daemon:
         return problems
 
     def opened(self, prepared: Prepared) -> Prepared:
-        """Return ``prepared`` with its new sockets and audit file opened; to be called in a thread.
+        """Return ``prepared`` with its new sockets and audit file opened; to be called
+        in a thread.
 
         Raises ListenError or AuditError; nothing is open then.
         """
@@ -340,7 +363,10 @@ class Daemon:
         return replace(prepared, opened=opened, audit=audit)
 
     async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
-        """Return the outcome that a reload would have. problems: as ``foreseen`` returns them."""
+        """Return the outcome that a reload would have.
+
+        problems: as ``foreseen`` returns them.
+        """
         leaving: list[tuple[Session, str]] = []
         for some in self.server.misfits_in_turns(prepared.keyring):
             leaving += some
@@ -377,7 +403,9 @@ class Daemon:
         if self._logs is not None:
             self._logs.take_over(config.log, prepared.audit)
         differing = (*plan.added, *plan.changed)
-        yield from self.broker.reconfiguring(config.clients, _core_limits(config), time.time(), differing)
+        yield from self.broker.reconfiguring(
+            config.clients, _core_limits(config), time.time(), differing
+        )
         server.reconfigure(prepared.keyring, config.limits)
         if self.stopping:
             _close_all((opened, monitored))
@@ -399,10 +427,15 @@ class Daemon:
         fields = plan_fields(plan, leaving)
         yield
         self.log.info(
-            "daemon.reloaded", reason=reason, listeners=[str(address) for address in self.addresses], **fields
+            "daemon.reloaded",
+            reason=reason,
+            listeners=[str(address) for address in self.addresses],
+            **fields,
         )
         yield
-        self._warn({entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))})
+        self._warn(
+            {entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))}
+        )
         if self._key_expiry_monitor is not None and not self.stopping:
             self._key_expiry_monitor.watch(config, prepared.ending)
         # Last: an administrator that must be disconnected gets its answer before
@@ -419,7 +452,9 @@ class Daemon:
                 await self.listen_again()
 
     async def listen_again(self) -> None:
-        """Listen again where a socket's file is gone or was replaced; existing connections stay."""
+        """Listen again where a socket's file is gone or was replaced; existing
+        connections stay.
+        """
         listening = [*self.server.listening, *self._monitor.listening]
         lost = await run_in_thread(lambda: [each for each in listening if each.is_lost()])
         for each in lost:
@@ -428,7 +463,9 @@ class Daemon:
     async def _listen_again(self, former: Listening) -> None:
         config, address = former.config, former.address
         try:
-            opened = await run_in_thread(lambda: listen(config), discard=lambda opened: _close_all((opened,)))
+            opened = await run_in_thread(
+                lambda: listen(config), discard=lambda opened: _close_all((opened,))
+            )
         except ListenError as error:
             if address not in self._lost:
                 self._lost.add(address)
@@ -445,7 +482,11 @@ class Daemon:
         else:
             self._monitor.turn(self.config.monitor, opened)
         self._lost.discard(address)
-        self.log.warning("listener.restored", listener=str(address), reason="its socket file was removed or replaced")
+        self.log.warning(
+            "listener.restored",
+            listener=str(address),
+            reason="its socket file was removed or replaced",
+        )
 
     def _stop_looking(self) -> None:
         if self._looking is not None:
@@ -472,7 +513,9 @@ class Daemon:
         """Begin to drain; return False if the drain had begun already."""
         if self._stopping is not None:
             return False
-        self.log.info("daemon.stopping", reason=reason, drain_timeout_s=self.config.limits.drain_timeout)
+        self.log.info(
+            "daemon.stopping", reason=reason, drain_timeout_s=self.config.limits.drain_timeout
+        )
         self.supervisor.stopping(self.config.limits.drain_timeout)
         self._stopping = asyncio.get_running_loop().create_task(self.stop())
         return True
@@ -488,14 +531,20 @@ class Daemon:
                 self._key_expiry_monitor.close()
             if self._server is not None:
                 drained = await self._server.drain(self.config.limits.drain_timeout)
-                self.log.info("daemon.stopped", **drained._asdict(), messages=self.broker.totals["messages_in"])
+                self.log.info(
+                    "daemon.stopped",
+                    **drained._asdict(),
+                    messages=self.broker.totals["messages_in"],
+                )
         finally:
             self._monitor.off()
             self.supervisor.close()
             self.stopped.set()
 
     def cut_off(self, name: str) -> None:
-        """Close a client's connections at once, without writing the bytes that wait for them."""
+        """Close a client's connections at once, without writing the bytes that wait for
+        them.
+        """
         client = self.broker.exchange.resolve(name)
         for session in [] if client is None else list(client.sessions.values()):
             # Closing one session may close another, which is notified of it.
@@ -511,10 +560,13 @@ class Daemon:
 
         The `$broker` operation ``keys`` answers with these entries.
         """
-        return uses_of(self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC))
+        return uses_of(
+            self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC)
+        )
 
     def key_expiries(self) -> dict[str, datetime]:
-        """Return, by client, the time from which its keys can no longer authenticate it.
+        """Return, by client, the time from which its keys can no longer authenticate
+        it.
 
         Only clients whose keys have an end are included.
         """
@@ -562,7 +614,11 @@ def _why_python() -> dict[str, str]:
     if routing.NAME != "python":
         return {}
     forced = os.environ.get("BROKERD_PURE") == "1"
-    return {"because": "BROKERD_PURE=1" if forced else "brokerd was installed without a working C compiler"}
+    return {
+        "because": "BROKERD_PURE=1"
+        if forced
+        else "brokerd was installed without a working C compiler"
+    }
 
 
 def _core_limits(config: Config) -> CoreLimits:
@@ -581,7 +637,9 @@ def _open(
     assigned: dict[ListenConfig, list[ActivatedSocket]],
     found: Found | None = None,
 ) -> tuple[list[Listening], list[Listening]]:
-    """Return the listening sockets for clients and for the monitor, as ``listen_for`` does."""
+    """Return the listening sockets for clients and for the monitor, as ``listen_for``
+    does.
+    """
     opened = listen_for(clients, assigned, found)
     try:
         return opened, listen_for(monitor, {}, found)

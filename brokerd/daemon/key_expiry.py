@@ -1,4 +1,5 @@
-"""Key expiry: warnings before a client's last key expires, and a report on keys and their use.
+"""Key expiry: warnings before a client's last key expires, and a report on keys and
+their use.
 
 Keys are named by their id and never shown. An expired key disconnects no client: a
 key's validity matters only in the handshake (docs/operations.md, "Keys and rotation").
@@ -37,7 +38,8 @@ class Timer(Protocol):
 
 
 class KeyExpiryMonitor:
-    """Checks a configuration's keys when it is loaded, when a key expires, and every hour.
+    """Checks a configuration's keys when it is loaded, when a key expires, and every
+    hour.
 
     log: where warnings go. now: returns the time of day with its zone. call_later:
     calls a function after a delay in seconds, as an event loop's does. credentials:
@@ -90,7 +92,11 @@ class KeyExpiryMonitor:
         """
         now = self._now()
         ends = ((client.name, _last(client, now)) for client in self._clients)
-        return {name: key.not_after for name, key in ends if key is not None and key.not_after is not None}
+        return {
+            name: key.not_after
+            for name, key in ends
+            if key is not None and key.not_after is not None
+        }
 
     def _look(self) -> None:
         self.close()
@@ -100,7 +106,9 @@ class KeyExpiryMonitor:
         self._using = None
         self._look_on(0, before, now, now + _LOOK_AGAIN)
 
-    def _look_on(self, start: int, before: datetime | None, now: datetime, upcoming: datetime) -> None:
+    def _look_on(
+        self, start: int, before: datetime | None, now: datetime, upcoming: datetime
+    ) -> None:
         """Check some clients now, and the rest in later turns.
 
         upcoming: when to check all of them again.
@@ -124,7 +132,12 @@ class KeyExpiryMonitor:
     def _look_at(self, client: ClientConfig, before: datetime | None, now: datetime) -> None:
         last = _last(client, now)
         for key in client.keys:
-            if key is not last and before is not None and key.expired_at(now) and not key.expired_at(before):
+            if (
+                key is not last
+                and before is not None
+                and key.expired_at(now)
+                and not key.expired_at(before)
+            ):
                 self.log.info("key.expired", **self._fields(client, key), last=False)
         if last is None or last.not_after is None:
             return
@@ -143,7 +156,9 @@ class KeyExpiryMonitor:
 
     def _fields(self, client: ClientConfig, key: Key) -> dict[str, Any]:
         if self._using is None:
-            self._using = Counter((each.client.name, each.key.value) for each in self._credentials())
+            self._using = Counter(
+                (each.client.name, each.key.value) for each in self._credentials()
+            )
         assert key.not_after is not None, "a key without an end does not expire"
         return {
             "name": client.name,
@@ -155,7 +170,9 @@ class KeyExpiryMonitor:
 
 
 def _last(client: ClientConfig, now: datetime) -> Key | None:
-    """Return the key that expires or expired last; None if the client's keys have no end."""
+    """Return the key that expires or expired last; None if the client's keys have no
+    end.
+    """
     if all(key.expired_at(now) for key in client.keys):
         return max(client.keys, key=lambda key: key.not_after or now)
     return let_in_until(client.keys, now)
@@ -164,7 +181,8 @@ def _last(client: ClientConfig, now: datetime) -> Key | None:
 def uses_of(
     config: Config, keyring: Keyring, credentials: Iterable[Credential], now: datetime
 ) -> Iterator[dict[str, Any]]:
-    """Yield for each client its keys: id, source, window, state, last use and connections.
+    """Yield for each client its keys: id, source, window, state, last use and
+    connections.
 
     Never the key itself. Times are seconds since the epoch for uses, and text for
     windows. A client authenticated by its operating-system user has one entry without

@@ -38,7 +38,8 @@ _INSISTENCE_S: Final = 2.0
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return the factory of the daemon's event loop: uvloop's where installed, else asyncio's.
+    """Return the factory of the daemon's event loop: uvloop's where installed, else
+    asyncio's.
 
     On Windows it is the selector loop: the daemon reads and writes its sockets itself.
     """
@@ -73,13 +74,17 @@ def run(config_path: Path) -> int:
 
 
 def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
-    """Take the place of a serving process, or report to it why not; return the exit status."""
+    """Take the place of a serving process, or report to it why not; return the exit
+    status.
+    """
     _allow_many_descriptors()
     try:
         old_process.meet()
         config = load(config_path)
         with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(config, Supervisor.from_environ(), old_process.activated, old_process))
+            return runner.run(
+                _serve(config, Supervisor.from_environ(), old_process.activated, old_process)
+            )
     except (ConfigError, ListenError, AuditError, UpgradeChannelError) as error:
         old_process.fail(str(error))
         return EX_CONFIG if isinstance(error, (ConfigError, SocketActivationError)) else EX_FAILED
@@ -104,7 +109,10 @@ def _allow_many_descriptors() -> None:
 
 
 async def _serve(
-    config: Config, supervisor: Supervisor, activated: ActivatedSockets, old_process: UpgradeTarget | None = None
+    config: Config,
+    supervisor: Supervisor,
+    activated: ActivatedSockets,
+    old_process: UpgradeTarget | None = None,
 ) -> int:
     try:
         daemon = Daemon(config, supervisor=supervisor, activated=activated)
@@ -120,7 +128,9 @@ async def _serve(
         daemon.close_log()
 
 
-async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: UpgradeTarget | None) -> int:
+async def _until_stopped(
+    daemon: Daemon, supervisor: Supervisor, old_process: UpgradeTarget | None
+) -> int:
     upgrade_source = UpgradeSource(daemon, None if old_process is None else old_process.pid_holder)
     daemon.on_upgrade = upgrade_source.soon
     status = 0
@@ -134,7 +144,9 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
             upgrade_source.kill()
 
     def once_it_serves(action: Callable[[str], object]) -> Callable[[str], None]:
-        """Act on signals only once this process serves; until then they are for the old process."""
+        """Act on signals only once this process serves; until then they are for the old
+        process.
+        """
 
         def act(name: str) -> None:
             if old_process is None or old_process.is_over:
@@ -174,7 +186,9 @@ async def _until_stopped(daemon: Daemon, supervisor: Supervisor, old_process: Up
 
 
 async def _started(daemon: Daemon, old_process: UpgradeTarget | None) -> bool:
-    """Start the daemon; return False if it was told to stop before the start was complete."""
+    """Start the daemon; return False if it was told to stop before the start was
+    complete.
+    """
     starting = asyncio.ensure_future(daemon.start(old_process))
     stopped = asyncio.ensure_future(daemon.stopped.wait())
     await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -204,7 +218,9 @@ def _signals_go_to(
     if hasattr(signal, "SIGBREAK"):
         # Windows: Ctrl-Break, or the console's window was closed.
         actions[signal.SIGBREAK] = end
-    until_the_end: contextlib.AbstractContextManager[None] = _signals_ignored_afterwards(loop, actions)
+    until_the_end: contextlib.AbstractContextManager[None] = _signals_ignored_afterwards(
+        loop, actions
+    )
     try:
         for number, action in actions.items():
             loop.add_signal_handler(number, action, number.name)
@@ -215,7 +231,9 @@ def _signals_go_to(
 
 
 @contextlib.contextmanager
-def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals]) -> Iterator[None]:
+def _signals_ignored_afterwards(
+    loop: asyncio.AbstractEventLoop, numbers: Iterable[signal.Signals]
+) -> Iterator[None]:
     """Ignore these signals after the block, while the interpreter ends.
 
     The exit status is decided by then. A closing loop would restore the default
@@ -230,7 +248,8 @@ def _signals_ignored_afterwards(loop: asyncio.AbstractEventLoop, numbers: Iterab
 
 
 class _Insistence:
-    """Forces the end of the process soon after a second signal, if the event loop is blocked.
+    """Forces the end of the process soon after a second signal, if the event loop is
+    blocked.
 
     concerned: returns whether signals are for this process. end: ends the process;
     called in a thread of its own.
@@ -243,7 +262,9 @@ class _Insistence:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle signals in addition to the event loop, which is notified by a descriptor."""
+        """Handle signals in addition to the event loop, which is notified by a
+        descriptor.
+        """
         numbers = (signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
         # A signal interrupts a blocking system call, so this handler runs even then.
         before = {number: signal.signal(number, self._hear) for number in numbers}

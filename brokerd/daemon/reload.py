@@ -28,7 +28,15 @@ from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, Listening, look_up, precheck
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
-__all__ = ["Cause", "Prepared", "ReloadOutcome", "blockers", "compare_running", "plan_fields", "prepare"]
+__all__ = [
+    "Cause",
+    "Prepared",
+    "ReloadOutcome",
+    "blockers",
+    "compare_running",
+    "plan_fields",
+    "prepare",
+]
 
 #: Why a reload is refused: a mistake in the files, an address, the audit file, or the
 #: broker is about to stop or to be replaced.
@@ -94,7 +102,9 @@ class ReloadOutcome:
 
 
 def prepare(
-    running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
+    running: Config,
+    activated: ActivatedSockets,
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
 ) -> Prepared:
     """Return the configuration in the files, ready to be taken over.
 
@@ -107,12 +117,17 @@ def prepare(
 
 
 def _prepared(
-    running: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
+    running: Config,
+    activated: ActivatedSockets,
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
 ) -> Prepared:
     prepared = compare_running(running, load(Path(running.path)), activated, assigned)
     plan = prepared.plan
     preload(prepared.config.monitor)
-    new = (*(entry for entry in plan.opened if entry not in prepared.assigned), *plan.monitor_opened)
+    new = (
+        *(entry for entry in plan.opened if entry not in prepared.assigned),
+        *plan.monitor_opened,
+    )
     return replace(
         prepared,
         plan=replace(plan, restart=(*plan.restart, *_another_version())),
@@ -122,7 +137,10 @@ def _prepared(
 
 
 def compare_running(
-    running: Config, config: Config, activated: ActivatedSockets, assigned: dict[ListenConfig, list[ActivatedSocket]]
+    running: Config,
+    config: Config,
+    activated: ActivatedSockets,
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
 ) -> Prepared:
     """Return a loaded configuration, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
@@ -140,15 +158,19 @@ def compare_running(
 
 
 def _swaps(
-    plan: Plan, assigned: dict[ListenConfig, list[ActivatedSocket]], wanted: dict[ListenConfig, list[ActivatedSocket]]
+    plan: Plan,
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
+    wanted: dict[ListenConfig, list[ActivatedSocket]],
 ) -> Iterator[str]:
-    """Yield a problem for each address that stays but would get other sockets than before."""
+    """Yield a problem for each address that stays but would get other sockets than
+    before.
+    """
     before = {entry.address: sockets for entry, sockets in assigned.items()}
     for entry, _ in plan.altered:
         if wanted.get(entry, []) != before.get(entry.address, []):
             yield (
-                f"{entry.address}: with name: {entry.name} another socket of the service manager's would be "
-                "listened at (restart the broker for that)"
+                f"{entry.address}: with name: {entry.name} another socket of the service manager's"
+                " would be listened at (restart the broker for that)"
             )
 
 
@@ -166,9 +188,14 @@ def _another_version() -> list[str]:
 
 
 def blockers(prepared: Prepared) -> list[str]:
-    """Return why it can't be taken over, as far as a check without trying shows; a line each."""
+    """Return why it can't be taken over, as far as a check without trying shows; a line
+    each.
+    """
     by_itself = (entry for entry in prepared.plan.opened if entry not in prepared.assigned)
-    return [*prepared.blocked, *filter(None, map(precheck, (*by_itself, *prepared.plan.monitor_opened)))]
+    return [
+        *prepared.blocked,
+        *filter(None, map(precheck, (*by_itself, *prepared.plan.monitor_opened))),
+    ]
 
 
 def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:

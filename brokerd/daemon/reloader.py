@@ -66,7 +66,10 @@ class Reloadable(Protocol):
         """
 
     async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
-        """Return the outcome that a reload would have. problems: as ``foreseen`` returns them."""
+        """Return the outcome that a reload would have.
+
+        problems: as ``foreseen`` returns them.
+        """
 
     def opened(self, prepared: Prepared) -> Prepared:
         """Return ``prepared`` with its sockets and files opened; called in a thread.
@@ -125,7 +128,12 @@ class Reloading:
         if self._kept_still:
             self._waits = False
             if not dry_run:
-                daemon.log.warning("daemon.reload_refused", reason=reason, cause="upgrade", problems=[self._kept_still])
+                daemon.log.warning(
+                    "daemon.reload_refused",
+                    reason=reason,
+                    cause="upgrade",
+                    problems=[self._kept_still],
+                )
             return ReloadOutcome(None, [self._kept_still], "upgrade")
         async with self._one:
             self._waits = False
@@ -146,7 +154,10 @@ class Reloading:
                 daemon.reloads["refused"] += 1
                 daemon.reload_refused = True
                 daemon.log.warning(
-                    "daemon.reload_refused", reason=reason, cause=outcome.cause, problems=outcome.problems
+                    "daemon.reload_refused",
+                    reason=reason,
+                    cause=outcome.cause,
+                    problems=outcome.problems,
                 )
             return outcome
 
@@ -166,14 +177,19 @@ class Reloading:
             if dry_run:
                 problems = await run_in_thread(lambda: daemon.foreseen(ready))
             else:
-                prepared = await run_in_thread(lambda: daemon.opened(ready), discard=Prepared.discard)
+                prepared = await run_in_thread(
+                    lambda: daemon.opened(ready), discard=Prepared.discard
+                )
             await daemon.wait_for_revocations()
             if daemon.serves:
                 if dry_run:
                     return await daemon.preview(prepared, problems)
                 return await self._take_over(prepared, reason)
             prepared.discard()
-            cause, problems = "draining", ["the broker stops: it takes over nothing more (start it again)"]
+            cause, problems = (
+                "draining",
+                ["the broker stops: it takes over nothing more (start it again)"],
+            )
         except ConfigError as error:
             cause, problems = "config", str(error).splitlines()
         except ListenError as error:
@@ -182,7 +198,9 @@ class Reloading:
             cause, problems = "audit", [str(error)]
         finally:
             asyncio.get_running_loop().call_soon(_let_go, entries)
-        return ReloadOutcome(None if prepared is None else plan_fields(prepared.plan, ()), problems, cause)
+        return ReloadOutcome(
+            None if prepared is None else plan_fields(prepared.plan, ()), problems, cause
+        )
 
     async def _take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
         """Take it over in turns of the event loop, between which messages pass."""

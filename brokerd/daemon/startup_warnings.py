@@ -39,11 +39,14 @@ def warn_of_surroundings(
             f"the service manager hands over no socket called {entry.name} nor one at this address "
             f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)"
         )
-        log.warning("listener.not_handed_over", listener=str(entry.address), name=entry.name, reason=reason)
+        log.warning(
+            "listener.not_handed_over", listener=str(entry.address), name=entry.name, reason=reason
+        )
     for name, users in unseen(clients).items():
         reason = (
-            "this process has a user namespace of its own and can't tell these users from others: nobody is "
-            "let in as one of them (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)"
+            "this process has a user namespace of its own and can't tell these users from others:"
+            " nobody is let in as one of them (with systemd: PrivateUsers=no, as in"
+            " brokerd-peer-uid.conf)"
         )
         log.warning("client.users_unseen", name=name, peer_uid=users, reason=reason)
 

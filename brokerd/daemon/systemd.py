@@ -1,4 +1,5 @@
-"""Notifications to the service manager: ready, reloading, stopping, status and watchdog.
+"""Notifications to the service manager: ready, reloading, stopping, status and
+watchdog.
 
 Speaks sd_notify(3): one datagram of ``NAME=VALUE`` lines to ``$NOTIFY_SOCKET``. Without
 that variable every call here does nothing. A manager that does not read never delays or
@@ -46,7 +47,8 @@ class Supervisor:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Self:
-        """Return the supervisor that NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID configure.
+        """Return the supervisor that NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID
+        configure.
 
         pid: this process; a watchdog meant for another process is ignored.
         """
@@ -64,7 +66,8 @@ class Supervisor:
         return cls(address, watchdog_s)
 
     def notify(self, **fields: object) -> bool:
-        """Send fields of sd_notify(3), such as ``MAINPID=4711``; return whether they were sent.
+        """Send fields of sd_notify(3), such as ``MAINPID=4711``; return whether they
+        were sent.
 
         With ``NotifyAccess=main`` the manager accepts only messages from the main
         process. An old process therefore sends ``MAINPID`` itself, and the new process
@@ -73,7 +76,8 @@ class Supervisor:
         return self._send(fields, _SEND_TIMEOUT_S)
 
     def ready(self, status: Callable[[], str]) -> None:
-        """Report that the broker serves, and begin sending its status and watchdog messages.
+        """Report that the broker serves, and begin sending its status and watchdog
+        messages.
 
         status: returns a line for people; called every few seconds.
         """
@@ -101,7 +105,11 @@ class Supervisor:
         if not self._stopping:
             # Shown in the manager's status until the counts next change; the log keeps
             # it.
-            self._told = f"reload refused, the old configuration stays: {problem}" if problem else self._status()
+            self._told = (
+                f"reload refused, the old configuration stays: {problem}"
+                if problem
+                else self._status()
+            )
             self.notify(READY=1, STATUS=self._told)
 
     def stopping(self, drain_timeout_s: float) -> None:
@@ -115,7 +123,10 @@ class Supervisor:
         )
 
     def failed(self, why: str, number: int | None = None) -> None:
-        """Report why the broker could not start. number: the system's errno, if known."""
+        """Report why the broker could not start.
+
+        number: the system's errno, if known.
+        """
         # Error numbers of a name service are below 0, and are not errnos.
         self.notify(STATUS=why, **({"ERRNO": number} if number is not None and number > 0 else {}))
 

@@ -1,4 +1,5 @@
-"""Work in a thread while the event loop serves on; a process that ends does not wait for it.
+"""Work in a thread while the event loop serves on; a process that ends does not wait
+for it.
 
 Python waits for the threads of asyncio's own pool when a program ends. One read from a
 disk that does not answer would keep a daemon from ending.
@@ -16,7 +17,9 @@ __all__ = ["run_in_thread"]
 _Result = TypeVar("_Result")
 
 
-async def run_in_thread(work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None) -> _Result:
+async def run_in_thread(
+    work: Callable[[], _Result], *, discard: Callable[[_Result], None] | None = None
+) -> _Result:
     """Return or raise the result of ``work()``, which runs in a thread of its own.
 
     discard: receives the result if the caller was cancelled in the meantime.

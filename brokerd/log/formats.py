@@ -1,4 +1,5 @@
-"""Formats of the log: each event becomes one line, for people, for programs or for the journal.
+"""Formats of the log: each event becomes one line, for people, for programs or for the
+journal.
 
 A field may contain text that a client sent: a topic, a made-up name, an unknown
 operation. That text can't end a line, move a cursor, change the direction of text or
@@ -64,7 +65,9 @@ def json_line(entry: Entry) -> bytes:
 
 
 def prefixed(entry: Entry) -> bytes:
-    """Return the event as text with its priority in front, as systemd reads a standard error."""
+    """Return the event as text with its priority in front, as systemd reads a standard
+    error.
+    """
     return _line(f"<{PRIORITIES[entry['level']]}>{_message(entry)}")
 
 
@@ -98,7 +101,11 @@ def _message(entry: Entry) -> str:
 
 def _quoted(value: Any) -> str:
     """Return a value for a place where a space ends it."""
-    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, default=repr)
+    return (
+        value
+        if isinstance(value, str) and _PLAIN.fullmatch(value)
+        else json.dumps(value, default=repr)
+    )
 
 
 def _bare(value: Any) -> str:

@@ -1,21 +1,20 @@
-"""The log: one structured event per occurrence, without keys, MACs or bodies, and never blocking.
+"""The log: one structured event per occurrence, without keys, MACs or bodies, and never
+blocking.
 
 The first word of an event is its area, which can have a level of its own (``log`` in
 docs/configuration.md). Events that matter to an auditor also go to a separate file,
 whatever the levels. docs/operations.md says of each event what it means and what to do.
 The events:
 
-    daemon.started  daemon.stopping  daemon.stopped  daemon.failed
-    daemon.reloaded  daemon.reload_refused  daemon.killed  daemon.bug
-    daemon.upgrading  daemon.handing_over  daemon.upgraded  daemon.upgrade_failed
-    client.connected  client.disconnected  client.refused  client.slow  client.recovered  client.held
-    client.unsubscribed  message.refused  message.dropped  admin.asked
-    client.left  client.users_unseen
-    listener.paused  listener.plain  listener.not_handed_over  listener.unchanged
-    listener.lost  listener.restored
-    key.expiring  key.expired  key.odd
-    log.level_changed  log.lost  log.audit_failed
-    monitor.listening  monitor.exposed  monitor.closed  monitor.bug
+    daemon.started  daemon.stopping  daemon.stopped  daemon.failed daemon.reloaded
+    daemon.reload_refused  daemon.killed  daemon.bug daemon.upgrading
+    daemon.handing_over  daemon.upgraded  daemon.upgrade_failed client.connected
+    client.disconnected  client.refused  client.slow  client.recovered  client.held
+    client.unsubscribed  message.refused  message.dropped  admin.asked client.left
+    client.users_unseen listener.paused  listener.plain  listener.not_handed_over
+    listener.unchanged listener.lost  listener.restored key.expiring  key.expired
+    key.odd log.level_changed  log.lost  log.audit_failed monitor.listening
+    monitor.exposed  monitor.closed  monitor.bug
 
 Events that clients can cause at will have a second form, with ``_more`` at its end. It
 counts the occurrences within a second.
@@ -43,7 +42,13 @@ __all__ = ["AUDITED", "AuditError", "LevelRefused", "Logs", "in_words", "quiet_l
 #: Events that go to the audit file whatever the levels, besides all events of
 #: _AUDITED_AREAS.
 AUDITED: Final = frozenset(
-    {"client.connected", "client.disconnected", "client.refused", "client.refused_more", "client.unsubscribed"}
+    {
+        "client.connected",
+        "client.disconnected",
+        "client.refused",
+        "client.refused_more",
+        "client.unsubscribed",
+    }
 )
 _AUDITED_AREAS: Final = frozenset({"admin", "daemon", "key", "log"})
 _ORDER: Final = {LogLevel.DEBUG: 10, LogLevel.INFO: 20, LogLevel.WARNING: 30, LogLevel.ERROR: 40}
@@ -56,7 +61,9 @@ class AuditError(Exception):
 
 
 class LevelRefused(Exception):
-    """A level can't be changed as requested; the message says what is wrong and what is right."""
+    """A level can't be changed as requested; the message says what is wrong and what is
+    right.
+    """
 
 
 class Logs:
@@ -67,7 +74,11 @@ class Logs:
     """
 
     def __init__(
-        self, settings: Settings | None = None, stream: TextIO | None = None, *, journal: str = _JOURNAL
+        self,
+        settings: Settings | None = None,
+        stream: TextIO | None = None,
+        *,
+        journal: str = _JOURNAL,
     ) -> None:
         self._settings = settings or Settings()
         self._stream = stream or sys.stderr
@@ -125,7 +136,9 @@ class Logs:
         return getattr(self._settings.areas, area, None) or self._settings.level
 
     def levels(self) -> dict[str, dict[str, Any]]:
-        """Return, by area, its level, whether it was changed at run time, and the seconds left."""
+        """Return, by area, its level, whether it was changed at run time, and the
+        seconds left.
+        """
         found: dict[str, dict[str, Any]] = {}
         for area in LogAreas.model_fields:
             level = self._level_of(area)
@@ -142,9 +155,17 @@ class Logs:
         configuration. for_: a duration as in the configuration, None for no end. by:
         the client that asked. Raises LevelRefused.
         """
-        areas = list(LogAreas.model_fields) if area == "all" else [area] if isinstance(area, str) else []
+        areas = (
+            list(LogAreas.model_fields)
+            if area == "all"
+            else [area]
+            if isinstance(area, str)
+            else []
+        )
         if not set(areas) <= set(LogAreas.model_fields) or not areas:
-            raise LevelRefused(f"there is no such area (give all, or one of {', '.join(LogAreas.model_fields)})")
+            raise LevelRefused(
+                f"there is no such area (give all, or one of {', '.join(LogAreas.model_fields)})"
+            )
         if level != "default" and level not in tuple(LogLevel):
             raise LevelRefused(f"there is no such level (give {', '.join(LogLevel)}, or default)")
         try:
@@ -152,7 +173,9 @@ class Logs:
         except ValueError as error:
             raise LevelRefused(str(error)) from None
         if level == "default" and seconds is not None:
-            raise LevelRefused("what the configuration says holds without end (give a level, or no time)")
+            raise LevelRefused(
+                "what the configuration says holds without end (give a level, or no time)"
+            )
         until = None if seconds is None else time.monotonic() + seconds
         for each in areas:
             if level == "default":
@@ -165,7 +188,8 @@ class Logs:
     # Other settings, other files
 
     def reopen(self) -> None:
-        """Open a new audit file where the old one was moved away; keep the old one if that fails.
+        """Open a new audit file where the old one was moved away; keep the old one if
+        that fails.
 
         Slow where the file system is: to be called in a thread.
         """
@@ -177,7 +201,8 @@ class Logs:
             self.error("log.audit_failed", reason=str(error))
 
     def opened_audit(self, settings: Settings) -> int | None:
-        """Return a descriptor of a new audit file in the settings, for ``take_over``, or None.
+        """Return a descriptor of a new audit file in the settings, for ``take_over``,
+        or None.
 
         Slow where the file system is: to be called in a thread. Raises AuditError.
         """
@@ -186,11 +211,16 @@ class Logs:
         return _opened(settings.audit)
 
     def precheck(self, settings: Settings) -> list[str]:
-        """Return why the settings would be refused, as far as a check without creating files shows.
+        """Return why the settings would be refused, as far as a check without creating
+        files shows.
 
         Slow where the file system is: to be called in a thread.
         """
-        if settings.audit is None or settings.audit == self._settings.audit or os.path.exists(settings.audit):  # noqa: PTH110
+        if (
+            settings.audit is None
+            or settings.audit == self._settings.audit
+            or os.path.exists(settings.audit)  # noqa: PTH110
+        ):
             return []
         directory = os.path.dirname(os.path.abspath(settings.audit))  # noqa: PTH100, PTH120 - as written
         if os.access(directory, os.W_OK | os.X_OK):
@@ -231,13 +261,17 @@ class Logs:
     # Closing
 
     def flush(self, timeout_s: float = 0.3) -> bool:
-        """Write all waiting lines; return False if that takes longer than the time for them all."""
+        """Write all waiting lines; return False if that takes longer than the time for
+        them all.
+        """
         end = time.monotonic() + timeout_s
         done = [outlet.flush(max(0.0, end - time.monotonic())) for outlet in self._outlets()]
         return all(done)
 
     def close(self, timeout_s: float = 0.3) -> None:
-        """Write the waiting lines and close; discard those that take longer than the time."""
+        """Write the waiting lines and close; discard those that take longer than the
+        time.
+        """
         atexit.unregister(self.close)
         end = time.monotonic() + timeout_s
         for outlet in self._outlets():
@@ -280,7 +314,9 @@ def _place(format: LogFormat, stream: TextIO, journal: str) -> tuple[Form, Targe
 
 
 def _is_journal(stream: TextIO) -> bool:
-    """Return whether the stream is a pipe to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    """Return whether the stream is a pipe to the journal (systemd.exec(5),
+    $JOURNAL_STREAM).
+    """
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError, AttributeError):
@@ -293,7 +329,9 @@ def _opened(path: str) -> int:
         return open_for_append(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise AuditError(f"the audit file {path} can't be opened: {reason} (see to log.audit)") from None
+        raise AuditError(
+            f"the audit file {path} can't be opened: {reason} (see to log.audit)"
+        ) from None
 
 
 def in_words(error: BaseException) -> str:

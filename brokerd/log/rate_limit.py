@@ -1,4 +1,5 @@
-"""Log rate limiter: writes a frequent event line by line while it is rare, and counts the rest.
+"""Log rate limiter: writes a frequent event line by line while it is rare, and counts
+the rest.
 
 An unknown peer can connect thousands of times a second. A client's messages can be
 refused a million times a second. A line for each would cost more than the refusal, fill
@@ -52,7 +53,9 @@ class _Flow:
 
 
 class LogRateLimiter:
-    """Logs events that clients can cause at will; keeps a timer only after recent events."""
+    """Logs events that clients can cause at will; keeps a timer only after recent
+    events.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, log: Log) -> None:
         self.log = log
@@ -104,5 +107,8 @@ class LogRateLimiter:
         flow.ends = self._loop.time() + flow.period
         flow.period = min(flow.period * 2, _LONGEST)
         getattr(self.log, flow.level)(
-            f"{event}_more", count=counted.total(), seconds=seconds, reasons=dict(counted.most_common(_NAMED))
+            f"{event}_more",
+            count=counted.total(),
+            seconds=seconds,
+            reasons=dict(counted.most_common(_NAMED)),
         )

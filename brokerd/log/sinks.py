@@ -1,4 +1,5 @@
-"""Log outlets, each with a thread of its own, so that no full pipe or slow disk blocks the broker.
+"""Log outlets, each with a thread of its own, so that no full pipe or slow disk blocks
+the broker.
 
 Lines are written whole and in order. Lines that can't be written, or that find the
 queue full, are counted. When writing works again, a line with the count takes their
@@ -61,7 +62,9 @@ class Descriptor:
         self._rest = _missing_line_end(descriptor)
 
     def write(self, line: bytes) -> None:
-        """Write one line; the rest of a partly written line is written before the next one."""
+        """Write one line; the rest of a partly written line is written before the next
+        one.
+        """
         while self._rest:
             self._rest = self._rest[self._attempt(self._rest) :]
         rest = line
@@ -116,7 +119,9 @@ def _missing_line_end(descriptor: int) -> bytes:
 
 
 class Text:
-    """A stream without a descriptor, such as one in which a program collects its output."""
+    """A stream without a descriptor, such as one in which a program collects its
+    output.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -222,12 +227,16 @@ class Outlet:
         self._change.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every line is written; return False if that takes longer than the time."""
+        """Wait until every line is written; return False if that takes longer than the
+        time.
+        """
         with self._change:
             return self._change.wait_for(lambda: not self._queue and not self._busy, timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Write the waiting lines and close; discard those that take longer than the time."""
+        """Write the waiting lines and close; discard those that take longer than the
+        time.
+        """
         done = self.flush(timeout_s)
         with self._change:
             self._closed = True
@@ -246,7 +255,9 @@ class Outlet:
             with self._change:
                 self._busy = False
                 self._change.notify_all()
-                self._change.wait_for(lambda: self._queue or self._closed, _TRY_AGAIN if self._failed else None)
+                self._change.wait_for(
+                    lambda: self._queue or self._closed, _TRY_AGAIN if self._failed else None
+                )
                 if self._closed:
                     break
                 item = self._queue.popleft() if self._queue else b""
@@ -289,5 +300,11 @@ def open_for_append(path: str) -> int:
     Only its owner may read or write a new file.
     """
     # O_NONBLOCK: opening a FIFO without a reader fails instead of blocking.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = (
+        os.O_WRONLY
+        | os.O_APPEND
+        | os.O_CREAT
+        | getattr(os, "O_CLOEXEC", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+    )
     return os.open(path, flags, 0o600)

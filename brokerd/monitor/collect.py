@@ -1,4 +1,5 @@
-"""A reading of every counter, taken from the running broker in slices while messages pass.
+"""A reading of every counter, taken from the running broker in slices while messages
+pass.
 
 The counters belong to the core and the network layer. A counter never falls from one
 reading to the next. The list of connections and the totals of closed ones are copied at
@@ -51,14 +52,18 @@ class Watched(Protocol):
         """The reason why no new client should be sent here, or ""."""
 
     def key_expiries(self) -> dict[str, datetime]:
-        """Return, by client, the time from which its keys can no longer authenticate it.
+        """Return, by client, the time from which its keys can no longer authenticate
+        it.
 
         Only clients whose keys have an end are included.
         """
 
 
 class Counts(NamedTuple):
-    """The counters of a connection, or sums of them. errors: messages that were refused."""
+    """The counters of a connection, or sums of them.
+
+    errors: messages that were refused.
+    """
 
     messages_in: int = 0
     bytes_in: int = 0
@@ -81,7 +86,9 @@ _NOTHING: Final = Counts()
 
 
 class Departed:
-    """The counters of closed connections, by client; kept only for metrics of each client."""
+    """The counters of closed connections, by client; kept only for metrics of each
+    client.
+    """
 
     def __init__(self) -> None:
         self.clients: dict[str, Counts] = {}
@@ -167,7 +174,12 @@ async def take(watched: Watched, departed: Departed | None) -> Reading:
     connections = list(server.connections)
     totals = broker.totals
     reading = Reading(
-        counts=Counts(*(totals[counter] for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"))),
+        counts=Counts(
+            *(
+                totals[counter]
+                for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out")
+            )
+        ),
         refused=Counter(broker.refused),
         dropped=broker.dropped,
         connections=len(connections),

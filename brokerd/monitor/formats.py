@@ -30,7 +30,8 @@ class _One(Collector):
 
 
 def chosen(accept: str) -> tuple[Encoder, str]:
-    """Return the encoder for the format that an Accept header asks for, and its content type.
+    """Return the encoder for the format that an Accept header asks for, and its content
+    type.
 
     It is OpenMetrics if the header lists it in a version that the monitor supports.
     Otherwise it is Prometheus's own format, which every scraper reads.
@@ -44,7 +45,8 @@ def chosen(accept: str) -> tuple[Encoder, str]:
 
 
 async def written(families: Iterable[Metric], encoder: Encoder) -> bytes:
-    """Return the text; other tasks run between two families, and between pieces of a long one.
+    """Return the text; other tasks run between two families, and between pieces of a
+    long one.
 
     Consecutive families with the same name are one: the lines that describe it are
     written once.

@@ -15,7 +15,10 @@ __all__ = ["fits"]
 
 
 def fits(values: Iterable[str], names: Collection[str]) -> bool:
-    """Return whether the monitor answers all the values. names: in lower case, without a port."""
+    """Return whether the monitor answers all the values.
+
+    names: in lower case, without a port.
+    """
     return all(_fits(value, names) for value in values)
 
 

@@ -62,10 +62,14 @@ _PIECE: Final = 64 * 1024
 #: Most bytes of one header, and of the request's first line.
 _LINE: Final = 4096
 _MISDIRECTED: Final = (
-    "this monitor answers where it is asked for by an IP address, as localhost, or by a name of its configuration: "
-    "ask so, or add the name to monitor.hosts\n"
+    "this monitor answers where it is asked for by an IP address, as localhost, or by a name of its"
+    " configuration: ask so, or add the name to monitor.hosts\n"
 )
-_HEADERS: Final = {"Server": "brokerd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_HEADERS: Final = {
+    "Server": "brokerd",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+}
 
 _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -86,7 +90,11 @@ class Site:
         self._paused = False
         self._hosts: frozenset[str] | None = frozenset()
         self._second: asyncio.TimerHandle | None = None
-        self._pages: dict[str, _Page] = {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
+        self._pages: dict[str, _Page] = {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
         self._lag = Lag(self._loop)
         self._process = ProcessCollector(registry=None)
         self._departed: Departed | None = None
@@ -97,7 +105,9 @@ class Site:
 
     @property
     def addresses(self) -> list[Address]:
-        """Addresses that the monitor listens at, with ports chosen by the system filled in."""
+        """Addresses that the monitor listens at, with ports chosen by the system filled
+        in.
+        """
         return [each.address for each in self.listening]
 
     # Called by the daemon
@@ -108,7 +118,9 @@ class Site:
         self.listening = opened
         for each in opened:
             self._listen_at(each)
-        self._watched.log.info("monitor.listening", addresses=[str(address) for address in self.addresses])
+        self._watched.log.info(
+            "monitor.listening", addresses=[str(address) for address in self.addresses]
+        )
 
     def apply(self, config: MonitorConfig) -> None:
         """Apply settings. The sockets are moved by :meth:`move`."""
@@ -127,7 +139,9 @@ class Site:
 
     def close(self) -> None:
         """Stop listening and close every connection."""
-        self._watched.log.info("monitor.closed", addresses=[str(address) for address in self.addresses])
+        self._watched.log.info(
+            "monitor.closed", addresses=[str(address) for address in self.addresses]
+        )
         self._stop_listening()
         self._pending.close()
         self._guests.close()
@@ -188,7 +202,9 @@ class Site:
                 self._listen_at(each)
 
     def _on_whole(self) -> None:
-        """Answer complete requests up to this second's limit; the rest wait for the next second."""
+        """Answer complete requests up to this second's limit; the rest wait for the
+        next second.
+        """
         self._begin_second()
         while self._answered < _A_SECOND and (request := self._pending.take()) is not None:
             self._answered += 1
@@ -223,20 +239,29 @@ class Site:
             raise
         except Exception as error:  # noqa: BLE001 - an error in the monitor must not end the broker
             self._watched.log.error(
-                "monitor.bug", page=request.path, error=in_words(error), trace=traceback.format_exception(error)
+                "monitor.bug",
+                page=request.path,
+                error=in_words(error),
+                trace=traceback.format_exception(error),
             )
             response = _text("a bug in the monitor; the log says more\n", 500)
         response.force_close()
         return response
 
     def _may_answer(self, request: web.BaseRequest) -> bool:
-        """Return whether the request names this monitor, not a foreign name that resolves here."""
+        """Return whether the request names this monitor, not a foreign name that
+        resolves here.
+        """
         if self._hosts is None:
             return True
         # A whole URL in the first line takes precedence over the header (RFC 9112,
         # 3.2.2).
         _, colons, rest = request.raw_path.partition("://")
-        outgoing_requests = rest.partition("/")[0].rpartition("@")[2] if colons and request.raw_path[0] != "/" else ""
+        outgoing_requests = (
+            rest.partition("/")[0].rpartition("@")[2]
+            if colons and request.raw_path[0] != "/"
+            else ""
+        )
         return fits([*request.headers.getall("Host", ()), outgoing_requests], self._hosts)
 
     async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -267,17 +292,25 @@ class Site:
         return response
 
     async def _families(self) -> Iterator[Metric]:
-        """Return all families; those of each client are made when the iterator reaches them."""
+        """Return all families; those of each client are made when the iterator reaches
+        them.
+        """
         watched, departed = self._watched, self._departed
         # In a thread: with many descriptors or keys these take a while.
         process, expiry = await run_in_thread(
             lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
         )
         reading = await take(watched, departed)
-        whole = metrics.of_the_broker(watched, reading, self._lag, expiry, python=platform.python_version())
+        whole = metrics.of_the_broker(
+            watched, reading, self._lag, expiry, python=platform.python_version()
+        )
         if departed is None:
             return chain(whole, process)
-        return chain(whole, process, metrics.of_the_clients(reading, await self._ends_of_keys(watched.config)))
+        return chain(
+            whole,
+            process,
+            metrics.of_the_clients(reading, await self._ends_of_keys(watched.config)),
+        )
 
     async def _ends_of_keys(self, config: Config) -> list[tuple[str, str, float]]:
         if self._ends is None or self._ends[0] is not config:
@@ -323,7 +356,9 @@ class _Guests(web.Server):
         sock = transport.get_extra_info("socket")
         handler.data_received(self.heads.pop(sock.fileno(), b""))
 
-    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
         super().connection_lost(handler, exc)
         there = self._there.pop(handler, None)
         if there is not None:

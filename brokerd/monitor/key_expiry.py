@@ -31,7 +31,9 @@ def expiry_of(ends: Mapping[str, datetime], now: float) -> Expiry:
 
 
 def ends_of_keys(config: Config) -> list[tuple[str, str, float]]:
-    """Return (client, id of the key, end) for every key with an end; slow with many keys."""
+    """Return (client, id of the key, end) for every key with an end; slow with many
+    keys.
+    """
     return [
         (client.name, key.key_id, key.not_after.timestamp())
         for client in config.clients.values()

@@ -25,7 +25,9 @@ class Lag:
         self.counts = [0] * (len(BOUNDS) + 1)
         self.total = 0.0
         self._loop = loop
-        self._timer: asyncio.TimerHandle | None = loop.call_later(_EVERY, self._ring, loop.time() + _EVERY)
+        self._timer: asyncio.TimerHandle | None = loop.call_later(
+            _EVERY, self._ring, loop.time() + _EVERY
+        )
 
     def _ring(self, due: float) -> None:
         now = self._loop.time()

@@ -33,50 +33,93 @@ __all__ = ["of_the_broker", "of_the_clients"]
 _PIECE: Final = 256
 
 _Item = TypeVar("_Item")
-_PerClient: TypeAlias = tuple[type[CounterMetricFamily | GaugeMetricFamily], str, str, Callable[[Share], float]]
+_PerClient: TypeAlias = tuple[
+    type[CounterMetricFamily | GaugeMetricFamily], str, str, Callable[[Share], float]
+]
 
 
-def of_the_broker(watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, *, python: str) -> list[Metric]:
+def of_the_broker(
+    watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, *, python: str
+) -> list[Metric]:
     """Return the families about the broker as a whole. python: its version."""
     broker, config = watched.broker, watched.config
     counts = reading.counts
-    info = InfoMetricFamily("brokerd_build", "The version, the routing loop that runs and the version of Python.")
+    info = InfoMetricFamily(
+        "brokerd_build", "The version, the routing loop that runs and the version of Python."
+    )
     info.add_metric([], {"version": broker.version, "routing": broker.routing, "python": python})
     return [
         info,
-        _gauge("start_time_seconds", "When the broker started, in seconds since the epoch.", broker.started_at),
-        _counter("upgrades", "Times the broker has replaced itself since it started.", broker.upgrades),
+        _gauge(
+            "start_time_seconds",
+            "When the broker started, in seconds since the epoch.",
+            broker.started_at,
+        ),
+        _counter(
+            "upgrades", "Times the broker has replaced itself since it started.", broker.upgrades
+        ),
         _gauge(
             "ready",
             "1 while the broker takes clients, as /readyz says; 0 while it starts or drains.",
             not watched.not_ready,
         ),
-        _counter("messages_received", "Messages, requests, replies and events that clients sent.", counts.messages_in),
+        _counter(
+            "messages_received",
+            "Messages, requests, replies and events that clients sent.",
+            counts.messages_in,
+        ),
         _counter("received_bytes", "Bytes of those, headers included.", counts.bytes_in),
         _counter(
             "messages_sent",
-            "Messages put out for clients: an event once for each that gets it, the broker's own answers too.",
+            "Messages put out for clients: an event once for each that gets it, the broker's own"
+            " answers too.",
             counts.messages_out,
         ),
         _counter("sent_bytes", "Bytes of those, headers and lengths included.", counts.bytes_out),
         _labelled_counter(
-            "refused", "Messages answered with an error, by its code.", "code", ErrorCode, reading.refused
+            "refused",
+            "Messages answered with an error, by its code.",
+            "code",
+            ErrorCode,
+            reading.refused,
         ),
-        _counter("dropped", "Messages that nobody was told of: see when_full: drop_oldest.", reading.dropped),
+        _counter(
+            "dropped",
+            "Messages that nobody was told of: see when_full: drop_oldest.",
+            reading.dropped,
+        ),
         _gauge("clients", "Clients in the configuration.", len(broker.exchange.clients)),
         _gauge("clients_online", "Clients with at least one connection.", reading.online),
         _gauge("connections", "Connections.", reading.connections),
         _gauge("connections_limit", "limits.connections.", config.limits.connections),
         _gauge("subscriptions", "Subscriptions to topics.", len(broker.topics)),
         _gauge("queued_bytes", "Bytes that wait for clients.", reading.queued_bytes),
-        _gauge("fullest_queue_ratio", "How full the fullest queue is; at 1 nothing more is taken.", reading.fullest),
-        _gauge("slow_connections", "Connections that take no more bytes at the moment.", reading.slow),
-        _gauge("held_senders", "Connections not read from until somebody's full queue has room.", reading.held),
-        _gauge("pending_requests", "Requests delivered and not answered yet.", reading.incoming_requests),
+        _gauge(
+            "fullest_queue_ratio",
+            "How full the fullest queue is; at 1 nothing more is taken.",
+            reading.fullest,
+        ),
+        _gauge(
+            "slow_connections", "Connections that take no more bytes at the moment.", reading.slow
+        ),
+        _gauge(
+            "held_senders",
+            "Connections not read from until somebody's full queue has room.",
+            reading.held,
+        ),
+        _gauge(
+            "pending_requests",
+            "Requests delivered and not answered yet.",
+            reading.incoming_requests,
+        ),
         *_handshake_metrics(watched),
         *_about_reloads(watched),
         _lag(lag),
-        _gauge("clients_expired", "Clients that can't connect because their last key has expired.", expiry.expired),
+        _gauge(
+            "clients_expired",
+            "Clients that can't connect because their last key has expired.",
+            expiry.expired,
+        ),
         _maybe_gauge(
             "next_client_expiry_timestamp_seconds",
             "When the last key of the next client expires; no sample where none has an end.",
@@ -91,17 +134,33 @@ def _handshake_metrics(watched: Watched) -> Iterator[Metric]:
     limits = watched.config.limits
     yield _gauge("listeners", "Sockets listened at.", len(server.listening))
     yield _labelled_counter(
-        "handshakes", "Handshakes, by how they ended.", "result", HandshakeOutcome, counters.handshakes
+        "handshakes",
+        "Handshakes, by how they ended.",
+        "result",
+        HandshakeOutcome,
+        counters.handshakes,
     )
     yield _gauge("pending_handshakes", "Handshakes that have not finished.", server.handshakes)
     yield _gauge("pending_handshakes_limit", "limits.handshakes.", limits.handshakes)
-    yield _counter("accept_pauses", "Times no connection was accepted for want of file descriptors.", counters.pauses)
-    yield _counter("bugs", "Connections given up over a bug in the broker: see daemon.bug in the log.", counters.bugs)
+    yield _counter(
+        "accept_pauses",
+        "Times no connection was accepted for want of file descriptors.",
+        counters.pauses,
+    )
+    yield _counter(
+        "bugs",
+        "Connections given up over a bug in the broker: see daemon.bug in the log.",
+        counters.bugs,
+    )
 
 
 def _about_reloads(watched: Watched) -> Iterator[Metric]:
     yield _labelled_counter(
-        "reloads", "Reloads of the configuration.", "result", ("accepted", "refused"), watched.reloads
+        "reloads",
+        "Reloads of the configuration.",
+        "result",
+        ("accepted", "refused"),
+        watched.reloads,
     )
     yield _gauge(
         "config_last_reload_successful",
@@ -109,12 +168,17 @@ def _about_reloads(watched: Watched) -> Iterator[Metric]:
         not watched.reload_refused,
     )
     yield _gauge(
-        "config_loaded_timestamp_seconds", "When the configuration in use was taken over.", watched.reloaded_at
+        "config_loaded_timestamp_seconds",
+        "When the configuration in use was taken over.",
+        watched.reloaded_at,
     )
 
 
-def of_the_clients(reading: Reading, ends_of_keys: Sequence[tuple[str, str, float]]) -> Iterator[Metric]:
-    """Yield the families about each client, in pieces; consecutive ones with one name are one.
+def of_the_clients(
+    reading: Reading, ends_of_keys: Sequence[tuple[str, str, float]]
+) -> Iterator[Metric]:
+    """Yield the families about each client, in pieces; consecutive ones with one name
+    are one.
 
     ends_of_keys: (client, id of the key, end).
     """
@@ -126,7 +190,9 @@ def of_the_clients(reading: Reading, ends_of_keys: Sequence[tuple[str, str, floa
             yield family
     for keys in _pieces(ends_of_keys):
         ends = GaugeMetricFamily(
-            "brokerd_key_expiry_timestamp_seconds", "When a key with not_after expires.", labels=["client", "key"]
+            "brokerd_key_expiry_timestamp_seconds",
+            "When a key with not_after expires.",
+            labels=["client", "key"],
         )
         for client, key, end in keys:
             ends.add_metric([client, key], end)
@@ -134,11 +200,31 @@ def of_the_clients(reading: Reading, ends_of_keys: Sequence[tuple[str, str, floa
 
 
 _PER_CLIENT: Final[tuple[_PerClient, ...]] = (
-    (GaugeMetricFamily, "connections", "Connections of the client.", lambda share: share.connections),
-    (GaugeMetricFamily, "queued_bytes", "Bytes that wait for the client.", lambda share: share.queued_bytes),
-    (CounterMetricFamily, "messages_received", "Messages the client sent.", lambda share: share.counts.messages_in),
+    (
+        GaugeMetricFamily,
+        "connections",
+        "Connections of the client.",
+        lambda share: share.connections,
+    ),
+    (
+        GaugeMetricFamily,
+        "queued_bytes",
+        "Bytes that wait for the client.",
+        lambda share: share.queued_bytes,
+    ),
+    (
+        CounterMetricFamily,
+        "messages_received",
+        "Messages the client sent.",
+        lambda share: share.counts.messages_in,
+    ),
     (CounterMetricFamily, "received_bytes", "Bytes of those.", lambda share: share.counts.bytes_in),
-    (CounterMetricFamily, "messages_sent", "Messages put out for the client.", lambda share: share.counts.messages_out),
+    (
+        CounterMetricFamily,
+        "messages_sent",
+        "Messages put out for the client.",
+        lambda share: share.counts.messages_out,
+    ),
     (CounterMetricFamily, "sent_bytes", "Bytes of those.", lambda share: share.counts.bytes_out),
     (
         CounterMetricFamily,
@@ -161,7 +247,9 @@ def _counter(name: str, words: str, value: float) -> Metric:
     return CounterMetricFamily(f"brokerd_{name}", words, value=value)
 
 
-def _labelled_counter(name: str, words: str, label: str, values: Iterable[str], counted: Mapping[Any, int]) -> Metric:
+def _labelled_counter(
+    name: str, words: str, label: str, values: Iterable[str], counted: Mapping[Any, int]
+) -> Metric:
     """Return a counter with a series for every possible value of the label.
 
     A series that has counted nothing yet is 0, not absent.

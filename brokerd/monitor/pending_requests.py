@@ -1,4 +1,5 @@
-"""Monitor connections whose request is not answered yet: few, short, and fair to each origin.
+"""Monitor connections whose request is not answered yet: few, short, and fair to each
+origin.
 
 A silent connection costs only a socket, and gives way to a newer one. The origin with
 most connections loses its oldest one without a complete request. A peer that connects
@@ -44,7 +45,9 @@ class Pending:
     a request is complete.
     """
 
-    def __init__(self, most: int, most_whole: int, longest_s: float, on_whole: Callable[[], object]) -> None:
+    def __init__(
+        self, most: int, most_whole: int, longest_s: float, on_whole: Callable[[], object]
+    ) -> None:
         self._most = most
         self._most_whole = most_whole
         self._longest_s = longest_s

@@ -37,7 +37,9 @@ class Switch:
 
     @property
     def addresses(self) -> list[Address]:
-        """Addresses that the monitor listens at, ports filled in; empty while it is off."""
+        """Addresses that the monitor listens at, ports filled in; empty while it is
+        off.
+        """
         return [] if self._site is None else self._site.addresses
 
     @property

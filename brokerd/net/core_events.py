@@ -40,7 +40,11 @@ def report(log_events: Iterable[LogEvent], log_limiter: LogRateLimiter) -> None:
             level = "warning"
         elif event == "admin.asked" and code in _LOOKING:
             level = "debug"
-        fields: dict[str, Any] = {"name": session.client.name, "address": session.address, "peer": session.peer}
+        fields: dict[str, Any] = {
+            "name": session.client.name,
+            "address": session.address,
+            "peer": session.peer,
+        }
         if other:
             fields[other_side] = other
         if code:

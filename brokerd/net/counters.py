@@ -1,4 +1,5 @@
-"""Counters of the network layer: how handshakes ended, and events that should never happen.
+"""Counters of the network layer: how handshakes ended, and events that should never
+happen.
 
 Routing a message touches none of them. The core has its own counters where it moves
 bytes.
@@ -21,7 +22,9 @@ class HandshakeOutcome(StrEnum):
     ACCEPTED = "accepted"
     """The peer proved who it is and was let in."""
     REJECTED = "rejected"
-    """It answered with no client's key, or with one that may not be used here and now; or TLS failed."""
+    """It answered with no client's key, or with one that may not be used here and now;
+    or TLS failed.
+    """
     REFUSED = "refused"
     """It may have been right, and there was no room for it, or the broker was stopping."""
     MALFORMED = "malformed"
@@ -53,7 +56,8 @@ class Counters:
         return {"handshakes": handshakes, "others": {"pauses": self.pauses, "bugs": self.bugs}}
 
     def go_on_from(self, values: dict[str, dict[str, int]]) -> None:
-        """Add the counts that ``values`` of another process returned; a missing count is 0.
+        """Add the counts that ``values`` of another process returned; a missing count
+        is 0.
 
         Raises BadSnapshot for an invalid argument; then nothing has changed.
         """

@@ -89,7 +89,12 @@ class Draining:
         returned = broker.returned - self._before
         # An error that its sender has not read has reported nothing.
         reported = max(0, returned["reported"] - broker.unheard["offline"])
-        lost = returned["lost"] + broker.unheard.total() + broker.deferred_reports + self._parting.counted
+        lost = (
+            returned["lost"]
+            + broker.unheard.total()
+            + broker.deferred_reports
+            + self._parting.counted
+        )
         return Drained(cut_off, self._flushed, reported, lost)
 
     def on_leaving(self, session: Session) -> None:
@@ -131,7 +136,9 @@ class Draining:
         return count
 
     async def _tell(self) -> None:
-        """Report undelivered messages to their senders, and close the senders' connections."""
+        """Report undelivered messages to their senders, and close the senders'
+        connections.
+        """
         broker, server = self._broker, self._server
         until = self._loop.time() + _TELL
         while broker.owes_answers and self._loop.time() < until:

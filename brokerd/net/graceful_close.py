@@ -1,4 +1,5 @@
-"""Graceful close of connections: no message that a client has sent is lost without a report.
+"""Graceful close of connections: no message that a client has sent is lost without a
+report.
 
 A client that asked for a ``goaway`` notice gets it, finishes its output, and closes. A
 stock client gets a half-close when nothing more is owed to it. Messages that it still
@@ -54,7 +55,9 @@ class Turns:
 
 
 class Finishing:
-    """Answers ``finished`` operations when their time comes; has a timer only while some wait."""
+    """Answers ``finished`` operations when their time comes; has a timer only while
+    some wait.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -115,7 +118,8 @@ class Parting:
         return [connection for connection in self._server.connections if self._concerns(connection)]
 
     async def look(self, until: float) -> float:
-        """Take the next step for each connection; return the seconds until the next look.
+        """Take the next step for each connection; return the seconds until the next
+        look.
 
         until: when to stop, in the time of the event loop.
         """
@@ -158,7 +162,9 @@ class Parting:
         self._fed |= session.recipients
 
     def _reads_on(self, connection: Connection) -> bool:
-        """Route input that has arrived; return whether the half-close has to wait for replies."""
+        """Route input that has arrived; return whether the half-close has to wait for
+        replies.
+        """
         session = connection.session
         reads = self._reads.get(connection, 0)
         if reads < _READS and connection.advance():

@@ -1,4 +1,5 @@
-"""The handover: a server's sockets and state, captured for another process, restored there.
+"""The handover: a server's sockets and state, captured for another process, restored
+there.
 
 `capture` changes nothing, because it is decided later whether the other process takes
 over. `RestoredState` is the other side: it builds everything, but uses no socket until
@@ -34,7 +35,15 @@ from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Ahead", "Passing", "RestoredState", "capture", "describe", "let_go_of_bound", "position_of"]
+__all__ = [
+    "Ahead",
+    "Passing",
+    "RestoredState",
+    "capture",
+    "describe",
+    "let_go_of_bound",
+    "position_of",
+]
 
 _LOOK_AGAIN_S: Final = 0.02
 #: Takes the place of a key that is not configured any more; no keyring holds it.
@@ -64,12 +73,17 @@ class Passing:
         self._uses: dict[tuple[str, bytes], float] = {}
 
     def blocks(self) -> Iterator[tuple[Facts, list[int]]]:
-        """Yield blocks of facts and duplicated descriptors; the caller closes the descriptors.
+        """Yield blocks of facts and duplicated descriptors; the caller closes the
+        descriptors.
 
         Everything may change between two blocks.
         """
         if gone := [number for connection, number in self.passed.items() if connection.closed]:
-            self.passed = {connection: number for connection, number in self.passed.items() if not connection.closed}
+            self.passed = {
+                connection: number
+                for connection, number in self.passed.items()
+                if not connection.closed
+            }
             yield {"gone": gone}, []
         connections = iter(_ordered(self._server))
         while some := list(islice(connections, _COPIED)):
@@ -90,7 +104,9 @@ class Passing:
         server, passed = self._server, connection in self.passed
         # First, because it may fail: nothing is recorded yet.
         descriptor = None if passed else os.dup(connection.sock.fileno())
-        facts = snapshot.capture_idle(server.broker, connection.session, server.loop.time(), self.copier)
+        facts = snapshot.capture_idle(
+            server.broker, connection.session, server.loop.time(), self.copier
+        )
         if facts is None:
             if descriptor is not None:
                 os.close(descriptor)
@@ -119,14 +135,17 @@ def _is_idle(connection: Connection) -> bool:
 
 
 def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
-    """Return the state of a server, and the descriptors of its sockets in the same order.
+    """Return the state of a server, and the descriptors of its sockets in the same
+    order.
 
     passing: state that it has copied and passed is left out.
 
     All decisions of the core have to be carried out first: call ``settle`` before.
     Remaining connections that can't be handed over are closed: see ``let_go_of_bound``.
     """
-    for connection in [connection for connection in server.connections if not connection.can_hand_over]:
+    for connection in [
+        connection for connection in server.connections if not connection.can_hand_over
+    ]:
         connection.lost("it came while the broker was being replaced, and can't be handed over")
     connections = _ordered(server)
     passing = passing or Passing(server)
@@ -134,28 +153,41 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         if not _is_idle(connection):
             passing.copier.forget_idle(connection.session)
     taken = snapshot.capture(
-        server.broker, [connection.session for connection in connections], server.loop.time(), passing.copier
+        server.broker,
+        [connection.session for connection in connections],
+        server.loop.time(),
+        passing.copier,
     )
     copied, passed = taken.copied, passing.passed
     lingering = server.lingering()
     pending_connections = [
-        pending for pending in server.pending_handshakes.pending_connections() if pending.can_hand_over
+        pending
+        for pending in server.pending_handshakes.pending_connections()
+        if pending.can_hand_over
     ]
     taken.facts = {
         "core": taken.facts,
         "listening": [_listening(each) for each in server.listening],
         "links": [
-            None if connection.session in copied else _connection(connection, taken, passed=connection in passed)
+            None
+            if connection.session in copied
+            else _connection(connection, taken, passed=connection in passed)
             for connection in connections
         ],
         "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
-        "farewells": [{"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering],
+        "farewells": [
+            {"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering
+        ],
         "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
         "tally": server.counters.values(),
     }
     fresh = [connection for connection in connections if connection not in passed]
-    sockets = [each.sock for group in (server.listening, fresh, pending_connections, lingering) for each in group]
+    sockets = [
+        each.sock
+        for group in (server.listening, fresh, pending_connections, lingering)
+        for each in group
+    ]
     return taken, [sock.fileno() for sock in sockets]
 
 
@@ -165,7 +197,8 @@ def position_of(server: Server, session: Session) -> int:
 
 
 async def let_go_of_bound(server: Server, why: str) -> None:
-    """Close the connections that no other process can continue; return when they are closed.
+    """Close the connections that no other process can continue; return when they are
+    closed.
 
     No such connection is accepted from now on: see ``Server.accept_bound``.
     """
@@ -182,7 +215,9 @@ async def let_go_of_bound(server: Server, why: str) -> None:
 
 
 def _ordered(server: Server) -> list[Connection]:
-    """Return the connections in the order they came, in which a pool's connections are kept."""
+    """Return the connections in the order they came, in which a pool's connections are
+    kept.
+    """
     return sorted(server.connections, key=lambda connection: connection.session.number)
 
 
@@ -196,7 +231,9 @@ def describe(address: Address) -> list[Any]:
 
 
 def _listening(each: Listening) -> Facts:
-    assert isinstance(each.sock, socket.socket), "there are no named pipes where processes hand over sockets"
+    assert isinstance(each.sock, socket.socket), (
+        "there are no named pipes where processes hand over sockets"
+    )
     return {
         "socket": _socket(each.sock),
         "configured": describe(each.config.address),
@@ -220,7 +257,9 @@ def _connection(connection: Connection, taken: Snapshot, *, passed: bool) -> Fac
         "key": connection.credential.key.key_id,
         "tail": len(connection.pending_input),
         "waits": connection.waits,
-        "parcel": None if large_frame is None else [large_frame.filled - SLACK, large_frame.end - SLACK],
+        "parcel": None
+        if large_frame is None
+        else [large_frame.filled - SLACK, large_frame.end - SLACK],
     }
 
 
@@ -257,7 +296,9 @@ class Ahead:
         self.unauthorized_connections: dict[Connection, str] = {}
 
     def add(self, facts: Facts, body: memoryview, descriptors: Sequence[int]) -> None:
-        """Restore one block. Raises BadSnapshot, and the errors that RestoredState raises."""
+        """Restore one block. Raises BadSnapshot, and the errors that RestoredState
+        raises.
+        """
         if "idle" in facts:
             rest = iter(descriptors)
             for each in facts["idle"]:
@@ -281,7 +322,9 @@ class Ahead:
         if not told["passed"]:
             self._sockets[number] = _opened(told, next(descriptors, -1))
         if session is not None:
-            connection = self._connections[number] = _link_of(server, session, self._sockets[number], told)
+            connection = self._connections[number] = _link_of(
+                server, session, self._sockets[number], told
+            )
             self.unauthorized_connections.update(server.reasons([connection]))
 
     def take_link(self, session: Session) -> Connection:
@@ -326,7 +369,8 @@ def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts
 
 
 class RestoredState:
-    """The captured state of another process, restored in a new server with an empty broker.
+    """The captured state of another process, restored in a new server with an empty
+    broker.
 
     opened: listening sockets that the other process did not have.
     descriptors: every descriptor, in order; they belong to this object from now on.
@@ -355,14 +399,21 @@ class RestoredState:
         wanted = {entry.address: entry for entry in listen}
         #: Each listening socket with its entry of the new configuration, or None if it
         #: has none.
-        self._listening = [(each, wanted.get(each.config.address)) for each in map(self._waker_out, facts["listening"])]
-        self.sessions = snapshot.restore(server.broker, facts["core"], pieces, self._now, ahead.copies)
+        self._listening = [
+            (each, wanted.get(each.config.address))
+            for each in map(self._waker_out, facts["listening"])
+        ]
+        self.sessions = snapshot.restore(
+            server.broker, facts["core"], pieces, self._now, ahead.copies
+        )
         if len(self.sessions) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
         #: Connections that were passed while idle, and all other connections.
         self._idle: list[Connection] = []
         self._fresh: list[Connection] = []
-        for session, told, each in zip(self.sessions, facts["core"]["sessions"], facts["links"], strict=False):
+        for session, told, each in zip(
+            self.sessions, facts["core"]["sessions"], facts["links"], strict=False
+        ):
             if (each is None) != (type(told) is int):
                 raise ValueError("a connection was copied in part")
             if each is None:
@@ -386,12 +437,18 @@ class RestoredState:
 
     def _waker_out(self, facts: Facts) -> Listening:
         place = Address(*facts["configured"])
-        former = ListenConfig(place, facts["mode"], facts["group"], allow_md5=False, source=_NOWHERE)
+        former = ListenConfig(
+            place, facts["mode"], facts["group"], allow_md5=False, source=_NOWHERE
+        )
         inode = None if facts["inode"] is None else (facts["inode"][0], facts["inode"][1])
-        return Listening(former, self._socket(facts), Address(*facts["address"]), inode, facts["first_group"])
+        return Listening(
+            former, self._socket(facts), Address(*facts["address"]), inode, facts["first_group"]
+        )
 
     def _connection(self, session: Session, facts: Facts, pieces: Pieces) -> Connection:
-        sock = self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
+        sock = (
+            self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
+        )
         connection = _link_of(self._server, session, sock, facts)
         connection.pending_input = bytes(pieces.take(facts["tail"]))
         connection.waits = facts["waits"]
@@ -404,7 +461,12 @@ class RestoredState:
         nonce = bytes(pieces.take(facts["nonce"]))
         deadline = self._now + facts["left_s"]
         pending = PendingConnection(
-            self._socket(facts), "", facts["listener"], allow_md5=facts["allow_md5"], deadline=deadline, nonce=nonce
+            self._socket(facts),
+            "",
+            facts["listener"],
+            allow_md5=facts["allow_md5"],
+            deadline=deadline,
+            nonce=nonce,
         )
         pending.peer, pending.origin = facts["peer"], facts["origin"]
         pending.heard += pieces.take(facts["heard"])
@@ -433,7 +495,9 @@ class RestoredState:
             if welcomed is not None and pending.credential is None:
                 pending.sock.close()
                 server.on_refused(
-                    pending, "the key it uses was removed from the configuration", HandshakeOutcome.REJECTED
+                    pending,
+                    "the key it uses was removed from the configuration",
+                    HandshakeOutcome.REJECTED,
                 )
             else:
                 server.pending_handshakes.take_over(pending)
@@ -442,7 +506,9 @@ class RestoredState:
         for connection in self._idle:
             if connection in unauthorized_connections:
                 server.broker.close(
-                    connection.session, unauthorized_connections[connection], code=ErrorCode.KEY_REMOVED
+                    connection.session,
+                    unauthorized_connections[connection],
+                    code=ErrorCode.KEY_REMOVED,
                 )
         for connection, why in server.reasons(self._fresh):
             server.broker.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
@@ -464,9 +530,13 @@ class RestoredState:
             self._server.loop.call_soon(self._begin_with_some)
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:
-        """Apply the settings of the new configuration; connections continue even if that fails."""
+        """Apply the settings of the new configuration; connections continue even if
+        that fails.
+        """
         try:
             listening.alter(entry)
         except ListenError as error:
-            self._server.log.warning("listener.unchanged", listener=str(listening.address), reason=str(error))
+            self._server.log.warning(
+                "listener.unchanged", listener=str(listening.address), reason=str(error)
+            )
             listening.config = entry

@@ -1,4 +1,6 @@
-"""The server: accepts connections, runs their handshakes, and carries out the core's decisions."""
+"""The server: accepts connections, runs their handshakes, and carries out the core's
+decisions.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,13 @@ class Server:
     """
 
     def __init__(
-        self, broker: Broker, keyring: Keyring, limits: Limits, log: Log, *, wall: Callable[[], float]
+        self,
+        broker: Broker,
+        keyring: Keyring,
+        limits: Limits,
+        log: Log,
+        *,
+        wall: Callable[[], float],
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.broker = broker
@@ -158,7 +166,9 @@ class Server:
                     raise
 
     def stop_listening_at(self, addresses: Container[Address]) -> None:
-        """Close the listening sockets of these configured addresses; their connections stay."""
+        """Close the listening sockets of these configured addresses; their connections
+        stay.
+        """
         for each in [each for each in self.listening if each.config.address in addresses]:
             self._stop_listening(each)
 
@@ -184,7 +194,8 @@ class Server:
         return [connection.credential for connection in self.connections]
 
     def unauthorized_connections(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
-        """Return the sessions that a keyring would not accept now, each with the reason.
+        """Return the sessions that a keyring would not accept now, each with the
+        reason.
 
         By default, the current keyring is used. An expired key accepts no new
         connections, but its existing connections stay.
@@ -197,19 +208,32 @@ class Server:
     def reasons(
         self, connections: Iterable[Connection], keyring: Keyring | None = None
     ) -> list[tuple[Connection, str]]:
-        """Return the connections that a keyring would not accept now, each with the reason.
+        """Return the connections that a keyring would not accept now, each with the
+        reason.
 
         By default, the current keyring is used.
         """
-        there = (connection for connection in connections if not connection.closed and not connection.session.closing)
+        there = (
+            connection
+            for connection in connections
+            if not connection.closed and not connection.session.closing
+        )
         judged = (
-            (connection, self.why_unauthorized(connection.credential, _uid(connection), keyring, connection.tls_peer))
+            (
+                connection,
+                self.why_unauthorized(
+                    connection.credential, _uid(connection), keyring, connection.tls_peer
+                ),
+            )
             for connection in there
         )
         return [(connection, why) for connection, why in judged if why]
 
-    def misfits_in_turns(self, keyring: Keyring | None = None) -> Iterator[list[tuple[Session, str]]]:
-        """Yield the unauthorized connections in batches, so that the caller can pause between them.
+    def misfits_in_turns(
+        self, keyring: Keyring | None = None
+    ) -> Iterator[list[tuple[Session, str]]]:
+        """Yield the unauthorized connections in batches, so that the caller can pause
+        between them.
 
         Only connections that exist at the beginning are checked.
         """
@@ -245,7 +269,8 @@ class Server:
         self._pending_handshakes.close()
 
     def hold_back_bound(self) -> None:
-        """Stop accepting at TLS listeners: no other process could continue their connections.
+        """Stop accepting at TLS listeners: no other process could continue their
+        connections.
 
         New connections stay in the system's queue.
         """
@@ -264,7 +289,8 @@ class Server:
     # Called by the pending handshakes
 
     def room_for(self, name: str) -> str | None:
-        """Make room for one more connection of ``name``; return why there is none, or "".
+        """Make room for one more connection of ``name``; return why there is none, or
+        "".
 
         None: the connection that holds the place has ended, but its earlier input has
         to be routed first. The caller asks again in another turn.
@@ -294,11 +320,15 @@ class Server:
         name = pending.credential.client.name
         # While this handshake was finishing, another connection may have taken the
         # place, or a reload may have removed the key.
-        why_unauthorized = self.why_unauthorized(pending.credential, pending.uid, tls_peer=pending.tls_peer)
+        why_unauthorized = self.why_unauthorized(
+            pending.credential, pending.uid, tls_peer=pending.tls_peer
+        )
         reason = why_unauthorized or self.room_for(name)
         if reason != "":
             reason = reason or TAKEN
-            self._turn_away(pending, ErrorCode.KEY_REMOVED if why_unauthorized else _CODES.get(reason), reason)
+            self._turn_away(
+                pending, ErrorCode.KEY_REMOVED if why_unauthorized else _CODES.get(reason), reason
+            )
             self.on_refused(pending, reason, HandshakeOutcome.REFUSED)
             return
         self.keyring.let_in(pending.credential, self.wall())
@@ -324,7 +354,9 @@ class Server:
         self.settle()
 
     def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
-        """Close a connection whose client has proved its key; send ``code`` first, if any."""
+        """Close a connection whose client has proved its key; send ``code`` first, if
+        any.
+        """
         if code is None:
             pending.sock.close()
             return
@@ -338,18 +370,24 @@ class Server:
         else:
             self.close_gracefully(sock.raw if isinstance(sock, TlsStream) else sock)
 
-    def on_refused(self, pending: PendingConnection, reason: str, outcome: HandshakeOutcome) -> None:
+    def on_refused(
+        self, pending: PendingConnection, reason: str, outcome: HandshakeOutcome
+    ) -> None:
         """Count and log a refused connection."""
         self.counters.handshakes[outcome] += 1
         client = None if pending.credential is None else pending.credential.client.name
         fields: dict[str, Any] = {} if client is None else {"name": client}
         fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}
-        self.log_limiter.note("warning", "client.refused", f"{client or pending.origin}: {reason}", **fields)
+        self.log_limiter.note(
+            "warning", "client.refused", f"{client or pending.origin}: {reason}", **fields
+        )
 
     # Carrying out the core's decisions
 
     def on_lost(self, connection: Connection, why: str) -> None:
-        """Detach the session of a connection that has just been closed, and log its end."""
+        """Detach the session of a connection that has just been closed, and log its
+        end.
+        """
         session = connection.session
         if self._draining is not None:
             self._draining.on_leaving(session)
@@ -374,7 +412,9 @@ class Server:
         self.linger(sock, self._linger_s)
 
     def linger(self, sock: socket.socket, time_s: float) -> None:
-        """Close a socket when all bytes written to it have arrived, or after ``time_s`` seconds."""
+        """Close a socket when all bytes written to it have arrived, or after ``time_s``
+        seconds.
+        """
         linger = LingeringClose(sock, self._waste, time_s, self.loop, self._on_lingered)
         self._lingering.add(linger)
         linger.begin()
@@ -397,7 +437,9 @@ class Server:
             self.empty.set()
 
     def write_touched(self) -> None:
-        """Write every outbox that has new bytes, and close sessions that are to be closed."""
+        """Write every outbox that has new bytes, and close sessions that are to be
+        closed.
+        """
         touched = self.broker.touched
         while touched:
             session = touched.pop()
@@ -447,7 +489,9 @@ class Server:
         self.settle()
 
     def settle(self) -> None:
-        """Carry out the core's decisions: write, close, resume, run commands, set the timer."""
+        """Carry out the core's decisions: write, close, resume, run commands, set the
+        timer.
+        """
         if self._settling:
             return
         self._settling = True
@@ -474,7 +518,9 @@ class Server:
             self._finishing.look_soon()
 
     def _run_deferred(self) -> None:
-        """Do some of the deferred work of ended sessions, and the rest in the next turns."""
+        """Do some of the deferred work of ended sessions, and the rest in the next
+        turns.
+        """
         self._running_deferred = False
         self.broker.run_deferred(_DEFERRED_PER_TURN)
         self.settle()

@@ -1,36 +1,41 @@
-"""The messages between two processes of the daemon during an upgrade: facts, bytes, descriptors.
+"""The messages between two processes of the daemon during an upgrade: facts, bytes,
+descriptors.
 
 A message begins with MAGIC, then the length of a JSON object as 32 bits in network byte
 order, then the object:
 
     {"say": WORD, ...facts, "bytes": N, "descriptors": M}
 
-N bytes and M descriptors follow. Descriptors are sent in groups of up to 253 (SCM_MAX_FD
-of Linux), each group beside one byte. These are the words of the old process and of the
-new process, in the order in which they are sent:
+N bytes and M descriptors follow. Descriptors are sent in groups of up to 253
+(SCM_MAX_FD of Linux), each group beside one byte. These are the words of the old
+process and of the new process, in the order in which they are sent:
 
-    old offer     format, version, listening: the format of its state, and where it listens;
-                  handed: the names and addresses of the sockets from the service manager;
-                  monitor: where the monitor listens; the descriptors of the sockets of
-                  both, handed and monitor, go with the message
+    old offer     format, version, listening: the format of its state, and where it
+    listens;
+                  handed: the names and addresses of the sockets from the service
+                  manager; monitor: where the monitor listens; the descriptors of the
+                  sockets of both, handed and monitor, go with the message
     new hello     version, formats; keeper: the path of the PID holder's program; its
-                  configuration is valid, and it listens at all configured addresses where
-                  the old process did not
-    old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy; idle
-                  connections with their descriptors, as in brokerd.net.handover; sent any
-                  number of times
-    old copied    asks whether all copies have been processed
-    new copied    confirms it
-    old state     format, frozen_at, asked_by; reloads: how many reloads ended in which way;
-                  and all that brokerd.net.handover captures; the old process is idle now
+                  configuration is valid, and it listens at all configured addresses
+                  where the old process did not
+    old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy;
+    idle
+                  connections with their descriptors, as in brokerd.net.handover; sent
+                  any number of times
+    old copied    asks whether all copies have been processed new copied    confirms it
+    old state     format, frozen_at, asked_by; reloads: how many reloads ended in which
+    way;
+                  and all that brokerd.net.handover captures; the old process is idle
+                  now
     new ready     everything is set up; no socket has been touched
     old commit    the sockets belong to the new process
     new serving   confirms it; sent before the first socket is touched, so that the old
                   process may continue if this message never comes
 
-Either process may send ``failed`` with a reason instead. Then the old process continues.
-The format of a state is a number. A newer process reads the formats in READS. Facts that
-a format does not have are left out or ignored. No data is ever unpickled.
+Either process may send ``failed`` with a reason instead. Then the old process
+continues. The format of a state is a number. A newer process reads the formats in
+READS. Facts that a format does not have are left out or ignored. No data is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -62,13 +67,16 @@ __all__ = [
 FORMAT: Final = 3
 READS: Final = (2, 3)
 
-#: Environment variables of the new process: the descriptors of its end of the channel, and of the
-#: pipe to the PID holder.
+#: Environment variables of the new process: the descriptors of its end of the channel,
+#: and of the pipe to the PID holder.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"
 PID_HOLDER_FD: Final = "BROKERD_KEEPER_FD"
-#: Signals that both processes handle. During the upgrade only the old process handles them.
+#: Signals that both processes handle. During the upgrade only the old process handles
+#: them.
 SIGNALS: Final = tuple(
-    getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2")
+    if hasattr(signal, name)
 )
 
 _MAGIC: Final = b"bkUP"
@@ -81,13 +89,15 @@ _DESCRIPTORS: Final = 253
 _PIECES: Final = 512
 #: Bytes per message for which memory is allocated before any of them has arrived.
 _ROOM: Final = 1 << 20
-#: Seconds before a group of descriptors is sent again after ETOOMANYREFS. The kernel limits the
-#: descriptors that are sent and not received yet.
+#: Seconds before a group of descriptors is sent again after ETOOMANYREFS. The kernel
+#: limits the descriptors that are sent and not received yet.
 _TRY_AGAIN_S: Final = 0.002
 
 
 class UpgradeChannelError(Exception):
-    """The other process is gone, too slow, or sent an invalid message; the text says which."""
+    """The other process is gone, too slow, or sent an invalid message; the text says
+    which.
+    """
 
 
 class UpgradeMessage:
@@ -96,7 +106,9 @@ class UpgradeMessage:
     say: the word. facts: the rest of the JSON object.
     """
 
-    def __init__(self, say: str, facts: dict[str, Any], body: bytearray, descriptors: list[int]) -> None:
+    def __init__(
+        self, say: str, facts: dict[str, Any], body: bytearray, descriptors: list[int]
+    ) -> None:
         self.say = say
         self.facts = facts
         self.body = body
@@ -106,8 +118,8 @@ class UpgradeMessage:
 class UpgradeChannel:
     """One end of the channel between two processes.
 
-    sock: one of a pair of connected AF_UNIX stream sockets. It blocks for at most as long
-    as each call allows.
+    sock: one of a pair of connected AF_UNIX stream sockets. It blocks for at most as
+    long as each call allows.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -142,7 +154,9 @@ class UpgradeChannel:
         """Send one message. Raises UpgradeChannelError."""
         deadline = time.monotonic() + within_s
         size = sum(map(len, pieces))
-        told = json.dumps({**(facts or {}), "say": say, "bytes": size, "descriptors": len(descriptors)}).encode()
+        told = json.dumps(
+            {**(facts or {}), "say": say, "bytes": size, "descriptors": len(descriptors)}
+        ).encode()
         self.told = len(told)
         try:
             self._write([_HEAD.pack(_MAGIC, len(told)), told], deadline)
@@ -150,9 +164,13 @@ class UpgradeChannel:
             for start in range(0, len(descriptors), _DESCRIPTORS):
                 self._pass(descriptors[start : start + _DESCRIPTORS], deadline)
         except TimeoutError as error:
-            raise UpgradeChannelError(f"it did not take {say!r} within {round(within_s, 2):g} s") from error
+            raise UpgradeChannelError(
+                f"it did not take {say!r} within {round(within_s, 2):g} s"
+            ) from error
         except OSError as error:
-            raise UpgradeChannelError(f"it ended before it took {say!r} ({error.strerror or error})") from error
+            raise UpgradeChannelError(
+                f"it ended before it took {say!r} ({error.strerror or error})"
+            ) from error
 
     def _write(self, pieces: Iterable[bytes | bytearray | memoryview], deadline: float) -> None:
         views = [memoryview(piece) for piece in pieces if piece]
@@ -186,14 +204,22 @@ class UpgradeChannel:
             if magic != _MAGIC or size > _LARGEST_FACTS:
                 raise UpgradeChannelError("it does not speak this language")
             facts = json.loads(self._read(size, deadline))
-            say, body_size, count = facts.pop("say"), _number(facts.pop("bytes")), _number(facts.pop("descriptors"))
-            return UpgradeMessage(say, facts, self._read(body_size, deadline), self._take(count, deadline))
+            say, body_size, count = (
+                facts.pop("say"),
+                _number(facts.pop("bytes")),
+                _number(facts.pop("descriptors")),
+            )
+            return UpgradeMessage(
+                say, facts, self._read(body_size, deadline), self._take(count, deadline)
+            )
         except TimeoutError as error:
             raise UpgradeChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
         except OSError as error:
             raise UpgradeChannelError(f"it ended ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UpgradeChannelError(f"it does not speak this language: {in_words(error)}") from error
+            raise UpgradeChannelError(
+                f"it does not speak this language: {in_words(error)}"
+            ) from error
 
     def expect(self, *words: str, within_s: float) -> UpgradeMessage:
         """Return the next message, which has to have one of these words.
@@ -206,14 +232,16 @@ class UpgradeChannel:
         if message.say == "failed":
             raise UpgradeChannelError(str(message.facts.get("reason", "it did not say why")))
         if message.say not in words:
-            raise UpgradeChannelError(f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected")
+            raise UpgradeChannelError(
+                f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected"
+            )
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:
         """Return the next ``size`` bytes.
 
-        The buffer is never larger than twice the bytes received, with a minimum of _ROOM,
-        however large the announced size is.
+        The buffer is never larger than twice the bytes received, with a minimum of
+        _ROOM, however large the announced size is.
         """
         body = bytearray()
         got = 0
@@ -237,9 +265,14 @@ class UpgradeChannel:
                 data, descriptors, flags, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS)
                 taken += descriptors
                 if flags & socket.MSG_CTRUNC or len(taken) > count:
-                    raise OSError(errno.EMFILE, "not all descriptors arrived; is the limit of open files reached?")
+                    raise OSError(
+                        errno.EMFILE,
+                        "not all descriptors arrived; is the limit of open files reached?",
+                    )
                 if not data or not descriptors:
-                    raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
+                    raise ConnectionResetError(
+                        errno.ECONNRESET, "it closed the connection between us"
+                    )
         except BaseException:
             _close_all(taken)
             raise

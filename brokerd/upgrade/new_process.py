@@ -1,4 +1,5 @@
-"""The new process's side of an upgrade: start, then take everything over or end without a trace.
+"""The new process's side of an upgrade: start, then take everything over or end without
+a trace.
 
 The new process touches nothing of the old process before the old process has sent
 ``commit``. Until then the old process also handles all signals.
@@ -40,8 +41,8 @@ from brokerd_client.address import Address
 
 __all__ = ["UpgradeTarget"]
 
-#: Longest wait for one message of the old process, or for sending one to it, in seconds. The old
-#: process may be slow because it waits for other things.
+#: Longest wait for one message of the old process, or for sending one to it, in
+#: seconds. The old process may be slow because it waits for other things.
 _TIMEOUT_S: Final = 60.0
 
 
@@ -67,7 +68,9 @@ class UpgradeTarget:
 
     @classmethod
     def from_environ(cls) -> Self | None:
-        """Return the upgrade for which this process was started, or None without an upgrade."""
+        """Return the upgrade for which this process was started, or None without an
+        upgrade.
+        """
         told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(PID_HOLDER_FD, "")
         if not told:
             return None
@@ -85,12 +88,13 @@ class UpgradeTarget:
         offer = message.facts
         if offer.get("format") not in READS:
             raise UpgradeChannelError(
-                f"brokerd {offer.get('version')} hands over its state in the format {offer.get('format')}, "
-                f"and {__version__} reads {', '.join(map(str, READS))}"
+                f"brokerd {offer.get('version')} hands over its state in the format"
+                f" {offer.get('format')}, and {__version__} reads {', '.join(map(str, READS))}"
             )
         sockets = iter([socket.socket(fileno=descriptor) for descriptor in message.descriptors])
         self.activated = ActivatedSockets(
-            ActivatedSocket(next(sockets), name, Address(*address)) for name, address in offer["handed"]
+            ActivatedSocket(next(sockets), name, Address(*address))
+            for name, address in offer["handed"]
         )
         self.monitored = [
             inherited(Address(*configured), next(sockets), Address(*address))
@@ -99,7 +103,9 @@ class UpgradeTarget:
         self.offered = {Address(*each) for each in offer["listening"]}
 
     def fail(self, reason: str) -> None:
-        """Tell the old process why this process does not take over; this process ends then."""
+        """Tell the old process why this process does not take over; this process ends
+        then.
+        """
         try:
             self._channel.send("failed", {"reason": reason}, within_s=_TIMEOUT_S)
         except UpgradeChannelError:
@@ -118,8 +124,8 @@ class UpgradeTarget:
         Raises:
             UpgradeChannelError: the upgrade failed, and nothing has been touched.
         """
-        # All objects created here stay alive, and garbage collection would only make the pause
-        # longer.
+        # All objects created here stay alive, and garbage collection would only make
+        # the pause longer.
         with garbage.undisturbed():
             return self._take_over(server, listen, opened)
 
@@ -131,15 +137,21 @@ class UpgradeTarget:
         with _signals_ignored():
             channel.send("hello", hello, within_s=_TIMEOUT_S)
             ahead = Ahead(server)
-            while (state := channel.expect("copy", "copied", "state", within_s=_TIMEOUT_S)).say != "state":
+            while (
+                state := channel.expect("copy", "copied", "state", within_s=_TIMEOUT_S)
+            ).say != "state":
                 if state.say == "copy":
                     ahead.add(state.facts, memoryview(state.body), state.descriptors)
                 else:
                     channel.send("copied", within_s=_TIMEOUT_S)
             facts = state.facts
             if facts["format"] not in READS:
-                raise UpgradeChannelError(f"a state of the format {facts['format']}, and {FORMAT} was offered")
-            restored = RestoredState(server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead)
+                raise UpgradeChannelError(
+                    f"a state of the format {facts['format']}, and {FORMAT} was offered"
+                )
+            restored = RestoredState(
+                server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead
+            )
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")
             self.reloads.update(reloads)
@@ -153,7 +165,9 @@ class UpgradeTarget:
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
             "connections": len(restored.connections),
             "handshakes": len(facts["knocks"]),
-            "waiting_bytes": sum(connection.session.outbox.waiting for connection in restored.connections),
+            "waiting_bytes": sum(
+                connection.session.outbox.waiting for connection in restored.connections
+            ),
         }
         if facts["asked_by"] is not None:
             position, message_id = facts["asked_by"]

@@ -1,8 +1,9 @@
 """Notification of the service manager that another process is the daemon now.
 
-sd_notify(3): MAINPID is sent first, then BARRIER with a pipe. The manager closes the pipe
-when it has processed all messages before it. Without this wait, the old process could be
-gone before the manager looks up the sender of the message. The message would be lost.
+sd_notify(3): MAINPID is sent first, then BARRIER with a pipe. The manager closes the
+pipe when it has processed all messages before it. Without this wait, the old process
+could be gone before the manager looks up the sender of the message. The message would
+be lost.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The old process's side of an upgrade: start the new process, hand everything over, end.
+"""The old process's side of an upgrade: start the new process, hand everything over,
+end.
 
 The old process gives nothing up until the new process has sent ``serving``. If anything
 fails before, the daemon continues as if no upgrade had been requested. While the new
-process starts, all clients are served as usual. The pause begins with ``state``. It is one
-call that does not return to the event loop.
+process starts, all clients are served as usual. The pause begins with ``state``. It is
+one call that does not return to the event loop.
 """
 
 from __future__ import annotations
@@ -29,27 +30,36 @@ from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import in_words
 from brokerd.net import handover
-from brokerd.upgrade.channel import FORMAT, HANDOVER_FD, PID_HOLDER_FD, SIGNALS, UpgradeChannel, UpgradeChannelError
+from brokerd.upgrade.channel import (
+    FORMAT,
+    HANDOVER_FD,
+    PID_HOLDER_FD,
+    SIGNALS,
+    UpgradeChannel,
+    UpgradeChannelError,
+)
 from brokerd.upgrade.notify import announce_new_process
 
 __all__ = ["UpgradeSource"]
 
 #: Longest wait per upgrade, in seconds, for the new process to start.
 _HELLO_S: Final = 30.0
-#: Longest time per upgrade, in seconds, for the handover, while all clients wait. It gets more time
-#: where many bytes are queued.
+#: Longest time per upgrade, in seconds, for the handover, while all clients wait. It
+#: gets more time where many bytes are queued.
 _HANDOVER_S: Final = 10.0
-#: Bytes of queued frames, and bytes of facts, for which the handover gets one more second.
+#: Bytes of queued frames, and bytes of facts, for which the handover gets one more
+#: second.
 _BYTES_A_SECOND: Final = 200e6
 _FACTS_A_SECOND: Final = 1e6
-#: Most rounds of copying per call of _copy. A round with fewer blocks than _FEW_BLOCKS is the last
-#: one.
+#: Most rounds of copying per call of _copy. A round with fewer blocks than _FEW_BLOCKS
+#: is the last one.
 _ROUNDS: Final = 5
 _FEW_BLOCKS: Final = 4
-#: Longest wait for steps that take almost no time, in seconds: the last messages, and the end of a
-#: process that was told to end.
+#: Longest wait for steps that take almost no time, in seconds: the last messages, and
+#: the end of a process that was told to end.
 _MOMENT_S: Final = 2.0
-#: Seconds that a new process has to end by itself when this one has stopped; then it is killed.
+#: Seconds that a new process has to end by itself when this one has stopped; then it is
+#: killed.
 _GRACE_S: Final = 0.3
 #: Environment variables that apply to this process only and are not passed on.
 _OWN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
@@ -64,7 +74,8 @@ class _Failed(Exception):
 class _NewProcess:
     """The new process, with its channel and pipe.
 
-    pid_holder: the pipe that a new PID holder would read; None where no new one is needed.
+    pid_holder: the pipe that a new PID holder would read; None where no new one is
+    needed.
     """
 
     def __init__(self, pid_holder: int | None) -> None:
@@ -89,8 +100,8 @@ class _NewProcess:
                     [sys.executable, *sys.orig_argv[1:]],
                     env=environment,
                     pass_fds=passed,
-                    # Signals such as Ctrl-C reach the new process once: passed on by this process
-                    # or the PID holder.
+                    # Signals such as Ctrl-C reach the new process once: passed on by
+                    # this process or the PID holder.
                     start_new_session=True,
                 )
             except BaseException:
@@ -103,7 +114,9 @@ class _NewProcess:
         return self._popen.pid
 
     def kill(self) -> None:
-        """Kill the process and wait until it has ended: afterwards it can do nothing more."""
+        """Kill the process and wait until it has ended: afterwards it can do nothing
+        more.
+        """
         assert self._popen is not None
         self._popen.kill()
         self._popen.wait()
@@ -137,7 +150,8 @@ class _NewProcess:
 class UpgradeSource:
     """The replacement of this process by a new process, on request.
 
-    daemon: the daemon of this process. pid_holder: the pipe to an existing PID holder, or None.
+    daemon: the daemon of this process. pid_holder: the pipe to an existing PID holder,
+    or None.
     """
 
     def __init__(self, daemon: Daemon, pid_holder: int | None = None) -> None:
@@ -149,7 +163,8 @@ class UpgradeSource:
     def soon(self, reason: str, order: AdminCommand | None = None) -> None:
         """Begin an upgrade.
 
-        order: the admin command that requested it, to be answered with the outcome; or None.
+        order: the admin command that requested it, to be answered with the outcome; or
+        None.
         """
         problem = ""
         if self._task is not None:
@@ -168,7 +183,9 @@ class UpgradeSource:
         self._task = None
 
     async def close(self) -> None:
-        """Give up an upgrade in progress, whatever it waits for: the daemon has stopped."""
+        """Give up an upgrade in progress, whatever it waits for: the daemon has
+        stopped.
+        """
         task = self._task
         if task is None:
             return
@@ -184,14 +201,22 @@ class UpgradeSource:
             self._task.cancel()
 
     def abandon(self) -> None:
-        """Kill the new process, if any, because this process ends. Callable from any thread."""
+        """Kill the new process, if any, because this process ends.
+
+        Callable from any thread.
+        """
         self._abandon()
 
     def _say_why_not(self, reason: str, problem: str, order: AdminCommand | None) -> None:
         daemon = self._daemon
         daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)
         if order is not None:
-            reply_to(daemon.broker, order.source, order.id, {"upgraded": False, "problems": problem.splitlines()})
+            reply_to(
+                daemon.broker,
+                order.source,
+                order.id,
+                {"upgraded": False, "problems": problem.splitlines()},
+            )
             daemon.server.settle()
 
     async def _run(self, reason: str, order: AdminCommand | None) -> None:
@@ -216,7 +241,8 @@ class UpgradeSource:
             self._daemon.server.accept_bound()
         if self._new_process is not None:
             try:
-                # The new process may take a moment to end. Clients are served meanwhile.
+                # The new process may take a moment to end. Clients are served
+                # meanwhile.
                 how = await run_in_thread(self._new_process.end)
             except asyncio.CancelledError:
                 self._abandon()
@@ -231,10 +257,13 @@ class UpgradeSource:
             self._new_process = None
 
     async def _attempt(self, reason: str, order: AdminCommand | None) -> NoReturn:
-        """Hand over and end this process; on any exception, the process continues to serve."""
+        """Hand over and end this process; on any exception, the process continues to
+        serve.
+        """
         daemon = self._daemon
         if daemon.stopping:
-            # The upgrade was requested during the start, and then the broker was told to stop.
+            # The upgrade was requested during the start, and then the broker was told
+            # to stop.
             raise _Failed("the broker is stopping")
         # Clients have to be able to reach the sockets that are handed over.
         await daemon.listen_again()
@@ -244,34 +273,48 @@ class UpgradeSource:
         offer = {
             "format": FORMAT,
             "version": __version__,
-            "listening": [handover.describe(each.config.address) for each in daemon.server.listening],
+            "listening": [
+                handover.describe(each.config.address) for each in daemon.server.listening
+            ],
             "handed": [[each.name, handover.describe(each.address)] for each in activated],
             "monitor": [
-                [handover.describe(each.config.address), handover.describe(each.address)] for each in monitored
+                [handover.describe(each.config.address), handover.describe(each.address)]
+                for each in monitored
             ],
         }
-        descriptors = [*(each.sock.fileno() for each in activated), *(each.sock.fileno() for each in monitored)]
+        descriptors = [
+            *(each.sock.fileno() for each in activated),
+            *(each.sock.fileno() for each in monitored),
+        ]
         new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread, so that clients are served while the new process starts.
-        hello = (await run_in_thread(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))).facts
+        hello = (
+            await run_in_thread(lambda: new_process.channel.expect("hello", within_s=_HELLO_S))
+        ).facts
         if FORMAT not in hello["formats"]:
             raise _Failed(
-                f"brokerd {hello['version']} reads the state formats {hello['formats']}, {__version__} writes {FORMAT}"
+                f"brokerd {hello['version']} reads the state formats {hello['formats']},"
+                f" {__version__} writes {FORMAT}"
             )
         passing = handover.Passing(daemon.server)
-        # Copying creates objects, which would trigger garbage collection. Searching millions of
-        # frames for garbage takes a good part of a second.
+        # Copying creates objects, which would trigger garbage collection. Searching
+        # millions of frames for garbage takes a good part of a second.
         gc.freeze()
         await self._copy(new_process, passing)
-        why = f"the broker is replaced by {hello['version']}, and an encrypted connection can't be handed over"
+        why = (
+            f"the broker is replaced by {hello['version']}, and an encrypted connection can't be"
+            " handed over"
+        )
         await handover.let_go_of_bound(daemon.server, why)
         await self._copy(new_process, passing)
         await daemon.wait_until_settled()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
-        # The last log line of this process comes before the first of the new process. Two
-        # processes writing at once would garble the log.
-        daemon.log.info("daemon.handing_over", reason=reason, pid=new_process.pid, version=hello["version"])
+        # The last log line of this process comes before the first of the new process.
+        # Two processes writing at once would garble the log.
+        daemon.log.info(
+            "daemon.handing_over", reason=reason, pid=new_process.pid, version=hello["version"]
+        )
         daemon.flush_log()
         # From here on this process does nothing else.
         with _signals_noted() as noted:
@@ -283,7 +326,9 @@ class UpgradeSource:
                 os._exit(0)
 
     async def _copy(self, new_process: _NewProcess, passing: handover.Passing) -> None:
-        """Copy state while clients are served; return when the new process has processed it."""
+        """Copy state while clients are served; return when the new process has
+        processed it.
+        """
         channel, loop = new_process.channel, asyncio.get_running_loop()
 
         def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
@@ -316,12 +361,16 @@ class UpgradeSource:
                 return
 
     def _hand_over(
-        self, new_process: _NewProcess, order: AdminCommand | None, noted: _Noted, passing: handover.Passing
+        self,
+        new_process: _NewProcess,
+        order: AdminCommand | None,
+        noted: _Noted,
+        passing: handover.Passing,
     ) -> None:
         """Hand everything over to the new process.
 
-        Raises UpgradeChannelError or _Failed. Then the new process has touched nothing, and
-        will not touch anything.
+        Raises UpgradeChannelError or _Failed. Then the new process has touched nothing,
+        and will not touch anything.
         """
         server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
@@ -333,8 +382,15 @@ class UpgradeSource:
         facts["reloads"] = dict(self._daemon.reloads)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
-            channel.send("state", facts, taken.pieces, descriptors, within_s=_HANDOVER_S + deadline - time.monotonic())
-            # A large state takes longer to set up, and this must not make the upgrade fail.
+            channel.send(
+                "state",
+                facts,
+                taken.pieces,
+                descriptors,
+                within_s=_HANDOVER_S + deadline - time.monotonic(),
+            )
+            # A large state takes longer to set up, and this must not make the upgrade
+            # fail.
             deadline += channel.told / _FACTS_A_SECOND
             channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         channel.send("commit", within_s=_MOMENT_S)
@@ -342,8 +398,8 @@ class UpgradeSource:
             channel.expect("serving", within_s=_MOMENT_S)
         except UpgradeChannelError:
             new_process.kill()
-            # The killed process can do nothing more. The handover has succeeded if it had sent
-            # ``serving`` before.
+            # The killed process can do nothing more. The handover has succeeded if it
+            # had sent ``serving`` before.
             with contextlib.suppress(UpgradeChannelError):
                 channel.expect("serving", within_s=_MOMENT_S)
                 return
@@ -356,20 +412,29 @@ class UpgradeSource:
         elif new_process.pid_holder is None:
             announce_new_process(new_process.address, new_process.pid)
         if new_process.pid_holder is not None:
-            # Signals from now on stay pending for the PID holder, which has the same process id.
+            # Signals from now on stay pending for the PID holder, which has the same
+            # process id.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self._daemon.close_log()
         sys.stdout.flush()
         sys.stderr.flush()
-        # This comes last: the other threads do not block signals, and a signal that they
-        # received is noted too.
+        # This comes last: the other threads do not block signals, and a signal that
+        # they received is noted too.
         while noted:
             os.kill(new_process.pid, noted.pop(0))
         if new_process.pid_holder is not None:
             os.set_inheritable(new_process.pid_holder, True)
             os.execv(  # noqa: S606 - a program of our own, named by the new process
                 sys.executable,
-                [sys.executable, "-I", "-S", "-E", pid_holder, str(new_process.pid_holder), str(new_process.pid)],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-E",
+                    pid_holder,
+                    str(new_process.pid_holder),
+                    str(new_process.pid),
+                ],
             )
 
 
@@ -386,7 +451,9 @@ class _Noted(list[int]):
 
     @contextlib.contextmanager
     def ending_fails(self) -> Iterator[None]:
-        """Raise _Failed on a signal that ends the broker, whatever the block is waiting for."""
+        """Raise _Failed on a signal that ends the broker, whatever the block is waiting
+        for.
+        """
         self._fails = True
         try:
             self._fail()
@@ -402,7 +469,9 @@ class _Noted(list[int]):
 
 @contextlib.contextmanager
 def _signals_noted() -> Iterator[_Noted]:
-    """Note the signals that are received meanwhile; the event loop, if resumed, handles them."""
+    """Note the signals that are received meanwhile; the event loop, if resumed, handles
+    them.
+    """
     noted = _Noted()
     before = {number: signal.signal(number, noted.note) for number in SIGNALS}
     try:

@@ -1,11 +1,11 @@
 """The PID holder: keeps the process id of the first process after an upgrade.
 
 Containers, shells and most supervisors cannot be told that the daemon has a new process
-id. There, the first process becomes the PID holder when it has handed over. It runs on its
-own as ``python -I -S -E pid_holder.py PIPE PID``, with only the standard library. It passes
-signals on to the process that serves, and reaps processes that end. It ends with the exit
-status of the process that serves. Before it ends, each old process writes the id of its
-new process to the pipe.
+id. There, the first process becomes the PID holder when it has handed over. It runs on
+its own as ``python -I -S -E pid_holder.py PIPE PID``, with only the standard library.
+It passes signals on to the process that serves, and reaps processes that end. It ends
+with the exit status of the process that serves. Before it ends, each old process writes
+the id of its new process to the pipe.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 
-#: Signals that are passed on, as far as the platform has them: Windows imports this module too.
+#: Signals that are passed on, as far as the platform has them: Windows imports this
+#: module too.
 PASSED_ON = tuple(
     getattr(signal, name)
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
@@ -31,7 +32,9 @@ def adopt_orphans() -> None:
 
 
 def newest(pipe: int, serving: int) -> int:
-    """Return the process that serves now: the last id in the pipe, or ``serving`` if none came."""
+    """Return the process that serves now: the last id in the pipe, or ``serving`` if
+    none came.
+    """
     named = b""
     with contextlib.suppress(BlockingIOError):
         while piece := os.read(pipe, 4096):
@@ -53,8 +56,8 @@ def main(pipe: int, serving: int) -> int:
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 ended[found[0]] = found[1]
-        # The pipe is read after the wait: a process writes the id of its new process before it
-        # ends.
+        # The pipe is read after the wait: a process writes the id of its new process
+        # before it ends.
         serving = newest(pipe, serving)
         if serving in ended:
             status = os.waitstatus_to_exitcode(ended[serving])

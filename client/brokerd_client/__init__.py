@@ -1,8 +1,9 @@
 """The library of the brokerd message broker: standard library only, no daemon needed.
 
-``connect`` is the client for blocking code, and ``aio`` the client for asyncio. ``connection`` is
-the direct API, a drop-in replacement for ``multiprocessing.connection``. Each is imported at its
-first use; only the exceptions are imported at once.
+``connect`` is the client for blocking code, and ``aio`` the client for asyncio.
+``connection`` is the direct API, a drop-in replacement for
+``multiprocessing.connection``. Each is imported at its first use; only the exceptions
+are imported at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Addresses of listeners: parse an address, infer its family, format it. Opens no file or socket.
+"""Addresses of listeners: parse an address, infer its family, format it. Opens no file
+or socket.
 
 An address can be read in two ways, which differ for a plain string:
 
-- :func:`infer_family` follows ``multiprocessing.connection``. A tuple is TCP. A string with two
+- :func:`infer_family` follows ``multiprocessing.connection``. A tuple is TCP. A string
+  with two
   leading backslashes is a Windows named pipe. Any other string is a Unix socket's path.
 - :func:`parse` reads the addresses of configuration files and command lines. There
   ``localhost:6000`` is TCP: see its docstring.
@@ -19,7 +21,15 @@ from typing import Any, Final, Literal, TypeAlias
 
 from brokerd_client.errors import AddressError
 
-__all__ = ["Address", "Family", "SockAddr", "format_peer", "infer_family", "parse", "validate_family"]
+__all__ = [
+    "Address",
+    "Family",
+    "SockAddr",
+    "format_peer",
+    "infer_family",
+    "parse",
+    "validate_family",
+]
 
 Family: TypeAlias = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
 #: The argument of ``socket.bind`` and ``socket.connect``; a pipe's name for AF_PIPE.
@@ -42,9 +52,9 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 class Address:
     """An address to listen at or connect to.
 
-    family: decides which of the other fields are used. host, port: for AF_INET and AF_INET6.
-    path: for AF_PIPE and AF_UNIX, where an abstract name begins with a NUL character.
-    tls: whether connections to it use TLS.
+    family: decides which of the other fields are used. host, port: for AF_INET and
+    AF_INET6. path: for AF_PIPE and AF_UNIX, where an abstract name begins with a NUL
+    character. tls: whether connections to it use TLS.
     """
 
     family: Family
@@ -73,10 +83,11 @@ class Address:
 def parse(address: str | Sequence[Any] | Address) -> Address:
     r"""Return the address that a person wrote in any of the usual forms.
 
-    The forms are ``host:port`` and ``[::1]:port``, each with ``tls://`` before it for TLS;
-    a pair of host and port; ``@abstract``; ``\\.\pipe\name``; or the path of a Unix socket.
-    A path contains a ``/``, or ends in ``.sock`` or ``.socket``. So a host without a port is not
-    mistaken for a file. Raises AddressError, which lists the forms.
+    The forms are ``host:port`` and ``[::1]:port``, each with ``tls://`` before it for
+    TLS; a pair of host and port; ``@abstract``; ``\\.\pipe\name``; or the path of a
+    Unix socket. A path contains a ``/``, or ends in ``.sock`` or ``.socket``. So a host
+    without a port is not mistaken for a file. Raises AddressError, which lists the
+    forms.
     """
     if isinstance(address, Address):
         return address
@@ -117,8 +128,13 @@ def _check_path(address: str) -> None:
         raise AddressError(f"{address!r} is no address: give {_FORMS}")
     if ":" in begin:
         if begin.lower() in _PATH_SCHEMES and rest:
-            raise AddressError(f"{address!r} is not a valid address: give {address[len(begin) :]} without {begin!r}")
-        raise AddressError(f"{address!r} is not a valid address: give HOST:PORT alone, or begin a path with ./")
+            raise AddressError(
+                f"{address!r} is not a valid address: give {address[len(begin) :]} without"
+                f" {begin!r}"
+            )
+        raise AddressError(
+            f"{address!r} is not a valid address: give HOST:PORT alone, or begin a path with ./"
+        )
     if address.endswith("/"):
         raise AddressError(f"{address!r} is a directory: give the path of a socket in it")
 
@@ -130,29 +146,47 @@ def _not_text(value: object) -> str:
 
 
 def _incomplete(address: str) -> str:
-    """Return an error text for an address that is neither a path nor a host with a port."""
+    """Return an error text for an address that is neither a path nor a host with a
+    port.
+    """
     if address.isascii() and address.isdecimal() and len(address) <= _LONGEST_PORT:
-        return f"{address} is a port without a host: give HOST:{address}, such as localhost:{address}"
+        return (
+            f"{address} is a port without a host: give HOST:{address}, such as localhost:{address}"
+        )
     bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
     if ":" in bare and _is_ip(bare):
         return f"{address!r} has no port: give [HOST]:PORT, such as [{bare}]:6000"
     if ":" in address or "[" in address or not _HOST.fullmatch(address):
         return f"{address!r} is no address: give {_FORMS}"
-    return f"{address!r} has no port: give {address}:PORT, or ./{address} for the path of a Unix socket"
+    return (
+        f"{address!r} has no port: give {address}:PORT, or ./{address} for the path of a Unix"
+        " socket"
+    )
 
 
 def _from_pair(pair: Sequence[Any]) -> Address:
-    if len(pair) < 2 or not isinstance(pair[0], str) or isinstance(pair[1], bool) or not isinstance(pair[1], int):
+    if (
+        len(pair) < 2
+        or not isinstance(pair[0], str)
+        or isinstance(pair[1], bool)
+        or not isinstance(pair[1], int)
+    ):
         raise AddressError(f"{list(pair)!r} is no address: give a host and a port number")
     host, port = pair[0], pair[1]
     if not 0 <= port <= 65535:
         raise AddressError(f"{port} is no port: give a number from 0 to 65535")
     if not _can_be_looked_up(host):
-        raise AddressError(f"{host!r} is no host: give a name whose parts have 1 to 63 characters, or an IP address")
+        raise AddressError(
+            f"{host!r} is no host: give a name whose parts have 1 to 63 characters, or an IP"
+            " address"
+        )
     if ":" in host and not _is_ip(host):
         raise AddressError(_no_ipv6(host))
     if _QUAD.fullmatch(host) and not _is_ip(host):
-        raise AddressError(f"{host!r} is no IPv4 address: give four numbers from 0 to 255, without zeros before them")
+        raise AddressError(
+            f"{host!r} is no IPv4 address: give four numbers from 0 to 255, without zeros before"
+            " them"
+        )
     return Address("AF_INET6" if ":" in host else "AF_INET", host=host, port=port)
 
 
@@ -168,7 +202,10 @@ def _is_ip(host: str) -> bool:
 
 
 def _no_ipv6(host: str) -> str:
-    return f"{host!r} is no IPv6 address: give one such as [::1]:6000, or a name or an IPv4 address without brackets"
+    return (
+        f"{host!r} is no IPv6 address: give one such as [::1]:6000, or a name or an IPv4 address"
+        " without brackets"
+    )
 
 
 def _can_be_looked_up(host: str) -> bool:
@@ -190,26 +227,40 @@ def _can_be_looked_up(host: str) -> bool:
 def infer_family(address: object) -> Family:
     """Return the family of an address of ``multiprocessing.connection``, by its form.
 
-    A pair whose host holds a colon is AF_INET6, which the standard library does not infer.
-    Raises AddressError, which is a ValueError, as the standard library's address_type does.
+    A pair whose host holds a colon is AF_INET6, which the standard library does not
+    infer. Raises AddressError, which is a ValueError, as the standard library's
+    address_type does.
     """
     if isinstance(address, tuple):
-        return "AF_INET6" if address and isinstance(address[0], str) and ":" in address[0] else "AF_INET"
+        return (
+            "AF_INET6"
+            if address and isinstance(address[0], str) and ":" in address[0]
+            else "AF_INET"
+        )
     if isinstance(address, str) and address.startswith("\\\\"):
         return "AF_PIPE"
     if isinstance(address, str) or (isinstance(address, bytes) and address[:1] == b"\0"):
         return "AF_UNIX"
-    raise AddressError(f"address type of {address!r} unrecognized: give a (host, port) pair, a path or a pipe's name")
+    raise AddressError(
+        f"address type of {address!r} unrecognized: give a (host, port) pair, a path or a pipe's"
+        " name"
+    )
 
 
 def validate_family(family: str) -> None:
     """Raise AddressError if this machine does not have the family."""
     if family not in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"):
-        raise AddressError(f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE")
+        raise AddressError(
+            f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE"
+        )
     if family == "AF_PIPE" and sys.platform != "win32":
-        raise AddressError("family AF_PIPE is not recognized here: named pipes exist on Windows only")
+        raise AddressError(
+            "family AF_PIPE is not recognized here: named pipes exist on Windows only"
+        )
     if family == "AF_UNIX" and sys.platform == "win32":
-        raise AddressError("family AF_UNIX is not recognized here: use AF_PIPE or AF_INET on Windows")
+        raise AddressError(
+            "family AF_UNIX is not recognized here: use AF_PIPE or AF_INET on Windows"
+        )
 
 
 def format_peer(sockaddr: object) -> str:

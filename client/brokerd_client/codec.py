@@ -1,9 +1,11 @@
-"""Encoding and decoding of payloads: raw, JSON, MessagePack (if installed), pickle (on request).
+"""Encoding and decoding of payloads: raw, JSON, MessagePack (if installed), pickle (on
+request).
 
-The number of a codec is in the header (docs/protocol.md, "The header"). The broker never decodes a
-payload. A payload's type selects raw or JSON; any other codec has to be given by name. Reading a
-pickle runs code from its sender, so :func:`decode` refuses pickles unless the caller allows them.
-``pickle`` and ``msgpack`` are imported only when needed.
+The number of a codec is in the header (docs/protocol.md, "The header"). The broker
+never decodes a payload. A payload's type selects raw or JSON; any other codec has to be
+given by name. Reading a pickle runs code from its sender, so :func:`decode` refuses
+pickles unless the caller allows them. ``pickle`` and ``msgpack`` are imported only when
+needed.
 """
 
 from __future__ import annotations
@@ -20,22 +22,30 @@ __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 FIRST_USER_CODEC: Final = 128
 _LAST_CODEC: Final = 255
 
-_BY_NAME: Final = {"raw": CodecId.RAW, "pickle": CodecId.PICKLE, "json": CodecId.JSON, "msgpack": CodecId.MSGPACK}
+_BY_NAME: Final = {
+    "raw": CodecId.RAW,
+    "pickle": CodecId.PICKLE,
+    "json": CodecId.JSON,
+    "msgpack": CodecId.MSGPACK,
+}
 _JSON_TYPES: Final = (str, dict, list, int, float, bool, type(None))
-_to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_to_json: Final = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False
+).encode
 
 
 def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]:
     """Return (the codec's number, the bytes to send).
 
     Args:
-        payload: The object to encode.
-        codec: One of "raw", "json", "msgpack", "pickle", or a number; 128 to 255 take bytes
-            unchanged. With None, the payload's type selects raw (bytes-like) or JSON (str, dict,
-            list, int, float, bool, None).
+        payload: The object to encode. codec: One of "raw", "json", "msgpack", "pickle",
+        or a number; 128 to 255 take bytes
+            unchanged. With None, the payload's type selects raw (bytes-like) or JSON
+            (str, dict, list, int, float, bool, None).
 
     Raises:
-        PayloadError: The payload does not fit the codec; the message names a codec that does.
+        PayloadError: The payload does not fit the codec; the message names a codec that
+        does.
     """
     if codec is None:
         if type(payload) is bytes:
@@ -45,8 +55,8 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
         if isinstance(payload, _JSON_TYPES):
             return 2, _json(payload)
         raise PayloadError(
-            f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give codec='pickle' "
-            "(the recipient has to allow that)"
+            f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give"
+            " codec='pickle' (the recipient has to allow that)"
         )
     number = _number(codec)
     if number == CodecId.JSON:
@@ -61,10 +71,12 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
 
 
 def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
-    """Return the payload in ``body``; for raw and users' codecs, it is the bytes themselves.
+    """Return the payload in ``body``; for raw and users' codecs, it is the bytes
+    themselves.
 
     Raises:
-        UndecodablePayload: The body does not fit the codec, or the codec is not available here.
+        UndecodablePayload: The body does not fit the codec, or the codec is not
+        available here.
     """
     if codec == CodecId.RAW or codec >= FIRST_USER_CODEC:
         return body
@@ -78,18 +90,24 @@ def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
         return _unpickle(body, allow_pickle=allow_pickle)
     if codec == CodecId.MSGPACK:
         return _unmsgpack(body)
-    raise UndecodablePayload(f"codec {codec} is reserved: nothing here can read it; .body holds the bytes")
+    raise UndecodablePayload(
+        f"codec {codec} is reserved: nothing here can read it; .body holds the bytes"
+    )
 
 
 def _number(codec: str | int) -> int:
     if isinstance(codec, str):
         number = _BY_NAME.get(codec)
         if number is None:
-            raise PayloadError(f"there is no codec {codec!r}: give raw, json, msgpack, pickle or 128 to 255")
+            raise PayloadError(
+                f"there is no codec {codec!r}: give raw, json, msgpack, pickle or 128 to 255"
+            )
         return int(number)
     if codec in _BY_NAME.values() or FIRST_USER_CODEC <= codec <= _LAST_CODEC:
         return int(codec)
-    raise PayloadError(f"codec {codec} is not to be used: 0 to 3 are the known ones, 128 to 255 your own")
+    raise PayloadError(
+        f"codec {codec} is not to be used: 0 to 3 are the known ones, 128 to 255 your own"
+    )
 
 
 def _json(payload: object) -> bytes:
@@ -97,7 +115,9 @@ def _json(payload: object) -> bytes:
         return _to_json(payload).encode()
     # UnicodeEncodeError, a ValueError: a lone surrogate has no UTF-8.
     except (TypeError, ValueError, RecursionError) as error:
-        raise PayloadError(f"the payload can't be written as JSON ({error}); codec='pickle' could") from error
+        raise PayloadError(
+            f"the payload can't be written as JSON ({error}); codec='pickle' could"
+        ) from error
 
 
 def _pickle(payload: object) -> bytes:
@@ -122,14 +142,18 @@ def _unpickle(body: bytes, *, allow_pickle: bool) -> Any:
         return pickle.loads(body)  # noqa: S301 - the caller has named this sender as trusted
     except Exception as error:
         # The code that a pickle runs may raise anything.
-        raise UndecodablePayload(f"the payload can't be unpickled: {type(error).__name__}") from error
+        raise UndecodablePayload(
+            f"the payload can't be unpickled: {type(error).__name__}"
+        ) from error
 
 
 def _msgpack(payload: object) -> bytes:
     try:
         packed: bytes = _msgpack_module().packb(payload)
     except ImportError as error:
-        raise PayloadError("codec='msgpack' needs the msgpack package, which is not installed") from error
+        raise PayloadError(
+            "codec='msgpack' needs the msgpack package, which is not installed"
+        ) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PayloadError(f"the payload can't be written as MessagePack: {error}") from error
     return packed

@@ -8,10 +8,10 @@
     │   ├── InvalidName              (ValueError) not a client name, address or topic
     │   ├── InvalidKey               (ValueError) an empty or unreadable key
     │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
-    │   ├── PayloadError             (TypeError)  the payload has no codec, or is too large for a frame
-    │   ├── WrongLoop                (RuntimeError) an asyncio client used outside the event loop that made it
-    │   ├── WrongProcess             (RuntimeError) a client used in a fork of the process that made it
-    │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the call that it has interrupted
+    │   ├── PayloadError             (TypeError)  without a codec, or too large for a frame
+    │   ├── WrongLoop                (RuntimeError) an asyncio client used outside its event loop
+    │   ├── WrongProcess             (RuntimeError) a client used in a forked process
+    │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the interrupted call
     ├── RemoteError                  the peer broke the rules
     │   ├── ProtocolError            (ConnectionError) the broker did, in an answer or otherwise
     │   ├── FrameError
@@ -21,8 +21,8 @@
     │   │   └── ExtensionTooDeep     ... its extension has too many levels
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
-    │       └── TlsError             (ConnectionError) ... in TLS: a certificate, a version, no TLS at all
-    ├── Refused                      the broker, or the other client, refused: one class per error code
+    │       └── TlsError             (ConnectionError) ... in TLS: certificate, version, or no TLS
+    ├── Refused                      the broker or the other client refused: one class per code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
     │   ├── NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
@@ -106,7 +106,9 @@ class AddressError(LocalError, ValueError):
 
 
 class InvalidName(LocalError, ValueError):
-    """The text is not a valid client name, address or topic (docs/protocol.md, "Names")."""
+    """The text is not a valid client name, address or topic (docs/protocol.md,
+    "Names").
+    """
 
 
 class InvalidKey(LocalError, ValueError):
@@ -130,7 +132,9 @@ class WrongProcess(LocalError, RuntimeError):
 
 
 class WouldDeadlock(LocalError, RuntimeError):
-    """A signal handler made a waiting call, but had interrupted a call of the same client."""
+    """A signal handler made a waiting call, but had interrupted a call of the same
+    client.
+    """
 
 
 class RemoteError(BrokerdError):
@@ -159,12 +163,15 @@ class FrameTooBig(FrameError):
     """
 
     def __init__(self, size: int, limit: int) -> None:
-        super().__init__(f"the peer announced a frame of {size} bytes; at most {limit} are accepted")
+        super().__init__(
+            f"the peer announced a frame of {size} bytes; at most {limit} are accepted"
+        )
         self.size = size
         self.limit = limit
 
     def __reduce__(self) -> tuple[type[FrameTooBig], tuple[int, int]]:
-        # Without this method, unpickling in another process would call __init__ with the message.
+        # Without this method, unpickling in another process would call __init__ with
+        # the message.
         return FrameTooBig, (self.size, self.limit)
 
 
@@ -192,7 +199,9 @@ class AuthenticationError(RemoteError, multiprocessing.AuthenticationError):
 
 
 class TlsError(AuthenticationError, ConnectionError):
-    """The TLS channel failed or could not be made; the message says what would be right."""
+    """The TLS channel failed or could not be made; the message says what would be
+    right.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -210,7 +219,9 @@ class Refused(BrokerdError):
 
     code = "refused"
 
-    def __init__(self, message: str, *, name: str = "", id: int = 0, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, name: str = "", id: int = 0, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.name = name
         self.id = id
@@ -285,7 +296,9 @@ class ShuttingDown(Refused):
 
 
 class NameTaken(Refused):
-    """The client already has all the connections that it may have; the broker closes this one."""
+    """The client already has all the connections that it may have; the broker closes
+    this one.
+    """
 
     code = "name_taken"
 
@@ -317,7 +330,8 @@ class RequestFailed(Refused):
 class Disconnected(BrokerdError, ConnectionError):
     """The connection to the broker is lost, or was never made.
 
-    id: the id of the message that was therefore not sent; 0 if the error is not about a message.
+    id: the id of the message that was therefore not sent; 0 if the error is not about a
+    message.
     """
 
     def __init__(self, message: str, *, id: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Received messages: the sender that the broker authenticated, and the payload.
 
-The payload is decoded when it is first read. The module does no I/O: the faces define subclasses
-that can answer.
+The payload is decoded when it is first read. The module does no I/O: the faces define
+subclasses that can answer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,18 @@ class Message:
     topic: the topic of an EVENT, else "". extension: the sender's JSON object, or None.
     """
 
-    __slots__ = ("_answered", "_kind", "_owner", "_payload", "body", "codec", "extension", "id", "sender", "topic")
+    __slots__ = (
+        "_answered",
+        "_kind",
+        "_owner",
+        "_payload",
+        "body",
+        "codec",
+        "extension",
+        "id",
+        "sender",
+        "topic",
+    )
 
     _payload: Any
     #: Set when the message has been answered.
@@ -84,19 +95,25 @@ class Message:
         """The payload; it is decoded at the first access.
 
         Raises:
-            UndecodablePayload: The payload does not fit its codec. Or it is a pickle, and
-                ``allow_pickle_from`` does not name its sender. ``body`` can always be read.
+            UndecodablePayload: The payload does not fit its codec. Or it is a pickle,
+            and
+                ``allow_pickle_from`` does not name its sender. ``body`` can always be
+                read.
         """
         try:
             return self._payload
         except AttributeError:
             pass
-        trusted = self.codec == CodecId.PICKLE and self.sender.partition("/")[0] in self._owner.allow_pickle_from
+        trusted = (
+            self.codec == CodecId.PICKLE
+            and self.sender.partition("/")[0] in self._owner.allow_pickle_from
+        )
         payload = self._payload = codecs.decode(self.codec, self.body, allow_pickle=trusted)
         return payload
 
     def text(self) -> str:
-        """Return the payload as text: a JSON string's content, or the body read as UTF-8.
+        """Return the payload as text: a JSON string's content, or the body read as
+        UTF-8.
 
         Raises:
             UndecodablePayload: The body is not UTF-8.
@@ -122,7 +139,9 @@ class Message:
     def require_unanswered(self) -> None:
         """Raise AlreadyAnswered if the request was answered before."""
         if self.answered:
-            raise AlreadyAnswered(f"request {self.id} of {self.sender} has been answered: each gets one answer")
+            raise AlreadyAnswered(
+                f"request {self.id} of {self.sender} has been answered: each gets one answer"
+            )
 
     def __len__(self) -> int:
         return len(self.body)
@@ -154,7 +173,9 @@ def extension_cost(extension: Mapping[str, Any]) -> int:
 
 
 def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:
-    """Return the extension with ``ttl``, in seconds, added to it; None if both are None."""
+    """Return the extension with ``ttl``, in seconds, added to it; None if both are
+    None.
+    """
     if ttl is None:
         return extension
     if not is_ttl(ttl) or ttl < 0:

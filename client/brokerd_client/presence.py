@@ -1,8 +1,8 @@
 """Presence: the ``clients`` list, joined with the presence events. No I/O.
 
-So each change is reported exactly once. Rules: docs/protocol.md, "The broker as a client". A
-watch first subscribes, and then requests the list, on one connection. The list therefore
-includes all events that came before it, and none that come after it.
+So each change is reported exactly once. Rules: docs/protocol.md, "The broker as a
+client". A watch first subscribes, and then requests the list, on one connection. The
+list therefore includes all events that came before it, and none that come after it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ from typing import Any, Final
 from brokerd_client.errors import ProtocolError
 from brokerd_client.wire.envelope import is_name
 
-__all__ = ["OFFLINE_PREFIX", "ONLINE_PREFIX", "PATTERNS", "ClientInfo", "Presence", "Watch", "client_list"]
+__all__ = [
+    "OFFLINE_PREFIX",
+    "ONLINE_PREFIX",
+    "PATTERNS",
+    "ClientInfo",
+    "Presence",
+    "Watch",
+    "client_list",
+]
 
 ONLINE_PREFIX: Final = "$broker.online."
 OFFLINE_PREFIX: Final = "$broker.offline."
-#: They end in ">" because a client's name may contain dots, which make several tokens of a topic.
+#: They end in ">" because a client's name may contain dots, which make several tokens
+#: of a topic.
 PATTERNS: Final = (ONLINE_PREFIX + ">", OFFLINE_PREFIX + ">")
-#: Most names per watch: ten times the number of clients that a broker was ever tested with.
+#: Most names per watch: ten times the number of clients that a broker was ever tested
+#: with.
 _MOST: Final = 2**20
 #: Upper limit of a time, in seconds since the epoch: some 30,000 years.
 _END_OF_TIME: Final = 1e12
@@ -30,8 +40,8 @@ _END_OF_TIME: Final = 1e12
 class ClientInfo:
     """A client to which this client may send.
 
-    since: when it came online or went offline, in seconds since the epoch; None if the broker
-    does not know.
+    since: when it came online or went offline, in seconds since the epoch; None if the
+    broker does not know.
     """
 
     name: str
@@ -48,7 +58,10 @@ class Presence:
 
 
 def client_list(answer: Mapping[str, Any]) -> list[ClientInfo]:
-    """Return the clients in the answer of the ``clients`` operation. Raises ProtocolError."""
+    """Return the clients in the answer of the ``clients`` operation.
+
+    Raises ProtocolError.
+    """
     clients = answer.get("clients")
     if not isinstance(clients, list):
         raise ProtocolError("the broker's list of clients is not a list")
@@ -84,19 +97,25 @@ class Watch:
     def snapshot(self, clients: Iterable[ClientInfo]) -> list[Presence]:
         """Apply the list; return the changes that were not reported yet.
 
-        A client that is no longer in the list is not visible any more, and counts as offline.
+        A client that is no longer in the list is not visible any more, and counts as
+        offline.
         """
         self._synced = True
         fresh = {client.name: client.online for client in clients}
         gone = [name for name, online in self._known.items() if online and name not in fresh]
-        changes = [Presence(name, online) for name, online in fresh.items() if self._known.get(name) is not online]
+        changes = [
+            Presence(name, online)
+            for name, online in fresh.items()
+            if self._known.get(name) is not online
+        ]
         self._known = fresh
         return [Presence(name, online=False) for name in gone] + changes
 
     def event(self, topic: str) -> Presence | None:
         """Return the change that a presence event reports, or None if nothing changed.
 
-        Events before the list are ignored, because the list includes them. Raises ProtocolError.
+        Events before the list are ignored, because the list includes them. Raises
+        ProtocolError.
         """
         online = topic.startswith(ONLINE_PREFIX)
         name = topic[len(ONLINE_PREFIX if online else OFFLINE_PREFIX) :]

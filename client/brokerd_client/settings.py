@@ -1,7 +1,7 @@
 """Settings of a client, from arguments and the environment. Only a key file is opened.
 
-Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An argument overrides
-its variable.
+Environment: ``BROKERD_ADDRESS``, ``BROKERD_NAME``, ``BROKERD_KEY_FILE``. An argument
+overrides its variable.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ __all__ = [
 DEFAULT_ADDRESS: Final = "/run/brokerd/brokerd.sock"
 #: Limit of connecting, the handshake and the first answer together, in seconds.
 DEFAULT_TIMEOUT_S: Final = 10.0
-#: Most bytes of messages kept in this process before the client stops reading its socket.
+#: Most bytes of messages kept in this process before the client stops reading its
+#: socket.
 DEFAULT_INBOX: Final = 8 * 2**20
 
-#: Threads per blocking client for its request handler, without those in which a handler waits
-#: for the broker.
+#: Threads per blocking client for its request handler, without those in which a handler
+#: waits for the broker.
 DEFAULT_THREADS: Final = 4
-#: Seconds, some three years. Longer timeouts count as infinite: system calls can't take much more.
+#: Seconds, some three years. Longer timeouts count as infinite: system calls can't take
+#: much more.
 ENDLESS_S: Final = 1e8
 
 AnyAddress: TypeAlias = str | Sequence[Any] | Address
@@ -68,8 +70,8 @@ class Settings:
 def check_timeout(timeout: float | None) -> float | None:
     """Return the timeout in seconds, or None if it is infinite.
 
-    None, infinity, and ENDLESS_S and more are infinite. Raises TypeError if it is not a number,
-    ValueError if it is negative or nan.
+    None, infinity, and ENDLESS_S and more are infinite. Raises TypeError if it is not a
+    number, ValueError if it is negative or nan.
     """
     if timeout is None:
         return None
@@ -79,7 +81,9 @@ def check_timeout(timeout: float | None) -> float | None:
     except OverflowError:
         seconds = ENDLESS_S if timeout > 0 else -1.0
     except TypeError:
-        raise TypeError(f"a timeout is a number of seconds or None, not {type(timeout).__name__}") from None
+        raise TypeError(
+            f"a timeout is a number of seconds or None, not {type(timeout).__name__}"
+        ) from None
     # "< 0" would accept nan, for which every comparison is false.
     if not seconds >= 0:
         raise ValueError(f"a timeout is a number of seconds of at least 0, not {timeout}")
@@ -101,9 +105,9 @@ def resolve(
 ) -> Settings:
     """Return the settings, with defaults for missing arguments.
 
-    ssl: a client's context, or True for the default context. With None, the default context is
-    used if the address begins with tls://.
-    Raises AddressError, InvalidName or InvalidKey, each with a message that says what is right.
+    ssl: a client's context, or True for the default context. With None, the default
+    context is used if the address begins with tls://. Raises AddressError, InvalidName
+    or InvalidKey, each with a message that says what is right.
     """
     if isinstance(allow_pickle_from, str):
         raise TypeError("allow_pickle_from takes several names: give a list, even for one")
@@ -115,13 +119,15 @@ def resolve(
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
         check_name(name)
-    where = parse(address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS)
+    where = parse(
+        address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS
+    )
     where, tls = _tls(where, ssl)
     return Settings(
         where,
         name,
-        # A client that needs no key, because its Unix user identifies it, uses its name as the
-        # key: docs/protocol.md, "Without a key".
+        # A client that needs no key, because its Unix user identifies it, uses its name
+        # as the key: docs/protocol.md, "Without a key".
         _key(key, key_file, name.encode() if where.family == "AF_UNIX" else b""),
         ENDLESS_S if limit is None else limit,
         reconnect,
@@ -137,9 +143,13 @@ def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLC
     if not where.tls and not given:
         return where, None
     if where.family not in ("AF_INET", "AF_INET6"):
-        raise AddressError(f"TLS is for TCP, and {where} is none: leave ssl away, or give tls://HOST:PORT")
+        raise AddressError(
+            f"TLS is for TCP, and {where} is none: leave ssl away, or give tls://HOST:PORT"
+        )
     if given is False:
-        raise AddressError(f"{where} says tls://, and ssl=False that there is none: give one of them")
+        raise AddressError(
+            f"{where} says tls://, and ssl=False that there is none: give one of them"
+        )
     # Imported here, because it takes long to load.
     import ssl
 
@@ -170,8 +180,8 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
         if without:
             return without
         raise InvalidKey(
-            "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix socket a client "
-            "configured with peer_uid and no key needs only its name"
+            "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix"
+            " socket a client configured with peer_uid and no key needs only its name"
         )
     try:
         # pathlib would take longer to import than the rest of this file.
@@ -181,9 +191,12 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
         if not is_plainly_a_path(os.fspath(path)):
             # The path may be the key itself, so the system's error is not shown either.
             raise InvalidKey(
-                f"the key file can't be read: {error.strerror} (give the path of a file that holds the key)"
+                f"the key file can't be read: {error.strerror} (give the path of a file that holds"
+                " the key)"
             ) from None
-        raise InvalidKey(f"the key file {os.fspath(path)} can't be read: {error.strerror}") from error
+        raise InvalidKey(
+            f"the key file {os.fspath(path)} can't be read: {error.strerror}"
+        ) from error
     # Remove one line ending, LF or CRLF, as the daemon does.
     found = found.removesuffix(b"\r\n") if found.endswith(b"\r\n") else found.removesuffix(b"\n")
     if not found:
@@ -207,7 +220,11 @@ def unreachable(address: Address, error: Exception) -> str:
     code = error.errno if isinstance(error, OSError) else None
     reason = getattr(error, "strerror", None) or error
     nobody = code in (errno.ENOENT, errno.ECONNREFUSED)
-    advice = " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)" if nobody else ""
+    advice = (
+        " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)"
+        if nobody
+        else ""
+    )
     return f"can't connect to {address}: {reason}{advice}"
 
 
@@ -219,10 +236,16 @@ def no_connection(address: Address, error: Exception) -> BrokerdError:
         found.cut_off = error.cut_off
     else:
         found = Disconnected(text)
-        found.cut_off = isinstance(error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError))
+        found.cut_off = isinstance(
+            error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+        )
     return found
 
 
 def broken(error: OSError) -> BrokerdError:
     """Return the error for a connection that broke after it was made."""
-    return error if isinstance(error, TlsError) else Disconnected(f"the connection broke: {error.strerror or error}")
+    return (
+        error
+        if isinstance(error, TlsError)
+        else Disconnected(f"the connection broke: {error.strerror or error}")
+    )

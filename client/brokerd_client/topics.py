@@ -1,7 +1,8 @@
 """Matching of topics and subscription patterns: docs/protocol.md, "Topics". No I/O.
 
-The broker matches topics with its rules. A client matches events with its own subscriptions, so
-that each gets its events. wire.envelope has already checked the patterns and topics.
+The broker matches topics with its rules. A client matches events with its own
+subscriptions, so that each gets its events. wire.envelope has already checked the
+patterns and topics.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ def has_wildcard(pattern: str) -> bool:
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Return whether ``topic`` matches: ``*`` stands for one token, a final ``>`` for one or more.
+    """Return whether ``topic`` matches: ``*`` stands for one token, a final ``>`` for
+    one or more.
 
-    A pattern that begins with a wildcard does not match the broker's own topics, which begin
-    with ``$``.
+    A pattern that begins with a wildcard does not match the broker's own topics, which
+    begin with ``$``.
     """
     wanted, given = pattern.split("."), topic.split(".")
     if topic.startswith("$") and wanted[0] in ("*", ">"):
@@ -28,4 +30,6 @@ def matches(pattern: str, topic: str) -> bool:
         if len(given) <= len(wanted):
             return False
         given = given[: len(wanted)]
-    return len(wanted) == len(given) and all(want in ("*", token) for want, token in zip(wanted, given, strict=True))
+    return len(wanted) == len(given) and all(
+        want in ("*", token) for want, token in zip(wanted, given, strict=True)
+    )

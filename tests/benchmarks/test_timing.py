@@ -25,7 +25,9 @@ def test_a_constant_does_not_divide_by_zero() -> None:
 
 
 def test_the_textbook_example() -> None:
-    """U by hand: of the pairs of (1, 4, 6) and (2, 3, 5), the first is smaller in 4 of 9."""
+    """U by hand: of the pairs of (1, 4, 6) and (2, 3, 5), the first is smaller in 4 of
+    9.
+    """
     share, z, _ = compare([1, 4, 6], [2, 3, 5])
     assert share == pytest.approx(4 / 9)
     assert z == pytest.approx(0.5 / (3 * 3 * 7 / 12) ** 0.5)

@@ -1,4 +1,6 @@
-"""Every workload of the benchmarks runs, in short, on the broker and on the raw relay; a bad measurement is none."""
+"""Every workload of the benchmarks runs, in short, on the broker and on the raw relay;
+a bad measurement is none.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from benchmarks.machinery import compiler  # noqa: E402
 from benchmarks.systems import SYSTEMS  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Entrant, Spoilt, Stage, Timing  # noqa: E402
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the load generator needs a C compiler (cc)")
+pytestmark = pytest.mark.skipif(
+    compiler() is None, reason="the load generator needs a C compiler (cc)"
+)
 
 SHORT = Timing(warm_s=0.05, seconds=0.1, small=True)
 OURS = ("brokerd", "relay", "brokerd-client")
@@ -52,7 +56,9 @@ def entrants(*systems: str) -> list[object]:
 
 def measure(key: str, entrant: Entrant, directory: Path) -> float:
     if SYSTEMS[entrant.system].find() is None:
-        pytest.skip(f"{SYSTEMS[entrant.system].title} is not installed ({SYSTEMS[entrant.system].install})")
+        pytest.skip(
+            f"{SYSTEMS[entrant.system].title} is not installed ({SYSTEMS[entrant.system].install})"
+        )
     workload = WORKLOADS[key]
     for attempts_left in (2, 1, 0):
         with Stage(entrant, workload.names(entrant, SHORT), directory) as stage:
@@ -62,7 +68,8 @@ def measure(key: str, entrant: Entrant, directory: Path) -> float:
                 value = workload.measure(stage, SHORT).value
                 break
             except Spoilt as spoilt:
-                # On a busy machine the server may not run at all for as long as a short measurement takes.
+                # On a busy machine the server may not run at all for as long as a short
+                # measurement takes.
                 if not str(spoilt).startswith("nothing arrived") or not attempts_left:
                     raise
     assert process.status is not None, "the system still runs"
@@ -71,7 +78,9 @@ def measure(key: str, entrant: Entrant, directory: Path) -> float:
 
 @pytest.mark.parametrize(("key", "entrant"), entrants(*OURS))
 def test_workload_yields_a_figure(key: str, entrant: Entrant, stage_dir: Path) -> None:
-    """Each workload measures brokerd, and the relay where it can, without losing a message; nothing is left running."""
+    """Each workload measures brokerd, and the relay where it can, without losing a
+    message; nothing is left running.
+    """
     assert measure(key, entrant, stage_dir) > 0
 
 
@@ -106,7 +115,9 @@ def test_a_server_that_ends_spoils_a_measurement(stage_dir: Path) -> None:
 
 
 def test_what_a_server_adds_unasked_holds_nobody_up(stage_dir: Path) -> None:
-    """A greeting that arrives before the first message neither stops the sender nor spoils the measurement."""
+    """A greeting that arrives before the first message neither stops the sender nor
+    spoils the measurement.
+    """
     workload = WORKLOADS["1to1-16"]
     entrant = Entrant("direct")
     with Stage(entrant, [], stage_dir) as stage:
@@ -118,7 +129,9 @@ def test_what_a_server_adds_unasked_holds_nobody_up(stage_dir: Path) -> None:
         assert workload.measure(stage, SHORT).value > 1000
 
 
-def test_compiler_is_named_where_there_is_none(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_is_named_where_there_is_none(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a C compiler the error says what to install."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="C compiler"):

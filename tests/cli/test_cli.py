@@ -1,4 +1,6 @@
-"""The command brokerd, as it is typed: what it prints where, its exit status, and what it must not do."""
+"""The command brokerd, as it is typed: what it prints where, its exit status, and what
+it must not do.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ BAD = "listen: [b.sock]\nclients:\n  alice: {kye: a}\n  bob: {key: b, send_to: [
 
 
 def brokerd(*arguments: str | Path, **environ: str) -> Result:
-    """Run the command in this process, with no configuration in the environment unless it is given."""
+    """Run the command in this process, with no configuration in the environment unless
+    it is given.
+    """
     env = {"BROKERD_CONFIG": None, "BROKERD_CONFIG_YAML": None, **environ}
     return CliRunner().invoke(main, list(map(str, arguments)), env=env)
 
@@ -40,12 +44,17 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
 
 
 def test_check_says_ok_and_where_the_broker_will_listen(tmp_path: Path) -> None:
-    """A good file is one line on standard output, and one for each address; exit status 0."""
+    """A good file is one line on standard output, and one for each address; exit status
+    0.
+    """
     file = write(tmp_path / "b.yaml", GOOD)
 
     result = brokerd("check", file)
 
-    right = f"{file}: ok, 2 clients, 1 listener\n  listens at {tmp_path}/b.sock (Unix socket, mode 0600)\n"
+    right = (
+        f"{file}: ok, 2 clients, 1 listener\n  listens at {tmp_path}/b.sock (Unix socket, mode"
+        " 0600)\n"
+    )
     assert (result.exit_code, result.stdout, result.stderr) == (0, right, "")
 
 
@@ -58,7 +67,9 @@ def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.M
     issued.private_key_pem.write_to_path("key.pem")
     issued.cert_chain_pems[0].write_to_path("cert.pem")
     tls = "{address: '[::1]:6001', tls: {certificate: cert.pem, key: key.pem}}"
-    text = "listen: [./6000, {address: run/b, mode: '0660'}, localhost:6000, '@b', %s]\nmonitor: %s\n"
+    text = (
+        "listen: [./6000, {address: run/b, mode: '0660'}, localhost:6000, '@b', %s]\nmonitor: %s\n"
+    )
 
     for monitor, shown in (("127.0.0.1:6060", "127.0.0.1:6060"), ("./page", f"{tmp_path}/page")):
         write(Path("b.yaml"), text % (tls, monitor) + "clients: {a: {key: k}}\n")
@@ -74,7 +85,9 @@ def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_check_refuses_an_address_that_is_not_plainly_a_path(tmp_path: Path) -> None:
-    """A port alone, a host alone and a path behind a scheme become no socket files; each error says what is missing."""
+    """A port alone, a host alone and a path behind a scheme become no socket files;
+    each error says what is missing.
+    """
     file = write(
         tmp_path / "b.yaml",
         'listen: ["6000", localhost, 127.0.0.1, "unix:/run/b.sock", {address: sock}]\n'
@@ -86,27 +99,50 @@ def test_check_refuses_an_address_that_is_not_plainly_a_path(tmp_path: Path) -> 
     assert (result.exit_code, result.stdout) == (78, "")
     assert [line.split(": ", 1)[1] for line in result.stderr.splitlines()] == [
         "listen[0]: 6000 is a port without a host (give HOST:6000, such as localhost:6000)",
-        "listen[1]: 'localhost' has no port (give localhost:PORT, or ./localhost for the path of a Unix socket)",
-        "listen[2]: '127.0.0.1' has no port (give 127.0.0.1:PORT, or ./127.0.0.1 for the path of a Unix socket)",
+        (
+            "listen[1]: 'localhost' has no port (give localhost:PORT, or ./localhost for the path"
+            " of a Unix socket)"
+        ),
+        (
+            "listen[2]: '127.0.0.1' has no port (give 127.0.0.1:PORT, or ./127.0.0.1 for the path"
+            " of a Unix socket)"
+        ),
         "listen[3]: 'unix:/run/b.sock' is not a valid address (give /run/b.sock without 'unix:')",
-        "listen[4].address: 'sock' has no port (give sock:PORT, or ./sock for the path of a Unix socket)",
-        "monitor: 'localhost' has no port (give localhost:PORT, or ./localhost for the path of a Unix socket)",
+        (
+            "listen[4].address: 'sock' has no port (give sock:PORT, or ./sock for the path of a"
+            " Unix socket)"
+        ),
+        (
+            "monitor: 'localhost' has no port (give localhost:PORT, or ./localhost for the path of"
+            " a Unix socket)"
+        ),
     ]
 
 
 def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
     """``python -m brokerd`` is the command, name and exit status included."""
     this = [sys.executable, "-m", "brokerd"]
-    version = subprocess.run([*this, "--version"], capture_output=True, text=True, check=False, timeout=30)
-    assert (version.returncode, version.stdout, version.stderr) == (0, f"brokerd, version {__version__}\n", "")
+    version = subprocess.run(
+        [*this, "--version"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (version.returncode, version.stdout, version.stderr) == (
+        0,
+        f"brokerd, version {__version__}\n",
+        "",
+    )
     check = subprocess.run(
-        [*this, "check", str(write(tmp_path / "b.yaml", BAD))], capture_output=True, check=False, timeout=30
+        [*this, "check", str(write(tmp_path / "b.yaml", BAD))],
+        capture_output=True,
+        check=False,
+        timeout=30,
     )
     assert check.returncode == 78
 
 
 def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
-    """A bad file is its lines on standard error, nothing on standard output, and exit status 78."""
+    """A bad file is its lines on standard error, nothing on standard output, and exit
+    status 78.
+    """
     file = write(tmp_path / "b.yaml", BAD)
 
     result = brokerd("check", file)
@@ -120,16 +156,26 @@ def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
 
 def test_check_warns_on_standard_error(tmp_path: Path) -> None:
     """What is odd and allowed is a warning, and the exit status stays 0."""
-    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {keys: [{key: k, not_after: 2001-01-01}]}}\n")
+    file = write(
+        tmp_path / "b.yaml",
+        "listen: [b.sock]\nclients: {a: {keys: [{key: k, not_after: 2001-01-01}]}}\n",
+    )
 
     result = brokerd("check", file)
 
-    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"{file}: ok, 1 client, 1 listener")
-    assert re.fullmatch(rf"warning: {re.escape(str(file))}:2: client 'a' can't connect: .* \(.*\)\n", result.stderr)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (
+        0,
+        f"{file}: ok, 1 client, 1 listener",
+    )
+    assert re.fullmatch(
+        rf"warning: {re.escape(str(file))}:2: client 'a' can't connect: .* \(.*\)\n", result.stderr
+    )
 
 
 def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path: Path) -> None:
-    """check takes FILE, then --config, then $BROKERD_CONFIG; without any, /etc/brokerd/brokerd.yaml."""
+    """check takes FILE, then --config, then $BROKERD_CONFIG; without any,
+    /etc/brokerd/brokerd.yaml.
+    """
     files = [write(tmp_path / f"{name}.yaml", GOOD) for name in "abc"]
     argument, option, variable = map(str, files)
 
@@ -143,7 +189,9 @@ def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path:
 
 
 def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
-    """With --memory, a line for each part and one for all; a bigger queue shows in its part and in the sum."""
+    """With --memory, a line for each part and one for all; a bigger queue shows in its
+    part and in the sum.
+    """
 
     def sizes(queue: str) -> dict[str, int]:
         file = tmp_path / f"{queue}.yaml"
@@ -158,7 +206,9 @@ def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
     assert abs(sum(small.values()) - 2 * small["at most"]) <= len(small)
 
 
-def test_check_opens_no_socket_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_opens_no_socket_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checking leaves the directory as it was and never makes a socket."""
     file = write(tmp_path / "b.yaml", GOOD)
 
@@ -172,8 +222,12 @@ def test_check_opens_no_socket_and_writes_nothing(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_run_hands_the_configuration_to_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a command the daemon runs with the file, and its exit status is the command's."""
+def test_run_hands_the_configuration_to_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a command the daemon runs with the file, and its exit status is the
+    command's.
+    """
     ran: list[Path] = []
 
     def run(path: Path) -> int:
@@ -188,9 +242,15 @@ def test_run_hands_the_configuration_to_the_daemon(tmp_path: Path, monkeypatch: 
     assert ran == [tmp_path / "a.yaml", tmp_path / "b.yaml", Path("/etc/brokerd/brokerd.yaml")]
 
 
-@pytest.mark.parametrize("arguments", [["--config", "b.yaml"], ["check", "b.yaml"], ["--config", "b.yaml", "check"]])
-def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(tmp_path: Path, arguments: list[str]) -> None:
-    """As a command, run and check alike print plain lines on standard error and exit with 78."""
+@pytest.mark.parametrize(
+    "arguments", [["--config", "b.yaml"], ["check", "b.yaml"], ["--config", "b.yaml", "check"]]
+)
+def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    """As a command, run and check alike print plain lines on standard error and exit
+    with 78.
+    """
     write(tmp_path / "b.yaml", BAD)
 
     done = subprocess.run(
@@ -203,13 +263,21 @@ def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(tmp_path: Pat
     )
 
     assert (done.returncode, done.stdout) == (78, "")
-    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == ["b.yaml:3:11:", "b.yaml:4:27:"]
+    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == [
+        "b.yaml:3:11:",
+        "b.yaml:4:27:",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["b.yaml"]
 
 
 def test_an_address_that_can_be_none_is_78_before_anything_is_listened_at(tmp_path: Path) -> None:
-    """Brackets around what is no IPv6 address, and four numbers that are no IPv4 address, are mistakes of the file."""
-    write(tmp_path / "b.yaml", "listen: ['[zz]:5', 1.2.3.999:5]\nmonitor: 1.2.3.999:6\nclients: {a: {key: k}}\n")
+    """Brackets around what is no IPv6 address, and four numbers that are no IPv4
+    address, are mistakes of the file.
+    """
+    write(
+        tmp_path / "b.yaml",
+        "listen: ['[zz]:5', 1.2.3.999:5]\nmonitor: 1.2.3.999:6\nclients: {a: {key: k}}\n",
+    )
 
     for command in ([], ["check"]):
         result = CliRunner().invoke(main, ["--config", str(tmp_path / "b.yaml"), *command])
@@ -232,7 +300,9 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 78
-        assert re.fullmatch(r"\S+no\.yaml:1:1: \(file\): there is no file \S+ \(.*\)\n", done.stderr)
+        assert re.fullmatch(
+            r"\S+no\.yaml:1:1: \(file\): there is no file \S+ \(.*\)\n", done.stderr
+        )
 
 
 def test_a_key_is_32_random_bytes() -> None:
@@ -248,7 +318,9 @@ def test_a_key_is_32_random_bytes() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="the command is for a shell")
 @pytest.mark.parametrize("name", ["alice", "on", "123", "a.b-c"])
 def test_what_key_prints_for_a_name_works_as_pasted(tmp_path: Path, name: str) -> None:
-    """With a NAME come a shell command and YAML; both, pasted as they are, make a client with that key."""
+    """With a NAME come a shell command and YAML; both, pasted as they are, make a
+    client with that key.
+    """
     result = brokerd("key", name)
 
     fresh, _, rest = result.stdout.partition("\n")
@@ -257,7 +329,9 @@ def test_what_key_prints_for_a_name_works_as_pasted(tmp_path: Path, name: str) -
     subprocess.run(["sh", "-c", command[1]], cwd=tmp_path, check=True)
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\n" + rest, mode=0o644)
     config = load(file)
-    assert [(client.name, client.keys[0].value) for client in config.clients.values()] == [(name, fresh.encode())]
+    assert [(client.name, client.keys[0].value) for client in config.clients.values()] == [
+        (name, fresh.encode())
+    ]
     assert list(yaml.safe_load(rest)) == ["clients"]
 
 
@@ -289,16 +363,20 @@ def test_the_offline_commands_load_no_event_loop() -> None:
     """check and key start fast: neither imports asyncio nor the daemon."""
     for arguments in (["key"], ["check", "/nonexistent.yaml"]):
         code = (
-            "import sys\nfrom brokerd.cli.main import main\n"
-            f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-            "print([name for name in ('asyncio', 'brokerd.daemon.daemon', 'structlog', 'rich') if name in sys.modules])"
+            f"import sys\nfrom brokerd.cli.main import main\ntry: main({arguments!r})\nexcept"
+            " SystemExit: pass\nprint([name for name in ('asyncio', 'brokerd.daemon.daemon',"
+            " 'structlog', 'rich') if name in sys.modules])"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        )
         assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_configuration_in_the_environment() -> None:
-    """BROKERD_CONFIG_YAML holds the configuration itself; its mistakes carry its name, and --config goes before it."""
+    """BROKERD_CONFIG_YAML holds the configuration itself; its mistakes carry its name,
+    and --config goes before it.
+    """
     text = "listen: [b.sock]\nclients: {a: {key_env: A_KEY}}\n"
 
     good = brokerd("check", BROKERD_CONFIG_YAML=text, A_KEY="k")
@@ -309,8 +387,9 @@ def test_a_configuration_in_the_environment() -> None:
     assert (good.exit_code, first) == (0, "$BROKERD_CONFIG_YAML: ok, 1 client, 1 listener")
     assert where == f"  listens at {Path.cwd()}/b.sock (Unix socket, mode 0600)"
     assert bad.exit_code == 78
-    assert bad.stderr == (
-        "$BROKERD_CONFIG_YAML:2:24: clients.a.key_env: the environment has no variable A_KEY "
+    assert (
+        bad.stderr
+        == "$BROKERD_CONFIG_YAML:2:24: clients.a.key_env: the environment has no variable A_KEY "
         "(set it, or give key_file)\n"
     )
     assert "there is no file /no/such" in other.stderr
@@ -325,21 +404,29 @@ def test_two_configurations_in_the_environment_are_one_too_many(tmp_path: Path) 
 
     assert (both.exit_code, both.stderr) == (
         78,
-        "BROKERD_CONFIG and BROKERD_CONFIG_YAML are both set (keep one: a file, or the text itself)\n",
+        (
+            "BROKERD_CONFIG and BROKERD_CONFIG_YAML are both set (keep one: a file, or the text"
+            " itself)\n"
+        ),
     )
     assert empty.exit_code == 0
 
 
-@pytest.mark.skipif(Path("/etc/brokerd/brokerd.yaml").exists(), reason="this machine has a configuration of its own")
+@pytest.mark.skipif(
+    Path("/etc/brokerd/brokerd.yaml").exists(), reason="this machine has a configuration of its own"
+)
 def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
-    """Whoever starts the broker with nothing learns what it looks for, and exit status 78."""
+    """Whoever starts the broker with nothing learns what it looks for, and exit status
+    78.
+    """
     result = brokerd()
 
     assert (result.exit_code, result.stdout) == (78, "")
-    assert result.stderr == (
-        "/etc/brokerd/brokerd.yaml:1:1: (file): there is no file /etc/brokerd/brokerd.yaml (write or mount one there, "
-        "name another with --config or in BROKERD_CONFIG, or put its text into BROKERD_CONFIG_YAML; "
-        "brokerd demo needs none)\n"
+    assert (
+        result.stderr
+        == "/etc/brokerd/brokerd.yaml:1:1: (file): there is no file /etc/brokerd/brokerd.yaml"
+        " (write or mount one there, name another with --config or in BROKERD_CONFIG, or put its"
+        " text into BROKERD_CONFIG_YAML; brokerd demo needs none)\n"
     )
 
 
@@ -347,7 +434,9 @@ def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
 def test_a_file_in_the_place_of_a_command_is_answered_with_the_option(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`brokerd FILE` is told to be `brokerd --config FILE`; any other word is no command, and nothing more."""
+    """`brokerd FILE` is told to be `brokerd --config FILE`; any other word is no
+    command, and nothing more.
+    """
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "there", GOOD)
 

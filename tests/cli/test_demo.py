@@ -1,4 +1,6 @@
-"""brokerd demo: shows what it promises, leaves nothing behind, and fails when a message does not arrive."""
+"""brokerd demo: shows what it promises, leaves nothing behind, and fails when a message
+does not arrive.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from brokerd.cli import demo
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
-    """Run the demo in this process with its files in the directory; return its exit status and what it printed."""
+    """Run the demo in this process with its files in the directory; return its exit
+    status and what it printed.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     output = io.StringIO()
     status = demo.run(Console(file=output, width=60, highlight=False))
@@ -24,7 +28,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
 
 
 def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
-    """The command shows three clients talking, exits with 0 and leaves no file, whatever the configuration is."""
+    """The command shows three clients talking, exits with 0 and leaves no file,
+    whatever the configuration is.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "brokerd.cli.main", "demo"],
         env={**os.environ, "TMPDIR": str(socket_dir), "BROKERD_CONFIG": "/nonexistent"},
@@ -46,7 +52,9 @@ def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
 
 
 def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines that the stock Python runs are printed as they are, however narrow the terminal, and no key is."""
+    """The lines that the stock Python runs are printed as they are, however narrow the
+    terminal, and no key is.
+    """
     keys: list[str] = []
     fresh = demo.secrets.token_urlsafe
 
@@ -80,7 +88,9 @@ def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.M
 def test_the_demo_fails_when_a_message_does_not_arrive(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
 ) -> None:
-    """Without every message seen, the exit status is 1, the reason is printed, and nothing is left all the same."""
+    """Without every message seen, the exit status is 1, the reason is printed, and
+    nothing is left all the same.
+    """
     monkeypatch.setattr(demo, "STOCK_CLIENT", program)
     monkeypatch.setattr(demo, "_TIMEOUT_S", 3.0)
 
@@ -93,8 +103,12 @@ def test_the_demo_fails_when_a_message_does_not_arrive(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the interpreters here are shell scripts")
-def test_an_interpreter_that_does_not_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest Python on the PATH that starts and is what its name says is taken; else this one."""
+def test_an_interpreter_that_does_not_run_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest Python on the PATH that starts and is what its name says is taken;
+    else this one.
+    """
 
     def script(name: str, body: str) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -113,7 +127,9 @@ def test_an_interpreter_that_does_not_run_is_passed_over(tmp_path: Path, monkeyp
 
 
 def test_a_modern_python_is_its_own_stock_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this Python knows HMAC-SHA256, no other is looked for, and MD5 is not needed."""
+    """Where this Python knows HMAC-SHA256, no other is looked for, and MD5 is not
+    needed.
+    """
     monkeypatch.setattr(demo, "_MODERN", (3, 0))
     monkeypatch.setenv("PATH", "")
 

@@ -1,4 +1,6 @@
-"""brokerd health: a sign of life from the broker where its configuration says it listens, with no key in hand."""
+"""brokerd health: a sign of life from the broker where its configuration says it
+listens, with no key in hand.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def found(text: str, directory: Path) -> list[str]:
 
 @contextmanager
 def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[Address]:
-    """Give the address of a server that sends these bytes to its first connection and closes it."""
+    """Give the address of a server that sends these bytes to its first connection and
+    closes it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
 
@@ -71,7 +75,9 @@ def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[
 
 
 def test_a_living_broker_is_healthy_and_logs_nothing(tmp_path: Path) -> None:
-    """Exit status 0 with one line; the broker counts nobody as refused and says nothing above level debug."""
+    """Exit status 0 with one line; the broker counts nobody as refused and says nothing
+    above level debug.
+    """
     with served() as broker:
         file = tmp_path / "b.yaml"
         file.write_text(f"listen: ['{broker.address}']\nclients: {{alice: {{key_file: /gone}}}}\n")
@@ -95,12 +101,15 @@ def test_who_sends_a_byte_and_leaves_is_refused() -> None:
 
 
 def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
-    """A health check that gave up on a frozen broker leaves no warning when the broker goes on."""
+    """A health check that gave up on a frozen broker leaves no warning when the broker
+    goes on.
+    """
     with served() as broker:
         peer = broker.raw()
 
         def freeze() -> None:
-            # The loop stands still meanwhile. A reset: the broker's own bytes are lost, and it is told so.
+            # The loop stands still meanwhile. A reset: the broker's own bytes are lost,
+            # and it is told so.
             gone = broker.raw()
             gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()
@@ -112,7 +121,9 @@ def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
 
 
 def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
-    """A listening socket that the system answers for, with nobody behind it, is exit status 1 within the timeout."""
+    """A listening socket that the system answers for, with nobody behind it, is exit
+    status 1 within the timeout.
+    """
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         host, port = frozen.getsockname()
         began = time.monotonic()
@@ -121,20 +132,29 @@ def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
 
         assert time.monotonic() - began < 10
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == (f"unhealthy: {host}:{port}: no challenge within 0.2 s (it is stopped, stuck or overrun)\n")
+    assert (
+        result.stderr
+        == f"unhealthy: {host}:{port}: no challenge within 0.2 s (it is stopped, stuck or"
+        " overrun)\n"
+    )
 
 
 def test_no_broker_is_not_healthy(socket_dir: Path) -> None:
-    """Nobody listening, no socket, no configuration: exit status 1 and the reason, in one line."""
+    """Nobody listening, no socket, no configuration: exit status 1 and the reason, in
+    one line.
+    """
     nobody = health("health", "--address", str(socket_dir / "no.sock"))
     no_file = health("--config", socket_dir / "no.yaml", "health")
 
     assert (nobody.exit_code, no_file.exit_code) == (1, 1)
-    assert nobody.stderr == (
-        f"unhealthy: {socket_dir}/no.sock: No such file or directory "
+    assert (
+        nobody.stderr == f"unhealthy: {socket_dir}/no.sock: No such file or directory "
         "(is the broker running, and is this its address?)\n"
     )
-    assert no_file.stderr == f"unhealthy: there is no file {socket_dir}/no.yaml (make it, or give another)\n"
+    assert (
+        no_file.stderr
+        == f"unhealthy: there is no file {socket_dir}/no.yaml (make it, or give another)\n"
+    )
 
 
 def test_no_address_at_all_is_a_usage_error() -> None:
@@ -184,18 +204,37 @@ def test_a_challenge_in_pieces_is_one() -> None:
 
 
 def test_tls(tmp_path: Path) -> None:
-    """Behind TLS the challenge counts whoever signed the certificate, and so does the wish for one of ours."""
+    """Behind TLS the challenge counts whoever signed the certificate, and so does the
+    wish for one of ours.
+    """
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ]
     cert, key = str(tmp_path / "cert"), str(tmp_path / "key")
-    subprocess.run([*make, "-subj", "/CN=b", "-keyout", key, "-out", cert], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [*make, "-subj", "/CN=b", "-keyout", key, "-out", cert],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
 
     with answering(CHALLENGE, context=context) as address:
         probe(Entrance(address, tls=True), 10)
-    with answering(b"", context=context) as address, pytest.raises(Unhealthy, match="closed without a challenge"):
+    with (
+        answering(b"", context=context) as address,
+        pytest.raises(Unhealthy, match="closed without a challenge"),
+    ):
         probe(Entrance(address, tls=True), 10)
     context.load_verify_locations(cert)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -221,12 +260,17 @@ class Clock:
 
 
 def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a slow look-up nor addresses that do not answer, one after the other, make it longer."""
+    """Neither a slow look-up nor addresses that do not answer, one after the other,
+    make it longer.
+    """
     clock, given = Clock(monkeypatch), []
 
     def look_up(*outgoing_requests: object, **more: object) -> list[tuple[object, ...]]:
         clock.now += 1
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 1)) for last in (1, 2, 3)]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 1))
+            for last in (1, 2, 3)
+        ]
 
     def connect(sock: socket.socket, place: object) -> None:
         given.append(sock.gettimeout())
@@ -271,8 +315,14 @@ def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_nearest_entrance_is_asked() -> None:
-    """A Unix socket first, then a port without TLS, then one with it; everywhere means this machine."""
-    unix, plain, tls = Entrance(parse("/run/b")), Entrance(parse("h:1")), Entrance(parse("h:2"), tls=True)
+    """A Unix socket first, then a port without TLS, then one with it; everywhere means
+    this machine.
+    """
+    unix, plain, tls = (
+        Entrance(parse("/run/b")),
+        Entrance(parse("h:1")),
+        Entrance(parse("h:2"), tls=True),
+    )
     anywhere = Entrance(parse("0.0.0.0:0"))
 
     assert entrance_to_ask([anywhere, tls, plain, unix]) is unix
@@ -294,7 +344,10 @@ def test_a_broker_at_every_interface_is_asked_at_this_one(host: str) -> None:
     ("text", "addresses"),
     [
         (
-            "listen:\n  - /run/b\n  - [h, 1]\n  - address: h:2\n    tls: {certificate: c, key: k}\n",
+            (
+                "listen:\n  - /run/b\n  - [h, 1]\n  - address: h:2\n    tls: {certificate: c, key:"
+                " k}\n"
+            ),
             "/run/b h:1 h:2 tls",
         ),
         ("listen:\n- /run/b\nclients:\n  a: {key: [\n", "/run/b"),
@@ -322,7 +375,9 @@ def test_a_relative_socket_is_beside_its_file(tmp_path: Path) -> None:
 
 
 def test_included_files_are_asked_where_the_main_one_has_no_listener(tmp_path: Path) -> None:
-    """The first included file with a listener counts; what is missing, broken or was read before is passed over."""
+    """The first included file with a listener counts; what is missing, broken or was
+    read before is passed over.
+    """
     (tmp_path / "c.d").mkdir()
     (tmp_path / "c.d" / "1.yaml").write_text("clients: {}\ninclude: [../b.yaml, '*.yaml']\n")
     (tmp_path / "c.d" / "2.yaml").write_bytes(b"\xff")
@@ -332,8 +387,14 @@ def test_included_files_are_asked_where_the_main_one_has_no_listener(tmp_path: P
 
 
 def test_a_large_configuration_costs_no_more_than_its_beginning(tmp_path: Path) -> None:
-    """Nothing behind the addresses is read: a file that no parser could read on is no hindrance."""
-    text = "listen: [/run/b]\nclients:\n" + "".join(f"  c{i}: {{key: k{i}}}\n" for i in range(1000)) + "\t]}["
+    """Nothing behind the addresses is read: a file that no parser could read on is no
+    hindrance.
+    """
+    text = (
+        "listen: [/run/b]\nclients:\n"
+        + "".join(f"  c{i}: {{key: k{i}}}\n" for i in range(1000))
+        + "\t]}["
+    )
 
     assert found(text, tmp_path) == ["/run/b"]
 

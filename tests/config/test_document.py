@@ -1,4 +1,6 @@
-"""YAML to plain values with places: the types of yaml.SafeLoader, and every text that must not hurt."""
+"""YAML to plain values with places: the types of yaml.SafeLoader, and every text that
+must not hurt.
+"""
 
 from __future__ import annotations
 
@@ -47,17 +49,24 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     ],
 )
 def test_values_are_those_of_the_safe_loader(text: str) -> None:
-    """Scalars of every type, nesting, anchors and merges come out as yaml.safe_load gives them."""
+    """Scalars of every type, nesting, anchors and merges come out as yaml.safe_load
+    gives them.
+    """
     document = read(text, "f")
 
     assert document.problems == []
     assert document.root == yaml.safe_load(text)
 
 
-_SCALARS = st.integers(-(2**60), 2**60) | st.booleans() | st.text(max_size=12) | st.floats(allow_nan=False)
+_SCALARS = (
+    st.integers(-(2**60), 2**60) | st.booleans() | st.text(max_size=12) | st.floats(allow_nan=False)
+)
 _TREES = st.recursive(
     _SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -144,7 +153,9 @@ def test_what_is_wrong_is_said_once_and_where(text: str, problem: str) -> None:
 
 
 def test_a_number_with_colons_is_text() -> None:
-    """1:30 is no 90: what looks like an address or a time of day is not reckoned to base 60."""
+    """1:30 is no 90: what looks like an address or a time of day is not reckoned to
+    base 60.
+    """
     document: Document = read("a: 1:30\nb: 12:30:45\nc: 1:30.5\nd: =\n", "f")
 
     assert document.root == {"a": "1:30", "b": "12:30:45", "c": "1:30.5", "d": "="}
@@ -153,7 +164,9 @@ def test_a_number_with_colons_is_text() -> None:
 @pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{a: ", "&a [", "a:\n"])
 def test_endless_nesting_is_refused(opening: str) -> None:
-    """100,000 levels are refused after twenty; the compiled composer would end the process."""
+    """100,000 levels are refused after twenty; the compiled composer would end the
+    process.
+    """
     text = opening * 100_000
     if opening == "a:\n":
         text = "".join(" " * level + "a:\n" for level in range(2000))
@@ -173,7 +186,10 @@ def test_endless_nesting_is_refused(opening: str) -> None:
         "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)),
         # A wide mapping merged into many: 4,000 times 4,000 keys.
-        "a: &a {" + ", ".join(f"k{n}: 1" for n in range(4000)) + "}\nb:\n" + "  - {<<: *a}\n" * 4000,
+        "a: &a {"
+        + ", ".join(f"k{n}: 1" for n in range(4000))
+        + "}\nb:\n"
+        + "  - {<<: *a}\n" * 4000,
         # A key that is a wide list.
         "a: &a [" + "x, " * 5000 + "]\nb:\n" + "  - *a\n" * 5000,
     ],
@@ -186,7 +202,9 @@ def test_aliases_that_repeat_too_much_are_refused(text: str) -> None:
 
 def test_ordinary_aliases_are_not_refused() -> None:
     """One anchor merged into 20,000 entries is ordinary."""
-    text = "a: &a {p: 1, q: [x, y, z]}\nb:\n" + "".join(f"  c{n}: {{<<: *a, r: {n}}}\n" for n in range(20_000))
+    text = "a: &a {p: 1, q: [x, y, z]}\nb:\n" + "".join(
+        f"  c{n}: {{<<: *a, r: {n}}}\n" for n in range(20_000)
+    )
 
     document = read(text, "f")
 
@@ -194,9 +212,13 @@ def test_ordinary_aliases_are_not_refused() -> None:
     assert document.root["b"]["c19999"] == {"p": 1, "q": ["x", "y", "z"], "r": 19999}  # type: ignore[index]
 
 
-@given(st.text(max_size=200) | st.text(st.sampled_from("ab:-[]{}&*!|>'\"%@`,?# \n\t<0~"), max_size=60))
+@given(
+    st.text(max_size=200) | st.text(st.sampled_from("ab:-[]{}&*!|>'\"%@`,?# \n\t<0~"), max_size=60)
+)
 def test_no_text_raises(text: str) -> None:
-    """Whatever the text, reading it gives values and problems, each problem on one line."""
+    """Whatever the text, reading it gives values and problems, each problem on one
+    line.
+    """
     document = read(text, "f")
 
     assert all("\n" not in str(problem) for problem in document.problems)

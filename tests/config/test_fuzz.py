@@ -1,4 +1,6 @@
-"""Whatever the bytes: a configuration comes out, or ConfigError with whole lines, and nothing else."""
+"""Whatever the bytes: a configuration comes out, or ConfigError with whole lines, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from brokerd.config import yaml_reader as documents
 from brokerd.config.load import ConfigError, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
-VALID = (ROOT / "config" / "examples" / "team.yaml").read_text(encoding="utf-8").replace("key_file:", "key:")
+VALID = (
+    (ROOT / "config" / "examples" / "team.yaml")
+    .read_text(encoding="utf-8")
+    .replace("key_file:", "key:")
+)
 
 _LINE = re.compile(r"f:[1-9][0-9]*:[1-9][0-9]*: [^\n]+: [^\n]+ \([^\n]+\)")
 
@@ -169,7 +175,9 @@ def test_a_good_file_changed_anywhere(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
         end = data.draw(st.integers(start, min(len(text), start + 60)))
-        piece = data.draw(_TOKENS | st.just("") | st.just(text[start:end] * 2) | st.text(max_size=3))
+        piece = data.draw(
+            _TOKENS | st.just("") | st.just(text[start:end] * 2) | st.text(max_size=3)
+        )
         text = text[:start] + piece + text[end:]
 
     judge(text)
@@ -194,7 +202,9 @@ def test_any_tree_of_values(tree: object) -> None:
 
 @pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
 def test_a_good_file_cut_short_anywhere(name: str) -> None:
-    """A file that ends too early at any of its bytes is judged like any other, by either of PyYAML's parsers."""
+    """A file that ends too early at any of its bytes is judged like any other, by
+    either of PyYAML's parsers.
+    """
     content = (ROOT / "config" / name).read_bytes()
 
     for end in range(0, len(content), 7):
@@ -202,7 +212,9 @@ def test_a_good_file_cut_short_anywhere(name: str) -> None:
 
 
 def test_the_plain_parser_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without libyaml, a good file gives the same configuration, and a bad one errors at the same places."""
+    """Without libyaml, a good file gives the same configuration, and a bad one errors
+    at the same places.
+    """
     compiled = load_text(VALID, "f", {})
     monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
 

@@ -48,7 +48,9 @@ def refusal(text: str, environ: dict[str, str] | None = None) -> str:
     ],
 )
 def test_one_trailing_newline_is_cut(tmp_path: Path, content: bytes, key: bytes) -> None:
-    """The bytes of a key file are the key, without one newline at their end, whatever else they are."""
+    """The bytes of a key file are the key, without one newline at their end, whatever
+    else they are.
+    """
     assert read_file(str(key_file(tmp_path / "key", content)), {}) == key
 
 
@@ -58,14 +60,18 @@ def test_a_key_of_the_largest_size(tmp_path: Path) -> None:
     assert len(read_file(path, {})) == MAX_KEY
 
     key_file(tmp_path / "key", b"k" * (MAX_KEY + 1))
-    with pytest.raises(KeyRefused, match=r"longer than 64 KiB \(give the file that holds the key\)"):
+    with pytest.raises(
+        KeyRefused, match=r"longer than 64 KiB \(give the file that holds the key\)"
+    ):
         read_file(path, {})
 
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o602, 0o660, 0o666, 0o440])
 def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None:
-    """A key file that others can read or write is refused, and the command in the error, run as it is, mends it."""
+    """A key file that others can read or write is refused, and the command in the
+    error, run as it is, mends it.
+    """
     path = key_file(tmp_path / "it's a key", mode=mode)
     text = LISTEN + f'clients: {{a: {{key_file: "{path}"}}}}\n'
 
@@ -88,7 +94,9 @@ def test_modes_that_keep_a_key_to_its_owner(tmp_path: Path, mode: int) -> None:
 
 @posix_modes
 def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
-    """A file with keys in it that others can read is one error, at its first key, whatever the number of keys."""
+    """A file with keys in it that others can read is one error, at its first key,
+    whatever the number of keys.
+    """
     file = tmp_path / "b.yaml"
     file.write_text(LISTEN + "clients:\n  a: {key: one}\n  b: {keys: [{key: two}]}\n")
     file.chmod(0o644)
@@ -96,9 +104,10 @@ def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         load(file)
 
-    assert str(refused.value) == (
-        f"{file}:3:12: clients.a.key: a key stands in this file, and others than its owner can read or write {file}, "
-        f"mode 0644 (chmod 600 {file})"
+    assert (
+        str(refused.value)
+        == f"{file}:3:12: clients.a.key: a key stands in this file, and others than its owner can"
+        f" read or write {file}, mode 0644 (chmod 600 {file})"
     )
     file.chmod(0o600)
     assert len(load(file).clients) == 2
@@ -106,7 +115,9 @@ def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
 
 @posix_modes
 def test_a_file_without_keys_may_be_read_by_all(tmp_path: Path) -> None:
-    """A configuration that only names key files needs no protection, though the file it includes does."""
+    """A configuration that only names key files needs no protection, though the file it
+    includes does.
+    """
     key_file(tmp_path / "key")
     file = tmp_path / "b.yaml"
     file.write_text(LISTEN + "clients: {a: {key_file: key}}\ninclude: [c.yaml]\n")
@@ -123,12 +134,16 @@ def test_a_file_without_keys_may_be_read_by_all(tmp_path: Path) -> None:
 
 
 def test_a_key_from_the_environment() -> None:
-    """key_env takes the variable's bytes as they are; one that is missing or empty is an error."""
+    """key_env takes the variable's bytes as they are; one that is missing or empty is
+    an error.
+    """
     text = LISTEN + "clients: {a: {key_env: A_KEY}}\n"
 
     assert load_text(text, "f", {"A_KEY": "k\n\udcff"}).clients["a"].keys[0].value == b"k\n\xff"
-    assert refusal(text) == (
-        "f:2:24: clients.a.key_env: the environment has no variable A_KEY (set it, or give key_file)"
+    assert (
+        refusal(text)
+        == "f:2:24: clients.a.key_env: the environment has no variable A_KEY (set it, or give"
+        " key_file)"
     )
     assert "the environment variable A_KEY is empty" in refusal(text, {"A_KEY": ""})
 
@@ -136,7 +151,9 @@ def test_a_key_from_the_environment() -> None:
 @posix_modes
 @pytest.mark.parametrize("mode", [0o400, 0o440, 0o600])
 def test_a_credential_of_systemd(tmp_path: Path, mode: int) -> None:
-    """A file in $CREDENTIALS_DIRECTORY is accepted as any version of systemd makes it, by name or as a key file."""
+    """A file in $CREDENTIALS_DIRECTORY is accepted as any version of systemd makes it,
+    by name or as a key file.
+    """
     path = key_file(tmp_path / "ops", mode=mode)
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
 
@@ -152,7 +169,9 @@ def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None
     """Only reading by the group is forgiven."""
     key_file(tmp_path / "ops", mode=mode)
 
-    line = refusal(LISTEN + "clients: {a: {key_credential: ops}}\n", {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    line = refusal(
+        LISTEN + "clients: {a: {key_credential: ops}}\n", {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    )
 
     assert f"chmod 600 {tmp_path / 'ops'}" in line
 
@@ -160,7 +179,9 @@ def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None
 @posix_modes
 @pytest.mark.parametrize("mode", [0o444, 0o644, 0o440, 0o600])
 def test_a_secret_of_a_container(tmp_path: Path, mode: int) -> None:
-    """A file in $BROKERD_SEALED_DIRECTORY may be readable by all: as a key file, by name, and as a configuration."""
+    """A file in $BROKERD_SEALED_DIRECTORY may be readable by all: as a key file, by
+    name, and as a configuration.
+    """
     path = key_file(tmp_path / "ops", mode=mode)
     file = key_file(tmp_path / "b.yaml", (LISTEN + "clients: {b: {key: inline}}\n").encode(), mode)
     environ = {"BROKERD_SEALED_DIRECTORY": str(tmp_path)}
@@ -187,12 +208,16 @@ def test_a_secret_is_still_no_scratch_paper(tmp_path: Path, mode: int) -> None:
 
 @posix_modes
 def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
-    """Neither '..' in a key file's path nor a path for a name borrows the credentials' forgiveness."""
+    """Neither '..' in a key file's path nor a path for a name borrows the credentials'
+    forgiveness.
+    """
     (tmp_path / "credentials").mkdir()
     key_file(tmp_path / "key", mode=0o440)
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
 
-    by_file = refusal(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/credentials/../key}}}}\n", environ)
+    by_file = refusal(
+        LISTEN + f"clients: {{a: {{key_file: {tmp_path}/credentials/../key}}}}\n", environ
+    )
     by_name = refusal(LISTEN + "clients: {a: {key_credential: ../key}}\n", environ)
 
     assert "chmod 600" in by_file
@@ -201,8 +226,9 @@ def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
 
 def test_a_credential_without_systemd() -> None:
     """Where there are no credentials, the error says who makes them."""
-    assert refusal(LISTEN + "clients: {a: {key_credential: ops}}\n") == (
-        "f:2:31: clients.a.key_credential: there is no CREDENTIALS_DIRECTORY "
+    assert (
+        refusal(LISTEN + "clients: {a: {key_credential: ops}}\n")
+        == "f:2:31: clients.a.key_credential: there is no CREDENTIALS_DIRECTORY "
         "(run under systemd with LoadCredential=NAME:PATH)"
     )
 
@@ -214,7 +240,9 @@ def test_no_key_file(tmp_path: Path) -> None:
 
     def line(path: str) -> str:
         text = LISTEN + f'clients: {{a: {{key_file: "{path}"}}}}\n'
-        return refusal(text).removeprefix("f:2:25: clients.a.key_file: ").replace(f"{tmp_path}/", "")
+        return (
+            refusal(text).removeprefix("f:2:25: clients.a.key_file: ").replace(f"{tmp_path}/", "")
+        )
 
     assert line(f"{tmp_path}/no") == "there is no file no (make one: umask 077; brokerd key > no)"
     assert line(f"{tmp_path}/dir") == "dir is a directory (give the file that holds the key)"
@@ -223,7 +251,9 @@ def test_no_key_file(tmp_path: Path) -> None:
 
 
 def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:
-    """Return what is warned of in a text that is accepted, with an administrator's name for places."""
+    """Return what is warned of in a text that is accepted, with an administrator's name
+    for places.
+    """
     return advice(load_text(text, "f", environ or {}), datetime.now(UTC))
 
 
@@ -233,17 +263,35 @@ ANEW = "(write the key into it anew: brokerd key > FILE)"
 @pytest.mark.parametrize(
     ("content", "odd"),
     [
-        (b"the key\n\n", f"ends with a line break besides the one that is cut, which belongs to the key then {ANEW}"),
-        (b"the key\r", f"ends with a line break besides the one that is cut, which belongs to the key then {ANEW}"),
+        (
+            b"the key\n\n",
+            (
+                "ends with a line break besides the one that is cut, which belongs to the key then"
+                f" {ANEW}"
+            ),
+        ),
+        (
+            b"the key\r",
+            (
+                "ends with a line break besides the one that is cut, which belongs to the key then"
+                f" {ANEW}"
+            ),
+        ),
         (b"the key \n", f"ends with a blank, which belongs to the key then {ANEW}"),
         (b"the key\t", f"ends with a blank, which belongs to the key then {ANEW}"),
         (b" the key\n", f"begins with a blank, which belongs to the key then {ANEW}"),
         (b" \n", f"is blank, which belongs to the key then {ANEW}"),
-        (b"\xef\xbb\xbfthe key\n", f"begins with a byte order mark, which belongs to the key then {ANEW}"),
+        (
+            b"\xef\xbb\xbfthe key\n",
+            f"begins with a byte order mark, which belongs to the key then {ANEW}",
+        ),
         ("the key\n".encode("utf-16"), f"is UTF-16, which belongs to the key then {ANEW}"),
         ("the key\n".encode("utf-16-le"), f"is UTF-16, which belongs to the key then {ANEW}"),
         ("the key\n".encode("utf-16-be"), f"is UTF-16, which belongs to the key then {ANEW}"),
-        ("\ufeffthe key\r\n".encode("utf-16-be"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        (
+            "\ufeffthe key\r\n".encode("utf-16-be"),
+            f"is UTF-16, which belongs to the key then {ANEW}",
+        ),
         (b"the key\n", ""),
         (b"the key\r\n", ""),
         (b"the key", ""),
@@ -254,8 +302,12 @@ ANEW = "(write the key into it anew: brokerd key > FILE)"
         (b"a\0b", ""),
     ],
 )
-def test_keys_file_with_bytes_hardly_meant_is_warned_of(tmp_path: Path, content: bytes, odd: str) -> None:
-    """A key that an editor or a shell has lengthened passes the check, and no client has it: the place is told."""
+def test_keys_file_with_bytes_hardly_meant_is_warned_of(
+    tmp_path: Path, content: bytes, odd: str
+) -> None:
+    """A key that an editor or a shell has lengthened passes the check, and no client
+    has it: the place is told.
+    """
     key_file(tmp_path / "key", content)
 
     found = warnings(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/key}}}}\n")
@@ -266,8 +318,8 @@ def test_keys_file_with_bytes_hardly_meant_is_warned_of(tmp_path: Path, content:
 
 def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
     """A block of text, and a variable that holds a line, end with a line break."""
-    text = LISTEN + (
-        "clients:\n  a:\n    key: |\n      secret one\n  b: {key_env: B}\n"
+    text = (
+        LISTEN + "clients:\n  a:\n    key: |\n      secret one\n  b: {key_env: B}\n"
         "  c: {keys: [{env: C}, {key: ' secret two'}]}\n"
     )
 
@@ -290,34 +342,46 @@ def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
 @posix_modes
 @pytest.mark.parametrize("mode", [0o440, 0o444])
 def test_keys_read_only_file_names_the_sealed_directory(tmp_path: Path, mode: int) -> None:
-    """A mounted secret can't be changed by chmod: the error names the variable that admits it."""
+    """A mounted secret can't be changed by chmod: the error names the variable that
+    admits it.
+    """
     path = key_file(tmp_path / "key", mode=mode)
 
     line = refusal(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n")
 
     assert line.endswith(
-        f"{path}, mode {mode:04o}, and it is not below BROKERD_SEALED_DIRECTORY, for secrets that only this container "
-        f"sees (chmod 600 {path})"
+        f"{path}, mode {mode:04o}, and it is not below BROKERD_SEALED_DIRECTORY, for secrets that"
+        f" only this container sees (chmod 600 {path})"
     )
 
 
 @posix_modes
 def test_keys_projected_file_names_the_sealed_directory(tmp_path: Path) -> None:
-    """Kubernetes mounts secrets with mode 0644 unless told otherwise, behind links that begin with dots."""
+    """Kubernetes mounts secrets with mode 0644 unless told otherwise, behind links that
+    begin with dots.
+    """
     (tmp_path / "..2026_01_01").mkdir()
     key_file(tmp_path / "..2026_01_01" / "key", mode=0o644)
     (tmp_path / "..data").symlink_to("..2026_01_01")
     (tmp_path / "key").symlink_to("..data/key")
     plain = key_file(tmp_path / "plain", mode=0o644)
 
-    assert "BROKERD_SEALED_DIRECTORY" in refusal(LISTEN + f"clients: {{a: {{key_file: {tmp_path}/key}}}}\n")
-    assert "BROKERD_SEALED_DIRECTORY" not in refusal(LISTEN + f"clients: {{a: {{key_file: {plain}}}}}\n")
+    assert "BROKERD_SEALED_DIRECTORY" in refusal(
+        LISTEN + f"clients: {{a: {{key_file: {tmp_path}/key}}}}\n"
+    )
+    assert "BROKERD_SEALED_DIRECTORY" not in refusal(
+        LISTEN + f"clients: {{a: {{key_file: {plain}}}}}\n"
+    )
 
 
 def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return what is warned of in a configuration with keys, TLS aside, that this user would serve."""
+    """Return what is warned of in a configuration with keys, TLS aside, that this user
+    would serve.
+    """
     file = home / "b.yaml"
-    key_file(file, b"listen: [./b.sock]\nclients:\n  a: {key_file: keys/a}\n  b: {key_file: keys/b}\n")
+    key_file(
+        file, b"listen: [./b.sock]\nclients:\n  a: {key_file: keys/a}\n  b: {key_file: keys/b}\n"
+    )
     (home / "keys").mkdir(exist_ok=True)
     for name in ("a", "b"):
         key_file(home / "keys" / name, name.encode())
@@ -326,15 +390,23 @@ def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 @posix_modes
-def test_keys_of_this_user_are_in_good_hands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the broker's own user, in directories of its own, need no warning; nor does root, whatever it checks."""
+def test_keys_of_this_user_are_in_good_hands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the broker's own user, in directories of its own, need no warning; nor
+    does root, whatever it checks.
+    """
     assert served_from(tmp_path, os.getuid(), monkeypatch) == []
     assert served_from(tmp_path, 0, monkeypatch) == []
 
 
 @posix_modes
-def test_keys_of_a_foreign_owner_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner of a file, or of its directory, can replace the key: one warning for each directory and owner."""
+def test_keys_of_a_foreign_owner_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of a file, or of its directory, can replace the key: one warning for
+    each directory and owner.
+    """
     stat = os.stat
 
     class Foreign:
@@ -362,7 +434,9 @@ def test_keys_of_a_foreign_owner_are_warned_of(tmp_path: Path, monkeypatch: pyte
 def test_keys_in_a_directory_open_to_all_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    """Every user could put another file there, also where the sticky bit is set: one warning for the directory."""
+    """Every user could put another file there, also where the sticky bit is set: one
+    warning for the directory.
+    """
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys").chmod(mode)
 
@@ -378,7 +452,9 @@ def test_keys_in_a_directory_open_to_all_are_warned_of(
 def test_configuration_below_a_directory_open_to_all_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the sticky bit the directory between could be replaced; with it, only what stands there directly."""
+    """Without the sticky bit the directory between could be replaced; with it, only
+    what stands there directly.
+    """
     home = tmp_path / "open" / "home"
     home.mkdir(parents=True, mode=0o700)
     (tmp_path / "open").chmod(0o777)
@@ -390,36 +466,47 @@ def test_configuration_below_a_directory_open_to_all_is_warned_of(
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root gives files away")
-def test_keys_given_to_another_user_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root: another user's file in root's directory is odd, one in that user's own directory is the broker's."""
+def test_keys_given_to_another_user_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root: another user's file in root's directory is odd, one in that user's own
+    directory is the broker's.
+    """
     assert served_from(tmp_path, 0, monkeypatch) == []
     os.chown(tmp_path / "keys" / "a", 4711, -1)
-    (line,) = [line.replace(f"{tmp_path}/", "") for line in advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC))]
+    (line,) = [
+        line.replace(f"{tmp_path}/", "")
+        for line in advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC))
+    ]
     assert line.startswith("b.yaml:3:17: keys/a belongs to user 4711, who can replace it")
     os.chown(tmp_path / "keys", 4711, -1)
     assert advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC)) == []
 
 
 def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
-    """The same key under two names is an error that names both, wherever the keys come from and whatever their time."""
+    """The same key under two names is an error that names both, wherever the keys come
+    from and whatever their time.
+    """
     key_file(tmp_path / "key", b"the same\n")
-    text = LISTEN + (
-        "clients:\n"
+    text = (
+        LISTEN + "clients:\n"
         f"  a: {{key_file: {tmp_path / 'key'}}}\n"
         "  b: {keys: [{key: fine}, {key: the same, not_after: 2001-01-01}]}\n"
     )
 
-    assert refusal(text) == (
-        "f:4:33: clients.b.keys[1].key: has the same key as client 'a' at f:3:17 "
+    assert (
+        refusal(text) == "f:4:33: clients.b.keys[1].key: has the same key as client 'a' at f:3:17 "
         "(give each client a key of its own: brokerd key)"
     )
 
 
 @pytest.mark.parametrize(
-    "clients", ["  ops: {peer_uid: [0]}\n  a: {key: ops}\n", "  a: {key: ops}\n  ops: {peer_uid: [0]}\n"]
+    "clients",
+    ["  ops: {peer_uid: [0]}\n  a: {key: ops}\n", "  a: {key: ops}\n  ops: {peer_uid: [0]}\n"],
 )
 def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
-    """Whoever has no key uses its name, which everybody may know: with it they would all be the other client.
+    """Whoever has no key uses its name, which everybody may know: with it they would
+    all be the other client.
 
     Neither the key nor the name, which are the same, is in the error.
     """
@@ -428,20 +515,28 @@ def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
     place, where, what = line.split(": ", 2)
     a, ops = (3, 4) if "  a: {key: ops}\n" + "  ops" in clients else (4, 3)
     assert (place, where) == (f"f:{a}:12", "clients.a.key")
-    assert what == (
-        f"is the name of the client at f:{ops}:3, which has no key and uses its name, and names are no secret "
-        "(give each client a key of its own: brokerd key)"
+    assert (
+        what
+        == f"is the name of the client at f:{ops}:3, which has no key and uses its name, and names"
+        " are no secret (give each client a key of its own: brokerd key)"
     )
 
 
 def test_a_client_may_have_the_name_of_another_with_a_key_for_its_key() -> None:
-    """It is a poor key, and harms nobody else: only a client without a key uses its name."""
-    assert len(load_text(LISTEN + "clients: {ops: {key: k, peer_uid: [0]}, a: {key: ops}}\n").clients) == 2
+    """It is a poor key, and harms nobody else: only a client without a key uses its
+    name.
+    """
+    assert (
+        len(load_text(LISTEN + "clients: {ops: {key: k, peer_uid: [0]}, a: {key: ops}}\n").clients)
+        == 2
+    )
 
 
 def test_one_client_may_name_a_key_twice() -> None:
     """Sharing is between clients; a client's own keys may repeat."""
-    config = load_text(LISTEN + "clients: {a: {keys: [{key: k, not_after: 2001-01-01}, {key: k}]}}\n")
+    config = load_text(
+        LISTEN + "clients: {a: {keys: [{key: k, not_after: 2001-01-01}, {key: k}]}}\n"
+    )
 
     assert len(config.clients["a"].keys) == 2
 
@@ -462,8 +557,9 @@ def test_a_key_is_accepted_within_its_window() -> None:
 def test_a_time_without_a_zone_is_utc() -> None:
     """Times may carry a zone, in YAML or as text; without one they are UTC."""
     text = (
-        "clients: {a: {keys: [{key: k, not_before: 2026-01-01 10:00:00, not_after: 2026-01-01T13:00:00+02:00},\n"
-        "  {key: l, not_before: '2026-01-01', not_after: '2026-01-02T00:00Z'}]}}\n"
+        "clients: {a: {keys: [{key: k, not_before: 2026-01-01 10:00:00, not_after:"
+        " 2026-01-01T13:00:00+02:00},\n  {key: l, not_before: '2026-01-01', not_after:"
+        " '2026-01-02T00:00Z'}]}}\n"
     )
 
     first, second = load_text(LISTEN + text).clients["a"].keys
@@ -475,7 +571,9 @@ def test_a_time_without_a_zone_is_utc() -> None:
 
 
 def test_expired_keys_stay_and_are_warned_about() -> None:
-    """A client whose keys are all over is kept, with a warning; one that has a valid key has none."""
+    """A client whose keys are all over is kept, with a warning; one that has a valid
+    key has none.
+    """
     now = datetime(2026, 6, 1, tzinfo=UTC)
     config = load_text(
         LISTEN + "clients:\n"
@@ -487,13 +585,21 @@ def test_expired_keys_stay_and_are_warned_about() -> None:
 
     assert len(config.clients["a"].keys) == 2
     assert advice(config, now) == [
-        "f:3: client 'a' can't connect: its last key expired at 2026-02-01T00:00:00+00:00 (give it a new one)",
-        "f:5: client 'c' can't connect now: none of its keys is valid yet, or still (see not_before, not_after)",
+        (
+            "f:3: client 'a' can't connect: its last key expired at 2026-02-01T00:00:00+00:00 (give"
+            " it a new one)"
+        ),
+        (
+            "f:5: client 'c' can't connect now: none of its keys is valid yet, or still (see"
+            " not_before, not_after)"
+        ),
     ]
 
 
 def test_other_things_worth_a_warning() -> None:
-    """No clients at all, and a group that this machine does not have, are warned about and accepted."""
+    """No clients at all, and a group that this machine does not have, are warned about
+    and accepted.
+    """
     config = load_text("listen: [{address: /run/b.sock, group: no such group}]\n", "f")
 
     assert advice(config, datetime.now(UTC)) == [
@@ -503,7 +609,9 @@ def test_other_things_worth_a_warning() -> None:
 
 
 def test_a_key_id_tells_keys_apart_and_nothing_else() -> None:
-    """The id is the same for the same key, differs between keys, and is no plain digest of the key."""
+    """The id is the same for the same key, differs between keys, and is no plain digest
+    of the key.
+    """
     import hashlib
 
     assert Key(b"k").key_id == Key(b"k", not_after=datetime.now(UTC)).key_id

@@ -1,4 +1,6 @@
-"""Files to a configuration: what comes out of a good one, and every mistake of a bad one with its place."""
+"""Files to a configuration: what comes out of a good one, and every mistake of a bad
+one with its place.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +83,14 @@ log: {level: debug, format: json}
 
 
 def test_every_key_arrives() -> None:
-    """A file with every key gives a configuration with every value, durations in seconds and sizes in bytes."""
+    """A file with every key gives a configuration with every value, durations in
+    seconds and sizes in bytes.
+    """
     config = load_text(EVERYTHING, "f")
 
-    assert [(str(entry.address), entry.mode, entry.group, entry.allow_md5) for entry in config.listen] == [
+    assert [
+        (str(entry.address), entry.mode, entry.group, entry.allow_md5) for entry in config.listen
+    ] == [
         ("/run/b.sock", 0o600, None, False),
         ("0.0.0.0:6000", None, None, True),
         ("/run/c.sock", 0o660, 7, False),
@@ -101,7 +107,10 @@ def test_every_key_arrives() -> None:
     assert [str(rule) for rule in worker.send_to] == ["alice", "report.*"]
     assert [str(rule.source) for rule in worker.subscribe] == ["f:18", "f:19"]
     assert worker.queue == 65536
-    assert (worker.when_full, worker.when_connected) == (WhenFull.DROP_OLDEST, WhenConnected.REPLACE)
+    assert (worker.when_full, worker.when_connected) == (
+        WhenFull.DROP_OLDEST,
+        WhenConnected.REPLACE,
+    )
     assert (worker.rate.messages, worker.rate.bytes) == (10, 50 * 2**20)
     assert worker.allow_md5
     assert worker.admin
@@ -120,7 +129,12 @@ def test_defaults() -> None:
     config = load_text("listen: [/run/b.sock]\nclients: {a: {key: k}}\n", "f")
 
     client = config.clients["a"]
-    assert (client.connections, client.queue, client.allow_md5, client.admin) == (1, 8 * 2**20, False, False)
+    assert (client.connections, client.queue, client.allow_md5, client.admin) == (
+        1,
+        8 * 2**20,
+        False,
+        False,
+    )
     assert client.send_to == (Rule("*"),)
     assert client.publish == (Rule(">"),)
     assert client.subscribe == (Rule(">"), Rule("$broker.>"))
@@ -135,7 +149,9 @@ def test_defaults() -> None:
 
 
 def test_six_mistakes_are_six_lines() -> None:
-    """Six different mistakes in one file give six lines, each with its own line and column, in their order."""
+    """Six different mistakes in one file give six lines, each with its own line and
+    column, in their order.
+    """
     text = """\
 listen: [/run/b.sock]
 clients:
@@ -290,14 +306,18 @@ GOOD = "listen: [/run/b.sock]\n"
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_place(text: str, line: str) -> None:
-    """Each mistake is one line: file, line, column, path, what is wrong, what would be right."""
+    """Each mistake is one line: file, line, column, path, what is wrong, what would be
+    right.
+    """
     assert lines_of(text) == [line]
 
 
 def test_a_mistake_in_an_entry_hides_no_other() -> None:
-    """An entry with a bad value is still searched for missing key files, shared keys and unknown names."""
-    text = GOOD + (
-        "clients:\n"
+    """An entry with a bad value is still searched for missing key files, shared keys
+    and unknown names.
+    """
+    text = (
+        GOOD + "clients:\n"
         "  a: {key: k, queue: [], send_to: [zz, 5]}\n"
         "  b: {keys: [{kee: 1}, {file: none}, {key: k}], admin: 7}\n"
     )
@@ -314,7 +334,9 @@ def test_a_mistake_in_an_entry_hides_no_other() -> None:
 
 
 def test_many_slips_in_a_large_file_take_no_time_without_measure() -> None:
-    """Of thousands of unknown names among thousands of clients each is reported, and the first have a guess."""
+    """Of thousands of unknown names among thousands of clients each is reported, and
+    the first have a guess.
+    """
     count = 3000
     entries = "".join(f"  client-{n}: {{key: k{n}, send_to: [klient-{n}]}}\n" for n in range(count))
 
@@ -328,14 +350,18 @@ def test_many_slips_in_a_large_file_take_no_time_without_measure() -> None:
 def test_an_anchors_mistake_is_said_once() -> None:
     """What is wrong in an anchor is one line, however many entries merge it."""
     text = (
-        GOOD + "clients:\n  a: &a {key: k, qeue: 1}\n" + "".join(f"  b{n}: {{<<: *a, key: k{n}}}\n" for n in range(9))
+        GOOD
+        + "clients:\n  a: &a {key: k, qeue: 1}\n"
+        + "".join(f"  b{n}: {{<<: *a, key: k{n}}}\n" for n in range(9))
     )
 
     assert lines_of(text) == ["f:3:18: clients.a.qeue: unknown key 'qeue' (did you mean 'queue'?)"]
 
 
 def test_an_anchors_rules_keep_their_place() -> None:
-    """Rules that come through an anchor say where they are written, and are shared by those who merge them."""
+    """Rules that come through an anchor say where they are written, and are shared by
+    those who merge them.
+    """
     text = GOOD + "clients:\n  a: &a {key: k, send_to: [b]}\n  b: {<<: *a, key: l}\n"
 
     clients = load_text(text, "f").clients
@@ -359,9 +385,13 @@ def test_two_ports_chosen_by_the_system_are_two_listeners() -> None:
 
 
 def test_a_line_stays_a_line() -> None:
-    """Line breaks and escapes in names, patterns and file names can't make a second line."""
+    """Line breaks and escapes in names, patterns and file names can't make a second
+    line.
+    """
     lines = lines_of(
-        GOOD + 'clients: {"a\\nb\\e[31m": {key: k, "x\\ny": 1, send_to: ["q\\nr"], queue: "1\\n"}}\n', "f\ng"
+        GOOD
+        + 'clients: {"a\\nb\\e[31m": {key: k, "x\\ny": 1, send_to: ["q\\nr"], queue: "1\\n"}}\n',
+        "f\ng",
     )
 
     assert len(lines) == 4
@@ -369,17 +399,25 @@ def test_a_line_stays_a_line() -> None:
 
 
 def test_one_line_escapes_only_what_is_not_printable() -> None:
-    """Letters of any script stay as they are; control characters and half characters become escapes."""
+    """Letters of any script stay as they are; control characters and half characters
+    become escapes.
+    """
     assert one_line("é ü 日本 a\tb\udcff") == "é ü 日本 a\\tb\\udcff"
 
 
 # Files.
 
 
-def test_relative_paths_start_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Key files and sockets are found beside the configuration, wherever the broker is started."""
+def test_relative_paths_start_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key files and sockets are found beside the configuration, wherever the broker is
+    started.
+    """
     write(tmp_path / "etc" / "keys" / "a", "k\n")
-    file = write(tmp_path / "etc" / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: keys/a}}\n")
+    file = write(
+        tmp_path / "etc" / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: keys/a}}\n"
+    )
     monkeypatch.chdir(tmp_path)
 
     config = load(file)
@@ -390,14 +428,24 @@ def test_relative_paths_start_from_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_includes_add_listeners_and_clients(tmp_path: Path) -> None:
-    """Files that are included, and included by those, add to listen and clients, in sorted order, once each."""
-    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key: a}}\ninclude: ['d/*.yaml', more.yaml]\n")
+    """Files that are included, and included by those, add to listen and clients, in
+    sorted order, once each.
+    """
+    file = write(
+        tmp_path / "b.yaml",
+        "listen: [b.sock]\nclients: {a: {key: a}}\ninclude: ['d/*.yaml', more.yaml]\n",
+    )
     write(tmp_path / "d" / "20.yaml", "clients: {c: {key: c, send_to: [a]}}\n")
-    write(tmp_path / "d" / "10.yaml", "clients: {b: {key_file: key-b}}\ninclude: [sub/x.yml, ../b.yaml]\n")
+    write(
+        tmp_path / "d" / "10.yaml",
+        "clients: {b: {key_file: key-b}}\ninclude: [sub/x.yml, ../b.yaml]\n",
+    )
     write(tmp_path / "d" / "key-b", "b")
     write(tmp_path / "d" / "sub" / "x.yml", "listen: [x.sock]\nclients: {x: {key: x}}\n")
     write(tmp_path / "d" / "30.yaml", "# nothing here yet\n")
-    write(tmp_path / "more.yaml", "clients: {m: {key: m}}\ninclude: ['no-such-*.yaml', d/10.yaml]\n")
+    write(
+        tmp_path / "more.yaml", "clients: {m: {key: m}}\ninclude: ['no-such-*.yaml', d/10.yaml]\n"
+    )
 
     config = load(file)
 
@@ -427,7 +475,9 @@ def test_a_directory_with_wildcards_in_its_name_is_taken_as_it_is(tmp_path: Path
 
 def test_a_name_given_twice_names_both_places(tmp_path: Path) -> None:
     """A client in two files is an error at the second, naming the first."""
-    file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients:\n  a: {key: a}\ninclude: [c.yaml]\n")
+    file = write(
+        tmp_path / "b.yaml", "listen: [b.sock]\nclients:\n  a: {key: a}\ninclude: [c.yaml]\n"
+    )
     write(tmp_path / "c.yaml", "listen: [b.sock]\nclients:\n  b: {key: b}\n  a: {key: other}\n")
 
     assert lines_of_file(file) == [
@@ -437,9 +487,12 @@ def test_a_name_given_twice_names_both_places(tmp_path: Path) -> None:
 
 
 def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
-    """Errors of the main file come first, those of each included file under its own name, all at once."""
+    """Errors of the main file come first, those of each included file under its own
+    name, all at once.
+    """
     file = write(
-        tmp_path / "b.yaml", "include: [c.yaml, d.yaml, bad.yaml]\nlisten: [b.sock]\nclients:\n  a: {kye: a}\n"
+        tmp_path / "b.yaml",
+        "include: [c.yaml, d.yaml, bad.yaml]\nlisten: [b.sock]\nclients:\n  a: {kye: a}\n",
     )
     write(tmp_path / "c.yaml", "limits: {}\nclients:\n  b:\n    key: b\n    send_to: [dd, bob]\n")
     write(tmp_path / "d.yaml", "clients:\n  d: {key: [d}\n  e: {}\n")
@@ -450,7 +503,8 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
     assert [line.split(": ")[:2] for line in lines] == [
         ["b.yaml:4:7", "clients.a.kye"],
         ["c.yaml:1:1", "limits"],
-        # bob may be in a file that can't be read; 'dd' is too like nothing to be called a slip.
+        # bob may be in a file that can't be read; 'dd' is too like nothing to be called
+        # a slip.
         ["d.yaml:2:14", "clients.d.key"],
         ["bad.yaml:2:3", "(file)"],
     ]
@@ -462,7 +516,8 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
 def test_a_slip_is_named_even_where_a_file_is_missing(tmp_path: Path) -> None:
     """With a file unreadable, a name much like one that exists is still called a slip."""
     file = write(
-        tmp_path / "b.yaml", "listen: [b.sock]\ninclude: [c.yaml]\nclients: {alice: {key: a, send_to: [alcie]}}\n"
+        tmp_path / "b.yaml",
+        "listen: [b.sock]\ninclude: [c.yaml]\nclients: {alice: {key: a, send_to: [alcie]}}\n",
     )
 
     assert lines_of_file(file) == [
@@ -485,7 +540,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) -> None:
-    """A pattern that matches a directory is an error of the file that holds the pattern."""
+    """A pattern that matches a directory is an error of the file that holds the
+    pattern.
+    """
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\ninclude: ['d*']\n")
     (tmp_path / "dir").mkdir()
 
@@ -502,23 +559,46 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
         ("b.yaml/*", "b.yaml is not a directory (give a pattern of files in a directory)"),
         (
             "link/*.yaml",
-            "there is no directory link, where the link link leads: nowhere (make it, or take link/*.yaml out)",
+            (
+                "there is no directory link, where the link link leads: nowhere (make it, or take"
+                " link/*.yaml out)"
+            ),
         ),
-        ("li*/*.yaml", "link is not there, where the link link leads: nowhere (make that, or remove the link)"),
-        ("li*", "there is no file link, where the link link leads: nowhere (make it, or give another)"),
-        ("loop/*", "the directory loop can't be listed: Too many levels of symbolic links (see to the file system)"),
+        (
+            "li*/*.yaml",
+            "link is not there, where the link link leads: nowhere (make that, or remove the link)",
+        ),
+        (
+            "li*",
+            "there is no file link, where the link link leads: nowhere (make it, or give another)",
+        ),
+        (
+            "loop/*",
+            (
+                "the directory loop can't be listed: Too many levels of symbolic links (see to the"
+                " file system)"
+            ),
+        ),
         ("d/*.yaml", None),
         ("d/*/*.yaml", None),
-        ("*/no-such.yaml", "link is not there, where the link link leads: nowhere (make that, or remove the link)"),
+        (
+            "*/no-such.yaml",
+            "link is not there, where the link link leads: nowhere (make that, or remove the link)",
+        ),
         ("[dx]/no-such.yaml", None),
         ("[dx]/k*", None),
         (".*", None),
     ],
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="links are not for everybody here")
-def test_an_include_directory_that_is_missing_is_an_error(tmp_path: Path, pattern: str, wrong: str | None) -> None:
+def test_an_include_directory_that_is_missing_is_an_error(
+    tmp_path: Path, pattern: str, wrong: str | None
+) -> None:
     """A pattern may match nothing, but only in a directory that exists."""
-    file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n")
+    file = write(
+        tmp_path / "b.yaml",
+        f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n",
+    )
     write(tmp_path / "d" / "notes.txt", "not a directory")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
@@ -557,8 +637,13 @@ def test_an_include_directory_that_cannot_be_read_is_an_error(
     number: int,
     right: str,
 ) -> None:
-    """A failure to list or to look, wherever it comes, is reported and never taken for an empty directory."""
-    file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n")
+    """A failure to list or to look, wherever it comes, is reported and never taken for
+    an empty directory.
+    """
+    file = write(
+        tmp_path / "b.yaml",
+        f"listen: [b.sock]\ninclude: ['{pattern}']\nclients: {{a: {{key: k}}}}\n",
+    )
     write(tmp_path / "d" / "x.yaml", "clients: {x: {key: x}}\n")
     monkeypatch.chdir(tmp_path)
     real = getattr(os, function)
@@ -572,12 +657,16 @@ def test_an_include_directory_that_cannot_be_read_is_an_error(
 
     with pytest.raises(ConfigError) as refused:
         load(file.name)
-    assert str(refused.value) == f"b.yaml:2:11: include[0]: {wrong}: {os.strerror(number)} ({right})"
+    assert (
+        str(refused.value) == f"b.yaml:2:11: include[0]: {wrong}: {os.strerror(number)} ({right})"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
-    """A FIFO without a writer is refused at once: as a configuration, in an include and as a key."""
+    """A FIFO without a writer is refused at once: as a configuration, in an include and
+    as a key.
+    """
     os.mkfifo(tmp_path / "fifo", 0o600)
 
     assert lines_of_file(tmp_path / "fifo") == [
@@ -595,7 +684,9 @@ def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_a_fifo_with_a_writer_is_read(tmp_path: Path) -> None:
-    """What a shell's process substitution hands over is a configuration, and may be included, as any file."""
+    """What a shell's process substitution hands over is a configuration, and may be
+    included, as any file.
+    """
     os.mkfifo(tmp_path / "fifo", 0o600)
     writer = os.open(tmp_path / "fifo", os.O_RDWR)
     os.write(writer, b"clients: {a: {key: k}}\n")
@@ -610,18 +701,25 @@ def test_a_fifo_with_a_writer_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["socket", "/dev/null"])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such files here")
-def test_what_is_no_file_is_not_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+def test_what_is_no_file_is_not_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
     """A device or a socket is no configuration, not even an empty one."""
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("socket")
-        file = write(tmp_path / "b.yaml", f"listen: [b.sock]\ninclude: [{other}]\nclients: {{a: {{key: k}}}}\n")
+        file = write(
+            tmp_path / "b.yaml",
+            f"listen: [b.sock]\ninclude: [{other}]\nclients: {{a: {{key: k}}}}\n",
+        )
         (line,) = lines_of_file(file)
     assert line.startswith(f"b.yaml:2:11: include[0]: {other} ")
     assert line.endswith("(give a file)")
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="nothing is closed to root")
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="nothing is closed to root"
+)
 def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
     """A file that this user may not read is said to be so."""
     file = write(tmp_path / "b.yaml", GOOD, mode=0)
@@ -644,18 +742,26 @@ def test_loading_writes_nothing(tmp_path: Path) -> None:
     """Reading a configuration makes, changes and removes no file."""
     write(tmp_path / "key", "k\n")
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: key}}\n")
-    before = {path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()}
+    before = {
+        path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode))
+        for path in tmp_path.iterdir()
+    }
 
     load(file)
 
-    assert {path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()} == before
+    assert {
+        path: (path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode))
+        for path in tmp_path.iterdir()
+    } == before
 
 
 # Made by a program.
 
 
 def test_a_program_builds_a_configuration() -> None:
-    """Config.build takes an address, keys as text or bytes, and mappings as in the file."""
+    """Config.build takes an address, keys as text or bytes, and mappings as in the
+    file.
+    """
     config = Config.build(
         ("localhost", 0),
         {"a": b"\xff\x00", "b": "text", "c": {"key": b"c", "send_to": ["a"], "queue": "1KiB"}},
@@ -664,16 +770,25 @@ def test_a_program_builds_a_configuration() -> None:
     )
 
     assert str(config.listen[0].address) == "localhost:0"
-    assert [client.keys[0].value for client in config.clients.values()] == [b"\xff\x00", b"text", b"c"]
+    assert [client.keys[0].value for client in config.clients.values()] == [
+        b"\xff\x00",
+        b"text",
+        b"c",
+    ]
     assert config.clients["c"].queue == 1024
     assert config.limits.max_message == 2**20
     assert config.log.level is LogLevel.ERROR
 
 
 def test_a_program_hears_every_mistake() -> None:
-    """Config.build refuses what a file would be refused for, naming the path, as there is no line."""
+    """Config.build refuses what a file would be refused for, naming the path, as there
+    is no line.
+    """
     with pytest.raises(ConfigError) as refused:
-        Config.build(["/run/b.sock", {"adress": 1}], {"a": b"", "b": {"key": "k", "send_to": ["c"]}, "d": {"keys": 5}})
+        Config.build(
+            ["/run/b.sock", {"adress": 1}],
+            {"a": b"", "b": {"key": "k", "send_to": ["c"]}, "d": {"keys": 5}},
+        )
 
     assert [line.split(": ")[:2] for line in str(refused.value).splitlines()] == [
         ["(program)", "listen[1].address"],
@@ -708,12 +823,19 @@ def test_a_client_whose_lines_moved_is_the_same() -> None:
 
 
 def test_the_name_of_a_handed_over_socket(tmp_path: Path) -> None:
-    """It is kept; one name is one entry's, and what systemd would not take for a name is an error."""
+    """It is kept; one name is one entry's, and what systemd would not take for a name
+    is an error.
+    """
     config = load_text("listen: [{address: 127.0.0.1:1, name: team}]\nclients: {a: {key: k}}\n")
     assert config.listen[0].name == "team"
-    twice = "listen:\n  - {address: 127.0.0.1:1, name: team}\n  - {address: 127.0.0.1:2, name: team}\n"
+    twice = (
+        "listen:\n  - {address: 127.0.0.1:1, name: team}\n  - {address: 127.0.0.1:2, name: team}\n"
+    )
     assert lines_of(twice + "clients: {a: {key: k}}\n") == [
-        "f:3:34: listen[1].name: the socket 'team' is given twice, first at f:2:34 (keep one of them)"
+        (
+            "f:3:34: listen[1].name: the socket 'team' is given twice, first at f:2:34 "
+            "(keep one of them)"
+        )
     ]
     (line,) = lines_of('listen: [{address: "127.0.0.1:1", name: "a:b"}]\nclients: {a: {key: k}}\n')
     assert "is no socket's name (give FileDescriptorName= of the .socket unit" in line

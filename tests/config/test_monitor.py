@@ -1,4 +1,6 @@
-"""The ``monitor:`` section: its forms, where it is local, and what is said where it is not."""
+"""The ``monitor:`` section: its forms, where it is local, and what is said where it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("listen: [./s]\ninclude: [c.yaml]\n")
     (tmp_path / "c.yaml").write_text("monitor: 127.0.0.1:6060\n")
 
-    with pytest.raises(ConfigError, match=r"c\.yaml:1:1: monitor: has its place in the main file alone"):
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml:1:1: monitor: has its place in the main file alone"
+    ):
         load(tmp_path / "b.yaml")
 
 
@@ -64,7 +68,9 @@ def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
     ],
 )
 def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) -> None:
-    """``brokerd check`` names the risk and what would be right, once; of a local address it says nothing."""
+    """``brokerd check`` names the risk and what would be right, once; of a local
+    address it says nothing.
+    """
     config = load_text(f"{LISTEN}monitor: {address}\n", "b.yaml")
 
     warnings = advice(config, datetime.now(UTC))
@@ -72,8 +78,8 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
     shown = address.strip("'")
     port = shown.rpartition(":")[2]
     expected = (
-        f"b.yaml:3: the monitor at {shown} asks nobody for a password: whoever reaches it reads the metrics "
-        f"(give 127.0.0.1:{port}, or keep others away with a firewall)"
+        f"b.yaml:3: the monitor at {shown} asks nobody for a password: whoever reaches it reads the"
+        f" metrics (give 127.0.0.1:{port}, or keep others away with a firewall)"
     )
     assert warnings == ([] if local else [expected])
 
@@ -85,15 +91,29 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
         ("", "monitor: h:1\n", ["address: none -> h:1"], ["h:1"], []),
         ("monitor: h:1\n", "", ["address: h:1 -> none"], [], ["h:1"]),
         ("monitor: h:1\n", "monitor: h:2\n", ["address: h:1 -> h:2"], ["h:2"], ["h:1"]),
-        ("monitor: h:1\n", "monitor: {address: h:1, per_client: true}\n", ["per_client: false -> true"], [], []),
-        ("monitor: h:1\n", "monitor: {address: h:1, hosts: [b.example]}\n", ["hosts: [] -> [b.example]"], [], []),
+        (
+            "monitor: h:1\n",
+            "monitor: {address: h:1, per_client: true}\n",
+            ["per_client: false -> true"],
+            [],
+            [],
+        ),
+        (
+            "monitor: h:1\n",
+            "monitor: {address: h:1, hosts: [b.example]}\n",
+            ["hosts: [] -> [b.example]"],
+            [],
+            [],
+        ),
         ("monitor: h:1\n", "# moved\nmonitor: {address: h:1}\n", [], [], []),
     ],
 )
 def test_what_a_reload_would_change(
     before: str, after: str, changes: list[str], opened: list[str], closed: list[str]
 ) -> None:
-    """Only a new address is opened, in words for people too; where it is written does not matter."""
+    """Only a new address is opened, in words for people too; where it is written does
+    not matter.
+    """
     plan = compare(load_text(LISTEN + before), load_text(LISTEN + after))
 
     assert plan.as_fields()["monitor"] == changes

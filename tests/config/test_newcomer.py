@@ -30,7 +30,9 @@ def everything(directory: Path) -> dict[str, bytes | None]:
 
 @pytest.mark.parametrize("name", ["alice", "on", "123", "a.b-c", "2026-01-01", "null"])
 def test_a_client_is_added(tmp_path: Path, name: str) -> None:
-    """The entry names the key file, the key is 43 characters for its owner alone, and nothing else is left."""
+    """The entry names the key file, the key is 43 characters for its owner alone, and
+    nothing else is left.
+    """
     file = main_file(tmp_path)
 
     added = add_client(name, file)
@@ -83,9 +85,13 @@ def test_what_is_in_the_way_is_said(tmp_path: Path, name: str, text: str, says: 
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("include", ["clients.d/a.yaml", "*/*.yaml", "./clients.d/[ab].yaml", "x/../clients.d/*"])
+@pytest.mark.parametrize(
+    "include", ["clients.d/a.yaml", "*/*.yaml", "./clients.d/[ab].yaml", "x/../clients.d/*"]
+)
 def test_any_pattern_that_reads_the_entry_will_do(tmp_path: Path, include: str) -> None:
-    """A plain path, which must exist and so is empty now, is a file that is there already; patterns are fine."""
+    """A plain path, which must exist and so is empty now, is a file that is there
+    already; patterns are fine.
+    """
     (tmp_path / "x").mkdir()
     plain = "*" not in include and "[" not in include
     if plain:
@@ -114,7 +120,9 @@ def test_an_include_of_an_included_file_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", ["keys/a", "clients.d/a.yaml"])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_no_file_is_ever_replaced(tmp_path: Path, there: str, dangling: bool) -> None:
-    """A file, or a link to nowhere, that has one of the names stays as it is, and the other file is not made."""
+    """A file, or a link to nowhere, that has one of the names stays as it is, and the
+    other file is not made.
+    """
     path = tmp_path / there
     path.parent.mkdir()
     if dangling:
@@ -130,8 +138,12 @@ def test_no_file_is_ever_replaced(tmp_path: Path, there: str, dangling: bool) ->
     assert everything(tmp_path) == before
 
 
-def test_a_file_made_at_the_same_moment_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else's entry, made after the look and before the write, stays, and the key is taken back."""
+def test_a_file_made_at_the_same_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's entry, made after the look and before the write, stays, and the
+    key is taken back.
+    """
     file = main_file(tmp_path)
     right = newcomer._make_directory
 
@@ -149,7 +161,9 @@ def test_a_file_made_at_the_same_moment_is_not_replaced(tmp_path: Path, monkeypa
     assert not (tmp_path / "keys").exists()
 
 
-def test_everything_is_taken_back_if_the_whole_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_taken_back_if_the_whole_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the configuration with the new files has a mistake, none of them is left."""
     file = main_file(tmp_path)
     monkeypatch.setattr(newcomer.secrets, "token_urlsafe", lambda size: "k")
@@ -161,7 +175,9 @@ def test_everything_is_taken_back_if_the_whole_is_bad(tmp_path: Path, monkeypatc
     assert everything(tmp_path) == before
 
 
-def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The files are the same there, and still none is replaced."""
     file = main_file(tmp_path)
 
@@ -173,7 +189,13 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
     add_client("a", file)
 
     assert "a" in load(file).clients
-    assert set(everything(tmp_path)) == {"brokerd.yaml", "clients.d", "clients.d/a.yaml", "keys", "keys/a"}
+    assert set(everything(tmp_path)) == {
+        "brokerd.yaml",
+        "clients.d",
+        "clients.d/a.yaml",
+        "keys",
+        "keys/a",
+    }
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

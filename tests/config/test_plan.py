@@ -44,9 +44,13 @@ def test_clients_come_go_and_change() -> None:
         ("connections: 1", "connections: 4", "connections: 1 -> 4"),
     ],
 )
-def test_what_changes_is_said_in_the_units_of_the_file(before: str, after: str, phrase: str) -> None:
+def test_what_changes_is_said_in_the_units_of_the_file(
+    before: str, after: str, phrase: str
+) -> None:
     """A phrase for each key of the client: what it was, and what it will be."""
-    found = planned(f"clients: {{a: {{key: k, {before}}}}}\n", f"clients: {{a: {{key: k, {after}}}}}\n")
+    found = planned(
+        f"clients: {{a: {{key: k, {before}}}}}\n", f"clients: {{a: {{key: k, {after}}}}}\n"
+    )
 
     assert found.changed == {"a": (phrase,)}
 
@@ -63,9 +67,13 @@ def test_long_lists_are_cut() -> None:
 
 
 def test_keys_are_named_by_their_ids() -> None:
-    """A key that comes, goes or gets another time is told by its id; the key is in no phrase."""
+    """A key that comes, goes or gets another time is told by its id; the key is in no
+    phrase.
+    """
     before = config("clients: {a: {keys: [{key: secret-one}, {key: secret-two}]}}\n")
-    after = config("clients: {a: {keys: [{key: secret-two, not_after: 2030-01-01}, {key: secret-three}]}}\n")
+    after = config(
+        "clients: {a: {keys: [{key: secret-two, not_after: 2030-01-01}, {key: secret-three}]}}\n"
+    )
     one, two = (key.key_id for key in before.clients["a"].keys)
     three = after.clients["a"].keys[1].key_id
 
@@ -81,7 +89,10 @@ def test_keys_are_named_by_their_ids() -> None:
 
 def test_another_order_of_keys_is_a_change() -> None:
     """Nothing is hidden, even if it hardly matters."""
-    found = planned("clients: {a: {keys: [{key: k}, {key: l}]}}\n", "clients: {a: {keys: [{key: l}, {key: k}]}}\n")
+    found = planned(
+        "clients: {a: {keys: [{key: k}, {key: l}]}}\n",
+        "clients: {a: {keys: [{key: l}, {key: k}]}}\n",
+    )
 
     assert found.changed == {"a": ("keys: in another order",)}
 
@@ -96,7 +107,10 @@ def test_listeners_open_close_and_change() -> None:
     assert [str(entry.address) for entry in found.opened] == ["127.0.0.1:6000"]
     assert [str(entry.address) for entry in found.closed] == ["/run/a"]
     assert [(str(entry.address), changes) for entry, changes in found.altered] == [
-        ("/run/b", ("mode: 0600 -> 0660", "group: the broker's own -> 5", "allow_md5: false -> true"))
+        (
+            "/run/b",
+            ("mode: 0600 -> 0660", "group: the broker's own -> 5", "allow_md5: false -> true"),
+        )
     ]
 
 
@@ -107,7 +121,11 @@ def test_limits_and_log() -> None:
         "limits: {max_message: 1GiB, drain_timeout: 2h}\nlog: {level: debug}\n",
     )
 
-    assert found.limits == ("max_message: 16MiB -> 1GiB", "drain_timeout: 1.5s -> 2h", "expiry_warning: 7d -> 14d")
+    assert found.limits == (
+        "max_message: 16MiB -> 1GiB",
+        "drain_timeout: 1.5s -> 2h",
+        "expiry_warning: 7d -> 14d",
+    )
     assert found.log == ("level: info -> debug",)
 
 
@@ -124,7 +142,9 @@ def test_limits_and_log() -> None:
         ("127.0.0.1:0", "0.0.0.0:0", False),
     ],
 )
-def test_an_address_inside_one_that_is_to_be_closed_is_seen(new: str, old: str, clash: bool) -> None:
+def test_an_address_inside_one_that_is_to_be_closed_is_seen(
+    new: str, old: str, clash: bool
+) -> None:
     """New addresses are opened first: one that the old one covers can't be."""
     found = planned(f"listen: [{old}]\n", f"listen: [{new}]\n")
 
@@ -132,9 +152,14 @@ def test_an_address_inside_one_that_is_to_be_closed_is_seen(new: str, old: str, 
 
 
 def test_what_only_a_restart_takes_over_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the configuration that no reload takes over is named, and keeps its running value."""
+    """A part of the configuration that no reload takes over is named, and keeps its
+    running value.
+    """
     monkeypatch.setattr(plan, "_RELOADED", plan._RELOADED - {"log"})
-    before, after = config(LISTEN), config(LISTEN + "log: {level: debug}\nlimits: {connections: 5}\n")
+    before, after = (
+        config(LISTEN),
+        config(LISTEN + "log: {level: debug}\nlimits: {connections: 5}\n"),
+    )
 
     assert compare(before, after).restart == ("log is taken over by a restart only",)
     assert merge(before, after).log == before.log

@@ -1,4 +1,6 @@
-"""The JSON Schema, the configuration that comes with the program and its page: all say what the models say."""
+"""The JSON Schema, the configuration that comes with the program and its page: all say
+what the models say.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_the_committed_schema_is_the_models() -> None:
 
 @pytest.mark.parametrize("name", ["brokerd.yaml", "clients.d/example.yaml", "examples/team.yaml"])
 def test_the_files_that_come_along_are_valid(name: str, validator: Any) -> None:
-    """Each file satisfies the schema, and names the schema where an editor looks for it."""
+    """Each file satisfies the schema, and names the schema where an editor looks for
+    it.
+    """
     file = CONFIG / name
     text = file.read_text(encoding="utf-8")
     named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
@@ -90,7 +94,10 @@ def test_the_files_that_come_along_load(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError) as refused:
         load(file)
-    missing = [re.fullmatch(r".*: there is no file (\S+) \(.*\)", str(problem)) for problem in refused.value.problems]
+    missing = [
+        re.fullmatch(r".*: there is no file (\S+) \(.*\)", str(problem))
+        for problem in refused.value.problems
+    ]
     for number, match in enumerate(missing):
         assert match is not None, refused.value
         key = Path(match[1])
@@ -102,7 +109,9 @@ def test_the_files_that_come_along_load(name: str, tmp_path: Path) -> None:
 
 
 def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
-    """With every example in config/brokerd.yaml made active, the only mistake is that a client has too many keys."""
+    """With every example in config/brokerd.yaml made active, the only mistake is that a
+    client has too many keys.
+    """
     text = uncommented((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
     for name in re.findall(r"(?:key_file|file): ([\w./-]+)", text):
         path = tmp_path / name
@@ -135,7 +144,11 @@ def test_the_active_values_that_come_along_are_the_defaults() -> None:
     def config(limits: Any, log: Any, worker: dict[str, Any]) -> Any:
         return model.Config.build("./b", {"worker": worker}, limits=limits, log=log)
 
-    spelt_out = config(written["limits"], written["log"], {**_without_key(written["clients"]["worker"]), "key": "k"})
+    spelt_out = config(
+        written["limits"],
+        written["log"],
+        {**_without_key(written["clients"]["worker"]), "key": "k"},
+    )
     by_default = config({}, {}, {"key": "k"})
     assert set(written["limits"]) == set(model.Limits.model_fields)
     assert set(written["log"]) == set(model.Log.model_fields) - {"audit"}
@@ -151,12 +164,38 @@ def _without_key(entry: dict[str, Any]) -> dict[str, Any]:
 CERT = {"subject": "CN=alice,O=Example", "fingerprint": ["AB:" * 31 + "CD", "0" * 64]}
 VALID = [
     {"listen": ["/run/b.sock", ["localhost", 6000], {"address": "h:1", "allow_md5": True}]},
-    {"listen": ["b.sock", "./6000", "run/b:1", "[::1]:6000", "@b", "h.example:0", "b.socket", "./a:1"]},
-    {"listen": [{"address": "/b", "mode": "0660", "group": "g"}, {"address": ["h", 1]}, {"address": "/c", "group": 5}]},
+    {
+        "listen": [
+            "b.sock",
+            "./6000",
+            "run/b:1",
+            "[::1]:6000",
+            "@b",
+            "h.example:0",
+            "b.socket",
+            "./a:1",
+        ]
+    },
+    {
+        "listen": [
+            {"address": "/b", "mode": "0660", "group": "g"},
+            {"address": ["h", 1]},
+            {"address": "/c", "group": 5},
+        ]
+    },
     {"listen": ["./b"], "clients": {"a": {"key": "k"}, "b.c-d": {"peer_uid": [0]}}},
-    {"listen": ["./b"], "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}}},
-    {"listen": ["./b"], "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}}},
-    {"listen": ["./b"], "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"}},
+    {
+        "listen": ["./b"],
+        "clients": {"a": {"keys": [{"key": "k", "not_after": "2026-12-31T00:00:00Z"}]}},
+    },
+    {
+        "listen": ["./b"],
+        "clients": {"a": {"key": "k", "rate": {"messages": "5/m", "bytes": 7.5}, "queue": 5}},
+    },
+    {
+        "listen": ["./b"],
+        "limits": {"max_message": "1GB", "wait_timeout": 0, "drain_timeout": "1.5h"},
+    },
     {"listen": ["./b"], "log": {"level": "error", "format": "json"}, "include": ["none*.yaml"]},
     {"listen": ["./b"], "monitor": "127.0.0.1:6060"},
     {"listen": ["./b"], "monitor": {"address": ["::1", 6060], "per_client": True}},
@@ -235,17 +274,33 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 
 def test_the_page_has_every_key_and_its_default() -> None:
-    """docs/configuration.md lists every key of every model, in no other place, with the default that is true."""
+    """docs/configuration.md lists every key of every model, in no other place, with the
+    default that is true.
+    """
     listed = {(section, key): default for section, key, default in rows()}
 
-    assert set(listed) == {(heading, key) for section, heading in SECTIONS for key in section.model_fields}
+    assert set(listed) == {
+        (heading, key) for section, heading in SECTIONS for key in section.model_fields
+    }
     for section, heading in SECTIONS:
         for name, field in section.model_fields.items():
             default = listed[heading, name]
             extra = field.json_schema_extra
-            expected = extra["default"] if isinstance(extra, dict) and "default" in extra else field.default
-            if isinstance(expected, BaseModel) or expected is None or expected == () or expected == {}:
-                assert default in ("none", "no limit", "all", "the broker's own", "see below"), (heading, name)
+            expected = (
+                extra["default"]
+                if isinstance(extra, dict) and "default" in extra
+                else field.default
+            )
+            if (
+                isinstance(expected, BaseModel)
+                or expected is None
+                or expected == ()
+                or expected == {}
+            ):
+                assert default in ("none", "no limit", "all", "the broker's own", "see below"), (
+                    heading,
+                    name,
+                )
             elif field.is_required():
                 assert default == "required"
             else:
@@ -275,13 +330,17 @@ def test_the_page_shows_true_examples(tmp_path: Path) -> None:
         (tmp_path / "ops").write_text("ops\n")
         (tmp_path / "ops").chmod(0o400)
         text = block if "listen" in tree else f"listen: [b.sock]\n{block}"
-        load_text(text, str(tmp_path / "b.yaml"), {"CREDENTIALS_DIRECTORY": str(tmp_path), "OPS_KEY": "k"})
+        load_text(
+            text, str(tmp_path / "b.yaml"), {"CREDENTIALS_DIRECTORY": str(tmp_path), "OPS_KEY": "k"}
+        )
 
 
 def test_the_page_shows_true_errors() -> None:
     """The example of errors in the page is what its example of a bad file prints."""
     page = PAGE.read_text(encoding="utf-8")
-    bad, printed = re.search(r"(?s)```yaml-with-mistakes\n(.*?)```.*?```text\n(.*?)```", page).groups()  # type: ignore[union-attr]
+    bad, printed = re.search(
+        r"(?s)```yaml-with-mistakes\n(.*?)```.*?```text\n(.*?)```", page
+    ).groups()  # type: ignore[union-attr]
 
     with pytest.raises(ConfigError) as refused:
         load_text(bad, "brokerd.yaml")

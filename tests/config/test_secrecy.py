@@ -1,4 +1,6 @@
-"""Keys never get out: not in an error, a warning, a name, a representation or a traceback."""
+"""Keys never get out: not in an error, a warning, a name, a representation or a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from brokerd.config.load import ConfigError, load, load_text
 
 CANARY = "Kanarienvogel"
 
-#: A key in its place, in the wrong place, of the wrong form, and broken by what YAML makes of it.
+#: A key in its place, in the wrong place, of the wrong form, and broken by what YAML
+#: makes of it.
 LEAKS = [
     "clients: {a: {key: %s}, b: {key: %s}}",
     "clients: {a: {key: [%s]}}",
@@ -62,19 +65,27 @@ LEAKS = [
 
 def outputs(error: BaseException) -> str:
     """Return everything that a person or a log may be shown of an error."""
-    return "\n".join([str(error), repr(error), repr(error.args), *traceback.format_exception(error)])
+    return "\n".join(
+        [str(error), repr(error), repr(error.args), *traceback.format_exception(error)]
+    )
 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("template", LEAKS)
-def test_no_mistake_prints_the_key(template: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a key is misplaced or mistyped, the error and its traceback do not hold it."""
+def test_no_mistake_prints_the_key(
+    template: str, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a key is misplaced or mistyped, the error and its traceback do not hold
+    it.
+    """
     if plain:
         import yaml
 
         monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
     count = template.replace("%%", "").count("%s")
-    text = "listen: [/run/b.sock]\n" * (not template.startswith("%%")) + template % ((CANARY,) * count)
+    text = "listen: [/run/b.sock]\n" * (not template.startswith("%%")) + template % (
+        (CANARY,) * count
+    )
 
     with pytest.raises(ConfigError) as refused:
         load_text(text, "f")
@@ -83,7 +94,8 @@ def test_no_mistake_prints_the_key(template: str, plain: bool, monkeypatch: pyte
     assert refused.value.__cause__ is None
 
 
-#: Keys of every form that people make: base64 in both alphabets, hexadecimal, base32, a word, a passphrase, PEM.
+#: Keys of every form that people make: base64 in both alphabets, hexadecimal, base32, a
+#: word, a passphrase, PEM.
 KEYS = [
     "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA",
     "pV8k3Jz/0aQ+9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA=",
@@ -116,11 +128,17 @@ PASTED = [
 ]
 
 
-@pytest.mark.parametrize("environ", [{}, {"CREDENTIALS_DIRECTORY": "/nonexistent"}, {"CREDENTIALS_DIRECTORY": "/"}])
+@pytest.mark.parametrize(
+    "environ", [{}, {"CREDENTIALS_DIRECTORY": "/nonexistent"}, {"CREDENTIALS_DIRECTORY": "/"}]
+)
 @pytest.mark.parametrize("template", PASTED)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(key: str, template: str, environ: dict[str, str]) -> None:
-    """A key behind key_file, key_env or key_credential is no path or name: the error tells only its place."""
+def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(
+    key: str, template: str, environ: dict[str, str]
+) -> None:
+    """A key behind key_file, key_env or key_credential is no path or name: the error
+    tells only its place.
+    """
     if template == PASTED[8] and key in (CANARY, "hunter2-hunter2"):
         pytest.skip("a word alone may be a name with a slip")
     text = "listen: [/run/b.sock]\n" + template % ((key,) * template.count("%s"))
@@ -135,7 +153,9 @@ def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(key: str, template
 @pytest.mark.parametrize("field", ["key", "certificate", "client_ca"])
 @pytest.mark.parametrize("pem", [KEYS[-1], KEYS[-1] * 100])
 def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed(field: str, pem: str) -> None:
-    """The same holds for TLS, and where a certificate is meant and its key pasted with it."""
+    """The same holds for TLS, and where a certificate is meant and its key pasted with
+    it.
+    """
     given = {"certificate": "c", "key": "k", field: f'"{pem}"'}
     tls = ", ".join(f"{name}: {value}" for name, value in given.items())
     text = f'listen: [{{address: "h:1", tls: {{{tls}}}}}]\nclients: {{a: {{key: k}}}}\n'
@@ -147,10 +167,14 @@ def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed(field: str
     assert "file of that name" in str(refused.value)
 
 
-@pytest.mark.parametrize("path", ["keys/alice", "./alice", "/etc/brokerd/keys/alice", "alice.key", "keys/bob.2"])
+@pytest.mark.parametrize(
+    "path", ["keys/alice", "./alice", "/etc/brokerd/keys/alice", "alice.key", "keys/bob.2"]
+)
 def test_a_path_that_is_plainly_one_is_printed(path: str) -> None:
     """Who names a file that is missing reads which one, and the command that makes it."""
-    with pytest.raises(ConfigError, match=rf"there is no file {path} \(make one: umask 077; brokerd key > {path}\)"):
+    with pytest.raises(
+        ConfigError, match=rf"there is no file {path} \(make one: umask 077; brokerd key > {path}\)"
+    ):
         load_text(f"listen: [/run/b.sock]\nclients: {{a: {{key_file: {path}}}}}\n", "f")
 
 
@@ -200,13 +224,16 @@ def test_a_key_broken_in_any_way_is_not_printed(before: list[str], after: list[s
     except ConfigError as error:
         shown = outputs(error)
 
-    # After its own line break, comma or colon it may be the name of something, and no key any more.
+    # After its own line break, comma or colon it may be the name of something, and no
+    # key any more.
     named = {":", ": ", "\n", "?", ","} & {*before, *after}
     assert named or CANARY not in shown
 
 
 def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
-    """Neither str nor repr of a configuration, or of anything in it, holds a key; nor do warnings."""
+    """Neither str nor repr of a configuration, or of anything in it, holds a key; nor
+    do warnings.
+    """
     (tmp_path / "key").write_text(CANARY + "1")
     (tmp_path / "key").chmod(0o600)
     file = tmp_path / "b.yaml"
@@ -220,16 +247,27 @@ def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
     config = load(file, {"E": CANARY + "3"})
 
     assert config.clients["a"].keys[0].value == CANARY.encode() + b"1"
-    shown = [config, config.clients, *config.clients.values(), *(c.keys for c in config.clients.values())]
+    shown = [
+        config,
+        config.clients,
+        *config.clients.values(),
+        *(c.keys for c in config.clients.values()),
+    ]
     shown += [key for client in config.clients.values() for key in client.keys]
     for value in shown:
         assert CANARY not in f"{value} {value!r}"
     assert CANARY not in "".join(advice(config, datetime.now(UTC)))
-    assert all(CANARY not in key.source + key.key_id for client in config.clients.values() for key in client.keys)
+    assert all(
+        CANARY not in key.source + key.key_id
+        for client in config.clients.values()
+        for key in client.keys
+    )
 
 
 def test_the_models_show_no_key() -> None:
-    """The models a file is validated with hide keys in their representation and in pydantic's own errors."""
+    """The models a file is validated with hide keys in their representation and in
+    pydantic's own errors.
+    """
     entry = model.ClientEntry.model_validate({"key": CANARY})
     item = model.KeyEntry.model_validate({"key": CANARY})
     assert CANARY not in f"{entry} {entry!r} {item} {item!r}"

@@ -1,4 +1,6 @@
-"""Durations, sizes and rates: what is understood, and what is refused with what would be right."""
+"""Durations, sizes and rates: what is understood, and what is refused with what would
+be right.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def test_no_duration(written: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["", "8M", "8mib", "8 parsecs", "1.5B", -1, 1.5, True, None, "9999999TB", 2**60, "8MiB/s"]
+    "written",
+    ["", "8M", "8mib", "8 parsecs", "1.5B", -1, 1.5, True, None, "9999999TB", 2**60, "8MiB/s"],
 )
 def test_no_size(written: object) -> None:
     """What is no size is refused, saying what one looks like."""
@@ -80,7 +83,9 @@ def test_no_size(written: object) -> None:
         units.size(written)
 
 
-@pytest.mark.parametrize("written", ["", "fast", "10/d", "10/ms", "10/", 0, "0/s", -5, True, "10kB/s"])
+@pytest.mark.parametrize(
+    "written", ["", "fast", "10/d", "10/ms", "10/", 0, "0/s", -5, True, "10kB/s"]
+)
 def test_no_rate(written: object) -> None:
     """What is no rate of messages is refused, and so is one that lets nothing pass."""
     with pytest.raises(ValueError, match=r"\(give .*\)$"):

@@ -49,7 +49,9 @@ def test_states_of_a_key() -> None:
     ],
 )
 def test_the_key_with_which_the_time_ends(keys: list[Key], last: Key | None) -> None:
-    """Keys that follow each other without a gap count as one time; None where it has no end, or has not begun."""
+    """Keys that follow each other without a gap count as one time; None where it has no
+    end, or has not begun.
+    """
     assert let_in_until(keys, NOW) == last
     assert let_in_until(reversed(keys), NOW) == last
 

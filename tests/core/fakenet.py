@@ -1,7 +1,9 @@
-"""A network without sockets: does what brokerd.net does with the core's decisions, and nothing at once.
+"""A network without sockets: does what brokerd.net does with the core's decisions, and
+nothing at once.
 
-A Peer is one connection. What the "system" takes of its outbox is said by ``room``: None takes everything, a
-number that many bytes more. Time stands still until :meth:`FakeNet.advance`.
+A Peer is one connection. What the "system" takes of its outbox is said by ``room``:
+None takes everything, a number that many bytes more. Time stands still until
+:meth:`FakeNet.advance`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from brokerd_client.wire.framing import FrameReader, frame
 __all__ = ["FakeNet", "Peer", "client", "error_of"]
 
 #: A routing loop: the one that runs here, or one of the two by name.
-Feed: TypeAlias = Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]
+Feed: TypeAlias = Callable[
+    [Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]
+]
 
 #: More than any frame of the tests.
 _NO_LIMIT = 1 << 62
@@ -51,7 +55,9 @@ def client(name: str, **changes: Any) -> ClientConfig:
     }
     values |= changes
     for rules in ("send_to", "publish", "subscribe"):
-        values[rules] = tuple(Rule(rule) if isinstance(rule, str) else rule for rule in values[rules])
+        values[rules] = tuple(
+            Rule(rule) if isinstance(rule, str) else rule for rule in values[rules]
+        )
     return ClientConfig(**values)
 
 
@@ -66,8 +72,9 @@ def error_of(envelope: Envelope) -> str:
 class Peer:
     """One connection and the client behind it.
 
-    room: bytes the system still takes, None for all. got: frames that arrived whole and were not looked at yet.
-    gone: why the connection ended, or "". stream: every byte taken, for tests of what lies in it.
+    room: bytes the system still takes, None for all. got: frames that arrived whole and
+    were not looked at yet. gone: why the connection ended, or "". stream: every byte
+    taken, for tests of what lies in it.
     """
 
     def __init__(self, net: FakeNet, name: str) -> None:
@@ -107,28 +114,54 @@ class Peer:
         """Send one frame."""
         self.send_bytes(frame(encode(envelope)), step)
 
-    def message(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+    def message(
+        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+    ) -> None:
         """Send a MESSAGE."""
-        self.send(Envelope(Kind.MESSAGE, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+        self.send(
+            Envelope(Kind.MESSAGE, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+        )
 
-    def request(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+    def request(
+        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+    ) -> None:
         """Send a REQUEST."""
-        self.send(Envelope(Kind.REQUEST, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+        self.send(
+            Envelope(Kind.REQUEST, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+        )
 
-    def reply(self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+    def reply(
+        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+    ) -> None:
         """Send a REPLY."""
-        self.send(Envelope(Kind.REPLY, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest))
+        self.send(
+            Envelope(Kind.REPLY, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+        )
 
-    def publish(self, topic: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any) -> None:
+    def publish(
+        self, topic: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+    ) -> None:
         """Send an EVENT."""
-        self.send(Envelope(Kind.EVENT, id, "", payload, topic=topic, flags=Flag.RECEIPT if receipt else 0, **rest))
+        self.send(
+            Envelope(
+                Kind.EVENT,
+                id,
+                "",
+                payload,
+                topic=topic,
+                flags=Flag.RECEIPT if receipt else 0,
+                **rest,
+            )
+        )
 
     def op(self, op: str, id: int = 0, **arguments: Any) -> None:
         """Ask ``$broker``."""
         self.request(BROKER, json.dumps({"op": op, **arguments}).encode(), id, codec=2)
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Ask ``$broker`` and return its REPLY; the client has to be reading and to have looked at all it got."""
+        """Ask ``$broker`` and return its REPLY; the client has to be reading and to
+        have looked at all it got.
+        """
         self.op(op, **arguments)
         (answer,) = self.take()
         assert answer.kind is Kind.REPLY, answer.payload
@@ -190,7 +223,9 @@ class Peer:
 class FakeNet:
     """The broker, its connections and the time."""
 
-    def __init__(self, *configs: ClientConfig, limits: CoreLimits | None = None, feed: Feed = routing.feed) -> None:
+    def __init__(
+        self, *configs: ClientConfig, limits: CoreLimits | None = None, feed: Feed = routing.feed
+    ) -> None:
         self.now = 1000.0
         self.feed = feed
         self.broker = Broker(configs, limits=limits, version="test", now_wall=self.now)
@@ -218,7 +253,9 @@ class FakeNet:
         peer = Peer(self, name)
         self._instances += 1
         instance = f"i{self._instances}"
-        peer.session = self.broker.attach(name, instance, peer="test", now_wall=self.now, connection=peer)
+        peer.session = self.broker.attach(
+            name, instance, peer="test", now_wall=self.now, connection=peer
+        )
         self.peers.append(peer)
         self.settle()
         return peer
@@ -230,7 +267,9 @@ class FakeNet:
         self.settle()
 
     def arrive(self, peer: Peer, data: bytes) -> None:
-        """Have bytes arrive from the peer: routed at once, or kept while it is not read from."""
+        """Have bytes arrive from the peer: routed at once, or kept while it is not read
+        from.
+        """
         if peer.gone:
             return
         peer.content += data
@@ -329,8 +368,11 @@ class FakeNet:
         self.broker.detach(peer.session, self.now)
         self.settle()
 
-    def hand_over(self, *configs: ClientConfig, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Have a new broker go on with all that this one has, as another process would; with other entries if given.
+    def hand_over(
+        self, *configs: ClientConfig, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Have a new broker go on with all that this one has, as another process would;
+        with other entries if given.
 
         meanwhile: what happens between the copying and the hand-over.
         """
@@ -349,13 +391,17 @@ class FakeNet:
         taken = capture(old, [peer.session for peer in peers], self.now, copier)
         self.broker = new
         pieces = Pieces(b"".join(taken.pieces))
-        sessions = restore(self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies)
+        sessions = restore(
+            self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies
+        )
         assert not len(pieces), "bytes that nobody asked for"
         for peer, session in zip(peers, sessions, strict=True):
             peer.session, session.connection = session, peer
 
     def leftovers(self) -> Mapping[str, object]:
-        """Return what the broker still holds for connections; all of it is empty once they are gone."""
+        """Return what the broker still holds for connections; all of it is empty once
+        they are gone.
+        """
         broker = self.broker
         found: dict[str, object] = {
             "sessions": list(broker.exchange.sessions()),

@@ -1,4 +1,6 @@
-"""What becomes of a message: every outcome, every quota, every rule of docs/protocol.md from "Outcome" on."""
+"""What becomes of a message: every outcome, every quota, every rule of docs/protocol.md
+from "Outcome" on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ EVERY_WAY = pytest.mark.parametrize("when_full", list(WhenFull))
 
 
 def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet, Peer, Peer]:
-    """Return a net with ann, and bob whose queue of 100 bytes holds two messages of 40 bytes, ids 1 and 2."""
+    """Return a net with ann, and bob whose queue of 100 bytes holds two messages of 40
+    bytes, ids 1 and 2.
+    """
     net = FakeNet(client("ann"), client("bob", queue=queue, when_full=when_full, **changes))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -39,7 +43,9 @@ def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
 def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
-    """Kind, id, codec and payload are the sender's, the name is the broker's word for the sender."""
+    """Kind, id, codec and payload are the sender's, the name is the broker's word for
+    the sender.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     if kind is Kind.REPLY:
@@ -65,8 +71,12 @@ def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
         ("dent", "denied"),
     ],
 )
-def test_what_can_not_be_delivered_comes_back(kind: Kind, receipt: bool, to: str, code: str) -> None:
-    """The ERROR has the id, the code, what a person wants to read, and the recipient; nothing else comes."""
+def test_what_can_not_be_delivered_comes_back(
+    kind: Kind, receipt: bool, to: str, code: str
+) -> None:
+    """The ERROR has the id, the code, what a person wants to read, and the recipient;
+    nothing else comes.
+    """
     net = FakeNet(
         client("ann", send_to=["nobody", "bob", "cid", "pool"]),
         client("bob"),
@@ -77,7 +87,13 @@ def test_what_can_not_be_delivered_comes_back(kind: Kind, receipt: bool, to: str
     ann, _ = net.connect("ann"), net.connect("bob")
     ann.send(Envelope(kind, 7, to, b"x", flags=Flag.RECEIPT if receipt else 0))
     (error,) = ann.take()
-    assert (error.kind, error.id, error.name, error.codec, error.flags) == (Kind.ERROR, 7, BROKER, 2, 0)
+    assert (error.kind, error.id, error.name, error.codec, error.flags) == (
+        Kind.ERROR,
+        7,
+        BROKER,
+        2,
+        0,
+    )
     content = json.loads(error.payload)
     assert (content["code"], content["name"]) == (code, to)
     assert content["message"]
@@ -103,7 +119,11 @@ def test_a_receipt_is_followed_by_an_error_when_the_recipient_goes_without_readi
     ann.request("bob", b"", 2)
     ann.publish("topic")
     bob.leave()
-    assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 1), (Kind.ERROR, 1), (Kind.ERROR, 2)]
+    assert [(each.kind, each.id) for each in ann.take()] == [
+        (Kind.RECEIPT, 1),
+        (Kind.ERROR, 1),
+        (Kind.ERROR, 2),
+    ]
 
 
 def test_what_the_system_took_is_delivered() -> None:
@@ -126,7 +146,9 @@ def test_what_the_system_took_is_delivered() -> None:
     ],
 )
 def test_what_is_not_served_is_unsupported(envelope: Envelope) -> None:
-    """Kinds and flags of stored messages are understood and refused; the connection lives on."""
+    """Kinds and flags of stored messages are understood and refused; the connection
+    lives on.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.send(envelope)
@@ -136,11 +158,16 @@ def test_what_is_not_served_is_unsupported(envelope: Envelope) -> None:
 
 
 def test_one_may_send_to_oneself() -> None:
-    """A message to one's own name arrives; it waits in one's own queue, and holds oneself when that is full."""
+    """A message to one's own name arrives; it waits in one's own queue, and holds
+    oneself when that is full.
+    """
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.message("ann", b"me", 1, receipt=True)
-    assert [(each.kind, each.name) for each in ann.take()] == [(Kind.MESSAGE, "ann"), (Kind.RECEIPT, BROKER)]
+    assert [(each.kind, each.name) for each in ann.take()] == [
+        (Kind.MESSAGE, "ann"),
+        (Kind.RECEIPT, BROKER),
+    ]
     ann.request("ann", b"?", 2)
     ann.reply("ann", b"!", 2)
     assert ann.payloads() == [b"?", b"!"]
@@ -161,7 +188,9 @@ def test_one_may_send_to_oneself() -> None:
 
 @pytest.mark.parametrize("ttl", [1, 0.001, 1e9, 2**31 - 1])
 def test_a_message_within_its_ttl_passes(ttl: float) -> None:
-    """A message that need not wait passes with any time to live; the extension is the sender's."""
+    """A message that need not wait passes with any time to live; the extension is the
+    sender's.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"x", 1, extension={"ttl": ttl, "traceparent": "00-é"})
@@ -189,7 +218,9 @@ def test_a_message_within_its_ttl_passes(ttl: float) -> None:
     ],
 )
 def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
-    """Without time left a message expires; what is no number of seconds is not guessed at."""
+    """Without time left a message expires; what is no number of seconds is not guessed
+    at.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     topic, name = ("t", "") if kind is Kind.EVENT else ("", "bob")
@@ -200,7 +231,9 @@ def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.EVENT])
 def test_extension_nested_too_deeply_is_unsupported(kind: Kind) -> None:
-    """Neither end is disconnected, nothing is delivered, and what follows passes; an ERROR is not answered by one."""
+    """Neither end is disconnected, nothing is delivered, and what follows passes; an
+    ERROR is not answered by one.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic="t")
@@ -208,7 +241,14 @@ def test_extension_nested_too_deeply_is_unsupported(kind: Kind) -> None:
     for levels in (33, 976, 20_000):
         raw = b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
         extension = len(raw).to_bytes(2, "big") + raw
-        ann.send_bytes(frame(HEADER.pack(kind, Flag.EXTENSION, 0, len(parts[0]), 4), *parts, extension, b"payload"))
+        ann.send_bytes(
+            frame(
+                HEADER.pack(kind, Flag.EXTENSION, 0, len(parts[0]), 4),
+                *parts,
+                extension,
+                b"payload",
+            )
+        )
         if kind is Kind.ERROR:
             assert ann.take() == []
         else:
@@ -230,7 +270,9 @@ def test_extension_nested_too_deeply_counts_for_the_rate() -> None:
 
 
 def test_a_message_may_expire_while_its_sender_is_held() -> None:
-    """Waiting for room takes from the time to live: a message that has some left passes, one that has not expires."""
+    """Waiting for room takes from the time to live: a message that has some left
+    passes, one that has not expires.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3, extension={"ttl": 5})
     ann.message("bob", b"x" * 21, 4, extension={"ttl": 5})
@@ -241,7 +283,11 @@ def test_a_message_may_expire_while_its_sender_is_held() -> None:
     assert [each.id for each in bob.take()] == [1, 2, 4]
 
 
-@given(rest=st.dictionaries(st.text(max_size=5), st.integers() | st.text() | st.booleans() | st.none(), max_size=5))
+@given(
+    rest=st.dictionaries(
+        st.text(max_size=5), st.integers() | st.text() | st.booleans() | st.none(), max_size=5
+    )
+)
 def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
     """Byte for byte, whatever they are."""
     rest.pop("ttl", None)
@@ -257,7 +303,9 @@ def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
 
 
 def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
-    """Even where send_to forbids; a second REPLY, another id or another client is denied."""
+    """Even where send_to forbids; a second REPLY, another id or another client is
+    denied.
+    """
     net = FakeNet(client("ann"), client("bob", send_to=[]), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     ann.request("bob", b"?", 5)
@@ -278,7 +326,9 @@ def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
 
 
 def test_an_error_may_answer_a_request_too() -> None:
-    """A client's ERROR reaches who asked, in the responder's name, and settles the request."""
+    """A client's ERROR reaches who asked, in the responder's name, and settles the
+    request.
+    """
     net = FakeNet(client("ann"), client("bob", send_to=[]))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 5)
@@ -289,7 +339,9 @@ def test_an_error_may_answer_a_request_too() -> None:
 
 
 def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_for() -> None:
-    """Errors about errors would go round in circles: without RECEIPT one ends there, and is counted."""
+    """Errors about errors would go round in circles: without RECEIPT one ends there,
+    and is counted.
+    """
     net = FakeNet(client("ann", send_to=[]))
     ann = net.connect("ann")
     ann.send(Envelope(Kind.ERROR, 5, BROKER, b"{}"))
@@ -303,7 +355,9 @@ def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_f
 @pytest.mark.parametrize("to", ["bob", "nobody", "bob/1", "pool"])
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT])
 def test_answer_without_an_outstanding_request_is_denied(kind: Kind, to: str, flags: int) -> None:
-    """The answer is not delivered, whatever send_to allows, and its sender's rate counts it."""
+    """The answer is not delivered, whatever send_to allows, and its sender's rate
+    counts it.
+    """
     limited = client("ann", rate=RateConfig(2, None))
     net = FakeNet(limited, client("bob"), client("pool", connections=2))
     ann, bob, pool = net.connect("ann"), net.connect("bob"), net.connect("pool")
@@ -328,7 +382,9 @@ def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
 
 
 def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
-    """A requester hears abandoned of what was taken, and offline of what was not; what was answered stays answered."""
+    """A requester hears abandoned of what was taken, and offline of what was not; what
+    was answered stays answered.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     for id in (1, 2):
@@ -338,7 +394,10 @@ def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
     ann.request("bob", b"", 3)
     ann.take()
     bob.leave()
-    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(2, "abandoned"), (3, "offline")]
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [
+        (2, "abandoned"),
+        (3, "offline"),
+    ]
     assert not ann.session.outgoing_requests
 
 
@@ -351,7 +410,10 @@ def test_request_of_which_a_part_was_taken_is_not_delivered(connections: int) ->
     bob.block(20)
     ann.request("bob", b"in part", 2)
     bob.leave()
-    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(1, "abandoned"), (2, "offline")]
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [
+        (1, "abandoned"),
+        (2, "offline"),
+    ]
 
 
 def test_a_requester_that_goes_leaves_nothing_behind() -> None:
@@ -372,7 +434,9 @@ def test_a_requester_that_goes_leaves_nothing_behind() -> None:
 
 
 def test_wait_holds_the_sender_until_there_is_room() -> None:
-    """Nothing more is read from it; when half of the queue is free everything it sent arrives, in order."""
+    """Nothing more is read from it; when half of the queue is free everything it sent
+    arrives, in order.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     for id in (3, 4, 5):
         ann.message("bob", b"x" * 21, id)
@@ -388,7 +452,9 @@ def test_wait_holds_the_sender_until_there_is_room() -> None:
 
 
 def test_wait_refuses_after_the_timeout_and_at_once_until_half_is_free() -> None:
-    """A held message comes back as full; the next ones do at once until half of the recipient's queue is free."""
+    """A held message comes back as full; the next ones do at once until half of the
+    recipient's queue is free.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.advance(29.9)
@@ -408,8 +474,12 @@ def test_wait_refuses_after_the_timeout_and_at_once_until_half_is_free() -> None
 
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("taken", [1, 39, 80, 120])
-def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_time(taken: int, replaced: bool) -> None:
-    """Whatever it takes every 29 seconds, its sender goes on for most of the time, and hears `full` at once."""
+def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_time(
+    taken: int, replaced: bool
+) -> None:
+    """Whatever it takes every 29 seconds, its sender goes on for most of the time, and
+    hears `full` at once.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     held = 0.0
     id = 10
@@ -430,7 +500,9 @@ def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_ti
 
 
 def test_recipient_that_reads_steadily_holds_its_sender_as_often_as_it_likes() -> None:
-    """Where half of the queue is read within a tenth of wait_timeout no message comes back."""
+    """Where half of the queue is read within a tenth of wait_timeout no message comes
+    back.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     id = 10
     held = 0
@@ -490,7 +562,9 @@ def test_senders_held_together_count_once() -> None:
 
 
 def test_a_slow_reader_that_takes_a_little_does_not_extend_the_wait() -> None:
-    """The timeout counts from the moment the message was held, though a byte was taken meanwhile."""
+    """The timeout counts from the moment the message was held, though a byte was taken
+    meanwhile.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.now += 30
@@ -506,12 +580,18 @@ def test_who_is_waited_for_may_go() -> None:
     ann.message("bob", b"x" * 21, 3)
     bob.leave()
     assert not ann.held
-    assert [(each.id, error_of(each)) for each in ann.take()] == [(1, "offline"), (2, "offline"), (3, "offline")]
+    assert [(each.id, error_of(each)) for each in ann.take()] == [
+        (1, "offline"),
+        (2, "offline"),
+        (3, "offline"),
+    ]
     assert not net.broker._held
 
 
 def test_who_is_held_may_go() -> None:
-    """A held sender that leaves is waited for by nobody; what it had not got through never arrives."""
+    """A held sender that leaves is waited for by nobody; what it had not got through
+    never arrives.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     ann.leave()
@@ -533,7 +613,9 @@ def test_refuse_answers_at_once() -> None:
 
 
 def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
-    """The oldest go, the newest stays; whoever was promised a RECEIPT, or an answer, hears which."""
+    """The oldest go, the newest stays; whoever was promised a RECEIPT, or an answer,
+    hears which.
+    """
     net, ann, bob = full(WhenFull.DROP_OLDEST)
     ann.message("bob", b"x" * 21, 3)
     assert ann.error() == (1, "full")
@@ -551,7 +633,9 @@ def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
 
 
 def test_drop_oldest_tells_nobody_who_is_gone() -> None:
-    """A dropped message of somebody who left is counted, and its successor hears nothing."""
+    """A dropped message of somebody who left is counted, and its successor hears
+    nothing.
+    """
     net, ann, _ = full(WhenFull.DROP_OLDEST)
     ann.request("bob", b"", 3)
     ann.leave()
@@ -566,12 +650,18 @@ def test_disconnect_ends_who_does_not_read() -> None:
     _, ann, bob = full(WhenFull.DISCONNECT)
     ann.message("bob", b"x" * 21, 3)
     assert bob.gone == "its queue is full and it does not read"
-    assert sorted((each.id, error_of(each)) for each in ann.take()) == [(1, "offline"), (2, "offline"), (3, "full")]
+    assert sorted((each.id, error_of(each)) for each in ann.take()) == [
+        (1, "offline"),
+        (2, "offline"),
+        (3, "full"),
+    ]
 
 
 @EVERY_WAY
 def test_a_client_that_reads_never_meets_its_quota(when_full: WhenFull) -> None:
-    """More than the queue in one go is no reason to hold, drop or refuse while the recipient takes it."""
+    """More than the queue in one go is no reason to hold, drop or refuse while the
+    recipient takes it.
+    """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full))
     ann, bob = net.connect("ann"), net.connect("bob")
     one = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x" * 30)))
@@ -582,10 +672,16 @@ def test_a_client_that_reads_never_meets_its_quota(when_full: WhenFull) -> None:
 
 @EVERY_WAY
 def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
-    """No publisher is held: the subscriber misses the event, or what when_full says; the others get it at once."""
+    """No publisher is held: the subscriber misses the event, or what when_full says;
+    the others get it at once.
+    """
     net, ann, bob = full(when_full)
     net.broker.reconfigure(
-        {"ann": client("ann"), "bob": client("bob", queue=100, when_full=when_full), "cid": client("cid")},
+        {
+            "ann": client("ann"),
+            "bob": client("bob", queue=100, when_full=when_full),
+            "cid": client("cid"),
+        },
         net.broker.limits,
         net.now,
     )
@@ -605,8 +701,13 @@ def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
 
 
 def test_an_event_for_many_who_read_is_flushed_first() -> None:
-    """Subscribers whose outbox is full of what is about to be written are written to, not judged."""
-    net = FakeNet(client("ann"), *(client(name, queue=60, when_full=WhenFull.REFUSE) for name in ("bob", "cid")))
+    """Subscribers whose outbox is full of what is about to be written are written to,
+    not judged.
+    """
+    net = FakeNet(
+        client("ann"),
+        *(client(name, queue=60, when_full=WhenFull.REFUSE) for name in ("bob", "cid")),
+    )
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for each in (bob, cid):
         each.ask("subscribe", topic="t")
@@ -615,7 +716,9 @@ def test_an_event_for_many_who_read_is_flushed_first() -> None:
 
 
 def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers may exceed the queue by the reserve; then nothing is read from the sender until it reads."""
+    """Answers may exceed the queue by the reserve; then nothing is read from the sender
+    until it reads.
+    """
     monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
@@ -657,13 +760,31 @@ def test_a_closing_client_is_not_waited_for() -> None:
 
 
 def test_an_event_goes_once_to_each_connection() -> None:
-    """However many of its subscriptions match, its own publisher included; nobody subscribed is no error."""
+    """However many of its subscriptions match, its own publisher included; nobody
+    subscribed is no error.
+    """
     net = FakeNet(client("ann"), client("bob"), client("pool", connections=2))
     ann, bob, one, two = (net.connect(name) for name in ("ann", "bob", "pool", "pool"))
-    for peer, pattern in ((ann, "a.b"), (bob, "a.*"), (bob, ">"), (bob, "a.b"), (one, "a.>"), (two, "x")):
+    for peer, pattern in (
+        (ann, "a.b"),
+        (bob, "a.*"),
+        (bob, ">"),
+        (bob, "a.b"),
+        (one, "a.>"),
+        (two, "x"),
+    ):
         peer.ask("subscribe", topic=pattern)
     ann.publish("a.b", b"event", 3, receipt=True, extension={"k": 1}, codec=7)
-    expected = Envelope(Kind.EVENT, 3, "ann", b"event", codec=7, flags=Flag.EXTENSION, topic="a.b", extension={"k": 1})
+    expected = Envelope(
+        Kind.EVENT,
+        3,
+        "ann",
+        b"event",
+        codec=7,
+        flags=Flag.EXTENSION,
+        topic="a.b",
+        extension={"k": 1},
+    )
     assert bob.take() == one.take() == [expected]
     assert ann.take() == [expected, Envelope(Kind.RECEIPT, 3, BROKER)]
     assert two.take() == []
@@ -674,7 +795,9 @@ def test_an_event_goes_once_to_each_connection() -> None:
 
 
 def test_one_member_of_a_group_gets_each_event() -> None:
-    """Members take turns; who has more waiting is passed over; who gets it anyway counts as the group's."""
+    """Members take turns; who has more waiting is passed over; who gets it anyway
+    counts as the group's.
+    """
     net = FakeNet(client("ann"), client("pool", connections=3))
     ann = net.connect("ann")
     members = [net.connect("pool") for _ in range(3)]
@@ -733,7 +856,9 @@ def test_publishers_share_what_is_remembered_of_a_topic() -> None:
 
 
 def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None:
-    """After a reload that changes how a subscriber's queue is kept, events still arrive, and in it."""
+    """After a reload that changes how a subscriber's queue is kept, events still
+    arrive, and in it.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic="a")
@@ -750,7 +875,9 @@ def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None
 
 
 def test_subscriptions_are_limited() -> None:
-    """One more than allowed is refused and named; repeating one, or ending one first, is not."""
+    """One more than allowed is refused and named; repeating one, or ending one first,
+    is not.
+    """
     net = FakeNet(client("ann", subscriptions=2))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="a")
@@ -764,7 +891,9 @@ def test_subscriptions_are_limited() -> None:
 
 
 def test_unanswered_requests_are_limited() -> None:
-    """One more than allowed ends the oldest, which is told to its sender; an answer to it is then any message."""
+    """One more than allowed ends the oldest, which is told to its sender; an answer to
+    it is then any message.
+    """
     net = FakeNet(client("ann", requests=2), client("bob", send_to=()))
     ann, bob = net.connect("ann"), net.connect("bob")
     for id in (1, 2, 3):
@@ -785,7 +914,9 @@ def test_unanswered_requests_are_limited() -> None:
 
 
 def test_presence_is_told_and_agrees_with_the_list() -> None:
-    """The first connection of a name and the end of its last one are events, and `clients` says the same."""
+    """The first connection of a name and the end of its last one are events, and
+    `clients` says the same.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>")
@@ -799,7 +930,10 @@ def test_presence_is_told_and_agrees_with_the_list() -> None:
     assert (listed[0].name, listed[0].codec) == (BROKER, 2)
     two.leave()
     (offline,) = ann.take()
-    assert (offline.topic, json.loads(offline.payload)) == ("$broker.offline.pool", {"name": "pool", "since": 1003.0})
+    assert (offline.topic, json.loads(offline.payload)) == (
+        "$broker.offline.pool",
+        {"name": "pool", "since": 1003.0},
+    )
     assert {"name": "pool", "online": False, "since": 1003.0} in ann.ask("clients")["clients"]
 
 
@@ -814,8 +948,12 @@ def test_presence_is_filtered_by_what_one_may_see() -> None:
     assert [each["name"] for each in ann.ask("clients")["clients"]] == ["bob"]
 
 
-def test_a_subscriber_to_presence_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asked to miss nothing: an end that it can see is better than a gap that it can't."""
+def test_a_subscriber_to_presence_that_does_not_read_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asked to miss nothing: an end that it can see is better than a gap that it
+    can't.
+    """
     monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 300)
     net = FakeNet(client("ann", queue=100), client("bob"))
     ann = net.connect("ann")
@@ -842,7 +980,9 @@ def test_lifecycle_is_told_to_whoever_subscribed() -> None:
 
 
 def test_a_draining_broker_takes_nothing_new() -> None:
-    """Messages and events are refused and nobody is let in; a REPLY somebody waits for, and questions, pass."""
+    """Messages and events are refused and nobody is let in; a REPLY somebody waits for,
+    and questions, pass.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 1)
@@ -864,13 +1004,20 @@ def test_a_draining_broker_takes_nothing_new() -> None:
 
 
 @pytest.mark.parametrize("differing", [None, ["bob", "ann"]])
-def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(differing: list[str] | None) -> None:
-    """The others stay; a client that is gone from the configuration is returned to be closed; a rate starts."""
+def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
+    differing: list[str] | None,
+) -> None:
+    """The others stay; a client that is gone from the configuration is returned to be
+    closed; a rate starts.
+    """
     net = FakeNet(client("ann"), client("bob"), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for topic in ("a.b", "b"):
         bob.ask("subscribe", topic=topic)
-    changed = {"ann": client("ann", rate=RateConfig(2, None)), "bob": client("bob", subscribe=["a.*"])}
+    changed = {
+        "ann": client("ann", rate=RateConfig(2, None)),
+        "bob": client("bob", subscribe=["a.*"]),
+    }
     assert net.broker.reconfigure(changed, net.broker.limits, net.now, differing) == [cid.session]
     net.broker.close(cid.session, "gone from the configuration")
     net.settle()
@@ -900,14 +1047,18 @@ def test_payload_limits_are_the_configurations() -> None:
     net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=100))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"x" * 100, 1)
-    net.broker.reconfigure({name: client(name) for name in ("ann", "bob")}, CoreLimits(max_message=99), net.now)
+    net.broker.reconfigure(
+        {name: client(name) for name in ("ann", "bob")}, CoreLimits(max_message=99), net.now
+    )
     ann.message("bob", b"x" * 100, 2)
     assert ann.error() == (2, "too_large")
     assert [each.id for each in bob.take()] == [1]
 
 
 def test_nobody_of_a_group_hears_of_whom_none_may_see() -> None:
-    """A group none of whose members may send to a client gets no word of its coming and going."""
+    """A group none of whose members may send to a client gets no word of its coming and
+    going.
+    """
     net = FakeNet(client("ann", send_to=[]), client("bob"))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>", group="g")
@@ -916,7 +1067,9 @@ def test_nobody_of_a_group_hears_of_whom_none_may_see() -> None:
 
 
 def test_a_drain_ends_the_waiting_for_room() -> None:
-    """Who is held when the drain begins is not kept until its timeout: its message is refused."""
+    """Who is held when the drain begins is not kept until its timeout: its message is
+    refused.
+    """
     net, ann, _ = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.broker.drain()
@@ -948,7 +1101,9 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
 
 
 def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
-    """Ten thousand of them at once would hold up everybody else; nothing is sent to it meanwhile."""
+    """Ten thousand of them at once would hold up everybody else; nothing is sent to it
+    meanwhile.
+    """
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
     for number in range(50):
@@ -957,7 +1112,11 @@ def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    assert (broker.has_deferred_work, len(broker.topics), bob.session.subscriptions) == (True, 1, set())
+    assert (broker.has_deferred_work, len(broker.topics), bob.session.subscriptions) == (
+        True,
+        1,
+        set(),
+    )
     assert list(broker.topics.find("t.7").everyone) == [alice.session]
     slices = 0
     while broker.has_deferred_work:
@@ -970,7 +1129,9 @@ def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
 
 
 def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> None:
-    """While what the old connection left is answered for, a request under the same id goes to the new one, and back."""
+    """While what the old connection left is answered for, a request under the same id
+    goes to the new one, and back.
+    """
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
     alice.request("b", id=1)

@@ -28,7 +28,9 @@ def test_a_name_has_one_connection_and_is_reached_by_it() -> None:
 
 
 def test_a_second_connection_is_refused() -> None:
-    """With when_connected: refuse the first connection stays, in a pool as many as it may have."""
+    """With when_connected: refuse the first connection stays, in a pool as many as it
+    may have.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     net.connect("ann")
     assert net.try_connect("ann") is None
@@ -48,7 +50,9 @@ def test_a_further_connection_replaces_the_oldest() -> None:
 
 
 def test_each_connection_of_a_pool_has_an_address() -> None:
-    """The others see the very connection that sent, and reach it, and no other, by that address."""
+    """The others see the very connection that sent, and reach it, and no other, by that
+    address.
+    """
     net = FakeNet(client("ann"), client("pool", connections=3))
     ann = net.connect("ann")
     members = [net.connect("pool") for _ in range(3)]
@@ -62,7 +66,9 @@ def test_each_connection_of_a_pool_has_an_address() -> None:
 
 
 def test_a_reply_finds_the_very_connection_that_asked() -> None:
-    """A REPLY to the address of a pool's member goes there, however little the others have to do."""
+    """A REPLY to the address of a pool's member goes there, however little the others
+    have to do.
+    """
     net = FakeNet(client("ann", send_to=[]), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     two.request("ann", b"?", 5)
@@ -73,7 +79,9 @@ def test_a_reply_finds_the_very_connection_that_asked() -> None:
 
 
 def test_members_that_read_take_turns() -> None:
-    """With nothing waiting anywhere the members of a pool get one message after the other."""
+    """With nothing waiting anywhere the members of a pool get one message after the
+    other.
+    """
     net = FakeNet(client("ann"), client("pool", connections=3))
     ann = net.connect("ann")
     members = [net.connect("pool") for _ in range(3)]
@@ -83,7 +91,9 @@ def test_members_that_read_take_turns() -> None:
 
 
 def test_the_least_loaded_member_gets_the_message() -> None:
-    """Fewest bytes waiting decides: small messages for one outweigh a large one for the other."""
+    """Fewest bytes waiting decides: small messages for one outweigh a large one for the
+    other.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -104,15 +114,21 @@ def test_the_least_loaded_member_gets_the_message() -> None:
         ({"connections": 2}, FrameOutbox),
     ],
 )
-def test_only_queues_that_are_edited_keep_frames_apart(changes: dict[str, object], kind: type) -> None:
-    """Pools and drop_oldest need single frames; everyone else has a stream, which the routing loop fills."""
+def test_only_queues_that_are_edited_keep_frames_apart(
+    changes: dict[str, object], kind: type
+) -> None:
+    """Pools and drop_oldest need single frames; everyone else has a stream, which the
+    routing loop fills.
+    """
     peer = FakeNet(client("ann", **changes)).connect("ann")
     assert type(peer.session.outbox) is kind
     assert (peer.session.client.direct is not None) is (kind is StreamOutbox)
 
 
 def test_what_waits_for_a_member_that_goes_is_taken_by_another() -> None:
-    """A message or request to a pool's name is not lost with a member; what was half taken is sent whole."""
+    """A message or request to a pool's name is not lost with a member; what was half
+    taken is sent whole.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block(5)
@@ -132,7 +148,9 @@ def test_what_waits_for_a_member_that_goes_is_taken_by_another() -> None:
 
 
 def test_what_was_sent_to_the_member_itself_goes_back() -> None:
-    """A message to an address is for that connection only: its sender hears that it went."""
+    """A message to an address is for that connection only: its sender hears that it
+    went.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -170,7 +188,9 @@ def test_the_last_member_gives_everything_back() -> None:
 
 
 def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
-    """A member takes over the request of somebody who left meanwhile, and owes nobody an answer."""
+    """A member takes over the request of somebody who left meanwhile, and owes nobody
+    an answer.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -185,13 +205,17 @@ def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
 
 
 def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
-    """After a reload an idle connection gets the outbox its entry calls for, a busy one keeps its bytes."""
+    """After a reload an idle connection gets the outbox its entry calls for, a busy one
+    keeps its bytes.
+    """
     net = FakeNet(client("ann"), client("bob"), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     cid.block()
     ann.message("cid", b"waits")
     ann.message("bob", b"goes")
-    changed = {name: client(name, when_full=WhenFull.DROP_OLDEST, queue=100) for name in ("bob", "cid")}
+    changed = {
+        name: client(name, when_full=WhenFull.DROP_OLDEST, queue=100) for name in ("bob", "cid")
+    }
     net.broker.reconfigure({"ann": client("ann"), **changed}, net.broker.limits, net.now)
     assert isinstance(bob.session.outbox, FrameOutbox)
     assert bob.session.messages_out == 1
@@ -206,7 +230,9 @@ def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
 
 
 def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
-    """However members take and read, the one picked is among those with the least load, and idle ones take turns."""
+    """However members take and read, the one picked is among those with the least load,
+    and idle ones take turns.
+    """
     count = 40
     net = FakeNet(client("ann"), client("pool", connections=count, queue=10_000))
     ann = net.connect("ann")
@@ -222,7 +248,11 @@ def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
             case 1:
                 member.read(chance.choice([None, 20, 300]))
             case 2:
-                ann.message(member.address, b"x" * chance.randrange(300), extension={"ttl": chance.choice([1, 50])})
+                ann.message(
+                    member.address,
+                    b"x" * chance.randrange(300),
+                    extension={"ttl": chance.choice([1, 50])},
+                )
             case 3 if step % 50 == 0:
                 member.leave()
                 members.append(net.connect("pool"))
@@ -273,7 +303,9 @@ def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
 
 
 def test_pool_pick_after_a_reload_knows_a_queue_of_the_former_kind() -> None:
-    """A client that becomes a pool while messages wait for it keeps that queue, and the idle member is picked."""
+    """A client that becomes a pool while messages wait for it keeps that queue, and the
+    idle member is picked.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, one = net.connect("ann"), net.connect("bob")
     one.block()

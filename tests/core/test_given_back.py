@@ -1,4 +1,6 @@
-"""What becomes of messages whose recipient is gone, in numbers: told to their senders, passed on, or lost."""
+"""What becomes of messages whose recipient is gone, in numbers: told to their senders,
+passed on, or lost.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ BODY = bytes(400)
 
 
 def test_what_is_given_back_is_counted() -> None:
-    """A message comes back to its sender; one whose sender is gone is lost, and so is an event."""
+    """A message comes back to its sender; one whose sender is gone is lost, and so is
+    an event.
+    """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice, bob, carol = (net.connect(name) for name in ("alice", "bob", "carol"))
     bob.op("subscribe", topic="t")
@@ -50,8 +54,12 @@ def test_what_another_member_takes_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("way", ["leave", "drop", "expire"])
-def test_frame_that_is_answered_for_is_not_decoded_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its extension was read when it came: thousands of them, read again in one turn, would hold the loop."""
+def test_frame_that_is_answered_for_is_not_decoded_again(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its extension was read when it came: thousands of them, read again in one turn,
+    would hold the loop.
+    """
     when_full = WhenFull.DROP_OLDEST if way == "drop" else WhenFull.WAIT
     net = FakeNet(client("alice"), client("bob", queue=2000, when_full=when_full))
     alice, bob = net.connect("alice"), net.connect("bob")

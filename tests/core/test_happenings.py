@@ -1,4 +1,6 @@
-"""What the core notes for the log: one happening each, with who, whom and why, counted when it repeats itself."""
+"""What the core notes for the log: one happening each, with who, whom and why, counted
+when it repeats itself.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ BODY = bytes(400)
 
 
 def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
-    """Return what was noted and not taken yet: event, whose, the other side, code, how often."""
+    """Return what was noted and not taken yet: event, whose, the other side, code, how
+    often.
+    """
     return [
         (each.event, each.session.address, each.other, str(each.code), each.times)
         for each in net.broker.log_events.take()
@@ -24,11 +28,19 @@ def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("to", "code"), [("nobody", "no_such_client"), ("bob", "offline"), ("carol", "denied"), ("$none", "no_such_client")]
+    ("to", "code"),
+    [
+        ("nobody", "no_such_client"),
+        ("bob", "offline"),
+        ("carol", "denied"),
+        ("$none", "no_such_client"),
+    ],
 )
 def test_a_refusal_is_noted_with_both_names(to: str, code: str) -> None:
     """Who was refused, what it wanted to reach, and the code it was told."""
-    net = FakeNet(client("alice", send_to=("bob", "nobody", "[$]*")), client("bob"), client("carol"))
+    net = FakeNet(
+        client("alice", send_to=("bob", "nobody", "[$]*")), client("bob"), client("carol")
+    )
     alice = net.connect("alice")
 
     alice.message(to, b"x")
@@ -37,7 +49,9 @@ def test_a_refusal_is_noted_with_both_names(to: str, code: str) -> None:
 
 
 def test_a_flood_is_one_happening() -> None:
-    """A thousand refusals of one kind are one entry with their number; taken, they are forgotten."""
+    """A thousand refusals of one kind are one entry with their number; taken, they are
+    forgotten.
+    """
     net = FakeNet(client("alice"), client("bob"))
     alice = net.connect("alice")
 
@@ -65,7 +79,11 @@ def test_what_is_kept_is_bounded() -> None:
 
 def full_queue(when_full: WhenFull) -> tuple[FakeNet, Any, Any]:
     """Return a net in which bob reads nothing and his queue is full."""
-    net = FakeNet(client("alice"), client("bob", queue=1000, when_full=when_full), limits=CoreLimits(wait_timeout=5.0))
+    net = FakeNet(
+        client("alice"),
+        client("bob", queue=1000, when_full=when_full),
+        limits=CoreLimits(wait_timeout=5.0),
+    )
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
     for _ in range(2):
@@ -75,12 +93,17 @@ def full_queue(when_full: WhenFull) -> tuple[FakeNet, Any, Any]:
 
 
 def test_a_slow_client_is_noted_once_until_it_has_read_everything() -> None:
-    """Slow when its queue is full, and who found it so; recovered when nothing waits any more."""
+    """Slow when its queue is full, and who found it so; recovered when nothing waits
+    any more.
+    """
     net, alice, bob = full_queue(WhenFull.REFUSE)
 
     for _ in range(3):
         alice.message("bob", BODY)
-    assert taken(net) == [("client.slow", "bob", "alice", "refuse", 1), ("message.refused", "alice", "bob", "full", 3)]
+    assert taken(net) == [
+        ("client.slow", "bob", "alice", "refuse", 1),
+        ("message.refused", "alice", "bob", "full", 3),
+    ]
     bob.read(600)
     assert taken(net) == []
     bob.read()
@@ -97,7 +120,10 @@ def test_a_held_sender_is_noted() -> None:
 
     alice.message("bob", BODY, id=7)
 
-    assert taken(net) == [("client.slow", "bob", "alice", "wait", 1), ("client.held", "alice", "bob", "", 1)]
+    assert taken(net) == [
+        ("client.slow", "bob", "alice", "wait", 1),
+        ("client.held", "alice", "bob", "", 1),
+    ]
     net.advance(6)
     assert taken(net) == [("message.refused", "alice", "bob", "full", 1)]
 

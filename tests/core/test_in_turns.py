@@ -1,4 +1,6 @@
-"""Events with very many subscribers go out in turns: in order, to each subscriber once, with nothing lost."""
+"""Events with very many subscribers go out in turns: in order, to each subscriber once,
+with nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watchers(count: int, *, groups: int = 0) -> tuple[FakeNet, list[Peer]]:
-    """Return a net with connections that watch presence, each with so many groups besides."""
+    """Return a net with connections that watch presence, each with so many groups
+    besides.
+    """
     names = [f"w{number}" for number in range(count)]
     net = FakeNet(client("ann"), client("bob"), *map(client, names))
     peers = [net.connect(name) for name in names]
@@ -62,11 +66,16 @@ def test_presence_with_many_subscribers_is_told_in_turns_and_in_order(groups: in
     net._settling = False
     net.settle()
     for peer in peers:
-        assert [each.topic for each in peer.take()] == ["$broker.online.bob", "$broker.offline.bob"] * 3
+        assert [each.topic for each in peer.take()] == [
+            "$broker.online.bob",
+            "$broker.offline.bob",
+        ] * 3
 
 
 def test_presence_told_before_the_list_of_clients_is_in_it_and_news_comes_behind() -> None:
-    """A list that is asked for while presence waits agrees with what its connection has been told."""
+    """A list that is asked for while presence waits agrees with what its connection has
+    been told.
+    """
     net, peers = watchers(20)
     net._settling = True
     first = net.connect("bob")
@@ -139,7 +148,9 @@ def test_reload_with_many_subscribers_is_told_in_turns() -> None:
 
 
 def limited(net: FakeNet, turn_budget: int) -> list[int]:
-    """Give each look at a frame so much patience; return where the number of sessions told each time is noted."""
+    """Give each look at a frame so much patience; return where the number of sessions
+    told each time is noted.
+    """
     feed, told = net.feed, []
 
     def watched(broker: Any, *rest: Any) -> Any:
@@ -156,7 +167,9 @@ def limited(net: FakeNet, turn_budget: int) -> list[int]:
 @pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("size", [10, 200_000])
 def test_publication_to_many_goes_out_in_turns(groups: int, size: int) -> None:
-    """A publisher's event reaches each subscriber once; another client has its turns in between."""
+    """A publisher's event reaches each subscriber once; another client has its turns in
+    between.
+    """
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))
     ann = net.connect("ann")
@@ -209,7 +222,9 @@ def test_publication_to_many_goes_on_in_another_process() -> None:
 
 @pytest.mark.parametrize("when_full", list(WhenFull))
 def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
-    """It misses the event, unless its queue drops older ones; its publisher and the others go on at once."""
+    """It misses the event, unless its queue drops older ones; its publisher and the
+    others go on at once.
+    """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for each in (bob, cid):
@@ -229,7 +244,9 @@ def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
 
 
 def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a member has room, the search for the least loaded ends after a number of them."""
+    """Where a member has room, the search for the least loaded ends after a number of
+    them.
+    """
     monkeypatch.setattr(events_module, "_LOOKED_AT", 3)
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))
@@ -248,10 +265,15 @@ def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_publication_that_makes_room_in_turns_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long event that replaces many messages of one subscriber reaches the others too, once each."""
+    """A long event that replaces many messages of one subscriber reaches the others
+    too, once each.
+    """
     monkeypatch.setattr(delivery_module, "_DROPPED", 3)
     net = FakeNet(
-        client("ann"), client("bob", queue=2000, when_full=WhenFull.DROP_OLDEST), client("cid"), client("dan")
+        client("ann"),
+        client("bob", queue=2000, when_full=WhenFull.DROP_OLDEST),
+        client("cid"),
+        client("dan"),
     )
     ann, bob, cid, dan = (net.connect(name) for name in ("ann", "bob", "cid", "dan"))
     for each in (cid, bob, dan):

@@ -1,4 +1,6 @@
-"""The compiled routing loop and its readable twin are fed the same and must do the same, to the byte."""
+"""The compiled routing loop and its readable twin are fed the same and must do the
+same, to the byte.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,34 @@ from core.twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
 
 if os.environ.get("BROKERD_PURE") == "1":
     pytest.skip("BROKERD_PURE=1 leaves the compiled loop out", allow_module_level=True)
-_routing_c = pytest.importorskip("brokerd.core._routing_c", reason="the compiled loop was not built")
+_routing_c = pytest.importorskip(
+    "brokerd.core._routing_c", reason="the compiled loop was not built"
+)
 
-NAMES = ["a", "b", "c", "pool", "drops", "slow", "metered", "nobody", "$broker", "pool/x", "a" * 64, "B", "ä", "", "-"]
+NAMES = [
+    "a",
+    "b",
+    "c",
+    "pool",
+    "drops",
+    "slow",
+    "metered",
+    "nobody",
+    "$broker",
+    "pool/x",
+    "a" * 64,
+    "B",
+    "ä",
+    "",
+    "-",
+]
 TOPICS = ["t", "t.x", "t.y.z", "u", "$t", "t..x", "*", "t" * 255, ""]
 
 
 def odd_frame(chance: random.Random) -> bytes:
-    """Return a frame that is ordinary, odd or broken; most differ from an ordinary one in a single thing."""
+    """Return a frame that is ordinary, odd or broken; most differ from an ordinary one
+    in a single thing.
+    """
     kind = chance.choice([1, 1, 1, 1, 5, 5, 5, 2, 3, 4, 6, 7, 0, 255])
     flags = chance.choice([0] * 9 + [1, 2, 3, 4, 8, 255])
     recipient = chance.choice(["a", "b", "c"] * 6 + NAMES)
@@ -29,15 +51,33 @@ def odd_frame(chance: random.Random) -> bytes:
     if flags & 2:
         extension = chance.choice([b"{}", b'{"ttl": 5}', b'{"ttl": 0}', b"[]", b"{"])
         between += struct.pack("!H", len(extension)) + extension
-    size = chance.choice([0, 1, 16, 40, MAX_MESSAGE - len(between), MAX_MESSAGE, MAX_MESSAGE + 1, 2 * MAX_MESSAGE])
+    size = chance.choice(
+        [0, 1, 16, 40, MAX_MESSAGE - len(between), MAX_MESSAGE, MAX_MESSAGE + 1, 2 * MAX_MESSAGE]
+    )
     payload = chance.randbytes(max(size, 0))
     name_size = len(name)
     if chance.random() < 0.05:
-        name_size = chance.choice([0, 255, min(255, len(name + between + payload) + chance.choice([0, 1]))])
+        name_size = chance.choice(
+            [0, 255, min(255, len(name + between + payload) + chance.choice([0, 1]))]
+        )
     if kind == 5 and chance.random() < 0.1:
         # A topic that ends in the middle of nowhere.
-        between = bytes([chance.choice([0, 255, min(255, len(between + payload) + chance.choice([-1, 0, 1]))])]) + topic
-    body = HEADER.pack(kind, flags, chance.randrange(256), name_size, chance.getrandbits(64)) + name + between + payload
+        between = (
+            bytes(
+                [
+                    chance.choice(
+                        [0, 255, min(255, len(between + payload) + chance.choice([-1, 0, 1]))]
+                    )
+                ]
+            )
+            + topic
+        )
+    body = (
+        HEADER.pack(kind, flags, chance.randrange(256), name_size, chance.getrandbits(64))
+        + name
+        + between
+        + payload
+    )
     match chance.randrange(60):
         case 0:
             return frame(body[: chance.randrange(20)])
@@ -78,7 +118,9 @@ def odd_step(chance: random.Random) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("step", [1, 3, 5000])
 def test_both_pass_on_the_ordinary(step: int) -> None:
-    """Runs of messages and events, in every segmentation: the loops do them without a call to the broker."""
+    """Runs of messages and events, in every segmentation: the loops do them without a
+    call to the broker.
+    """
     message = frame(HEADER.pack(1, 0, 9, 1, 7) + b"b" + b"x" * 30)
     event = frame(HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.x" + b"y" * 30)
     plain = agree([("send", 0, [message] * 20 + [event] * 20, step)])
@@ -87,14 +129,20 @@ def test_both_pass_on_the_ordinary(step: int) -> None:
 
 
 def test_both_see_a_topic_that_ends_behind_its_frame() -> None:
-    """What follows the frame in the buffer would complete a known topic, and is not looked at."""
+    """What follows the frame in the buffer would complete a known topic, and is not
+    looked at.
+    """
     plain = agree([("send", 0, [frame(HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.") + b"x" * 40], 5000)])
     assert [call[0] for call in plain.calls[:2]] == ["handle", "malformed"]
 
 
-@pytest.mark.parametrize("seed", [random.randrange(2**32) for _ in range(int(os.environ.get("BROKERD_SEEDS", "60")))])
+@pytest.mark.parametrize(
+    "seed", [random.randrange(2**32) for _ in range(int(os.environ.get("BROKERD_SEEDS", "60")))]
+)
 def test_both_do_the_same(seed: int) -> None:
-    """Bytes out, bytes kept, calls to the broker and counters are equal after every step; the seed is in the name."""
+    """Bytes out, bytes kept, calls to the broker and counters are equal after every
+    step; the seed is in the name.
+    """
     chance = random.Random(seed)
     agree(odd_step(chance) for _ in range(60))
 

@@ -35,7 +35,9 @@ def put(outbox: Outbox, whole: bytes) -> bool:
 
 @KINDS
 def test_frames_come_out_in_order_however_they_are_taken(kind: type[Outbox]) -> None:
-    """What is taken in small pieces is what was put in, and the outbox knows to the byte what waits."""
+    """What is taken in small pieces is what was put in, and the outbox knows to the
+    byte what waits.
+    """
     outbox = kind(1 << 30)
     sizes = [20, 100, CHUNK - 10, 50, 3 * CHUNK, 20, 21, CHUNK]
     whole = b"".join(message(size, number) for number, size in enumerate(sizes))
@@ -89,7 +91,9 @@ def test_the_brokers_own_frames_are_always_taken(kind: type[Outbox]) -> None:
 
 
 def taken_back(outbox: Outbox) -> list[Queued]:
-    """Return everything that the system did not take whole; how much that is was known before."""
+    """Return everything that the system did not take whole; how much that is was known
+    before.
+    """
     expected = outbox.unsent
     unsent = outbox.take_unsent()
     assert len(unsent) == expected
@@ -116,7 +120,9 @@ def test_empty_outbox_is_not_stalled(kind: type[Outbox]) -> None:
 @KINDS
 @pytest.mark.parametrize("taken", [0, 1, 29, 30, 31, 60, CHUNK, CHUNK + 60, 2 * CHUNK])
 def test_what_was_not_taken_whole_is_given_back(kind: type[Outbox], taken: int) -> None:
-    """Every frame of which the system does not have the last byte comes back whole, oldest first."""
+    """Every frame of which the system does not have the last byte comes back whole,
+    oldest first.
+    """
     outbox = kind(1 << 30)
     frames = [message(size, number) for number, size in enumerate([30, 30, CHUNK, 30, CHUNK, 30])]
     for whole in frames:
@@ -131,7 +137,9 @@ def test_what_was_not_taken_whole_is_given_back(kind: type[Outbox], taken: int) 
 
 
 @KINDS
-def test_one_write_gets_a_bounded_number_of_pieces(kind: type[Outbox], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_write_gets_a_bounded_number_of_pieces(
+    kind: type[Outbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system takes only so many pieces at once; the others come next."""
     monkeypatch.setattr(outbox_module, "_PIECES", 3)
     monkeypatch.setattr(outbox_module, "CHUNK", 20)
@@ -154,7 +162,9 @@ def test_one_write_gets_a_bounded_number_of_pieces(kind: type[Outbox], monkeypat
     kind=st.sampled_from([StreamOutbox, FrameOutbox]),
 )
 def test_any_mix_of_putting_and_taking(steps: list[int], limit: int, kind: type[Outbox]) -> None:
-    """However frames are put and taken, bytes come out in order and the quota is exceeded by a lone frame only."""
+    """However frames are put and taken, bytes come out in order and the quota is
+    exceeded by a lone frame only.
+    """
     outbox = kind(limit)
     accepted = taken = b""
     for number, step in enumerate(steps):
@@ -184,7 +194,9 @@ def test_a_stream_grows_without_being_asked_within_its_room() -> None:
 
 
 def test_senders_that_left_are_told_from_those_that_came_after() -> None:
-    """What waited when a sender left is orphaned; what its successor sends is not, nor what others send."""
+    """What waited when a sender left is orphaned; what its successor sends is not, nor
+    what others send.
+    """
     outbox = StreamOutbox(1 << 30)
     for name in ("ann", "bob"):
         outbox.append(message(50, 1, name))
@@ -202,7 +214,9 @@ def test_senders_that_left_are_told_from_those_that_came_after() -> None:
 
 
 def test_nobody_is_remembered_where_nothing_waits() -> None:
-    """A sender that leaves an empty outbox leaves no trace, and one whose bytes were taken none either."""
+    """A sender that leaves an empty outbox leaves no trace, and one whose bytes were
+    taken none either.
+    """
     outbox = StreamOutbox(1000)
     outbox.sender_left(b"ann")
     assert outbox._left == {}
@@ -234,7 +248,9 @@ def test_the_oldest_are_dropped_until_there_is_room() -> None:
 
 
 def test_a_frame_that_was_begun_is_not_dropped() -> None:
-    """What the system has a part of goes out whole; when nothing else is left there is room for anything."""
+    """What the system has a part of goes out whole; when nothing else is left there is
+    room for anything.
+    """
     first, second = Queued(message(30, 1)), Queued(message(30, 2))
     outbox = dropping(first, second)
     outbox.sent(1)
@@ -246,7 +262,11 @@ def test_a_frame_that_was_begun_is_not_dropped() -> None:
 
 def test_answers_are_passed_over_when_the_oldest_are_dropped() -> None:
     """A kept frame stays in its place."""
-    answer, first, second = Queued(message(30, 1), kept=True), Queued(message(30, 2)), Queued(message(30, 3))
+    answer, first, second = (
+        Queued(message(30, 1), kept=True),
+        Queued(message(30, 2)),
+        Queued(message(30, 3)),
+    )
     outbox = dropping(answer, first, second)
     assert outbox.drop_oldest(40) == [first]
     assert b"".join(outbox.pieces()) == answer.frame + second.frame
@@ -265,7 +285,9 @@ def test_nothing_is_dropped_in_vain() -> None:
 
 @pytest.mark.parametrize("taken", [0, 1, 30, CHUNK, CHUNK + 30, 2 * CHUNK + 30, 3 * CHUNK])
 def test_what_another_process_filled_is_counted_too(taken: int) -> None:
-    """An outbox that goes on where another one stopped knows how many frames were not taken, and so after more."""
+    """An outbox that goes on where another one stopped knows how many frames were not
+    taken, and so after more.
+    """
     first, second = StreamOutbox(1 << 30), StreamOutbox(1 << 30)
     for size in (30, CHUNK, 30, CHUNK, 30):
         put(first, message(size))
@@ -281,7 +303,9 @@ def test_what_another_process_filled_is_counted_too(taken: int) -> None:
 
 
 def test_dropping_the_oldest_costs_the_same_whatever_else_waits() -> None:
-    """However many frames that stay lie before it, the oldest of the others is found at once."""
+    """However many frames that stay lie before it, the oldest of the others is found at
+    once.
+    """
 
     def seconds(kept: int) -> float:
         outbox = FrameOutbox(30 * (kept + 10))
@@ -297,7 +321,9 @@ def test_dropping_the_oldest_costs_the_same_whatever_else_waits() -> None:
 
 
 def test_frames_that_stay_and_frames_that_may_go_keep_their_order() -> None:
-    """Both kinds come out in the order in which they were put, whatever was dropped in between."""
+    """Both kinds come out in the order in which they were put, whatever was dropped in
+    between.
+    """
     outbox = FrameOutbox(10_000)
     expected = []
     for number in range(60):
@@ -315,11 +341,15 @@ def test_frames_that_stay_and_frames_that_may_go_keep_their_order() -> None:
     again.refill(outbox.queue(), outbox.begun)
     assert b"".join(again.pieces()) == b"".join(outbox.pieces())
     assert again.waiting == outbox.waiting
-    assert [queued.frame for queued in taken_back(again)] == [queued.frame for queued in expected[1:]]
+    assert [queued.frame for queued in taken_back(again)] == [
+        queued.frame for queued in expected[1:]
+    ]
 
 
 def test_dropping_may_be_done_in_turns() -> None:
-    """No more frames are dropped at once than asked for; the outbox says when there is room."""
+    """No more frames are dropped at once than asked for; the outbox says when there is
+    room.
+    """
     outbox = dropping(*(Queued(message(20, number)) for number in range(5)))
     assert len(outbox.drop_oldest(60, 2) or ()) == 2
     assert not outbox.has_made_room(60)

@@ -16,7 +16,9 @@ from brokerd_client.wire.envelope import BROKER, Envelope, Kind
 
 
 def test_a_frame_after_a_held_one_begins_anew() -> None:
-    """A frame that was held and then passed leaves nothing behind that the next frame is judged by."""
+    """A frame that was held and then passed leaves nothing behind that the next frame
+    is judged by.
+    """
     net = FakeNet(client("ann"), client("bob", queue=100))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"the route is known from here on")
@@ -36,8 +38,12 @@ def test_a_frame_after_a_held_one_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("when_full", [WhenFull.WAIT, WhenFull.DROP_OLDEST])
-def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(when_full: WhenFull) -> None:
-    """A connection hears of its own messages only, though an earlier one with its name had the same ids."""
+def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(
+    when_full: WhenFull,
+) -> None:
+    """A connection hears of its own messages only, though an earlier one with its name
+    had the same ids.
+    """
     net = FakeNet(client("ann"), client("bob", when_full=when_full))
     first, bob = net.connect("ann"), net.connect("bob")
     bob.block(5)
@@ -55,7 +61,9 @@ def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(when_f
 
 
 def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
-    """The bytes of a sender that went are told from its successor's by their place, however many passed since."""
+    """The bytes of a sender that went are told from its successor's by their place,
+    however many passed since.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -70,7 +78,9 @@ def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
 
 
 def test_a_client_that_drops_the_oldest_never_loses_an_answer() -> None:
-    """Answers to what a client sent itself are not dropped for newer messages: they are its outcomes."""
+    """Answers to what a client sent itself are not dropped for newer messages: they are
+    its outcomes.
+    """
     net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=500), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 5)
@@ -84,12 +94,18 @@ def test_a_client_that_drops_the_oldest_never_loses_an_answer() -> None:
 
     got = ann.take()
 
-    assert [(each.kind, each.id) for each in got[:3]] == [(Kind.REPLY, 5), (Kind.RECEIPT, 6), (Kind.ERROR, 7)]
+    assert [(each.kind, each.id) for each in got[:3]] == [
+        (Kind.REPLY, 5),
+        (Kind.RECEIPT, 6),
+        (Kind.ERROR, 7),
+    ]
     assert got[-1].payload == b"49" * 10
 
 
 def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
-    """A message that finds no room although nothing may be dropped is refused, and nothing was dropped for it."""
+    """A message that finds no room although nothing may be dropped is refused, and
+    nothing was dropped for it.
+    """
     net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=150), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.block()
@@ -124,8 +140,12 @@ def test_refused_reply_for_want_of_room_ends_the_request() -> None:
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 @pytest.mark.parametrize("code", ["too_large", "rate_limited", "expired", "unsupported"])
 @pytest.mark.parametrize("connections", [1, 2])
-def test_refused_answer_is_reported_to_the_requester_at_once(kind: Kind, code: str, connections: int) -> None:
-    """The requester gets the refusal's code with its request's id, and the answerer's name; the request is over."""
+def test_refused_answer_is_reported_to_the_requester_at_once(
+    kind: Kind, code: str, connections: int
+) -> None:
+    """The requester gets the refusal's code with its request's id, and the answerer's
+    name; the request is over.
+    """
     rate = RateConfig(1 if code == "rate_limited" else None, None)
     bob_config = client("bob", send_to=[], rate=rate, connections=connections)
     net = FakeNet(client("ann"), bob_config, limits=CoreLimits(max_message=100))
@@ -136,22 +156,29 @@ def test_refused_answer_is_reported_to_the_requester_at_once(kind: Kind, code: s
     if code == "rate_limited":
         bob.message("nobody", b"", 1)
         bob.take()
-    bob.send(Envelope(kind, 9, "ann", b"x" * (101 if code == "too_large" else 1), extension=extension))
+    bob.send(
+        Envelope(kind, 9, "ann", b"x" * (101 if code == "too_large" else 1), extension=extension)
+    )
 
     (error,) = ann.take()
     assert (error.kind, error.id, error.name, error_of(error)) == (Kind.ERROR, 9, BROKER, code)
     said = json.loads(error.payload)
     assert said["name"] == bob.address
     assert bob.address in said["message"]
-    # An ERROR that can't be delivered is not answered by another, but for its size, which is judged before its kind.
+    # An ERROR that can't be delivered is not answered by another, but for its size,
+    # which is judged before its kind.
     heard = [] if kind is Kind.ERROR and code != "too_large" else [(9, code)]
     assert [(each.id, error_of(each)) for each in bob.take()] == heard
     assert not ann.session.outgoing_requests
     assert not bob.session.incoming_requests
 
 
-def test_a_long_message_that_replaces_many_does_so_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A queue of short messages gives way little by little, and other senders have their turn in between."""
+def test_a_long_message_that_replaces_many_does_so_in_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A queue of short messages gives way little by little, and other senders have
+    their turn in between.
+    """
     monkeypatch.setattr(delivery, "_DROPPED", 3)
     net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=2000))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -177,7 +204,9 @@ def test_a_long_message_that_replaces_many_does_so_in_turns(monkeypatch: pytest.
 
 
 def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
-    """A REPLY without a request takes no room, so that a newer message still replaces an older one."""
+    """A REPLY without a request takes no room, so that a newer message still replaces
+    an older one.
+    """
     net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=300))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -190,7 +219,9 @@ def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
 
 
 def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
-    """Errors about oversized frames count like any others: their sender is not read from until it reads."""
+    """Errors about oversized frames count like any others: their sender is not read
+    from until it reads.
+    """
     net = FakeNet(client("ann", queue=1000), limits=CoreLimits(max_message=1))
     ann = net.connect("ann")
     ann.block()
@@ -205,7 +236,9 @@ def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
 
 
 def test_whoever_waited_longest_is_let_in_first() -> None:
-    """When there is room again, it goes to the sender whose message has waited longest, not to the one heard first."""
+    """When there is room again, it goes to the sender whose message has waited longest,
+    not to the one heard first.
+    """
     net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
     ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
     bob.block()
@@ -225,7 +258,9 @@ def test_whoever_waited_longest_is_let_in_first() -> None:
 
 
 def test_who_waits_for_a_pool_goes_on_with_whichever_member_has_room() -> None:
-    """A sender held because a pool is full goes on as soon as any member reads, though another still does not."""
+    """A sender held because a pool is full goes on as soon as any member reads, though
+    another still does not.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2, queue=100))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -266,7 +301,9 @@ def test_groups_take_turns_however_many_there_are() -> None:
 
 
 def test_a_group_is_told_of_presence_through_a_member_that_may_see_it() -> None:
-    """A presence event goes to a member of the group that may know of the client, not to one that may not."""
+    """A presence event goes to a member of the group that may know of the client, not
+    to one that may not.
+    """
     net = FakeNet(client("ann"), client("cid", send_to=["ann"]), client("bob"))
     cid, ann = net.connect("cid"), net.connect("ann")
     for each in (cid, ann):
@@ -278,7 +315,9 @@ def test_a_group_is_told_of_presence_through_a_member_that_may_see_it() -> None:
 
 
 def test_a_group_member_with_room_is_preferred() -> None:
-    """An event goes to the member that can take it, though one that can't has fewer bytes waiting."""
+    """An event goes to the member that can take it, though one that can't has fewer
+    bytes waiting.
+    """
     small, large = client("small", queue=100), client("large")
     net = FakeNet(client("ann"), small, large)
     ann, small_peer, large_peer = net.connect("ann"), net.connect("small"), net.connect("large")
@@ -322,7 +361,9 @@ def test_a_request_to_the_broker_has_its_receipt() -> None:
 
 
 def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
-    """A client removed and configured again may have two connections for a moment, which count for themselves."""
+    """A client removed and configured again may have two connections for a moment,
+    which count for themselves.
+    """
     net = FakeNet(client("ann", requests=1), client("bob"))
     bob, older = net.connect("bob"), net.connect("ann")
     older.request("bob", b"first", 7)
@@ -339,7 +380,9 @@ def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
 
 
 def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() -> None:
-    """A client removed and configured again may have two connections for a moment; the older one's end ends its own."""
+    """A client removed and configured again may have two connections for a moment; the
+    older one's end ends its own.
+    """
     net = FakeNet(client("ann"), client("bob"))
     old, bob = net.connect("ann"), net.connect("bob")
     old.request("bob", b"?", 1)
@@ -356,8 +399,12 @@ def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() ->
 
 
 @pytest.mark.parametrize("end", ["read", "leave", "timeout"])
-def test_very_many_held_senders_are_released_in_turns(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each turn releases a few, those that have waited longest first; every message has one outcome."""
+def test_very_many_held_senders_are_released_in_turns(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn releases a few, those that have waited longest first; every message has
+    one outcome.
+    """
     monkeypatch.setattr(broker_module, "_RELEASED", 3)
     names = [f"s{number:02}" for number in range(20)]
     net = FakeNet(*map(client, names), client("bob", queue=2000))

@@ -1,4 +1,6 @@
-"""Long frames in buffers of their own: received into their place, passed on without being copied."""
+"""Long frames in buffers of their own: received into their place, passed on without
+being copied.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> LargeFrame:
 
 
 def hand_over(source: Peer, envelope: Envelope) -> tuple[LargeFrame, RoutingResult]:
-    """Route one long frame as the network layer does; return it and what the broker said."""
+    """Route one long frame as the network layer does; return it and what the broker
+    said.
+    """
     large_frame = collected(frame(encode(envelope)))
     return large_frame, again(source, large_frame)
 
@@ -40,7 +44,9 @@ def again(source: Peer, large_frame: LargeFrame) -> RoutingResult:
     position, verdict = handle_slow_path(
         net.broker, source.session, memoryview(large_frame), SLACK, large_frame.end, net.now
     )
-    assert position == (large_frame.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK)
+    assert position == (
+        large_frame.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK
+    )
     net.settle()
     return verdict
 
@@ -60,7 +66,9 @@ def test_a_frame_is_collected_whole(begun: int, most: int) -> None:
 
 
 def test_memory_grows_with_what_arrives_and_not_with_what_was_announced() -> None:
-    """Whoever announces 16 MiB and sends little has little kept for it; it doubles, so moving costs little."""
+    """Whoever announces 16 MiB and sends little has little kept for it; it doubles, so
+    moving costs little.
+    """
     large_frame = LargeFrame(b"1234", 16 << 20)
     sizes = []
     while not large_frame.is_whole:
@@ -75,7 +83,9 @@ def test_memory_grows_with_what_arrives_and_not_with_what_was_announced() -> Non
 
 
 def test_the_head_is_written_before_the_rest() -> None:
-    """A rest that lies in a parcel stays where it is; any other is joined with the head."""
+    """A rest that lies in a parcel stays where it is; any other is joined with the
+    head.
+    """
     large_frame = collected(frame(b"name" + BIG))
     whole = joined(b"a longer head", memoryview(large_frame)[SLACK + 8 :])
     assert lies_in(whole, large_frame)
@@ -86,24 +96,36 @@ def test_the_head_is_written_before_the_rest() -> None:
 @pytest.mark.parametrize("sender", ["a", "a" * 64])
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT, Flag.EXTENSION])
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
-def test_a_long_message_goes_out_in_the_buffer_it_came_in(kind: Kind, flags: Flag, sender: str) -> None:
-    """Whoever sends to whom, the recipient gets what it would get of a short one, and nothing was copied."""
+def test_a_long_message_goes_out_in_the_buffer_it_came_in(
+    kind: Kind, flags: Flag, sender: str
+) -> None:
+    """Whoever sends to whom, the recipient gets what it would get of a short one, and
+    nothing was copied.
+    """
     net = FakeNet(client(sender), client("recipient"))
     source, target = net.connect(sender), net.connect("recipient")
     target.block()
     target.message("recipient", b"before")
     extension = {"x": 1} if flags is Flag.EXTENSION else None
-    large_frame, verdict = hand_over(source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension))
+    large_frame, verdict = hand_over(
+        source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension)
+    )
     target.message("recipient", b"behind")
     assert verdict is RoutingResult.CONSUMED
-    assert [lies_in(piece, large_frame) for piece in target.session.outbox.pieces()] == [False, True, False]
+    assert [lies_in(piece, large_frame) for piece in target.session.outbox.pieces()] == [
+        False,
+        True,
+        False,
+    ]
     target.read()
     assert target.take() == [
         Envelope(Kind.MESSAGE, 0, "recipient", b"before"),
         Envelope(kind, 7, sender, BIG, 2, flags & ~Flag.RECEIPT, extension=extension),
         Envelope(Kind.MESSAGE, 0, "recipient", b"behind"),
     ]
-    assert [answer.kind for answer in source.take()] == ([Kind.RECEIPT] if flags is Flag.RECEIPT else [])
+    assert [answer.kind for answer in source.take()] == (
+        [Kind.RECEIPT] if flags is Flag.RECEIPT else []
+    )
     assert source.session.messages_in == 1
     assert target.session.messages_out == 3
 
@@ -121,7 +143,9 @@ def test_a_length_of_the_long_form_is_understood() -> None:
 
 
 def test_a_long_event_is_shared_by_all_who_get_it() -> None:
-    """One buffer for every subscriber, of a pool too and with drop_oldest, each of whom reads at its own pace."""
+    """One buffer for every subscriber, of a pool too and with drop_oldest, each of whom
+    reads at its own pace.
+    """
     names = ("b", "c", "pool", "drops")
     configs = (client("pool", connections=2), client("drops", when_full=WhenFull.DROP_OLDEST))
     net = FakeNet(client("a"), client("b"), client("c"), *configs)
@@ -145,14 +169,19 @@ def test_a_long_event_is_shared_by_all_who_get_it() -> None:
 @pytest.mark.parametrize("taken", [0, 5, 100_000])
 @pytest.mark.parametrize("options", [{}, {"connections": 2}])
 def test_a_long_message_that_is_not_taken_comes_back(options: dict[str, Any], taken: int) -> None:
-    """Its recipient leaves before the system took all of it: the sender hears of it, and what follows goes its way."""
+    """Its recipient leaves before the system took all of it: the sender hears of it,
+    and what follows goes its way.
+    """
     net = FakeNet(client("a"), client("b", **options))
     source, target = net.connect("a"), net.connect("b")
     target.block(taken)
     hand_over(source, Envelope(Kind.MESSAGE, 7, "b", BIG))
     source.message("b", b"behind", 8)
     target.leave()
-    assert [(answer.id, error_of(answer)) for answer in source.take()] == [(7, "offline"), (8, "offline")]
+    assert [(answer.id, error_of(answer)) for answer in source.take()] == [
+        (7, "offline"),
+        (8, "offline"),
+    ]
 
 
 def test_a_long_message_moves_to_another_member_of_the_pool() -> None:
@@ -187,7 +216,9 @@ def test_a_long_message_waits_untouched_until_there_is_room() -> None:
 
 
 def test_the_quota_counts_a_long_message() -> None:
-    """What follows a long message finds no room, and is dropped or refused like behind any other."""
+    """What follows a long message finds no room, and is dropped or refused like behind
+    any other.
+    """
     net = FakeNet(client("a"), client("b", queue=len(BIG) + 100, when_full=WhenFull.REFUSE))
     source, target = net.connect("a"), net.connect("b")
     target.block()

@@ -201,7 +201,11 @@ def test_reason_of_an_end_is_about_no_message() -> None:
     net.settle()
     (told,) = ann.take()
     assert (told.kind, told.id, told.name) == (Kind.ERROR, 0, "$broker")
-    assert json.loads(told.payload) == {"code": "replaced", "message": "a newer one", "name": "$broker"}
+    assert json.loads(told.payload) == {
+        "code": "replaced",
+        "message": "a newer one",
+        "name": "$broker",
+    }
 
 
 def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:

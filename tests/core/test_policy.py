@@ -31,7 +31,9 @@ def test_send_to_holds_shell_patterns(send_to: list[str], name: str, rule: str |
 
 
 def test_publishing_follows_topic_patterns_and_never_reaches_the_brokers_own() -> None:
-    """``>`` allows every topic but those that begin with ``$``, and no rule can allow those."""
+    """``>`` allows every topic but those that begin with ``$``, and no rule can allow
+    those.
+    """
     policy = Policy(client("ann", publish=["jobs.*", "$broker.>"]))
     assert policy.publishing("jobs.new") == Rule("jobs.*")
     assert policy.publishing("jobs.new.urgent") is None

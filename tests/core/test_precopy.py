@@ -1,4 +1,6 @@
-"""What is copied before the hand-over, and what becomes of it when it changes meanwhile."""
+"""What is copied before the hand-over, and what becomes of it when it changes
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from brokerd.core.snapshot import BadSnapshot, Pieces, capture, capture_idle, re
 
 
 def pool(**changes: Any) -> FakeNet:
-    return FakeNet(client("alice"), client("bob"), client("pool", connections=3, **changes), client("carol"))
+    return FakeNet(
+        client("alice"), client("bob"), client("pool", connections=3, **changes), client("carol")
+    )
 
 
 def test_frames_that_left_and_came_meanwhile_arrive_in_order() -> None:
@@ -76,7 +80,9 @@ def test_oldest_frames_that_were_dropped_meanwhile_stay_dropped() -> None:
     bob.block()
     for number in range(3):
         alice.message("bob", b"%d" % number * 10, number)
-    net.hand_over(meanwhile=lambda: [alice.message("bob", b"%d" % number * 10, number) for number in (3, 4)])
+    net.hand_over(
+        meanwhile=lambda: [alice.message("bob", b"%d" % number * 10, number) for number in (3, 4)]
+    )
     bob.read()
     assert [payload[:1] for payload in bob.payloads()] == [b"2", b"3", b"4"]
 
@@ -277,10 +283,25 @@ def test_idle_sessions_are_captured_by_their_numbers_alone() -> None:
 
 @pytest.mark.parametrize(
     "attribute",
-    sorted(CAPTURED - {"arrived", "instance", "open", "peer", "since", "sender_header", "waiters", "client", "number"}),
+    sorted(
+        CAPTURED
+        - {
+            "arrived",
+            "instance",
+            "open",
+            "peer",
+            "since",
+            "sender_header",
+            "waiters",
+            "client",
+            "number",
+        }
+    ),
 )
 def test_session_is_not_as_copied_once_what_is_captured_of_it_changes(attribute: str) -> None:
-    """What the list of captured attributes leaves out never changes, or only with what is in it."""
+    """What the list of captured attributes leaves out never changes, or only with what
+    is in it.
+    """
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     copier = Copier(net.broker)
@@ -356,7 +377,9 @@ def test_idle_session_that_can_not_be_one_is_refused(part: str, changes: dict[st
     facts = idle_facts()
     restore_idle(net.broker, facts, net.now, Copies(net.broker))
     with pytest.raises(BadSnapshot):
-        restore_idle(net.broker, {**facts, part: {**facts[part], **changes}}, net.now, Copies(net.broker))
+        restore_idle(
+            net.broker, {**facts, part: {**facts[part], **changes}}, net.now, Copies(net.broker)
+        )
 
 
 @pytest.mark.parametrize(

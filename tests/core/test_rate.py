@@ -21,7 +21,9 @@ def test_no_rate_needs_no_meter() -> None:
 
 
 def test_a_seconds_worth_may_come_at_once() -> None:
-    """As many messages as a second allows pass together; then one for each part of a second that went by."""
+    """As many messages as a second allows pass together; then one for each part of a
+    second that went by.
+    """
     metered = meter(messages=4)
     assert [metered.allows(1, 10.0) for _ in range(5)] == [True] * 4 + [False]
     assert metered.allows(1, 10.25)
@@ -63,7 +65,9 @@ def test_less_than_one_message_a_second() -> None:
 
 
 def test_too_fast_a_sender_is_told_for_each_message() -> None:
-    """Each message above the rate has its ERROR, and none of them arrives; a pool shares its client's rate."""
+    """Each message above the rate has its ERROR, and none of them arrives; a pool
+    shares its client's rate.
+    """
     net = FakeNet(client("bob"), client("pool", connections=2, rate=RateConfig(2, None)))
     one, two, bob = net.connect("pool"), net.connect("pool"), net.connect("bob")
     one.message("bob", b"1", 1)
@@ -79,7 +83,9 @@ def test_too_fast_a_sender_is_told_for_each_message() -> None:
 
 
 def test_a_held_message_is_charged_once() -> None:
-    """A message that was held has been charged for when it came, and is not again when it passes."""
+    """A message that was held has been charged for when it came, and is not again when
+    it passes.
+    """
     net = FakeNet(client("ann", rate=RateConfig(3, None)), client("bob", queue=50))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()

@@ -1,4 +1,6 @@
-"""What new rules forbid: it receives nothing from the moment they are new, and is ended little by little."""
+"""What new rules forbid: it receives nothing from the moment they are new, and is ended
+little by little.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,14 @@ def test_what_is_forbidden_receives_nothing_before_it_has_ended() -> None:
     ann.publish("x", b"before")
     reload(net, bob=["a.*"])
     event = [
-        frame(encode(Envelope(Kind.EVENT, 0, "", topic.encode(), topic=topic))) for topic in ("x", "a.b", "a", "a.c")
+        frame(encode(Envelope(Kind.EVENT, 0, "", topic.encode(), topic=topic)))
+        for topic in ("x", "a.b", "a", "a.c")
     ]
     data = memoryview(b"".join(event))
-    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
+    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
+        len(data),
+        RoutingResult.CONSUMED,
+    )
     assert net.broker.revocation
     assert net.broker.topics.find("a.b").groups.keys() == {"g3"}
     net.settle()
@@ -67,19 +73,29 @@ def test_forbidden_subscriptions_end_in_slices() -> None:
 
 
 def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
-    """An event that was on its way when the rules changed does not reach who may not hear it."""
+    """An event that was on its way when the rules changed does not reach who may not
+    hear it.
+    """
     net, ann, bob = pair()
     for number in range(500):
         bob.ask("subscribe", topic="a", group=f"g{number}")
     bob.ask("subscribe", topic="b.>")
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic="a"))))
     net.broker.turn_budget = 1
-    while not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups:
-        assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, RoutingResult.YIELD)
+    while (
+        not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups
+    ):
+        assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
+            0,
+            RoutingResult.YIELD,
+        )
         net.broker.turn_budget = 1
     reload(net, bob=["b.>"])
     net.broker.turn_budget = -1
-    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
+    assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
+        len(data),
+        RoutingResult.CONSUMED,
+    )
     net.settle()
     assert bob.payloads() == []
 
@@ -123,7 +139,9 @@ def test_who_leaves_under_review_leaves_nothing_behind() -> None:
 
 
 def test_what_was_forbidden_once_is_not_there_again_when_it_is_allowed_again() -> None:
-    """Two reloads, one behind the other: the first one's work is done before the second's rules hold."""
+    """Two reloads, one behind the other: the first one's work is done before the
+    second's rules hold.
+    """
     net, ann, bob = pair()
     for number in range(20):
         bob.ask("subscribe", topic=f"t.{number}")
@@ -155,7 +173,9 @@ def test_many_connections_are_looked_through_one_after_the_other() -> None:
     for number, member in enumerate(members):
         for each in range(number + 3):
             member.ask("subscribe", topic=f"t.{each}")
-    net.broker.reconfigure({"pool": client("pool", connections=4, subscribe=("t.0",))}, CoreLimits(), net.now)
+    net.broker.reconfigure(
+        {"pool": client("pool", connections=4, subscribe=("t.0",))}, CoreLimits(), net.now
+    )
     assert len(net.broker.revocation) == 4
     before = 18
     while net.broker.revocation:

@@ -1,7 +1,9 @@
-"""Nobody reaches what the rules deny: every kind of frame, every flag, every way to name a recipient, every right.
+"""Nobody reaches what the rules deny: every kind of frame, every flag, every way to
+name a recipient, every right.
 
-The table is exhaustive on purpose. What a frame may do is decided by the kind and the rules alone; so for each
-combination of them the test says by itself, in a few lines, whether anything may arrive, and holds the broker to it.
+The table is exhaustive on purpose. What a frame may do is decided by the kind and the
+rules alone; so for each combination of them the test says by itself, in a few lines,
+whether anything may arrive, and holds the broker to it.
 """
 
 from __future__ import annotations
@@ -16,18 +18,34 @@ from brokerd.core import operations as service
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import frame
 
-#: Recipients that "eve" may not reach, as she might name them; POOL stands for a pool member's own address.
+#: Recipients that "eve" may not reach, as she might name them; POOL stands for a pool
+#: member's own address.
 POOL = "pool/?"
 CLOSED = ("bob", "bob/x", "pool", POOL, "nobody", "$broker/x", "$other", "")
 #: The same for one she may reach.
 OPEN = ("friend",)
-FLAGS = [0, Flag.RECEIPT, Flag.EXTENSION, Flag.RECEIPT | Flag.EXTENSION, Flag.ACK, Flag.RECEIPT | Flag.ACK, 8, 128]
+FLAGS = [
+    0,
+    Flag.RECEIPT,
+    Flag.EXTENSION,
+    Flag.RECEIPT | Flag.EXTENSION,
+    Flag.ACK,
+    Flag.RECEIPT | Flag.ACK,
+    8,
+    128,
+]
 TOPICS = ("open.x", "closed.x", "$broker.online.bob", "$x", "open", "closed")
 
 
 def network(**eve: Any) -> tuple[FakeNet, dict[str, Peer]]:
-    """Return eve, who may send to friend only and publish and subscribe under open.> only, and the others."""
-    rules: dict[str, Any] = {"send_to": ("friend",), "publish": ("open.>",), "subscribe": ("open.>",)}
+    """Return eve, who may send to friend only and publish and subscribe under open.>
+    only, and the others.
+    """
+    rules: dict[str, Any] = {
+        "send_to": ("friend",),
+        "publish": ("open.>",),
+        "subscribe": ("open.>",),
+    }
     net = FakeNet(
         client("eve", **rules | eve),
         client("bob"),
@@ -51,11 +69,15 @@ def envelope_of(kind: int, flags: int, name: str, topic: str = "open.x") -> byte
     return frame(header + name.encode() + before + extension + b"payload")
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind in Kind if kind is not Kind.EVENT), 0, 8, 255], ids=str)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in Kind if kind is not Kind.EVENT), 0, 8, 255], ids=str
+)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("to", [*CLOSED, *OPEN])
 def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to: str) -> None:
-    """Whatever eve sends, nobody but her friend gets anything, under her own name; and she hears of it."""
+    """Whatever eve sends, nobody but her friend gets anything, under her own name; and
+    she hears of it.
+    """
     _, peers = network()
     eve = peers["eve"]
 
@@ -71,7 +93,8 @@ def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to
     if may:
         assert answers == ([Kind.RECEIPT] if flags & Flag.RECEIPT else [])
     elif kind == Kind.ERROR and not flags & Flag.RECEIPT and flags <= Flag.ACK:
-        # An ERROR that can't be delivered is not answered by another, lest two of them play for ever.
+        # An ERROR that can't be delivered is not answered by another, lest two of them
+        # play for ever.
         assert answers in ([], [Kind.ERROR])
     else:
         assert answers[-1:] == [Kind.ERROR]
@@ -80,8 +103,12 @@ def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("to", ["", *OPEN, "bob"])
 @pytest.mark.parametrize("topic", TOPICS)
-def test_an_event_is_published_where_the_rules_allow_it_only(flags: int, to: str, topic: str) -> None:
-    """Eve's events arrive under open.> only, stamped with her name, and never where she names a recipient."""
+def test_an_event_is_published_where_the_rules_allow_it_only(
+    flags: int, to: str, topic: str
+) -> None:
+    """Eve's events arrive under open.> only, stamped with her name, and never where she
+    names a recipient.
+    """
     _, peers = network()
 
     peers["eve"].send_bytes(envelope_of(Kind.EVENT, flags, to, topic))
@@ -128,12 +155,30 @@ def test_a_subscription_hears_what_the_rules_allow_only(topic: str, group: str |
 @pytest.mark.parametrize("op", sorted(service._ADMIN))
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT, Flag.EXTENSION], ids=str)
 def test_an_administrators_operation_is_denied_to_others(op: str, flags: int) -> None:
-    """Every operation of an administrator's is denied to eve, whatever its arguments, and nothing happens."""
+    """Every operation of an administrator's is denied to eve, whatever its arguments,
+    and nothing happens.
+    """
     net, peers = network(send_to=("*",), publish=(">",), subscribe=(">", "$broker.>"))
     eve = peers["eve"]
-    arguments = {"address": "bob", "sender": "eve", "verb": "send", "target": "bob", "admin": True, "name": "root"}
+    arguments = {
+        "address": "bob",
+        "sender": "eve",
+        "verb": "send",
+        "target": "bob",
+        "admin": True,
+        "name": "root",
+    }
 
-    eve.send(Envelope(Kind.REQUEST, 5, BROKER, json.dumps({"op": op, **arguments}).encode(), codec=2, flags=flags))
+    eve.send(
+        Envelope(
+            Kind.REQUEST,
+            5,
+            BROKER,
+            json.dumps({"op": op, **arguments}).encode(),
+            codec=2,
+            flags=flags,
+        )
+    )
 
     answers = eve.take()
     assert answers[-1].kind is Kind.ERROR
@@ -148,7 +193,9 @@ def test_only_a_request_is_an_operation(kind: Kind) -> None:
     net, peers = network()
     payload = json.dumps({"op": "drain"}).encode()
 
-    peers["root"].send(Envelope(kind, 5, "" if kind is Kind.EVENT else BROKER, payload, codec=2, topic="a"))
+    peers["root"].send(
+        Envelope(kind, 5, "" if kind is Kind.EVENT else BROKER, payload, codec=2, topic="a")
+    )
 
     assert not net.broker.admin_commands
     assert not net.broker.draining
@@ -168,7 +215,9 @@ def test_the_sender_is_stamped_by_the_broker(claim: str) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 def test_an_answer_opens_the_way_back_once(kind: Kind) -> None:
-    """A request from somebody she may not send to can be answered once, with its id, and to nobody else."""
+    """A request from somebody she may not send to can be answered once, with its id,
+    and to nobody else.
+    """
     _, peers = network()
     eve, bob = peers["eve"], peers["bob"]
     bob.request("eve", id=9)
@@ -185,7 +234,9 @@ def test_an_answer_opens_the_way_back_once(kind: Kind) -> None:
 
 
 def test_a_remembered_route_does_not_outlive_the_right() -> None:
-    """What the routing loop has learned is forgotten when a reload takes the right away, in the middle of a read."""
+    """What the routing loop has learned is forgotten when a reload takes the right
+    away, in the middle of a read.
+    """
     net, peers = network(send_to=("bob",))
     eve, bob = peers["eve"], peers["bob"]
     for _ in range(3):
@@ -195,7 +246,11 @@ def test_a_remembered_route_does_not_outlive_the_right() -> None:
     net.broker.reconfigure(entries | {"eve": client("eve", send_to=())}, net.broker.limits, 0.0)
     bob.take()
 
-    eve.send_bytes(b"".join(frame(encode(Envelope(Kind.MESSAGE, id, "bob", b"not any more"))) for id in range(3)))
+    eve.send_bytes(
+        b"".join(
+            frame(encode(Envelope(Kind.MESSAGE, id, "bob", b"not any more"))) for id in range(3)
+        )
+    )
 
     assert not [each for each in bob.take() if each.kind is Kind.MESSAGE]
     assert len(eve.take()) == 3
@@ -213,6 +268,8 @@ def test_a_name_that_does_not_exist_answers_as_one_that_is_denied(to: str) -> No
 
 
 def test_the_table_is_of_all_kinds() -> None:
-    """A kind added to the protocol shows here: its number is sent above, and what it may do has to be decided."""
+    """A kind added to the protocol shows here: its number is sent above, and what it
+    may do has to be decided.
+    """
     assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5, 6, 7]
     assert parse(memoryview(envelope_of(1, 0, "bob"))[4:]).name == "bob"

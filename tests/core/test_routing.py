@@ -1,4 +1,6 @@
-"""The routing loop, both twins: frames whole, in pieces, with a tail, too long, and malformed."""
+"""The routing loop, both twins: frames whole, in pieces, with a tail, too long, and
+malformed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def feed(request: pytest.FixtureRequest) -> Feed:
 
 def pair(feed: Feed, max_message: int = 1000) -> tuple[FakeNet, Peer, Peer]:
     """Return a net with ann and bob."""
-    net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=max_message), feed=feed)
+    net = FakeNet(
+        client("ann"), client("bob"), limits=CoreLimits(max_message=max_message), feed=feed
+    )
     return net, net.connect("ann"), net.connect("bob")
 
 
@@ -42,7 +46,9 @@ def long_frame(whole: bytes, size: int | None = None) -> bytes:
 
 @STEPS
 def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> None:
-    """A stream of every kind of frame gives the same in any segmentation, long lengths and empty payloads included."""
+    """A stream of every kind of frame gives the same in any segmentation, long lengths
+    and empty payloads included.
+    """
     _, ann, bob = pair(feed)
     bob.ask("subscribe", topic="t.>")
     data = b"".join(
@@ -82,7 +88,9 @@ def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> Non
 
 
 def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Feed) -> None:
-    """Of a frame only the name changes and the flag RECEIPT goes: odd spaces in an extension stay."""
+    """Of a frame only the name changes and the flag RECEIPT goes: odd spaces in an
+    extension stay.
+    """
     _, ann, bob = pair(feed)
     extension = b'{ "ttl" : 60 ,  "traceparent":"00-\xc3\xa9" , "ttl" : 5.5 }'
     rest = struct.pack("!H", len(extension)) + extension + bytes(range(256))
@@ -93,7 +101,9 @@ def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Fee
 @STEPS
 @pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT])
-def test_an_oversized_frame_is_passed_over(feed: Feed, kind: Kind, length: str, step: int | None) -> None:
+def test_an_oversized_frame_is_passed_over(
+    feed: Feed, kind: Kind, length: str, step: int | None
+) -> None:
     """It is answered with its id and the recipient's name, and what follows it arrives."""
     _, ann, bob = pair(feed)
     name, topic = ("", "t") if kind is Kind.EVENT else ("bob", "")
@@ -118,8 +128,12 @@ def test_the_largest_message_passes(feed: Feed) -> None:
 
 @pytest.mark.parametrize("size", [2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 @STEPS
-def test_an_absurd_length_is_answered_and_stores_nothing(feed: Feed, size: int, step: int | None) -> None:
-    """However much is announced, it is passed over as it comes, and the connection lives on."""
+def test_an_absurd_length_is_answered_and_stores_nothing(
+    feed: Feed, size: int, step: int | None
+) -> None:
+    """However much is announced, it is passed over as it comes, and the connection
+    lives on.
+    """
     _, ann, bob = pair(feed)
     ann.send_bytes(long_frame(body(Kind.MESSAGE, 7, "bob", b"x"), size), step)
     assert ann.error() == (7, "too_large")
@@ -141,7 +155,9 @@ def test_an_oversized_frames_odd_name_is_not_repeated(feed: Feed) -> None:
 
 
 def test_the_error_waits_for_the_name(feed: Feed) -> None:
-    """An oversized frame whose name has not come is not answered yet, one whose name has is."""
+    """An oversized frame whose name has not come is not answered yet, one whose name
+    has is.
+    """
     _, ann, _ = pair(feed)
     whole = frame(body(Kind.MESSAGE, 7, "bob", b"x" * 2000))
     ann.send_bytes(whole[:18])
@@ -159,28 +175,56 @@ MALFORMED = [
     pytest.param(frame(struct.pack("!BBBBQ", 0, 0, 0, 3, 9) + b"bob"), 9, id="kind 0"),
     pytest.param(frame(struct.pack("!BBBBQ", 8, 0, 0, 3, 9) + b"bob"), 9, id="kind 8"),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 8, 0, 3, 9) + b"bob"), 9, id="unknown flag"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 9, 9) + b"bob"), 9, id="name longer than the frame"),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 1, 0, 0, 9, 9) + b"bob"), 9, id="name longer than the frame"
+    ),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 2, 9) + b"\xff\xff"), 9, id="name not UTF-8"),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 0, 9)), 9, id="no name"),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 3, 9) + b"a b"), 9, id="no client name"),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 9) + b"bob/"), 9, id="no instance"),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob"), 9, id="no extension"),
-    pytest.param(frame(struct.pack("!BBBBQH", 1, 2, 0, 3, 9, 0x626F) + b"b\x00\x09{}"), 9, id="extension cut short"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob\x00\x02[]"), 9, id="extension no object"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b'bob\x00\x0b{"ttl":NaN}'), 9, id="extension no JSON"),
+    pytest.param(
+        frame(struct.pack("!BBBBQH", 1, 2, 0, 3, 9, 0x626F) + b"b\x00\x09{}"),
+        9,
+        id="extension cut short",
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob\x00\x02[]"), 9, id="extension no object"
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b'bob\x00\x0b{"ttl":NaN}'),
+        9,
+        id="extension no JSON",
+    ),
     pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9)), 9, id="event without a topic"),
-    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x00"), 9, id="event with an empty topic"),
-    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x09abc"), 9, id="topic longer than the frame"),
-    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x01*"), 9, id="event on a wildcard"),
-    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x04a..b"), 9, id="event on an empty token"),
-    pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 3, 9) + b"bob\x01a"), 9, id="event with a recipient"),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x00"), 9, id="event with an empty topic"
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x09abc"),
+        9,
+        id="topic longer than the frame",
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x01*"), 9, id="event on a wildcard"
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9) + b"\x04a..b"), 9, id="event on an empty token"
+    ),
+    pytest.param(
+        frame(struct.pack("!BBBBQ", 5, 0, 0, 3, 9) + b"bob\x01a"), 9, id="event with a recipient"
+    ),
 ]
 
 
 @pytest.mark.parametrize("step", [None, 1, 5])
 @pytest.mark.parametrize(("data", "id"), MALFORMED)
-def test_a_malformed_frame_ends_the_connection(feed: Feed, data: bytes, id: int, step: int | None) -> None:
-    """It is answered with its id, 0 where none was readable; what came before it passes, what follows does not."""
+def test_a_malformed_frame_ends_the_connection(
+    feed: Feed, data: bytes, id: int, step: int | None
+) -> None:
+    """It is answered with its id, 0 where none was readable; what came before it
+    passes, what follows does not.
+    """
     _, ann, bob = pair(feed)
     good = frame(body(Kind.MESSAGE, 1, "bob", b"before"))
     ann.send_bytes(good + data + frame(body(Kind.MESSAGE, 2, "bob", b"after")), step)
@@ -202,7 +246,9 @@ def test_the_connection_ends_only_when_the_answer_is_written(feed: Feed) -> None
 
 
 def test_a_remembered_route_ends_when_things_change(feed: Feed) -> None:
-    """A route the loop knows is not used past a change of who is there, of the rules, or into a drain."""
+    """A route the loop knows is not used past a change of who is there, of the rules,
+    or into a drain.
+    """
     net, ann, bob = pair(feed)
     ann.message("bob", b"1", 1)
     ann.message("bob", b"2", 2)
@@ -240,7 +286,9 @@ def test_remembered_subscribers_are_forgotten_when_they_change(feed: Feed) -> No
 
 
 def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
-    """Frames that leave the loop are handled until patience is at its end; those that stay in it do not count."""
+    """Frames that leave the loop are handled until patience is at its end; those that
+    stay in it do not count.
+    """
     net, ann, bob = pair(feed)
     ann.message("bob", b"0")
     ping = frame(encode(Envelope(Kind.REQUEST, 1, BROKER, b'{"op": "ping"}', codec=2)))
@@ -252,21 +300,31 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
 
     assert (position, verdict) == (3 * len(data) // 4, RoutingResult.YIELD)
     net.broker.turn_budget = 3
-    assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
+    assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (
+        len(data),
+        RoutingResult.CONSUMED,
+    )
     net.settle()
     assert len(bob.take()) == 21
     assert [answer.kind for answer in ann.take()] == [Kind.REPLY] * 4
 
 
 def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None:
-    """An event that thousands of patterns nearly match is delivered in order, after many turns of the others."""
+    """An event that thousands of patterns nearly match is delivered in order, after
+    many turns of the others.
+    """
     net = FakeNet(client("ann"), client("bob", subscriptions=20_000), feed=feed)
     ann, bob = net.connect("ann"), net.connect("bob")
     for number in range(4096):
-        net.broker.topics.add(".".join("a*"[number >> bit & 1] for bit in range(12)) + ".no", bob.session)
+        net.broker.topics.add(
+            ".".join("a*"[number >> bit & 1] for bit in range(12)) + ".no", bob.session
+        )
     bob.ask("subscribe", topic="a.>")
     topic = ".".join("a" * 12)
-    events = [frame(encode(Envelope(Kind.EVENT, 0, "", b"%d" % n, topic=f"{topic}.{n}"))) for n in range(3)]
+    events = [
+        frame(encode(Envelope(Kind.EVENT, 0, "", b"%d" % n, topic=f"{topic}.{n}")))
+        for n in range(3)
+    ]
     data = memoryview(b"".join(events))
     position, turns = 0, 0
     while position < len(data):
@@ -279,7 +337,9 @@ def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None
 
 
 def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
-    """An event for thousands of groups is delivered once to each that is chosen, after many turns of the others."""
+    """An event for thousands of groups is delivered once to each that is chosen, after
+    many turns of the others.
+    """
     net = FakeNet(client("ann"), client("pool", connections=4), feed=feed)
     ann, pool = net.connect("ann"), [net.connect("pool") for _ in range(4)]
     for member in pool:
@@ -287,7 +347,11 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
             net.broker.topics.add("a.b", member.session, f"g{number}")
             member.session.subscriptions.add(("a.b", f"g{number}"))
     pool[0].ask("subscribe", topic="a.b", group="mine")
-    data = memoryview(b"".join(frame(encode(Envelope(Kind.EVENT, 0, "", b"%d" % n, topic="a.b"))) for n in range(3)))
+    data = memoryview(
+        b"".join(
+            frame(encode(Envelope(Kind.EVENT, 0, "", b"%d" % n, topic="a.b"))) for n in range(3)
+        )
+    )
     position, turns = 0, 0
     while position < len(data):
         net.broker.turn_budget = 8
@@ -300,22 +364,33 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     net.settle()
     assert turns > 6000 * 4 // (10 * 64)
     assert not pool[0].session.open
-    assert sorted(payload for member in pool[1:] for payload in member.payloads()) == [b"0", b"1", b"2"]
+    assert sorted(payload for member in pool[1:] for payload in member.payloads()) == [
+        b"0",
+        b"1",
+        b"2",
+    ]
 
 
 def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: Feed) -> None:
-    """Its sender's turn is over the sooner by the nodes of the tree, and by the subscribers."""
+    """Its sender's turn is over the sooner by the nodes of the tree, and by the
+    subscribers.
+    """
     net = FakeNet(client("ann"), client("pool", connections=64), feed=feed)
     ann, pool = net.connect("ann"), [net.connect("pool") for _ in range(64)]
     for each in pool:
         net.broker.topics.add("t", each.session)
     for number in range(1024):
-        net.broker.topics.add(".".join("a*"[number >> bit & 1] for bit in range(10)) + ".no", pool[0].session)
+        net.broker.topics.add(
+            ".".join("a*"[number >> bit & 1] for bit in range(10)) + ".no", pool[0].session
+        )
     costs = []
     for topic in ("nobody", ".".join("a" * 10) + ".x", "t", "t"):
         data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=topic))))
         net.broker.turn_budget = 100
-        assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (len(data), RoutingResult.CONSUMED)
+        assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
+            len(data),
+            RoutingResult.CONSUMED,
+        )
         costs.append(99 - net.broker.turn_budget)
     # Who was found is remembered; a pool's members are gone through all the same.
     assert costs[0] == 0
@@ -338,7 +413,9 @@ def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -
 
 
 def test_the_loop_keeps_the_quota(feed: Feed) -> None:
-    """Messages in one buffer do not pass the quota of somebody who does not read, by not one byte."""
+    """Messages in one buffer do not pass the quota of somebody who does not read, by
+    not one byte.
+    """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=WhenFull.REFUSE), feed=feed)
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob")

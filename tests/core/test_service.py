@@ -62,7 +62,9 @@ def test_an_answer_carries_the_requests_id_and_is_json() -> None:
     ],
 )
 def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
-    """Whatever a client sends as an operation has an answer, and the connection lives on."""
+    """Whatever a client sends as an operation has an answer, and the connection lives
+    on.
+    """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     ann.request(BROKER, payload, 4)
@@ -71,7 +73,9 @@ def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
 
 
 def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
-    """What no operation needs is refused by its size: a message has room for millions of empty lists."""
+    """What no operation needs is refused by its size: a message has room for millions
+    of empty lists.
+    """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     ping = b'{"op": "ping"}'
@@ -84,7 +88,9 @@ def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
 
 @pytest.mark.parametrize("op", ["clients", "connections", "stats"])
 def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps are taken each time, whatever the patience is; the sender's next question waits for the answer."""
+    """A few steps are taken each time, whatever the patience is; the sender's next
+    question waits for the answer.
+    """
     monkeypatch.setattr(broker_module, "_STEPS", 2)
     net = FakeNet(*(client(f"c{number}", admin=True) for number in range(1500)))
     peers = [net.connect(f"c{number}") for number in range(200)]
@@ -136,7 +142,9 @@ def test_long_answer_for_a_session_that_left_is_forgotten() -> None:
 
 @pytest.mark.parametrize("op", ["clients", "connections", "stats"])
 def test_long_answer_is_given_by_the_process_that_takes_over(op: str) -> None:
-    """A question that is being answered goes over, and what its sender asks next waits for it there."""
+    """A question that is being answered goes over, and what its sender asks next waits
+    for it there.
+    """
     net = FakeNet(*(client(f"c{number}", admin=True) for number in range(5000)))
     for number in range(200):
         net.connect(f"c{number}")
@@ -185,7 +193,9 @@ def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
     ],
 )
 def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str, str]) -> None:
-    """A name of 64 KiB is refused with what would be right; neither answer nor log is as long as it."""
+    """A name of 64 KiB is refused with what would be right; neither answer nor log is
+    as long as it.
+    """
     net = FakeNet(client("ann", admin=True))
     ann = net.connect("ann")
     ann.op(op, 5, **{key: "x" * 2**16}, **others)
@@ -198,7 +208,9 @@ def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])
 def test_the_broker_takes_requests_only(kind: Kind) -> None:
-    """A MESSAGE or REPLY to ``$broker`` comes back, and so does what is sent to another name with a dollar."""
+    """A MESSAGE or REPLY to ``$broker`` comes back, and so does what is sent to another
+    name with a dollar.
+    """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     (ann.message if kind is Kind.MESSAGE else ann.reply)(BROKER, b"{}", 5)
@@ -209,17 +221,24 @@ def test_the_broker_takes_requests_only(kind: Kind) -> None:
 
 def test_clients_lists_whom_one_may_send_to() -> None:
     """Each with whether it is there, and since when; nobody else."""
-    net = FakeNet(client("ann", send_to=["bob", "cid"]), client("bob"), client("cid"), client("dan"))
+    net = FakeNet(
+        client("ann", send_to=["bob", "cid"]), client("bob"), client("cid"), client("dan")
+    )
     ann = net.connect("ann")
     net.advance(5)
     net.connect("bob")
     assert ann.ask("clients") == {
-        "clients": [{"name": "bob", "online": True, "since": 1005.0}, {"name": "cid", "online": False, "since": 1000.0}]
+        "clients": [
+            {"name": "bob", "online": True, "since": 1005.0},
+            {"name": "cid", "online": False, "since": 1000.0},
+        ]
     }
 
 
 def test_subscribe_and_unsubscribe() -> None:
-    """The answer repeats what was asked; afterwards events come, or come no more; ending twice is no error."""
+    """The answer repeats what was asked; afterwards events come, or come no more;
+    ending twice is no error.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     assert ann.ask("subscribe", topic="jobs.*") == {"topic": "jobs.*", "group": None}
@@ -288,10 +307,17 @@ def test_stats_count_what_passed() -> None:
     bob.leave()
     after = ops.ask("stats")
     assert after["messages_in"] - before["messages_in"] == 5
-    assert after["bytes_in"] - before["bytes_in"] == 3 * 20 + 18 + (12 + 7 + len(b'{"op": "stats"}'))
+    assert after["bytes_in"] - before["bytes_in"] == 3 * 20 + 18 + (
+        12 + 7 + len(b'{"op": "stats"}')
+    )
     assert after["messages_out"] - before["messages_out"] == 5
     assert after["refused"] == {"no_such_client": 1}
-    assert (before["online"], after["online"], after["clients"], after["connections"]) == (3, 2, 3, 2)
+    assert (before["online"], after["online"], after["clients"], after["connections"]) == (
+        3,
+        2,
+        3,
+        2,
+    )
     assert after["draining"] is False
     assert after["waiting_bytes"] == 0
 
@@ -329,7 +355,9 @@ def test_connections_show_each_one() -> None:
 
 
 def test_disconnect() -> None:
-    """A connection is closed by its address, all of a pool by its name; oneself, after the answer."""
+    """A connection is closed by its address, all of a pool by its name; oneself, after
+    the answer.
+    """
     net = FakeNet(client("ops", admin=True), client("pool", connections=3), client("ann"))
     ops = net.connect("ops")
     one, two, three = (net.connect("pool") for _ in range(3))
@@ -403,11 +431,18 @@ def test_can_explains_the_answer() -> None:
 
 
 def test_can_knows_what_no_rule_decides() -> None:
-    """Everyone may ask the broker, and nobody may publish under ``$``, whatever the rules."""
+    """Everyone may ask the broker, and nobody may publish under ``$``, whatever the
+    rules.
+    """
     net = FakeNet(client("ops", admin=True), client("ann", send_to=[]))
     ops = net.connect("ops")
     asking = ops.ask("can", sender="ann", verb="send", target="$broker")
-    assert asking == {"allowed": True, "rule": None, "where": None, "why": "everyone may ask the broker"}
+    assert asking == {
+        "allowed": True,
+        "rule": None,
+        "where": None,
+        "why": "everyone may ask the broker",
+    }
     publishing = ops.ask("can", sender="ann", verb="publish", target="$broker.draining")
     assert publishing == {
         "allowed": False,
@@ -421,6 +456,9 @@ def test_can_refuses_what_it_does_not_know() -> None:
     """An unknown sender or verb is an error, not a no."""
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
-    assert refused(ops, "can", sender="nobody", verb="send", target="ops") == ("no_such_client", "nobody")
+    assert refused(ops, "can", sender="nobody", verb="send", target="ops") == (
+        "no_such_client",
+        "nobody",
+    )
     assert refused(ops, "can", sender="ops", verb="fly", target="ops") == ("unsupported", BROKER)
     assert refused(ops, "can", sender="ops", verb="send") == ("unsupported", BROKER)

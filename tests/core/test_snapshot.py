@@ -1,4 +1,6 @@
-"""Everything the broker holds, captured and restored in another broker: nobody can tell the difference."""
+"""Everything the broker holds, captured and restored in another broker: nobody can tell
+the difference.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ from brokerd_client.wire.envelope import Kind
 
 
 def test_what_waits_arrives_once_and_in_order() -> None:
-    """Frames wait in chunks, of the first one a part is written; the client reads on as if nothing had been."""
+    """Frames wait in chunks, of the first one a part is written; the client reads on as
+    if nothing had been.
+    """
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block(25)
-    sent = [b"%d" % number * 70_000 for number in range(5)] + [b"%d" % number for number in range(5)]
+    sent = [b"%d" % number * 70_000 for number in range(5)] + [
+        b"%d" % number for number in range(5)
+    ]
     for payload in sent:
         alice.message("bob", payload)
 
@@ -34,7 +40,9 @@ def test_what_waits_arrives_once_and_in_order() -> None:
 
 
 def test_a_pools_queue_keeps_what_is_known_of_each_frame() -> None:
-    """What waits for a member that leaves goes to another one, or back to its sender: after the change too."""
+    """What waits for a member that leaves goes to another one, or back to its sender:
+    after the change too.
+    """
     net = FakeNet(client("alice"), client("pool", connections=2))
     alice, first, second = net.connect("alice"), net.connect("pool"), net.connect("pool")
     first.block(5)
@@ -124,7 +132,9 @@ def test_who_does_not_read_its_answers_stays_held_without_an_end() -> None:
 
 
 def test_a_request_is_answered_after_the_change() -> None:
-    """The answer finds who asked, whatever the rules say; and who leaves without an answer is answered for."""
+    """The answer finds who asked, whatever the rules say; and who leaves without an
+    answer is answered for.
+    """
     net = FakeNet(client("alice"), client("bob", send_to=()))
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.request("bob", b"?", 1)
@@ -158,7 +168,9 @@ def test_subscriptions_go_on() -> None:
 
 
 def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
-    """A member of a pool is gone and its messages are not dealt with yet: they are, afterwards."""
+    """A member of a pool is gone and its messages are not dealt with yet: they are,
+    afterwards.
+    """
     net = FakeNet(client("alice"), client("bob"), client("eve"))
     alice, bob, eve = net.connect("alice"), net.connect("bob"), net.connect("eve")
     alice.request("bob", b"?", 1)
@@ -174,13 +186,20 @@ def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
     assert net.broker.has_deferred_work
     net.settle()
 
-    assert sorted((each.id, each.kind) for each in alice.take()) == [(1, Kind.ERROR), (2, Kind.ERROR)]
+    assert sorted((each.id, each.kind) for each in alice.take()) == [
+        (1, Kind.ERROR),
+        (2, Kind.ERROR),
+    ]
     assert net.broker.dropped == 1
 
 
 @pytest.mark.parametrize("connections", [1, 2])
-def test_who_comes_later_under_a_name_hears_nothing_of_a_predecessors_messages(connections: int) -> None:
-    """The sender is gone before the change, its successor comes after it: the message is nobody's."""
+def test_who_comes_later_under_a_name_hears_nothing_of_a_predecessors_messages(
+    connections: int,
+) -> None:
+    """The sender is gone before the change, its successor comes after it: the message
+    is nobody's.
+    """
     net = FakeNet(client("alice"), client("bob", connections=connections))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
@@ -261,7 +280,9 @@ def test_counters_go_on() -> None:
 
 
 def test_presence_is_as_it_was() -> None:
-    """Nobody came or went: nothing is announced, and everybody is there since when they were."""
+    """Nobody came or went: nothing is announced, and everybody is there since when they
+    were.
+    """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice = net.connect("alice")
     net.advance(5)
@@ -305,7 +326,9 @@ def test_a_changed_rate_begins_anew() -> None:
 
 
 def test_a_name_that_is_gone_gets_what_waited_for_it_and_is_to_be_closed() -> None:
-    """Under a configuration without it, it is in no list, and nobody reaches it; its queue is still written."""
+    """Under a configuration without it, it is in no list, and nobody reaches it; its
+    queue is still written.
+    """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
     bob.ask("subscribe", topic="a")
@@ -331,7 +354,9 @@ def test_a_name_that_is_gone_gets_what_waited_for_it_and_is_to_be_closed() -> No
 
 
 def test_a_session_whose_name_was_gone_already_stays_out() -> None:
-    """Removed by a reload, configured again, and replaced: the old connection is not the new name's."""
+    """Removed by a reload, configured again, and replaced: the old connection is not
+    the new name's.
+    """
     net = FakeNet(client("alice"), client("bob"))
     alice, old = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"first")
@@ -400,8 +425,14 @@ def test_a_client_with_two_connections_keeps_its_addresses() -> None:
 
 
 def test_capturing_changes_nothing() -> None:
-    """If the other process does not take over, everything goes on; and a second capture says the same."""
-    net = FakeNet(client("alice", rate=RateConfig(100.0, 1e6)), client("bob", queue=60), client("pool", connections=2))
+    """If the other process does not take over, everything goes on; and a second capture
+    says the same.
+    """
+    net = FakeNet(
+        client("alice", rate=RateConfig(100.0, 1e6)),
+        client("bob", queue=60),
+        client("pool", connections=2),
+    )
     alice, bob, pool = net.connect("alice"), net.connect("bob"), net.connect("pool")
     bob.block(3)
     pool.block(3)
@@ -438,10 +469,13 @@ def test_facts_that_lack_bytes_are_refused() -> None:
     fresh = FakeNet(client("alice"), client("bob")).broker
 
     with pytest.raises(ValueError, match="are wanted where"):
-        restore(fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now)
+        restore(
+            fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now
+        )
 
 
-#: What a session is made of: captured, or there anew (found again, empty, or the connection's own).
+#: What a session is made of: captured, or there anew (found again, empty, or the
+#: connection's own).
 CAPTURED = {
     "address",
     "allowance",
@@ -473,19 +507,50 @@ CAPTURED = {
     "subscriptions",
     "waiters",
 }
-MADE_ANEW = {"cut", "widest", "rank", "spread", "fanouts", "generation", "connection", "routes", "topics_version"}
+MADE_ANEW = {
+    "cut",
+    "widest",
+    "rank",
+    "spread",
+    "fanouts",
+    "generation",
+    "connection",
+    "routes",
+    "topics_version",
+}
 #: Only connections that are about to end have these, and none of those is captured.
-PARTING = {"closing_code", "finished", "finishing", "marked_at", "marks", "mute", "parting", "retired", "told"}
+PARTING = {
+    "closing_code",
+    "finished",
+    "finishing",
+    "marked_at",
+    "marks",
+    "mute",
+    "parting",
+    "retired",
+    "told",
+}
 
 
 def test_nothing_a_session_knows_is_forgotten() -> None:
-    """Whoever gives a session another attribute says here what becomes of it when the process is replaced."""
+    """Whoever gives a session another attribute says here what becomes of it when the
+    process is replaced.
+    """
     assert set(Session.__slots__) == CAPTURED | MADE_ANEW | PARTING
 
 
 def test_nothing_the_broker_knows_is_forgotten() -> None:
     """And so for the broker, its clients and both kinds of outbox."""
-    captured = {"exchange", "topics", "started_at", "upgrades", "refused", "dropped", "totals", "returned"}
+    captured = {
+        "exchange",
+        "topics",
+        "started_at",
+        "upgrades",
+        "refused",
+        "dropped",
+        "totals",
+        "returned",
+    }
     captured |= {"_held", "_order", "_leaving", "deadlines", "deferred", "asking"}
     settled = {"touched", "released", "admin_commands", "log_events"}
     # What is under review is held against the rules when it is restored.
@@ -503,7 +568,15 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     # Of connections that are about to end, none of which is captured.
     of_this_process |= {"finishing", "unheard"}
     assert set(vars(FakeNet().broker)) == captured | settled | of_this_process
-    assert set(Client.__slots__) == {"changed_at", "config", "meter", "name", "policy", "sessions", "turn"} | {
+    assert set(Client.__slots__) == {
+        "changed_at",
+        "config",
+        "meter",
+        "name",
+        "policy",
+        "sessions",
+        "turn",
+    } | {
         "_mixed",
         "_numbered",
         "_ranks",
@@ -518,11 +591,15 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
 
 
 def test_capture_leaves_out_clients_to_which_nothing_has_happened() -> None:
-    """Of ten thousand that is most; they are offline there since the first process started."""
+    """Of ten thousand that is most; they are offline there since the first process
+    started.
+    """
     configs = [client(f"c{number}") for number in range(100)]
     broker = Broker(configs, now_wall=1000.0)
     facts = capture(broker, [], 0.0).facts
     assert facts["clients"] == {}
     new_process = Broker(configs, now_wall=2000.0)
     restore(new_process, facts, Pieces(b""), 0.0)
-    assert {(each.changed_at, each.shown_since) for each in new_process.exchange.clients.values()} == {(1000.0, 1000.0)}
+    assert {
+        (each.changed_at, each.shown_since) for each in new_process.exchange.clients.values()
+    } == {(1000.0, 1000.0)}

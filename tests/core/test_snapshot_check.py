@@ -1,4 +1,6 @@
-"""Facts that no process can have captured are refused, in words that say where, before anything is taken over."""
+"""Facts that no process can have captured are refused, in words that say where, before
+anything is taken over.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,19 @@ from brokerd.core.broker import Broker
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
 from brokerd.core.snapshot_check import check_counts
 
-CONFIGS = (client("alice"), client("bob"), client("pool", connections=2), client("metered", rate=RateConfig(5.0, None)))
+CONFIGS = (
+    client("alice"),
+    client("bob"),
+    client("pool", connections=2),
+    client("metered", rate=RateConfig(5.0, None)),
+)
 
 
 @functools.cache
 def captured() -> tuple[str, bytes]:
-    """Return what a broker hands over that holds some of everything: alice, bob and two of a pool, one more gone."""
+    """Return what a broker hands over that holds some of everything: alice, bob and two
+    of a pool, one more gone.
+    """
     net = FakeNet(*CONFIGS)
     alice, bob, first, second = (net.connect(name) for name in ("alice", "bob", "pool", "pool"))
     alice.op("subscribe", 1, topic="a.>")
@@ -91,15 +100,35 @@ GONE = object()
         (("sessions", 0, "asked"), [[1, "bob", -1]], "whole number"),
         (("sessions", 0, "asked"), [[1, "alice", 1]], "another address"),
         (("sessions", 0, "expiring"), [[7, "bob", 5.0]], "a request that was not asked"),
-        (("sessions", 0, "expiring"), [[1, "bob", 2.0**34]], "a number of seconds that a ttl can have"),
+        (
+            ("sessions", 0, "expiring"),
+            [[1, "bob", 2.0**34]],
+            "a number of seconds that a ttl can have",
+        ),
         (("sessions", 0, "reached_by_event"), [99], "names a session that is not there"),
         (("outboxes", 1, "timed"), [[0, 5.0, 0, None]], "names a frame that is not there"),
         (("outboxes", 1, "timed"), [[0, 5.0, 0, None]] * 2, "not in order"),
         (("deferred",), [{"question": None, "news": None}], "not one job"),
-        (("deferred",), [{"question": [99, 1, "clients"], "news": None}], "names a session that is not open"),
-        (("deferred",), [{"question": [0, 1, "reload"], "news": None}], "an operation with a long answer"),
-        (("deferred",), [{"question": None, "news": ["jobs", "{}", None, None, []]}], "a topic of the broker's own"),
-        (("deferred",), [{"question": None, "news": ["$a", "{}", None, None, [99]]}], "names a session that is not"),
+        (
+            ("deferred",),
+            [{"question": [99, 1, "clients"], "news": None}],
+            "names a session that is not open",
+        ),
+        (
+            ("deferred",),
+            [{"question": [0, 1, "reload"], "news": None}],
+            "an operation with a long answer",
+        ),
+        (
+            ("deferred",),
+            [{"question": None, "news": ["jobs", "{}", None, None, []]}],
+            "a topic of the broker's own",
+        ),
+        (
+            ("deferred",),
+            [{"question": None, "news": ["$a", "{}", None, None, [99]]}],
+            "names a session that is not",
+        ),
         (("sessions", 3, "address"), "pool/i3", "one address"),
         (("sessions", 3, "number"), 3, "one number"),
         (("clients", "metered", "levels"), None, "does not fit the rate"),
@@ -126,7 +155,9 @@ GONE = object()
         (("held",), [[2, 1, 5.0], [2, 0, 5.0]], "held twice"),
     ],
 )
-def test_what_contradicts_itself_is_refused(path: tuple[Any, ...], value: object, expected: str) -> None:
+def test_what_contradicts_itself_is_refused(
+    path: tuple[Any, ...], value: object, expected: str
+) -> None:
     """One value is changed, or taken out; the error says which."""
     text, body = captured()
     facts = json.loads(text)

@@ -61,7 +61,9 @@ def test_a_topic_that_fits_is_found(pattern: str, topic: str) -> None:
 
 @pytest.mark.parametrize(("pattern", "topic"), UNFITTING)
 def test_a_topic_that_does_not_fit_is_not_found(pattern: str, topic: str) -> None:
-    """Both ways of asking agree that the topic does not fit; wildcards at the front stay outside of ``$``."""
+    """Both ways of asking agree that the topic does not fit; wildcards at the front
+    stay outside of ``$``.
+    """
     topics: Topics[str] = Topics()
     topics.add(pattern, "ann")
     assert not matches(pattern, topic)
@@ -78,7 +80,11 @@ def test_the_tree_finds_what_a_regular_expression_does(patterns: list[str], topi
         number
         for number, pattern in enumerate(patterns)
         if re.fullmatch(
-            r"\.".join({"*": r"[^.]+", ">": r".+"}.get(token, re.escape(token)) for token in pattern.split(".")), topic
+            r"\.".join(
+                {"*": r"[^.]+", ">": r".+"}.get(token, re.escape(token))
+                for token in pattern.split(".")
+            ),
+            topic,
         )
         and not (topic.startswith("$") and pattern[0] in "*>")
     }
@@ -113,7 +119,9 @@ def test_what_a_rule_covers_it_matches(rule: str, pattern: str, topic: str) -> N
     ],
 )
 def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, covered: bool) -> None:
-    """A subscription is allowed only if no topic it could match lies outside of the rule."""
+    """A subscription is allowed only if no topic it could match lies outside of the
+    rule.
+    """
     assert covers(rule, pattern) is covered
 
 
@@ -126,7 +134,9 @@ def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, cove
 def test_a_search_in_pieces_finds_who_is_subscribed_at_its_end(
     before: list[str], changes: list[tuple[bool, str]], topic: str, pieces: int
 ) -> None:
-    """Whoever subscribes or leaves while somebody searches is found or not as if all had been searched at the end."""
+    """Whoever subscribes or leaves while somebody searches is found or not as if all
+    had been searched at the end.
+    """
     topics: Topics[str] = Topics()
     for pattern in before:
         topics.add(pattern, pattern)
@@ -141,7 +151,9 @@ def test_a_search_in_pieces_finds_who_is_subscribed_at_its_end(
 
 
 def test_a_search_goes_no_further_than_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand patterns that agree with the topic in all but their last token are not looked at all at once."""
+    """A thousand patterns that agree with the topic in all but their last token are not
+    looked at all at once.
+    """
     monkeypatch.setattr(topics_module, "_PIECE", 8)
     topics: Topics[int] = Topics()
     topic = ".".join("a" * 12)
@@ -161,7 +173,9 @@ def test_a_search_goes_no_further_than_it_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_who_subscribes_where_a_search_has_passed_is_found() -> None:
-    """Behind the search, where nobody was subscribed, somebody is now; and who was found already may have left."""
+    """Behind the search, where nobody was subscribed, somebody is now; and who was
+    found already may have left.
+    """
     topics: Topics[str] = Topics()
     for pattern in ("a.>", "a.*.c"):
         topics.add(pattern, "ann")
@@ -180,7 +194,9 @@ SUBSCRIPTIONS = st.tuples(st.sampled_from(["a.b", "a.*", ">", "c"]), st.sampled_
 
 @given(
     before=st.sets(SUBSCRIPTIONS, max_size=12),
-    changes=st.lists(st.tuples(st.sampled_from(["join", "end", "leave", "tidy"]), SUBSCRIPTIONS), max_size=12),
+    changes=st.lists(
+        st.tuples(st.sampled_from(["join", "end", "leave", "tidy"]), SUBSCRIPTIONS), max_size=12
+    ),
     pieces=st.integers(1, 6),
     start=st.integers(0, 12),
 )
@@ -190,7 +206,9 @@ def test_who_joins_or_leaves_a_group_during_a_search_is_taken_into_account(
     pieces: int,
     start: int,
 ) -> None:
-    """Whatever happens while somebody searches, the groups and their members are those of its end."""
+    """Whatever happens while somebody searches, the groups and their members are those
+    of its end.
+    """
     topics: Topics[str] = Topics()
     there: set[tuple[str, str, str | None]] = set()
     gone: set[str] = set()
@@ -208,7 +226,9 @@ def test_who_joins_or_leaves_a_group_during_a_search_is_taken_into_account(
         if rest and start < 0:
             what, (pattern, member, group) = rest.pop()
             if what == "end" and there:
-                pattern, member, group = min(there, key=lambda each: (each[0] != pattern, each[1] != member, str(each)))
+                pattern, member, group = min(
+                    there, key=lambda each: (each[0] != pattern, each[1] != member, str(each))
+                )
             if what == "join":
                 join(pattern, member, group)
             elif what == "end" and member not in gone:
@@ -231,7 +251,9 @@ def test_who_joins_or_leaves_a_group_during_a_search_is_taken_into_account(
 
 
 def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() -> None:
-    """Behind the search, just there and before it: what is found is what is true at its end."""
+    """Behind the search, just there and before it: what is found is what is true at its
+    end.
+    """
     topics: Topics[str] = Topics()
     for member in ("ann", "bob"):
         for group in ("g", "h"):
@@ -254,14 +276,20 @@ def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() ->
         if found is not None:
             break
     assert found is not None
-    assert found.groups == {"g": {behind: 1, before: 2}, "h": {behind: 2}, "i": {behind: 1, before: 1}}
+    assert found.groups == {
+        "g": {behind: 1, before: 2},
+        "h": {behind: 2},
+        "i": {behind: 1, before: 1},
+    }
     topics.search("a.b", "other", 1)
     topics.discard(pattern, behind, "i")
     assert set(topics.find("a.b").groups["i"]) == {before}
 
 
 def test_a_group_that_was_found_and_has_ended_is_none() -> None:
-    """The last member of a group leaves it while the rest is looked up; another is still in it by another pattern."""
+    """The last member of a group leaves it while the rest is looked up; another is
+    still in it by another pattern.
+    """
     topics: Topics[str] = Topics()
     for group in ("g", "h"):
         topics.add("a", "ann", group)
@@ -292,7 +320,9 @@ def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
 
 
 def test_matches_are_counted() -> None:
-    """By member and group, so that one of two patterns may end; a group without members is none."""
+    """By member and group, so that one of two patterns may end; a group without members
+    is none.
+    """
     found: Matches[str] = Matches()
     for member, group in (("ann", "g"), ("ann", "g"), ("bob", "g"), ("ann", None)):
         found.add(member, group)
@@ -324,7 +354,9 @@ def test_a_group_that_is_left_before_a_search_comes_to_it_is_not_found() -> None
 
 
 def test_the_groups_at_the_end_of_a_search_are_looked_up_in_pieces() -> None:
-    """Three members of a thousand groups each on one topic are not looked at all at once."""
+    """Three members of a thousand groups each on one topic are not looked at all at
+    once.
+    """
     topics: Topics[str] = Topics()
     for number in range(3000):
         topics.add("a.b", "abc"[number % 3], f"g{number // 3}")
@@ -340,14 +372,20 @@ def test_the_groups_at_the_end_of_a_search_are_looked_up_in_pieces() -> None:
     assert all(set(members) == set("abc") for members in found.groups.values())
 
 
-def test_of_searches_that_have_found_many_one_goes_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred of them hold no more than one of them and a little; each comes to its end, whoever does not go on."""
+def test_of_searches_that_have_found_many_one_goes_on_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hundred of them hold no more than one of them and a little; each comes to its
+    end, whoever does not go on.
+    """
     monkeypatch.setattr(topics_module, "_FEW", 10)
     topics: Topics[str] = Topics()
     for number in range(100):
         topics.add("a.*", "ann", f"g{number}")
     owners = [f"{number}" for number in range(20)]
-    assert all(topics.search(f"a.{owner}", owner, 8)[0] is None for owner in owners for _ in range(9))
+    assert all(
+        topics.search(f"a.{owner}", owner, 8)[0] is None for owner in owners for _ in range(9)
+    )
     held = "0"
     done: list[str] = []
     turns = 0
@@ -369,7 +407,9 @@ def test_of_searches_that_have_found_many_one_goes_on_at_a_time(monkeypatch: pyt
 
 
 def test_a_search_for_something_else_begins_anew() -> None:
-    """An owner searches for one topic at a time; what it has found for another is nothing to this one."""
+    """An owner searches for one topic at a time; what it has found for another is
+    nothing to this one.
+    """
     topics: Topics[str] = Topics()
     topics.add("a.b", "ann")
     topics.add("c.d", "cid")
@@ -384,7 +424,9 @@ def test_a_search_for_something_else_begins_anew() -> None:
 
 
 def test_a_search_that_waits_keeps_nothing_of_who_came_and_went() -> None:
-    """Its owner may be held for long, while somebody subscribes and unsubscribes all the time."""
+    """Its owner may be held for long, while somebody subscribes and unsubscribes all
+    the time.
+    """
     topics: Topics[str] = Topics()
     topics.add("a.>", "ann")
     assert topics.search("a.b.c", "owner", 1) == (None, 1)
@@ -400,7 +442,9 @@ def test_a_search_that_waits_keeps_nothing_of_who_came_and_went() -> None:
 
 
 def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
-    """Also by a search that is under way; the others stay, and at last nothing is left but them."""
+    """Also by a search that is under way; the others stay, and at last nothing is left
+    but them.
+    """
     topics: Topics[str] = Topics()
     patterns = [("a.>", None), ("a.*.c", "g"), ("a.b.c", None), ("x", None)]
     for pattern, group in patterns:
@@ -429,7 +473,9 @@ def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
 
 
 def test_who_comes_and_goes_leaves_no_more_behind_than_it_had() -> None:
-    """Each new subscription puts away two of those that are left, so that they never pile up."""
+    """Each new subscription puts away two of those that are left, so that they never
+    pile up.
+    """
     topics: Topics[int] = Topics()
     for number in range(20):
         patterns = [(f"{number}.{each}", None) for each in range(10)]
@@ -440,7 +486,9 @@ def test_who_comes_and_goes_leaves_no_more_behind_than_it_had() -> None:
 
 
 def test_groups_are_found_by_name_across_patterns() -> None:
-    """A group is one group, whatever patterns its members used; without one a member stands for itself."""
+    """A group is one group, whatever patterns its members used; without one a member
+    stands for itself.
+    """
     topics: Topics[str] = Topics()
     topics.add("a.*", "ann", "g")
     topics.add("a.b", "bob", "g")
@@ -448,13 +496,19 @@ def test_groups_are_found_by_name_across_patterns() -> None:
     topics.add("a.b", "ann")
     found = topics.find("a.b")
     assert list(found.everyone) == ["ann"]
-    assert {group: list(members) for group, members in found.groups.items()} == {"g": ["bob", "ann"], "h": ["cid"]} or {
-        group: set(members) for group, members in found.groups.items()
-    } == {"g": {"ann", "bob"}, "h": {"cid"}}
+    assert {group: list(members) for group, members in found.groups.items()} == {
+        "g": ["bob", "ann"],
+        "h": ["cid"],
+    } or {group: set(members) for group, members in found.groups.items()} == {
+        "g": {"ann", "bob"},
+        "h": {"cid"},
+    }
 
 
 def test_a_subscription_counts_once() -> None:
-    """The same subscription twice is one, and ends at once; what is not there can't end."""
+    """The same subscription twice is one, and ends at once; what is not there can't
+    end.
+    """
     topics: Topics[str] = Topics()
     version = topics.version
     assert topics.add("a.b", "ann")
@@ -486,7 +540,9 @@ def test_empty_branches_are_cut() -> None:
     assert topics._root.is_empty
 
 
-def test_what_was_found_is_remembered_until_a_subscription_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_remembered_until_a_subscription_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The same topic is looked up once; a change or too many topics empty the memory."""
     monkeypatch.setattr(topics_module, "_REMEMBERED", 2)
     topics: Topics[str] = Topics()

@@ -1,4 +1,6 @@
-"""Time to live: it counts from a frame's arrival at the broker, and bounds how long the frame may wait."""
+"""Time to live: it counts from a frame's arrival at the broker, and bounds how long the
+frame may wait.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from brokerd_client.wire.envelope import Envelope, Kind
 
 #: Every kind of queue: a stream, a pool's, and one that drops its oldest.
 QUEUES = pytest.mark.parametrize(
-    "changes", [{}, {"connections": 2}, {"when_full": WhenFull.DROP_OLDEST}], ids=["stream", "pool", "drop_oldest"]
+    "changes",
+    [{}, {"connections": 2}, {"when_full": WhenFull.DROP_OLDEST}],
+    ids=["stream", "pool", "drop_oldest"],
 )
 #: Whether another process takes over in between.
 REPLACED = pytest.mark.parametrize("replaced", [False, True])
 
 
 def slow_pair(**changes: Any) -> tuple[FakeNet, Peer, Peer]:
-    """Return a net with ann, and bob who has read a part of the one message that waits for him."""
+    """Return a net with ann, and bob who has read a part of the one message that waits
+    for him.
+    """
     net = FakeNet(client("ann"), client("bob", **changes))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block(5)
@@ -75,8 +81,12 @@ def test_message_that_was_begun_is_written_to_its_end(changes: dict[str, Any]) -
 
 @QUEUES
 @REPLACED
-def test_request_without_an_answer_at_its_ttl_is_expired(changes: dict[str, Any], replaced: bool) -> None:
-    """The requester hears it at that time, delivered or not; what waits is not delivered, and an answer is denied."""
+def test_request_without_an_answer_at_its_ttl_is_expired(
+    changes: dict[str, Any], replaced: bool
+) -> None:
+    """The requester hears it at that time, delivered or not; what waits is not
+    delivered, and an answer is denied.
+    """
     net, ann, bob = slow_pair(**changes)
     bob.read()
     ann.request("bob", b"delivered", 2, extension={"ttl": 5})
@@ -100,8 +110,12 @@ def test_request_without_an_answer_at_its_ttl_is_expired(changes: dict[str, Any]
 
 @QUEUES
 @pytest.mark.parametrize("end", ["leave", "drop"])
-def test_expired_request_that_still_waits_has_one_outcome(changes: dict[str, Any], end: str) -> None:
-    """Its frame is forgotten when the recipient leaves, or when it makes room for a newer one."""
+def test_expired_request_that_still_waits_has_one_outcome(
+    changes: dict[str, Any], end: str
+) -> None:
+    """Its frame is forgotten when the recipient leaves, or when it makes room for a
+    newer one.
+    """
     net, ann, bob = slow_pair(queue=200, **changes)
     ann.request("bob", b"waits", 3, extension={"ttl": 6})
     net.advance(7)
@@ -172,7 +186,9 @@ def test_answer_past_its_ttl_is_reported_to_both(kind: Kind, changes: dict[str, 
 
 @QUEUES
 def test_event_past_its_ttl_is_dropped_and_counted(changes: dict[str, Any]) -> None:
-    """Its publisher is not told of each subscriber that missed it; other subscribers got it."""
+    """Its publisher is not told of each subscriber that missed it; other subscribers
+    got it.
+    """
     net = FakeNet(client("ann"), client("bob", **changes), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for each in (bob, cid):
@@ -189,7 +205,9 @@ def test_event_past_its_ttl_is_dropped_and_counted(changes: dict[str, Any]) -> N
 
 
 def test_message_held_past_its_ttl_comes_back_then() -> None:
-    """Its sender is not held any longer, and the recipient is not taken for one that never reads."""
+    """Its sender is not held any longer, and the recipient is not taken for one that
+    never reads.
+    """
     net = FakeNet(client("ann"), client("bob", queue=60))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -208,7 +226,9 @@ def test_message_held_past_its_ttl_comes_back_then() -> None:
 def test_very_many_expired_messages_are_answered_for_in_turns(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No call answers for more than a number of them, in the queue and among the requests."""
+    """No call answers for more than a number of them, in the queue and among the
+    requests.
+    """
     monkeypatch.setattr(broker_module, "_EXPIRED", 3)
     net, ann, bob = slow_pair(**changes)
     for number in range(2, 22):
@@ -264,7 +284,9 @@ def test_deadlines_are_due_in_order_and_never_early() -> None:
 
 
 def test_deadlines_that_are_taken_back_leave_nothing_behind() -> None:
-    """However many requests are answered in time, memory does not grow until their deadlines."""
+    """However many requests are answered in time, memory does not grow until their
+    deadlines.
+    """
     deadlines: Deadlines[int] = Deadlines()
     for number in range(10_000):
         deadlines.add(1000.0 + number, number)

@@ -1,4 +1,6 @@
-"""The two routing loops side by side: each behind a broker of its own, fed the same, compared after every step."""
+"""The two routing loops side by side: each behind a broker of its own, fed the same,
+compared after every step.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Recorded(FakeNet):
         self.calls: list[tuple[Any, ...]] = []
         for name in CALLS:
             self._record(name)
-        self.entries = [self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")]
+        self.entries = [
+            self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")
+        ]
         self.everyone: list[Peer] = list(self.entries)
         self._warm_up()
 

@@ -1,4 +1,6 @@
-"""Runs `brokerctl` against a real broker: in this process where that is enough, as a process where it is not."""
+"""Runs `brokerctl` against a real broker: in this process where that is enough, as a
+process where it is not.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,12 @@ from brokerd.testing import RunningBroker, broker
 __all__ = ["broker"]
 
 TIMEOUT_S = 30
-#: The command, as the interpreter that runs the tests starts it. A test run in the background may ignore Ctrl-C, and
-#: whatever it starts inherits that.
-_START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from brokerd.ctl import main; main()"
+#: The command, as the interpreter that runs the tests starts it. A test run in the
+#: background may ignore Ctrl-C, and whatever it starts inherits that.
+_START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from brokerd.ctl"
+    " import main; main()"
+)
 BROKERCTL = [sys.executable, "-c", _START]
 
 
@@ -34,13 +39,21 @@ class Ctl:
     def key_file(self, name: str) -> Path:
         """Return a file with the client's key; a new name becomes a client."""
         path = self._folder / name
-        # One line end of either kind is cut from the file, and a key of random bytes may end with half of one.
+        # One line end of either kind is cut from the file, and a key of random bytes
+        # may end with half of one.
         path.write_bytes(self.broker.key(name) + b"\r\n")
         return path
 
     def access(self, name: str) -> list[str]:
         """Return the options that make `brokerctl` that client."""
-        return ["--address", self.broker.address, "--name", name, "--key-file", str(self.key_file(name))]
+        return [
+            "--address",
+            self.broker.address,
+            "--name",
+            name,
+            "--key-file",
+            str(self.key_file(name)),
+        ]
 
     def __call__(self, name: str, *arguments: str, stdin: bytes | str | None = None) -> Result:
         """Run it as that client to its end."""

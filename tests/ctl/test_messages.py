@@ -1,4 +1,6 @@
-"""send, request, listen, publish and subscribe: what arrives, what is printed, and the status a script sees."""
+"""send, request, listen, publish and subscribe: what arrives, what is printed, and the
+status a script sees.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
 
 
 def test_what_is_sent_arrives(ctl: Any) -> None:
-    """The payload's bytes arrive as they were typed, from the client that the key belongs to."""
+    """The payload's bytes arrive as they were typed, from the client that the key
+    belongs to.
+    """
     bob = ctl.broker.connect("bob")
 
     result = ctl("alice", "send", "bob", "grüße")
@@ -35,10 +39,15 @@ def test_what_is_sent_arrives(ctl: Any) -> None:
 
 
 def test_a_receipt_is_printed_on_demand(ctl: Any) -> None:
-    """send always waits for the broker; with --receipt it also says that the broker has taken the message."""
+    """send always waits for the broker; with --receipt it also says that the broker has
+    taken the message.
+    """
     ctl.broker.connect("bob")
 
-    assert ctl("alice", "send", "bob", "x", "--receipt").output == "the broker has taken 1 message for bob\n"
+    assert (
+        ctl("alice", "send", "bob", "x", "--receipt").output
+        == "the broker has taken 1 message for bob\n"
+    )
     assert ctl("alice", "send", "bob", "--lines", "--receipt", stdin="1\n2\n").output.startswith(
         "the broker has taken 2 messages"
     )
@@ -99,7 +108,9 @@ def test_lines_go_with_nothing_that_contradicts_them(ctl: Any, arguments: list[s
 
 
 def test_a_message_to_nobody_is_refused(ctl: Any) -> None:
-    """An absent client, an unknown one and a forbidden one each have their code in the message."""
+    """An absent client, an unknown one and a forbidden one each have their code in the
+    message.
+    """
     ctl.broker.add("bob")
     ctl.broker.add("shy", send_to=["other.*"])
 
@@ -161,13 +172,17 @@ def test_a_wrong_command_line_is_a_usage_error(ctl: Any, arguments: list[str]) -
 
 
 def test_the_environment_says_who_and_where(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without options, BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE count; an option goes before."""
+    """Without options, BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE count; an
+    option goes before.
+    """
     monkeypatch.setenv("BROKERD_ADDRESS", ctl.broker.address)
     monkeypatch.setenv("BROKERD_NAME", "alice")
     monkeypatch.setenv("BROKERD_KEY_FILE", str(ctl.key_file("alice")))
 
     assert CliRunner().invoke(brokerctl, ["ping"]).output.startswith("alice: ")
-    other = CliRunner().invoke(brokerctl, ["ping", "--name", "bob", "--key-file", str(ctl.key_file("bob"))])
+    other = CliRunner().invoke(
+        brokerctl, ["ping", "--name", "bob", "--key-file", str(ctl.key_file("bob"))]
+    )
     assert other.output.startswith("bob: ")
 
 
@@ -209,11 +224,16 @@ def test_a_request_prints_its_reply(ctl: Any) -> None:
 
 
 def test_a_reply_can_be_written_raw_or_as_json(ctl: Any) -> None:
-    """--raw writes exactly the bytes; --json an object, with base64 where the bytes are no text."""
+    """--raw writes exactly the bytes; --json an object, with base64 where the bytes are
+    no text.
+    """
     bob = ctl.broker.connect("bob")
     bob.on_request(lambda message: b"\xff\x00" if message.body == b"bytes" else {"n": 7})
 
-    raw, text = ctl("alice", "request", "bob", "bytes", "--raw"), ctl("alice", "request", "bob", "value", "--json")
+    raw, text = (
+        ctl("alice", "request", "bob", "bytes", "--raw"),
+        ctl("alice", "request", "bob", "value", "--json"),
+    )
     binary = ctl("alice", "request", "bob", "bytes", "--json")
 
     assert raw.stdout_bytes == b"\xff\x00"
@@ -225,13 +245,18 @@ def test_a_reply_can_be_written_raw_or_as_json(ctl: Any) -> None:
 def test_a_request_that_fails_is_refused(ctl: Any) -> None:
     """The other client's own code and words are shown."""
     bob = ctl.broker.connect("bob")
-    answering = threading.Thread(target=lambda: bob.recv(timeout=TIMEOUT_S).fail("tray 2", code="out_of_paper"))
+    answering = threading.Thread(
+        target=lambda: bob.recv(timeout=TIMEOUT_S).fail("tray 2", code="out_of_paper")
+    )
     answering.start()
 
     result = ctl("alice", "request", "bob", "print")
     answering.join(TIMEOUT_S)
 
-    assert (result.exit_code, result.output) == (Status.REFUSED, "brokerctl: out_of_paper: tray 2\n")
+    assert (result.exit_code, result.output) == (
+        Status.REFUSED,
+        "brokerctl: out_of_paper: tray 2\n",
+    )
 
 
 def test_a_request_without_an_answer_times_out(ctl: Any) -> None:
@@ -247,7 +272,9 @@ def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
     """Nobody knows whether it was carried out, and the status says so."""
     bob = ctl.broker.connect("bob")
     results: list[Result] = []
-    asking = threading.Thread(target=lambda: results.append(ctl("alice", "request", "bob", "hello")))
+    asking = threading.Thread(
+        target=lambda: results.append(ctl("alice", "request", "bob", "hello"))
+    )
     asking.start()
     bob.recv(timeout=TIMEOUT_S)
 
@@ -259,7 +286,9 @@ def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
 
 
 def test_request_abandoned_by_its_recipient_ends_in_doubt(ctl: Any) -> None:
-    """The recipient had the request, so that a script must not repeat it without thought."""
+    """The recipient had the request, so that a script must not repeat it without
+    thought.
+    """
     bob = ctl.broker.connect("bob")
     leaving = threading.Thread(target=lambda: (bob.recv(timeout=TIMEOUT_S), bob.close()))
     leaving.start()
@@ -267,7 +296,10 @@ def test_request_abandoned_by_its_recipient_ends_in_doubt(ctl: Any) -> None:
     result = ctl("alice", "request", "bob", "hello")
     leaving.join(TIMEOUT_S)
 
-    assert (result.exit_code, result.output.startswith("brokerctl: abandoned: bob ")) == (Status.IN_DOUBT, True)
+    assert (result.exit_code, result.output.startswith("brokerctl: abandoned: bob ")) == (
+        Status.IN_DOUBT,
+        True,
+    )
 
 
 # -- listen
@@ -296,7 +328,9 @@ def ended(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
 
 
 def test_listen_prints_who_sent_what(ctl: Any, begin: Begin) -> None:
-    """In a pipe: one line a message, sender and payload apart by a tab; line ends and controls are escaped."""
+    """In a pipe: one line a message, sender and payload apart by a tab; line ends and
+    controls are escaped.
+    """
     process, alice = listening(ctl, begin, "--count", "3")
 
     alice.send("bob", b"one")
@@ -320,13 +354,21 @@ def test_listen_prints_json_lines(ctl: Any, begin: Begin) -> None:
     status, out, _ = ended(process)
     assert status == Status.DONE
     assert [json.loads(line) for line in out.splitlines()] == [
-        {"kind": "message", "sender": "alice", "id": first, "extension": {"traceparent": "00"}, "payload": {"n": 7}},
+        {
+            "kind": "message",
+            "sender": "alice",
+            "id": first,
+            "extension": {"traceparent": "00"},
+            "payload": {"n": 7},
+        },
         {"kind": "message", "sender": "alice", "id": second, "payload": "text"},
     ]
 
 
 def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> None:
-    """Escapes of one byte, of two, and those that turn the text around come as JSON's; a script reads the same."""
+    """Escapes of one byte, of two, and those that turn the text around come as JSON's;
+    a script reads the same.
+    """
     process, alice = listening(ctl, begin, "--count", "1", "--json")
     text = "grüße \x1b[31m \x7f \x9b31m \x85 \u202e \u2028 \U000e0041"
 
@@ -340,7 +382,9 @@ def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> Non
 
 
 def test_text_holds_nothing_that_a_terminal_or_an_editor_obeys(ctl: Any, begin: Begin) -> None:
-    """Line ends of every kind, and what turns the text around, are escapes; a message is one line whatever reads it."""
+    """Line ends of every kind, and what turns the text around, are escapes; a message
+    is one line whatever reads it.
+    """
     process, alice = listening(ctl, begin, "--count", "1")
 
     alice.send("bob", "grüße \x9b31m \x85 \u202e \u2066 \u2028 \u2029 \U000e0041 end".encode())
@@ -388,13 +432,20 @@ def test_listen_fails_if_too_few_arrive(ctl: Any) -> None:
     too_few = ctl("bob", "listen", "--count", "1", "--timeout", "0.1")
     enough = ctl("bob", "listen", "--timeout", "0.1")
 
-    assert (too_few.exit_code, too_few.output) == (Status.TIMED_OUT, "brokerctl: timed out: 0 of 1 arrived in 0.1 s\n")
+    assert (too_few.exit_code, too_few.output) == (
+        Status.TIMED_OUT,
+        "brokerctl: timed out: 0 of 1 arrived in 0.1 s\n",
+    )
     assert (enough.exit_code, enough.output) == (Status.DONE, "")
 
 
-@pytest.mark.parametrize(("arguments", "status"), [([], Status.DONE), (["--count", "5"], Status.INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], Status.DONE), (["--count", "5"], Status.INTERRUPTED)]
+)
 def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status: Status) -> None:
-    """Ctrl-C is the good end of listening for ever, and the bad end of waiting for five messages."""
+    """Ctrl-C is the good end of listening for ever, and the bad end of waiting for five
+    messages.
+    """
     process, alice = listening(ctl, begin, *arguments)
     alice.send("bob", b"one")
     assert process.stdout is not None
@@ -408,7 +459,9 @@ def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status
 
 @pytest.mark.parametrize("arguments", [[], ["--count", "2"], ["--timeout", "60"]])
 def test_listen_ends_with_its_broker(ctl: Any, begin: Begin, arguments: list[str]) -> None:
-    """A listener whose broker goes away says so and how to have it wait: nobody takes that for an end asked for."""
+    """A listener whose broker goes away says so and how to have it wait: nobody takes
+    that for an end asked for.
+    """
     process, alice = listening(ctl, begin, *arguments)
     # The broker says that bob is there before bob's own process knows it.
     alice.send("bob", b"are you there?")

@@ -1,4 +1,6 @@
-"""clients, ping, stats, can, disconnect, reload, upgrade, drain, completion: what the broker says, and the status."""
+"""clients, ping, stats, can, disconnect, reload, upgrade, drain, completion: what the
+broker says, and the status.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_ping_says_how_long_it_took(ctl: Any) -> None:
 
 
 def test_clients_are_listed_with_who_is_online(ctl: Any) -> None:
-    """In a pipe: a line a client, its fields apart by tabs; with --json a list of objects."""
+    """In a pipe: a line a client, its fields apart by tabs; with --json a list of
+    objects.
+    """
     ctl.broker.connect("bob")
     ctl.broker.add("carol")
 
@@ -189,15 +193,21 @@ def test_help_lists_every_exit_status() -> None:
 
 def test_the_page_names_every_command_and_status() -> None:
     """docs/brokerctl.md has a line for each, so that nothing can be added in secret."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "brokerctl.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "brokerctl.md").read_text(
+        encoding="utf-8"
+    )
 
     assert set(re.findall(r"^\| `([\w-]+)", page, re.MULTILINE)) >= set(brokerctl.commands)
-    assert {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == {int(each) for each in Status}
+    assert {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == {
+        int(each) for each in Status
+    }
 
 
 @pytest.mark.parametrize("command", sorted(brokerctl.commands))
 def test_every_command_explains_itself(command: str) -> None:
-    """Each has a sentence, and shows how to say where the broker is, if it talks to one."""
+    """Each has a sentence, and shows how to say where the broker is, if it talks to
+    one.
+    """
     result = CliRunner().invoke(brokerctl, [command, "--help"])
 
     assert result.exit_code == Status.DONE
@@ -206,7 +216,8 @@ def test_every_command_explains_itself(command: str) -> None:
 
 
 def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> None:
-    """A good configuration is taken over, a bad one is refused with its errors, and draining ends the process.
+    """A good configuration is taken over, a bad one is refused with its errors, and
+    draining ends the process.
 
     Both by a reload and by a new process.
     """
@@ -218,7 +229,13 @@ def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Pat
     config.write_text(good)
     daemon = begin(
         subprocess.Popen(
-            [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(config)],
+            [
+                sys.executable,
+                "-c",
+                "from brokerd.cli.main import main; main()",
+                "--config",
+                str(config),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -239,7 +256,9 @@ def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Pat
     drained = ctl("drain")
 
     assert upgraded.exit_code == Status.DONE
-    assert re.match(r"upgraded to \S+, process \d+: 1 connection went on after \S+ ms\n", upgraded.output)
+    assert re.match(
+        r"upgraded to \S+, process \d+: 1 connection went on after \S+ ms\n", upgraded.output
+    )
     assert json.loads(as_json.stdout)["upgraded"] is True
     assert refused.exit_code == Status.CONFIG
     assert "nonsense" in refused.output

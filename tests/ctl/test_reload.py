@@ -1,4 +1,6 @@
-"""What an administrator types to reload and to look after keys: output for people, for scripts, and the exit status."""
+"""What an administrator types to reload and to look after keys: output for people, for
+scripts, and the exit status.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,14 @@ class Site:
         self.config.chmod(0o600)
 
     def ctl(self, *arguments: str) -> Result:
-        access = ["--address", f"{self.home}/b.sock", "--name", "ops", "--key-file", f"{self.home}/ops.key"]
+        access = [
+            "--address",
+            f"{self.home}/b.sock",
+            "--name",
+            "ops",
+            "--key-file",
+            f"{self.home}/ops.key",
+        ]
         return CliRunner().invoke(brokerctl, [*access, *arguments])
 
     def brokerd(self, *arguments: str, **environ: str) -> Result:
@@ -53,13 +62,21 @@ class Site:
         return CliRunner().invoke(main, list(arguments), env={**dict.fromkeys(names), **environ})
 
     def check(self, *arguments: str, **environ: str) -> Result:
-        return self.brokerd("--config", str(self.config), "check", "--against-running", *arguments, **environ)
+        return self.brokerd(
+            "--config", str(self.config), "check", "--against-running", *arguments, **environ
+        )
 
 
 @pytest.fixture
 def site(begin: Begin, socket_dir: Path) -> Site:
     here = Site(socket_dir)
-    command = [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(here.config)]
+    command = [
+        sys.executable,
+        "-c",
+        "from brokerd.cli.main import main; main()",
+        "--config",
+        str(here.config),
+    ]
     daemon = begin(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     assert daemon.stderr is not None
     assert b"daemon.started" in daemon.stderr.readline()
@@ -67,10 +84,16 @@ def site(begin: Begin, socket_dir: Path) -> Site:
 
 
 def test_a_dry_run_prints_the_plan(site: Site) -> None:
-    """A line for each thing; the exit status is 0, as the reload would work, and nothing has changed."""
-    with brokerd_client.connect(f"{site.home}/b.sock", name="bob", key="the key of bob", reconnect=False) as bob:
+    """A line for each thing; the exit status is 0, as the reload would work, and
+    nothing has changed.
+    """
+    with brokerd_client.connect(
+        f"{site.home}/b.sock", name="bob", key="the key of bob", reconnect=False
+    ) as bob:
         site.write(
-            GOOD.replace("[b.sock]", "[b.sock, second.sock]").replace("connections: 4", "connections: 5")
+            GOOD.replace("[b.sock]", "[b.sock, second.sock]").replace(
+                "connections: 4", "connections: 5"
+            )
             + "  carol: {key: c}\n"
         )
         text = site.config.read_text()
@@ -84,7 +107,10 @@ def test_a_dry_run_prints_the_plan(site: Site) -> None:
             "+ client carol",
             "~ client ops: connections: 4 -> 5",
             "- client bob",
-            f"! disconnected: bob (unix uid={os.getuid()}): its name was removed from the configuration",
+            (
+                f"! disconnected: bob (unix uid={os.getuid()}): its name was removed from the"
+                " configuration"
+            ),
             f"+ listener {site.home}/second.sock",
         ]
         assert checked.stdout == plain.stdout
@@ -121,7 +147,12 @@ def test_a_key_pasted_for_a_file_is_in_no_output(site: Site) -> None:
     for field in ("key_file", "key_env", "key_credential"):
         site.write(GOOD + f"  carol: {{{field}: {key}}}\n")
 
-        results = [site.ctl("reload"), site.ctl("reload", "--json"), site.ctl("reload", "--dry-run"), site.check()]
+        results = [
+            site.ctl("reload"),
+            site.ctl("reload", "--json"),
+            site.ctl("reload", "--dry-run"),
+            site.check(),
+        ]
         results += [site.check("--json"), site.brokerd("--config", str(site.config), "check")]
 
         assert {each.exit_code for each in results} == {78}
@@ -140,7 +171,9 @@ def test_an_address_in_the_way_is_1(site: Site) -> None:
 
 
 def test_check_finds_an_administrator_by_itself(site: Site) -> None:
-    """Without an environment it is one of the configuration; with one, that client; one without rights is refused."""
+    """Without an environment it is one of the configuration; with one, that client; one
+    without rights is refused.
+    """
     key = site.home / "bob.key"
     key.write_text("the key of bob\n")
     ops = {"BROKERD_NAME": "ops", "BROKERD_KEY_FILE": f"{site.home}/ops.key"}
@@ -169,12 +202,22 @@ def test_check_says_if_nobody_answers(tmp_path: Path) -> None:
     """No broker, and a configuration without an administrator, are told apart."""
     file = tmp_path / "b.yaml"
     for text, status, says in (
-        ("listen: [b.sock]\nclients: {ops: {key: k, admin: true}}\n", Status.UNREACHABLE, "ops at "),
-        ("listen: [b.sock]\nclients: {ops: {key: k}}\n", Status.USAGE, "set BROKERD_NAME and BROKERD_KEY_FILE"),
+        (
+            "listen: [b.sock]\nclients: {ops: {key: k, admin: true}}\n",
+            Status.UNREACHABLE,
+            "ops at ",
+        ),
+        (
+            "listen: [b.sock]\nclients: {ops: {key: k}}\n",
+            Status.USAGE,
+            "set BROKERD_NAME and BROKERD_KEY_FILE",
+        ),
     ):
         file.write_text(text)
         file.chmod(0o600)
-        result = CliRunner().invoke(main, ["check", "--against-running", str(file)], env={"BROKERD_NAME": None})
+        result = CliRunner().invoke(
+            main, ["check", "--against-running", str(file)], env={"BROKERD_NAME": None}
+        )
         assert result.exit_code == status
         assert says in result.stderr
 
@@ -202,12 +245,17 @@ def test_only_administrators_see_the_keys(ctl: Any) -> None:
 
 
 def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
-    """The command, the reload it names, and the command it gives for the client: each works as it is printed."""
+    """The command, the reload it names, and the command it gives for the client: each
+    works as it is printed.
+    """
     added = site.brokerd("--config", str(site.config), "key", "--add", "carol")
 
     assert added.exit_code == 0, added.stderr
     first, next_, then, command = added.stdout.splitlines()
-    assert first == f"added client carol: {site.home}/clients.d/carol.yaml, with its key in {site.home}/keys/carol"
+    assert (
+        first == f"added client carol: {site.home}/clients.d/carol.yaml, with its key in"
+        f" {site.home}/keys/carol"
+    )
     assert next_ == "Next: brokerctl reload"
     assert site.ctl("reload").stdout.splitlines() == ["+ client carol", "reloaded"]
     assert "name and the key" in then
@@ -225,7 +273,9 @@ def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
 
 
 def test_a_client_is_not_added_twice(site: Site) -> None:
-    """The second time nothing changes, and the exit status is 1; a bad configuration is 78; a bad name 2."""
+    """The second time nothing changes, and the exit status is 1; a bad configuration is
+    78; a bad name 2.
+    """
     options = ("key", "--config", str(site.config), "--add")
 
     assert site.brokerd(*options, "carol").exit_code == 0

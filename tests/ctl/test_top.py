@@ -1,4 +1,6 @@
-"""top: rates from counters, the order of the rows, JSON lines, and the live screen on a real terminal."""
+"""top: rates from counters, the order of the rows, JSON lines, and the live screen on a
+real terminal.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def connection(address: str, *, since: float = 1.0, **counters: Any) -> dict[str
 def row(address: str, *, waiting: int = 0, errors: int = 0, **rates: float) -> Row:
     """Return a row with some rates."""
     all_rates = dict.fromkeys(("messages_in", "bytes_in", "messages_out", "bytes_out"), 0.0) | rates
-    return Row(address, "unix", waiting, 100, slow=False, held=False, errors=errors, rates=all_rates)
+    return Row(
+        address, "unix", waiting, 100, slow=False, held=False, errors=errors, rates=all_rates
+    )
 
 
 def test_a_rate_is_what_came_between_two_looks() -> None:
@@ -53,7 +57,12 @@ def test_a_rate_is_what_came_between_two_looks() -> None:
 
     (bob,) = rates.rows([connection("bob", messages_in=150, bytes_out=3000)], now=12.0)
 
-    assert bob.rates == {"messages_in": 25.0, "bytes_in": 0.0, "messages_out": 0.0, "bytes_out": 1000.0}
+    assert bob.rates == {
+        "messages_in": 25.0,
+        "bytes_in": 0.0,
+        "messages_out": 0.0,
+        "bytes_out": 1000.0,
+    }
 
 
 def test_a_new_connection_has_no_rate_yet() -> None:
@@ -120,7 +129,9 @@ def test_top_prints_json_lines(ctl: Any) -> None:
 
 
 def test_top_in_a_pipe_looks_once(ctl: Any) -> None:
-    """Without a terminal there is nothing to keep up to date: one line a connection, and the end."""
+    """Without a terminal there is nothing to keep up to date: one line a connection,
+    and the end.
+    """
     ctl.broker.add("ops", admin=True)
 
     result = ctl("ops", "top", "--interval", "0.1")
@@ -134,22 +145,37 @@ class Terminal:
 
     def __init__(self, command: list[str], begin: Begin, **environ: str) -> None:
         self._control, terminal = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30", **environ}
+        environment = {
+            **os.environ,
+            "TERM": "xterm-256color",
+            "COLUMNS": "140",
+            "LINES": "30",
+            **environ,
+        }
         for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
             environment.pop(name, None)
         self.process = begin(
             subprocess.Popen(
-                command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True
+                command,
+                stdin=terminal,
+                stdout=terminal,
+                stderr=terminal,
+                env=environment,
+                start_new_session=True,
             )
         )
         os.close(terminal)
         self.shown = self.everything = b""
 
     def wait_for(self, text: bytes) -> None:
-        """Return when the text has been shown since the last call; forget what was before it."""
+        """Return when the text has been shown since the last call; forget what was
+        before it.
+        """
         deadline = time.monotonic() + TIMEOUT_S
         while text not in self.shown:
-            assert select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
+            assert select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))[
+                0
+            ], self.shown
             self.shown += self._read()
         self.shown = self.shown.partition(text)[2]
 
@@ -179,7 +205,13 @@ def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
     """It shows the connections, a key changes the order, and q ends it."""
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
-    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
+    command = [
+        sys.executable,
+        "-c",
+        "from brokerd.ctl import main; main()",
+        *ctl.access("ops"),
+        "top",
+    ]
     terminal = Terminal(command, begin)
 
     terminal.wait_for(b"2 of 2 clients online")
@@ -194,11 +226,21 @@ def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_top_scrolls_on_a_terminal_that_can_do_nothing_else(ctl: Any, begin: Begin) -> None:
-    """With TERM=dumb looks are printed one below the other, without a single escape, for as many as are wanted."""
+    """With TERM=dumb looks are printed one below the other, without a single escape,
+    for as many as are wanted.
+    """
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
-    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
-    terminal = Terminal([*command, "--interval", "0.1", "--count", "3", "--sort", "name"], begin, TERM="dumb")
+    command = [
+        sys.executable,
+        "-c",
+        "from brokerd.ctl import main; main()",
+        *ctl.access("ops"),
+        "top",
+    ]
+    terminal = Terminal(
+        [*command, "--interval", "0.1", "--count", "3", "--sort", "name"], begin, TERM="dumb"
+    )
     for _ in range(3):
         terminal.wait_for(b"2 of 2 clients online")
         terminal.wait_for(b"bob")
@@ -209,9 +251,17 @@ def test_top_scrolls_on_a_terminal_that_can_do_nothing_else(ctl: Any, begin: Beg
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_top_on_a_narrow_terminal_shows_less_and_that_whole(ctl: Any, begin: Begin) -> None:
-    """At 40 columns some are left out; what is shown is not cut, and how it ends can still be read."""
+    """At 40 columns some are left out; what is shown is not cut, and how it ends can
+    still be read.
+    """
     ctl.broker.add("ops", admin=True)
-    command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("ops"), "top"]
+    command = [
+        sys.executable,
+        "-c",
+        "from brokerd.ctl import main; main()",
+        *ctl.access("ops"),
+        "top",
+    ]
     terminal = Terminal(command, begin, COLUMNS="40")
     terminal.wait_for(b"brokerd ")
     terminal.wait_for(b"address")
@@ -241,7 +291,9 @@ NEEDED = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("width", [300, 140, 100, 80, 60, 40, 30, 12, 1])
 def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
-    """What is sorted by stays longest, and next who is slow; of an address enough is left to know it by."""
+    """What is sorted by stays longest, and next who is slow; of an address enough is
+    left to know it by.
+    """
     columns = columns_in(width, NEEDED, order)
     assert columns[0] == "address"
     assert [each for each in NEEDED if each in columns] == columns
@@ -250,7 +302,9 @@ def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
     if width >= 40:
         # Rates in bytes are the widest, and there are two of them.
         assert "" in columns or (width, order) == (40, "bytes")
-        sorted_by = {"in": "in/s", "out": "out/s", "bytes": "bytes out/s", "name": "address"}.get(order, order)
+        sorted_by = {"in": "in/s", "out": "out/s", "bytes": "bytes out/s", "name": "address"}.get(
+            order, order
+        )
         assert sorted_by in columns
     if width == 300:
         assert columns == list(NEEDED)
@@ -258,7 +312,9 @@ def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_a_payload_can_not_command_the_terminal(ctl: Any, begin: Begin) -> None:
-    """The control characters of a message are shown as escapes: a sender can't move the cursor or set the title."""
+    """The control characters of a message are shown as escapes: a sender can't move the
+    cursor or set the title.
+    """
     alice = ctl.broker.connect("alice")
     command = [sys.executable, "-c", "from brokerd.ctl import main; main()", *ctl.access("bob")]
     terminal = Terminal([*command, "listen", "--count", "1"], begin)

@@ -1,4 +1,6 @@
-"""brokerctl's options for TLS: what they mean together, and what can't be meant is said before anything is opened."""
+"""brokerctl's options for TLS: what they mean together, and what can't be meant is said
+before anything is opened.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, (None, None, "key.pem"), "give --address tls://HOST:PORT"),
         (TLS, (None, None, "key.pem"), "give --cert too"),
         (TLS, ("no/such.pem", None, None), "--ca no/such.pem can't be used: no such file"),
-        (TLS, (None, "no/such.pem", "no/key.pem"), "--cert no/such.pem with --cert-key no/key.pem can't be used"),
+        (
+            TLS,
+            (None, "no/such.pem", "no/key.pem"),
+            "--cert no/such.pem with --cert-key no/key.pem can't be used",
+        ),
     ],
 )
 def test_options_that_can_t_be_meant_are_refused(
@@ -55,7 +61,9 @@ def test_a_file_that_is_no_certificate_is_named_and_not_shown(tmp_path: Path) ->
 def test_each_option_goes_before_its_own_variable(
     by_option: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A certificate and its key may come by different ways; what is given by an option is not taken from elsewhere."""
+    """A certificate and its key may come by different ways; what is given by an option
+    is not taken from elsewhere.
+    """
     issued = trustme.CA().issue_cert("mine")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     issued.cert_chain_pems[0].write_to_path(str(cert))
@@ -64,13 +72,17 @@ def test_each_option_goes_before_its_own_variable(
         variable = "BROKERD_CERT" if name == "cert" else "BROKERD_CERT_KEY"
         monkeypatch.setenv(variable, "no/such.pem" if name in by_option else str(file))
 
-    given = [str(file) if name in by_option else None for name, file in (("cert", cert), ("key", key))]
+    given = [
+        str(file) if name in by_option else None for name, file in (("cert", cert), ("key", key))
+    ]
 
     assert context_of(TLS, None, *given) is not None
 
 
 def test_variables_count_for_tls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without TLS they mean nothing, and with it the same as the options; with neither there is nothing to set up."""
+    """Without TLS they mean nothing, and with it the same as the options; with neither
+    there is nothing to set up.
+    """
     assert context_of(TLS, None, None, None) is None
     monkeypatch.setenv("BROKERD_CA", "no/such.pem")
 

@@ -1,10 +1,12 @@
-"""A process with some of the crowd's clients, blocking and asyncio ones; run by test_everyone.py.
+"""A process with some of the crowd's clients, blocking and asyncio ones; run by
+test_everyone.py.
 
     python crowd_member.py PLAN
 
-PLAN is JSON: address, keys (name to key), everyone (all names), blocking and asyncio (names of ours), count,
-seed. It prints ``ready`` when all are connected, begins at a line on its standard input, and prints for every
-client what it sent and what became of it, by (recipient, number), and what it received, in order of arrival.
+PLAN is JSON: address, keys (name to key), everyone (all names), blocking and asyncio
+(names of ours), count, seed. It prints ``ready`` when all are connected, begins at a
+line on its standard input, and prints for every client what it sent and what became of
+it, by (recipient, number), and what it received, in order of arrival.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Ledger:
         }
 
 
-def in_thread(ledger: Ledger, plan: dict[str, Any], started: threading.Barrier, done: threading.Event) -> None:
+def in_thread(
+    ledger: Ledger, plan: dict[str, Any], started: threading.Barrier, done: threading.Event
+) -> None:
     with connect(plan["address"], ledger.name, plan["keys"][ledger.name]) as client:
         client.on_message(ledger.take)
         client.on_undelivered(ledger.fail)
@@ -74,7 +78,12 @@ def in_thread(ledger: Ledger, plan: dict[str, Any], started: threading.Barrier, 
 
 
 async def in_loop(
-    ledger: Ledger, plan: dict[str, Any], go: asyncio.Event, up: asyncio.Event, done: asyncio.Event, missing: set[str]
+    ledger: Ledger,
+    plan: dict[str, Any],
+    go: asyncio.Event,
+    up: asyncio.Event,
+    done: asyncio.Event,
+    missing: set[str],
 ) -> None:
     async with aio.connect(plan["address"], ledger.name, plan["keys"][ledger.name]) as client:
         client.on_message(ledger.take)
@@ -95,7 +104,9 @@ async def main(plan: dict[str, Any]) -> None:
     barrier = threading.Barrier(len(threads) + 1)
     over, go, done, up = threading.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
     missing = set(plan["asyncio"])
-    running = [threading.Thread(target=in_thread, args=(ledger, plan, barrier, over)) for ledger in threads]
+    running = [
+        threading.Thread(target=in_thread, args=(ledger, plan, barrier, over)) for ledger in threads
+    ]
     for thread in running:
         thread.start()
     group = [asyncio.create_task(in_loop(ledger, plan, go, up, done, missing)) for ledger in tasks]
@@ -105,11 +116,17 @@ async def main(plan: dict[str, Any]) -> None:
     await asyncio.to_thread(sys.stdin.readline)
     go.set()
     await asyncio.to_thread(barrier.wait, SETTLED_S)
-    # The test says when everybody has sent and received everything; until then it asks how far we are.
+    # The test says when everybody has sent and received everything; until then it asks
+    # how far we are.
     while (await asyncio.to_thread(sys.stdin.readline)).strip() == "count":
         ledgers = threads + tasks
         failed = sum(len(each.errors) for each in ledgers)
-        print(sum(len(each.sent) for each in ledgers), sum(each.total for each in ledgers), failed, flush=True)
+        print(
+            sum(len(each.sent) for each in ledgers),
+            sum(each.total for each in ledgers),
+            failed,
+            flush=True,
+        )
     over.set()
     done.set()
     await asyncio.gather(*group)

@@ -1,7 +1,9 @@
-"""One end of a flood, a process by itself: sends numbered messages as fast as they are taken, or checks every number.
+"""One end of a flood, a process by itself: sends numbered messages as fast as they are
+taken, or checks every number.
 
-``flood_member.py send|receive ADDRESS NAME KEY OTHER``. A line on its standard input ends it: the sender says how many
-it sent; the receiver is told that number and says how many came when they have, each once and in order.
+``flood_member.py send|receive ADDRESS NAME KEY OTHER``. A line on its standard input
+ends it: the sender says how many it sent; the receiver is told that number and says how
+many came when they have, each once and in order.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ def send(address: str, name: str, key: str, other: str) -> None:
     print("ready", flush=True)
     sent = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
-        raw.write(b"".join([pack(size, MESSAGE, 0, 0, len(to), 0, to, sent + each) for each in range(BATCH)]))
+        raw.write(
+            b"".join(
+                [pack(size, MESSAGE, 0, 0, len(to), 0, to, sent + each) for each in range(BATCH)]
+            )
+        )
         sent += BATCH
     raw.ping()
     print(sent, flush=True)

@@ -1,4 +1,6 @@
-"""The daemon as a process: a configuration file, signals, exit status, and every byte it writes."""
+"""The daemon as a process: a configuration file, signals, exit status, and every byte
+it writes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from brokerd_client.address import Address, parse
 
 TIMEOUT_S = 30.0
 PROGRAM = (
-    "import sys; from pathlib import Path; from brokerd.daemon.process import run; sys.exit(run(Path(sys.argv[1])))"
+    "import sys; from pathlib import Path; from brokerd.daemon.process import run;"
+    " sys.exit(run(Path(sys.argv[1])))"
 )
 
 
@@ -101,8 +104,12 @@ class Process:
             reader.join(TIMEOUT_S)
 
     def successors(self) -> list[int]:
-        """Return the processes that were started to take its place and have not ended, oldest first."""
-        return [event["pid"] for event in self.events("daemon.upgrading") if self._is_ours(event["pid"])]
+        """Return the processes that were started to take its place and have not ended,
+        oldest first.
+        """
+        return [
+            event["pid"] for event in self.events("daemon.upgrading") if self._is_ours(event["pid"])
+        ]
 
     def _is_ours(self, pid: int) -> bool:
         # A number that is given again belongs to somebody else.
@@ -118,7 +125,9 @@ class Process:
     def wait(self, name: str, count: int = 1) -> list[dict[str, Any]]:
         """Return the events of that name when there are ``count``."""
         with self._news:
-            assert self._news.wait_for(lambda: len(self.events(name)) >= count, TIMEOUT_S), self.lines
+            assert self._news.wait_for(lambda: len(self.events(name)) >= count, TIMEOUT_S), (
+                self.lines
+            )
         return self.events(name)
 
     @property

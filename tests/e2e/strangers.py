@@ -2,9 +2,9 @@
 
     python strangers.py SOCKET EACH AGAIN
 
-EACH connections that say nothing, EACH that send random bytes and EACH that answer with a wrong key are held
-open. Whoever is turned away comes again at once if AGAIN is 1. It prints ``here`` when all have come, and
-how many came in all at the end of its input.
+EACH connections that say nothing, EACH that send random bytes and EACH that answer with
+a wrong key are held open. Whoever is turned away comes again at once if AGAIN is 1. It
+prints ``here`` when all have come, and how many came in all at the end of its input.
 """
 
 from __future__ import annotations

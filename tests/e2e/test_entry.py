@@ -1,4 +1,6 @@
-"""The first moments of the commands: signals that come before their handlers, standard descriptors that are closed."""
+"""The first moments of the commands: signals that come before their handlers, standard
+descriptors that are closed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def program(*signals: str, command: list[str] | None = None) -> str:
 
 def test_entry_signals_before_the_start_are_acted_on_after_it(socket_dir: Path) -> None:
     """SIGHUP becomes a reload, and SIGUSR1 does no harm, then or later."""
-    with Process(socket_dir, program=program("SIGHUP", "SIGUSR1")) as broker, broker.login("alice") as alice:
+    with (
+        Process(socket_dir, program=program("SIGHUP", "SIGUSR1")) as broker,
+        broker.login("alice") as alice,
+    ):
         broker.wait("daemon.reloaded")
         broker.signal(signal.SIGUSR1)
         broker.signal(signal.SIGHUP)
@@ -46,9 +51,13 @@ def test_entry_signals_before_the_start_are_acted_on_after_it(socket_dir: Path) 
         assert broker.exit_status() == 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 def test_entry_sigusr2_before_the_start_upgrades_after_it(socket_dir: Path) -> None:
-    """The process that serves then has heard of none of the signals, which were not for it."""
+    """The process that serves then has heard of none of the signals, which were not for
+    it.
+    """
     with Process(socket_dir, program=program("SIGUSR2")) as broker:
         (upgraded,) = broker.wait("daemon.upgraded")
         assert upgraded["pid"] != broker.events("daemon.started")[0].get("pid")
@@ -61,14 +70,20 @@ def test_entry_sigusr2_before_the_start_upgrades_after_it(socket_dir: Path) -> N
 def test_entry_signals_of_another_command_end_it() -> None:
     """A terminal that is closed ends what runs in it, as ever."""
     code = program("SIGHUP", command=["key"])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stdout) == (-signal.SIGHUP, "")
 
 
 def test_entry_loads_nothing_large_before_signals_are_held() -> None:
-    """The time in which a signal still ends the process is that of the interpreter's own start."""
+    """The time in which a signal still ends the process is that of the interpreter's
+    own start.
+    """
     code = "import sys\nfrom brokerd import entry\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"asyncio", "click", "json", "pydantic", "socket", "structlog", "yaml"}
     assert "brokerd.entry" in done.stdout.split()
@@ -79,19 +94,30 @@ CLOSED = [chosen for count in (1, 2, 3) for chosen in itertools.combinations((0,
 
 def without(descriptors: tuple[int, ...], *command: str) -> list[str]:
     """Return a shell's command that runs another one with these descriptors closed."""
-    return ["sh", "-c", f'exec "$@" {" ".join(f"{each}>&-" for each in descriptors)}', "sh", sys.executable, *command]
+    return [
+        "sh",
+        "-c",
+        f'exec "$@" {" ".join(f"{each}>&-" for each in descriptors)}',
+        "sh",
+        sys.executable,
+        *command,
+    ]
 
 
 @pytest.mark.parametrize("closed", CLOSED)
 def test_entry_broker_with_closed_standard_descriptors_starts_and_ends(
     socket_dir: Path, closed: tuple[int, ...]
 ) -> None:
-    """It has the null device in their place, serves, and its exit status is that of a drain."""
+    """It has the null device in their place, serves, and its exit status is that of a
+    drain.
+    """
     config = socket_dir / "b.yaml"
     config.touch(mode=0o600)
     config.write_text("listen: [./b.sock]\nclients: {alice: {key: k}}\n")
     command = without(closed, "-m", "brokerd", "--config", str(config))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as broker:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as broker:
         try:
             while not (socket_dir / "b.sock").exists():
                 assert broker.poll() is None
@@ -107,7 +133,9 @@ def test_entry_broker_with_closed_standard_descriptors_starts_and_ends(
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_entry_upgrade_with_closed_standard_descriptors_goes_on(socket_dir: Path, closed: tuple[int, ...]) -> None:
+def test_entry_upgrade_with_closed_standard_descriptors_goes_on(
+    socket_dir: Path, closed: tuple[int, ...]
+) -> None:
     """The new process, too, has no socket in the place of a standard descriptor."""
     if not sys.platform.startswith("linux"):
         pytest.skip("sockets are handed over on Linux only")
@@ -117,7 +145,10 @@ def test_entry_upgrade_with_closed_standard_descriptors_goes_on(socket_dir: Path
     command = without(closed, "-m", "brokerd", "--config", str(config))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as broker:
         try:
-            for event, number in (("daemon.started", signal.SIGUSR2), ("daemon.upgraded", signal.SIGTERM)):
+            for event, number in (
+                ("daemon.started", signal.SIGUSR2),
+                ("daemon.upgraded", signal.SIGTERM),
+            ):
                 while not (log.exists() and event in log.read_text()):
                     assert broker.poll() is None
                     time.sleep(0.01)
@@ -139,30 +170,57 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_entry_command_with_closed_standard_descriptors_ends_as_with_open_ones(tmp_path: Path, command: str) -> None:
-    """Each command, with all three closed, has the exit status that it has with the null device."""
+def test_entry_command_with_closed_standard_descriptors_ends_as_with_open_ones(
+    tmp_path: Path, command: str
+) -> None:
+    """Each command, with all three closed, has the exit status that it has with the
+    null device.
+    """
     config = tmp_path / "b.yaml"
     config.touch(mode=0o600)
     config.write_text("listen: [./b.sock]\nclients: {alice: {key: k}}\n")
     name, *arguments = command.replace("CONFIG", str(config)).split()
-    code = ["-c", f"from brokerd.entry import {name}; import sys; sys.argv[0] = '{name}'; sys.exit({name}())"]
+    code = [
+        "-c",
+        f"from brokerd.entry import {name}; import sys; sys.argv[0] = '{name}'; sys.exit({name}())",
+    ]
     environ = {**os.environ, "BROKERD_CONFIG": str(config)}
     statuses = [
-        subprocess.run(run, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60, check=False)
+        subprocess.run(
+            run,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
         for run in ([sys.executable, *code, *arguments], without((0, 1, 2), *code, *arguments))
     ]
     assert statuses[0].returncode == statuses[1].returncode
 
 
-def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(socket_dir: Path) -> None:
+def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(
+    socket_dir: Path,
+) -> None:
     """What it prints does not reach the broker in the place of a frame."""
     with Process(socket_dir, {"alice": None}) as broker:
         broker.wait("daemon.started")
         (socket_dir / "key").touch(mode=0o600)
         (socket_dir / "key").write_bytes(key_of("alice"))
-        access = ["--address", str(broker.socket), "--name", "alice", "--key-file", str(socket_dir / "key")]
+        access = [
+            "--address",
+            str(broker.socket),
+            "--name",
+            "alice",
+            "--key-file",
+            str(socket_dir / "key"),
+        ]
         code = "from brokerd.entry import brokerctl; brokerctl()"
         for closed in CLOSED:
-            done = subprocess.run(without(closed, "-c", code, *access, "ping"), timeout=60, check=False)
+            done = subprocess.run(
+                without(closed, "-c", code, *access, "ping"), timeout=60, check=False
+            )
             assert done.returncode == 0
-        assert {each["reason"] for each in broker.wait("client.disconnected", len(CLOSED))} == {"closed by the client"}
+        assert {each["reason"] for each in broker.wait("client.disconnected", len(CLOSED))} == {
+            "closed by the client"
+        }

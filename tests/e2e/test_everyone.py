@@ -1,4 +1,6 @@
-"""Everyone writes to everyone: each message arrives once and in order, or its sender holds an error for it."""
+"""Everyone writes to everyone: each message arrives once and in order, or its sender
+holds an error for it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ MEMBER = Path(__file__).with_name("crowd_member.py")
 SETTLED_S = 90.0
 
 
-def everyone(directory: Path, clients: int, count: int, processes: int, address: str = "unix") -> dict[str, Any]:
-    """Have that many clients send ``count`` messages each; return what was counted, after checking it."""
+def everyone(
+    directory: Path, clients: int, count: int, processes: int, address: str = "unix"
+) -> dict[str, Any]:
+    """Have that many clients send ``count`` messages each; return what was counted,
+    after checking it.
+    """
     names = [f"c{number}" for number in range(clients)]
     # One is never there, and one is not configured.
     recipients = [*names, "absent", "unknown"]
@@ -41,7 +47,13 @@ def everyone(directory: Path, clients: int, count: int, processes: int, address:
             path = directory / f"plan{number}.json"
             path.write_text(json.dumps(plan))
             members.append(
-                subprocess.Popen([sys.executable, str(MEMBER), str(path)], stdin=-1, stdout=-1, text=True, bufsize=1)
+                subprocess.Popen(
+                    [sys.executable, str(MEMBER), str(path)],
+                    stdin=-1,
+                    stdout=-1,
+                    text=True,
+                    bufsize=1,
+                )
             )
         try:
             for member in members:
@@ -55,7 +67,13 @@ def everyone(directory: Path, clients: int, count: int, processes: int, address:
                 sent, received, failed = (sum(column) for column in zip(*counted, strict=True))
                 if sent == total and received + failed >= total:
                     break
-                assert monotonic() - began < SETTLED_S, (total, sent, received, failed, broker.lines[-3:])
+                assert monotonic() - began < SETTLED_S, (
+                    total,
+                    sent,
+                    received,
+                    failed,
+                    broker.lines[-3:],
+                )
                 # Counting takes the members' time.
                 threading.Event().wait(0.1)
             took = monotonic() - began
@@ -74,7 +92,9 @@ def everyone(directory: Path, clients: int, count: int, processes: int, address:
     arrived: Counter[tuple[str, str, int]] = Counter()
     for report in reports:
         for sender, numbers in report["received"].items():
-            assert numbers == sorted(set(numbers)), f"{sender} to {report['name']}: out of order or twice"
+            assert numbers == sorted(set(numbers)), (
+                f"{sender} to {report['name']}: out of order or twice"
+            )
             arrived.update((sender, report["name"], number) for number in numbers)
     errors: Counter[str] = Counter()
     for report in reports:
@@ -82,13 +102,24 @@ def everyone(directory: Path, clients: int, count: int, processes: int, address:
         for id, recipient, number in report["sent"]:
             error = report["errors"].get(str(id))
             came = arrived[(report["name"], recipient, number)]
-            assert (came == 1) != (error is not None), (report["name"], recipient, number, came, error)
+            assert (came == 1) != (error is not None), (
+                report["name"],
+                recipient,
+                number,
+                came,
+                error,
+            )
             assert (error is not None) == (recipient in ("absent", "unknown")), (recipient, error)
             if error is not None:
                 errors[error] += 1
     assert arrived.total() + errors.total() == total
     assert routed >= total
-    return {"sent": total, "arrived": arrived.total(), "errors": dict(errors), "seconds": round(took, 2)}
+    return {
+        "sent": total,
+        "arrived": arrived.total(),
+        "errors": dict(errors),
+        "seconds": round(took, 2),
+    }
 
 
 def say(member: subprocess.Popen[str], line: str) -> str:
@@ -112,6 +143,8 @@ def test_every_message_of_a_small_crowd_is_accounted_for(socket_dir: Path) -> No
 
 @pytest.mark.slow
 def test_every_message_of_a_crowd_is_accounted_for(socket_dir: Path) -> None:
-    """200 clients in four processes, 1,000 messages each (BROKERD_TEST_CROWD: as many for each)."""
+    """200 clients in four processes, 1,000 messages each (BROKERD_TEST_CROWD: as many
+    for each).
+    """
     count = int(os.environ.get("BROKERD_TEST_CROWD", "1000"))
     print(everyone(socket_dir, clients=200, count=count, processes=4))

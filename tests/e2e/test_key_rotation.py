@@ -28,11 +28,16 @@ def write_keys(directory: Path, generation: int) -> None:
 
 def clients(*generations: int) -> dict[str, Any]:
     """Return entries in which every client has the keys of these generations."""
-    return {name: {"keys": [{"file": f"{name}.{each}"} for each in generations], "connections": 2} for name in NAMES}
+    return {
+        name: {"keys": [{"file": f"{name}.{each}"} for each in generations], "connections": 2}
+        for name in NAMES
+    }
 
 
 async def rotate(broker: Process, crowd: Crowd, directory: Path, generation: int) -> None:
-    """Change every key to the next one: both are accepted, the clients change, the old one goes."""
+    """Change every key to the next one: both are accepted, the clients change, the old
+    one goes.
+    """
 
     async def reload(entries: dict[str, Any], count: int) -> None:
         whole = {**yaml.safe_load(broker.config.read_text()), "clients": entries}
@@ -64,12 +69,19 @@ async def rotate_under_load(directory: Path, times: int) -> dict[str, int]:
         assert crowd.refused == []
         refusals = broker.events("client.refused") + broker.events("client.refused_more")
     used = len(crowd.keys_used)
-    return {"rotations": times, "keys used": used, "connections": crowd.knocks, "refused": len(refusals)}
+    return {
+        "rotations": times,
+        "keys used": used,
+        "connections": crowd.knocks,
+        "refused": len(refusals),
+    }
 
 
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_every_key_is_rotated_under_load_without_a_refusal(socket_dir: Path, times: int) -> None:
-    """Clients that connect without a pause are let in each time, with each key in its turn."""
+    """Clients that connect without a pause are let in each time, with each key in its
+    turn.
+    """
     account = asyncio.run(rotate_under_load(socket_dir, times))
     print(f"rotation under load: {account}")
     assert account["refused"] == 0

@@ -1,4 +1,6 @@
-"""The log of a whole daemon: nobody reads it, it is moved away, its levels change, and hostile bytes reach it."""
+"""The log of a whole daemon: nobody reads it, it is moved away, its levels change, and
+hostile bytes reach it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from e2e.process import TIMEOUT_S, Process, key_of
 from net.raw import EVENT, MESSAGE, REQUEST, Raw, Rejected, login, packed
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
-HOSTILE = 'x\n{"event": "daemon.killed"}\r\x1b[2J\x1b[31m\x00\x7f\x85\u2028\u202e level=error name=root\t"\''
+HOSTILE = (
+    'x\n{"event": "daemon.killed"}\r\x1b[2J\x1b[31m\x00\x7f\x85\u2028\u202e level=error'
+    " name=root\t\"'"
+)
 
 
 def brokerctl(broker: Process, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +45,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
-    """Standard error is a pipe that is full: clients come, talk and go, and the end comes when it should."""
+    """Standard error is a pipe that is full: clients come, talk and go, and the end
+    comes when it should.
+    """
     reading, writing = os.pipe()
     with contextlib.suppress(BlockingIOError):
         os.set_blocking(writing, False)
@@ -88,9 +95,14 @@ def test_every_line_is_out_before_the_process_is(socket_dir: Path) -> None:
 
 
 def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
-    """By an administrator, for a time or until the next reload; the answer shows it, and the audit who it was."""
+    """By an administrator, for a time or until the next reload; the answer shows it,
+    and the audit who it was.
+    """
     clients = {"alice": None, "root": {"admin": True}}
-    with Process(socket_dir, clients, log={"audit": "audit.log"}) as broker, broker.login("alice") as alice:
+    with (
+        Process(socket_dir, clients, log={"audit": "audit.log"}) as broker,
+        broker.login("alice") as alice,
+    ):
 
         def refused() -> int:
             alice.send(MESSAGE, "root", b"hello")
@@ -99,7 +111,9 @@ def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
             return len(broker.events("message.refused"))
 
         assert refused() == 0
-        changed = brokerctl(broker, "root", "log-level", "message", "debug", "--for", "10m", "--json")
+        changed = brokerctl(
+            broker, "root", "log-level", "message", "debug", "--for", "10m", "--json"
+        )
         assert changed.returncode == 0, changed.stderr
         shown = json.loads(changed.stdout)["levels"]
         assert (shown["message"]["level"], shown["message"]["changed"]) == ("debug", True)
@@ -109,7 +123,12 @@ def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
         table = brokerctl(broker, "root", "log-level")
         assert "message\tdebug\tfor" in table.stdout
         assert "client\tinfo\t" in table.stdout
-        for wrong in (("message",), ("message", "loud"), ("cliant", "debug"), ("client", "debug", "--for", "soon")):
+        for wrong in (
+            ("message",),
+            ("message", "loud"),
+            ("cliant", "debug"),
+            ("client", "debug", "--for", "soon"),
+        ):
             failed = brokerctl(broker, "root", "log-level", *wrong)
             assert failed.returncode in (1, 2), failed
             assert "give" in failed.stderr
@@ -117,15 +136,23 @@ def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
         broker.signal(signal.SIGHUP)
         broker.wait("daemon.reloaded")
         assert "message\tinfo\t\n" in brokerctl(broker, "root", "log-level").stdout
-        changes = [line for line in lines_of(socket_dir / "audit.log") if line["event"] == "log.level_changed"]
+        changes = [
+            line
+            for line in lines_of(socket_dir / "audit.log")
+            if line["event"] == "log.level_changed"
+        ]
         assert [(line["area"], line["to"], line["for_s"], line["by"]) for line in changes] == [
             ("message", "debug", 600.0, "root")
         ]
 
 
 def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
-    """Moved away, a SIGHUP begins it anew, even one that refuses the configuration; a bad place refuses the reload."""
-    with Process(socket_dir, {"alice": None, "root": {"admin": True}}, log={"audit": "audit.log"}) as broker:
+    """Moved away, a SIGHUP begins it anew, even one that refuses the configuration; a
+    bad place refuses the reload.
+    """
+    with Process(
+        socket_dir, {"alice": None, "root": {"admin": True}}, log={"audit": "audit.log"}
+    ) as broker:
         audit = socket_dir / "audit.log"
         broker.login("alice").close()
         broker.wait("client.disconnected")
@@ -213,16 +240,26 @@ def attack(broker: Process) -> None:
                 client.recv()
     for name in (hostile[:40], "zoë\u2028".encode(), b"$\x1b[31m", b"nobody", b"$nobody"):
         with broker.login("alice") as alice:
-            # The name of a recipient: refused, or malformed and the end of the connection.
-            alice.write(packed(MESSAGE, "N" * len(name), b"a body, a canary").replace(b"N" * len(name), name))
+            # The name of a recipient: refused, or malformed and the end of the
+            # connection.
+            alice.write(
+                packed(MESSAGE, "N" * len(name), b"a body, a canary").replace(
+                    b"N" * len(name), name
+                )
+            )
             with contextlib.suppress(EOFError, ConnectionError):
                 alice.recv()
 
 
 @pytest.mark.parametrize("format", ["json", "console"])
 def test_no_line_is_forged_by_a_clients_bytes(socket_dir: Path, format: str) -> None:
-    """Wherever a client's hostile bytes reach the log, each event is one harmless line, and there is no key in any."""
-    clients = {"alice": {"publish": ["ok"], "subscribe": ["ok"], "send_to": ["root"]}, "root": {"admin": True}}
+    """Wherever a client's hostile bytes reach the log, each event is one harmless line,
+    and there is no key in any.
+    """
+    clients = {
+        "alice": {"publish": ["ok"], "subscribe": ["ok"], "send_to": ["root"]},
+        "root": {"admin": True},
+    }
     log = {"level": "debug", "format": format, "audit": "audit.log"}
     with Process(socket_dir, clients, log=log) as broker:
         while not broker.socket.exists():

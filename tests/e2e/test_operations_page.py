@@ -1,4 +1,6 @@
-"""docs/operations.md: the commands of "Reload", "Keys and rotation" and "Upgrade", typed in order, do what it says."""
+"""docs/operations.md: the commands of "Reload", "Keys and rotation" and "Upgrade",
+typed in order, do what it says.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class Shell:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="chown --reference is GNU's")
 def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
-    """A look, a reload, a new client, and its key changed while it is connected: no connection is lost."""
+    """A look, a reload, a new client, and its key changed while it is connected: no
+    connection is lost.
+    """
     clients = {"ops": {"admin": True, "connections": 4}}
     (socket_dir / "clients.d").mkdir()
     with Process(socket_dir, clients, include=["clients.d/*.yaml"]) as broker:
@@ -79,14 +83,23 @@ def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
             assert bob.ping() > 0
         second = (socket_dir / "keys" / "bob.2").read_bytes().strip()
         with connect(str(broker.socket), "bob", second, reconnect=False) as bob:
-            rows = [line.split("\t") for line in shell.type(watch).splitlines() if line.startswith("bob")]
-            assert [(row[-1].endswith("bob.2"), row[5]) for row in rows] == [(True, "1"), (False, "0")]
+            rows = [
+                line.split("\t")
+                for line in shell.type(watch).splitlines()
+                if line.startswith("bob")
+            ]
+            assert [(row[-1].endswith("bob.2"), row[5]) for row in rows] == [
+                (True, "1"),
+                (False, "0"),
+            ]
             assert "disconnected" not in shell.type(end)
             assert bob.ping() > 0
         (upgrade,) = blocks("Upgrade")
         with connect(str(broker.socket), "bob", second, reconnect=False) as bob:
             said = shell.type(upgrade)
-            assert re.match(r"upgraded to [\w.]+, process \d+: 2 connections went on after [\d.]+ ms\n", said)
+            assert re.match(
+                r"upgraded to [\w.]+, process \d+: 2 connections went on after [\d.]+ ms\n", said
+            )
             assert bob.ping() > 0
         assert not broker.events("client.refused")
         assert first.decode() not in "".join(broker.lines)

@@ -26,7 +26,9 @@ def queue_for(sender: Raw, to: str, count: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(socket_dir: Path, number: int) -> None:
-    """What is queued reaches a client that reads late; exit status 0; no socket file is left."""
+    """What is queued reaches a client that reads late; exit status 0; no socket file is
+    left.
+    """
     with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         queue_for(alice, "bob", 50)
         broker.signal(number)
@@ -46,7 +48,10 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
 
 def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
     """Clients that wait for nothing hold up nothing."""
-    with Process(socket_dir, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+    with (
+        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+    ):
         began = monotonic()
         broker.signal()
         assert broker.exit_status() == 0
@@ -56,13 +61,21 @@ def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
 def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path) -> None:
-    """A signal that arrives while the interpreter ends does not turn a drain into a failure."""
+    """A signal that arrives while the interpreter ends does not turn a drain into a
+    failure.
+    """
     with Process(socket_dir) as broker:
         broker.wait("daemon.started")
         broker.signal()
         broker.wait("daemon.stopped")
         while broker.popen.poll() is None:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+                signal.SIGHUP,
+                signal.SIGUSR1,
+                signal.SIGUSR2,
+            ):
                 broker.signal(number)
         assert broker.exit_status() == 0
         assert not broker.events("daemon.killed")
@@ -70,7 +83,9 @@ def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path)
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
-    """The second one does not wait for a client that does not read, and the exit status tells the difference."""
+    """The second one does not wait for a client that does not read, and the exit status
+    tells the difference.
+    """
     with (
         Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -89,7 +104,9 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
 
 @pytest.mark.slow
 def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir: Path) -> None:
-    """The default leaves room before the SIGKILL that container runtimes send 10 seconds after SIGTERM."""
+    """The default leaves room before the SIGKILL that container runtimes send 10
+    seconds after SIGTERM.
+    """
     with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob"):
         queue_for(alice, "bob", 50)
         began = monotonic()
@@ -140,11 +157,16 @@ def test_a_second_daemon_at_the_same_path_fails(socket_dir: Path) -> None:
 
 
 def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
-    """Start, connect, refuse, disconnect and stop: an event with fields each; never a key or what was sent."""
+    """Start, connect, refuse, disconnect and stop: an event with fields each; never a
+    key or what was sent.
+    """
     with Process(socket_dir, listen=["127.0.0.1:0"]) as broker:
         unix, tcp = broker.addresses()
         alice = broker.login("alice")
-        for address, name, key in ((unix, b"", b"wrong key, a canary"), (tcp, b"bob", b"another wrong key, a canary")):
+        for address, name, key in (
+            (unix, b"", b"wrong key, a canary"),
+            (tcp, b"bob", b"another wrong key, a canary"),
+        ):
             with pytest.raises(Rejected):
                 login(address, key, name)
         with broker.login("alice", tcp) as second:
@@ -166,13 +188,19 @@ def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
             "daemon.stopping",
             "daemon.stopped",
         ]
-        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", event["timestamp"]) for event in events)
+        assert all(
+            re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", event["timestamp"]) for event in events
+        )
         started, connected, unknown, wrong, twice, disconnected, _, _ = events
         assert started["version"] == __version__
         assert started["routing"] in ("python", "compiled")
         assert started["listeners"] == [str(unix), str(tcp)]
         assert (connected["name"], connected["peer"]) == ("alice", f"unix uid={os.getuid()}")
-        assert (unknown["reason"], unknown["peer"], unknown["level"]) == ("unknown key", connected["peer"], "warning")
+        assert (unknown["reason"], unknown["peer"], unknown["level"]) == (
+            "unknown key",
+            connected["peer"],
+            "warning",
+        )
         assert wrong["peer"].startswith("127.0.0.1:")
         assert (twice["name"], "connected already" in twice["reason"]) == ("alice", True)
         assert (disconnected["name"], disconnected["reason"]) == ("alice", "malformed")
@@ -257,7 +285,9 @@ def soft_limit_of_files(number: int) -> None:
 
 
 def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
-    """A shell's low soft limit is raised to the hard one: connections above it are served."""
+    """A shell's low soft limit is raised to the hard one: connections above it are
+    served.
+    """
     names = [f"c{number}" for number in range(100)]
     with Process(socket_dir, names, preexec=lambda: soft_limit_of_files(64)) as broker:
         with contextlib.ExitStack() as crowd:
@@ -267,7 +297,9 @@ def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
 
 
 def test_without_descriptors_it_waits_for_some(socket_dir: Path) -> None:
-    """Above the hard limit connections wait in the system's queue; when others go they get in."""
+    """Above the hard limit connections wait in the system's queue; when others go they
+    get in.
+    """
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))

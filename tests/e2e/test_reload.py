@@ -1,4 +1,6 @@
-"""SIGHUP from outside: what the log says, and that no reload keeps the process from ending."""
+"""SIGHUP from outside: what the log says, and that no reload keeps the process from
+ending.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def descriptors(pid: int) -> set[str]:
 
 @linux
 def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: Path) -> None:
-    """A disk that never answers holds up neither messages nor SIGTERM; signals that come meanwhile do not pile up."""
+    """A disk that never answers holds up neither messages nor SIGTERM; signals that
+    come meanwhile do not pile up.
+    """
     with Process(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "hangs.yaml"
         os.mkfifo(fifo)
@@ -77,7 +81,9 @@ def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: P
 
 @linux
 def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> None:
-    """While a reload reads, however many signals make one more, which reads what there is then."""
+    """While a reload reads, however many signals make one more, which reads what there
+    is then.
+    """
     with Process(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "slow.yaml"
         os.mkfifo(fifo)
@@ -105,7 +111,9 @@ def test_a_key_pasted_for_a_file_is_not_logged(socket_dir: Path) -> None:
         broker.wait("daemon.started")
         good = broker.config.read_text()
         for number, field in enumerate(("key_file", "key_env", "key_credential"), 1):
-            broker.config.write_text(good.replace("clients:", f"clients:\n  carol: {{{field}: {key}}}"))
+            broker.config.write_text(
+                good.replace("clients:", f"clients:\n  carol: {{{field}: {key}}}")
+            )
             broker.signal(signal.SIGHUP)
             problems = broker.wait("daemon.reload_refused", number)[-1]["problems"]
             assert [f"clients.carol.{field}: " in each for each in problems] == [True]

@@ -1,4 +1,6 @@
-"""Reloads while clients send at full speed: every message is accounted for, and nobody who stays notices."""
+"""Reloads while clients send at full speed: every message is accounted for, and nobody
+who stays notices.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,22 @@ def entry(name: str, **more: Any) -> dict[str, Any]:
 
 
 def variant(directory: Path, number: int, chance: random.Random) -> dict[str, Any]:
-    """Return one of many configurations: those who stay are the same in all, everything else changes."""
+    """Return one of many configurations: those who stay are the same in all, everything
+    else changes.
+    """
     clients: dict[str, Any] = {name: entry(name) for name in (*STAY, "knocker")}
     clients["ops"] = entry("ops", admin=True)
-    clients["changing"] = entry("changing", queue=chance.choice(["1MiB", "2MiB"]), publish=[f"t{number}.*"])
+    clients["changing"] = entry(
+        "changing", queue=chance.choice(["1MiB", "2MiB"]), publish=[f"t{number}.*"]
+    )
     if number % 2:
         clients["guest"] = entry("guest")
     for extra in range(chance.randrange(5)):
         clients[f"extra{extra}"] = entry(f"extra{extra}", connections=chance.randrange(1, 4))
     listen: list[Any] = [str(directory / "brokerd.sock")]
-    listen.append({"address": str(directory / "second.sock"), "mode": chance.choice(["0600", "0660"])})
+    listen.append(
+        {"address": str(directory / "second.sock"), "mode": chance.choice(["0600", "0660"])}
+    )
     if chance.random() < 0.5:
         listen.append(str(directory / "third.sock"))
     if chance.random() < 0.5:
@@ -42,12 +50,19 @@ def variant(directory: Path, number: int, chance: random.Random) -> dict[str, An
     return {
         "listen": listen,
         "clients": clients,
-        "limits": {"wait_timeout": chance.choice(["30s", "31s"]), "connections": chance.choice([1000, 2000])},
+        "limits": {
+            "wait_timeout": chance.choice(["30s", "31s"]),
+            "connections": chance.choice([1000, 2000]),
+        },
     }
 
 
-async def reload_often(broker: Process, crowd: Crowd, directory: Path, times: int, chance: random.Random) -> int:
-    """Rewrite the file and reload, by signal and by the operation in turn; return who was disconnected in all."""
+async def reload_often(
+    broker: Process, crowd: Crowd, directory: Path, times: int, chance: random.Random
+) -> int:
+    """Rewrite the file and reload, by signal and by the operation in turn; return who
+    was disconnected in all.
+    """
     disconnected = 0
     ops = await crowd.enter("ops", sends=False)
     for number in range(1, times + 1):
@@ -100,7 +115,12 @@ async def load_and_reload(directory: Path, times: int, seed: int) -> dict[str, i
         await crowd.finish()
         account = crowd.account()
         assert crowd.refused == []
-        account |= {"reloads": times, "disconnected": disconnected, "new connections": crowd.knocks, "refused": 0}
+        account |= {
+            "reloads": times,
+            "disconnected": disconnected,
+            "new connections": crowd.knocks,
+            "refused": 0,
+        }
         account["stayers who lost a connection"] = len(staying)
         broker.signal()
         assert broker.exit_status() == 0
@@ -120,7 +140,9 @@ def check(directory: Path, times: int, seed: int) -> None:
 
 
 def test_reloading_under_load_loses_nothing(socket_dir: Path) -> None:
-    """Thirty reloads that add, change and remove others: every message arrives once, in order, or is reported."""
+    """Thirty reloads that add, change and remove others: every message arrives once, in
+    order, or is reported.
+    """
     check(socket_dir, 30, random.randrange(2**32))
 
 

@@ -1,4 +1,6 @@
-"""A stop in every state: what hangs, a file, a name service or a new process, never holds up the end."""
+"""A stop in every state: what hangs, a file, a name service or a new process, never
+holds up the end.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from e2e.process import PROGRAM, Process
 from e2e.upgradable import IMPATIENT, Upgradable, is_running
 from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="FIFOs, and upgrades, are on Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="FIFOs, and upgrades, are on Linux"
+)
 
 #: Much more than an end takes, and less than any wait of the broker.
 SOON_S = 8.0
@@ -24,7 +28,9 @@ SOON_S = 8.0
 
 @contextmanager
 def held_fifo(path: Path) -> Iterator[None]:
-    """Make a FIFO with a writer that never writes: a read from it hangs, as one of a dead NFS."""
+    """Make a FIFO with a writer that never writes: a read from it hangs, as one of a
+    dead NFS.
+    """
     os.mkfifo(path, 0o600)
     writer = os.open(path, os.O_RDWR)
     try:
@@ -65,7 +71,9 @@ def ends_soon(broker: Process, began: float) -> int:
 
 @pytest.mark.parametrize("upgrade", [False, True])
 def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: bool) -> None:
-    """Also with an upgrade that waits for the reload: SIGTERM drains, and the exit status is 0."""
+    """Also with an upgrade that waits for the reload: SIGTERM drains, and the exit
+    status is 0.
+    """
     with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
         hang_a_reload(broker)
         if upgrade:
@@ -79,7 +87,9 @@ def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: 
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(socket_dir: Path, upgrade: bool) -> None:
+def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(
+    socket_dir: Path, upgrade: bool
+) -> None:
     """A drain that would take a minute is cut short, whatever else is waited for."""
     with (
         held_fifo(socket_dir / "fifo"),
@@ -101,7 +111,8 @@ def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(socket_dir
         assert broker.events("daemon.killed")
 
 
-#: What hangs at a reload and is none of the broker's own files: how it is called, and a change that asks for it.
+#: What hangs at a reload and is none of the broker's own files: how it is called, and a
+#: change that asks for it.
 SLOW = {
     "a key file": ("from brokerd.config import key_files as keys", "keys.read_private", ""),
     "a certificate": ("from brokerd.config import certificates", "certificates._read_public", ""),
@@ -115,7 +126,9 @@ SLOW = {
 
 
 @pytest.mark.parametrize("what", SLOW)
-def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(socket_dir: Path, what: str) -> None:
+def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(
+    socket_dir: Path, what: str
+) -> None:
     """Clients are served while it does not answer, and SIGTERM does not wait for it."""
     module, function, listen = SLOW[what]
     program = (
@@ -131,10 +144,15 @@ def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(socket_d
     issued.private_key_pem.write_to_path(socket_dir / "key.pem")
     issued.cert_chain_pems[0].write_to_path(socket_dir / "cert.pem")
     tls = {"address": "127.0.0.1:0", "tls": {"certificate": "cert.pem", "key": "key.pem"}}
-    with Process(socket_dir, listen=[tls], program=program) as broker, broker.login("alice") as alice:
+    with (
+        Process(socket_dir, listen=[tls], program=program) as broker,
+        broker.login("alice") as alice,
+    ):
         (socket_dir / "hang").touch()
         included = listen.replace("{directory}", str(socket_dir)).removeprefix(", ")
-        (socket_dir / "more.yaml").write_text(f"listen: [{included}]\n" if included else "clients: {}\n")
+        (socket_dir / "more.yaml").write_text(
+            f"listen: [{included}]\n" if included else "clients: {}\n"
+        )
         include(broker, "more.yaml")
         broker.signal(signal.SIGHUP)
         broker.wait("hangs")
@@ -147,7 +165,9 @@ def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(socket_d
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals: int) -> None:
-    """The new process reads a file that does not answer: it is killed, and leaves nothing behind."""
+    """The new process reads a file that does not answer: it is killed, and leaves
+    nothing behind.
+    """
     with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
         broker.wait("daemon.started")
         include(broker, "fifo")
@@ -166,7 +186,9 @@ def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals:
 
 
 def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -> None:
-    """The new process has the state and says nothing: SIGTERM does not wait for its time to be over."""
+    """The new process has the state and says nothing: SIGTERM does not wait for its
+    time to be over.
+    """
     first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
     with Upgradable(socket_dir, first=first) as broker:
         broker.before_new_process(
@@ -188,11 +210,13 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path, loop: str) -> None:
-    """The first one is not acted on, whatever it is that the loop waits for; the second one ends the process."""
+    """The first one is not acted on, whatever it is that the loop waits for; the second
+    one ends the process.
+    """
     program = (
-        "import time\nfrom brokerd import daemon\n"
-        'def stands_still(*_):\n    print(\'{"event": "stuck"}\', flush=True)\n    time.sleep(60)\n'
-        f"daemon.Daemon.stop_soon = stands_still\n{PROGRAM}"
+        'import time\nfrom brokerd import daemon\ndef stands_still(*_):\n    print(\'{"event":'
+        ' "stuck"}\', flush=True)\n    time.sleep(60)\ndaemon.Daemon.stop_soon ='
+        f" stands_still\n{PROGRAM}"
     )
     if loop == "asyncio":
         program = f"import sys\nsys.modules['uvloop'] = None\n{program}"
@@ -209,9 +233,8 @@ def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path,
 def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, number: int) -> None:
     """A name service that does not answer holds up the start and not the end."""
     program = (
-        "import socket, time\n"
-        'def hangs(*_, **__):\n    print(\'{"event": "asked"}\', flush=True)\n    time.sleep(60)\n'
-        f"socket.getaddrinfo = hangs\n{PROGRAM}"
+        'import socket, time\ndef hangs(*_, **__):\n    print(\'{"event": "asked"}\','
+        f" flush=True)\n    time.sleep(60)\nsocket.getaddrinfo = hangs\n{PROGRAM}"
     )
     with Process(socket_dir, listen=["broker.example:6000"], program=program) as broker:
         broker.wait("asked")
@@ -222,19 +245,23 @@ def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, numb
 
 
 @pytest.mark.parametrize("change", ["the same file", "another file"])
-def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(socket_dir: Path, change: str) -> None:
-    """Clients are served while its file system does not answer, and the broker ends when it is told to."""
+def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(
+    socket_dir: Path, change: str
+) -> None:
+    """Clients are served while its file system does not answer, and the broker ends
+    when it is told to.
+    """
     program = (
-        "import time\nfrom brokerd.log import logger as logs\n"
-        "opened = []\nopen_for_append = logs.open_for_append\n"
-        "def hangs(path):\n"
-        "    opened.append(path)\n"
-        '    if len(opened) == HUNG:\n        print(\'{"event": "hangs"}\', flush=True)\n        time.sleep(60)\n'
-        "    return open_for_append(path)\n"
-        f"logs.open_for_append = hangs\n{PROGRAM}"
+        "import time\nfrom brokerd.log import logger as logs\nopened = []\nopen_for_append ="
+        " logs.open_for_append\ndef hangs(path):\n    opened.append(path)\n    if len(opened) =="
+        ' HUNG:\n        print(\'{"event": "hangs"}\', flush=True)\n        time.sleep(60)\n   '
+        f" return open_for_append(path)\nlogs.open_for_append = hangs\n{PROGRAM}"
     )
     hung = program.replace("HUNG", "2" if change == "the same file" else "3")
-    with Process(socket_dir, log={"audit": "audit.log"}, program=hung) as broker, broker.login("alice") as alice:
+    with (
+        Process(socket_dir, log={"audit": "audit.log"}, program=hung) as broker,
+        broker.login("alice") as alice,
+    ):
         if change == "another file":
             broker.config.write_text(broker.config.read_text().replace("audit.log", "other.log"))
         broker.signal(signal.SIGHUP)

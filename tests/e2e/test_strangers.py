@@ -1,4 +1,6 @@
-"""Strangers by the hundred at the door: a client with the right key comes in and talks as if they were not there."""
+"""Strangers by the hundred at the door: a client with the right key comes in and talks
+as if they were not there.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from net.raw import MESSAGE, Rejected, login
 
 STRANGERS = Path(__file__).with_name("strangers.py")
 TRIES = 15
-#: Tries that may fail while strangers insist: a busy machine may not let the client answer in time.
+#: Tries that may fail while strangers insist: a busy machine may not let the client
+#: answer in time.
 LATE = TRIES // 3
 
 
@@ -24,7 +27,10 @@ LATE = TRIES // 3
 def crowd(broker: Process, each: int, again: bool) -> Iterator[None]:
     """Have that many of each kind of stranger at the door."""
     with subprocess.Popen(
-        [sys.executable, str(STRANGERS), str(broker.socket), str(each), str(int(again))], stdin=-1, stdout=-1, text=True
+        [sys.executable, str(STRANGERS), str(broker.socket), str(each), str(int(again))],
+        stdin=-1,
+        stdout=-1,
+        text=True,
     ) as strangers:
         assert strangers.stdin is not None
         assert strangers.stdout is not None
@@ -38,7 +44,9 @@ def crowd(broker: Process, each: int, again: bool) -> Iterator[None]:
 
 
 def measure(broker: Process, name: bytes) -> dict[str, float]:
-    """Return medians in milliseconds: to connect, and for a message to oneself and back; and what went wrong."""
+    """Return medians in milliseconds: to connect, and for a message to oneself and
+    back; and what went wrong.
+    """
     connects, trips = [], []
     turned_away = 0
     while len(connects) < TRIES:
@@ -66,7 +74,9 @@ def measure(broker: Process, name: bytes) -> dict[str, float]:
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])
 def test_a_good_client_gets_in_among_strangers(socket_dir: Path, again: bool) -> None:
-    """500 silent ones, 500 that send random bytes and 500 with a wrong key keep nobody out, insist as they may."""
+    """500 silent ones, 500 that send random bytes and 500 with a wrong key keep nobody
+    out, insist as they may.
+    """
     names = ["alice", *(f"c{number}" for number in range(1000))]
     with Process(socket_dir, names) as broker:
         broker.wait("daemon.started")

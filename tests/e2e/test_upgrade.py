@@ -11,7 +11,9 @@ import pytest
 from e2e.process import Process
 from e2e.upgrade_load import CLIENTS, Load
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 
 UPGRADES = 5
 
@@ -38,15 +40,25 @@ def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[s
         assert not broker.events("daemon.bug")
         assert not broker.events("client.refused")
         last = broker.events("daemon.upgraded")[-1]["timestamp"]
-        gone = [each["name"] for each in broker.events("client.disconnected") if each["timestamp"] <= last]
+        gone = [
+            each["name"]
+            for each in broker.events("client.disconnected")
+            if each["timestamp"] <= last
+        ]
         assert set(gone) <= {"newcomer"}
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
     ms = ", ".join(f"{pause:g}" for pause in pauses)
     return [
-        f"{upgrades} upgrades in a row, {answer['connections']} connections at the last: pauses of {ms} ms",
+        (
+            f"{upgrades} upgrades in a row, {answer['connections']} connections at the last: pauses"
+            f" of {ms} ms"
+        ),
         *(f"  {count:9,}  {what}" for what, count in load.account.items()),
-        f"  {stats['messages_in']:9,}  in all, as the broker counted; {stats['dropped']} dropped for newer ones",
+        (
+            f"  {stats['messages_in']:9,}  in all, as the broker counted; {stats['dropped']}"
+            " dropped for newer ones"
+        ),
     ]
 
 
@@ -62,14 +74,19 @@ def test_ten_upgrades_in_a_row_with_a_thousand_connections(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("connections", [1000, 10_000])
-def test_how_long_the_pause_is(socket_dir: Path, connections: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_long_the_pause_is(
+    socket_dir: Path, connections: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing else going on: each connection costs some microseconds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < connections + 100:
         pytest.skip(f"only {hard} files may be open")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     clients = {"ops": {"admin": True}, "idle": {"connections": connections}}
-    with Process(socket_dir, clients, limits={"connections": connections + 10}) as broker, broker.login("ops") as ops:
+    with (
+        Process(socket_dir, clients, limits={"connections": connections + 10}) as broker,
+        broker.login("ops") as ops,
+    ):
         crowd = [broker.login("idle") for _ in range(connections)]
         pauses = [ops.ask("upgrade").json["pause_ms"] for _ in range(3)]
         for raw in crowd:
@@ -77,12 +94,19 @@ def test_how_long_the_pause_is(socket_dir: Path, connections: int, capsys: pytes
             raw.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with capsys.disabled():
-        print(f"\n{connections:,} connections: pauses of {', '.join(f'{pause:g}' for pause in pauses)} ms")
+        print(
+            f"\n{connections:,} connections: pauses of"
+            f" {', '.join(f'{pause:g}' for pause in pauses)} ms"
+        )
     assert max(pauses) < 5000
 
 
-def test_five_upgrades_in_a_row_under_full_load(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every message is accounted for, no connection ends, and nobody who comes is turned away."""
+def test_five_upgrades_in_a_row_under_full_load(
+    socket_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every message is accounted for, no connection ends, and nobody who comes is
+    turned away.
+    """
     account = upgraded_under_load(socket_dir, UPGRADES)
     with capsys.disabled():
         print("", *account, sep="\n")

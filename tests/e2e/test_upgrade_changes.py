@@ -1,4 +1,6 @@
-"""What a new process finds different, and what it takes over as it was: handshakes, listeners, keys, code."""
+"""What a new process finds different, and what it takes over as it was: handshakes,
+listeners, keys, code.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,22 @@ from supervise.manager import Manager
 
 from brokerd_client.address import Address
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 
 CLIENTS = {"ops": {"admin": True}, "alice": None, "bob": None, "crowd": {"connections": 9}}
 
 
 def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
-    """Nothing said, half an answer, welcomed, half a challenge, all but done: what was begun is finished after it."""
+    """Nothing said, half an answer, welcomed, half a challenge, all but done: what was
+    begun is finished after it.
+    """
     key = key_of("crowd")
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
-        silent, halved, welcomed, challenged, answered = knocks = [Raw(broker.address) for _ in range(5)]
+        silent, halved, welcomed, challenged, answered = knocks = [
+            Raw(broker.address) for _ in range(5)
+        ]
         whole = prefixed(halved.answer(key, b"crowd"))
         halved.write(whole[:20])
         for raw in (welcomed, challenged, answered):
@@ -61,27 +69,44 @@ def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
 @pytest.mark.slow
 def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
     """Welcomed under the old configuration; the new one does not know the key."""
-    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, Raw(broker.address) as raw:
+    with (
+        Upgradable(socket_dir, CLIENTS) as broker,
+        broker.login("ops") as ops,
+        Raw(broker.address) as raw,
+    ):
         raw.write(prefixed(raw.answer(key_of("bob"), b"bob")))
         assert raw.read_body() == WELCOME
         (socket_dir / "bob.key").write_bytes(b"another key")
         assert broker.upgrade(ops)["upgraded"]
         assert raw.is_closed("key_removed")
-        assert broker.wait("client.refused")[0]["reason"] == "the key it uses was removed from the configuration"
+        assert (
+            broker.wait("client.refused")[0]["reason"]
+            == "the key it uses was removed from the configuration"
+        )
 
 
 def counters(page: str) -> dict[str, float]:
     """Return the samples on the monitor's page that an upgrade is to carry over."""
-    kinds = ("handshakes_total", "accept_pauses_total", "bugs_total", "reloads_total", "messages_received_total")
+    kinds = (
+        "handshakes_total",
+        "accept_pauses_total",
+        "bugs_total",
+        "reloads_total",
+        "messages_received_total",
+    )
     text = urllib.request.urlopen(f"http://{page}/metrics", timeout=30).read().decode()
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return {
-        name: float(value) for name, value in samples.items() if name.startswith(tuple(f"brokerd_{k}" for k in kinds))
+        name: float(value)
+        for name, value in samples.items()
+        if name.startswith(tuple(f"brokerd_{k}" for k in kinds))
     }
 
 
 def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Path) -> None:
-    """Whoever watches the broker sees no counter fall, and no key that was in use look as if it never was."""
+    """Whoever watches the broker sees no counter fall, and no key that was in use look
+    as if it never was.
+    """
     with (
         Upgradable(socket_dir, CLIENTS, monitor="127.0.0.1:0") as broker,
         broker.login("ops") as ops,
@@ -107,11 +132,15 @@ def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Pat
         assert all(after[name] >= value for name, value in before.items())
         assert after['brokerd_handshakes_total{result="accepted"}'] == 2
         assert after['brokerd_handshakes_total{result="rejected"}'] == 3
-        assert [after[f'brokerd_reloads_total{{result="{how}"}}'] for how in ("accepted", "refused")] == [1, 1]
+        assert [
+            after[f'brokerd_reloads_total{{result="{how}"}}'] for how in ("accepted", "refused")
+        ] == [1, 1]
 
 
 def test_an_upgrade_listens_again_where_a_socket_file_is_gone(socket_dir: Path) -> None:
-    """The new process can be reached at the path that a cleaner had removed; connections made before stay."""
+    """The new process can be reached at the path that a cleaner had removed;
+    connections made before stay.
+    """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
         broker.socket.unlink()
         assert broker.upgrade(ops)["upgraded"]
@@ -125,7 +154,9 @@ def test_an_upgrade_listens_again_where_a_socket_file_is_gone(socket_dir: Path) 
 
 
 def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
-    """As after a reload: names and keys that are gone are disconnected with the reason, what is new can be used."""
+    """As after a reload: names and keys that are gone are disconnected with the reason,
+    what is new can be used.
+    """
     old = socket_dir / "old.sock"
     with (
         Upgradable(socket_dir, CLIENTS, listen=[str(old), "127.0.0.1:0"]) as broker,
@@ -150,7 +181,9 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
 
         assert alice.is_closed("key_removed")
         assert bob.is_closed("key_removed")
-        reasons = {event["name"]: event["reason"] for event in broker.wait("client.disconnected", 2)}
+        reasons = {
+            event["name"]: event["reason"] for event in broker.wait("client.disconnected", 2)
+        }
         assert reasons == {
             "alice": "its name was removed from the configuration",
             "bob": "the key it uses was removed from the configuration",
@@ -160,7 +193,10 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
         assert new.is_socket()
         # The port that the system chose stays.
         assert str(tcp) in broker.wait("daemon.upgraded")[0]["listeners"]
-        with broker.login("crowd", tcp) as other, broker.login("crowd", Address("AF_UNIX", path=str(new))) as third:
+        with (
+            broker.login("crowd", tcp) as other,
+            broker.login("crowd", Address("AF_UNIX", path=str(new))) as third,
+        ):
             other.ping()
             third.ping()
 
@@ -220,7 +256,9 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
         alice.ping()
         answer = broker.upgrade(ops)
         assert answer["version"] == "99.9"
-        loops = [broker.wait(event)[0]["routing"] for event in ("daemon.started", "daemon.upgraded")]
+        loops = [
+            broker.wait(event)[0]["routing"] for event in ("daemon.started", "daemon.upgraded")
+        ]
         if len(set(loops)) == 1:
             pytest.skip("the routing loop is not compiled here")
         alice.write(packed(MESSAGE, "bob", b"last"))
@@ -231,8 +269,12 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
 
 
 @pytest.mark.parametrize("kib", [300, 4000])
-def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(socket_dir: Path, kib: int) -> None:
-    """Written and not received yet, or not even written: it broke the rules, and hears of it after the upgrade."""
+def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(
+    socket_dir: Path, kib: int
+) -> None:
+    """Written and not received yet, or not even written: it broke the rules, and hears
+    of it after the upgrade.
+    """
     with (
         Upgradable(socket_dir, CLIENTS, listen=["127.0.0.1:0"]) as broker,
         broker.login("ops") as ops,
@@ -257,7 +299,9 @@ def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(socket_dir: 
 
 @pytest.mark.slow
 def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
-    """A part of it came before the upgrade, the rest after it; and one that waits whole for room goes on."""
+    """A part of it came before the upgrade, the rest after it; and one that waits whole
+    for room goes on.
+    """
     with (
         Upgradable(socket_dir, {**CLIENTS, "bob": {"queue": "1MiB"}}) as broker,
         broker.login("ops") as ops,
@@ -303,7 +347,9 @@ def test_the_first_process_stays_for_whoever_started_it(socket_dir: Path) -> Non
     reason="a process 1 of one's own takes root and unshare",
 )
 def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
-    """Where it ends, everything ends: so it passes signals on, reaps orphans, and ends as the broker does."""
+    """Where it ends, everything ends: so it passes signals on, reaps orphans, and ends
+    as the broker does.
+    """
     alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     with Upgradable(socket_dir, CLIENTS, prefix=alone) as broker, broker.login("ops") as ops:
         first = int(Path(f"/proc/{broker.popen.pid}/task/{broker.popen.pid}/children").read_text())
@@ -321,7 +367,9 @@ def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
-    """Told twice to stop, the broker ends with 1, and so does the process that was started."""
+    """Told twice to stop, the broker ends with 1, and so does the process that was
+    started.
+    """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, broker.login("bob"):
         assert broker.upgrade(ops)["upgraded"]
         ops.write(packed(MESSAGE, "bob", bytes(1000)) * 1000)
@@ -332,12 +380,16 @@ def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
 
 
 def test_a_service_manager_hears_of_the_new_process(socket_dir: Path) -> None:
-    """MAINPID and a barrier from the old process, which then ends; the new one speaks after that."""
+    """MAINPID and a barrier from the old process, which then ends; the new one speaks
+    after that.
+    """
     with Manager(socket_dir / "notify") as manager, socket.socket(socket.AF_UNIX) as given:
         given.bind(str(socket_dir / "brokerd.sock"))
         given.listen()
         environ = {"WATCHDOG_USEC": "60000000"}
-        with manager.start(socket_dir, CLIENTS, sockets=[given], names="brokerd.socket", environ=environ) as broker:
+        with manager.start(
+            socket_dir, CLIENTS, sockets=[given], names="brokerd.socket", environ=environ
+        ) as broker:
             manager.wait("READY")
             with broker.login("ops") as ops:
                 assert ops.ask("upgrade").json["upgraded"]

@@ -16,9 +16,16 @@ import pytest
 from e2e.upgradable import IMPATIENT, Upgradable, descriptors, is_running
 from net.raw import MESSAGE, WANT_RECEIPT, Raw, packed
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 
-CLIENTS = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64KiB"}, "late": {"connections": 9}}
+CLIENTS = {
+    "ops": {"admin": True},
+    "alice": None,
+    "bob": {"queue": "64KiB"},
+    "late": {"connections": 9},
+}
 
 
 class Scene:
@@ -81,7 +88,9 @@ def scene(broker: Upgradable) -> Iterator[Scene]:
     broker.before_new_process("")
 
 
-RECEIVING = "from brokerd.upgrade import channel, new_process as successor\nimport os, signal, time\n"
+RECEIVING = (
+    "from brokerd.upgrade import channel, new_process as successor\nimport os, signal, time\n"
+)
 #: Where the descriptors of the state are taken, not those that are copied before.
 TAKING = """
 import sys
@@ -114,11 +123,15 @@ FAILURES = {
         "signal 9 ended it",
     ),
     "killed while it receives the state": (
-        RECEIVING + TAKING + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
+        RECEIVING
+        + TAKING
+        + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
         "signal 9 ended it",
     ),
     "hanging while it receives the state": (
-        RECEIVING + TAKING + "channel.UpgradeChannel._take = lambda *given: taking(time.sleep, *given, 60)",
+        RECEIVING
+        + TAKING
+        + "channel.UpgradeChannel._take = lambda *given: taking(time.sleep, *given, 60)",
         "it said nothing for 0.",
     ),
     "a state it makes no sense of": (
@@ -128,9 +141,11 @@ FAILURES = {
         "a bug: KeyError: 'planted'",
     ),
     "a limit of open files too low for it": (
-        RECEIVING + TAKING + "import resource\n"
-        "def lower(): resource.setrlimit(resource.RLIMIT_NOFILE, (os.open('/dev/null', 0) + 2,) * 2)\n"
-        "channel.UpgradeChannel._take = lambda *given: taking(lower, *given)",
+        RECEIVING
+        + TAKING
+        + "import resource\ndef lower(): resource.setrlimit(resource.RLIMIT_NOFILE,"
+        " (os.open('/dev/null', 0) + 2,) * 2)\nchannel.UpgradeChannel._take = lambda *given:"
+        " taking(lower, *given)",
         "is the limit of open files reached?",
     ),
     "dead when it is told to begin": (
@@ -165,7 +180,11 @@ SELDOM = {
 
 
 @pytest.mark.parametrize(
-    "which", [pytest.param(which, marks=[pytest.mark.slow] if which in SELDOM else []) for which in FAILURES]
+    "which",
+    [
+        pytest.param(which, marks=[pytest.mark.slow] if which in SELDOM else [])
+        for which in FAILURES
+    ],
 )
 def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
     """The answer and the log say why, and everything is as it was, descriptors too."""
@@ -200,7 +219,9 @@ def test_a_bad_configuration_is_told_with_every_mistake(scene: Scene) -> None:
 
 
 def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
-    """A new address in the configuration that somebody else has: told, and no file of the new process is left."""
+    """A new address in the configuration that somebody else has: told, and no file of
+    the new process is left.
+    """
     config = scene.broker.config
     blocked = scene.broker.directory / "blocked.sock"
     blocked.write_text("no socket")
@@ -260,7 +281,9 @@ def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
             crowd.append(Raw(broker.address))
             threading.Event().wait(0.005)
         answer = broker.upgrade(ops)
-        assert answer["problems"][0].startswith("no new process can be started: Too many open files")
+        assert answer["problems"][0].startswith(
+            "no new process can be started: Too many open files"
+        )
         for raw in crowd:
             raw.close()
         ops.ping()
@@ -280,7 +303,9 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
         assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Signals) -> None:
     """The new process is not waited for and leaves nothing behind."""
     with Upgradable(socket_dir, CLIENTS, first=IMPATIENT) as broker, broker.login("ops"):
@@ -294,8 +319,12 @@ def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Si
 
 
 @pytest.mark.parametrize(("word", "upgraded"), [("ready", 0), ("serving", 1)])
-def test_a_stop_in_the_very_moment_of_the_handover_is_heard(socket_dir: Path, word: str, upgraded: int) -> None:
-    """While the new process sets everything up, the old one drains; once it may begin, the new one does."""
+def test_a_stop_in_the_very_moment_of_the_handover_is_heard(
+    socket_dir: Path, word: str, upgraded: int
+) -> None:
+    """While the new process sets everything up, the old one drains; once it may begin,
+    the new one does.
+    """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
         broker.before_new_process(
             RECEIVING + "was = channel.UpgradeChannel.send\n"
@@ -313,7 +342,11 @@ def test_a_stop_in_the_very_moment_of_the_handover_is_heard(socket_dir: Path, wo
 @pytest.mark.slow
 def test_it_is_refused_while_the_broker_drains(socket_dir: Path) -> None:
     """It would have nothing to take over."""
-    with Upgradable(socket_dir, CLIENTS) as broker, broker.login("alice") as alice, broker.login("bob"):
+    with (
+        Upgradable(socket_dir, CLIENTS) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
         alice.sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
             # Until nothing more is taken.

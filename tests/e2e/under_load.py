@@ -1,7 +1,9 @@
-"""Clients that send each other numbered messages as fast as they can, and the account of every one of them.
+"""Clients that send each other numbered messages as fast as they can, and the account
+of every one of them.
 
-What happens to the broker meanwhile is the test's. Each message asks for a receipt; for each sender and recipient the
-numbers go up by one, so that a loss, a repetition and a change of order all show.
+What happens to the broker meanwhile is the test's. Each message asks for a receipt; for
+each sender and recipient the numbers go up by one, so that a loss, a repetition and a
+change of order all show.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ _AT_ONCE = 32
 
 @dataclass
 class Ledger:
-    """What one client sent, what came of it, and what it received. All by (other side, number)."""
+    """What one client sent, what came of it, and what it received.
+
+    All by (other side, number).
+    """
 
     name: str
     numbers: Counter[str] = field(default_factory=Counter)
@@ -40,7 +45,9 @@ class Ledger:
 
 
 class Crowd:
-    """Clients that stay connected and send to each other and to ``others``, who may come and go."""
+    """Clients that stay connected and send to each other and to ``others``, who may
+    come and go.
+    """
 
     def __init__(self, address: str, keys: Mapping[str, bytes], seed: int) -> None:
         self.address = address
@@ -60,7 +67,9 @@ class Crowd:
 
     async def enter(self, name: str, *, sends: bool = True) -> Any:
         """Connect a client; it sends from now on, unless it only listens."""
-        client = await aio.connect(self.address, name, self.keys[name], reconnect=False, timeout=TIMEOUT_S)
+        client = await aio.connect(
+            self.address, name, self.keys[name], reconnect=False, timeout=TIMEOUT_S
+        )
         ledger = self.ledgers.setdefault(name, Ledger(name))
 
         def take(message: Any) -> None:
@@ -75,7 +84,9 @@ class Crowd:
         return client
 
     def knock(self, name: str) -> None:
-        """Have a client connect, ask something and go again, without end; whoever is refused is noted."""
+        """Have a client connect, ask something and go again, without end; whoever is
+        refused is noted.
+        """
         self._knocking.append(name)
         self._tasks.append(asyncio.create_task(self._knock(name)))
 
@@ -93,7 +104,9 @@ class Crowd:
                 self.refused.append(f"{name}: {error!r}")
 
     async def everybody_has_come_again(self) -> None:
-        """Return when everybody who knocks has begun to do so, and was let in, since this was called."""
+        """Return when everybody who knocks has begun to do so, and was let in, since
+        this was called.
+        """
         before = dict(self._came)
         # Twice: the first time it may have begun earlier.
         while any(self._came[name] < before.get(name, 0) + 2 for name in self._knocking):
@@ -107,7 +120,9 @@ class Crowd:
             for recipient in self._random.choices(to, k=_AT_ONCE):
                 batch.append((recipient, ledger.numbers[recipient]))
                 ledger.numbers[recipient] += 1
-            outcomes = await client.send_many([(name, b"%d" % number) for name, number in batch], receipt=True)
+            outcomes = await client.send_many(
+                [(name, b"%d" % number) for name, number in batch], receipt=True
+            )
             for sent, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, Receipt):
                     ledger.taken.add(sent)
@@ -116,7 +131,9 @@ class Crowd:
                     ledger.failed[sent] = type(outcome).__name__
 
     async def finish(self) -> None:
-        """Send no more; return when everything that was taken for those who stayed has arrived."""
+        """Send no more; return when everything that was taken for those who stayed has
+        arrived.
+        """
         self._over.set()
         async with asyncio.timeout(TIMEOUT_S):
             await asyncio.gather(*self._tasks)
@@ -131,7 +148,9 @@ class Crowd:
                 await client.close()
 
     def on_the_way(self) -> int:
-        """Return how many messages that were taken for those who stayed have not been handed over yet."""
+        """Return how many messages that were taken for those who stayed have not been
+        handed over yet.
+        """
         return sum(
             len([sent for sent in ledger.taken if sent[0] == name and sent not in ledger.failed])
             - len(receiver.received.get(ledger.name, ()))
@@ -141,8 +160,12 @@ class Crowd:
         )
 
     def account(self) -> dict[str, int]:
-        """Return the account of all messages; every sentence of it that must hold is asserted."""
-        account: Counter[str] = Counter(sent=0, delivered=0, reported=0, twice=0, out_of_order=0, unaccounted=0)
+        """Return the account of all messages; every sentence of it that must hold is
+        asserted.
+        """
+        account: Counter[str] = Counter(
+            sent=0, delivered=0, reported=0, twice=0, out_of_order=0, unaccounted=0
+        )
         for ledger in self.ledgers.values():
             account["sent"] += ledger.numbers.total()
             for name, count in ledger.numbers.items():
@@ -150,7 +173,9 @@ class Crowd:
                 got = [] if receiver is None else receiver.received.get(ledger.name, [])
                 account["delivered"] += len(set(got))
                 account["twice"] += len(got) - len(set(got))
-                account["out_of_order"] += sum(later <= earlier for earlier, later in itertools.pairwise(got))
+                account["out_of_order"] += sum(
+                    later <= earlier for earlier, later in itertools.pairwise(got)
+                )
                 reported = {number for number in range(count) if (name, number) in ledger.failed}
                 account["reported"] += len(reported)
                 account["unaccounted"] += len(set(range(count)) - set(got) - reported)

@@ -1,7 +1,8 @@
 """A daemon whose successors do what a test wants before they begin.
 
-The program is the usual one, but a process that is to take over runs the file ``new_process.py`` beside the
-configuration first, if there is one, and the first process runs ``first.py``.
+The program is the usual one, but a process that is to take over runs the file
+``new_process.py`` beside the configuration first, if there is one, and the first
+process runs ``first.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from net.raw import Raw
 PROGRAM = """
 import os, sys
 from pathlib import Path
-before = Path(sys.argv[1]).with_name("successor.py" if "BROKERD_UPGRADE_FD" in os.environ else "first.py")
+name = "successor.py" if "BROKERD_UPGRADE_FD" in os.environ else "first.py"
+before = Path(sys.argv[1]).with_name(name)
 if before.exists():
     exec(before.read_text())
 from brokerd.daemon.process import run
@@ -49,7 +51,9 @@ class Upgradable(Process):
 
 
 def is_running(pid: int) -> bool:
-    """Return whether there is a process of that number, dead ones that nobody has asked for not counted."""
+    """Return whether there is a process of that number, dead ones that nobody has asked
+    for not counted.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,7 +1,9 @@
-"""Everything a broker does at once, kept up while it is replaced, and an account of every message at the end.
+"""Everything a broker does at once, kept up while it is replaced, and an account of
+every message at the end.
 
-Each part is a thread that talks to the broker through connections of its own and never connects again: a connection
-that ends, a frame that is missing, doubled or out of order ends the part with an error, which ``finish`` raises.
+Each part is a thread that talks to the broker through connections of its own and never
+connects again: a connection that ends, a frame that is missing, doubled or out of order
+ends the part with an error, which ``finish`` raises.
 """
 
 from __future__ import annotations
@@ -143,7 +145,11 @@ class Load:
         address = str(self.broker.addresses()[name.endswith("1")])
         command = [sys.executable, str(MEMBER), role, address, name, key_of(name).decode(), other]
         member = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(TESTS)}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PYTHONPATH": str(TESTS)},
         )
         assert member.stdout is not None
         assert member.stdout.readline() == "ready\n"
@@ -173,7 +179,9 @@ class Load:
             number += 1
 
     def _beside(self, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=self._guarded, args=(lambda ready: work(), threading.Event()))
+        thread = threading.Thread(
+            target=self._guarded, args=(lambda ready: work(), threading.Event())
+        )
         thread.start()
         return thread
 
@@ -208,7 +216,9 @@ class Load:
         self.account["requests: each answered once"] += 1
 
     def _events(self, ready: threading.Event) -> None:
-        """One subscriber gets every event, two of a group get each event between them; none is held up."""
+        """One subscriber gets every event, two of a group get each event between them;
+        none is held up.
+        """
         publisher, everything = self._login("publisher"), self._login("reader")
         group = [self._login("member1"), self._login("member2")]
         everything.ask("subscribe", topic="news.>")
@@ -243,7 +253,9 @@ class Load:
         self.account["events: seen by all, and by one of each group"] += sent
 
     def _pool(self, ready: threading.Event) -> None:
-        """Every message is taken by one member, has a receipt, and each member sees its own in order."""
+        """Every message is taken by one member, has a receipt, and each member sees its
+        own in order.
+        """
         boss, crew = self._login("boss"), [self._login("crew") for _ in range(3)]
         addresses = [raw.ask("whoami").json["address"] for raw in crew]
         took: dict[int, list[int]] = defaultdict(list)
@@ -269,7 +281,9 @@ class Load:
         self.account["pool: each taken by one member, with a receipt"] += sent
 
     def _slow(self, ready: threading.Event) -> None:
-        """Its queue is full all the time and its sender is held, again and again; both go on."""
+        """Its queue is full all the time and its sender is held, again and again; both
+        go on.
+        """
         pusher, slow = self._login("pusher"), self._login("slow")
         filler = bytes(1000)
         sent = 0
@@ -294,7 +308,9 @@ class Load:
         self.account["slow reader, held sender: received once and in order"] += expected
 
     def _drop_oldest(self, ready: threading.Event) -> None:
-        """A message that makes room for a newer one comes back as an error; each has one outcome."""
+        """A message that makes room for a newer one comes back as an error; each has
+        one outcome.
+        """
         dropper, dropped = self._login("dropper"), self._login("dropped")
         got: set[int] = set()
         refused: set[int] = set()
@@ -315,7 +331,9 @@ class Load:
         ready.set()
         sent = 0
         for number in self._numbers():
-            dropper.send(MESSAGE, "dropped", NUMBER.pack(number) + bytes(1000), id=number, flags=WANT_RECEIPT)
+            dropper.send(
+                MESSAGE, "dropped", NUMBER.pack(number) + bytes(1000), id=number, flags=WANT_RECEIPT
+            )
             sent += 1
             if number % 10 == 0:
                 self.stop.wait(0.001)
@@ -368,21 +386,27 @@ class Load:
     def _stock(self, ready: threading.Event) -> None:
         """Two clients of the standard library send each other messages."""
         ends = [
-            multiprocessing.connection.Client(str(self.broker.socket), "AF_UNIX", authkey=key_of(name))
+            multiprocessing.connection.Client(
+                str(self.broker.socket), "AF_UNIX", authkey=key_of(name)
+            )
             for name in ("stock1", "stock2")
         ]
         with ends[0] as first, ends[1] as second:
             ready.set()
             for number in self._numbers():
                 for giver, to, taker in ((first, b"stock2", second), (second, b"stock1", first)):
-                    giver.send_bytes(struct.pack("!BBBBQ", MESSAGE, 0, 0, 6, number) + to + NUMBER.pack(number))
+                    giver.send_bytes(
+                        struct.pack("!BBBBQ", MESSAGE, 0, 0, 6, number) + to + NUMBER.pack(number)
+                    )
                     assert taker.poll(WAIT_S)
                     frame = taker.recv_bytes()
                     assert (frame[0], frame[-8:]) == (MESSAGE, NUMBER.pack(number)), frame
                     self.account["multiprocessing.connection: received once"] += 1
 
     def _library(self, ready: threading.Event) -> None:
-        """Two clients of the library send with receipts; a third one sees nobody go. None of them connects again."""
+        """Two clients of the library send with receipts; a third one sees nobody go.
+        None of them connects again.
+        """
 
         def connect(name: str) -> brokerd_client.Client:
             socket, key = str(self.broker.socket), key_of(name)
@@ -402,7 +426,9 @@ class Load:
             assert gone - ended == {"library2"}, f"{gone} were seen to go"
 
     def _newcomers(self, ready: threading.Event) -> None:
-        """All the time somebody connects, is let in, and asks something; nobody is turned away."""
+        """All the time somebody connects, is let in, and asks something; nobody is
+        turned away.
+        """
         ready.set()
         for _ in self._numbers():
             with self.broker.login("newcomer") as raw:

@@ -1,7 +1,9 @@
-"""Runs the targets under atheris, guided by coverage: ``make fuzz``, or in ``tests``: ``python -m fuzz --help``.
+"""Runs the targets under atheris, guided by coverage: ``make fuzz``, or in ``tests``:
+``python -m fuzz --help``.
 
-What is found on the way, and what makes a target fail, lies in ``.fuzz`` beside this checkout's files: the first is
-where the next run begins, the second is what to give to ``--replay``.
+What is found on the way, and what makes a target fail, lies in ``.fuzz`` beside this
+checkout's files: the first is where the next run begins, the second is what to give to
+``--replay``.
 """
 
 from __future__ import annotations
@@ -24,15 +26,25 @@ LONGEST = 4096
 
 def main() -> int:
     """Return 0, or 1 where a target failed."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description="Fuzz the targets with atheris.")
-    parser.add_argument("--seconds", type=float, default=600.0, help="for all targets together; default 600")
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz", description="Fuzz the targets with atheris."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="for all targets together; default 600"
+    )
     parser.add_argument("--one", metavar="TARGET", choices=TARGETS, help=argparse.SUPPRESS)
-    parser.add_argument("--replay", metavar="FILE", type=Path, help="run the one target on the input in a file")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument(
+        "--replay", metavar="FILE", type=Path, help="run the one target on the input in a file"
+    )
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all"
+    )
     arguments = parser.parse_args()
     wanted = arguments.targets or list(TARGETS)
     if unknown := set(wanted) - set(TARGETS):
-        parser.error(f"there is no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+        parser.error(
+            f"there is no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}"
+        )
     if arguments.replay is not None:
         if len(arguments.targets) != 1:
             parser.error("--replay needs the one target whose input it is")
@@ -53,13 +65,17 @@ def main() -> int:
 
 
 def run(name: str, seconds: float) -> bool:
-    """Fuzz one target in a process of its own and print what came of it; return whether all is well."""
+    """Fuzz one target in a process of its own and print what came of it; return whether
+    all is well.
+    """
     WORK.mkdir(exist_ok=True)
     log = WORK / f"{name}.log"
     began = time.monotonic()
     command = [sys.executable, "-m", "fuzz", "--one", name, "--seconds", str(seconds)]
     with log.open("wb") as file:
-        status = subprocess.run(command, cwd=ROOT / "tests", stdout=file, stderr=file, check=False).returncode
+        status = subprocess.run(
+            command, cwd=ROOT / "tests", stdout=file, stderr=file, check=False
+        ).returncode
     text = log.read_text(encoding="utf-8", errors="replace")
     done = re.search(r"stat::number_of_executed_units: *(\d+)", text)
     steps = re.findall(r"^#(\d+).* cov: (\d+).* corp: (\d+)", text, re.MULTILINE)
@@ -72,7 +88,10 @@ def run(name: str, seconds: float) -> bool:
     )
     if status != 0:
         print("".join(f"    {line}\n" for line in text.splitlines()[-40:] if line.strip()))
-        print(f"    again: python -m fuzz {name} --replay FILE, in tests; the whole log is {log.relative_to(ROOT)}")
+        print(
+            f"    again: python -m fuzz {name} --replay FILE, in tests; the whole log is"
+            f" {log.relative_to(ROOT)}"
+        )
     # A run that ended by itself without a word has not fuzzed.
     return status == 0 and executions > 0
 

@@ -1,6 +1,8 @@
-"""The inputs that every run begins with, in ``corpus/TARGET``: real encodings, and what once was a mistake.
+"""The inputs that every run begins with, in ``corpus/TARGET``: real encodings, and what
+once was a mistake.
 
-In ``tests``, ``python -m fuzz.corpus`` writes those that the targets' ``seeds`` describe; nothing is removed.
+In ``tests``, ``python -m fuzz.corpus`` writes those that the targets' ``seeds``
+describe; nothing is removed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,16 @@ from pathlib import Path
 __all__ = ["CORPUS", "TARGETS", "inputs"]
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-TARGETS = ("framing", "handshake", "envelope", "certificate", "configuration", "loops", "snapshot", "dialog")
+TARGETS = (
+    "framing",
+    "handshake",
+    "envelope",
+    "certificate",
+    "configuration",
+    "loops",
+    "snapshot",
+    "dialog",
+)
 
 
 def inputs(target: str) -> list[tuple[str, bytes]]:

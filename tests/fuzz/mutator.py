@@ -1,4 +1,6 @@
-"""Inputs changed a little, by a seed: what runs the targets where there is no coverage to be guided by."""
+"""Inputs changed a little, by a seed: what runs the targets where there is no coverage
+to be guided by.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ _EDGES = (0, 1, 2, 3, 4, 5, 7, 11, 12, 15, 16, 17, 20, 31, 32, 63, 64, 127, 128,
 
 
 def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """Return the input with one to four changes. other: another input, of which a piece may be taken."""
+    """Return the input with one to four changes.
+
+    other: another input, of which a piece may be taken.
+    """
     changed = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(changed) + 1)

@@ -1,4 +1,6 @@
-"""Every target on every input of its corpus, and on some thousands changed by chance; ``make fuzz`` goes further."""
+"""Every target on every input of its corpus, and on some thousands changed by chance;
+``make fuzz`` goes further.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +68,12 @@ def test_what_chance_makes_of_the_corpus_is_clean(target: str, seed: int) -> Non
 
 
 def test_the_corpus_is_what_the_targets_describe() -> None:
-    """Every seed that is the same in every run stands in the corpus, so that a changed one is written again."""
+    """Every seed that is the same in every run stands in the corpus, so that a changed
+    one is written again.
+    """
     for target in sorted(set(TARGETS) - {"certificate", "configuration"}):
         there = dict(inputs(target))
         for name, content in importlib.import_module(f"fuzz.targets.{target}").seeds():
-            assert there.get(name) == content, f"{target}/{name}: run python -m fuzz.corpus in tests"
+            assert there.get(name) == content, (
+                f"{target}/{name}: run python -m fuzz.corpus in tests"
+            )

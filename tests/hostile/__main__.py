@@ -1,4 +1,6 @@
-"""``make siege SIEGE_S=60``: every attack at once, and the broker's memory beside its bound."""
+"""``make siege SIEGE_S=60``: every attack at once, and the broker's memory beside its
+bound.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="1
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hostile", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--write", action="store_true", help="write docs/reliability.md and its picture")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/reliability.md and its picture"
+    )
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="bd-") as directory,
@@ -36,7 +40,10 @@ def main() -> int:
     most = max(size for _, size in curve)
     text = "\n".join(
         [
-            f"{arguments.seconds:g} s, {len(ATTACKS)} attacks, {len(clients())} clients with small limits.",
+            (
+                f"{arguments.seconds:g} s, {len(ATTACKS)} attacks, {len(clients())} clients with"
+                " small limits."
+            ),
             "",
             "| memory | MiB |",
             "|---|---|",
@@ -59,7 +66,10 @@ def main() -> int:
 def _spread(took: list[float]) -> str:
     """Return what times, of which the shortest comes first, are like. took: seconds."""
     median, late = took[len(took) // 2], took[len(took) * 99 // 100]
-    return f"median {median * 1e3:.1f} ms, 99 % within {late * 1e3:.0f} ms, the longest {took[-1] * 1e3:.0f} ms"
+    return (
+        f"median {median * 1e3:.1f} ms, 99 % within {late * 1e3:.0f} ms, the longest"
+        f" {took[-1] * 1e3:.0f} ms"
+    )
 
 
 def _picture(curve: list[tuple[float, float]], bound: float) -> str:
@@ -74,15 +84,24 @@ def _picture(curve: list[tuple[float, float]], bound: float) -> str:
         return _TOP + high - size / (bound * 1.05) * high
 
     def text(at: float, height: float, words: str, anchor: str, colour: str = "#606060") -> str:
-        return f'<text x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+        return (
+            f'<text x="{at:.1f}" y="{height:.1f}" text-anchor="{anchor}"'
+            f' fill="{colour}">{words}</text>'
+        )
 
     points = " ".join(f"{x(at):.1f},{y(size):.1f}" for at, size in curve)
     return "\n".join(
         [
             f'<svg {_SVG} viewBox="0 0 {_WIDTH} {_HEIGHT}">',
             f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
-            f'<rect x="{_LEFT}" y="{_TOP}" width="{wide}" height="{high}" fill="none" stroke="#d8d8d8"/>',
-            f'<line x1="{_LEFT}" y1="{y(bound):.1f}" x2="{_LEFT + wide}" y2="{y(bound):.1f}" stroke="#334155"/>',
+            (
+                f'<rect x="{_LEFT}" y="{_TOP}" width="{wide}" height="{high}" fill="none"'
+                ' stroke="#d8d8d8"/>'
+            ),
+            (
+                f'<line x1="{_LEFT}" y1="{y(bound):.1f}" x2="{_LEFT + wide}" y2="{y(bound):.1f}"'
+                ' stroke="#334155"/>'
+            ),
             text(_LEFT + 8, y(bound) + 16, "the bound", "start", "#334155"),
             f'<polyline points="{points}" fill="none" stroke="#c2410c"/>',
             text(_LEFT + 8, y(curve[0][1]) - 12, "resident", "start", "#c2410c"),

@@ -1,7 +1,8 @@
-"""Peers that mean harm, each trying to make the broker hold as much as it will; bounded in time, loopback only.
+"""Peers that mean harm, each trying to make the broker hold as much as it will; bounded
+in time, loopback only.
 
-An attacker is a function that goes on until the ``Siege`` is over. What it meets on the way (an ERROR, a closed
-connection, a full buffer) does not stop it.
+An attacker is a function that goes on until the ``Siege`` is over. What it meets on the
+way (an ERROR, a closed connection, a full buffer) does not stop it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ _STEP_S = 0.2
 class Siege:
     """What the attackers share.
 
-    login: returns a connection of that client. open_: returns a connection that has sent nothing.
+    login: returns a connection of that client. open_: returns a connection that has
+    sent nothing.
     """
 
-    def __init__(self, login: Callable[[str], Raw], open_: Callable[[], Raw], seconds: float) -> None:
+    def __init__(
+        self, login: Callable[[str], Raw], open_: Callable[[], Raw], seconds: float
+    ) -> None:
         self.login = login
         self.open = open_
         self.deadline = time.monotonic() + seconds
         self.rounds = dict.fromkeys(ATTACKS, 0)
-        self._threads = [threading.Thread(target=self._run, args=(name,), name=name) for name in ATTACKS]
+        self._threads = [
+            threading.Thread(target=self._run, args=(name,), name=name) for name in ATTACKS
+        ]
 
     @property
     def on(self) -> bool:
@@ -64,7 +70,10 @@ class Siege:
             yield raw
 
     def flood(self, raw: Raw, data: bytes, *, reading: bool = False) -> None:
-        """Write the same bytes for as long as the broker takes them. reading: what comes back is thrown away."""
+        """Write the same bytes for as long as the broker takes them.
+
+        reading: what comes back is thrown away.
+        """
         raw.sock.setblocking(False)
         position = 0
         while self.on:
@@ -79,7 +88,9 @@ class Siege:
 
 
 def half_handshakes(siege: Siege, order: random.Random) -> None:
-    """Connections that say nothing, half an answer, or garbage, more than are allowed at once."""
+    """Connections that say nothing, half an answer, or garbage, more than are allowed
+    at once.
+    """
     held = []
     try:
         for _ in range(200):
@@ -94,19 +105,32 @@ def half_handshakes(siege: Siege, order: random.Random) -> None:
 
 
 def full_queue(siege: Siege, order: random.Random) -> None:
-    """The shortest messages to somebody who never reads; the errors are not read either."""
+    """The shortest messages to somebody who never reads; the errors are not read
+    either.
+    """
     with siege.client("deaf"), siege.client("mean1") as raw:
         siege.flood(raw, packed(MESSAGE, "deaf", b"") * 1000)
 
 
 def dropping_queue(siege: Siege, order: random.Random) -> None:
     """The same to one whose oldest messages give way, and to a pool."""
-    with siege.client("dropper"), siege.client("crowd"), siege.client("crowd"), siege.client("mean2") as raw:
-        siege.flood(raw, (packed(MESSAGE, "dropper", b"") + packed(MESSAGE, "crowd", b"")) * 500, reading=True)
+    with (
+        siege.client("dropper"),
+        siege.client("crowd"),
+        siege.client("crowd"),
+        siege.client("mean2") as raw,
+    ):
+        siege.flood(
+            raw,
+            (packed(MESSAGE, "dropper", b"") + packed(MESSAGE, "crowd", b"")) * 500,
+            reading=True,
+        )
 
 
 def leaving_queue(siege: Siege, order: random.Random) -> None:
-    """A client that comes, has its queue filled, and goes, again and again; the sender reads nothing of it."""
+    """A client that comes, has its queue filled, and goes, again and again; the sender
+    reads nothing of it.
+    """
     with siege.client("mean3") as raw:
         raw.sock.setblocking(False)
         data = packed(MESSAGE, "comes-and-goes", b"") * 2000
@@ -119,13 +143,22 @@ def leaving_queue(siege: Siege, order: random.Random) -> None:
 
 
 def subscriptions(siege: Siege, order: random.Random) -> None:
-    """As many long patterns as are taken, none sharing a token with another, and then more."""
+    """As many long patterns as are taken, none sharing a token with another, and then
+    more.
+    """
     with siege.client("listener1") as raw:
         for number in itertools.count():
             if not siege.on:
                 return
-            topic = ".".join(f"{order.randrange(36**2):02x}"[:1] for _ in range(100)) + f".n{number}"
-            raw.send(REQUEST, "$broker", json.dumps({"op": "subscribe", "topic": topic}).encode(), codec=JSON)
+            topic = (
+                ".".join(f"{order.randrange(36**2):02x}"[:1] for _ in range(100)) + f".n{number}"
+            )
+            raw.send(
+                REQUEST,
+                "$broker",
+                json.dumps({"op": "subscribe", "topic": topic}).encode(),
+                codec=JSON,
+            )
             with contextlib.suppress(TimeoutError):
                 raw.recv()
             if number > 2000:
@@ -139,7 +172,9 @@ def endless_topics(siege: Siege, order: random.Random) -> None:
             deaf.ask("subscribe", topic=">", group=group)
         for number in itertools.count():
             topics = (f"{number}.{index}.{'x' * 200}".encode() for index in range(500))
-            data = b"".join(packed(EVENT, "", b"", between=bytes([len(topic)]) + topic) for topic in topics)
+            data = b"".join(
+                packed(EVENT, "", b"", between=bytes([len(topic)]) + topic) for topic in topics
+            )
             raw.sock.settimeout(_STEP_S)
             raw.write(data)
             if not siege.on:
@@ -163,30 +198,45 @@ def unanswered(siege: Siege, order: random.Random) -> None:
 
 
 def unfinished_messages(siege: Siege, order: random.Random) -> None:
-    """Messages as long as may be, of which the last byte never comes; and some that claim far more."""
+    """Messages as long as may be, of which the last byte never comes; and some that
+    claim far more.
+    """
     with contextlib.ExitStack() as stack:
         for number in range(8):
             raw = stack.enter_context(siege.client(f"slow{number}"))
             whole = packed(MESSAGE, "deaf", bytes(MAX_MESSAGE))
             with contextlib.suppress(TimeoutError):
-                raw.write(whole[:-1] if number % 2 else b"\xff\xff\xff\xff" + (1 << 62).to_bytes(8, "big") + whole)
+                raw.write(
+                    whole[:-1]
+                    if number % 2
+                    else b"\xff\xff\xff\xff" + (1 << 62).to_bytes(8, "big") + whole
+                )
         while siege.on:
             time.sleep(_STEP_S)
 
 
 def nonsense(siege: Siege, order: random.Random) -> None:
-    """Authenticated garbage: bad kinds, bad flags, bad names, too long messages, half frames and the end."""
+    """Authenticated garbage: bad kinds, bad flags, bad names, too long messages, half
+    frames and the end.
+    """
     with siege.client("mean6") as raw:
         while siege.on:
             header = bytes([order.randrange(10), order.randrange(256), 0, order.randrange(256)])
             body = header + order.randbytes(order.choice([0, 7, 8, 40, 300]))
-            raw.write(order.choice([prefixed(body), packed(MESSAGE, "deaf", bytes(MAX_MESSAGE + 1)), body]))
+            raw.write(
+                order.choice(
+                    [prefixed(body), packed(MESSAGE, "deaf", bytes(MAX_MESSAGE + 1)), body]
+                )
+            )
 
 
 def unread_answers(siege: Siege, order: random.Random) -> None:
     """Operations whose answers are long and are never read."""
     with siege.client("mean7") as raw:
-        siege.flood(raw, packed(REQUEST, "$broker", json.dumps({"op": "clients"}).encode(), codec=JSON) * 100)
+        siege.flood(
+            raw,
+            packed(REQUEST, "$broker", json.dumps({"op": "clients"}).encode(), codec=JSON) * 100,
+        )
 
 
 ATTACKS: dict[str, Callable[[Siege, random.Random], None]] = {

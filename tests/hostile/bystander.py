@@ -1,6 +1,8 @@
-"""Two clients that mean no harm, in a process of their own so that only the broker can hold them up.
+"""Two clients that mean no harm, in a process of their own so that only the broker can
+hold them up.
 
-python bystander.py SOCKET SECONDS prints how long each message took from one to the other, a JSON list of seconds.
+python bystander.py SOCKET SECONDS prints how long each message took from one to the
+other, a JSON list of seconds.
 """
 
 from __future__ import annotations

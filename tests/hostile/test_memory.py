@@ -1,4 +1,6 @@
-"""All attacks at once: the broker's memory stays under the bound of its configuration, and others are served."""
+"""All attacks at once: the broker's memory stays under the bound of its configuration,
+and others are served.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from net.raw import Raw, login
 from brokerd.config.load import load
 from brokerd.config.memory_bound import memory_bound
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is read from /proc"
+)
 
 BYSTANDER = Path(__file__).with_name("bystander.py")
 LIMITS = {
@@ -34,7 +38,9 @@ SMALL = {"queue": "256KiB", "subscriptions": 200, "requests": 2000}
 
 
 def clients() -> dict[str, dict[str, Any]]:
-    ordinary = [f"mean{number}" for number in range(1, 8)] + [f"slow{number}" for number in range(8)]
+    ordinary = [f"mean{number}" for number in range(1, 8)] + [
+        f"slow{number}" for number in range(8)
+    ]
     ordinary += ["deaf", "silent", "comes-and-goes", "listener1", "listener2", "good", "friend"]
     entries: dict[str, dict[str, Any]] = {name: dict(SMALL) for name in ordinary}
     entries["dropper"] = {**SMALL, "when_full": "drop_oldest"}
@@ -56,9 +62,12 @@ def until_listening(broker: Process) -> None:
 
 
 def besiege(broker: Process, seconds: float) -> tuple[list[tuple[float, int]], list[float]]:
-    """Attack for so long; return (seconds, bytes) samples of its memory, and how long each good message took."""
+    """Attack for so long; return (seconds, bytes) samples of its memory, and how long
+    each good message took.
+    """
 
-    # Not the process's own login, which reads the whole log for the line that says where it listens.
+    # Not the process's own login, which reads the whole log for the line that says
+    # where it listens.
     def enter(name: str) -> Raw:
         return login(broker.address, key_of(name), name.encode())
 
@@ -76,15 +85,21 @@ def besiege(broker: Process, seconds: float) -> tuple[list[tuple[float, int]], l
             time.sleep(0.05)
         siege.end()
         told = bystander.communicate(timeout=60)[0]
-    assert bystander.returncode == 0, [line for line in broker.lines if '"good"' in line or '"friend"' in line]
+    assert bystander.returncode == 0, [
+        line for line in broker.lines if '"good"' in line or '"friend"' in line
+    ]
     took = json.loads(told)
     assert all(siege.rounds[name] for name in ATTACKS), siege.rounds
     return samples, sorted(took)
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(4, id="short"), pytest.param(60, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(4, id="short"), pytest.param(60, id="long", marks=pytest.mark.slow)]
+)
 def test_memory_stays_under_the_bound(socket_dir: Path, seconds: int) -> None:
-    """Under every attack at once the broker holds less than its configuration allows, and a good pair goes on."""
+    """Under every attack at once the broker holds less than its configuration allows,
+    and a good pair goes on.
+    """
     seconds = int(os.environ.get("BROKERD_SIEGE_S", seconds))
     with Process(socket_dir, clients(), limits=LIMITS, log=LOG) as broker:
         until_listening(broker)
@@ -95,7 +110,8 @@ def test_memory_stays_under_the_bound(socket_dir: Path, seconds: int) -> None:
         most = max(size for _, size in samples)
         took.sort()
         print(
-            f"\n{seconds} s: at most {most / 2**20:.0f} MiB, bound {bound / 2**20:.0f} MiB; {len(took)} good messages,"
+            f"\n{seconds} s: at most {most / 2**20:.0f} MiB, bound {bound / 2**20:.0f} MiB;"
+            f" {len(took)} good messages,"
         )
         print(f"median {took[len(took) // 2] * 1e3:.2f} ms, longest {took[-1] * 1e3:.0f} ms")
         assert most < bound

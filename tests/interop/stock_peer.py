@@ -1,6 +1,9 @@
-"""A peer that is nothing but an interpreter's own multiprocessing.connection. Runs on Python 2.7 and 3.6+.
+"""A peer that is nothing but an interpreter's own multiprocessing.connection.
 
-Commands come as lines of JSON on standard input, answers go as lines of JSON to standard output.
+Runs on Python 2.7 and 3.6+.
+
+Commands come as lines of JSON on standard input, answers go as lines of JSON to
+standard output.
 """
 
 import json

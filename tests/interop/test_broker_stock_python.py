@@ -1,6 +1,8 @@
-"""The client of docs/protocol.md, typed as it stands into every stock Python found, talks to our library.
+"""The client of docs/protocol.md, typed as it stands into every stock Python found,
+talks to our library.
 
-The broker is a process, each stock Python is a process, and bob is a client of the library.
+The broker is a process, each stock Python is a process, and bob is a client of the
+library.
 """
 
 from __future__ import annotations
@@ -26,26 +28,40 @@ TIMEOUT_S = 30.0
 
 
 def typed(address: str, name: str) -> str:
-    """Return the page's example, with this test's address and key in place of the page's, and what it heard."""
+    """Return the page's example, with this test's address and key in place of the
+    page's, and what it heard.
+    """
     example = re.search(
-        r"```python\n(from multiprocessing\.connection import Client\n.*?)```", PAGE.read_text(), re.DOTALL
+        r"```python\n(from multiprocessing\.connection import Client\n.*?)```",
+        PAGE.read_text(),
+        re.DOTALL,
     )
     assert example is not None, "docs/protocol.md has no stock client"
     code = example[1]
     assert code.count('"/run/brokerd/brokerd.sock"') == code.count('b"alice\'s key"') == 1
-    code = code.replace('"/run/brokerd/brokerd.sock"', repr(address)).replace('b"alice\'s key"', repr(key_of(name)))
-    return f"{code}\nprint((kind, flags, codec, id, str(sender), payload == b'welcome, ' + b'{name}'))\n"
+    code = code.replace('"/run/brokerd/brokerd.sock"', repr(address)).replace(
+        'b"alice\'s key"', repr(key_of(name))
+    )
+    return (
+        f"{code}\nprint((kind, flags, codec, id, str(sender), payload == b'welcome, ' +"
+        f" b'{name}'))\n"
+    )
 
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Process]:
-    """A broker with two clients for each Python: one that may use MD5 and one that may not."""
+    """A broker with two clients for each Python: one that may use MD5 and one that may
+    not.
+    """
     clients = {"bob": None} | {
         f"py{version.replace('.', '')}{kind}": {"allow_md5": kind == "old"}
         for version in ALL_VERSIONS
         for kind in ("old", "young")
     }
-    with tempfile.TemporaryDirectory(prefix="bd-") as directory, Process(Path(directory), clients) as process:
+    with (
+        tempfile.TemporaryDirectory(prefix="bd-") as directory,
+        Process(Path(directory), clients) as process,
+    ):
         yield process
 
 
@@ -60,13 +76,16 @@ def python(version: str) -> list[str]:
     path = interpreters().get(version)
     if path is None:
         pytest.skip(f"no Python {version} here")
-    # Isolated: neither this directory nor anything of ours is on its path. 2.7 knows the parts by other names.
+    # Isolated: neither this directory nor anything of ours is on its path. 2.7 knows
+    # the parts by other names.
     return [path, "-E", "-s"] if version == "2.7" else [path, "-I"]
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
 def test_the_example_of_the_protocol_page_works(version: str, broker: Process, bob: Client) -> None:
-    """With nothing installed and nothing changed; before 3.12 for a client with allow_md5."""
+    """With nothing installed and nothing changed; before 3.12 for a client with
+    allow_md5.
+    """
     name = f"py{version.replace('.', '')}{'old' if version in OLD else 'young'}"
     with subprocess.Popen(
         [*python(version), "-c", typed(str(broker.socket), name)],
@@ -87,7 +106,9 @@ def test_the_example_of_the_protocol_page_works(version: str, broker: Process, b
 
 @pytest.mark.parametrize("version", OLD)
 def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Process) -> None:
-    """It gets an AuthenticationError, and the log tells the operator which option would let it in."""
+    """It gets an AuthenticationError, and the log tells the operator which option would
+    let it in.
+    """
     name = f"py{version.replace('.', '')}young"
     stock = subprocess.run(
         [*python(version), "-c", typed(str(broker.socket), name)],
@@ -100,7 +121,11 @@ def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Proces
     assert "AuthenticationError" in stock.stderr
 
     def reasons() -> list[str]:
-        return [event["reason"] for event in broker.events("client.refused") if event.get("name") == name]
+        return [
+            event["reason"]
+            for event in broker.events("client.refused")
+            if event.get("name") == name
+        ]
 
     # The log is written beside the work.
     until(lambda: bool(reasons()), "the log says nothing")
@@ -112,7 +137,11 @@ def test_a_stock_python_with_a_wrong_key_is_told_so(version: str, broker: Proces
     """AuthenticationError, and not a hang, whatever the digest."""
     code = typed(str(broker.socket), "nobody")
     stock = subprocess.run(
-        [*python(version), "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [*python(version), "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
     assert stock.returncode == 1
     assert "AuthenticationError" in stock.stderr

@@ -1,9 +1,11 @@
-"""CPython's own tests of connections, from the installed ``test`` package, upon our module in place of theirs.
+"""CPython's own tests of connections, from the installed ``test`` package, upon our
+module in place of theirs.
 
-Nothing of them is copied here: an interpreter imports its own tests after ``in_place/sitecustomize.py`` has replaced
-``multiprocessing.connection`` by ours, in the parent and in every child, so that queues, pools and managers run upon
-it as well. Of the classes below every test runs. Those named With<kind>... exist for threads too, upon
-multiprocessing.dummy, which has nothing of ours.
+Nothing of them is copied here: an interpreter imports its own tests after
+``in_place/sitecustomize.py`` has replaced ``multiprocessing.connection`` by ours, in
+the parent and in every child, so that queues, pools and managers run upon it as well.
+Of the classes below every test runs. Those named With<kind>... exist for threads too,
+upon multiprocessing.dummy, which has nothing of ours.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ RUNNING = f"{sys.version_info[0]}.{sys.version_info[1]}"
 START_METHODS = ("fork", "spawn", "forkserver")
 TIMEOUT_S = 110
 
-#: What tests connections themselves. Two groups, run side by side: most of their time they sleep.
+#: What tests connections themselves. Two groups, run side by side: most of their time
+#: they sleep.
 CONNECTIONS = (
     "WithProcessesTestConnection",
     "WithProcessesTestListener",
@@ -39,7 +42,8 @@ CONNECTIONS = (
     "TestIgnoreEINTR",
 )
 WAITING = ("WithProcessesTestPoll", "WithProcessesTestPollEintr", "TestWait")
-#: What is built upon connections: queues, pools, managers (XmlListener and XmlClient among them), processes.
+#: What is built upon connections: queues, pools, managers (XmlListener and XmlClient
+#: among them), processes.
 BUILT_UPON = (
     "WithProcessesTestQueue",
     "TestSimpleQueue",
@@ -57,7 +61,8 @@ BUILT_UPON = (
     "TestForkAwareThreadLock",
     "TestCloseFds",
 )
-#: Not in every version: ChallengeResponseTest came with the digests of 3.12, the other with 3.11.5 or so.
+#: Not in every version: ChallengeResponseTest came with the digests of 3.12, the other
+#: with 3.11.5 or so.
 MAY_BE_ABSENT = {"ChallengeResponseTest", "TestManagerExceptions"}
 #: These must be among what ran, lest a renamed class go unnoticed.
 MUST_RUN = {
@@ -76,14 +81,23 @@ class Run:
     """One interpreter at work on some of its classes."""
 
     def __init__(self, python: str, start_method: str, classes: tuple[str, ...], cwd: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COVERAGE"))}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTHON", "COVERAGE"))
+        }
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "client"), str(HERE / "in_place")])
         environment["START_METHOD"] = start_method
         # Bytecode of the checkout would be written by several versions at once.
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         command = [python, str(HERE / "in_place" / "run_cases.py"), *classes]
         self.process = subprocess.Popen(
-            command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=environment,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def outcome(self) -> dict[str, Any]:
@@ -99,15 +113,22 @@ class Run:
 
 
 def has_tests(python: str) -> bool:
-    """Return whether the interpreter's installation has its tests; distributions often leave them out."""
+    """Return whether the interpreter's installation has its tests; distributions often
+    leave them out.
+    """
     found = subprocess.run(
-        [python, "-c", "import test._test_multiprocessing"], capture_output=True, timeout=30, check=False
+        [python, "-c", "import test._test_multiprocessing"],
+        capture_output=True,
+        timeout=30,
+        check=False,
     )
     return found.returncode == 0
 
 
 def checked(*outcomes: dict[str, Any]) -> set[str]:
-    """Return the names of all tests that ran, having checked that none failed or was absent without a reason."""
+    """Return the names of all tests that ran, having checked that none failed or was
+    absent without a reason.
+    """
     ran: set[str] = set()
     for outcome in outcomes:
         assert outcome["problems"] == []
@@ -118,12 +139,17 @@ def checked(*outcomes: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Run, Run]]]:
-    """The running interpreter at work on its tests of connections, in all ways to start a process at once."""
+    """The running interpreter at work on its tests of connections, in all ways to start
+    a process at once.
+    """
     if not has_tests(sys.executable):
         pytest.skip(f"this Python {RUNNING} was installed without its `test` package")
     cwd = tmp_path_factory.mktemp("cpython")
     runs = {
-        method: (Run(sys.executable, method, CONNECTIONS, cwd), Run(sys.executable, method, WAITING, cwd))
+        method: (
+            Run(sys.executable, method, CONNECTIONS, cwd),
+            Run(sys.executable, method, WAITING, cwd),
+        )
         for method in START_METHODS
     }
     yield runs
@@ -147,7 +173,9 @@ def test_cpythons_tests_of_connections_pass(
 def test_what_cpython_builds_upon_connections_works_upon_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Queues, pools and managers pass their own tests when the module beneath them is ours."""
+    """Queues, pools and managers pass their own tests when the module beneath them is
+    ours.
+    """
     if not has_tests(sys.executable):
         pytest.skip(f"this Python {RUNNING} was installed without its `test` package")
     run = Run(sys.executable, "fork", BUILT_UPON, tmp_path)
@@ -168,10 +196,14 @@ def test_what_cpython_builds_upon_connections_works_upon_ours(
 def test_cpythons_tests_pass_on_every_supported_version(
     version: str, start_method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every supported Python's own tests of connections pass upon our module, and what is built upon them."""
+    """Every supported Python's own tests of connections pass upon our module, and what
+    is built upon them.
+    """
     python = interpreters().get(version)
     if python is None:
-        pytest.skip(f"no Python {version} here: neither on PATH, nor in pyenv, nor in BROKERD_TEST_PYTHONS")
+        pytest.skip(
+            f"no Python {version} here: neither on PATH, nor in pyenv, nor in BROKERD_TEST_PYTHONS"
+        )
     if not has_tests(python):
         pytest.skip(f"the Python {version} here was installed without its `test` package")
     groups = [CONNECTIONS, WAITING, *([BUILT_UPON] if start_method == "fork" else [])]

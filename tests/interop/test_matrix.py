@@ -1,4 +1,6 @@
-"""Our Listener and Client against the standard library's of every Python found: right key, wrong key, both families."""
+"""Our Listener and Client against the standard library's of every Python found: right
+key, wrong key, both families.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def peers() -> Iterator[dict[str, StockPeer]]:
 def version(request: pytest.FixtureRequest) -> str:
     version: str = request.param
     if version not in interpreters():
-        pytest.skip(f"no Python {version} here: neither on PATH, nor in pyenv, nor in BROKERD_TEST_PYTHONS")
+        pytest.skip(
+            f"no Python {version} here: neither on PATH, nor in pyenv, nor in BROKERD_TEST_PYTHONS"
+        )
     return version
 
 
@@ -98,10 +102,14 @@ def test_stock_client_comes_in_with_the_right_key(
 def test_stock_client_with_a_wrong_key_is_told_so(
     peer: StockPeer, family: str, free_address: Callable[[str], Any]
 ) -> None:
-    """A stock Client with another key gets AuthenticationError, and so does our accept()."""
+    """A stock Client with another key gets AuthenticationError, and so does our
+    accept().
+    """
     with Listener(free_address(family), family, authkey="the key") as listener:
         peer.begin("dial", listener.address, "another key")
-        with pytest.raises(AuthenticationError, match="the peer's answer was made with a key that is not accepted"):
+        with pytest.raises(
+            AuthenticationError, match="the peer's answer was made with a key that is not accepted"
+        ):
             listener.accept(TIMEOUT_S)
         assert peer.answer() == {"error": "AuthenticationError"}
 
@@ -130,7 +138,9 @@ def test_our_client_with_a_wrong_key_is_told_so(
 def test_listener_without_md5_takes_whoever_knows_better(
     version: str, peer: StockPeer, free_address: Callable[[str], Any]
 ) -> None:
-    """With allow_md5=False, Python 3.12 and later come in, and older ones are refused by name of that option."""
+    """With allow_md5=False, Python 3.12 and later come in, and older ones are refused
+    by name of that option.
+    """
     with Listener(free_address("AF_UNIX"), authkey="the key", allow_md5=False) as listener:
         peer.begin("dial", listener.address, "the key")
         if version in ONLY_MD5:
@@ -145,7 +155,9 @@ def test_listener_without_md5_takes_whoever_knows_better(
 def test_client_without_md5_trusts_whoever_knows_better(
     version: str, peer: StockPeer, free_address: Callable[[str], Any]
 ) -> None:
-    """With allow_md5=False, our Client refuses listeners of Python 3.11 and older, and says why."""
+    """With allow_md5=False, our Client refuses listeners of Python 3.11 and older, and
+    says why.
+    """
     peer.begin("listen", free_address("AF_UNIX"), "the key")
     address = address_of(peer.answer())
     if version in ONLY_MD5:

@@ -14,13 +14,19 @@ TIMEOUT_S = 30
 
 def test_old_server_and_client_talk() -> None:
     """The forerunner's server and client print what its documentation says they print."""
-    server = subprocess.Popen([sys.executable, EXAMPLE / "server.py"], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, EXAMPLE / "server.py"], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         assert wait([server.stdout], TIMEOUT_S), "the server printed no address"
         port = server.stdout.readline().strip()
         client = subprocess.run(
-            [sys.executable, EXAMPLE / "client.py", port], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+            [sys.executable, EXAMPLE / "client.py", port],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
         )
         said, _ = server.communicate(timeout=TIMEOUT_S)
     finally:

@@ -1,7 +1,8 @@
-"""A broker with 10,000 clients configured, and up to 10,000 connected, in a thread whose callbacks are measured.
+"""A broker with 10,000 clients configured, and up to 10,000 connected, in a thread
+whose callbacks are measured.
 
-Most of the connected ones have no socket: each has a Link, as every connection, whose socket is a stand-in that takes
-whatever is written and never has anything to be read.
+Most of the connected ones have no socket: each has a Link, as every connection, whose
+socket is a stand-in that takes whatever is written and never has anything to be read.
 """
 
 from __future__ import annotations
@@ -74,10 +75,13 @@ LISTEN, OWN = f"@brokerd-lag-{os.getpid()}", f"@brokerd-lag-{os.getpid()}-own"
 _FDS = itertools.count(1_000_000)
 
 
-def large_text(listen: str = LISTEN, extra: str = "", entry: str = "", limits: str = "", until: str = "") -> str:
+def large_text(
+    listen: str = LISTEN, extra: str = "", entry: str = "", limits: str = "", until: str = ""
+) -> str:
     """Return a configuration file with 10,000 clients.
 
-    extra: further sections. entry: what stands in each client's entry. until: when all keys end.
+    extra: further sections. entry: what stands in each client's entry. until: when all
+    keys end.
     """
     names = [*ROLES, *(f"c{number}" for number in range(CLIENTS - len(ROLES)))]
     lines = [f'listen: ["{listen}"]', f"limits: {{{limits}}}", extra, "clients:"]
@@ -167,11 +171,15 @@ class Crowded:
         return login(self.address, key_of(name), name.encode(), **how)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Return the function's result, called in the broker's thread; that counts as no callback of the broker's."""
+        """Return the function's result, called in the broker's thread; that counts as
+        no callback of the broker's.
+        """
         return self._run(function, measured=False)
 
     def timed(self, function: Callable[[], T]) -> T:
-        """Return the function's result, called in the broker's thread as a callback that counts."""
+        """Return the function's result, called in the broker's thread as a callback
+        that counts.
+        """
         return self._run(function, measured=True)
 
     def _run(self, function: Callable[[], T], *, measured: bool) -> T:
@@ -193,14 +201,18 @@ class Crowded:
         (credential, *_) = server.keyring.named(name)
         connection = _StandLink(server, Stand(takes), credential)  # type: ignore[arg-type]
         connection.fd = next(_FDS)
-        session = broker.attach(name, f"{connection.fd:x}", peer="unix uid=0", now_wall=0.0, connection=connection)
+        session = broker.attach(
+            name, f"{connection.fd:x}", peer="unix uid=0", now_wall=0.0, connection=connection
+        )
         server.connections.add(connection)
         connection.open(session, b"")
         return session
 
     def fill(self, count: int, *, takes: bool = True) -> list[Session]:
         """Connect so many ordinary clients."""
-        return self.call(lambda: self._settled([self.seat(f"c{number}", takes=takes) for number in range(count)]))
+        return self.call(
+            lambda: self._settled([self.seat(f"c{number}", takes=takes) for number in range(count)])
+        )
 
     def empty(self, sessions: list[Session]) -> None:
         """Disconnect these clients."""
@@ -227,7 +239,12 @@ class Crowded:
         server, broker = self.daemon.server, self.daemon.broker
 
         def busy() -> bool:
-            return broker.has_deferred_work or bool(broker.touched) or bool(server._put_off) or server._closing_on
+            return (
+                broker.has_deferred_work
+                or bool(broker.touched)
+                or bool(server._put_off)
+                or server._closing_on
+            )
 
         self.until(lambda: not busy(), within_s)
 
@@ -253,7 +270,9 @@ class Crowded:
                 unread = bool(connection.sock.recv(1, socket.MSG_PEEK))
             except BlockingIOError:
                 unread = False
-            return not (unread or connection.waits or connection.pending_input or connection.large_frame)
+            return not (
+                unread or connection.waits or connection.pending_input or connection.large_frame
+            )
 
         self.until(taken)
 
@@ -284,7 +303,8 @@ def crowded(config: Config) -> Iterator[Crowded]:
                 each.ended.set()
 
     def run() -> None:
-        # As in the broker's own process; and what the tests have made is not to be walked over at all.
+        # As in the broker's own process; and what the tests have made is not to be
+        # walked over at all.
         gc.collect()
         with garbage.tended(), asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(main())

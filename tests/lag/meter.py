@@ -1,6 +1,8 @@
-"""How long each callback of an event loop takes, in its thread's processor time: a busy machine counts less.
+"""How long each callback of an event loop takes, in its thread's processor time: a busy
+machine counts less.
 
-What the interpreter does in between, such as a collection of garbage, counts; what other threads do does not.
+What the interpreter does in between, such as a collection of garbage, counts; what
+other threads do does not.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Meter:
         shown = "\n".join(f"{turn.seconds * 1e3:8.1f} ms  {turn.callback}" for turn in self.longest)
         print(f"\n{self.turns} callbacks, the longest:\n{shown}")
         worst = self.longest[0].seconds if self.longest else 0.0
-        assert worst < limit_s, f"a callback took {worst * 1e3:.0f} ms, more than {limit_s * 1e3:.0f} ms:\n{shown}"
+        assert worst < limit_s, (
+            f"a callback took {worst * 1e3:.0f} ms, more than {limit_s * 1e3:.0f} ms:\n{shown}"
+        )
 
 
 @contextlib.contextmanager

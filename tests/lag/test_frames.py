@@ -1,4 +1,6 @@
-"""No frame holds the loop up: every kind of frame, to every kind of queue, which is full of the shortest frames."""
+"""No frame holds the loop up: every kind of frame, to every kind of queue, which is
+full of the shortest frames.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ ANSWERS = (Kind.REPLY, Kind.ERROR)
 
 
 def stuff(outbox: Outbox, kept: bool, most: int) -> None:
-    """Fill a queue to its limit with the shortest messages. kept: with frames that are never dropped. most: of them."""
+    """Fill a queue to its limit with the shortest messages.
+
+    kept: with frames that are never dropped. most: of them.
+    """
     frame = packed(Kind.MESSAGE, "sender")
     for _ in range(most):
         if not outbox.reserve(len(frame)):
@@ -42,12 +47,18 @@ def stuff(outbox: Outbox, kept: bool, most: int) -> None:
         else:
             outbox.append(frame)
     # The rest in one piece.
-    outbox.append(packed(Kind.MESSAGE, "sender", bytes(max(outbox.limit - outbox.waiting - len(frame), 0))))
+    outbox.append(
+        packed(Kind.MESSAGE, "sender", bytes(max(outbox.limit - outbox.waiting - len(frame), 0)))
+    )
 
 
 @contextlib.contextmanager
-def unread(broker: Crowded, name: str, requests: int, to: str, *, kept: bool, most: int) -> Iterator[Session]:
-    """Log a recipient in that asks so much of a sender and reads nothing; its queue is full then."""
+def unread(
+    broker: Crowded, name: str, requests: int, to: str, *, kept: bool, most: int
+) -> Iterator[Session]:
+    """Log a recipient in that asks so much of a sender and reads nothing; its queue is
+    full then.
+    """
     with broker.login(name) as recipient:
         address = recipient.ask("whoami").json["address"]
         recipient.ask("subscribe", topic="t.>")
@@ -56,7 +67,8 @@ def unread(broker: Crowded, name: str, requests: int, to: str, *, kept: bool, mo
         broker.take_in(session)
 
         def fill() -> None:
-            # What the system takes is in its buffers; what it does not take blocks the outbox.
+            # What the system takes is in its buffers; what it does not take blocks the
+            # outbox.
             while not session.outbox.blocked:
                 for _ in range(1000):
                     session.outbox.append(packed(Kind.MESSAGE, "sender", bytes(1000)))
@@ -74,7 +86,11 @@ def test_every_kind_of_frame_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "most", [pytest.param(2_000, id="some"), pytest.param(500_000, id="as many as fit", marks=pytest.mark.slow)]
+    "most",
+    [
+        pytest.param(2_000, id="some"),
+        pytest.param(500_000, id="as many as fit", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("when_full", "pool", "kept"),

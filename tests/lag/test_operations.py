@@ -10,7 +10,8 @@ from net.raw import ERROR, REPLY
 
 from brokerd.core import operations as service
 
-#: What is asked of the crowded broker, by operation: its arguments, made for the worst that a client can ask.
+#: What is asked of the crowded broker, by operation: its arguments, made for the worst
+#: that a client can ask.
 ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "whoami": dict,
     "ping": dict,
@@ -30,7 +31,8 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
 }
 #: Operations that have cases of their own: what each is measured by.
 ELSEWHERE = {"drain": "test_turns.py"}
-#: What a part of a program answers to these, and a broker that does not drain to the last one.
+#: What a part of a program answers to these, and a broker that does not drain to the
+#: last one.
 REFUSED = {"upgrade", "log_level", "reload", "finished"}
 
 

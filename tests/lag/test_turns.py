@@ -1,4 +1,6 @@
-"""Nothing else that a client, an operator or a signal can cause holds the loop up: connections, reloads, the end."""
+"""Nothing else that a client, an operator or a signal can cause holds the loop up:
+connections, reloads, the end.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def test_presence_with_a_thousand_subscribers_holds_nothing_up(broker: Crowded) 
 
 @pytest.mark.parametrize("groups", [3000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_presence_with_very_many_groups_holds_nothing_up(groups: int) -> None:
-    """A client comes and goes while 30 connections have thousands of groups each on all of the broker's topics."""
+    """A client comes and goes while 30 connections have thousands of groups each on all
+    of the broker's topics.
+    """
     with crowded(large_config(OWN)) as broker:
         watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(30)])
 
@@ -157,8 +161,12 @@ FEW = f'clients:\n  ops: {{key: "{key_of("ops").decode()}", admin: true}}\n'
         pytest.param(large_text(OWN).partition("clients:")[0] + FEW, id="all removed"),
     ],
 )
-def test_reload_of_ten_thousand_clients_holds_nothing_up(from_file: tuple[Crowded, Path], text: str) -> None:
-    """The thread that reads the file aside: see test_wall.py for what it costs the others."""
+def test_reload_of_ten_thousand_clients_holds_nothing_up(
+    from_file: tuple[Crowded, Path], text: str
+) -> None:
+    """The thread that reads the file aside: see test_wall.py for what it costs the
+    others.
+    """
     broker, file = from_file
     file.write_text(text)
     with broker.login("ops") as ops:
@@ -168,11 +176,15 @@ def test_reload_of_ten_thousand_clients_holds_nothing_up(from_file: tuple[Crowde
         broker.meter.check()
         ops.ping()
         removed = "c1:" not in text
-        assert broker.call(lambda: len(broker.daemon.server.connections)) == (1 if removed else CONNECTED + 1)
+        assert broker.call(lambda: len(broker.daemon.server.connections)) == (
+            1 if removed else CONNECTED + 1
+        )
 
 
 def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
-    """8,000 connections end, what waits for some of them comes back, and a client asks for long lists all the time."""
+    """8,000 connections end, what waits for some of them comes back, and a client asks
+    for long lists all the time.
+    """
     config = load_text(large_text(OWN, limits="drain_timeout: 500ms"))
     with crowded(config) as broker:
         broker.fill(CONNECTED)
@@ -184,7 +196,13 @@ def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
         ):
             polite.ask("goaway")
             deaf = broker.call(lambda: [broker.seat("crowd", takes=False) for _ in range(200)])
-            sender.write(b"".join(packed(MESSAGE, session.address, b"x", id=1) for session in deaf for _ in range(20)))
+            sender.write(
+                b"".join(
+                    packed(MESSAGE, session.address, b"x", id=1)
+                    for session in deaf
+                    for _ in range(20)
+                )
+            )
             sender.ping()
             question = packed(REQUEST, "$broker", b'{"op": "clients"}', codec=JSON)
             sender.write(question * 500)
@@ -195,13 +213,16 @@ def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
             assert polite.ask("finished").kind == REPLY
             polite.close()
             broker.loop_ends()
-            # Half a second, and what a busy machine adds: not as long as all the lists take.
+            # Half a second, and what a busy machine adds: not as long as all the lists
+            # take.
             assert time.monotonic() - began < 5
         broker.meter.check()
 
 
 def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> None:
-    """What an upgrade takes down at once of a broker with few connections, however many clients it knows."""
+    """What an upgrade takes down at once of a broker with few connections, however many
+    clients it knows.
+    """
     with crowded(large_config(OWN)) as broker:
         broker.fill(200)
         broker.idle()
@@ -215,7 +236,9 @@ def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> 
 
 
 def test_key_expiry_of_ten_thousand_clients_holds_nothing_up() -> None:
-    """All keys end soon, and all clients are connected: each is counted, fifty are named."""
+    """All keys end soon, and all clients are connected: each is counted, fifty are
+    named.
+    """
     soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
     text = large_text(OWN, until=soon)
     with crowded(load_text(text)) as broker:
@@ -240,7 +263,9 @@ def test_monitor_of_a_crowded_broker_holds_nothing_up(per_client: bool) -> None:
         (address,) = broker.daemon.monitor_addresses
         for page in ("livez", "readyz", "metrics"):
             with socket.create_connection(address.sockaddr) as sock:
-                sock.sendall(f"GET /{page} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                sock.sendall(
+                    f"GET /{page} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode()
+                )
                 answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
             assert b" 200 " in answer.split(b"\r\n", 1)[0], answer[:200]
         broker.meter.check()
@@ -250,4 +275,7 @@ def test_snapshot_has_every_connection() -> None:
     """The stand-ins of these tests are captured as connections are."""
     with crowded(large_config(OWN)) as broker:
         sessions = broker.fill(3)
-        assert len(broker.call(lambda: capture(broker.daemon.broker, sessions, 0.0)).facts["sessions"]) == 3
+        assert (
+            len(broker.call(lambda: capture(broker.daemon.broker, sessions, 0.0)).facts["sessions"])
+            == 3
+        )

@@ -1,4 +1,5 @@
-"""How late messages are, by the clock on the wall: what other threads of the broker's process hold up counts here.
+"""How late messages are, by the clock on the wall: what other threads of the broker's
+process hold up counts here.
 
 A busy machine counts as well, so that the bound is a loose one.
 """
@@ -34,7 +35,9 @@ class _Large(Process):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no signal asks for a reload here")
 @pytest.mark.parametrize("changed", [False, True])
 def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, changed: bool) -> None:
-    """The configuration is read in a thread, which may neither keep the interpreter's lock nor collect all garbage."""
+    """The configuration is read in a thread, which may neither keep the interpreter's
+    lock nor collect all garbage.
+    """
     large = socket_dir / "large.yaml"
     listen = str(socket_dir / "brokerd.sock")
     large.write_text(large_text(listen))
@@ -54,7 +57,9 @@ def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, chang
                     time.sleep(0.001)
     took.sort()
     latest = [round(each * 1e3) for each in took[-5:]]
-    print(f"\n{len(took)} answers, median {took[len(took) // 2] * 1e3:.1f} ms, the latest {latest} ms")
+    print(
+        f"\n{len(took)} answers, median {took[len(took) // 2] * 1e3:.1f} ms, the latest {latest} ms"
+    )
     assert took[-1] < _LATEST_S
 
 
@@ -62,7 +67,9 @@ def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, chang
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no process replaces itself here")
 @pytest.mark.parametrize("connected", [50, 1000])
 def test_upgrade_with_ten_thousand_clients_pauses_shortly(socket_dir: Path, connected: int) -> None:
-    """However many clients are configured, and whether they are connected or not; what waits is another matter."""
+    """However many clients are configured, and whether they are connected or not; what
+    waits is another matter.
+    """
     large = socket_dir / "large.yaml"
     large.write_text(large_text(str(socket_dir / "brokerd.sock")))
     large.chmod(0o600)

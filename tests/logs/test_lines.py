@@ -25,11 +25,21 @@ HOSTILE = [
     "<0>emergency",
     "x" * 200_000,
 ]
-FORMS = {"json": json_line, "console": console(colors=False), "colours": console(colors=True), "prefixed": prefixed}
+FORMS = {
+    "json": json_line,
+    "console": console(colors=False),
+    "colours": console(colors=True),
+    "prefixed": prefixed,
+}
 
 
 def entry(**fields: Any) -> Mapping[str, Any]:
-    return {"timestamp": "2026-01-01T00:00:00Z", "level": "warning", "event": "message.refused", **fields}
+    return {
+        "timestamp": "2026-01-01T00:00:00Z",
+        "level": "warning",
+        "event": "message.refused",
+        **fields,
+    }
 
 
 def is_harmless(text: str, colors: bool = False) -> bool:
@@ -43,8 +53,15 @@ def is_harmless(text: str, colors: bool = False) -> bool:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("place", ["value", "list", "key", "nested"])
 def test_a_line_is_one_line_whatever_is_in_it(form: str, text: str, place: str) -> None:
-    """One line, every character of it printable, wherever the text stands: the colours are our own."""
-    value = {"value": text, "list": [text], "key": {text: 1}, "nested": [{"to": (text, {"x": text})}]}[place]
+    """One line, every character of it printable, wherever the text stands: the colours
+    are our own.
+    """
+    value = {
+        "value": text,
+        "list": [text],
+        "key": {text: 1},
+        "nested": [{"to": (text, {"x": text})}],
+    }[place]
 
     line = FORMS[form](entry(to=value, reason="none")).decode()
 
@@ -74,7 +91,9 @@ def test_no_field_can_be_forged(form: str) -> None:
 
 
 def fields_of(data: bytes) -> dict[str, str]:
-    """Return the fields of a journal entry, as journald reads them: none may have the form with a length."""
+    """Return the fields of a journal entry, as journald reads them: none may have the
+    form with a length.
+    """
     lines = data.decode().split("\n")
     assert lines.pop() == ""
     fields = dict(line.split("=", 1) for line in lines)
@@ -83,9 +102,13 @@ def fields_of(data: bytes) -> dict[str, str]:
     return fields
 
 
-@pytest.mark.parametrize(("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")])
+@pytest.mark.parametrize(
+    ("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")]
+)
 def test_the_journal_gets_priority_message_and_fields(level: str, priority: str) -> None:
-    """A level is a priority, the event a message for people, and each field one of the entry's."""
+    """A level is a priority, the event a message for people, and each field one of the
+    entry's.
+    """
     event = {**entry(name="alice", to="bob", count=3, reason="no way"), "level": level}
 
     assert fields_of(journal_entry(event)) == {
@@ -102,7 +125,9 @@ def test_the_journal_gets_priority_message_and_fields(level: str, priority: str)
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_no_journal_field_can_be_forged(text: str) -> None:
-    """The fields are those there should be, harmless and not too long, whatever stands in one."""
+    """The fields are those there should be, harmless and not too long, whatever stands
+    in one.
+    """
     fields = fields_of(journal_entry(entry(to=text, more=[text])))
 
     assert set(fields) == {
@@ -118,14 +143,18 @@ def test_no_journal_field_can_be_forged(text: str) -> None:
 
 
 def test_a_journal_entry_fits_a_datagram() -> None:
-    """However many long fields there are, an entry stays within what a datagram may be, and keeps its message."""
+    """However many long fields there are, an entry stays within what a datagram may be,
+    and keeps its message.
+    """
     data = journal_entry(entry(**{f"field{number}": "y" * 40_000 for number in range(20)}))
 
     assert len(data) <= 100_000
     assert fields_of(data)["MESSAGE"].startswith("message.refused field0=yyy")
 
 
-@pytest.mark.parametrize(("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")])
+@pytest.mark.parametrize(
+    ("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")]
+)
 def test_the_prefix_is_the_priority(level: str, priority: str) -> None:
     """Where only text can be written, systemd reads the priority in front of it."""
     line = prefixed({**entry(name="alice"), "level": level})

@@ -1,4 +1,6 @@
-"""The log of a daemon: levels by area, the audit, where it goes, and that nothing stops for it."""
+"""The log of a daemon: levels by area, the audit, where it goes, and that nothing stops
+for it.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_an_area_has_a_level_of_its_own() -> None:
 
 
 def test_a_level_changes_while_it_runs_and_back() -> None:
-    """For one area, for all, back to what the configuration says; each change is an event that says who asked."""
+    """For one area, for all, back to what the configuration says; each change is an
+    event that says who asked.
+    """
     stream = io.StringIO()
     with logging_to(stream) as log:
         log.debug("client.held", number=1)
@@ -82,7 +86,11 @@ def test_a_level_changes_while_it_runs_and_back() -> None:
         "log.level_changed",
         "client.connected",
     ]
-    assert {key: entries[0][key] for key in ("area", "to", "by")} == {"area": "client", "to": "debug", "by": "root"}
+    assert {key: entries[0][key] for key in ("area", "to", "by")} == {
+        "area": "client",
+        "to": "debug",
+        "by": "root",
+    }
 
 
 def test_a_level_may_change_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +114,11 @@ def test_a_reload_ends_what_was_changed() -> None:
     with logging_to(stream) as log:
         log.change_level("client", "debug", by="root")
         log.take_over(Log.model_validate({"areas": {"message": "debug"}}))
-        assert {area: found["level"] for area, found in log.levels().items() if area in ("client", "message")} == {
+        assert {
+            area: found["level"]
+            for area, found in log.levels().items()
+            if area in ("client", "message")
+        } == {
             "client": "info",
             "message": "debug",
         }
@@ -143,7 +155,9 @@ def test_a_wrong_level_is_refused(arguments: Any, says: str) -> None:
 
 
 def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
-    """Whatever the levels: who came and was refused, what administrators did, what changed; nothing else."""
+    """Whatever the levels: who came and was refused, what administrators did, what
+    changed; nothing else.
+    """
     path = tmp_path / "audit"
     with logging_to(io.StringIO(), level="error", audit=str(path)) as log:
         log.info("daemon.started")
@@ -157,7 +171,10 @@ def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
         log.error("daemon.bug")
         log.change_level("client", "debug", by="root")
 
-    assert [(entry["event"], entry.get("to")) for entry in map(json.loads, path.read_text().splitlines())] == [
+    assert [
+        (entry["event"], entry.get("to"))
+        for entry in map(json.loads, path.read_text().splitlines())
+    ] == [
         ("daemon.started", None),
         ("client.connected", None),
         ("client.refused", None),
@@ -169,7 +186,9 @@ def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
 
 
 def test_the_audit_is_begun_anew_where_it_was_moved(tmp_path: Path) -> None:
-    """Lines before that are in the old file, lines after it in the new one, none is in neither."""
+    """Lines before that are in the old file, lines after it in the new one, none is in
+    neither.
+    """
     path = tmp_path / "audit"
     with logging_to(io.StringIO(), audit=str(path)) as log:
         for number in range(100):
@@ -198,7 +217,9 @@ def test_an_audit_that_cannot_be_opened_again_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_audit_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    """At the start, and when a reload names it: then nothing has changed. The message says which file and why."""
+    """At the start, and when a reload names it: then nothing has changed. The message
+    says which file and why.
+    """
     bad = Log.model_validate({"audit": str(tmp_path / "none" / "audit")})
     with pytest.raises(AuditError, match=r"none/audit can't be opened: No such file or directory"):
         Logs(bad, io.StringIO())
@@ -220,7 +241,10 @@ def test_the_audit_comes_and_goes_with_reloads(tmp_path: Path) -> None:
             log.info("daemon.reloaded", to=audit)
             assert log.flush(TIMEOUT_S)
 
-    assert [json.loads(path.read_text())["to"] for path in (first, second)] == [str(first), str(second)]
+    assert [json.loads(path.read_text())["to"] for path in (first, second)] == [
+        str(first),
+        str(second),
+    ]
 
 
 class Stream(io.StringIO):
@@ -236,7 +260,9 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def journal_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, int]]:
-    """A standard error that systemd has connected to the journal, and where what is written to it can be read."""
+    """A standard error that systemd has connected to the journal, and where what is
+    written to it can be read.
+    """
     reading, writing = os.pipe()
     status = os.fstat(writing)
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
@@ -245,8 +271,12 @@ def journal_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, in
     os.close(writing)
 
 
-def test_under_systemd_events_go_to_the_journal(socket_dir: Path, journal_stream: tuple[Stream, int]) -> None:
-    """Standard error is the journal: entries with priorities and fields; a JSON log is asked for by name."""
+def test_under_systemd_events_go_to_the_journal(
+    socket_dir: Path, journal_stream: tuple[Stream, int]
+) -> None:
+    """Standard error is the journal: entries with priorities and fields; a JSON log is
+    asked for by name.
+    """
     stream, reading = journal_stream
     path = str(socket_dir / "journal")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
@@ -270,7 +300,9 @@ def test_under_systemd_events_go_to_the_journal(socket_dir: Path, journal_stream
         log.close()
 
 
-def test_without_the_journals_socket_its_prefixes_do(socket_dir: Path, journal_stream: tuple[Stream, int]) -> None:
+def test_without_the_journals_socket_its_prefixes_do(
+    socket_dir: Path, journal_stream: tuple[Stream, int]
+) -> None:
     """Where a sandbox hides the socket, priorities still reach the journal."""
     stream, reading = journal_stream
     log = Logs(Log(), stream, journal=str(socket_dir / "none"))
@@ -280,7 +312,9 @@ def test_without_the_journals_socket_its_prefixes_do(socket_dir: Path, journal_s
 
 
 def test_another_stream_is_not_the_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program started by a service inherits the variable, but its standard error may go elsewhere."""
+    """A program started by a service inherits the variable, but its standard error may
+    go elsewhere.
+    """
     monkeypatch.setenv("JOURNAL_STREAM", "1:2")
     with (tmp_path / "log").open("w") as stream:
         log = Logs(Log(), stream)
@@ -300,7 +334,9 @@ def called_events() -> set[str]:
                     given = [leaf for each in node.args for leaf in _either(each)]
                     texts = [each.value for each in given if isinstance(each, ast.Constant)]
                     found |= {
-                        text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
+                        text
+                        for text in texts
+                        if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
                     }
     # Their counted form is described for all together.
     return {event for event in found if event.removesuffix("_more") not in found - {event}}
@@ -312,10 +348,18 @@ def _either(node: ast.expr) -> list[ast.expr]:
 
 
 def test_every_event_is_documented_and_every_documented_one_exists() -> None:
-    """The source, the list in brokerd/log/logger.py and the table in docs/operations.md name the same events."""
+    """The source, the list in brokerd/log/logger.py and the table in docs/operations.md
+    name the same events.
+    """
     called = called_events()
-    listed = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", re.search(r"(?s)\n\n    .*?\n\n", logs.__doc__ or "")[0]))  # type: ignore[index]
-    section = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("\n## Log events\n")[2]
+    listed = set(
+        re.findall(r"\b[a-z]+\.[a-z_]+\b", re.search(r"(?s)\n\n    .*?\n\n", logs.__doc__ or "")[0])
+    )  # type: ignore[index]
+    section = (
+        (ROOT / "docs" / "operations.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## Log events\n")[2]
+    )
     section = section.partition("\n## ")[0]
     table = set(re.findall(r"(?m)^\| `([a-z]+\.[a-z_]+)` \|", section))
 

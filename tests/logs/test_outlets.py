@@ -1,4 +1,6 @@
-"""Where lines go: in order, whole, counted where they are lost, and never with anybody waiting."""
+"""Where lines go: in order, whole, counted where they are lost, and never with anybody
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_lines_come_out_in_order(gate: Gate) -> None:
 
 
 def test_whoever_logs_never_waits(gate: Gate) -> None:
-    """With nobody reading, putting goes on; what found no room is counted, and the count stands where it was lost."""
+    """With nobody reading, putting goes on; what found no room is counted, and the
+    count stands where it was lost.
+    """
     outlet = Outlet(gate, lost_line)
     outlet.put(b"first\n")
     assert gate.recipients.wait(TIMEOUT_S)
@@ -105,7 +109,9 @@ def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
 
 
 def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
-    """While nothing can be written lines are lost; the first one afterwards is the count."""
+    """While nothing can be written lines are lost; the first one afterwards is the
+    count.
+    """
     outlet = Outlet(gate, lost_line)
     gate.opened.set()
     gate.full = True
@@ -120,7 +126,9 @@ def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
     assert gate.lines == [b"lost 7\n", b"here\n"]
 
 
-def test_the_count_does_not_wait_for_the_next_line(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_does_not_wait_for_the_next_line(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a quiet broker it is tried again by itself."""
     monkeypatch.setattr(log_outlets, "_TRY_AGAIN", 0.01)
     outlet = Outlet(gate, lost_line)
@@ -138,7 +146,9 @@ def test_the_count_does_not_wait_for_the_next_line(gate: Gate, monkeypatch: pyte
 
 
 def test_closing_gives_up_in_time(gate: Gate) -> None:
-    """Nobody reads: the end comes when the time is over, and what is put after it goes nowhere."""
+    """Nobody reads: the end comes when the time is over, and what is put after it goes
+    nowhere.
+    """
     outlet = Outlet(gate, lost_line)
     outlet.put(b"first\n")
     assert gate.recipients.wait(TIMEOUT_S)
@@ -161,7 +171,9 @@ def test_closing_what_was_never_used_closes_it(gate: Gate) -> None:
 
 
 def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up within a line: its rest comes before the next one, so that no line is ever in another."""
+    """A disk that fills up within a line: its rest comes before the next one, so that
+    no line is ever in another.
+    """
     taken: list[bytes] = []
     room = 4
 
@@ -186,11 +198,17 @@ def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert b"".join(taken) == b"a line\nnext\n"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the end of the file is read through /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the end of the file is read through /proc"
+)
 @pytest.mark.parametrize("before", [b"", b"whole\n", b"whole\ncut sh"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_descriptor_of_file_with_line_cut_short_begins_new_line(tmp_path: Path, before: bytes, replaced: bool) -> None:
-    """A process that ends on a full disk leaves half a line; the next process does not append to it."""
+def test_descriptor_of_file_with_line_cut_short_begins_new_line(
+    tmp_path: Path, before: bytes, replaced: bool
+) -> None:
+    """A process that ends on a full disk leaves half a line; the next process does not
+    append to it.
+    """
     path, first = tmp_path / "audit.log", tmp_path / "first.log"
     path.write_bytes(before)
     target = Descriptor(open_for_append(str(first if replaced else path)), owned=True)
@@ -220,7 +238,9 @@ def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
 
 
 def test_a_blocking_descriptor_stays_blocking() -> None:
-    """Standard error may be shared with others, who do not expect it to say that it would block."""
+    """Standard error may be shared with others, who do not expect it to say that it
+    would block.
+    """
     reading, writing = os.pipe()
     outlet = Outlet(Descriptor(writing, owned=True), lost_line)
     outlet.put(b"line\n")
@@ -231,7 +251,9 @@ def test_a_blocking_descriptor_stays_blocking() -> None:
 
 
 def test_a_stream_without_a_descriptor_is_written_as_text() -> None:
-    """A program may keep its standard error in memory; one that it has closed loses lines."""
+    """A program may keep its standard error in memory; one that it has closed loses
+    lines.
+    """
     stream = io.StringIO()
     target = of_stream(stream)
     target.write(b"line\n")
@@ -258,7 +280,9 @@ def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
 
 
 def test_the_journal_is_found_again(socket_dir: Path) -> None:
-    """When it was started anew, entries reach the new one; while there is none, writing fails."""
+    """When it was started anew, entries reach the new one; while there is none, writing
+    fails.
+    """
     path = str(socket_dir / "journal")
 
     def start() -> socket.socket:

@@ -1,6 +1,8 @@
-"""The whole core against plain dictionaries: whatever happens in whatever order, every message has one outcome.
+"""The whole core against plain dictionaries: whatever happens in whatever order, every
+message has one outcome.
 
-``BROKERD_MODEL_EXAMPLES=5000`` makes a long run of it, with other examples each time, and prints statistics.
+``BROKERD_MODEL_EXAMPLES=5000`` makes a long run of it, with other examples each time,
+and prints statistics.
 """
 
 from __future__ import annotations
@@ -32,18 +34,22 @@ from brokerd_client.wire.framing import frame
 EXAMPLES = int(os.environ.get("BROKERD_MODEL_EXAMPLES", "0"))
 STATISTICS: Counter[str] = Counter()
 
-#: Small enough that senders who do not read what became of their messages are met often.
+#: Small enough that senders who do not read what became of their messages are met
+#: often.
 RESERVE = 500
 WAIT_TIMEOUT = 30.0
 MAX_MESSAGE = 200
 #: Length, header, the sender's address and a topic with its length come on top.
 LONGEST_FRAME = MAX_MESSAGE + 50
-#: Two names, two pools, one that seldom comes; another that nobody configured is sent to as well.
+#: Two names, two pools, one that seldom comes; another that nobody configured is sent
+#: to as well.
 NAMES = {"ann": 1, "bob": 1, "cid": 1, "pool": 3, "pair": 2}
 TOPICS = ["a", "a.b", "a.c", "a.b.c", "b", "b.a"]
 PATTERNS = ["a", "a.b", "a.*", "a.>", ">", "*", "*.a", "b.>", "$broker.>", "$broker.online.*"]
 UNIVERSE = [
-    ".".join(tokens) for depth in (1, 2, 3) for tokens in itertools.product(("a", "b", "c", "zz"), repeat=depth)
+    ".".join(tokens)
+    for depth in (1, 2, 3)
+    for tokens in itertools.product(("a", "b", "c", "zz"), repeat=depth)
 ] + ["$broker.online.ann", "$broker.offline.pool", "$broker.draining", "$broker.online.zz"]
 
 CONFIGS = st.fixed_dictionaries(
@@ -53,21 +59,32 @@ CONFIGS = st.fixed_dictionaries(
         "when_connected": st.sampled_from(list(WhenConnected)),
         "send_to": st.sampled_from([["*"]] * 8 + [["p*", "ann"], ["bob"], []]),
         "publish": st.sampled_from([[">"]] * 6 + [["a.*", "b"], []]),
-        "subscribe": st.sampled_from([[">", "$broker.>"], [">", "$broker.>"], ["a.>", "$broker.online.*"], []]),
+        "subscribe": st.sampled_from(
+            [[">", "$broker.>"], [">", "$broker.>"], ["a.>", "$broker.online.*"], []]
+        ),
         "rate": st.sampled_from([None] * 12 + [3.0]),
     }
 )
 PICK = st.integers(0, 99)
 SIZES = st.sampled_from([0, 1, 10, 30, 60, 199])
-RECIPIENTS = st.sampled_from(["ann", "ann", "bob", "bob", "cid", "pool", "pool", "pair", "nobody", "@"])
+RECIPIENTS = st.sampled_from(
+    ["ann", "ann", "bob", "bob", "cid", "pool", "pool", "pair", "nobody", "@"]
+)
 
 
 def fits(pattern: str, topic: str) -> bool:
-    """Return whether the topic fits, by the words of docs/protocol.md turned into a regular expression."""
+    """Return whether the topic fits, by the words of docs/protocol.md turned into a
+    regular expression.
+    """
     if topic.startswith("$") and pattern[0] in "*>":
         return False
     tokens = {"*": r"[^.]+", ">": r".+"}
-    return re.fullmatch(r"\.".join(tokens.get(each, re.escape(each)) for each in pattern.split(".")), topic) is not None
+    return (
+        re.fullmatch(
+            r"\.".join(tokens.get(each, re.escape(each)) for each in pattern.split(".")), topic
+        )
+        is not None
+    )
 
 
 def allowed_to_subscribe(rules: list[str], pattern: str) -> bool:
@@ -98,8 +115,14 @@ class Outcomes:
 
 
 def everything_in(outbox: Outbox) -> bytes:
-    """Return every byte that waits, also of what will not be written because its ttl is over."""
-    whole = [queued.frame for queued in outbox.queue()] if isinstance(outbox, FrameOutbox) else outbox.chunks()
+    """Return every byte that waits, also of what will not be written because its ttl is
+    over.
+    """
+    whole = (
+        [queued.frame for queued in outbox.queue()]
+        if isinstance(outbox, FrameOutbox)
+        else outbox.chunks()
+    )
     return b"".join(whole)[outbox.begun :]
 
 
@@ -123,7 +146,9 @@ def serial_of(envelope: Envelope) -> int | None:
 
 
 class BrokerModel(RuleBasedStateMachine):
-    """Random clients. What is certain is foretold; what is not has to have one outcome at the end."""
+    """Random clients. What is certain is foretold; what is not has to have one outcome
+    at the end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +184,9 @@ class BrokerModel(RuleBasedStateMachine):
         return any(peer.name in names for peer in self.net.peers)
 
     def note_leaving(self, peer: Peer) -> None:
-        """Note who goes, and what another member of the pool may take over: it comes behind what that one has."""
+        """Note who goes, and what another member of the pool may take over: it comes
+        behind what that one has.
+        """
         self.left.append(peer)
         for envelope in waiting_frames(peer):
             serial = serial_of(envelope)
@@ -172,7 +199,9 @@ class BrokerModel(RuleBasedStateMachine):
         self.highest[name] = max(self.highest.get(name, 0), drawn["queue"])
         if drawn["when_full"] is WhenFull.DROP_OLDEST:
             self.ever_dropping.add(name)
-        return client(name, connections=NAMES[name], **{**drawn, "rate": RateConfig(drawn["rate"], None)})
+        return client(
+            name, connections=NAMES[name], **{**drawn, "rate": RateConfig(drawn["rate"], None)}
+        )
 
     # Choosing
 
@@ -181,7 +210,9 @@ class BrokerModel(RuleBasedStateMachine):
         return self.net.peers[pick % len(self.net.peers)]
 
     def recipient(self, to: str, pick: int) -> str:
-        """Return a recipient: @ stands for the very address of some connection, now or before."""
+        """Return a recipient: @ stands for the very address of some connection, now or
+        before.
+        """
         return self.everyone[pick % len(self.everyone)].address if to == "@" else to
 
     def members(self, to: str) -> list[Peer]:
@@ -215,12 +246,19 @@ class BrokerModel(RuleBasedStateMachine):
         """Return the code of the refusal that the rules call for, or None."""
         config = self.configs[sender.name]
         name = envelope.name.partition("/")[0]
-        if envelope.kind is not Kind.EVENT and len(encode(envelope)) - 12 - len(envelope.name) > MAX_MESSAGE:
+        if (
+            envelope.kind is not Kind.EVENT
+            and len(encode(envelope)) - 12 - len(envelope.name) > MAX_MESSAGE
+        ):
             return "too_large"
         if envelope.extension is not None and envelope.extension["ttl"] <= 0:
             return "expired"
         if envelope.kind is Kind.EVENT:
-            return None if any(fits(each, envelope.topic) for each in self.patterns_of(config, "publish")) else "denied"
+            return (
+                None
+                if any(fits(each, envelope.topic) for each in self.patterns_of(config, "publish"))
+                else "denied"
+            )
         if envelope.kind is Kind.REPLY:
             # One that is asked for is not asked about here.
             return "denied"
@@ -231,19 +269,34 @@ class BrokerModel(RuleBasedStateMachine):
         return None if self.members(envelope.name) else "offline"
 
     def send_one(
-        self, sender: Peer, envelope: Envelope, *, incoming_requests: bool = False, step: int | None = None
+        self,
+        sender: Peer,
+        envelope: Envelope,
+        *,
+        incoming_requests: bool = False,
+        step: int | None = None,
     ) -> None:
         """Send a frame, and compare what became of it with what had to."""
         sent = self.note(sender, envelope)
-        at_once = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
+        at_once = (
+            sender.reading
+            and not sender.content
+            and self.configs[sender.name].rate.messages is None
+        )
         unread = sender.session.outbox.waiting > sender.session.outbox.limit + RESERVE
         session = sender.session
-        known = envelope.name.encode() in session.routes or envelope.topic.encode() in session.fanouts
-        # The routing loop passes it on by itself: nothing comes back that could wait for the sender.
+        known = (
+            envelope.name.encode() in session.routes or envelope.topic.encode() in session.fanouts
+        )
+        # The routing loop passes it on by itself: nothing comes back that could wait
+        # for the sender.
         ordinary = known and not envelope.flags and envelope.extension is None
         code = None if incoming_requests else self.foretold(sender, envelope)
         members = self.members(envelope.name)
-        before = {peer: (peer.writing, peer.session.outbox.waiting, peer.session.outbox.limit) for peer in members}
+        before = {
+            peer: (peer.writing, peer.session.outbox.waiting, peer.session.outbox.limit)
+            for peer in members
+        }
         errors = self.errors_at(sender, envelope.id)
         refused = self.net.broker.refused.total()
         sender.send(envelope, step)
@@ -263,7 +316,13 @@ class BrokerModel(RuleBasedStateMachine):
             return
         places = [peer for peer in members if self.lies_at(peer, sent)]
         least = min(waiting for _, waiting, _ in before.values())
-        size = 16 + len(sender.session.sender_header) + len(encode(envelope)) - 12 - len(envelope.name.encode())
+        size = (
+            16
+            + len(sender.session.sender_header)
+            + len(encode(envelope))
+            - 12
+            - len(envelope.name.encode())
+        )
         roomy = [
             peer
             for peer, (writing, waiting, limit) in before.items()
@@ -283,10 +342,14 @@ class BrokerModel(RuleBasedStateMachine):
             assert places or new_errors or sender.held
 
     def errors_at(self, peer: Peer, id: int) -> list[str]:
-        """Return the codes of the broker's errors with that id, arrived or on their way to the peer."""
+        """Return the codes of the broker's errors with that id, arrived or on their way
+        to the peer.
+        """
         waiting = [error_of(each) for each in waiting_frames(peer) if self.is_error(each, id)]
         return (
-            self.outcomes[peer, id].errors + [error_of(each) for each in peer.got if self.is_error(each, id)] + waiting
+            self.outcomes[peer, id].errors
+            + [error_of(each) for each in peer.got if self.is_error(each, id)]
+            + waiting
         )
 
     @staticmethod
@@ -314,12 +377,22 @@ class BrokerModel(RuleBasedStateMachine):
         step=st.sampled_from([None, None, 1, 7]),
     )
     def send(
-        self, who: int, to: str, which: int, size: int, kind: Kind, receipt: bool, ttl: int | None, step: int | None
+        self,
+        who: int,
+        to: str,
+        which: int,
+        size: int,
+        kind: Kind,
+        receipt: bool,
+        ttl: int | None,
+        step: int | None,
     ) -> None:
         """A MESSAGE or REQUEST."""
         extension = None if ttl is None else {"ttl": ttl, "x": "ü"}
         flags = Flag.RECEIPT if receipt else 0
-        envelope = self.envelope(kind, None, self.recipient(to, which), size, flags=flags, extension=extension)
+        envelope = self.envelope(
+            kind, None, self.recipient(to, which), size, flags=flags, extension=extension
+        )
         self.send_one(self.peer(who), envelope, step=step)
 
     @precondition(lambda self: self.net.peers)
@@ -334,14 +407,26 @@ class BrokerModel(RuleBasedStateMachine):
         data = b""
         for to, which, size, receipt in plan:
             flags = Flag.RECEIPT if receipt else 0
-            envelope = self.envelope(Kind.MESSAGE, None, self.recipient(to, which), size, flags=flags)
+            envelope = self.envelope(
+                Kind.MESSAGE, None, self.recipient(to, which), size, flags=flags
+            )
             self.note(sender, envelope)
             data += frame(encode(envelope))
         sender.send_bytes(data, step)
 
     @precondition(lambda self: self.net.peers)
-    @rule(who=PICK, to=RECIPIENTS, which=PICK, count=st.integers(2, 15), size=SIZES, receipt=st.booleans(), blind=PICK)
-    def flood(self, who: int, to: str, which: int, count: int, size: int, receipt: bool, blind: int) -> None:
+    @rule(
+        who=PICK,
+        to=RECIPIENTS,
+        which=PICK,
+        count=st.integers(2, 15),
+        size=SIZES,
+        receipt=st.booleans(),
+        blind=PICK,
+    )
+    def flood(
+        self, who: int, to: str, which: int, count: int, size: int, receipt: bool, blind: int
+    ) -> None:
         """Many messages to one that often reads little of them."""
         recipient = self.recipient(to, which)
         for peer in self.members(recipient):
@@ -349,7 +434,9 @@ class BrokerModel(RuleBasedStateMachine):
                 peer.block(blind)
         for _ in range(count):
             flags = Flag.RECEIPT if receipt else 0
-            self.send_one(self.peer(who), self.envelope(Kind.MESSAGE, None, recipient, size, flags=flags))
+            self.send_one(
+                self.peer(who), self.envelope(Kind.MESSAGE, None, recipient, size, flags=flags)
+            )
             if not self.net.peers:
                 break
 
@@ -376,7 +463,10 @@ class BrokerModel(RuleBasedStateMachine):
         sender = able[who % len(able)]
         request = self.requests_seen[sender].pop(which % len(self.requests_seen[sender]))
         for _ in range(1 + twice):
-            incoming_requests = (request.name, request.id) in sender.session.incoming_requests and sender.reading
+            incoming_requests = (
+                request.name,
+                request.id,
+            ) in sender.session.incoming_requests and sender.reading
             envelope = self.envelope(kind, request.id, request.name, size)
             if kind is Kind.ERROR or request.name == sender.address:
                 self.note(sender, envelope).may_vanish = True
@@ -387,10 +477,18 @@ class BrokerModel(RuleBasedStateMachine):
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, topic=st.sampled_from(TOPICS), size=SIZES, receipt=st.booleans())
     def publish(self, who: int, topic: str, size: int, receipt: bool) -> None:
-        """An EVENT: everyone who reads and subscribed to it gets it once, and one of each group."""
+        """An EVENT: everyone who reads and subscribed to it gets it once, and one of
+        each group.
+        """
         sender = self.peer(who)
-        envelope = self.envelope(Kind.EVENT, None, "", size, topic=topic, flags=Flag.RECEIPT if receipt else 0)
-        sure = sender.reading and not sender.content and self.configs[sender.name].rate.messages is None
+        envelope = self.envelope(
+            Kind.EVENT, None, "", size, topic=topic, flags=Flag.RECEIPT if receipt else 0
+        )
+        sure = (
+            sender.reading
+            and not sender.content
+            and self.configs[sender.name].rate.messages is None
+        )
         sure = sure and not any(peer.writing for peer in self.net.peers)
         denied = self.foretold(sender, envelope) is not None
         plain: set[Peer] = set()
@@ -438,10 +536,19 @@ class BrokerModel(RuleBasedStateMachine):
     # Subscribing
 
     @precondition(lambda self: any(peer.reading and not peer.writing for peer in self.net.peers))
-    @rule(who=PICK, pattern=st.sampled_from(PATTERNS), group=st.sampled_from([None, None, "g", "h"]), end=st.booleans())
+    @rule(
+        who=PICK,
+        pattern=st.sampled_from(PATTERNS),
+        group=st.sampled_from([None, None, "g", "h"]),
+        end=st.booleans(),
+    )
     def subscribe(self, who: int, pattern: str, group: str | None, end: bool) -> None:
         """A subscription begins or ends."""
-        able = [peer for peer in self.net.peers if peer.reading and not peer.writing and not peer.content]
+        able = [
+            peer
+            for peer in self.net.peers
+            if peer.reading and not peer.writing and not peer.content
+        ]
         if not able:
             return
         peer = able[who % len(able)]
@@ -515,7 +622,9 @@ class BrokerModel(RuleBasedStateMachine):
         for peer in self.members(name):
             peer.block(room)
 
-    @precondition(lambda self: any(peer.writing and NAMES[peer.name] > 1 for peer in self.net.peers))
+    @precondition(
+        lambda self: any(peer.writing and NAMES[peer.name] > 1 for peer in self.net.peers)
+    )
     @rule(who=PICK)
     def lose_a_member(self, who: int) -> None:
         """A connection of a pool ends while messages wait for it."""
@@ -544,7 +653,9 @@ class BrokerModel(RuleBasedStateMachine):
         rules = self.patterns_of(self.configs[name], "subscribe")
         for peer in self.members(name):
             self.subscribed[peer] = {
-                (pattern, group) for pattern, group in self.subscribed[peer] if allowed_to_subscribe(rules, pattern)
+                (pattern, group)
+                for pattern, group in self.subscribed[peer]
+                if allowed_to_subscribe(rules, pattern)
             }
             # Whom it may see has changed, and nobody tells.
             self.views.pop(peer, None)
@@ -585,7 +696,9 @@ class BrokerModel(RuleBasedStateMachine):
         elif envelope.kind is Kind.EVENT and peer in self.views:
             _, what, name = (*envelope.topic.split(".", 2), "")[:3]
             if what in ("online", "offline"):
-                assert self.views[peer].get(name) is (what == "offline"), f"{envelope.topic} is no news"
+                assert self.views[peer].get(name) is (what == "offline"), (
+                    f"{envelope.topic} is no news"
+                )
                 self.views[peer][name] = what == "online"
                 STATISTICS["presence seen"] += 1
 
@@ -615,7 +728,9 @@ class BrokerModel(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_bounded(self) -> None:
-        """Nobody's queue holds more than its quota, or a message that is longer, and one message."""
+        """Nobody's queue holds more than its quota, or a message that is longer, and
+        one message.
+        """
         for peer in self.net.peers:
             session = peer.session
             own = sum(len(encode(each)) + 4 for each in waiting_frames(peer) if each.name != BROKER)
@@ -625,7 +740,9 @@ class BrokerModel(RuleBasedStateMachine):
 
     @invariant()
     def everything_has_its_place(self) -> None:
-        """What the broker remembers of sessions fits together, and concerns sessions that are there."""
+        """What the broker remembers of sessions fits together, and concerns sessions
+        that are there.
+        """
         broker = self.net.broker
         self.collect()
         assert not broker.released
@@ -663,13 +780,17 @@ class BrokerModel(RuleBasedStateMachine):
         for name, config in self.configs.items():
             if config.rate.messages is not None:
                 mine = [key for key in self.of_id if key[0].name == name]
-                accepted = sum(len([sent for sent in self.of_id[key] if sent.taken]) for key in mine)
+                accepted = sum(
+                    len([sent for sent in self.of_id[key] if sent.taken]) for key in mine
+                )
                 assert accepted <= config.rate.messages * (1 + self.net.now - self.began)
 
     # The end
 
     def teardown(self) -> None:
-        """Have everyone read and time pass: then nobody is held, and every message has had its outcome."""
+        """Have everyone read and time pass: then nobody is held, and every message has
+        had its outcome.
+        """
         broker_module.OUTCOME_RESERVE = RESERVE  # type: ignore[misc]
         try:
             # After a failure the state is no longer worth a look.
@@ -714,7 +835,8 @@ class BrokerModel(RuleBasedStateMachine):
         """Check that all frames with one id from one sender had one outcome each."""
         kinds = {sent.envelope.kind for sent in sents}
         if len(kinds) > 1 or Kind.ERROR in kinds:
-            # A request to itself and its answer share an id; an ERROR that can't be delivered ends there.
+            # A request to itself and its answer share an id; an ERROR that can't be
+            # delivered ends there.
             return
         taken = sum(len(sent.taken) for sent in sents)
         errors = len(outcomes.errors)
@@ -750,7 +872,10 @@ def pytest_settings() -> settings:
     """Return a short run, always the same; or the long one that was asked for."""
     if EXAMPLES:
         return settings(
-            max_examples=EXAMPLES, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=EXAMPLES,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         )
     return settings(
         max_examples=120,
@@ -769,7 +894,9 @@ if EXAMPLES:
 
 @pytest.mark.skipif(not EXAMPLES, reason="only a long run has statistics worth a look")
 def test_statistics(capsys: pytest.CaptureFixture[str]) -> None:
-    """A long run says what it met: a model that never meets a full queue proves nothing about one."""
+    """A long run says what it met: a model that never meets a full queue proves nothing
+    about one.
+    """
     with capsys.disabled():
         print("", *(f"{count:9,} {what}" for what, count in sorted(STATISTICS.items())), sep="\n")
     assert STATISTICS["met a full queue"]

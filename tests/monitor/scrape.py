@@ -38,7 +38,10 @@ class _UnixConnection(HTTPConnection):
 
 
 def watched(
-    clients: Mapping[str, Any] | str = "alice bob carol", *, monitor: Any = "127.0.0.1:0", **more: Any
+    clients: Mapping[str, Any] | str = "alice bob carol",
+    *,
+    monitor: Any = "127.0.0.1:0",
+    **more: Any,
 ) -> AbstractContextManager[House]:
     """Run a broker with a monitor."""
     return house(configuration(["127.0.0.1:0"], clients, monitor=monitor, **more))
@@ -69,7 +72,11 @@ def get(
 
 def families(where: House, *, openmetrics: bool = False) -> dict[str, Metric]:
     """Return what /metrics says, by name, as Prometheus's own parser reads it."""
-    accept = "application/openmetrics-text; version=1.0.0" if openmetrics else "text/plain; version=0.0.4"
+    accept = (
+        "application/openmetrics-text; version=1.0.0"
+        if openmetrics
+        else "text/plain; version=0.0.4"
+    )
     page = get(where, "/metrics", headers={"Accept": accept})
     assert page.status == 200, page
     read = list((read_openmetrics if openmetrics else read_prometheus)(page.body))
@@ -79,7 +86,9 @@ def families(where: House, *, openmetrics: bool = False) -> dict[str, Metric]:
 
 
 def samples(where: House) -> dict[str, float]:
-    """Return every series of /metrics with its value, named ``name`` or ``name{label=value,...}``."""
+    """Return every series of /metrics with its value, named ``name`` or
+    ``name{label=value,...}``.
+    """
     found = {}
     for family in families(where).values():
         for sample in family.samples:
@@ -94,7 +103,9 @@ def connect(where: House) -> socket.socket:
 
 
 def ended(sock: socket.socket) -> bool:
-    """Wait until the monitor closes the connection; return True, whatever it said before."""
+    """Wait until the monitor closes the connection; return True, whatever it said
+    before.
+    """
     try:
         while sock.recv(65536):
             pass

@@ -1,4 +1,6 @@
-"""The dashboard, the alert rules and the page of documentation speak of metrics that exist, and of each that does."""
+"""The dashboard, the alert rules and the page of documentation speak of metrics that
+exist, and of each that does.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ _SELECTOR = re.compile(r"\b((?:brokerd|process)_[a-z0-9_]+)\{([^}]*)\}")
 @pytest.fixture(scope="module")
 def known() -> dict[str, set[str]]:
     """Every series of a broker's /metrics, by the name of the sample, with its labels."""
-    clients = {"alice": {"keys": [{"key": "k", "not_after": datetime.now(UTC) + timedelta(days=9)}]}, "bob": {}}
+    clients = {
+        "alice": {"keys": [{"key": "k", "not_after": datetime.now(UTC) + timedelta(days=9)}]},
+        "bob": {},
+    }
     with watched(clients, monitor={"address": "127.0.0.1:0", "per_client": True}) as broker:
         found = families(broker)
     labels: dict[str, set[str]] = {}
@@ -52,15 +57,25 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
-def test_every_expression_asks_for_what_exists(where: str, expression: str, known: dict[str, set[str]]) -> None:
-    """Each metric is one of /metrics, each label one that it has, and the brackets match."""
+def test_every_expression_asks_for_what_exists(
+    where: str, expression: str, known: dict[str, set[str]]
+) -> None:
+    """Each metric is one of /metrics, each label one that it has, and the brackets
+    match.
+    """
     outgoing_requests = _METRIC.findall(expression)
     assert outgoing_requests or where == "alert BrokerdDown"
     assert set(outgoing_requests) <= known.keys()
     for name, selector in _SELECTOR.findall(expression):
-        assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= known[name] | {"job", "instance"}
+        assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= known[name] | {
+            "job",
+            "instance",
+        }
     for grouped in re.findall(r"by \(([^)]*)\)", expression):
-        labels = {label for name in outgoing_requests for label in known[name]} | {"job", "instance"}
+        labels = {label for name in outgoing_requests for label in known[name]} | {
+            "job",
+            "instance",
+        }
         assert set(re.split(r",\s*", grouped)) <= labels
     assert [expression.count(each) for each in "([{"] == [expression.count(each) for each in ")]}"]
 
@@ -104,11 +119,15 @@ def test_the_alerts_are_well_formed() -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_of_the_page_do_what_it_says() -> None:
     """What an operator is told to type works as it stands, but for the port."""
-    section = PAGE.read_text(encoding="utf-8").partition("\n## Monitoring\n")[2].partition("\n## ")[0]
+    section = (
+        PAGE.read_text(encoding="utf-8").partition("\n## Monitoring\n")[2].partition("\n## ")[0]
+    )
     (commands,) = re.findall(r"(?s)```sh\n(.*?)```", section)
     with watched() as broker:
         text = commands.replace("127.0.0.1:6060", str(broker.daemon.monitor_addresses[0]))
-        done = subprocess.run(["sh", "-e", "-c", text], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            ["sh", "-e", "-c", text], capture_output=True, text=True, timeout=60, check=True
+        )
 
     assert done.stdout.startswith("ready\n")
     assert "\nbrokerd_connections 0.0\n" in done.stdout
@@ -121,4 +140,6 @@ def test_the_page_tells_of_every_metric_and_of_no_other(known: dict[str, set[str
     bases = {re.sub(r"(?<=_lag_seconds)_(bucket|count|sum)$", "", name) for name in known}
 
     assert described == {name for name in bases if name.startswith("brokerd_")}
-    assert {name for name in bases if name.startswith("process_")} <= set(re.findall(r"`(process_\w+)`", page))
+    assert {name for name in bases if name.startswith("process_")} <= set(
+        re.findall(r"`(process_\w+)`", page)
+    )

@@ -1,4 +1,6 @@
-"""The Host header: what the monitor answers, so that no web page reads it under a name of its own."""
+"""The Host header: what the monitor answers, so that no web page reads it under a name
+of its own.
+"""
 
 from __future__ import annotations
 

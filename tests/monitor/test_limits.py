@@ -1,4 +1,6 @@
-"""Whoever asks, however badly: the broker's clients and the next one who asks notice nothing."""
+"""Whoever asks, however badly: the broker's clients and the next one who asks notice
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from brokerd.monitor import http_server as site
 
 
 def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred connections say nothing: the pages come at once, messages pass, and only a few are kept open."""
+    """A hundred connections say nothing: the pages come at once, messages pass, and
+    only a few are kept open.
+    """
     # So that none of them is closed for having lasted too long.
     monkeypatch.setattr(site, "_LONGEST", 120.0)
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
@@ -44,7 +48,9 @@ def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=["nothing", "half a line", "half a header", "no body"],
 )
-def test_a_connection_lasts_some_seconds_at_most(monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
+def test_a_connection_lasts_some_seconds_at_most(
+    monkeypatch: pytest.MonkeyPatch, beginning: bytes
+) -> None:
     """Whatever it has begun, it is closed."""
     monkeypatch.setattr(site, "_LONGEST", 0.3)
     with watched() as broker, connect(broker) as slow:
@@ -56,7 +62,9 @@ def test_a_connection_lasts_some_seconds_at_most(monkeypatch: pytest.MonkeyPatch
 def test_a_connection_is_for_one_request() -> None:
     """A second request on the same connection is not answered, however it was sent."""
     with watched() as broker, connect(broker) as sock:
-        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 50)
+        sock.sendall(
+            b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 50
+        )
         answer = b""
         with contextlib.suppress(ConnectionError):
             while data := sock.recv(65536):
@@ -75,15 +83,27 @@ def test_a_connection_is_for_one_request() -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
         b"\r\n" * 1000,
         b"NONSENSE\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n" + b"x" * 100_000,
+        b"GET /livez HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+        + b"x" * 100_000,
         b"GET /livez HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello",
     ],
-    ids=["long line", "long header", "many headers", "TLS", "empty lines", "nonsense", "upgrade", "smuggled"],
+    ids=[
+        "long line",
+        "long header",
+        "many headers",
+        "TLS",
+        "empty lines",
+        "nonsense",
+        "upgrade",
+        "smuggled",
+    ],
 )
 def test_nonsense_is_answered_and_forgotten(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request_text: bytes
 ) -> None:
-    """The connection ends, nothing is logged or printed, and the next one who asks is served."""
+    """The connection ends, nothing is logged or printed, and the next one who asks is
+    served.
+    """
     monkeypatch.setattr(site, "_LONGEST", 1.0)
     with watched() as broker:
         with connect(broker) as sock:
@@ -98,7 +118,9 @@ def test_nonsense_is_answered_and_forgotten(
 
 
 def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks for megabytes and does not read: others get theirs, and it is cut off in the end."""
+    """It asks for megabytes and does not read: others get theirs, and it is cut off in
+    the end.
+    """
     monkeypatch.setattr(site, "_LONGEST", 2.0)
     clients = {f"client-with-a-long-name-{number:040}": {} for number in range(3000)}
     monitor = {"address": "127.0.0.1:0", "per_client": True}
@@ -129,7 +151,9 @@ def guests(broker: House) -> int:
 
 
 def test_reading_the_counters_takes_a_small_share_of_the_time() -> None:
-    """However often it is asked for: after each reading there is a rest, nine times as long."""
+    """However often it is asked for: after each reading there is a rest, nine times as
+    long.
+    """
     with watched() as broker:
         this = broker.daemon._monitor._site
         assert this is not None
@@ -142,7 +166,8 @@ def test_reading_the_counters_takes_a_small_share_of_the_time() -> None:
         assert get(broker, "/metrics").status == 200
         read_at = broker.call(this._loop.time)
 
-    # The rest is nine times the reading, and the reading took at most the time that we waited for it.
+    # The rest is nine times the reading, and the reading took at most the time that we
+    # waited for it.
     assert began < rested_at <= ended_at + site._REST * (ended_at - began)
     assert read_at >= rest - 0.01
 
@@ -163,7 +188,9 @@ def test_other_pages_do_not_wait_for_the_counters() -> None:
 
 
 def test_a_crowd_is_let_in_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past so many connections in a second, the others wait for the next second; none is lost."""
+    """Past so many connections in a second, the others wait for the next second; none
+    is lost.
+    """
     monkeypatch.setattr(site, "_A_SECOND", 5)
     with watched() as broker:
         began = monotonic()
@@ -175,7 +202,9 @@ def test_a_crowd_is_let_in_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_whoever_has_gone_waits_for_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests whose connections have ended are not worked off: nobody could make a queue of them."""
+    """Requests whose connections have ended are not worked off: nobody could make a
+    queue of them.
+    """
     with watched() as broker:
         this = broker.daemon._monitor._site
         assert this is not None

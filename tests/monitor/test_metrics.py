@@ -22,7 +22,9 @@ from brokerd_client.wire.envelope import ErrorCode
 @pytest.mark.parametrize("openmetrics", [False, True], ids=["prometheus", "openmetrics"])
 @pytest.mark.parametrize("per_client", [False, True], ids=["whole", "per client"])
 def test_prometheus_can_read_it(openmetrics: bool, per_client: bool) -> None:
-    """Its own parser takes the page in both formats; every family has words and a known type."""
+    """Its own parser takes the page in both formats; every family has words and a known
+    type.
+    """
     with watched(monitor={"address": "127.0.0.1:0", "per_client": per_client}) as broker:
         found = families(broker, openmetrics=openmetrics)
 
@@ -53,7 +55,9 @@ def test_messages_and_bytes_are_counted() -> None:
 
 
 def test_refusals_are_counted_by_code_and_every_code_is_there() -> None:
-    """A code that has not occurred is 0, so that its first occurrence is seen as a rise."""
+    """A code that has not occurred is 0, so that its first occurrence is seen as a
+    rise.
+    """
     with watched() as broker, broker.login("alice") as alice:
         for _ in range(3):
             alice.send(MESSAGE, "bob", b"x", flags=WANT_RECEIPT)
@@ -94,7 +98,9 @@ def test_handshakes_are_counted_by_how_they_ended() -> None:
 
 
 def test_queues_and_those_who_wait_for_them_are_seen() -> None:
-    """Somebody does not read: bytes wait, the queue is full, and who sends there is held."""
+    """Somebody does not read: bytes wait, the queue is full, and who sends there is
+    held.
+    """
     clients = {"alice": {}, "bob": {"queue": "1MiB"}}
     with watched(clients) as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.sock.setblocking(False)
@@ -127,7 +133,9 @@ def test_a_request_is_pending_until_it_is_answered() -> None:
 
 
 def test_no_counter_ever_falls() -> None:
-    """Clients come, send and go in a random order; no counter of the whole or of a client falls between two looks."""
+    """Clients come, send and go in a random order; no counter of the whole or of a
+    client falls between two looks.
+    """
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -147,7 +155,11 @@ def test_no_counter_ever_falls() -> None:
                     there[name].send(REQUEST, "$broker", b'{"op": "ping"}', id=number, codec=2)
                     there[name].recv()
                     sent += 1
-            now = {key: value for key, value in samples(broker).items() if "_total" in key or "_count" in key}
+            now = {
+                key: value
+                for key, value in samples(broker).items()
+                if "_total" in key or "_count" in key
+            }
             assert now.keys() == before.keys() or not before
             fell = {key: (before[key], now[key]) for key in before if now[key] < before[key]}
             assert not fell
@@ -156,7 +168,10 @@ def test_no_counter_ever_falls() -> None:
             each.close()
 
     assert before["brokerd_messages_received_total"] == sent
-    assert sum(before[f"brokerd_client_messages_received_total{{client={name}}}"] for name in names) == sent
+    assert (
+        sum(before[f"brokerd_client_messages_received_total{{client={name}}}"] for name in names)
+        == sent
+    )
 
 
 def test_whatever_clients_do_the_number_of_series_stays() -> None:
@@ -166,7 +181,9 @@ def test_whatever_clients_do_the_number_of_series_stays() -> None:
         with broker.login("alice") as alice:
             for number in range(20):
                 alice.send(MESSAGE, f"nobody{number}", b"x", flags=WANT_RECEIPT)
-                alice.send(REQUEST, "$broker", b'{"op": "subscribe", "topic": "t%d"}' % number, codec=2)
+                alice.send(
+                    REQUEST, "$broker", b'{"op": "subscribe", "topic": "t%d"}' % number, codec=2
+                )
                 alice.recv(), alice.recv()
             with pytest.raises(Rejected):
                 login(broker.address, b"wrong", b"stranger")
@@ -179,7 +196,9 @@ def test_whatever_clients_do_the_number_of_series_stays() -> None:
 
 
 def test_each_client_is_told_of_only_where_that_is_asked_for() -> None:
-    """With per_client each configured name has its series, connected or not, and what it did is its own."""
+    """With per_client each configured name has its series, connected or not, and what
+    it did is its own.
+    """
     monitor = {"address": "127.0.0.1:0", "per_client": True}
     with watched(monitor=monitor) as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(MESSAGE, "bob", b"x" * 10, flags=WANT_RECEIPT)
@@ -198,7 +217,9 @@ def test_each_client_is_told_of_only_where_that_is_asked_for() -> None:
 
 
 def test_many_clients_are_one_family_each() -> None:
-    """A family that is written in several pieces is still one, with a line for every client."""
+    """A family that is written in several pieces is still one, with a line for every
+    client.
+    """
     clients = {f"c{number:04}": {} for number in range(600)}
     with watched(clients, monitor={"address": "127.0.0.1:0", "per_client": True}) as broker:
         plain, openmetrics = families(broker), families(broker, openmetrics=True)
@@ -209,11 +230,18 @@ def test_many_clients_are_one_family_each() -> None:
 
 
 def test_a_key_that_ends_is_seen_before_it_does() -> None:
-    """The next client to be left without a key, those that are already, and each key with an end."""
+    """The next client to be left without a key, those that are already, and each key
+    with an end.
+    """
     now = datetime.now(UTC)
     soon, later, past = now + timedelta(days=3), now + timedelta(days=30), now - timedelta(days=1)
     clients: dict[str, Any] = {
-        "alice": {"keys": [{"key": "a1", "not_after": now + timedelta(hours=1)}, {"key": "a2", "not_after": later}]},
+        "alice": {
+            "keys": [
+                {"key": "a1", "not_after": now + timedelta(hours=1)},
+                {"key": "a2", "not_after": later},
+            ]
+        },
         "bob": {"keys": [{"key": "b1", "not_after": soon}]},
         "carol": {"keys": [{"key": "c1", "not_after": past}]},
         "dave": {"keys": [{"key": "d1", "not_after": past}, {"key": "d2"}]},

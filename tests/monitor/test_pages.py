@@ -21,13 +21,21 @@ def test_a_running_broker_is_live_and_ready() -> None:
 
 def test_a_draining_broker_is_live_but_not_ready() -> None:
     """While it drains, new clients are sent elsewhere; nobody restarts it for that."""
-    with watched(limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice, broker.login("bob"):
+    with (
+        watched(limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob"),
+    ):
         for number in range(70):
             alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
-        live, ready, metrics = get(broker, "/livez"), get(broker, "/readyz"), get(broker, "/metrics")
+        live, ready, metrics = (
+            get(broker, "/livez"),
+            get(broker, "/readyz"),
+            get(broker, "/metrics"),
+        )
 
     assert live.status == 200
     assert (ready.status, ready.body) == (503, "not ready: the broker is draining\n")
@@ -41,7 +49,9 @@ def test_there_is_no_monitor_unless_it_is_asked_for() -> None:
         assert broker.log.named("monitor.listening") == []
 
 
-@pytest.mark.parametrize("page", ["/", "/metrics/", "/metricsx", "/../etc/passwd", "/livez%2f", "/?/livez"])
+@pytest.mark.parametrize(
+    "page", ["/", "/metrics/", "/metricsx", "/../etc/passwd", "/livez%2f", "/?/livez"]
+)
 def test_an_unknown_page_is_not_found(page: str) -> None:
     """Whatever else is asked for is 404, and the answer says what there is."""
     with watched() as broker:
@@ -51,7 +61,9 @@ def test_an_unknown_page_is_not_found(page: str) -> None:
 
 
 def test_a_query_changes_nothing() -> None:
-    """What stands behind a question mark is not looked at: some health checks add something there."""
+    """What stands behind a question mark is not looked at: some health checks add
+    something there.
+    """
     with watched() as broker:
         assert get(broker, "/livez?verbose").status == 200
 
@@ -88,14 +100,19 @@ def test_head_is_get_without_the_body(page: str) -> None:
             "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
             "application/openmetrics-text; version=1.0.0; charset=utf-8",
         ),
-        ("application/openmetrics-text", "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        (
+            "application/openmetrics-text",
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        ),
         ("application/openmetrics-text; version=9.0.0", "text/plain; version=0.0.4; charset=utf-8"),
         # A version that is none.
         ("application/openmetrics-text;version=x.y", "text/plain; version=0.0.4; charset=utf-8"),
     ],
 )
 def test_the_format_is_the_one_asked_for(accept: str, content_type: str) -> None:
-    """OpenMetrics for who asks for it, else Prometheus's own format; nothing that is asked for is an error."""
+    """OpenMetrics for who asks for it, else Prometheus's own format; nothing that is
+    asked for is an error.
+    """
     with watched() as broker:
         answer = get(broker, "/metrics", headers={"Accept": accept})
 
@@ -106,7 +123,9 @@ def test_the_format_is_the_one_asked_for(accept: str, content_type: str) -> None
 
 
 def test_a_unix_socket_is_its_owners_alone(socket_dir: Path) -> None:
-    """The monitor's socket file can be opened by the broker's user only, and is removed at the end."""
+    """The monitor's socket file can be opened by the broker's user only, and is removed
+    at the end.
+    """
     path = socket_dir / "monitor"
     with watched(monitor=str(path)) as broker:
         assert path.stat().st_mode & 0o777 == 0o600
@@ -116,7 +135,9 @@ def test_a_unix_socket_is_its_owners_alone(socket_dir: Path) -> None:
 
 
 def test_an_address_that_others_reach_is_warned_of() -> None:
-    """The log says once what it means to be reachable, and of a local address says nothing."""
+    """The log says once what it means to be reachable, and of a local address says
+    nothing.
+    """
     with watched(monitor="0.0.0.0:0") as broker:
         warnings = broker.log.named("monitor.exposed")
     with watched() as local:

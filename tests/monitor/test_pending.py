@@ -1,4 +1,6 @@
-"""Connections to the monitor that have not sent a request: which of them give way, and that a probe is always heard."""
+"""Connections to the monitor that have not sent a request: which of them give way, and
+that a probe is always heard.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def test_pending_request_that_is_whole_does_not_give_way_to_silence() -> None:
 
 
 def test_pending_requests_are_taken_from_each_origin_in_turn() -> None:
-    """A crowd of one origin does not hold up the request of another; past the bound the crowd's oldest go."""
+    """A crowd of one origin does not hold up the request of another; past the bound the
+    crowd's oldest go.
+    """
 
     def scenario() -> None:
         room = Room(most_whole=4)
@@ -170,8 +174,12 @@ def test_pending_connection_ends_after_its_time_and_with_its_peer() -> None:
     asyncio.run(main())
 
 
-def test_probe_behind_silent_connections_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silent connections do not count as answered, however few may be answered in a second."""
+def test_probe_behind_silent_connections_is_answered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Silent connections do not count as answered, however few may be answered in a
+    second.
+    """
     monkeypatch.setattr(site, "_A_SECOND", 5)
     with watched() as broker:
         silent = [connect(broker) for _ in range(100)]

@@ -1,4 +1,6 @@
-"""The monitor across reloads: switched on, moved, switched off, and left alone where the reload is refused."""
+"""The monitor across reloads: switched on, moved, switched off, and left alone where
+the reload is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from brokerd_client.address import Address
 
 
 class FromFile:
-    """A daemon that serves one directory's brokerd.yaml, and can be told to read it again."""
+    """A daemon that serves one directory's brokerd.yaml, and can be told to read it
+    again.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -78,8 +82,12 @@ def is_deaf(address: Address) -> bool:
 
 
 def test_it_is_switched_on_and_off(served: FromFile) -> None:
-    """A reload opens the monitor and closes it again; a client's connection lives through both."""
-    with brokerd_client.connect(str(served.home / "sock"), name="alice", key="k", reconnect=False) as alice:
+    """A reload opens the monitor and closes it again; a client's connection lives
+    through both.
+    """
+    with brokerd_client.connect(
+        str(served.home / "sock"), name="alice", key="k", reconnect=False
+    ) as alice:
         assert served.reload("monitor: 127.0.0.1:0\n") == []
         (address,) = served.daemon.monitor_addresses
         assert get(address, "/readyz").status == 200
@@ -113,7 +121,12 @@ def test_a_reload_about_other_things_leaves_it_alone(served: FromFile) -> None:
     with socket.create_connection(address.sockaddr, timeout=30) as half:
         half.sendall(b"GET /livez HT")
         assert get(address, "/livez").status == 200
-        assert served.reload("monitor: {address: '127.0.0.1:0', per_client: true}\nlimits: {handshakes: 9}\n") == []
+        assert (
+            served.reload(
+                "monitor: {address: '127.0.0.1:0', per_client: true}\nlimits: {handshakes: 9}\n"
+            )
+            == []
+        )
         half.sendall(b"TP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
         assert half.recv(1000).startswith(b"HTTP/1.1 200")
@@ -122,7 +135,9 @@ def test_a_reload_about_other_things_leaves_it_alone(served: FromFile) -> None:
 
 
 def test_an_address_that_is_taken_refuses_the_whole_reload(served: FromFile) -> None:
-    """The other new listener is not left open, the running monitor goes on, and the metrics say what happened."""
+    """The other new listener is not left open, the running monitor goes on, and the
+    metrics say what happened.
+    """
     assert served.reload("monitor: 127.0.0.1:0\n") == []
     (address,) = served.daemon.monitor_addresses
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -132,7 +147,9 @@ def test_an_address_that_is_taken_refuses_the_whole_reload(served: FromFile) -> 
 
         problems = served.reload(more)
 
-    assert problems == [f"can't listen at {taken}: Address already in use (another program listens there)"]
+    assert problems == [
+        f"can't listen at {taken}: Address already in use (another program listens there)"
+    ]
     assert not (served.home / "second").exists()
     assert served.daemon.monitor_addresses == [address]
     found = samples(house_of(served))
@@ -148,14 +165,18 @@ def test_an_address_that_is_taken_refuses_the_whole_reload(served: FromFile) -> 
 
 
 def test_an_address_that_overlaps_its_own_is_refused_with_the_reason(served: FromFile) -> None:
-    """From one address of the machine to all of them, on the same port: that takes a restart."""
+    """From one address of the machine to all of them, on the same port: that takes a
+    restart.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert served.reload(f"monitor: 127.0.0.1:{port}\n") == []
 
     problems = served.reload(f"monitor: 0.0.0.0:{port}\n")
 
-    expected = f"can't listen at 0.0.0.0:{port} while this broker listens at 127.0.0.1:{port} (restart it)"
+    expected = (
+        f"can't listen at 0.0.0.0:{port} while this broker listens at 127.0.0.1:{port} (restart it)"
+    )
     assert problems == [expected]
     assert get(served.daemon.monitor_addresses[0], "/livez").status == 200
 

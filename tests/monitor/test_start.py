@@ -22,13 +22,19 @@ asyncio.run(main())
 
 def loaded(monitor: str | None) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM % monitor], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PROGRAM % monitor],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stderr == ""
     return done.stdout.strip()
 
 
 def test_without_a_monitor_nothing_of_it_is_imported() -> None:
-    """A daemon without it starts as quickly as if it did not exist; one with it has what it needs."""
+    """A daemon without it starts as quickly as if it did not exist; one with it has
+    what it needs.
+    """
     assert loaded(None) == ""
     assert loaded("127.0.0.1:0") == "aiohttp prometheus_client"

@@ -1,4 +1,6 @@
-"""The monitor across an upgrade of the daemon: the same sockets, and counters that go on."""
+"""The monitor across an upgrade of the daemon: the same sockets, and counters that go
+on.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from monitor.scrape import get, read_prometheus
 
 from brokerd_client.address import Address, parse
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="needs Linux")
+pytestmark = pytest.mark.skipif(
+    not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="needs Linux"
+)
 
 CLIENTS = {"ops": {"admin": True}}
 
@@ -31,9 +35,11 @@ def value(at: Address, name: str) -> float:
 
 
 def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
-    """Two upgrades while a health check asks without a pause: nobody is refused, and the counters go on.
+    """Two upgrades while a health check asks without a pause: nobody is refused, and
+    the counters go on.
 
-    Whoever was being answered by the old process in its last moment may be cut off, once an upgrade.
+    Whoever was being answered by the old process in its last moment may be cut off,
+    once an upgrade.
     """
     with Process(socket_dir, CLIENTS, monitor="127.0.0.1:0", log={"level": "info"}) as broker:
         at = listening_at(broker)
@@ -74,7 +80,9 @@ def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
 
 @pytest.mark.parametrize("after", ["moved", "off"])
 def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: str) -> None:
-    """The new process has the monitor where its configuration says, and the old one's socket file is gone."""
+    """The new process has the monitor where its configuration says, and the old one's
+    socket file is gone.
+    """
     path = socket_dir / "monitor"
     with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         assert get(listening_at(broker), "/livez").status == 200
@@ -94,7 +102,9 @@ def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: st
 
 
 def test_an_upgrade_that_fails_leaves_the_monitor_alone(socket_dir: Path) -> None:
-    """The new process can't listen at another address: the old monitor answers on, its socket file stays."""
+    """The new process can't listen at another address: the old monitor answers on, its
+    socket file stays.
+    """
     path = socket_dir / "monitor"
     with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         at = listening_at(broker)

@@ -1,8 +1,10 @@
-"""Clients that connect all at once, in a process of their own, with the default timeout.
+"""Clients that connect all at once, in a process of their own, with the default
+timeout.
 
-python crowd.py ADDRESS FACE CA FIRST COUNT prints ready, waits for a line, and prints how each ended, counted, as JSON.
-FACE is aio or threads. CA is a file with the issuer of the listener's certificate, or nothing. The clients are cFIRST
-and so on; each has the key that e2e.process gives it.
+python crowd.py ADDRESS FACE CA FIRST COUNT prints ready, waits for a line, and prints
+how each ended, counted, as JSON. FACE is aio or threads. CA is a file with the issuer
+of the listener's certificate, or nothing. The clients are cFIRST and so on; each has
+the key that e2e.process gives it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import brokerd_client
 from brokerd_client import aio
 
 
-async def connect_tasks(address: str, names: list[str], context: ssl.SSLContext | None) -> Counter[str]:
+async def connect_tasks(
+    address: str, names: list[str], context: ssl.SSLContext | None
+) -> Counter[str]:
     async def connect(name: str) -> aio.Client | str:
         try:
             return await aio.connect(address, name, key_of(name), ssl=context)

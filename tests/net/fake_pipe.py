@@ -1,4 +1,6 @@
-"""Named pipes as Windows has them, played by Python objects: messages stay whole, a full pipe holds its writer."""
+"""Named pipes as Windows has them, played by Python objects: messages stay whole, a
+full pipe holds its writer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ CAPACITY = 8192
 
 
 class FakePipe:
-    """One end of a pipe; it is a brokerd_client._common.pipe_bridge.Pipe. taken: bytes read from it so far."""
+    """One end of a pipe; it is a brokerd_client._common.pipe_bridge.Pipe.
+
+    taken: bytes read from it so far.
+    """
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
@@ -57,7 +62,11 @@ class FakePipe:
             self._changed.notify_all()
 
             def taken() -> bool:
-                return self._peer.closed or "writing" in self._stopped or sum(map(len, inbox)) <= CAPACITY
+                return (
+                    self._peer.closed
+                    or "writing" in self._stopped
+                    or sum(map(len, inbox)) <= CAPACITY
+                )
 
             assert self._changed.wait_for(taken, TIMEOUT_S), "nobody read"
             if sum(map(len, inbox)) > CAPACITY:
@@ -103,7 +112,10 @@ def fake_pipes() -> tuple[FakePipe, FakePipe]:
 
 
 class FakeServer:
-    """Takes connections as named_pipes.PipeDoor does. failures: raised by take() before it takes anybody."""
+    """Takes connections as named_pipes.PipeDoor does.
+
+    failures: raised by take() before it takes anybody.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,7 +1,9 @@
-"""Silent connections from one address, in a process of its own, bounded in number, rate and time.
+"""Silent connections from one address, in a process of its own, bounded in number, rate
+and time.
 
-python flooder.py HOST PORT SOURCE RATE SECONDS KIND prints how many connections it made. KIND is what each says:
-nothing, half (half an answer's frame), wrong (a wrong answer), hello (the beginning of TLS).
+python flooder.py HOST PORT SOURCE RATE SECONDS KIND prints how many connections it
+made. KIND is what each says: nothing, half (half an answer's frame), wrong (a wrong
+answer), hello (the beginning of TLS).
 """
 
 from __future__ import annotations
@@ -53,4 +55,11 @@ def main(host: str, port: int, source: str, rate: float, seconds: float, kind: s
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), float(sys.argv[5]), sys.argv[6])
+    main(
+        sys.argv[1],
+        int(sys.argv[2]),
+        sys.argv[3],
+        float(sys.argv[4]),
+        float(sys.argv[5]),
+        sys.argv[6],
+    )

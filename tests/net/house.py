@@ -57,7 +57,9 @@ class Recorder:
     def wait(self, event: str, count: int = 1) -> list[Event]:
         """Return the events of that name when there are ``count``."""
         with self._news:
-            assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), self.events
+            assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), (
+                self.events
+            )
         return self.named(event)
 
 
@@ -83,7 +85,9 @@ class House:
         return Raw(self.address)
 
     def login(self, name: str, **how: Any) -> Raw:
-        """Return a connection of that client, whose key is ``NAME's key``, found by its name."""
+        """Return a connection of that client, whose key is ``NAME's key``, found by its
+        name.
+        """
         return login(self.address, key_of(name), name.encode(), **how)
 
     def call(self, function: Callable[[], T]) -> T:
@@ -102,9 +106,13 @@ def key_of(name: str) -> bytes:
     return f"{name}'s key".encode()
 
 
-def configuration(listen: Any, clients: Mapping[str, Any] | str = "alice bob carol", **more: Any) -> Config:
+def configuration(
+    listen: Any, clients: Mapping[str, Any] | str = "alice bob carol", **more: Any
+) -> Config:
     """Return a configuration; every client without a key gets ``NAME's key``."""
-    entries: Mapping[str, Any] = dict.fromkeys(clients.split()) if isinstance(clients, str) else clients
+    entries: Mapping[str, Any] = (
+        dict.fromkeys(clients.split()) if isinstance(clients, str) else clients
+    )
     whole: dict[str, Any] = {}
     for name, entry in entries.items():
         given = dict(entry or {})
@@ -116,7 +124,9 @@ def configuration(listen: Any, clients: Mapping[str, Any] | str = "alice bob car
 
 @contextmanager
 def house(config: Config) -> Iterator[House]:
-    """Run a broker in a thread until the block ends; it is killed then, and everything it had is closed."""
+    """Run a broker in a thread until the block ends; it is killed then, and everything
+    it had is closed.
+    """
     log = Recorder()
     started: list[House | BaseException] = []
     ready = threading.Event()
@@ -162,4 +172,6 @@ def house(config: Config) -> Iterator[House]:
         assert not thread.is_alive(), "the broker did not stop"
     if complaints:
         problem = complaints[0].get("exception")
-        raise AssertionError(f"{len(complaints)} callbacks failed in the broker: {complaints[0]}") from problem
+        raise AssertionError(
+            f"{len(complaints)} callbacks failed in the broker: {complaints[0]}"
+        ) from problem

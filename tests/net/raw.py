@@ -1,4 +1,5 @@
-"""A client written from docs/protocol.md alone: sockets, struct and hmac, nothing of the library's.
+"""A client written from docs/protocol.md alone: sockets, struct and hmac, nothing of
+the library's.
 
 It is deliberately primitive, so that a test can send what no well-behaved client would.
 """
@@ -53,15 +54,27 @@ def prefixed(body: bytes) -> bytes:
 
 
 def packed(
-    kind: int, to: str, payload: bytes = b"", *, id: int = 0, flags: int = 0, codec: int = 0, between: bytes = b""
+    kind: int,
+    to: str,
+    payload: bytes = b"",
+    *,
+    id: int = 0,
+    flags: int = 0,
+    codec: int = 0,
+    between: bytes = b"",
 ) -> bytes:
-    """Return one whole broker frame. between: what stands between name and payload (topic, extension)."""
+    """Return one whole broker frame.
+
+    between: what stands between name and payload (topic, extension).
+    """
     name = to.encode()
     return prefixed(HEADER.pack(kind, flags, codec, len(name), id) + name + between + payload)
 
 
 def is_reason(said: bytes, code: str) -> bool:
-    """Return whether the bytes are one frame: the ERROR with the id 0 that tells why the broker closes."""
+    """Return whether the bytes are one frame: the ERROR with the id 0 that tells why
+    the broker closes.
+    """
     body = said[4:]
     if len(body) < HEADER.size:
         return False
@@ -135,7 +148,10 @@ class Raw:
     # The handshake
 
     def answer(self, key: bytes, name: bytes = b"", digest: str | None = "sha256") -> bytes:
-        """Read the broker's challenge and return the right answer. digest: None for the bare MD5 of old Pythons."""
+        """Read the broker's challenge and return the right answer.
+
+        digest: None for the bare MD5 of old Pythons.
+        """
         challenge = self.read_body()
         assert challenge.startswith(CHALLENGE + b"{sha256}"), challenge
         message = challenge[len(CHALLENGE) :]
@@ -160,7 +176,10 @@ class Raw:
         challenge_digest: str | None = "sha256",
         behind: bytes = b"",
     ) -> Raw:
-        """Shake hands. behind: bytes to send in one segment with the last #WELCOME#. Raises Rejected."""
+        """Shake hands. behind: bytes to send in one segment with the last #WELCOME#.
+
+        Raises Rejected.
+        """
         self.write(prefixed(self.answer(key, name, digest)))
         said = self.read_body()
         if said != WELCOME:
@@ -181,24 +200,34 @@ class Raw:
         return Frame(kind, flags, codec, body[12 : 12 + size].decode(), id, body[12 + size :])
 
     def ask(self, op: str, *, id: int = 7, **arguments: Any) -> Frame:
-        """Return the broker's answer to an operation; nothing else may arrive before it."""
-        self.send(REQUEST, "$broker", json.dumps({"op": op, **arguments}).encode(), id=id, codec=JSON)
+        """Return the broker's answer to an operation; nothing else may arrive before
+        it.
+        """
+        self.send(
+            REQUEST, "$broker", json.dumps({"op": op, **arguments}).encode(), id=id, codec=JSON
+        )
         answer = self.recv()
         assert (answer.name, answer.id) == ("$broker", id), answer
         return answer
 
     def ping(self) -> None:
-        """Return when the broker has answered: all that was sent before has been dealt with."""
+        """Return when the broker has answered: all that was sent before has been dealt
+        with.
+        """
         answer = self.ask("ping", id=0xFFFF_FFFF)
         assert answer.kind == REPLY, answer
 
     def is_closed(self, code: str = "") -> bool:
-        """Wait until the broker closes; nothing may arrive before that but, given a code, the ERROR that tells it."""
+        """Wait until the broker closes; nothing may arrive before that but, given a
+        code, the ERROR that tells it.
+        """
         said = self.read_to_end()
         return is_reason(said, code) if code else said == b""
 
     def is_turned_away(self) -> bool:
-        """Wait until the broker closes; it says #FAILURE# before that, and nothing else."""
+        """Wait until the broker closes; it says #FAILURE# before that, and nothing
+        else.
+        """
         return self.read_to_end() == prefixed(FAILURE)
 
 

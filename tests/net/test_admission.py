@@ -1,4 +1,6 @@
-"""Which unfinished handshakes give way: a crowd of clients gets in, and a flood keeps out no client."""
+"""Which unfinished handshakes give way: a crowd of clients gets in, and a flood keeps
+out no client.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_admission_origin_with_most_handshakes_gives_way() -> None:
 
 
 def test_admission_peer_that_got_further_gives_way_later() -> None:
-    """Of one origin: first a peer that has failed, then a silent one, one whose answer is judged, one with a key."""
+    """Of one origin: first a peer that has failed, then a silent one, one whose answer
+    is judged, one with a key.
+    """
     admission = Admission()
     peers = {rank: peer("a", admission) for rank in reversed(Rank)}
     for rank, each in peers.items():
@@ -68,7 +72,9 @@ def test_admission_peer_that_got_further_gives_way_later() -> None:
 
 
 def test_admission_wrong_answers_leave_half_of_the_room_to_silent_peers() -> None:
-    """Else a client had no time to answer: each newcomer would push out the oldest of a few silent peers."""
+    """Else a client had no time to answer: each newcomer would push out the oldest of a
+    few silent peers.
+    """
     admission = Admission()
     judged = [peer("a", admission) for _ in range(200)]
     for each in judged:
@@ -105,7 +111,9 @@ def test_admission_within_the_grace_nobody_gives_way() -> None:
 
 
 def test_admission_grace_shrinks_with_silence_and_grows_with_success() -> None:
-    """Each peer that gives way halves its origin's grace, each that gets in doubles it; after a minute all is new."""
+    """Each peer that gives way halves its origin's grace, each that gets in doubles it;
+    after a minute all is new.
+    """
     admission = Admission()
     admission.got_in("b", 0.0)
     for _ in range(3):
@@ -118,7 +126,9 @@ def test_admission_grace_shrinks_with_silence_and_grows_with_success() -> None:
 
 
 def test_admission_flood_from_many_origins_shortens_the_grace_of_strangers() -> None:
-    """A thousand addresses do not have a thousand graces; an origin whose clients got in keeps its own."""
+    """A thousand addresses do not have a thousand graces; an origin whose clients got
+    in keeps its own.
+    """
     admission = Admission()
     admission.got_in("home", 0.0)
     for number in range(20):
@@ -156,7 +166,9 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
 
 
 def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
-    """Else a flood whose connections end before their grace could keep the door shut for ever."""
+    """Else a flood whose connections end before their grace could keep the door shut
+    for ever.
+    """
     with house(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
         door = here.daemon.server.pending_handshakes
         for taken in (2, 3):
@@ -174,7 +186,9 @@ def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
 
 
 def test_listeners_with_newcomers_take_turns() -> None:
-    """With one place, a crowd at one listener leaves every second place to the other listener."""
+    """With one place, a crowd at one listener leaves every second place to the other
+    listener.
+    """
     names = [f"c{number}" for number in range(12)]
     listen = ["127.0.0.1:0", "127.0.0.1:0"]
     with house(configuration(listen, dict.fromkeys(names), limits={"handshakes": 1})) as here:
@@ -203,14 +217,26 @@ def test_listeners_with_newcomers_take_turns() -> None:
 
 
 def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -> Counter[str]:
-    """Have clients connect at once, a thousand in each of some processes; return how they ended."""
+    """Have clients connect at once, a thousand in each of some processes; return how
+    they ended.
+    """
     outcomes: Counter[str] = Counter()
     environ = {**os.environ, "PYTHONPATH": str(CROWD.parents[1])}
     with contextlib.ExitStack() as stack:
         members = []
         for first in range(0, crowd, 1000):
-            command = [sys.executable, str(CROWD), str(address), face, str(ca or ""), str(first), "1000"]
-            member = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+            command = [
+                sys.executable,
+                str(CROWD),
+                str(address),
+                face,
+                str(ca or ""),
+                str(first),
+                "1000",
+            ]
+            member = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+            )
             members.append(stack.enter_context(member))
             stack.callback(member.kill)
         for member in members:
@@ -248,14 +274,20 @@ def test_herd_of_first_connects_gets_in(socket_dir: Path, kind: str, face: str, 
     certificate.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
     key.write_bytes(issued.private_key_pem.bytes())
     key.chmod(0o600)
-    listen = ["127.0.0.1:0", {"address": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}}]
+    listen = [
+        "127.0.0.1:0",
+        {"address": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}},
+    ]
     with Process(socket_dir, [f"c{number}" for number in range(crowd)], listen=listen) as broker:
         address = dict(zip(("unix", "tcp", "tls"), broker.addresses(), strict=True))[kind]
         began = time.monotonic()
         outcomes = _connect_at_once(address, face, ca if kind == "tls" else None, crowd)
         refused = len(broker.events("client.refused"))
         refused += sum(event["count"] for event in broker.events("client.refused_more"))
-    print(f"\n{crowd} over {kind}, {face}: {time.monotonic() - began:.2f} s, {refused} handshakes gave way")
+    print(
+        f"\n{crowd} over {kind}, {face}: {time.monotonic() - began:.2f} s, {refused} handshakes"
+        " gave way"
+    )
     assert outcomes == {"in": crowd}
 
 
@@ -263,9 +295,22 @@ def test_herd_of_first_connects_gets_in(socket_dir: Path, kind: str, face: str, 
 
 
 @contextlib.contextmanager
-def flood(address: Address, rate: float, seconds: float, kind: str, source: str = "127.0.0.1") -> Iterator[None]:
-    """Have a process make connections from the source; it ends with the block at the latest."""
-    command = [sys.executable, str(FLOODER), address.host, str(address.port), source, str(rate), str(seconds), kind]
+def flood(
+    address: Address, rate: float, seconds: float, kind: str, source: str = "127.0.0.1"
+) -> Iterator[None]:
+    """Have a process make connections from the source; it ends with the block at the
+    latest.
+    """
+    command = [
+        sys.executable,
+        str(FLOODER),
+        address.host,
+        str(address.port),
+        source,
+        str(rate),
+        str(seconds),
+        kind,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as flooder:
         assert flooder.stdout is not None
         assert flooder.stdout.readline() == "ready\n"
@@ -276,7 +321,9 @@ def flood(address: Address, rate: float, seconds: float, kind: str, source: str 
 
 
 def far_away(address: Address, name: str, key: bytes, source: str, latency_s: float) -> float:
-    """Log in from the source with each answer so much later; return how long it took. Raises what Raw.log_in does."""
+    """Log in from the source with each answer so much later; return how long it took.
+    Raises what Raw.log_in does.
+    """
     began = time.monotonic()
     raw = Raw.__new__(Raw)
     raw.sock = socket.socket()
@@ -301,7 +348,9 @@ def far_away(address: Address, name: str, key: bytes, source: str, latency_s: fl
 def _succeed(
     address: Address, names: list[str], key: Any, source: str, latency_s: float, tries: int = 1
 ) -> list[float | str]:
-    """Return how long each took that got in, one after the other; or why it did not. tries: of each."""
+    """Return how long each took that got in, one after the other; or why it did not.
+    tries: of each.
+    """
     outcomes: list[float | str] = []
     for name in names:
         for left in reversed(range(tries)):
@@ -315,9 +364,14 @@ def _succeed(
 
 
 def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
-    """A client 50 ms away gets in while another address fills every place 30 times a second."""
+    """A client 50 ms away gets in while another address fills every place 30 times a
+    second.
+    """
     names = ["alice", "bob", "carol"]
-    with house(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here, flood(here.address, 250, 20, "nothing"):
+    with (
+        house(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here,
+        flood(here.address, 250, 20, "nothing"),
+    ):
         here.log.wait("client.refused", 10)
         outcomes = _succeed(here.address, names, key_of, "127.0.0.2", 0.05)
         assert [type(each) for each in outcomes] == [float] * 3, outcomes
@@ -326,15 +380,24 @@ def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nothing", "half", "wrong", "hello"])
 @pytest.mark.parametrize("source", ["127.0.0.2", "127.0.0.1"], ids=["elsewhere", "same address"])
-def test_flood_of_2500_connections_a_second_locks_no_client_out(socket_dir: Path, kind: str, source: str) -> None:
-    """Of ten clients 50 ms away all get in; from the address of the flood with some more tries, as the library has."""
+def test_flood_of_2500_connections_a_second_locks_no_client_out(
+    socket_dir: Path, kind: str, source: str
+) -> None:
+    """Of ten clients 50 ms away all get in; from the address of the flood with some
+    more tries, as the library has.
+    """
     names = [f"c{number}" for number in range(10)]
     with Process(socket_dir, names, listen=["127.0.0.1:0"]) as broker:
         address = broker.addresses()[1]
         with flood(address, 2500, 60, kind):
             time.sleep(2)
-            outcomes = _succeed(address, names, file_key_of, source, 0.05, tries=1 if source == "127.0.0.2" else 5)
+            outcomes = _succeed(
+                address, names, file_key_of, source, 0.05, tries=1 if source == "127.0.0.2" else 5
+            )
         refused = sum(event["count"] for event in broker.events("client.refused_more"))
     took = [round(each, 3) for each in outcomes if isinstance(each, float)]
-    print(f"\n{kind} from 127.0.0.1, clients from {source}: in after {took} s; {refused} refused meanwhile")
+    print(
+        f"\n{kind} from 127.0.0.1, clients from {source}: in after {took} s; {refused} refused"
+        " meanwhile"
+    )
     assert [type(each) for each in outcomes] == [float] * 10, outcomes

@@ -1,4 +1,6 @@
-"""One connection for one name: who comes second, who comes back, who stops reading, and who dies half-way."""
+"""One connection for one name: who comes second, who comes back, who stops reading, and
+who dies half-way.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def fill(sender: Raw, to: str, size: int = 50_000) -> list[int]:
 
 
 def test_a_second_connection_of_a_name_is_refused(listen: str) -> None:
-    """It is told behind its handshake, the log says why, and the first connection notices nothing."""
+    """It is told behind its handshake, the log says why, and the first connection
+    notices nothing.
+    """
     with served(listen=listen) as broker, broker.login("alice") as alice:
         with broker.login("alice") as second:
             assert second.is_closed("name_taken")
@@ -82,9 +86,15 @@ def test_a_second_connection_of_a_name_is_refused(listen: str) -> None:
 
 
 def test_a_second_connection_may_replace_the_first(listen: str) -> None:
-    """With when_connected: replace the first one is closed and messages go to the second."""
+    """With when_connected: replace the first one is closed and messages go to the
+    second.
+    """
     clients = {"alice": {"when_connected": "replace"}, "bob": None}
-    with served(clients, listen) as broker, broker.login("bob") as bob, broker.login("alice") as first:
+    with (
+        served(clients, listen) as broker,
+        broker.login("bob") as bob,
+        broker.login("alice") as first,
+    ):
         for number in range(10):
             second = broker.login("alice")
             assert first.is_closed("replaced")
@@ -127,14 +137,20 @@ def test_a_client_may_come_back_at_once(listen: str) -> None:
 
 
 def test_a_client_may_come_back_at_once_after_sending(listen: str) -> None:
-    """What it sent before it went arrives, all of it, though it came back before that was read."""
+    """What it sent before it went arrives, all of it, though it came back before that
+    was read.
+    """
     with served(listen=listen) as broker, broker.login("bob") as bob:
         got: list[int] = []
         reader = threading.Thread(target=lambda: got.extend(bob.recv().id for _ in range(50 * 20)))
         reader.start()
         for round in range(50):
             with broker.login("alice") as alice:
-                alice.write(b"".join(packed(MESSAGE, "bob", bytes(3000), id=round * 20 + n) for n in range(20)))
+                alice.write(
+                    b"".join(
+                        packed(MESSAGE, "bob", bytes(3000), id=round * 20 + n) for n in range(20)
+                    )
+                )
         reader.join(30)
         assert got == list(range(50 * 20))
         assert not broker.log.named("client.refused")
@@ -151,7 +167,9 @@ def test_a_reset_client_may_come_back_at_once() -> None:
 
 
 def test_a_held_client_may_come_back_at_once(listen: str) -> None:
-    """A sender held because its recipient does not read is not kept out of its own name by that."""
+    """A sender held because its recipient does not read is not kept out of its own name
+    by that.
+    """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
     with served(clients, listen, limits={"wait_timeout": "60s"}) as broker, broker.login("bob"):
         for _ in range(3):
@@ -168,17 +186,23 @@ def test_a_held_client_may_come_back_at_once(listen: str) -> None:
         assert not broker.log.named("client.refused")
 
 
-def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(socket_dir: Path) -> None:
-    """Nobody else is held up by that, nothing of it is lost, and what it says now comes behind it."""
+def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
+    socket_dir: Path,
+) -> None:
+    """Nobody else is held up by that, nothing of it is lost, and what it says now comes
+    behind it.
+    """
     with served(listen=str(socket_dir / "s")) as broker, broker.login("bob") as bob:
         bob.ask("subscribe", topic="t.*")
         alice, server = broker.login("alice"), broker.daemon.server
         alice.ping()
-        events = [packed(EVENT, "", between=b"\x05t.%03d" % number, id=number) for number in range(101)]
+        events = [
+            packed(EVENT, "", between=b"\x05t.%03d" % number, id=number) for number in range(101)
+        ]
 
         def leave() -> str | None:
-            # In the broker's own thread, so that it does not look before everything is there. Each of them leaves the
-            # routing loop.
+            # In the broker's own thread, so that it does not look before everything is
+            # there. Each of them leaves the routing loop.
             server.turn_budget = 4
             alice.write(b"".join(events[:100]))
             alice.close()
@@ -195,8 +219,12 @@ def sessions_of(broker: House, name: str) -> list[Session]:
     return broker.call(lambda: list(broker.daemon.broker.exchange.clients[name].sessions.values()))
 
 
-def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(socket_dir: Path) -> None:
-    """What is read of one, to find out whether it is there, is written to another, which ends by that."""
+def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
+    socket_dir: Path,
+) -> None:
+    """What is read of one, to find out whether it is there, is written to another,
+    which ends by that.
+    """
     config = configuration(str(socket_dir / "s"), {"pool": {"connections": 2}})
     with house(config) as broker, broker.login("pool") as first:
         second = broker.login("pool")
@@ -253,7 +281,9 @@ def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:
     )
     with served(listen=listen) as broker, broker.login("bob") as bob:
         child = subprocess.Popen(
-            [sys.executable, "-c", script, str(broker.address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", script, str(broker.address)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert child.stdin is not None
         assert child.stdout is not None
@@ -272,8 +302,15 @@ def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:
 
 
 def test_a_client_that_does_not_read_costs_its_queue_only(listen: str) -> None:
-    """The broker keeps what the queue allows; meanwhile two others talk as if nothing were."""
-    clients = {"slow": {"queue": "1MiB", "when_full": "refuse"}, "alice": None, "bob": None, "carol": None}
+    """The broker keeps what the queue allows; meanwhile two others talk as if nothing
+    were.
+    """
+    clients = {
+        "slow": {"queue": "1MiB", "when_full": "refuse"},
+        "alice": None,
+        "bob": None,
+        "carol": None,
+    }
     with (
         served(clients, listen) as broker,
         broker.login("slow") as slow,
@@ -282,7 +319,9 @@ def test_a_client_that_does_not_read_costs_its_queue_only(listen: str) -> None:
         broker.login("carol") as carol,
     ):
         taken = fill(alice, "slow")
-        waiting = broker.call(lambda: broker.daemon.broker.exchange.clients["slow"].sessions["slow"].outbox.waiting)
+        waiting = broker.call(
+            lambda: broker.daemon.broker.exchange.clients["slow"].sessions["slow"].outbox.waiting
+        )
         assert 0.9 * 2**20 < waiting <= 2**20
         for number in range(100):
             bob.send(MESSAGE, "carol", b"x", id=number)
@@ -293,7 +332,9 @@ def test_a_client_that_does_not_read_costs_its_queue_only(listen: str) -> None:
 
 
 def test_a_held_sender_goes_on_when_there_is_room() -> None:
-    """when_full: wait loses nothing and reorders nothing, though thousands of messages exceed the queue."""
+    """when_full: wait loses nothing and reorders nothing, though thousands of messages
+    exceed the queue.
+    """
     count = 2000
     with (
         served({"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}) as broker,
@@ -327,7 +368,9 @@ def test_a_held_sender_holds_up_nobody_else() -> None:
 
 
 def test_a_client_may_be_disconnected_for_not_reading() -> None:
-    """when_full: disconnect ends its connection; the sender hears what became of each message."""
+    """when_full: disconnect ends its connection; the sender hears what became of each
+    message.
+    """
     with (
         served({"alice": None, "bob": {"queue": "64KiB", "when_full": "disconnect"}}) as broker,
         broker.login("alice") as alice,
@@ -338,7 +381,9 @@ def test_a_client_may_be_disconnected_for_not_reading() -> None:
         while not broker.log.named("client.disconnected"):
             alice.send(MESSAGE, "bob", bytes(50_000), id=number, flags=WANT_RECEIPT)
             outcome = alice.recv()
-            outcomes.setdefault(outcome.id, []).append("taken" if outcome.kind == RECEIPT else outcome.code)
+            outcomes.setdefault(outcome.id, []).append(
+                "taken" if outcome.kind == RECEIPT else outcome.code
+            )
             number += 1
             assert number < 2000
         assert "queue is full" in broker.log.named("client.disconnected")[0].fields["reason"]
@@ -359,7 +404,8 @@ def test_what_a_gone_recipient_did_not_take_comes_back() -> None:
         bob = broker.login("bob")
         taken = fill(alice, "bob")
         bob.close()
-        # Which of them the system took is unknown; what the broker still had comes back in order.
+        # Which of them the system took is unknown; what the broker still had comes back
+        # in order.
         back = []
         while True:
             alice.send(MESSAGE, "alice", b"end", id=77_777)
@@ -390,7 +436,9 @@ def test_who_does_not_read_outcomes_is_not_read_from() -> None:
                 carol.ping()
                 stuck += 1
             assert sent < 200_000_000
-        waiting = broker.call(lambda: broker.daemon.broker.exchange.clients["alice"].sessions["alice"].outbox.waiting)
+        waiting = broker.call(
+            lambda: broker.daemon.broker.exchange.clients["alice"].sessions["alice"].outbox.waiting
+        )
         assert waiting < 1_000_000
         alice.close()
         broker.log.wait("client.disconnected")
@@ -420,7 +468,9 @@ def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_d
     with house(configuration(str(socket_dir / "sock"), clients)) as here:
         alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
         count = 60_000
-        alice.write(b"".join(packed(MESSAGE, "bob", b"x" * 40, id=number) for number in range(count)))
+        alice.write(
+            b"".join(packed(MESSAGE, "bob", b"x" * 40, id=number) for number in range(count))
+        )
         alice.ping()
         waiting = here.call(lambda: len(here.daemon.broker.exchange.find("bob").outbox.pieces()))  # type: ignore[union-attr]
         assert waiting
@@ -439,8 +489,15 @@ def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_d
 
 
 def test_what_a_leaving_client_still_sends_spoils_no_other_frames(socket_dir: Path) -> None:
-    """The rest of it is thrown away in the middle of routing somebody else's, who must not notice."""
-    clients = {"alice": {"admin": True}, "bob": {"queue": "1KiB"}, "mallory": None, "deaf": {"queue": "1KiB"}}
+    """The rest of it is thrown away in the middle of routing somebody else's, who must
+    not notice.
+    """
+    clients = {
+        "alice": {"admin": True},
+        "bob": {"queue": "1KiB"},
+        "mallory": None,
+        "deaf": {"queue": "1KiB"},
+    }
     with (
         house(configuration(str(socket_dir / "sock"), clients)) as here,
         here.login("alice") as alice,
@@ -456,7 +513,8 @@ def test_what_a_leaving_client_still_sends_spoils_no_other_frames(socket_dir: Pa
         leave = json.dumps({"op": "disconnect", "address": "mallory"}).encode()
 
         alice.write(
-            packed(REQUEST, "$broker", leave, codec=JSON) + b"".join(packed(MESSAGE, "bob", body) for body in messages)
+            packed(REQUEST, "$broker", leave, codec=JSON)
+            + b"".join(packed(MESSAGE, "bob", body) for body in messages)
         )
 
         assert [bob.recv().body for _ in messages] == messages

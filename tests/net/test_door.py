@@ -1,4 +1,6 @@
-"""What the door remembers of whoever failed, and what it does with whoever talks on: seen from inside."""
+"""What the door remembers of whoever failed, and what it does with whoever talks on:
+seen from inside.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def failures(here: House) -> list[tuple[str, int]]:
     """Return whose failures are remembered, and how many."""
     return [
         (origin, count)
-        for origin, count, _ in here.call(lambda: here.daemon.server.pending_handshakes.failures.ages(0.0))
+        for origin, count, _ in here.call(
+            lambda: here.daemon.server.pending_handshakes.failures.ages(0.0)
+        )
     ]
 
 
@@ -56,8 +60,12 @@ def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch)
     assert those.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
 
 
-def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of it is read, and then the broker looks at that socket no more until the search is over."""
+def test_who_talks_on_while_its_answer_is_judged_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some of it is read, and then the broker looks at that socket no more until the
+    search is over.
+    """
     looks = 0
     on_readable = PendingHandshakes._on_readable
 
@@ -85,7 +93,9 @@ def test_who_talks_on_while_its_answer_is_judged_costs_nothing(monkeypatch: pyte
 
 
 def test_a_reload_keeps_the_order_in_which_keys_are_tried() -> None:
-    """Keys that were used before are tried first by the next keyring too, the latest first."""
+    """Keys that were used before are tried first by the next keyring too, the latest
+    first.
+    """
     clients = configuration("127.0.0.1:0", "alice bob carol").clients.values()
     former, ring = Keyring(clients), Keyring(clients)
     for when, name in enumerate(("carol", "bob")):

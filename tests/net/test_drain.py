@@ -1,4 +1,6 @@
-"""The end of a broker that is told to stop: who hears of it, what still arrives, and how long it takes."""
+"""The end of a broker that is told to stop: who hears of it, what still arrives, and
+how long it takes.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,17 @@ def wait_until_taken(broker: House, name: str, count: int) -> None:
 
 
 def wait_until_arrived(broker: House, name: str) -> None:
-    """Wait, in the broker's thread, until the client's connection has something to read."""
+    """Wait, in the broker's thread, until the client's connection has something to
+    read.
+    """
     connection = broker.daemon.broker.exchange.clients[name].sessions[name].connection
     assert select.select([connection.sock], [], [], 30)[0]
 
 
 def test_idle_clients_are_let_go_at_once(listen: str) -> None:
-    """Nobody waits for anything: the broker is gone long before the timeout, whether clients read or not."""
+    """Nobody waits for anything: the broker is gone long before the timeout, whether
+    clients read or not.
+    """
     with served(listen=listen, limits={"drain_timeout": "60s"}) as broker:
         idle = [broker.login(name) for name in ("alice", "bob")]
         broker.stop_soon()
@@ -68,8 +74,14 @@ def test_idle_clients_are_let_go_at_once(listen: str) -> None:
 
 @pytest.mark.parametrize("chatty", [False, True], ids=["silent", "chatty"])
 def test_what_is_queued_arrives(listen: str, chatty: bool) -> None:
-    """A slow reader gets every byte that was taken for it, also when it has sent what nobody will read."""
-    with served(listen=listen) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    """A slow reader gets every byte that was taken for it, also when it has sent what
+    nobody will read.
+    """
+    with (
+        served(listen=listen) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         queue_for(alice, "bob", 60)
         if chatty:
             bob.sock.setblocking(False)
@@ -92,11 +104,17 @@ def test_what_is_queued_arrives(listen: str, chatty: bool) -> None:
 
 
 def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time for a connection that is being closed for other reasons does not shorten it."""
+    """The time for a connection that is being closed for other reasons does not shorten
+    it.
+    """
     monkeypatch.setattr(connection, "GRACE", 0.0)
     monkeypatch.setattr(server, "GRACE", 0.0)
     limits = {"drain_timeout": "60s"}
-    with served(limits=limits) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        served(limits=limits) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         queue_for(alice, "bob", 60)
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
@@ -122,7 +140,9 @@ def test_the_drain_timeout_cuts_off() -> None:
 
 
 def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
-    """Whose recipient does not read stays until that one is cut off, and is told of every message it did not take."""
+    """Whose recipient does not read stays until that one is cut off, and is told of
+    every message it did not take.
+    """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
@@ -134,7 +154,8 @@ def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
         told = [alice.recv() for _ in range(stopped["reported"])]
         assert alice.is_closed("shutting_down")
         assert {(frame.kind, frame.code) for frame in told} == {(ERROR, "offline")}
-        # Told of each one once, in order, from the first that the system did not take whole.
+        # Told of each one once, in order, from the first that the system did not take
+        # whole.
         assert [frame.id for frame in told] == list(range(60 - len(told), 60))
         assert len(told) > 10
         assert (stopped["cut_off"], stopped["flushed"], stopped["lost"]) == (1, 0, 0)
@@ -142,7 +163,9 @@ def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
 
 
 def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
-    """It need not wait for the end of the time: when its recipient has read everything, both are let go."""
+    """It need not wait for the end of the time: when its recipient has read everything,
+    both are let go.
+    """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -203,7 +226,9 @@ def test_what_nobody_can_be_told_of_is_counted(socket_dir: Path) -> None:
 
 
 def fill(broker: House, sender: Raw, to: str, size: int) -> None:
-    """Have the broker queue so many bytes of messages with 16 bytes each, on top of what the system takes."""
+    """Have the broker queue so many bytes of messages with 16 bytes each, on top of
+    what the system takes.
+    """
     one = packed(MESSAGE, to, bytes(16))
     run = one * (200_000 // len(one))
     session = broker.daemon.broker.exchange.clients[to].sessions[to]
@@ -214,7 +239,9 @@ def fill(broker: House, sender: Raw, to: str, size: int) -> None:
 
 
 class Clock:
-    """The clock of a drain: the real one, on which every message that is answered for takes a millisecond more."""
+    """The clock of a drain: the real one, on which every message that is answered for
+    takes a millisecond more.
+    """
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
@@ -231,11 +258,18 @@ class Clock:
         return work
 
 
-def drained(queues: int, size: int, timeout_s: float, before: Callable[[House], None]) -> tuple[dict[str, Any], float]:
-    """Return what the log says of a drain in which nobody reads, and the seconds that it took."""
+def drained(
+    queues: int, size: int, timeout_s: float, before: Callable[[House], None]
+) -> tuple[dict[str, Any], float]:
+    """Return what the log says of a drain in which nobody reads, and the seconds that
+    it took.
+    """
     names = [f"c{number}" for number in range(queues)]
     clients: dict[str, Any] = {name: {"queue": size + 400_000} for name in names} | {"alice": {}}
-    with served(clients, limits={"drain_timeout": timeout_s}) as broker, contextlib.ExitStack() as crowd:
+    with (
+        served(clients, limits={"drain_timeout": timeout_s}) as broker,
+        contextlib.ExitStack() as crowd,
+    ):
         for name in names:
             crowd.enter_context(broker.login(name))
         alice = crowd.enter_context(broker.login("alice"))
@@ -253,7 +287,9 @@ def drained(queues: int, size: int, timeout_s: float, before: Callable[[House], 
 
 
 def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many senders' messages as time allows are answered for and no more; the others are counted."""
+    """As many senders' messages as time allows are answered for and no more; the others
+    are counted.
+    """
     clocks: list[Clock] = []
     begin = draining.Draining.__init__
 
@@ -263,7 +299,11 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
 
     def slow_down(broker: House) -> None:
         clocks.append(Clock(broker.daemon.server.loop))
-        monkeypatch.setattr(broker.daemon.broker, "run_deferred", clocks[0].slowed(broker.daemon.broker.run_deferred))
+        monkeypatch.setattr(
+            broker.daemon.broker,
+            "run_deferred",
+            clocks[0].slowed(broker.daemon.broker.run_deferred),
+        )
 
     monkeypatch.setattr(draining.Draining, "__init__", with_clock)
     # What is still told while the last is written depends on the machine.
@@ -290,7 +330,9 @@ def test_nobody_waits_for_subscriptions_to_be_put_away(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_fifty_full_queues_do_not_hold_it_up() -> None:
-    """Eleven million messages wait for fifty clients that do not read: the end is less than a second late."""
+    """Eleven million messages wait for fifty clients that do not read: the end is less
+    than a second late.
+    """
     stopped, took = drained(50, 8 * 2**20, 1.0, lambda broker: None)
     assert 1.0 <= took < 2.0, f"{took:.3f} s"
     assert stopped["cut_off"] == 50
@@ -316,9 +358,12 @@ def test_nobody_is_accepted_any_more(listen: str) -> None:
 
 
 def test_what_was_sent_before_the_end_is_answered() -> None:
-    """A message that had arrived when the drain began is refused with ``shutting_down``, not forgotten."""
+    """A message that had arrived when the drain began is refused with
+    ``shutting_down``, not forgotten.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        # In the same turn of the loop: sent, arrived, and not yet read when the drain begins.
+        # In the same turn of the loop: sent, arrived, and not yet read when the drain
+        # begins.
         def send() -> None:
             alice.send(MESSAGE, "bob", b"late", id=5)
             alice.send(EVENT, "", b"\x01tlate", id=6)
@@ -338,7 +383,9 @@ def test_what_was_sent_before_the_end_is_answered() -> None:
 
 
 def test_a_held_sender_hears_that_it_is_too_late() -> None:
-    """Who was held for a full queue when the drain begins is told, message by message, what was not taken."""
+    """Who was held for a full queue when the drain begins is told, message by message,
+    what was not taken.
+    """
     with (
         served({"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}) as broker,
         broker.login("alice") as alice,

@@ -1,4 +1,6 @@
-"""How refusals are logged, by themselves or counted, and what becomes of a connection that meets a bug of ours."""
+"""How refusals are logged, by themselves or counted, and what becomes of a connection
+that meets a bug of ours.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from brokerd.net.core_events import report
 
 
 def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -> None:
-    """The first of them have a line each, the rest one line with their number; none is left out."""
+    """The first of them have a line each, the rest one line with their number; none is
+    left out.
+    """
     with house(configuration(str(socket_dir / "sock"))) as here:
         for _ in range(300):
             with here.raw() as stranger:
@@ -36,12 +40,15 @@ def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -
 
 
 @pytest.mark.parametrize(
-    "bug", [ZeroDivisionError("a bug"), UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "a bug")]
+    "bug",
+    [ZeroDivisionError("a bug"), UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "a bug")],
 )
 def test_a_bug_ends_one_connection_and_is_loud(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception
 ) -> None:
-    """The connection is closed, the log has the trace and nothing of what was sent, and the others go on."""
+    """The connection is closed, the log has the trace and nothing of what was sent, and
+    the others go on.
+    """
     with house(configuration(str(socket_dir / "sock"))) as here:
         alice, bob = here.login("alice"), here.login("bob")
         right = routing.feed
@@ -65,9 +72,14 @@ def test_a_bug_ends_one_connection_and_is_loud(
 
 
 def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
-    """One event with both names, the address, where it came from, the code and the reason."""
+    """One event with both names, the address, where it came from, the code and the
+    reason.
+    """
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
-    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("alice") as alice:
+    with (
+        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        here.login("alice") as alice,
+    ):
         alice.send(1, "carol", b"hello")
         alice.recv()
         event = here.log.wait("message.refused")[0]
@@ -93,9 +105,14 @@ def test_a_senders_own_mistake_is_for_debugging(socket_dir: Path) -> None:
 
 
 def test_a_flood_of_refused_messages_is_counted(socket_dir: Path) -> None:
-    """Twenty thousand messages to somebody who may not get them: a few lines, and every one of them counted."""
+    """Twenty thousand messages to somebody who may not get them: a few lines, and every
+    one of them counted.
+    """
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
-    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("alice") as alice:
+    with (
+        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        here.login("alice") as alice,
+    ):
         for _ in range(20):
             alice.write(packed(1, "carol", b"hello") * 1000)
             for _ in range(1000):
@@ -106,7 +123,9 @@ def test_a_flood_of_refused_messages_is_counted(socket_dir: Path) -> None:
         assert len(lines) + len(more) < 30
         counts = [event.fields.get("count", 1) for event in (*lines, *more)]
         assert sum(counts) == 20_000
-        assert {reason for event in more for reason in event.fields["reasons"]} <= {"alice, carol: denied"}
+        assert {reason for event in more for reason in event.fields["reasons"]} <= {
+            "alice, carol: denied"
+        }
 
 
 class _Clock:
@@ -134,7 +153,9 @@ class _Clock:
 
 
 def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
-    """An hour of one refusal, ten times a second, is a hundred lines or so; when it has ceased it starts anew."""
+    """An hour of one refusal, ten times a second, is a hundred lines or so; when it has
+    ceased it starts anew.
+    """
     clock, log = _Clock(), Recorder()
     log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
 
@@ -153,7 +174,9 @@ def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
 
 
 def test_a_flood_of_many_kinds_is_bounded() -> None:
-    """However many names somebody makes up, there are some dozens of lines, and one with the number of the rest."""
+    """However many names somebody makes up, there are some dozens of lines, and one
+    with the number of the rest.
+    """
     clock, log = _Clock(), Recorder()
     log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
 
@@ -173,9 +196,13 @@ def test_a_flood_of_many_kinds_is_bounded() -> None:
     ("op", "level"), [("stats", "debug"), ("keys", "debug"), ("drain", "info"), ("reload", "info")]
 )
 def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level: str) -> None:
-    """A screen that asks for counts every second does not fill the log; what changes something stands in it."""
+    """A screen that asks for counts every second does not fill the log; what changes
+    something stands in it.
+    """
     log = Recorder()
-    session: Any = SimpleNamespace(client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0")
+    session: Any = SimpleNamespace(
+        client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0"
+    )
     report([LogEvent("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log))  # type: ignore[arg-type]
     (event,) = log.events
     assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)

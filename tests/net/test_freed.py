@@ -1,4 +1,6 @@
-"""What is over is freed at once: nothing of it waits for the garbage collector, which comes after thousands of it."""
+"""What is over is freed at once: nothing of it waits for the garbage collector, which
+comes after thousands of it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def objects() -> Counter[str]:
     """Return how many objects of each of the broker's own types there are."""
     kinds = map(type, gc.get_objects())
     named = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
-    return Counter(name for name in named if name.startswith(("brokerd.", "brokerd_client.tls.engine")))
+    return Counter(
+        name for name in named if name.startswith(("brokerd.", "brokerd_client.tls.engine"))
+    )
 
 
 def leave(broker: House) -> None:
@@ -122,9 +126,15 @@ WAYS = (
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
 def test_connections_that_are_over_are_freed(listen: str, socket_dir: Path) -> None:
-    """However they ended: not one object more than before, without the collector's help."""
+    """However they ended: not one object more than before, without the collector's
+    help.
+    """
     address = str(socket_dir / "s") if listen == "unix" else listen
-    clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "1MiB"}, "carol": {"when_connected": "replace"}}
+    clients = {
+        "alice": {"queue": "1MiB"},
+        "bob": {"queue": "1MiB"},
+        "carol": {"when_connected": "replace"},
+    }
     with house(configuration(address, clients, limits={"wait_timeout": "50ms"})) as broker:
         for way in WAYS:
             way(broker)
@@ -157,13 +167,17 @@ def nobody_is_there(broker: House) -> bool:
 def written(directory: Path) -> Path:
     """Return the path of a new configuration file."""
     path = directory / "brokerd.yaml"
-    path.write_text(f"listen: [127.0.0.1:0]\nclients: {{alice: {{key: {key_of('alice').decode()}}}}}\n")
+    path.write_text(
+        f"listen: [127.0.0.1:0]\nclients: {{alice: {{key: {key_of('alice').decode()}}}}}\n"
+    )
     path.chmod(0o600)
     return path
 
 
 def test_a_prepared_reload_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To read the configuration again leaves no circles behind, also where a place for modules does not exist."""
+    """To read the configuration again leaves no circles behind, also where a place for
+    modules does not exist.
+    """
     monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path / "not-there.zip")])
     running = load(written(tmp_path))
     prepare(running, ActivatedSockets(), {})

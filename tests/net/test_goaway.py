@@ -1,4 +1,6 @@
-"""What a client is told before the broker closes its connection, and what becomes of messages under way."""
+"""What a client is told before the broker closes its connection, and what becomes of
+messages under way.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,19 @@ from typing import Any
 
 import pytest
 from net.house import House, configuration, house
-from net.raw import ERROR, EVENT, JSON, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Frame, Raw, packed
+from net.raw import (
+    ERROR,
+    EVENT,
+    JSON,
+    MESSAGE,
+    RECEIPT,
+    REPLY,
+    REQUEST,
+    WANT_RECEIPT,
+    Frame,
+    Raw,
+    packed,
+)
 
 LISTENS = ["127.0.0.1:0", "unix"]
 DRAINING = b"\x10$broker.draining{}"
@@ -53,7 +67,10 @@ def reach(sender: Raw, to: Raw, name: str) -> None:
 
 
 def test_goaway_before_a_drain_gets_one_event_and_closes_by_itself(listen: str) -> None:
-    with served(listen=listen, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+    with (
+        served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+    ):
         assert alice.ask("goaway").json == {}
         alice.ask("subscribe", topic="$broker.draining")
         broker.stop_soon()
@@ -66,7 +83,11 @@ def test_goaway_before_a_drain_gets_one_event_and_closes_by_itself(listen: str) 
 
 
 def test_goaway_during_a_drain_is_told_behind_its_answer() -> None:
-    with served(limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        served(limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         # Something waits for bob, so that alice stays a moment.
         queue_for(alice, "bob", 60)
         broker.stop_soon()
@@ -111,7 +132,9 @@ def test_finished_is_answered_when_the_recipient_has_read(socket_dir: Path) -> N
 
 
 def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -> None:
-    """The recipient never reads: at the end of the time the sender hears of each message, and then the answer."""
+    """The recipient never reads: at the end of the time the sender hears of each
+    message, and then the answer.
+    """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
@@ -132,7 +155,9 @@ def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -
 
 
 @pytest.mark.parametrize("outgoing_requests", [0, 1])
-def test_finished_before_the_event_or_twice_is_unsupported(outgoing_requests: int, socket_dir: Path) -> None:
+def test_finished_before_the_event_or_twice_is_unsupported(
+    outgoing_requests: int, socket_dir: Path
+) -> None:
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "500ms"}) as broker,
         broker.login("alice") as alice,
@@ -150,7 +175,9 @@ def test_finished_before_the_event_or_twice_is_unsupported(outgoing_requests: in
 
 
 def test_request_in_hand_is_answered_during_a_drain(listen: str) -> None:
-    """The one that asks and the one that works both have said goaway; nothing else holds the drain."""
+    """The one that asks and the one that works both have said goaway; nothing else
+    holds the drain.
+    """
     with (
         served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -213,7 +240,10 @@ def test_frame_behind_the_half_close_of_a_stock_client_is_delivered(listen: str)
 
 
 def test_frame_behind_the_half_close_that_reaches_nobody_is_counted(listen: str) -> None:
-    with served(listen=listen, limits={"drain_timeout": "60s"}) as broker, broker.login("alice") as alice:
+    with (
+        served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
+        broker.login("alice") as alice,
+    ):
         broker.stop_soon()
         assert alice.is_closed("shutting_down")
         for number in range(3):
@@ -256,7 +286,10 @@ def test_client_that_floods_does_not_extend_the_drain(goaway: bool, listen: str)
             with contextlib.suppress(OSError):
                 raw.read_to_end()
 
-        threads = [threading.Thread(target=flood), *(threading.Thread(target=drink, args=(r,)) for r in (alice, bob))]
+        threads = [
+            threading.Thread(target=flood),
+            *(threading.Thread(target=drink, args=(r,)) for r in (alice, bob)),
+        ]
         for thread in threads:
             thread.start()
         began = monotonic()
@@ -328,7 +361,9 @@ def _account(listen: str) -> None:
 
 
 def test_drain_with_long_operations_keeps_turns() -> None:
-    """One client has asked for the list of 3,000 clients 2,000 times: the drain ends in time, others get turns."""
+    """One client has asked for the list of 3,000 clients 2,000 times: the drain ends in
+    time, others get turns.
+    """
     names = {f"c{number}": {"key": f"key {number}"} for number in range(3000)}
     with (
         served(names | {"alice": {}, "bob": {}}, limits={"drain_timeout": "500ms"}) as broker,

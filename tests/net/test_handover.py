@@ -1,4 +1,6 @@
-"""Idle connections whose sockets another process has already, while this one still serves them."""
+"""Idle connections whose sockets another process has already, while this one still
+serves them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def closed_at_end(descriptors: list[int]) -> object:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
-def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(socket_dir: Path, listen: str) -> None:
+def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(
+    socket_dir: Path, listen: str
+) -> None:
     """The other process still has the descriptor."""
     with house(configuration(str(socket_dir / "s") if listen == "unix" else listen)) as broker:
         server = broker.daemon.server

@@ -1,4 +1,6 @@
-"""Who gets in: the handshake seen from outside, by peers that are right, wrong, old, slow, silent or mad."""
+"""Who gets in: the handshake seen from outside, by peers that are right, wrong, old,
+slow, silent or mad.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,12 @@ def last_refusal(broker: House, count: int = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix", "@"])
 def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> None:
-    """multiprocessing.connection.Client with nothing but its key exchanges messages with another."""
-    listen = {"unix": str(socket_dir / "s"), "@": "@brokerd-" + os.urandom(6).hex()}.get(listen, listen)
+    """multiprocessing.connection.Client with nothing but its key exchanges messages
+    with another.
+    """
+    listen = {"unix": str(socket_dir / "s"), "@": "@brokerd-" + os.urandom(6).hex()}.get(
+        listen, listen
+    )
     clients = {name: {"allow_md5": STOCK_IS_MD5} for name in ("alice", "bob")}
     with (
         served(clients, listen) as broker,
@@ -73,32 +79,52 @@ def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> N
 @pytest.mark.parametrize("challenge", ["sha256", "sha384", "sha3_256", "sha3_384"])
 @pytest.mark.parametrize("digest", ["sha256", "sha384", "sha3_256", "sha3_384"])
 def test_every_digest_is_spoken(name: bytes, challenge: str, digest: str) -> None:
-    """A peer may answer with, and ask for, any digest of the standard library's newer handshake."""
+    """A peer may answer with, and ask for, any digest of the standard library's newer
+    handshake.
+    """
     with (
         served() as broker,
-        login(broker.address, key_of("bob"), name, digest=digest, challenge_digest=challenge) as bob,
+        login(
+            broker.address, key_of("bob"), name, digest=digest, challenge_digest=challenge
+        ) as bob,
     ):
         assert bob.ask("whoami").json["name"] == "bob"
 
 
 def test_a_name_and_anothers_key_do_not_match() -> None:
-    """With a name only that client's keys count, though the key is a good one of somebody else."""
+    """With a name only that client's keys count, though the key is a good one of
+    somebody else.
+    """
     with served() as broker:
         assert rejection(broker.address, key_of("alice"), b"bob") == REJECTION
 
 
 @pytest.mark.parametrize(
     "name",
-    [b"", b"alice", b"nobody", b"$broker", b"alice/1", b"\xff\xfe", b"a" * 200, b"alice\n", b"alice\0"],
+    [
+        b"",
+        b"alice",
+        b"nobody",
+        b"$broker",
+        b"alice/1",
+        b"\xff\xfe",
+        b"a" * 200,
+        b"alice\n",
+        b"alice\0",
+    ],
 )
 def test_a_wrong_key_hears_the_same_whatever_the_name(name: bytes) -> None:
-    """The bytes are #FAILURE# and the end, for a name that exists and for one that does not."""
+    """The bytes are #FAILURE# and the end, for a name that exists and for one that does
+    not.
+    """
     with served() as broker:
         assert rejection(broker.address, b"a key nobody has", name) == REJECTION
         assert broker.log.wait("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
-def test_a_wrong_key_takes_the_same_search_whatever_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_takes_the_same_search_whatever_the_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As many keys are tried for a name nobody has as for the name with the most keys."""
     tried: list[int] = []
 
@@ -149,7 +175,9 @@ def test_an_answer_cannot_be_replayed() -> None:
 
 
 def test_the_brokers_own_challenge_cannot_be_reflected() -> None:
-    """Who sends the broker's challenge back to it learns no answer: the broker answers only who is known."""
+    """Who sends the broker's challenge back to it learns no answer: the broker answers
+    only who is known.
+    """
     with served() as broker, broker.raw() as peer:
         challenge = peer.read_body()
         peer.write(prefixed(challenge))
@@ -157,7 +185,9 @@ def test_the_brokers_own_challenge_cannot_be_reflected() -> None:
 
 
 def test_a_peer_that_rejects_the_brokers_proof_is_let_go() -> None:
-    """A client may say #FAILURE# to the broker; it is closed and the log says who rejected whom."""
+    """A client may say #FAILURE# to the broker; it is closed and the log says who
+    rejected whom.
+    """
     with served() as broker, broker.raw() as peer:
         peer.write(prefixed(peer.answer(key_of("alice"))))
         assert peer.read_body() == WELCOME
@@ -223,7 +253,15 @@ def test_md5_answers_nobody_who_has_proved_a_better_digest() -> None:
         prefixed(b"x" * 257),
         b"\xff\xff\xff\xfe",
     ],
-    ids=["empty", "nonsense", "short", "unknown digest", "welcome", "too long", "impossible length"],
+    ids=[
+        "empty",
+        "nonsense",
+        "short",
+        "unknown digest",
+        "welcome",
+        "too long",
+        "impossible length",
+    ],
 )
 def test_handshake_whose_second_half_fails_ends_in_failure(said: bytes) -> None:
     """After the broker's #WELCOME# too, any mistake of the client hears #FAILURE#."""
@@ -260,12 +298,20 @@ HOUR = timedelta(hours=1)
 @pytest.mark.parametrize("name", [b"", b"alice"], ids=["by key", "by name"])
 @pytest.mark.parametrize(
     ("before", "after", "welcome"),
-    [(-HOUR, HOUR, True), (None, HOUR, True), (-HOUR, None, True), (HOUR, None, False), (None, -HOUR, False)],
+    [
+        (-HOUR, HOUR, True),
+        (None, HOUR, True),
+        (-HOUR, None, True),
+        (HOUR, None, False),
+        (None, -HOUR, False),
+    ],
 )
 def test_a_key_counts_within_its_window(
     before: timedelta | None, after: timedelta | None, welcome: bool, name: bytes
 ) -> None:
-    """Before and after its time a key is refused like a wrong one; the log says that it is its time."""
+    """Before and after its time a key is refused like a wrong one; the log says that it
+    is its time.
+    """
     with served({"alice": {"keys": [window(before, after), {"key": "other"}]}}) as broker:
         if welcome:
             login(broker.address, b"windowed", name).close()
@@ -283,7 +329,9 @@ def test_the_broker_proves_the_key_that_was_used() -> None:
 
 
 def test_identify_by_key_bounds_the_search() -> None:
-    """Past the limit a key is not found without a name; with its name it always is, and then it is recent."""
+    """Past the limit a key is not found without a name; with its name it always is, and
+    then it is recent.
+    """
     names = [f"c{number}" for number in range(45)]
     with served(dict.fromkeys(names), limits={"identify_by_key": 40}) as broker:
 
@@ -303,7 +351,9 @@ def test_identify_by_key_bounds_the_search() -> None:
 
 
 def test_keys_are_tried_in_the_order_of_the_file_until_they_are_used() -> None:
-    """With two tries the first two clients are found; the third is once it was here, in place of the second."""
+    """With two tries the first two clients are found; the third is once it was here, in
+    place of the second.
+    """
     with served(limits={"identify_by_key": 2}) as broker:
         broker.login("carol").close()
         broker.log.wait("client.disconnected", 1)
@@ -322,7 +372,10 @@ def test_no_key_is_searched_where_the_limit_is_zero() -> None:
 
 def test_peer_uid_needs_the_right_user(socket_dir: Any) -> None:
     """A client with peer_uid gets in as that user only, and by a Unix socket only."""
-    clients = {"me": {"peer_uid": [os.getuid()]}, "you": {"peer_uid": [os.getuid() + 1], "key": "k"}}
+    clients = {
+        "me": {"peer_uid": [os.getuid()]},
+        "you": {"peer_uid": [os.getuid() + 1], "key": "k"},
+    }
     with served(clients, [str(socket_dir / "s"), "127.0.0.1:0"]) as broker:
         unix, tcp = broker.addresses
         with login(unix, b"me", b"me") as me:
@@ -349,17 +402,26 @@ def test_a_byte_at_a_time_is_fast_enough() -> None:
 
 @pytest.mark.parametrize("size", [10, 300, 70_000, 1_000_000])
 def test_what_follows_welcome_at_once_is_delivered(size: int) -> None:
-    """A frame in the same segment as the last #WELCOME#, however long, reaches its recipient."""
+    """A frame in the same segment as the last #WELCOME#, however long, reaches its
+    recipient.
+    """
     with served() as broker, broker.login("bob") as bob:
         payload = os.urandom(size)
-        with login(broker.address, key_of("alice"), b"alice", behind=packed(MESSAGE, "bob", payload) * 2):
+        with login(
+            broker.address, key_of("alice"), b"alice", behind=packed(MESSAGE, "bob", payload) * 2
+        ):
             assert bob.recv().body == payload
             assert bob.recv().body == payload
 
 
 def test_a_client_that_does_not_wait_at_all_is_served() -> None:
-    """Answer, challenge, welcome and messages sent without reading once: nothing of it is lost."""
-    with served({f"c{n}": None for n in range(200)} | {"bob": None}) as broker, broker.login("bob") as bob:
+    """Answer, challenge, welcome and messages sent without reading once: nothing of it
+    is lost.
+    """
+    with (
+        served({f"c{n}": None for n in range(200)} | {"bob": None}) as broker,
+        broker.login("bob") as bob,
+    ):
         for named in (b"", b"c5"):
             with broker.raw() as hasty:
                 answer = hasty.answer(key_of("c5"), named)
@@ -368,7 +430,9 @@ def test_a_client_that_does_not_wait_at_all_is_served() -> None:
                     prefixed(answer)
                     + prefixed(CHALLENGE + message)
                     + prefixed(WELCOME)
-                    + b"".join(packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(1000))
+                    + b"".join(
+                        packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(1000)
+                    )
                 )
                 assert [bob.recv().id for _ in range(1000)] == list(range(1000))
                 assert hasty.read_body() == WELCOME
@@ -407,16 +471,26 @@ def test_garbage_is_closed(garbage: bytes) -> None:
         assert peer.is_turned_away()
         reason = last_refusal(broker)["reason"]
         assert (
-            "it speaks TLS, and this listener does not" in reason if garbage[0] == 0x16 else "not a handshake" in reason
+            "it speaks TLS, and this listener does not" in reason
+            if garbage[0] == 0x16
+            else "not a handshake" in reason
         )
 
 
-@pytest.mark.parametrize("stage", ["nothing", "half a length", "half an answer", "no challenge", "no welcome"])
+@pytest.mark.parametrize(
+    "stage", ["nothing", "half a length", "half an answer", "no challenge", "no welcome"]
+)
 def test_silence_ends_at_the_deadline(stage: str) -> None:
-    """Wherever a peer stops talking, it is closed when limits.handshake_timeout is over."""
+    """Wherever a peer stops talking, it is closed when limits.handshake_timeout is
+    over.
+    """
     with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
         answer = prefixed(peer.answer(key_of("alice")))
-        peer.write({"nothing": b"", "half a length": answer[:2], "half an answer": answer[:20]}.get(stage, answer))
+        peer.write(
+            {"nothing": b"", "half a length": answer[:2], "half an answer": answer[:20]}.get(
+                stage, answer
+            )
+        )
         if stage in ("no challenge", "no welcome"):
             assert peer.read_body() == WELCOME
         if stage == "no welcome":
@@ -446,7 +520,9 @@ def test_talking_does_not_move_the_deadline() -> None:
 
 
 def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than limits.handshakes drops the oldest, once its grace is over; a good client gets in meanwhile."""
+    """One more than limits.handshakes drops the oldest, once its grace is over; a good
+    client gets in meanwhile.
+    """
     monkeypatch.setattr(admission, "GRACE_S", 0.1)
     with served(limits={"handshakes": 5}) as broker:
         silent = [broker.raw() for _ in range(8)]
@@ -484,15 +560,20 @@ def test_a_peer_that_resets_is_forgotten() -> None:
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.write(b"\0\0")
             peer.close()
-        # Whether the bytes are seen before the reset is chance, and so is which event it is.
+        # Whether the bytes are seen before the reset is chance, and so is which event
+        # it is.
         deadline = monotonic() + 30
         while broker.call(lambda: len(broker.daemon._server._pending_handshakes)):
             assert monotonic() < deadline
         broker.login("alice").close()
 
 
-def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ten failures #FAILURE# comes later; the right key is welcome before that even from there."""
+def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After ten failures #FAILURE# comes later; the right key is welcome before that
+    even from there.
+    """
     monkeypatch.setattr(failures, "_DELAY_STEP", 1.0)
     with served() as broker:
         began = monotonic()
@@ -526,8 +607,12 @@ def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(monkeypatch:
         ("", None, "unix"),
     ],
 )
-def test_failures_are_counted_by_who_can_be_told_apart(peer: object, uid: int | None, origin: str) -> None:
-    """An IPv4 address by itself, at a socket for both kinds too; IPv6 ones by their /64, a Unix peer by its user."""
+def test_failures_are_counted_by_who_can_be_told_apart(
+    peer: object, uid: int | None, origin: str
+) -> None:
+    """An IPv4 address by itself, at a socket for both kinds too; IPv6 ones by their
+    /64, a Unix peer by its user.
+    """
     assert failures.origin_of(peer, uid) == origin
 
 
@@ -542,4 +627,6 @@ def test_the_door_is_empty_when_all_have_gone() -> None:
         broker.log.wait("client.left")
         server = broker.daemon._server
         assert server is not None
-        assert broker.call(lambda: (len(server._pending_handshakes), server._pending_handshakes._searches)) == (0, [])
+        assert broker.call(
+            lambda: (len(server._pending_handshakes), server._pending_handshakes._searches)
+        ) == (0, [])

@@ -1,4 +1,6 @@
-"""What is asked of TCP so that a peer that is gone without a word is found, and what is made of its answers."""
+"""What is asked of TCP so that a peer that is gone without a word is found, and what is
+made of its answers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from brokerd.net.connection import liveness as liveness
 from brokerd.net.server import Server
 from brokerd_client._common.keepalive import Silence, keep_alive
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="options and struct tcp_info as on Linux")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="options and struct tcp_info as on Linux"
+)
 
 
 @pytest.fixture
@@ -38,8 +42,12 @@ def options(sock: socket.socket) -> tuple[int, ...]:
 
 @linux
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 30, 60, 3600, 0.5, 29.9, 10**7])
-def test_an_idle_peer_has_about_the_limit_to_answer(connection: socket.socket, limit: float) -> None:
-    """Asked after half of the time, a few times; with whole seconds, and the system's own bounds."""
+def test_an_idle_peer_has_about_the_limit_to_answer(
+    connection: socket.socket, limit: float
+) -> None:
+    """Asked after half of the time, a few times; with whole seconds, and the system's
+    own bounds.
+    """
     keep_alive(connection, limit)
     idle, every, count = options(connection)
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
@@ -66,10 +74,15 @@ def test_other_sockets_are_left_alone() -> None:
 
 
 def kept_alive(broker: House) -> list[tuple[int, int]]:
-    """Return of each connection whether the system asks for signs of life, and the first time after how long."""
+    """Return of each connection whether the system asks for signs of life, and the
+    first time after how long.
+    """
 
     def look() -> list[tuple[int, int]]:
-        socks = [getattr(connection.sock, "raw", connection.sock) for connection in server_of(broker).connections]
+        socks = [
+            getattr(connection.sock, "raw", connection.sock)
+            for connection in server_of(broker).connections
+        ]
         return [
             (each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), options(each)[0])
             for each in socks
@@ -87,11 +100,17 @@ def server_of(broker: House) -> Server:
 
 @linux
 @pytest.mark.parametrize(("before", "after"), [(0, 40), (3600, 40), (40, 0)])
-def test_a_reload_holds_for_who_is_connected_already(socket_dir: Path, before: int, after: int) -> None:
-    """Over TCP each connection is asked as the new limit says, or not at all; a Unix socket has nothing to be told."""
+def test_a_reload_holds_for_who_is_connected_already(
+    socket_dir: Path, before: int, after: int
+) -> None:
+    """Over TCP each connection is asked as the new limit says, or not at all; a Unix
+    socket has nothing to be told.
+    """
 
     def limited(keepalive: int) -> Config:
-        return configuration(["127.0.0.1:0", str(socket_dir / "s")], limits={"keepalive": keepalive})
+        return configuration(
+            ["127.0.0.1:0", str(socket_dir / "s")], limits={"keepalive": keepalive}
+        )
 
     with (
         house(limited(before)) as broker,
@@ -109,8 +128,12 @@ def test_a_reload_holds_for_who_is_connected_already(socket_dir: Path, before: i
 
 
 @linux
-def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are connected, each turn of the loop has to do with some; in the end none was left out."""
+def test_a_reload_is_taken_over_a_slice_at_a_time(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are connected, each turn of the loop has to do with some; in the end
+    none was left out.
+    """
     monkeypatch.setattr(liveness, "_SLICE", 1)
 
     def limited(keepalive: int) -> Config:
@@ -130,7 +153,9 @@ def test_a_reload_is_taken_over_a_slice_at_a_time(socket_dir: Path, monkeypatch:
 
 @linux
 def test_without_a_limit_what_the_listening_socket_has_holds() -> None:
-    """A service manager that listens for the broker may have the system ask (KeepAlive=yes); 0 leaves it at that."""
+    """A service manager that listens for the broker may have the system ask
+    (KeepAlive=yes); 0 leaves it at that.
+    """
     with house(configuration("127.0.0.1:0", limits={"keepalive": 0})) as broker:
         (listening,) = server_of(broker).listening
         broker.call(lambda: listening.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
@@ -170,7 +195,9 @@ class Told:
 
 @linux
 def test_silence_counts_from_when_it_is_first_seen() -> None:
-    """However long the connection was idle before; an answer ends it, and so does the end of the connection."""
+    """However long the connection was idle before; an answer ends it, and so does the
+    end of the connection.
+    """
     sock, silence = Told(), Silence()
     sock.quiet_ms = 3_600_000
     assert silence.lasts(sock, 100.0) == 0

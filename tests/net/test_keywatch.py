@@ -45,15 +45,22 @@ class Clock:
 
 
 def config(*clients: str, warning: str = "14d") -> Config:
-    lines = "".join(f"  {name}: {{keys: [{keys}]}}\n" for name, _, keys in (each.partition(": ") for each in clients))
-    return load_text(f"listen: [/run/b.sock]\nlimits: {{expiry_warning: {warning}}}\nclients:\n{lines}", "f")
+    lines = "".join(
+        f"  {name}: {{keys: [{keys}]}}\n"
+        for name, _, keys in (each.partition(": ") for each in clients)
+    )
+    return load_text(
+        f"listen: [/run/b.sock]\nlimits: {{expiry_warning: {warning}}}\nclients:\n{lines}", "f"
+    )
 
 
 class Watched:
     def __init__(self, found: Config) -> None:
         self.clock, self.log = Clock(), Recorder()
         self.credentials: list[Credential] = []
-        self.watch = KeyExpiryMonitor(self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials)
+        self.watch = KeyExpiryMonitor(
+            self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials
+        )
         self.watch.watch(found)
 
     def said(self) -> list[tuple[str, str, str]]:
@@ -72,7 +79,9 @@ def test_keys_that_never_expire_are_silent() -> None:
 
 
 def test_a_warning_comes_in_time_and_once_a_day() -> None:
-    """From limits.expiry_warning before the end on; then, at its moment, that it has expired, and so every day."""
+    """From limits.expiry_warning before the end on; then, at its moment, that it has
+    expired, and so every day.
+    """
     watched = Watched(config("a: {key: a, not_after: 2026-06-11}", warning="7d"))
     assert watched.said() == []
     watched.clock.go_on(days=2, hours=23)
@@ -94,7 +103,10 @@ def test_a_warning_comes_in_time_and_once_a_day() -> None:
 
 def test_a_reload_says_it_again() -> None:
     """Whoever reloads wants to see whether the warning is gone."""
-    bad, good = config("a: {key: a, not_after: 2026-06-11}"), config("a: {key: a, not_after: 2026-06-11}, {key: b}")
+    bad, good = (
+        config("a: {key: a, not_after: 2026-06-11}"),
+        config("a: {key: a, not_after: 2026-06-11}, {key: b}"),
+    )
     watched = Watched(bad)
     assert watched.said() == [("warning", "key.expiring", "a")]
     watched.watch.watch(bad)
@@ -104,16 +116,24 @@ def test_a_reload_says_it_again() -> None:
 
 
 def test_an_old_key_that_expires_beside_a_valid_one_is_news_and_no_warning() -> None:
-    """Said once, when it happens, with how many connections still use it; not at the next start."""
+    """Said once, when it happens, with how many connections still use it; not at the
+    next start.
+    """
     found = config("a: {key: a, not_after: 2026-06-02}, {key: b}")
     watched = Watched(found)
     client = found.clients["a"]
-    watched.credentials = [Credential(client, client.keys[0])] * 2 + [Credential(client, client.keys[1])]
+    watched.credentials = [Credential(client, client.keys[0])] * 2 + [
+        Credential(client, client.keys[1])
+    ]
     watched.clock.go_on(days=5)
 
     (event,) = watched.log.events
     assert (event.level, event.event) == ("info", "key.expired")
-    assert (event.fields["key"], event.fields["last"], event.fields["connections"]) == (client.keys[0].key_id, False, 2)
+    assert (event.fields["key"], event.fields["last"], event.fields["connections"]) == (
+        client.keys[0].key_id,
+        False,
+        2,
+    )
     assert watched.said()
     watched.watch.watch(found)
     assert watched.said() == []
@@ -121,7 +141,9 @@ def test_an_old_key_that_expires_beside_a_valid_one_is_news_and_no_warning() -> 
 
 def test_a_gap_between_two_keys_is_warned_of() -> None:
     """A new key that begins after the old one has ended does not keep the client in."""
-    watched = Watched(config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}"))
+    watched = Watched(
+        config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}")
+    )
 
     assert watched.said() == [("warning", "key.expiring", "a")]
 
@@ -137,7 +159,9 @@ def test_when_the_clock_is_set_it_is_seen_within_the_hour() -> None:
 
 def test_many_clients_at_once_are_counted() -> None:
     """Fifty have an event each; one event counts the rest."""
-    watched = Watched(config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200))))
+    watched = Watched(
+        config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200)))
+    )
 
     said = watched.said()
     assert len(said) == 51
@@ -165,7 +189,9 @@ def test_a_watch_that_is_closed_says_nothing_more() -> None:
 
 def test_no_event_shows_a_key() -> None:
     """Ids, sources and times only."""
-    watched = Watched(config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}"))
+    watched = Watched(
+        config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}")
+    )
     watched.clock.go_on(days=10)
 
     assert len(watched.log.events) > 3

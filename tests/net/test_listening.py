@@ -1,4 +1,6 @@
-"""Where the broker listens: every form of address, socket files, and what is said when it can't."""
+"""Where the broker listens: every form of address, socket files, and what is said when
+it can't.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,19 @@ def mode(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "listen",
-    ["127.0.0.1:0", "[::1]:0", [["localhost", 0]], ["::1", 0], "@brokerd-test-" + secrets.token_hex(4)],
+    [
+        "127.0.0.1:0",
+        "[::1]:0",
+        [["localhost", 0]],
+        ["::1", 0],
+        "@brokerd-test-" + secrets.token_hex(4),
+    ],
     ids=["ipv4", "ipv6", "pair-localhost", "list", "abstract"],
 )
 def test_listens_at_every_form_of_address(listen: Any) -> None:
-    """Whatever form an address has, a client gets in at every address the daemon says it listens at."""
+    """Whatever form an address has, a client gets in at every address the daemon says
+    it listens at.
+    """
     if listen == ["::1", 0]:
         listen = [["::1", 0]]
     with house(configuration(listen)) as broker:
@@ -61,9 +71,12 @@ def test_a_name_with_two_addresses_gets_one_port() -> None:
 
 
 @pytest.mark.parametrize("missing", ["address", "family"])
-def test_a_name_listens_at_those_of_its_addresses_that_exist(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_a_name_listens_at_those_of_its_addresses_that_exist(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     """Where localhost is ::1 too but the machine has no IPv6, IPv4 alone is served."""
-    # A documentation address stands for the ::1 of a machine on which IPv6 is switched off.
+    # A documentation address stands for the ::1 of a machine on which IPv6 is switched
+    # off.
     gone = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
     if missing == "family":
         gone = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", 0))  # type: ignore[assignment]
@@ -77,7 +90,10 @@ def test_several_listeners_serve_the_same_clients(socket_dir: Path) -> None:
     """A message goes from a client at one address to a client at another."""
     with house(configuration([str(socket_dir / "a"), "127.0.0.1:0"])) as broker:
         one, other = broker.addresses
-        with login(one, key_of("alice"), b"alice") as alice, login(other, key_of("bob"), b"bob") as bob:
+        with (
+            login(one, key_of("alice"), b"alice") as alice,
+            login(other, key_of("bob"), b"bob") as bob,
+        ):
             alice.send(1, "bob", b"across")
             assert bob.recv().body == b"across"
 
@@ -93,7 +109,9 @@ def test_a_socket_file_is_its_owners_alone() -> None:
 
 @pytest.mark.parametrize(("written", "wanted"), [("0660", 0o660), ("0666", 0o666), ("0600", 0o600)])
 def test_a_socket_file_has_the_configured_mode(socket_dir: Path, written: str, wanted: int) -> None:
-    """The mode is the one in the configuration, whatever the umask takes away from other files."""
+    """The mode is the one in the configuration, whatever the umask takes away from
+    other files.
+    """
     path = socket_dir / "s"
     before = os.umask(0o077)
     try:
@@ -122,7 +140,9 @@ def test_a_socket_file_gets_its_group(socket_dir: Path) -> None:
 
 
 def test_an_unknown_group_is_named_and_leaves_no_file(socket_dir: Path) -> None:
-    """A group that does not exist is an error that names it; no socket file stays behind."""
+    """A group that does not exist is an error that names it; no socket file stays
+    behind.
+    """
     path = socket_dir / "s"
     with (
         pytest.raises(ListenError, match="no-such-group-here"),
@@ -226,11 +246,16 @@ def test_a_path_too_long_for_a_socket_is_called_so(socket_dir: Path) -> None:
 
 
 def test_a_taken_port_is_named(socket_dir: Path) -> None:
-    """Two daemons can't have one port; and what the second one had opened already is closed again."""
+    """Two daemons can't have one port; and what the second one had opened already is
+    closed again.
+    """
     with house(configuration("127.0.0.1:0")) as first:
         taken = str(first.address)
         path = socket_dir / "s"
-        with pytest.raises(ListenError, match=f"{taken}.*another program"), house(configuration([str(path), taken])):
+        with (
+            pytest.raises(ListenError, match=f"{taken}.*another program"),
+            house(configuration([str(path), taken])),
+        ):
             pass
         assert not path.exists()
 
@@ -248,21 +273,32 @@ def test_a_taken_abstract_name_is_an_error() -> None:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
 def test_the_brokers_side_has_no_delay(listen: str) -> None:
-    """TCP_NODELAY is set on connections at the door already, and stays when they are let in."""
+    """TCP_NODELAY is set on connections at the door already, and stays when they are
+    let in.
+    """
     with house(configuration(listen)) as broker, broker.login("alice"):
 
         def options() -> list[int]:
             server = broker.daemon._server
             assert server is not None
             return [
-                connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for connection in server.connections
+                connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for connection in server.connections
             ]
 
         assert broker.call(options) == [1]
 
 
-def test_a_group_it_has_already_is_not_asked_for(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sandbox may forbid chown altogether: a file whose group is right as it is made needs none."""
-    monkeypatch.setattr(os, "chown", lambda *_: pytest.fail("the system was asked to change the owner"))
-    with house(configuration({"address": str(socket_dir / "s"), "mode": "0660", "group": os.getgid()})):
+def test_a_group_it_has_already_is_not_asked_for(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox may forbid chown altogether: a file whose group is right as it is made
+    needs none.
+    """
+    monkeypatch.setattr(
+        os, "chown", lambda *_: pytest.fail("the system was asked to change the owner")
+    )
+    with house(
+        configuration({"address": str(socket_dir / "s"), "mode": "0660", "group": os.getgid()})
+    ):
         assert (socket_dir / "s").stat().st_mode & 0o777 == 0o660

@@ -1,4 +1,6 @@
-"""Messages longer than the read buffer, through real sockets: collected, held, shared, and let go of."""
+"""Messages longer than the read buffer, through real sockets: collected, held, shared,
+and let go of.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def served(clients: Any = "alice bob carol") -> Any:
 
 
 def test_long_and_short_messages_keep_their_order() -> None:
-    """What follows a long message in the same segment is delivered behind it, even if its sender is held meanwhile."""
+    """What follows a long message in the same segment is delivered behind it, even if
+    its sender is held meanwhile.
+    """
     with (
         served({"alice": None, "bob": {"queue": "2MiB"}}) as broker,
         broker.login("alice") as alice,
@@ -30,7 +34,8 @@ def test_long_and_short_messages_keep_their_order() -> None:
         )
         alice.sock.setblocking(False)
         rest = memoryview(stream)
-        # Until the broker reads no more: bob has not read a byte yet, and his queue is full.
+        # Until the broker reads no more: bob has not read a byte yet, and his queue is
+        # full.
         while rest:
             try:
                 rest = rest[alice.sock.send(rest) :]
@@ -72,7 +77,10 @@ def test_a_long_event_reaches_everybody() -> None:
 @pytest.mark.parametrize("options", [{}, {"connections": 2}])
 def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any]) -> None:
     """Each long message that the system did not take whole is answered as offline."""
-    with served({"alice": None, "bob": {"queue": "64MiB", **options}}) as broker, broker.login("alice") as alice:
+    with (
+        served({"alice": None, "bob": {"queue": "64MiB", **options}}) as broker,
+        broker.login("alice") as alice,
+    ):
         with broker.login("bob"):
             for number in range(12):
                 alice.send(MESSAGE, "bob", BIG, id=number, flags=WANT_RECEIPT)
@@ -81,12 +89,18 @@ def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any
         assert (refused.kind, refused.code) == (ERROR, "offline")
         while refused.id < 11:
             following = alice.recv()
-            assert (following.kind, following.code, following.id) == (ERROR, "offline", refused.id + 1)
+            assert (following.kind, following.code, following.id) == (
+                ERROR,
+                "offline",
+                refused.id + 1,
+            )
             refused = following
 
 
 def test_a_sender_that_leaves_in_the_middle_leaves_nothing_behind() -> None:
-    """Half a long message is nobody's: its recipient never sees it, and goes on getting what others send."""
+    """Half a long message is nobody's: its recipient never sees it, and goes on getting
+    what others send.
+    """
     with served() as broker, broker.login("bob") as bob, broker.login("carol") as carol:
         with broker.login("alice") as alice:
             alice.write(packed(MESSAGE, "bob", BIG)[: len(BIG) // 2])

@@ -1,4 +1,6 @@
-"""What becomes of a frame: delivered, answered or refused, never dropped in silence; and how frames may arrive."""
+"""What becomes of a frame: delivered, answered or refused, never dropped in silence;
+and how frames may arrive.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def topic(name: bytes) -> bytes:
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 127, 128, 255])
 @pytest.mark.parametrize("id", [0, 1, MAX_ID])
 def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, id: int) -> None:
-    """Kind, codec, id and payload pass untouched; the name becomes the authenticated sender's."""
+    """Kind, codec, id and payload pass untouched; the name becomes the authenticated
+    sender's.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(kind, "bob", b"\x00\xffpayload", id=id, codec=codec)
         assert bob.recv() == Frame(kind, 0, codec, "alice", id, b"\x00\xffpayload")
@@ -83,7 +87,9 @@ def test_a_client_may_write_to_itself() -> None:
 
 
 def test_a_receipt_says_that_the_broker_has_it() -> None:
-    """With RECEIPT the sender hears of success by the message's id; the recipient does not see the flag."""
+    """With RECEIPT the sender hears of success by the message's id; the recipient does
+    not see the flag.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(MESSAGE, "bob", b"x", id=99, flags=WANT_RECEIPT)
         assert alice.recv() == Frame(RECEIPT, 0, 0, "$broker", 99, b"")
@@ -91,7 +97,9 @@ def test_a_receipt_says_that_the_broker_has_it() -> None:
 
 
 def test_a_reply_finds_who_asked() -> None:
-    """A REPLY with the request's id comes back to its sender from the one who was asked."""
+    """A REPLY with the request's id comes back to its sender from the one who was
+    asked.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"question", id=5)
         question = bob.recv()
@@ -110,7 +118,9 @@ def test_a_client_may_answer_with_an_error() -> None:
 
 
 def test_a_request_whose_recipient_goes_is_answered() -> None:
-    """When the one who was asked disconnects, the asker hears ``abandoned`` by the request's id."""
+    """When the one who was asked disconnects, the asker hears ``abandoned`` by the
+    request's id.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"question", id=5)
         bob.recv()
@@ -129,8 +139,15 @@ def test_extensions_pass_untouched() -> None:
 
 
 def test_an_event_goes_to_whoever_subscribed() -> None:
-    """An EVENT reaches each subscriber once, stamped with its publisher, and nobody else."""
-    with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob, broker.login("carol") as carol:
+    """An EVENT reaches each subscriber once, stamped with its publisher, and nobody
+    else.
+    """
+    with (
+        served() as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("carol") as carol,
+    ):
         for pattern in ("jobs.*", "jobs.>"):
             assert bob.ask("subscribe", topic=pattern).kind == REPLY
         alice.send(EVENT, "", b"payload", between=topic(b"jobs.new"), id=3, flags=WANT_RECEIPT)
@@ -154,21 +171,30 @@ def test_offline() -> None:
         for kind in (MESSAGE, REQUEST):
             alice.send(kind, "bob", b"x", id=kind)
             error = alice.recv()
-            assert (error.id, error.name, error.codec, error.code) == (kind, "$broker", JSON, "offline")
+            assert (error.id, error.name, error.codec, error.code) == (
+                kind,
+                "$broker",
+                JSON,
+                "offline",
+            )
             assert error.json.keys() == {"code", "message", "name"}
             assert error.json["name"] == "bob"
 
 
 @pytest.mark.parametrize("name", ["nobody", "$other", "bobb", "BOB"])
 def test_no_such_client(name: str) -> None:
-    """A name that the configuration does not have, for a sender that may send to every name."""
+    """A name that the configuration does not have, for a sender that may send to every
+    name.
+    """
     with served() as broker, broker.login("alice") as alice:
         alice.send(MESSAGE, name, b"x", id=1)
         assert alice.recv().code == "no_such_client"
 
 
 def test_denied_does_not_tell_whether_the_name_exists() -> None:
-    """To a sender that may not send there, existing and missing names are answered with the same words."""
+    """To a sender that may not send there, existing and missing names are answered with
+    the same words.
+    """
     with (
         served({"alice": {"send_to": ["carol"]}, "bob": None, "carol": None}) as broker,
         broker.login("alice") as alice,
@@ -179,13 +205,17 @@ def test_denied_does_not_tell_whether_the_name_exists() -> None:
             alice.send(MESSAGE, name, b"x", id=1)
             error = alice.recv()
             assert error.code == "denied"
-            said.append(error.body.replace(name.encode(), b"NAME").replace(name.encode()[:3], b"NAME"))
+            said.append(
+                error.body.replace(name.encode(), b"NAME").replace(name.encode()[:3], b"NAME")
+            )
         assert said[0] == said[1]
         assert said[2] == said[3]
 
 
 def test_too_large_by_one_byte() -> None:
-    """limits.max_message itself is taken; one byte more is refused, and the connection lives on."""
+    """limits.max_message itself is taken; one byte more is refused, and the connection
+    lives on.
+    """
     with (
         served(limits={"max_message": 1000}) as broker,
         broker.login("alice") as alice,
@@ -206,7 +236,9 @@ def test_rate_limited() -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        alice.write(b"".join(packed(MESSAGE, "bob", id=number, flags=WANT_RECEIPT) for number in range(200)))
+        alice.write(
+            b"".join(packed(MESSAGE, "bob", id=number, flags=WANT_RECEIPT) for number in range(200))
+        )
         outcomes = [alice.recv() for _ in range(200)]
         assert {frame.id for frame in outcomes} == set(range(200))
         refused = [frame for frame in outcomes if frame.kind == ERROR]
@@ -220,7 +252,9 @@ def test_expired() -> None:
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(MESSAGE, "bob", b"x", id=1, flags=EXTENSION, between=extension(ttl=0))
         assert alice.recv().code == "expired"
-        alice.send(MESSAGE, "bob", b"x", id=2, flags=EXTENSION | WANT_RECEIPT, between=extension(ttl=60))
+        alice.send(
+            MESSAGE, "bob", b"x", id=2, flags=EXTENSION | WANT_RECEIPT, between=extension(ttl=60)
+        )
         assert alice.recv().kind == RECEIPT
 
 
@@ -244,7 +278,9 @@ def test_a_ttl_that_is_no_number_is_unsupported(ttl: Any) -> None:
     ],
 )
 def test_unsupported(kind: int, to: str, flags: int) -> None:
-    """What the protocol knows and this broker does not do is answered with ``unsupported``."""
+    """What the protocol knows and this broker does not do is answered with
+    ``unsupported``.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(kind, to, b"x", id=1, flags=flags)
         assert (alice.recv().code, alice.ask("ping").kind) == ("unsupported", REPLY)
@@ -255,7 +291,8 @@ def test_full(when_full: str) -> None:
     """A recipient whose queue is full: ``full``, at once or after limits.wait_timeout."""
     with (
         served(
-            {"alice": None, "bob": {"queue": "64KiB", "when_full": when_full}}, limits={"wait_timeout": "200ms"}
+            {"alice": None, "bob": {"queue": "64KiB", "when_full": when_full}},
+            limits={"wait_timeout": "200ms"},
         ) as broker,
         broker.login("alice") as alice,
         broker.login("bob"),
@@ -314,7 +351,9 @@ def header(kind: int = 1, flags: int = 0, codec: int = 0, name_len: int = 0, id:
 )
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
 def test_a_malformed_frame_is_answered_then_closed(body: bytes, id: int, step: int) -> None:
-    """ERROR ``malformed`` with the id if one was readable, then the end; what follows is not acted on."""
+    """ERROR ``malformed`` with the id if one was readable, then the end; what follows
+    is not acted on.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         if step:
             alice.write_bytewise(prefixed(body))
@@ -336,7 +375,9 @@ def test_a_length_that_cannot_be_is_malformed(length: int) -> None:
 
 
 def test_the_answer_to_a_malformed_frame_arrives_behind_all_else() -> None:
-    """What was waiting for the client is written before the connection ends, however long it takes to read."""
+    """What was waiting for the client is written before the connection ends, however
+    long it takes to read.
+    """
     with (
         served({"alice": {"queue": "8MiB"}, "bob": None}) as broker,
         broker.login("alice") as alice,
@@ -367,7 +408,11 @@ def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
     """16 MiB, the default limit, go through whole."""
     payload = os.urandom(1 << 20) * 16
     listen = str(socket_dir / "s") if listen == "unix" else listen
-    with served(listen=listen) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        served(listen=listen) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         alice.send(MESSAGE, "bob", payload, id=1)
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 1, payload)
 
@@ -375,7 +420,9 @@ def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
 def test_bytes_may_come_one_at_a_time() -> None:
     """A frame in segments of one byte is the frame."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.write_bytewise(packed(MESSAGE, "bob", b"hello", id=1) + packed(MESSAGE, "bob", b"again", id=2))
+        alice.write_bytewise(
+            packed(MESSAGE, "bob", b"hello", id=1) + packed(MESSAGE, "bob", b"again", id=2)
+        )
         assert [bob.recv().body, bob.recv().body] == [b"hello", b"again"]
 
 
@@ -383,7 +430,9 @@ def test_bytes_may_come_one_at_a_time() -> None:
 def test_segments_may_be_cut_anywhere(seed: int) -> None:
     """Frames of many sizes arrive in order whatever the segments look like."""
     random_ = random.Random(seed)  # the seed is in the test's name
-    payloads = [random_.randbytes(random_.choice([0, 1, 11, 500, 70_000, 300_000])) for _ in range(60)]
+    payloads = [
+        random_.randbytes(random_.choice([0, 1, 11, 500, 70_000, 300_000])) for _ in range(60)
+    ]
     stream = b"".join(packed(MESSAGE, "bob", payload, id=id) for id, payload in enumerate(payloads))
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         position = 0
@@ -427,7 +476,9 @@ def test_the_long_form_of_a_length_is_understood() -> None:
 @pytest.mark.parametrize("form", ["short", "long"])
 @pytest.mark.parametrize("step", ["whole", "bytewise", "length first"])
 def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
-    """It is answered before its end has come, nothing of it is stored, and what follows is served."""
+    """It is answered before its end has come, nothing of it is stored, and what follows
+    is served.
+    """
     size = 3_000_000
     body = packed(MESSAGE, "bob", bytes(size), id=9)[4:]
     length = struct.pack("!i", len(body)) if form == "short" else struct.pack("!iQ", -1, len(body))
@@ -458,7 +509,9 @@ def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
 @pytest.mark.parametrize("claim", [2**31 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("step", ["whole", "bytewise"])
 def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
-    """However long a frame claims to be, the broker answers and keeps none of what comes."""
+    """However long a frame claims to be, the broker answers and keeps none of what
+    comes.
+    """
     body = packed(MESSAGE, "bob", b"", id=9)[4:]
     head = (struct.pack("!i", claim) if claim < 2**31 else struct.pack("!iQ", -1, claim)) + body
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
@@ -471,7 +524,11 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
         assert server is not None
 
         def kept() -> int:
-            connections = [connection for connection in server.connections if connection.session.address == "alice"]
+            connections = [
+                connection
+                for connection in server.connections
+                if connection.session.address == "alice"
+            ]
             return len(connections[0].pending_input) + len(connections[0].large_frame or b"")
 
         bob.ping()
@@ -482,7 +539,11 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
 
 def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
     """Its first bytes alone, then a crowd of others: what is kept for it stays small."""
-    with served(limits={"max_message": 1000}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        served(limits={"max_message": 1000}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         server = broker.daemon._server
         assert server is not None
         body = packed(MESSAGE, "bob", bytes(50_000_000), id=9)
@@ -495,7 +556,8 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
         alice.ping()
         assert broker.call(
             lambda: [
-                len(connection.pending_input) + len(connection.large_frame or b"") for connection in server.connections
+                len(connection.pending_input) + len(connection.large_frame or b"")
+                for connection in server.connections
             ]
         ) == [
             0,
@@ -508,7 +570,11 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
 
 def test_whoami_says_who_and_what() -> None:
     """Name, address, versions and limits."""
-    with served({"pool": {"connections": 3}}) as broker, broker.login("pool") as one, broker.login("pool") as other:
+    with (
+        served({"pool": {"connections": 3}}) as broker,
+        broker.login("pool") as one,
+        broker.login("pool") as other,
+    ):
         first, second = one.ask("whoami").json, other.ask("whoami").json
         assert first["name"] == second["name"] == "pool"
         assert first["address"].startswith("pool/")
@@ -525,12 +591,19 @@ def test_clients_lists_whom_one_may_send_to() -> None:
         broker.login("bob"),
     ):
         found = {each["name"]: each for each in alice.ask("clients").json["clients"]}
-        assert {name: each["online"] for name, each in found.items()} == {"bob": True, "bert": False}
+        assert {name: each["online"] for name, each in found.items()} == {
+            "bob": True,
+            "bert": False,
+        }
         assert all(isinstance(each["since"], (int, float)) for each in found.values())
 
 
-def test_who_asks_much_does_not_keep_others_from_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question in the middle of somebody's thousands is answered long before the last of those, and all are."""
+def test_who_asks_much_does_not_keep_others_from_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A question in the middle of somebody's thousands is answered long before the last
+    of those, and all are.
+    """
     served_names: list[str] = []
 
     def serve(broker: Any, source: Any, *rest: Any) -> None:
@@ -542,14 +615,22 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(monkeypatch: pytest.
         monkeypatch.setattr(broker.daemon._server, "turn_budget", 2)
         count = 3000
         ping = json.dumps({"op": "ping"}).encode()
-        alice.write(b"".join(packed(REQUEST, "$broker", ping, id=number, codec=JSON) for number in range(count)))
+        alice.write(
+            b"".join(
+                packed(REQUEST, "$broker", ping, id=number, codec=JSON) for number in range(count)
+            )
+        )
         bob.ping()
         assert [alice.recv().id for _ in range(count)] == list(range(count))
     assert served_names.index("bob") < count
 
 
-def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was sent before the connection ended is delivered, however many turns it takes."""
+def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was sent before the connection ended is delivered, however many turns it
+    takes.
+    """
     with served() as broker, broker.login("bob") as bob:
         monkeypatch.setattr(broker.daemon._server, "turn_budget", 1)
         alice = broker.login("alice")
@@ -560,7 +641,17 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(m
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"no json", b"[]", b"{}", b'{"op": 1}', b'{"op": "fly"}', b"[" * 100_000, b'{"op":"ping"}\xff', b"1" * 5000],
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"{}",
+        b'{"op": 1}',
+        b'{"op": "fly"}',
+        b"[" * 100_000,
+        b'{"op":"ping"}\xff',
+        b"1" * 5000,
+    ],
 )
 def test_an_operation_that_is_none_is_refused(payload: bytes) -> None:
     """Whatever is asked of the broker, it answers by the request's id and lives on."""
@@ -607,7 +698,10 @@ def test_presence_is_told_in_order() -> None:
 @pytest.mark.parametrize("name", [b"$broker.online.eve", b"$x", b"$broker.draining"])
 def test_nobody_publishes_in_the_brokers_name(name: bytes) -> None:
     """Topics that begin with a dollar sign are the broker's own."""
-    with served({"alice": {"publish": [">"]}, "bob": None}) as broker, broker.login("alice") as alice:
+    with (
+        served({"alice": {"publish": [">"]}, "bob": None}) as broker,
+        broker.login("alice") as alice,
+    ):
         alice.send(EVENT, "", b"lie", between=topic(name), id=1)
         assert alice.recv().code == "denied"
 
@@ -626,7 +720,9 @@ def test_a_subscription_ends_with_its_connection() -> None:
 
 
 def test_two_listeners_one_order() -> None:
-    """Messages of one connection to one other arrive in order though requests and receipts are mixed in."""
+    """Messages of one connection to one other arrive in order though requests and
+    receipts are mixed in.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         kinds = [MESSAGE, REQUEST, MESSAGE]
         alice.write(
@@ -640,8 +736,12 @@ def test_two_listeners_one_order() -> None:
             carol.ping()
 
 
-def test_a_deadline_that_has_passed_is_waited_for_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a held sender's time may be over before the timer is set, and another's sooner still."""
+def test_a_deadline_that_has_passed_is_waited_for_like_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine a held sender's time may be over before the timer is set, and
+    another's sooner still.
+    """
     with served({"alice": None}) as broker:
         server = broker.daemon.server
         ticks: list[float] = []
@@ -649,7 +749,9 @@ def test_a_deadline_that_has_passed_is_waited_for_like_any_other(monkeypatch: py
         def set_twice() -> None:
             for seconds in (1.0, 2.0):
                 deadline = server.loop.time() - seconds
-                monkeypatch.setattr(broker_module.Broker, "next_deadline", property(lambda self, at=deadline: at))
+                monkeypatch.setattr(
+                    broker_module.Broker, "next_deadline", property(lambda self, at=deadline: at)
+                )
                 server._set_timer()
             monkeypatch.undo()
             monkeypatch.setattr(server.broker, "tick", ticks.append)
@@ -660,10 +762,17 @@ def test_a_deadline_that_has_passed_is_waited_for_like_any_other(monkeypatch: py
 
 
 def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> None:
-    """What waits in the broker for longer than its ttl comes back as `expired`; the others arrive."""
-    with served({"alice": None, "bob": None}) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    """What waits in the broker for longer than its ttl comes back as `expired`; the
+    others arrive.
+    """
+    with (
+        served({"alice": None, "bob": None}) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         extension = b'{"ttl": 0.05}'
-        # More than the system's buffers take, so that what comes behind it waits in the broker.
+        # More than the system's buffers take, so that what comes behind it waits in the
+        # broker.
         for _ in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000))
         for id in range(1, 4):
@@ -675,11 +784,19 @@ def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> No
         while (frame := bob.recv()).body != b"the end":
             assert len(frame.body) == 100_000
         errors = [alice.recv() for _ in range(3)]
-        assert [(error.id, error.code) for error in errors] == [(1, "expired"), (2, "expired"), (3, "expired")]
+        assert [(error.id, error.code) for error in errors] == [
+            (1, "expired"),
+            (2, "expired"),
+            (3, "expired"),
+        ]
 
 
-def test_burst_of_events_to_many_subscribers_is_routed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read that holds many events is cut where copying them would take long; all of them arrive, in order."""
+def test_burst_of_events_to_many_subscribers_is_routed_in_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A read that holds many events is cut where copying them would take long; all of
+    them arrive, in order.
+    """
     monkeypatch.setattr(connection_module, "_WIDE", 2)
     monkeypatch.setattr(connection_module, "_COPIED", 300)
     taken = 0
@@ -700,9 +817,16 @@ def test_burst_of_events_to_many_subscribers_is_routed_in_turns(monkeypatch: pyt
         alice.ping()
         event = struct.pack("!iBBBBQ", 12 + 2 + 4, EVENT, 0, 0, 0, 0) + b"\x01t"
         large = struct.pack("!iBBBBQ", 12 + 2 + 999, EVENT, 0, 0, 0, 0) + b"\x01t" + b"x" * 999
-        alice.sock.sendall(b"".join(event + b"%04d" % number for number in range(50)) + large + event + b"last")
+        alice.sock.sendall(
+            b"".join(event + b"%04d" % number for number in range(50)) + large + event + b"last"
+        )
         for member in members:
             got = [member.recv().body[2:] for _ in range(53)]
-            assert got == [b"first", *(b"%04d" % number for number in range(50)), b"x" * 999, b"last"]
+            assert got == [
+                b"first",
+                *(b"%04d" % number for number in range(50)),
+                b"x" * 999,
+                b"last",
+            ]
             member.close()
     assert taken > 10

@@ -1,4 +1,6 @@
-"""Named pipes as far as they are no matter of Windows: the bridge to a socket, listening, a broker that serves one."""
+"""Named pipes as far as they are no matter of Windows: the bridge to a socket,
+listening, a broker that serves one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,19 @@ from typing import Any
 import pytest
 from net.fake_pipe import TIMEOUT_S, FakePipe, FakeServer, PipeRaw, fake_pipes
 from net.house import House, configuration, house, key_of
-from net.raw import ERROR, FAILURE, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Rejected, login, packed, prefixed
+from net.raw import (
+    ERROR,
+    FAILURE,
+    MESSAGE,
+    RECEIPT,
+    REPLY,
+    REQUEST,
+    WANT_RECEIPT,
+    Rejected,
+    login,
+    packed,
+    prefixed,
+)
 
 import brokerd_client._common.pipe_bridge
 from brokerd.config.model import Config
@@ -81,7 +95,9 @@ def bridged() -> Iterator[Bridged]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_message_becomes_a_frame(bridged: Bridged, size: int) -> None:
-    """The socket gives the message's length and its bytes, and the next frame right behind it."""
+    """The socket gives the message's length and its bytes, and the next frame right
+    behind it.
+    """
     body = os.urandom(size)
     writing = bridged.aside(lambda: [bridged.peer.write(each) for each in (body, b"next")])
     assert bridged.read(4 + size) == prefixed(body)
@@ -91,7 +107,9 @@ def test_a_message_becomes_a_frame(bridged: Bridged, size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_frame_becomes_a_message(bridged: Bridged, size: int) -> None:
-    """The peer gets a frame as one message, whatever its size, and the next one as another."""
+    """The peer gets a frame as one message, whatever its size, and the next one as
+    another.
+    """
     body = os.urandom(size)
     writing = bridged.aside(bridged.sock.sendall, prefixed(body) + prefixed(b"next"))
     assert bridged.peer.message() == body
@@ -108,7 +126,9 @@ def test_a_frame_in_single_bytes_is_one_message(bridged: Bridged) -> None:
 
 
 def test_a_message_is_not_collected(bridged: Bridged) -> None:
-    """Its length is on the socket at once, and no more of it is taken from the pipe than the socket has room for."""
+    """Its length is on the socket at once, and no more of it is taken from the pipe
+    than the socket has room for.
+    """
     size = 64 * 2**20
     writing = bridged.aside(_write_until_closed, bridged.peer, size)
     assert struct.unpack("!i", bridged.read(4)) == (size,)
@@ -158,7 +178,9 @@ def test_what_the_peer_sent_arrives_although_it_can_be_told_nothing_more(bridged
 
 
 def test_what_was_written_before_the_shutdown_arrives(bridged: Bridged) -> None:
-    """After the writing side is shut down the peer gets everything and the end; then the socket ends too."""
+    """After the writing side is shut down the peer gets everything and the end; then
+    the socket ends too.
+    """
     bodies = [os.urandom(50_000) for _ in range(20)]
     got: list[bytes] = []
     reading = bridged.aside(lambda: got.extend(_messages(bridged.peer)))
@@ -184,7 +206,9 @@ def test_what_was_written_before_the_close_arrives(bridged: Bridged) -> None:
     assert list(_messages(bridged.peer)) == [b"x" * 20_000, b"last"]
 
 
-def test_a_peer_that_takes_nothing_is_waited_for_a_while(bridged: Bridged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_takes_nothing_is_waited_for_a_while(
+    bridged: Bridged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the close, and its time, the bridge lets go, though the peer has not read."""
     monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     bridged.sock.sendall(prefixed(bytes(100_000)))
@@ -193,9 +217,13 @@ def test_a_peer_that_takes_nothing_is_waited_for_a_while(bridged: Bridged, monke
     assert not bridged.peer.closed
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xf0", b"\xff\xff\xff\xff" + b"\xff" * 8, b"\x00\x00"])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff\xff\xff\xf0", b"\xff\xff\xff\xff" + b"\xff" * 8, b"\x00\x00"]
+)
 def test_what_is_no_frame_ends_the_bridge(bridged: Bridged, garbage: bytes) -> None:
-    """A length that no frame has, one that no pipe takes, or half of one at the end: the peer sees the end."""
+    """A length that no frame has, one that no pipe takes, or half of one at the end:
+    the peer sees the end.
+    """
     bridged.sock.sendall(prefixed(b"good") + garbage)
     bridged.sock.shutdown(socket.SHUT_WR)
     assert list(_messages(bridged.peer)) == [b"good"]
@@ -203,7 +231,9 @@ def test_what_is_no_frame_ends_the_bridge(bridged: Bridged, garbage: bytes) -> N
 
 
 def test_a_pipe_that_breaks_ends_the_bridge(bridged: Bridged) -> None:
-    """An error of the system's in writing is the end of the connection, in both directions."""
+    """An error of the system's in writing is the end of the connection, in both
+    directions.
+    """
     bridged.pipe.write_error = OSError(errno.ENOMEM, "no room")
     bridged.sock.sendall(prefixed(b"never arrives"))
     assert bridged.sock.recv(1) == b""
@@ -269,7 +299,9 @@ def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
 
 
 def test_connections_are_accepted_in_their_order(door: FakeServer, listener: PipeListener) -> None:
-    """More peers than the listener keeps may come at once; each has its own socket, and the pipe's name."""
+    """More peers than the listener keeps may come at once; each has its own socket, and
+    the pipe's name.
+    """
     peers = [door.dial() for _ in range(150)]
     for number, peer in enumerate(peers):
         sock, name = accepted(listener)
@@ -294,7 +326,9 @@ def test_only_so_many_are_taken_unasked(door: FakeServer, listener: PipeListener
         each.close()
 
 
-def test_a_system_without_room_is_told_and_waited_for(door: FakeServer, listener: PipeListener) -> None:
+def test_a_system_without_room_is_told_and_waited_for(
+    door: FakeServer, listener: PipeListener
+) -> None:
     """accept() raises ENOBUFS, whatever the cause; afterwards the same peer is taken."""
     door.failures = [OSError(errno.EINVAL, "not now")]
     peer = door.dial()
@@ -307,7 +341,9 @@ def test_a_system_without_room_is_told_and_waited_for(door: FakeServer, listener
 
 
 def test_closing_turns_away_who_was_not_accepted(door: FakeServer, listener: PipeListener) -> None:
-    """One that was accepted lives on; one that was taken and one that waits see the end."""
+    """One that was accepted lives on; one that was taken and one that waits see the
+    end.
+    """
     inside = door.dial()
     sock, _ = accepted(listener)
     waiting = [door.dial() for _ in range(80)]
@@ -327,7 +363,9 @@ def test_closing_turns_away_who_was_not_accepted(door: FakeServer, listener: Pip
 
 
 def test_there_are_no_pipes_elsewhere() -> None:
-    """Outside Windows listening at a pipe is an error that says so, for whoever gets past the configuration."""
+    """Outside Windows listening at a pipe is an error that says so, for whoever gets
+    past the configuration.
+    """
     with pytest.raises(OSError, match="Windows only"):
         open_pipe(PIPE.path)
     entry = dataclasses.replace(configuration("127.0.0.1:0").listen[0], address=PIPE)
@@ -352,7 +390,9 @@ def test_a_pipe_that_is_taken_is_called_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 def piped(config: Config) -> Config:
     """Return the configuration with a pipe listener in front of its own."""
-    return dataclasses.replace(config, listen=(dataclasses.replace(config.listen[0], address=PIPE), *config.listen))
+    return dataclasses.replace(
+        config, listen=(dataclasses.replace(config.listen[0], address=PIPE), *config.listen)
+    )
 
 
 class Served:
@@ -403,8 +443,12 @@ def at_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("gathers", [True, False], ids=["sendmsg", "send"])
-def test_clients_of_both_kinds_talk(at_pipe: Served, monkeypatch: pytest.MonkeyPatch, gathers: bool) -> None:
-    """Messages, large ones too, go between a pipe and a TCP socket, also where one piece is sent at a time."""
+def test_clients_of_both_kinds_talk(
+    at_pipe: Served, monkeypatch: pytest.MonkeyPatch, gathers: bool
+) -> None:
+    """Messages, large ones too, go between a pipe and a TCP socket, also where one
+    piece is sent at a time.
+    """
     if not gathers:
         monkeypatch.setattr(connection, "_sendmsg", None)
     big = os.urandom(5 * 2**20)
@@ -421,7 +465,9 @@ def test_clients_of_both_kinds_talk(at_pipe: Served, monkeypatch: pytest.MonkeyP
         assert bob.recv().kind == REQUEST
         bob.send(REPLY, "alice", b"!", id=3)
         assert alice.recv().body == b"!"
-    connected = {each.fields["name"]: each.fields for each in at_pipe.house.log.wait("client.connected", 2)}
+    connected = {
+        each.fields["name"]: each.fields for each in at_pipe.house.log.wait("client.connected", 2)
+    }
     assert connected["alice"]["peer"] == connected["alice"]["listener"] == PIPE.path
     assert connected["bob"]["peer"].startswith("127.0.0.1:")
 
@@ -448,7 +494,10 @@ def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served
 
 def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is passed over, its sender hears too_large, and the connection lives on."""
-    with served(monkeypatch, limits={"max_message": "100KiB"}) as broker, broker.login("alice") as alice:
+    with (
+        served(monkeypatch, limits={"max_message": "100KiB"}) as broker,
+        broker.login("alice") as alice,
+    ):
         alice.send(MESSAGE, "bob", bytes(10 * 2**20), id=9)
         refusal = alice.recv()
         assert (refusal.kind, refusal.code, refusal.id) == (ERROR, "too_large", 9)
@@ -456,7 +505,9 @@ def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_empty_message_is_malformed(at_pipe: Served) -> None:
-    """A pipe can carry a message without a byte; the broker answers it as any other frame without a header."""
+    """A pipe can carry a message without a byte; the broker answers it as any other
+    frame without a header.
+    """
     with at_pipe.login("alice") as alice:
         alice.pipe.write(b"")
         assert alice.recv().code == "malformed"
@@ -478,7 +529,9 @@ def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
 
 
 def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None:
-    """Draining waits until a pipe's peer, slow as it is, has everything that was taken for it."""
+    """Draining waits until a pipe's peer, slow as it is, has everything that was taken
+    for it.
+    """
     with at_pipe.login("alice") as alice, at_pipe.login("bob") as bob:
         for number in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
@@ -492,7 +545,9 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
 
 
 def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that takes nothing holds up neither the stop nor, for longer than its time, the bridge."""
+    """A peer that takes nothing holds up neither the stop nor, for longer than its
+    time, the bridge.
+    """
     monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     with (
         served(monkeypatch, limits={"drain_timeout": "0.2s"}) as broker,
@@ -509,7 +564,9 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
-    """A pipe taken out of the configuration takes nobody any more, its connections live on; put back, it is served."""
+    """A pipe taken out of the configuration takes nobody any more, its connections live
+    on; put back, it is served.
+    """
     daemon = at_pipe.house.daemon
     with_pipe = daemon.config
     first = at_pipe.door
@@ -535,7 +592,9 @@ def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
     assert paused.fields == {"listener": PIPE.path, "reason": "no room"}
 
 
-def test_no_more_are_accepted_than_the_loop_can_wait_for(at_pipe: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_are_accepted_than_the_loop_can_wait_for(
+    at_pipe: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Further peers wait, and one is let in when another has left."""
     monkeypatch.setattr(acceptor, "_MOST_SOCKETS", 2)
     alice, bob = at_pipe.login("alice"), at_pipe.login("bob")
@@ -551,8 +610,12 @@ def test_no_more_are_accepted_than_the_loop_can_wait_for(at_pipe: Served, monkey
 
 
 def test_many_clients_at_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool of a hundred comes at once, each is answered, and all are let go at the end."""
-    with served(monkeypatch, clients={"crowd": {"connections": 100}}, limits={"handshakes": 200}) as broker:
+    """A pool of a hundred comes at once, each is answered, and all are let go at the
+    end.
+    """
+    with served(
+        monkeypatch, clients={"crowd": {"connections": 100}}, limits={"handshakes": 200}
+    ) as broker:
         everyone = [broker.raw() for _ in range(100)]
         for each in everyone:
             each.log_in(key_of("crowd"))

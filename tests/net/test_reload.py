@@ -21,11 +21,19 @@ from brokerd.core.revocation import Revocation
 from brokerd.daemon import Daemon
 from brokerd.daemon import daemon as daemons
 from brokerd.daemon.process import loop_factory
-from brokerd_client.errors import AuthenticationError, Denied, Disconnected, InvalidKey, NoSuchClient
+from brokerd_client.errors import (
+    AuthenticationError,
+    Denied,
+    Disconnected,
+    InvalidKey,
+    NoSuchClient,
+)
 
 
 class FromFile:
-    """A daemon that serves one directory's brokerd.yaml, and can be told to read it again."""
+    """A daemon that serves one directory's brokerd.yaml, and can be told to read it
+    again.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -117,7 +125,10 @@ def test_a_client_whose_entry_did_not_change_keeps_its_connection(served: FromFi
 
 def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
     """Its name is unknown from then on, and the log says why it went."""
-    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+    with (
+        served.connect("alice", "alices-first-key") as alice,
+        served.connect("bob", "bobs-first-key") as bob,
+    ):
         served.write(ALICE)
         assert served.reload() == []
         assert gone(bob)
@@ -129,7 +140,10 @@ def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
 
 
 def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(served: FromFile) -> None:
-    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+    with (
+        served.connect("alice", "alices-first-key") as alice,
+        served.connect("bob", "bobs-first-key") as bob,
+    ):
         served.write("  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
         for client in (alice, bob):
@@ -159,7 +173,10 @@ def test_a_key_is_rotated_without_losing_a_connection(served: FromFile) -> None:
 
 def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
     """Who was allowed before, and has its route cached, is denied afterwards."""
-    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+    with (
+        served.connect("alice", "alices-first-key") as alice,
+        served.connect("bob", "bobs-first-key") as bob,
+    ):
         for _ in range(3):
             alice.send("bob", "hello")
         alice.send("bob", "hello", receipt=True)
@@ -172,7 +189,10 @@ def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
 
 def test_a_subscription_that_is_not_allowed_any_more_ends(served: FromFile) -> None:
     """The subscriber stays connected and gets nothing more of it."""
-    with served.connect("alice", "alices-first-key") as alice, served.connect("bob", "bobs-first-key") as bob:
+    with (
+        served.connect("alice", "alices-first-key") as alice,
+        served.connect("bob", "bobs-first-key") as bob,
+    ):
         subscription = bob.subscribe("news.>")
         alice.publish("news.a", "first", receipt=True)
         assert next(iter(subscription)).payload == "first"
@@ -221,7 +241,9 @@ def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: FromFi
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
 @pytest.mark.parametrize("how", ["removed", "stale"])
 def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, how: str) -> None:
-    """A cleaner of /tmp took it: connections made before stay, new ones come in, and the log tells."""
+    """A cleaner of /tmp took it: connections made before stay, new ones come in, and
+    the log tells.
+    """
     path = served.home / "sock"
     with served.connect("alice", "alices-first-key") as alice:
         path.unlink()
@@ -241,7 +263,9 @@ def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, ho
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
 def test_a_reload_leaves_another_brokers_socket_file_alone(served: FromFile) -> None:
-    """The log says once that nobody reaches this broker there, and the file stays; what the reload is for happens."""
+    """The log says once that nobody reaches this broker there, and the file stays; what
+    the reload is for happens.
+    """
     path = served.home / "sock"
     path.unlink()
     with socket.socket(socket.AF_UNIX) as theirs:
@@ -260,7 +284,9 @@ def test_a_reload_leaves_another_brokers_socket_file_alone(served: FromFile) -> 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
-def test_a_socket_file_that_is_gone_comes_back_by_itself(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_file_that_is_gone_comes_back_by_itself(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every some seconds the broker looks whether it can be reached; its monitor, too."""
     monkeypatch.setattr(daemons, "LOOK_S", 0.05)
     here = FromFile(socket_dir)
@@ -287,7 +313,11 @@ def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -
         here.write(ALICE + "  bob: {key: 'bobs key '}\n")
         assert here.reload() == []
         first, second = here.log.named("key.odd")
-        assert (first.level, first.fields["count"], len(first.fields["warnings"])) == ("warning", 30, 20)
+        assert (first.level, first.fields["count"], len(first.fields["warnings"])) == (
+            "warning",
+            30,
+            20,
+        )
         assert second.fields["count"] == 1
         assert "a key of client 'bob' ends with a blank" in second.fields["warnings"][0]
         assert "canary" not in str(here.log.events)
@@ -309,7 +339,9 @@ def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> No
 
 
 def test_listeners_open_close_and_change(served: FromFile) -> None:
-    """A new address is served, a removed one is gone with its file, and one that stays never stops."""
+    """A new address is served, a removed one is gone with its file, and one that stays
+    never stops.
+    """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(ALICE + BOB, listen=f", {{address: {served.home / 'second'}, mode: '0660'}}")
         assert served.reload() == []
@@ -346,7 +378,9 @@ def test_an_administrator_reloads_and_hears_what_is_wrong(served: FromFile) -> N
 
 
 def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served: FromFile) -> None:
-    """With peer_uid and no key nothing else is needed on a Unix socket; elsewhere a key is."""
+    """With peer_uid and no key nothing else is needed on a Unix socket; elsewhere a key
+    is.
+    """
     served.write(ALICE + BOB + f"  ops: {{peer_uid: [{os.getuid()}]}}\n")
     assert served.reload() == []
     with brokerd_client.connect(str(served.home / "sock"), name="ops") as ops:
@@ -358,17 +392,23 @@ def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served:
 def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
     served: FromFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the broker had no time for it yet, the next reload finds nothing left to do, and nothing is there again."""
+    """Where the broker had no time for it yet, the next reload finds nothing left to
+    do, and nothing is there again.
+    """
     left: list[int] = []
     finish = Revocation.finish
     monkeypatch.setattr(Broker, "run_deferred", lambda self, count: None)
-    monkeypatch.setattr(Revocation, "finish", lambda self, session: left.append(len(self)) or finish(self, session))
+    monkeypatch.setattr(
+        Revocation, "finish", lambda self, session: left.append(len(self)) or finish(self, session)
+    )
     with served.connect("bob", "bobs-first-key") as bob:
         for number in range(300):
             bob.subscribe(f"t.{number}")
         served.write('  bob: {key: bobs-first-key, subscribe: ["t.7"]}\n')
         assert served.reload() == []
-        assert served.call(lambda: (len(served.daemon.broker.revocation), len(served.daemon.broker.topics))) == (1, 300)
+        assert served.call(
+            lambda: (len(served.daemon.broker.revocation), len(served.daemon.broker.topics))
+        ) == (1, 300)
 
         served.write('  bob: {key: bobs-first-key, subscribe: ["t.*"]}\n')
         assert served.reload() == []

@@ -1,4 +1,6 @@
-"""What a reload says and does step by step: the plan before and after, and what can go wrong on the way."""
+"""What a reload says and does step by step: the plan before and after, and what can go
+wrong on the way.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def ops(served: FromFile) -> Iterator[Any]:
 
 
 def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any) -> None:
-    """Who comes, goes and changes, who would be disconnected, which addresses; and all stays as it was."""
+    """Who comes, goes and changes, who would be disconnected, which addresses; and all
+    stays as it was.
+    """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(
             "  ops: {key: the-key-of-ops, admin: true, queue: 1MiB}\n  carol: {key: c}\n",
@@ -52,7 +56,12 @@ def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any)
         )
         answer = ops.control("reload", dry_run=True)
 
-        assert (answer["reloaded"], answer["dry_run"], answer["problems"], answer["cause"]) == (False, True, [], "")
+        assert (answer["reloaded"], answer["dry_run"], answer["problems"], answer["cause"]) == (
+            False,
+            True,
+            [],
+            "",
+        )
         assert Path(answer["config"]) == served.home / "brokerd.yaml"
         plan = answer["plan"]
         assert (plan["added"], plan["removed"]) == (["carol"], ["bob"])
@@ -74,7 +83,9 @@ def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any)
 
 
 def test_a_dry_run_of_a_bad_file_says_every_mistake(served: FromFile, ops: Any) -> None:
-    """With the kind of problem it is; nothing is logged as refused, for nothing was to be done."""
+    """With the kind of problem it is; nothing is logged as refused, for nothing was to
+    be done.
+    """
     served.write("  ops: {key: k, admin: maybe}\n  bob: {kye: b}\n")
 
     answer = ops.control("reload", dry_run=True)
@@ -85,9 +96,12 @@ def test_a_dry_run_of_a_bad_file_says_every_mistake(served: FromFile, ops: Any) 
 
 
 @pytest.mark.parametrize(
-    ("address", "says"), [("plain", "a file that is no socket"), ("missing/sock", "make the directory first")]
+    ("address", "says"),
+    [("plain", "a file that is no socket"), ("missing/sock", "make the directory first")],
 )
-def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(served: FromFile, ops: Any, address: str, says: str) -> None:
+def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(
+    served: FromFile, ops: Any, address: str, says: str
+) -> None:
     """What can be seen without binding is a problem already then."""
     (served.home / "plain").write_text("no socket")
     served.write(OPS + BOB, listen=f", {served.home / address}")
@@ -100,7 +114,9 @@ def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(served: FromFile, ops: An
 
 
 def test_a_dry_run_binds_no_address(served: FromFile, ops: Any) -> None:
-    """A port that somebody else has is in its way only when it is done; the reply names the address both times."""
+    """A port that somebody else has is in its way only when it is done; the reply names
+    the address both times.
+    """
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         served.write(OPS + BOB + "  carol: {key: c}\n", listen=f", '{address}'")
@@ -115,7 +131,9 @@ def test_a_dry_run_binds_no_address(served: FromFile, ops: Any) -> None:
 
 
 def test_a_wildcard_that_covers_an_old_address_is_refused_whole(served: FromFile, ops: Any) -> None:
-    """New addresses are opened before old ones are closed; where that can't be, both runs say so."""
+    """New addresses are opened before old ones are closed; where that can't be, both
+    runs say so.
+    """
     with socket.create_server(("127.1.2.3", 0)) as free:
         port = free.getsockname()[1]
     served.write(OPS + BOB, listen=f", '127.1.2.3:{port}'")
@@ -125,11 +143,16 @@ def test_a_wildcard_that_covers_an_old_address_is_refused_whole(served: FromFile
     foreseen, refused = ops.control("reload", dry_run=True), ops.control("reload")
 
     assert foreseen["problems"] == refused["problems"]
-    assert f"0.0.0.0:{port} while this broker listens at 127.1.2.3:{port} (restart it)" in refused["problems"][0]
+    assert (
+        f"0.0.0.0:{port} while this broker listens at 127.1.2.3:{port} (restart it)"
+        in refused["problems"][0]
+    )
     assert "carol" not in served.daemon.config.clients
 
 
-def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(served: FromFile, ops: Any) -> None:
+def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(
+    served: FromFile, ops: Any
+) -> None:
     """The reply is written before the connection ends, and says that it will."""
     served.write("  ops: {key: another-key, admin: true}\n" + BOB)
 
@@ -137,7 +160,10 @@ def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(served: FromFi
 
     assert answer["reloaded"]
     (leaving,) = answer["plan"]["disconnected"]
-    assert (leaving["address"], leaving["reason"]) == ("ops", "the key it uses was removed from the configuration")
+    assert (leaving["address"], leaving["reason"]) == (
+        "ops",
+        "the key it uses was removed from the configuration",
+    )
     assert gone(ops)
 
 
@@ -157,7 +183,9 @@ def test_a_user_who_is_no_longer_allowed_is_disconnected(served: FromFile) -> No
 
 
 def test_a_key_file_with_another_key_is_a_change(served: FromFile) -> None:
-    """The same path, the same entry: the file is read again, and who has the old key goes."""
+    """The same path, the same entry: the file is read again, and who has the old key
+    goes.
+    """
     file = served.home / "bob.key"
     file.write_text("bobs-first-key\n")
     file.chmod(0o600)
@@ -193,7 +221,9 @@ def test_a_queue_outlives_a_reload(served: FromFile, ops: Any) -> None:
 def test_a_mode_that_can_not_be_set_changes_nothing(
     served: FromFile, ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two sockets that change the second fails: the first has its old mode again, new ones are closed, all stays."""
+    """Of two sockets that change the second fails: the first has its old mode again,
+    new ones are closed, all stays.
+    """
     one, two, new = (served.home / name for name in ("one", "two", "new"))
 
     def listen(mode: str, more: str = "") -> str:
@@ -222,7 +252,11 @@ def test_an_unknown_group_changes_nothing(served: FromFile) -> None:
     """A group that this machine does not have is refused with the socket's path, whole."""
     path = served.home / "sock"
     file = served.home / "brokerd.yaml"
-    file.write_text(file.read_text().replace(str(path), f"{{address: {path}, mode: '0660', group: no-such-group}}"))
+    file.write_text(
+        file.read_text().replace(
+            str(path), f"{{address: {path}, mode: '0660', group: no-such-group}}"
+        )
+    )
 
     (problem,) = served.reload()
 
@@ -242,7 +276,9 @@ def test_a_group_comes_and_goes(served: FromFile) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
-@pytest.mark.parametrize(("before", "after", "between"), [("0600", "0660", 0o600), ("0660", "0600", 0o600)])
+@pytest.mark.parametrize(
+    ("before", "after", "between"), [("0600", "0660", 0o600), ("0660", "0600", 0o600)]
+)
 def test_nobody_has_more_than_by_the_old_or_the_new_entry(
     served: FromFile, monkeypatch: pytest.MonkeyPatch, before: str, after: str, between: int
 ) -> None:
@@ -265,7 +301,9 @@ def test_nobody_has_more_than_by_the_old_or_the_new_entry(
 
 
 def test_whoever_had_connected_before_a_listener_closes_is_let_in(served: FromFile) -> None:
-    """A connection that the system made, and the broker has not seen yet, is not thrown away with the listener."""
+    """A connection that the system made, and the broker has not seen yet, is not thrown
+    away with the listener.
+    """
     second = served.home / "second"
     served.write(OPS + BOB, listen=f", {second}")
     assert served.reload() == []
@@ -294,7 +332,9 @@ def list_open(file: Path) -> int:
 
 @linux
 def test_a_disk_that_hangs_holds_up_nobody(served: FromFile, ops: Any) -> None:
-    """While a reload waits for its files, messages flow and clients connect; when they come, it goes on."""
+    """While a reload waits for its files, messages flow and clients connect; when they
+    come, it goes on.
+    """
     fifo = served.home / "slow.yaml"
     os.mkfifo(fifo)
     file = served.home / "brokerd.yaml"
@@ -352,7 +392,9 @@ def test_a_reload_while_draining_is_refused(served: FromFile) -> None:
 
 
 def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -> None:
-    """Between the proof and the welcome a reload may come: what counts is the configuration at the end."""
+    """Between the proof and the welcome a reload may come: what counts is the
+    configuration at the end.
+    """
     raw = Raw(served.daemon.addresses[0])
     raw.write(prefixed(raw.answer(b"bobs-first-key", b"bob")))
     assert raw.read_body() == WELCOME
@@ -369,7 +411,9 @@ def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -
 
 
 def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
-    """Which key let somebody in, and when; a key that goes and comes back has not been used."""
+    """Which key let somebody in, and when; a key that goes and comes back has not been
+    used.
+    """
     served.connect("bob", "bobs-first-key").close()
 
     def keys() -> dict[str, Any]:
@@ -380,7 +424,11 @@ def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
     assert served.reload() == []
     (second, first) = keys()["bob"]
     assert first["last_used"] == before["bob"][0]["last_used"] is not None
-    assert (second["last_used"], second["state"], first["id"]) == (None, "valid", before["bob"][0]["id"])
+    assert (second["last_used"], second["state"], first["id"]) == (
+        None,
+        "valid",
+        before["bob"][0]["id"],
+    )
     assert keys()["ops"][0]["connections"] == 1
     served.write(OPS + "  bob: {key: bobs-second-key}\n")
     assert served.reload() == []
@@ -390,26 +438,38 @@ def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
 
 
 def test_a_connection_stays_when_its_keys_time_is_over(served: FromFile, ops: Any) -> None:
-    """The time of a key is about being let in: who is in stays, who comes is refused, and the list says so."""
+    """The time of a key is about being let in: who is in stays, who comes is refused,
+    and the list says so.
+    """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(OPS + "  bob: {keys: [{key: bobs-first-key, not_after: 2001-01-01}]}\n")
         assert served.reload() == []
         assert not gone(bob)
         with pytest.raises((AuthenticationError, Disconnected)):
             served.connect("bob", "bobs-first-key")
-        (key,) = next(each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob")
+        (key,) = next(
+            each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob"
+        )
         assert (key["state"], key["connections"]) == ("expired", 1)
         (event,) = served.log.wait("key.expired")
-        assert (event.fields["name"], event.fields["last"], event.fields["connections"]) == ("bob", True, 1)
+        assert (event.fields["name"], event.fields["last"], event.fields["connections"]) == (
+            "bob",
+            True,
+            1,
+        )
         served.write(OPS + "  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
         assert gone(bob)
 
 
-def test_a_client_that_its_user_vouches_for_is_listed_without_a_key(served: FromFile, ops: Any) -> None:
+def test_a_client_that_its_user_vouches_for_is_listed_without_a_key(
+    served: FromFile, ops: Any
+) -> None:
     """Its one entry has no id, and counts its uses as any other."""
     served.write(OPS + f"  bob: {{peer_uid: [{os.getuid()}]}}\n")
     assert served.reload() == []
     with brokerd_client.connect(str(served.home / "sock"), name="bob"):
-        (entry,) = next(each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob")
+        (entry,) = next(
+            each["keys"] for each in ops.control("keys")["clients"] if each["name"] == "bob"
+        )
     assert (entry["id"], entry["connections"], "peer_uid" in entry["source"]) == (None, 1, True)

@@ -1,4 +1,6 @@
-"""Signals where the event loop can't take them, as on Windows; the other way is tested with real daemons."""
+"""Signals where the event loop can't take them, as on Windows; the other way is tested
+with real daemons.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ def _put(heard: asyncio.Queue[tuple[str, str]], what: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "heard_by"), [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload"), ("SIGUSR2", "upgrade")]
+    ("number", "heard_by"),
+    [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload"), ("SIGUSR2", "upgrade")],
 )
 def test_a_signal_wakes_a_loop_that_knows_none(number: str, heard_by: str) -> None:
-    """The loop, which waits for nothing else, calls what the signal is for; others are no concern; all is undone."""
+    """The loop, which waits for nothing else, calls what the signal is for; others are
+    no concern; all is undone.
+    """
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
 
     async def main() -> list[tuple[str, str]]:
@@ -46,5 +51,7 @@ def test_a_signal_wakes_a_loop_that_knows_none(number: str, heard_by: str) -> No
 
     with asyncio.Runner(loop_factory=Deaf) as runner:
         assert runner.run(main()) == [(heard_by, number)]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)] == before
+    assert [
+        signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    ] == before
     assert signal.set_wakeup_fd(-1) == -1

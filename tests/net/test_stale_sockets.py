@@ -1,4 +1,6 @@
-"""Socket files that a dead broker left behind: of several that start over one, exactly one listens."""
+"""Socket files that a dead broker left behind: of several that start over one, exactly
+one listens.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def is_reached(path: Path, winner: Listening) -> bool:
 
 
 def race(path: Path, starters: int) -> tuple[list[Listening], list[str]]:
-    """Start all at once over one stale file; return who listens, and what the others were told."""
+    """Start all at once over one stale file; return who listens, and what the others
+    were told.
+    """
     leave_stale(path)
     barrier = threading.Barrier(starters)
     won: list[Listening] = []
@@ -95,11 +99,15 @@ def _start(path: Path, conversation: Connection) -> None:
 
 @pytest.mark.slow
 def test_listen_raced_by_processes_has_one_winner(socket_dir: Path) -> None:
-    """Processes exclude each other as threads do: 500 times, two of them over one stale file."""
+    """Processes exclude each other as threads do: 500 times, two of them over one stale
+    file.
+    """
     path = socket_dir / "s"
     fork: Any = multiprocessing.get_context("fork")
     pairs = [fork.Pipe() for _ in range(2)]
-    processes = [fork.Process(target=_start, args=(path, theirs), daemon=True) for _, theirs in pairs]
+    processes = [
+        fork.Process(target=_start, args=(path, theirs), daemon=True) for _, theirs in pairs
+    ]
     for process in processes:
         process.start()
     ours = [mine for mine, _ in pairs]
@@ -122,7 +130,9 @@ def test_listen_raced_by_processes_has_one_winner(socket_dir: Path) -> None:
 def test_close_raced_by_a_start_never_removes_the_new_brokers_file(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broker that starts between the look at the file and its removal finds the old one still listening."""
+    """A broker that starts between the look at the file and its removal finds the old
+    one still listening.
+    """
     path = socket_dir / "s"
     (ending,) = listen(at(path))
     told: list[str] = []
@@ -145,7 +155,9 @@ def test_close_raced_by_a_start_never_removes_the_new_brokers_file(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
-def test_listen_in_a_locked_directory_waits_for_the_lock(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listen_in_a_locked_directory_waits_for_the_lock(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lock that stays, such as a cleaner's, holds up a start only for a time."""
     monkeypatch.setattr(listening, "_LOCK_S", 0.2)
     path = socket_dir / "s"

@@ -1,4 +1,6 @@
-"""What is counted goes on in another process, and what that can't have counted is refused."""
+"""What is counted goes on in another process, and what that can't have counted is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_another_version_may_count_less_or_more() -> None:
     """What is not known here is passed over, and what is not told is 0."""
     counters = Counters()
     counters.go_on_from({})
-    counters.go_on_from({"handshakes": {"accepted": 4, "by_owl": 3}, "others": {"bugs": 2, "owls": 1}, "more": {}})
+    counters.go_on_from(
+        {"handshakes": {"accepted": 4, "by_owl": 3}, "others": {"bugs": 2, "owls": 1}, "more": {}}
+    )
     assert counters.values() == {
         "handshakes": dict.fromkeys((each.value for each in HandshakeOutcome), 0) | {"accepted": 4},
         "others": {"pauses": 0, "bugs": 2},

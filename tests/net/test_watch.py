@@ -1,4 +1,6 @@
-"""Connections that were reset while bytes of theirs were unread: noticed under every event loop."""
+"""Connections that were reset while bytes of theirs were unread: noticed under every
+event loop.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from net.raw import MESSAGE
 
 @pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
 def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, listen: str) -> None:
-    """The bytes are delivered and the name is free, though the loop reports both with one event."""
+    """The bytes are delivered and the name is free, though the loop reports both with
+    one event.
+    """
     at = str(socket_dir / "sock") if listen == "unix" else listen
     with house(configuration(at, "alice bob")) as here, here.login("bob") as bob:
         alice = here.login("alice")
@@ -45,8 +49,13 @@ def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, liste
 
 
 def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
-    """The second look is the last one until something is read again: an idle broker does not wake up."""
-    with house(configuration(str(socket_dir / "sock"), "alice")) as here, here.login("alice") as alice:
+    """The second look is the last one until something is read again: an idle broker
+    does not wake up.
+    """
+    with (
+        house(configuration(str(socket_dir / "sock"), "alice")) as here,
+        here.login("alice") as alice,
+    ):
         # The first may still have been read at the door.
         alice.ping()
         alice.ping()
@@ -59,7 +68,9 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
 
 @pytest.mark.parametrize("size", [4_000, 300_000])
 def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> None:
-    """Who is held by a full queue and goes is not read on by the second look: all of it arrives once there is room."""
+    """Who is held by a full queue and goes is not read on by the second look: all of it
+    arrives once there is room.
+    """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
     with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("bob") as bob:
         alice = here.login("alice")

@@ -1,4 +1,6 @@
-"""``make faults``: runs every test of a fault, and writes the accounts that they found into docs/reliability.md."""
+"""``make faults``: runs every test of a fault, and writes the accounts that they found
+into docs/reliability.md.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ FILES = (
 def table(accounts: Iterable[Account]) -> str:
     """Return the accounts in Markdown."""
     lines = [
-        "| fault | sent | delivered | refused | in doubt | gone with it | twice | out of order | unaccounted | seen |",
+        (
+            "| fault | sent | delivered | refused | in doubt | gone with it | twice | out of order"
+            " | unaccounted | seen |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {each.fault} | {each.sent:,} | {each.delivered:,} | {each.refused:,} | {each.in_doubt:,} | {each.died:,} "
-        f"| {each.twice:d} | {each.out_of_order:d} | {each.unaccounted:d} | {each.seen} |"
+        f"| {each.fault} | {each.sent:,} | {each.delivered:,} | {each.refused:,} |"
+        f" {each.in_doubt:,} | {each.died:,} | {each.twice:d} | {each.out_of_order:d} |"
+        f" {each.unaccounted:d} | {each.seen} |"
         for each in accounts
     ]
     return "\n".join(lines)
@@ -41,10 +47,23 @@ def table(accounts: Iterable[Account]) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", *(str(TESTS / file) for file in FILES)]
-        status = subprocess.run(command, env={**os.environ, "BROKERD_FAULTS": str(rows)}, check=False).returncode
-        # One that was run twice, some positions and then all, has the row of its last time.
-        found = {row["fault"]: Account(**row) for row in map(json.loads, rows.read_text().splitlines())}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "",
+            *(str(TESTS / file) for file in FILES),
+        ]
+        status = subprocess.run(
+            command, env={**os.environ, "BROKERD_FAULTS": str(rows)}, check=False
+        ).returncode
+        # One that was run twice, some positions and then all, has the row of its last
+        # time.
+        found = {
+            row["fault"]: Account(**row) for row in map(json.loads, rows.read_text().splitlines())
+        }
     if status == 0:
         reliability.put("faults", table(found.values()))
     return status

@@ -28,7 +28,13 @@ def receive(client: brokerd_client.Client, ledger: Ledger, all_here: threading.E
                 ledger.note("message", message.sender, message.payload)
 
 
-def send(client: brokerd_client.Client, ledger: Ledger, outcomes: Outcomes, to: str, over: threading.Event) -> None:
+def send(
+    client: brokerd_client.Client,
+    ledger: Ledger,
+    outcomes: Outcomes,
+    to: str,
+    over: threading.Event,
+) -> None:
     """Send messages and requests, in order, until it is over."""
     message = request = 0
     while not over.wait(PAUSE_S):
@@ -50,7 +56,9 @@ def send(client: brokerd_client.Client, ledger: Ledger, outcomes: Outcomes, to: 
             request += 1
 
 
-def main(role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str) -> None:
+def main(
+    role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str
+) -> None:
     ledger = Ledger(ledger_file)
     client = brokerd_client.connect(address, name, key, ssl=context_of(ca), timeout=PATIENCE_S)
     all_here, over = threading.Event(), threading.Event()
@@ -59,13 +67,17 @@ def main(role: str, address: str, name: str, key: str, ledger_file: str, ca: str
     else:
         outcomes = Outcomes(ledger)
         client.on_undelivered(outcomes.undelivered)
-        threads = [threading.Thread(target=send, args=(client, ledger, outcomes, to, over)) for to in recipients]
+        threads = [
+            threading.Thread(target=send, args=(client, ledger, outcomes, to, over))
+            for to in recipients
+        ]
     for thread in threads:
         thread.start()
     print("ready", flush=True)
     sys.stdin.readline()
     if role == "receive":
-        # All that was accepted for this client before comes before its own message to itself.
+        # All that was accepted for this client before comes before its own message to
+        # itself.
         client.send(name, "all", receipt=True, timeout=PATIENCE_S)
         assert all_here.wait(PATIENCE_S)
     else:

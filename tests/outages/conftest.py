@@ -1,4 +1,6 @@
-"""Every fault that has to do with connections happens to plain ones and to those over TLS."""
+"""Every fault that has to do with connections happens to plain ones and to those over
+TLS.
+"""
 
 from __future__ import annotations
 

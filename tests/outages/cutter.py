@@ -1,4 +1,6 @@
-"""A relay for TCP between clients and a broker that ends both of its connections after so many bytes."""
+"""A relay for TCP between clients and a broker that ends both of its connections after
+so many bytes.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ _SOON_S = 3.0
 class Cutter:
     """Takes one connection after the other.
 
-    up, down: bytes that still pass from the client to the broker and back, None for all. passed: bytes of the latest
-    connection that have passed, up and down. cuts: connections that were cut. gently: both ends are told of an end in
-    order, as if the other one had closed, and are to close themselves; else both are reset.
+    up, down: bytes that still pass from the client to the broker and back, None for
+    all. passed: bytes of the latest connection that have passed, up and down. cuts:
+    connections that were cut. gently: both ends are told of an end in order, as if the
+    other one had closed, and are to close themselves; else both are reset.
     """
 
     def __init__(self, broker: tuple[str, int], *, gently: bool = False) -> None:
@@ -47,7 +50,10 @@ class Cutter:
 
     def __exit__(self, *exc_info: object) -> None:
         self._over = True
-        with contextlib.suppress(OSError), socket.create_connection(self._listener.getsockname(), timeout=5):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(self._listener.getsockname(), timeout=5),
+        ):
             pass
         self._acceptor.join(30)
         for thread in self._threads:
@@ -56,13 +62,17 @@ class Cutter:
         self._listener.close()
 
     def cut_after(self, *, up: int | None = None, down: int | None = None) -> None:
-        """Cut the connection when so many more bytes have passed, each way; with 0 before the next one does."""
+        """Cut the connection when so many more bytes have passed, each way; with 0
+        before the next one does.
+        """
         self.up, self.down = up, down
 
     def wait_for_cuts(self, count: int) -> None:
         """Return when so many connections have been cut in all."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self.cuts >= count, 30), f"{self.cuts} of {count} cuts"
+            assert self._changed.wait_for(lambda: self.cuts >= count, 30), (
+                f"{self.cuts} of {count} cuts"
+            )
 
     def _accept(self) -> None:
         while True:
@@ -118,7 +128,8 @@ class Cutter:
         if self._gently:
             for sock in socks:
                 sock.settimeout(_SOON_S)
-                # Where it does not end in time this is a TimeoutError, and no cut is counted.
+                # Where it does not end in time this is a TimeoutError, and no cut is
+                # counted.
                 with contextlib.suppress(ConnectionError):
                     while sock.recv(65536):
                         pass

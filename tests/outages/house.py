@@ -1,4 +1,6 @@
-"""A broker as a process of its own, that can be killed and started again at the same address."""
+"""A broker as a process of its own, that can be killed and started again at the same
+address.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,23 @@ class Process:
 
     def start(self) -> None:
         """Start it; return when it accepts connections."""
-        command = [sys.executable, "-c", "from brokerd.cli.main import main; main()", "--config", str(self._file)]
-        self._running = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        command = [
+            sys.executable,
+            "-c",
+            "from brokerd.cli.main import main; main()",
+            "--config",
+            str(self._file),
+        ]
+        self._running = subprocess.Popen(
+            command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
         assert self._running.stderr is not None
         line = self._running.stderr.readline()
         assert b"daemon.started" in line, line
         # The rest of the log is not of interest, and must not fill the pipe.
-        self._drain = subprocess.Popen(["cat"], stdin=self._running.stderr, stdout=subprocess.DEVNULL)
+        self._drain = subprocess.Popen(
+            ["cat"], stdin=self._running.stderr, stdout=subprocess.DEVNULL
+        )
         self._running.stderr.close()
 
     def kill(self, number: int = signal.SIGKILL) -> int:

@@ -27,7 +27,9 @@ class Ledger:
 
 
 class Outcomes:
-    """What became of messages with a receipt; the latest note of one counts, and may come from any thread."""
+    """What became of messages with a receipt; the latest note of one counts, and may
+    come from any thread.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -47,7 +49,9 @@ class Outcomes:
                         self._ledger.note("message", to, number, self._early[id])
 
     def undelivered(self, error: BrokerdError) -> None:
-        """Note that what had a receipt is given back after all; the sender may not know of the receipt yet."""
+        """Note that what had a receipt is given back after all; the sender may not know
+        of the receipt yet.
+        """
         id = getattr(error, "id", 0)
         with self._lock:
             if id in self._sent:
@@ -57,5 +61,7 @@ class Outcomes:
 
 
 def context_of(ca: str) -> ssl.SSLContext | None:
-    """Return what to connect with; ca: the file of who vouches for the broker, "-" where there is no TLS."""
+    """Return what to connect with; ca: the file of who vouches for the broker, "-"
+    where there is no TLS.
+    """
     return None if ca == "-" else ssl.create_default_context(cafile=ca)

@@ -1,11 +1,15 @@
-"""One end of the traffic that faults happen to, a process by itself, so that it can be killed, stopped and cut off.
+"""One end of the traffic that faults happen to, a process by itself, so that it can be
+killed, stopped and cut off.
 
-``member.py FACE receive ADDRESS NAME KEY LEDGER CA`` notes every message and request it is given, and answers requests.
-``member.py FACE send ADDRESS NAME KEY LEDGER CA RECIPIENT...`` sends numbered messages with receipts, and requests, to
-each recipient, and notes what became of each. A note is a line of the file LEDGER, written at once: it outlives the
-process. FACE is asyncio or blocking. CA is the file of who vouches for the broker, where it speaks TLS, else "-".
+``member.py FACE receive ADDRESS NAME KEY LEDGER CA`` notes every message and request it
+is given, and answers requests. ``member.py FACE send ADDRESS NAME KEY LEDGER CA
+RECIPIENT...`` sends numbered messages with receipts, and requests, to each recipient,
+and notes what became of each. A note is a line of the file LEDGER, written at once: it
+outlives the process. FACE is asyncio or blocking. CA is the file of who vouches for the
+broker, where it speaks TLS, else "-".
 
-Both reconnect as the library does. A line on standard input ends the sending, a second one the process.
+Both reconnect as the library does. A line on standard input ends the sending, a second
+one the process.
 """
 
 from __future__ import annotations
@@ -75,7 +79,9 @@ class Sender:
         return "Reply"
 
 
-async def main(role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str) -> None:
+async def main(
+    role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str
+) -> None:
     ledger = Ledger(ledger_file)
     client = await aio.connect(address, name, key, ssl=context_of(ca), timeout=PATIENCE_S)
     all_here = asyncio.Event()
@@ -90,7 +96,8 @@ async def main(role: str, address: str, name: str, key: str, ledger_file: str, c
         sender.over.set()
         await asyncio.gather(*sender.tasks)
     else:
-        # All that was accepted for this client before comes before its own message to itself.
+        # All that was accepted for this client before comes before its own message to
+        # itself.
         await client.send(name, "all", receipt=True, timeout=PATIENCE_S)
         await asyncio.wait_for(all_here.wait(), PATIENCE_S)
     print("done", flush=True)

@@ -19,7 +19,9 @@ BURSTS_BEFORE = 5
 
 
 class Place(Protocol):
-    """A broker with the clients alice and bob, that can be stopped and started again at the same address."""
+    """A broker with the clients alice and bob, that can be stopped and started again at
+    the same address.
+    """
 
     def connect(self, name: str) -> Client:
         """Return a connected blocking client."""
@@ -28,7 +30,9 @@ class Place(Protocol):
         """Return a connected asyncio client."""
 
     def stop(self, number: int) -> None:
-        """End the broker gracefully, for the ``number``-th time; return when it has ended."""
+        """End the broker gracefully, for the ``number``-th time; return when it has
+        ended.
+        """
 
     def start(self) -> None:
         """Start it again."""
@@ -58,7 +62,9 @@ class Account:
         """Hold every send to exactly one outcome."""
         assert max(self.arrived.values(), default=1) == 1
         assert max(self.reported.values(), default=1) == 1
-        missing = [id for id, body in self.sent.items() if not self.arrived[body] and not self.reported[id]]
+        missing = [
+            id for id, body in self.sent.items() if not self.arrived[body] and not self.reported[id]
+        ]
         both = [id for id, body in self.sent.items() if self.arrived[body] and self.reported[id]]
         assert (len(missing), len(both)) == (0, 0), f"of {len(self.sent)} sent"
         assert set(self.reported) <= set(self.sent)

@@ -1,4 +1,6 @@
-"""The broker is killed and started again: everybody comes back, and knows what is in doubt."""
+"""The broker is killed and started again: everybody comes back, and knows what is in
+doubt.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ OUTSTANDING = 3
 def test_everybody_is_back_and_knows_what_is_in_doubt(
     socket_dir: Path, crowd: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exactly the requests without an answer are in doubt, and every client works again."""
+    """Exactly the requests without an answer are in doubt, and every client works
+    again.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2 * crowd + 200:
         pytest.skip(f"{crowd} clients need more file descriptors than the {hard} allowed here")
@@ -52,16 +56,22 @@ async def _scenario(broker: Process, names: list[str]) -> float:
         for client in clients
         for number in range(OUTSTANDING)
     ]
-    # Every request has reached the broker when a later operation of the same client is answered.
+    # Every request has reached the broker when a later operation of the same client is
+    # answered.
     await asyncio.gather(*(client.ping() for client in clients))
     broker.kill()
     outcomes = await asyncio.wait_for(asyncio.gather(*doubtful, return_exceptions=True), 60)
     assert [type(outcome) for outcome in outcomes] == [InDoubt] * len(doubtful)
-    assert len({outcome.id for outcome in outcomes if isinstance(outcome, InDoubt)}) == len(doubtful)
+    assert len({outcome.id for outcome in outcomes if isinstance(outcome, InDoubt)}) == len(
+        doubtful
+    )
     broker.start()
     began = time.monotonic()
     answers = await asyncio.wait_for(
-        asyncio.gather(*(client.control("whoami", timeout=60) for client in [silent, echo, *clients])), 90
+        asyncio.gather(
+            *(client.control("whoami", timeout=60) for client in [silent, echo, *clients])
+        ),
+        90,
     )
     seconds = time.monotonic() - began
     assert [answer["name"] for answer in answers] == ["silent", "echo", *names]

@@ -1,4 +1,6 @@
-"""A broker that drains under clients of the library: they hear of it, and are back when another one serves."""
+"""A broker that drains under clients of the library: they hear of it, and are back when
+another one serves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TIMEOUT_S = 30.0
 
 
 def test_a_blocking_client_hears_of_a_drain_and_comes_back() -> None:
-    """The event is its last; then calls fail until there is a broker again, and the subscription is there again."""
+    """The event is its last; then calls fail until there is a broker again, and the
+    subscription is there again.
+    """
     with RunningBroker({"alice": {}, "bob": {}}) as broker:
         alice, bob = broker.connect("alice"), broker.connect("bob")
         news = bob.subscribe("$broker.draining")
@@ -50,7 +54,9 @@ def test_an_asyncio_client_hears_of_a_drain_and_comes_back() -> None:
 
 
 def test_a_sender_of_the_library_is_told_what_was_not_delivered() -> None:
-    """Whose recipient does not read hears of each message through on_undelivered, before the connection ends."""
+    """Whose recipient does not read hears of each message through on_undelivered,
+    before the connection ends.
+    """
     told: list[BrokerdError] = []
     done = threading.Event()
 
@@ -61,7 +67,8 @@ def test_a_sender_of_the_library_is_told_what_was_not_delivered() -> None:
     with RunningBroker({"alice": {}, "bob": {}}, limits={"drain_timeout": "300ms"}) as broker:
         alice = broker.connect("alice")
         alice.on_undelivered(hear)
-        # A client of the library reads on until its inbox is full: more than that, and than the system takes.
+        # A client of the library reads on until its inbox is full: more than that, and
+        # than the system takes.
         broker.connect("bob", inbox=1)
         for _ in range(80):
             alice.send("bob", bytes(100_000))

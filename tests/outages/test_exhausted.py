@@ -1,4 +1,6 @@
-"""What the broker stands on gives way: descriptors, disks, the clock. Its clients do not notice."""
+"""What the broker stands on gives way: descriptors, disks, the clock. Its clients do
+not notice.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 def test_no_descriptors_are_left(socket_dir: Path) -> None:
-    """Accepting pauses, those who are there are served all the time, and it resumes when descriptors are free."""
+    """Accepting pauses, those who are there are served all the time, and it resumes
+    when descriptors are free.
+    """
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
@@ -40,7 +44,11 @@ def test_no_descriptors_are_left(socket_dir: Path) -> None:
                 each.close()
             with broker.login("late") as late:
                 late.ping()
-            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            gone = [
+                event["name"]
+                for event in broker.events("client.disconnected")
+                if event["name"] != "late"
+            ]
             account = traffic.finish("EMFILE: no descriptors are left, and then there are")
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
@@ -68,7 +76,9 @@ def test_no_space_is_left_for_log_and_audit(socket_dir: Path) -> None:
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (apt-get install libfaketime)")
 def test_the_clock_is_set(socket_dir: Path) -> None:
-    """A year forward, two years back: deadlines do not move, nobody is disconnected, newcomers are let in."""
+    """A year forward, two years back: deadlines do not move, nobody is disconnected,
+    newcomers are let in.
+    """
     clock = socket_dir / "clock"
     clock.write_text("+0")
     environ = {
@@ -80,7 +90,9 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
     with Process(socket_dir, NAMES, environ=environ, limits={"wait_timeout": "5s"}) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
-            for number, (offset, years) in enumerate((("+31536000", 1), ("-31536000", -1), ("+0", 0)), 1):
+            for number, (offset, years) in enumerate(
+                (("+31536000", 1), ("-31536000", -1), ("+0", 0)), 1
+            ):
                 # As an editor does: a file that is cut and written would be read empty.
                 write_whole(clock, offset)
                 with broker.login("late") as late:
@@ -89,7 +101,11 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
                 off = datetime.fromisoformat(stamp).timestamp() - time.time()
                 assert abs(off - years * 31536000) < 3600, stamp
                 traffic.goes_on()
-            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            gone = [
+                event["name"]
+                for event in broker.events("client.disconnected")
+                if event["name"] != "late"
+            ]
             account = traffic.finish("the clock is set a year forward, two back, and right again")
         assert not broker.events("daemon.bug")
     assert gone == []

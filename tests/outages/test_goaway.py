@@ -1,4 +1,6 @@
-"""A broker that is stopped under load: every plain send arrives, or its sender hears that it did not, once."""
+"""A broker that is stopped under load: every plain send arrives, or its sender hears
+that it did not, once.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Place:
         self.broker.start()
 
     def stop(self, number: int) -> None:
-        """Have the broker end: by its own stop(), or asked for by an administrator as ``brokerctl drain`` does."""
+        """Have the broker end: by its own stop(), or asked for by an administrator as
+        ``brokerctl drain`` does.
+        """
         daemon = self.broker._daemon
         assert daemon is not None
         if number % 2:
@@ -70,8 +74,12 @@ class Place:
 
 
 @pytest.fixture(params=["plain", "tls"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Return a broker with clients that connect again at once: many stops are not to take their waits."""
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """Return a broker with clients that connect again at once: many stops are not to
+    take their waits.
+    """
     monkeypatch.setattr(backoff, "delay", lambda attempt, chance: 0.01)
     if request.param == "plain":
         with RunningBroker(CLIENTS, limits={"drain_timeout": "20s"}) as broker:
@@ -93,7 +101,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker has said that it ends, and the client has not read it yet: it hears what becomes of each send."""
+    """The broker has said that it ends, and the client has not read it yet: it hears
+    what becomes of each send.
+    """
     broker, account = place.broker, Account()
     alice = broker.connect("alice", **place.options)
     alice.on_undelivered(account.hear)
@@ -118,14 +128,17 @@ def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
 
 
 def test_sends_before_a_stop_is_noticed_by_asyncio_client_are_reported(place: Place) -> None:
-    """The broker has said that it ends, and the client has not read it yet: it hears what becomes of each send."""
+    """The broker has said that it ends, and the client has not read it yet: it hears
+    what becomes of each send.
+    """
     broker, account = place.broker, Account()
 
     async def run() -> None:
         alice = await broker.connect_async("alice", **place.options)
         alice.on_undelivered(account.hear)
         await alice.ping()
-        # The client's event loop stands still meanwhile, and writes what is sent before it reads.
+        # The client's event loop stands still meanwhile, and writes what is sent before
+        # it reads.
         place.begin_to_stop()
         for _ in range(BURST):
             account.note(await alice.send("absent", account.next_body()))

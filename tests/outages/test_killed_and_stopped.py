@@ -1,4 +1,6 @@
-"""Processes are killed and stopped in the middle of everything; the account of all messages balances."""
+"""Processes are killed and stopped in the middle of everything; the account of all
+messages balances.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from e2e.process import Process
 from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
 from outages.ways import Way
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux"
+)
 
 NAMES = (*SENDERS, *RECIPIENTS)
 
 
 def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
-    """What was under way is in doubt; everybody is back; only what was in its memory is gone with it."""
+    """What was under way is in doubt; everybody is back; only what was in its memory is
+    gone with it.
+    """
     with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
@@ -29,16 +35,25 @@ def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
             broker.exit_status()
             with Process(socket_dir, NAMES, listen=way.listen_again(broker)) as again:
                 again.wait("daemon.started")
-                took = until(lambda: len(again.events("client.connected")) == len(NAMES), "not everybody is back")
+                took = until(
+                    lambda: len(again.events("client.connected")) == len(NAMES),
+                    "not everybody is back",
+                )
                 traffic.goes_on()
-                account = traffic.finish(way.title("SIGKILL of the broker, started again"), killed=["broker"])
+                account = traffic.finish(
+                    way.title("SIGKILL of the broker, started again"), killed=["broker"]
+                )
     assert account.in_doubt > 0
     account.record(f"all clients back after {took:.1f} s")
 
 
-@pytest.mark.parametrize("way", ["plain", pytest.param("tls", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "way", ["plain", pytest.param("tls", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
-    """Requests it had not answered fail, messages come back as offline; another one takes its place."""
+    """Requests it had not answered fail, messages come back as offline; another one
+    takes its place.
+    """
     with Process(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
@@ -46,7 +61,9 @@ def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
             traffic.goes_on(but=["r0"])
             traffic.restart("r0")
             traffic.goes_on()
-            account = traffic.finish(way.title("SIGKILL of a recipient, started again"), killed=["r0"])
+            account = traffic.finish(
+                way.title("SIGKILL of a recipient, started again"), killed=["r0"]
+            )
     assert account.refused > 0
     account.record("the others are served all the time")
 
@@ -76,7 +93,9 @@ def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
 
 
 def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
-    """Messages wait for it, others are served; when it goes on it gets all of them, or their senders were told."""
+    """Messages wait for it, others are served; when it goes on it gets all of them, or
+    their senders were told.
+    """
     with Process(socket_dir, NAMES, listen=way.listen(), limits={"wait_timeout": "1s"}) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:

@@ -14,7 +14,9 @@ from e2e.process import Process, key_of
 from net.raw import MESSAGE, Raw, packed, prefixed
 from outages.traffic import until
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux"
+)
 
 #: Far less than limits.handshake_timeout and limits.keepalive here.
 SOON_S = 10.0
@@ -35,8 +37,13 @@ def reset(raw: Raw) -> None:
 
 @pytest.mark.parametrize("family", ["unix", "tcp"])
 def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
-    """The message is delivered, and its sender is seen to be gone though nobody writes to it."""
-    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker, broker.login("bob") as bob:
+    """The message is delivered, and its sender is seen to be gone though nobody writes
+    to it.
+    """
+    with (
+        Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
+        broker.login("bob") as bob,
+    ):
         alice = broker.login("alice", broker.addresses()[family == "tcp"])
         alice.ping()
         # Closing a Unix socket with unread bytes resets it.
@@ -64,7 +71,10 @@ def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
 
 def test_the_end_of_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
     """Who is let in and gone at once does not stay online."""
-    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker, broker.login("bob") as bob:
+    with (
+        Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
+        broker.login("bob") as bob,
+    ):
         raw = Raw(broker.addresses()[1])
         raw.write(prefixed(raw.answer(key_of("alice"), b"alice")))
         raw.read_body()

@@ -1,4 +1,6 @@
-"""The broker replaces itself, makes room for another one, renews its certificate, or is read from slowly."""
+"""The broker replaces itself, makes room for another one, renews its certificate, or is
+read from slowly.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,24 @@ from outages.ways import Way
 import brokerd_client
 from brokerd_client.errors import Full
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 
 NAMES = (*SENDERS, *RECIPIENTS)
 TIMEOUT_S = 30.0
 #: Everyday over TLS alone; tests/e2e has plain connections through all of it too.
-everyday_tls = pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "tls"], indirect=True)
+everyday_tls = pytest.mark.parametrize(
+    "way", [pytest.param("plain", marks=pytest.mark.slow), "tls"], indirect=True
+)
 
 
 @everyday_tls
 @pytest.mark.parametrize("upgrades", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -> None:
-    """Plain connections go on; those over TLS are closed in order and made again, and nothing is lost on the way."""
+    """Plain connections go on; those over TLS are closed in order and made again, and
+    nothing is lost on the way.
+    """
     clients = {**dict.fromkeys(NAMES), "ops": {"admin": True}}
     with Process(socket_dir, clients, listen=way.listen()) as broker, broker.login("ops") as ops:
         with way.traffic(socket_dir, broker) as traffic:
@@ -34,7 +42,9 @@ def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -
                 answer = ops.ask("upgrade").json
                 assert answer["upgraded"], answer
                 traffic.goes_on()
-            account = traffic.finish(way.title(f"{upgrades} {'upgrades in a row' if upgrades > 1 else 'upgrade'}"))
+            account = traffic.finish(
+                way.title(f"{upgrades} {'upgrades in a row' if upgrades > 1 else 'upgrade'}")
+            )
         assert not broker.events("daemon.bug")
     if way.shown is None:
         assert (account.refused, account.in_doubt) == (0, 0)
@@ -43,7 +53,9 @@ def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -
 
 @pytest.mark.slow
 def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
-    """A broker that is told to stop delivers or reports what it has; everybody comes back to the next one."""
+    """A broker that is told to stop delivers or reports what it has; everybody comes
+    back to the next one.
+    """
     with contextlib.ExitStack() as brokers:
         broker = brokers.enter_context(Process(socket_dir, NAMES, listen=way.listen()))
         again = way.listen_again(broker)
@@ -73,10 +85,16 @@ def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
                 way.shown.key.write_bytes(renewed.key.read_bytes())
                 broker.signal(signal.SIGHUP)
                 broker.wait("daemon.reloaded", number)
-                with brokerd_client.connect(address, "late", key_of("late"), ssl=way.context) as late:
+                with brokerd_client.connect(
+                    address, "late", key_of("late"), ssl=way.context
+                ) as late:
                     late.ping()
                 traffic.goes_on()
-            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            gone = [
+                event["name"]
+                for event in broker.events("client.disconnected")
+                if event["name"] != "late"
+            ]
             account = traffic.finish(way.title(f"{renewals} renewals of the certificate"))
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
@@ -86,15 +104,24 @@ def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
 @everyday_tls
 @pytest.mark.parametrize("when_full", ["refuse", "wait"])
 def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) -> None:
-    """It gets what was accepted, in order; the sender hears of all else; others are served."""
-    clients = {"alice": {"queue": "8MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}, "carol": {}}
-    account = Account(way.title(f"a recipient that does not read (when_full: {when_full}), and then does"))
+    """It gets what was accepted, in order; the sender hears of all else; others are
+    served.
+    """
+    clients = {
+        "alice": {"queue": "8MiB"},
+        "bob": {"queue": "256KiB", "when_full": when_full},
+        "carol": {},
+    }
+    account = Account(
+        way.title(f"a recipient that does not read (when_full: {when_full}), and then does")
+    )
     limits = {"wait_timeout": "100ms"}
     accepted: list[int] = []
     with Process(socket_dir, clients, listen=way.listen(), limits=limits) as broker:
         address = way.address(broker)
         alice, bob, carol = (
-            brokerd_client.connect(address, name, key_of(name), ssl=way.context, inbox=1) for name in clients
+            brokerd_client.connect(address, name, key_of(name), ssl=way.context, inbox=1)
+            for name in clients
         )
         with alice, bob, carol:
             while not account.refused:
@@ -103,7 +130,9 @@ def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) ->
                 lot = [("bob", b"%05d" % number + bytes(4000)) for number in numbers]
                 outcomes = alice.send_many(lot, receipt=True, timeout=TIMEOUT_S)
                 accepted += [
-                    number for number, each in zip(numbers, outcomes, strict=True) if not isinstance(each, Full)
+                    number
+                    for number, each in zip(numbers, outcomes, strict=True)
+                    if not isinstance(each, Full)
                 ]
                 account.sent += len(lot)
                 account.refused = account.sent - len(accepted)

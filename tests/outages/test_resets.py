@@ -1,7 +1,8 @@
-"""Connections are reset at every byte of a handshake and of a frame, in both directions; TLS is also cut short.
+"""Connections are reset at every byte of a handshake and of a frame, in both
+directions; TLS is also cut short.
 
-Cut short means that both ends are told of an end in order, by TCP, though TLS has not said goodbye: as somebody on the
-way can do who can neither read nor write what passes.
+Cut short means that both ends are told of an end in order, by TCP, though TLS has not
+said goodbye: as somebody on the way can do who can neither read nor write what passes.
 """
 
 from __future__ import annotations
@@ -22,18 +23,23 @@ from outages.ways import Way
 import brokerd_client
 from brokerd_client.errors import Abandoned, AuthenticationError, Disconnected, InDoubt, Offline
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts descriptors in /proc")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="counts descriptors in /proc"
+)
 
 TIMEOUT_S = 30.0
 PLAIN = Way()
 PAYLOAD = 100
-#: How it is cut. Everyday some of the positions are enough, beginning with one by chance.
+#: How it is cut. Everyday some of the positions are enough, beginning with one by
+#: chance.
 every_byte = pytest.mark.parametrize(
     ("way", "cut", "step"),
     [
         pytest.param(*each, step, marks=marks)
         for steps, marks in (((19, 61, 61), ()), ((1, 1, 1), (pytest.mark.slow,)))
-        for each, step in zip([("plain", "reset"), ("tls", "reset"), ("tls", "cut short")], steps, strict=True)
+        for each, step in zip(
+            [("plain", "reset"), ("tls", "reset"), ("tls", "cut short")], steps, strict=True
+        )
     ],
     indirect=["way"],
 )
@@ -47,30 +53,46 @@ def positions(size: int, step: int) -> range:
 
 @contextmanager
 def broker_and_cutter(directory: Path, way: Way, cut: str) -> Iterator[tuple[Process, Cutter]]:
-    """Run a broker and a relay to it; what the cuts left behind in the broker is looked for at the end."""
+    """Run a broker and a relay to it; what the cuts left behind in the broker is looked
+    for at the end.
+    """
     with Process(directory, ("alice", "bob"), listen=way.listen() or ["127.0.0.1:0"]) as broker:
         tcp = broker.addresses()[1]
         descriptors = Path(f"/proc/{broker.popen.pid}/fd")
         before = len(list(descriptors.iterdir()))
         with Cutter((tcp.host, tcp.port), gently=cut == "cut short") as cutter:
             yield broker, cutter
-        until(lambda: len(list(descriptors.iterdir())) == before, "the broker keeps descriptors of connections cut")
+        until(
+            lambda: len(list(descriptors.iterdir())) == before,
+            "the broker keeps descriptors of connections cut",
+        )
         assert not broker.events("daemon.bug")
 
 
 def connect(address: str, name: str, way: Way = PLAIN) -> brokerd_client.Client:
-    return brokerd_client.connect(address, name, key=key_of(name), timeout=TIMEOUT_S, reconnect=False, ssl=way.context)
+    return brokerd_client.connect(
+        address, name, key=key_of(name), timeout=TIMEOUT_S, reconnect=False, ssl=way.context
+    )
 
 
 @every_byte
 def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step: int) -> None:
-    """The client gets in at its next try or is told at once, the broker keeps nothing, and other clients are served."""
-    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "bob") as other:
+    """The client gets in at its next try or is told at once, the broker keeps nothing,
+    and other clients are served.
+    """
+    with (
+        broker_and_cutter(socket_dir, way, cut) as (broker, cutter),
+        connect(str(broker.socket), "bob") as other,
+    ):
         connect(cutter.address, "alice", way).close()
         up, down = cutter.passed
         assert min(up, down) > 100
-        places = [*({"up": at} for at in positions(up, step)), *({"down": at} for at in positions(down, step))]
-        # A handshake that was cut off is tried again; a client that was let in hears of the cut when it asks something.
+        places = [
+            *({"up": at} for at in positions(up, step)),
+            *({"down": at} for at in positions(down, step)),
+        ]
+        # A handshake that was cut off is tried again; a client that was let in hears of
+        # the cut when it asks something.
         told = got_in = 0
         for number, place in enumerate(places, 1):
             cutter.cut_after(**place)
@@ -88,24 +110,43 @@ def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step
             client.ping()
     title = way.title(f"connections {cut} at every byte of a handshake")
     account = Account(title, sent=len(places), delivered=got_in, refused=told)
-    account.record(f"{up} bytes up, {down} down: each client got in or was told, and nothing was left behind")
+    account.record(
+        f"{up} bytes up, {down} down: each client got in or was told, and nothing was left behind"
+    )
 
 
 @every_byte
-def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, way: Way, cut: str, step: int) -> None:
-    """A message cut short is not delivered; one whose receipt was cut is in doubt, and was delivered once."""
-    account = Account(way.title(f"connections {cut} at every byte of a message, and of its receipt"))
+def test_at_every_byte_of_a_message_and_its_receipt(
+    socket_dir: Path, way: Way, cut: str, step: int
+) -> None:
+    """A message cut short is not delivered; one whose receipt was cut is in doubt, and
+    was delivered once.
+    """
+    account = Account(
+        way.title(f"connections {cut} at every byte of a message, and of its receipt")
+    )
     got: list[int] = []
-    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "bob") as bob:
+    with (
+        broker_and_cutter(socket_dir, way, cut) as (broker, cutter),
+        connect(str(broker.socket), "bob") as bob,
+    ):
         up, down = frame_sizes(cutter, bob, way)
         whole: list[int] = []
         perhaps: list[int] = []
-        for place in (*({"up": at} for at in positions(up + 1, step)), *({"down": at} for at in positions(down, step))):
+        for place in (
+            *({"up": at} for at in positions(up + 1, step)),
+            *({"down": at} for at in positions(down, step)),
+        ):
             account.sent += 1
             with connect(cutter.address, "alice", way) as alice:
                 cutter.cut_after(**place)
                 try:
-                    alice.send("bob", b"%05d" % account.sent + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
+                    alice.send(
+                        "bob",
+                        b"%05d" % account.sent + bytes(PAYLOAD),
+                        receipt=True,
+                        timeout=TIMEOUT_S,
+                    )
                 except InDoubt:
                     account.in_doubt += 1
                 cutter.wait_for_cuts(account.sent)
@@ -124,7 +165,9 @@ def test_at_every_byte_of_a_message_and_its_receipt(socket_dir: Path, way: Way, 
     account.unaccounted = len(set(whole) - set(got))
     assert set(got) <= {*whole, *perhaps}
     assert account.in_doubt == account.sent
-    account.record(f"{up} bytes of the message, {down} of the receipt; none of those cut short was delivered")
+    account.record(
+        f"{up} bytes of the message, {down} of the receipt; none of those cut short was delivered"
+    )
 
 
 def frame_sizes(cutter: Cutter, bob: brokerd_client.Client, way: Way) -> tuple[int, int]:
@@ -138,11 +181,20 @@ def frame_sizes(cutter: Cutter, bob: brokerd_client.Client, way: Way) -> tuple[i
 
 
 @every_byte
-def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, way: Way, cut: str, step: int) -> None:
-    """The recipient is cut off: the requester hears of it at once, unless the whole reply was through."""
-    account = Account(way.title(f"connections {cut} at every byte of a request to a client, and of its reply"))
+def test_at_every_byte_of_a_request_and_its_reply(
+    socket_dir: Path, way: Way, cut: str, step: int
+) -> None:
+    """The recipient is cut off: the requester hears of it at once, unless the whole
+    reply was through.
+    """
+    account = Account(
+        way.title(f"connections {cut} at every byte of a request to a client, and of its reply")
+    )
     handed: queue.Queue[bytes] = queue.Queue()
-    with broker_and_cutter(socket_dir, way, cut) as (broker, cutter), connect(str(broker.socket), "alice") as alice:
+    with (
+        broker_and_cutter(socket_dir, way, cut) as (broker, cutter),
+        connect(str(broker.socket), "alice") as alice,
+    ):
 
         def answerer() -> brokerd_client.Client:
             bob = connect(cutter.address, "bob", way)
@@ -158,7 +210,9 @@ def test_at_every_byte_of_a_request_and_its_reply(socket_dir: Path, way: Way, cu
             alice.ping()
             before = list(cutter.passed)
             alice.request("bob", b"00001" + bytes(PAYLOAD), timeout=TIMEOUT_S)
-            up, down = (after - earlier for after, earlier in zip(cutter.passed, before, strict=True))
+            up, down = (
+                after - earlier for after, earlier in zip(cutter.passed, before, strict=True)
+            )
         for place in (
             *({"down": at} for at in positions(down + 1, step)),
             *({"up": at} for at in positions(up + 1, step)),

@@ -1,4 +1,6 @@
-"""SIGTERM to a broker process under load: every plain send arrives, or its sender hears that it did not, once."""
+"""SIGTERM to a broker process under load: every plain send arrives, or its sender hears
+that it did not, once.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Place:
         self._listen = way.listen_again(self._broker)
 
     def _process(self) -> Process:
-        return Process(self._directory, CLIENTS, listen=self._listen, limits={"drain_timeout": "20s"})
+        return Process(
+            self._directory, CLIENTS, listen=self._listen, limits={"drain_timeout": "20s"}
+        )
 
     def connect(self, name: str) -> Client:
         return connect(self._address, name, key=key_of(name), ssl=self._way.context)
@@ -45,7 +49,9 @@ class Place:
         self._broker.signal(signal.SIGTERM)
         assert self._broker.exit_status() == 0, f"stop {number}: {self._broker.lines}"
         [stopped] = self._broker.events("daemon.stopped")
-        assert (stopped["lost"], stopped["cut_off"]) == (0, 0), f"stop {number}: {self._broker.lines}"
+        assert (stopped["lost"], stopped["cut_off"]) == (0, 0), (
+            f"stop {number}: {self._broker.lines}"
+        )
         self._broker.__exit__()
 
     def start(self) -> None:

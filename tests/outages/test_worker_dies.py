@@ -1,4 +1,6 @@
-"""A pool of workers, one of them killed in the middle: every request has a reply or an error."""
+"""A pool of workers, one of them killed in the middle: every request has a reply or an
+error.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,18 @@ WINDOW = 400
 def test_every_request_has_a_reply_or_an_error(
     socket_dir: Path, requests: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the killed worker had comes back as abandoned, what waited for it as offline; nothing else fails."""
-    with process(socket_dir, ["asker", "work"], f"connections: {WORKERS + 1}") as broker, _pool(broker) as workers:
+    """What the killed worker had comes back as abandoned, what waited for it as
+    offline; nothing else fails.
+    """
+    with (
+        process(socket_dir, ["asker", "work"], f"connections: {WORKERS + 1}") as broker,
+        _pool(broker) as workers,
+    ):
         counted = asyncio.run(_ask(broker, workers, requests))
     assert counted.total() == requests
     assert counted.keys() <= {"reply", Abandoned.code, Offline.code}
-    # Some were with it when it died, else this showed nothing; no more than could be under way.
+    # Some were with it when it died, else this showed nothing; no more than could be
+    # under way.
     assert 0 < counted[Abandoned.code] + counted[Offline.code] <= WINDOW
     with capsys.disabled():
         print(f"\n{requests} requests, one of {WORKERS} workers killed: {dict(counted)}")
@@ -55,7 +63,9 @@ def _pool(broker: Process) -> Iterator[list[subprocess.Popen[bytes]]]:
             worker.stdout.close()
 
 
-async def _ask(broker: Process, workers: list[subprocess.Popen[bytes]], requests: int) -> collections.Counter[str]:
+async def _ask(
+    broker: Process, workers: list[subprocess.Popen[bytes]], requests: int
+) -> collections.Counter[str]:
     counted: collections.Counter[str] = collections.Counter()
     window = asyncio.Semaphore(WINDOW)
 
@@ -69,7 +79,10 @@ async def _ask(broker: Process, workers: list[subprocess.Popen[bytes]], requests
         finally:
             window.release()
 
-    async with aio.connect(broker.address, name="asker", key=broker.key("asker")) as client, asyncio.TaskGroup() as all:
+    async with (
+        aio.connect(broker.address, name="asker", key=broker.key("asker")) as client,
+        asyncio.TaskGroup() as all,
+    ):
         for number in range(requests):
             await window.acquire()
             all.create_task(ask(number))
@@ -77,7 +90,8 @@ async def _ask(broker: Process, workers: list[subprocess.Popen[bytes]], requests
                 # Stopped first, so that it has requests that it can't answer any more.
                 workers[0].send_signal(signal.SIGSTOP)
             elif workers[0].returncode is None and counted.total() >= requests // 2 + WINDOW // 2:
-                # So many were sent and answered since, by the others, that it was its turn, too.
+                # So many were sent and answered since, by the others, that it was its
+                # turn, too.
                 workers[0].kill()
                 workers[0].wait(TIMEOUT_S)
     return counted

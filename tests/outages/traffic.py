@@ -1,4 +1,6 @@
-"""Traffic between processes, for faults to happen to, and the account of every message of it."""
+"""Traffic between processes, for faults to happen to, and the account of every message
+of it.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,12 @@ _GOOD = frozenset({"Receipt", "Reply"})
 
 @dataclass
 class Account:
-    """What became of everything that was sent; every number is of messages and requests together.
+    """What became of everything that was sent; every number is of messages and requests
+    together.
 
-    refused: the sender has heard that it was not delivered, or, of a request, not answered. in_doubt: the sender has
-    heard that this is not known. died: messages with a receipt that were in the memory of a process that was killed.
+    refused: the sender has heard that it was not delivered, or, of a request, not
+    answered. in_doubt: the sender has heard that this is not known. died: messages with
+    a receipt that were in the memory of a process that was killed.
     """
 
     fault: str
@@ -52,10 +56,14 @@ class Account:
 
     @property
     def balances(self) -> bool:
-        return not (self.twice or self.out_of_order or self.unaccounted or self.delivered_and_refused)
+        return not (
+            self.twice or self.out_of_order or self.unaccounted or self.delivered_and_refused
+        )
 
     def record(self, seen: str = "") -> Account:
-        """Check that it balances, print it, and keep it for docs/reliability.md where that is being written."""
+        """Check that it balances, print it, and keep it for docs/reliability.md where
+        that is being written.
+        """
         self.seen = seen or self.seen
         print(f"\n{self}")
         assert self.sent > 0
@@ -67,11 +75,13 @@ class Account:
 
 
 class Member:
-    """One process of the traffic. command: see member.py. inside: what is to be done in it before it begins, such as
-    entering a network.
+    """One process of the traffic. command: see member.py. inside: what is to be done in
+    it before it begins, such as entering a network.
     """
 
-    def __init__(self, name: str, ledger: Path, command: list[str], inside: Callable[[], None] | None) -> None:
+    def __init__(
+        self, name: str, ledger: Path, command: list[str], inside: Callable[[], None] | None
+    ) -> None:
         self.name = name
         self.ledger = ledger
         ledger.touch()
@@ -111,8 +121,8 @@ class Member:
 class Traffic:
     """Senders that send to every recipient all the time.
 
-    ca: who vouches for the broker, where that is spoken to over TLS. blocking: whose clients are, the others' are
-    asyncio's.
+    ca: who vouches for the broker, where that is spoken to over TLS. blocking: whose
+    clients are, the others' are asyncio's.
     """
 
     def __init__(
@@ -144,7 +154,16 @@ class Traffic:
     def _start(self, role: str, name: str, others: Iterable[str]) -> Member:
         ledger = self._directory / f"{name}.ledger"
         face = "blocking" if name in self._blocking else "asyncio"
-        what = [face, role, self._address, name, key_of(name).decode(), str(ledger), self._ca, *others]
+        what = [
+            face,
+            role,
+            self._address,
+            name,
+            key_of(name).decode(),
+            str(ledger),
+            self._ca,
+            *others,
+        ]
         return Member(name, ledger, what, self._inside)
 
     def __enter__(self) -> Self:
@@ -161,17 +180,27 @@ class Traffic:
         self.recipients[name].wait_for("ready")
 
     def good(self, sender: str, to: str) -> int:
-        """Return how many of its messages and requests to that recipient went well so far."""
+        """Return how many of its messages and requests to that recipient went well so
+        far.
+        """
         return sum(line[1] == to and line[3] in _GOOD for line in self.senders[sender].lines())
 
     def goes_on(self, *, but: Iterable[str] = (), more: int = 24) -> None:
-        """Return when everybody has been served some more by everybody, but for those recipients."""
+        """Return when everybody has been served some more by everybody, but for those
+        recipients.
+        """
         pairs = [(sender, to) for sender in self.senders for to in self.recipients if to not in but]
         before = {pair: self.good(*pair) for pair in pairs}
-        until(lambda: all(self.good(*pair) >= before[pair] + more for pair in pairs), "the traffic stands still")
+        until(
+            lambda: all(self.good(*pair) >= before[pair] + more for pair in pairs),
+            "the traffic stands still",
+        )
 
     def finish(self, fault: str, *, killed: Iterable[str] = ()) -> Account:
-        """End it in peace; return the account. killed: whose memory went with it, or "broker"."""
+        """End it in peace; return the account.
+
+        killed: whose memory went with it, or "broker".
+        """
         for group in (self.senders, self.recipients):
             for each in group.values():
                 each.tell()
@@ -200,11 +229,15 @@ class Traffic:
                 outcomes[kind, to, int(number)] = word
             account.sent += len(outcomes)
             for (kind, to, number), word in outcomes.items():
-                self._judge(account, kind, to, word, killed, delivered=number in there[kind, name, to])
+                self._judge(
+                    account, kind, to, word, killed, delivered=number in there[kind, name, to]
+                )
             print(name, dict(Counter(outcomes.values())))
         return account
 
-    def _judge(self, account: Account, kind: str, to: str, word: str, killed: set[str], *, delivered: bool) -> None:
+    def _judge(
+        self, account: Account, kind: str, to: str, word: str, killed: set[str], *, delivered: bool
+    ) -> None:
         if word in _GOOD:
             if not delivered and kind == "message" and killed & {to, "broker"}:
                 account.died += 1

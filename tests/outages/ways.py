@@ -1,4 +1,6 @@
-"""The ways between clients and broker that faults happen to: in the clear over a Unix socket, and TLS over TCP."""
+"""The ways between clients and broker that faults happen to: in the clear over a Unix
+socket, and TLS over TCP.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ __all__ = ["Way", "tls_way"]
 
 @dataclass(frozen=True)
 class Way:
-    """In the clear, unless there is a certificate. host: where the broker listens, if not on its Unix socket."""
+    """In the clear, unless there is a certificate.
+
+    host: where the broker listens, if not on its Unix socket.
+    """
 
     host: str = ""
     authority: Authority | None = None
@@ -34,7 +39,10 @@ class Way:
         return f"TLS: {fault}" if self.shown else fault
 
     def listen(self, port: int = 0, **more: Any) -> list[Any]:
-        """Return what stands below ``listen``. port: the one that another broker had."""
+        """Return what stands below ``listen``.
+
+        port: the one that another broker had.
+        """
         if not self.host:
             return []
         tls = {"tls": self.shown.entry()} if self.shown else {}
@@ -55,7 +63,12 @@ class Way:
         return self.authority.context() if self.authority else None
 
     def traffic(
-        self, directory: Path, broker: Process, *, blocking: Iterable[str] = ("s1", "r1"), **more: Any
+        self,
+        directory: Path,
+        broker: Process,
+        *,
+        blocking: Iterable[str] = ("s1", "r1"),
+        **more: Any,
     ) -> Traffic:
         """Return traffic this way. blocking: whose clients are of that kind."""
         ca = self.authority.file if self.authority else None

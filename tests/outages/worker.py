@@ -1,4 +1,6 @@
-"""One member of a pool, as a process: it answers requests until it is killed. Arguments: address, name, key."""
+"""One member of a pool, as a process: it answers requests until it is killed.
+Arguments: address, name, key.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``make soak SOAK_MIN=20``: runs it, says whether it was flat, and writes table and plot for docs/reliability.md."""
+"""``make soak SOAK_MIN=20``: runs it, says whether it was flat, and writes table and
+plot for docs/reliability.md.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
-    parser.add_argument("--write", action="store_true", help="write docs/reliability.md and its picture")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/reliability.md and its picture"
+    )
     arguments = parser.parse_args()
     print(f"{arguments.minutes:g} minutes of mixed work, seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:

@@ -1,8 +1,9 @@
-"""Whether a series of samples is flat: the verdict of a soak, and nothing that knows a broker.
+"""Whether a series of samples is flat: the verdict of a soak, and nothing that knows a
+broker.
 
-The slope is that of Theil and Sen, the median of the slopes between all pairs of samples: neither a single outlier
-nor a quarter of them moves it far. The first quarter is left out: caches, buffers and the allocator's arenas fill up
-then.
+The slope is that of Theil and Sen, the median of the slopes between all pairs of
+samples: neither a single outlier nor a quarter of them moves it far. The first quarter
+is left out: caches, buffers and the allocator's arenas fill up then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _MOST = 600
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a series may rise from the end of the first quarter to the end: the larger of the two.
+    """How far a series may rise from the end of the first quarter to the end: the
+    larger of the two.
 
     share: of its median. least: in its own unit.
     """
@@ -30,7 +32,9 @@ class Bound:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. rise: by the slope, over the last three quarters. allowed: the bound in the series' own unit."""
+    """What was found. rise: by the slope, over the last three quarters. allowed: the
+    bound in the series' own unit.
+    """
 
     median: float
     least: float
@@ -56,7 +60,9 @@ def theil_sen(values: Sequence[float]) -> float:
 
 
 def judge(values: Sequence[float], bound: Bound) -> Verdict:
-    """Return whether the last three quarters of the samples rise by more than the bound."""
+    """Return whether the last three quarters of the samples rise by more than the
+    bound.
+    """
     counted = values[len(values) // 4 :]
     median = statistics.median(counted)
     rise = theil_sen(counted) * (len(counted) - 1)

@@ -1,4 +1,6 @@
-"""What a soak has shown, for docs/reliability.md: a table, and a plot of what was sampled."""
+"""What a soak has shown, for docs/reliability.md: a table, and a plot of what was
+sampled.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def _lines(seen: Soak) -> Iterator[str]:
         found = verdicts[each.key]
         unit = f" {each.unit}" if each.unit else ""
         yield (
-            f"| {each.title} | {found.median:.3g}{unit} | {found.least:.3g} to {found.most:.3g} | {found.rise:+.2g} "
-            f"| {found.allowed:.2g} | {'flat' if found.flat else 'NOT FLAT'} |"
+            f"| {each.title} | {found.median:.3g}{unit} | {found.least:.3g} to {found.most:.3g} |"
+            f" {found.rise:+.2g} | {found.allowed:.2g} | {'flat' if found.flat else 'NOT FLAT'} |"
         )
     yield ""
     yield "| work | count |"
@@ -42,7 +44,8 @@ def _lines(seen: Soak) -> Iterator[str]:
 
 _SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13"'
 _WIDTH, _LEFT, _RIGHT, _PANEL, _GAP, _TOP, _BOTTOM = 760, 70, 20, 110, 34, 30, 40
-#: Panels: the title, and what is drawn in it with its colour. Some have a logarithmic scale.
+#: Panels: the title, and what is drawn in it with its colour. Some have a logarithmic
+#: scale.
 _PANELS = (
     ("memory, MiB", (("rss", "#c2410c", "resident"), ("anonymous", "#334155", "anonymous")), False),
     ("descriptors", (("fds", "#c2410c", ""),), False),
@@ -77,11 +80,19 @@ def picture(seen: Soak) -> str:
 
 
 def _text(x: float, y: float, words: str, anchor: str, colour: str = "#606060") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(words)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        f' fill="{colour}">{html.escape(words)}</text>'
+    )
 
 
 def _panel(
-    seen: Soak, top: float, title: str, lines: tuple[tuple[str, str, str], ...], *, logarithmic: bool
+    seen: Soak,
+    top: float,
+    title: str,
+    lines: tuple[tuple[str, str, str], ...],
+    *,
+    logarithmic: bool,
 ) -> Iterator[str]:
     values = [value for key, _, _ in lines for value in seen.samples[key]]
     scale = (lambda value: math.log10(max(value, 1e-3))) if logarithmic else float
@@ -96,7 +107,10 @@ def _panel(
 
     yield _text(_LEFT, top - 8, title, "start", "#000000")
     wide = _WIDTH - _LEFT - _RIGHT
-    yield f'<rect x="{_LEFT}" y="{top}" width="{wide}" height="{_PANEL}" fill="none" stroke="#d8d8d8"/>'
+    yield (
+        f'<rect x="{_LEFT}" y="{top}" width="{wide}" height="{_PANEL}" fill="none"'
+        ' stroke="#d8d8d8"/>'
+    )
     for value in (10**low, 10**high) if logarithmic else (low, high):
         yield _text(_LEFT - 6, y(value) + 4, f"{value:.3g}", "end")
     if seen.upgraded_at is not None:

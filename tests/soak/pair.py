@@ -1,8 +1,10 @@
-"""Two clients that send each other a message many times a second, in processes of their own, and a control beside them.
+"""Two clients that send each other a message many times a second, in processes of their
+own, and a control beside them.
 
-``pair.py SOCKET`` prints a line of JSON each second until its standard input ends: the median and the 99th percentile
-of the round trip through the broker and back, and of one to another process without any broker, in microseconds. The
-machine may be busy with other things; then both grow.
+``pair.py SOCKET`` prints a line of JSON each second until its standard input ends: the
+median and the 99th percentile of the round trip through the broker and back, and of one
+to another process without any broker, in microseconds. The machine may be busy with
+other things; then both grow.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def answer(friend: Raw) -> None:
 
 
 def beside(path: str) -> tuple[socket.socket, Raw]:
-    """Start the two other ends, each a process; return this end of the control and of the pair."""
+    """Start the two other ends, each a process; return this end of the control and of
+    the pair.
+    """
     near, far = socket.socketpair()
     if not os.fork():
         near.close()
@@ -83,7 +87,14 @@ def main(path: str) -> None:
         median, p99 = percentiles(through)
         control_median, control_p99 = percentiles(without)
         print(
-            json.dumps({"median": median, "p99": p99, "control_median": control_median, "control_p99": control_p99}),
+            json.dumps(
+                {
+                    "median": median,
+                    "p99": p99,
+                    "control_median": control_median,
+                    "control_p99": control_p99,
+                }
+            ),
             flush=True,
         )
     # It must not outlive this process.

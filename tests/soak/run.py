@@ -26,7 +26,10 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Series:
-    """One thing that is sampled. key: in a sample. bound: how far it may rise, and why that far."""
+    """One thing that is sampled.
+
+    key: in a sample. bound: how far it may rise, and why that far.
+    """
 
     key: str
     title: str
@@ -35,13 +38,22 @@ class Series:
     why: str
 
 
-#: A leak of 3 bytes for each of some 1300 messages a second is 3.5 MB in the 15 minutes that count in 20.
+#: A leak of 3 bytes for each of some 1300 messages a second is 3.5 MB in the 15 minutes
+#: that count in 20.
 _MEMORY = Bound(0.03, 1.0)
-_MEMORY_WHY = "the allocator's arenas move by less; 3 bytes lost with each message are more in 20 minutes"
+_MEMORY_WHY = (
+    "the allocator's arenas move by less; 3 bytes lost with each message are more in 20 minutes"
+)
 SERIES = (
     Series("rss", "resident memory", "MiB", _MEMORY, _MEMORY_WHY),
     Series("anonymous", "anonymous memory", "MiB", _MEMORY, _MEMORY_WHY),
-    Series("fds", "descriptors", "", Bound(0.0, 2.0), "connections come and go; one lost in five minutes is more"),
+    Series(
+        "fds",
+        "descriptors",
+        "",
+        Bound(0.0, 2.0),
+        "connections come and go; one lost in five minutes is more",
+    ),
     Series(
         "median_ratio",
         "round trip, median, to the control's",
@@ -49,13 +61,21 @@ SERIES = (
         Bound(0.25, 0.2),
         "the machine does other things, which the control feels too",
     ),
-    Series("p99_ratio", "round trip, 99th percentile, to the control's", "x", Bound(0.5, 0.5), "the same, at the edge"),
+    Series(
+        "p99_ratio",
+        "round trip, 99th percentile, to the control's",
+        "x",
+        Bound(0.5, 0.5),
+        "the same, at the edge",
+    ),
 )
 
 
 @dataclass
 class Soak:
-    """What was seen. samples: one a second, by name. account: of the work. upgraded_at: seconds, None for never."""
+    """What was seen. samples: one a second, by name. account: of the work. upgraded_at:
+    seconds, None for never.
+    """
 
     seconds: float
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -68,11 +88,14 @@ class Soak:
         return {each.key: judge(self.samples[each.key], each.bound) for each in SERIES}
 
 
-def soak(directory: Path, seconds: float, seed: int, *, program: str = PROGRAM, upgrade: bool = True) -> Soak:
+def soak(
+    directory: Path, seconds: float, seed: int, *, program: str = PROGRAM, upgrade: bool = True
+) -> Soak:
     """Run for so long; return what was seen. Raises what went wrong with any message.
 
-    upgrade: the broker replaces itself when a tenth of the time is over, before the samples that count, and at the end:
-    a new process would hide what the old one had lost.
+    upgrade: the broker replaces itself when a tenth of the time is over, before the
+    samples that count, and at the end: a new process would hide what the old one had
+    lost.
     """
     seen = Soak(seconds, seed=seed)
     with Process(
@@ -85,7 +108,9 @@ def soak(directory: Path, seconds: float, seed: int, *, program: str = PROGRAM, 
     ) as broker:
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, str(PAIR), str(broker.addresses()[0].path)]
-        pair = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+        pair = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+        )
         try:
             assert pair.stdout is not None
             assert pair.stdout.readline() == "ready\n"
@@ -124,7 +149,9 @@ def _until(done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _sample(broker: Process, work: Work, seen: Soak, latest: list[dict[str, float]], *, upgrade: bool) -> None:
+def _sample(
+    broker: Process, work: Work, seen: Soak, latest: list[dict[str, float]], *, upgrade: bool
+) -> None:
     _until(lambda: bool(latest))
     began = time.monotonic()
     while (now := time.monotonic() - began) < seen.seconds:
@@ -148,4 +175,8 @@ def _process(pid: int) -> dict[str, Any]:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, size = line.partition(":")
         sizes[name] = int(size.split()[0]) * 1024 / _MIB
-    return {"rss": sizes["Rss"], "anonymous": sizes["Anonymous"], "fds": len(list(Path(f"/proc/{pid}/fd").iterdir()))}
+    return {
+        "rss": sizes["Rss"],
+        "anonymous": sizes["Anonymous"],
+        "fds": len(list(Path(f"/proc/{pid}/fd").iterdir())),
+    }

@@ -27,7 +27,9 @@ threading.Thread(target=lose, daemon=True).start()
 
 
 def memory(chance: random.Random, samples: int, lost_mib: float = 0.0) -> list[float]:
-    """Return what a broker's memory looks like: a beginning, noise, some peaks, and what it loses in all."""
+    """Return what a broker's memory looks like: a beginning, noise, some peaks, and
+    what it loses in all.
+    """
     return [
         50
         - 5 * (number < samples / 8)
@@ -74,7 +76,9 @@ def test_the_slope_is_that_of_most_pairs() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_short_soak_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A minute and a half of mixed work, an upgrade in it: nothing is lost, memory and descriptors do not rise."""
+    """A minute and a half of mixed work, an upgrade in it: nothing is lost, memory and
+    descriptors do not rise.
+    """
     seed = random.randrange(2**32)
     seen = soak(socket_dir, 90, seed)
     with capsys.disabled():

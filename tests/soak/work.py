@@ -1,8 +1,9 @@
-"""Mixed work for a broker, kept up for as long as one likes: each part a thread, at a rate that leaves others room.
+"""Mixed work for a broker, kept up for as long as one likes: each part a thread, at a
+rate that leaves others room.
 
-Every part that sends counts what it sent and checks what arrived: once, in order, or refused. What goes wrong ends
-the part with an error that ``check`` raises. Garbage, and peers that break off, are parts too; nothing is expected of
-them.
+Every part that sends counts what it sent and checks what arrived: once, in order, or
+refused. What goes wrong ends the part with an error that ``check`` raises. Garbage, and
+peers that break off, are parts too; nothing is expected of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from typing import Any, Self
 import yaml
 from e2e.process import Process, key_of
 from e2e.under_load import write_whole
-from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, packed, prefixed
+from net.raw import (
+    ERROR,
+    EVENT,
+    MESSAGE,
+    RECEIPT,
+    WANT_RECEIPT,
+    Raw,
+    Rejected,
+    login,
+    packed,
+    prefixed,
+)
 from outages.traffic import until
 
 import brokerd_client
@@ -117,7 +129,9 @@ class Work:
         return raw
 
     def _connect(self, name: str, **how: Any) -> brokerd_client.Client:
-        return brokerd_client.connect(str(self._address()), name, key=key_of(name), timeout=WAIT_S, **how)
+        return brokerd_client.connect(
+            str(self._address()), name, key=key_of(name), timeout=WAIT_S, **how
+        )
 
     # Parts that keep accounts
 
@@ -146,7 +160,9 @@ class Work:
         """Every request is answered, by a pool of three."""
         with contextlib.ExitStack() as stack:
             for _ in range(3):
-                stack.enter_context(self._connect("answerer")).on_request(lambda message: message.payload)
+                stack.enter_context(self._connect("answerer")).on_request(
+                    lambda message: message.payload
+                )
             asker = stack.enter_context(self._connect("asker"))
             number = 0
             while not self.stop.wait(REQUESTS_S):
@@ -155,7 +171,9 @@ class Work:
         self.account["requests, each answered once"] += number
 
     def _slow_reader(self) -> None:
-        """Its queue is full most of the time and its sender held; everything arrives, in order."""
+        """Its queue is full most of the time and its sender held; everything arrives,
+        in order.
+        """
         # By the Unix socket: TCP's buffers would hold megabytes for it.
         with self._login("pusher") as pusher, self._login("slow", self._addresses[0]) as slow:
             sent = 0
@@ -180,7 +198,10 @@ class Work:
 
     def _drop_oldest(self) -> None:
         """Each message is received, in order, or comes back as full."""
-        with self._login("dropper") as dropper, self._login("dropped", self._addresses[0]) as dropped:
+        with (
+            self._login("dropper") as dropper,
+            self._login("dropped", self._addresses[0]) as dropped,
+        ):
             got: list[int] = []
             refused: list[int] = []
             sent = 0
@@ -188,7 +209,13 @@ class Work:
             def send() -> None:
                 nonlocal sent
                 while not self.stop.wait(0.005):
-                    dropper.send(MESSAGE, "dropped", NUMBER.pack(sent) + bytes(2000), id=sent, flags=WANT_RECEIPT)
+                    dropper.send(
+                        MESSAGE,
+                        "dropped",
+                        NUMBER.pack(sent) + bytes(2000),
+                        id=sent,
+                        flags=WANT_RECEIPT,
+                    )
                     sent += 1
 
             def hear() -> None:
@@ -225,7 +252,9 @@ class Work:
         self.account["messages of a megabyte, received whole"] += number
 
     def _start_large(self, giver: Raw, number: int) -> threading.Thread:
-        thread = threading.Thread(target=lambda: giver.send(MESSAGE, "taker", NUMBER.pack(number) * 131_072))
+        thread = threading.Thread(
+            target=lambda: giver.send(MESSAGE, "taker", NUMBER.pack(number) * 131_072)
+        )
         thread.start()
         return thread
 
@@ -236,7 +265,9 @@ class Work:
             with self._login("comer") as raw:
                 raw.ping()
                 if number % 3 == 0:
-                    raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    raw.sock.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
             number += 1
         self.account["clients that came, were served, and went"] += number
 
@@ -262,7 +293,9 @@ class Work:
                     raw.write(prefixed(self._chance.randbytes(40)))
                 else:
                     raw.log_in(key_of("mean"), b"mean")
-                    raw.write(packed(MESSAGE, "nobody", bytes(50_000))[: self._chance.randrange(50_000)])
+                    raw.write(
+                        packed(MESSAGE, "nobody", bytes(50_000))[: self._chance.randrange(50_000)]
+                    )
             number += 1
             while len(held) > 8:
                 held.pop(0).close()
@@ -273,7 +306,9 @@ class Work:
     # What the operator does
 
     def _reloads(self) -> None:
-        """The file changes, and is reloaded: a client's quota, a listener that comes and goes."""
+        """The file changes, and is reloaded: a client's quota, a listener that comes
+        and goes.
+        """
         text = self.broker.config.read_text()
         number = 0
         while not self.stop.wait(RELOAD_S):
@@ -293,7 +328,11 @@ class Work:
         with self._one_at_a_time, self.broker.login("ops") as ops:
             answer = ops.ask("upgrade").json
             assert answer["upgraded"], answer
-            # Signals go to the first process, and only once its keeper is in its place are they passed on for sure.
+            # Signals go to the first process, and only once its keeper is in its place
+            # are they passed on for sure.
             cmdline = Path(f"/proc/{self.broker.popen.pid}/cmdline")
-            until(lambda: b"keeper.py" in cmdline.read_bytes(), "no keeper takes the first process's place")
+            until(
+                lambda: b"keeper.py" in cmdline.read_bytes(),
+                "no keeper takes the first process's place",
+            )
         self.account["upgrades under all of this"] += 1

@@ -1,4 +1,6 @@
-"""A service manager, played by the test: it hears what the daemon tells it, and hands over sockets."""
+"""A service manager, played by the test: it hears what the daemon tells it, and hands
+over sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any, Self
 from e2e.process import Process
 
 TIMEOUT_S = 30.0
-#: Puts the sockets where sd_listen_fds(3) looks for them, as the manager does between fork and exec.
+#: Puts the sockets where sd_listen_fds(3) looks for them, as the manager does between
+#: fork and exec.
 PROGRAM = """
 import fcntl, os, sys
 from pathlib import Path
@@ -27,7 +30,10 @@ sys.exit(run(Path(sys.argv[1])))
 
 
 class Manager:
-    """The other end of NOTIFY_SOCKET. address: as that variable has it, a path or ``@`` and an abstract name."""
+    """The other end of NOTIFY_SOCKET.
+
+    address: as that variable has it, a path or ``@`` and an abstract name.
+    """
 
     def __init__(self, address: Path | str) -> None:
         self.address = str(address)
@@ -56,7 +62,9 @@ class Manager:
                 return said
 
     def is_silent_for(self, seconds: float) -> bool:
-        """Return whether nothing is said for so long, from now on: what was said before does not count."""
+        """Return whether nothing is said for so long, from now on: what was said before
+        does not count.
+        """
         try:
             self._sock.setblocking(False)
             with suppress(BlockingIOError):
@@ -82,7 +90,8 @@ class Manager:
     ) -> Process:
         """Run a daemon that tells this manager.
 
-        sockets: handed over. names: theirs, joined by colons. first: Python that the daemon's process runs before.
+        sockets: handed over. names: theirs, joined by colons. first: Python that the
+        daemon's process runs before.
         """
         fds = [sock.fileno() for sock in sockets]
         variables = {"NOTIFY_SOCKET": self.address, **(environ or {})}
@@ -90,4 +99,6 @@ class Manager:
             variables |= {"TEST_FDS": " ".join(map(str, fds)), "LISTEN_FDS": str(len(fds))}
         if names is not None:
             variables["LISTEN_FDNAMES"] = names
-        return Process(directory, *given, program=first + PROGRAM, pass_fds=fds, environ=variables, **how)
+        return Process(
+            directory, *given, program=first + PROGRAM, pass_fds=fds, environ=variables, **how
+        )

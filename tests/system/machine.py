@@ -1,15 +1,17 @@
-"""A small Debian with a booted systemd in a container, the project installed in it; for tests of the service itself.
+"""A small Debian with a booted systemd in a container, the project installed in it; for
+tests of the service itself.
 
     with boot("bookworm") as machine:                 # some two seconds
         machine.write("/etc/brokerd/brokerd.yaml", "...", owner="brokerd")
-        machine.run("systemctl", "start", "brokerd")
-        machine.journal("brokerd.service")            # its entries, as dictionaries
-        machine.host_path("/run/brokerd/brokerd.sock")   # the same file, seen from the test
+        machine.run("systemctl", "start", "brokerd") machine.journal("brokerd.service")
+        # its entries, as dictionaries machine.host_path("/run/brokerd/brokerd.sock")
+        # the same file, seen from the test
 
-Needs root and apt; what is missing of ``TOOLS`` is installed. The root file system is made once by mmdebstrap, from the
-mirror in the machine's own apt sources, and kept in the directory that BROKERD_TEST_CACHE names, or in the user's cache
-directory. A container writes to a memory file system of its own, has no network but its own loopback and leaves nothing
-behind: its cgroups, namespaces and files go with it.
+Needs root and apt; what is missing of ``TOOLS`` is installed. The root file system is
+made once by mmdebstrap, from the mirror in the machine's own apt sources, and kept in
+the directory that BROKERD_TEST_CACHE names, or in the user's cache directory. A
+container writes to a memory file system of its own, has no network but its own loopback
+and leaves nothing behind: its cgroups, namespaces and files go with it.
 """
 
 from __future__ import annotations
@@ -50,18 +52,21 @@ TIMEOUT_S: Final = 60.0
 _INSTALL_TIMEOUT_S: Final = 600
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
-#: $0: the container's name, $1...: what nspawn is given. Its own mounts and cgroups, so that it disturbs nobody.
+#: $0: the container's name, $1...: arguments of systemd-nspawn. The container has mounts
+#: and cgroups of its own.
 _BOOT: Final = """
 for d in $CGROUPS; do mkdir -p $d/$0; echo 0 > $d/$0/cgroup.procs; done
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn
-exec systemd-nspawn --quiet --boot --register=no --keep-unit -M $0 --volatile=overlay --private-network \\
-    --link-journal=no --console=pipe "$@" </dev/null
+exec systemd-nspawn --quiet --boot --register=no --keep-unit -M $0 --volatile=overlay \\
+    --private-network --link-journal=no --console=pipe "$@" </dev/null
 """
 
 
 class Machine:
-    """A booted container. name: unique. suite: its Debian. pid: of its init, seen from here."""
+    """A booted container. name: unique. suite: its Debian. pid: of its init, seen from
+    here.
+    """
 
     def __init__(self, name: str, suite: str, pid: int) -> None:
         self.name = name
@@ -77,7 +82,13 @@ class Machine:
         """Return what runs this inside from outside, for a Popen of the test's own."""
         return ["nsenter", "-t", str(self.pid), "-a", *map(str, command)]
 
-    def run(self, *command: object, status: int | None = 0, input: str = "", timeout_s: float = TIMEOUT_S) -> str:
+    def run(
+        self,
+        *command: object,
+        status: int | None = 0,
+        input: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> str:
         """Return what a command inside prints, errors included.
 
         status: the exit status it must have; None for any.
@@ -91,18 +102,28 @@ class Machine:
             timeout=timeout_s,
             check=False,
             cwd="/",
-            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "LANG": "C.UTF-8", "TERM": "dumb"},
+            env={
+                "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+                "LANG": "C.UTF-8",
+                "TERM": "dumb",
+            },
         )
         if status is not None:
-            assert done.returncode == status, f"{shlex.join(map(str, command))}: {done.returncode}\n{done.stdout}"
+            assert done.returncode == status, (
+                f"{shlex.join(map(str, command))}: {done.returncode}\n{done.stdout}"
+            )
         return done.stdout
 
     def python(self, program: str, *arguments: object, **how: Any) -> str:
-        """Return what a Python program inside prints; the project's packages can be imported."""
+        """Return what a Python program inside prints; the project's packages can be
+        imported.
+        """
         return self.run("/usr/bin/python3", "-c", program, *arguments, **how)
 
     def host_path(self, path: str) -> Path:
-        """Return where a file of the container is, seen from outside: for sockets and for writing files."""
+        """Return where a file of the container is, seen from outside: for sockets and
+        for writing files.
+        """
         return Path(f"/proc/{self.pid}/root{path}")
 
     def write(self, path: str, text: str, *, owner: str = "root", mode: int = 0o600) -> None:
@@ -115,7 +136,9 @@ class Machine:
 
     def show(self, unit: str, *names: str) -> dict[str, str]:
         """Return properties of a unit, as ``systemctl show`` has them."""
-        lines = self.run("systemctl", "show", unit, *(f"--property={name}" for name in names)).splitlines()
+        lines = self.run(
+            "systemctl", "show", unit, *(f"--property={name}" for name in names)
+        ).splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
     def journal(self, unit: str, *arguments: str) -> list[dict[str, Any]]:
@@ -125,7 +148,9 @@ class Machine:
         return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
     def wait(self, what: str, *command: object, timeout_s: float = TIMEOUT_S) -> str:
-        """Return what a command inside prints once the pattern is in it; fail when it does not come."""
+        """Return what a command inside prints once the pattern is in it; fail when it
+        does not come.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             text = self.run(*command, status=None)
@@ -135,18 +160,26 @@ class Machine:
             time.sleep(0.05)
 
     def events(self, unit: str = "brokerd.service") -> list[dict[str, Any]]:
-        """Return the broker's own events in the journal of a unit, their fields by name."""
+        """Return the broker's own events in the journal of a unit, their fields by
+        name.
+        """
         entries = [entry for entry in self.journal(unit) if isinstance(entry.get("MESSAGE"), str)]
-        return [json.loads(entry["MESSAGE"]) for entry in entries if entry["MESSAGE"].startswith("{")]
+        return [
+            json.loads(entry["MESSAGE"]) for entry in entries if entry["MESSAGE"].startswith("{")
+        ]
 
 
 @contextlib.contextmanager
-def boot(suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, str] | None = None) -> Iterator[Machine]:
-    """Boot a container with the project installed; stop it and remove all of it at the end.
+def boot(
+    suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, str] | None = None
+) -> Iterator[Machine]:
+    """Boot a container with the project installed; stop it and remove all of it at the
+    end.
 
-    suite: one of PYTHONS. units: whether the units, the user and the directories are there too; they can be found in
-    /usr/share/doc/brokerd in any case. binds: more directories or files of this machine, seen inside, read-only.
-    Skips the test, with the reason, where this can't be done.
+    suite: one of PYTHONS. units: whether the units, the user and the directories are
+    there too; they can be found in /usr/share/doc/brokerd in any case. binds: more
+    directories or files of this machine, seen inside, read-only. Skips the test, with
+    the reason, where this can't be done.
     """
     need()
     root, installed = root_of(suite), installed_for(suite)
@@ -154,13 +187,17 @@ def boot(suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, st
     version = PYTHONS[suite]
     shared = {
         installed / "lib": f"/usr/local/lib/python{version}/dist-packages",
-        **{installed / "bin" / command: f"/usr/local/bin/{command}" for command in ("brokerd", "brokerctl")},
+        **{
+            installed / "bin" / command: f"/usr/local/bin/{command}"
+            for command in ("brokerd", "brokerctl")
+        },
         **({ROOT / "systemd" / unit: place for unit, place in UNITS.items()} if units else {}),
         ROOT / "systemd": "/usr/share/doc/brokerd/systemd",
         **(binds or {}),
     }
     arguments = ["-D", root, *(f"--bind-ro={here}:{there}" for here, there in shared.items())]
-    # The unified hierarchy alone: so are real machines, and systemd 256 and later know no other.
+    # The unified hierarchy alone: so are real machines, and systemd 256 and later know
+    # no other.
     outside = {
         **os.environ,
         "CGROUPS": " ".join(map(str, _hierarchies())),
@@ -168,7 +205,18 @@ def boot(suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, st
     }
     with tempfile.TemporaryFile() as console:
         process = subprocess.Popen(
-            ["unshare", "-m", "--propagation", "private", "bash", "-e", "-c", _BOOT, name, *map(str, arguments)],
+            [
+                "unshare",
+                "-m",
+                "--propagation",
+                "private",
+                "bash",
+                "-e",
+                "-c",
+                _BOOT,
+                name,
+                *map(str, arguments),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -188,7 +236,9 @@ def boot(suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, st
 
 
 def need() -> None:
-    """Install what is missing; skip the test, with the reason, where that can't be done."""
+    """Install what is missing; skip the test, with the reason, where that can't be
+    done.
+    """
     if sys.platform != "linux":
         pytest.skip("systemd runs on Linux only")
     if os.geteuid() != 0:
@@ -209,13 +259,20 @@ def need() -> None:
         check=False,
     )
     if done.returncode:
-        pytest.skip(f"apt-get can't install {' and '.join(missing)}: {done.stdout.strip().splitlines()[-1:]}")
+        pytest.skip(
+            f"apt-get can't install {' and '.join(missing)}:"
+            f" {done.stdout.strip().splitlines()[-1:]}"
+        )
 
 
 def cache() -> Path:
     """Return the directory for what is made once and kept."""
     given = os.environ.get("BROKERD_TEST_CACHE")
-    path = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "brokerd-tests"
+    path = (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "brokerd-tests"
+    )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -229,7 +286,15 @@ def root_of(suite: str) -> Path:
     mirror = _mirror()
     with tempfile.TemporaryDirectory(prefix=f"debian-{suite}-", dir=cache()) as making:
         root = Path(making) / "root"
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", suite, str(root), mirror]
+        command = [
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            f"--include={PACKAGES}",
+            suite,
+            str(root),
+            mirror,
+        ]
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -240,7 +305,9 @@ def root_of(suite: str) -> Path:
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"mmdebstrap can't make a Debian {suite}: {done.stdout.strip().splitlines()[-1:]}")
+            pytest.skip(
+                f"mmdebstrap can't make a Debian {suite}: {done.stdout.strip().splitlines()[-1:]}"
+            )
         with contextlib.suppress(FileExistsError):
             root.rename(path)
     return path
@@ -265,24 +332,33 @@ def _mirror() -> str:
 
 @functools.cache
 def installed_for(suite: str) -> Path:
-    """Return a directory with the project as pip installs it for the suite's Python: ``lib`` and ``bin``."""
+    """Return a directory with the project as pip installs it for the suite's Python:
+    ``lib`` and ``bin``.
+    """
     version = PYTHONS[suite]
     python = _python(version)
     path = Path(tempfile.mkdtemp(prefix="brokerd-installed-"))
     # Once for all tests, however many containers they boot.
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    # A copy: pip builds where the source is, and would find there what earlier builds left.
+    # A copy: pip builds where the source is, and would find there what earlier builds
+    # left.
     source = path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("brokerd", "client"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
-    _pip(python, "install", "--quiet", "--no-warn-script-location", "--target", path / "lib", source)
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c")
+        )
+    _pip(
+        python, "install", "--quiet", "--no-warn-script-location", "--target", path / "lib", source
+    )
     (path / "bin").mkdir()
     for command, module in (("brokerd", "brokerd.cli.main"), ("brokerctl", "brokerd.ctl")):
         script = path / "bin" / command
-        script.write_text(f"#!/usr/bin/python3\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.write_text(
+            f"#!/usr/bin/python3\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
+        )
         script.chmod(0o755)
     # mkdtemp makes it for root alone; the service runs as another user.
     path.chmod(0o755)
@@ -291,7 +367,15 @@ def installed_for(suite: str) -> Path:
 
 def _pip(python: str, *arguments: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *map(str, arguments)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "--disable-pip-version-check",
+            *map(str, arguments),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -303,13 +387,19 @@ def _pip(python: str, *arguments: object) -> None:
 
 
 def _python(version: str) -> str:
-    """Return an interpreter of this version: this one, one on the path, or one that pyenv has."""
+    """Return an interpreter of this version: this one, one on the path, or one that
+    pyenv has.
+    """
     if "{}.{}".format(*sys.version_info[:2]) == version:
         return sys.executable
     candidates = [f"python{version}"]
     if shutil.which("pyenv"):
-        done = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT_S)
-        candidates += map(str, sorted(Path(done.stdout.strip()).glob(f"versions/{version}.*/bin/python")))
+        done = subprocess.run(
+            ["pyenv", "root"], stdout=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT_S
+        )
+        candidates += map(
+            str, sorted(Path(done.stdout.strip()).glob(f"versions/{version}.*/bin/python"))
+        )
     for candidate in candidates:
         with contextlib.suppress(OSError):
             outgoing_requests = [
@@ -317,7 +407,9 @@ def _python(version: str) -> str:
                 "-c",
                 "import sys; print('{}.{}'.format(*sys.version_info[:2]), sys.executable)",
             ]
-            done = subprocess.run(outgoing_requests, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                outgoing_requests, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            )
             found, _, executable = done.stdout.strip().partition(" ")
             if found == version:
                 return executable
@@ -325,10 +417,16 @@ def _python(version: str) -> str:
 
 
 def _hierarchies() -> list[Path]:
-    """Return the cgroup hierarchies that systemd uses: one unified, or several beside it."""
+    """Return the cgroup hierarchies that systemd uses: one unified, or several beside
+    it.
+    """
     if (_CGROUPS / "cgroup.procs").exists():
         return [_CGROUPS]
-    return [path for path in (_CGROUPS / name for name in ("systemd", "unified", "pids", "cpu")) if path.is_dir()]
+    return [
+        path
+        for path in (_CGROUPS / name for name in ("systemd", "unified", "pids", "cpu"))
+        if path.is_dir()
+    ]
 
 
 def _init_of(process: subprocess.Popen[bytes], console: Any) -> int:

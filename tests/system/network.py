@@ -1,12 +1,15 @@
-"""Two networks of a test's own with a link between them, which can be bad; nothing of it reaches anybody else.
+"""Two networks of a test's own with a link between them, which can be bad; nothing of
+it reaches anybody else.
 
     with Link.wire() as link:                  # a veth pair; iptables can cut it
         link.inside(BROKER)                    # for preexec_fn: puts a process there
         link.cut(CLIENTS)
         link.heal(CLIENTS)
-    with Link.carried(delay_ms=25, loss=0.02, twice=0.02, seed=1) as link:     # two TUN devices, and a process between
+    with Link.carried(delay_ms=25, loss=0.02, twice=0.02, seed=1) as link:     # two TUN
+    devices, and a process between
 
-Needs root, ip and iptables. Both ends have an address of their own; both networks go when the block ends.
+Needs root, ip and iptables. Both ends have an address of their own; both networks go
+when the block ends.
 """
 
 from __future__ import annotations
@@ -74,13 +77,29 @@ class Link:
         """Return two networks with a veth pair between them."""
         link = cls()
         broker, clients = link._spaces[BROKER], link._spaces[CLIENTS]
-        _ip("link", "add", "wire", "netns", broker, "type", "veth", "peer", "name", "wire", "netns", clients)
+        _ip(
+            "link",
+            "add",
+            "wire",
+            "netns",
+            broker,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "wire",
+            "netns",
+            clients,
+        )
         link._up("wire", "/24")
         return link
 
     @classmethod
-    def carried(cls, *, delay_ms: float, jitter_ms: float, loss: float, twice: float, seed: int) -> Self:
-        """Return two networks with a process between them that delays, loses and doubles packets, each way alike.
+    def carried(
+        cls, *, delay_ms: float, jitter_ms: float, loss: float, twice: float, seed: int
+    ) -> Self:
+        """Return two networks with a process between them that delays, loses and
+        doubles packets, each way alike.
 
         loss, twice: the shares of the packets.
         """
@@ -106,7 +125,9 @@ class Link:
             _ip("-n", space, "link", "set", device, "up")
 
     def _tun(self, end: str) -> int:
-        """Return a TUN device in this network: a descriptor that packets come out of and go into."""
+        """Return a TUN device in this network: a descriptor that packets come out of
+        and go into.
+        """
         here = os.open("/proc/self/ns/net", os.O_RDONLY)
         try:
             self.inside(end)()
@@ -150,7 +171,9 @@ class Link:
     def _rules(self, end: str, what: str) -> None:
         for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
             command = ["iptables", "-w", what, chain, way, "wire", "-j", "DROP"]
-            subprocess.run(["ip", "netns", "exec", self._spaces[end], *command], check=True, timeout=30)
+            subprocess.run(
+                ["ip", "netns", "exec", self._spaces[end], *command], check=True, timeout=30
+            )
 
 
 def _ip(*arguments: str) -> None:
@@ -163,8 +186,18 @@ def _enter(space: int) -> None:
         raise OSError(ctypes.get_errno(), "can't enter a network namespace")
 
 
-def _carry(ends: list[int], delay_s: float, jitter_s: float, loss: float, twice: float, chance: random.Random) -> None:
-    """Carry packets from each end to the other until killed. Packets with jitter overtake each other."""
+def _carry(
+    ends: list[int],
+    delay_s: float,
+    jitter_s: float,
+    loss: float,
+    twice: float,
+    chance: random.Random,
+) -> None:
+    """Carry packets from each end to the other until killed.
+
+    Packets with jitter overtake each other.
+    """
     due: list[tuple[float, int, bytes, int]] = []
     order = 0
     while True:

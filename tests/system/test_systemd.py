@@ -1,4 +1,6 @@
-"""The service under a booted systemd: its units as they are shipped, with the project installed as pip installs it."""
+"""The service under a booted systemd: its units as they are shipped, with the project
+installed as pip installs it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def booted(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 @pytest.fixture
 def machine(booted: Machine) -> Iterator[Machine]:
-    """The booted machine with a configuration of two clients, and nothing started; what a test did there is undone."""
+    """The booted machine with a configuration of two clients, and nothing started; what
+    a test did there is undone.
+    """
     for name in ("alice", "bob"):
         booted.write(f"/etc/brokerd/keys/{name}", f"{name}'s key", owner="brokerd:brokerd")
     booted.write(CONFIG, CONFIGURATION, owner="root:brokerd", mode=0o640)
@@ -51,14 +55,20 @@ def machine(booted: Machine) -> Iterator[Machine]:
     yield booted
     booted.run("systemctl", "stop", "brokerd.socket", "brokerd.service", status=None)
     booted.run("systemctl", "reset-failed", status=None)
-    booted.run("sh", "-c", f"rm -rf {DROP_INS} /etc/systemd/system/brokerd.socket.d /etc/brokerd/*/* /run/brokerd")
+    booted.run(
+        "sh",
+        "-c",
+        f"rm -rf {DROP_INS} /etc/systemd/system/brokerd.socket.d /etc/brokerd/*/* /run/brokerd",
+    )
     booted.run("journalctl", "--rotate")
     booted.run("journalctl", "--vacuum-time=1us")
 
 
 def drop_in(machine: Machine, unit: str, text: str) -> None:
     """Add to a unit."""
-    machine.write(f"/etc/systemd/system/{unit}.d/test-{len(text)}.conf", textwrap.dedent(text), mode=0o644)
+    machine.write(
+        f"/etc/systemd/system/{unit}.d/test-{len(text)}.conf", textwrap.dedent(text), mode=0o644
+    )
     machine.run("systemctl", "daemon-reload")
 
 
@@ -69,14 +79,26 @@ def install(machine: Machine, shipped: str) -> None:
     machine.run("systemctl", "daemon-reload")
 
 
-def brokerctl(machine: Machine, *command: str, address: str = UNIX, name: str = "alice", **how: Any) -> str:
+def brokerctl(
+    machine: Machine, *command: str, address: str = UNIX, name: str = "alice", **how: Any
+) -> str:
     """Return what brokerctl inside prints, run by root."""
     key = f"/etc/brokerd/keys/{name}"
-    return machine.run("brokerctl", "--address", address, "--name", name, "--key-file", key, *command, **how)
+    return machine.run(
+        "brokerctl", "--address", address, "--name", name, "--key-file", key, *command, **how
+    )
 
 
 def properties(machine: Machine) -> dict[str, str]:
-    names = ("ActiveState", "SubState", "Result", "ExecMainStatus", "NRestarts", "StatusText", "MainPID")
+    names = (
+        "ActiveState",
+        "SubState",
+        "Result",
+        "ExecMainStatus",
+        "NRestarts",
+        "StatusText",
+        "MainPID",
+    )
     return machine.show("brokerd.service", *names)
 
 
@@ -85,10 +107,12 @@ def messages(machine: Machine, unit: str = "brokerd.service") -> str:
     return "\n".join(str(entry.get("MESSAGE")) for entry in machine.journal(unit))
 
 
-#: Inside: stays connected as alice, and answers each line on its standard input with the broker's address for it.
+#: Inside: stays connected as alice, and answers each line on its standard input with
+#: the broker's address for it.
 STAYS = """
 import sys, brokerd_client
-with brokerd_client.connect(sys.argv[1], name="alice", key_file="/etc/brokerd/keys/alice", reconnect=False) as alice:
+options = {"name": "alice", "key_file": "/etc/brokerd/keys/alice", "reconnect": False}
+with brokerd_client.connect(sys.argv[1], **options) as alice:
     for line in sys.stdin:
         print(alice.request("$broker", {"op": "whoami"}, timeout=10).payload["address"], flush=True)
 """
@@ -98,7 +122,9 @@ with brokerd_client.connect(sys.argv[1], name="alice", key_file="/etc/brokerd/ke
 def staying(machine: Machine) -> Iterator[Any]:
     """Give a function that returns the address of one client that stays connected."""
     command = machine.command("/usr/bin/python3", "-c", STAYS, UNIX)
-    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+    client = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+    )
     assert client.stdin is not None
     assert client.stdout is not None
     stdin, stdout = client.stdin, client.stdout
@@ -116,9 +142,14 @@ def staying(machine: Machine) -> Iterator[Any]:
 
 
 def test_the_units_have_no_mistake(machine: Machine) -> None:
-    """systemd-analyze verify says nothing of the units, alone and with each drop-in it can have."""
+    """systemd-analyze verify says nothing of the units, alone and with each drop-in it
+    can have.
+    """
     for unit in ("brokerd.service", "brokerd.socket"):
-        assert machine.run("systemd-analyze", "verify", "--man=no", f"/etc/systemd/system/{unit}") == ""
+        assert (
+            machine.run("systemd-analyze", "verify", "--man=no", f"/etc/systemd/system/{unit}")
+            == ""
+        )
     shipped = {"brokerd-unix-only.conf", "brokerd-peer-uid.conf", "brokerd-credentials.conf"}
     if machine.systemd_version >= 253:
         shipped.add("brokerd-notify-reload.conf")
@@ -137,7 +168,9 @@ def exposure(machine: Machine, *arguments: str) -> str:
 
 
 def test_the_exposure_is_small(machine: Machine) -> None:
-    """By systemd's own measure at most 1.0 of 10, and at most 0.5 without a network; offline and as it is loaded."""
+    """By systemd's own measure at most 1.0 of 10, and at most 0.5 without a network;
+    offline and as it is loaded.
+    """
     unit = "/etc/systemd/system/brokerd.service"
     assert float(exposure(machine, "--offline=true", "--threshold=10", unit)) <= 1.0
     assert float(exposure(machine, "--threshold=10", "brokerd.service")) <= 1.0
@@ -146,7 +179,9 @@ def test_the_exposure_is_small(machine: Machine) -> None:
 
 
 def test_it_starts_and_says_how_it_fares(machine: Machine) -> None:
-    """It is up when `systemctl start` returns, serves Unix and TCP clients, and its status has the counts."""
+    """It is up when `systemctl start` returns, serves Unix and TCP clients, and its
+    status has the counts.
+    """
     machine.run("systemctl", "start", "brokerd")
     for address in (UNIX, TCP):
         brokerctl(machine, "ping", address=address)
@@ -169,14 +204,18 @@ def test_keys_do_not_reach_the_disk_by_a_crash(machine: Machine) -> None:
 
 
 def test_the_group_may_use_the_socket_and_others_may_not(machine: Machine) -> None:
-    """Members of the group brokerd can connect, bound by the broker or by systemd; others can't even try."""
+    """Members of the group brokerd can connect, bound by the broker or by systemd;
+    others can't even try.
+    """
     machine.write("/tmp/key", "alice's key", owner="4711:4711")
     ping = ["brokerctl", "--address", UNIX, "--name", "alice", "--key-file", "/tmp/key", "ping"]
     member = ["setpriv", "--reuid=4711", "--regid=4711", "--groups=brokerd", *ping]
     other = ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups", *ping]
     for unit in ("brokerd.service", "brokerd.socket"):
         if unit == "brokerd.socket":
-            machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+            machine.write(
+                CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640
+            )
         machine.run("systemctl", "start", unit)
         machine.run(*member)
         refused = machine.run(*other, status=None)
@@ -186,14 +225,21 @@ def test_the_group_may_use_the_socket_and_others_may_not(machine: Machine) -> No
 
 
 def test_a_reload_takes_over_and_disconnects_nobody(machine: Machine) -> None:
-    """`systemctl reload`: a client that was added can connect, and one that was connected still is."""
+    """`systemctl reload`: a client that was added can connect, and one that was
+    connected still is.
+    """
     if machine.systemd_version >= 253:
         install(machine, "brokerd-notify-reload.conf")
     machine.run("systemctl", "start", "brokerd")
     machine.write("/etc/brokerd/keys/carol", "carol's key", owner="brokerd:brokerd")
     with staying(machine) as ask:
         before = ask()
-        machine.write(CONFIG, CONFIGURATION + "  carol: {key_file: keys/carol}\n", owner="root:brokerd", mode=0o640)
+        machine.write(
+            CONFIG,
+            CONFIGURATION + "  carol: {key_file: keys/carol}\n",
+            owner="root:brokerd",
+            mode=0o640,
+        )
         machine.run("systemctl", "reload", "brokerd")
         if machine.systemd_version < 253:
             machine.wait("daemon.reloaded", "journalctl", "-u", "brokerd", "--no-pager")
@@ -204,13 +250,17 @@ def test_a_reload_takes_over_and_disconnects_nobody(machine: Machine) -> None:
 
 
 def test_a_reload_of_a_bad_file_fails_and_changes_nothing(machine: Machine) -> None:
-    """`systemctl reload` fails, the journal says where the mistake is, and the broker serves on as before."""
+    """`systemctl reload` fails, the journal says where the mistake is, and the broker
+    serves on as before.
+    """
     if machine.systemd_version >= 253:
         install(machine, "brokerd-notify-reload.conf")
     machine.run("systemctl", "start", "brokerd")
     with staying(machine) as ask:
         before = ask()
-        machine.write(CONFIG, CONFIGURATION.replace("alice:", "al ice:"), owner="root:brokerd", mode=0o640)
+        machine.write(
+            CONFIG, CONFIGURATION.replace("alice:", "al ice:"), owner="root:brokerd", mode=0o640
+        )
         machine.run("systemctl", "reload", "brokerd", status=1)
         assert f"{CONFIG}:5:3: clients.al ice" in messages(machine)
         assert ask() == before
@@ -218,7 +268,8 @@ def test_a_reload_of_a_bad_file_fails_and_changes_nothing(machine: Machine) -> N
     brokerctl(machine, "ping")
 
 
-#: Inside: connects again and again, by turns to each address, until its standard input ends; then says what it met.
+#: Inside: connects again and again, by turns to each address, until its standard input
+#: ends; then says what it met.
 KNOCKS = """
 import json, select, socket, sys, time
 from brokerd_client.address import parse
@@ -250,11 +301,15 @@ print(json.dumps(dict(seen, seconds=time.monotonic() - began, longest=longest)),
 
 
 def test_nobody_is_refused_while_it_restarts(machine: Machine) -> None:
-    """With brokerd.socket a client that connects all the time, by Unix socket and TCP, is never refused: it waits."""
+    """With brokerd.socket a client that connects all the time, by Unix socket and TCP,
+    is never refused: it waits.
+    """
     drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
     machine.run("systemctl", "start", "brokerd.socket", "brokerd.service")
     command = machine.command("/usr/bin/python3", "-c", KNOCKS, UNIX, TCP)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as knocking:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+    ) as knocking:
         assert knocking.stdout is not None
         assert knocking.stdout.readline() == "ready\n"
         pids = set()
@@ -271,8 +326,12 @@ def test_nobody_is_refused_while_it_restarts(machine: Machine) -> None:
 
 
 def test_the_first_client_starts_it(machine: Machine) -> None:
-    """With brokerd.socket alone a connection starts the broker, which answers it; the socket outlives a stop."""
-    machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+    """With brokerd.socket alone a connection starts the broker, which answers it; the
+    socket outlives a stop.
+    """
+    machine.write(
+        CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640
+    )
     machine.run("systemctl", "start", "brokerd.socket")
     assert properties(machine)["ActiveState"] == "inactive"
     brokerctl(machine, "ping")
@@ -288,14 +347,20 @@ def test_the_first_client_starts_it(machine: Machine) -> None:
 
 
 def test_a_socket_has_its_entry_by_name(machine: Machine) -> None:
-    """A socket bound where the configuration does not say is listened at by the entry that has its name."""
+    """A socket bound where the configuration does not say is listened at by the entry
+    that has its name.
+    """
     machine.write(
         CONFIG,
-        CONFIGURATION.replace(f"address: {UNIX}", f"name: brokerd, address: {UNIX}").replace(f"  - {TCP}\n", ""),
+        CONFIGURATION.replace(f"address: {UNIX}", f"name: brokerd, address: {UNIX}").replace(
+            f"  - {TCP}\n", ""
+        ),
         owner="root:brokerd",
         mode=0o640,
     )
-    drop_in(machine, "brokerd.socket", "[Socket]\nListenStream=\nListenStream=/run/elsewhere.sock\n")
+    drop_in(
+        machine, "brokerd.socket", "[Socket]\nListenStream=\nListenStream=/run/elsewhere.sock\n"
+    )
     machine.run("systemctl", "start", "brokerd.socket")
     brokerctl(machine, "ping", address="/run/elsewhere.sock")
 
@@ -330,38 +395,53 @@ def test_a_frozen_loop_is_restarted_by_the_watchdog(machine: Machine) -> None:
 
 
 def test_a_stop_drains_and_ends_well(machine: Machine) -> None:
-    """`systemctl stop` lets what waits be read, ends with status 0, and leaves no socket file."""
+    """`systemctl stop` lets what waits be read, ends with status 0, and leaves no
+    socket file.
+    """
     machine.run("systemctl", "start", "brokerd")
     text = machine.python(
         """
         import subprocess, sys, brokerd_client
         keys = "/etc/brokerd/keys/"
         with brokerd_client.connect(sys.argv[1], name="alice", key_file=keys + "alice") as alice, \\
-                brokerd_client.connect(sys.argv[1], name="bob", key_file=keys + "bob", reconnect=False) as bob:
+                brokerd_client.connect(
+                    sys.argv[1], name="bob", key_file=keys + "bob", reconnect=False
+                ) as bob:
             for number in range(1000):
                 alice.send("bob", number)
             alice.request("$broker", {"op": "ping"}, timeout=10)
             stop = subprocess.Popen(["systemctl", "stop", "brokerd"])
-            print([bob.recv(timeout=20).payload for _ in range(1000)] == list(range(1000)), stop.wait(60))
+            received = [bob.recv(timeout=20).payload for _ in range(1000)]
+            print(received == list(range(1000)), stop.wait(60))
         """.replace("\n        ", "\n"),
         UNIX,
     )
     assert text.split() == ["True", "0"]
     state = properties(machine)
-    assert (state["ActiveState"], state["Result"], state["ExecMainStatus"]) == ("inactive", "success", "0")
+    assert (state["ActiveState"], state["Result"], state["ExecMainStatus"]) == (
+        "inactive",
+        "success",
+        "0",
+    )
     assert not machine.host_path(UNIX).exists()
 
 
 def upgrade(machine: Machine) -> str:
-    """Have the broker replace itself; return the new main process's id, once the manager knows it."""
+    """Have the broker replace itself; return the new main process's id, once the
+    manager knows it.
+    """
     before = properties(machine)["MainPID"]
     machine.run("kill", "-USR2", before)
-    shown = machine.wait(f"MainPID=(?!{before}$)", "systemctl", "show", "brokerd", "--property=MainPID")
+    shown = machine.wait(
+        f"MainPID=(?!{before}$)", "systemctl", "show", "brokerd", "--property=MainPID"
+    )
     return shown.partition("=")[2].strip()
 
 
 def test_a_live_upgrade_keeps_its_clients_and_stays_supervised(machine: Machine) -> None:
-    """The manager follows to the new process: fed by it, stopped with a drain, and started anew when it dies."""
+    """The manager follows to the new process: fed by it, stopped with a drain, and
+    started anew when it dies.
+    """
     drop_in(machine, "brokerd.service", "[Service]\nWatchdogSec=5\n")
     machine.run("systemctl", "start", "brokerd")
     with staying(machine) as ask:
@@ -390,11 +470,17 @@ def test_a_live_upgrade_keeps_its_clients_and_stays_supervised(machine: Machine)
 
 
 def test_a_bad_configuration_is_not_tried_again_and_again(machine: Machine) -> None:
-    """It ends with status 78, stays ended, and the journal and the status say what is wrong."""
+    """It ends with status 78, stays ended, and the journal and the status say what is
+    wrong.
+    """
     machine.write(CONFIG, CONFIGURATION + "  bob: {key_fil: x}\n", owner="root:brokerd", mode=0o640)
     machine.run("systemctl", "start", "brokerd", status=1)
     state = properties(machine)
-    assert (state["ActiveState"], state["ExecMainStatus"], state["NRestarts"]) == ("failed", "78", "0")
+    assert (state["ActiveState"], state["ExecMainStatus"], state["NRestarts"]) == (
+        "failed",
+        "78",
+        "0",
+    )
     assert f"{CONFIG}:7:" in messages(machine)
 
 
@@ -412,7 +498,9 @@ def test_keys_that_only_root_can_read_come_as_credentials(machine: Machine) -> N
 
 
 def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machine: Machine) -> None:
-    """systemd listens, and hands over certificate and private key, which belong to root: a client speaks TLS."""
+    """systemd listens, and hands over certificate and private key, which belong to
+    root: a client speaks TLS.
+    """
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     machine.write("/etc/brokerd/tls/cert.pem", certificate.cert_chain_pems[0].bytes().decode())
@@ -423,7 +511,9 @@ def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machin
     text = CONFIGURATION.replace(f"  - {TCP}\n", f"  - {{address: {TCP}, tls: {tls}}}\n")
     machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
     drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
-    loads = "".join(f"LoadCredential={name}:/etc/brokerd/tls/{name}\n" for name in ("cert.pem", "key.pem"))
+    loads = "".join(
+        f"LoadCredential={name}:/etc/brokerd/tls/{name}\n" for name in ("cert.pem", "key.pem")
+    )
     drop_in(machine, "brokerd.service", f"[Service]\n{loads}")
     machine.run("systemctl", "start", "brokerd.socket")
     brokerctl(machine, "--ca", "/tmp/ca.pem", "ping", address=f"tls://{TCP}")
@@ -431,30 +521,55 @@ def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machin
 
 def test_a_new_key_made_by_root_can_be_read(machine: Machine) -> None:
     """`brokerd key --add` and `systemctl reload`, both by root: the client is there."""
-    machine.write(CONFIG, CONFIGURATION + 'include: ["clients.d/*.yaml"]\n', owner="root:brokerd", mode=0o640)
+    machine.write(
+        CONFIG, CONFIGURATION + 'include: ["clients.d/*.yaml"]\n', owner="root:brokerd", mode=0o640
+    )
     machine.run("systemctl", "start", "brokerd")
     machine.run("brokerd", "key", "--add", "carol")
     machine.run("systemctl", "reload", "brokerd")
-    machine.wait("carol.*daemon.reloaded|daemon.reloaded.*carol", "journalctl", "-u", "brokerd", "--no-pager")
+    machine.wait(
+        "carol.*daemon.reloaded|daemon.reloaded.*carol", "journalctl", "-u", "brokerd", "--no-pager"
+    )
     brokerctl(machine, "ping", name="carol")
 
 
 def test_without_a_network_it_serves_unix_sockets(machine: Machine) -> None:
-    """With the Unix-only drop-in it has no network of the machine's, and its Unix socket works as ever."""
+    """With the Unix-only drop-in it has no network of the machine's, and its Unix
+    socket works as ever.
+    """
     install(machine, "brokerd-unix-only.conf")
-    machine.write(CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640)
+    machine.write(
+        CONFIG, CONFIGURATION.replace(f"  - {TCP}\n", ""), owner="root:brokerd", mode=0o640
+    )
     machine.run("systemctl", "start", "brokerd")
     brokerctl(machine, "ping")
-    own, pid1 = (machine.run("readlink", f"/proc/{pid}/ns/net") for pid in (properties(machine)["MainPID"], 1))
+    own, pid1 = (
+        machine.run("readlink", f"/proc/{pid}/ns/net")
+        for pid in (properties(machine)["MainPID"], 1)
+    )
     assert own != pid1
 
 
 def test_users_are_told_apart_with_the_drop_in(machine: Machine) -> None:
-    """peer_uid of another user than root is warned of in the sandbox, and works with the drop-in that opens it."""
+    """peer_uid of another user than root is warned of in the sandbox, and works with
+    the drop-in that opens it.
+    """
     text = CONFIGURATION + "  team: {peer_uid: [4711]}\n"
     machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
-    program = "import sys, brokerd_client\nwith brokerd_client.connect(sys.argv[1], name='team') as c: print(c.name)"
-    as_team = ["setpriv", "--reuid=4711", "--regid=4711", "--groups=brokerd", "/usr/bin/python3", "-c", program, UNIX]
+    program = (
+        "import sys, brokerd_client\nwith brokerd_client.connect(sys.argv[1], name='team') as c:"
+        " print(c.name)"
+    )
+    as_team = [
+        "setpriv",
+        "--reuid=4711",
+        "--regid=4711",
+        "--groups=brokerd",
+        "/usr/bin/python3",
+        "-c",
+        program,
+        UNIX,
+    ]
     machine.run("systemctl", "start", "brokerd")
     assert "client.users_unseen" in messages(machine)
     machine.run(*as_team, status=1)
@@ -465,11 +580,12 @@ def test_users_are_told_apart_with_the_drop_in(machine: Machine) -> None:
 
 
 def test_another_process_may_become_the_main_one(machine: Machine) -> None:
-    """MAINPID from the main process is believed, and the manager hears the other one from then on."""
+    """MAINPID from the main process is believed, and the manager hears the other one
+    from then on.
+    """
     machine.write(
         "/usr/local/lib/heir.py",
-        textwrap.dedent(
-            """
+        textwrap.dedent("""
             import os, signal, sys, time
             from brokerd.daemon.systemd import Supervisor
             supervisor = Supervisor.from_environ()
@@ -483,11 +599,14 @@ def test_another_process_may_become_the_main_one(machine: Machine) -> None:
                 time.sleep(0.01)
             supervisor.notify(READY=1, STATUS="new")
             signal.pause()
-            """
-        ),
+            """),
         mode=0o644,
     )
-    drop_in(machine, "brokerd.service", "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/heir.py\n")
+    drop_in(
+        machine,
+        "brokerd.service",
+        "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/heir.py\n",
+    )
     machine.run("systemctl", "start", "brokerd")
     machine.wait("StatusText=new", "systemctl", "show", "brokerd", "--property=StatusText")
     state = properties(machine)
@@ -495,10 +614,22 @@ def test_another_process_may_become_the_main_one(machine: Machine) -> None:
 
 
 def test_the_journal_has_priorities_and_fields(machine: Machine) -> None:
-    """A warning is one for the journal too (PRIORITY 4), and our own fields can be searched for."""
+    """A warning is one for the journal too (PRIORITY 4), and our own fields can be
+    searched for.
+    """
     machine.run("systemctl", "start", "brokerd")
     machine.write("/tmp/wrong", "not the key")
-    machine.run("brokerctl", "--address", UNIX, "--name", "alice", "--key-file", "/tmp/wrong", "ping", status=None)
+    machine.run(
+        "brokerctl",
+        "--address",
+        UNIX,
+        "--name",
+        "alice",
+        "--key-file",
+        "/tmp/wrong",
+        "ping",
+        status=None,
+    )
     (refused,) = machine.journal("brokerd.service", "BROKERD_EVENT=client.refused")
     assert refused["PRIORITY"] == "4"
     (started,) = machine.journal("brokerd.service", "BROKERD_EVENT=daemon.started")
@@ -506,7 +637,9 @@ def test_the_journal_has_priorities_and_fields(machine: Machine) -> None:
 
 
 def test_the_page_is_right() -> None:
-    """Every command of docs/operations.md, "systemd", works, in its order, on a machine that has only the program."""
+    """Every command of docs/operations.md, "systemd", works, in its order, on a machine
+    that has only the program.
+    """
     page = (machines.ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     section = page.partition("\n## systemd\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)

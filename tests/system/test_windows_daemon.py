@@ -1,4 +1,6 @@
-"""The daemon in a Windows Python under wine: served at a named pipe and at a port, and stopped by its signals."""
+"""The daemon in a Windows Python under wine: served at a named pipe and at a port, and
+stopped by its signals.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def test_the_daemon_serves_pipes_and_sockets(system: Windows, tmp_path: Path) ->
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_stops_the_daemon(system: Windows, tmp_path: Path, presses: int) -> None:
-    """Ctrl-C in its console drains an idle daemon, which waits for sockets only; its exit status is 0.
+    """Ctrl-C in its console drains an idle daemon, which waits for sockets only; its
+    exit status is 0.
 
     With a client that reads nothing, a second Ctrl-C ends it at once, with 1.
     """
@@ -56,7 +59,12 @@ def test_ctrl_c_stops_the_daemon(system: Windows, tmp_path: Path, presses: int) 
     environment = {**system.environment, "TERM": "xterm"}
     try:
         daemon = subprocess.Popen(
-            [sys.executable, "-c", IN_TERMINAL, *system.command("-m", "brokerd.cli.main", "--config", config)],
+            [
+                sys.executable,
+                "-c",
+                IN_TERMINAL,
+                *system.command("-m", "brokerd.cli.main", "--config", config),
+            ],
             env=environment,
             stdin=console,
             stdout=console,
@@ -97,7 +105,8 @@ def test_ctrl_c_stops_the_daemon(system: Windows, tmp_path: Path, presses: int) 
                 process.stdout.close()
 
 
-#: Makes standard input the terminal that controls the process: what Ctrl-C is typed into.
+#: Makes standard input the terminal that controls the process: what Ctrl-C is typed
+#: into.
 IN_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -125,7 +134,8 @@ class Screen:
 
     def wait_for(self, word: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        # The console breaks words at the edge of the screen and moves about between them.
+        # The console breaks words at the edge of the screen and moves about between
+        # them.
         while word not in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s", "", self.text):
             assert time.monotonic() < deadline, self.text
             assert self._read(), self.text

@@ -1,4 +1,6 @@
-"""Named pipes, and the rest of the direct API on Windows, in a Windows Python under wine."""
+"""Named pipes, and the rest of the direct API on Windows, in a Windows Python under
+wine.
+"""
 
 from __future__ import annotations
 

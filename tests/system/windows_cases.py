@@ -1,4 +1,6 @@
-"""Cases that a script runs one after the other in a Windows Python, where there is no pytest; a line for each."""
+"""Cases that a script runs one after the other in a Windows Python, where there is no
+pytest; a line for each.
+"""
 
 import os
 import sys
@@ -15,7 +17,9 @@ def case(function):
 
 
 def aside(function, *args, **kwargs):
-    """Run the function in a thread; calling what is returned waits for its result, or for what it raised."""
+    """Run the function in a thread; calling what is returned waits for its result, or
+    for what it raised.
+    """
     outcome = []
 
     def run():

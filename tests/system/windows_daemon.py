@@ -1,6 +1,8 @@
-"""What is to be seen of the daemon on Windows; runs in a Windows Python and prints a line for each.
+"""What is to be seen of the daemon on Windows; runs in a Windows Python and prints a
+line for each.
 
-python windows_daemon.py DIRECTORY, an empty one, which gets the configuration and the keys
+python windows_daemon.py DIRECTORY, an empty one, which gets the configuration and the
+keys
 """
 
 import asyncio
@@ -34,7 +36,8 @@ def key(name):
 def configure(*pipes):
     listen = "".join(f"  - {{address: '{pipe}', allow_md5: true}}\n" for pipe in pipes)
     clients = "".join(
-        f"  {name}: {{key_file: {name}.key, connections: 20, admin: {'true' if name == 'ops' else 'false'}}}\n"
+        f"  {name}: {{key_file: {name}.key, connections: 20, admin:"
+        f" {'true' if name == 'ops' else 'false'}}}\n"
         for name in NAMES
     )
     text = f"listen:\n{listen}  - {{address: '127.0.0.1:0', allow_md5: true}}\nclients:\n{clients}"
@@ -72,14 +75,18 @@ class Daemon:
     def wait(self, event, count=1):
         """Return the event of that name that is the count-th."""
         with self._news:
-            assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), self.events
+            assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), (
+                self.events
+            )
         return self.named(event)[count - 1]
 
     def goodbye_to(self, address):
         """Return the event of that connection's end."""
 
         def found():
-            return [each for each in self.named("client.disconnected") if each["address"] == address]
+            return [
+                each for each in self.named("client.disconnected") if each["address"] == address
+            ]
 
         with self._news:
             assert self._news.wait_for(found, TIMEOUT_S), self.events
@@ -94,7 +101,11 @@ DAEMON = Daemon()
 
 
 def packed(kind, to, payload=b"", id=0):
-    return struct.pack("!BBBBQ", kind, 0, 2 if to == "$broker" else 0, len(to), id) + to.encode() + payload
+    return (
+        struct.pack("!BBBBQ", kind, 0, 2 if to == "$broker" else 0, len(to), id)
+        + to.encode()
+        + payload
+    )
 
 
 def body_of(frame):
@@ -117,7 +128,16 @@ COMMAND = (sys.executable, "-c", "from brokerd.ctl import main; main()")
 def brokerctl(*arguments, key_file="ops.key", name="ops"):
     """Return (exit status, what it printed)."""
     done = subprocess.run(
-        [*COMMAND, "--address", PIPE, "--name", name, "--key-file", str(HOME / key_file), *arguments],
+        [
+            *COMMAND,
+            "--address",
+            PIPE,
+            "--name",
+            name,
+            "--key-file",
+            str(HOME / key_file),
+            *arguments,
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -149,8 +169,14 @@ def stock_clients_exchange_messages():
 @case
 def many_small_messages_keep_their_order():
     with stock("alice") as alice, stock("bob") as bob:
-        sent = aside(lambda: [alice.send_bytes(packed(MESSAGE, bob.me, b"%d" % number)) for number in range(500)])
-        assert [body_of(bob.recv_bytes()) for _ in range(500)] == [b"%d" % number for number in range(500)]
+        sent = aside(
+            lambda: [
+                alice.send_bytes(packed(MESSAGE, bob.me, b"%d" % number)) for number in range(500)
+            ]
+        )
+        assert [body_of(bob.recv_bytes()) for _ in range(500)] == [
+            b"%d" % number for number in range(500)
+        ]
         sent()
 
 
@@ -175,7 +201,10 @@ def what_is_too_large_is_answered():
 def garbage_is_hung_up_on():
     with Client(PIPE) as stranger:
         stranger.recv_bytes()
-        raised((EOFError, ConnectionError), lambda: [stranger.send_bytes(os.urandom(100_000)) for _ in range(3)])
+        raised(
+            (EOFError, ConnectionError),
+            lambda: [stranger.send_bytes(os.urandom(100_000)) for _ in range(3)],
+        )
 
 
 @case
@@ -193,7 +222,9 @@ def a_client_that_leaves_is_offline():
 @case
 def our_own_clients_connect():
     async def ask():
-        async with await aio.connect(PIPE, name="carol", key=key("carol"), timeout=TIMEOUT_S) as carol:
+        async with await aio.connect(
+            PIPE, name="carol", key=key("carol"), timeout=TIMEOUT_S
+        ) as carol:
             await carol.send("alice", BIG)
             return (await carol.request("bob", 21, timeout=TIMEOUT_S)).payload
 
@@ -212,7 +243,9 @@ def our_own_clients_connect():
 
 @case
 def no_such_pipe_is_said():
-    said = raised(brokerd_client.Disconnected, brokerd_client.connect, PIPE + "-none", name="alice", key="k")
+    said = raised(
+        brokerd_client.Disconnected, brokerd_client.connect, PIPE + "-none", name="alice", key="k"
+    )
     assert PIPE + "-none" in said
 
 
@@ -253,7 +286,9 @@ def many_clients_come_and_go():
 @case
 def the_other_commands_run():
     done = subprocess.run(
-        [sys.executable, "-m", "brokerd.cli.main", "demo"], capture_output=True, timeout=TIMEOUT_S * 2
+        [sys.executable, "-m", "brokerd.cli.main", "demo"],
+        capture_output=True,
+        timeout=TIMEOUT_S * 2,
     )
     assert done.returncode == 0, done
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""What is to be seen of AF_PIPE (and of sockets) on Windows; runs in a Windows Python and prints a line for each.
+"""What is to be seen of AF_PIPE (and of sockets) on Windows; runs in a Windows Python
+and prints a line for each.
 
 python windows_pipes.py LIBRARY_DIRECTORY
 """
@@ -100,7 +101,9 @@ def wrong_key():
 def bad_peers_hold_up_nobody():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
-        bad = [Client(listener.address, timeout=TIMEOUT_S) for _ in range(20)]  # no key: they never answer
+        bad = [
+            Client(listener.address, timeout=TIMEOUT_S) for _ in range(20)
+        ]  # no key: they never answer
         bad[0].close()
         bad[1].send_bytes(bytes(1000))
         bad[2].recv_bytes()
@@ -114,7 +117,9 @@ def bad_peers_hold_up_nobody():
 def a_crowd_that_says_nothing():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
-        bad = [Client(listener.address, timeout=TIMEOUT_S) for _ in range(80)]  # more than Windows can wait for at once
+        bad = [
+            Client(listener.address, timeout=TIMEOUT_S) for _ in range(80)
+        ]  # more than Windows can wait for at once
         talk(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
         for peer in bad:
             peer.close()
@@ -156,7 +161,8 @@ def close_wakes():
 
 @case
 def nobody_listens():
-    # That a second listener can't take the name is not to be seen under wine 8, which lets it.
+    # That a second listener can't take the name is not to be seen under wine 8, which
+    # lets it.
     with Listener(family="AF_PIPE") as listener:
         pass
     raised(OSError, Client, listener.address, timeout=1)
@@ -178,7 +184,10 @@ def message_limit():
 @case
 def frames_of_many_threads_do_not_mix():
     one, other = Pipe()
-    senders = [aside(lambda n=n: [one.send_bytes(bytes([n]) * (n * 5000 + 1)) for _ in range(30)]) for n in range(4)]
+    senders = [
+        aside(lambda n=n: [one.send_bytes(bytes([n]) * (n * 5000 + 1)) for _ in range(30)])
+        for n in range(4)
+    ]
     for _ in range(120):
         message = other.recv_bytes()
         assert message == message[:1] * (message[0] * 5000 + 1)

@@ -1,4 +1,6 @@
-"""A certificate authority for the tests: listeners' and clients' certificates in files, and contexts that trust it."""
+"""A certificate authority for the tests: listeners' and clients' certificates in files,
+and contexts that trust it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,15 @@ class Authority:
         self.file = folder / "ca.pem"
         self._ca.cert_pem.write_to_path(self.file)
 
-    def issue(self, name: str, *hosts: str, common_name: str | None = None, until: datetime | None = None) -> Issued:
-        """Return a certificate for these hosts, by default this machine, in files called ``name``."""
-        made = self._ca.issue_cert(*(hosts or ("127.0.0.1", "localhost")), common_name=common_name, not_after=until)
+    def issue(
+        self, name: str, *hosts: str, common_name: str | None = None, until: datetime | None = None
+    ) -> Issued:
+        """Return a certificate for these hosts, by default this machine, in files
+        called ``name``.
+        """
+        made = self._ca.issue_cert(
+            *(hosts or ("127.0.0.1", "localhost")), common_name=common_name, not_after=until
+        )
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         certificate.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
         key.touch(mode=0o600)
@@ -30,7 +38,9 @@ class Authority:
         return Issued(certificate, key)
 
     def context(self, shown: Issued | None = None) -> ssl.SSLContext:
-        """Return a client's context that trusts this CA, with the certificate that the client shows."""
+        """Return a client's context that trusts this CA, with the certificate that the
+        client shows.
+        """
         context = ssl.create_default_context(cafile=str(self.file))
         if shown is not None:
             context.load_cert_chain(shown.certificate, shown.key)
@@ -56,4 +66,8 @@ class Issued:
 
     def entry(self, **more: Any) -> dict[str, Any]:
         """Return what stands below ``tls`` in a listen entry."""
-        return {"certificate": str(self.certificate), "key": str(self.key), **{k: str(v) for k, v in more.items()}}
+        return {
+            "certificate": str(self.certificate),
+            "key": str(self.key),
+            **{k: str(v) for k, v in more.items()},
+        }

@@ -1,4 +1,6 @@
-"""Makes the helpers importable, and one CA for all tests of TLS: making certificates takes its time."""
+"""Makes the helpers importable, and one CA for all tests of TLS: making certificates
+takes its time.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A client of TLS 1.3 that makes its records itself, so that it can send what no library would.
+"""A client of TLS 1.3 that makes its records itself, so that it can send what no
+library would.
 
-The handshake and everything that is read are the ssl module's; what is written is encrypted here, with the key that
-the ssl module tells a file of. Source: RFC 8446, 4.6.3 (updates of keys), 5 (records) and 7 (keys).
+The handshake and everything that is read are the ssl module's; what is written is
+encrypted here, with the key that the ssl module tells a file of. Source: RFC 8446,
+4.6.3 (updates of keys), 5 (records) and 7 (keys).
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ _LARGEST = 2**14
 
 
 class Forger(TlsRaw):
-    """One connection over TLS 1.3. notes: a file for its secrets, that no other connection writes to."""
+    """One connection over TLS 1.3.
+
+    notes: a file for its secrets, that no other connection writes to.
+    """
 
     def __init__(self, address: Address, context: ssl.SSLContext, notes: Path) -> None:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -66,13 +71,19 @@ class Forger(TlsRaw):
     def records(self, data: bytes, size: int = _LARGEST) -> bytes:
         """Return the data in records of so many bytes each."""
         return b"".join(
-            self.record(APPLICATION_DATA, data[start : start + size]) for start in range(0, len(data), size)
+            self.record(APPLICATION_DATA, data[start : start + size])
+            for start in range(0, len(data), size)
         )
 
     def key_update(self, *, answered: bool = False) -> bytes:
-        """Return a record after which other keys are used. answered: the other end is asked to do the same."""
+        """Return a record after which other keys are used.
+
+        answered: the other end is asked to do the same.
+        """
         made = self.record(HANDSHAKE, struct.pack("!BBHB", 24, 0, 1, answered))
-        self._use(self._expand("traffic upd", hmac.new(self._secret, b"", self._digest).digest_size))
+        self._use(
+            self._expand("traffic upd", hmac.new(self._secret, b"", self._digest).digest_size)
+        )
         return made
 
     def write(self, data: bytes) -> None:

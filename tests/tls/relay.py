@@ -1,4 +1,6 @@
-"""Somebody in the middle: TLS with the client on one side, with the broker on the other, and every byte passed on."""
+"""Somebody in the middle: TLS with the client on one side, with the broker on the
+other, and every byte passed on.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ TIMEOUT_S = 20.0
 class Relay:
     """Listens for one client and passes its frames on.
 
-    shown: the certificate it shows to the client, None for no TLS there. trusting: how it does TLS with the broker,
-    None for none. alter: makes of the broker's challenge what the client gets. answer: makes of the client's answer
-    what the broker gets.
+    shown: the certificate it shows to the client, None for no TLS there. trusting: how
+    it does TLS with the broker, None for none. alter: makes of the broker's challenge
+    what the client gets. answer: makes of the client's answer what the broker gets.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class Relay:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._listener.close()
         self._thread.join(TIMEOUT_S)
@@ -66,11 +71,21 @@ class Relay:
         try:
             client, _ = self._listener.accept()
             client.settimeout(TIMEOUT_S)
-            with client, socket.create_connection((self._to.host, self._to.port), TIMEOUT_S) as broker:
-                near = self._context.wrap_socket(client, server_side=True) if self._context else client
-                far = self._trusting.wrap_socket(broker, server_hostname="127.0.0.1") if self._trusting else broker
+            with (
+                client,
+                socket.create_connection((self._to.host, self._to.port), TIMEOUT_S) as broker,
+            ):
+                near = (
+                    self._context.wrap_socket(client, server_side=True) if self._context else client
+                )
+                far = (
+                    self._trusting.wrap_socket(broker, server_hostname="127.0.0.1")
+                    if self._trusting
+                    else broker
+                )
                 with near, far:
-                    # The handshake takes turns: broker, client, broker; client, broker, client.
+                    # The handshake takes turns: broker, client, broker; client, broker,
+                    # client.
                     for source, target, change in (
                         (far, near, self._alter),
                         (near, far, self._answer),

@@ -1,4 +1,6 @@
-"""A client of the raw bytes over TLS, as stock Python behind a program that adds TLS would be."""
+"""A client of the raw bytes over TLS, as stock Python behind a program that adds TLS
+would be.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ class TlsRaw(Raw):
     """One connection over TLS that has said nothing yet inside it."""
 
     def __init__(
-        self, address: Address, context: ssl.SSLContext, *, host: str = "127.0.0.1", timeout_s: float = 30.0
+        self,
+        address: Address,
+        context: ssl.SSLContext,
+        *,
+        host: str = "127.0.0.1",
+        timeout_s: float = 30.0,
     ) -> None:
         super().__init__(address, timeout_s=timeout_s)
         plain: socket.socket = self.sock
@@ -29,7 +36,10 @@ class TlsRaw(Raw):
 
 
 def tls_login(address: Address, context: ssl.SSLContext, name: str, **how: Any) -> TlsRaw:
-    """Return a connection of that client, which does not bind its key to the channel. Raises Rejected."""
+    """Return a connection of that client, which does not bind its key to the channel.
+
+    Raises Rejected.
+    """
     raw = TlsRaw(address, context)
     try:
         raw.log_in(key_of(name), name.encode(), **how)

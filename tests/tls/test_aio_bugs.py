@@ -1,4 +1,6 @@
-"""Exceptions that no rule foresees, in the TLS of an asyncio client: a lost connection, never a dead client."""
+"""Exceptions that no rule foresees, in the TLS of an asyncio client: a lost connection,
+never a dead client.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ class PanicException(BaseException):
     """What pyo3 raises where Rust panics: not an Exception."""
 
 
-ERRORS: list[Callable[[], BaseException]] = [lambda: LookupError("unforeseen"), lambda: PanicException("unforeseen")]
+ERRORS: list[Callable[[], BaseException]] = [
+    lambda: LookupError("unforeseen"),
+    lambda: PanicException("unforeseen"),
+]
 
 
 @pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
@@ -36,7 +41,9 @@ def test_exception_in_tls_is_a_lost_connection(
     method: str,
     make: Callable[[], BaseException],
 ) -> None:
-    """On a ready connection, and in the TLS handshake of the next one; the client connects again, the log has it."""
+    """On a ready connection, and in the TLS handshake of the next one; the client
+    connects again, the log has it.
+    """
     monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
     real: Any = getattr(Engine, method)
     left: list[BaseException] = []
@@ -71,7 +78,10 @@ def test_exception_in_tls_is_a_lost_connection(
 
 @pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
 def test_exception_in_the_first_tls_handshake_ends_connect(
-    monkeypatch: pytest.MonkeyPatch, server: Issued, trusting: ssl.SSLContext, make: Callable[[], BaseException]
+    monkeypatch: pytest.MonkeyPatch,
+    server: Issued,
+    trusting: ssl.SSLContext,
+    make: Callable[[], BaseException],
 ) -> None:
     """connect() raises Disconnected at once, and does not wait for its timeout."""
 

@@ -1,4 +1,5 @@
-"""Peers whose TLS has nothing or next to nothing in it: they are taken in small sips, and given up in the end.
+"""Peers whose TLS has nothing or next to nothing in it: they are taken in small sips,
+and given up in the end.
 
 What a turn of the event loop takes in is counted, not timed.
 """
@@ -24,11 +25,16 @@ from stock import tls_login
 from brokerd.net.connection import connection as connection_module
 from brokerd_client.tls.engine import Engine
 
-#: The kinds of records that have nothing in them, some hundred kilobytes of each; every one costs some microseconds.
+#: The kinds of records that have nothing in them, some hundred kilobytes of each; every
+#: one costs some microseconds.
 FLOODS: dict[str, Callable[[Forger], bytes]] = {
     "updates of keys": lambda forger: b"".join(forger.key_update() for _ in range(8000)),
-    "updates of keys to be answered": lambda forger: b"".join(forger.key_update(answered=True) for _ in range(8000)),
-    "empty records": lambda forger: b"".join(forger.record(APPLICATION_DATA, b"") for _ in range(8000)),
+    "updates of keys to be answered": lambda forger: b"".join(
+        forger.key_update(answered=True) for _ in range(8000)
+    ),
+    "empty records": lambda forger: b"".join(
+        forger.record(APPLICATION_DATA, b"") for _ in range(8000)
+    ),
 }
 
 
@@ -63,7 +69,9 @@ def sips(here: House, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
 
 def all_at_once(here: House, forger: Forger, flood: bytes) -> None:
-    """Have as much of the flood as fits lie before the broker when it looks; the rest follows."""
+    """Have as much of the flood as fits lie before the broker when it looks; the rest
+    follows.
+    """
     forger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
     first = flood[:200_000]
     here.call(lambda: forger.write_bare(first))
@@ -76,7 +84,9 @@ def all_at_once(here: House, forger: Forger, flood: bytes) -> None:
 def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
     kind: str, here: House, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
-    """No turn of the loop is spent on it alone, others are served, and the log says why it is gone."""
+    """No turn of the loop is spent on it alone, others are served, and the log says why
+    it is gone.
+    """
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
         forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
@@ -87,7 +97,8 @@ def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
         (gone,) = here.log.wait("client.disconnected")
         assert "TLS" in str(gone.fields["reason"])
         bob.ping()
-    # One piece until it is known for what it is, and no more than two sips a turn from then on.
+    # One piece until it is known for what it is, and no more than two sips a turn from
+    # then on.
     most = sorted(sips.values(), reverse=True)
     assert most[0] <= 36 * 1024
     assert most[1] <= 12 * 1024
@@ -115,7 +126,9 @@ def test_a_stranger_with_nothing_to_say_is_turned_away(
 def test_single_bytes_are_put_together_in_turns(
     here: House, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
-    """Messages in records of one byte each all arrive, in order; meanwhile the others have their turns."""
+    """Messages in records of one byte each all arrive, in order; meanwhile the others
+    have their turns.
+    """
     count = 500
     data = b"".join(packed(MESSAGE, "bob", bytes(20), id=number) for number in range(count))
     with (
@@ -132,8 +145,12 @@ def test_single_bytes_are_put_together_in_turns(
     assert most[1] <= 12 * 1024
 
 
-def test_bytes_that_are_no_tls_end_a_connection(here: House, authority: Authority, tmp_path: Path) -> None:
-    """Frames in the clear in the middle of it are not read as such, and the log says what was wrong."""
+def test_bytes_that_are_no_tls_end_a_connection(
+    here: House, authority: Authority, tmp_path: Path
+) -> None:
+    """Frames in the clear in the middle of it are not read as such, and the log says
+    what was wrong.
+    """
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
         forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
@@ -147,8 +164,12 @@ def test_bytes_that_are_no_tls_end_a_connection(here: House, authority: Authorit
         bob.ping()
 
 
-def test_a_handshake_in_pieces_is_taken_in_turns(here: House, sips: Counter[int], authority: Authority) -> None:
-    """A ClientHello as long as may be, each byte in a record of its own, costs the others no long turn."""
+def test_a_handshake_in_pieces_is_taken_in_turns(
+    here: House, sips: Counter[int], authority: Authority
+) -> None:
+    """A ClientHello as long as may be, each byte in a record of its own, costs the
+    others no long turn.
+    """
     hello = b"\x01" + (131_000).to_bytes(3, "big") + b"\x03\x03" + bytes(131_000)
     with tls_login(here.address, authority.context(), "bob") as bob, Raw(here.address) as stranger:
         flood = b"".join(b"\x16\x03\x01\0\1" + hello[at : at + 1] for at in range(len(hello)))
@@ -162,7 +183,9 @@ def test_a_handshake_in_pieces_is_taken_in_turns(here: House, sips: Counter[int]
 def test_a_client_that_leaves_behind_a_flood_is_heard_out(
     here: House, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it said behind much that was nothing counts, though another connection takes its place at once."""
+    """What it said behind much that was nothing counts, though another connection takes
+    its place at once.
+    """
     with tls_login(here.address, authority.context(), "bob") as bob:
         alice = forger_of(here.address, authority.context(), tmp_path / "secrets", "alice")
         alice.ping()
@@ -170,11 +193,14 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
         last = alice.records(packed(MESSAGE, "bob", b"the last one"))
 
         def leave() -> bool:
-            # In the broker's own thread, so that it does not look before everything is there.
+            # In the broker's own thread, so that it does not look before everything is
+            # there.
             alice.write_bare(flood + last)
             alice.close()
             (connection,) = [
-                connection for connection in here.daemon._server.connections if connection.session.address == "alice"
+                connection
+                for connection in here.daemon._server.connections
+                if connection.session.address == "alice"
             ]  # type: ignore[union-attr]
             return connection.is_gone()
 
@@ -185,7 +211,9 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
 def test_what_tls_still_has_when_somebody_knocks_is_read(
     here: House, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is looked at because another one has its name is read on, though the system has nothing more of it."""
+    """Who is looked at because another one has its name is read on, though the system
+    has nothing more of it.
+    """
     monkeypatch.setattr(connection_module, "_READS", 1)
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
@@ -196,12 +224,14 @@ def test_what_tls_still_has_when_somebody_knocks_is_read(
         data = b"".join(packed(MESSAGE, "bob", bytes(1024), id=number) for number in range(count))
 
         def look() -> bool:
-            # In the broker's own thread, so that it does not read before everything is there; and more than it has
-            # room for at once.
+            # In the broker's own thread, so that it does not read before everything is
+            # there; and more than it has room for at once.
             here.daemon.server.buffer = memoryview(bytearray(8192))
             alice.write(data)
             (connection,) = [
-                connection for connection in here.daemon.server.connections if connection.session.address == "alice"
+                connection
+                for connection in here.daemon.server.connections
+                if connection.session.address == "alice"
             ]
             return connection.is_gone()
 
@@ -209,10 +239,16 @@ def test_what_tls_still_has_when_somebody_knocks_is_read(
         assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl (apt-get install openssl)")
+@pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="needs the program openssl (apt-get install openssl)"
+)
 def test_renegotiation_is_refused(server: Issued, authority: Authority) -> None:
-    """A client that asks for another handshake in TLS 1.2, each of which would cost a signature, is told no."""
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})) as here:
+    """A client that asks for another handshake in TLS 1.2, each of which would cost a
+    signature, is told no.
+    """
+    with house(
+        configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})
+    ) as here:
         command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{here.address.port}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, **pipes) as asking:  # type: ignore[call-overload]

@@ -1,4 +1,6 @@
-"""Keys bound to the TLS channel: nobody in the middle can use what the client proves, whatever certificate he has."""
+"""Keys bound to the TLS channel: nobody in the middle can use what the client proves,
+whatever certificate he has.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_library_binds_its_key(here: House, face: Face, trusting: ssl.SSLContext
     assert (fields["tls"], fields["bound_to"]) == ("TLSv1.3", END_POINT)
 
 
-def test_key_alone_is_found_when_it_is_bound(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+def test_key_alone_is_found_when_it_is_bound(
+    here: House, face: Face, trusting: ssl.SSLContext
+) -> None:
     """A client that does not say its name is found by its bound key."""
     assert face.connect(str(here.address), key=key_of("bob"), ssl=trusting).name == "bob"
 
@@ -56,7 +60,9 @@ def test_key_alone_is_found_when_it_is_bound(here: House, face: Face, trusting: 
 def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
     here: House, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """The relay of these tests passes everything on rightly: with the same certificate the handshake succeeds."""
+    """The relay of these tests passes everything on rightly: with the same certificate
+    the handshake succeeds.
+    """
     with Relay(here.address, server, trusting) as relay:
         # It ends after the handshake, so that the introduction never comes.
         with pytest.raises(BrokerdError):
@@ -67,7 +73,9 @@ def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
 def test_relay_with_another_certificate_fails(
     here: House, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
-    """Though the client trusts the certificate of who is in the middle, the broker turns him away."""
+    """Though the client trusts the certificate of who is in the middle, the broker
+    turns him away.
+    """
     rejected = pytest.raises(AuthenticationError, match="rejected our answer")
     with Relay(here.address, authority.issue("middle"), trusting) as relay, rejected:
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
@@ -79,7 +87,10 @@ def test_relay_with_another_certificate_fails(
     ("answer", "reason"),
     [
         (lambda body: body.partition(b"\0tls")[0], "wrong key"),
-        (lambda body: body.replace(b"tls-server-end-point", b"tls-exporter"), "bound to a TLS channel"),
+        (
+            lambda body: body.replace(b"tls-server-end-point", b"tls-exporter"),
+            "bound to a TLS channel",
+        ),
         (lambda body: body.replace(b"tls-server-end-point", b"tls-unheard-of"), "not known here"),
     ],
     ids=["stripped", "another kind", "unknown kind"],
@@ -92,15 +103,21 @@ def test_mark_can_t_be_stripped_or_changed(
     answer: Callable[[bytes], bytes],
     reason: str,
 ) -> None:
-    """An answer made with a bound key is good for nothing without its mark, or with another."""
+    """An answer made with a bound key is good for nothing without its mark, or with
+    another.
+    """
     relay = Relay(here.address, authority.issue("middle"), trusting, answer=answer)
     with relay, pytest.raises(AuthenticationError):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
     assert reason in refusal(here)
 
 
-def test_offer_can_t_be_stripped(here: House, face: Face, server: Issued, trusting: ssl.SSLContext) -> None:
-    """Even with the listener's own certificate, a challenge without its offer is not answered."""
+def test_offer_can_t_be_stripped(
+    here: House, face: Face, server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """Even with the listener's own certificate, a challenge without its offer is not
+    answered.
+    """
 
     def strip(challenge: bytes) -> bytes:
         assert challenge.endswith(b"\0tls-server-end-point 2")
@@ -111,13 +128,20 @@ def test_offer_can_t_be_stripped(here: House, face: Face, server: Issued, trusti
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
 
 
-def test_offer_can_t_be_altered(here: House, face: Face, server: Issued, trusting: ssl.SSLContext) -> None:
-    """Even with the listener's own certificate, a change of the offer in the challenge spoils the answer."""
+def test_offer_can_t_be_altered(
+    here: House, face: Face, server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """Even with the listener's own certificate, a change of the offer in the challenge
+    spoils the answer.
+    """
 
     def alter(challenge: bytes) -> bytes:
         return challenge.replace(b"tls-server-end-point", b"tls-unheard-of")
 
-    with Relay(here.address, server, trusting, alter=alter) as relay, pytest.raises(AuthenticationError):
+    with (
+        Relay(here.address, server, trusting, alter=alter) as relay,
+        pytest.raises(AuthenticationError),
+    ):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
     assert refusal(here) == "wrong key for the name it gave"
 
@@ -125,7 +149,9 @@ def test_offer_can_t_be_altered(here: House, face: Face, server: Issued, trustin
 def test_relay_to_a_plain_listener_fails(
     here: House, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
-    """That a plain listener of the same broker offers nothing to bind to does not make the client show a bare key."""
+    """That a plain listener of the same broker offers nothing to bind to does not make
+    the client show a bare key.
+    """
     for alter in (bytes, lambda challenge: challenge + b"\0tls-server-end-point 2"):
         relay = Relay(here.addresses[1], authority.issue("middle"), None, alter=alter)
         with relay, pytest.raises(AuthenticationError):
@@ -136,7 +162,9 @@ def test_relay_to_a_plain_listener_fails(
 def test_client_accepts_no_broker_that_proves_the_bare_key(
     face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """A listener that knows the key and does not bind it is refused: it would be one that somebody is in front of."""
+    """A listener that knows the key and does not bind it is refused: it would be one
+    that somebody is in front of.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server.certificate, server.key)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -149,7 +177,8 @@ def test_client_accepts_no_broker_that_proves_the_bare_key(
             steps = as_listener(bytes(40) + offer([END_POINT]), named=True)
             step: Any = next(steps)
             while True:
-                # It welcomes whatever the client answers, and then answers with the bare key itself.
+                # It welcomes whatever the client answers, and then answers with the
+                # bare key itself.
                 if isinstance(step, Proof):
                     step = steps.send(b"the key")
                 elif isinstance(step, Receive):
@@ -177,19 +206,27 @@ def test_client_accepts_no_broker_that_proves_the_bare_key(
 
 
 def test_client_without_binding_is_let_in(here: House, trusting: ssl.SSLContext) -> None:
-    """Stock Python behind a program that adds TLS can still connect, with its bare key, unless that is forbidden."""
+    """Stock Python behind a program that adds TLS can still connect, with its bare key,
+    unless that is forbidden.
+    """
     with tls_login(here.address, trusting, "alice") as alice:
         assert alice.ask("whoami").json["name"] == "alice"
     assert here.log.wait("client.connected")[0].fields["bound_to"] == "nothing"
 
 
 @pytest.mark.parametrize("by", ["listener", "client"])
-def test_binding_can_be_demanded(by: str, server: Issued, face: Face, trusting: ssl.SSLContext) -> None:
-    """With channel_binding: required a client that does not bind is turned away, and one that does comes in."""
+def test_binding_can_be_demanded(
+    by: str, server: Issued, face: Face, trusting: ssl.SSLContext
+) -> None:
+    """With channel_binding: required a client that does not bind is turned away, and
+    one that does comes in.
+    """
     need = {"channel_binding": "required"}
     tls = server.entry(**(need if by == "listener" else {}))
     clients = {"alice": need if by == "client" else {}}
-    with house(configuration([{"address": "127.0.0.1:0", "tls": tls}, "127.0.0.1:0"], clients)) as here:
+    with house(
+        configuration([{"address": "127.0.0.1:0", "tls": tls}, "127.0.0.1:0"], clients)
+    ) as here:
         with pytest.raises(Rejected):
             tls_login(here.address, trusting, "alice")
         assert "channel_binding: required" in refusal(here)
@@ -197,4 +234,6 @@ def test_binding_can_be_demanded(by: str, server: Issued, face: Face, trusting: 
         if by == "client":
             with pytest.raises(AuthenticationError):
                 face.connect(str(here.addresses[1]), "alice", key_of("alice"))
-            assert "does not come over TLS" in here.log.wait("client.refused", 2)[1].fields["reason"]
+            assert (
+                "does not come over TLS" in here.log.wait("client.refused", 2)[1].fields["reason"]
+            )

@@ -54,7 +54,9 @@ def _traced() -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [1, 16384, 65536, 65537, 1_000_000])
 def test_what_is_written_is_read(pair: Pair, size: int) -> None:
-    """Less than a record, many records, more than is decrypted at once: all of it, and nothing is left."""
+    """Less than a record, many records, more than is decrypted at once: all of it, and
+    nothing is left.
+    """
     data = bytes(number % 251 for number in range(size))
     assert pair.carry(data) == data
     assert not pair.client.more
@@ -62,7 +64,9 @@ def test_what_is_written_is_read(pair: Pair, size: int) -> None:
 
 @pytest.mark.usefixtures("_traced")
 def test_a_small_message_takes_no_large_buffer(pair: Pair) -> None:
-    """What is decrypted goes through a buffer that is there already, whichever connection it comes by."""
+    """What is decrypted goes through a buffer that is there already, whichever
+    connection it comes by.
+    """
     pair.carry(b"first")
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
@@ -71,7 +75,9 @@ def test_a_small_message_takes_no_large_buffer(pair: Pair) -> None:
 
 
 def test_threads_do_not_share_that_buffer(server: Issued, trusting: ssl.SSLContext) -> None:
-    """Decrypting lets other threads run: clients in two of them, at the same time, read each their own."""
+    """Decrypting lets other threads run: clients in two of them, at the same time, read
+    each their own.
+    """
     begin = threading.Barrier(2)
 
     def read_much(letter: bytes) -> set[bytes]:

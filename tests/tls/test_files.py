@@ -1,4 +1,6 @@
-"""The files of a TLS listener: every mistake told with its place, at a check, at the start and at a reload."""
+"""The files of a TLS listener: every mistake told with its place, at a check, at the
+start and at a reload.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from brokerd.ctl.command import brokerctl
 from brokerd.testing import running
 from brokerd_client.errors import TlsError
 
-LISTEN = "listen:\n- address: 127.0.0.1:0\n  tls:\n    certificate: {0.certificate}\n    key: {0.key}\n"
+LISTEN = (
+    "listen:\n- address: 127.0.0.1:0\n  tls:\n    certificate: {0.certificate}\n    key: {0.key}\n"
+)
 
 
 def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
@@ -57,7 +61,9 @@ def test_right_files_are_taken(issued: Issued) -> None:
     assert "-----" not in repr(listen)
 
 
-@pytest.mark.parametrize(("written", "version"), [('"1.2"', "TLSv1_2"), ("1.2", "TLSv1_2"), ("1.3", "TLSv1_3")])
+@pytest.mark.parametrize(
+    ("written", "version"), [('"1.2"', "TLSv1_2"), ("1.2", "TLSv1_2"), ("1.3", "TLSv1_3")]
+)
 def test_minimum_is_text_or_a_number(issued: Issued, written: str, version: str) -> None:
     """YAML takes a version without quotes for a number; it is understood all the same."""
     (listen,) = load_text(LISTEN.format(issued) + f"    minimum: {written}\n").listen
@@ -69,7 +75,9 @@ def test_minimum_is_text_or_a_number(issued: Issued, written: str, version: str)
 def test_each_file_is_opened_once(
     authority: Authority, issued: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was checked is what is used: a file replaced in that very moment changes nothing."""
+    """What was checked is what is used: a file replaced in that very moment changes
+    nothing.
+    """
     ca = tmp_path / "ca.pem"
     ca.write_bytes(authority.file.read_bytes())
     text = LISTEN.format(issued) + f"    client_ca: {ca}\n"
@@ -91,16 +99,24 @@ def test_each_file_is_opened_once(
     assert listen.tls is not None
     assert before.tls is not None
     assert listen.tls.content == before.tls.content
-    assert listen.tls.context.get_ca_certs(binary_form=True) == before.tls.context.get_ca_certs(binary_form=True) != []
+    assert (
+        listen.tls.context.get_ca_certs(binary_form=True)
+        == before.tls.context.get_ca_certs(binary_form=True)
+        != []
+    )
 
 
-@pytest.mark.skipif(os.name != "posix" or not hasattr(os, "geteuid"), reason="there are no modes here")
+@pytest.mark.skipif(
+    os.name != "posix" or not hasattr(os, "geteuid"), reason="there are no modes here"
+)
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
 def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
     """The error names the chmod to run."""
     issued.key.chmod(mode)
     (problem,) = problems(LISTEN.format(issued))
-    assert problem.startswith("b.yaml:5:10: listen[0].tls.key: others than its owner can read or write")
+    assert problem.startswith(
+        "b.yaml:5:10: listen[0].tls.key: others than its owner can read or write"
+    )
     assert f"(chmod 600 {issued.key})" in problem
 
 
@@ -125,23 +141,41 @@ def _encrypted(issued: Issued, authority: Authority) -> None:
 DAMAGES: list[tuple[Callable[[Issued, Authority], object], str, str]] = [
     (_another_key, "5:10: listen[0].tls.key", "is not the key of"),
     (_encrypted, "5:10: listen[0].tls.key", "is encrypted"),
-    (lambda issued, _: issued.key.write_text("no key"), "5:10: listen[0].tls.key", "no private key that can be used"),
-    (lambda issued, _: issued.key.unlink(), "5:10: listen[0].tls.key", "there is no file"),
-    (lambda issued, _: issued.certificate.unlink(), "4:18: listen[0].tls.certificate", "there is no file"),
-    (lambda issued, _: issued.certificate.write_text("x"), "4:18: listen[0].tls.certificate", "holds no certificate"),
     (
-        lambda issued, _: issued.certificate.write_text(issued.certificate.read_text().replace("MII", "MIJ", 1)),
+        lambda issued, _: issued.key.write_text("no key"),
+        "5:10: listen[0].tls.key",
+        "no private key that can be used",
+    ),
+    (lambda issued, _: issued.key.unlink(), "5:10: listen[0].tls.key", "there is no file"),
+    (
+        lambda issued, _: issued.certificate.unlink(),
+        "4:18: listen[0].tls.certificate",
+        "there is no file",
+    ),
+    (
+        lambda issued, _: issued.certificate.write_text("x"),
+        "4:18: listen[0].tls.certificate",
+        "holds no certificate",
+    ),
+    (
+        lambda issued, _: issued.certificate.write_text(
+            issued.certificate.read_text().replace("MII", "MIJ", 1)
+        ),
         "4:18: listen[0].tls.certificate",
         "damaged certificate",
     ),
 ]
 
 
-@pytest.mark.parametrize(("damage", "place", "words"), DAMAGES, ids=[words for _, _, words in DAMAGES])
+@pytest.mark.parametrize(
+    ("damage", "place", "words"), DAMAGES, ids=[words for _, _, words in DAMAGES]
+)
 def test_every_mistake_has_its_place(
     issued: Issued, authority: Authority, damage: Callable[..., Any], place: str, words: str
 ) -> None:
-    """What is wrong with a file is said where the file is named, with what would be right."""
+    """What is wrong with a file is said where the file is named, with what would be
+    right.
+    """
     damage(issued, authority)
     (problem,) = problems(LISTEN.format(issued))
     assert problem.startswith(f"b.yaml:{place}: ")
@@ -169,15 +203,22 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_what_has_no_sense_is_refused(entry: str, error: str) -> None:
-    """TLS belongs to TCP, and the way clients write it does not belong into the configuration."""
+    """TLS belongs to TCP, and the way clients write it does not belong into the
+    configuration.
+    """
     (problem,) = problems(f"listen:\n- {entry}\n")
     assert error in problem
 
 
 def test_contradictions_are_refused(issued: Issued) -> None:
-    """TLS that is said not to be there, and client certificates without anybody to issue them."""
+    """TLS that is said not to be there, and client certificates without anybody to
+    issue them.
+    """
     text = LISTEN.format(issued) + "    client_certificate: optional\n  plain: true\n"
-    assert [each.split(": ")[1] for each in problems(text)] == ["listen[0].tls.client_certificate", "listen[0].plain"]
+    assert [each.split(": ")[1] for each in problems(text)] == [
+        "listen[0].tls.client_certificate",
+        "listen[0].plain",
+    ]
 
 
 def test_certificate_out_of_its_time(authority: Authority) -> None:
@@ -208,17 +249,29 @@ def test_certificate_out_of_its_time(authority: Authority) -> None:
     ],
 )
 def test_check_warns_of_plain_tcp(address: str, warned: bool) -> None:
-    """A listener that other machines can reach without TLS is warned of, naming the option, unless it is meant."""
+    """A listener that other machines can reach without TLS is warned of, naming the
+    option, unless it is meant.
+    """
     clients = "clients: {a: {key: k}}\n"
     found = advice(load_text(f"listen: [{{address: {address}}}]\n{clients}"), datetime.now(UTC))
     assert len(found) == warned
-    assert all("tls: {certificate: FILE, key: FILE}" in each and "plain: true" in each for each in found)
+    assert all(
+        "tls: {certificate: FILE, key: FILE}" in each and "plain: true" in each for each in found
+    )
     if warned:
-        assert advice(load_text(f"listen: [{{address: {address}, plain: true}}]\n{clients}"), datetime.now(UTC)) == []
+        assert (
+            advice(
+                load_text(f"listen: [{{address: {address}, plain: true}}]\n{clients}"),
+                datetime.now(UTC),
+            )
+            == []
+        )
 
 
 def test_check_command_tells_both(issued: Issued, tmp_path: Path) -> None:
-    """``brokerd check`` shows the warning and ends well, and shows the mistake and ends with 78."""
+    """``brokerd check`` shows the warning and ends well, and shows the mistake and ends
+    with 78.
+    """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
     file.write_text("listen: ['0.0.0.0:0']\nclients: {a: {key: k}}\n")
@@ -232,7 +285,9 @@ def test_check_command_tells_both(issued: Issued, tmp_path: Path) -> None:
 
 
 def test_daemon_warns_of_plain_tcp_once(server: Issued) -> None:
-    """One event at the start for each such listener, and none for those that are local, have TLS or are meant so."""
+    """One event at the start for each such listener, and none for those that are local,
+    have TLS or are meant so.
+    """
     listen = [
         "0.0.0.0:0",
         "127.0.0.1:0",
@@ -258,15 +313,24 @@ def serial_of(raw: TlsRaw) -> int:
 def test_renewed_certificate_under_traffic(
     issued: Issued, authority: Authority, trusting: ssl.SSLContext, socket_dir: Path
 ) -> None:
-    """New connections get the new certificate; those that are there go on, and no message is lost or late."""
+    """New connections get the new certificate; those that are there go on, and no
+    message is lost or late.
+    """
     listen = [{"address": "127.0.0.1:0", "tls": issued.entry()}, str(socket_dir / "sock")]
-    with house(configuration(listen)) as here, login(here.addresses[1], key_of("carol"), b"carol") as carol:
+    with (
+        house(configuration(listen)) as here,
+        login(here.addresses[1], key_of("carol"), b"carol") as carol,
+    ):
         old = TlsRaw(here.address, trusting)
         where = str(here.address)
         with (
             old,
-            brokerd_client.connect(where, "alice", key_of("alice"), ssl=trusting, reconnect=False) as alice,
-            brokerd_client.connect(where, "bob", key_of("bob"), ssl=trusting, reconnect=False) as bob,
+            brokerd_client.connect(
+                where, "alice", key_of("alice"), ssl=trusting, reconnect=False
+            ) as alice,
+            brokerd_client.connect(
+                where, "bob", key_of("bob"), ssl=trusting, reconnect=False
+            ) as bob,
         ):
             stop = threading.Event()
             sent = 0
@@ -306,7 +370,9 @@ def test_renewed_certificate_under_traffic(
 def test_bad_certificate_leaves_everything_as_it_was(
     issued: Issued, authority: Authority, trusting: ssl.SSLContext, tmp_path: Path
 ) -> None:
-    """A reload with files that do not fit is refused whole, says why, and the old certificate serves on."""
+    """A reload with files that do not fit is refused whole, says why, and the old
+    certificate serves on.
+    """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
     file.write_text(LISTEN.format(issued) + 'clients: {alice: {key: "alice\'s key"}}\n')
@@ -322,7 +388,9 @@ def test_bad_certificate_leaves_everything_as_it_was(
 
 
 def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext) -> None:
-    """An address that had none speaks TLS after a reload, to those who come then; who is there stays, in the clear."""
+    """An address that had none speaks TLS after a reload, to those who come then; who
+    is there stays, in the clear.
+    """
     with house(configuration("127.0.0.1:0")) as here:
         address = {"address": f"127.0.0.1:{here.address.port}"}
         with here.login("alice") as alice:
@@ -342,7 +410,9 @@ def test_memory_of_tls_is_in_the_bound(issued: Issued) -> None:
     clients = {"alice": {"connections": 7}}
     limits = {"handshakes": 5}
     without = memory_bound(configuration("127.0.0.1:0", clients, limits=limits))
-    tls = memory_bound(configuration({"address": "127.0.0.1:0", "tls": issued.entry()}, clients, limits=limits))
+    tls = memory_bound(
+        configuration({"address": "127.0.0.1:0", "tls": issued.entry()}, clients, limits=limits)
+    )
     assert without.parts()["tls"] == 0
     assert tls.total - without.total == tls.parts()["tls"] == 12 * 256 * 1024
 
@@ -358,11 +428,18 @@ def test_memory_of_tls_is_in_the_bound(issued: Issued) -> None:
         ("O=Example+CN=alice", [("organizationName", "Example"), ("commonName", "alice")]),
         (r"CN=a\,b\\c\+d", [("commonName", r"a,b\c+d")]),
         ("C=DE,ST=Berlin,L=Berlin,OU=x,emailAddress=a@b", None),
-        ("UID=al,DC=a,DC=b", [("userId", "al"), ("domainComponent", "b"), ("domainComponent", "a")]),
+        (
+            "UID=al,DC=a,DC=b",
+            [("userId", "al"), ("domainComponent", "b"), ("domainComponent", "a")],
+        ),
     ],
 )
-def test_subject_in_text_is_that_of_the_certificate(text: str, pairs: list[tuple[str, str]] | None) -> None:
-    """What people write is compared with what the certificate has, in any order, and shown as it can be written."""
+def test_subject_in_text_is_that_of_the_certificate(
+    text: str, pairs: list[tuple[str, str]] | None
+) -> None:
+    """What people write is compared with what the certificate has, in any order, and
+    shown as it can be written.
+    """
     subject = parse(text)
     assert parse(show(subject)) == subject
     if pairs is not None:
@@ -388,7 +465,9 @@ def test_subject_must_be_whole() -> None:
 
 
 def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path) -> None:
-    """--ca is what it takes, or BROKERD_CA; without either the error says so, and what is not for TLS is refused."""
+    """--ca is what it takes, or BROKERD_CA; without either the error says so, and what
+    is not for TLS is refused.
+    """
     key_file = tmp_path / "alice"
     key_file.write_bytes(key_of("alice"))
     tls = server.entry(client_ca=authority.file)
@@ -410,9 +489,14 @@ def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path
         assert (refused.exit_code, "demands a client certificate" in refused.stderr) == (1, True)
         absent = run(brokerctl, [*access, "--ca", str(tmp_path / "none"), "ping"])
         assert (absent.exit_code, "give certificates in PEM" in absent.stderr) == (2, True)
-        half = run(brokerctl, [*access, "--ca", str(authority.file), "--cert", str(shown.certificate), "ping"])
+        half = run(
+            brokerctl,
+            [*access, "--ca", str(authority.file), "--cert", str(shown.certificate), "ping"],
+        )
         assert (half.exit_code, "give both in PEM" in half.stderr) == (2, True)
-        plain = run(brokerctl, ["--address", "127.0.0.1:1", "--key-file", str(key_file), *cert, "ping"])
+        plain = run(
+            brokerctl, ["--address", "127.0.0.1:1", "--key-file", str(key_file), *cert, "ping"]
+        )
         assert (plain.exit_code, "are for TLS" in plain.stderr) == (2, True)
 
 

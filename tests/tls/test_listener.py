@@ -1,4 +1,6 @@
-"""A listener with TLS: who is let in, who is turned away and told what, and what it costs the others."""
+"""A listener with TLS: who is let in, who is turned away and told what, and what it
+costs the others.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ import pytest
 from authority import Authority, Issued
 from faces import PATIENCE, Asyncio, Blocking, Face
 from net.house import House, configuration, house, key_of
-from net.raw import CHALLENGE, ERROR, MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, packed, prefixed
+from net.raw import (
+    CHALLENGE,
+    ERROR,
+    MESSAGE,
+    RECEIPT,
+    WANT_RECEIPT,
+    Raw,
+    Rejected,
+    packed,
+    prefixed,
+)
 from stock import TlsRaw, tls_login
 
 import brokerd_client
@@ -51,8 +63,12 @@ def demanding(server: Issued, authority: Authority, alice: dict[str, Any], **tls
     return configuration(entry, {"alice": alice, "bob": {}})
 
 
-def test_certificate_of_the_right_subject_is_let_in(face: Face, server: Issued, authority: Authority) -> None:
-    """With key and certificate as its entry demands a client comes in; the log says whom the certificate is about."""
+def test_certificate_of_the_right_subject_is_let_in(
+    face: Face, server: Issued, authority: Authority
+) -> None:
+    """With key and certificate as its entry demands a client comes in; the log says
+    whom the certificate is about.
+    """
     shown = authority.issue("alice", "alice.example", common_name="alice")
     demanded = {"certificate": {"fingerprint": shown.fingerprint.upper()}}
     with house(demanding(server, authority, demanded)) as here:
@@ -64,18 +80,26 @@ def test_certificate_of_the_right_subject_is_let_in(face: Face, server: Issued, 
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
-def test_certificate_does_not_replace_the_key(face: Face, server: Issued, authority: Authority) -> None:
+def test_certificate_does_not_replace_the_key(
+    face: Face, server: Issued, authority: Authority
+) -> None:
     """The right certificate with a wrong key is worth nothing."""
     shown = authority.issue("alice", "alice.example", common_name="alice")
-    with house(demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})) as here:
+    with house(
+        demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
+    ) as here:
         with pytest.raises(AuthenticationError):
             face.connect(str(here.address), "alice", "not the key", ssl=authority.context(shown))
         assert refusal(here) == "wrong key for the name it gave"
 
 
 @pytest.mark.parametrize("demanded", ["subject", "fingerprint"])
-def test_another_certificate_is_turned_away(demanded: str, face: Face, server: Issued, authority: Authority) -> None:
-    """Somebody else's certificate, though as good as any, does not do; the log says what it is."""
+def test_another_certificate_is_turned_away(
+    demanded: str, face: Face, server: Issued, authority: Authority
+) -> None:
+    """Somebody else's certificate, though as good as any, does not do; the log says
+    what it is.
+    """
     theirs = authority.issue("mallory", "mallory.example", common_name="mallory")
     mine = authority.issue("alice", "alice.example", common_name="alice")
     right = "CN=alice,O=x" if demanded == "subject" else mine.fingerprint
@@ -87,7 +111,9 @@ def test_another_certificate_is_turned_away(demanded: str, face: Face, server: I
         assert here.log.named("client.refused")[0].fields["name"] == "alice"
 
 
-def test_no_certificate_where_one_is_demanded(face: Face, server: Issued, authority: Authority) -> None:
+def test_no_certificate_where_one_is_demanded(
+    face: Face, server: Issued, authority: Authority
+) -> None:
     """Both sides say that a client's certificate is missing."""
     with house(demanding(server, authority, {})) as here:
         with pytest.raises(TlsError, match="demands a client certificate"):
@@ -95,12 +121,16 @@ def test_no_certificate_where_one_is_demanded(face: Face, server: Issued, author
         assert "it shows no certificate, and this listener demands one (client_ca)" in refusal(here)
 
 
-def test_certificate_of_a_stranger_s_authority(face: Face, server: Issued, authority: Authority, tmp_path: Any) -> None:
+def test_certificate_of_a_stranger_s_authority(
+    face: Face, server: Issued, authority: Authority, tmp_path: Any
+) -> None:
     """A certificate that client_ca did not issue is refused, and both sides say so."""
     stranger = Authority(tmp_path).issue("alice", "alice.example")
     with house(demanding(server, authority, {})) as here:
         with pytest.raises(TlsError, match="does not accept our certificate"):
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger))
+            face.connect(
+                str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger)
+            )
         assert "its certificate is not accepted" in refusal(here)
 
 
@@ -116,15 +146,25 @@ def test_certificates_may_be_optional(face: Face, server: Issued, authority: Aut
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
-def test_changed_demand_closes_connections_that_miss_it(server: Issued, authority: Authority) -> None:
-    """A reload that demands another certificate lets go of who has shown the old one, with the reason; others stay."""
+def test_changed_demand_closes_connections_that_miss_it(
+    server: Issued, authority: Authority
+) -> None:
+    """A reload that demands another certificate lets go of who has shown the old one,
+    with the reason; others stay.
+    """
     shown = authority.issue("alice", "alice.example")
     context = authority.context(shown)
-    with house(demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})) as here:
+    with house(
+        demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
+    ) as here:
         where = str(here.address)
         with (
-            brokerd_client.connect(where, "alice", key_of("alice"), ssl=context, reconnect=False) as alice,
-            brokerd_client.connect(where, "bob", key_of("bob"), ssl=context, reconnect=False) as bob,
+            brokerd_client.connect(
+                where, "alice", key_of("alice"), ssl=context, reconnect=False
+            ) as alice,
+            brokerd_client.connect(
+                where, "bob", key_of("bob"), ssl=context, reconnect=False
+            ) as bob,
         ):
             changed = demanding(server, authority, {"certificate": {"fingerprint": "0" * 64}})
             here.call(lambda: here.daemon.apply(changed, "the test"))
@@ -139,7 +179,9 @@ def test_changed_demand_closes_connections_that_miss_it(server: Issued, authorit
 
 
 def test_unknown_issuer_is_said_on_both_sides(here: House, face: Face, tmp_path: Any) -> None:
-    """The client says that it can't verify the certificate, and what would help; the log, that it was not accepted."""
+    """The client says that it can't verify the certificate, and what would help; the
+    log, that it was not accepted.
+    """
     with pytest.raises(TlsError, match=r"can't be verified.*cafile"):
         face.connect(str(here.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context())
     assert "it does not accept this listener's certificate" in refusal(here)
@@ -158,16 +200,24 @@ def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority:
 def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext) -> None:
     """Both sides say at once that the listener has no TLS, and what to do."""
     with house(configuration("127.0.0.1:0")) as here:
-        with pytest.raises(TlsError, match="does not speak TLS: a plain listener is reached without tls://"):
+        with pytest.raises(
+            TlsError, match="does not speak TLS: a plain listener is reached without tls://"
+        ):
             face.connect(f"tls://{here.address}", "alice", key_of("alice"), ssl=trusting)
         assert "it speaks TLS, and this listener does not" in refusal(here)
 
 
 def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) -> None:
-    """A plain client waits for the broker's word; at the deadline it gets one that says what would be right."""
+    """A plain client waits for the broker's word; at the deadline it gets one that says
+    what would be right.
+    """
     limits = {"handshake_timeout": "200ms"}
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
-        with pytest.raises(AuthenticationError, match="this listener speaks TLS: use tls://HOST:PORT"):
+    with house(
+        configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
+    ) as here:
+        with pytest.raises(
+            AuthenticationError, match="this listener speaks TLS: use tls://HOST:PORT"
+        ):
             face.connect(("127.0.0.1", here.address.port), "alice", key_of("alice"))
         assert "a client without TLS waits for the broker to speak first" in refusal(here)
 
@@ -181,11 +231,17 @@ def test_plain_client_that_speaks_at_a_listener_with_tls(here: House) -> None:
 
 
 @pytest.mark.parametrize("minimum", ["1.2", "1.3"])
-def test_old_version_needs_the_minimum_lowered(minimum: str, face: Face, server: Issued, authority: Authority) -> None:
-    """A client that stops at TLS 1.2 is let in only where minimum says so; else both sides name the version."""
+def test_old_version_needs_the_minimum_lowered(
+    minimum: str, face: Face, server: Issued, authority: Authority
+) -> None:
+    """A client that stops at TLS 1.2 is let in only where minimum says so; else both
+    sides name the version.
+    """
     context = authority.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum=minimum)})) as here:
+    with house(
+        configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum=minimum)})
+    ) as here:
         if minimum == "1.2":
             face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
             assert here.log.wait("client.connected")[0].fields["tls"] == "TLSv1.2"
@@ -198,8 +254,12 @@ def test_old_version_needs_the_minimum_lowered(minimum: str, face: Face, server:
 # Others are not held up
 
 
-def test_half_open_handshakes_delay_nobody(here: House, face: Face, trusting: ssl.SSLContext) -> None:
-    """A crowd that begins TLS and stops, at every point, holds up neither those who come nor those who are there."""
+def test_half_open_handshakes_delay_nobody(
+    here: House, face: Face, trusting: ssl.SSLContext
+) -> None:
+    """A crowd that begins TLS and stops, at every point, holds up neither those who
+    come nor those who are there.
+    """
     first = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
     hello = _client_hello(trusting)
     silent = []
@@ -221,7 +281,9 @@ def test_half_open_handshakes_delay_nobody(here: House, face: Face, trusting: ss
 def test_one_handshake_a_turn_of_the_loop(
     here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a crowd whose first bytes are all there, the broker answers one, and lets everybody else have a turn."""
+    """Of a crowd whose first bytes are all there, the broker answers one, and lets
+    everybody else have a turn.
+    """
     turns = 0
     steps: list[int] = []
     go_on = TlsHandshakes._go_on
@@ -240,7 +302,8 @@ def test_one_handshake_a_turn_of_the_loop(
     hello = _client_hello(trusting)
 
     def shout() -> None:
-        # In the broker's own thread, so that all of it is there before the broker looks.
+        # In the broker's own thread, so that all of it is there before the broker
+        # looks.
         for raw in crowd:
             raw.write(hello)
         count()
@@ -256,7 +319,9 @@ def test_one_handshake_a_turn_of_the_loop(
 def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLContext) -> None:
     """Who begins TLS and stops is turned away when limits.handshake_timeout is over."""
     limits = {"handshake_timeout": "200ms"}
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
+    with house(
+        configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
+    ) as here:
         with Raw(here.address) as raw:
             raw.write(_client_hello(trusting)[:50])
             raw.read_to_end()
@@ -273,7 +338,9 @@ def test_half_open_handshakes_are_bounded_in_number(
     """One more than limits.handshakes drops the oldest, once its grace is over."""
     monkeypatch.setattr(admission, "GRACE_S", 0.1)
     limits = {"handshakes": 3}
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)) as here:
+    with house(
+        configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
+    ) as here:
         crowd = [Raw(here.address) for _ in range(4)]
         assert crowd[0].is_closed()
         assert "limits.handshakes" in refusal(here)
@@ -289,33 +356,47 @@ def _client_hello(context: ssl.SSLContext) -> bytes:
 
 
 def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLContext) -> None:
-    """Frames that come in one record with the last #WELCOME#, more than one read of the door's, are all routed."""
+    """Frames that come in one record with the last #WELCOME#, more than one read of the
+    door's, are all routed.
+    """
     count = 500
     with tls_login(here.address, trusting, "bob") as bob:
-        early = b"".join(packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(count))
+        early = b"".join(
+            packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(count)
+        )
         with tls_login(here.address, trusting, "alice", behind=early):
             assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
-def test_second_connection_of_a_name_is_told_over_tls(here: House, trusting: ssl.SSLContext) -> None:
+def test_second_connection_of_a_name_is_told_over_tls(
+    here: House, trusting: ssl.SSLContext
+) -> None:
     with tls_login(here.address, trusting, "alice") as alice:
-        with tls_login(here.address, trusting, "alice", behind=packed(MESSAGE, "alice", b"unread")) as second:
+        with tls_login(
+            here.address, trusting, "alice", behind=packed(MESSAGE, "alice", b"unread")
+        ) as second:
             assert second.is_closed("name_taken")
         alice.ping()
 
 
 def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLContext) -> None:
-    """Who has failed often is told so late, whatever it has said behind its answer, be it more than one read of it."""
+    """Who has failed often is told so late, whatever it has said behind its answer, be
+    it more than one read of it.
+    """
     pending_connections = 12
     for number in range(pending_connections):
         with TlsRaw(here.address, trusting) as raw:
             raw.write(prefixed(raw.answer(b"wrong")) + prefixed(b"?") * 400)
             assert raw.read_to_end() == prefixed(b"#FAILURE#"), number
-    assert {event.fields["reason"] for event in here.log.wait("client.refused", pending_connections)} == {"unknown key"}
+    assert {
+        event.fields["reason"] for event in here.log.wait("client.refused", pending_connections)
+    } == {"unknown key"}
 
 
 def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> None:
-    """Records cut into single bytes, and a frame in a record for each byte, are put together again."""
+    """Records cut into single bytes, and a frame in a record for each byte, are put
+    together again.
+    """
     with TlsRaw(here.address, trusting) as raw:
         raw.write_bytewise(prefixed(raw.answer(key_of("alice"), b"alice")))
         assert raw.read_body() == b"#WELCOME#"
@@ -331,7 +412,9 @@ def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> Non
 def test_large_messages_both_ways_at_once(
     version: ssl.TLSVersion, face: Face, server: Issued, authority: Authority
 ) -> None:
-    """Megabytes in both directions at the same time, more than any buffer holds, arrive unchanged."""
+    """Megabytes in both directions at the same time, more than any buffer holds, arrive
+    unchanged.
+    """
     context = authority.context()
     context.minimum_version = context.maximum_version = version
     queue = {"queue": "64MiB"}
@@ -347,7 +430,10 @@ def test_large_messages_both_ways_at_once(
             for body in bodies[name]:
                 clients[name].send(to, body, timeout=PATIENCE)
 
-        senders = [threading.Thread(target=send, args=pair) for pair in (("alice", "bob"), ("bob", "alice"))]
+        senders = [
+            threading.Thread(target=send, args=pair)
+            for pair in (("alice", "bob"), ("bob", "alice"))
+        ]
         for thread in senders:
             thread.start()
         for name, other in (("alice", "bob"), ("bob", "alice")):
@@ -359,7 +445,9 @@ def test_large_messages_both_ways_at_once(
 def test_sender_waits_for_its_own_bytes_only(
     here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once all that was to be sent is taken, sends go on, though a piece of it waits in TLS for its leave."""
+    """Once all that was to be sent is taken, sends go on, though a piece of it waits in
+    TLS for its leave.
+    """
     with brokerd_client.connect(str(here.address), "alice", key_of("alice"), ssl=trusting) as alice:
         with monkeypatch.context() as patched:
             patched.setattr(alice._transport, "unwritten", lambda: True)
@@ -371,8 +459,12 @@ def test_sender_waits_for_its_own_bytes_only(
 
 
 @pytest.mark.parametrize("when_full", ["refuse", "drop_oldest", "wait"])
-def test_slow_reader_gets_what_was_accepted_in_order(when_full: str, server: Issued, trusting: ssl.SSLContext) -> None:
-    """A reader stops, and the accounts balance: what is not answered with an error comes later, whole."""
+def test_slow_reader_gets_what_was_accepted_in_order(
+    when_full: str, server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """A reader stops, and the accounts balance: what is not answered with an error
+    comes later, whole.
+    """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
     clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}}
     config = configuration(entry, clients, limits={"wait_timeout": "100ms"})
@@ -387,7 +479,9 @@ def test_slow_reader_gets_what_was_accepted_in_order(when_full: str, server: Iss
         while ERROR not in answered.values():
             assert sent < 10_000, "the queue was never full"
             for _ in range(100):
-                alice.send(MESSAGE, "bob", sent.to_bytes(4, "big") * 1000, id=sent, flags=WANT_RECEIPT)
+                alice.send(
+                    MESSAGE, "bob", sent.to_bytes(4, "big") * 1000, id=sent, flags=WANT_RECEIPT
+                )
                 sent += 1
             while len(answered) < sent:
                 frame = alice.recv()
@@ -403,8 +497,12 @@ def test_slow_reader_gets_what_was_accepted_in_order(when_full: str, server: Iss
         bob.ping()
 
 
-def test_goodbye_is_said_after_everything_was_written(server: Issued, trusting: ssl.SSLContext) -> None:
-    """A broker that drains writes what waits, ends TLS as TLS is ended, and only then closes."""
+def test_goodbye_is_said_after_everything_was_written(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """A broker that drains writes what waits, ends TLS as TLS is ended, and only then
+    closes.
+    """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
     with house(configuration(entry)) as here, tls_login(here.address, trusting, "bob") as bob:
         with tls_login(here.address, trusting, "alice") as alice:
@@ -414,22 +512,32 @@ def test_goodbye_is_said_after_everything_was_written(server: Issued, trusting: 
             here.stop_soon()
             ids = [bob.recv().id for _ in range(50)]
         assert ids == list(range(50))
-        # Without close_notify this raises an SSLError: nobody is to take a cut for the end.
+        # Without close_notify this raises an SSLError: nobody is to take a cut for the
+        # end.
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         assert bob.is_closed("shutting_down")
 
 
-def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: ssl.SSLContext) -> None:
-    """When the outbox is empty and only TLS still holds something, a drain waits for that too."""
+def test_piece_that_tls_holds_is_written_before_the_end(
+    here: House, trusting: ssl.SSLContext
+) -> None:
+    """When the outbox is empty and only TLS still holds something, a drain waits for
+    that too.
+    """
 
     def held() -> bool:
         (connection,) = [
-            connection for connection in here.daemon._server.connections if connection.session.address == "bob"
+            connection
+            for connection in here.daemon._server.connections
+            if connection.session.address == "bob"
         ]  # type: ignore[union-attr]
         assert isinstance(connection, TlsConnection)
         return connection._stream.unsent and not connection.session.outbox.waiting
 
-    with tls_login(here.address, trusting, "bob") as bob, tls_login(here.address, trusting, "alice") as alice:
+    with (
+        tls_login(here.address, trusting, "bob") as bob,
+        tls_login(here.address, trusting, "alice") as alice,
+    ):
         count = 0
         while not here.call(held):
             assert count < 10_000, "the sockets never filled"
@@ -446,7 +554,9 @@ def test_piece_that_tls_holds_is_written_before_the_end(here: House, trusting: s
 
 
 def test_client_that_vanishes_is_noticed(here: House, trusting: ssl.SSLContext) -> None:
-    """A connection that ends without TLS's goodbye, or is reset, is a client that closed; the name is free again."""
+    """A connection that ends without TLS's goodbye, or is reset, is a client that
+    closed; the name is free again.
+    """
     for _ in range(3):
         alice = tls_login(here.address, trusting, "alice")
         alice.ping()
@@ -476,7 +586,9 @@ def test_tls_link_can_t_be_handed_over(here: House, trusting: ssl.SSLContext) ->
 def test_close_is_quick_and_what_was_sent_arrives(
     here: House, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that sends and closes at once has everything delivered, and is not closed by a time that runs out."""
+    """A client that sends and closes at once has everything delivered, and is not
+    closed by a time that runs out.
+    """
     for module in (dialog, aio.client, blocking.client):
         monkeypatch.setattr(module, "LINGER_S", 3 * PATIENCE)
     monkeypatch.setattr(blocking.client, "_THREAD_GRACE_S", 3 * PATIENCE)
@@ -508,13 +620,20 @@ def test_reconnect_over_tls(here: House, face: Face, trusting: ssl.SSLContext) -
     ],
 )
 def test_odd_combinations_are_refused(address: str, given: Any, error: str) -> None:
-    """What can't be meant is refused before anything is opened, with what would be right."""
+    """What can't be meant is refused before anything is opened, with what would be
+    right.
+    """
     with pytest.raises((BrokerdError, TypeError, ValueError), match=error):
         brokerd_client.connect(address, "alice", "k", ssl=given)
 
 
 def test_address_decides_when_nothing_is_given(here: House) -> None:
-    """tls:// alone means to trust what the system trusts, which does not know this CA; so does ssl=True."""
-    for address, given in ((str(here.address), None), (str(here.address).removeprefix("tls://"), True)):
+    """tls:// alone means to trust what the system trusts, which does not know this CA;
+    so does ssl=True.
+    """
+    for address, given in (
+        (str(here.address), None),
+        (str(here.address).removeprefix("tls://"), True),
+    ):
         with pytest.raises(TlsError, match="can't be verified"):
             brokerd_client.connect(address, "alice", key_of("alice"), ssl=given)

@@ -1,4 +1,6 @@
-"""The daemon as a process, with TLS: what is handed over when it replaces itself, and what a health check hears."""
+"""The daemon as a process, with TLS: what is handed over when it replaces itself, and
+what a health check hears.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,17 @@ import brokerd_client
 from brokerd.cli.main import main
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="no process replaces itself here")
+@pytest.mark.skipif(
+    not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="no process replaces itself here"
+)
 def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLContext) -> None:
-    """When the daemon replaces itself, connections over TLS are closed in order and made again; plain ones stay."""
+    """When the daemon replaces itself, connections over TLS are closed in order and
+    made again; plain ones stay.
+    """
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}]
-    with Process(socket_dir, {"alice": {}, "bob": {}, "ops": {"admin": True}}, listen=listen) as broker:
+    with Process(
+        socket_dir, {"alice": {}, "bob": {}, "ops": {"admin": True}}, listen=listen
+    ) as broker:
         _, address = broker.addresses()
         assert address.tls
         with (
@@ -40,13 +48,17 @@ def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLCon
             assert bob.recv(PATIENCE).payload == "after"
             assert alice.counters["losses"] == bob.counters["losses"] == 1
         assert broker.events("daemon.bug") == []
-        assert {event["listener"] for event in broker.events("client.connected")[1:]} == {str(address)}
+        assert {event["listener"] for event in broker.events("client.connected")[1:]} == {
+            str(address)
+        }
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
 
 
 def test_health_over_tls(socket_dir: Path, server: Issued, authority: Authority) -> None:
-    """A health check finds the broker well over TLS, with or without a demand for certificates."""
+    """A health check finds the broker well over TLS, with or without a demand for
+    certificates.
+    """
     listen = [
         {"address": "127.0.0.1:0", "tls": server.entry()},
         {"address": "localhost:0", "tls": server.entry(client_ca=authority.file)},

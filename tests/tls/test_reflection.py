@@ -1,7 +1,8 @@
-"""The reflection attack: a listener without the key, and two clients that have it and connect at once.
+"""The reflection attack: a listener without the key, and two clients that have it and
+connect at once.
 
-It passes the first client's challenge to the second as its own, and hands the answer back. The standard library's
-clients believe it; the library's do not.
+It passes the first client's challenge to the second as its own, and hands the answer
+back. The standard library's clients believe it; the library's do not.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class Attacker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._thread.join(TIMEOUT_S)
         self._listener.close()
@@ -114,9 +118,11 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 def test_broker_without_the_key_is_not_believed(
     tls: bool, face: Face, authority: Authority, trusting: ssl.SSLContext, two: ThreadPoolExecutor
 ) -> None:
-    """Both clients turn away: the second from a client's challenge, the first from a listener that does not answer.
+    """Both clients turn away: the second from a client's challenge, the first from a
+    listener that does not answer.
 
-    Over TLS the attacker has a certificate that both trust, so that both bind their keys to the same channel.
+    Over TLS the attacker has a certificate that both trust, so that both bind their
+    keys to the same channel.
     """
     context, options, offer = None, {}, b""
     if tls:
@@ -137,15 +143,22 @@ def test_listener_without_the_key_is_not_believed(two: ThreadPoolExecutor) -> No
     """The direct API's Client: the attacker's pickle is never read."""
     with Attacker(None, b"") as attacker:
         errors = both(
-            two, lambda: connection.Client(attacker.address, authkey=KEY, timeout=TIMEOUT_S, allow_md5=False).recv()
+            two,
+            lambda: connection.Client(
+                attacker.address, authkey=KEY, timeout=TIMEOUT_S, allow_md5=False
+            ).recv(),
         )
     assert not attacker.succeeded
     assert all(isinstance(error, (AuthenticationError, EOFError, OSError)) for error in errors)
     assert any("client's challenge" in str(error) for error in errors)
 
 
-def test_listener_without_the_key_is_not_believed_by_calls_of_its_own(two: ThreadPoolExecutor) -> None:
-    """Clients that call answer_challenge and deliver_challenge themselves are protected as well."""
+def test_listener_without_the_key_is_not_believed_by_calls_of_its_own(
+    two: ThreadPoolExecutor,
+) -> None:
+    """Clients that call answer_challenge and deliver_challenge themselves are protected
+    as well.
+    """
 
     def connect() -> Any:
         with connection.Client(attacker.address, timeout=TIMEOUT_S) as here:
@@ -160,7 +173,9 @@ def test_listener_without_the_key_is_not_believed_by_calls_of_its_own(two: Threa
 
 
 def test_stock_clients_believe_a_listener_without_the_key(two: ThreadPoolExecutor) -> None:
-    """The attack of these tests works: the standard library's client unpickles what the attacker says."""
+    """The attack of these tests works: the standard library's client unpickles what the
+    attacker says.
+    """
     got: list[Any] = []
 
     def connect() -> None:
@@ -173,10 +188,16 @@ def test_stock_clients_believe_a_listener_without_the_key(two: ThreadPoolExecuto
     assert got == ["owned"]
 
 
-def test_client_that_shares_its_key_with_a_stock_client_is_still_open(two: ThreadPoolExecutor) -> None:
-    """What remains (docs/security.md): a stock client answers the marked challenge of one of the library's."""
+def test_client_that_shares_its_key_with_a_stock_client_is_still_open(
+    two: ThreadPoolExecutor,
+) -> None:
+    """What remains (docs/security.md): a stock client answers the marked challenge of
+    one of the library's.
+    """
     with Attacker(None, b"") as attacker:
-        ours = two.submit(lambda: connection.Client(attacker.address, authkey=KEY, timeout=TIMEOUT_S).recv())
+        ours = two.submit(
+            lambda: connection.Client(attacker.address, authkey=KEY, timeout=TIMEOUT_S).recv()
+        )
 
         def stock() -> None:
             with multiprocessing.connection.Client(attacker.address, authkey=KEY):

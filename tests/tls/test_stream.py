@@ -1,4 +1,6 @@
-"""TLS when its connection ends in the middle of something, and what is kept for a peer that does not read."""
+"""TLS when its connection ends in the middle of something, and what is kept for a peer
+that does not read.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from brokerd_client.tls.stream import TlsStream
 
 
 class Answering:
-    """An engine whose peer asks it for answers, as it may by updates of its keys, and sends nothing else."""
+    """An engine whose peer asks it for answers, as it may by updates of its keys, and
+    sends nothing else.
+    """
 
     more = ended = False
 
@@ -85,7 +89,9 @@ def both_ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStr
 
 
 def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None:
-    """A peer that has TLS answer again and again and does not read is given up; little is kept until then."""
+    """A peer that has TLS answer again and again and does not read is given up; little
+    is kept until then.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
@@ -101,7 +107,9 @@ def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None
             stream.recv_into(memoryview(bytearray(1024)))
 
 
-def test_what_came_counts_though_nothing_can_be_written_any_more(ends: tuple[TlsStream, TlsStream]) -> None:
+def test_what_came_counts_though_nothing_can_be_written_any_more(
+    ends: tuple[TlsStream, TlsStream],
+) -> None:
     """Last bytes of a peer that is gone with unread ones are read, and then its end."""
     ours, theirs = ends
     with contextlib.suppress(BlockingIOError):
@@ -115,8 +123,12 @@ def test_what_came_counts_though_nothing_can_be_written_any_more(ends: tuple[Tls
         assert ours.recv(100) == b""
 
 
-def test_what_was_sent_before_the_connection_broke_counts_as_sent(ends: tuple[TlsStream, TlsStream]) -> None:
-    """A whole message may be in what has left: it must not be given back as not sent. The next write fails."""
+def test_what_was_sent_before_the_connection_broke_counts_as_sent(
+    ends: tuple[TlsStream, TlsStream],
+) -> None:
+    """A whole message may be in what has left: it must not be given back as not sent.
+    The next write fails.
+    """
     ours, theirs = ends
     ours.raw = Breaking(ours.raw, 20_000)  # type: ignore[assignment]
     assert ours.send(b"m" * 32768) == 32768
@@ -132,7 +144,9 @@ def test_what_was_sent_before_the_connection_broke_counts_as_sent(ends: tuple[Tl
 def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, TlsStream]) -> None:
     """What was written before counts as written; the rest waits, and trying it fails."""
     ours, _ = ends
-    channel = TlsTransport(Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context())
+    channel = TlsTransport(
+        Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context()
+    )
     try:
         channel._stream = ours
         ours.raw = Breaking(ours.raw, 40_000)  # type: ignore[assignment]
@@ -145,7 +159,9 @@ def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, Tl
 
 
 def test_a_small_read_takes_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -> None:
-    """What is decrypted goes through a buffer that is there already, however much is asked for."""
+    """What is decrypted goes through a buffer that is there already, however much is
+    asked for.
+    """
     ours, theirs = ends
     theirs.send(b"first")
     assert ours.recv(65536) == b"first"
@@ -163,7 +179,9 @@ def test_a_small_read_takes_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -
 def test_a_read_of_nothing_does_not_make_up_for_a_flood(
     ends: tuple[TlsStream, TlsStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who sends records of single bytes is read in sips, however often the system has had no more of them."""
+    """Who sends records of single bytes is read in sips, however often the system has
+    had no more of them.
+    """
     ours, theirs = ends
     flood = b""
     while len(flood) < 3 * 32768:
@@ -171,7 +189,9 @@ def test_a_read_of_nothing_does_not_make_up_for_a_flood(
         flood += theirs.engine.output()
     fed: list[int] = []
     feed = Engine.feed
-    monkeypatch.setattr(Engine, "feed", lambda self, data: (fed.append(len(data)), feed(self, data))[1])
+    monkeypatch.setattr(
+        Engine, "feed", lambda self, data: (fed.append(len(data)), feed(self, data))[1]
+    )
     for start in range(0, len(flood), 32768):
         theirs.raw.sendall(flood[start : start + 32768])
         with contextlib.suppress(BlockingIOError):
@@ -182,8 +202,12 @@ def test_a_read_of_nothing_does_not_make_up_for_a_flood(
 
 @pytest.mark.parametrize("size", [1, 30, 1000])
 @pytest.mark.parametrize("end", ["close", "shutdown"])
-def test_a_cut_inside_a_record_ends_it(ends: tuple[TlsStream, TlsStream], size: int, end: str) -> None:
-    """Whatever part of a record is missing, nothing of it is read, and then there is the end."""
+def test_a_cut_inside_a_record_ends_it(
+    ends: tuple[TlsStream, TlsStream], size: int, end: str
+) -> None:
+    """Whatever part of a record is missing, nothing of it is read, and then there is
+    the end.
+    """
     ours, theirs = ends
     theirs.send(b"whole")
     theirs.engine.write(b"x" * 1200)
@@ -196,7 +220,10 @@ def test_a_cut_inside_a_record_ends_it(ends: tuple[TlsStream, TlsStream], size: 
 
 
 def _end(sock: socket.socket, how: str) -> None:
-    act: dict[str, Callable[[], None]] = {"close": sock.close, "shutdown": lambda: sock.shutdown(socket.SHUT_WR)}
+    act: dict[str, Callable[[], None]] = {
+        "close": sock.close,
+        "shutdown": lambda: sock.shutdown(socket.SHUT_WR),
+    }
     act[how]()
 
 
@@ -209,8 +236,12 @@ def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStre
         ours.engine.write(b"x")
 
 
-def test_an_asyncio_write_after_the_end_ends_the_connection(ends: tuple[TlsStream, TlsStream]) -> None:
-    """Whoever writes hears of it as of any connection that is gone, not by an error in the middle of a send."""
+def test_an_asyncio_write_after_the_end_ends_the_connection(
+    ends: tuple[TlsStream, TlsStream],
+) -> None:
+    """Whoever writes hears of it as of any connection that is gone, not by an error in
+    the middle of a send.
+    """
 
     class Raw:
         aborted = False
@@ -226,8 +257,12 @@ def test_an_asyncio_write_after_the_end_ends_the_connection(ends: tuple[TlsStrea
     assert raw.aborted
 
 
-def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trusting: ssl.SSLContext) -> None:
-    """What somebody has altered on the way ends an asyncio connection at once, and not when all is written."""
+def test_broken_tls_is_an_end_though_the_peer_takes_nothing(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """What somebody has altered on the way ends an asyncio connection at once, and not
+    when all is written.
+    """
 
     class Told:
         def __init__(self) -> None:
@@ -253,7 +288,9 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
         told = Told()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             shaken = asyncio.create_task(asyncio.to_thread(shake_hands, listener))
-            await dial_tls(Address("AF_INET", *listener.getsockname(), tls=True), trusting, told, Resolver())
+            await dial_tls(
+                Address("AF_INET", *listener.getsockname(), tls=True), trusting, told, Resolver()
+            )
             peer = await shaken
             await told.opened.wait()
             with socket.socket(fileno=peer.detach()) as bare:
@@ -268,7 +305,9 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(server: Issued, trus
 def test_read_of_tls_interrupted_at_any_bytecode_never_skips_bytes(
     server: Issued, trusting: ssl.SSLContext, read: str, step: int
 ) -> None:
-    """The next read begins where the interrupted one did, or fails: never behind bytes that no caller has seen."""
+    """The next read begins where the interrupted one did, or fails: never behind bytes
+    that no caller has seen.
+    """
     buffer = bytearray(1000)
 
     def receive(stream: TlsStream) -> bytes:
@@ -285,13 +324,17 @@ def test_read_of_tls_interrupted_at_any_bytecode_never_skips_bytes(
                 break
             listener.send(b"second")
             try:
-                assert receive(client) == b"firstsecond" or interrupted in (RETURN, "LOAD_FAST"), bytecode
+                assert receive(client) == b"firstsecond" or interrupted in (RETURN, "LOAD_FAST"), (
+                    bytecode
+                )
             except TlsError:
                 torn += 1
     assert bytecode > step * torn > 50
 
 
-def test_write_of_tls_interrupted_at_any_bytecode_is_never_repeated(server: Issued, trusting: ssl.SSLContext) -> None:
+def test_write_of_tls_interrupted_at_any_bytecode_is_never_repeated(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
     """A caller that does not know whether a write was taken can't write on behind it."""
     for bytecode in range(1000):
         with both_ends(server, trusting) as (listener, client):
@@ -305,7 +348,11 @@ def test_write_of_tls_interrupted_at_any_bytecode_is_never_repeated(server: Issu
             with contextlib.suppress(BlockingIOError, TlsError):
                 while True:
                     heard += listener.recv(1000)
-            assert heard in (b"", b"first", b"second") or interrupted in ("", RETURN, "LOAD_FAST"), bytecode
+            assert heard in (b"", b"first", b"second") or interrupted in (
+                "",
+                RETURN,
+                "LOAD_FAST",
+            ), bytecode
             if not interrupted:
                 assert heard == b"firstsecond"
                 break

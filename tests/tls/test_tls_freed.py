@@ -1,4 +1,6 @@
-"""A TLS connection that is over is freed at once, as any other: see tests/net/test_freed.py."""
+"""A TLS connection that is over is freed at once, as any other: see
+tests/net/test_freed.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from stock import TlsRaw, tls_login
 
 
 def test_tls_connections_that_are_over_are_freed(server: Issued, trusting: ssl.SSLContext) -> None:
-    """Who leaves, who breaks off in the handshake, who talks without TLS, and who knows no key."""
+    """Who leaves, who breaks off in the handshake, who talks without TLS, and who knows
+    no key.
+    """
     with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
 
         def come_and_go() -> None:

@@ -1,4 +1,6 @@
-"""The daemon replaces itself while some of its connections are encrypted, which no other process can go on with."""
+"""The daemon replaces itself while some of its connections are encrypted, which no
+other process can go on with.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,37 @@ from stock import TlsRaw
 import brokerd_client
 from brokerd_client.address import parse
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
 
 
 def test_encrypted_connections_are_closed_once_written_and_come_back(
     socket_dir: Path, server: Issued, authority: Authority
 ) -> None:
-    """What waits for them arrives, the log says why, the library connects again; all others go on."""
+    """What waits for them arrives, the log says why, the library connects again; all
+    others go on.
+    """
     clients = {"ops": {"admin": True}, "alice": None, "bob": None, "carol": None}
-    with Process(socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]) as broker:
+    with Process(
+        socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]
+    ) as broker:
         tls = parse(broker.wait("daemon.started")[0]["listeners"][1])
         ops, alice = broker.login("ops"), broker.login("alice")
         silent = Raw(tls)
         with TlsRaw(tls, authority.context()) as bob:
             bob.log_in(key_of("bob"), b"bob")
-            back = brokerd_client.connect(str(tls), "carol", key_of("carol"), ssl=authority.context(), timeout=30)
+            back = brokerd_client.connect(
+                str(tls), "carol", key_of("carol"), ssl=authority.context(), timeout=30
+            )
             for number in range(100):
                 alice.send(MESSAGE, "bob", b"%03d" % number)
 
             assert ops.ask("upgrade").json["upgraded"]
 
-            assert [bob.recv().body for _ in range(100)] == [b"%03d" % number for number in range(100)]
+            assert [bob.recv().body for _ in range(100)] == [
+                b"%03d" % number for number in range(100)
+            ]
             assert bob.is_closed("shutting_down")
         reason = broker.wait("client.disconnected")[0]["reason"]
         assert reason.startswith("the broker is replaced by")
@@ -53,13 +65,18 @@ def test_encrypted_connections_are_closed_once_written_and_come_back(
 def test_upgrade_under_load_loses_no_plain_send_over_tls(
     socket_dir: Path, server: Issued, authority: Authority, upgrades: int
 ) -> None:
-    """Each arrives once, or is reported to its sender once; the clients come back to the new process."""
+    """Each arrives once, or is reported to its sender once; the clients come back to
+    the new process.
+    """
     clients = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64MiB"}}
-    with Process(socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]) as broker:
+    with Process(
+        socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]
+    ) as broker:
         tls = str(parse(broker.wait("daemon.started")[0]["listeners"][1]))
         ops, context = broker.login("ops"), authority.context()
         alice, bob = (
-            brokerd_client.connect(tls, name, key_of(name), ssl=context, timeout=30) for name in ("alice", "bob")
+            brokerd_client.connect(tls, name, key_of(name), ssl=context, timeout=30)
+            for name in ("alice", "bob")
         )
         sent: dict[int, bytes] = {}
         arrived: Counter[bytes] = Counter()

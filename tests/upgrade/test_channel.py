@@ -15,7 +15,9 @@ import pytest
 
 from brokerd.upgrade.channel import UpgradeChannel, UpgradeChannelError, UpgradeMessage
 
-pytestmark = pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="no descriptors can be sent here")
+pytestmark = pytest.mark.skipif(
+    not hasattr(socket, "send_fds"), reason="no descriptors can be sent here"
+)
 
 
 @pytest.fixture
@@ -26,15 +28,21 @@ def ends() -> Iterator[tuple[UpgradeChannel, UpgradeChannel]]:
 
 
 def receiving(channel: UpgradeChannel, within_s: float = 10.0) -> Future[UpgradeMessage]:
-    """Receive in a thread: nobody can take what is larger than the system's buffers before it is received."""
+    """Receive in a thread: nobody can take what is larger than the system's buffers
+    before it is received.
+    """
     pool = ThreadPoolExecutor(1)
     future = pool.submit(channel.receive, within_s=within_s)
     pool.shutdown(wait=False)
     return future
 
 
-def test_facts_bytes_and_descriptors_arrive_together(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """More of each than goes at once; and the descriptors are those of the same files, in order."""
+def test_facts_bytes_and_descriptors_arrive_together(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
+    """More of each than goes at once; and the descriptors are those of the same files,
+    in order.
+    """
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -46,7 +54,9 @@ def test_facts_bytes_and_descriptors_arrive_together(ends: tuple[UpgradeChannel,
         message = future.result(10)
         assert (message.say, message.facts) == ("state", {"a": [1, None, "ü"]})
         assert message.body == b"".join(pieces)
-        assert [os.fstat(each).st_ino for each in message.descriptors] == [os.fstat(each).st_ino for each in files]
+        assert [os.fstat(each).st_ino for each in message.descriptors] == [
+            os.fstat(each).st_ino for each in files
+        ]
         for each in message.descriptors:
             os.close(each)
     finally:
@@ -57,7 +67,9 @@ def test_facts_bytes_and_descriptors_arrive_together(ends: tuple[UpgradeChannel,
 def test_descriptors_that_the_system_will_not_take_yet_are_sent_again(
     ends: tuple[UpgradeChannel, UpgradeChannel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts those that are on their way, and whoever is not root may not have more than may be open."""
+    """It counts those that are on their way, and whoever is not root may not have more
+    than may be open.
+    """
     send_fds = socket.send_fds
     refusals = [OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")] * 3
 
@@ -72,7 +84,9 @@ def test_descriptors_that_the_system_will_not_take_yet_are_sent_again(
     os.close(descriptor)
 
 
-def test_a_descriptor_that_can_not_be_sent_is_an_error(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+def test_a_descriptor_that_can_not_be_sent_is_an_error(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
     """Whatever else the system says is the end of it."""
     with pytest.raises(UpgradeChannelError, match="Bad file descriptor"):
         ends[0].send("state", {}, (), [987_654], within_s=10)
@@ -93,7 +107,9 @@ def test_a_reason_ends_what_was_expected(ends: tuple[UpgradeChannel, UpgradeChan
         ends[1].expect("hello", within_s=5)
 
 
-def test_another_word_than_expected_is_an_error(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+def test_another_word_than_expected_is_an_error(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
     """It is not taken for the one."""
     ends[0].send("commit", within_s=5)
     with pytest.raises(UpgradeChannelError, match="it said 'commit' where 'ready' was expected"):
@@ -141,8 +157,12 @@ def test_who_waits_can_be_woken(ends: tuple[UpgradeChannel, UpgradeChannel]) -> 
         b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": 0, "descriptors": -1}',
     ],
 )
-def test_what_makes_no_sense_is_refused(ends: tuple[UpgradeChannel, UpgradeChannel], data: bytes) -> None:
-    """Another language, a length that can't be, no object, an object that lacks something."""
+def test_what_makes_no_sense_is_refused(
+    ends: tuple[UpgradeChannel, UpgradeChannel], data: bytes
+) -> None:
+    """Another language, a length that can't be, no object, an object that lacks
+    something.
+    """
     sock = ends[0]._sock
     sock.sendall(data)
     sock.shutdown(socket.SHUT_WR)
@@ -160,7 +180,9 @@ def test_missing_descriptors_are_an_error(ends: tuple[UpgradeChannel, UpgradeCha
 
 
 def pipe_that_goes_over(sender: UpgradeChannel, text: bytes) -> int:
-    """Send a message and beside it one descriptor, of a pipe nobody else writes to; return the end to read from."""
+    """Send a message and beside it one descriptor, of a pipe nobody else writes to;
+    return the end to read from.
+    """
     waker_out, mouth = os.pipe()
     os.set_blocking(waker_out, False)
     sock: Any = sender._sock
@@ -170,8 +192,12 @@ def pipe_that_goes_over(sender: UpgradeChannel, text: bytes) -> int:
     return waker_out
 
 
-def test_descriptors_of_a_message_that_breaks_off_are_closed(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """Nobody else knows of those that had come: the pipe ends, because nobody holds its other end any more."""
+def test_descriptors_of_a_message_that_breaks_off_are_closed(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
+    """Nobody else knows of those that had come: the pipe ends, because nobody holds its
+    other end any more.
+    """
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
     try:
         ends[0].close()
@@ -182,7 +208,9 @@ def test_descriptors_of_a_message_that_breaks_off_are_closed(ends: tuple[Upgrade
         os.close(waker_out)
 
 
-def test_descriptors_beside_another_word_are_closed(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+def test_descriptors_beside_another_word_are_closed(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
     """What comes with a message that nobody wants belongs to nobody."""
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
     try:
@@ -197,7 +225,9 @@ def test_descriptors_beside_another_word_are_closed(ends: tuple[UpgradeChannel, 
 def test_room_is_made_for_what_comes_not_for_what_is_announced(
     ends: tuple[UpgradeChannel, UpgradeChannel], length: int
 ) -> None:
-    """More bytes than any machine has: those that came take their room, and the end is seen as any other."""
+    """More bytes than any machine has: those that came take their room, and the end is
+    seen as any other.
+    """
     text = b'{"say": "state", "bytes": %d, "descriptors": 0}' % length
     ends[0]._sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"few")
     ends[0].close()

@@ -14,11 +14,15 @@ from brokerd.upgrade import old_process as upgrade_source
 from brokerd.upgrade.channel import UpgradeChannel, UpgradeChannelError
 from brokerd.upgrade.old_process import UpgradeSource
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes upgrade on Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="processes upgrade on Linux"
+)
 
 
 def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log has its trace, and what went wrong in words; the text that an error is about may be somebody's."""
+    """The log has its trace, and what went wrong in words; the text that an error is
+    about may be somebody's.
+    """
     log = Recorder()
 
     bug = UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "planted")

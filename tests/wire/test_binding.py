@@ -33,7 +33,9 @@ def converse(
     nonce: bytes | None = None,
     name: bytes = b"alice",
 ) -> tuple[Established, Established, Proof]:
-    """Return what both sides get, and the dialer's proof; a listener that looks up the key as a broker does."""
+    """Return what both sides get, and the dialer's proof; a listener that looks up the
+    key as a broker does.
+    """
     near = as_dialer(KEY, NONCE, name=name, bindings=dialers)
     far = as_listener(NONCE + binding.offer(listeners) if nonce is None else nonce, named=True)
     proofs: list[Proof] = []
@@ -78,7 +80,9 @@ def converse(
 def test_best_kind_that_both_know_is_used(
     dialers: dict[str, bytes], listeners: dict[str, bytes], kind: str, name: bytes
 ) -> None:
-    """Both end with the key bound to it, and the proof says which kind that is and who gave it."""
+    """Both end with the key bound to it, and the proof says which kind that is and who
+    gave it.
+    """
     near, far, proof = converse(dialers, listeners, name=name)
 
     assert (proof.binding, proof.name) == (kind, name)
@@ -89,12 +93,17 @@ def test_bound_key_is_as_documented() -> None:
     """The derivation of docs/protocol.md, "Over TLS", spelt out."""
     for direction in (CLIENT, BROKER):
         text = b"brokerd channel binding 2\0" + direction.encode() + b"\0tls-server-end-point\0data"
-        assert binding.bound_key(KEY, END_POINT, b"data", direction) == hmac.new(KEY, text, "sha256").digest()
+        assert (
+            binding.bound_key(KEY, END_POINT, b"data", direction)
+            == hmac.new(KEY, text, "sha256").digest()
+        )
 
 
 def test_bound_key_of_one_direction_is_not_that_of_the_other() -> None:
     """What a client proves is not what a broker has to prove on the same channel."""
-    assert binding.bound_key(KEY, END_POINT, b"data", CLIENT) != binding.bound_key(KEY, END_POINT, b"data", BROKER)
+    assert binding.bound_key(KEY, END_POINT, b"data", CLIENT) != binding.bound_key(
+        KEY, END_POINT, b"data", BROKER
+    )
 
 
 def test_different_channels_do_not_meet() -> None:
@@ -103,9 +112,13 @@ def test_different_channels_do_not_meet() -> None:
         converse({END_POINT: b"1"}, {END_POINT: b"2"})
 
 
-@pytest.mark.parametrize("nonce", [NONCE + b"\0tls-unheard-of 2", NONCE + b"\0 2", NONCE + b"\x002"])
+@pytest.mark.parametrize(
+    "nonce", [NONCE + b"\0tls-unheard-of 2", NONCE + b"\0 2", NONCE + b"\x002"]
+)
 def test_offer_of_no_known_kind_does_not_unbind(nonce: bytes) -> None:
-    """A listener that offers no known kind gets a key bound to its certificate all the same."""
+    """A listener that offers no known kind gets a key bound to its certificate all the
+    same.
+    """
     near, _, proof = converse({END_POINT: b"1", EXPORTER: b"2"}, {END_POINT: b"1"}, nonce=nonce)
 
     assert proof.binding == END_POINT
@@ -124,7 +137,9 @@ def test_offer_of_no_known_kind_does_not_unbind(nonce: bytes) -> None:
     ],
 )
 def test_offer_without_version_2_is_refused(offered: bytes) -> None:
-    """A client over TLS does not speak to a listener that binds no keys, or binds them in another way."""
+    """A client over TLS does not speak to a listener that binds no keys, or binds them
+    in another way.
+    """
     near = as_dialer(KEY, NONCE, bindings={END_POINT: b"1"})
     next(near)
 
@@ -132,7 +147,9 @@ def test_offer_without_version_2_is_refused(offered: bytes) -> None:
         near.send(b"#CHALLENGE#{sha256}" + NONCE + offered)
 
 
-@pytest.mark.parametrize("mark", [b"\0tls-server-end-point", b"\0tls-server-end-point 1", b"\0tls-server-end-point 2 "])
+@pytest.mark.parametrize(
+    "mark", [b"\0tls-server-end-point", b"\0tls-server-end-point 1", b"\0tls-server-end-point 2 "]
+)
 def test_answer_of_another_version_is_refused(mark: bytes) -> None:
     """A broker knows keys bound in one way."""
     steps = as_listener(NONCE, named=True)
@@ -161,7 +178,9 @@ def test_unknown_kind_is_refused() -> None:
 
 
 def test_mark_is_refused_where_no_name_may_stand() -> None:
-    """A listener that is no broker takes an answer of the digest's length and nothing else."""
+    """A listener that is no broker takes an answer of the digest's length and nothing
+    else.
+    """
     steps = as_listener(NONCE)
     next(steps)
     next(steps)
@@ -171,16 +190,22 @@ def test_mark_is_refused_where_no_name_may_stand() -> None:
 
 
 def test_md5_has_no_room_for_a_mark() -> None:
-    """A bound key is never used with the bare MD5 of old Pythons, even where that is allowed."""
+    """A bound key is never used with the bare MD5 of old Pythons, even where that is
+    allowed.
+    """
     steps = answer_challenge(KEY, allow_md5=True, bindings={END_POINT: b"1"})
     next(steps)
     with pytest.raises(AuthenticationError, match="MD5"):
         steps.send(b"#CHALLENGE#" + bytes(20))
 
 
-@pytest.mark.parametrize(("behind", "said"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "did not say why")])
+@pytest.mark.parametrize(
+    ("behind", "said"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "did not say why")]
+)
 def test_failure_instead_of_a_challenge_tells_why(behind: bytes, said: str) -> None:
-    """What a listener says behind #FAILURE#, before anything else, is passed on, without what would move a cursor."""
+    """What a listener says behind #FAILURE#, before anything else, is passed on,
+    without what would move a cursor.
+    """
     steps = answer_challenge(KEY)
     next(steps)
     with pytest.raises(AuthenticationError, match=said):
@@ -188,7 +213,9 @@ def test_failure_instead_of_a_challenge_tells_why(behind: bytes, said: str) -> N
 
 
 def test_a_channel_without_the_kind_that_is_offered_is_refused() -> None:
-    """A listener that knows no kind that this channel has data for ends in a refusal, not in a bug."""
+    """A listener that knows no kind that this channel has data for ends in a refusal,
+    not in a bug.
+    """
     near = answer_challenge(KEY, bindings={EXPORTER: b"data"})
     next(near)
 

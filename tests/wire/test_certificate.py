@@ -1,4 +1,6 @@
-"""The little that is read from a certificate's DER, held against certificates of every common kind."""
+"""The little that is read from a certificate's DER, held against certificates of every
+common kind.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_digest_is_that_of_the_signature(key: Any, digest: Any, expected: str) -
     assert certificate.end_point(der) == hashlib.new(expected, der).digest()
 
 
-@pytest.mark.parametrize(("digest", "expected"), [(hashes.SHA256(), "sha256"), (hashes.SHA384(), "sha384")])
+@pytest.mark.parametrize(
+    ("digest", "expected"), [(hashes.SHA256(), "sha256"), (hashes.SHA384(), "sha384")]
+)
 def test_digest_of_pss_stands_in_its_parameters(digest: Any, expected: str) -> None:
     """RSASSA-PSS names its digest in the algorithm's parameters."""
     scheme = padding.PSS(padding.MGF1(digest), digest.digest_size)
@@ -73,7 +77,9 @@ def element(tag: int, *content: bytes) -> bytes:
 
 def bare(*algorithm: bytes) -> bytes:
     """Return what has a certificate's outer form and nothing in it."""
-    return element(0x30, element(0x30, b"\x02\x01\x01"), element(0x30, *algorithm), element(3, b"\0"))
+    return element(
+        0x30, element(0x30, b"\x02\x01\x01"), element(0x30, *algorithm), element(3, b"\0")
+    )
 
 
 PSS = element(6, bytes.fromhex("2a864886f70d01010a"))
@@ -100,7 +106,16 @@ def test_agrees_with_openssl(tmp_path: Path) -> None:
     (tmp_path / "c.der").write_bytes(der)
     try:
         text = subprocess.run(
-            ["openssl", "x509", "-inform", "DER", "-in", str(tmp_path / "c.der"), "-noout", "-text"],
+            [
+                "openssl",
+                "x509",
+                "-inform",
+                "DER",
+                "-in",
+                str(tmp_path / "c.der"),
+                "-noout",
+                "-text",
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -119,7 +134,9 @@ def test_validity_in_both_forms_of_time(end: datetime) -> None:
 
 
 def test_validity_of_the_last_century_and_of_version_1() -> None:
-    """A year of 50 or more is of the last century; a certificate of version 1 has no version in it."""
+    """A year of 50 or more is of the last century; a certificate of version 1 has no
+    version in it.
+    """
     times = element(0x30, element(0x17, b"700101000000Z"), element(0x18, b"20300101000000Z"))
     tbs = element(0x30, element(2, b"\1"), element(0x30, b"\5\0"), element(0x30, b"\5\0"), times)
 

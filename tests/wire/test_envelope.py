@@ -1,4 +1,6 @@
-"""Broker frames: every layout round-trips, every malformed one is refused with the id that was readable."""
+"""Broker frames: every layout round-trips, every malformed one is refused with the id
+that was readable.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ EVENTS = st.builds(
 )
 
 
-def header(kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, id: int = ID) -> bytes:
+def header(
+    kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, id: int = ID
+) -> bytes:
     """Return a header of any numbers."""
     return HEADER.pack(kind, flags, codec, name_size, id)
 
@@ -85,17 +89,28 @@ def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
 
 
 def test_a_message_is_these_bytes() -> None:
-    """The header's fields stand where docs/protocol.md puts them, in network byte order."""
-    envelope = Envelope(Kind.MESSAGE, id=ID, name="bob", payload=b"hello", codec=CodecId.JSON, flags=Flag.RECEIPT)
+    """The header's fields stand where docs/protocol.md puts them, in network byte
+    order.
+    """
+    envelope = Envelope(
+        Kind.MESSAGE, id=ID, name="bob", payload=b"hello", codec=CodecId.JSON, flags=Flag.RECEIPT
+    )
 
-    assert encode(envelope) == b"\x01\x01\x02\x03\x01\x02\x03\x04\x05\x06\x07\x08" + b"bob" + b"hello"
+    assert (
+        encode(envelope) == b"\x01\x01\x02\x03\x01\x02\x03\x04\x05\x06\x07\x08" + b"bob" + b"hello"
+    )
 
 
 def test_an_event_with_an_extension_is_these_bytes() -> None:
-    """Behind the name come the topic and its length, then the extension and its length, then the payload."""
+    """Behind the name come the topic and its length, then the extension and its length,
+    then the payload.
+    """
     envelope = Envelope(Kind.EVENT, topic="a.b", extension={"ttl": 5}, payload=b"!")
 
-    assert encode(envelope) == b"\x05\x02\x00\x00" + bytes(8) + b"\x03a.b" + b'\x00\x09{"ttl":5}' + b"!"
+    assert (
+        encode(envelope)
+        == b"\x05\x02\x00\x00" + bytes(8) + b"\x03a.b" + b'\x00\x09{"ttl":5}' + b"!"
+    )
 
 
 def test_the_wire_numbers_are_fixed() -> None:
@@ -110,7 +125,12 @@ def test_the_wire_numbers_are_fixed() -> None:
         "ACK": 7,
     }
     assert {flag.name: flag.value for flag in Flag} == {"RECEIPT": 1, "EXTENSION": 2, "ACK": 4}
-    assert {codec.name: codec.value for codec in CodecId} == {"RAW": 0, "PICKLE": 1, "JSON": 2, "MSGPACK": 3}
+    assert {codec.name: codec.value for codec in CodecId} == {
+        "RAW": 0,
+        "PICKLE": 1,
+        "JSON": 2,
+        "MSGPACK": 3,
+    }
     assert {str(code) for code in ErrorCode} == {
         "no_such_client",
         "offline",
@@ -133,7 +153,9 @@ def test_the_wire_numbers_are_fixed() -> None:
 
 @given(st.one_of(ENVELOPES, EVENTS))
 def test_what_is_encoded_is_parsed_again(envelope: Envelope) -> None:
-    """Every field survives, and the EXTENSION bit follows from whether there is an extension."""
+    """Every field survives, and the EXTENSION bit follows from whether there is an
+    extension.
+    """
     parsed = parse(encode(envelope))
 
     flags = envelope.flags | (Flag.EXTENSION if envelope.extension is not None else 0)
@@ -204,7 +226,9 @@ def test_an_unknown_kind_is_malformed(kind: int) -> None:
 @pytest.mark.parametrize("bit", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("known", [0, 1, 7])
 def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
-    """A bit of a later version changes the meaning of the frame, so it can't be passed over."""
+    """A bit of a later version changes the meaning of the frame, so it can't be passed
+    over.
+    """
     with pytest.raises(MalformedEnvelope, match="unknown bits") as caught:
         parse(header(flags=bit | known) + b"\x00\x02{}")
 
@@ -237,12 +261,19 @@ def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
         (header(flags=2) + b"\x00\x02[]", "not a JSON object"),
         (header(flags=2) + b"\x00\x04null", "not a JSON object"),
         (header(flags=2) + b'\x00\x04"{}"', "not a JSON object"),
-        (header(flags=2) + struct.pack("!H", 6005) + b'{"a":' + b"9" * 5999 + b"}", "the extension is not JSON"),
+        (
+            header(flags=2) + struct.pack("!H", 6005) + b'{"a":' + b"9" * 5999 + b"}",
+            "the extension is not JSON",
+        ),
         (header(kind=5, flags=2) + b"\x01a\x00\x05{}", "ends inside the extension"),
     ],
 )
-def test_a_frame_that_does_not_hold_what_it_announces_is_malformed(body: bytes, reason: str) -> None:
-    """Each way to be cut short or to hold something else has its reason, and the id that was readable."""
+def test_a_frame_that_does_not_hold_what_it_announces_is_malformed(
+    body: bytes, reason: str
+) -> None:
+    """Each way to be cut short or to hold something else has its reason, and the id
+    that was readable.
+    """
     with pytest.raises(MalformedEnvelope, match=reason) as caught:
         parse(body)
 
@@ -261,12 +292,15 @@ def test_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
     kind=st.sampled_from(list(Kind)),
     flags=st.integers(0, 7),
     name_size=st.integers(0, 12),
-    rest=st.binary(max_size=40) | st.builds(bytes.__add__, st.just(b"\x01a\x00\x0b"), st.text().map(str.encode)),
+    rest=st.binary(max_size=40)
+    | st.builds(bytes.__add__, st.just(b"\x01a\x00\x0b"), st.text().map(str.encode)),
 )
 def test_a_good_header_before_garbage_is_parsed_or_malformed(
     kind: Kind, flags: int, name_size: int, rest: bytes
 ) -> None:
-    """Behind a header that is right, garbage raises MalformedEnvelope with the header's id, and nothing else."""
+    """Behind a header that is right, garbage raises MalformedEnvelope with the header's
+    id, and nothing else.
+    """
     assert parsed_or_refused(header(kind, flags, 0, name_size) + rest).id == ID
 
 
@@ -357,7 +391,9 @@ def test_an_extension_nested_too_deeply_is_refused() -> None:
 
 def nested(levels: int, inner: str = "") -> bytes:
     """Return an extension of so many levels, objects and lists by turns, as JSON."""
-    opened = ['{"a":' if level % 2 == 0 else "[" for level in range(levels - 1)] + ["{" if levels % 2 else "["]
+    opened = ['{"a":' if level % 2 == 0 else "[" for level in range(levels - 1)] + [
+        "{" if levels % 2 else "["
+    ]
     closed = ["}" if level % 2 == 0 else "]" for level in reversed(range(levels))]
     return "".join([*opened, inner, *closed]).encode()
 
@@ -367,7 +403,9 @@ def extended(raw: bytes) -> bytes:
     return header(name_size=3, flags=2) + b"bob" + struct.pack("!H", len(raw)) + raw + b"payload"
 
 
-@pytest.mark.parametrize("raw", [nested(1), nested(32), b'{"a":[' + b",".join([b"[{}]"] * 5000) + b"]}"])
+@pytest.mark.parametrize(
+    "raw", [nested(1), nested(32), b'{"a":[' + b",".join([b"[{}]"] * 5000) + b"]}"]
+)
 def test_extension_with_32_levels_passes(raw: bytes) -> None:
     """Only levels count, and neither how many objects and lists there are nor where."""
     parsed = parse(extended(raw))
@@ -398,7 +436,9 @@ def test_extension_with_33_levels_raises(raw: bytes) -> None:
     assert head(extended(raw)) == Envelope(Kind.MESSAGE, ID, "bob", flags=Flag.EXTENSION)
 
 
-@pytest.mark.parametrize("text", ["[" * 50, "\\[" * 40, '\\"[[[[{{' * 10, '\\\\"' + ',"b":"' + "{" * 50, "é[" * 40])
+@pytest.mark.parametrize(
+    "text", ["[" * 50, "\\[" * 40, '\\"[[[[{{' * 10, '\\\\"' + ',"b":"' + "{" * 50, "é[" * 40]
+)
 def test_extension_with_brackets_in_a_string_passes(text: str) -> None:
     """What is in a string is no level."""
     raw = ('{"a":"' + text.replace("\\[", "[") + '"}').encode()
@@ -409,7 +449,10 @@ def test_extension_with_brackets_in_a_string_passes(text: str) -> None:
 @given(
     st.recursive(
         st.text('[]{}"\\a', max_size=5) | st.integers(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[]{}"\\', max_size=3), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text('[]{}"\\', max_size=3), inner, max_size=3)
+        ),
         max_leaves=30,
     ),
     st.integers(0, 31),
@@ -418,7 +461,13 @@ def test_extension_depth_is_that_of_its_values(value: Any, around: int) -> None:
     """Counted in the JSON as in the objects that it stands for."""
 
     def depth(value: Any) -> int:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        inner = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list)
+            else None
+        )
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     for _ in range(around):
@@ -469,7 +518,9 @@ def test_extension_number_passes_if_a_float_holds_it(number: str, passes: bool, 
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(limit)
     try:
-        outcome = parsed_or_refused(extended(f'{{"ttl":{number},"digits":"{"8" * 5000}"}}'.encode()))
+        outcome = parsed_or_refused(
+            extended(f'{{"ttl":{number},"digits":"{"8" * 5000}"}}'.encode())
+        )
         if isinstance(outcome, Envelope):
             assert parse(encode(outcome)) == outcome
     finally:
@@ -510,12 +561,31 @@ def test_an_error_says_code_message_and_name() -> None:
 # -- Names, addresses and topics
 
 GOOD_NAMES = ["a", "_", "0", "alice", "Alice-1", "a.b", "a_b", "_private", "n" * 64, "a-", "a."]
-BAD_NAMES = ["", "-a", ".a", "n" * 65, "a b", "a/b", "é", "a\n", "\na", "a\0", "$a", BROKER, "a*", "a@b", "ａ", "٣"]
+BAD_NAMES = [
+    "",
+    "-a",
+    ".a",
+    "n" * 65,
+    "a b",
+    "a/b",
+    "é",
+    "a\n",
+    "\na",
+    "a\0",
+    "$a",
+    BROKER,
+    "a*",
+    "a@b",
+    "ａ",
+    "٣",
+]
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
 def test_a_name_is_accepted(name: str) -> None:
-    """Letters, digits, '_', '.' and '-', up to 64, beginning with a letter, a digit or '_'."""
+    """Letters, digits, '_', '.' and '-', up to 64, beginning with a letter, a digit or
+    '_'.
+    """
     assert is_name(name)
     assert check_name(name) == name
     assert is_address(name)
@@ -529,7 +599,9 @@ def test_a_bad_name_is_refused(name: str) -> None:
         check_name(name)
 
 
-@pytest.mark.parametrize("address", ["bob/1", "bob/abcdefghijklmnop", "b.o-b/0", BROKER, "$broker.online.bob", "$x"])
+@pytest.mark.parametrize(
+    "address", ["bob/1", "bob/abcdefghijklmnop", "b.o-b/0", BROKER, "$broker.online.bob", "$x"]
+)
 def test_an_address_is_accepted(address: str) -> None:
     """A recipient is a name, one connection of a name, or a name of the broker's own."""
     assert is_address(address)
@@ -537,7 +609,21 @@ def test_an_address_is_accepted(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "bob/", "/1", "bob/A", "bob/1/2", "bob/" + "a" * 17, "bob/é", "bob/1\n", "$", "$a/1", "$$a", "$a b"]
+    "address",
+    [
+        "",
+        "bob/",
+        "/1",
+        "bob/A",
+        "bob/1/2",
+        "bob/" + "a" * 17,
+        "bob/é",
+        "bob/1\n",
+        "$",
+        "$a/1",
+        "$$a",
+        "$a b",
+    ],
 )
 def test_a_bad_address_is_refused(address: str) -> None:
     """The error shows the text and says what would be right."""
@@ -547,14 +633,27 @@ def test_a_bad_address_is_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "parts"), [("bob", ("bob", "")), ("bob/1", ("bob", "1")), (BROKER, (BROKER, "")), ("", ("", ""))]
+    ("address", "parts"),
+    [("bob", ("bob", "")), ("bob/1", ("bob", "1")), (BROKER, (BROKER, "")), ("", ("", ""))],
 )
 def test_an_address_is_split_in_name_and_instance(address: str, parts: tuple[str, str]) -> None:
     """An address without an instance has an empty one."""
     assert split_address(address) == parts
 
 
-GOOD_TOPICS = ["a", "a.b.c", "jobs.new", "t" * 255, "é.ü", "a*", "*a", ">>", "a.>b", "$broker.online.bob", "a b"]
+GOOD_TOPICS = [
+    "a",
+    "a.b.c",
+    "jobs.new",
+    "t" * 255,
+    "é.ü",
+    "a*",
+    "*a",
+    ">>",
+    "a.>b",
+    "$broker.online.bob",
+    "a b",
+]
 
 
 @pytest.mark.parametrize("topic", GOOD_TOPICS)
@@ -566,14 +665,18 @@ def test_a_topic_is_accepted(topic: str) -> None:
 
 @pytest.mark.parametrize("topic", ["", ".", "a.", ".a", "a..b", "t" * 256, "é" * 128, "a.\ud800"])
 def test_a_bad_topic_is_refused_everywhere(topic: str) -> None:
-    """Neither published on nor subscribed to: empty tokens, more than 255 bytes, no UTF-8."""
+    """Neither published on nor subscribed to: empty tokens, more than 255 bytes, no
+    UTF-8.
+    """
     with pytest.raises(InvalidName):
         check_topic(topic)
     with pytest.raises(InvalidName):
         check_pattern(topic)
 
 
-@pytest.mark.parametrize("pattern", ["*", ">", "a.*", "*.b", "a.*.c", "a.>", "*.>", "*.*", "$broker.>"])
+@pytest.mark.parametrize(
+    "pattern", ["*", ">", "a.*", "*.b", "a.*.c", "a.>", "*.>", "*.*", "$broker.>"]
+)
 def test_a_pattern_is_no_topic(pattern: str) -> None:
     """What stands for many topics can be subscribed to, and not published on."""
     assert check_pattern(pattern) == pattern

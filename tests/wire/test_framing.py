@@ -1,4 +1,6 @@
-"""Frames: written as the standard library writes them, and pulled one at a time under the limit of the moment."""
+"""Frames: written as the standard library writes them, and pulled one at a time under
+the limit of the moment.
+"""
 
 from __future__ import annotations
 
@@ -96,13 +98,17 @@ def test_the_long_form_begins_above_two_gib() -> None:
 
 
 def test_frame_joins_its_parts() -> None:
-    """The parts of a body need not be joined by the caller, whatever kind of bytes they are."""
+    """The parts of a body need not be joined by the caller, whatever kind of bytes they
+    are.
+    """
     assert frame(b"ab", bytearray(b"cd"), memoryview(b"ef")) == b"\x00\x00\x00\x06abcdef"
     assert frame() == b"\x00\x00\x00\x00"
 
 
 def test_frame_counts_the_bytes_of_a_view_of_wider_items() -> None:
-    """A memoryview of numbers is announced with its size in bytes, not its count of numbers."""
+    """A memoryview of numbers is announced with its size in bytes, not its count of
+    numbers.
+    """
     numbers = memoryview(struct.pack("4I", 1, 2, 3, 4)).cast("I")
 
     assert frame(numbers) == b"\x00\x00\x00\x10" + numbers.tobytes()
@@ -153,7 +159,9 @@ def test_lengths_below_zero_raise_only_named_errors(data: bytes) -> None:
 
 @pytest.mark.parametrize("length", [-2, -3, -256, -(2**31)])
 def test_a_negative_length_is_refused(length: int) -> None:
-    """No frame has a length below -1, though the standard library takes one for an empty message."""
+    """No frame has a length below -1, though the standard library takes one for an
+    empty message.
+    """
     reader = FrameReader()
     reader.feed(struct.pack("!i", length))
 
@@ -163,7 +171,9 @@ def test_a_negative_length_is_refused(length: int) -> None:
 
 @pytest.mark.parametrize("size", [101, MAX_SHORT, MAX_SHORT + 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_a_frame_above_the_limit_is_refused_by_its_length_alone(size: int) -> None:
-    """The refusal waits for none of the body, and says what was announced and what is accepted."""
+    """The refusal waits for none of the body, and says what was announced and what is
+    accepted.
+    """
     reader = FrameReader()
     reader.feed(frame_prefix(size))
 
@@ -176,7 +186,9 @@ def test_a_frame_above_the_limit_is_refused_by_its_length_alone(size: int) -> No
 
 
 def test_each_frame_is_judged_by_the_limit_of_its_moment() -> None:
-    """A large frame may lie behind a small one in the buffer while the limit is still small."""
+    """A large frame may lie behind a small one in the buffer while the limit is still
+    small.
+    """
     reader = FrameReader()
     reader.feed(frame(b"#WELCOME#") + frame(b"A" * 1000))
 
@@ -186,7 +198,9 @@ def test_each_frame_is_judged_by_the_limit_of_its_moment() -> None:
 
 @pytest.mark.parametrize("write", [frame, long_frame], ids=["short", "long"])
 def test_missing_counts_down_to_the_whole_frame(write: type) -> None:
-    """While a frame is not whole, missing() is above 0 and never more than what is missing."""
+    """While a frame is not whole, missing() is above 0 and never more than what is
+    missing.
+    """
     data = write(b"0123456789")
     reader = FrameReader()
     for position in range(len(data)):

@@ -1,4 +1,6 @@
-"""The mutual challenge: both roles joined with no socket, cut into any pieces, lied to, and fed garbage."""
+"""The mutual challenge: both roles joined with no socket, cut into any pieces, lied to,
+and fed garbage.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ OTHER_NONCE = bytes(range(100, 100 + NONCE_SIZE))
 class Side:
     """One end of a handshake: bytes in, bytes out, and in the end a result or an error.
 
-    keys: what a Proof is looked up in, when the conversation asks whose key made an answer.
+    keys: what a Proof is looked up in, when the conversation asks whose key made an
+    answer.
     """
 
     def __init__(self, conversation: Handshake, keys: Iterable[bytes] = (KEY,)) -> None:
@@ -97,7 +100,9 @@ class Side:
 
 
 def converse(listener: Side, dialer: Side, *, step: int = 4096, tail: bytes = b"") -> None:
-    """Carry bytes both ways, ``step`` at a time, until nobody has any; ``tail`` follows the dialer's last ones."""
+    """Carry bytes both ways, ``step`` at a time, until nobody has any; ``tail`` follows
+    the dialer's last ones.
+    """
     tail_sent = False
     while listener.outgoing or dialer.outgoing:
         for source, target in ((listener, dialer), (dialer, listener)):
@@ -110,7 +115,12 @@ def converse(listener: Side, dialer: Side, *, step: int = 4096, tail: bytes = b"
 
 
 def join(
-    listener: Handshake, dialer: Handshake, *, keys: Iterable[bytes] = (KEY,), step: int = 4096, tail: bytes = b""
+    listener: Handshake,
+    dialer: Handshake,
+    *,
+    keys: Iterable[bytes] = (KEY,),
+    step: int = 4096,
+    tail: bytes = b"",
 ) -> tuple[Side, Side]:
     """Return both sides after all has been said."""
     listening, dialing = Side(listener, keys), Side(dialer)
@@ -119,7 +129,9 @@ def join(
 
 
 def old_dialer(key: bytes, nonce: bytes) -> Handshake:
-    """The dialing side as Python 3.11 and older play it: HMAC-MD5, with no prefix anywhere."""
+    """The dialing side as Python 3.11 and older play it: HMAC-MD5, with no prefix
+    anywhere.
+    """
     message = yield RECEIVE
     assert message is not None
     assert message.startswith(CHALLENGE)
@@ -156,7 +168,9 @@ def says(*bodies: bytes) -> Generator[Send, None, Established]:
 @pytest.mark.parametrize("step", [1, 3, 4096])
 @pytest.mark.parametrize("name", [b"", b"alice"], ids=["unnamed", "named"])
 def test_both_sides_end_with_the_same_key(step: int, name: bytes) -> None:
-    """The two roles agree, in any pieces, and the listener learns the key and the name that were used."""
+    """The two roles agree, in any pieces, and the listener learns the key and the name
+    that were used.
+    """
     listener, dialer = join(
         as_listener(NONCE, named=True),
         as_dialer(KEY, OTHER_NONCE, name=name),
@@ -170,37 +184,57 @@ def test_both_sides_end_with_the_same_key(step: int, name: bytes) -> None:
 
 def test_a_handshake_is_these_six_messages() -> None:
     """Word for word: challenge, answer, welcome; and the same the other way round."""
-    listener, dialer = join(as_listener(NONCE, named=True), as_dialer(KEY, OTHER_NONCE, name=b"alice"))
+    listener, dialer = join(
+        as_listener(NONCE, named=True), as_dialer(KEY, OTHER_NONCE, name=b"alice")
+    )
 
     ours, theirs = b"{sha256}" + NONCE, b"{sha256}" + OTHER_NONCE + b"\0client"
-    assert listener.sent == [CHALLENGE + ours, WELCOME, b"{sha256}" + hmac.digest(KEY, theirs, "sha256")]
-    assert dialer.sent == [b"{sha256}" + hmac.digest(KEY, ours, "sha256") + b"alice", CHALLENGE + theirs, WELCOME]
+    assert listener.sent == [
+        CHALLENGE + ours,
+        WELCOME,
+        b"{sha256}" + hmac.digest(KEY, theirs, "sha256"),
+    ]
+    assert dialer.sent == [
+        b"{sha256}" + hmac.digest(KEY, ours, "sha256") + b"alice",
+        CHALLENGE + theirs,
+        WELCOME,
+    ]
 
 
 @pytest.mark.parametrize("digest", DIGESTS)
 @pytest.mark.parametrize("step", [1, 4096])
 def test_every_digest_can_be_asked_for(digest: str, step: int) -> None:
     """The side that is challenged uses the digest that the challenge names."""
-    listener, dialer = join(deliver_challenge(NONCE, digest=digest), answer_challenge(KEY), step=step)
+    listener, dialer = join(
+        deliver_challenge(NONCE, digest=digest), answer_challenge(KEY), step=step
+    )
 
     assert listener.result == Established(KEY, digest)
     assert dialer.result == Established(KEY, digest)
-    assert dialer.sent == [b"{%s}" % digest.encode() + hmac.digest(KEY, listener.proofs[0].challenge, digest)]
+    assert dialer.sent == [
+        b"{%s}" % digest.encode() + hmac.digest(KEY, listener.proofs[0].challenge, digest)
+    ]
 
 
 @pytest.mark.parametrize("digest", sorted(set(DIGESTS) - {"md5"}))
 def test_the_answer_may_use_another_digest_than_the_challenge(digest: str) -> None:
-    """A peer that answers a sha256 challenge with another known digest is judged by that digest."""
+    """A peer that answers a sha256 challenge with another known digest is judged by
+    that digest.
+    """
     listener = Side(deliver_challenge(NONCE, named=True))
 
-    listener.feed(frame(b"{%s}" % digest.encode() + hmac.digest(KEY, b"{sha256}" + NONCE, digest) + b"alice"))
+    listener.feed(
+        frame(b"{%s}" % digest.encode() + hmac.digest(KEY, b"{sha256}" + NONCE, digest) + b"alice")
+    )
 
     assert listener.result == Established(KEY, digest, b"alice")
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
 def test_an_old_dialer_is_welcome_where_md5_is_allowed(step: int) -> None:
-    """Python 3.11 and older know only HMAC-MD5; the listener answers their challenge the same way."""
+    """Python 3.11 and older know only HMAC-MD5; the listener answers their challenge
+    the same way.
+    """
     listener, dialer = join(as_listener(NONCE), old_dialer(KEY, OTHER_NONCE), step=step)
 
     assert listener.result == Established(KEY, "md5")
@@ -209,8 +243,12 @@ def test_an_old_dialer_is_welcome_where_md5_is_allowed(step: int) -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
 def test_an_old_listener_is_served_where_md5_is_allowed(step: int) -> None:
-    """The dialer answers a bare challenge of 20 bytes with a bare HMAC-MD5, and takes one for its own."""
-    listener, dialer = join(old_listener(KEY, NONCE), as_dialer(KEY, OTHER_NONCE, name=b"alice"), step=step)
+    """The dialer answers a bare challenge of 20 bytes with a bare HMAC-MD5, and takes
+    one for its own.
+    """
+    listener, dialer = join(
+        old_listener(KEY, NONCE), as_dialer(KEY, OTHER_NONCE, name=b"alice"), step=step
+    )
 
     assert dialer.result == Established(KEY, "md5", b"alice")
     assert listener.result == Established(KEY, "md5")
@@ -218,7 +256,9 @@ def test_an_old_listener_is_served_where_md5_is_allowed(step: int) -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
 def test_frame_may_follow_welcome_at_once(step: int) -> None:
-    """A frame in the same segment as the last #WELCOME# is kept for whoever reads on, though it is large."""
+    """A frame in the same segment as the last #WELCOME# is kept for whoever reads on,
+    though it is large.
+    """
     large = frame(b"A" * 1000)
 
     listener, _ = join(as_listener(NONCE), as_dialer(KEY, OTHER_NONCE), step=step, tail=large)
@@ -253,7 +293,9 @@ def test_a_listener_that_does_not_know_the_key_is_refused_by_the_dialer() -> Non
 
 def test_a_name_is_refused_where_none_is_expected() -> None:
     """Outside a broker an answer is the standard library's, to the byte."""
-    listener, dialer = join(as_listener(NONCE, named=False), as_dialer(KEY, OTHER_NONCE, name=b"alice"))
+    listener, dialer = join(
+        as_listener(NONCE, named=False), as_dialer(KEY, OTHER_NONCE, name=b"alice")
+    )
 
     assert "37 bytes where 32 are right" in str(listener.error)
     assert dialer.error is not None
@@ -312,10 +354,20 @@ def test_a_peer_that_proved_itself_with_sha256_is_not_answered_with_md5(challeng
         [CHALLENGE + b"{sha256}" + NONCE, b"nonsense"],
         [CHALLENGE + b"{sha256}" + NONCE, CHALLENGE + NONCE],
     ],
-    ids=["no challenge", "empty", "failure", "short", "unknown digest", "no verdict", "second challenge"],
+    ids=[
+        "no challenge",
+        "empty",
+        "failure",
+        "short",
+        "unknown digest",
+        "no verdict",
+        "second challenge",
+    ],
 )
 def test_listener_in_second_half_tells_peer_that_it_failed(words: list[bytes]) -> None:
-    """After its #WELCOME# too a listener's last word to a peer that breaks the rules is #FAILURE#."""
+    """After its #WELCOME# too a listener's last word to a peer that breaks the rules is
+    #FAILURE#.
+    """
     listener = Side(as_listener(NONCE))
     listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
     assert listener.sent[-1] == WELCOME
@@ -367,8 +419,12 @@ def test_listener_answers_a_challenge_of_a_client() -> None:
         assert listener.sent[-1] == b"{sha256}" + hmac.digest(KEY, challenge, "sha256")
 
 
-def test_a_digest_this_machine_lacks_is_an_authentication_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In FIPS mode there is no MD5; the refusal is the handshake's own, not a ValueError."""
+def test_a_digest_this_machine_lacks_is_an_authentication_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In FIPS mode there is no MD5; the refusal is the handshake's own, not a
+    ValueError.
+    """
 
     def no_md5(key: bytes, message: bytes, digest: str) -> bytes:
         raise ValueError("[digital envelope routines] unsupported")
@@ -458,7 +514,9 @@ def test_a_verdict_is_one_of_two_words(verdict: bytes) -> None:
 
 
 def test_a_message_above_256_bytes_is_refused_by_its_length() -> None:
-    """Before authentication no peer can make us store more than the standard library would."""
+    """Before authentication no peer can make us store more than the standard library
+    would.
+    """
     listener = Side(as_listener(NONCE))
 
     with pytest.raises(FrameTooBig):
@@ -545,9 +603,14 @@ def test_garbage_ends_in_an_authentication_error_or_in_waiting(
 def test_no_error_shows_a_key_or_a_mac(error_of: str) -> None:
     """Neither the message nor the traceback's values of our own objects hold a secret."""
     listener, dialer = join(as_listener(NONCE), as_dialer(b"wrong key", OTHER_NONCE))
-    error: Mapping[str, AuthenticationError | None] = {"listener": listener.error, "dialer": dialer.error}
+    error: Mapping[str, AuthenticationError | None] = {
+        "listener": listener.error,
+        "dialer": dialer.error,
+    }
     told = (
-        "".join(traceback.format_exception(error[error_of])) + repr(listener.proofs) + repr(Established(b"wrong key"))
+        "".join(traceback.format_exception(error[error_of]))
+        + repr(listener.proofs)
+        + repr(Established(b"wrong key"))
     )
 
     told += repr(Send(listener.proofs[0].mac))

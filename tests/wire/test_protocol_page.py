@@ -1,4 +1,6 @@
-"""docs/protocol.md is true: its bytes are those that the library writes, its tables are the library's tables."""
+"""docs/protocol.md is true: its bytes are those that the library writes, its tables are
+the library's tables.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import pytest
 
 from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import BROKER, CLIENT, END_POINT, bound_key, offer
-from brokerd_client.wire.envelope import CodecId, Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
+from brokerd_client.wire.envelope import (
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    encode,
+    error_payload,
+    parse,
+)
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import Handshake, Proof, Send
 
@@ -33,7 +44,9 @@ def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, byte
     """Return (who, bytes) of each message of a handshake with the page's nonces."""
     sides: dict[str, Handshake] = {
         "broker": handshake.as_listener(bytes(range(40)) + offer(bindings), named=True),
-        "client": handshake.as_dialer(key, bytes(range(100, 140)), name=b"alice", bindings=bindings),
+        "client": handshake.as_dialer(
+            key, bytes(range(100, 140)), name=b"alice", bindings=bindings
+        ),
     }
     waiting: dict[str, list[bytes]] = {"broker": [], "client": []}
     steps = {who: next(side) for who, side in sides.items()}
@@ -50,7 +63,9 @@ def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, byte
                     of, value = key, key
                     if step.binding:
                         data = bindings[step.binding]
-                        of, value = (bound_key(key, step.binding, data, side) for side in (CLIENT, BROKER))
+                        of, value = (
+                            bound_key(key, step.binding, data, side) for side in (CLIENT, BROKER)
+                        )
                     assert step.made_with(of)
                 elif waiting[who]:
                     value = waiting[who].pop(0)
@@ -64,7 +79,9 @@ def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, byte
 
 
 def test_the_handshake_of_the_page_is_ours() -> None:
-    """With the page's key and nonces the library says exactly the page's bytes, in the page's order."""
+    """With the page's key and nonces the library says exactly the page's bytes, in the
+    page's order.
+    """
     assert example("handshake") == conversation(b"alice's key", {})
 
 
@@ -78,19 +95,29 @@ def test_the_bound_handshake_of_the_page_is_ours() -> None:
 
 
 def test_the_handshakes_of_the_page_are_what_it_says_in_words() -> None:
-    """The page's bytes, computed from its sentences alone, as for a client in another language."""
+    """The page's bytes, computed from its sentences alone, as for a client in another
+    language.
+    """
     key, data = b"alice's key", bytes(range(0xD0, 0xF0))
     for label, bound in (("handshake", False), ("bound handshake", True)):
         bodies = [message[4:] for _, message in example(label)]
         keys = {}
         for direction in ("client", "broker"):
-            text = b"brokerd channel binding 2\0" + direction.encode() + b"\0tls-server-end-point\0" + data
+            text = (
+                b"brokerd channel binding 2\0"
+                + direction.encode()
+                + b"\0tls-server-end-point\0"
+                + data
+            )
             keys[direction] = hmac.new(key, text, "sha256").digest() if bound else key
         first, second = (bodies[at].removeprefix(b"#CHALLENGE#") for at in (0, 3))
         mark = b"\0tls-server-end-point 2" if bound else b""
         assert first == b"{sha256}" + bytes(range(40)) + mark
         assert second == b"{sha256}" + bytes(range(100, 140)) + b"\0client"
-        assert bodies[1] == b"{sha256}" + hmac.new(keys["client"], first, "sha256").digest() + b"alice" + mark
+        assert (
+            bodies[1]
+            == b"{sha256}" + hmac.new(keys["client"], first, "sha256").digest() + b"alice" + mark
+        )
         assert bodies[4] == b"{sha256}" + hmac.new(keys["broker"], second, "sha256").digest()
 
 
@@ -99,7 +126,12 @@ def test_the_frames_of_the_page_are_ours() -> None:
     envelopes = [
         ("client", Envelope(Kind.MESSAGE, 1, "bob", b"hello", flags=Flag.RECEIPT)),
         ("broker", Envelope(Kind.RECEIPT, 1, "$broker")),
-        ("client", Envelope(Kind.EVENT, 2, "", b'{"n":7}', CodecId.JSON, topic="jobs.new", extension={"ttl": 60})),
+        (
+            "client",
+            Envelope(
+                Kind.EVENT, 2, "", b'{"n":7}', CodecId.JSON, topic="jobs.new", extension={"ttl": 60}
+            ),
+        ),
         (
             "broker",
             Envelope(
@@ -123,7 +155,12 @@ def test_the_frames_of_the_page_can_be_read() -> None:
 
     parsed = [parse(body) for body in bodies]
 
-    assert [envelope.kind for envelope in parsed] == [Kind.MESSAGE, Kind.RECEIPT, Kind.EVENT, Kind.ERROR]
+    assert [envelope.kind for envelope in parsed] == [
+        Kind.MESSAGE,
+        Kind.RECEIPT,
+        Kind.EVENT,
+        Kind.ERROR,
+    ]
     assert json.loads(parsed[-1].payload)["code"] == "offline"
 
 
@@ -142,11 +179,14 @@ def test_every_flag_is_in_the_table(flag: Flag) -> None:
 def test_the_codes_of_the_page_are_the_codes() -> None:
     """The page explains every code of an ERROR and no other."""
     tables = [
-        PAGE.partition(head)[2].partition("\n\n")[0] for head in ("| code | meaning |", "| code | why the connection")
+        PAGE.partition(head)[2].partition("\n\n")[0]
+        for head in ("| code | meaning |", "| code | why the connection")
     ]
     codes = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in tables]
 
-    assert codes[0] + [code for code in codes[1] if code not in codes[0]] == [str(code) for code in ErrorCode]
+    assert codes[0] + [code for code in codes[1] if code not in codes[0]] == [
+        str(code) for code in ErrorCode
+    ]
 
 
 def test_the_digests_of_the_page_are_the_digests() -> None:

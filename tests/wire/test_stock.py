@@ -1,6 +1,7 @@
 """The handshake beside the running interpreter's own, byte for byte.
 
-Python 3.12 and later challenge with a digest's name; 3.11 knows only HMAC-MD5 and challenges with 20 bare bytes.
+Python 3.12 and later challenge with a digest's name; 3.11 knows only HMAC-MD5 and
+challenges with 20 bare bytes.
 """
 
 from __future__ import annotations
@@ -50,9 +51,13 @@ class Recording(multiprocessing.connection.Connection):
 
 
 class Stock(threading.Thread):
-    """The standard library's side of a handshake, in a thread; its outcome is what it raised, or None."""
+    """The standard library's side of a handshake, in a thread; its outcome is what it
+    raised, or None.
+    """
 
-    def __init__(self, handle: int, nonce: bytes, steps: list[Callable[[Any, bytes], None]], key: bytes) -> None:
+    def __init__(
+        self, handle: int, nonce: bytes, steps: list[Callable[[Any, bytes], None]], key: bytes
+    ) -> None:
         super().__init__(daemon=True)
         self.connection = Recording(handle)
         self.nonce = nonce
@@ -83,7 +88,9 @@ ANSWER = multiprocessing.connection.answer_challenge
 
 @pytest.fixture
 def known_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The standard library draws the nonce that its thread was given, instead of a random one."""
+    """The standard library draws the nonce that its thread was given, instead of a
+    random one.
+    """
     draw = os.urandom
 
     def urandom(size: int) -> bytes:
@@ -103,7 +110,9 @@ def stream() -> Iterator[tuple[int, socket.socket]]:
 
 
 def play(conversation: Handshake, sock: socket.socket, key: bytes = KEY) -> bytes:
-    """Return every byte that our side wrote to the socket, when the conversation is over."""
+    """Return every byte that our side wrote to the socket, when the conversation is
+    over.
+    """
     reader = FrameReader()
     written = bytearray()
     value: bytes | None = None
@@ -126,7 +135,9 @@ def play(conversation: Handshake, sock: socket.socket, key: bytes = KEY) -> byte
 
 
 def both_stock(listener_key: bytes = KEY, dialer_key: bytes = KEY) -> tuple[Stock, Stock]:
-    """Return the two sides of the standard library's handshake with itself, when both are done."""
+    """Return the two sides of the standard library's handshake with itself, when both
+    are done.
+    """
     ours, theirs = socket.socketpair()
     listener = Stock(ours.detach(), NONCE, [DELIVER, ANSWER], listener_key)
     dialer = Stock(theirs.detach(), OTHER_NONCE, [ANSWER, DELIVER], dialer_key)
@@ -138,7 +149,9 @@ def both_stock(listener_key: bytes = KEY, dialer_key: bytes = KEY) -> tuple[Stoc
 @pytest.mark.usefixtures("known_nonces")
 @pytest.mark.skipif(ONLY_MD5, reason="the interpreter knows HMAC-MD5 only")
 def test_our_handshake_is_the_interpreters_byte_for_byte() -> None:
-    """With the same key and nonces, each of our roles writes exactly what the standard library's writes."""
+    """With the same key and nonces, each of our roles writes exactly what the standard
+    library's writes.
+    """
     stock_listener, stock_dialer = both_stock()
     with stream() as (handle, sock):
         dialer = Stock(handle, OTHER_NONCE, [ANSWER, DELIVER], KEY)
@@ -156,7 +169,9 @@ def test_our_handshake_is_the_interpreters_byte_for_byte() -> None:
 
 @pytest.mark.usefixtures("known_nonces")
 def test_our_answer_is_the_interpreters_byte_for_byte() -> None:
-    """Challenged by the standard library, we write what its own answer_challenge writes: on 3.11, bare MD5."""
+    """Challenged by the standard library, we write what its own answer_challenge
+    writes: on 3.11, bare MD5.
+    """
     ours, theirs = socket.socketpair()
     stock_listener = Stock(ours.detach(), NONCE, [DELIVER], KEY)
     stock_dialer = Stock(theirs.detach(), b"", [ANSWER], KEY)
@@ -174,7 +189,9 @@ def test_our_answer_is_the_interpreters_byte_for_byte() -> None:
 
 @pytest.mark.usefixtures("known_nonces")
 def test_our_verdict_is_the_interpreters_byte_for_byte() -> None:
-    """Answered by the standard library, we write what its own deliver_challenge writes after its challenge."""
+    """Answered by the standard library, we write what its own deliver_challenge writes
+    after its challenge.
+    """
     ours, theirs = socket.socketpair()
     stock_listener = Stock(ours.detach(), NONCE, [DELIVER], KEY)
     Stock(theirs.detach(), b"", [ANSWER], KEY).finish()
@@ -193,7 +210,9 @@ def test_our_verdict_is_the_interpreters_byte_for_byte() -> None:
 
 @pytest.mark.parametrize("ours", ["listener", "dialer"])
 def test_each_role_succeeds_with_the_interpreters_other_role(ours: str) -> None:
-    """With random nonces, as in life, both roles succeed against the standard library of this interpreter."""
+    """With random nonces, as in life, both roles succeed against the standard library
+    of this interpreter.
+    """
     with stream() as (handle, sock):
         if ours == "listener":
             peer = Stock(handle, b"", [ANSWER, DELIVER], KEY)
@@ -208,7 +227,9 @@ def test_each_role_succeeds_with_the_interpreters_other_role(ours: str) -> None:
 
 @pytest.mark.parametrize("ours", ["listener", "dialer"])
 def test_a_wrong_key_is_the_interpreters_authentication_error(ours: str) -> None:
-    """The standard library raises AuthenticationError, and so do we, when the keys differ."""
+    """The standard library raises AuthenticationError, and so do we, when the keys
+    differ.
+    """
     with stream() as (handle, sock):
         steps = [ANSWER, DELIVER] if ours == "listener" else [DELIVER, ANSWER]
         peer = Stock(handle, b"", steps, b"wrong")

@@ -1,4 +1,5 @@
-"""One established connection: moves bytes between its socket, the routing loop and its outbox.
+"""One established connection: moves bytes between its socket, the routing loop and its
+outbox.
 
 The socket is read and written here, not by an asyncio transport. So bytes wait only in
 the outbox. The broker knows to the byte what the system did not take. When the
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from brokerd.net.server import Server
 
 #: Routes the frames of a buffer: see routing.feed.
-_Feed: TypeAlias = "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
+_Feed: TypeAlias = (
+    "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
+)
 
 __all__ = ["GRACE", "READ_BUFFER", "Connection", "has_hung_up", "tune"]
 
@@ -65,7 +68,9 @@ GRACE: Final = 5.0
 _READS: Final = 16
 #: Sends several pieces with one system call; Windows has no such call.
 _sendmsg = getattr(socket.socket, "sendmsg", None)
-_HUNG_UP: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+_HUNG_UP: Final = (
+    getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+)
 
 
 class Connection:
@@ -103,7 +108,13 @@ class Connection:
         "writing",
     )
 
-    def __init__(self, server: Server, sock: socket.socket, credential: Credential, tls_peer: TlsPeer = NO_TLS) -> None:
+    def __init__(
+        self,
+        server: Server,
+        sock: socket.socket,
+        credential: Credential,
+        tls_peer: TlsPeer = NO_TLS,
+    ) -> None:
         self.server = server
         self.sock = sock
         self.credential = credential
@@ -128,7 +139,9 @@ class Connection:
             self.resume()
 
     def go_on(self) -> None:
-        """Continue a connection of another process; its session and pending input are restored."""
+        """Continue a connection of another process; its session and pending input are
+        restored.
+        """
         session = self.session
         if session.outbox.blocked:
             self.writing = True
@@ -145,7 +158,8 @@ class Connection:
     # Reading
 
     def on_readable(self) -> None:
-        """Read and route once, or several times while a large read goes to many recipients.
+        """Read and route once, or several times while a large read goes to many
+        recipients.
 
         With many recipients, writing to each after every read would cost more than
         reading on.
@@ -164,7 +178,9 @@ class Connection:
             self._broken(error)
 
     def _spreads_out(self) -> bool:
-        """Return whether the last read goes to many recipients, each with little to write."""
+        """Return whether the last read goes to many recipients, each with little to
+        write.
+        """
         touched = self.server.broker.touched
         return len(touched) >= _MANY and self.may_read()
 
@@ -173,7 +189,9 @@ class Connection:
 
         It may not if it is closed, held, or waits for its turn.
         """
-        return not (self.closed or self.waits or self.session.closing or self.session.held_by is not None)
+        return not (
+            self.closed or self.waits or self.session.closing or self.session.held_by is not None
+        )
 
     def _read(self) -> int:
         """Read once and route the bytes; return their number. The caller settles."""
@@ -208,7 +226,9 @@ class Connection:
         return size
 
     def resume(self) -> None:
-        """Route the input that was kept while the sender was held, and continue reading."""
+        """Route the input that was kept while the sender was held, and continue
+        reading.
+        """
         if self.closed or self.session.closing:
             return
         kept, self.pending_input = self.pending_input, b""
@@ -221,7 +241,9 @@ class Connection:
             self.server.settle()
 
     def _route_large_frame(self, large_frame: LargeFrame) -> None:
-        """Route a large frame on the slow path at once, because the routing loop would copy it."""
+        """Route a large frame on the slow path at once, because the routing loop would
+        copy it.
+        """
         self.large_frame = None
         self._route(memoryview(large_frame), large_frame.end, SLACK, handle_slow_path)
 
@@ -307,14 +329,20 @@ class Connection:
     # Writing
 
     def write(self) -> None:
-        """Write the outbox to the socket; if the system does not take all, wait to write."""
+        """Write the outbox to the socket; if the system does not take all, wait to
+        write.
+        """
         session = self.session
         outbox = session.outbox
         try:
             if outbox.timed:
                 self.server.broker.expire(session, self.server.loop.time())
             while pieces := outbox.pieces():
-                size = self.sock.send(pieces[0]) if len(pieces) == 1 or not _sendmsg else _sendmsg(self.sock, pieces)
+                size = (
+                    self.sock.send(pieces[0])
+                    if len(pieces) == 1 or not _sendmsg
+                    else _sendmsg(self.sock, pieces)
+                )
                 if outbox.sent(size):
                     break
                 if outbox.timed:
@@ -365,15 +393,25 @@ class Connection:
     # The end
 
     def _broken(self, error: Exception) -> None:
-        """Close the connection and log the bug; kept open, it would fail again without end."""
+        """Close the connection and log the bug; kept open, it would fail again without
+        end.
+        """
         self.server.counters.bugs += 1
-        name, address, trace = self.session.client.name, self.session.address, traceback.format_exception(error)
+        name, address, trace = (
+            self.session.client.name,
+            self.session.address,
+            traceback.format_exception(error),
+        )
         about, what = type(error).__name__, in_words(error)
-        self.server.log_limiter.note("error", "daemon.bug", about, name=name, address=address, error=what, trace=trace)
+        self.server.log_limiter.note(
+            "error", "daemon.bug", about, name=name, address=address, error=what, trace=trace
+        )
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:
-        """Stop reading, and give the client GRACE seconds to read what is written for it."""
+        """Stop reading, and give the client GRACE seconds to read what is written for
+        it.
+        """
         self.server.loop.remove_reader(self.fd)
         if self.grace is None and not self.server.broker.draining:
             self.grace = self.server.loop.call_later(GRACE, self.lost, self.session.closing)
@@ -415,7 +453,9 @@ class Connection:
         )
 
     def end(self, code: ErrorCode, why: str) -> None:
-        """Close the connection at once; the client gets the reason if the system takes it now."""
+        """Close the connection at once; the client gets the reason if the system takes
+        it now.
+        """
         self.server.broker.close(self.session, why, code=code)
         self.add_reason()
         self.write()
@@ -450,14 +490,23 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
 
     def unread_messages(self, most: int) -> int:
-        """Read input that will not be routed any more; return the number of messages in it.
+        """Read input that will not be routed any more; return the number of messages in
+        it.
 
         most: the most bytes to read.
         """
         if self.closed:
             return 0
-        counter, buffer, large_frame = UnreadCounter(self.session.bytes_to_skip), self.server.buffer, self.large_frame
-        counter.feed(self.pending_input if large_frame is None else memoryview(large_frame)[SLACK : large_frame.filled])
+        counter, buffer, large_frame = (
+            UnreadCounter(self.session.bytes_to_skip),
+            self.server.buffer,
+            self.large_frame,
+        )
+        counter.feed(
+            self.pending_input
+            if large_frame is None
+            else memoryview(large_frame)[SLACK : large_frame.filled]
+        )
         self.pending_input, self.large_frame = b"", None
         with contextlib.suppress(OSError):
             while most > 0 and (size := self.sock.recv_into(buffer)):
@@ -466,7 +515,9 @@ class Connection:
         return counter.count
 
     def catch_up(self) -> None:
-        """Route the input that has arrived, without waiting for the event loop to report it."""
+        """Route the input that has arrived, without waiting for the event loop to
+        report it.
+        """
         for _ in range(_READS):
             # While other connections have their turn, this connection does not overtake
             # them.
@@ -482,7 +533,8 @@ class Connection:
         return self.may_read() and self._read() > 0
 
     def is_gone(self) -> bool | None:
-        """Return whether the client has closed, without waiting for the event loop to report it.
+        """Return whether the client has closed, without waiting for the event loop to
+        report it.
 
         The client's earlier input is routed first, unless it was not to be read any
         more. None: the client has closed, but routing its input takes more turns of the
@@ -508,7 +560,10 @@ def has_hung_up(sock: socket.socket | int) -> bool:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set a connection's socket to non-blocking, and TCP_NODELAY on TCP. Raises OSError."""
+    """Set a connection's socket to non-blocking, and TCP_NODELAY on TCP.
+
+    Raises OSError.
+    """
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

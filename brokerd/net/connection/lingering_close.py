@@ -1,4 +1,5 @@
-"""Lingering close: the last bytes written to a connection arrive before the connection ends.
+"""Lingering close: the last bytes written to a connection arrive before the connection
+ends.
 
 The system resets a TCP socket that is closed while bytes from the peer are unread. A
 reset discards all bytes that the peer's system has not acknowledged. So the broker
@@ -102,7 +103,8 @@ class LingeringClose:
 
 
 def unacknowledged(sock: socket.socket) -> int:
-    """Return how many bytes written to a TCP socket the peer's system has not acknowledged.
+    """Return how many bytes written to a TCP socket the peer's system has not
+    acknowledged.
 
     Return 0 for other sockets, whose written bytes are with the peer already. Return 0
     also if the system does not report the number. Return 1 for a socket that stands for

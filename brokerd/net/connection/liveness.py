@@ -1,4 +1,5 @@
-"""Liveness of TCP connections: a connection whose peer has answered nothing for too long is closed.
+"""Liveness of TCP connections: a connection whose peer has answered nothing for too
+long is closed.
 
 A client whose machine loses power or network sends no end of its connection. The system
 itself probes idle connections (TCP keepalive, set here). Connections with bytes under
@@ -30,7 +31,9 @@ _SLICE: Final = 200
 
 
 class Liveness:
-    """Checks a server's TCP connections; has a timer only while there are any and a limit."""
+    """Checks a server's TCP connections; has a timer only while there are any and a
+    limit.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -59,7 +62,9 @@ class Liveness:
         self._outdated.discard(connection)
 
     def reconfigure(self) -> None:
-        """Apply a new ``limits.keepalive`` to the existing connections, some in each turn."""
+        """Apply a new ``limits.keepalive`` to the existing connections, some in each
+        turn.
+        """
         self._outdated = set(self._watched)
         if self._timer is not None:
             self._timer.cancel()
@@ -76,7 +81,9 @@ class Liveness:
     def _rest(self) -> None:
         limit, self._timer = self._server.limits.keepalive, None
         if limit and self._watched:
-            self._timer = self._server.loop.call_later(max(limit / LOOKS, _SHORTEST_PAUSE_S), self._begin)
+            self._timer = self._server.loop.call_later(
+                max(limit / LOOKS, _SHORTEST_PAUSE_S), self._begin
+            )
 
     def _begin(self) -> None:
         self._left = list(self._watched)
@@ -90,7 +97,11 @@ class Liveness:
                 self._outdated.discard(connection)
                 self._tell_system(connection)
             silence = self._watched.get(connection)
-            if silence is not None and limit and silence.lasts(_socket_of(connection), now) >= limit:
+            if (
+                silence is not None
+                and limit
+                and silence.lasts(_socket_of(connection), now) >= limit
+            ):
                 connection.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
         del self._left[-_SLICE:]
         if self._left:

@@ -1,4 +1,5 @@
-"""Checks connections again after a read, for a reset that the event loop reports only once.
+"""Checks connections again after a read, for a reset that the event loop reports only
+once.
 
 Under uvloop, a socket in error is reported only once. libuv stops watching it then
 (uv__poll_io in its src/unix/poll.c). If bytes had arrived too, reading them used up
@@ -46,7 +47,9 @@ class ResetRecheck:
 
     def _look(self) -> None:
         self._timer = None
-        connections = {connection.fd: connection for connection in self._connections if not connection.closed}
+        connections = {
+            connection.fd: connection for connection in self._connections if not connection.closed
+        }
         self._connections.clear()
         poll = select.poll()
         for fd in connections:

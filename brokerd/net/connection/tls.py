@@ -34,7 +34,9 @@ class TlsConnection(Connection):
 
     __slots__ = ("_reading_on", "_stream")
 
-    def __init__(self, server: Server, stream: TlsStream, credential: Credential, tls_peer: TlsPeer) -> None:
+    def __init__(
+        self, server: Server, stream: TlsStream, credential: Credential, tls_peer: TlsPeer
+    ) -> None:
         # A TlsStream has every method of a socket that a Connection calls.
         super().__init__(server, cast("socket.socket", stream), credential, tls_peer)
         self._stream = stream
@@ -76,7 +78,9 @@ class TlsConnection(Connection):
             self.on_readable()
 
     def advance(self) -> bool:
-        """Route what has arrived; return whether there was input or some is still decrypted."""
+        """Route what has arrived; return whether there was input or some is still
+        decrypted.
+        """
         there = super().advance()
         # The caller may not call again.
         self._after_reading()

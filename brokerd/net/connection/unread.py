@@ -18,7 +18,8 @@ _HEAD: Final = _LONG_SIZE + HEADER.size + 1
 
 
 class UnreadCounter:
-    """Counts complete messages in a stream of frames; operations of the broker do not count.
+    """Counts complete messages in a stream of frames; operations of the broker do not
+    count.
 
     bytes_to_skip: bytes that are left of a frame that has been handled already.
     """
@@ -71,4 +72,7 @@ class UnreadCounter:
         (size,) = LENGTH.unpack_from(view, position)
         if size == _LONG:
             return False
-        return bool(size < HEADER.size or end - position >= min(LENGTH.size + size, LENGTH.size + HEADER.size + 1))
+        return bool(
+            size < HEADER.size
+            or end - position >= min(LENGTH.size + size, LENGTH.size + HEADER.size + 1)
+        )

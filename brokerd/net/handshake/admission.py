@@ -54,7 +54,9 @@ class _Crowd:
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
-        self.ranks: dict[Rank, OrderedDict[PendingConnection, None]] = {rank: OrderedDict() for rank in Rank}
+        self.ranks: dict[Rank, OrderedDict[PendingConnection, None]] = {
+            rank: OrderedDict() for rank in Rank
+        }
         self.weight = 0
 
     def least(self) -> PendingConnection:
@@ -126,7 +128,9 @@ class Admission:
             self._most -= 1
 
     def least(self, now: float) -> tuple[PendingConnection | None, float]:
-        """Return the handshake that gives way first, or None, and the seconds until it may."""
+        """Return the handshake that gives way first, or None, and the seconds until it
+        may.
+        """
         first: PendingConnection | None = None
         first_wait = float("inf")
         for crowd in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
@@ -142,12 +146,15 @@ class Admission:
     # The record of the origins
 
     def grace(self, origin: str, now: float) -> float:
-        """Return the seconds that a peer of this origin keeps its place after each step."""
+        """Return the seconds that a peer of this origin keeps its place after each
+        step.
+        """
         halvings, at = self._halvings.get(origin, self._strangers)
         return GRACE_S / (1 << halvings) if now - at <= _FORGET_AFTER_S else GRACE_S
 
     def gave_way(self, origin: str, now: float) -> None:
-        """Record a peer that left unaccepted while the room was full: halve its origin's grace.
+        """Record a peer that left unaccepted while the room was full: halve its
+        origin's grace.
 
         If the origin has no record, the grace of all such origins is halved too. A
         flood may come from thousands of origins.
@@ -158,7 +165,9 @@ class Admission:
         self._note(origin, _next(known, 1, now), now)
 
     def got_in(self, origin: str, now: float) -> None:
-        """Record a peer that has finished its handshake: double its origin's grace again."""
+        """Record a peer that has finished its handshake: double its origin's grace
+        again.
+        """
         self._strangers = (_next(self._strangers, -1, now), self._strangers[1])
         self._note(origin, _next(self._halvings.get(origin, (0, now)), -1, now), now)
 

@@ -1,4 +1,5 @@
-"""Pending handshakes: each has a deadline, their number is limited, and none delays another.
+"""Pending handshakes: each has a deadline, their number is limited, and none delays
+another.
 
 A connection is pending until it has proved its identity. The search for the key behind
 an answer without a name can take a thousand tries. So searches run in slices, one per
@@ -27,7 +28,13 @@ from brokerd.net.handshake.admission import Admission, Rank
 from brokerd.net.handshake.keyring import Identity, KeySearch, key_on
 from brokerd.net.handshake.penalties import Failures
 from brokerd.net.handshake.pending import PendingConnection
-from brokerd.net.handshake.tls import SPEAKS_TLS, TlsHandshakes, TlsPeer, challenge_nonce, is_client_hello
+from brokerd.net.handshake.tls import (
+    SPEAKS_TLS,
+    TlsHandshakes,
+    TlsPeer,
+    challenge_nonce,
+    is_client_hello,
+)
 from brokerd_client.errors import AuthenticationError, FrameError, TlsError
 from brokerd_client.wire.framing import frame
 from brokerd_client.wire.handshake import FAILURE, LIMIT, Proof, Receive, Send, as_listener
@@ -42,10 +49,13 @@ __all__ = ["TAKEN", "PendingHandshakes", "fresh_instance"]
 #: The reason for a refusal after the handshake, not within it: see Server.admit.
 TAKEN: Final = "its name is connected already"
 
-_NOT_HERE: Final = "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
+_NOT_HERE: Final = (
+    "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
+)
 
 _GIVES_WAY: Final = (
-    "more unfinished handshakes than limits.handshakes; its origin had the most, and this was the least advanced"
+    "more unfinished handshakes than limits.handshakes; its origin had the most, and this was the"
+    " least advanced"
 )
 
 
@@ -71,14 +81,24 @@ class PendingHandshakes:
         return len(self._pending_connections)
 
     def begin(
-        self, sock: socket.socket, peer: object, listener: str, *, allow_md5: bool, tls: TlsConfig | None = None
+        self,
+        sock: socket.socket,
+        peer: object,
+        listener: str,
+        *,
+        allow_md5: bool,
+        tls: TlsConfig | None = None,
     ) -> None:
-        """Begin the handshake of an accepted connection; another gives way if the room is full."""
+        """Begin the handshake of an accepted connection; another gives way if the room
+        is full.
+        """
         limits = self._server.limits
         if len(self._pending_connections) >= limits.handshakes:
             self._make_room()
         deadline = self._loop.time() + limits.handshake_timeout
-        pending = PendingConnection(sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls)
+        pending = PendingConnection(
+            sock, peer, listener, allow_md5=allow_md5, deadline=deadline, tls=tls
+        )
         self._add(pending)
         if tls is not None:
             self._tls.begin(pending)
@@ -123,7 +143,9 @@ class PendingHandshakes:
             self._lose(pending, ConnectionResetError(0, reason))
 
     def _read_on(self, pending: PendingConnection) -> None:
-        """Schedule a read if TLS holds decrypted bytes, which the system does not report."""
+        """Schedule a read if TLS holds decrypted bytes, which the system does not
+        report.
+        """
         if pending.stream is not None and pending.stream.buffered and not pending.done:
             self._loop.call_soon(self._on_readable, pending)
 
@@ -156,7 +178,11 @@ class PendingHandshakes:
     # The conversation
 
     def _on_readable(self, pending: PendingConnection) -> None:
-        if pending.done or pending.slowed or (pending.proof is not None and pending.reader.buffered > 2 * LIMIT):
+        if (
+            pending.done
+            or pending.slowed
+            or (pending.proof is not None and pending.reader.buffered > 2 * LIMIT)
+        ):
             return
         try:
             # At most as many bytes as a handshake can need at once; later bytes belong
@@ -168,7 +194,10 @@ class PendingHandshakes:
             self._lose(pending, error)
             return
         if not data:
-            self._lose(pending, ConnectionResetError(0, "closed by the peer before it had proved who it is"))
+            self._lose(
+                pending,
+                ConnectionResetError(0, "closed by the peer before it had proved who it is"),
+            )
             return
         if is_client_hello(data) and pending.stream is None and not pending.reader.buffered:
             self._refuse(pending, SPEAKS_TLS, HandshakeOutcome.MALFORMED, tell=True)
@@ -192,13 +221,17 @@ class PendingHandshakes:
         try:
             body = pending.reader.next_frame(LIMIT)
         except FrameError as error:
-            self._refuse(pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True)
+            self._refuse(
+                pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True
+            )
             return
         if body is not None:
             self._go_on(pending, body)
 
     def _go_on(self, pending: PendingConnection, result: bytes | None) -> None:
-        """Resume the handshake with the input it asked for, and carry out its next step."""
+        """Resume the handshake with the input it asked for, and carry out its next
+        step.
+        """
         try:
             while True:
                 step = pending.steps.send(result)
@@ -230,7 +263,9 @@ class PendingHandshakes:
         except AuthenticationError as error:
             self._refuse(pending, pending.refusal or str(error), pending.outcome, failed=True)
         except FrameError as error:
-            self._refuse(pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True)
+            self._refuse(
+                pending, f"not a handshake: {error}", HandshakeOutcome.MALFORMED, tell=True
+            )
         except OSError as error:
             self._lose(pending, error)
 
@@ -271,7 +306,9 @@ class PendingHandshakes:
             _, _, pending, search = heapq.heappop(self._searches)
             if not pending.done:
                 if not self._try(pending, search):
-                    heapq.heappush(self._searches, (search.tried, next(self._order), pending, search))
+                    heapq.heappush(
+                        self._searches, (search.tried, next(self._order), pending, search)
+                    )
                 break
         if self._searches:
             self._searching = True
@@ -286,7 +323,9 @@ class PendingHandshakes:
         return True
 
     def _identified(self, pending: PendingConnection, identity: Identity) -> None:
-        """Pass the key to the handshake, if it was found and there is room for its client."""
+        """Pass the key to the handshake, if it was found and there is room for its
+        client.
+        """
         if pending.done:
             return
         pending.refusal = identity.refusal
@@ -314,7 +353,9 @@ class PendingHandshakes:
     # The end of a handshake
 
     def _admit(self, pending: PendingConnection) -> None:
-        assert pending.credential is not None, "a handshake ends well only with a key that was found"
+        assert pending.credential is not None, (
+            "a handshake ends well only with a key that was found"
+        )
         self.failures.forgive(pending.origin)
         self._admission.got_in(pending.origin, self._loop.time())
         self._forget(pending, got_in=True)
@@ -349,7 +390,8 @@ class PendingHandshakes:
         self._server.on_refused(pending, reason, outcome)
 
     def _lose(self, pending: PendingConnection, error: OSError) -> None:
-        """Forget a peer that has disconnected; it counts as refused only if it had begun to answer.
+        """Forget a peer that has disconnected; it counts as refused only if it had
+        begun to answer.
 
         Health checks and load balancers' probes connect and leave without a byte. A log
         line for each would bury the important ones.
@@ -367,7 +409,9 @@ class PendingHandshakes:
                 "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
             )
         else:
-            self._refuse(pending, error.strerror or str(error) or type(error).__name__, HandshakeOutcome.LOST)
+            self._refuse(
+                pending, error.strerror or str(error) or type(error).__name__, HandshakeOutcome.LOST
+            )
 
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
@@ -385,7 +429,9 @@ class PendingHandshakes:
         pending.steps.close()
 
     def _delay(self, pending: PendingConnection) -> bool:
-        """Return whether the failure is sent later, because its origin has failed often."""
+        """Return whether the failure is sent later, because its origin has failed
+        often.
+        """
         now = self._loop.time()
         delay = self.failures.delay(pending.origin, now)
         if not delay:
@@ -406,21 +452,33 @@ class PendingHandshakes:
     # Deadlines
 
     def _schedule_expiry(self) -> None:
-        """Set one timer, for the oldest handshake: all have the same time, so it expires first."""
+        """Set one timer, for the oldest handshake: all have the same time, so it
+        expires first.
+        """
         if self._timer is None and self._pending_connections:
-            self._timer = self._loop.call_at(next(iter(self._pending_connections)).deadline, self._expire)
+            self._timer = self._loop.call_at(
+                next(iter(self._pending_connections)).deadline, self._expire
+            )
 
     def _expire(self) -> None:
         self._timer = None
         now = self._loop.time()
-        while self._pending_connections and (oldest := next(iter(self._pending_connections))).deadline <= now:
+        while (
+            self._pending_connections
+            and (oldest := next(iter(self._pending_connections))).deadline <= now
+        ):
             why = self._tls.overdue(oldest)
             self._refuse(
-                oldest, why or "not finished within limits.handshake_timeout", HandshakeOutcome.TIMEOUT, tell=not why
+                oldest,
+                why or "not finished within limits.handshake_timeout",
+                HandshakeOutcome.TIMEOUT,
+                tell=not why,
             )
         self._schedule_expiry()
 
 
 def fresh_instance() -> str:
-    """Return an instance for a pool's new connection: ``[0-9a-z]{1,16}``, new in practice."""
+    """Return an instance for a pool's new connection: ``[0-9a-z]{1,16}``, new in
+    practice.
+    """
     return os.urandom(6).hex()

@@ -1,4 +1,5 @@
-"""The keyring: finds the key that made a handshake's answer, and so the client's identity.
+"""The keyring: finds the key that made a handshake's answer, and so the client's
+identity.
 
 An answer with a name is checked against that client's keys only. Without a name, the
 keys are tried, most recently used first, within a limit. A search is a sequence of
@@ -66,10 +67,14 @@ class Keyring:
         self._order: OrderedDict[bytes, Credential] = OrderedDict()
         self._by_client: dict[str, list[Credential]] = {}
         for client in clients:
-            self._by_client[client.name] = [Credential(client, key) for key in client.keys or [_public(client)]]
+            self._by_client[client.name] = [
+                Credential(client, key) for key in client.keys or [_public(client)]
+            ]
         # Until keys are used, those that the file names first are tried first.
         for credentials in reversed(self._by_client.values()):
-            self._order.update((credential.key.value, credential) for credential in reversed(credentials))
+            self._order.update(
+                (credential.key.value, credential) for credential in reversed(credentials)
+            )
         self.limit = limit
         #: When each key last authenticated a connection since the broker started, in
         #: seconds since the epoch; the latest last.
@@ -98,34 +103,51 @@ class Keyring:
         return self._by_client.get(name, [])
 
     def tried_for(self, name: str) -> list[Credential]:
-        """Return the credentials to try for a name: equally many for every name, known or not."""
+        """Return the credentials to try for a name: equally many for every name, known
+        or not.
+        """
         credentials = self._by_client.get(name, self._nobodys)
         return credentials + self._nobodys[len(credentials) :]
 
     def adopt_uses(self, other: Keyring) -> None:
-        """Copy the uses of another keyring and the order of its keys; unused keys come last."""
+        """Copy the uses of another keyring and the order of its keys; unused keys come
+        last.
+        """
         for (name, value), when in other._last_used.items():
             if any(each.key.value == value for each in self.named(name)):
                 self._last_used[name, value] = when
                 self._order.move_to_end(value)
 
     def moments(self) -> dict[tuple[str, bytes], float]:
-        """Return when each key last authenticated a connection, as an argument for ``uses``."""
+        """Return when each key last authenticated a connection, as an argument for
+        ``uses``.
+        """
         return dict(self._last_used)
 
-    def uses(self, before: Mapping[tuple[str, bytes], float] | None = None) -> list[tuple[str, str, float]]:
-        """Return (client's name, id of the key, time of last use) of used keys, latest first.
+    def uses(
+        self, before: Mapping[tuple[str, bytes], float] | None = None
+    ) -> list[tuple[str, str, float]]:
+        """Return (client's name, id of the key, time of last use) of used keys, latest
+        first.
 
         before: uses that it contains are left out.
         """
         if not before:
             found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
-            return [(each.client.name, each.key.key_id, when) for each, when in found if when is not None]
+            return [
+                (each.client.name, each.key.key_id, when)
+                for each, when in found
+                if when is not None
+            ]
         uses: list[tuple[str, str, float]] = []
         for (name, value), when in reversed(self._last_used.items()):
             if before.get((name, value)) == when:
                 break
-            uses += [(name, each.key.key_id, when) for each in self.named(name) if each.key.value == value]
+            uses += [
+                (name, each.key.key_id, when)
+                for each in self.named(name)
+                if each.key.value == value
+            ]
         return uses
 
     def take_uses(self, uses: Iterable[tuple[str, str, float]]) -> None:
@@ -142,7 +164,9 @@ class Keyring:
 
     def holds(self, credential: Credential) -> bool:
         """Return whether the key still belongs to the client of that name."""
-        return any(each.key.value == credential.key.value for each in self.named(credential.client.name))
+        return any(
+            each.key.value == credential.key.value for each in self.named(credential.client.name)
+        )
 
     def let_in(self, credential: Credential, now_wall: float) -> None:
         """Record that the key has authenticated a connection.
@@ -202,7 +226,9 @@ class KeySearch:
         else:
             batch, self._rest = self._rest[:SLICE], self._rest[SLICE:]
         bound = self._channel.bound
-        position = self._proof.maker([key_on(self._channel, key, CLIENT) for key in batch] if bound else batch)
+        position = self._proof.maker(
+            [key_on(self._channel, key, CLIENT) for key in batch] if bound else batch
+        )
         if position is not None:
             self.tried += position + 1
             return self._judge(self._ring.owner(batch[position]))
@@ -221,16 +247,24 @@ class KeySearch:
                 and credential is not _NOBODYS
             ):
                 found = credential
-        return Identity(refusal="wrong key for the name it gave") if found is None else self._judge(found)
+        return (
+            Identity(refusal="wrong key for the name it gave")
+            if found is None
+            else self._judge(found)
+        )
 
     def _judge(self, credential: Credential) -> Identity:
         client = credential.client
         if not credential.key.valid_at(self._now):
             return Identity(credential, "the key is outside its not_before and not_after")
         if self._proof.digest == "md5" and not (self._allow_md5 or client.allow_md5):
-            return Identity(credential, "it can only do HMAC-MD5: set allow_md5 for the client or the listener")
+            return Identity(
+                credential, "it can only do HMAC-MD5: set allow_md5 for the client or the listener"
+            )
         if client.peer_uid is not None and self._uid not in client.peer_uid:
-            return Identity(credential, "it does not come from a Unix socket and a user named in peer_uid")
+            return Identity(
+                credential, "it does not come from a Unix socket and a user named in peer_uid"
+            )
         refusal = self._channel.refusal(client)
         if refusal:
             return Identity(credential, refusal)
@@ -239,7 +273,9 @@ class KeySearch:
 
 
 def key_on(tls_peer: TlsPeer, key: bytes, direction: str = BROKER) -> bytes:
-    """Return the key with which CLIENT or BROKER answers, with the peer's channel binding."""
+    """Return the key with which CLIENT or BROKER answers, with the peer's channel
+    binding.
+    """
     kind = tls_peer.bound
     return bound_key(key, kind, tls_peer.bindings[kind], direction) if kind else key
 

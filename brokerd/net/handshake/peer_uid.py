@@ -1,4 +1,5 @@
-"""The user at the other end of a Unix socket, and the users that can be told apart there.
+"""The user at the other end of a Unix socket, and the users that can be told apart
+there.
 
 A process in a user namespace of its own (systemd's PrivateUsers=yes) sees only some
 users. All other users appear to it as the overflow user, 65534. If the broker took that
@@ -47,7 +48,9 @@ def is_seen(uid: int, seen: tuple[range, ...] | None = None) -> bool:
     return seen is None or any(uid in each for each in seen)
 
 
-def unseen(clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None) -> dict[str, list[int]]:
+def unseen(
+    clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None
+) -> dict[str, list[int]]:
     """Return the clients whose peer_uid has users that can't be seen, and those users.
 
     seen: as for ``is_seen``.
@@ -67,7 +70,11 @@ def peer_uid(sock: socket.socket) -> int | None:
     """
     # The other end of a bridged socket is this process, no matter which process uses
     # the pipe.
-    if not hasattr(socket, "SO_PEERCRED") or sock.family != socket.AF_UNIX or isinstance(sock, BridgedSocket):
+    if (
+        not hasattr(socket, "SO_PEERCRED")
+        or sock.family != socket.AF_UNIX
+        or isinstance(sock, BridgedSocket)
+    ):
         return None
     uid = int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
     return uid if is_seen(uid) else None

@@ -1,4 +1,5 @@
-"""Penalties of failed handshakes: each further failure of an origin is answered a little later.
+"""Penalties of failed handshakes: each further failure of an origin is answered a
+little later.
 
 No penalty locks a peer out for good. Failures are counted by origin, which a stranger
 can't change at will. This module has no clock and no sockets: ``now`` is in seconds, on
@@ -40,11 +41,15 @@ class Failures:
             self._of.popitem(last=False)
 
     def forgive(self, origin: str) -> None:
-        """Forget the failures of an origin, because a peer there has proved its identity."""
+        """Forget the failures of an origin, because a peer there has proved its
+        identity.
+        """
         self._of.pop(origin, None)
 
     def delay(self, origin: str, now: float) -> float:
-        """Return the seconds until one more failure may be sent to this origin; 0 means now."""
+        """Return the seconds until one more failure may be sent to this origin; 0 means
+        now.
+        """
         count, at = self._of.get(origin, (0, 0.0))
         if now - at > _FORGET_AFTER:
             self.forgive(origin)
@@ -52,7 +57,9 @@ class Failures:
         return min(max(count - _FREE_FAILURES + 1, 0) * _DELAY_STEP, _LONGEST_DELAY)
 
     def ages(self, now: float) -> list[tuple[str, int, float]]:
-        """Return (origin, failures, seconds since the last one) of each remembered origin."""
+        """Return (origin, failures, seconds since the last one) of each remembered
+        origin.
+        """
         return [(origin, count, now - at) for origin, (count, at) in self._of.items()]
 
     def remember(self, ages: Iterable[tuple[str, int, float]], now: float) -> None:
@@ -62,7 +69,8 @@ class Failures:
 
 
 def origin_of(peer: object, uid: int | None) -> str:
-    """Return the origin of a peer: its user, its IPv4 address, or its IPv6 network of 64 bits.
+    """Return the origin of a peer: its user, its IPv4 address, or its IPv6 network of
+    64 bits.
 
     The owner of one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4).
     systemd makes sockets for both kinds of addresses. An IPv4 address that arrives

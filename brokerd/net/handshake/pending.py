@@ -116,5 +116,7 @@ class PendingConnection:
 
     @property
     def can_hand_over(self) -> bool:
-        """Whether another process could continue: not over TLS, whose keys are in this process."""
+        """Whether another process could continue: not over TLS, whose keys are in this
+        process.
+        """
         return self.tls is None

@@ -1,4 +1,5 @@
-"""TLS handshakes, before a peer's key is asked for, and the facts that they prove about a peer.
+"""TLS handshakes, before a peer's key is asked for, and the facts that they prove about
+a peer.
 
 A handshake costs the listener a signature, some hundred microseconds. So the handshakes
 take one step per turn of the event loop, in the order in which bytes arrived. During a
@@ -35,12 +36,13 @@ __all__ = ["NO_TLS", "SPEAKS_TLS", "TlsHandshakes", "TlsPeer", "challenge_nonce"
 #: TLS.
 _SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"
 _SILENT: Final = (
-    "said nothing within limits.handshake_timeout: a client without TLS waits for the broker to speak first (give it "
-    "the address tls://HOST:PORT, or another listener)"
+    "said nothing within limits.handshake_timeout: a client without TLS waits for the broker to"
+    " speak first (give it the address tls://HOST:PORT, or another listener)"
 )
 #: The reason for refusing a peer that speaks TLS to a listener without it.
 SPEAKS_TLS: Final = (
-    "it speaks TLS, and this listener does not (give the listen entry tls:, or the client the address without tls://)"
+    "it speaks TLS, and this listener does not (give the listen entry tls:, or the client the"
+    " address without tls://)"
 )
 
 
@@ -67,17 +69,28 @@ class TlsPeer:
         if (self.required or client.binding is Requirement.REQUIRED) and not self.bound:
             if not self.version:
                 return "it does not come over TLS, and channel_binding: required demands it"
-            return "its key is not bound to the TLS channel, and channel_binding: required demands it"
+            return (
+                "its key is not bound to the TLS channel, and channel_binding: required demands it"
+            )
         return "" if client.certificate is None else self._misses(client.certificate)
 
     def _misses(self, demanded: CertificateConfig) -> str:
         if not self.fingerprint:
-            return "it shows no certificate, and its entry demands one (certificate; over TLS, with client_ca)"
+            return (
+                "it shows no certificate, and its entry demands one (certificate; over TLS, with"
+                " client_ca)"
+            )
         if demanded.subject and demanded.subject != self.subject:
             shown = subjects.show(self.subject)
-            return f"its certificate's subject is not the one in its entry: {shown} (certificate: subject)"
+            return (
+                f"its certificate's subject is not the one in its entry: {shown} (certificate:"
+                " subject)"
+            )
         if demanded.fingerprints and self.fingerprint not in demanded.fingerprints:
-            return f"its certificate is not one in its entry: {self.fingerprint} (certificate: fingerprint)"
+            return (
+                f"its certificate is not one in its entry: {self.fingerprint} (certificate:"
+                " fingerprint)"
+            )
         return ""
 
 
@@ -98,7 +111,9 @@ def tls_peer_of(stream: TlsStream, *, required: bool) -> TlsPeer:
 
 
 def challenge_nonce(tls_peer: TlsPeer) -> bytes:
-    """Return the random part of a challenge; over TLS, followed by the offered channel bindings."""
+    """Return the random part of a challenge; over TLS, followed by the offered channel
+    bindings.
+    """
     return os.urandom(NONCE_SIZE) + offer(tls_peer.bindings)
 
 

@@ -83,7 +83,10 @@ class Acceptor:
             self._stop(wait)
             return False
         try:
-            if len(server.connections) + len(server.pending_handshakes) + server.seen_off >= _MOST_SOCKETS:
+            if (
+                len(server.connections) + len(server.pending_handshakes) + server.seen_off
+                >= _MOST_SOCKETS
+            ):
                 raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
             sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
@@ -100,7 +103,9 @@ class Acceptor:
             sock.close()
             return True
         entry = listening.config
-        server.pending_handshakes.begin(sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls)
+        server.pending_handshakes.begin(
+            sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls
+        )
         return True
 
     def _stop(self, wait: float) -> None:
@@ -145,7 +150,9 @@ class Acceptor:
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
         self._server.counters.pauses += 1
-        self._server.log.warning("listener.paused", listener=str(listening.address), reason=error.strerror)
+        self._server.log.warning(
+            "listener.paused", listener=str(listening.address), reason=error.strerror
+        )
         self._loop.remove_reader(listening.sock.fileno())
         self._paused.append(listening)
         self._loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE, self._resume, listening)

@@ -21,7 +21,16 @@ from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
 from brokerd_client.address import Address, parse
 
-__all__ = ["BACKLOG", "Found", "ListenError", "Listening", "inherited", "listen", "look_up", "precheck"]
+__all__ = [
+    "BACKLOG",
+    "Found",
+    "ListenError",
+    "Listening",
+    "inherited",
+    "listen",
+    "look_up",
+    "precheck",
+]
 
 #: The addresses that host names resolve to, as ``socket.getaddrinfo`` returns them.
 Found: TypeAlias = Mapping[Address, list[Any]]
@@ -31,8 +40,13 @@ Found: TypeAlias = Mapping[Address, list[Any]]
 BACKLOG: Final = 4096
 _HINTS: Final = {
     errno.EADDRINUSE: " (another program listens there)",
-    errno.EPERM: " (it can get a group that the daemon's user belongs to, where the daemon's sandbox allows that)",
-    errno.EACCES: " (give the daemon's user write access to the directory, or choose a port above 1023)",
+    errno.EPERM: (
+        " (it can get a group that the daemon's user belongs to, where the daemon's sandbox allows"
+        " that)"
+    ),
+    errno.EACCES: (
+        " (give the daemon's user write access to the directory, or choose a port above 1023)"
+    ),
     errno.ENOENT: " (make the directory first)",
     errno.EADDRNOTAVAIL: " (no interface of this machine has that address)",
 }
@@ -63,7 +77,9 @@ class Listening:
     first_group: int = -1
 
     def is_lost(self) -> bool:
-        """Return whether its socket file is missing or replaced: no client can connect any more."""
+        """Return whether its socket file is missing or replaced: no client can connect
+        any more.
+        """
         if self.inode is None:
             return False
         try:
@@ -74,7 +90,8 @@ class Listening:
             return False
 
     def alter(self, config: ListenConfig) -> Callable[[], None]:
-        """Apply changed settings of the same address; return a function that undoes the change.
+        """Apply changed settings of the same address; return a function that undoes the
+        change.
 
         Raises ListenError; then nothing has changed.
         """
@@ -101,7 +118,10 @@ class Listening:
         try:
             status = path.lstat()
             if (status.st_dev, status.st_ino) != self.inode:
-                raise ListenError(f"can't change {path}: it is not this broker's socket any more (restart the broker)")
+                raise ListenError(
+                    f"can't change {path}: it is not this broker's socket any more (restart the"
+                    " broker)"
+                )
             try:
                 _give_to(path, status, after, self.first_group)
             except (OSError, LookupError):
@@ -137,7 +157,9 @@ def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
             try:
                 found[entry.address] = _look_up(entry.address)
             except OSError as error:
-                raise ListenError(f"can't listen at {entry.address}: {error.strerror or error}") from error
+                raise ListenError(
+                    f"can't listen at {entry.address}: {error.strerror or error}"
+                ) from error
     return found
 
 
@@ -189,19 +211,27 @@ def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
             return [Listening(config, open_pipe(address.path), address)]
         return _listen_tcp(config, (found or {}).get(address) or _look_up(address))
     except OSError as error:
-        raise ListenError(f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}") from error
+        raise ListenError(
+            f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}"
+        ) from error
 
 
 def _hint(address: Address, error: OSError) -> str:
     if address.family == "AF_PIPE":
         there = error.errno == errno.EACCES
-        return " (another program listens there, or connections of an earlier listener are left)" if there else ""
+        return (
+            " (another program listens there, or connections of an earlier listener are left)"
+            if there
+            else ""
+        )
     return _HINTS.get(error.errno or 0, "")
 
 
 def _look_up(address: Address) -> list[Any]:
     return list(
-        socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+        socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ),
     )
 
 
@@ -213,7 +243,11 @@ def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
         for family, _, _, _, sockaddr in dict.fromkeys(found):
             # A name with several addresses and port 0 gets the same port for all of
             # them.
-            at = (sockaddr[0], opened[0].address.port, *sockaddr[2:]) if opened and not port else sockaddr
+            at = (
+                (sockaddr[0], opened[0].address.port, *sockaddr[2:])
+                if opened and not port
+                else sockaddr
+            )
             try:
                 opened.append(_listen_at(config, family, at))
             except OSError as error:
@@ -355,7 +389,10 @@ def _take_over(path: Path) -> None:
             return
         except OSError:
             pass
-    raise ListenError(f"can't listen at {path}: another program is listening there (stop it, or choose another path)")
+    raise ListenError(
+        f"can't listen at {path}: another program is listening there (stop it, or choose another"
+        " path)"
+    )
 
 
 def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_group: int) -> None:
@@ -370,7 +407,9 @@ def _give_to(path: Path, status: os.stat_result, config: ListenConfig, first_gro
 
 
 def _give_to_group(path: Path, group: str | int) -> None:
-    """Change the group of a file, unless it is right already: a sandbox may forbid even trying."""
+    """Change the group of a file, unless it is right already: a sandbox may forbid even
+    trying.
+    """
     if isinstance(group, str):
         import grp
 

@@ -1,4 +1,5 @@
-"""A listening named pipe of Windows, which behaves like a listening socket for the server.
+"""A listening named pipe of Windows, which behaves like a listening socket for the
+server.
 
 The event loop can wait for sockets only. So a thread accepts the connections of the
 pipe. It gives each a socket that stands for it
@@ -42,7 +43,8 @@ class _PipeServer(Protocol):
 
 
 class PipeListener:
-    """The part of a listening socket that the server needs: fileno(), accept() and close().
+    """The part of a listening socket that the server needs: fileno(), accept() and
+    close().
 
     pipe_server: takes the connections; it belongs to the listener's thread, which
         closes it.
@@ -57,11 +59,15 @@ class PipeListener:
         self._closing = threading.Event()
         self._waker_out, self._waker_in = socket.socketpair()
         self._waker_out.setblocking(False)
-        self._thread = threading.Thread(target=self._take_connections, name=f"named pipe {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._take_connections, name=f"named pipe {name}", daemon=True
+        )
         self._thread.start()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when accept() will not raise BlockingIOError."""
+        """Return a descriptor that is readable when accept() will not raise
+        BlockingIOError.
+        """
         return self._waker_out.fileno()
 
     def accept(self) -> tuple[BridgedSocket, str]:
@@ -80,7 +86,9 @@ class PipeListener:
         return come, self._name
 
     def close(self) -> None:
-        """Stop listening: connections that were not accepted are closed, the others stay."""
+        """Stop listening: connections that were not accepted are closed, the others
+        stay.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -100,13 +108,17 @@ class PipeListener:
             while not self._closing.is_set():
                 try:
                     come, _ = self._pipe_server.wait((), None)
-                    taken = self._pipe_server.take() if come and not self._closing.is_set() else None
+                    taken = (
+                        self._pipe_server.take() if come and not self._closing.is_set() else None
+                    )
                     if taken is not None:
                         self._announce(bridge(taken[0].into_stream()))
                 except OSError as error:
                     # Whatever the system's own code, ENOBUFS makes the server pause for
                     # a moment.
-                    self._announce(OSError(errno.ENOBUFS, error.strerror or os.strerror(errno.ENOBUFS)))
+                    self._announce(
+                        OSError(errno.ENOBUFS, error.strerror or os.strerror(errno.ENOBUFS))
+                    )
                     self._closing.wait(_PAUSE_S)
 
     def _announce(self, come: BridgedSocket | OSError) -> None:

@@ -1,4 +1,5 @@
-"""Socket activation: sockets that the service manager passes, and their ``listen`` entries.
+"""Socket activation: sockets that the service manager passes, and their ``listen``
+entries.
 
 They are received as sd_listen_fds(3) says: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES,
 descriptors from 3 on. Their addresses, files, modes and groups belong to the service
@@ -19,7 +20,13 @@ from brokerd.config.values import ListenConfig
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd_client.address import Address, parse
 
-__all__ = ["ActivatedSocket", "ActivatedSockets", "SocketActivationError", "listen_at", "listen_for"]
+__all__ = [
+    "ActivatedSocket",
+    "ActivatedSockets",
+    "SocketActivationError",
+    "listen_at",
+    "listen_for",
+]
 
 #: The first descriptor that is passed, SD_LISTEN_FDS_START.
 _FIRST: Final = 3
@@ -56,7 +63,8 @@ class ActivatedSockets:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str], pid: int) -> Self:
-        """Return the sockets that these variables pass to this process, and remove the variables.
+        """Return the sockets that these variables pass to this process, and remove the
+        variables.
 
         Child processes must not see them. Raises SocketActivationError for a descriptor
         that is not a listening stream socket.
@@ -75,7 +83,8 @@ class ActivatedSockets:
         return cls(_taken(_FIRST + number, names[number]) for number in range(count))
 
     def assign(self, entries: Iterable[ListenConfig]) -> dict[ListenConfig, list[ActivatedSocket]]:
-        """Return the sockets of each entry; an entry without sockets has to listen by itself.
+        """Return the sockets of each entry; an entry without sockets has to listen by
+        itself.
 
         A socket belongs to the entry whose address it is bound to, else to the entry
         that has its name. Raises SocketActivationError with every socket that belongs
@@ -98,10 +107,16 @@ class ActivatedSockets:
             raise SocketActivationError("; ".join(map(_unclaimed, left)))
         return assigned
 
-    def unmatched(self, entries: Iterable[ListenConfig], assigned: Iterable[ListenConfig]) -> list[ListenConfig]:
+    def unmatched(
+        self, entries: Iterable[ListenConfig], assigned: Iterable[ListenConfig]
+    ) -> list[ListenConfig]:
         """Return the entries that name a socket which the service manager did not pass."""
         met = set(assigned)
-        return [entry for entry in entries if self.sockets and entry.name is not None and entry not in met]
+        return [
+            entry
+            for entry in entries
+            if self.sockets and entry.name is not None and entry not in met
+        ]
 
 
 def listen_at(entry: ListenConfig, sockets: Iterable[ActivatedSocket]) -> list[Listening]:
@@ -114,9 +129,13 @@ def listen_at(entry: ListenConfig, sockets: Iterable[ActivatedSocket]) -> list[L
 
 
 def listen_for(
-    entries: Iterable[ListenConfig], assigned: dict[ListenConfig, list[ActivatedSocket]], found: Found | None = None
+    entries: Iterable[ListenConfig],
+    assigned: dict[ListenConfig, list[ActivatedSocket]],
+    found: Found | None = None,
 ) -> list[Listening]:
-    """Return the listening sockets of all entries. Raises ListenError; then none is left open.
+    """Return the listening sockets of all entries.
+
+    Raises ListenError; then none is left open.
 
     assigned: the entries whose sockets the service manager passes.
     found: the result of ``look_up``, or None.
@@ -124,7 +143,9 @@ def listen_for(
     opened: list[Listening] = []
     try:
         for entry in entries:
-            opened += listen_at(entry, assigned[entry]) if entry in assigned else listen(entry, found)
+            opened += (
+                listen_at(entry, assigned[entry]) if entry in assigned else listen(entry, found)
+            )
     except ListenError:
         for listening in opened:
             listening.close()
@@ -149,8 +170,8 @@ def _taken(fd: int, name: str) -> ActivatedSocket:
 
 def _no_listener(fd: int, name: str) -> str:
     return (
-        f"descriptor {fd} ({name}), handed over by the service manager, is no listening stream socket "
-        "(use ListenStream= and Accept=no in the .socket unit)"
+        f"descriptor {fd} ({name}), handed over by the service manager, is no listening stream"
+        " socket (use ListenStream= and Accept=no in the .socket unit)"
     )
 
 
@@ -165,9 +186,9 @@ def _unclaimed(each: ActivatedSocket) -> str:
     # As it is written in YAML, where "[" and "@" have another meaning.
     address = f'"{each.address}"' if str(each.address)[0] in "[@" else str(each.address)
     return (
-        f"the service manager hands over a socket at {each.address}, called {each.name}, that no listen entry is for "
-        f"(add `- {address}` to listen, or `name: {each.name}` to the entry it is for, "
-        "or take the socket out of the .socket unit)"
+        f"the service manager hands over a socket at {each.address}, called {each.name}, that no"
+        f" listen entry is for (add `- {address}` to listen, or `name: {each.name}` to the entry it"
+        " is for, or take the socket out of the .socket unit)"
     )
 
 
@@ -187,6 +208,8 @@ def _places(address: Address) -> set[tuple[str, int]]:
         return set()
     # A name that can't be resolved is reported when the entry listens by itself.
     with contextlib.suppress(OSError):
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         return {(str(sockaddr[0]), address.port) for *_, sockaddr in found}
     return set()

@@ -94,7 +94,9 @@ class Dispatcher(Generic[M]):
         self._dispatch_again()
 
     def handle_undelivered(self, handler: Callable[[BrokerdError], object]) -> None:
-        """Pass failures of sends without a waiting call to the handler instead of the log."""
+        """Pass failures of sends without a waiting call to the handler instead of the
+        log.
+        """
         self._on_undelivered = handler
 
     def _dispatch_again(self) -> None:
@@ -142,7 +144,8 @@ class Dispatcher(Generic[M]):
     def tell_undelivered(self, error: BrokerdError, now: float) -> None:
         """Report a failed send without a waiting call.
 
-        Without a handler, the failure is a warning in the log, and many are counted together.
+        Without a handler, the failure is a warning in the log, and many are counted
+        together.
         """
         if self._on_undelivered is not None and self.ordered.ended is None:
             self.ordered.put([(self._on_undelivered, error)], _weight(error))
@@ -156,7 +159,9 @@ class Dispatcher(Generic[M]):
             log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
 
     def drop_jobs(self) -> None:
-        """Drop the waiting jobs of message handlers and callbacks, but not reports of failures."""
+        """Drop the waiting jobs of message handlers and callbacks, but not reports of
+        failures.
+        """
         failures = self._take_failures()
         if failures:
             self.ordered.put(failures, sum(_weight(error) for _, error in failures))
@@ -198,7 +203,9 @@ class Dispatcher(Generic[M]):
 def _weight(item: object) -> int:
     """Return the memory of a waiting message, error or presence change, in bytes."""
     if isinstance(item, Message):
-        return OVERHEAD + len(item) + (0 if item.extension is None else extension_cost(item.extension))
+        return (
+            OVERHEAD + len(item) + (0 if item.extension is None else extension_cost(item.extension))
+        )
     if isinstance(item, BrokerdError):
         return _ERROR_COST + sys.getsizeof(str(item)) + sys.getsizeof(getattr(item, "name", ""))
     return OVERHEAD

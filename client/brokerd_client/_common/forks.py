@@ -1,7 +1,8 @@
 """Notification of clients that a fork has copied them into another process.
 
-The copy's file descriptors are closed immediately. Otherwise the broker would not notice when
-the parent ends. No lock is taken, because the thread that held it does not exist in the child.
+The copy's file descriptors are closed immediately. Otherwise the broker would not
+notice when the parent ends. No lock is taken, because the thread that held it does not
+exist in the child.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def register(client: Forkable) -> None:
-    """Call ``client.forked()`` in every child forked from now on, as long as the client lives."""
+    """Call ``client.forked()`` in every child forked from now on, as long as the client
+    lives.
+    """
     _registered.add(client)
 
 

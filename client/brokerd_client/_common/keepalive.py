@@ -1,12 +1,13 @@
 """Liveness of TCP connections: find peers that are unplugged, cut off or switched off.
 
-The system treats two cases differently. On an idle connection it probes the peer from time to
-time (keepalive). While bytes are in flight it only retransmits them, for 15 minutes and more,
-and does not probe. For this case :class:`Silence` reads the system's retransmission counts.
+The system treats two cases differently. On an idle connection it probes the peer from
+time to time (keepalive). While bytes are in flight it only retransmits them, for 15
+minutes and more, and does not probe. For this case :class:`Silence` reads the system's
+retransmission counts.
 
-TCP_USER_TIMEOUT could replace this check. But it also ends connections whose peer lives and
-does not read for that long. Sources: tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer. A slow
-consumer is not a dead peer.
+TCP_USER_TIMEOUT could replace this check. But it also ends connections whose peer lives
+and does not read for that long. Sources: tcp(7); net/ipv4/tcp_timer.c, tcp_probe_timer.
+A slow consumer is not a dead peer.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ def keep_alive(sock: Any, limit_s: float) -> None:
     idle = max(1, int(limit_s / 2))
     rest = max(1, int(limit_s) - idle)
     every = max(1, rest // 3)
-    for option, value in ((_IDLE, idle), (_option("TCP_KEEPINTVL"), every), (_option("TCP_KEEPCNT"), rest // every)):
+    for option, value in (
+        (_IDLE, idle),
+        (_option("TCP_KEEPINTVL"), every),
+        (_option("TCP_KEEPCNT"), rest // every),
+    ):
         if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, min(value, _LONGEST_S))
 
@@ -56,7 +61,8 @@ def _option(name: str) -> int | None:
 
 
 def has_ended(sock: Any) -> bool:
-    """Return whether the peer of a connected socket has ended its sending, without a read.
+    """Return whether the peer of a connected socket has ended its sending, without a
+    read.
 
     On systems without ``poll`` the result is always False.
     """
@@ -68,7 +74,8 @@ def has_ended(sock: Any) -> bool:
 
 
 class Silence:
-    """The liveness check of one TCP connection with bytes in flight; it is called repeatedly.
+    """The liveness check of one TCP connection with bytes in flight; it is called
+    repeatedly.
 
     Only Linux has the counts; on other systems no peer is ever silent.
     """
@@ -79,10 +86,11 @@ class Silence:
         self._since: float | None = None
 
     def lasts(self, sock: Any, now: float) -> float:
-        """Return the seconds without an answer to retransmissions; 0 if the peer answers.
+        """Return the seconds without an answer to retransmissions; 0 if the peer
+        answers.
 
-        sock: connected. now: on the same clock as in the last call. A peer that does not read,
-        but answers, is not silent.
+        sock: connected. now: on the same clock as in the last call. A peer that does
+        not read, but answers, is not silent.
         """
         quiet_s = _quiet_s(sock)
         if quiet_s is None:
@@ -90,12 +98,15 @@ class Silence:
             return 0.0
         if self._since is None:
             self._since = now
-        # Count from the first check on: before it the connection may have been idle, not silent.
+        # Count from the first check on: before it the connection may have been idle,
+        # not silent.
         return min(quiet_s, now - self._since)
 
 
 def _quiet_s(sock: Any) -> float | None:
-    """Return the seconds since the last answer; None if nothing was retransmitted since."""
+    """Return the seconds since the last answer; None if nothing was retransmitted
+    since.
+    """
     if sys.platform != "linux" or sock.family not in TCP:
         return None
     try:

@@ -1,7 +1,7 @@
 """Look-up of a host name's addresses in a thread of its own.
 
-So a slow look-up does not delay anything else. The system offers no way to cancel a look-up.
-The thread is therefore a daemon thread, and ends with its look-up.
+So a slow look-up does not delay anything else. The system offers no way to cancel a
+look-up. The thread is therefore a daemon thread, and ends with its look-up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Lookup:
     def result(self) -> list[Candidate]:
         """Return the addresses.
 
-        Raises BlockingIOError before the look-up has ended, OSError if it found no address.
+        Raises BlockingIOError before the look-up has ended, OSError if it found no
+        address.
         """
         if self._found is None:
             raise BlockingIOError(f"the look-up of {self._host} is under way")

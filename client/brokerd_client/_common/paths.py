@@ -11,8 +11,8 @@ from typing import Final
 __all__ = ["is_plainly_a_path"]
 
 _SEPARATOR: Final = re.compile(r"[/\\]")
-#: A key in hexadecimal digits. Below it, the characters from which on a text with lower-case
-#: letters, upper-case letters and digits looks like a key.
+#: A key in hexadecimal digits. Below it, the characters from which on a text with
+#: lower-case letters, upper-case letters and digits looks like a key.
 _HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]{16,}")
 _RANDOM: Final = 20
 
@@ -27,7 +27,11 @@ def is_plainly_a_path(text: str) -> bool:
         return False
     if any(map(_looks_random, _SEPARATOR.split(text))):
         return False
-    return text.startswith(("/", "./", "../", "~")) or "." in text or not _looks_random(_SEPARATOR.sub("", text))
+    return (
+        text.startswith(("/", "./", "../", "~"))
+        or "." in text
+        or not _looks_random(_SEPARATOR.sub("", text))
+    )
 
 
 def _looks_random(text: str) -> bool:

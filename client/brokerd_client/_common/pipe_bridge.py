@@ -1,10 +1,11 @@
-"""A socket that stands for a named pipe, for programs whose loops can wait for sockets only.
+"""A socket that stands for a named pipe, for programs whose loops can wait for sockets
+only.
 
 Two threads copy the data. A message of the pipe is a frame's body, and becomes a
-length-prefixed frame on the socket. A frame from the socket becomes one message. Only a piece
-of an incoming message is in memory, even if the message is long. The reader of the socket gets
-the length first, and can refuse it. When one side closes, its earlier data is delivered first.
-The bridge does not know the meaning of the frames.
+length-prefixed frame on the socket. A frame from the socket becomes one message. Only a
+piece of an incoming message is in memory, even if the message is long. The reader of
+the socket gets the length first, and can refuse it. When one side closes, its earlier
+data is delivered first. The bridge does not know the meaning of the frames.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from brokerd_client.wire.framing import MAX_SHORT, FrameReader, frame_prefix
 
 __all__ = ["LINGER_S", "BridgedSocket", "Pipe", "bridge", "dial_pipe"]
 
-#: Seconds in which the pipe's peer may still read data that was written before the socket closed.
+#: Seconds in which the pipe's peer may still read data that was written before the
+#: socket closed.
 LINGER_S: Final = 5.0
-#: Bytes per read of an idle pipe: the system keeps a buffer of this size for each of them.
+#: Bytes per read of an idle pipe: the system keeps a buffer of this size for each of
+#: them.
 _FIRST_PIECE: Final = 4 * 1024
 #: Bytes per read while a message comes in, and per read of the socket.
 _PIECE: Final = 64 * 1024
@@ -39,13 +42,16 @@ class Pipe(Protocol):
     """
 
     def read(self, size: int) -> tuple[bytes, int]:
-        """Return the next piece of a message, and how many bytes of the message follow it.
+        """Return the next piece of a message, and how many bytes of the message follow
+        it.
 
         Raises EOFError: the other end is closed. Raises OSError: stopped, or broken.
         """
 
     def write(self, body: bytes) -> None:
-        """Write one message. Raises BrokenPipeError: the other end is closed. Raises OSError: stopped, or broken."""
+        """Write one message. Raises BrokenPipeError: the other end is closed. Raises
+        OSError: stopped, or broken.
+        """
 
     def stop(self, *, writing: bool) -> None:
         """End current and later reads with an OSError; with ``writing``, writes too."""
@@ -57,8 +63,8 @@ class Pipe(Protocol):
 class BridgedSocket(socket.socket):
     """The program's end of the bridge.
 
-    After close(), the pipe's peer has LINGER_S seconds to read the remaining data. To deliver
-    all data, shut down the writing side, and read until the end of the input.
+    After close(), the pipe's peer has LINGER_S seconds to read the remaining data. To
+    deliver all data, shut down the writing side, and read until the end of the input.
     """
 
     _on_close: Callable[[], None] | None = None
@@ -75,7 +81,8 @@ class BridgedSocket(socket.socket):
 
 
 def bridge(pipe: Pipe) -> BridgedSocket:
-    """Return a socket that stands for the pipe, which now belongs to the bridge and is closed by it.
+    """Return a socket that stands for the pipe, which now belongs to the bridge and is
+    closed by it.
 
     Raises OSError: the system has no more sockets or threads; the pipe is closed.
     """
@@ -95,7 +102,8 @@ def bridge(pipe: Pipe) -> BridgedSocket:
 
 
 def dial_pipe(name: str) -> BridgedSocket:
-    """Return a socket for a new connection to the named pipe; wait for at most a millisecond.
+    """Return a socket for a new connection to the named pipe; wait for at most a
+    millisecond.
 
     Raises BlockingIOError: the pipe is busy now; try again.
     Raises OSError: the pipe does not exist.
@@ -111,7 +119,9 @@ def dial_pipe(name: str) -> BridgedSocket:
 
 
 class _Bridge:
-    """The two threads of a bridge; the thread that ends last closes the pipe and the socket."""
+    """The two threads of a bridge; the thread that ends last closes the pipe and the
+    socket.
+    """
 
     def __init__(self, pipe: Pipe, sock: socket.socket) -> None:
         self._pipe = pipe
@@ -124,7 +134,8 @@ class _Bridge:
         started = 0
         try:
             for work in (self._write_messages, self._read_messages):
-                # daemon: a program that needs all data delivered waits for that at the socket.
+                # daemon: a program that needs all data delivered waits for that at the
+                # socket.
                 threading.Thread(target=work, name="named pipe", daemon=True).start()
                 started += 1
         except RuntimeError as error:
@@ -169,7 +180,8 @@ class _Bridge:
             self._all_written.set()
             if not isinstance(error, BrokenPipeError):
                 pipe.stop(writing=True)
-            # Earlier data of a closed peer is still delivered; data for it is read and dropped.
+            # Earlier data of a closed peer is still delivered; data for it is read and
+            # dropped.
             with contextlib.suppress(OSError):
                 while sock.recv(_PIECE):
                     pass

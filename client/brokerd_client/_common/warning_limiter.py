@@ -1,9 +1,9 @@
 """A rate limit for warnings about messages: few get a line each, many are counted.
 
-The broker can refuse a million messages a second of a program in a loop. A line for each would
-bury everything else in the log. So the first few within a second get a line each, and one line
-counts the rest. While the warnings go on, the period doubles, up to a minute. The module reads
-no clock and does no I/O.
+The broker can refuse a million messages a second of a program in a loop. A line for
+each would bury everything else in the log. So the first few within a second get a line
+each, and one line counts the rest. While the warnings go on, the period doubles, up to
+a minute. The module reads no clock and does no I/O.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAMED: Final = 5
 class WarningLimiter:
     """The limiter for one kind of warning of one client.
 
-    what: the words for the counted warnings. due: when to log them, on the clock of ``now``;
-    None while none is counted.
+    what: the words for the counted warnings. due: when to log them, on the clock of
+    ``now``; None while none is counted.
     """
 
     def __init__(self, what: str = "more messages were not delivered") -> None:
@@ -45,7 +45,8 @@ class WarningLimiter:
         reason: groups the counted warnings, and appears in the line.
         """
         if self.due is None and now >= self._ends:
-            # The last period is over without counted warnings: begin again with the first period.
+            # The last period is over without counted warnings: begin again with the
+            # first period.
             self._period_s, self._ends, self._lines = _PERIOD_S, now + _PERIOD_S, 0
         if self._lines < (_FEW if self._period_s == _PERIOD_S else _FEW_LATER):
             self._lines += 1

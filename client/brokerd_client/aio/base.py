@@ -22,7 +22,15 @@ from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Resolver, Transport, dial
 from brokerd_client.aio.waiters import WaitQueue
-from brokerd_client.errors import AddressError, BrokerdError, Closed, Disconnected, TimedOut, WrongLoop, WrongProcess
+from brokerd_client.errors import (
+    AddressError,
+    BrokerdError,
+    Closed,
+    Disconnected,
+    TimedOut,
+    WrongLoop,
+    WrongProcess,
+)
 from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
@@ -53,7 +61,9 @@ class BaseClient:
     """
 
     def __init__(
-        self, settings: Settings, answering: Callable[[Callable[[Message], object]], Callable[[Message], object]]
+        self,
+        settings: Settings,
+        answering: Callable[[Callable[[Message], object]], Callable[[Message], object]],
     ) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
@@ -72,7 +82,8 @@ class BaseClient:
         self._link: Transport | None = None
         #: Every transport whose connection is not closed yet.
         self._links: set[Transport] = set()
-        #: Whether a send can be written at once: the connection is ready and not paused.
+        #: Whether a send can be written at once: the connection is ready and not
+        #: paused.
         self._clear = False
         self._clear_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
@@ -86,8 +97,13 @@ class BaseClient:
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
         self._requests: WaitQueue[Job] = self._new_queue()
-        self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
-        self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {self._ordered: set(), self._requests: set()}
+        self._dispatcher: Dispatcher[Message] = Dispatcher(
+            self._inbox, self._ordered, self._requests, answering
+        )
+        self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {
+            self._ordered: set(),
+            self._requests: set(),
+        }
         #: Whether close() has cancelled every task of the client.
         self._ended = False
         #: Whether a timer checks the connection while it is not read.
@@ -102,7 +118,9 @@ class BaseClient:
         self._keeper.add_done_callback(self._on_keeper_done)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a client can't be pickled or copied, for its connection can't: connect in the child")
+        raise TypeError(
+            "a client can't be pickled or copied, for its connection can't: connect in the child"
+        )
 
     @property
     def closed(self) -> bool:
@@ -125,7 +143,9 @@ class BaseClient:
     def _check(self) -> None:
         """Raise WrongProcess in a fork, and WrongLoop outside the client's event loop."""
         if self._forked:
-            raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+            raise WrongProcess(
+                "this client belongs to the process that made it: connect again in the child"
+            )
         here = running_loop()
         if here is self._loop:
             return
@@ -137,8 +157,8 @@ class BaseClient:
         # Between two runs of the loop, the loop's own thread may set handlers.
         if get_ident() != self._thread_id or self._loop.is_running():
             raise WrongLoop(
-                "this client belongs to the thread of its event loop: elsewhere use asyncio.run_coroutine_threadsafe, "
-                "or connect a blocking client"
+                "this client belongs to the thread of its event loop: elsewhere use"
+                " asyncio.run_coroutine_threadsafe, or connect a blocking client"
             )
 
     def _limit(self, timeout: float | None) -> float | None:
@@ -146,7 +166,10 @@ class BaseClient:
         return None if timeout is None else check_timeout(timeout)
 
     def _deadline(self, timeout: float | None) -> float | None:
-        """Return the deadline for a timeout in seconds. Raises ValueError if it is not valid."""
+        """Return the deadline for a timeout in seconds.
+
+        Raises ValueError if it is not valid.
+        """
         if timeout is None:
             return None
         limit = check_timeout(timeout)
@@ -181,9 +204,13 @@ class BaseClient:
                 if not ready:
                     self._dialog.require_ready()
                 if timeout is not None:
-                    raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
+                    raise TimedOut(
+                        f"the broker took nothing more for {limit:g} s; this was not sent"
+                    )
             # The broker is not reading now: only the caller's own timeout counts.
-            await self._wait_for_change(None if ready and timeout is None else deadline - self._loop.time())
+            await self._wait_for_change(
+                None if ready and timeout is None else deadline - self._loop.time()
+            )
 
     async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until the condition holds; return whether it does in time (seconds)."""
@@ -209,14 +236,14 @@ class BaseClient:
         if self._dialog.untaken > _FLUSH_ABOVE:
             self._flush()
         elif not self._flushing and self._dialog.untaken:
-            # In this order: a signal handler's exception in between costs a needless flush.
-            # In the other order it would prevent all later flushes.
+            # In this order: a signal handler's exception in between costs a needless
+            # flush. In the other order it would prevent all later flushes.
             self._loop.call_soon(self._flush)
             self._flushing = True
 
     def _flush(self) -> None:
-        # Cleared here, so that a callback that the loop lost to an interrupt is missed only
-        # once.
+        # Cleared here, so that a callback that the loop lost to an interrupt is missed
+        # only once.
         self._flushing = False
         link = self._link
         if link is None or not self._dialog.untaken:
@@ -230,12 +257,16 @@ class BaseClient:
             if not link.paused and not link.transport.is_closing():
                 self._on_writable(link)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
-            # A part of the frame may have been sent: the broker would take the next frame for
-            # the rest of it.
+            # A part of the frame may have been sent: the broker would take the next
+            # frame for the rest of it.
             self._on_bug(link, error)
 
-    async def _outcome(self, call: asyncio.Future[Any], message_id: int, deadline: float | None) -> Any:
-        """Write the queued frames; return the call's outcome, or raise it if it is an error."""
+    async def _outcome(
+        self, call: asyncio.Future[Any], message_id: int, deadline: float | None
+    ) -> Any:
+        """Write the queued frames; return the call's outcome, or raise it if it is an
+        error.
+        """
         timer: asyncio.TimerHandle | None = None
         try:
             self._write()
@@ -344,17 +375,23 @@ class BaseClient:
             self._gone.set_result(None)
 
     def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
-        """End the client when its reconnecting task was cancelled from outside, or had a bug."""
+        """End the client when its reconnecting task was cancelled from outside, or had
+        a bug.
+        """
         self._deserted = True
         error = None if keeper.cancelled() else keeper.exception()
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            log().error("a client does not connect any more, in a way that is not foreseen", exc_info=error)
+            log().error(
+                "a client does not connect any more, in a way that is not foreseen", exc_info=error
+            )
         if self._link is None and not self._forked and not self.closed:
             self._give_up(error)
 
     def _give_up(self, error: BaseException | None) -> None:
         """End the client permanently; every waiting call raises Disconnected."""
-        reason = Disconnected(f"the client does not connect any more: {error or 'its task was cancelled'}")
+        reason = Disconnected(
+            f"the client does not connect any more: {error or 'its task was cancelled'}"
+        )
         reason.__cause__ = error
         self._dialog.state, self._dialog.reason = State.GONE, reason
         for pending in self._dialog.pending_calls.clear():
@@ -363,7 +400,9 @@ class BaseClient:
         self._note_state()
 
     def _apply(self, effects: Effects[Message]) -> None:
-        """Deliver the dialog's effects: outcomes, messages, events, ended subscriptions, errors."""
+        """Deliver the dialog's effects: outcomes, messages, events, ended
+        subscriptions, errors.
+        """
         for call, value in effects.outcomes:
             if not call.done():
                 if isinstance(value, BaseException):
@@ -372,7 +411,9 @@ class BaseClient:
                     call.set_result(value)
         if not self.closed or self._dialog.state is State.GONE:
             if effects.messages:
-                self._dispatcher.dispatch_messages(effects.messages, effects.size + OVERHEAD * len(effects.messages))
+                self._dispatcher.dispatch_messages(
+                    effects.messages, effects.size + OVERHEAD * len(effects.messages)
+                )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
         for subscription, why in effects.ended:
@@ -384,7 +425,8 @@ class BaseClient:
         due = self._dispatcher.warning_due
         if due is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
-                # No more warnings will follow, and the loop may end before this one is due.
+                # No more warnings will follow, and the loop may end before this one is
+                # due.
                 self._warn_of_more()
             elif self._warning is None:
                 self._warning = self._loop.call_at(due, self._warn_of_more)
@@ -402,7 +444,9 @@ class BaseClient:
             self._dispatcher.warn_of_more(self._loop.time())
 
     def _note_state(self) -> None:
-        """Wake the tasks that wait for the connection, and end the wait queues if it is gone."""
+        """Wake the tasks that wait for the connection, and end the wait queues if it is
+        gone.
+        """
         state = self._dialog.state
         self._clear = state is State.READY and self._link is not None and not self._link.paused
         if self.closed:
@@ -416,7 +460,12 @@ class BaseClient:
                 waiter.set_result(None)
 
     def _queues(self) -> list[WaitQueue[Any]]:
-        return [self._inbox, self._ordered, self._requests, *(subscription.queue for subscription in self._feeds)]
+        return [
+            self._inbox,
+            self._ordered,
+            self._requests,
+            *(subscription.queue for subscription in self._feeds),
+        ]
 
     def _new_queue(self) -> WaitQueue[Any]:
         return WaitQueue(self._meter, self._resume_reading)
@@ -431,7 +480,9 @@ class BaseClient:
         if link is None:
             return
         limit = self._meter.limit
-        over = self._meter.held > limit and self._meter.weigh((queue.inbox for queue in self._queues()), limit=limit)
+        over = self._meter.held > limit and self._meter.weigh(
+            (queue.inbox for queue in self._queues()), limit=limit
+        )
         self._meter.full = over
         stretched = len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit
         # The handshake and the introduction are read even if the inbox is full: the
@@ -503,8 +554,8 @@ class BaseClient:
         while wanted > 0 and queue.inbox.items:
             task = self._loop.create_task(self._work(queue), name="brokerd handler")
             if task.done():
-                # create_task itself has run the task (asyncio.eager_task_factory), and it is
-                # over: at least one job is done.
+                # create_task itself has run the task (asyncio.eager_task_factory), and
+                # it is over: at least one job is done.
                 continue
             workers.add(task)
             task.add_done_callback(lambda done: self._on_worker_done(queue, done))
@@ -539,7 +590,9 @@ class BaseClient:
         if not task.cancelled():
             # An exit, which has left the loop already; this marks it as retrieved.
             task.exception()
-        ending = self._ended or (task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0))
+        ending = self._ended or (
+            task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0)
+        )
         if queue.inbox.items and queue.on_put is not None and not ending:
             queue.on_put()
 
@@ -557,13 +610,21 @@ class BaseClient:
                 if self._dialog.state is State.CONNECTING:
                     self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
             except (OSError, AddressError) as error:
-                self._lose(error if isinstance(error, AddressError) else no_connection(self._settings.address, error))
+                self._lose(
+                    error
+                    if isinstance(error, AddressError)
+                    else no_connection(self._settings.address, error)
+                )
             except BaseException as error:
                 # A bug; the tasks that wait for the connection must get the error.
                 if ends_worker(error, task):
                     raise
                 log().exception("connecting failed in a way that is not foreseen")
-                seen = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+                seen = (
+                    error
+                    if isinstance(error, Exception)
+                    else RuntimeError(f"{type(error).__name__}: {error}")
+                )
                 reason = no_connection(self._settings.address, seen)
                 reason.__cause__ = error
                 self._lose(reason)
@@ -592,8 +653,8 @@ def _expire(call: asyncio.Future[Any], message_id: int) -> None:
 def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
     """Return whether an exception must end the task instead of being logged.
 
-    That is so for exits meant for the event loop, and for a cancellation from outside. A
-    task that is dropped gets GeneratorExit from outside, and is not running then.
+    That is so for exits meant for the event loop, and for a cancellation from outside.
+    A task that is dropped gets GeneratorExit from outside, and is not running then.
     """
     if isinstance(error, asyncio.CancelledError):
         return task.cancelling() > 0

@@ -5,8 +5,8 @@ that is cancelled while it waits leaves nothing behind. The client works with an
 loop that has transports: asyncio's own and uvloop.
 
 This module has the calls that a user makes. The module ``base`` holds the connection,
-and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user iterates
-over, and ``waiters`` has the objects that calls wait on.
+and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user
+iterates over, and ``waiters`` has the objects that calls wait on.
 """
 
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
@@ -58,9 +58,10 @@ class Client(BaseClient):
     """A named client of a broker, made by :func:`connect`.
 
     Any task of its event loop may use it. Every call raises Closed after close(),
-    WrongProcess in a fork, and WrongLoop in another event loop or thread. Calls that send
-    wait while the client reconnects, for ``timeout`` seconds at most. With None they wait
-    for the timeout of connect(). After that they raise Disconnected: nothing was sent.
+    WrongProcess in a fork, and WrongLoop in another event loop or thread. Calls that
+    send wait while the client reconnects, for ``timeout`` seconds at most. With None
+    they wait for the timeout of connect(). After that they raise Disconnected: nothing
+    was sent.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -75,7 +76,8 @@ class Client(BaseClient):
 
     @property
     def address(self) -> str:
-        """The sender's address that other clients see: the name, or NAME/INSTANCE in a pool.
+        """The sender's address that other clients see: the name, or NAME/INSTANCE in a
+        pool.
 
         It may change with a reconnect.
         """
@@ -90,12 +92,16 @@ class Client(BaseClient):
     def counters(self) -> dict[str, int]:
         """Counts of failures so far, by kind.
 
-        Counted are late answers, undelivered sends, unclaimed events and lost connections.
+        Counted are late answers, undelivered sends, unclaimed events and lost
+        connections.
         """
         return self._dialog.counters
 
     def __repr__(self) -> str:
-        return f"<Client {self.address or self.name!r} at {self._settings.address} {self._dialog.state.name.lower()}>"
+        return (
+            f"<Client {self.address or self.name!r} at {self._settings.address}"
+            f" {self._dialog.state.name.lower()}>"
+        )
 
     # Sending
 
@@ -138,29 +144,27 @@ class Client(BaseClient):
     ) -> int | Receipt:
         """Send a message to a client.
 
-        Without ``receipt``, failures go to the on_undelivered handler. These are a refusal
-        by the broker, and a connection that breaks before the message has left.
+        Without ``receipt``, failures go to the on_undelivered handler. These are a
+        refusal by the broker, and a connection that breaks before the message has left.
 
         Args:
-            to: The recipient's address: NAME or NAME/INSTANCE.
-            payload: The object to send.
-            receipt: Whether to wait until the broker has accepted the message.
-            codec: The codec of the payload, by name or number.
-            ttl: Seconds that the message stays deliverable while it waits in a queue.
-            extension: A JSON object that travels beside the payload.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            to: The recipient's address: NAME or NAME/INSTANCE. payload: The object to
+            send. receipt: Whether to wait until the broker has accepted the message.
+            codec: The codec of the payload, by name or number. ttl: Seconds that the
+            message stays deliverable while it waits in a queue. extension: A JSON
+            object that travels beside the payload. timeout: Seconds for the whole call.
+            With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
             The message's id at once; with ``receipt`` a Receipt from the broker.
 
         Raises:
-            PayloadError: The payload cannot be encoded.
-            InvalidName: ``to`` is not a valid address.
-            TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent.
-            Refused: The broker refused the message (with ``receipt``).
-            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded. InvalidName: ``to`` is not a
+            valid address. TimedOut: The broker did not read, or did not answer, in
+            time. Disconnected: The client is not connected; nothing was sent. Refused:
+            The broker refused the message (with ``receipt``). InDoubt: The connection
+            broke before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -187,15 +191,16 @@ class Client(BaseClient):
         """Send messages with one system call.
 
         Args:
-            messages: Pairs of a recipient's address and a payload.
-            receipt: Whether to wait for the outcome of every message.
-            codec: The codec of the payloads, by name or number.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            messages: Pairs of a recipient's address and a payload. receipt: Whether to
+            wait for the outcome of every message. codec: The codec of the payloads, by
+            name or number. timeout: Seconds for the whole call. With None only the wait
+            for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The messages' ids, in order. With ``receipt``, the outcome of each message: a
-            Receipt or the error. These errors are not raised, so that none hides another.
+            The messages' ids, in order. With ``receipt``, the outcome of each message:
+            a Receipt or the error. These errors are not raised, so that none hides
+            another.
 
         Raises:
             PayloadError: A payload cannot be encoded; no message was sent.
@@ -351,25 +356,23 @@ class Client(BaseClient):
         """Publish an event. An event without subscribers is not an error.
 
         Args:
-            topic: The event's topic.
-            payload: The object to publish.
-            receipt: Whether to wait until the broker has accepted the event.
-            codec: The codec of the payload, by name or number.
-            ttl: Seconds that the event stays deliverable while it waits in a queue.
-            extension: A JSON object that travels beside the payload.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            topic: The event's topic. payload: The object to publish. receipt: Whether
+            to wait until the broker has accepted the event. codec: The codec of the
+            payload, by name or number. ttl: Seconds that the event stays deliverable
+            while it waits in a queue. extension: A JSON object that travels beside the
+            payload. timeout: Seconds for the whole call. With None only the wait for a
+            connection
                 is limited, by the timeout of connect().
 
         Returns:
             The event's id at once; with ``receipt`` a Receipt from the broker.
 
         Raises:
-            PayloadError: The payload cannot be encoded.
-            InvalidName: ``topic`` is not a valid topic.
-            TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent.
-            Refused: The broker refused the event (with ``receipt``).
-            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded. InvalidName: ``topic`` is not a
+            valid topic. TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent. Refused: The
+            broker refused the event (with ``receipt``). InDoubt: The connection broke
+            before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
@@ -381,7 +384,9 @@ class Client(BaseClient):
             self._write()
             return message_id
         call = self._loop.create_future()
-        message_id = self._dialog.publish_for_receipt(topic, number, body, extension, call, deadline)
+        message_id = self._dialog.publish_for_receipt(
+            topic, number, body, extension, call, deadline
+        )
         return cast("Receipt", await self._outcome(call, message_id, deadline))
 
     # Receiving
@@ -404,7 +409,9 @@ class Client(BaseClient):
         return await self._inbox.take(self._limit(timeout))
 
     def __aiter__(self) -> Self:
-        """Yield messages, and requests if no request handler is set, until the client is closed."""
+        """Yield messages, and requests if no request handler is set, until the client
+        is closed.
+        """
         return self
 
     async def __anext__(self) -> Message:
@@ -421,10 +428,11 @@ class Client(BaseClient):
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Set the handler of requests; can be used as a decorator.
 
-        The client sends the result of ``handler(message)`` as the reply. An exception of
-        any type is logged. The answer is then an ERROR ``failed`` that holds only the name
-        of its type. KeyboardInterrupt and SystemExit then end the event loop, as in every
-        task. A handler that calls message.reply() or message.fail() itself returns None.
+        The client sends the result of ``handler(message)`` as the reply. An exception
+        of any type is logged. The answer is then an ERROR ``failed`` that holds only
+        the name of its type. KeyboardInterrupt and SystemExit then end the event loop,
+        as in every task. A handler that calls message.reply() or message.fail() itself
+        returns None.
 
         Args:
             handler: The function or coroutine function to call for each request.
@@ -452,10 +460,11 @@ class Client(BaseClient):
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
-        """Set the handler of failed sends without a receipt; can be used as a decorator.
+        """Set the handler of failed sends without a receipt; can be used as a
+        decorator.
 
-        The client calls ``handler(error)`` for each of them; ``error.id`` is the id that
-        send returned. Without a handler these errors are logged as warnings.
+        The client calls ``handler(error)`` for each of them; ``error.id`` is the id
+        that send returned. Without a handler these errors are logged as warnings.
 
         Args:
             handler: The function to call for each error.
@@ -488,8 +497,8 @@ class Client(BaseClient):
             timeout: Seconds to wait for the broker's confirmation; None for no limit.
 
         Returns:
-            The subscription, to be opened: an async iterator of events, unless a callback
-            is given.
+            The subscription, to be opened: an async iterator of events, unless a
+            callback is given.
 
         Raises:
             Denied: The policy does not allow this client to subscribe to these topics.
@@ -505,12 +514,15 @@ class Client(BaseClient):
             await self._wait_until_clear(timeout)
             subscription = Subscription(self, pattern, group, callback)
             call = self._loop.create_future()
-            message_id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            message_id, subscription._entry = self._dialog.subscribe(
+                pattern, group, subscription, call, deadline
+            )
             self._feeds.add(subscription)
             try:
                 await self._outcome(call, message_id, deadline)
             except BaseException:
-                # A cancelled task may have its answer already: the subscription exists, at the broker too.
+                # A cancelled task may have its answer already: the subscription exists,
+                # at the broker too.
                 self._drop_subscription(subscription, None, None)
                 raise
             return subscription
@@ -530,7 +542,9 @@ class Client(BaseClient):
     def _drop_subscription(
         self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
     ) -> int | None:
-        """End the subscription and send unsubscribe; return its id, or None if not needed."""
+        """End the subscription and send unsubscribe; return its id, or None if not
+        needed.
+        """
         assert subscription._entry is not None
         message_id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
         subscription.queue.end(Closed("the subscription was ended"))
@@ -545,8 +559,8 @@ class Client(BaseClient):
             timeout: Seconds to wait for the broker's confirmation; None for no limit.
 
         Returns:
-            An async iterator of Presence, to be opened. First comes the present state of
-            every client that this client may send to, then every change.
+            An async iterator of Presence, to be opened. First comes the present state
+            of every client that this client may send to, then every change.
 
         Raises:
             Refused: The broker refused the watch.
@@ -565,7 +579,8 @@ class Client(BaseClient):
             try:
                 await self._outcome(call, message_id, deadline)
             except BaseException:
-                # A cancelled task may have its answer already: the watch exists, its subscriptions too.
+                # A cancelled task may have its answer already: the watch exists, its
+                # subscriptions too.
                 self._drop_watch(subscription)
                 raise
             return subscription
@@ -583,7 +598,9 @@ class Client(BaseClient):
         self._feeds.discard(subscription)
         subscription.queue.end(Closed("the watch was ended"))
 
-    async def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
+    async def control(
+        self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
+    ) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer.
 
         Args:
@@ -638,7 +655,9 @@ class Client(BaseClient):
     # The end
 
     async def close(self) -> None:
-        """Close the connection and end every task of the client. A second call does nothing.
+        """Close the connection and end every task of the client.
+
+        A second call does nothing.
 
         Waiting calls raise Closed. Sent messages are flushed for half a second at most.
         Refusals that follow at once are received for another half a second at most.
@@ -656,7 +675,10 @@ class Client(BaseClient):
             for link in self._links:
                 link.abort()
             here = asyncio.current_task()
-            tasks = {self._keeper, *(task for workers in self._crews.values() for task in workers)} - {here}
+            tasks = {
+                self._keeper,
+                *(task for workers in self._crews.values() for task in workers),
+            } - {here}
             for task in tasks:
                 task.cancel()
             self._dispatcher.log_failures(self._loop.time())
@@ -669,7 +691,8 @@ class Client(BaseClient):
                 self._flush()
                 await self._until(lambda: not self._dialog.may_answer or self._can_answer, LINGER_S)
         finally:
-            # Cancelled or not: from here on the client is closed, and every task that waits gets Closed.
+            # Cancelled or not: from here on the client is closed, and every task that
+            # waits gets Closed.
             first = self._dialog.may_answer
             self._apply(self._dialog.close(self._loop.time()))
             self._note_state()
@@ -689,7 +712,10 @@ class Client(BaseClient):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 
@@ -725,12 +751,17 @@ def _answering(handler: Callable[[Message], object]) -> Callable[[Message], obje
             if not request.answered:
                 await request.reply(result)
             elif result is not None:
-                log().warning("a request of %s had been answered when its handler returned more", request.sender)
+                log().warning(
+                    "a request of %s had been answered when its handler returned more",
+                    request.sender,
+                )
         except BaseException as error:
             if isinstance(error, GeneratorExit) and not runs(task):
                 raise
             if returned and isinstance(error, (Disconnected, Closed)):
-                log().warning("a request of %s could not be answered: the connection is gone", request.sender)
+                log().warning(
+                    "a request of %s could not be answered: the connection is gone", request.sender
+                )
                 return
             text = f"the handler failed: {type(error).__name__}"
             if ends_worker(error, task):
@@ -763,18 +794,20 @@ def connect(
     Once connecting has begun, only the first five errors of the list below are raised.
 
     Args:
-        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after that
+        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after
+        that
             /run/brokerd/brokerd.sock.
-        name: The client's name. The default is $BROKERD_NAME; without it the broker finds
+        name: The client's name. The default is $BROKERD_NAME; without it the broker
+        finds
             the name by the key.
-        key: The client's key. The default is the content of ``key_file``.
-        key_file: The file that holds the key; one trailing newline is removed. The default
+        key: The client's key. The default is the content of ``key_file``. key_file: The
+        file that holds the key; one trailing newline is removed. The default
             is $BROKERD_KEY_FILE.
         timeout: Seconds for connecting, and seconds that a send waits for a connection.
             Infinity or None means no limit.
-        reconnect: Whether to connect again after a loss; with False the first loss is final.
-        allow_pickle_from: Names of the clients whose pickles may be read.
-        inbox: Bytes of received messages kept in this process before the client stops
+        reconnect: Whether to connect again after a loss; with False the first loss is
+        final. allow_pickle_from: Names of the clients whose pickles may be read. inbox:
+        Bytes of received messages kept in this process before the client stops
             reading the socket.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.

@@ -1,4 +1,5 @@
-"""Objects that an asyncio client returns: messages, openings, subscriptions and watches.
+"""Objects that an asyncio client returns: messages, openings, subscriptions and
+watches.
 
 A part of the asyncio face; each object passes its calls on to its client.
 """
@@ -24,7 +25,9 @@ T = TypeVar("T")
 class Giver(message.Owner, Protocol):
     """The part of the client that this module needs."""
 
-    async def reply(self, message: Message, payload: object, *, codec: str | int | None = None) -> None: ...
+    async def reply(
+        self, message: Message, payload: object, *, codec: str | int | None = None
+    ) -> None: ...
 
     async def _fail(self, message: Message, text: str, code: str) -> None: ...
 
@@ -84,7 +87,10 @@ class Opened(Protocol):
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None: ...
 
     def __aiter__(self) -> AsyncIterator[Any]: ...
@@ -111,7 +117,10 @@ class Opening(Generic[O]):
         return await self._opened.__aenter__()
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         assert self._opened is not None
         await self._opened.__aexit__(kind, error, trace)
@@ -123,15 +132,15 @@ class Opening(Generic[O]):
 class Iteration(Generic[O]):
     """An iterator over an object that it opens at its first step.
 
-    It closes the object at its end, or when it is dropped. A step that is cancelled, for
-    example by a timeout, does not end the iteration: the next step continues.
+    It closes the object at its end, or when it is dropped. A step that is cancelled,
+    for example by a timeout, does not end the iteration: the next step continues.
     """
 
     def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
         self._open = open
         self._ended = False
-        #: Suspended inside an ``async with``: when the generator is dropped, the event loop
-        #: closes it, and with it the opened object.
+        #: Suspended inside an ``async with``: when the generator is dropped, the event
+        #: loop closes it, and with it the opened object.
         self._holder: AsyncGenerator[O, None] | None = None
         self._items: AsyncIterator[Any] | None = None
 
@@ -159,7 +168,8 @@ class Iteration(Generic[O]):
             await holder.aclose()
 
 
-# Not a method: a generator that refers to its iterator would be dropped only by the garbage collector.
+# Not a method: a generator that refers to its iterator would be dropped only by the
+# garbage collector.
 async def _hold(open: Callable[[], Awaitable[O]]) -> AsyncGenerator[O, None]:
     async with await open() as opened:
         yield opened
@@ -210,19 +220,28 @@ class BaseSubscription(Generic[T]):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 
 
 class Subscription(BaseSubscription[Message]):
-    """Events whose topic fits ``pattern``; those of a ``group`` are shared among its members.
+    """Events whose topic fits ``pattern``; those of a ``group`` are shared among its
+    members.
 
-    With a callback, a function or a coroutine function, the events go to it, one after the other.
+    With a callback, a function or a coroutine function, the events go to it, one after
+    the other.
     """
 
     def __init__(
-        self, client: Giver, pattern: str, group: str | None, callback: Callable[[Message], object] | None
+        self,
+        client: Giver,
+        pattern: str,
+        group: str | None,
+        callback: Callable[[Message], object] | None,
     ) -> None:
         super().__init__(client)
         self.pattern = pattern
@@ -231,7 +250,10 @@ class Subscription(BaseSubscription[Message]):
         self._entry: SubscriptionEntry | None = None
 
     async def unsubscribe(self) -> None:
-        """End the subscription. Iterating ends after the events that have arrived already."""
+        """End the subscription.
+
+        Iterating ends after the events that have arrived already.
+        """
         await self._client._unsubscribe(self)
 
     close = unsubscribe

@@ -1,4 +1,5 @@
-"""The transport of an asyncio client over TLS: a Transport whose bytes go through an Engine.
+"""The transport of an asyncio client over TLS: a Transport whose bytes go through an
+Engine.
 
 It does not use asyncio's own TLS. Those transports can't end the sending side without
 closing, and do not report how many bytes have left this process.
@@ -47,7 +48,9 @@ class TlsTransport(Transport):
             self._go_on(data)
 
     def _on_bug(self, error: BaseException) -> None:
-        self._opened(Disconnected(f"TLS failed in a way that is not foreseen: {type(error).__name__}"))
+        self._opened(
+            Disconnected(f"TLS failed in a way that is not foreseen: {type(error).__name__}")
+        )
         super()._on_bug(error)
 
     def _go_on(self, data: bytes) -> None:
@@ -122,7 +125,8 @@ class _Encrypting:
         try:
             self._engine.write(data)
         except TlsError:
-            # TLS or the peer has failed; the writer learns of it as of any lost connection.
+            # TLS or the peer has failed; the writer learns of it as of any lost
+            # connection.
             self._raw.abort()
         _pass_on(self._engine, self._raw)
 
@@ -142,7 +146,9 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
         raw.write(output)
 
 
-async def dial_tls(address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver) -> None:
+async def dial_tls(
+    address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver
+) -> None:
     """Connect to the address and make TLS ready. Raises OSError, also as TlsError."""
     made: list[TlsTransport] = []
 

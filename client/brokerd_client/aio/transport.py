@@ -56,7 +56,8 @@ class Transport(asyncio.Protocol):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.paused = False
         self.reading = True
-        #: Whether the peer is known to send no more bytes; its last bytes may be unread.
+        #: Whether the peer is known to send no more bytes; its last bytes may be
+        #: unread.
         self.ended = False
         #: Bytes passed to the transport that it may not have written yet.
         self.unwritten = 0
@@ -103,8 +104,8 @@ class Transport(asyncio.Protocol):
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in TCP:
-            # A peer whose machine is gone never closes the connection. Reading reports a
-            # peer that has closed it already.
+            # A peer whose machine is gone never closes the connection. Reading reports
+            # a peer that has closed it already.
             with contextlib.suppress(OSError):
                 keep_alive(sock, DEFAULT_S)
             self._look(sock, Silence())
@@ -126,7 +127,8 @@ class Transport(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol: bytes have arrived."""
         try:
-            # The event loop of Windows passes a bytearray, not the bytes that it promises.
+            # The event loop of Windows passes a bytearray, not the bytes that it
+            # promises.
             self._received(bytes(data))
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(error)
@@ -163,7 +165,10 @@ class Transport(asyncio.Protocol):
         if sock is None:
             return
         pieces: list[bytes] = []
-        with contextlib.suppress(OSError), socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
+        with (
+            contextlib.suppress(OSError),
+            socket.fromfd(sock.fileno(), sock.family, sock.type) as copy,
+        ):
             copy.setblocking(False)
             while piece := copy.recv(_PIECE):
                 pieces.append(piece)
@@ -189,9 +194,9 @@ class Transport(asyncio.Protocol):
 class Resolver:
     """The look-up of host names for one client, in a separate thread.
 
-    It does not use the event loop's executor: a look-up can't be cancelled, and asyncio.run
-    waits for the executor's threads. If a look-up outlasts an attempt to connect, the next
-    attempt uses it. So there is one thread at most.
+    It does not use the event loop's executor: a look-up can't be cancelled, and
+    asyncio.run waits for the executor's threads. If a look-up outlasts an attempt to
+    connect, the next attempt uses it. So there is one thread at most.
     """
 
     def __init__(self) -> None:
@@ -223,10 +228,13 @@ class Resolver:
             self._waiter.set_result(None)
 
 
-async def dial(address: Address, protocol: Callable[[], Transport], resolver: Resolver | None = None) -> None:
+async def dial(
+    address: Address, protocol: Callable[[], Transport], resolver: Resolver | None = None
+) -> None:
     """Connect to the address.
 
-    Raises OSError, or AddressError if this machine does not support the address's family.
+    Raises OSError, or AddressError if this machine does not support the address's
+    family.
     """
     loop = asyncio.get_running_loop()
     validate_family(address.family)
@@ -242,7 +250,8 @@ async def dial(address: Address, protocol: Callable[[], Transport], resolver: Re
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
-            # The event loops mistake "the queue of new connections is full" for "in progress".
+            # The event loops mistake "the queue of new connections is full" for "in
+            # progress".
             while not _connected(sock, address.path):  # noqa: ASYNC110 - nothing reports room
                 await asyncio.sleep(_CROWDED_S)
             await loop.create_unix_connection(protocol, sock=sock)

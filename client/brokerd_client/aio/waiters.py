@@ -44,7 +44,8 @@ class WaitQueue(Generic[T]):
     def end(self, why: BrokerdError) -> None:
         """Store the reason why no more items will arrive, and wake every waiting task.
 
-        Remaining items can still be taken, but no longer count against the client's inbox.
+        Remaining items can still be taken, but no longer count against the client's
+        inbox.
         """
         if self.ended is None:
             self.ended = why

@@ -11,13 +11,13 @@ the client. A client that is dropped unclosed therefore ends, with a ResourceWar
 **Interrupted calls.** A signal handler or PyThreadState_SetAsyncExc can raise an
 exception between any two instructions of a thread. A thread that holds the lock
 therefore clears ``_clear`` before it changes anything. It sets ``_clear`` again as its
-last act. While ``_clear`` is unset, no sender writes until the I/O thread has checked the
-connection (``_look_over``). The I/O thread then writes the queued frames that were not
-written. If the number of bytes written is not known, it ends the connection instead.
-Every send in flight then gets its outcome. Changes that can't be repaired like this are
-made only in the I/O thread, as chores. A signal handler may interrupt its own thread
-while that thread holds the lock. It finds ``_clear`` unset and leaves a chore, too;
-waiting would be a deadlock with itself.
+last act. While ``_clear`` is unset, no sender writes until the I/O thread has checked
+the connection (``_look_over``). The I/O thread then writes the queued frames that were
+not written. If the number of bytes written is not known, it ends the connection
+instead. Every send in flight then gets its outcome. Changes that can't be repaired like
+this are made only in the I/O thread, as chores. A signal handler may interrupt its own
+thread while that thread holds the lock. It finds ``_clear`` unset and leaves a chore,
+too; waiting would be a deadlock with itself.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ _CROWDED_S: Final = 0.01
 #: Seconds until the I/O thread checks a look-up of a host's name that has not woken it.
 _LOOKUP_S: Final = 1.0
 #: Seconds between two checks by an I/O thread that does not read. It checks whether the
-#: inbox has room, if no reader of the inbox woke it, and whether the connection has ended.
+#: inbox has room, if no reader of the inbox woke it, and whether the connection has
+#: ended.
 _LOOK_S: Final = 0.5
-#: Seconds that the I/O thread sleeps after an exception: the first time, doubled with each
-#: exception that follows at once, and the maximum.
+#: Seconds that the I/O thread sleeps after an exception: the first time, doubled with
+#: each exception that follows at once, and the maximum.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
 #: Seconds that an interrupted start waits for the end of the I/O thread, at most.
@@ -75,8 +76,15 @@ _STOP_S: Final = 5.0
 #: Most threads of a client's request handler, unless ``threads`` is larger.
 MOST_THREADS: Final = 64
 #: States in which the connection carries frames.
-_LINKED: Final = (State.AUTHENTICATING, State.INTRODUCING, State.READY, State.DRAINING, State.CLOSING)
-#: States in which the socket is read even if the inbox is full, for the answers they need.
+_LINKED: Final = (
+    State.AUTHENTICATING,
+    State.INTRODUCING,
+    State.READY,
+    State.DRAINING,
+    State.CLOSING,
+)
+#: States in which the socket is read even if the inbox is full, for the answers they
+#: need.
 _READING: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 
 
@@ -91,7 +99,9 @@ class BaseClient:
     """
 
     def __init__(
-        self, settings: Settings, answering: Callable[[Callable[[Message], object]], Callable[[Message], object]]
+        self,
+        settings: Settings,
+        answering: Callable[[Callable[[Message], object]], Callable[[Message], object]],
     ) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
@@ -105,20 +115,23 @@ class BaseClient:
             inbox=settings.inbox,
         )
         self._transport = _transport(settings)
-        #: Reentrant: a thread can tell whether it holds the lock, and a signal handler in
-        #: that thread does not deadlock.
+        #: Reentrant: a thread can tell whether it holds the lock, and a signal handler
+        #: in that thread does not deadlock.
         self._lock: Any = threading.RLock()
-        #: Woken when the connection is ready or is lost for good, or all bytes are written.
+        #: Woken when the connection is ready or is lost for good, or all bytes are
+        #: written.
         self._changes = Waiters()
-        #: Whether a send can be written at once: the connection is ready, no bytes wait to be
-        #: written, and no other call is writing.
+        #: Whether a send can be written at once: the connection is ready, no bytes wait
+        #: to be written, and no other call is writing.
         self._clear = False
-        #: Functions that the I/O thread calls before anything else, each with its waiting call.
+        #: Functions that the I/O thread calls before anything else, each with its
+        #: waiting call.
         self._chores: deque[tuple[Callable[[], Any], Call | None]] = deque()
-        #: Calls without an outcome yet. Each is settled even if the I/O thread loses the
-        #: broker's answer.
+        #: Calls without an outcome yet. Each is settled even if the I/O thread loses
+        #: the broker's answer.
         self._calls: set[Call] = set()
-        #: Whether the dialog has lost the connection and the I/O thread has not closed it yet.
+        #: Whether the dialog has lost the connection and the I/O thread has not closed
+        #: it yet.
         self._dropping = False
         self._dial_at = 0.0
         self._forked = False
@@ -134,9 +147,13 @@ class BaseClient:
         self._requests: WaitQueue[Job] = self._new_queue()
         for queue in (self._inbox, self._ordered, self._requests):
             self._queues.add(queue)
-        self._dispatcher: Dispatcher[Message] = Dispatcher(self._inbox, self._ordered, self._requests, answering)
+        self._dispatcher: Dispatcher[Message] = Dispatcher(
+            self._inbox, self._ordered, self._requests, answering
+        )
         count = settings.threads
-        self._for_requests = HandlerThreads(self._requests, "brokerd requests", count, max(count, MOST_THREADS))
+        self._for_requests = HandlerThreads(
+            self._requests, "brokerd requests", count, max(count, MOST_THREADS)
+        )
         self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
         self._thread = threading.Thread(
             target=_move_bytes,
@@ -150,23 +167,23 @@ class BaseClient:
     def _start_thread(self) -> None:
         """Start the I/O thread. If that fails, leave neither a thread nor a descriptor.
 
-        If a signal handler interrupts the start, its exception is raised. The RuntimeError
-        that follows from the interruption is not.
+        If a signal handler interrupts the start, its exception is raised. The
+        RuntimeError that follows from the interruption is not.
         """
         outer = sys.exc_info()[1]
         try:
             self._thread.start()
             return
         except BaseException as error:
-            # Set before the thread's state is checked: a thread that begins to run after
-            # this ends at once.
+            # Set before the thread's state is checked: a thread that begins to run
+            # after this ends at once.
             self._dropped = True
             self._transport.wake()
             if self._thread.is_alive():
                 self._thread.join(_STOP_S)
             if not self._thread.is_alive():
-                # The thread may have closed it already, but a thread that was interrupted
-                # may have ended before that.
+                # The thread may have closed it already, but a thread that was
+                # interrupted may have ended before that.
                 self._transport.close()
             interrupting = _interruption(error, outer)
             if interrupting is error:
@@ -186,10 +203,11 @@ class BaseClient:
         if self._dialog.state is not State.CLOSED:
             # No source=self: a stored warning would keep the client alive.
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
-        # Without the lock: the thread in which this destructor runs may hold it already.
+        # Without the lock: the thread in which this destructor runs may hold it
+        # already.
         self._dispatcher.warn_of_more(time.monotonic())
-        # Until this returns, the I/O thread's weak reference still works. Its use brings
-        # the client back to life.
+        # Until this returns, the I/O thread's weak reference still works. Its use
+        # brings the client back to life.
         self._dropped = True
         self._transport.wake()
 
@@ -199,20 +217,28 @@ class BaseClient:
         self._transport.disown()
 
     def _check(self) -> None:
-        """Raise WrongProcess in a fork. Needs no lock: in a fork it may never be released."""
+        """Raise WrongProcess in a fork.
+
+        Needs no lock: in a fork it may never be released.
+        """
         if self._forked:
-            raise WrongProcess("this client belongs to the process that made it: connect again in the child")
+            raise WrongProcess(
+                "this client belongs to the process that made it: connect again in the child"
+            )
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a client can't be pickled or copied, for its connection can't: connect in the child")
+        raise TypeError(
+            "a client can't be pickled or copied, for its connection can't: connect in the child"
+        )
 
     # Calls; without the lock
 
     def _interrupting(self) -> bool:
         """Return whether this thread has interrupted a call of this client.
 
-        That is so in a signal handler, and in a destructor called by the garbage collector.
-        The interrupted call continues only after the present call has returned.
+        That is so in a signal handler, and in a destructor called by the garbage
+        collector. The interrupted call continues only after the present call has
+        returned.
         """
         if threading.get_ident() == self._thread.ident:
             return True
@@ -233,18 +259,21 @@ class BaseClient:
         """Raise WouldDeadlock if a wait would never end."""
         if self._interrupting():
             raise WouldDeadlock(
-                "this signal handler holds up a call of the same client: send, publish, reply and close work here, "
-                "what waits for an answer does not"
+                "this signal handler holds up a call of the same client: send, publish, reply and"
+                " close work here, what waits for an answer does not"
             )
 
     def _mend(self) -> None:
-        """Release an interrupted call's locks, and wake the I/O thread to repair its state."""
+        """Release an interrupted call's locks, and wake the I/O thread to repair its
+        state.
+        """
         if self._interrupting():
             # The lock belongs to the call below this one.
             return
         self._transport.mend()
         if not self._clear:
-            # A call that failed before it changed anything must not block other senders.
+            # A call that failed before it changed anything must not block other
+            # senders.
             with self._lock:
                 transport = self._transport
                 if not transport.unsure and self._dialog.in_order(len(transport.backlog)):
@@ -252,7 +281,8 @@ class BaseClient:
             self._transport.wake()
 
     def _holds_up(self) -> bool:
-        """Return whether another call of this client is further down this thread's stack.
+        """Return whether another call of this client is further down this thread's
+        stack.
 
         At least one stack frame outside the client lies between the two calls. Without
         such a call, a lock held by this thread was left behind by an interrupted call.
@@ -260,21 +290,26 @@ class BaseClient:
         frame: FrameType | None = sys._getframe(1)
         outside = False
         while frame is not None:
-            if frame.f_globals.get("__name__") not in _OWN_MODULES or frame.f_locals.get("self") is not self:
+            if (
+                frame.f_globals.get("__name__") not in _OWN_MODULES
+                or frame.f_locals.get("self") is not self
+            ):
                 outside = True
             elif outside and frame.f_code.co_name in _LOCKING:
                 return True
             frame = frame.f_back
         return False
 
-    def _put(self, timeout: float | None, put: Callable[..., T], *args: Any, answer: bool = False) -> T:
-        """Queue frames with ``put`` once they can be written; write them; return its result.
+    def _put(
+        self, timeout: float | None, put: Callable[..., T], *args: Any, answer: bool = False
+    ) -> T:
+        """Queue frames with ``put`` once they can be written; write them; return its
+        result.
 
         Args:
-            timeout: Seconds to wait; None for the timeout of connect().
-            put: The function that queues the frames.
-            *args: Its arguments.
-            answer: Whether the frame is an answer. A connection that the broker closes soon
+            timeout: Seconds to wait; None for the timeout of connect(). put: The
+            function that queues the frames. *args: Its arguments. answer: Whether the
+            frame is an answer. A connection that the broker closes soon
                 still accepts answers.
 
         Raises:
@@ -289,7 +324,9 @@ class BaseClient:
                     if (self._clear and not self._chores) or (answer and self._takes_answers()):
                         self._clear = False
                         result = put(*args)
-                        self._clear = self._write(awaited=True) and self._dialog.state is State.READY
+                        self._clear = (
+                            self._write(awaited=True) and self._dialog.state is State.READY
+                        )
                         return result
                 deadline = self._wait_until_clear(timeout, deadline, answer=answer)
             except BaseException:
@@ -298,10 +335,14 @@ class BaseClient:
 
     def _takes_answers(self) -> bool:
         """Return whether an answer can be written at once on a draining connection."""
-        waiting = bool(self._transport.backlog or self._chores or self._dropping or self._transport.unsure)
+        waiting = bool(
+            self._transport.backlog or self._chores or self._dropping or self._transport.unsure
+        )
         return self._dialog.state is State.DRAINING and not waiting and self._dialog.in_order(0)
 
-    def _wait_until_clear(self, timeout: float | None, deadline: float | None, *, answer: bool = False) -> float:
+    def _wait_until_clear(
+        self, timeout: float | None, deadline: float | None, *, answer: bool = False
+    ) -> float:
         """Wait until the client is connected and all earlier bytes are written.
 
         Args:
@@ -328,22 +369,28 @@ class BaseClient:
                     if self._chores:
                         self._clear = False
                     clear = self._clear or (answer and self._takes_answers())
-                    linked = self._dialog.state is State.READY or (answer and self._dialog.may_answer)
+                    linked = self._dialog.state is State.READY or (
+                        answer and self._dialog.may_answer
+                    )
                     if not clear and (not linked or timeout is not None):
                         remaining = deadline - time.monotonic()
                         if not linked and (remaining <= 0 or self.closed):
                             self._dialog.require_ready()
                     else:
-                        # The broker is not reading now: only the caller's own timeout counts.
+                        # The broker is not reading now: only the caller's own timeout
+                        # counts.
                         remaining = None
                 if clear:
                     return deadline
                 if remaining is not None and remaining <= 0:
-                    raise TimedOut(f"the broker took nothing more for {limit:g} s; this was not sent")
+                    raise TimedOut(
+                        f"the broker took nothing more for {limit:g} s; this was not sent"
+                    )
                 # An interrupted call may not have woken the I/O thread.
                 self._transport.wake()
                 if not wait_at(mine, remaining) and not self._changes.leave(mine):
-                    # Another thread is opening the gate at this moment: it can't be reused.
+                    # Another thread is opening the gate at this moment: it can't be
+                    # reused.
                     mine = gate()
         finally:
             self._changes.leave(mine)
@@ -401,7 +448,8 @@ class BaseClient:
     def _have_done(self, act: Callable[[], T]) -> T:
         """Call a function in the I/O thread; return its result or raise its exception.
 
-        Raises WouldDeadlock if a signal handler calls this while it interrupts the client.
+        Raises WouldDeadlock if a signal handler calls this while it interrupts the
+        client.
         """
         self._refuse_to_wait()
         call = Call()
@@ -445,7 +493,8 @@ class BaseClient:
             for message_id in ids:
                 self._dialog.undelivered += 1
                 self._dispatcher.tell_undelivered(
-                    Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id), time.monotonic()
+                    Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id),
+                    time.monotonic(),
                 )
 
     # With the lock
@@ -480,7 +529,8 @@ class BaseClient:
             self._changes.wake()
 
     def _look_over(self, now: float) -> bool:
-        """Finish the writes of an interrupted call; return whether the connection can be used.
+        """Finish the writes of an interrupted call; return whether the connection can
+        be used.
 
         If the number of bytes written is not known, the connection is ended.
         """
@@ -488,7 +538,9 @@ class BaseClient:
             return not self._dropping
         transport = self._transport
         if transport.unsure:
-            self._end_connection(Disconnected("a call was interrupted while it was writing"), now, at_once=True)
+            self._end_connection(
+                Disconnected("a call was interrupted while it was writing"), now, at_once=True
+            )
             return False
         if not self._dialog.in_order(len(transport.backlog)):
             self._dialog.recover(transport.given, len(transport.backlog))
@@ -511,12 +563,16 @@ class BaseClient:
         self._queues.discard(queue)
 
     def _apply(self, effects: Effects[Message], now: float) -> None:
-        """Deliver the dialog's effects: outcomes, messages, events, ended subscriptions, errors."""
+        """Deliver the dialog's effects: outcomes, messages, events, ended
+        subscriptions, errors.
+        """
         for call, value in effects.outcomes:
             call.settle(value)
         if self._dialog.state is not State.CLOSING:
             if effects.messages:
-                self._dispatcher.dispatch_messages(effects.messages, effects.size + OVERHEAD * len(effects.messages))
+                self._dispatcher.dispatch_messages(
+                    effects.messages, effects.size + OVERHEAD * len(effects.messages)
+                )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
         for sink, why in effects.ended:
@@ -546,18 +602,23 @@ class BaseClient:
         """
         self._clear = False
         # After an interrupted write, bytes may have been sent that were not counted.
-        in_order = not self._transport.unsure and self._dialog.in_order(len(self._transport.backlog))
+        in_order = not self._transport.unsure and self._dialog.in_order(
+            len(self._transport.backlog)
+        )
         doubtful = 0 if in_order else self._dialog.unwritten
         effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
         self._dial_at = self._dialog.retry_at
         self._dropping = True
-        # Before the wait queues end, so that on_undelivered is called for a last loss too.
+        # Before the wait queues end, so that on_undelivered is called for a last loss
+        # too.
         self._apply(effects, now)
         self._note_state()
         self._transport.wake()
 
     def _note_state(self) -> None:
-        """Wake the threads that wait for the connection, and end the wait queues if it is gone."""
+        """Wake the threads that wait for the connection, and end the wait queues if it
+        is gone.
+        """
         state = self._dialog.state
         if state is State.GONE:
             why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
@@ -616,10 +677,12 @@ class BaseClient:
                 deadline = due if deadline is None else min(deadline, due)
             limit = self._meter.limit
             full = self._meter.weigh((queue.inbox for queue in self._queues), limit=limit)
-            reading = not full or (len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit)
-            # Even with a full inbox, the broker's part of a handshake and the answers to a
-            # close() are read. A connection that has ended is read to its end, so that the
-            # client can reconnect.
+            reading = not full or (
+                len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit
+            )
+            # Even with a full inbox, the broker's part of a handshake and the answers
+            # to a close() are read. A connection that has ended is read to its end, so
+            # that the client can reconnect.
             reading = reading or state in _READING or self._transport.ended
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
@@ -639,24 +702,33 @@ class BaseClient:
         self._thread = thread
 
     def survive(self, error: BaseException) -> None:
-        """Recover from an exception in the I/O thread; the connection is treated as lost."""
+        """Recover from an exception in the I/O thread; the connection is treated as
+        lost.
+        """
         self._release()
         self._transport.mend()
         log().error("a connection is lost in a way that is not foreseen", exc_info=error)
         with self._lock:
             self._clear = False
             now = time.monotonic()
-            if not self._dropping and self._dialog.state not in (State.IDLE, State.WAITING, State.GONE, State.CLOSED):
+            if not self._dropping and self._dialog.state not in (
+                State.IDLE,
+                State.WAITING,
+                State.GONE,
+                State.CLOSED,
+            ):
                 reason = Disconnected(f"the connection broke: {error!r}")
                 reason.__cause__ = error
-                # A bug raises an Exception, and may do so again on the next connection: the
-                # client reconnects only after a delay.
+                # A bug raises an Exception, and may do so again on the next connection:
+                # the client reconnects only after a delay.
                 self._end_connection(reason, now, at_once=not isinstance(error, Exception))
             self._transport.renew()
             self._dropping = False
             # Calls whose chore is still queued go on waiting.
             for call in self._calls - {call for _, call in self._chores}:
-                call.settle(InDoubt("the connection broke, and what became of this call is not known"))
+                call.settle(
+                    InDoubt("the connection broke, and what became of this call is not known")
+                )
             self._note_state()
 
     def _dial(self, now: float) -> None:
@@ -727,7 +799,8 @@ class BaseClient:
             while data:
                 if not self._take_in(data) or gone is None:
                     return
-                # The connection is broken: only bytes that arrived already are left to read.
+                # The connection is broken: only bytes that arrived already are left to
+                # read.
                 data = transport.read()
         except OSError as error:
             gone = gone or error
@@ -760,30 +833,37 @@ class BaseClient:
                 self._dialog.wrote(self._transport.flush())
                 if not self._transport.backlog and self._changes:
                     self._changes.wake()
-            # TLS bytes besides the backlog may also be sent during a read: senders must not
-            # wait for them.
+            # TLS bytes besides the backlog may also be sent during a read: senders must
+            # not wait for them.
             self._settle()
 
 
 def _interruption(error: BaseException, outer: BaseException | None) -> BaseException:
-    """Return the exception that interrupted a call of ``threading``, or ``error`` itself.
+    """Return the exception that interrupted a call of ``threading``, or ``error``
+    itself.
 
-    When an exception strikes inside ``Condition.wait``, the lock is released already. The
-    ``with`` statement then releases it again and raises "release unlocked lock".
+    When an exception strikes inside ``Condition.wait``, the lock is released already.
+    The ``with`` statement then releases it again and raises "release unlocked lock".
 
     Args:
         error: The exception that the call raised.
         outer: The exception that was being handled before the call. It is not the
             interruption.
     """
-    while isinstance(error, RuntimeError) and error.__context__ not in (None, outer) and _from_threading(error):
+    while (
+        isinstance(error, RuntimeError)
+        and error.__context__ not in (None, outer)
+        and _from_threading(error)
+    ):
         assert error.__context__ is not None
         error = error.__context__
     return error
 
 
 def _from_threading(error: BaseException) -> bool:
-    """Return whether the library's ``threading`` raised the error, not a signal handler."""
+    """Return whether the library's ``threading`` raised the error, not a signal
+    handler.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -814,10 +894,9 @@ def _move_bytes(
     It holds the client only between two waits.
 
     Args:
-        ref: The client.
-        transport: The client's transport, which the thread closes.
-        queues: Wait queues that the thread ends; a client that was dropped unclosed can't.
-        error: The exception that ended the previous I/O thread, if any.
+        ref: The client. transport: The client's transport, which the thread closes.
+        queues: Wait queues that the thread ends; a client that was dropped unclosed
+        can't. error: The exception that ended the previous I/O thread, if any.
     """
     try:
         _keep_moving(ref, transport, error)
@@ -826,14 +905,19 @@ def _move_bytes(
             queue.end(Closed("the client is closed"))
     except BaseException as caught:  # noqa: BLE001 - raised while handling another
         thread = threading.Thread(
-            target=_move_bytes, args=(ref, transport, queues, caught), name="brokerd client", daemon=True
+            target=_move_bytes,
+            args=(ref, transport, queues, caught),
+            name="brokerd client",
+            daemon=True,
         )
         if (client := ref()) is not None:
             client.replace(thread)
         thread.start()
 
 
-def _keep_moving(ref: weakref.ref[BaseClient], transport: Transport, error: BaseException | None) -> None:
+def _keep_moving(
+    ref: weakref.ref[BaseClient], transport: Transport, error: BaseException | None
+) -> None:
     rest_s = 0.0
     while True:
         try:
@@ -851,7 +935,9 @@ def _keep_moving(ref: weakref.ref[BaseClient], transport: Transport, error: Base
 
 
 def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
-    """Do the work that is due, wait, read and write; return whether the thread continues."""
+    """Do the work that is due, wait, read and write; return whether the thread
+    continues.
+    """
     if (client := ref()) is None:
         return False
     try:

@@ -3,8 +3,8 @@
 A face of :mod:`brokerd_client.protocol.dialog`; no rule of the protocol is here.
 
 This module has the calls that a user makes. The module ``base`` holds the connection,
-and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user iterates
-over, and ``waiters`` has the objects that calls wait on.
+and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user
+iterates over, and ``waiters`` has the objects that calls wait on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,22 @@ from brokerd_client import message
 from brokerd_client._common.dispatcher import log
 from brokerd_client.blocking.base import BaseClient
 from brokerd_client.blocking.handlers import HandlerThreads
-from brokerd_client.blocking.subscriptions import BaseSubscription, Message, PresenceWatch, Subscription
+from brokerd_client.blocking.subscriptions import (
+    BaseSubscription,
+    Message,
+    PresenceWatch,
+    Subscription,
+)
 from brokerd_client.blocking.waiters import NOTHING, Call, by_handler
 from brokerd_client.codec import encode
-from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected, InDoubt, TimedOut
+from brokerd_client.errors import (
+    AlreadyAnswered,
+    BrokerdError,
+    Closed,
+    Disconnected,
+    InDoubt,
+    TimedOut,
+)
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
@@ -85,7 +97,8 @@ class Client(BaseClient):
 
     @property
     def address(self) -> str:
-        """The sender's address that other clients see: the name, or NAME/INSTANCE in a pool.
+        """The sender's address that other clients see: the name, or NAME/INSTANCE in a
+        pool.
 
         It may change with a reconnect.
         """
@@ -100,12 +113,16 @@ class Client(BaseClient):
     def counters(self) -> dict[str, int]:
         """Counts of failures so far, by kind.
 
-        Counted are late answers, undelivered sends, unclaimed events and lost connections.
+        Counted are late answers, undelivered sends, unclaimed events and lost
+        connections.
         """
         return self._dialog.counters
 
     def __repr__(self) -> str:
-        return f"<Client {self.address or self.name!r} at {self._settings.address} {self._dialog.state.name.lower()}>"
+        return (
+            f"<Client {self.address or self.name!r} at {self._settings.address}"
+            f" {self._dialog.state.name.lower()}>"
+        )
 
     # Sending
 
@@ -148,29 +165,27 @@ class Client(BaseClient):
     ) -> int | Receipt:
         """Send a message to a client.
 
-        Without ``receipt``, failures go to the on_undelivered handler. These are a refusal
-        by the broker, and a connection that breaks before the message has left.
+        Without ``receipt``, failures go to the on_undelivered handler. These are a
+        refusal by the broker, and a connection that breaks before the message has left.
 
         Args:
-            to: The recipient's address: NAME or NAME/INSTANCE.
-            payload: The object to send.
-            receipt: Whether to wait until the broker has accepted the message.
-            codec: The codec of the payload, by name or number.
-            ttl: Seconds that the message stays deliverable while it waits in a queue.
-            extension: A JSON object that travels beside the payload.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            to: The recipient's address: NAME or NAME/INSTANCE. payload: The object to
+            send. receipt: Whether to wait until the broker has accepted the message.
+            codec: The codec of the payload, by name or number. ttl: Seconds that the
+            message stays deliverable while it waits in a queue. extension: A JSON
+            object that travels beside the payload. timeout: Seconds for the whole call.
+            With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
             The message's id at once; with ``receipt`` a Receipt from the broker.
 
         Raises:
-            PayloadError: The payload cannot be encoded.
-            InvalidName: ``to`` is not a valid address.
-            TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent.
-            Refused: The broker refused the message (with ``receipt``).
-            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded. InvalidName: ``to`` is not a
+            valid address. TimedOut: The broker did not read, or did not answer, in
+            time. Disconnected: The client is not connected; nothing was sent. Refused:
+            The broker refused the message (with ``receipt``). InDoubt: The connection
+            broke before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         if ttl is not None:
@@ -178,13 +193,17 @@ class Client(BaseClient):
         if timeout is not None:
             timeout = check_timeout(timeout)
         if receipt:
-            return cast("Receipt", self._ask(timeout, self._dialog.send_for_receipt, to, number, body, extension))
+            return cast(
+                "Receipt",
+                self._ask(timeout, self._dialog.send_for_receipt, to, number, body, extension),
+            )
         if self._forked:
             self._check()
         deadline = None
         dialog, transport = self._dialog, self._transport
         while True:
-            # The same as BaseClient._put and BaseClient._write, inlined to save the calls.
+            # The same as BaseClient._put and BaseClient._write, inlined to save the
+            # calls.
             try:
                 with self._lock:
                     if self._clear and not self._chores:
@@ -203,7 +222,9 @@ class Client(BaseClient):
                 self._mend()
                 raise
 
-    def _send_late(self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None) -> int:
+    def _send_late(
+        self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int:
         """Queue a send for the I/O thread: a signal handler can't wait for the lock."""
         check_address(to)
         message_id = next(self._dialog.late_ids)
@@ -222,15 +243,16 @@ class Client(BaseClient):
         """Send messages with one system call.
 
         Args:
-            messages: Pairs of a recipient's address and a payload.
-            receipt: Whether to wait for the outcome of every message.
-            codec: The codec of the payloads, by name or number.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            messages: Pairs of a recipient's address and a payload. receipt: Whether to
+            wait for the outcome of every message. codec: The codec of the payloads, by
+            name or number. timeout: Seconds for the whole call. With None only the wait
+            for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The messages' ids, in order. With ``receipt``, the outcome of each message: a
-            Receipt or the error. These errors are not raised, so that none hides another.
+            The messages' ids, in order. With ``receipt``, the outcome of each message:
+            a Receipt or the error. These errors are not raised, so that none hides
+            another.
 
         Raises:
             PayloadError: A payload cannot be encoded; no message was sent.
@@ -242,7 +264,9 @@ class Client(BaseClient):
         timeout = check_timeout(timeout)
         if not receipt:
             if self._interrupting():
-                return [self._send_late(*each, None) for each in zip(to, codecs, bodies, strict=True)]
+                return [
+                    self._send_late(*each, None) for each in zip(to, codecs, bodies, strict=True)
+                ]
             return self._put(timeout, self._dialog.send_many, to, codecs, bodies)
         self._refuse_to_wait()
         deadline = _deadline(timeout)
@@ -320,7 +344,9 @@ class Client(BaseClient):
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         timeout = check_timeout(timeout)
-        return cast("Message", self._ask(timeout, self._dialog.request, to, number, body, extension))
+        return cast(
+            "Message", self._ask(timeout, self._dialog.request, to, number, body, extension)
+        )
 
     def reply(
         self,
@@ -346,7 +372,9 @@ class Client(BaseClient):
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
-        self._answer(message, self._dialog.reply, message.sender, message.id, number, body, extension)
+        self._answer(
+            message, self._dialog.reply, message.sender, message.id, number, body, extension
+        )
 
     def _fail(self, message: Message, text: str, code: str) -> None:
         self._answer(message, self._dialog.fail, message.sender, message.id, code, text)
@@ -405,31 +433,34 @@ class Client(BaseClient):
         """Publish an event. An event without subscribers is not an error.
 
         Args:
-            topic: The event's topic.
-            payload: The object to publish.
-            receipt: Whether to wait until the broker has accepted the event.
-            codec: The codec of the payload, by name or number.
-            ttl: Seconds that the event stays deliverable while it waits in a queue.
-            extension: A JSON object that travels beside the payload.
-            timeout: Seconds for the whole call. With None only the wait for a connection
+            topic: The event's topic. payload: The object to publish. receipt: Whether
+            to wait until the broker has accepted the event. codec: The codec of the
+            payload, by name or number. ttl: Seconds that the event stays deliverable
+            while it waits in a queue. extension: A JSON object that travels beside the
+            payload. timeout: Seconds for the whole call. With None only the wait for a
+            connection
                 is limited, by the timeout of connect().
 
         Returns:
             The event's id at once; with ``receipt`` a Receipt from the broker.
 
         Raises:
-            PayloadError: The payload cannot be encoded.
-            InvalidName: ``topic`` is not a valid topic.
-            TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent.
-            Refused: The broker refused the event (with ``receipt``).
-            InDoubt: The connection broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded. InvalidName: ``topic`` is not a
+            valid topic. TimedOut: The broker did not read, or did not answer, in time.
+            Disconnected: The client is not connected; nothing was sent. Refused: The
+            broker refused the event (with ``receipt``). InDoubt: The connection broke
+            before the outcome was known (with ``receipt``).
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         timeout = check_timeout(timeout)
         if receipt:
-            return cast("Receipt", self._ask(timeout, self._dialog.publish_for_receipt, topic, number, body, extension))
+            return cast(
+                "Receipt",
+                self._ask(
+                    timeout, self._dialog.publish_for_receipt, topic, number, body, extension
+                ),
+            )
         if self._interrupting():
             check_topic(topic)
             self._check()
@@ -460,7 +491,9 @@ class Client(BaseClient):
         return self._inbox.take(timeout if timeout is None else check_timeout(timeout))
 
     def __iter__(self) -> Iterator[Message]:
-        """Yield messages, and requests if no request handler is set, until the client is closed."""
+        """Yield messages, and requests if no request handler is set, until the client
+        is closed.
+        """
         self._check()
         queue, meter = self._inbox, self._meter
         inbox = queue.inbox
@@ -488,9 +521,9 @@ class Client(BaseClient):
         """Set the handler of requests; can be used as a decorator.
 
         The client calls ``handler(message)`` on its own threads and sends the result as
-        the reply. An exception is logged, and answered with an ERROR ``failed`` that holds
-        only the name of its type. A handler that calls message.reply() or message.fail()
-        itself returns None.
+        the reply. An exception is logged, and answered with an ERROR ``failed`` that
+        holds only the name of its type. A handler that calls message.reply() or
+        message.fail() itself returns None.
 
         Args:
             handler: The function to call for each request.
@@ -504,7 +537,8 @@ class Client(BaseClient):
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Set the handler of messages; can be used as a decorator.
 
-        The client calls ``handler(message)`` for each message, in order, on its own thread.
+        The client calls ``handler(message)`` for each message, in order, on its own
+        thread.
 
         Args:
             handler: The function to call for each message.
@@ -516,10 +550,11 @@ class Client(BaseClient):
         return handler
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
-        """Set the handler of failed sends without a receipt; can be used as a decorator.
+        """Set the handler of failed sends without a receipt; can be used as a
+        decorator.
 
-        The client calls ``handler(error)`` for each of them; ``error.id`` is the id that
-        send returned. Without a handler these errors are logged as warnings.
+        The client calls ``handler(error)`` for each of them; ``error.id`` is the id
+        that send returned. Without a handler these errors are logged as warnings.
 
         Args:
             handler: The function to call for each error.
@@ -548,15 +583,16 @@ class Client(BaseClient):
         *,
         timeout: float | None = 30.0,
     ) -> Subscription:
-        """Subscribe to topics, and return once the broker has confirmed the subscription.
+        """Subscribe to topics, and return once the broker has confirmed the
+        subscription.
 
         The client renews the subscription after every reconnect.
 
         Args:
-            pattern: The topics to receive; it may contain wildcards.
-            group: A group of subscribers; each event goes to one member of the group.
-            callback: The function to call for each event, on the client's handler thread.
-            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+            pattern: The topics to receive; it may contain wildcards. group: A group of
+            subscribers; each event goes to one member of the group. callback: The
+            function to call for each event, on the client's handler thread. timeout:
+            Seconds to wait for the broker's confirmation; None for no limit.
 
         Returns:
             The subscription: an iterator of events, unless a callback is given.
@@ -576,7 +612,9 @@ class Client(BaseClient):
             self._calls.add(call)
             if callback is not None:
                 self._for_messages.start()
-            message_id, subscription._entry = self._dialog.subscribe(pattern, group, subscription, call, deadline)
+            message_id, subscription._entry = self._dialog.subscribe(
+                pattern, group, subscription, call, deadline
+            )
             self._queues.add(subscription.queue)
             return message_id
 
@@ -587,7 +625,9 @@ class Client(BaseClient):
             self._forsake_feed(subscription, call)
             raise
 
-    def _begin_feed(self, call: Call, put: Callable[[float | None], int], timeout: float | None) -> None:
+    def _begin_feed(
+        self, call: Call, put: Callable[[float | None], int], timeout: float | None
+    ) -> None:
         """Begin a subscription or a watch, and wait for the broker's confirmation."""
         self._check()
         self._refuse_to_wait()
@@ -598,18 +638,23 @@ class Client(BaseClient):
 
     def _forsake_feed(self, subscription: BaseSubscription[Any], call: Call) -> None:
         """Remove a subscription or watch whose creation an exception has cut short."""
-        self._leave_chore(lambda: self._end_feed_here(subscription, "the subscription was not made"))
+        self._leave_chore(
+            lambda: self._end_feed_here(subscription, "the subscription was not made")
+        )
         self._forsake(call)
 
     def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
-        """Call ``put``, which queues frames, in the I/O thread, once these can be written."""
+        """Call ``put``, which queues frames, in the I/O thread, once these can be
+        written.
+        """
         until = None
         while True:
             try:
                 until = self._wait_until_clear(timeout, until)
                 return self._have_done(put)
             except Disconnected:
-                # The connection was lost between the two calls: the client may reconnect in time.
+                # The connection was lost between the two calls: the client may
+                # reconnect in time.
                 if self.closed or until is None or time.monotonic() >= until:
                     raise
             except BaseException:
@@ -617,14 +662,18 @@ class Client(BaseClient):
                 raise
 
     def _end_feed_here(self, subscription: BaseSubscription[Any], why: str) -> None:
-        """End a subscription or watch and tell the broker; with the lock, in the I/O thread."""
+        """End a subscription or watch and tell the broker; with the lock, in the I/O
+        thread.
+        """
         self._dialog.forget(subscription)
         self._end_feed(subscription.queue, Closed(why))
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._check()
         if self._interrupting():
-            self._leave_chore(lambda: self._end_feed_here(subscription, "the subscription was ended"))
+            self._leave_chore(
+                lambda: self._end_feed_here(subscription, "the subscription was ended")
+            )
             return
         call = Call()
         deadline = _deadline(self._settings.timeout_s)
@@ -632,7 +681,11 @@ class Client(BaseClient):
         def put() -> int | None:
             self._calls.add(call)
             entry: SubscriptionEntry | None = subscription._entry
-            message_id = None if entry is None else self._dialog.unsubscribe(entry, subscription, call, deadline)
+            message_id = (
+                None
+                if entry is None
+                else self._dialog.unsubscribe(entry, subscription, call, deadline)
+            )
             self._end_feed(subscription.queue, Closed("the subscription was ended"))
             return message_id
 
@@ -686,7 +739,9 @@ class Client(BaseClient):
         else:
             self._have_done(lambda: self._end_feed_here(subscription, "the watch was ended"))
 
-    def control(self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
+    def control(
+        self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
+    ) -> dict[str, Any]:
         """Ask the broker for an operation and return its answer.
 
         Args:
@@ -703,7 +758,9 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return cast("dict[str, Any]", self._ask(check_timeout(timeout), self._dialog.control, op, arguments))
+        return cast(
+            "dict[str, Any]", self._ask(check_timeout(timeout), self._dialog.control, op, arguments)
+        )
 
     def clients(self) -> list[ClientInfo]:
         """Return the clients that this client may send to, and whether each is online.
@@ -736,7 +793,9 @@ class Client(BaseClient):
     # The end
 
     def close(self) -> None:
-        """Close the connection and end every thread of the client. A second call does nothing.
+        """Close the connection and end every thread of the client.
+
+        A second call does nothing.
 
         Waiting calls raise Closed. Sent messages are flushed for half a second at most.
         Refusals that follow at once are received for another half a second at most.
@@ -749,7 +808,10 @@ class Client(BaseClient):
             self._leave_chore(self._begin_end)
             return
         # Messages that a signal handler has queued as chores are flushed, too.
-        self._until(lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores), LINGER_S)
+        self._until(
+            lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores),
+            LINGER_S,
+        )
         while True:
             # Repeated if an exception in the I/O thread has cut it short.
             with contextlib.suppress(InDoubt):
@@ -783,7 +845,10 @@ class Client(BaseClient):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -818,12 +883,19 @@ class _Answer:
             if not request.answered:
                 request.reply(result)
             elif result is not None:
-                log().warning("a request of %s had been answered when its handler returned more", request.sender)
+                log().warning(
+                    "a request of %s had been answered when its handler returned more",
+                    request.sender,
+                )
         except (Disconnected, Closed):
-            log().warning("a request of %s could not be answered: the connection is gone", request.sender)
+            log().warning(
+                "a request of %s could not be answered: the connection is gone", request.sender
+            )
 
     def failed(self, request: Message, error: BaseException) -> None:
-        """Log the handler's exception, and tell the requester that its request has failed."""
+        """Log the handler's exception, and tell the requester that its request has
+        failed.
+        """
         log().error("the handler of a request of %s failed", request.sender, exc_info=error)
         with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
             request.fail(f"the handler failed: {type(error).__name__}")
@@ -860,17 +932,19 @@ def connect(
     Once connecting has begun, only the first five errors of the list below are raised.
 
     Args:
-        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after that
+        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after
+        that
             /run/brokerd/brokerd.sock.
-        name: The client's name. The default is $BROKERD_NAME; without it the broker finds
+        name: The client's name. The default is $BROKERD_NAME; without it the broker
+        finds
             the name by the key.
-        key: The client's key. The default is the content of ``key_file``.
-        key_file: The file that holds the key; one trailing newline is removed. The default
+        key: The client's key. The default is the content of ``key_file``. key_file: The
+        file that holds the key; one trailing newline is removed. The default
             is $BROKERD_KEY_FILE.
         timeout: Seconds for connecting, and seconds that a send waits for a connection.
-        reconnect: Whether to connect again after a loss; with False the first loss is final.
-        allow_pickle_from: Names of the clients whose pickles may be read.
-        inbox: Bytes of received messages kept in this process before the client stops
+        reconnect: Whether to connect again after a loss; with False the first loss is
+        final. allow_pickle_from: Names of the clients whose pickles may be read. inbox:
+        Bytes of received messages kept in this process before the client stops
             reading the socket.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.

@@ -1,7 +1,8 @@
 """The threads that run a blocking client's handlers.
 
-A part of the blocking face. The threads hold the client only while a handler runs. No exception of a handler ends a
-thread, not even one that is not an Exception: the messages behind it would never be handled.
+A part of the blocking face. The threads hold the client only while a handler runs. No
+exception of a handler ends a thread, not even one that is not an Exception: the
+messages behind it would never be handled.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class HandlerThreads:
         """Start the threads that are needed."""
         while self.short and self._new_queue.ended is None:
             registered = threading.Event()
-            threading.Thread(target=self._run, args=(registered,), name=self._name, daemon=True).start()
+            threading.Thread(
+                target=self._run, args=(registered,), name=self._name, daemon=True
+            ).start()
             registered.wait()
 
     def begin_wait(self) -> bool:

@@ -25,7 +25,9 @@ T = TypeVar("T")
 class Giver(message.Owner, Protocol):
     """The part of the client that this module needs."""
 
-    def reply(self, message: Message, payload: object, *, codec: str | int | None = None) -> None: ...
+    def reply(
+        self, message: Message, payload: object, *, codec: str | int | None = None
+    ) -> None: ...
 
     def _fail(self, message: Message, text: str, code: str) -> None: ...
 
@@ -115,19 +117,28 @@ class BaseSubscription(Generic[T]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
 class Subscription(BaseSubscription[Message]):
-    """Events whose topic fits ``pattern``; those of a ``group`` are shared among its members.
+    """Events whose topic fits ``pattern``; those of a ``group`` are shared among its
+    members.
 
-    With a callback the events go to it, on the client's handler thread, one after the other.
+    With a callback the events go to it, on the client's handler thread, one after the
+    other.
     """
 
     def __init__(
-        self, client: Giver, pattern: str, group: str | None, callback: Callable[[Message], object] | None
+        self,
+        client: Giver,
+        pattern: str,
+        group: str | None,
+        callback: Callable[[Message], object] | None,
     ) -> None:
         super().__init__(client)
         self.pattern = pattern
@@ -136,7 +147,10 @@ class Subscription(BaseSubscription[Message]):
         self._entry: SubscriptionEntry | None = None
 
     def unsubscribe(self) -> None:
-        """End the subscription. Iterating ends after the events that have arrived already."""
+        """End the subscription.
+
+        Iterating ends after the events that have arrived already.
+        """
         self._client._unsubscribe(self)
 
     close = unsubscribe

@@ -1,8 +1,9 @@
-"""The blocking face's connection over TLS: a Transport whose bytes go through a TlsStream.
+"""The blocking face's connection over TLS: a Transport whose bytes go through a
+TlsStream.
 
-As with a Transport, one thread dials, waits, reads and closes. Any thread may write, one
-at a time. TLS shares its state between both directions, so a lock serializes reading
-and writing.
+As with a Transport, one thread dials, waits, reads and closes. Any thread may write,
+one at a time. TLS shares its state between both directions, so a lock serializes
+reading and writing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The transport of the blocking face: a non-blocking socket, its backlog and a waker.
 
-It knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes. Any
-thread may write or wake, one at a time. :meth:`write` returns the number of bytes that
-the operating system has taken.
+It knows nothing of frames. One thread (the I/O thread) dials, waits, reads and closes.
+Any thread may write or wake, one at a time. :meth:`write` returns the number of bytes
+that the operating system has taken.
 
 An exception, for example of a signal handler, may interrupt a write. The bytes are
 therefore stored in ``backlog`` before they are passed to the system. ``unsure`` tells
@@ -38,14 +38,16 @@ def by_system(error: OSError) -> bool:
 
     A signal handler may raise a TimeoutError, which is an OSError too.
     """
-    return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError))
+    return error.errno is not None or isinstance(
+        error, (TlsError, BlockingIOError, InterruptedError)
+    )
 
 
 class Transport:
     """The connection to one address, one at a time."""
 
-    #: Returns how many bytes the system has taken. Raises OSError if it takes none, at the
-    #: moment or permanently.
+    #: Returns how many bytes the system has taken. Raises OSError if it takes none, at
+    #: the moment or permanently.
     _send: Callable[[bytes | memoryview], int]
 
     def __init__(self, address: Address) -> None:
@@ -55,7 +57,8 @@ class Transport:
         self.backlog: bytes | memoryview = b""
         #: Bytes given to write() on this connection.
         self.given = 0
-        #: Whether a write is in progress, or was interrupted while the system took its bytes.
+        #: Whether a write is in progress, or was interrupted while the system took its
+        #: bytes.
         self.unsure = False
         self.connecting = False
         self._socket: socket.socket | None = None
@@ -65,8 +68,8 @@ class Transport:
         self._mask = 0
         self._silence = Silence()
         self._look_at = 0.0
-        #: Whether the peer vanished without closing. Reading raises an error for it, after
-        #: the bytes that had arrived.
+        #: Whether the peer vanished without closing. Reading raises an error for it,
+        #: after the bytes that had arrived.
         self._vanished = False
         #: Whether the peer sends no more bytes, as found by a wait that does not read.
         self.ended = False
@@ -103,7 +106,8 @@ class Transport:
         """Begin to connect; return whether the connection is made already.
 
         Raises:
-            BlockingIOError: A host's name is being looked up; the I/O thread is woken when
+            BlockingIOError: A host's name is being looked up; the I/O thread is woken
+            when
                 that is done. Or the listener's queue is full at the moment.
             OSError: All candidate addresses have failed.
         """
@@ -128,12 +132,13 @@ class Transport:
         if self._lookup.done:
             lookup, self._lookup = self._lookup, None
             return lookup.result()
-        # A look-up begun by an earlier attempt is used again, so that there is one thread at
-        # most.
+        # A look-up begun by an earlier attempt is used again, so that there is one
+        # thread at most.
         return self._lookup.result()
 
     def connected(self) -> bool:
-        """Return whether the connection is made, or False if the next candidate is being tried.
+        """Return whether the connection is made, or False if the next candidate is
+        being tried.
 
         Raises OSError if all candidate addresses have failed.
         """
@@ -168,10 +173,11 @@ class Transport:
         raise error
 
     def write(self, data: bytes) -> int:
-        """Write as many bytes as possible now, after the backlog; return how many were written.
+        """Write as many bytes as possible now, after the backlog; return how many were
+        written.
 
-        The rest is kept in the backlog. A lost connection takes no bytes. The I/O thread
-        detects the loss, too, and reads the bytes that came before it.
+        The rest is kept in the backlog. A lost connection takes no bytes. The I/O
+        thread detects the loss, too, and reads the bytes that came before it.
         """
         if self.backlog:
             both = b"".join((self.backlog, data))
@@ -186,9 +192,9 @@ class Transport:
         self.backlog = data
         self.given += size
         try:
-            # A loop, because CPython raises a signal handler's exception after a call of
-            # send, when the result is not in a variable yet. It does not raise between a
-            # loop's step and the assignment of its variable.
+            # A loop, because CPython raises a signal handler's exception after a call
+            # of send, when the result is not in a variable yet. It does not raise
+            # between a loop's step and the assignment of its variable.
             for sent in map(self._send, (data,)):
                 if sent == size:
                     self.backlog = b""
@@ -222,7 +228,8 @@ class Transport:
         return sent
 
     def read(self) -> bytes | None:
-        """Return the bytes that have arrived, b"" at the end, or None if there are none yet.
+        """Return the bytes that have arrived, b"" at the end, or None if there are none
+        yet.
 
         Raises OSError if the connection is lost.
         """
@@ -243,10 +250,10 @@ class Transport:
         """Wait for the socket or the waker; return (readable, writable).
 
         Args:
-            timeout: Seconds to wait at most; None for no limit.
-            reading: Whether to wait for input. A wait without it checks whether the peer has
-                ended the connection. The rest of its bytes must then be read, and the socket
-                counts as readable.
+            timeout: Seconds to wait at most; None for no limit. reading: Whether to
+            wait for input. A wait without it checks whether the peer has
+                ended the connection. The rest of its bytes must then be read, and the
+                socket counts as readable.
         """
         timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
@@ -328,9 +335,11 @@ class Transport:
         """Release the locks that an interrupted call of this thread still holds."""
 
     def renew(self) -> None:
-        """Close the connection, whatever its state, after an exception in the I/O thread."""
-        # Each step can be repeated, in case another exception interrupts it. If the socket
-        # stayed open, the broker would refuse the next connection.
+        """Close the connection, whatever its state, after an exception in the I/O
+        thread.
+        """
+        # Each step can be repeated, in case another exception interrupts it. If the
+        # socket stayed open, the broker would refuse the next connection.
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.close()

@@ -4,8 +4,8 @@ A part of the blocking face. It knows nothing of connections, but wakes the I/O 
 when the inbox has room again.
 
 An exception can be raised in a thread at any moment, by a signal handler for example.
-Nothing here needs a lock that such a thread could keep. An interrupted wait loses neither
-an item nor another thread's wake-up.
+Nothing here needs a lock that such a thread could keep. An interrupted wait loses
+neither an item nor another thread's wake-up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def wait_at(lock: threading.Lock, remaining: float | None) -> bool:
 
 
 def by_handler(error: BaseException) -> bool:
-    """Return whether a signal handler raised the error, not a call in the catching function."""
+    """Return whether a signal handler raised the error, not a call in the catching
+    function.
+    """
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
@@ -73,15 +75,15 @@ class Call:
 class Waiters:
     """Threads that wait for a change.
 
-    A thread first enters its gate, then checks whether it has to wait. Only then does it
-    wait at the gate, so that no change is missed.
+    A thread first enters its gate, then checks whether it has to wait. Only then does
+    it wait at the gate, so that no change is missed.
     """
 
     __slots__ = ("_gates",)
 
     def __init__(self) -> None:
-        #: In order of arrival. No operation on it raises an exception of its own, so that a
-        #: signal handler's exception can't be mistaken for one.
+        #: In order of arrival. No operation on it raises an exception of its own, so
+        #: that a signal handler's exception can't be mistaken for one.
         self._gates: dict[threading.Lock, None] = {}
 
     def __bool__(self) -> bool:
@@ -92,7 +94,9 @@ class Waiters:
         self._gates[lock] = None
 
     def leave(self, lock: threading.Lock) -> bool:
-        """Remove the gate; return whether it was still there, so that no wake-up is lost."""
+        """Remove the gate; return whether it was still there, so that no wake-up is
+        lost.
+        """
         return self._gates.pop(lock, 0) is None
 
     def wake(self, count: int | None = None) -> None:
@@ -114,9 +118,19 @@ class WaitQueue(Generic[T]):
             interrupted a call of the client. Nothing can then arrive until it returns.
     """
 
-    __slots__ = ("__weakref__", "_interrupting", "_meter", "_transport", "ended", "inbox", "waiters")
+    __slots__ = (
+        "__weakref__",
+        "_interrupting",
+        "_meter",
+        "_transport",
+        "ended",
+        "inbox",
+        "waiters",
+    )
 
-    def __init__(self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]) -> None:
+    def __init__(
+        self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]
+    ) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
         #: The reason why no more items will arrive; None while they may.
@@ -131,7 +145,9 @@ class WaitQueue(Generic[T]):
         self.waiters.wake(len(items))
 
     def end(self, why: BrokerdError) -> None:
-        """Store the reason why no more items will arrive, and wake every waiting thread."""
+        """Store the reason why no more items will arrive, and wake every waiting
+        thread.
+        """
         if self.ended is None:
             self.ended = why
         self.waiters.wake()
@@ -148,9 +164,9 @@ class WaitQueue(Generic[T]):
         """
         inbox = self.inbox
         try:
-            # A loop, because CPython raises a signal handler's exception after a call of
-            # popleft, which would lose the item. It does not raise between a loop's step
-            # and the assignment of its variable.
+            # A loop, because CPython raises a signal handler's exception after a call
+            # of popleft, which would lose the item. It does not raise between a loop's
+            # step and the assignment of its variable.
             for item in iter(inbox.items.popleft, NOTHING):  # noqa: B007
                 break
         except IndexError as error:
@@ -172,7 +188,9 @@ class WaitQueue(Generic[T]):
 
     def _wait(self, timeout: float | None) -> Any:
         if timeout != 0 and self.ended is None and self._interrupting():
-            raise WouldDeadlock("nothing can arrive while this signal handler holds up a call of the same client")
+            raise WouldDeadlock(
+                "nothing can arrive while this signal handler holds up a call of the same client"
+            )
         item: Any = NOTHING
         mine = gate()
         try:
@@ -192,7 +210,8 @@ class WaitQueue(Generic[T]):
                     if (remaining is not None and remaining <= 0) or not wait_at(mine, remaining):
                         raise TimedOut(f"nothing arrived within {timeout:g} s")
             finally:
-                # A wake-up that this thread does not need is passed on to another thread.
+                # A wake-up that this thread does not need is passed on to another
+                # thread.
                 if not self.waiters.leave(mine) and self.inbox.items:
                     self.waiters.wake(1)
         except BaseException:
@@ -201,7 +220,9 @@ class WaitQueue(Generic[T]):
             raise
 
     def resume_reading(self) -> None:
-        """Wake the I/O thread to check whether the inbox has room; wake it once per check."""
+        """Wake the I/O thread to check whether the inbox has room; wake it once per
+        check.
+        """
         meter = self._meter
         if not meter.asked:
             meter.asked = True

@@ -1,16 +1,19 @@
-"""The direct API: two processes, one connection, a key. A drop-in for ``multiprocessing.connection``.
+"""The direct API: two processes, one connection, a key.
 
-It keeps the documented API of its predecessor ``processing.connection``, old method names
-included. It is compatible with the standard library of every Python. docs/direct-api.md
-says how to use it, and lists the differences from the standard library.
+A drop-in for ``multiprocessing.connection``.
 
-    listener.py    Listener         listening_sockets.py  listening sockets, their files, waking
-    client.py      Client           handshaking.py        pending handshakes, deliver_challenge,
-    stream.py      Connection                             answer_challenge
-    pair.py        Pipe             keys.py               the forms of a key
-    xml.py         XmlListener ...  readiness.py          wait
-    call_lock.py   locks            named_pipes.py        AF_PIPE, on Windows
-    forks.py       resets in a fork
+It keeps the documented API of its predecessor ``processing.connection``, old method
+names included. It is compatible with the standard library of every Python.
+docs/direct-api.md says how to use it, and lists the differences from the standard
+library.
+
+    listener.py    Listener         listening_sockets.py  listening sockets, their
+    files, waking client.py      Client           handshaking.py        pending
+    handshakes, deliver_challenge, stream.py      Connection
+    answer_challenge pair.py        Pipe             keys.py               the forms of
+    a key xml.py         XmlListener ...  readiness.py          wait call_lock.py
+    locks            named_pipes.py        AF_PIPE, on Windows forks.py       resets in
+    a fork
 """
 
 from __future__ import annotations
@@ -26,7 +29,14 @@ from brokerd_client.connection.pair import Pipe
 from brokerd_client.connection.readiness import wait
 from brokerd_client.connection.stream import BadMessageLength, Connection, MessageTooBig
 from brokerd_client.connection.xml import XmlClient, XmlConnection, XmlListener
-from brokerd_client.errors import AuthenticationError, BufferTooShort, Closed, InvalidKey, TimedOut, UndecodablePayload
+from brokerd_client.errors import (
+    AuthenticationError,
+    BufferTooShort,
+    Closed,
+    InvalidKey,
+    TimedOut,
+    UndecodablePayload,
+)
 
 __all__ = [
     "AuthenticationError",

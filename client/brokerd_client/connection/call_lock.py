@@ -2,9 +2,9 @@
 
 ``with turn:`` releases the lock after every exception inside its block. An exception
 between the block's end and the call of ``__exit__`` would leave it held. An exception
-handler around the block closes that gap with :func:`release_if_held`. The lock knows its
-thread. A signal handler's call that interrupts another call is therefore refused, and
-never waits for the call that it interrupts.
+handler around the block closes that gap with :func:`release_if_held`. The lock knows
+its thread. A signal handler's call that interrupts another call is therefore refused,
+and never waits for the call that it interrupts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ class Turn(Protocol):
     def __enter__(self) -> bool: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 
@@ -48,4 +52,6 @@ def refuse_nested_call(act: str) -> NoReturn:
 
     A signal handler can do that, for example.
     """
-    raise RuntimeError(f"nested {act}: this thread is in the middle of another {act} on the same object")
+    raise RuntimeError(
+        f"nested {act}: this thread is in the middle of another {act} on the same object"
+    )

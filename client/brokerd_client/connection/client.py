@@ -8,7 +8,13 @@ import time
 from typing import Any, cast
 
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
-from brokerd_client.connection.handshaking import Negotiation, PeerStream, SocketPeer, described, nonce
+from brokerd_client.connection.handshaking import (
+    Negotiation,
+    PeerStream,
+    SocketPeer,
+    described,
+    nonce,
+)
 from brokerd_client.connection.keys import Key, chosen_key
 from brokerd_client.connection.listening_sockets import no_delay
 from brokerd_client.connection.readiness import deadline_after, shortened
@@ -35,14 +41,14 @@ def Client(  # noqa: N802 - the standard library's name
     max_message: int | None = None,
     allow_md5: bool = True,
 ) -> Connection:
-    """Connect to the listener at ``address``; each side proves to the other that it has the key.
+    """Connect to the listener at ``address``; each side proves to the other that it has
+    the key.
 
     Args:
-        address: The address of the listener.
-        family: By default inferred from the address.
-        authenticate: As for Listener; the third parameter may also be the key.
-        authkey: As for Listener.
-        timeout: Seconds for connecting and the handshake together, without the look-up of
+        address: The address of the listener. family: By default inferred from the
+        address. authenticate: As for Listener; the third parameter may also be the key.
+        authkey: As for Listener. timeout: Seconds for connecting and the handshake
+        together, without the look-up of
             a host's name. None means no limit, but 20 seconds for the challenge of a
             listener that should have a key. math.inf means no limit at all.
         max_message: Largest message that the connection accepts, in bytes.
@@ -89,7 +95,8 @@ def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream
                 sock.connect(address)
                 break
             except BlockingIOError:
-                # With a timeout, connecting to a Unix socket whose queue is full does not wait for room.
+                # With a timeout, connecting to a Unix socket whose queue is full does
+                # not wait for room.
                 time.sleep(min(retry, _remaining(deadline) or 0))
                 retry = min(2 * retry, _RETRY_TO)
             except TimeoutError:
@@ -103,7 +110,9 @@ def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream
         raise
 
 
-def _shake_hands(peer_stream: PeerStream, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool) -> None:
+def _shake_hands(
+    peer_stream: PeerStream, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool
+) -> None:
     conversation = as_dialer(key, nonce(), allow_md5=allow_md5)
     negotiation = Negotiation(peer_stream, conversation, key, address, 0.0)
     listener = f"the listener at {format_peer(address)}"
@@ -115,7 +124,9 @@ def _shake_hands(peer_stream: PeerStream, address: Any, key: bytes, deadline: fl
     except TimedOut:
         seconds = time.monotonic() - began
         if negotiation.heard:
-            raise TimedOut(f"{listener} did not finish the handshake within {seconds:.3g} s") from None
+            raise TimedOut(
+                f"{listener} did not finish the handshake within {seconds:.3g} s"
+            ) from None
         raise TimedOut(f"{listener} said nothing within {seconds:.3g} s: {SILENT}") from None
     except (AuthenticationError, FrameError) as error:
         raise described(error, listener) from error
@@ -124,7 +135,10 @@ def _shake_hands(peer_stream: PeerStream, address: Any, key: bytes, deadline: fl
 
 
 def _remaining(deadline: float | None) -> float | None:
-    """Return the seconds left, or None for no limit. Raises TimedOut if none are left."""
+    """Return the seconds left, or None for no limit.
+
+    Raises TimedOut if none are left.
+    """
     if deadline is None:
         return None
     remaining = deadline - time.monotonic()

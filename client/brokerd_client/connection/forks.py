@@ -1,4 +1,6 @@
-"""Objects that must be reset in a fork: their locks and handshakes belong to the parent."""
+"""Objects that must be reset in a fork: their locks and handshakes belong to the
+parent.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _resettable: Final[weakref.WeakSet[_Resettable]] = weakref.WeakSet()
 
 
 def reset_after_fork(obj: _Resettable) -> None:
-    """Call ``obj._reset_after_fork()`` in every fork of this process, while obj is alive."""
+    """Call ``obj._reset_after_fork()`` in every fork of this process, while obj is
+    alive.
+    """
     _resettable.add(obj)
 
 

@@ -18,9 +18,25 @@ from brokerd_client.connection.stream import Connection, adopted
 from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.handshake import LIMIT, NONCE_SIZE, Handshake, Proof, Send, next_message, unframed
+from brokerd_client.wire.handshake import (
+    LIMIT,
+    NONCE_SIZE,
+    Handshake,
+    Proof,
+    Send,
+    next_message,
+    unframed,
+)
 
-__all__ = ["Negotiation", "PeerStream", "SocketPeer", "answer_challenge", "deliver_challenge", "described", "nonce"]
+__all__ = [
+    "Negotiation",
+    "PeerStream",
+    "SocketPeer",
+    "answer_challenge",
+    "deliver_challenge",
+    "described",
+    "nonce",
+]
 
 
 def nonce() -> bytes:
@@ -34,10 +50,15 @@ class PeerStream(Protocol):
     def fileno(self) -> int: ...
 
     def wait(self, timeout: float | None) -> object:
-        """Wait until the peer has sent bytes or closed, or ``timeout`` seconds have passed."""
+        """Wait until the peer has sent bytes or closed, or ``timeout`` seconds have
+        passed.
+        """
 
     def send_frame(self, body: bytes) -> None:
-        """Send a frame of a handshake at once. Raises OSError if that is not possible."""
+        """Send a frame of a handshake at once.
+
+        Raises OSError if that is not possible.
+        """
 
     def next_frame(self) -> bytes | None:
         """Return a frame of at most LIMIT bytes, or None if it is not complete yet.
@@ -68,14 +89,15 @@ class SocketPeer:
 
     def send_frame(self, body: bytes) -> None:
         data = frame(body)
-        # A handshake sends less than any socket's buffer holds, so sending need not wait.
+        # A handshake sends less than any socket's buffer holds, so sending need not
+        # wait.
         if self._socket.send(data) != len(data):
             raise OSError("the peer's socket takes no more")
 
     def next_frame(self) -> bytes | None:
         try:
-            # Read exactly the missing bytes: the first message may already have arrived,
-            # after the last frame of the handshake.
+            # Read exactly the missing bytes: the first message may already have
+            # arrived, after the last frame of the handshake.
             while missing := self._reader.missing(LIMIT):
                 data = self._socket.recv(missing)
                 if not data:
@@ -99,15 +121,19 @@ class Negotiation:
     """One handshake over one stream.
 
     Args:
-        peer_stream: The stream to the peer.
-        conversation: The generator that makes and checks the frames.
-        key: The key.
-        peer: The peer's address, as the socket module returns it; stored for the caller.
-        deadline: Seconds on the caller's clock; stored for the caller.
+        peer_stream: The stream to the peer. conversation: The generator that makes and
+        checks the frames. key: The key. peer: The peer's address, as the socket module
+        returns it; stored for the caller. deadline: Seconds on the caller's clock;
+        stored for the caller.
     """
 
     def __init__(
-        self, peer_stream: PeerStream, conversation: Handshake, key: bytes, peer: object, deadline: float
+        self,
+        peer_stream: PeerStream,
+        conversation: Handshake,
+        key: bytes,
+        peer: object,
+        deadline: float,
     ) -> None:
         self.peer_stream: Final = peer_stream
         self.peer: Final = peer
@@ -115,13 +141,15 @@ class Negotiation:
         self._conversation = conversation
         self._key = key
         self._step: object = next(conversation)
-        #: True while the conversation moves, and for good where an exception cut that off.
+        #: True while the conversation moves, and for good where an exception cut that
+        #: off.
         self._moving = False
         #: Whether the peer has said anything yet.
         self.heard = False
 
     def advance(self) -> bool:
-        """Advance the handshake with the bytes that have arrived; return whether it succeeded.
+        """Advance the handshake with the bytes that have arrived; return whether it
+        succeeded.
 
         After an unlisted exception the handshake can't continue: bytes may be lost. A
         generator that an exception has left looks like a finished one.
@@ -164,12 +192,15 @@ class _Messages(Protocol):
     def recv_bytes(self, maxlength: int, /) -> bytes: ...
 
 
-#: What each connection's end turned out to be by the first of the two calls below: a listener delivers first.
+#: What each connection's end turned out to be by the first of the two calls below: a
+#: listener delivers first.
 _listening: Final[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
 
 
 def _is_listening(connection: object, first_call_says: bool) -> bool:
-    """Return whether this end is the listener of a handshake whose calls follow the standard library's order."""
+    """Return whether this end is the listener of a handshake whose calls follow the
+    standard library's order.
+    """
     try:
         return _listening.setdefault(connection, first_call_says)
     except TypeError:
@@ -182,8 +213,8 @@ def deliver_challenge(
 ) -> None:
     """Challenge the peer to prove that it knows the key, and send it the result.
 
-    This blocks until the peer has answered. A connection that answered a challenge first
-    is a client's connection; its challenge is marked as a client's.
+    This blocks until the peer has answered. A connection that answered a challenge
+    first is a client's connection; its challenge is marked as a client's.
 
     Args:
         connection: The connection to the peer.
@@ -197,7 +228,11 @@ def deliver_challenge(
     """
     key = key_bytes(authkey)
     random = nonce() if _is_listening(connection, True) else nonce() + handshake.CLIENT_MARK
-    _converse(connection, handshake.deliver_challenge(random, digest=digest_name, allow_md5=allow_md5), key)
+    _converse(
+        connection,
+        handshake.deliver_challenge(random, digest=digest_name, allow_md5=allow_md5),
+        key,
+    )
 
 
 def answer_challenge(connection: _Messages, authkey: Key, *, allow_md5: bool = True) -> None:
@@ -211,7 +246,9 @@ def answer_challenge(connection: _Messages, authkey: Key, *, allow_md5: bool = T
     """
     key = key_bytes(authkey)
     dialing = not _is_listening(connection, False)
-    _converse(connection, handshake.answer_challenge(key, allow_md5=allow_md5, dialing=dialing), key)
+    _converse(
+        connection, handshake.answer_challenge(key, allow_md5=allow_md5, dialing=dialing), key
+    )
 
 
 def _converse(connection: _Messages, conversation: Handshake, key: bytes) -> None:
@@ -234,5 +271,7 @@ def described(error: Exception, peer: str) -> AuthenticationError:
     """Return a readable error that names the peer and the reason of the failure."""
     reason = str(error)
     if isinstance(error, FrameError):
-        reason = f"{reason}: this is no handshake; is it a Listener or Client, with a key on both sides?"
+        reason = (
+            f"{reason}: this is no handshake; is it a Listener or Client, with a key on both sides?"
+        )
     return AuthenticationError(f"{peer}: {reason}")

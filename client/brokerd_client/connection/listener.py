@@ -1,8 +1,9 @@
-"""Listener: accepts authenticated peers one by one, without being blocked by other peers.
+"""Listener: accepts authenticated peers one by one, without being blocked by other
+peers.
 
 It has no background thread. A thread in accept() also advances the handshakes of all
-pending peers. A peer that sends nothing, half a handshake, or garbage therefore delays no
-other peer. Between two calls, peers wait in the system's queue, as they do for the
+pending peers. A peer that sends nothing, half a handshake, or garbage therefore delays
+no other peer. Between two calls, peers wait in the system's queue, as they do for the
 standard library's listener. No handshake's time runs then.
 """
 
@@ -22,7 +23,11 @@ from brokerd_client.connection.call_lock import new_turn, refuse_nested_call
 from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.handshaking import Negotiation, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
-from brokerd_client.connection.listening_sockets import arbitrary_address, default_family, open_server
+from brokerd_client.connection.listening_sockets import (
+    arbitrary_address,
+    default_family,
+    open_server,
+)
 from brokerd_client.connection.readiness import deadline_after
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
@@ -40,22 +45,21 @@ class Listener:
 
     Args:
         address: A (host, port) pair, a path, an abstract name (beginning with NUL) or a
-            pipe's name. None chooses a free address. Only the owner of a socket file can
-            read and write it.
-        family: By default inferred from the address.
-        backlog: Most peers that may wait in the system's queue.
-        authenticate: See docs/direct-api.md; the fourth parameter may also be the key.
-        authkey: See docs/direct-api.md.
-        max_message: Largest message that the connections accept, in bytes; None for any.
-        allow_md5: Whether to accept peers that support only HMAC-MD5 (Python 3.11 and
+            pipe's name. None chooses a free address. Only the owner of a socket file
+            can read and write it.
+        family: By default inferred from the address. backlog: Most peers that may wait
+        in the system's queue. authenticate: See docs/direct-api.md; the fourth
+        parameter may also be the key. authkey: See docs/direct-api.md. max_message:
+        Largest message that the connections accept, in bytes; None for any. allow_md5:
+        Whether to accept peers that support only HMAC-MD5 (Python 3.11 and
             older).
-        handshake_timeout: Seconds that a peer has for its handshake.
-        max_handshakes: Most pending handshakes at once; one more drops the oldest.
-        on_error: The handling of peers that failed to authenticate. ``"raise"``: accept()
-            raises the error if the peer answered wrongly, as processing.connection does.
-            It drops peers that sent nothing, left or sent garbage. ``"skip"``: accept()
-            drops all of them. A callable is called with every error and the peer's address
-            instead; accept() raises its exceptions.
+        handshake_timeout: Seconds that a peer has for its handshake. max_handshakes:
+        Most pending handshakes at once; one more drops the oldest. on_error: The
+        handling of peers that failed to authenticate. ``"raise"``: accept()
+            raises the error if the peer answered wrongly, as processing.connection
+            does. It drops peers that sent nothing, left or sent garbage. ``"skip"``:
+            accept() drops all of them. A callable is called with every error and the
+            peer's address instead; accept() raises its exceptions.
     """
 
     def __init__(
@@ -85,14 +89,16 @@ class Listener:
         self._on_error = on_error
         self._closed = False
         self._last_accepted: Any = None
-        # The thread that holds this lock changes everything below. Reentrant: on_error and
-        # signal handlers may close the listener.
+        # The thread that holds this lock changes everything below. Reentrant: on_error
+        # and signal handlers may close the listener.
         self._turn = new_turn()
         self._negotiations: dict[int, Negotiation] = {}
         self._ready: deque[tuple[Connection, object]] = deque()
         self._errors: deque[AuthenticationError] = deque()
         self._left_at = 0.0
-        self._server = open_server(address or arbitrary_address(family), cast("Family", family), backlog)
+        self._server = open_server(
+            address or arbitrary_address(family), cast("Family", family), backlog
+        )
         self._address = self._server.address
         self._max_handshakes = min(max_handshakes, self._server.most_peers)
         reset_after_fork(self)
@@ -102,13 +108,19 @@ class Listener:
             self._shut()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} at {format_peer(self._address)}{', closed' if self._closed else ''}>"
+        return (
+            f"<{type(self).__name__} at"
+            f" {format_peer(self._address)}{', closed' if self._closed else ''}>"
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -119,15 +131,17 @@ class Listener:
 
     @property
     def last_accepted(self) -> Any:
-        """The address of the last accepted peer; None if it has none, as most Unix sockets."""
+        """The address of the last accepted peer; None if it has none, as most Unix
+        sockets.
+        """
         return self._last_accepted
 
     def accept(self, timeout: float | None = None) -> Connection:
         """Return the next connection, authenticated if there is a key.
 
-        Any number of threads may call this at once. After an unlisted exception, the next
-        call returns a connection that was complete. A peer whose handshake was cut off is
-        disconnected.
+        Any number of threads may call this at once. After an unlisted exception, the
+        next call returns a connection that was complete. A peer whose handshake was cut
+        off is disconnected.
 
         Args:
             timeout: Seconds to wait; None for no limit.
@@ -147,7 +161,9 @@ class Listener:
         deadline = deadline_after(timeout, time.monotonic())
         accepted: tuple[Connection, object] | None = None
         try:
-            if not turn.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+            if not turn.acquire(
+                timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
+            ):
                 raise TimedOut(f"no connection was accepted within {timeout} s")
             self._wait_for_next(deadline, timeout)
             accepted = self._ready[0]
@@ -156,7 +172,8 @@ class Listener:
             turn.release()
             return accepted[0]
         except BaseException as error:
-            # Before anything else, and without a check: a second signal must come later.
+            # Before anything else, and without a check: a second signal must come
+            # later.
             try:  # noqa: SIM105
                 turn.release()
             except RuntimeError:
@@ -193,7 +210,8 @@ class Listener:
         self._errors.clear()
 
     def _reset_after_fork(self) -> None:
-        # Pending peers belong to the parent; closing the copies here does not disconnect them.
+        # Pending peers belong to the parent; closing the copies here does not
+        # disconnect them.
         self._turn = new_turn()
         if not self._closed:
             self._forget_peers()
@@ -211,7 +229,12 @@ class Listener:
             self._resume()
             while not self._next_is_here():
                 self._serve(deadline)
-                if deadline is not None and time.monotonic() >= deadline and not self._ready and not self._errors:
+                if (
+                    deadline is not None
+                    and time.monotonic() >= deadline
+                    and not self._ready
+                    and not self._errors
+                ):
                     raise TimedOut(f"no connection was accepted within {timeout} s")
         finally:
             self._left_at = time.monotonic()
@@ -225,7 +248,9 @@ class Listener:
         return bool(self._ready)
 
     def _serve(self, deadline: float | None) -> None:
-        """Wait once; then accept a peer, advance handshakes, and drop overdue handshakes."""
+        """Wait once; then accept a peer, advance handshakes, and drop overdue
+        handshakes.
+        """
         negotiations = list(self._negotiations.values())
         deadlines = [negotiation.deadline for negotiation in negotiations]
         if deadline is not None:
@@ -261,7 +286,9 @@ class Listener:
             self._ready.append((peer_stream.into_connection(self._max_message), peer))
             return
         if len(self._negotiations) >= self._max_handshakes:
-            self._drop_oldest(f"dropped: more than {self._max_handshakes} peers have not finished the handshake")
+            self._drop_oldest(
+                f"dropped: more than {self._max_handshakes} peers have not finished the handshake"
+            )
         conversation = as_listener(nonce(), allow_md5=self._allow_md5)
         negotiation = Negotiation(
             peer_stream, conversation, self._key, peer, time.monotonic() + self._handshake_timeout
@@ -282,7 +309,9 @@ class Listener:
             negotiation.peer_stream.close()
             raise
         self._negotiations.pop(descriptor, None)
-        self._ready.append((negotiation.peer_stream.into_connection(self._max_message), negotiation.peer))
+        self._ready.append(
+            (negotiation.peer_stream.into_connection(self._max_message), negotiation.peer)
+        )
 
     def _drop_oldest(self, why: str) -> None:
         descriptor, oldest = next(iter(self._negotiations.items()))
@@ -292,7 +321,9 @@ class Listener:
         self._negotiations.pop(descriptor, None)
         negotiation.peer_stream.close()
         peer = format_peer(negotiation.peer)
-        error = described(why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer)
+        error = described(
+            why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer
+        )
         error.__cause__ = why
         if callable(self._on_error):
             self._on_error(error, negotiation.peer or None)

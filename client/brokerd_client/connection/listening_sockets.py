@@ -21,10 +21,21 @@ from brokerd_client.address import Family
 from brokerd_client.connection.handshaking import PeerStream, SocketPeer
 from brokerd_client.connection.readiness import readable
 
-__all__ = ["ServerSocket", "SocketServer", "arbitrary_address", "default_family", "families", "no_delay", "open_server"]
+__all__ = [
+    "ServerSocket",
+    "SocketServer",
+    "arbitrary_address",
+    "default_family",
+    "families",
+    "no_delay",
+    "open_server",
+]
 
-#: The families always tried by who wants all of them; AF_INET6 is served too, where the machine has it.
-families: Final[list[Family]] = ["AF_INET", "AF_PIPE"] if sys.platform == "win32" else ["AF_INET", "AF_UNIX"]
+#: The families always tried by who wants all of them; AF_INET6 is served too, where the
+#: machine has it.
+families: Final[list[Family]] = (
+    ["AF_INET", "AF_PIPE"] if sys.platform == "win32" else ["AF_INET", "AF_UNIX"]
+)
 default_family: Final[Family] = families[-1]
 
 _OWNER_ONLY: Final = 0o600
@@ -37,8 +48,8 @@ def arbitrary_address(family: str) -> Any:
     if family == "AF_INET6":
         return ("::1", 0)
     if family == "AF_UNIX":
-        # The directory is this process's own, has mode 0700 and is removed when the process
-        # ends, so a guessed name does no harm.
+        # The directory is this process's own, has mode 0700 and is removed when the
+        # process ends, so a guessed name does no harm.
         return tempfile.mktemp(prefix="listener-", dir=util.get_temp_dir())  # noqa: S306
     if family == "AF_PIPE":
         return tempfile.mktemp(prefix=rf"\\.\pipe\pyc-{os.getpid()}-", dir="")  # noqa: S306
@@ -55,14 +66,19 @@ class ServerSocket(Protocol):
     def most_peers(self) -> int:
         """The largest number of peer streams that wait() can watch."""
 
-    def wait(self, peer_streams: Collection[PeerStream], timeout: float | None) -> tuple[bool, set[int]]:
+    def wait(
+        self, peer_streams: Collection[PeerStream], timeout: float | None
+    ) -> tuple[bool, set[int]]:
         """Wait for a new peer, for input, for wake(), or for ``timeout`` seconds.
 
-        Returns (whether a peer may have connected, the filenos of the streams with input).
+        Returns (whether a peer may have connected, the filenos of the streams with
+        input).
         """
 
     def take(self) -> tuple[PeerStream, object] | None:
-        """Return the next peer's stream and address; None if it has left. Raises OSError."""
+        """Return the next peer's stream and address; None if it has left. Raises
+        OSError.
+        """
 
     def wake(self) -> None:
         """End a wait. Any thread may call this."""
@@ -107,8 +123,8 @@ class SocketServer:
     def _bind_file(self, address: str | bytes) -> None:
         """Bind a Unix socket that only its owner can connect to, whatever the umask.
 
-        The file gets the socket's own mode, less the umask, so it is never more open. On
-        systems without that feature, no process can connect before listen() either.
+        The file gets the socket's own mode, less the umask, so it is never more open.
+        On systems without that feature, no process can connect before listen() either.
         """
         if os.fsencode(address)[:1] == b"\0":
             self._socket.bind(address)
@@ -119,11 +135,15 @@ class SocketServer:
         self._socket.bind(address)
         path = Path(os.fsdecode(address)).absolute()
         made = path.lstat()
-        self._unlink = util.Finalize(self, _unlink_if_same, args=(path, made.st_dev, made.st_ino), exitpriority=0)
+        self._unlink = util.Finalize(
+            self, _unlink_if_same, args=(path, made.st_dev, made.st_ino), exitpriority=0
+        )
         if stat.S_IMODE(made.st_mode) != _OWNER_ONLY:
             path.chmod(_OWNER_ONLY)
 
-    def wait(self, peer_streams: Collection[PeerStream], timeout: float | None) -> tuple[bool, set[int]]:
+    def wait(
+        self, peer_streams: Collection[PeerStream], timeout: float | None
+    ) -> tuple[bool, set[int]]:
         server, waker = self._socket.fileno(), self._ends[0].fileno()
         if server < 0:
             return False, set()
@@ -139,7 +159,8 @@ class SocketServer:
         try:
             sock, peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            # Another thread or process was faster, or the peer has closed the connection.
+            # Another thread or process was faster, or the peer has closed the
+            # connection.
             return None
         if self._tcp:
             no_delay(sock)
@@ -153,8 +174,8 @@ class SocketServer:
     def close(self) -> None:
         unlink, self._unlink = self._unlink, None
         if unlink is not None:
-            # First, while the open socket still keeps its inode number from being reused. It
-            # does nothing in a process that did not make the file.
+            # First, while the open socket still keeps its inode number from being
+            # reused. It does nothing in a process that did not make the file.
             unlink()
         self._socket.close()
         for end in self._ends:
@@ -175,7 +196,10 @@ def no_delay(sock: socket.socket) -> None:
 
 
 def open_server(address: Any, family: Family, backlog: int) -> ServerSocket:
-    """Return a server socket at the address. Raises OSError, for example if it is in use."""
+    """Return a server socket at the address.
+
+    Raises OSError, for example if it is in use.
+    """
     if sys.platform == "win32" and family == "AF_PIPE":
         from brokerd_client.connection.named_pipes import PipeServer
 

@@ -1,8 +1,8 @@
 """AF_PIPE: connections, handshakes and listening over the named pipes of Windows.
 
-A pipe is in message mode: the system keeps messages whole, so there is no length in front of them. The reading and
-writing itself is the standard library's; what is added is what our socket connections have too. It is imported on
-Windows only.
+A pipe is in message mode: the system keeps messages whole, so there is no length in
+front of them. The reading and writing itself is the standard library's; what is added
+is what our socket connections have too. It is imported on Windows only.
 """
 
 from __future__ import annotations
@@ -34,20 +34,30 @@ if sys.platform == "win32":
     _LOOK_EVERY_MS: Final = 200
 
     class PipeConnection(standard.PipeConnection):
-        """One end of a named pipe: the standard library's, with locks, a maximum message size and the old names."""
+        """One end of a named pipe: the standard library's, with locks, a maximum
+        message size and the old names.
+        """
 
         def __init__(
-            self, handle: int, readable: bool = True, writable: bool = True, *, max_message: int | None = None
+            self,
+            handle: int,
+            readable: bool = True,
+            writable: bool = True,
+            *,
+            max_message: int | None = None,
         ) -> None:
             super().__init__(handle, readable, writable)
             self.max_message: Final = max_message
             self._sending = new_turn()
             self._receiving = new_turn()
-            #: True while a message is received, and for good where an exception cut that off.
+            #: True while a message is received, and for good where an exception cut
+            #: that off.
             self._in_receive = False
 
         def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:
-            """Send as the standard library does, of a buffer with several dimensions too."""
+            """Send as the standard library does, of a buffer with several dimensions
+            too.
+            """
             view = memoryview(buf)
             if view.ndim != 1:
                 view = view.cast("B") if view.nbytes else memoryview(b"")
@@ -74,7 +84,9 @@ if sys.platform == "win32":
                     if self._in_receive:
                         # The rest of a message would be taken for the next one.
                         self.close()
-                        raise OSError("can't receive: the connection was cut off in the middle of a message")
+                        raise OSError(
+                            "can't receive: the connection was cut off in the middle of a message"
+                        )
                     self._in_receive = True
                     received: io.BytesIO = super()._recv_bytes(maxsize)  # type: ignore[misc]
                     self._in_receive = False
@@ -92,7 +104,9 @@ if sys.platform == "win32":
         recvBytesInto = standard.PipeConnection.recv_bytes_into  # noqa: N815
 
     def Pipe(duplex: bool = True) -> tuple[PipeConnection, PipeConnection]:  # noqa: N802 - the standard library's name
-        """Return two connections joined to each other; without ``duplex`` the first receives and the second sends."""
+        """Return two connections joined to each other; without ``duplex`` the first
+        receives and the second sends.
+        """
         one, other = standard.Pipe(duplex)
         return _adopted(one), _adopted(other)
 
@@ -133,7 +147,8 @@ if sys.platform == "win32":
             self.connection.close()
 
     class PipeStream:
-        """One end of a named pipe: messages read in pieces and written whole, until some thread says stop.
+        """One end of a named pipe: messages read in pieces and written whole, until
+        some thread says stop.
 
         This is a ``brokerd_client._common.pipe_bridge.Pipe``.
         """
@@ -142,7 +157,8 @@ if sys.platform == "win32":
             self._handle = handle
             self._lock = threading.Lock()
             self._readable = self._writable = True
-            # What is under way; kept until it is over, for the system writes into their memory.
+            # What is under way; kept until it is over, for the system writes into their
+            # memory.
             self._reading: Any = None
             self._writing: Any = None
 
@@ -156,7 +172,11 @@ if sys.platform == "win32":
                 if error == _winapi.ERROR_OPERATION_ABORTED:
                     raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                 piece = bytes(self._reading.getbuffer())
-                left = _winapi.PeekNamedPipe(self._handle)[1] if error == _winapi.ERROR_MORE_DATA else 0
+                left = (
+                    _winapi.PeekNamedPipe(self._handle)[1]
+                    if error == _winapi.ERROR_MORE_DATA
+                    else 0
+                )
             except BrokenPipeError as error:
                 raise EOFError from error
             return piece, left
@@ -186,7 +206,9 @@ if sys.platform == "win32":
             _winapi.CloseHandle(self._handle)
 
     class PipeServer:
-        """A named pipe that takes connections: one instance of it always waits for the next peer."""
+        """A named pipe that takes connections: one instance of it always waits for the
+        next peer.
+        """
 
         #: Windows waits for 64 handles at once, and some are needed for other things.
         most_peers: Final = 50
@@ -206,7 +228,9 @@ if sys.platform == "win32":
             if hasattr(self, "_rope"):
                 self.close()
 
-        def wait(self, peer_streams: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]:
+        def wait(
+            self, peer_streams: Collection[Any], timeout: float | None
+        ) -> tuple[bool, set[int]]:
             if self._handle is None:
                 return False, set()
             come: list[int] = []
@@ -214,16 +238,23 @@ if sys.platform == "win32":
                 try:
                     self._connecting = _winapi.ConnectNamedPipe(self._handle, overlapped=True)
                 except OSError as error:
-                    # A peer has come, written and gone again already: what it wrote can be read.
+                    # A peer has come, written and gone again already: what it wrote can
+                    # be read.
                     if error.winerror != _winapi.ERROR_NO_DATA:
                         raise
                     return True, set()
             come = [self._connecting.event]
-            waiting = [*come, self._waker_in, *(peer_stream.connection for peer_stream in peer_streams)]
+            waiting = [
+                *come,
+                self._waker_in,
+                *(peer_stream.connection for peer_stream in peer_streams),
+            ]
             ready = standard.wait(waiting, shortened(timeout))
             if self._waker_in in ready:
                 self._waker_in.recv_bytes()
-            return come[0] in ready, {each.fileno() for each in ready if isinstance(each, PipeConnection)}
+            return come[0] in ready, {
+                each.fileno() for each in ready if isinstance(each, PipeConnection)
+            }
 
         def take(self) -> tuple[PipePeer, object] | None:
             handle, connecting = self._handle, self._connecting
@@ -248,7 +279,8 @@ if sys.platform == "win32":
             if connecting is not None:
                 connecting.cancel()
                 with contextlib.suppress(OSError):
-                    # Until this returns the system may still write into the memory of ``connecting``.
+                    # Until this returns the system may still write into the memory of
+                    # ``connecting``.
                     connecting.GetOverlappedResult(True)
             if handle is not None:
                 _winapi.CloseHandle(handle)
@@ -275,7 +307,10 @@ if sys.platform == "win32":
         )
 
     def dial(address: str, deadline: float | None) -> PipePeer:
-        """Return a channel to the pipe. Raises TimedOut, if it is busy until the deadline, and OSError."""
+        """Return a channel to the pipe.
+
+        Raises TimedOut, if it is busy until the deadline, and OSError.
+        """
         while True:
             left_ms = _LOOK_EVERY_MS if deadline is None else (deadline - time.monotonic()) * 1000
             try:
@@ -298,7 +333,9 @@ if sys.platform == "win32":
         _winapi.SetNamedPipeHandleState(handle, _winapi.PIPE_READMODE_MESSAGE, None, None)
         return PipePeer(handle)
 
-    def _rebuild(shared: Any, readable: bool, writable: bool, max_message: int | None) -> PipeConnection:
+    def _rebuild(
+        shared: Any, readable: bool, writable: bool, max_message: int | None
+    ) -> PipeConnection:
         return PipeConnection(shared.detach(), readable, writable, max_message=max_message)
 
     def _reduce(connection: PipeConnection) -> tuple[Any, ...]:

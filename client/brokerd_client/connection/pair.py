@@ -15,7 +15,9 @@ if sys.platform == "win32":
 else:
 
     def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:  # noqa: N802 - the standard library's name
-        """Return two connections joined to each other; without ``duplex`` the first receives and the second sends."""
+        """Return two connections joined to each other; without ``duplex`` the first
+        receives and the second sends.
+        """
         if duplex:
             one, other = socket.socketpair()
             one.settimeout(None)  # there may be a default timeout

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 __all__ = ["deadline_after", "readable", "shortened", "wait"]
 
-#: Most seconds of one system call: poll() counts milliseconds in a C int. A longer wait is
-#: made of several calls, with a check of the clock between them.
+#: Most seconds of one system call: poll() counts milliseconds in a C int. A longer wait
+#: is made of several calls, with a check of the clock between them.
 _LONGEST_WAIT: Final = 1_000_000
 
 
@@ -39,7 +39,8 @@ def shortened(timeout: float | None) -> float | None:
 if sys.platform != "win32":
 
     def readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-        """Wait once; return the descriptors (on Windows, sockets only) that can be read.
+        """Wait once; return the descriptors (on Windows, sockets only) that can be
+        read.
 
         Args:
             descriptors: The descriptors to wait for.
@@ -55,7 +56,8 @@ if sys.platform != "win32":
 else:
 
     def readable(descriptors: Iterable[int], timeout: float | None) -> set[int]:
-        """Wait once; return the descriptors (on Windows, sockets only) that can be read.
+        """Wait once; return the descriptors (on Windows, sockets only) that can be
+        read.
 
         Args:
             descriptors: The descriptors to wait for.
@@ -68,7 +70,9 @@ if sys.platform == "win32":
     from multiprocessing.connection import wait as _wait_for_handles
 
     def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
-        """Return the objects that are ready: connections, sockets, handles; [] at the timeout."""
+        """Return the objects that are ready: connections, sockets, handles; [] at the
+        timeout.
+        """
         objects = list(object_list)
         deadline = deadline_after(timeout, time.monotonic())
         while True:
@@ -83,7 +87,8 @@ else:
 
         Args:
             object_list: Connections, sockets, file descriptors or process sentinels.
-            timeout: Seconds to wait. None and math.inf mean no limit; a negative time does
+            timeout: Seconds to wait. None and math.inf mean no limit; a negative time
+            does
                 not wait.
 
         Returns:
@@ -92,7 +97,11 @@ else:
         objects = [(obj if isinstance(obj, int) else obj.fileno(), obj) for obj in object_list]
         descriptors = [descriptor for descriptor, _ in objects]
         # A connection may hold a message that the system does not know any more.
-        holding = {descriptor for descriptor, obj in objects if getattr(obj, "_holds_message", False) is True}
+        holding = {
+            descriptor
+            for descriptor, obj in objects
+            if getattr(obj, "_holds_message", False) is True
+        }
         if holding:
             timeout = 0
         deadline = deadline_after(timeout, time.monotonic())

@@ -2,17 +2,21 @@
 
 A message is a frame (docs/protocol.md, "Frame"); an object sent is a pickle in a frame.
 No byte is read beyond the requested message. The next user of the descriptor, such as a
-child process or :func:`wait`, therefore finds all later messages. Source of the behaviour:
-CPython, Lib/multiprocessing/connection.py, ``_ConnectionBase`` and ``Connection``.
+child process or :func:`wait`, therefore finds all later messages. Source of the
+behaviour: CPython, Lib/multiprocessing/connection.py, ``_ConnectionBase`` and
+``Connection``.
 
-Beyond that, several threads may send, and several may receive. A message announced above
-``max_message`` is refused before memory is allocated for it. Lengths that no frame can have
-are refused. After a frame was cut off, its direction is never used again.
+Beyond that, several threads may send, and several may receive. A message announced
+above ``max_message`` is refused before memory is allocated for it. Lengths that no
+frame can have are refused. After a frame was cut off, its direction is never used
+again.
 
-An exception may come at any bytecode: from a signal handler, or set by another thread. Received bytes are stored by the
-C call that reads them, before the interpreter can look for signals: ``list.extend(map(read, ...))``. They stay in the
-connection until the message is returned, so an interrupted receive goes on with the same message. Sent bytes can't be
-counted as cheaply: an interrupted send ends the sending, unless the system had refused to begin.
+An exception may come at any bytecode: from a signal handler, or set by another thread.
+Received bytes are stored by the C call that reads them, before the interpreter can look
+for signals: ``list.extend(map(read, ...))``. They stay in the connection until the
+message is returned, so an interrupted receive goes on with the same message. Sent bytes
+can't be counted as cheaply: an interrupted send ends the sending, unless the system had
+refused to begin.
 """
 
 from __future__ import annotations
@@ -39,9 +43,11 @@ if sys.platform == "win32":
 
 __all__ = ["BadMessageLength", "Connection", "MessageTooBig", "adopted"]
 
-#: Up to this many bytes a header is joined to its body: copying is cheaper than a second buffer.
+#: Up to this many bytes a header is joined to its body: copying is cheaper than a
+#: second buffer.
 _JOIN_UP_TO: Final = 16384
-#: Asked of the kernel at once: a fresh buffer of this size is cheap, one of a whole large message is not.
+#: Asked of the kernel at once: a fresh buffer of this size is cheap, one of a whole
+#: large message is not.
 _READ_AT_ONCE: Final = 256 * 1024
 
 _NOTHING: Final = memoryview(b"")
@@ -60,18 +66,25 @@ Buffer: TypeAlias = Any  # bytes-like; collections.abc.Buffer is Python 3.12's
 
 
 class MessageTooBig(FrameTooBig, OSError):
-    """The peer announced a message above the limit; nothing of it was read. An OSError, as the standard library's."""
+    """The peer announced a message above the limit; nothing of it was read. An OSError,
+    as the standard library's.
+    """
 
 
 class BadMessageLength(BadLength, OSError):
-    """The peer announced a length that no message can have. An OSError, as the standard library's."""
+    """The peer announced a length that no message can have.
+
+    An OSError, as the standard library's.
+    """
 
 
 class Connection:
-    """One end of a connection, over a file descriptor (on Windows a socket handle) that it owns.
+    """One end of a connection, over a file descriptor (on Windows a socket handle) that
+    it owns.
 
-    handle: an open, blocking descriptor. readable, writable: what may be done with it; at least one.
-    max_message: largest message that recv and its kin accept, in bytes; None for any.
+    handle: an open, blocking descriptor. readable, writable: what may be done with it;
+    at least one. max_message: largest message that recv and its kin accept, in bytes;
+    None for any.
     """
 
     __slots__ = (
@@ -90,7 +103,12 @@ class Connection:
     )
 
     def __init__(
-        self, handle: int, readable: bool = True, writable: bool = True, *, max_message: int | None = None
+        self,
+        handle: int,
+        readable: bool = True,
+        writable: bool = True,
+        *,
+        max_message: int | None = None,
     ) -> None:
         self._handle: int | None = None
         descriptor = handle.__index__()
@@ -103,19 +121,24 @@ class Connection:
         self._prepare(descriptor, readable, writable, max_message)
         self._handle = descriptor
 
-    def _prepare(self, descriptor: int, readable: bool, writable: bool, max_message: int | None) -> None:
+    def _prepare(
+        self, descriptor: int, readable: bool, writable: bool, max_message: int | None
+    ) -> None:
         """Set all attributes but the handle; without it this object owns nothing yet."""
         self._readable = readable
         self._writable = writable
         self._max_message = max_message
         self._sending: Turn = new_turn()
         self._receiving: Turn = new_turn()
-        #: Bytes of the message under way: its length field and what followed it, in pieces; or one pair of its size and
-        #: a BytesIO with its body so far. It is replaced, not emptied, when the message is returned.
+        #: Bytes of the message under way: its length field and what followed it, in
+        #: pieces; or one pair of its size and a BytesIO with its body so far. It is
+        #: replaced, not emptied, when the message is returned.
         self._got: list[Any] = []
-        #: Messages, as in ``_got``, that were complete when an exception kept them from being returned.
+        #: Messages, as in ``_got``, that were complete when an exception kept them from
+        #: being returned.
         self._kept: list[list[Any]] = []
-        #: True while a body goes directly into a caller's buffer, and True for good if that was cut off.
+        #: True while a body goes directly into a caller's buffer, and True for good if
+        #: that was cut off.
         self._in_direct_read = False
         #: True while a message is written, and True for good if that was cut off.
         self._in_write = False
@@ -133,14 +156,18 @@ class Connection:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a connection is pickled only to be handed to a process: by Process(args=...) or Connection.send"
+            "a connection is pickled only to be handed to a process: by Process(args=...) or"
+            " Connection.send"
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -178,7 +205,10 @@ class Connection:
         return self._max_message
 
     def fileno(self) -> int:
-        """Return the file descriptor, or the socket handle on Windows. Raises Closed."""
+        """Return the file descriptor, or the socket handle on Windows.
+
+        Raises Closed.
+        """
         if self._handle is None:
             raise Closed("handle is closed")
         return self._handle
@@ -192,14 +222,17 @@ class Connection:
     # Sending.
 
     def send(self, obj: object) -> None:
-        """Send an object as a pickle; it may itself hold connections. Raises Closed, or OSError as the system does."""
+        """Send an object as a pickle; it may itself hold connections. Raises Closed, or
+        OSError as the system does.
+        """
         handle = self._handle
         if handle is None or not self._writable:
             self._refuse_to("send")
         self._send_body(_pickled(obj))
 
     def send_bytes(self, buf: Buffer, offset: int = 0, size: int | None = None) -> None:
-        """Send ``size`` bytes of a bytes-like object from ``offset`` on, all that follow by default, as one message.
+        """Send ``size`` bytes of a bytes-like object from ``offset`` on, all that
+        follow by default, as one message.
 
         Raises ValueError where they are not all inside the buffer, else as send.
         """
@@ -214,7 +247,8 @@ class Connection:
     def _send_body(self, body: memoryview) -> None:
         size = len(body)
         if size <= _JOIN_UP_TO:
-            # One write for all: neither Nagle's algorithm nor another thread comes between header and body.
+            # One write for all: neither Nagle's algorithm nor another thread comes
+            # between header and body.
             head = _pack_length(size) + body
             body = _NOTHING
         else:
@@ -245,8 +279,9 @@ class Connection:
                 sent = -1
         except BaseException as error:
             release_if_held(turn)
-            # The system itself refused the first write: nothing has left. After any other exception the peer may have
-            # half a frame, and would take the next one for its end.
+            # The system itself refused the first write: nothing has left. After any
+            # other exception the peer may have half a frame, and would take the next
+            # one for its end.
             if not sent and isinstance(error, OSError) and error.errno and _raised_here(error):
                 self._in_write = False
             elif sent >= 0:
@@ -259,18 +294,19 @@ class Connection:
     def recv(self) -> Any:
         """Return the next object. Raises the same errors as recv_bytes.
 
-        Unpickling runs code that the peer chooses. Call this only if the peer has proved
-        that it knows the key.
+        Unpickling runs code that the peer chooses. Call this only if the peer has
+        proved that it knows the key.
         """
         return _unpickled(self.recv_bytes())
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Return the next message.
 
-        maxlength: refuse a longer one, as ``max_message`` does for all.
-        Raises EOFError: the peer closed its end and nothing is left. MessageTooBig, BadMessageLength: both are
-        OSErrors, and nothing more can be received. OSError: the peer went in the middle of a message.
-        After any other exception the next call returns the message that this call would have returned.
+        maxlength: refuse a longer one, as ``max_message`` does for all. Raises
+        EOFError: the peer closed its end and nothing is left. MessageTooBig,
+        BadMessageLength: both are OSErrors, and nothing more can be received. OSError:
+        the peer went in the middle of a message. After any other exception the next
+        call returns the message that this call would have returned.
         """
         limit = self._max_message
         if maxlength is not None:
@@ -304,7 +340,8 @@ class Connection:
             raise
 
     def recv_bytes_into(self, buf: Buffer, offset: int = 0) -> int:
-        """Put the next message into a writable bytes-like object, ``offset`` bytes in; return its size in bytes.
+        """Put the next message into a writable bytes-like object, ``offset`` bytes in;
+        return its size in bytes.
 
         Raises BufferTooShort, whose args[0] is the whole message, and as recv_bytes.
         """
@@ -323,7 +360,12 @@ class Connection:
                 if offset > len(target):
                     raise ValueError("offset too large")
                 with turn:
-                    if self._handle is None or not self._readable or self._in_direct_read or self._kept:
+                    if (
+                        self._handle is None
+                        or not self._readable
+                        or self._in_direct_read
+                        or self._kept
+                    ):
                         self._begin_receive()
                     got = self._got
                     size = self._read_size(got, self._max_message)
@@ -350,8 +392,8 @@ class Connection:
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Return whether a message can be received, or the peer is gone.
 
-        This waits up to ``timeout`` seconds. None means no limit; a negative time does not
-        wait.
+        This waits up to ``timeout`` seconds. None means no limit; a negative time does
+        not wait.
         """
         if self._handle is None or not self._readable:
             self._refuse_to("receive")
@@ -359,7 +401,9 @@ class Connection:
 
     @property
     def _holds_message(self) -> bool:
-        """Whether a message, or the end, is here already: an exception kept an earlier call from returning it."""
+        """Whether a message, or the end, is here already: an exception kept an earlier
+        call from returning it.
+        """
         if self._kept:
             return True
         got = self._got
@@ -376,13 +420,16 @@ class Connection:
         return not got[-1] or (span is not None and sum(span) <= len(data))
 
     def _begin_receive(self) -> None:
-        """Refuse to receive where that is impossible; else go on with a message that was kept, if there is one."""
+        """Refuse to receive where that is impossible; else go on with a message that
+        was kept, if there is one.
+        """
         if self._in_direct_read:
             self._in_direct_read = False
             self._cut_off()
         if self._handle is None or not self._readable:
             self._refuse_to("receive")
-        # The order of these steps: an exception between two of them loses nothing, and repeats nothing.
+        # The order of these steps: an exception between two of them loses nothing, and
+        # repeats nothing.
         if not self._got:
             self._got = self._kept[0]
         if self._got is self._kept[0]:
@@ -391,7 +438,8 @@ class Connection:
     def _interrupted(self, got: list[Any], rest: list[Any] | None, error: BaseException) -> None:
         """Keep the message of a receive that ended in an exception.
 
-        got: the message under way, or an empty list. rest: what has replaced it in ``_got``, None for nothing.
+        got: the message under way, or an empty list. rest: what has replaced it in
+        ``_got``, None for nothing.
         """
         release_if_held(self._receiving)
         if rest is not None and self._got is not got and not isinstance(error, BufferTooShort):
@@ -399,12 +447,16 @@ class Connection:
         self._raise_if_closed(error, "receive")
 
     def _raise_if_closed(self, error: BaseException, act: str) -> None:
-        """Raise Closed for the system's error about a descriptor that was closed meanwhile."""
+        """Raise Closed for the system's error about a descriptor that was closed
+        meanwhile.
+        """
         if self._handle is None and isinstance(error, OSError) and error.errno == errno.EBADF:
             raise Closed(f"handle was closed during {act}") from error
 
     def _read_size(self, got: list[Any], limit: int | None) -> int:
-        """Return the size of the message under way, having read its length field and nothing more."""
+        """Return the size of the message under way, having read its length field and
+        nothing more.
+        """
         take = self._take
         if not got:
             got.extend(map(take, _LENGTH_FIELD))
@@ -422,7 +474,9 @@ class Connection:
                     break
                 if not got[-1]:
                     self._end(got, begun)
-                missing = (LENGTH.size if len(begun) < LENGTH.size else LONG_LENGTH.size) - len(begun)
+                missing = (LENGTH.size if len(begun) < LENGTH.size else LONG_LENGTH.size) - len(
+                    begun
+                )
                 got.extend(map(take, (missing,)))
                 begun = b"".join(got)
             size = span[1]
@@ -432,7 +486,10 @@ class Connection:
         return int(size)
 
     def _read_on(self, got: list[Any], limit: int | None) -> bytes:
-        """Return the body of the message under way, as far as it was read before or not. Memory grows with what comes.
+        """Return the body of the message under way, as far as it was read before or
+        not.
+
+        Memory grows with what comes.
 
         All of it stays in ``got``.
         """
@@ -463,7 +520,9 @@ class Connection:
         raise OSError("got end of file during message")
 
     def _read_into(self, got: list[Any], place: memoryview, rest: list[Any]) -> None:
-        """Read the body of the message under way, of which nothing was read yet, and replace ``got`` by ``rest``."""
+        """Read the body of the message under way, of which nothing was read yet, and
+        replace ``got`` by ``rest``.
+        """
         handle, size = self.fileno(), len(place)
         counts: list[int] = []
         try:
@@ -493,14 +552,19 @@ class Connection:
             self.close()
 
     def _check_between_messages(self) -> None:
-        """Raise OSError if another process could not go on with the descriptor: a part of a message is here."""
+        """Raise OSError if another process could not go on with the descriptor: a part
+        of a message is here.
+        """
         if self._got or self._kept or self._in_direct_read or self._in_write:
             raise OSError("can't hand over a connection in the middle of a message")
 
     def _refuse_to(self, act: str) -> NoReturn:
         if self._handle is None:
             raise Closed("handle is closed")
-        raise OSError(f"can't {act}: the connection is {'read' if act == 'send' else 'write'}-only or was cut off")
+        raise OSError(
+            f"can't {act}: the connection is {'read' if act == 'send' else 'write'}-only or was"
+            " cut off"
+        )
 
     # The forerunner's names.
 
@@ -510,14 +574,18 @@ class Connection:
 
 
 def _copied(view: memoryview, come: int, size: int) -> tuple[int, io.BytesIO]:
-    """Return, as kept in ``Connection._got``, a message of that size of which so many bytes have come."""
+    """Return, as kept in ``Connection._got``, a message of that size of which so many
+    bytes have come.
+    """
     collected = io.BytesIO()
     collected.write(view[:come])
     return size, collected
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Return whether a C function raised the error, and not a signal handler that it ran."""
+    """Return whether a C function raised the error, and not a signal handler that it
+    ran.
+    """
     traceback = error.__traceback__
     return traceback is not None and traceback.tb_next is None
 
@@ -535,7 +603,8 @@ def _flattened(view: memoryview) -> memoryview:
 def adopted(sock: socket.socket, *, max_message: int | None = None) -> Connection:
     """Return a connection that owns what the socket owned, which is closed now.
 
-    The descriptor changes its owner in one C call, so that an exception can't come while it has none.
+    The descriptor changes its owner in one C call, so that an exception can't come
+    while it has none.
     """
     connection = Connection.__new__(Connection)
     connection._handle = None
@@ -592,7 +661,9 @@ else:
 if sys.platform == "win32":
     from multiprocessing import resource_sharer
 
-    def _rebuild(shared: Any, readable: bool, writable: bool, max_message: int | None) -> Connection:
+    def _rebuild(
+        shared: Any, readable: bool, writable: bool, max_message: int | None
+    ) -> Connection:
         return Connection(shared.detach().detach(), readable, writable, max_message=max_message)
 
     def _reduce(connection: Connection) -> tuple[Any, ...]:
@@ -603,7 +674,9 @@ if sys.platform == "win32":
 
 else:
 
-    def _rebuild(shared: Any, readable: bool, writable: bool, max_message: int | None) -> Connection:
+    def _rebuild(
+        shared: Any, readable: bool, writable: bool, max_message: int | None
+    ) -> Connection:
         return Connection(shared.detach(), readable, writable, max_message=max_message)
 
     def _reduce(connection: Connection) -> tuple[Any, ...]:

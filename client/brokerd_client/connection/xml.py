@@ -1,6 +1,7 @@
 """XmlListener and XmlClient: objects travel as XML-RPC values, not as pickles.
 
-What can be sent is less (numbers, text, lists, dictionaries, None), and receiving it runs nothing the peer says.
+What can be sent is less (numbers, text, lists, dictionaries, None), and receiving it
+runs nothing the peer says.
 """
 
 from __future__ import annotations
@@ -31,13 +32,19 @@ class XmlConnection:
         return self
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._connection.close()
 
     def send(self, obj: Any) -> None:
-        """Send an object. Raises TypeError or OverflowError where XML-RPC has no such value."""
-        # Here, not above: it brings the whole of http and ssl, which those who send no XML need not wait for.
+        """Send an object. Raises TypeError or OverflowError where XML-RPC has no such
+        value.
+        """
+        # Here, not above: it brings the whole of http and ssl, which those who send no
+        # XML need not wait for.
         import xmlrpc.client
 
         self._connection.send_bytes(xmlrpc.client.dumps((obj,), allow_none=True).encode())
@@ -45,8 +52,8 @@ class XmlConnection:
     def recv(self) -> Any:
         """Return the next object.
 
-        Raises UndecodablePayload: the message is not one value of XML-RPC; the connection goes on with the next one.
-        Else as Connection.recv_bytes.
+        Raises UndecodablePayload: the message is not one value of XML-RPC; the
+        connection goes on with the next one. Else as Connection.recv_bytes.
         """
         return _decoded(self._connection.recv_bytes())
 
@@ -57,13 +64,16 @@ def _decoded(data: bytes) -> Any:
 
     if b"<!DOCTYPE" in data:
         # XML-RPC needs none. Entities declared in one could grow to gigabytes.
-        raise UndecodablePayload("the message declares a document type, as no value of XML-RPC does")
+        raise UndecodablePayload(
+            "the message declares a document type, as no value of XML-RPC does"
+        )
     try:
         values, method = xmlrpc.client.loads(data.decode())
         if method is not None:
             raise ValueError("a method call")
         (obj,) = values
-    # What the standard library's parser raises for XML of strange forms; none of it is an OSError.
+    # What the standard library's parser raises for XML of strange forms; none of it is
+    # an OSError.
     except (
         xml.parsers.expat.ExpatError,
         xmlrpc.client.Error,

@@ -1,7 +1,7 @@
 """Encoding of messages that are sent together. No I/O.
 
-All recipients are checked and all payloads encoded before any message is queued. For the
-usual bulk, bytes for a few recipients, no line of Python runs per message.
+All recipients are checked and all payloads encoded before any message is queued. For
+the usual bulk, bytes for a few recipients, no line of Python runs per message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _known_address: Final = lru_cache(4096)(check_address)
 
 
 def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Bulk:
-    """Return the (to, payload) pairs as a bulk. codec: for all of them, as in codec.encode.
+    """Return the (to, payload) pairs as a bulk.
+
+    codec: for all of them, as in codec.encode.
 
     Raises PayloadError or InvalidName for the first pair that is not valid.
     """

@@ -1,8 +1,8 @@
 """Decoding of frames from the bytes of one connection. No I/O.
 
 Rules: docs/protocol.md, "The header". Ordinary frames are read in place; wire.envelope
-checks the others. A busy sender's frames often come in a run of one size. One struct then
-reads the fields of each frame, at half of the cost of a single frame.
+checks the others. A busy sender's frames often come in a run of one size. One struct
+then reads the fields of each frame, at half of the cost of a single frame.
 
 A frame that is unreadable, or longer than this client accepts, is skipped and reported.
 The connection can continue as long as the lengths of the frames are valid.
@@ -29,15 +29,17 @@ M = TypeVar("M", bound=Message)
 
 #: Length and header of a frame, at once.
 _PREFIX: Final = struct.Struct("!iBBBBQ")
-#: Longest frame that is skipped, in bytes. A longer length is an error that ends the connection.
+#: Longest frame that is skipped, in bytes. A longer length is an error that ends the
+#: connection.
 MAX_FRAME: Final = 2**32
 #: Most bytes of a frame before its payload: header, name, topic, extension.
 HEAD: Final = HEADER.size + 255 + 1 + 255 + 2 + 0xFFFF
 #: Bytes. The payload of a longer frame that comes in pieces gets a buffer of its own,
 #: and is not copied when it is complete.
 _LARGE: Final = 2 * HEAD
-#: Messages of one size in a row after which a run is tried, and the fewest further messages in it.
-#: Larger messages than the second limit, in bytes, are never read as a run.
+#: Messages of one size in a row after which a run is tried, and the fewest further
+#: messages in it. Larger messages than the second limit, in bytes, are never read as a
+#: run.
 _RUN: Final = 4
 _RUN_MAX_SIZE: Final = 4096
 
@@ -57,15 +59,16 @@ class Unreadable(NamedTuple):
     name: str
 
 
-#: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or EVENT
-#: is passed as a message.
+#: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or
+#: EVENT is passed as a message.
 Other: TypeAlias = Callable[[M | Envelope | Unreadable], None]
 
 
 class _Large:
     """A large frame that comes in pieces.
 
-    payload: None if the frame is skipped. size: bytes of the frame. missing: bytes still to come.
+    payload: None if the frame is skipped. size: bytes of the frame. missing: bytes
+    still to come.
     """
 
     __slots__ = ("envelope", "missing", "payload", "size")
@@ -80,10 +83,20 @@ class _Large:
 class Incoming(Generic[M]):
     """The decoder for a client's successive connections.
 
-    message: the class of received messages. largest: longest accepted payload, in bytes.
+    message: the class of received messages. largest: longest accepted payload, in
+    bytes.
     """
 
-    __slots__ = ("_extra", "_large", "_message", "_most", "_partial", "_runs", "_senders", "_topics")
+    __slots__ = (
+        "_extra",
+        "_large",
+        "_message",
+        "_most",
+        "_partial",
+        "_runs",
+        "_senders",
+        "_topics",
+    )
 
     def __init__(self, message: type[M], largest: int) -> None:
         self._message = message
@@ -91,7 +104,8 @@ class Incoming(Generic[M]):
         #: The first bytes of a frame that is not complete yet.
         self._partial = bytearray()
         self._large: _Large | None = None
-        #: Memory that the extensions of the last frames cost beyond their length, in bytes.
+        #: Memory that the extensions of the last frames cost beyond their length, in
+        #: bytes.
         self._extra = 0
         #: Checked names and topics, by their bytes on the wire.
         self._senders: dict[bytes, str] = {}
@@ -106,15 +120,24 @@ class Incoming(Generic[M]):
     def read(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
         """Decode every complete frame; keep an incomplete one for the next call.
 
-        MESSAGE and REQUEST are added to ``messages``. They stay there if a later frame raises
-        RemoteError. Return the approximate number of bytes of the frames.
+        MESSAGE and REQUEST are added to ``messages``. They stay there if a later frame
+        raises RemoteError. Return the approximate number of bytes of the frames.
         """
         self._extra = 0
         position, end, size_before = 0, len(data), 0
         if self._partial or self._large is not None:
-            size_before = len(self._partial) if self._large is None else self._large.size - self._large.missing
+            size_before = (
+                len(self._partial)
+                if self._large is None
+                else self._large.size - self._large.missing
+            )
             position = self._complete(data, owner, messages, other)
-        unpack, senders, message_class, append = _PREFIX.unpack_from, self._senders, self._message, messages.append
+        unpack, senders, message_class, append = (
+            _PREFIX.unpack_from,
+            self._senders,
+            self._message,
+            messages.append,
+        )
         size_of_last = in_a_row = 0
         while position < end:
             if end - position >= 16:
@@ -128,7 +151,9 @@ class Incoming(Generic[M]):
                     if sender is None:
                         sender = self._sender(raw)
                     if sender:
-                        message = message_class(kind, message_id, sender, codec, data[body:stop], owner)
+                        message = message_class(
+                            kind, message_id, sender, codec, data[body:stop], owner
+                        )
                         position = stop
                         if kind >= _REPLY_KIND:
                             other(message)
@@ -148,7 +173,9 @@ class Incoming(Generic[M]):
                     sender = senders.get(raw) or self._sender(raw)
                     about = self._topics.get(topic) or self._topic(topic)
                     if first <= stop and sender and about:
-                        message = message_class(kind, message_id, sender, codec, data[first:stop], owner, about)
+                        message = message_class(
+                            kind, message_id, sender, codec, data[first:stop], owner, about
+                        )
                         position = stop
                         other(message)
                         continue
@@ -175,8 +202,9 @@ class Incoming(Generic[M]):
     def _run(self, data: bytes, last: int, position: int, owner: Owner, messages: list[M]) -> int:
         """Decode the run of frames from ``position`` on; return where the run ends.
 
-        The frame at ``last`` is an ordinary MESSAGE or REQUEST. The frames of the run have the
-        same length, kind, flags, codec and name length, so they are ordinary too.
+        The frame at ``last`` is an ordinary MESSAGE or REQUEST. The frames of the run
+        have the same length, kind, flags, codec and name length, so they are ordinary
+        too.
         """
         size, kind, _, codec, name_size, _ = _PREFIX.unpack_from(data, last)
         step = position - last
@@ -193,7 +221,9 @@ class Incoming(Generic[M]):
         message_class, append, before = self._message, messages.append, len(messages)
         new = message_class.__new__
         raw, sender = None, ""
-        for begun, message_id, name, body in fields.iter_unpack(memoryview(data)[position : position + count * step]):
+        for begun, message_id, name, body in fields.iter_unpack(
+            memoryview(data)[position : position + count * step]
+        ):
             if begun != start:
                 break
             if name != raw:
@@ -215,9 +245,11 @@ class Incoming(Generic[M]):
         return position + (len(messages) - before) * step
 
     def _complete(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
-        """Continue an incomplete frame with ``data``; return how many bytes of ``data`` it took.
+        """Continue an incomplete frame with ``data``; return how many bytes of ``data``
+        it took.
 
-        Only the frame's missing bytes are added: joining whole reads would copy every byte twice.
+        Only the frame's missing bytes are added: joining whole reads would copy every
+        byte twice.
         """
         if self._large is not None:
             return self._collect(self._large, data, owner, messages, other)
@@ -243,16 +275,22 @@ class Incoming(Generic[M]):
         if large:
             begun = self._large = self._begin(partial, first, size, len(partial), other)
             if begun is not None:
-                position += self._collect(begun, memoryview(data)[position:], owner, messages, other)
+                position += self._collect(
+                    begun, memoryview(data)[position:], owner, messages, other
+                )
             return position
         with memoryview(partial) as view, view[first:] as body:
             self._on_frame(body, owner, messages, other)
         return position
 
-    def _begin(self, data: bytes | bytearray, first: int, size: int, end: int, other: Other[M]) -> _Large | None:
-        """Begin a large frame whose body starts at ``first``; its header has to be complete.
+    def _begin(
+        self, data: bytes | bytearray, first: int, size: int, end: int, other: Other[M]
+    ) -> _Large | None:
+        """Begin a large frame whose body starts at ``first``; its header has to be
+        complete.
 
-        Return the frame, or None if it is complete. Only a skipped frame can be complete here.
+        Return the frame, or None if it is complete. Only a skipped frame can be
+        complete here.
         """
         stop = min(first + size, end)
         with memoryview(data) as view, view[first:stop] as body:
@@ -281,7 +319,12 @@ class Incoming(Generic[M]):
         other(Unreadable(error, envelope.kind, envelope.id, envelope.name))
 
     def _collect(
-        self, large: _Large, data: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]
+        self,
+        large: _Large,
+        data: bytes | memoryview,
+        owner: Owner,
+        messages: list[M],
+        other: Other[M],
     ) -> int:
         """Add bytes of ``data`` to the large frame; return how many bytes it took."""
         taken = min(large.missing, len(data))
@@ -314,7 +357,9 @@ class Incoming(Generic[M]):
         remember(self._topics, raw, text)
         return text
 
-    def _on_frame(self, body: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]) -> None:
+    def _on_frame(
+        self, body: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]
+    ) -> None:
         """Decode a frame that is not ordinary, or came in pieces."""
         envelope, start = self._split(body, other)
         if envelope is not None:
@@ -353,7 +398,9 @@ class Incoming(Generic[M]):
                 name = head(body).name
         other(Unreadable(error, kind, message_id, name))
 
-    def _pass_on(self, envelope: Envelope, payload: bytes, owner: Owner, messages: list[M], other: Other[M]) -> None:
+    def _pass_on(
+        self, envelope: Envelope, payload: bytes, owner: Owner, messages: list[M], other: Other[M]
+    ) -> None:
         kind = envelope.kind
         if kind in (Kind.ERROR, Kind.RECEIPT):
             other(replace(envelope, payload=payload) if payload else envelope)

@@ -3,17 +3,18 @@
 Rules: docs/protocol.md. A dialog opens no socket, reads no clock and draws no random
 numbers. ``now``, nonces, the first id and the jitter of a wait are arguments. The faces
 (blocking, aio) move the bytes, sleep until :meth:`next_deadline` and wake the waiting
-callers. Every rule is here or in the dialog's parts: inbound, decoder, encoder, pending,
-subscription_table, presence. The faces learn the effects from an :class:`Effects`.
+callers. Every rule is here or in the dialog's parts: inbound, decoder, encoder,
+pending, subscription_table, presence. The faces learn the effects from an
+:class:`Effects`.
 
 Every send has one outcome. A send that asked for its outcome stays in ``pending_calls``
-until the outcome comes. Other sends are reported only when they fail. When the connection
-is lost, a send whose frame may have left this process is in doubt. A send whose frame has
-not left was not sent. Neither is ever repeated here.
+until the outcome comes. Other sends are reported only when they fail. When the
+connection is lost, a send whose frame may have left this process is in doubt. A send
+whose frame has not left was not sent. Neither is ever repeated here.
 
-A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with each piece of input.
-After *every* call it writes :meth:`data_to_send` and reports the number of written bytes
-with :meth:`wrote`. When the connection is gone it calls :meth:`lost`.
+A face calls :meth:`dialing`, :meth:`opened`, then :meth:`receive` with each piece of
+input. After *every* call it writes :meth:`data_to_send` and reports the number of
+written bytes with :meth:`wrote`. When the connection is gone it calls :meth:`lost`.
 """
 
 from __future__ import annotations
@@ -63,16 +64,19 @@ M = TypeVar("M", bound=Message)
 
 #: Seconds after close() during which outcomes are still received.
 LINGER_S: Final = 0.5
-#: Limit of unwritten bytes. Above it, the dialog no longer answers unreadable requests with errors.
+#: Limit of unwritten bytes. Above it, the dialog no longer answers unreadable requests
+#: with errors.
 _ANSWERING: Final = 2**18
-#: Added to the first id to get the first late id (see ``late_ids``). The ids of other frames
-#: begin below 2**62, so that the two ranges do not meet.
+#: Added to the first id to get the first late id (see ``late_ids``). The ids of other
+#: frames begin below 2**62, so that the two ranges do not meet.
 _LATE_IDS: Final = 2**63
-#: Extra doublings of the wait between attempts, as long as the first connection has not succeeded.
+#: Extra doublings of the wait between attempts, as long as the first connection has not
+#: succeeded.
 _CROWDED: Final = 3
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
-#: Kept in a name because looking up an enum member costs as much as a few other lines of a send.
+#: Kept in a name because looking up an enum member costs as much as a few other lines
+#: of a send.
 _READY: Final = State.READY
 #: States in which an answer can be sent.
 _LINKED: Final = (State.READY, State.DRAINING)
@@ -106,7 +110,8 @@ class Dialog(Reception[M]):
         super().__init__(message, self._largest)
         self.state = State.IDLE
         self.name = name
-        #: ``name``, or ``name/instance`` where the name is a pool's; "" before the first introduction.
+        #: ``name``, or ``name/instance`` where the name is a pool's; "" before the
+        #: first introduction.
         self.address = ""
         #: The broker's answer to ``whoami``.
         self.introduction: dict[str, Any] = {}
@@ -127,20 +132,24 @@ class Dialog(Reception[M]):
         self._attempt = 0
         self._ready_since = 0.0
         self._introduced = False
-        #: Until when the first connection may be attempted again; None before the first attempt.
+        #: Until when the first connection may be attempted again; None before the first
+        #: attempt.
         self._first_deadline: float | None = None
         self._handshake: handshake.Handshake | None = None
         #: Whether the listener has sent its challenge.
         self._challenged = False
-        #: Whether the broker announces the end of this connection; whether ``finished`` was sent.
+        #: Whether the broker announces the end of this connection; whether ``finished``
+        #: was sent.
         self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._outgoing = Outgoing()
-        #: Return the bytes to be written, and forget them. The alias saves each send one call.
+        #: Return the bytes to be written, and forget them. The alias saves each send
+        #: one call.
         self.data_to_send: Callable[[], bytes] = self._outgoing.data
         #: Report how many more bytes the face has handed to the operating system.
         self.wrote: Callable[[int], None] = self._outgoing.wrote
-        #: The same in two steps: a call of the face that is interrupted between them loses nothing.
+        #: The same in two steps: a call of the face that is interrupted between them
+        #: loses nothing.
         self.peek: Callable[[], bytes] = self._outgoing.peek
         self.took: Callable[[int], None] = self._outgoing.took
 
@@ -172,8 +181,8 @@ class Dialog(Reception[M]):
     def receive(self, data: bytes, owner: Owner, now: float) -> Effects[M]:
         """Handle bytes that the connection received. owner: the client of the messages.
 
-        Any error in them is returned as ``effects.broken``. It ends the connection, and with
-        it every waiting call.
+        Any error in them is returned as ``effects.broken``. It ends the connection, and
+        with it every waiting call.
         """
         effects: Effects[M] = Effects()
         try:
@@ -184,7 +193,11 @@ class Dialog(Reception[M]):
         except (AuthenticationError, ProtocolError) as error:
             effects.broken = error
         except Exception as error:  # noqa: BLE001 - a bug must not leave a call without its outcome
-            what = f"{error}" if isinstance(error, BrokerdError) else f"{type(error).__name__}: {error}"
+            what = (
+                f"{error}"
+                if isinstance(error, BrokerdError)
+                else f"{type(error).__name__}: {error}"
+            )
             effects.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
             effects.broken.__cause__ = error
         self._finish()
@@ -195,12 +208,15 @@ class Dialog(Reception[M]):
     def in_order(self, waiting: int) -> bool:
         """Return whether the counts of queued and written bytes agree.
 
-        Each queued byte must be written, or be one of the ``waiting`` bytes of the face.
+        Each queued byte must be written, or be one of the ``waiting`` bytes of the
+        face.
         """
         return self._outgoing.in_order(waiting)
 
     def recover(self, given: int, waiting: int) -> None:
-        """Recount the queued bytes after an interrupted call of the face: see Outgoing.recover."""
+        """Recount the queued bytes after an interrupted call of the face: see
+        Outgoing.recover.
+        """
         self._outgoing.recover(given, waiting)
 
     @property
@@ -217,16 +233,22 @@ class Dialog(Reception[M]):
         return self._outgoing.untaken
 
     def lost(
-        self, reason: BrokerdError, now: float, jitter: float, *, doubtful: int = 0, at_once: bool = False
+        self,
+        reason: BrokerdError,
+        now: float,
+        jitter: float,
+        *,
+        doubtful: int = 0,
+        at_once: bool = False,
     ) -> Effects[M]:
-        """Give every send its outcome, after a connection was lost or could not be made.
+        """Give every send its outcome, after a connection was lost or could not be
+        made.
 
         Args:
-            reason: Why the connection was lost or could not be made.
-            now: The time, in seconds.
-            jitter: A random number in [0, 1) for the wait.
-            doubtful: Bytes that may have left although :meth:`wrote` was not told of them.
-            at_once: Whether the next attempt follows without a wait. The face sets it if it
+            reason: Why the connection was lost or could not be made. now: The time, in
+            seconds. jitter: A random number in [0, 1) for the wait. doubtful: Bytes
+            that may have left although :meth:`wrote` was not told of them. at_once:
+            Whether the next attempt follows without a wait. The face sets it if it
                 ended the connection for a reason of its own.
         """
         effects: Effects[M] = Effects()
@@ -234,7 +256,8 @@ class Dialog(Reception[M]):
         again = self._reconnect if self._introduced else self._was_cut_off(reason)
         attempt = 0 if lived >= backoff.CAP_S else self._attempt
         if not self._introduced:
-            # The broker is full, so many other clients retry too: begin with longer waits.
+            # The broker is full, so many other clients retry too: begin with longer
+            # waits.
             attempt += _CROWDED
         wait = backoff.delay(attempt, jitter)
         if not self._introduced and self._first_deadline is not None:
@@ -247,7 +270,8 @@ class Dialog(Reception[M]):
         self._outgoing.drop()
         self._link_deadline = None
         if self.state is State.WAITING:
-            # A connection that always breaks immediately must not be retried immediately each time.
+            # A connection that always breaks immediately must not be retried
+            # immediately each time.
             self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
             self.retry_at = now
             if not at_once:
@@ -269,14 +293,17 @@ class Dialog(Reception[M]):
         return effects
 
     def _was_cut_off(self, reason: BrokerdError) -> bool:
-        """Return whether the peer closed the connection without a reason before it was ready.
+        """Return whether the peer closed the connection without a reason before it was
+        ready.
 
         A broker does that when it has too many pending handshakes. A retry is safe: no
         message was sent by then, so none can be sent twice.
         """
         under_way = self.state in (State.AUTHENTICATING, State.INTRODUCING)
         # A Disconnected with a cause is a refusal by the broker.
-        return reason.cut_off or (under_way and type(reason) is Disconnected and reason.__cause__ is None)
+        return reason.cut_off or (
+            under_way and type(reason) is Disconnected and reason.__cause__ is None
+        )
 
     @property
     def beginning(self) -> bool:
@@ -296,7 +323,9 @@ class Dialog(Reception[M]):
             self._link_deadline = None
         for pending in self.pending_calls.clear():
             if pending.waiter is not None:
-                effects.outcomes.append((pending.waiter, Closed("the client was closed while this call was waiting")))
+                effects.outcomes.append(
+                    (pending.waiter, Closed("the client was closed while this call was waiting"))
+                )
         return effects
 
     @property
@@ -329,18 +358,25 @@ class Dialog(Reception[M]):
             self._link_deadline = None
             silent = self.state is State.AUTHENTICATING and not self._challenged
             why = SILENT if silent else self.state.value
-            effects.broken = TimedOut(f"the broker did not answer within {self._timeout_s:g} s ({why})")
+            effects.broken = TimedOut(
+                f"the broker did not answer within {self._timeout_s:g} s ({why})"
+            )
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.
             self._withdraw(pending)
             to = pending.to or pending.about
-            effects.outcomes.append((pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time")))
+            effects.outcomes.append(
+                (pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time"))
+            )
         self._finish()
         return effects
 
-    # Methods for callers' sends. Outside the state READY they raise Disconnected or Closed
+    # Methods for callers' sends. Outside the state READY they raise Disconnected or
+    # Closed
 
-    def send(self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
+    def send(
+        self, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
+    ) -> int:
         """Queue a MESSAGE without a receipt; return its id."""
         if self.state is not _READY:
             self.require_ready()
@@ -350,7 +386,9 @@ class Dialog(Reception[M]):
         self._outgoing.without_receipt(message_id, to)
         return message_id
 
-    def send_many(self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]) -> list[int]:
+    def send_many(
+        self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]
+    ) -> list[int]:
         """Queue several MESSAGE frames without receipts; return their ids."""
         self.require_ready()
         first = self._next_id
@@ -359,21 +397,30 @@ class Dialog(Reception[M]):
         self._next_id = ids.stop
         return list(ids)
 
-    def send_as(self, message_id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None) -> None:
+    def send_as(
+        self, message_id: int, to: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> None:
         """Queue a MESSAGE whose id the face has already assigned."""
         self.require_ready()
         self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
         self._outgoing.without_receipt(message_id, to)
 
     def publish_as(
-        self, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+        self,
+        message_id: int,
+        topic: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
     ) -> None:
         """Queue an EVENT whose id the face has already assigned."""
         self.require_ready()
         self._outgoing.put_event(0, message_id, topic, codec, body, extension)
         self._outgoing.without_receipt(message_id, topic)
 
-    def publish(self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None) -> int:
+    def publish(
+        self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
+    ) -> int:
         """Queue an EVENT without a receipt; return its id."""
         message_id = self._take_id()
         self._outgoing.put_event(0, message_id, topic, codec, body, extension)
@@ -392,7 +439,9 @@ class Dialog(Reception[M]):
         """Queue a MESSAGE; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
         self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
-        self.pending_calls.add(Pending(message_id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline))
+        self.pending_calls.add(
+            Pending(message_id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline)
+        )
         return message_id
 
     def publish_for_receipt(
@@ -408,7 +457,15 @@ class Dialog(Reception[M]):
         message_id = self._take_id()
         self._outgoing.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
         self.pending_calls.add(
-            Pending(message_id, Purpose.RECEIPT, "", self._outgoing.queued, waiter, deadline, about=topic)
+            Pending(
+                message_id,
+                Purpose.RECEIPT,
+                "",
+                self._outgoing.queued,
+                waiter,
+                deadline,
+                about=topic,
+            )
         )
         return message_id
 
@@ -424,11 +481,18 @@ class Dialog(Reception[M]):
         """Queue a REQUEST; the waiter gets the REPLY or an error. Return its id."""
         message_id = self._take_id()
         self._outgoing.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
-        self.pending_calls.add(Pending(message_id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline))
+        self.pending_calls.add(
+            Pending(message_id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline)
+        )
         return message_id
 
     def reply(
-        self, to: str, message_id: int, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
+        self,
+        to: str,
+        message_id: int,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None = None,
     ) -> None:
         """Queue the REPLY to a request; message_id: the id of the request."""
         self._require_link()
@@ -440,7 +504,9 @@ class Dialog(Reception[M]):
         self._require_link()
         self._refuse(to, message_id, code, text)
 
-    def control(self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None) -> int:
+    def control(
+        self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None
+    ) -> int:
         """Request an operation from the broker; the waiter gets a dict or an error."""
         self.require_ready()
         about = next((value for value in arguments.values() if isinstance(value, str)), "")
@@ -457,27 +523,37 @@ class Dialog(Reception[M]):
         word = check_name(group) if group is not None else ""
         self.require_ready()
         entry = self.subscriptions.add(pattern, word, sink)
-        pending = self._operate("subscribe", entry.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern)
+        pending = self._operate(
+            "subscribe", entry.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern
+        )
         pending.entry, pending.sink = entry, sink
         return pending.id, entry
 
-    def unsubscribe(self, entry: SubscriptionEntry, sink: object, waiter: object, deadline: float | None) -> int | None:
+    def unsubscribe(
+        self, entry: SubscriptionEntry, sink: object, waiter: object, deadline: float | None
+    ) -> int | None:
         """Stop passing events to the sink; return the id of the request to the broker.
 
         Return None if no request is needed: then no answer comes.
         """
         if not self.subscriptions.discard(entry, sink) or self.state is not State.READY:
             return None
-        return self._operate("unsubscribe", entry.arguments, Purpose.CONTROL, waiter, deadline, entry.pattern).id
+        return self._operate(
+            "unsubscribe", entry.arguments, Purpose.CONTROL, waiter, deadline, entry.pattern
+        ).id
 
-    def watch(self, sink: object, waiter: object, deadline: float | None) -> tuple[int, presence.Watch]:
+    def watch(
+        self, sink: object, waiter: object, deadline: float | None
+    ) -> tuple[int, presence.Watch]:
         """Report the online clients to the sink, and every later change.
 
         The waiter gets a dict or an error.
         """
         self.require_ready()
         watch = presence.Watch(sink)
-        self._watches[watch] = [self.subscriptions.add(pattern, "", watch) for pattern in presence.PATTERNS]
+        self._watches[watch] = [
+            self.subscriptions.add(pattern, "", watch) for pattern in presence.PATTERNS
+        ]
         for entry in self._watches[watch]:
             self._resubscribe(entry)
         pending = self._operate("clients", {}, Purpose.WATCH, waiter, deadline)
@@ -514,7 +590,9 @@ class Dialog(Reception[M]):
     # Helpers for sending
 
     def hung_up(self) -> Disconnected:
-        """Return the error for a connection closed by the broker; it names any state but READY."""
+        """Return the error for a connection closed by the broker; it names any state
+        but READY.
+        """
         at = "" if self.state is State.READY else f" ({self.state.value})"
         return Disconnected(f"the broker closed the connection{at}")
 
@@ -524,7 +602,9 @@ class Dialog(Reception[M]):
             return
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("the client is closed")
-        raise Disconnected(f"there is no connection to the broker: {self.reason or self.state.value}")
+        raise Disconnected(
+            f"there is no connection to the broker: {self.reason or self.state.value}"
+        )
 
     @property
     def may_answer(self) -> bool:
@@ -557,12 +637,16 @@ class Dialog(Reception[M]):
         message_id = self._next_id
         self._next_id = message_id + 1
         self._outgoing.put(Kind.REQUEST, 0, message_id, BROKER, 2, body, None)
-        pending = Pending(message_id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about)
+        pending = Pending(
+            message_id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about
+        )
         self.pending_calls.add(pending)
         return pending
 
     def _resubscribe(self, entry: SubscriptionEntry) -> None:
-        self._operate("subscribe", entry.arguments, Purpose.RESUBSCRIBE, about=entry.pattern).entry = entry
+        self._operate(
+            "subscribe", entry.arguments, Purpose.RESUBSCRIBE, about=entry.pattern
+        ).entry = entry
 
     def _leave(self, entry: SubscriptionEntry, sink: object) -> None:
         if self.subscriptions.discard(entry, sink) and self.state is State.READY:
@@ -579,7 +663,9 @@ class Dialog(Reception[M]):
     def _loss(self, message_id: int, to: str, *, left: bool) -> Disconnected:
         why = f"the connection to the broker is gone ({self.reason})"
         if left:
-            return InDoubt(f"{why}, and what became of {message_id} to {to} is not known", id=message_id)
+            return InDoubt(
+                f"{why}, and what became of {message_id} to {to} is not known", id=message_id
+            )
         return Disconnected(f"{why}, and {message_id} to {to} was not sent", id=message_id)
 
     def _step(self, step: Event) -> None:
@@ -602,18 +688,23 @@ class Dialog(Reception[M]):
                     step = self._handshake.send(None)
         except StopIteration as end:
             if end.value is None:
-                # An exception, for instance of a signal handler, ended the handshake earlier.
+                # An exception, for instance of a signal handler, ended the handshake
+                # earlier.
                 raise AuthenticationError("the handshake was cut off at this end") from None
             self._handshake = None
             self._step(Event.AUTHENTICATE)
             self._introduce()
             return self._reader.take_rest()
         except AuthenticationError as error:
-            raise AuthenticationError(f"{error} (as {self.name or 'whoever the key names'})") from error
+            raise AuthenticationError(
+                f"{error} (as {self.name or 'whoever the key names'})"
+            ) from error
         return b""
 
     def _introduce(self) -> None:
-        """Request this client's introduction, and subscribe again to all earlier subscriptions."""
+        """Request this client's introduction, and subscribe again to all earlier
+        subscriptions.
+        """
         self._operate("whoami", {}, Purpose.WHOAMI)
         self._operate("goaway", {}, Purpose.GOAWAY)
         for entry in self.subscriptions:
@@ -628,7 +719,8 @@ class Dialog(Reception[M]):
         return True
 
     def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
-        # The limit keeps a broker that sends such requests, but does not read, from filling memory.
+        # The limit keeps a broker that sends such requests, but does not read, from
+        # filling memory.
         if self._outgoing.queued - self._outgoing.written < _ANSWERING:
             self._refuse(to, message_id, code, text)
 
@@ -642,7 +734,9 @@ class Dialog(Reception[M]):
         self._goaway = True
 
     def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection asked for goaway."""
+        """Send only answers from now on; return whether this connection asked for
+        goaway.
+        """
         if self._goaway and self.state is State.READY:
             self._step(Event.DRAIN)
         return self._goaway
@@ -662,7 +756,11 @@ class Dialog(Reception[M]):
             raise ProtocolError("the broker's introduction has no valid name for this client")
         if self.name and name != self.name:
             raise ProtocolError(f"the broker calls this client {name}, and it is {self.name}")
-        if not isinstance(address, str) or not is_address(address) or split_address(address)[0] != name:
+        if (
+            not isinstance(address, str)
+            or not is_address(address)
+            or split_address(address)[0] != name
+        ):
             raise ProtocolError(f"the broker's introduction has no valid address for {name}")
         most = limits.get("max_message", 0) if isinstance(limits, dict) else None
         if type(most) is not int or most < 0:
@@ -678,6 +776,6 @@ class Dialog(Reception[M]):
         self.reason = None
         if most > self._largest:
             effects.warnings.append(
-                f"the broker passes on messages of up to {most} bytes, and this client accepts {self._largest}: "
-                f"give it an inbox of at least {-(-most // STRETCH)} bytes"
+                f"the broker passes on messages of up to {most} bytes, and this client accepts"
+                f" {self._largest}: give it an inbox of at least {-(-most // STRETCH)} bytes"
             )

@@ -1,8 +1,8 @@
 """Encoding of frames for one connection, and the count of their written bytes. No I/O.
 
-Rules of the frames: docs/protocol.md, "The header". Ordinary frames are packed here. A frame
-with an extension, or too long for the short length, is written by wire.envelope and
-wire.framing. A bulk of messages needs no object for each message.
+Rules of the frames: docs/protocol.md, "The header". Ordinary frames are packed here. A
+frame with an extension, or too long for the short length, is written by wire.envelope
+and wire.framing. A bulk of messages needs no object for each message.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ _PREFIX: Final = struct.Struct("!iBBBBQ")
 _START: Final = struct.Struct("!iBBBB")
 _ID: Final = struct.Struct("!Q")
 _HEADER_SIZE: Final = 12
-#: Bytes. Shorter frames are joined into one piece; the bodies of longer frames are not copied.
+#: Bytes. Shorter frames are joined into one piece; the bodies of longer frames are not
+#: copied.
 _COPIED: Final = 1024
-#: Bytes. A frame with a shorter body fits the short length, with any name, topic and header.
+#: Bytes. A frame with a shorter body fits the short length, with any name, topic and
+#: header.
 _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
 #: Most entries per table of encoded names and topics; a full table is cleared.
 _REMEMBERED: Final = 4096
-#: Most refusals remembered until all queued bytes are written. Beyond that limit, a lost
-#: connection reports refused sends a second time.
+#: Most refusals remembered until all queued bytes are written. Beyond that limit, a
+#: lost connection reports refused sends a second time.
 _MOST_REFUSED: Final = 2**18
 
 _MESSAGE_KIND: Final = int(Kind.MESSAGE)
@@ -42,18 +44,29 @@ _EVENT_KIND: Final = int(Kind.EVENT)
 class Outgoing:
     """The encoder for a client's successive connections; each counts its bytes from 0."""
 
-    __slots__ = ("_parts", "_recipients", "_refused", "_starts", "_taken", "_topics", "_unwritten", "queued", "written")
+    __slots__ = (
+        "_parts",
+        "_recipients",
+        "_refused",
+        "_starts",
+        "_taken",
+        "_topics",
+        "_unwritten",
+        "queued",
+        "written",
+    )
 
     def __init__(self) -> None:
-        #: Bytes queued on this connection so far, and how many of them the face has written.
+        #: Bytes queued on this connection so far, and how many of them the face has
+        #: written.
         self.queued = 0
         self.written = 0
         self._taken = 0
         self._parts: list[bytes] = []
         #: Sends without a receipt that the face has not written yet.
         self._unwritten: list[Iterable[tuple[int, int, str]]] = []
-        #: Ids of sends that the broker refused before the face had written everything. Their
-        #: failure is reported already.
+        #: Ids of sends that the broker refused before the face had written everything.
+        #: Their failure is reported already.
         self._refused: set[int] = set()
         self._recipients = _Recipients()
         self._starts = _Starts(self._recipients)
@@ -92,8 +105,8 @@ class Outgoing:
     def recover(self, given: int, waiting: int) -> None:
         """Recount the bytes after an interrupted call.
 
-        given: bytes of this connection that the face got so far. waiting: how many of these it
-        has still to write.
+        given: bytes of this connection that the face got so far. waiting: how many of
+        these it has still to write.
         """
         if given > self._taken:
             # The call was interrupted after the face got the bytes, before took().
@@ -116,8 +129,9 @@ class Outgoing:
     def in_order(self, waiting: int) -> bool:
         """Return whether the counts of queued and written bytes agree.
 
-        Each queued byte must be written, or be one of the ``waiting`` bytes of the face. The
-        counts differ after a call that was interrupted while it queued or wrote a frame.
+        Each queued byte must be written, or be one of the ``waiting`` bytes of the
+        face. The counts differ after a call that was interrupted while it queued or
+        wrote a frame.
         """
         return not self._parts and self._taken == self.queued == self.written + waiting
 
@@ -173,10 +187,20 @@ class Outgoing:
                 self._parts += (start, body)
             self.queued += 4 + size
         else:
-            self._put_body(encode(Envelope(Kind(kind), message_id, to, body, codec, flags, extension=extension)))
+            self._put_body(
+                encode(
+                    Envelope(Kind(kind), message_id, to, body, codec, flags, extension=extension)
+                )
+            )
 
     def put_event(
-        self, flags: int, message_id: int, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None
+        self,
+        flags: int,
+        message_id: int,
+        topic: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
     ) -> None:
         """Queue a publication. Raises InvalidName."""
         name = self._topics.get(topic)
@@ -186,10 +210,15 @@ class Outgoing:
             remember(self._topics, topic, name)
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            self._parts += (_PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, message_id) + name, body)
+            self._parts += (
+                _PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, message_id) + name,
+                body,
+            )
             self.queued += 4 + size
         else:
-            self._put_body(encode(Envelope(Kind.EVENT, message_id, "", body, codec, flags, topic, extension)))
+            self._put_body(
+                encode(Envelope(Kind.EVENT, message_id, "", body, codec, flags, topic, extension))
+            )
 
     def put_messages(
         self, ids: Sequence[int], to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]
@@ -207,7 +236,9 @@ class Outgoing:
             return
         # No step below runs a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
-        data = b"".join(chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True)))
+        data = b"".join(
+            chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True))
+        )
         self._unwritten.append(_Bulk(self.queued, ids, to, names, sizes))
         self._parts.append(data)
         self.queued += len(data)
@@ -232,7 +263,12 @@ class _Bulk:
     __slots__ = ("_begin", "_ids", "_names", "_sizes", "_to")
 
     def __init__(
-        self, begin: int, ids: Sequence[int], to: Sequence[str], names: Sequence[bytes], sizes: Sequence[int]
+        self,
+        begin: int,
+        ids: Sequence[int],
+        to: Sequence[str],
+        names: Sequence[bytes],
+        sizes: Sequence[int],
     ) -> None:
         self._begin = begin
         self._ids = ids
@@ -241,14 +277,20 @@ class _Bulk:
         self._sizes = sizes
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
-        lengths = (_PREFIX.size + len(name) + size for name, size in zip(self._names, self._sizes, strict=True))
+        lengths = (
+            _PREFIX.size + len(name) + size
+            for name, size in zip(self._names, self._sizes, strict=True)
+        )
         ends = accumulate(lengths, initial=self._begin)
         next(ends)
         return zip(ends, self._ids, self._to, strict=True)
 
 
 class _Recipients(dict[str, bytes]):
-    """Checked recipients as bytes on the wire. Raises InvalidName for an invalid one."""
+    """Checked recipients as bytes on the wire.
+
+    Raises InvalidName for an invalid one.
+    """
 
     def __missing__(self, to: str) -> bytes:
         name = check_address(to).encode()

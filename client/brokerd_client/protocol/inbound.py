@@ -1,7 +1,8 @@
 """Handling of received frames: outcomes, events, the end of a subscription. No I/O.
 
-Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer belongs to a call only if
-its id fits, and the sender or recipient that it names: see brokerd_client.protocol.pending.
+Rules: docs/protocol.md, "Order and outcome" and "Topics". An answer belongs to a call
+only if its id fits, and the sender or recipient that it names: see
+brokerd_client.protocol.pending.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ M = TypeVar("M", bound=Message)
 _EVENT_KIND: Final = int(Kind.EVENT)
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
-#: Error codes that, with the id 0, give the reason why the broker closes the connection.
-_ENDINGS: Final = frozenset(cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown))
-#: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An operation's answer
-#: for a caller, or with the list of clients, in multiples of the longest message. Any other
-#: operation's answer, in bytes.
+#: Error codes that, with the id 0, give the reason why the broker closes the
+#: connection.
+_ENDINGS: Final = frozenset(
+    cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown)
+)
+#: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An
+#: operation's answer for a caller, or with the list of clients, in multiples of the
+#: longest message. Any other operation's answer, in bytes.
 _MOST_ERROR: Final = 2**20
 _MOST_LISTED: Final = 8
 _MOST_SAID: Final = 2**18
 #: Approximate memory of each value in a decoded answer, in bytes.
 _VALUE_COST: Final = 64
-#: Most characters kept of an ERROR's texts: its code, its name, its message from the broker, and
-#: its message from a client.
+#: Most characters kept of an ERROR's texts: its code, its name, its message from the
+#: broker, and its message from a client.
 _MOST_CODE: Final = 64
 _MOST_NAME: Final = 255
 _MOST_TEXT: Final = 1000
@@ -60,12 +64,13 @@ _MOST_CLIENT_TEXT: Final = 2**16
 class Reception(Generic[M]):
     """The receiving half of a dialog: pending calls, subscriptions and their outcomes.
 
-    message: the class of received messages. largest: longest accepted payload, in bytes.
+    message: the class of received messages. largest: longest accepted payload, in
+    bytes.
     """
 
     def __init__(self, message: type[M], largest: int) -> None:
-        #: Replies and receipts that came after their caller had given up, and this client's own
-        #: answers that came too late.
+        #: Replies and receipts that came after their caller had given up, and this
+        #: client's own answers that came too late.
         self.late = 0
         #: Events that no longer match a subscription.
         self.unrouted = 0
@@ -120,7 +125,11 @@ class Reception(Generic[M]):
 
     def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
         pending = self.pending_calls.get(message.id)
-        if pending is None or pending.purpose is Purpose.RECEIPT or not pending.answered_by(message.sender):
+        if (
+            pending is None
+            or pending.purpose is Purpose.RECEIPT
+            or not pending.answered_by(message.sender)
+        ):
             self.late += 1
             return
         if pending.purpose is Purpose.REQUEST:
@@ -136,19 +145,28 @@ class Reception(Generic[M]):
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, answer))
 
-    def _answer(self, pending: Pending, message: M, effects: Effects[M], now: float) -> dict[str, Any]:
-        """Handle and return the answer of an operation. Raises ProtocolError if it is not valid."""
+    def _answer(
+        self, pending: Pending, message: M, effects: Effects[M], now: float
+    ) -> dict[str, Any]:
+        """Handle and return the answer of an operation.
+
+        Raises ProtocolError if it is not valid.
+        """
         listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
         any_size = listed or pending.purpose is Purpose.CONTROL
         answer = _json_object(message.body, self._most_listed if any_size else _MOST_SAID)
         if answer is None:
-            raise ProtocolError(f"the broker's answer to {pending.id} is not a JSON object, or is too large")
+            raise ProtocolError(
+                f"the broker's answer to {pending.id} is not a JSON object, or is too large"
+            )
         if pending.purpose is Purpose.WHOAMI:
             self._on_introduction(answer, effects, now)
         elif pending.purpose is Purpose.GOAWAY:
             self._on_goaway()
         elif pending.purpose is Purpose.FINISHED:
-            effects.broken = Disconnected("the broker closes the connection: it stops, or another process replaces it")
+            effects.broken = Disconnected(
+                "the broker closes the connection: it stops, or another process replaces it"
+            )
         elif listed:
             changes = pending.sink.snapshot(presence.client_list(answer))
             if pending.sink in self._watches:
@@ -158,7 +176,8 @@ class Reception(Generic[M]):
     def _fail(self, pending: Pending, error: ProtocolError, effects: Effects[M]) -> None:
         """End a call whose answer is not valid.
 
-        Raises the error if no caller waits for the answer: the connection then has to end.
+        Raises the error if no caller waits for the answer: the connection then has to
+        end.
         """
         if pending.waiter is None and pending.purpose is not Purpose.FORGET:
             raise error
@@ -182,7 +201,9 @@ class Reception(Generic[M]):
         effects.unreadable.append(frame.error)
         if frame.kind == Kind.REQUEST and is_address(frame.name):
             code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
-            self._refuse_unreadable(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
+            self._refuse_unreadable(
+                frame.name, frame.id, code, f"the request can't be read: {frame.error}"
+            )
 
     def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
         said = _json_object(envelope.payload, _MOST_ERROR) or {}
@@ -191,11 +212,16 @@ class Reception(Generic[M]):
         name = _text(said.get("name"), _MOST_NAME)
         pending = self.pending_calls.get(envelope.id)
         if envelope.name != BROKER:
-            if pending is None or pending.purpose is not Purpose.REQUEST or not pending.answered_by(envelope.name):
+            if (
+                pending is None
+                or pending.purpose is not Purpose.REQUEST
+                or not pending.answered_by(envelope.name)
+            ):
                 self.late += 1
                 return
             self.pending_calls.pop(envelope.id)
-            # Only the broker may use its error codes: a client's error is always a RequestFailed.
+            # Only the broker may use its error codes: a client's error is always a
+            # RequestFailed.
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
             effects.outcomes.append((pending.waiter, failed))
             return
@@ -207,7 +233,8 @@ class Reception(Generic[M]):
             return
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
-                # The requester already has its outcome, or is disconnected: no message was lost.
+                # The requester already has its outcome, or is disconnected: no message
+                # was lost.
                 self.late += 1
                 return
             self.undelivered += 1
@@ -231,7 +258,11 @@ class Reception(Generic[M]):
             effects.outcomes.append((pending.waiter, error))
 
     def _end(
-        self, sinks: Sequence[object], entry: SubscriptionEntry | None, error: BrokerdError, effects: Effects[M]
+        self,
+        sinks: Sequence[object],
+        entry: SubscriptionEntry | None,
+        error: BrokerdError,
+        effects: Effects[M],
     ) -> None:
         """Report to the sinks that their subscription or watch has ended."""
         for sink in sinks:
@@ -267,7 +298,9 @@ class Reception(Generic[M]):
         raise NotImplementedError
 
     def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection asked for goaway."""
+        """Send only answers from now on; return whether this connection asked for
+        goaway.
+        """
         raise NotImplementedError
 
     def _withdraw(self, pending: Pending) -> None:
@@ -279,7 +312,10 @@ class Reception(Generic[M]):
         raise NotImplementedError
 
     def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
-        """Handle the broker's answer to whoami. Raises ProtocolError if it is not valid."""
+        """Handle the broker's answer to whoami.
+
+        Raises ProtocolError if it is not valid.
+        """
         raise NotImplementedError
 
 
@@ -290,15 +326,16 @@ def _may_answer(frame: Unreadable, pending: Pending) -> bool:
     if frame.kind == Kind.REPLY and pending.purpose is Purpose.RECEIPT:
         return False
     return frame.kind in (Kind.REPLY, Kind.ERROR) and (
-        frame.name in ("", BROKER) or (pending.purpose is Purpose.REQUEST and pending.answered_by(frame.name))
+        frame.name in ("", BROKER)
+        or (pending.purpose is Purpose.REQUEST and pending.answered_by(frame.name))
     )
 
 
 def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
     """Return the JSON object in the bytes.
 
-    Return None if the bytes are not an object, or if it may cost more than ``most`` bytes
-    of memory.
+    Return None if the bytes are not an object, or if it may cost more than ``most``
+    bytes of memory.
     """
     if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > most:
         return None
@@ -310,7 +347,8 @@ def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
 
 
 def _text(value: object, most: int) -> str:
-    """Return the first ``most`` characters of a received text; "" for a value of another type.
+    """Return the first ``most`` characters of a received text; "" for a value of
+    another type.
 
     Lone surrogates, which have no UTF-8 form, are replaced.
     """

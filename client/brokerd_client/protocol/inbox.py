@@ -1,12 +1,13 @@
-"""Inboxes: received messages that no caller has taken yet, and the memory that they use.
+"""Inboxes: received messages that no caller has taken yet, and the memory that they
+use.
 
-One InboxMeter counts for all inboxes of a client. Above its limit the face stops reading the
-socket. Further messages then wait in the broker, within the client's quota there. The module
-does no I/O and does not wait: the faces do both.
+One InboxMeter counts for all inboxes of a client. Above its limit the face stops
+reading the socket. Further messages then wait in the broker, within the client's quota
+there. The module does no I/O and does not wait: the faces do both.
 
-Threads: one thread puts, any thread may take. Taking is a bare ``deque.popleft``, so a taken
-message stays counted at first. :meth:`Inbox.settle` later compares the items put with the
-items left, and subtracts the difference.
+Threads: one thread puts, any thread may take. Taking is a bare ``deque.popleft``, so a
+taken message stays counted at first. :meth:`Inbox.settle` later compares the items put
+with the items left, and subtracts the difference.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ T = TypeVar("T")
 
 #: Memory of a received message in this process beyond its frame, in bytes.
 OVERHEAD: Final = 200
-#: Factor of the inbox limit while a call waits for its outcome. The outcome may be behind
-#: messages that no caller takes, so the socket is read beyond the limit.
+#: Factor of the inbox limit while a call waits for its outcome. The outcome may be
+#: behind messages that no caller takes, so the socket is read beyond the limit.
 STRETCH: Final = 4
 #: Size of a message that every client accepts, in bytes: the default of the broker's
 #: ``limits.max_message``.
@@ -31,7 +32,9 @@ _ACCEPTED: Final = 16 * 2**20
 
 
 def largest_message(inbox: int) -> int:
-    """Return the bytes of the longest message that a client with this ``inbox`` accepts."""
+    """Return the bytes of the longest message that a client with this ``inbox``
+    accepts.
+    """
     return max(_ACCEPTED, STRETCH * inbox)
 
 
@@ -53,8 +56,8 @@ class InboxMeter:
     def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
         """Settle the inboxes; return whether they hold more than ``limit`` bytes.
 
-        The result is kept in ``full``. It is also set before the settling. So a thread that
-        takes a message too late to be settled sees it.
+        The result is kept in ``full``. It is also set before the settling. So a thread
+        that takes a message too late to be settled sees it.
         """
         self.asked = False
         if self.held > limit:

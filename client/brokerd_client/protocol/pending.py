@@ -1,8 +1,8 @@
 """The pending table: sends whose outcome is still to come. No I/O.
 
-Each sender chooses its own ids. A REPLY that can't be delivered comes back as an ERROR with
-the id of another client's request. So an answer counts only if its id fits *and* its sender,
-or the recipient that it is about.
+Each sender chooses its own ids. A REPLY that can't be delivered comes back as an ERROR
+with the id of another client's request. So an answer counts only if its id fits *and*
+its sender, or the recipient that it is about.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Purpose(Enum):
 class Pending:
     """A send that waits for its outcome.
 
-    to: the recipient, "" for a publication. about: the topic or name it concerns, or "".
-    end: the position in this connection's sent bytes where the frame ends.
-    waiter: an object of the face's; None if no caller waits.
-    entry, sink: the subscription that the call makes.
+    to: the recipient, "" for a publication. about: the topic or name it concerns, or
+    "". end: the position in this connection's sent bytes where the frame ends. waiter:
+    an object of the face's; None if no caller waits. entry, sink: the subscription that
+    the call makes.
     """
 
     __slots__ = ("about", "deadline", "end", "entry", "id", "purpose", "sink", "to", "waiter")
@@ -73,7 +73,9 @@ class Pending:
 
         A request to a pool is answered by one of the pool's members.
         """
-        return sender == self.to or (sender.startswith(self.to) and sender[len(self.to) : len(self.to) + 1] == "/")
+        return sender == self.to or (
+            sender.startswith(self.to) and sender[len(self.to) : len(self.to) + 1] == "/"
+        )
 
     def concerned_by(self, name: str) -> bool:
         """Return whether the broker's ERROR about ``name`` is about this send."""

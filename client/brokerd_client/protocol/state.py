@@ -1,4 +1,7 @@
-"""The states of a client's connection to the broker, and the table of transitions. No I/O."""
+"""The states of a client's connection to the broker, and the table of transitions.
+
+No I/O.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class Event(Enum):
     CLOSE = "the caller closes"
 
 
-#: NEXT[state][event] is the state that follows; an event that is not in the table can't happen.
+#: NEXT[state][event] is the state that follows; an event that is not in the table can't
+#: happen.
 NEXT: Final[dict[State, dict[Event, State]]] = {
     State.IDLE: {Event.DIAL: State.CONNECTING, Event.CLOSE: State.CLOSED},
     State.CONNECTING: {
@@ -63,9 +67,21 @@ NEXT: Final[dict[State, dict[Event, State]]] = {
         Event.GIVE_UP: State.GONE,
         Event.CLOSE: State.CLOSING,
     },
-    State.DRAINING: {Event.LOSE: State.WAITING, Event.GIVE_UP: State.GONE, Event.CLOSE: State.CLOSING},
+    State.DRAINING: {
+        Event.LOSE: State.WAITING,
+        Event.GIVE_UP: State.GONE,
+        Event.CLOSE: State.CLOSING,
+    },
     State.WAITING: {Event.DIAL: State.CONNECTING, Event.CLOSE: State.CLOSED},
-    State.CLOSING: {Event.LOSE: State.CLOSED, Event.GIVE_UP: State.CLOSED, Event.CLOSE: State.CLOSING},
+    State.CLOSING: {
+        Event.LOSE: State.CLOSED,
+        Event.GIVE_UP: State.CLOSED,
+        Event.CLOSE: State.CLOSING,
+    },
     State.GONE: {Event.CLOSE: State.CLOSED},
-    State.CLOSED: {Event.LOSE: State.CLOSED, Event.GIVE_UP: State.CLOSED, Event.CLOSE: State.CLOSED},
+    State.CLOSED: {
+        Event.LOSE: State.CLOSED,
+        Event.GIVE_UP: State.CLOSED,
+        Event.CLOSE: State.CLOSED,
+    },
 }

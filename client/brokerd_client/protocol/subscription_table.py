@@ -1,8 +1,8 @@
 """The subscription table: local routing of events, by their topic alone. No I/O.
 
-The broker sends an event once per connection, even if several of its subscriptions match. The
-table finds every local subscription that matches. Subscriptions of one group and pattern take
-turns.
+The broker sends an event once per connection, even if several of its subscriptions
+match. The table finds every local subscription that matches. Subscriptions of one group
+and pattern take turns.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ class SubscriptionEntry:
     @property
     def arguments(self) -> dict[str, str]:
         """The arguments of the operations subscribe and unsubscribe."""
-        return {"topic": self.pattern, "group": self.group} if self.group else {"topic": self.pattern}
+        return (
+            {"topic": self.pattern, "group": self.group} if self.group else {"topic": self.pattern}
+        )
 
     def next_recipients(self) -> list[object]:
-        """Return the sinks of the next event: all, or in a group the sink whose turn it is."""
+        """Return the sinks of the next event: all, or in a group the sink whose turn it
+        is.
+        """
         if not self.group:
             return self.sinks
         self.turn = (self.turn + 1) % len(self.sinks)
@@ -46,14 +50,17 @@ class SubscriptionEntry:
 
 
 class SubscriptionTable:
-    """The subscription entries of one client. An entry exists as long as it has a sink."""
+    """The subscription entries of one client.
+
+    An entry exists as long as it has a sink.
+    """
 
     __slots__ = ("_by_key", "_literal", "_remembered", "_wild")
 
     def __init__(self) -> None:
         self._by_key: dict[tuple[str, str], SubscriptionEntry] = {}
-        #: Entries whose pattern is a plain topic, by that topic. Entries with wildcards are
-        #: matched one after the other.
+        #: Entries whose pattern is a plain topic, by that topic. Entries with wildcards
+        #: are matched one after the other.
         self._literal: dict[str, list[SubscriptionEntry]] = {}
         self._wild: list[SubscriptionEntry] = []
         self._remembered: dict[str, list[SubscriptionEntry]] = {}
@@ -96,7 +103,9 @@ class SubscriptionTable:
         """Return the entries whose pattern matches the topic."""
         found = self._remembered.get(topic)
         if found is None:
-            found = self._literal.get(topic, []) + [entry for entry in self._wild if matches(entry.pattern, topic)]
+            found = self._literal.get(topic, []) + [
+                entry for entry in self._wild if matches(entry.pattern, topic)
+            ]
             if len(self._remembered) >= _REMEMBERED:
                 self._remembered.clear()
             self._remembered[topic] = found

@@ -1,8 +1,8 @@
 """TLS without I/O: encryption of one connection's bytes, and errors with helpful texts.
 
 An Engine turns bytes to send into bytes for the wire, and back. The caller moves them,
-through a socket (tls/stream.py) or an asyncio transport (aio/tls_transport.py). This module
-is imported only if TLS is used, because the ssl module is slow to load.
+through a socket (tls/stream.py) or an asyncio transport (aio/tls_transport.py). This
+module is imported only if TLS is used, because the ssl module is slow to load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from brokerd_client.wire.foreign_protocols import foreign_speech
 
 __all__ = ["Engine", "explained", "room"]
 
-#: The first byte of a record: change_cipher_spec, alert, handshake or application_data (RFC 8446, 5.1).
+#: The first byte of a record: change_cipher_spec, alert, handshake or application_data
+#: (RFC 8446, 5.1).
 _RECORD_TYPES: Final = range(0x14, 0x18)
 #: Most bytes decrypted at once, if the caller has no buffer of its own.
 _PIECE: Final = 64 * 1024
@@ -28,23 +29,42 @@ _PIECE: Final = 64 * 1024
 class Engine:
     """One end of one TLS connection.
 
-    The attribute ``more`` tells whether input may be readable before more bytes are fed.
-    The attribute ``ended`` tells whether the peer has ended its side, or is gone.
+    The attribute ``more`` tells whether input may be readable before more bytes are
+    fed. The attribute ``ended`` tells whether the peer has ended its side, or is gone.
 
     Args:
         context: The context of a client or a listener, according to ``end_point``.
-        hostname: For a client, the name of the host that it connects to.
-        end_point: For a listener, the binding data of its certificate. None for a client,
+        hostname: For a client, the name of the host that it connects to. end_point: For
+        a listener, the binding data of its certificate. None for a client,
             which computes them.
     """
 
-    __slots__ = ("_end_point", "_error", "_heard", "_incoming", "_outgoing", "_ssl", "ended", "more", "ready")
+    __slots__ = (
+        "_end_point",
+        "_error",
+        "_heard",
+        "_incoming",
+        "_outgoing",
+        "_ssl",
+        "ended",
+        "more",
+        "ready",
+    )
 
-    def __init__(self, context: ssl.SSLContext, *, hostname: str | None = None, end_point: bytes | None = None) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        *,
+        hostname: str | None = None,
+        end_point: bytes | None = None,
+    ) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._ssl = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=end_point is not None, server_hostname=hostname
+            self._incoming,
+            self._outgoing,
+            server_side=end_point is not None,
+            server_hostname=hostname,
         )
         self._end_point = end_point
         self._heard = False
@@ -108,7 +128,8 @@ class Engine:
         self.more = False
         try:
             while got < size:
-                # With a buffer, read() returns the number of bytes that it has put there.
+                # With a buffer, read() returns the number of bytes that it has put
+                # there.
                 count = cast("int", self._ssl.read(size - got, cast("bytearray", view[got:])))
                 if not count:
                     self.ended = True
@@ -118,8 +139,8 @@ class Engine:
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            # No message of this protocol ends with the stream, so a missing closing alert
-            # (close_notify) can't hide a truncation.
+            # No message of this protocol ends with the stream, so a missing closing
+            # alert (close_notify) can't hide a truncation.
             self.ended = True
         except ssl.SSLError as error:
             self._error = self._explained(error)
@@ -159,7 +180,8 @@ class Engine:
 
     def finish(self) -> None:
         """End the sending side, with TLS's closing alert (close_notify)."""
-        # The peer may not have ended its side yet, or may send more first: this does not wait.
+        # The peer may not have ended its side yet, or may send more first: this does
+        # not wait.
         with contextlib.suppress(ssl.SSLError, ValueError):
             self._ssl.unwrap()
 
@@ -171,7 +193,10 @@ class Engine:
         else:
             der = self._ssl.getpeercert(binary_form=True)
             if der is None:
-                raise TlsError("the listener shows no certificate, so that the key can't be bound to its channel")
+                raise TlsError(
+                    "the listener shows no certificate, so that the key can't be bound to its"
+                    " channel"
+                )
             try:
                 found = {END_POINT: certificate.end_point(der)}
             except ValueError as error:
@@ -194,7 +219,9 @@ class Engine:
 
     @property
     def peer_subject(self) -> tuple[tuple[str, str], ...]:
-        """The subject of the peer's certificate: OpenSSL's names and their values, in order."""
+        """The subject of the peer's certificate: OpenSSL's names and their values, in
+        order.
+        """
         found = self._ssl.getpeercert() or {}
         parts = found.get("subject", ())
         return tuple((name, value) for part in parts for name, value in part)  # type: ignore[misc,str-unpack,unused-ignore]
@@ -222,11 +249,20 @@ def room() -> memoryview:
 #: The error texts, by whether this end is the listener.
 _NO_TLS: Final = {
     False: "the peer does not speak TLS: a plain listener is reached without tls:// and ssl=",
-    True: "it does not speak TLS, which this listener does: give it the address tls://HOST:PORT, or another listener",
+    True: (
+        "it does not speak TLS, which this listener does: give it the address tls://HOST:PORT, or"
+        " another listener"
+    ),
 }
 _VERSION: Final = {
-    False: "the broker speaks no version of TLS that is allowed here: its listen entry says which it does (minimum)",
-    True: 'it speaks no version of TLS that is allowed here: it must be newer, or the listen entry say minimum: "1.2"',
+    False: (
+        "the broker speaks no version of TLS that is allowed here: its listen entry says which it"
+        " does (minimum)"
+    ),
+    True: (
+        "it speaks no version of TLS that is allowed here: it must be newer, or the listen entry"
+        ' say minimum: "1.2"'
+    ),
 }
 _VERSION_REASONS: Final = (
     "UNSUPPORTED_PROTOCOL",
@@ -239,7 +275,13 @@ _CLOSED: Final = {
     True: "closed by the peer during the TLS handshake",
 }
 #: The alerts with which a peer rejects this end's certificate.
-_ALERTS: Final = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_UNKNOWN", "CERTIFICATE_REVOKED")
+_ALERTS: Final = (
+    "UNKNOWN_CA",
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_UNKNOWN",
+    "CERTIFICATE_REVOKED",
+)
 
 
 def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
@@ -257,9 +299,14 @@ def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
     if isinstance(error, ssl.SSLCertVerificationError):
         what = str(error.verify_message).rstrip(".")
         if listener:
-            return TlsError(f"its certificate is not accepted: {what} (client_ca says who may issue it)")
+            return TlsError(
+                f"its certificate is not accepted: {what} (client_ca says who may issue it)"
+            )
         if "ismatch" in what:
-            return TlsError(f"the broker's certificate is for another host: {what} (connect to a name that is in it)")
+            return TlsError(
+                f"the broker's certificate is for another host: {what} (connect to a name that is"
+                " in it)"
+            )
         return TlsError(
             f"the broker's certificate can't be verified: {what} (name the CA that issued it: "
             "ssl.create_default_context(cafile=...), brokerctl --ca)"
@@ -279,14 +326,23 @@ def _alert(said: str, reason: str, *, listener: bool) -> str:
     if listener:
         if any(alert in reason for alert in _ALERTS):
             return (
-                f"it does not accept this listener's certificate: {said} (it needs the CA that issued it, and to "
-                "connect to a name that is in it)"
+                f"it does not accept this listener's certificate: {said} (it needs the CA that"
+                " issued it, and to connect to a name that is in it)"
             )
         return f"it broke TLS off: {said}"
     if "CERTIFICATE_REQUIRED" in reason:
-        return "the broker demands a client certificate (load one into the ssl context, brokerctl --cert)"
+        return (
+            "the broker demands a client certificate (load one into the ssl context, brokerctl"
+            " --cert)"
+        )
     if any(alert in reason for alert in _ALERTS):
-        return f"the broker does not accept our certificate: {said} (its client_ca says who may issue it)"
+        return (
+            f"the broker does not accept our certificate: {said} (its client_ca says who may"
+            " issue it)"
+        )
     if "HANDSHAKE_FAILURE" in reason:
-        return f"the broker broke TLS off: {said} (it may demand a client certificate; its log says why)"
+        return (
+            f"the broker broke TLS off: {said} (it may demand a client certificate; its log says"
+            " why)"
+        )
     return f"the broker broke TLS off: {said}"

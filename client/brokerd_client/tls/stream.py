@@ -4,7 +4,8 @@ A read or write that can't continue raises BlockingIOError. A caller that waits 
 stream must know these differences from a socket:
 
 - bytes may be here already when the system says that there are none: ``buffered``;
-- bytes that were taken may not be written yet, at most one piece of them: ``unsent``. They
+- bytes that were taken may not be written yet, at most one piece of them: ``unsent``.
+  They
   are written when :meth:`flush` returns True.
 
 Reading may write (an answer to the peer's TLS); writing never reads.
@@ -13,9 +14,9 @@ A signal handler's exception may interrupt a read or a write. No caller then kno
 bytes were decrypted or taken. The stream can't continue: later reads and writes raise
 TlsError.
 
-A peer may send many bytes with little or no payload: key updates, or records of one byte.
-Each costs this end some microseconds. A call therefore reads few such bytes at once, and
-leaves the rest to the system until the next call.
+A peer may send many bytes with little or no payload: key updates, or records of one
+byte. Each costs this end some microseconds. A call therefore reads few such bytes at
+once, and leaves the rest to the system until the next call.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ __all__ = ["TlsStream"]
 #: Most bytes read from the wire at once, and most bytes taken for sending at once. This
 #: much memory is kept for every connection.
 _PIECE: Final = 32 * 1024
-#: Most bytes read at once if the last ones were mostly TLS's own. Key updates of this size
-#: take a millisecond.
+#: Most bytes read at once if the last ones were mostly TLS's own. Key updates of this
+#: size take a millisecond.
 _SIP: Final = 4 * 1024
-#: The share of payload below which a piece counts as mostly TLS's own. The smallest frames,
-#: each in its own record, have twice that share.
+#: The share of payload below which a piece counts as mostly TLS's own. The smallest
+#: frames, each in its own record, have twice that share.
 _YIELD: Final = 1 / 5
-#: Bytes of the longest record (RFC 5246, 6.2.3). Its content can be read only when all of
-#: it has arrived.
+#: Bytes of the longest record (RFC 5246, 6.2.3). Its content can be read only when all
+#: of it has arrived.
 _RECORD: Final = 5 + 16 * 1024 + 2048
-#: Most bytes in a row that are read without any payload: from an authenticated peer, and by
-#: a listener from a peer that is not authenticated.
+#: Most bytes in a row that are read without any payload: from an authenticated peer,
+#: and by a listener from a peer that is not authenticated.
 _MOST_BARREN: Final = 64 * 1024
 _MOST_BARREN_AT_THE_DOOR: Final = 20 * 1024
 #: Most bytes of TLS's own answers that wait for a peer that does not read.
@@ -86,7 +87,9 @@ class TlsStream:
 
     @property
     def buffered(self) -> bool:
-        """Whether input, or the end, may be readable although the system does not report it."""
+        """Whether input, or the end, may be readable although the system does not
+        report it.
+        """
         return self.engine.more or self.engine.ended or self._left
 
     @property
@@ -118,7 +121,9 @@ class TlsStream:
         return ready
 
     def _feed(self, size: int) -> int:
-        """Read once from the socket; return the number of bytes, 0 at the end. Raises OSError."""
+        """Read once from the socket; return the number of bytes, 0 at the end. Raises
+        OSError.
+        """
         data = self.raw.recv(size)
         if data:
             self.engine.feed(data)
@@ -221,8 +226,8 @@ class TlsStream:
             raise BlockingIOError
         taken = memoryview(data)[:_PIECE]
         self.engine.write(taken)
-        # Some bytes may have been sent before the connection broke, and the peer may have got
-        # a whole message. The next write fails again.
+        # Some bytes may have been sent before the connection broke, and the peer may
+        # have got a whole message. The next write fails again.
         try:
             self.flush()
         except OSError as error:
@@ -231,7 +236,9 @@ class TlsStream:
         return len(taken)
 
     def flush(self) -> bool:
-        """Write the bytes that were taken and not sent; return whether all are. Raises OSError."""
+        """Write the bytes that were taken and not sent; return whether all are. Raises
+        OSError.
+        """
         output = self.engine.output()
         if output:
             self._unsent = self._unsent + output if self._unsent else output
@@ -258,4 +265,6 @@ def _by_system(error: OSError) -> bool:
 
     A signal handler may raise a TimeoutError, which is an OSError too.
     """
-    return error.errno is not None or isinstance(error, (TlsError, BlockingIOError, InterruptedError, ConnectionError))
+    return error.errno is not None or isinstance(
+        error, (TlsError, BlockingIOError, InterruptedError, ConnectionError)
+    )

@@ -1,8 +1,8 @@
 """Reading of those fields of an X.509 certificate that the ssl module does not expose.
 
-The module walks through the certificate's DER. Sources: RFC 5280, 4.1 (the certificate);
-RFC 4055 (RSASSA-PSS); RFC 5929, 4 (tls-server-end-point). It verifies nothing: the TLS library
-has already read, or verified, the certificates.
+The module walks through the certificate's DER. Sources: RFC 5280, 4.1 (the
+certificate); RFC 4055 (RSASSA-PSS); RFC 5929, 4 (tls-server-end-point). It verifies
+nothing: the TLS library has already read, or verified, the certificates.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _GENERALIZED_TIME: Final = 0x18
 _CONTEXT_0: Final = 0xA0
 
 _PSS: Final = "2a864886f70d01010a"
-#: The digest to use by algorithm identifier: the bytes of the OID in hexadecimal. For MD5 and SHA-1
-#: it is SHA-256, as RFC 5929 says. So it is for all others that are not listed: Ed25519 and Ed448
-#: name no digest.
+#: The digest to use by algorithm identifier: the bytes of the OID in hexadecimal. For
+#: MD5 and SHA-1 it is SHA-256, as RFC 5929 says. So it is for all others that are not
+#: listed: Ed25519 and Ed448 name no digest.
 _HASHES: Final = {
     "2a864886f70d01010c": "sha384",  # sha384WithRSAEncryption
     "2a864886f70d01010d": "sha512",  # sha512WithRSAEncryption
@@ -53,12 +53,15 @@ _HASHES: Final = {
 
 
 def end_point(der: bytes) -> bytes:
-    """Return the channel binding data ``tls-server-end-point`` for a listener's certificate. Raises ValueError."""
+    """Return the channel binding data ``tls-server-end-point`` for a listener's
+    certificate. Raises ValueError.
+    """
     return hashlib.new(signature_hash(der), der).digest()
 
 
 def signature_hash(der: bytes) -> str:
-    """Return hashlib's name of the digest to use with a certificate: its signature's digest.
+    """Return hashlib's name of the digest to use with a certificate: its signature's
+    digest.
 
     Raises ValueError.
     """
@@ -74,7 +77,8 @@ def signature_hash(der: bytes) -> str:
 def validity(der: bytes) -> tuple[datetime, datetime]:
     """Return (not before, not after). Raises ValueError."""
     tbs = _fields(_fields(der)[0][1])[0][1]
-    # A version 1 certificate has no version [0]; then serial number, signature, issuer, validity.
+    # A version 1 certificate has no version [0]; then serial number, signature, issuer,
+    # validity.
     position = 4 if tbs[:1] == bytes([_CONTEXT_0]) else 3
     begin, end, *_ = _fields(_fields(tbs, position + 1)[position][1], 2)
     return _moment(*begin), _moment(*end)

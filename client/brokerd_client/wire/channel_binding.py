@@ -1,14 +1,15 @@
 """Keys bound to one TLS channel, and the agreement of two peers on the kind of binding.
 
-Over TLS a client proves that it knows its key *on this channel*. It does not use the key itself,
-but a MAC of the channel's binding data under the key. An attacker in the middle has two channels
-with different data. So the proof of one side is not valid on the other channel.
+Over TLS a client proves that it knows its key *on this channel*. It does not use the
+key itself, but a MAC of the channel's binding data under the key. An attacker in the
+middle has two channels with different data. So the proof of one side is not valid on
+the other channel.
 
-The broker lists the kinds of binding that it knows after the nonce of its challenge. The client
-marks the kind that it used after its name. Proofs protect both. If the list is altered, the
-answered challenge differs. Without its mark, an answer made with a bound key is not valid. Each
-direction has a bound key of its own. So a client's proof can never serve as a broker's proof.
-Source: docs/protocol.md, "Over TLS".
+The broker lists the kinds of binding that it knows after the nonce of its challenge.
+The client marks the kind that it used after its name. Proofs protect both. If the list
+is altered, the answered challenge differs. Without its mark, an answer made with a
+bound key is not valid. Each direction has a bound key of its own. So a client's proof
+can never serve as a broker's proof. Source: docs/protocol.md, "Over TLS".
 
 The module does not use TLS: the binding data are arguments.
 """
@@ -53,11 +54,14 @@ _LABEL: Final = b"brokerd channel binding " + _VERSION
 
 
 def bound_key(key: bytes, kind: str, data: bytes, direction: str) -> bytes:
-    """Return the bound key, 32 bytes, for answers on the channel with this binding data.
+    """Return the bound key, 32 bytes, for answers on the channel with this binding
+    data.
 
     direction: CLIENT or BROKER, the side that answers.
     """
-    return hmac.digest(key, b"%s\0%s\0%s\0%s" % (_LABEL, direction.encode(), kind.encode(), data), "sha256")
+    return hmac.digest(
+        key, b"%s\0%s\0%s\0%s" % (_LABEL, direction.encode(), kind.encode(), data), "sha256"
+    )
 
 
 def offer(bindings: Iterable[str]) -> bytes:
@@ -69,14 +73,17 @@ def offer(bindings: Iterable[str]) -> bytes:
 def choose(offered: bytes, bindings: Bindings) -> str:
     """Return the best kind that both sides know.
 
-    offered: the bytes after the nonce. bindings: never empty. END_POINT is the kind if the listener
-    offers no known kind, because every listener must know it. A fallback to an unbound key is not
-    possible: an attacker in the middle could force it.
-    Raises ValueError: the offer does not end in the version of bound keys that is known here.
+    offered: the bytes after the nonce. bindings: never empty. END_POINT is the kind if
+    the listener offers no known kind, because every listener must know it. A fallback
+    to an unbound key is not possible: an attacker in the middle could force it. Raises
+    ValueError: the offer does not end in the version of bound keys that is known here.
     """
     *kinds, version = offered[1:].split(b" ") if offered.startswith(b"\0") else [b""]
     if version != _VERSION:
-        raise ValueError("the listener does not offer keys bound to the channel, version 2: it is older, or no broker")
+        raise ValueError(
+            "the listener does not offer keys bound to the channel, version 2: it is older, or no"
+            " broker"
+        )
     return next((kind for kind in KINDS if kind in bindings and kind.encode() in kinds), END_POINT)
 
 
@@ -86,7 +93,8 @@ def marked(name: bytes, kind: str) -> bytes:
 
 
 def unmarked(rest: bytes) -> tuple[bytes, str]:
-    """Return (name, kind) from the bytes after a MAC; the kind is "" for an unbound key.
+    """Return (name, kind) from the bytes after a MAC; the kind is "" for an unbound
+    key.
 
     Raises ValueError: the bytes have a mark of an unknown kind.
     """

@@ -1,7 +1,9 @@
-"""The contents of a broker frame: the 12-byte header, kinds, flags, error codes, names, topics.
+"""The contents of a broker frame: the 12-byte header, kinds, flags, error codes, names,
+topics.
 
-Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads the same
-layout from its own buffer. It leaves frames that are not ordinary to this module.
+Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads
+the same layout from its own buffer. It leaves frames that are not ordinary to this
+module.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ MAX_TOPIC: Final = 255
 MAX_ID: Final = 2**64 - 1
 #: Longest extension, in bytes of JSON.
 MAX_EXTENSION: Final = 0xFFFF
-#: Most levels of objects and arrays in an extension; its own object is the first. The limit does
-#: not depend on an interpreter's recursion limit: a frame that passes here is readable everywhere.
+#: Most levels of objects and arrays in an extension; its own object is the first. The
+#: limit does not depend on an interpreter's recursion limit: a frame that passes here
+#: is readable everywhere.
 MAX_DEPTH: Final = 32
 #: Longest ``ttl``, in seconds: 68 years.
 MAX_TTL: Final = 2**31 - 1
@@ -67,14 +70,15 @@ _SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
 _EXTENSION_LENGTH: Final = struct.Struct("!H")
 #: Digits of the largest 64-bit float; an integer with fewer digits always fits.
 _FLOAT_DIGITS: Final = 309
-#: A number with fewer digits than this, and fewer than three in its exponent, always fits.
+#: A number with fewer digits than this, and fewer than three in its exponent, always
+#: fits.
 _FEW_DIGITS: Final = 200
 _LONG_EXPONENT: Final = re.compile(rb"[eE]\+?[0-9]{3}")
 #: A JSON string, also without its closing quote.
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
-#: An opening bracket becomes 2, a closing bracket 0. Less 1 each, the sum is the number of open
-#: levels.
+#: An opening bracket becomes 2, a closing bracket 0. Less 1 each, the sum is the number
+#: of open levels.
 _LEVELS: Final = bytes.maketrans(b"[{]}", b"\2\2\0\0")
 _NO_DIGITS: Final = bytes(byte if byte in b"0123456789" else 32 for byte in range(256))
 
@@ -89,7 +93,9 @@ class Kind(IntEnum):
     REPLY = 3
     """Answers a REQUEST; its id is the request's."""
     ERROR = 4
-    """Answers anything that failed; its payload is a JSON object with code, message and name."""
+    """Answers anything that failed; its payload is a JSON object with code, message and
+    name.
+    """
     EVENT = 5
     """A publication on a topic."""
     RECEIPT = 6
@@ -129,8 +135,8 @@ class ErrorCode(StrEnum):
     MALFORMED = "malformed"
     UNSUPPORTED = "unsupported"
     SHUTTING_DOWN = "shutting_down"
-    # These come with the id 0, as the last frame before the broker closes the connection.
-    # shutting_down can come so, too.
+    # These come with the id 0, as the last frame before the broker closes the
+    # connection. shutting_down can come so, too.
     NAME_TAKEN = "name_taken"
     REPLACED = "replaced"
     KEY_REMOVED = "key_removed"
@@ -145,9 +151,9 @@ _KINDS: Final = {int(kind): kind for kind in Kind}
 class Envelope:
     """A parsed broker frame.
 
-    name: the recipient on the way to the broker, the authenticated sender on the way from it.
-    topic: the topic of an EVENT, "" for other kinds. extension: the JSON object, or None.
-    payload: the bytes as sent; this module never decodes them.
+    name: the recipient on the way to the broker, the authenticated sender on the way
+    from it. topic: the topic of an EVENT, "" for other kinds. extension: the JSON
+    object, or None. payload: the bytes as sent; this module never decodes them.
     """
 
     kind: Kind
@@ -166,8 +172,8 @@ class Envelope:
 def encode(envelope: Envelope) -> bytes:
     """Return the frame's body, ready for :func:`brokerd_client.wire.framing.frame`.
 
-    The EXTENSION bit is set if the envelope has an extension.
-    Raises InvalidName or PayloadError for values that do not fit the header or the wire format.
+    The EXTENSION bit is set if the envelope has an extension. Raises InvalidName or
+    PayloadError for values that do not fit the header or the wire format.
     """
     name = _utf8(envelope.name, "name")
     if len(name) > 255:
@@ -178,7 +184,8 @@ def encode(envelope: Envelope) -> bytes:
         raise PayloadError(f"a codec is a number from 0 to 255, not {envelope.codec}")
     if envelope.flags & ~_KNOWN_FLAGS:
         raise PayloadError(f"flags has unknown bits set: {int(envelope.flags):#04x}")
-    # int(): ~ of a Flag keeps only the known bits on some versions of Python, and all on others.
+    # int(): ~ of a Flag keeps only the known bits on some versions of Python, and all
+    # on others.
     flags = envelope.flags & ~int(Flag.EXTENSION)
     parts = [name]
     if envelope.kind is Kind.EVENT:
@@ -204,13 +211,17 @@ def _utf8(text: str, what: str) -> bytes:
 def _json(extension: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(extension, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    # RecursionError: nested too deeply. ValueError: NaN, infinity, or a reference cycle.
+    # RecursionError: nested too deeply. ValueError: NaN, infinity, or a reference
+    # cycle.
     except (TypeError, ValueError, RecursionError) as error:
         raise PayloadError(f"the extension can't be written as JSON: {error}") from error
-    # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for it.
+    # Only a lone surrogate has no UTF-8, and its replacement is JSON's own escape for
+    # it.
     encoded = text.encode(errors="backslashreplace")
     if len(encoded) > MAX_EXTENSION:
-        raise PayloadError(f"an extension has at most {MAX_EXTENSION} bytes of JSON; this one has {len(encoded)}")
+        raise PayloadError(
+            f"an extension has at most {MAX_EXTENSION} bytes of JSON; this one has {len(encoded)}"
+        )
     if _is_too_deep(encoded):
         raise PayloadError(f"the extension is nested deeper than {MAX_DEPTH} levels")
     if _longest_number(encoded) >= _FLOAT_DIGITS:
@@ -222,7 +233,9 @@ def _json(extension: Mapping[str, Any]) -> bytes:
 
 
 def parse(body: bytes | bytearray | memoryview) -> Envelope:
-    """Return the envelope in a frame's body with its payload; :func:`split` lists the checks."""
+    """Return the envelope in a frame's body with its payload; :func:`split` lists the
+    checks.
+    """
     head, start = split(body)
     return replace(head, payload=bytes(body[start:]))
 
@@ -230,10 +243,10 @@ def parse(body: bytes | bytearray | memoryview) -> Envelope:
 def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
     """Return (the envelope without its payload, where the payload begins in ``body``).
 
-    Only the layout is checked. The caller has to check whether the name is a valid recipient,
-    and whether a client may send this kind.
-    Raises MalformedEnvelope, with the id if it is readable. Raises ExtensionTooDeep; :func:`head`
-    can then still read the rest.
+    Only the layout is checked. The caller has to check whether the name is a valid
+    recipient, and whether a client may send this kind. Raises MalformedEnvelope, with
+    the id if it is readable. Raises ExtensionTooDeep; :func:`head` can then still read
+    the rest.
     """
     envelope, position = _head(body)
     if envelope.flags & Flag.EXTENSION:
@@ -248,9 +261,13 @@ def head(body: bytes | bytearray | memoryview) -> Envelope:
 
 
 def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
-    """Return (the envelope without extension and payload, where the extension or the payload begins)."""
+    """Return (the envelope without extension and payload, where the extension or the
+    payload begins).
+    """
     if len(body) < HEADER.size:
-        raise MalformedEnvelope(f"a broker frame has at least {HEADER.size} bytes; this one has {len(body)}")
+        raise MalformedEnvelope(
+            f"a broker frame has at least {HEADER.size} bytes; this one has {len(body)}"
+        )
     kind_number, flags, codec, name_size, message_id = HEADER.unpack_from(body)
     kind = _KINDS.get(kind_number)
     if kind is None:
@@ -267,7 +284,9 @@ def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
     return Envelope(kind, message_id, name, b"", codec, flags, topic), position
 
 
-def _text(body: bytes | bytearray | memoryview, start: int, size: int, message_id: int, what: str) -> tuple[str, int]:
+def _text(
+    body: bytes | bytearray | memoryview, start: int, size: int, message_id: int, what: str
+) -> tuple[str, int]:
     end = start + size
     if end > len(body):
         raise MalformedEnvelope(f"the frame ends inside the {what}", message_id)
@@ -277,7 +296,9 @@ def _text(body: bytes | bytearray | memoryview, start: int, size: int, message_i
         raise MalformedEnvelope(f"the {what} is not UTF-8", message_id) from error
 
 
-def _extension(body: bytes | bytearray | memoryview, start: int, message_id: int) -> tuple[dict[str, Any], int]:
+def _extension(
+    body: bytes | bytearray | memoryview, start: int, message_id: int
+) -> tuple[dict[str, Any], int]:
     first = start + _EXTENSION_LENGTH.size
     if first > len(body):
         raise MalformedEnvelope("the frame ends before the extension's length", message_id)
@@ -288,12 +309,14 @@ def _extension(body: bytes | bytearray | memoryview, start: int, message_id: int
     try:
         text = raw.decode()
         if _is_too_deep(raw):
-            raise ExtensionTooDeep(f"the extension is nested deeper than {MAX_DEPTH} levels", message_id)
+            raise ExtensionTooDeep(
+                f"the extension is nested deeper than {MAX_DEPTH} levels", message_id
+            )
         digits = _longest_number(raw)
         extension = (_STRICT if digits >= _FLOAT_DIGITS else _PLAIN).decode(text)
         if digits >= _FEW_DIGITS or _LONG_EXPONENT.search(raw) is not None:
-            # Writing fails only for a number that became infinite. Checking each number in Python
-            # would take ten times as long.
+            # Writing fails only for a number that became infinite. Checking each number
+            # in Python would take ten times as long.
             _FINITE.encode(extension)
     # RecursionError: the caller's own stack is too deep for the decoder.
     except (ValueError, RecursionError) as error:
@@ -319,7 +342,11 @@ def _longest_number(raw: bytes) -> int:
 
     Return 0 for a text that is too short for many digits.
     """
-    return max(map(len, raw.translate(_NO_DIGITS).split()), default=0) if len(raw) >= _FEW_DIGITS else 0
+    return (
+        max(map(len, raw.translate(_NO_DIGITS).split()), default=0)
+        if len(raw) >= _FEW_DIGITS
+        else 0
+    )
 
 
 def _not_json(constant: str) -> NoReturn:
@@ -327,7 +354,8 @@ def _not_json(constant: str) -> NoReturn:
 
 
 def _integer(text: str) -> int:
-    # int() raises above a length that the interpreter's settings limit: check before calling it.
+    # int() raises above a length that the interpreter's settings limit: check before
+    # calling it.
     if len(text) >= _FLOAT_DIGITS and (len(text) > _FLOAT_DIGITS + 1 or math.isinf(float(text))):
         raise ValueError("a number is too large")
     return int(text)
@@ -358,7 +386,9 @@ def is_name(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    """Return whether the text can be a recipient: ``name``, ``name/instance`` or the broker's ``$...``."""
+    """Return whether the text can be a recipient: ``name``, ``name/instance`` or the
+    broker's ``$...``.
+    """
     return _ADDRESS.fullmatch(text) is not None or _SERVICE.fullmatch(text) is not None
 
 
@@ -366,7 +396,8 @@ def check_name(text: str) -> str:
     """Return the text. Raises InvalidName if it can't name a client."""
     if not is_name(text):
         raise InvalidName(
-            f"{text!r} is no client name: 1 to 64 letters, digits, '_', '.' and '-', not beginning with '.' or '-'"
+            f"{text!r} is no client name: 1 to 64 letters, digits, '_', '.' and '-', not beginning"
+            " with '.' or '-'"
         )
     return text
 
@@ -374,7 +405,9 @@ def check_name(text: str) -> str:
 def check_address(text: str) -> str:
     """Return the text. Raises InvalidName if it can't be a recipient."""
     if not is_address(text):
-        raise InvalidName(f"{text!r} is no recipient: give a client's name, NAME/INSTANCE or $broker")
+        raise InvalidName(
+            f"{text!r} is no recipient: give a client's name, NAME/INSTANCE or $broker"
+        )
     return text
 
 

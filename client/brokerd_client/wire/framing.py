@@ -1,13 +1,14 @@
 """Length-prefixed frames, as ``multiprocessing.connection`` writes them.
 
-A frame is a signed 32-bit big-endian length and that many bytes. A length of -1 is followed by
-an unsigned 64-bit big-endian length. Source: CPython, Lib/multiprocessing/connection.py,
-``Connection._send_bytes`` and ``_recv_bytes``. Any other negative length is refused here. The
-standard library takes it for an empty message.
+A frame is a signed 32-bit big-endian length and that many bytes. A length of -1 is
+followed by an unsigned 64-bit big-endian length. Source: CPython,
+Lib/multiprocessing/connection.py, ``Connection._send_bytes`` and ``_recv_bytes``. Any
+other negative length is refused here. The standard library takes it for an empty
+message.
 
-Frames are *pulled*, one at a time and under the current limit. The last message of a handshake
-and the first large frame can share a segment. A decoder that ran ahead would check the second
-against the limit of the first.
+Frames are *pulled*, one at a time and under the current limit. The last message of a
+handshake and the first large frame can share a segment. A decoder that ran ahead would
+check the second against the limit of the first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Final
 
 from brokerd_client.errors import BadLength, FrameTooBig
 
-__all__ = ["LENGTH", "LONG_LENGTH", "MAX_SHORT", "FrameReader", "frame", "frame_prefix", "frame_span"]
+__all__ = [
+    "LENGTH",
+    "LONG_LENGTH",
+    "MAX_SHORT",
+    "FrameReader",
+    "frame",
+    "frame_prefix",
+    "frame_span",
+]
 
 LENGTH: Final = struct.Struct("!i")
 LONG_LENGTH: Final = struct.Struct("!iQ")
@@ -28,7 +37,9 @@ _LONG_HEADER_SIZE: Final = LONG_LENGTH.size
 
 
 def frame_prefix(size: int) -> bytes:
-    """Return the length prefix of a body of ``size`` bytes: 4 bytes, or 12 above 2 GiB - 1."""
+    """Return the length prefix of a body of ``size`` bytes: 4 bytes, or 12 above 2 GiB
+    - 1.
+    """
     return LENGTH.pack(size) if size <= MAX_SHORT else LONG_LENGTH.pack(-1, size)
 
 
@@ -39,7 +50,9 @@ def frame(*parts: bytes | bytearray | memoryview) -> bytes:
     return b"".join((frame_prefix(size), *parts))
 
 
-def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> tuple[int, int] | None:
+def frame_span(
+    buffer: bytes | bytearray | memoryview, start: int, end: int
+) -> tuple[int, int] | None:
     """Return (where the body starts, its size in bytes) of the frame at ``start``.
 
     The body is not read. Return None if ``buffer[start:end]`` ends inside the length.
@@ -60,9 +73,9 @@ def frame_span(buffer: bytes | bytearray | memoryview, start: int, end: int) -> 
 class FrameReader:
     """A decoder that takes bytes and returns complete frames, one at a time.
 
-    The bytes are kept in one bytearray. Its consumed part is removed only occasionally, not at
-    every frame. Joining the rest to new bytes at every read would take time quadratic in the
-    frame's size.
+    The bytes are kept in one bytearray. Its consumed part is removed only occasionally,
+    not at every frame. Joining the rest to new bytes at every read would take time
+    quadratic in the frame's size.
     """
 
     __slots__ = ("_buffer", "_start")
@@ -88,8 +101,8 @@ class FrameReader:
 
         limit: largest body accepted, in bytes; 256 while authenticating, as CPython's
             ``recv_bytes(256)`` (Lib/multiprocessing/connection.py).
-        Raises FrameTooBig: the length is above the limit; this is raised before the body arrives.
-        Raises BadLength: the length is not valid.
+        Raises FrameTooBig: the length is above the limit; this is raised before the
+        body arrives. Raises BadLength: the length is not valid.
         """
         span = self._span(limit)
         if span is None:
@@ -105,7 +118,8 @@ class FrameReader:
     def missing(self, limit: int) -> int:
         """Return the least number of bytes that ``next_frame`` still needs for a frame.
 
-        The number is 0 if a complete frame is there. Raises the same errors as next_frame.
+        The number is 0 if a complete frame is there. Raises the same errors as
+        next_frame.
         """
         span = self._span(limit)
         if span is None:

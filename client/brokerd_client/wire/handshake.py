@@ -1,8 +1,8 @@
 """Both roles of ``multiprocessing.connection``'s mutual HMAC challenge, as generators.
 
 Source: CPython, Lib/multiprocessing/connection.py, ``deliver_challenge`` and
-``answer_challenge``, and the protocol description beside them. The answer with a name is
-brokerd's own addition (docs/protocol.md, "Handshake").
+``answer_challenge``, and the protocol description beside them. The answer with a name
+is brokerd's own addition (docs/protocol.md, "Handshake").
 
 A generator yields each step for its caller, and is resumed with the result:
 
@@ -12,9 +12,9 @@ A generator yields each step for its caller, and is resumed with the result:
                     answer, or None. If the proof has a binding, it is resumed with the
                     key bound for BROKER
 
-A generator returns a result if the handshake succeeded, and raises AuthenticationError if not.
-Before it raises, it yields the ``#FAILURE#`` that the peer has to get. Nonces and keys are
-arguments; no key, MAC or nonce ever appears in an exception.
+A generator returns a result if the handshake succeeded, and raises AuthenticationError
+if not. Before it raises, it yields the ``#FAILURE#`` that the peer has to get. Nonces
+and keys are arguments; no key, MAC or nonce ever appears in an exception.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from brokerd_client.errors import AuthenticationError, FrameError
-from brokerd_client.wire.channel_binding import BROKER, CLIENT, Bindings, bound_key, choose, marked, unmarked
+from brokerd_client.wire.channel_binding import (
+    BROKER,
+    CLIENT,
+    Bindings,
+    bound_key,
+    choose,
+    marked,
+    unmarked,
+)
 from brokerd_client.wire.foreign_protocols import foreign_speech
 from brokerd_client.wire.framing import FrameReader
 
@@ -58,14 +66,16 @@ NONCE_SIZE: Final = 40
 CHALLENGE: Final = b"#CHALLENGE#"
 WELCOME: Final = b"#WELCOME#"
 FAILURE: Final = b"#FAILURE#"
-#: The end of a client's challenge. No client answers a challenge with this end. Otherwise a
-#: listener without the key could get one client's challenge answered by another client.
+#: The end of a client's challenge. No client answers a challenge with this end.
+#: Otherwise a listener without the key could get one client's challenge answered by
+#: another client.
 CLIENT_MARK: Final = b"\0client"
 
 #: Digest name to MAC size in bytes: CPython's _ALLOWED_DIGESTS.
 DIGESTS: Final = {"md5": 16, "sha256": 32, "sha384": 48, "sha3_256": 32, "sha3_384": 48}
 _LONGEST_DIGEST_NAME: Final = max(map(len, DIGESTS))
-#: A challenge of this size comes from a Python that knows only HMAC-MD5 (3.11 and older).
+#: A challenge of this size comes from a Python that knows only HMAC-MD5 (3.11 and
+#: older).
 _LEGACY_CHALLENGE_SIZE: Final = 20
 _LEGACY_MAC_SIZE: Final = 16
 
@@ -88,13 +98,14 @@ RECEIVE: Final = Receive()
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The peer's answer to the challenge: resume with the key that made it, or with None.
+    """The peer's answer to the challenge: resume with the key that made it, or with
+    None.
 
-    challenge: the input of the MAC. digest: a name of DIGESTS.
-    name: the client's name if the answer carried one, else b"".
-    binding: the kind of channel binding (wire.channel_binding), "" for an unbound key. With a
-        binding, the answer was made with the key bound for CLIENT; resume with the key bound
-        for BROKER.
+    challenge: the input of the MAC. digest: a name of DIGESTS. name: the client's name
+    if the answer carried one, else b"". binding: the kind of channel binding
+    (wire.channel_binding), "" for an unbound key. With a
+        binding, the answer was made with the key bound for CLIENT; resume with the key
+        bound for BROKER.
     """
 
     challenge: bytes = field(repr=False)
@@ -104,11 +115,15 @@ class Proof:
     binding: str = ""
 
     def made_with(self, key: bytes) -> bool:
-        """Return whether ``key`` made this answer; the MACs are compared in constant time."""
+        """Return whether ``key`` made this answer; the MACs are compared in constant
+        time.
+        """
         return self.maker((key,)) == 0
 
     def maker(self, keys: Iterable[bytes]) -> int | None:
-        """Return the position of the first of ``keys`` that made this answer, or None; see made_with."""
+        """Return the position of the first of ``keys`` that made this answer, or None;
+        see made_with.
+        """
         # A search can try a thousand keys: look up each name only once.
         challenge, digest, mac = self.challenge, self.digest, self.mac
         same, made = hmac.compare_digest, hmac.digest
@@ -140,8 +155,8 @@ Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Establ
 def next_message(reader: FrameReader) -> bytes | None:
     """Return the next message of a handshake, or None if more bytes are needed.
 
-    Raises AuthenticationError: the peer speaks another protocol, which the message names.
-    Raises FrameError: the bytes are not a frame of a handshake.
+    Raises AuthenticationError: the peer speaks another protocol, which the message
+    names. Raises FrameError: the bytes are not a frame of a handshake.
     """
     try:
         return reader.next_frame(LIMIT)
@@ -150,18 +165,22 @@ def next_message(reader: FrameReader) -> bytes | None:
 
 
 def unframed(reader: FrameReader, error: FrameError) -> AuthenticationError | FrameError:
-    """Return the error for bytes that are not a frame; it names the peer's protocol if known."""
+    """Return the error for bytes that are not a frame; it names the peer's protocol if
+    known.
+    """
     speech = foreign_speech(reader.peek(4))
     return AuthenticationError(speech) if speech else error
 
 
 def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) -> Handshake:
-    """Return the listening side of a handshake: challenge the peer, then answer its challenge.
+    """Return the listening side of a handshake: challenge the peer, then answer its
+    challenge.
 
-    nonce: NONCE_SIZE fresh random bytes; over TLS followed by ``channel_binding.offer``.
-    allow_md5: whether HMAC-MD5 may be used, in either direction.
-    named: whether an answer may carry the client's name and the mark of a channel binding.
-    Raises AuthenticationError from the generator when either side rejects the other.
+    nonce: NONCE_SIZE fresh random bytes; over TLS followed by
+    ``channel_binding.offer``. allow_md5: whether HMAC-MD5 may be used, in either
+    direction. named: whether an answer may carry the client's name and the mark of a
+    channel binding. Raises AuthenticationError from the generator when either side
+    rejects the other.
     """
     established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
     try:
@@ -178,18 +197,29 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
 
 
 def as_dialer(
-    key: bytes, nonce: bytes, *, name: bytes = b"", allow_md5: bool = True, bindings: Bindings | None = None
+    key: bytes,
+    nonce: bytes,
+    *,
+    name: bytes = b"",
+    allow_md5: bool = True,
+    bindings: Bindings | None = None,
 ) -> Handshake:
-    """Return the dialing side of a handshake: answer the challenge, then challenge the peer.
+    """Return the dialing side of a handshake: answer the challenge, then challenge the
+    peer.
 
-    key: may be empty, though no broker accepts that.
-    name: sent after the MAC, so that a broker need not search for the key; b"" for the standard
+    key: may be empty, though no broker accepts that. name: sent after the MAC, so that
+    a broker need not search for the key; b"" for the standard
         library's answer.
-    bindings: over TLS, the channel's binding data. The key is then bound to the channel, in both
+    bindings: over TLS, the channel's binding data. The key is then bound to the
+    channel, in both
         directions, without a fallback to an unbound key.
     """
     # The key with which the listener has to answer.
-    key = (yield from answer_challenge(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=True)).key
+    key = (
+        yield from answer_challenge(
+            key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=True
+        )
+    ).key
     challenged = deliver_challenge(nonce + CLIENT_MARK, allow_md5=allow_md5)
     step = next(challenged)
     while True:
@@ -207,8 +237,9 @@ def deliver_challenge(
 ) -> Handshake:
     """Challenge the peer, yield its proof to get the key, and send the peer the result.
 
-    A peer that does not know digest prefixes takes the prefix as a part of the challenge. It then
-    answers with a bare HMAC-MD5. So one form serves both kinds of peers.
+    A peer that does not know digest prefixes takes the prefix as a part of the
+    challenge. It then answers with a bare HMAC-MD5. So one form serves both kinds of
+    peers.
     """
     challenge = b"{%s}%s" % (digest.encode("ascii"), nonce)
     yield Send(CHALLENGE + challenge)
@@ -218,7 +249,9 @@ def deliver_challenge(
         proof = _read_answer(challenge, answer, allow_md5=allow_md5, named=named)
         key = yield proof
         if key is None:
-            raise AuthenticationError("the peer's answer was made with a key that is not accepted here")
+            raise AuthenticationError(
+                "the peer's answer was made with a key that is not accepted here"
+            )
     except AuthenticationError:
         yield Send(FAILURE)
         raise
@@ -236,11 +269,13 @@ def answer_challenge(
 ) -> Handshake:
     """Answer the peer's challenge with ``key``, and wait for its welcome.
 
-    bindings: if given, the key is bound to the channel. dialing: whether this end is the client,
-    which answers no challenge of another client. The result holds the key with which the peer has
-    to answer.
+    bindings: if given, the key is bound to the channel. dialing: whether this end is
+    the client, which answers no challenge of another client. The result holds the key
+    with which the peer has to answer.
     """
-    established = yield from _prove(key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing)
+    established = yield from _prove(
+        key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing
+    )
     verdict = yield RECEIVE
     _check_verdict(verdict)
     return established
@@ -260,14 +295,15 @@ def _prove(
     challenge = _read_challenge(message)
     if dialing and challenge.endswith(CLIENT_MARK):
         raise AuthenticationError(
-            "the peer sent a client's challenge, as no listener does: a client is at the other end, or a listener that "
-            "passes on another client's challenge because it does not have the key"
+            "the peer sent a client's challenge, as no listener does: a client is at the other end,"
+            " or a listener that passes on another client's challenge because it does not have"
+            " the key"
         )
     digest, random = _challenge_digest(challenge)
     if digest == "md5" and not (allow_md5 and not bindings):
         raise AuthenticationError(
-            "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
-            "see allow_md5"
+            "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is"
+            " switched off here: see allow_md5"
         )
     theirs = key
     if bindings:
@@ -276,11 +312,17 @@ def _prove(
         except ValueError as error:
             raise AuthenticationError(str(error)) from error
         if kind not in bindings:
-            raise AuthenticationError("the listener offers no kind of channel binding that this channel has")
+            raise AuthenticationError(
+                "the listener offers no kind of channel binding that this channel has"
+            )
         theirs = bound_key(key, kind, bindings[kind], BROKER)
         key, name = bound_key(key, kind, bindings[kind], CLIENT), marked(name, kind)
     mac = _mac(key, challenge, digest)
-    yield Send(mac if len(challenge) == _LEGACY_CHALLENGE_SIZE else b"{%s}%s%s" % (digest.encode("ascii"), mac, name))
+    yield Send(
+        mac
+        if len(challenge) == _LEGACY_CHALLENGE_SIZE
+        else b"{%s}%s%s" % (digest.encode("ascii"), mac, name)
+    )
     return Established(theirs, digest, name)
 
 
@@ -288,10 +330,13 @@ def _check_verdict(verdict: bytes | None) -> None:
     """Raise AuthenticationError unless the peer accepted this end's answer."""
     if verdict == FAILURE:
         raise AuthenticationError(
-            "the peer rejected our answer: it does not accept the key used here, or has no place left for who uses it"
+            "the peer rejected our answer: it does not accept the key used here, or has no place"
+            " left for who uses it"
         )
     if verdict != WELCOME:
-        raise AuthenticationError("the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener")
+        raise AuthenticationError(
+            "the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener"
+        )
 
 
 def _mac(key: bytes, challenge: bytes, digest: str) -> bytes:
@@ -302,22 +347,28 @@ def _mac(key: bytes, challenge: bytes, digest: str) -> bytes:
 
 
 def _unavailable(digest: str) -> AuthenticationError:
-    return AuthenticationError(f"HMAC-{digest} is not available on this machine; FIPS mode forbids MD5")
+    return AuthenticationError(
+        f"HMAC-{digest} is not available on this machine; FIPS mode forbids MD5"
+    )
 
 
 def _read_challenge(message: bytes) -> bytes:
     if message.startswith(FAILURE):
-        # A listener that refuses a connection before the handshake sends the reason after the word.
+        # A listener that refuses a connection before the handshake sends the reason
+        # after the word.
         text = message[len(FAILURE) :].decode("ascii", "replace").strip() or "it did not say why"
         why = "".join(letter if letter.isprintable() else "?" for letter in text)
         raise AuthenticationError(f"the listener sent us away before any key was shown: {why}")
     if not message.startswith(CHALLENGE):
         raise AuthenticationError(
-            "expected a challenge from the peer and got something else: is authentication switched on at both ends?"
+            "expected a challenge from the peer and got something else: is authentication switched"
+            " on at both ends?"
         )
     challenge = message[len(CHALLENGE) :]
     if len(challenge) < _LEGACY_CHALLENGE_SIZE:
-        raise AuthenticationError(f"the peer's challenge is too short: {len(challenge)} bytes, not 20 or more")
+        raise AuthenticationError(
+            f"the peer's challenge is too short: {len(challenge)} bytes, not 20 or more"
+        )
     return challenge
 
 
@@ -327,7 +378,9 @@ def _challenge_digest(challenge: bytes) -> tuple[str, bytes]:
         return "md5", challenge
     prefix = _digest_prefix(challenge)
     if prefix is None:
-        raise AuthenticationError("the peer's challenge names no digest known here (" + ", ".join(DIGESTS) + ")")
+        raise AuthenticationError(
+            "the peer's challenge names no digest known here (" + ", ".join(DIGESTS) + ")"
+        )
     return prefix
 
 
@@ -346,18 +399,24 @@ def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
 
 
 def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: bool) -> Proof:
-    """Return the parsed answer. Raises AuthenticationError if it is invalid or uses refused MD5."""
+    """Return the parsed answer.
+
+    Raises AuthenticationError if it is invalid or uses refused MD5.
+    """
     if len(answer) == _LEGACY_MAC_SIZE:
         digest, mac, name = "md5", answer, b""
     else:
         prefix = _digest_prefix(answer)
         if prefix is None:
-            raise AuthenticationError("the peer's answer is no proof: neither 16 bytes nor a known {digest}")
+            raise AuthenticationError(
+                "the peer's answer is no proof: neither 16 bytes nor a known {digest}"
+            )
         digest, rest = prefix
         mac, name = rest[: DIGESTS[digest]], rest[DIGESTS[digest] :]
         if len(mac) != DIGESTS[digest] or (name and not named):
             raise AuthenticationError(
-                f"the peer's {digest} answer has {len(rest)} bytes where {DIGESTS[digest]} are right"
+                f"the peer's {digest} answer has {len(rest)} bytes where {DIGESTS[digest]} are"
+                " right"
             )
     try:
         name, binding = unmarked(name)
@@ -365,7 +424,7 @@ def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: boo
         raise AuthenticationError(str(error)) from error
     if digest == "md5" and not allow_md5:
         raise AuthenticationError(
-            "the peer answered with HMAC-MD5 (Python 3.11 or older knows nothing else), which is switched off here: "
-            "see allow_md5"
+            "the peer answered with HMAC-MD5 (Python 3.11 or older knows nothing else), which is"
+            " switched off here: see allow_md5"
         )
     return Proof(challenge, digest, mac, name, binding)

@@ -1,4 +1,6 @@
-"""Makes the helpers beside the tests importable, and gives each test a broker of its own."""
+"""Makes the helpers beside the tests importable, and gives each test a broker of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from fake_broker import FakeServer
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
-    """A fake broker on a Unix socket, which knows alice, bob and carol, each by the key of that name."""
-    server = FakeServer(str(tmp_path / "b.sock"), {name: name.encode() for name in ("alice", "bob", "carol")})
+    """A fake broker on a Unix socket, which knows alice, bob and carol, each by the key
+    of that name.
+    """
+    server = FakeServer(
+        str(tmp_path / "b.sock"), {name: name.encode() for name in ("alice", "bob", "carol")}
+    )
     server.start()
     yield server
     server.stop()

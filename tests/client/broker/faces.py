@@ -1,6 +1,8 @@
-"""Both client faces behind one set of blocking calls, so that a scenario is written once.
+"""Both client faces behind one set of blocking calls, so that a scenario is written
+once.
 
-The asyncio face runs on an event loop in a thread of its own; a call is a coroutine there, waited for here.
+The asyncio face runs on an event loop in a thread of its own; a call is a coroutine
+there, waited for here.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class Face:
         raise NotImplementedError
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function where the clients live; return its result, awaited where it is awaitable."""
+        """Call a function where the clients live; return its result, awaited where it
+        is awaitable.
+        """
         return function()
 
     def close(self) -> None:
@@ -51,7 +55,9 @@ class Blocking(Face):
 class Asyncio(Face):
     """brokerd_client.aio.client.connect, on the loop that ``new_loop`` makes."""
 
-    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop) -> None:
+    def __init__(
+        self, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    ) -> None:
         super().__init__()
         self.loop = new_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="asyncio face")
@@ -75,7 +81,13 @@ class Asyncio(Face):
     def close(self) -> None:
         """Close the clients, see that no task is left, and end the loop."""
         super().close()
-        left = self.run(lambda: [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+        left = self.run(
+            lambda: [
+                task.get_name()
+                for task in asyncio.all_tasks()
+                if task is not asyncio.current_task()
+            ]
+        )
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(PATIENCE)
         self.loop.close()

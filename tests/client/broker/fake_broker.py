@@ -1,6 +1,8 @@
-"""A small broker for tests, built on the wire alone: no rules, no quotas, nothing clever.
+"""A small broker for tests, built on the wire alone: no rules, no quotas, nothing
+clever.
 
-FakeBroker is sans-I/O: sessions take bytes and have bytes to send. FakeServer is a thread that moves them.
+FakeBroker is sans-I/O: sessions take bytes and have bytes to send. FakeServer is a
+thread that moves them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from pathlib import Path
 
 from brokerd_client.topics import matches
 from brokerd_client.wire import handshake
-from brokerd_client.wire.envelope import Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
+from brokerd_client.wire.envelope import (
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    encode,
+    error_payload,
+    parse,
+)
 from brokerd_client.wire.framing import FrameReader, frame
 
 
@@ -30,7 +40,9 @@ class Session:
         self.subscriptions: list[tuple[str, str]] = []
         self.failed = False
         self._reader = FrameReader()
-        self._handshake: handshake.Handshake | None = handshake.as_listener(os.urandom(40), named=True)
+        self._handshake: handshake.Handshake | None = handshake.as_listener(
+            os.urandom(40), named=True
+        )
         self._advance(next(self._handshake))
 
     def _advance(self, step: object) -> None:
@@ -56,7 +68,9 @@ class Session:
                 self._advance(self._handshake.send(body))
             except StopIteration as end:
                 self._handshake = None
-                self.name = next(name for name, key in self.broker.keys.items() if key == end.value.key)
+                self.name = next(
+                    name for name, key in self.broker.keys.items() if key == end.value.key
+                )
                 self.broker.joined(self)
             except handshake.AuthenticationError:
                 self.failed = True
@@ -70,7 +84,8 @@ class Session:
 class FakeBroker:
     """Named sessions, and what passes between them.
 
-    intercept: called with (session, envelope) first; a true result means that it took care of the frame.
+    intercept: called with (session, envelope) first; a true result means that it took
+    care of the frame.
     """
 
     def __init__(self, keys: dict[str, bytes]) -> None:
@@ -102,7 +117,13 @@ class FakeBroker:
         if self.intercept is not None and self.intercept(session, envelope):
             return
         if envelope.kind is Kind.EVENT:
-            self.emit(envelope.topic, session.name, id=envelope.id, payload=envelope.payload, codec=envelope.codec)
+            self.emit(
+                envelope.topic,
+                session.name,
+                id=envelope.id,
+                payload=envelope.payload,
+                codec=envelope.codec,
+            )
         elif envelope.name == "$broker":
             self._operate(session, envelope)
             return
@@ -135,9 +156,20 @@ class FakeBroker:
         said = json.loads(envelope.payload)
         answer: dict[str, object] = {}
         if said["op"] == "whoami":
-            answer = {"name": session.name, "address": session.name, "version": "0", "protocol": 1, "limits": {}}
+            answer = {
+                "name": session.name,
+                "address": session.name,
+                "version": "0",
+                "protocol": 1,
+                "limits": {},
+            }
         elif said["op"] == "clients":
-            answer = {"clients": [{"name": name, "online": name in self.online, "since": 1.5} for name in self.keys]}
+            answer = {
+                "clients": [
+                    {"name": name, "online": name in self.online, "since": 1.5}
+                    for name in self.keys
+                ]
+            }
         elif said["op"] == "subscribe":
             if said["topic"].startswith("denied"):
                 self.refuse(session, envelope, ErrorCode.DENIED)
@@ -151,7 +183,9 @@ class FakeBroker:
         elif said["op"] not in ("ping", "goaway", "finished"):
             self.refuse(session, envelope, ErrorCode.UNSUPPORTED)
             return
-        session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", json.dumps(answer).encode(), 2))
+        session.deliver(
+            Envelope(Kind.REPLY, envelope.id, "$broker", json.dumps(answer).encode(), 2)
+        )
 
 
 class FakeServer:
@@ -231,7 +265,8 @@ class FakeServer:
                         if data:
                             sessions[sock].receive(data)
                         else:
-                            # What was still to be sent goes first, as a real broker's does.
+                            # What was still to be sent goes first, as a real broker's
+                            # does.
                             self._flush(sock, sessions[sock])
                             sessions[sock].failed = True
             with self._lock:

@@ -1,6 +1,8 @@
-"""A fake broker on the clients' own event loop, without sockets: each step of a scenario is a step of the loop.
+"""A fake broker on the clients' own event loop, without sockets: each step of a
+scenario is a step of the loop.
 
-So a test can cancel a task at every step, and in the very callback that hands its answer over.
+So a test can cancel a task at every step, and in the very callback that hands its
+answer over.
 """
 
 from __future__ import annotations
@@ -112,7 +114,9 @@ class MemoryBroker:
         self.before: Callable[[str], object] = lambda name: None
         self.after: Callable[[str], object] = lambda name: None
 
-    async def dial(self, address: object, protocol: Callable[[], asyncio.Protocol], *more: object) -> None:
+    async def dial(
+        self, address: object, protocol: Callable[[], asyncio.Protocol], *more: object
+    ) -> None:
         """Stand in for aio_connection.dial."""
         await asyncio.sleep(0)
         made = protocol()
@@ -149,8 +153,12 @@ class MemoryBroker:
         return aio.connect("/memory", name, name, **options)
 
 
-def play(monkeypatch: Any, scenario: Callable[[MemoryBroker], Awaitable[object]], *names: str) -> None:
-    """Run a scenario with a fake broker in memory on a fresh loop, which must be left without a task."""
+def play(
+    monkeypatch: Any, scenario: Callable[[MemoryBroker], Awaitable[object]], *names: str
+) -> None:
+    """Run a scenario with a fake broker in memory on a fresh loop, which must be left
+    without a task.
+    """
 
     async def watched() -> None:
         network = MemoryBroker(*(names or ("alice", "bob", "carol")))

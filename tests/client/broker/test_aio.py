@@ -1,4 +1,6 @@
-"""What only the asyncio face has: tasks that are cancelled, loops that differ, things to be opened."""
+"""What only the asyncio face has: tasks that are cancelled, loops that differ, things
+to be opened.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_every_way_to_open(server: FakeServer) -> None:
-    """await, async with, async with await, and async for: what is opened is closed at the end."""
+    """await, async with, async with await, and async for: what is opened is closed at
+    the end.
+    """
 
     async def main() -> None:
         client = await join("alice", server)
@@ -110,11 +114,16 @@ def test_opening_not_awaited_does_nothing(server: FakeServer) -> None:
 
 
 def test_cancelled_request_leaves_nothing(server: FakeServer) -> None:
-    """However many requests are cancelled, at whatever point, the tables are empty and late replies only counted."""
+    """However many requests are cancelled, at whatever point, the tables are empty and
+    late replies only counted.
+    """
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
-            tasks = [asyncio.create_task(alice.request("bob", number, timeout=None)) for number in range(200)]
+            tasks = [
+                asyncio.create_task(alice.request("bob", number, timeout=None))
+                for number in range(200)
+            ]
             await asyncio.sleep(0)
             for task in tasks[:100]:
                 task.cancel()
@@ -204,7 +213,9 @@ def test_sends_of_one_turn_leave_with_one_write(server: FakeServer) -> None:
 
 
 def test_sender_waits_while_the_broker_takes_nothing(server: FakeServer) -> None:
-    """Above the socket's buffer a send waits; its timeout means that it was not sent; what was given is in doubt."""
+    """Above the socket's buffer a send waits; its timeout means that it was not sent;
+    what was given is in doubt.
+    """
 
     async def main() -> None:
         async with join("alice", server) as alice:
@@ -268,7 +279,9 @@ def test_coroutine_handlers_run_side_by_side(server: FakeServer) -> None:
 
 
 def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
-    """A handler that hangs is cancelled, a call that waits is Closed, and no task stays (see run)."""
+    """A handler that hangs is cancelled, a call that waits is Closed, and no task stays
+    (see run).
+    """
 
     async def main() -> None:
         alice, bob = await join("alice", server), await join("bob", server)
@@ -289,7 +302,9 @@ def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
 
 
 def test_failed_connects_leave_nothing(server: FakeServer, tmp_path: Path) -> None:
-    """A wrong key, nobody there, a silent listener, a pipe: the error of each, in time, and no task (see run)."""
+    """A wrong key, nobody there, a silent listener, a pipe: the error of each, in time,
+    and no task (see run).
+    """
 
     async def main() -> None:
         with pytest.raises(AuthenticationError):
@@ -302,7 +317,9 @@ def test_failed_connects_leave_nothing(server: FakeServer, tmp_path: Path) -> No
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             with pytest.raises(TimedOut):
-                await aio.connect(("127.0.0.1", listener.getsockname()[1]), "alice", "k", timeout=0.1)
+                await aio.connect(
+                    ("127.0.0.1", listener.getsockname()[1]), "alice", "k", timeout=0.1
+                )
         with socket.socket(socket.AF_UNIX) as crowded, contextlib.ExitStack() as stack:
             crowded.bind(str(tmp_path / "s"))
             crowded.listen(0)
@@ -353,7 +370,9 @@ def test_wrong_process_is_said(server: FakeServer) -> None:
 def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """connect() ends with what went wrong as the cause, which is logged too, instead of waiting for ever."""
+    """connect() ends with what went wrong as the cause, which is logged too, instead of
+    waiting for ever.
+    """
 
     async def fail(*given: object) -> None:
         raise LookupError("nobody thought of this")
@@ -395,7 +414,9 @@ def test_a_bug_while_connecting_again_is_not_the_end(
 def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some systems refuse to set options then: connect() hears that the connection is gone."""
+    """Some systems refuse to set options then: connect() hears that the connection is
+    gone.
+    """
 
     def refuse(*given: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -404,7 +425,9 @@ def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            opening = asyncio.ensure_future(aio.connect(listener.getsockname(), "alice", "k").__aenter__())
+            opening = asyncio.ensure_future(
+                aio.connect(listener.getsockname(), "alice", "k").__aenter__()
+            )
             accepted = await asyncio.to_thread(listener.accept)
             # Another try finds no listener.
             listener.close()
@@ -416,7 +439,9 @@ def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
 
 
 def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
-    """A peer, or somebody on the way, that says that nothing more comes and does not read is gone at once."""
+    """A peer, or somebody on the way, that says that nothing more comes and does not
+    read is gone at once.
+    """
 
     class Told:
         def __init__(self) -> None:
@@ -447,7 +472,9 @@ def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
 def test_failures_of_sends_are_told_though_close_follows_at_once(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What on_undelivered has not been called with yet is logged by close(), which ends the handlers."""
+    """What on_undelivered has not been called with yet is logged by close(), which ends
+    the handlers.
+    """
 
     async def main() -> None:
         alice, bob = await join("alice", server), await join("bob", server)
@@ -465,7 +492,9 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(
         await until(lambda: alice.counters["undelivered"] == 8)
         await alice.close()
         await bob.close()
-        logged = [record.getMessage() for record in caplog.records if "delivered" in record.getMessage()]
+        logged = [
+            record.getMessage() for record in caplog.records if "delivered" in record.getMessage()
+        ]
         assert [text.split()[1] for text in logged[:5]] == [str(id) for id in ids[:5]]
         assert logged[5:] == ["3 more messages were not delivered: NoSuchClient nobody (3)"]
 
@@ -487,7 +516,9 @@ def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.wait([closing, link.closed])
-        texts = [record.getMessage() for record in caplog.records if "delivered" in record.getMessage()]
+        texts = [
+            record.getMessage() for record in caplog.records if "delivered" in record.getMessage()
+        ]
         counts = [int(text.partition(" ")[0]) for text in texts if " more messages " in text]
         assert len(texts) - len(counts) + sum(counts) == alice.counters["undelivered"] > 100
 
@@ -495,7 +526,9 @@ def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
 
 
 def test_what_came_before_a_peer_vanished_is_read() -> None:
-    """Bytes that nobody wanted yet are here, and come before the news that the peer is gone."""
+    """Bytes that nobody wanted yet are here, and come before the news that the peer is
+    gone.
+    """
 
     class Gone(Silence):
         def lasts(self, sock: object, now: float) -> float:
@@ -535,7 +568,9 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
 
 
 def test_a_send_that_finds_the_connection_gone_is_told(server: FakeServer) -> None:
-    """What the loop could not take is no send that has left: on_undelivered hears of each."""
+    """What the loop could not take is no send that has left: on_undelivered hears of
+    each.
+    """
 
     async def main() -> None:
         alice = await join("alice", server)

@@ -1,4 +1,6 @@
-"""Exceptions that no rule foresees, in any callback of the asyncio face: a lost connection, never a dead client."""
+"""Exceptions that no rule foresees, in any callback of the asyncio face: a lost
+connection, never a dead client.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> list[BaseException]:
-    """Make a method raise the error at its next call; return a list that is empty once it has."""
+def once(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException
+) -> list[BaseException]:
+    """Make a method raise the error at its next call; return a list that is empty once
+    it has.
+    """
     left = [error]
     method = getattr(owner, name)
 
@@ -59,12 +65,17 @@ def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseE
     return left
 
 
-#: Where the exception is raised: the object and its method; what makes the loop call it.
+#: Where the exception is raised: the object and its method; what makes the loop call
+#: it.
 PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
     "data received": (lambda client: client._dialog, "receive", lambda client: None),
     "messages passed on": (lambda client: client, "_apply", lambda client: None),
     "writing": (lambda client: client._link.transport, "write", lambda client: None),  # type: ignore[union-attr]
-    "writable": (lambda client: client, "_on_writable", lambda client: client._link.pause_writing()),  # type: ignore[union-attr]
+    "writable": (
+        lambda client: client,
+        "_on_writable",
+        lambda client: client._link.pause_writing(),
+    ),  # type: ignore[union-attr]
     "a look at the peer": (
         lambda client: Peer,
         "lasts",
@@ -85,9 +96,14 @@ class Peer:
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_exception_in_a_callback_is_a_lost_connection(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: Any, make: Callable[[], BaseException]
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: Any,
+    make: Callable[[], BaseException],
 ) -> None:
-    """A call that waits gets an error, the log has the exception, and the client connects again."""
+    """A call that waits gets an error, the log has the exception, and the client
+    connects again.
+    """
     owner, method, provoke = place
 
     async def scenario(network: MemoryBroker) -> None:
@@ -118,13 +134,20 @@ def test_exception_in_a_callback_is_a_lost_connection(
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
 @pytest.mark.parametrize("what", ["opened", "dial"])
 def test_exception_while_connecting_again_is_a_lost_connection(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, make: Callable[[], BaseException]
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+    make: Callable[[], BaseException],
 ) -> None:
     """Another try follows."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
-            left = once(monkeypatch, *((alice._dialog, "opened") if what == "opened" else (alice, "_dial")), make())
+            left = once(
+                monkeypatch,
+                *((alice._dialog, "opened") if what == "opened" else (alice, "_dial")),
+                make(),
+            )
             network.drop("alice")
             await until(lambda: not left and alice.connected)
             assert await alice.ping() >= 0
@@ -159,7 +182,9 @@ def test_exception_while_connecting_for_the_first_time_ends_connect(
 def test_exception_in_the_handling_of_a_loss_ends_the_client(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No task waits for a client that can't connect again: every call raises Disconnected."""
+    """No task waits for a client that can't connect again: every call raises
+    Disconnected.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         alice = await network.join("alice")
@@ -171,7 +196,8 @@ def test_exception_in_the_handling_of_a_loss_ends_the_client(
         await asyncio.sleep(0)
         once(monkeypatch, alice._dialog, "lost", LookupError("unforeseen"))
         network.drop("alice")
-        # The request comes back to alice itself, as a message for the first of the tasks.
+        # The request comes back to alice itself, as a message for the first of the
+        # tasks.
         for task in tasks[1:]:
             with pytest.raises(Disconnected, match="unforeseen"):
                 await asyncio.wait_for(task, 5)
@@ -187,7 +213,9 @@ def test_exception_in_the_handling_of_a_loss_ends_the_client(
 def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
     monkeypatch: pytest.MonkeyPatch, connected: bool
 ) -> None:
-    """A program that cancels every task cancels the one that connects again: at the next loss every call says so."""
+    """A program that cancels every task cancels the one that connects again: at the
+    next loss every call says so.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         alice = await network.join("alice")
@@ -210,8 +238,12 @@ def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
     play(monkeypatch, scenario)
 
 
-def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A KeyboardInterrupt in the middle of a read: the rest of the stream is not taken for the next message."""
+def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A KeyboardInterrupt in the middle of a read: the rest of the stream is not taken
+    for the next message.
+    """
 
     async def begin() -> tuple[MemoryBroker, aio.Client]:
         network = MemoryBroker("alice")
@@ -236,7 +268,9 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(monkeypatch
 
 
 def test_flush_that_the_loop_has_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt in the event loop can cost it a callback: the next timeout, or the next read, flushes."""
+    """An interrupt in the event loop can cost it a callback: the next timeout, or the
+    next read, flushes.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -256,7 +290,9 @@ def test_flush_that_the_loop_has_lost_is_made_up_for(monkeypatch: pytest.MonkeyP
 
 CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
     "send with receipt": lambda client: client.send("bob", 1, receipt=True, timeout=0.1),
-    "send_many with receipts": lambda client: client.send_many([("bob", 1)] * 3, receipt=True, timeout=0.1),
+    "send_many with receipts": lambda client: client.send_many(
+        [("bob", 1)] * 3, receipt=True, timeout=0.1
+    ),
     "request": lambda client: client.request("bob", 1, timeout=0.1),
     "publish with receipt": lambda client: client.publish("a", 1, receipt=True, timeout=0.1),
     "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
@@ -320,7 +356,9 @@ OPERATIONS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
 def test_operation_answered_with_anything_has_an_outcome(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]], answer: bytes
 ) -> None:
-    """In time, whatever the broker says; the client goes on, on this connection or on the next."""
+    """In time, whatever the broker says; the client goes on, on this connection or on
+    the next.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", timeout=5) as alice:

@@ -1,4 +1,6 @@
-"""Tasks of the asyncio face, cancelled at every step of the loop, also in the one in which their result arrived."""
+"""Tasks of the asyncio face, cancelled at every step of the loop, also in the one in
+which their result arrived.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,22 @@ MOST_STEPS = 60
 
 
 class Cancelling:
-    """Starts a call as a task, and cancels it at one of many moments; one instance for each moment.
+    """Starts a call as a task, and cancels it at one of many moments; one instance for
+    each moment.
 
-    step: steps of the loop after which it is cancelled. delivery: cancelled in the callback of that delivery, counted
-    from 0, ``early`` before the bytes are handed over or just after. again: steps after which a second cancel follows.
+    step: steps of the loop after which it is cancelled. delivery: cancelled in the
+    callback of that delivery, counted from 0, ``early`` before the bytes are handed
+    over or just after. again: steps after which a second cancel follows.
     """
 
     def __init__(
-        self, network: MemoryBroker, *, step: int = -1, delivery: int = -1, early: bool = False, again: int = -1
+        self,
+        network: MemoryBroker,
+        *,
+        step: int = -1,
+        delivery: int = -1,
+        early: bool = False,
+        again: int = -1,
     ) -> None:
         self._network = network
         self._step = step
@@ -71,7 +81,11 @@ class Cancelling:
 def moments(network: MemoryBroker, *, twice: bool = False) -> list[Cancelling]:
     """Return a Cancelling for each moment of a call."""
     if twice:
-        return [Cancelling(network, step=step, again=again) for step in range(40) for again in range(1, 4)]
+        return [
+            Cancelling(network, step=step, again=again)
+            for step in range(40)
+            for again in range(1, 4)
+        ]
     found = [Cancelling(network, step=step) for step in range(40)]
     for early in (True, False):
         found += [Cancelling(network, delivery=number, early=early) for number in range(6)]
@@ -79,7 +93,9 @@ def moments(network: MemoryBroker, *, twice: bool = False) -> list[Cancelling]:
 
 
 def require_nothing_left(client: aio.Client, network: MemoryBroker) -> None:
-    """Raise AssertionError where a call has left something in the client or at the broker."""
+    """Raise AssertionError where a call has left something in the client or at the
+    broker.
+    """
     dialog = client._dialog
     assert len(dialog.pending_calls) == 0
     assert len(dialog.subscriptions) == 0
@@ -122,8 +138,12 @@ async def _close_after(opening: Any) -> None:
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("call", [*CALLS.values(), *OPENINGS.values()], ids=[*CALLS, *OPENINGS])
-def test_call_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch, call: Call, twice: bool) -> None:
-    """Tables here and subscriptions at the broker are empty, whatever the moment; the client goes on."""
+def test_call_cancelled_at_any_step_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, call: Call, twice: bool
+) -> None:
+    """Tables here and subscriptions at the broker are empty, whatever the moment; the
+    client goes on.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -133,20 +153,25 @@ def test_call_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.MonkeyPat
                 outcomes.add(await cancelling.run(lambda: call(alice)))
                 await alice.ping()
                 require_nothing_left(alice, network)
-            # The moments cover the whole call: some cancels come in time, some too late.
+            # The moments cover the whole call: some cancels come in time, some too
+            # late.
             assert outcomes == {True, False}
 
     play(monkeypatch, scenario)
 
 
-def test_subscription_cancelled_with_its_answer_gets_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subscription_cancelled_with_its_answer_gets_no_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Events of a subscription that its task never got do not fill the inbox."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=1 << 14) as alice, network.join("bob") as bob:
             for delivery in range(3):
                 for opening in (lambda: alice.subscribe("a"), lambda: alice.watch_presence()):
-                    await Cancelling(network, delivery=delivery).run(lambda opening=opening: _close_after(opening()))
+                    await Cancelling(network, delivery=delivery).run(
+                        lambda opening=opening: _close_after(opening())
+                    )
             for _ in range(100):
                 await bob.publish("a", bytes(1000))
             await bob.send("alice", "still here")
@@ -156,7 +181,9 @@ def test_subscription_cancelled_with_its_answer_gets_no_event(monkeypatch: pytes
     play(monkeypatch, scenario)
 
 
-def test_unsubscribe_cancelled_at_any_step_ends_the_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsubscribe_cancelled_at_any_step_ends_the_subscription(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The broker is told, whether or not the task that asked waits for the answer."""
 
     async def scenario(network: MemoryBroker) -> None:
@@ -216,7 +243,9 @@ def test_close_cancelled_at_any_step_closes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_close_cancelled_while_it_flushes_closes(server: FakeServer) -> None:
-    """A broker that takes nothing holds close() up; the cancelled close() has closed the client all the same."""
+    """A broker that takes nothing holds close() up; the cancelled close() has closed
+    the client all the same.
+    """
 
     async def main() -> None:
         alice = await aio.connect(server.path, "alice", "alice")
@@ -237,8 +266,12 @@ def test_close_cancelled_while_it_flushes_closes(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("how", ["recv", "recv in time", "anext", "subscription"])
-def test_message_taken_by_a_cancelled_task_is_not_lost(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Each message is returned by one call, in order, whichever calls are cancelled at whatever step."""
+def test_message_taken_by_a_cancelled_task_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Each message is returned by one call, in order, whichever calls are cancelled at
+    whatever step.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -253,7 +286,8 @@ def test_message_taken_by_a_cancelled_task_is_not_lost(monkeypatch: pytest.Monke
             sent = 0
 
             async def taking() -> None:
-                # Kept in the same step: a result that the caller never sees is lost to it by its own doing.
+                # Kept in the same step: a result that the caller never sees is lost to
+                # it by its own doing.
                 got.append((await take()).payload)
 
             for cancelling in [*moments(network), *moments(network, twice=True)]:
@@ -274,7 +308,9 @@ def test_message_taken_by_a_cancelled_task_is_not_lost(monkeypatch: pytest.Monke
     play(monkeypatch, scenario)
 
 
-def test_closed_coroutine_of_a_waiting_recv_takes_no_wakeup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_coroutine_of_a_waiting_recv_takes_no_wakeup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A recv() whose coroutine was closed is not woken in place of one that waits."""
 
     async def scenario(network: MemoryBroker) -> None:
@@ -292,7 +328,9 @@ def test_closed_coroutine_of_a_waiting_recv_takes_no_wakeup(monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_calls_cancelled_at_random_for_seconds_leave_nothing(server: FakeServer) -> None:
-    """Thousands of calls over a real socket, each cancelled at a random moment: nothing is left, none is stuck."""
+    """Thousands of calls over a real socket, each cancelled at a random moment: nothing
+    is left, none is stuck.
+    """
     random_moment = random.Random(29)
 
     async def one(alice: aio.Client, bob: aio.Client) -> None:

@@ -1,4 +1,6 @@
-"""Handlers of the asyncio face: whatever they raise, every request has an answer and every message its handler."""
+"""Handlers of the asyncio face: whatever they raise, every request has an answer and
+every message its handler.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ ERRORS: list[Callable[[], BaseException]] = [
     lambda: StopAsyncIteration(),
     lambda: GeneratorExit(),
 ]
-IDS = ["panic", "pytest.fail", "CancelledError", "Disconnected", "IndexError", "StopAsyncIteration", "GeneratorExit"]
+IDS = [
+    "panic",
+    "pytest.fail",
+    "CancelledError",
+    "Disconnected",
+    "IndexError",
+    "StopAsyncIteration",
+    "GeneratorExit",
+]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -38,8 +48,12 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come about")
 
 
-def handler_that_raises(make: Callable[[], BaseException], seen: list[Any], kind: str) -> Callable[[Any], Any]:
-    """Return a function, or a coroutine function, that notes each payload and raises for the payload "raise"."""
+def handler_that_raises(
+    make: Callable[[], BaseException], seen: list[Any], kind: str
+) -> Callable[[Any], Any]:
+    """Return a function, or a coroutine function, that notes each payload and raises
+    for the payload "raise".
+    """
 
     def handle(message: aio.Message) -> object:
         seen.append(message.payload)
@@ -62,9 +76,14 @@ def handler_that_raises(make: Callable[[], BaseException], seen: list[Any], kind
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
 def test_request_handler_that_raises_anything_answers_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make: Callable[[], BaseException], kind: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[], BaseException],
+    kind: str,
 ) -> None:
-    """The requester gets RequestFailed with the type's name at once, the log has the rest, the next one is answered."""
+    """The requester gets RequestFailed with the type's name at once, the log has the
+    rest, the next one is answered.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -81,9 +100,14 @@ def test_request_handler_that_raises_anything_answers_and_goes_on(
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
 def test_batch_whose_handler_raises_anything_is_handled_whole(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make: Callable[[], BaseException], kind: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[], BaseException],
+    kind: str,
 ) -> None:
-    """Messages, events for a callback and failed sends behind the one that raises wait for no further message."""
+    """Messages, events for a callback and failed sends behind the one that raises wait
+    for no further message.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -113,8 +137,12 @@ def test_batch_whose_handler_raises_anything_is_handled_whole(
     assert type(make()).__name__ in caplog.text
 
 
-def test_handler_cancelled_from_outside_answers_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that cancels a handler's task, or the handler itself, ends that task; the next jobs get another one."""
+def test_handler_cancelled_from_outside_answers_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task that cancels a handler's task, or the handler itself, ends that task; the
+    next jobs get another one.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -143,7 +171,9 @@ def test_handler_cancelled_from_outside_answers_and_the_others_go_on(monkeypatch
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseException]) -> None:
-    """As in every task, the exit leaves the loop; where the loop runs on, so does the client."""
+    """As in every task, the exit leaves the loop; where the loop runs on, so does the
+    client.
+    """
     monkeypatch = pytest.MonkeyPatch()
     seen: list[Any] = []
     answers: list[Any] = []
@@ -181,7 +211,9 @@ def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseE
             loop.run_until_complete(asking)
         loop.run_until_complete(asking)
         assert error.__name__ in answers[0]
-        sending = loop.create_task(alice.send_many([("bob", payload) for payload in ("exit", "more")]))
+        sending = loop.create_task(
+            alice.send_many([("bob", payload) for payload in ("exit", "more")])
+        )
         loop.run_until_complete(sending)
         with pytest.raises(error):
             loop.run_until_complete(asyncio.sleep(0.05))
@@ -197,7 +229,9 @@ def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseE
 def test_run_that_ends_with_jobs_left_warns_of_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """asyncio.run cancels every task of an unclosed client: no task is started for the jobs that are left."""
+    """asyncio.run cancels every task of an unclosed client: no task is started for the
+    jobs that are left.
+    """
 
     async def main() -> None:
         network = MemoryBroker("alice", "bob")
@@ -218,7 +252,9 @@ def test_run_that_ends_with_jobs_left_warns_of_nothing(
     assert caplog.records == []
 
 
-def run_eager(scenario: Callable[[MemoryBroker], Awaitable[object]], monkeypatch: pytest.MonkeyPatch) -> None:
+def run_eager(
+    scenario: Callable[[MemoryBroker], Awaitable[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Run a scenario where create_task begins each task at once."""
     factory = getattr(asyncio, "eager_task_factory", None)
     if factory is None:
@@ -232,8 +268,12 @@ def run_eager(scenario: Callable[[MemoryBroker], Awaitable[object]], monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
-def test_eager_handlers_of_one_read_are_all_called(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Messages, requests and events that one read brought are handled, though nothing else arrives."""
+def test_eager_handlers_of_one_read_are_all_called(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Messages, requests and events that one read brought are handled, though nothing
+    else arrives.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -250,9 +290,13 @@ def test_eager_handlers_of_one_read_are_all_called(monkeypatch: pytest.MonkeyPat
             handler = note if kind == "function" else note_later
             bob.on_message(handler)
             bob.on_request(handler)
-            first, second = await bob.subscribe("a", callback=handler), await bob.subscribe("b", callback=handler)
+            first, second = (
+                await bob.subscribe("a", callback=handler),
+                await bob.subscribe("b", callback=handler),
+            )
             tasks = [
-                asyncio.get_running_loop().create_task(alice.request("bob", number, timeout=5)) for number in range(70)
+                asyncio.get_running_loop().create_task(alice.request("bob", number, timeout=5))
+                for number in range(70)
             ]
             await alice.publish("a", "a")
             await alice.publish("b", "b")
@@ -286,7 +330,9 @@ def test_eager_handler_that_raises_anything_answers_and_goes_on(
 
 
 def test_eager_handler_that_closes_its_client_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """close() is called while the read that brought the message is still being passed on."""
+    """close() is called while the read that brought the message is still being passed
+    on.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:

@@ -1,4 +1,6 @@
-"""What the asyncio face counts against ``inbox``, and what it reads though the inbox is full."""
+"""What the asyncio face counts against ``inbox``, and what it reads though the inbox is
+full.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ async def require_reading(alice: aio.Client, bob: aio.Client) -> None:
     assert alice._meter.held <= 1000
 
 
-def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve subscriptions end with sixty events each that no task took: messages still arrive."""
+def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve subscriptions end with sixty events each that no task took: messages still
+    arrive.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
@@ -53,7 +59,9 @@ def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(monkeypatch:
     play(monkeypatch, scenario)
 
 
-def test_changes_left_in_ended_watches_leave_room_in_the_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_left_in_ended_watches_leave_room_in_the_inbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A watch that ends with a hundred changes that no task took counts for nothing."""
     names = ["alice", "bob", *(f"other-{number}" for number in range(100))]
 
@@ -67,8 +75,12 @@ def test_changes_left_in_ended_watches_leave_room_in_the_inbox(monkeypatch: pyte
     play(monkeypatch, scenario, *names)
 
 
-def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subscription that is refused on a new connection keeps its events, and they do not count."""
+def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A subscription that is refused on a new connection keeps its events, and they do
+    not count.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
@@ -117,7 +129,9 @@ def test_events_left_at_the_end_can_still_be_taken(monkeypatch: pytest.MonkeyPat
 
 
 def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handshake and introduction are read whatever the inbox holds; requests work, no message is lost."""
+    """Handshake and introduction are read whatever the inbox holds; requests work, no
+    message is lost.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=1 << 16) as alice, network.join("bob") as bob:
@@ -130,8 +144,12 @@ def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch
             assert count > 50
             for losses in (1, 2):
                 network.drop("alice")
-                await until(lambda losses=losses: alice.connected and alice.counters["losses"] == losses)  # type: ignore[misc]
-                assert (await alice.request("bob", "still there", timeout=2)).payload == "still there"
+                await until(
+                    lambda losses=losses: alice.connected and alice.counters["losses"] == losses
+                )  # type: ignore[misc]
+                assert (
+                    await alice.request("bob", "still there", timeout=2)
+                ).payload == "still there"
             await bob.publish("a", "event")
             assert [(await alice.recv(2)).body[0] for _ in range(count)] == list(range(count))
             assert (await feed.recv(2)).payload == "event"
@@ -142,7 +160,9 @@ def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch
 def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though it does not read: it connects again without a call, and keeps what it had read."""
+    """Though it does not read: it connects again without a call, and keeps what it had
+    read.
+    """
     monkeypatch.setattr(aio_base, "_LOOK_S", 0.01)
 
     async def main() -> None:
@@ -162,8 +182,12 @@ def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
     asyncio.run(main())
 
 
-def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages that come between handshake and introduction do not keep a client from becoming ready."""
+def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Messages that come between handshake and introduction do not keep a client from
+    becoming ready.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         def flood(session: Session, envelope: Envelope) -> bool:
@@ -183,7 +207,9 @@ def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(monkeypa
 
 
 def test_full_inbox_leaves_the_socket_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound itself stays: on a ready connection nothing more is read until there is room."""
+    """The bound itself stays: on a ready connection nothing more is read until there is
+    room.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:

@@ -1,4 +1,6 @@
-"""Host names of the asyncio face: a slow look-up holds up neither connect() nor the end of the program."""
+"""Host names of the asyncio face: a slow look-up holds up neither connect() nor the end
+of the program.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,10 @@ def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
             def __init__(self) -> None:
                 made.append(self)  # type: ignore[arg-type]
 
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as closed:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_server(("127.0.0.1", 0)) as closed,
+        ):
             port, refusing = listener.getsockname()[1], closed.getsockname()[1]
             closed.close()
             entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")

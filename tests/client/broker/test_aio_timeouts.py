@@ -1,4 +1,6 @@
-"""Timeouts of the asyncio face: every number has a meaning or is refused, and a step that times out ends nothing."""
+"""Timeouts of the asyncio face: every number has a meaning or is refused, and a step
+that times out ends nothing.
+"""
 
 # ruff: noqa: ASYNC109 - timeouts are passed on to calls that take them
 from __future__ import annotations
@@ -19,12 +21,18 @@ from brokerd_client.errors import Denied, TimedOut
 #: Every call that takes a timeout.
 CALLS: dict[str, Callable[[aio.Client, Any], Awaitable[Any]]] = {
     "send": lambda client, timeout: client.send("bob", 1, timeout=timeout),
-    "send with receipt": lambda client, timeout: client.send("bob", 1, receipt=True, timeout=timeout),
+    "send with receipt": lambda client, timeout: client.send(
+        "bob", 1, receipt=True, timeout=timeout
+    ),
     "send_many": lambda client, timeout: client.send_many([("bob", 1)], timeout=timeout),
-    "send_many with receipts": lambda client, timeout: client.send_many([("bob", 1)], receipt=True, timeout=timeout),
+    "send_many with receipts": lambda client, timeout: client.send_many(
+        [("bob", 1)], receipt=True, timeout=timeout
+    ),
     "request": lambda client, timeout: client.request("bob", 1, timeout=timeout),
     "publish": lambda client, timeout: client.publish("t", 1, timeout=timeout),
-    "publish with receipt": lambda client, timeout: client.publish("t", 1, receipt=True, timeout=timeout),
+    "publish with receipt": lambda client, timeout: client.publish(
+        "t", 1, receipt=True, timeout=timeout
+    ),
     "recv": lambda client, timeout: client.recv(timeout),
     "subscribe": lambda client, timeout: _closed(client.subscribe("t", timeout=timeout)),
     "watch_presence": lambda client, timeout: _closed(client.watch_presence(timeout=timeout)),
@@ -49,7 +57,9 @@ def uvloop_face() -> Face:
 
 
 @pytest.mark.parametrize("make", [Asyncio, uvloop_face], ids=["asyncio", "uvloop"])
-def test_timeout_that_is_endless_or_huge_is_a_timeout(server: FakeServer, make: Callable[[], Face]) -> None:
+def test_timeout_that_is_endless_or_huge_is_a_timeout(
+    server: FakeServer, make: Callable[[], Face]
+) -> None:
     """Infinity, 1e10 and more: every call works as with a small number, connect too."""
     face = make()
     try:
@@ -60,7 +70,9 @@ def test_timeout_that_is_endless_or_huge_is_a_timeout(server: FakeServer, make: 
             for name, call in CALLS.items():
                 if name == "recv":
                     bob.send("alice", 1)
-                face.run(lambda call=call, client=alice._inner, timeout=timeout: call(client, timeout))  # type: ignore[misc]
+                face.run(
+                    lambda call=call, client=alice._inner, timeout=timeout: call(client, timeout)
+                )  # type: ignore[misc]
             alice.close()
     finally:
         face.close()
@@ -69,18 +81,26 @@ def test_timeout_that_is_endless_or_huge_is_a_timeout(server: FakeServer, make: 
 @pytest.mark.parametrize("timeout", [math.nan, -1, -0.001, -math.inf, -(10**400)])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_timeout_that_is_not_valid_is_refused(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client, Any], Awaitable[Any]], timeout: float
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[aio.Client, Any], Awaitable[Any]],
+    timeout: float,
 ) -> None:
     """ValueError says what a timeout is; nothing was sent, and nothing is left."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob"):
             network.broker.seen.clear()
-            with pytest.raises(ValueError, match="a timeout is a number of seconds of at least 0, not"):
+            with pytest.raises(
+                ValueError, match="a timeout is a number of seconds of at least 0, not"
+            ):
                 await call(alice, timeout)
-            assert not any(envelope.name == "bob" or envelope.topic == "t" for envelope in network.broker.seen)
+            assert not any(
+                envelope.name == "bob" or envelope.topic == "t" for envelope in network.broker.seen
+            )
             assert len(alice._dialog.pending_calls) == 0
-            with pytest.raises(TypeError, match="a timeout is a number of seconds or None, not str"):
+            with pytest.raises(
+                TypeError, match="a timeout is a number of seconds or None, not str"
+            ):
                 await call(alice, "5")
 
     play(monkeypatch, scenario)
@@ -94,8 +114,12 @@ def test_connect_with_a_timeout_that_is_not_valid_is_refused() -> None:
 
 
 @pytest.mark.parametrize("how", ["subscription", "aiter", "opening", "messages"])
-def test_anext_that_times_out_does_not_end_the_iterator(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """The next step gives the next item, and ``async for`` goes on with those behind it."""
+def test_anext_that_times_out_does_not_end_the_iterator(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The next step gives the next item, and ``async for`` goes on with those behind
+    it.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -140,7 +164,9 @@ def test_anext_of_presence_that_times_out_does_not_end_the_iterator(
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
-            iterator: Any = await alice.watch_presence() if opened else aiter(alice.watch_presence())
+            iterator: Any = (
+                await alice.watch_presence() if opened else aiter(alice.watch_presence())
+            )
             first = [(await asyncio.wait_for(anext(iterator), 2)).name for _ in range(3)]
             assert sorted(first) == ["alice", "bob", "carol"]
             for online in (True, False):
@@ -161,7 +187,9 @@ def test_anext_of_presence_that_times_out_does_not_end_the_iterator(
 
 
 def test_iterator_that_is_dropped_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After break, after aclose(), and when its first step is cancelled before the subscription is there."""
+    """After break, after aclose(), and when its first step is cancelled before the
+    subscription is there.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:

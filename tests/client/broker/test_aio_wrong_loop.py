@@ -1,4 +1,6 @@
-"""An asyncio client outside its event loop: every public method raises WrongLoop and says what would be right."""
+"""An asyncio client outside its event loop: every public method raises WrongLoop and
+says what would be right.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ CALLS: dict[str, Use] = {
     "send": lambda client, feed, watch, request: client.send("bob", 1),
     "send with receipt": lambda client, feed, watch, request: client.send("bob", 1, receipt=True),
     "send_many": lambda client, feed, watch, request: client.send_many([("bob", 1)]),
-    "send_many with receipts": lambda client, feed, watch, request: client.send_many([("bob", 1)], receipt=True),
+    "send_many with receipts": lambda client, feed, watch, request: client.send_many(
+        [("bob", 1)], receipt=True
+    ),
     "request": lambda client, feed, watch, request: client.request("bob", 1),
     "reply": lambda client, feed, watch, request: client.reply(request, 1),
     "publish": lambda client, feed, watch, request: client.publish("a", 1),
-    "publish with receipt": lambda client, feed, watch, request: client.publish("a", 1, receipt=True),
+    "publish with receipt": lambda client, feed, watch, request: client.publish(
+        "a", 1, receipt=True
+    ),
     "recv": lambda client, feed, watch, request: client.recv(1),
     "__anext__": lambda client, feed, watch, request: anext(client),
     "on_request": lambda client, feed, watch, request: client.on_request(print),
@@ -57,7 +63,9 @@ HARMLESS = {"__aiter__", "closed", "forked", "name", "address", "connected", "co
 
 def test_every_public_method_is_tried_below() -> None:
     """A method that is added is added here too."""
-    methods = {name for name, _ in inspect.getmembers(aio.Client, callable) if not name.startswith("_")}
+    methods = {
+        name for name, _ in inspect.getmembers(aio.Client, callable) if not name.startswith("_")
+    }
     assert methods - HARMLESS <= set(CALLS)
 
 
@@ -79,14 +87,24 @@ def messages_of(use: Callable[[Use], object]) -> dict[str, str]:
 async def prepared(
     server: FakeServer,
 ) -> tuple[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message, asyncio.Task[Any]]:
-    """Return a connected client, what belongs to it, and a task that waits for the answer of its request."""
+    """Return a connected client, what belongs to it, and a task that waits for the
+    answer of its request.
+    """
     client = await aio.connect(server.path, "alice", "alice")
     asking = asyncio.ensure_future(client.request("alice", 1, timeout=None))
-    return client, await client.subscribe("a"), await client.watch_presence(), await client.recv(5), asking
+    return (
+        client,
+        await client.subscribe("a"),
+        await client.watch_presence(),
+        await client.recv(5),
+        asking,
+    )
 
 
 def test_client_used_in_another_loop_of_its_thread_raises_wrong_loop(server: FakeServer) -> None:
-    """Two asyncio.run in a row, for example; nothing is sent, and the client still works in its own loop."""
+    """Two asyncio.run in a row, for example; nothing is sent, and the client still
+    works in its own loop.
+    """
     loop = asyncio.new_event_loop()
     try:
         *parts, asking = loop.run_until_complete(prepared(server))
@@ -131,7 +149,9 @@ def test_client_used_in_another_thread_raises_wrong_loop(server: FakeServer) -> 
 
         in_loop = messages_of(lambda call: asyncio.run(awaited_in_loop(lambda: call(*parts))))
         without = messages_of(lambda call: step(lambda: call(*parts)))
-        assert all("run_coroutine_threadsafe" in text for text in (*in_loop.values(), *without.values()))
+        assert all(
+            "run_coroutine_threadsafe" in text for text in (*in_loop.values(), *without.values())
+        )
         asyncio.run_coroutine_threadsafe(parts[0].close(), loop).result(10)
         with pytest.raises(OSError, match="closed"):
             asyncio.run_coroutine_threadsafe(awaited(asking), loop).result(10)
@@ -150,7 +170,11 @@ def test_client_whose_loop_is_closed_raises_wrong_loop(server: FakeServer) -> No
         return client
 
     client = asyncio.run(connect())
-    calls: list[Callable[[], Awaitable[object]]] = [lambda: client.send("bob", 1), client.ping, client.close]
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: client.send("bob", 1),
+        client.ping,
+        client.close,
+    ]
     for call in calls:
         with pytest.raises(WrongLoop):
             asyncio.run(awaited_in_loop(call))

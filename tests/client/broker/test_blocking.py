@@ -1,4 +1,6 @@
-"""What only the blocking face has: threads, forks, interpreters that end, and writes that do not finish."""
+"""What only the blocking face has: threads, forks, interpreters that end, and writes
+that do not finish.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +77,13 @@ def script(source: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_cheap() -> None:
-    """Importing the library imports nothing that takes long and is not needed; aio is there when asked for."""
-    done = script(
-        """
+    """Importing the library imports nothing that takes long and is not needed; aio is
+    there when asked for.
+    """
+    done = script("""
         import sys, brokerd_client
-        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "random", "secrets", "brokerd_client.aio.client"}
+        heavy = {"asyncio", "ssl", "logging", "concurrent.futures", "random", "secrets"}
+        heavy.add("brokerd_client.aio.client")
         heavy &= set(sys.modules)
         assert not heavy, heavy
         assert brokerd_client.aio.client.connect and brokerd_client.connection.Listener
@@ -87,8 +91,7 @@ def test_import_is_cheap() -> None:
             brokerd_client.nothing
         except AttributeError as error:
             assert "nothing" in str(error)
-        """
-    )
+        """)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -98,7 +101,9 @@ def test_public_names_are_there() -> None:
 
 
 def test_interpreter_ends_promptly_and_silently(server: FakeServer) -> None:
-    """A script that forgets close() ends at once, without a warning, and its last message has been sent."""
+    """A script that forgets close() ends at once, without a warning, and its last
+    message has been sent.
+    """
     bob = join("bob", server)
     done = script(
         """
@@ -116,7 +121,9 @@ def test_interpreter_ends_promptly_and_silently(server: FakeServer) -> None:
 
 
 def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
-    """A client that nobody holds any more is reported as unclosed; its threads and its connection end."""
+    """A client that nobody holds any more is reported as unclosed; its threads and its
+    connection end.
+    """
     before = threading.active_count()
     client = join("alice", server)
     client.on_request(lambda message: None)
@@ -129,7 +136,9 @@ def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
     until(lambda: threading.active_count() == before)
 
 
-def test_dropped_client_says_what_it_only_counted(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_client_says_what_it_only_counted(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of its undelivered messages too each is in a line of the log, or in a count."""
 
     def fail_and_drop() -> None:
@@ -183,7 +192,9 @@ def test_silent_listener_is_given_up_in_time(tmp_path: Path) -> None:
 
 
 def test_crowded_listener_is_tried_again(tmp_path: Path) -> None:
-    """A Unix listener whose queue is full has no room yet: the client waits for it, until its timeout."""
+    """A Unix listener whose queue is full has no room yet: the client waits for it,
+    until its timeout.
+    """
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
         listener.bind(str(tmp_path / "s"))
         listener.listen(0)
@@ -208,7 +219,9 @@ def test_named_pipe_is_refused_where_there_is_none() -> None:
 
 
 def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
-    """What was sent and not answered when the connection went is InDoubt, and is not repeated."""
+    """What was sent and not answered when the connection went is InDoubt, and is not
+    repeated.
+    """
     alice, bob = join("alice", server), join("bob", server)
     caught: list[Exception] = []
 
@@ -232,7 +245,9 @@ def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
 
 
 def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
-    """A message of which the broker can't have the whole is Disconnected to on_undelivered, not in doubt."""
+    """A message of which the broker can't have the whole is Disconnected to
+    on_undelivered, not in doubt.
+    """
     alice = join("alice", server)
     told: list[Any] = []
     alice.on_undelivered(told.append)
@@ -248,7 +263,9 @@ def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
 
 
 def test_partial_write_is_finished_before_the_next(server: FakeServer) -> None:
-    """A sender that comes while another's bytes wait goes behind them; nothing is mixed or lost."""
+    """A sender that comes while another's bytes wait goes behind them; nothing is mixed
+    or lost.
+    """
     alice, bob = join("alice", server), join("bob", server)
     bodies = [bytes([number]) * 3_000_000 for number in range(6)]
     threads = [threading.Thread(target=alice.send, args=("bob", body)) for body in bodies]
@@ -271,7 +288,9 @@ def test_close_flushes_what_was_sent(server: FakeServer) -> None:
     bob.close()
 
 
-def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_wait_leaves_nothing(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C during a request takes its id back."""
     alice = join("alice", server)
     join_bob = join("bob", server)
@@ -290,7 +309,9 @@ def test_interrupted_wait_leaves_nothing(server: FakeServer, monkeypatch: pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_can_not_use_it_and_does_not_hurt_it(server: FakeServer) -> None:
-    """In a child every call is WrongProcess and close() does nothing; the parent goes on; its connection is its own."""
+    """In a child every call is WrongProcess and close() does nothing; the parent goes
+    on; its connection is its own.
+    """
     done = script(
         """
         import os, sys, warnings, brokerd_client
@@ -301,10 +322,12 @@ def test_fork_can_not_use_it_and_does_not_hurt_it(server: FakeServer) -> None:
         if not child:
             wrong = 0
             for act in (
-                lambda: client.send("alice", 1), lambda: client.recv(0), lambda: client.request("alice", 1),
-                lambda: client.ping(), lambda: client.subscribe("a"), lambda: next(iter(client)),
-                lambda: feed.recv(0), lambda: feed.unsubscribe(), lambda: client.on_message(print),
-                lambda: client.send_many([]), lambda: client.publish("a", 1), lambda: client.watch_presence(),
+                lambda: client.send("alice", 1), lambda: client.recv(0),
+                lambda: client.request("alice", 1), lambda: client.ping(),
+                lambda: client.subscribe("a"), lambda: next(iter(client)),
+                lambda: feed.recv(0), lambda: feed.unsubscribe(),
+                lambda: client.on_message(print), lambda: client.send_many([]),
+                lambda: client.publish("a", 1), lambda: client.watch_presence(),
             ):
                 try:
                     act()
@@ -384,7 +407,9 @@ def test_repr_shows_no_key(server: FakeServer) -> None:
 
 
 def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> None:
-    """Reading begins again also when the last message is taken between the weighing and the look at its result."""
+    """Reading begins again also when the last message is taken between the weighing and
+    the look at its result.
+    """
 
     class Slow(deque[Any]):
         def popleft(self) -> Any:
@@ -400,7 +425,9 @@ def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> 
 
 
 def break_writes(client: Client) -> None:
-    """Have the next write, and every later one, find the connection gone, as one whose peer has reset it."""
+    """Have the next write, and every later one, find the connection gone, as one whose
+    peer has reset it.
+    """
 
     def fail(data: object) -> int:
         raise BrokenPipeError(errno.EPIPE, "gone")
@@ -410,7 +437,9 @@ def break_writes(client: Client) -> None:
 
 @pytest.mark.parametrize("reconnect", [True, False])
 def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconnect: bool) -> None:
-    """send returns its id, and the handler hears that it was not sent, also where no other connection will be made."""
+    """send returns its id, and the handler hears that it was not sent, also where no
+    other connection will be made.
+    """
     alice = join("alice", server, reconnect=reconnect)
     told: list[Any] = []
     alice.on_undelivered(told.append)
@@ -422,7 +451,9 @@ def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconn
 
 
 def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeServer) -> None:
-    """What on_undelivered has not been called with yet is not dropped by close(), as messages are."""
+    """What on_undelivered has not been called with yet is not dropped by close(), as
+    messages are.
+    """
     alice, bob = join("alice", server), join("bob", server)
     told: list[Any] = []
     got: list[object] = []
@@ -450,7 +481,9 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeSer
 
 
 def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that nobody wanted yet are here, and come before the news that the peer is gone."""
+    """Bytes that nobody wanted yet are here, and come before the news that the peer is
+    gone.
+    """
     monkeypatch.setattr("brokerd_client.blocking.transport.Silence.lasts", lambda *given: 1000.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -470,7 +503,9 @@ def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatc
 def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """connect() ends with what went wrong as the cause, which is logged too, instead of with its timeout."""
+    """connect() ends with what went wrong as the cause, which is logged too, instead of
+    with its timeout.
+    """
 
     def fail(channel: Transport) -> bool:
         raise LookupError("nobody thought of this")
@@ -482,8 +517,12 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     assert "LookupError" in caplog.text
 
 
-def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged, who waits hears that the connection is gone, and there is another one."""
+def test_a_bug_while_reading_is_a_loss_like_any_other(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, who waits hears that the connection is gone, and there is another
+    one.
+    """
     alice, bob = join("alice", server), join("bob", server)
     read = alice._transport.read
     failures: list[Exception] = [LookupError("nobody thought of this")]
@@ -505,7 +544,9 @@ def test_a_bug_while_reading_is_a_loss_like_any_other(server: FakeServer, caplog
 
 
 class Panic(BaseException):
-    """Not an Exception, like what a Rust extension raises when it panics, or pytest.fail."""
+    """Not an Exception, like what a Rust extension raises when it panics, or
+    pytest.fail.
+    """
 
 
 def panic(message: Any) -> None:
@@ -538,7 +579,9 @@ def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_han
 
 
 @pytest.mark.parametrize("feed", ["subscription", "watch"])
-def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(server: FakeServer, feed: str) -> None:
+def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(
+    server: FakeServer, feed: str
+) -> None:
     """The items stay for the holder of the feed, and the inbox has room for messages."""
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         kept = []
@@ -554,7 +597,13 @@ def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(server: Fak
             kept.append(events)
         bob.send("alice", "here")
         assert alice.recv(PATIENCE).payload == "here"
-        until(lambda: alice.ping() > 0 and alice._meter.weigh([alice._inbox.inbox], limit=-1) and not alice._meter.held)
+        until(
+            lambda: (
+                alice.ping() > 0
+                and alice._meter.weigh([alice._inbox.inbox], limit=-1)
+                and not alice._meter.held
+            )
+        )
         assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
 
 
@@ -579,7 +628,11 @@ class Interrupted(Exception):
 
 def threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
     """Return the client threads that were not there before."""
-    return [each for each in threading.enumerate() if each not in before and each.name == "brokerd client"]
+    return [
+        each
+        for each in threading.enumerate()
+        if each not in before and each.name == "brokerd client"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -659,7 +712,9 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
 def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
-    """Neither the exception handled around connect() nor the context of a handler's own RuntimeError replaces it."""
+    """Neither the exception handled around connect() nor the context of a handler's own
+    RuntimeError replaces it.
+    """
 
     other = threading.Thread(target=int)
     other.start()
@@ -684,7 +739,9 @@ def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
 
 
 def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
-    """A wait without reading tells of the end of the connection; the bytes before it are still there."""
+    """A wait without reading tells of the end of the connection; the bytes before it
+    are still there.
+    """
     channel = Transport(parse("/not/used"))
     mine, peer = socket.socketpair()
     with peer:
@@ -705,7 +762,9 @@ def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
 def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The I/O thread goes on, the cause is in the log, and the next connection works, also if the handshake failed."""
+    """The I/O thread goes on, the cause is in the log, and the next connection works,
+    also if the handshake failed.
+    """
     with join("alice", server) as alice:
         for method in ("receive", "opened", "tick"):
             losses = alice.counters["losses"]
@@ -714,7 +773,10 @@ def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connectio
                 original = getattr(alice._dialog, method)
 
                 def fail_once(
-                    *args: Any, failing: list[bool] = failing, original: Callable[..., Any] = original, **options: Any
+                    *args: Any,
+                    failing: list[bool] = failing,
+                    original: Callable[..., Any] = original,
+                    **options: Any,
                 ) -> Any:
                     if failing:
                         failing.clear()
@@ -810,7 +872,13 @@ def test_timeout_without_end_is_taken_everywhere(server: FakeServer, timeout: An
 
 @pytest.mark.parametrize(
     ("timeout", "error"),
-    [(math.nan, ValueError), (-1, ValueError), (-math.inf, ValueError), ("5", TypeError), ([], TypeError)],
+    [
+        (math.nan, ValueError),
+        (-1, ValueError),
+        (-math.inf, ValueError),
+        ("5", TypeError),
+        ([], TypeError),
+    ],
 )
 def test_timeout_that_is_not_valid_raises_a_clear_error(
     server: FakeServer, timeout: Any, error: type[Exception]
@@ -837,7 +905,9 @@ def test_timeout_that_is_not_valid_raises_a_clear_error(
 
 
 @pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_client_that_is_pickled_or_copied_says_what_to_do(server: FakeServer, make: Callable[[Any], Any]) -> None:
+def test_client_that_is_pickled_or_copied_says_what_to_do(
+    server: FakeServer, make: Callable[[Any], Any]
+) -> None:
     with join("alice", server) as alice, pytest.raises(TypeError, match="connect in the child"):
         make(alice)
 
@@ -850,13 +920,19 @@ def test_client_that_is_pickled_or_copied_says_what_to_do(server: FakeServer, ma
 
 
 def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any) -> list[Any]:
-    """Have alice and bob ask each other, to a depth, several times at once; return the answers."""
+    """Have alice and bob ask each other, to a depth, several times at once; return the
+    answers.
+    """
     with join("alice", server, **options) as alice, join("bob", server, **options) as bob:
 
         def answer(client: Client, other: str) -> Callable[[Any], int]:
             def handle(message: Any) -> int:
                 left = message.payload
-                return 0 if left == 0 else 1 + int(client.request(other, left - 1, timeout=PATIENCE).payload)
+                return (
+                    0
+                    if left == 0
+                    else 1 + int(client.request(other, left - 1, timeout=PATIENCE).payload)
+                )
 
             return handle
 
@@ -864,7 +940,9 @@ def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any)
         bob.on_request(answer(bob, "alice"))
         answers: list[Any] = []
         threads = [
-            threading.Thread(target=lambda: answers.append(alice.request("bob", depth, timeout=PATIENCE).payload))
+            threading.Thread(
+                target=lambda: answers.append(alice.request("bob", depth, timeout=PATIENCE).payload)
+            )
             for _ in range(at_once)
         ]
         for thread in threads:
@@ -876,13 +954,19 @@ def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_handlers_that_ask_back_do_not_take_up_the_last_thread(server: FakeServer, threads: int) -> None:
-    """Nested requests need more threads than there are; threads that wait for an answer have a substitute."""
+def test_handlers_that_ask_back_do_not_take_up_the_last_thread(
+    server: FakeServer, threads: int
+) -> None:
+    """Nested requests need more threads than there are; threads that wait for an answer
+    have a substitute.
+    """
     assert ask_each_other(server, 12, 5, threads=threads) == [12] * 5
 
 
 def test_threads_of_handlers_are_bounded(server: FakeServer) -> None:
-    """With as many waiting handlers as there may be threads, requests wait; no more threads are started."""
+    """With as many waiting handlers as there may be threads, requests wait; no more
+    threads are started.
+    """
     with join("alice", server) as alice, join("bob", server) as bob:
 
         def handle(message: Any) -> None:

@@ -15,7 +15,11 @@ from brokerd_client.message import Message, with_ttl
 from brokerd_client.topics import has_wildcard, matches
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
@@ -36,7 +40,9 @@ def test_bytes_stay_bytes(payload: object) -> None:
     assert encode(payload, 128) == (128, b"x")
 
 
-@pytest.mark.parametrize("payload", [{1, 2}, (1,), object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"])
+@pytest.mark.parametrize(
+    "payload", [{1, 2}, (1,), object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"]
+)
 def test_what_has_no_codec_names_pickle(payload: object) -> None:
     """Nothing is converted in silence: the error names what could carry it."""
     with pytest.raises(PayloadError, match="pickle"):
@@ -69,7 +75,9 @@ def test_pickle_both_ways_only_when_asked() -> None:
         encode(lambda: None, "pickle")
 
 
-@pytest.mark.parametrize(("codec", "body"), [(2, b"{"), (2, b"\xff"), (2, b"[" * 100_000), (4, b""), (127, b"")])
+@pytest.mark.parametrize(
+    ("codec", "body"), [(2, b"{"), (2, b"\xff"), (2, b"[" * 100_000), (4, b""), (127, b"")]
+)
 def test_bodies_that_are_not_what_they_say(codec: int, body: bytes) -> None:
     """UndecodablePayload, whatever the reason."""
     with pytest.raises(UndecodablePayload):
@@ -91,7 +99,9 @@ def test_msgpack_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(payload: object) -> bytes:
         raise TypeError("no")
 
-    module = types.SimpleNamespace(packb=lambda payload: b"packed", unpackb=lambda body: ["unpacked"])
+    module = types.SimpleNamespace(
+        packb=lambda payload: b"packed", unpackb=lambda body: ["unpacked"]
+    )
     monkeypatch.setitem(sys.modules, "msgpack", module)
     assert encode({}, "msgpack") == (3, b"packed")
     assert decode(3, b"packed") == ["unpacked"]
@@ -109,16 +119,25 @@ class Owner:
 
 
 def test_message_decodes_once_and_lazily() -> None:
-    """A broken payload hurts only who looks at it; a good one is decoded at the first look."""
+    """A broken payload hurts only who looks at it; a good one is decoded at the first
+    look.
+    """
     broken = Message(1, 7, "bob", 2, b"{", Owner())
-    assert (broken.id, broken.body, len(broken), bool(Message(1, 0, "bob", 0, b"", Owner()))) == (7, b"{", 1, True)
+    assert (broken.id, broken.body, len(broken), bool(Message(1, 0, "bob", 0, b"", Owner()))) == (
+        7,
+        b"{",
+        1,
+        True,
+    )
     with pytest.raises(UndecodablePayload):
         _ = broken.payload
     good = Message(1, 7, "bob", 2, b"[1]", Owner())
     assert good.payload is good.payload
 
 
-@pytest.mark.parametrize(("sender", "trusted"), [("bob", True), ("bob/x1", True), ("bobby", False), ("alice", False)])
+@pytest.mark.parametrize(
+    ("sender", "trusted"), [("bob", True), ("bob/x1", True), ("bobby", False), ("alice", False)]
+)
 def test_trust_goes_by_name(sender: str, trusted: bool) -> None:
     """Every connection of a trusted name is trusted, and no other name."""
     number, body = encode((1, 2), "pickle")
@@ -190,6 +209,10 @@ def test_topics_and_patterns(pattern: str, topic: str, fits: bool) -> None:
     ],
     ids=["rows of bytes", "rows of numbers", "gaps"],
 )
-def test_encode_of_a_buffer_of_any_shape_takes_all_its_bytes(view: memoryview, codec: str | int | None) -> None:
-    """A payload may have several dimensions, longer items, and gaps, which are left out."""
+def test_encode_of_a_buffer_of_any_shape_takes_all_its_bytes(
+    view: memoryview, codec: str | int | None
+) -> None:
+    """A payload may have several dimensions, longer items, and gaps, which are left
+    out.
+    """
     assert encode(view, codec)[1] == view.tobytes()

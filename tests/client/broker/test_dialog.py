@@ -1,4 +1,6 @@
-"""The dialog without a socket: joined to a broker's core, or told byte by byte what a broker says."""
+"""The dialog without a socket: joined to a broker's core, or told byte by byte what a
+broker says.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,15 @@ from brokerd_client.protocol import encoder as outgoing
 from brokerd_client.protocol.decoder import HEAD
 from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.state import NEXT, State
-from brokerd_client.wire.envelope import HEADER, CodecId, Envelope, ErrorCode, Kind, encode, error_payload
+from brokerd_client.wire.envelope import (
+    HEADER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Kind,
+    encode,
+    error_payload,
+)
 from brokerd_client.wire.framing import frame
 
 NONCE = b"n" * 40
@@ -59,7 +69,15 @@ OWNER = Owner()
 
 def merge(into: Effects[Message], more: Effects[Message]) -> None:
     """Add one batch to another."""
-    for field in ("messages", "outcomes", "events", "ended", "undelivered", "unreadable", "warnings"):
+    for field in (
+        "messages",
+        "outcomes",
+        "events",
+        "ended",
+        "undelivered",
+        "unreadable",
+        "warnings",
+    ):
         getattr(into, field).extend(getattr(more, field))
     into.size += more.size
     into.broken = into.broken or more.broken
@@ -68,8 +86,16 @@ def merge(into: Effects[Message], more: Effects[Message]) -> None:
 class Pair:
     """A dialog and a broker's session, joined with no socket."""
 
-    def __init__(self, broker: FakeBroker | None = None, name: str = "alice", key: bytes = b"alice", **options: Any):
-        self.broker = broker or FakeBroker({each: each.encode() for each in ("alice", "bob", "carol")})
+    def __init__(
+        self,
+        broker: FakeBroker | None = None,
+        name: str = "alice",
+        key: bytes = b"alice",
+        **options: Any,
+    ):
+        self.broker = broker or FakeBroker(
+            {each: each.encode() for each in ("alice", "bob", "carol")}
+        )
         self.dialog: Dialog[Message] = Dialog(key, name, 1000, Message, **options)
         self.session: Session | None = None
         self.now = 0.0
@@ -100,7 +126,9 @@ class Pair:
         """Let the dialog have these bytes."""
         return self.dialog.receive(data, OWNER, self.now)
 
-    def hear_frame(self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any) -> Effects[Message]:
+    def hear_frame(
+        self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any
+    ) -> Effects[Message]:
         """Let the dialog have one frame."""
         return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
 
@@ -124,7 +152,9 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
 def test_handshake_and_introduction_in_pieces(step: int) -> None:
-    """However the bytes are cut, the dialog is ready and knows what the broker calls it."""
+    """However the bytes are cut, the dialog is ready and knows what the broker calls
+    it.
+    """
     pair = Pair(name="")
     effects = pair.connect(step)
     assert pair.dialog.state is State.READY
@@ -134,15 +164,21 @@ def test_handshake_and_introduction_in_pieces(step: int) -> None:
 
 
 def test_message_may_follow_the_welcome_at_once() -> None:
-    """A message in the segment of the broker's #WELCOME# is not lost, and not judged by the handshake's limit."""
+    """A message in the segment of the broker's #WELCOME# is not lost, and not judged by
+    the handshake's limit.
+    """
     pair = Pair()
-    pair.broker.intercept = lambda session, envelope: session.deliver(Envelope(Kind.MESSAGE, 7, "bob", b"x" * 1000))
+    pair.broker.intercept = lambda session, envelope: session.deliver(
+        Envelope(Kind.MESSAGE, 7, "bob", b"x" * 1000)
+    )
     effects = pair.connect()
     assert effects.messages[0].body == b"x" * 1000
 
 
 def test_wrong_key_breaks_the_link_and_names_who() -> None:
-    """A key that the broker does not accept is an AuthenticationError with the client's name and never the key."""
+    """A key that the broker does not accept is an AuthenticationError with the client's
+    name and never the key.
+    """
     pair = Pair(key=b"s3cret")
     effects = pair.connect()
     assert isinstance(effects.broken, AuthenticationError)
@@ -164,7 +200,9 @@ def test_broker_with_another_key_is_told_so() -> None:
 
 
 def test_first_connection_that_fails_is_final() -> None:
-    """Before the first introduction a loss is not followed by another try: the caller is there to hear why."""
+    """Before the first introduction a loss is not followed by another try: the caller
+    is there to hear why.
+    """
     pair = Pair()
     pair.dialog.dialing(0)
     pair.lose()
@@ -174,7 +212,9 @@ def test_first_connection_that_fails_is_final() -> None:
 
 
 def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
-    """A broker without room ends a connection without a word: within the time for connecting another try follows."""
+    """A broker without room ends a connection without a word: within the time for
+    connecting another try follows.
+    """
     pair = Pair(timeout_s=3, reconnect=False)
     pair.dialog.dialing(10)
     for now in (10.0, 11.0, 11.9):
@@ -190,7 +230,9 @@ def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
     pair.dialog.lost(pair.dialog.hung_up(), 12.9, 0.9)
     assert pair.dialog.state is State.GONE
     assert not pair.dialog.beginning
-    assert str(pair.dialog.reason) == "the broker closed the connection (the handshake is under way)"
+    assert (
+        str(pair.dialog.reason) == "the broker closed the connection (the handshake is under way)"
+    )
     assert pair.dialog.losses == 1
 
 
@@ -207,7 +249,9 @@ def test_first_connection_cut_off_and_made_counts_no_loss() -> None:
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
-def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_off(cut_off: bool) -> None:
+def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_off(
+    cut_off: bool,
+) -> None:
     """A reset may be a want of room; a refusal says that there is no listener."""
     pair = Pair()
     pair.dialog.dialing(0)
@@ -238,14 +282,19 @@ def test_silent_broker_is_given_up_in_time() -> None:
 
 
 def test_connection_that_the_broker_closes_is_told_with_what_was_going_on(pair: Pair) -> None:
-    """Once messages pass there is nothing to add; before that, how far we were says what to look at."""
+    """Once messages pass there is nothing to add; before that, how far we were says
+    what to look at.
+    """
     ready = str(pair.dialog.hung_up())
     beginner = Pair()
     beginner.dialog.dialing(0.0)
     beginner.dialog.opened(NONCE)
 
     assert ready == "the broker closed the connection"
-    assert str(beginner.dialog.hung_up()) == "the broker closed the connection (the handshake is under way)"
+    assert (
+        str(beginner.dialog.hung_up())
+        == "the broker closed the connection (the handshake is under way)"
+    )
 
 
 def test_refused_introduction_breaks_the_link() -> None:
@@ -270,10 +319,14 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("code", ENDINGS)
-def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(pair: Pair, code: ErrorCode) -> None:
+def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(
+    pair: Pair, code: ErrorCode
+) -> None:
     """The connection is over, and no send is reported as undelivered."""
     pair.dialog.send("bob", 0, b"plain")
-    effects = pair.hear_frame(Kind.ERROR, 0, "$broker", codec=2, payload=error_payload(code, "why", "$broker"))
+    effects = pair.hear_frame(
+        Kind.ERROR, 0, "$broker", codec=2, payload=error_payload(code, "why", "$broker")
+    )
     broken = effects.broken
     assert type(broken) is Disconnected
     assert str(broken) == f"the broker closes the connection ({code}): why"
@@ -289,9 +342,15 @@ def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(pair: Pa
         ("$broker", ErrorCode.SHUTTING_DOWN, "bob"),
     ],
 )
-def test_other_error_with_id_0_does_not_end_the_connection(pair: Pair, sender: str, code: ErrorCode, name: str) -> None:
-    """Another client can't say it; an error about a message with the id 0 is that message's."""
-    effects = pair.hear_frame(Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name))
+def test_other_error_with_id_0_does_not_end_the_connection(
+    pair: Pair, sender: str, code: ErrorCode, name: str
+) -> None:
+    """Another client can't say it; an error about a message with the id 0 is that
+    message's.
+    """
+    effects = pair.hear_frame(
+        Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name)
+    )
     assert (effects.broken, len(effects.undelivered)) == (None, sender == "$broker")
 
 
@@ -329,7 +388,10 @@ def test_every_state_but_the_last_can_be_closed() -> None:
 
 
 def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
-    """A link that breaks at once is tried again after 0.1, 0.2, 0.4 ... 10 s times the chance."""
+    """A link that breaks at once is tried again after 0.1, 0.2, 0.4 ...
+
+    10 s times the chance.
+    """
     waits = []
     for _ in range(10):
         pair.lose(jitter=0.999999)
@@ -370,7 +432,9 @@ def test_without_reconnect_the_first_loss_is_final() -> None:
 
 
 def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
-    """After a reconnect the broker knows every subscription, each once, before anything else is sent."""
+    """After a reconnect the broker knows every subscription, each once, before anything
+    else is sent.
+    """
     pair.dialog.subscribe("a.>", None, "one", "w", None)
     pair.dialog.subscribe("a.>", None, "two", "w", None)
     pair.dialog.subscribe("b", "g", "three", "w", None)
@@ -384,13 +448,16 @@ def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
 
 
 def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
-    """If the rules have changed meanwhile, the subscriptions concerned end with the broker's reason; others live."""
+    """If the rules have changed meanwhile, the subscriptions concerned end with the
+    broker's reason; others live.
+    """
     pair.dialog.subscribe("a", None, "one", "w", None)
     pair.dialog.subscribe("b", None, "two", "w", None)
     pair.talk()
     pair.lose()
     pair.broker.intercept = lambda session, envelope: (
-        b'"a"' in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+        b'"a"' in envelope.payload
+        and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
     effects = pair.connect()
     assert [(sink, type(error)) for sink, error in effects.ended] == [("one", Denied)]
@@ -401,10 +468,17 @@ def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
 
 
 def test_request_gets_its_reply(pair: Pair) -> None:
-    """The reply with the request's id, from the one who was asked, is the outcome; nothing stays behind."""
+    """The reply with the request's id, from the one who was asked, is the outcome;
+    nothing stays behind.
+    """
     id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
     [(waiter, reply)] = pair.hear_frame(Kind.REPLY, id, "bob", payload=b"!").outcomes
-    assert (waiter, reply.body, len(pair.dialog.pending_calls), pair.dialog.next_deadline()) == ("w", b"!", 0, None)
+    assert (waiter, reply.body, len(pair.dialog.pending_calls), pair.dialog.next_deadline()) == (
+        "w",
+        b"!",
+        0,
+        None,
+    )
 
 
 def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
@@ -418,7 +492,9 @@ def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
 
 @pytest.mark.parametrize("sender", ["carol", "bobby", "bo", "$broker"])
 def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
-    """A reply with the right id from the wrong client is dropped and counted; the request still waits."""
+    """A reply with the right id from the wrong client is dropped and counted; the
+    request still waits.
+    """
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, id, sender).outcomes
     assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (1, 1)
@@ -432,11 +508,17 @@ def test_refused_request(pair: Pair) -> None:
 
 
 def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
-    """An undeliverable REPLY comes back with the id its asker chose: our own request of that id goes on waiting."""
+    """An undeliverable REPLY comes back with the id its asker chose: our own request of
+    that id goes on waiting.
+    """
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     pair.dialog.reply("carol", id, 0, b"late answer")
     effects = pair.hear_frame(
-        Kind.ERROR, id, "$broker", payload=error_payload(ErrorCode.OFFLINE, "gone", "carol/1"), codec=2
+        Kind.ERROR,
+        id,
+        "$broker",
+        payload=error_payload(ErrorCode.OFFLINE, "gone", "carol/1"),
+        codec=2,
     )
     assert not effects.outcomes
     assert [type(error) for error in effects.undelivered] == [Offline]
@@ -444,11 +526,18 @@ def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
 
 
 def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> None:
-    """The requester has its outcome already, so that nothing was lost; other refusals of an answer are reported."""
+    """The requester has its outcome already, so that nothing was lost; other refusals
+    of an answer are reported.
+    """
     pair.dialog.reply("carol", 7, 0, b"late answer")
     payload = error_payload(ErrorCode.DENIED, "not outstanding", "carol")
     effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
-    assert (effects.outcomes, effects.undelivered, pair.dialog.late, pair.dialog.undelivered) == ([], [], 1, 0)
+    assert (effects.outcomes, effects.undelivered, pair.dialog.late, pair.dialog.undelivered) == (
+        [],
+        [],
+        1,
+        0,
+    )
     payload = error_payload(ErrorCode.RATE_LIMITED, "too fast", "carol")
     effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
     assert [error.id for error in effects.undelivered] == [7]
@@ -463,11 +552,18 @@ def test_dialog_denied_send_is_reported(pair: Pair) -> None:
 
 
 def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
-    """Whatever code the other client says, even one of the broker's, it is RequestFailed with that code."""
+    """Whatever code the other client says, even one of the broker's, it is
+    RequestFailed with that code.
+    """
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     payload = error_payload(ErrorCode.OFFLINE, "no luck", "")
     [(_, error)] = pair.hear_frame(Kind.ERROR, id, "bob", payload=payload, codec=2).outcomes
-    assert (type(error), error.code, str(error), error.name) == (RequestFailed, "offline", "no luck", "bob")
+    assert (type(error), error.code, str(error), error.name) == (
+        RequestFailed,
+        "offline",
+        "no luck",
+        "bob",
+    )
 
 
 @pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"[" * 100_000])
@@ -479,7 +575,9 @@ def test_error_without_a_readable_payload_is_still_an_error(pair: Pair, payload:
 
 
 def test_error_of_another_client_is_dropped(pair: Pair) -> None:
-    """A client that was not asked can't fail a request, nor a send that waits for its receipt."""
+    """A client that was not asked can't fail a request, nor a send that waits for its
+    receipt.
+    """
     first = pair.dialog.request("bob", 0, b"?", None, "w", None)
     second = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     for id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
@@ -488,10 +586,15 @@ def test_error_of_another_client_is_dropped(pair: Pair) -> None:
 
 
 def test_receipts(pair: Pair) -> None:
-    """RECEIPT is the outcome of a send or a publication that asked; any other is counted."""
+    """RECEIPT is the outcome of a send or a publication that asked; any other is
+    counted.
+    """
     first = pair.dialog.send_for_receipt("alice", 0, b"", None, "one", None)
     second = pair.dialog.publish_for_receipt("a.b", 0, b"", None, "two", None)
-    assert pair.talk().outcomes == [("one", Receipt(first, "alice")), ("two", Receipt(second, "a.b"))]
+    assert pair.talk().outcomes == [
+        ("one", Receipt(first, "alice")),
+        ("two", Receipt(second, "a.b")),
+    ]
     request = pair.dialog.request("bob", 0, b"", None, "w", None)
     for id in (first, request):
         assert not pair.hear_frame(Kind.RECEIPT, id, "$broker").outcomes
@@ -506,7 +609,9 @@ def test_reply_to_a_send_is_no_receipt(pair: Pair) -> None:
 
 
 def test_send_without_receipt_that_fails_is_told(pair: Pair) -> None:
-    """Nobody waits for it, so its failure is told as undelivered, with the id that send returned."""
+    """Nobody waits for it, so its failure is told as undelivered, with the id that send
+    returned.
+    """
     id = pair.dialog.send("carol", 0, b"")
     [error] = pair.talk().undelivered
     assert (type(error), error.id, pair.dialog.undelivered) == (Offline, id, 1)  # type: ignore[attr-defined]
@@ -533,7 +638,9 @@ def test_refused_subscription_leaves_nothing(pair: Pair) -> None:
 
 
 def test_deadlines_are_kept_in_order(pair: Pair) -> None:
-    """Each waiter hears TimedOut at its own deadline, whatever the order of asking; the answer is then late."""
+    """Each waiter hears TimedOut at its own deadline, whatever the order of asking; the
+    answer is then late.
+    """
     first = pair.dialog.request("bob", 0, b"", None, "slow", 9.0)
     pair.dialog.request("bob", 0, b"", None, "quick", 3.0)
     pair.dialog.send_for_receipt("bob", 0, b"", None, "never", None)
@@ -553,12 +660,18 @@ def test_earliest_of_link_and_request(pair: Pair) -> None:
 
 
 def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
-    """After a cancellation the table is empty, its reply is counted, and abandoning twice is harmless."""
+    """After a cancellation the table is empty, its reply is counted, and abandoning
+    twice is harmless.
+    """
     id = pair.dialog.request("bob", 0, b"", None, "w", 5.0)
     pair.dialog.abandon(id)
     pair.dialog.abandon(id)
     assert not pair.hear_frame(Kind.REPLY, id).outcomes
-    assert (len(pair.dialog.pending_calls), pair.dialog.next_deadline(), pair.dialog.late) == (0, None, 1)
+    assert (len(pair.dialog.pending_calls), pair.dialog.next_deadline(), pair.dialog.late) == (
+        0,
+        None,
+        1,
+    )
 
 
 def test_many_finished_requests_leave_no_deadlines(pair: Pair) -> None:
@@ -570,7 +683,9 @@ def test_many_finished_requests_leave_no_deadlines(pair: Pair) -> None:
 
 @pytest.mark.parametrize("how", ["abandon", "deadline"])
 def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
-    """Whoever stops waiting for a subscription has none: the broker is told, and no event is delivered here."""
+    """Whoever stops waiting for a subscription has none: the broker is told, and no
+    event is delivered here.
+    """
     assert pair.session is not None
     id, _ = pair.dialog.subscribe("a", None, "sink", "w", 5.0)
     if how == "abandon":
@@ -596,7 +711,8 @@ def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
         pair.lose()
     else:
         pair.broker.intercept = lambda session, envelope: (
-            b"clients" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+            b"clients" in envelope.payload
+            and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
         )
     if how != "loss":
         pair.talk()
@@ -609,7 +725,9 @@ def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
 
 
 def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) -> None:
-    """A whole frame that was handed over is in doubt; one of which a byte is missing can't have been delivered."""
+    """A whole frame that was handed over is in doubt; one of which a byte is missing
+    can't have been delivered.
+    """
     pair.dialog.request("bob", 0, b"first", None, "left", None)
     whole = len(pair.dialog.data_to_send())
     second = pair.dialog.request("bob", 0, b"second", None, "cut", None)
@@ -622,12 +740,16 @@ def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) ->
     assert type(outcomes["kept"]) is Disconnected
     assert outcomes["cut"].id == second
     pair.connect()
-    outgoing_requests = [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST]
+    outgoing_requests = [
+        envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST
+    ]
     assert outgoing_requests[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
 
 
 def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
-    """Where the face can't say how much has left, what it was given is in doubt, and what it was not was not sent."""
+    """Where the face can't say how much has left, what it was given is in doubt, and
+    what it was not was not sent.
+    """
     pair.dialog.request("bob", 0, b"first", None, "given", None)
     sent = pair.dialog.send("bob", 0, b"plain")
     given = len(pair.dialog.data_to_send())
@@ -636,7 +758,10 @@ def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
     kept = pair.dialog.publish("t", 0, b"plain")
     assert pair.dialog.untaken > 0
     effects = pair.lose(doubtful=given)
-    assert {waiter: type(error) for waiter, error in effects.outcomes} == {"given": InDoubt, "kept": Disconnected}
+    assert {waiter: type(error) for waiter, error in effects.outcomes} == {
+        "given": InDoubt,
+        "kept": Disconnected,
+    }
     assert [(type(error), error.id) for error in effects.undelivered] == [  # type: ignore[attr-defined]
         (InDoubt, sent),
         (Disconnected, kept),
@@ -645,7 +770,9 @@ def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
 
 
 def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
-    """A send without receipt asked for nothing: once it has left, a loss says nothing about it."""
+    """A send without receipt asked for nothing: once it has left, a loss says nothing
+    about it.
+    """
     pair.dialog.send("bob", 0, b"x")
     first = len(pair.dialog.data_to_send())
     pair.dialog.reply("bob", 1, 0, b"y")
@@ -654,7 +781,9 @@ def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
 
 
 def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> None:
-    """A face that can't say what has left of many may hear of the first before the last has gone."""
+    """A face that can't say what has left of many may hear of the first before the last
+    has gone.
+    """
     first, second, third = (pair.dialog.send(name, 0, b"x") for name in ("nobody", "bob", "nobody"))
     data = pair.dialog.data_to_send()
     pair.session.receive(data[: len(data) // 3 + 2])
@@ -699,12 +828,17 @@ def test_old_bytes_do_not_reach_a_new_connection(pair: Pair) -> None:
 
 
 def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
-    """Waiters hear Closed; refusals that come before the connection ends are still told."""
+    """Waiters hear Closed; refusals that come before the connection ends are still
+    told.
+    """
     pair.dialog.request("bob", 0, b"", None, "w", None)
     pair.dialog.subscribe("a", None, "sink", "v", None)
     id = pair.dialog.send("carol", 0, b"")
     effects = pair.dialog.close(1.0)
-    assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", Closed), ("v", Closed)]
+    assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [
+        ("w", Closed),
+        ("v", Closed),
+    ]
     assert pair.dialog.state is State.CLOSING
     assert id in [error.id for error in pair.talk().undelivered]  # type: ignore[attr-defined]
     with pytest.raises(Closed):
@@ -758,14 +892,19 @@ def test_event_goes_to_every_subscription_that_fits_once(pair: Pair) -> None:
     ):
         pair.dialog.subscribe(pattern, group, sink, "w", None)
     pair.talk()
-    got = [sorted(sink for sink, _ in pair.hear_frame(Kind.EVENT, topic="a.b").events) for _ in range(2)]
+    got = [
+        sorted(sink for sink, _ in pair.hear_frame(Kind.EVENT, topic="a.b").events)
+        for _ in range(2)
+    ]
     assert [set(each) - {"g1", "g2"} for each in got] == [{"all", "exact", "star"}] * 2
     assert {sink for each in got for sink in each if sink[0] == "g"} == {"g1", "g2"}
     assert all(len(each) == 4 for each in got)
 
 
 def test_unsubscribe_tells_the_broker_when_the_last_is_gone(pair: Pair) -> None:
-    """Two local subscriptions of one pattern are one at the broker: only the second end is told."""
+    """Two local subscriptions of one pattern are one at the broker: only the second end
+    is told.
+    """
     _, entry = pair.dialog.subscribe("a", None, "one", "w", None)
     pair.dialog.subscribe("a", None, "two", "w", None)
     pair.talk()
@@ -786,7 +925,9 @@ def test_unsubscribe_without_a_connection_needs_no_answer(pair: Pair) -> None:
     assert pair.session.subscriptions == []
 
 
-@pytest.mark.parametrize(("pattern", "group"), [("a..b", None), (">.a", None), ("", None), ("a", ""), ("a", "a b")])
+@pytest.mark.parametrize(
+    ("pattern", "group"), [("a..b", None), (">.a", None), ("", None), ("a", ""), ("a", "a b")]
+)
 def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: str | None) -> None:
     """Nothing is sent for a pattern or group the broker would refuse."""
     with pytest.raises(InvalidName):
@@ -810,7 +951,12 @@ def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
     assert [waiter for waiter, _ in effects.outcomes] == ["w"]
     told = [
         [item for _, item in pair.hear_frame(Kind.EVENT, name="$broker", topic=topic).events]
-        for topic in ("$broker.online.bob", "$broker.online.bob", "$broker.offline.bob", "$broker.online.x.y")
+        for topic in (
+            "$broker.online.bob",
+            "$broker.online.bob",
+            "$broker.offline.bob",
+            "$broker.online.x.y",
+        )
     ]
     assert told == [
         [Presence("bob", online=True)],
@@ -821,14 +967,18 @@ def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
 
 
 def test_event_before_the_list_is_told_by_the_list(pair: Pair) -> None:
-    """Events that arrive before the list are in it: telling them too would tell somebody twice."""
+    """Events that arrive before the list are in it: telling them too would tell
+    somebody twice.
+    """
     pair.dialog.watch("sink", "w", None)
     assert not pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.online.alice").events
     assert Presence("alice", online=True) in [item for _, item in pair.talk().events]
 
 
 def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
-    """Changes that happened without a connection are told once it is back, and nothing else."""
+    """Changes that happened without a connection are told once it is back, and nothing
+    else.
+    """
     bob = Pair(pair.broker, "bob", b"bob")
     bob.connect()
     pair.dialog.watch("sink", "w", None)
@@ -838,20 +988,29 @@ def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
     carol = Pair(pair.broker, "carol", b"carol")
     carol.connect()
     effects = pair.connect()
-    assert [item for _, item in effects.events] == [Presence("bob", online=False), Presence("carol", online=True)]
+    assert [item for _, item in effects.events] == [
+        Presence("bob", online=False),
+        Presence("carol", online=True),
+    ]
     del pair.broker.keys["carol"]
     pair.lose()
     assert [item for _, item in pair.connect().events] == [Presence("carol", online=False)]
 
 
 def test_unwatch_leaves_nothing(pair: Pair) -> None:
-    """A watch that is over costs nothing here or at the broker; the list's late answer is told to nobody."""
+    """A watch that is over costs nothing here or at the broker; the list's late answer
+    is told to nobody.
+    """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.dialog.unwatch(watch)
     pair.dialog.unwatch(watch)
     effects = pair.talk()
     assert pair.session is not None
-    assert (effects.events, pair.session.subscriptions, len(pair.dialog.subscriptions)) == ([], [], 0)
+    assert (effects.events, pair.session.subscriptions, len(pair.dialog.subscriptions)) == (
+        [],
+        [],
+        0,
+    )
 
 
 @pytest.mark.parametrize("refused", [b"subscribe", b"clients"])
@@ -861,7 +1020,8 @@ def test_watch_refused_on_a_new_connection_ends(pair: Pair, refused: bytes) -> N
     pair.talk()
     pair.lose()
     pair.broker.intercept = lambda session, envelope: (
-        refused in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+        refused in envelope.payload
+        and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
     effects = pair.connect()
     assert [(sink, type(error)) for sink, error in effects.ended] == [("sink", Denied)]
@@ -899,7 +1059,9 @@ BAD_LISTS = [
 
 @pytest.mark.parametrize("answer", BAD_LISTS)
 def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: bytes) -> None:
-    """Its caller hears of it, the watch leaves nothing behind, and the connection goes on."""
+    """Its caller hears of it, the watch leaves nothing behind, and the connection goes
+    on.
+    """
     id, _ = pair.dialog.watch("sink", "w", None)
     effects = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
@@ -910,7 +1072,9 @@ def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: 
 
 
 @pytest.mark.parametrize("answer", BAD_LISTS)
-def test_watch_resumed_with_a_list_that_is_not_valid_breaks_the_link(pair: Pair, answer: bytes) -> None:
+def test_watch_resumed_with_a_list_that_is_not_valid_breaks_the_link(
+    pair: Pair, answer: bytes
+) -> None:
     """No call waits that could hear of it."""
     pair.dialog.watch("sink", "w", None)
     pair.talk()
@@ -923,11 +1087,18 @@ def test_watch_resumed_with_a_list_that_is_not_valid_breaks_the_link(pair: Pair,
 
 
 def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
-    """Nothing that can't be a client's name, and nothing from another sender, is told or remembered."""
+    """Nothing that can't be a client's name, and nothing from another sender, is told
+    or remembered.
+    """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
     known = len(watch._known)
-    for name, sender in (("x" * 65, "$broker"), ("a b", "$broker"), ("-", "$broker"), ("eve", "bob")):
+    for name, sender in (
+        ("x" * 65, "$broker"),
+        ("a b", "$broker"),
+        ("-", "$broker"),
+        ("eve", "bob"),
+    ):
         assert not pair.hear_frame(Kind.EVENT, name=sender, topic=f"$broker.online.{name}").events
     assert len(watch._known) == known
 
@@ -939,7 +1110,9 @@ def test_presence_of_more_names_than_any_broker_has_breaks_the_link(
     monkeypatch.setattr("brokerd_client.presence._MOST", 5)
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
-    batches = [pair.hear_frame(Kind.EVENT, name="$broker", topic=f"$broker.online.n{n}") for n in range(3)]
+    batches = [
+        pair.hear_frame(Kind.EVENT, name="$broker", topic=f"$broker.online.n{n}") for n in range(3)
+    ]
     assert [type(effects.broken) for effects in batches] == [type(None), type(None), ProtocolError]
     assert len(watch._known) == 5
 
@@ -961,7 +1134,9 @@ FRAMES = [
 
 @pytest.mark.parametrize("step", [1, 2, 15, 16, 17, 64, 4096, 10**6])
 def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
-    """Whole, a byte at a time, with a tail: the same messages, in order, with everything they carry."""
+    """Whole, a byte at a time, with a tail: the same messages, in order, with
+    everything they carry.
+    """
     pair.dialog.subscribe(">", None, "sink", "w", None)
     pair.talk()
     data = b"".join(frame(encode(envelope)) for envelope in FRAMES) + frame(encode(FRAMES[0]))[:-1]
@@ -974,7 +1149,10 @@ def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
         for e in FRAMES
         if e.kind in (Kind.MESSAGE, Kind.REQUEST)
     ]
-    assert [(m.topic, m.body, m.sender) for _, m in effects.events] == [("a.b", b"event", "bob"), ("a", b"", "bob")]
+    assert [(m.topic, m.body, m.sender) for _, m in effects.events] == [
+        ("a.b", b"event", "bob"),
+        ("a", b"", "bob"),
+    ]
     assert pair.dialog.late == 1
     assert not effects.broken
     merge(effects, pair.hear(b"e"))
@@ -999,10 +1177,15 @@ RUNS = st.lists(
 
 @given(RUNS, st.integers(1, 20_000))
 def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> None:
-    """Many frames that begin alike, and where that ends: the same messages as one by one, cut anywhere."""
+    """Many frames that begin alike, and where that ends: the same messages as one by
+    one, cut anywhere.
+    """
     pair = Pair()
     pair.connect()
-    sent = [replace(envelope, id=index) for index, envelope in enumerate(e for count, e in runs for _ in range(count))]
+    sent = [
+        replace(envelope, id=index)
+        for index, envelope in enumerate(e for count, e in runs for _ in range(count))
+    ]
     data = b"".join(frame(encode(envelope)) for envelope in sent)
     effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
@@ -1015,7 +1198,9 @@ def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> No
 @pytest.mark.parametrize("name", [b"b\xffb", b"b b", b"/ab", b"b/A"])
 @pytest.mark.parametrize("alike", [0, 3, 5, 30])
 def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> None:
-    """A message whose sender is not valid is skipped wherever it stands; all others are delivered."""
+    """A message whose sender is not valid is skipped wherever it stands; all others are
+    delivered.
+    """
     good = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x")))
     effects = pair.hear(good * alike + good.replace(b"bob", name) + good * 10)
     assert (len(effects.messages), len(effects.unreadable), effects.broken) == (alike + 10, 1, None)
@@ -1023,7 +1208,9 @@ def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> N
 
 
 def test_long_form_of_a_length(pair: Pair) -> None:
-    """A frame announced with -1 and 64 bits is a frame like any other, whole or in pieces."""
+    """A frame announced with -1 and 64 bits is a frame like any other, whole or in
+    pieces.
+    """
     body = encode(FRAMES[0])
     data = b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body
     assert pair.hear(data).messages[0].body == b"one"
@@ -1071,7 +1258,9 @@ def test_lengths_that_no_frame_has_break_the_link(
         (b"\0\0\0\x0d\x05\0\0\x01" + b"\0" * 8 + b"a", MalformedEnvelope),
     ],
 )
-def test_frames_that_cannot_be_read_are_skipped(pair: Pair, data: bytes, error: type[RemoteError], pieces: int) -> None:
+def test_frames_that_cannot_be_read_are_skipped(
+    pair: Pair, data: bytes, error: type[RemoteError], pieces: int
+) -> None:
     """What is before and behind them is delivered."""
     good = frame(encode(FRAMES[0]))
     effects: Effects[Message] = Effects()
@@ -1090,16 +1279,25 @@ def with_extension(
     raw: bytes, kind: Kind = Kind.REQUEST, id: int = 7, name: bytes = b"bob", rest: bytes = b""
 ) -> bytes:
     """Return a frame with these bytes for its extension."""
-    return frame(HEADER.pack(kind, 2, 0, len(name), id), name, len(raw).to_bytes(2, "big"), raw, rest)
+    return frame(
+        HEADER.pack(kind, 2, 0, len(name), id), name, len(raw).to_bytes(2, "big"), raw, rest
+    )
 
 
 def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
     """Its requester does not wait for its timeout; a message is only reported."""
-    effects = pair.hear(with_extension(TOO_DEEP) + with_extension(b"no json") + with_extension(TOO_DEEP, Kind.MESSAGE))
+    effects = pair.hear(
+        with_extension(TOO_DEEP)
+        + with_extension(b"no json")
+        + with_extension(TOO_DEEP, Kind.MESSAGE)
+    )
     assert len(effects.unreadable) == 3
     pair.broker.seen.clear()
     pair.talk()
-    answers = [(each.kind, each.name, each.id, json.loads(each.payload)["code"]) for each in pair.broker.seen]
+    answers = [
+        (each.kind, each.name, each.id, json.loads(each.payload)["code"])
+        for each in pair.broker.seen
+    ]
     assert answers == [(Kind.ERROR, "bob", 7, "unreadable")] * 2
 
 
@@ -1119,7 +1317,9 @@ def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpos
 
 @given(st.binary(max_size=200), st.integers(1, 40))
 def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) -> None:
-    """Whatever arrives, before the handshake or after it, the dialog goes on or names the peer's mistake."""
+    """Whatever arrives, before the handshake or after it, the dialog goes on or names
+    the peer's mistake.
+    """
     for ready in (False, True):
         pair = Pair()
         if ready:
@@ -1138,7 +1338,9 @@ def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) ->
 
 
 def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
-    """Recipient, codec, payload and extension of every kind arrive at the broker as given."""
+    """Recipient, codec, payload and extension of every kind arrive at the broker as
+    given.
+    """
     pair.broker.seen.clear()
     pair.dialog.send("bob", 2, b"{}", {"ttl": 3})
     pair.dialog.publish("a.b", 0, b"x", {"k": 1})
@@ -1147,7 +1349,12 @@ def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
     pair.dialog.fail("bob", 98, "mine", "text")
     pair.talk()
     first, second, third, fourth, fifth = pair.broker.seen
-    assert (first.name, first.codec, first.payload, first.extension) == ("bob", 2, b"{}", {"ttl": 3})
+    assert (first.name, first.codec, first.payload, first.extension) == (
+        "bob",
+        2,
+        b"{}",
+        {"ttl": 3},
+    )
     assert (second.topic, second.payload, second.extension) == ("a.b", b"x", {"k": 1})
     assert (third.topic, third.payload) == ("a.b", b"y")
     assert (fourth.kind, fourth.name, fourth.id, fourth.payload) == (Kind.REPLY, "bob/1", 99, b"r")
@@ -1155,12 +1362,20 @@ def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
     assert json.loads(fifth.payload) == {"code": "mine", "message": "text", "name": "alice"}
 
 
-LOT = [("bob", 0, b"one"), ("carol/x1", 2, b"{}"), ("bob", 0, b""), ("bob", 0, b"two"), ("alice", 128, b"x" * 3000)]
+LOT = [
+    ("bob", 0, b"one"),
+    ("carol/x1", 2, b"{}"),
+    ("bob", 0, b""),
+    ("bob", 0, b"two"),
+    ("alice", 128, b"x" * 3000),
+]
 
 
 @pytest.mark.parametrize("limit", [2**31, 100])
 def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Messages sent together leave as the bytes of the same messages sent one after the other; so do long ones."""
+    """Messages sent together leave as the bytes of the same messages sent one after the
+    other; so do long ones.
+    """
     monkeypatch.setattr(outgoing, "_MAX_SHORT_BODY", limit)
     one, many = Pair(), Pair()
     one.connect()
@@ -1176,7 +1391,9 @@ def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, l
 @pytest.mark.parametrize("handed", [0, 1, 21, 22, 60, 3000, None])
 @pytest.mark.parametrize("doubtful", [0, 30])
 def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: int) -> None:
-    """Where the connection goes in between, each of them is in doubt or was not sent, as if it had been sent alone."""
+    """Where the connection goes in between, each of them is in doubt or was not sent,
+    as if it had been sent alone.
+    """
     told = []
     for together in (False, True):
         pair = Pair()
@@ -1189,7 +1406,12 @@ def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: i
         pair.dialog.send("bob", 0, b"last")
         data = pair.dialog.data_to_send()
         pair.dialog.wrote(len(data) if handed is None else handed)
-        told.append([(type(error), error.id, str(error)) for error in pair.lose(doubtful=doubtful).undelivered])
+        told.append(
+            [
+                (type(error), error.id, str(error))
+                for error in pair.lose(doubtful=doubtful).undelivered
+            ]
+        )
     assert told[0] == told[1]
     assert bool(told[0]) is (handed is not None)
 
@@ -1215,7 +1437,9 @@ def test_bad_recipient_is_refused_here(pair: Pair, to: str) -> None:
 
 
 def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
-    """Any number of different names and topics, in and out, costs bounded memory and arrives unchanged."""
+    """Any number of different names and topics, in and out, costs bounded memory and
+    arrives unchanged.
+    """
     draw = random.Random(1)
     names = ["".join(draw.choices(string.ascii_letters, k=12)) for _ in range(10_000)]
     pair.dialog.subscribe(">", None, "sink", "w", None)
@@ -1251,17 +1475,29 @@ def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.Monkey
 def test_counters_name_what_went_wrong(pair: Pair) -> None:
     """The counters can be read by name."""
     pair.lose()
-    assert pair.dialog.counters == {"late": 0, "undelivered": 0, "unreadable": 0, "unrouted": 0, "losses": 1}
+    assert pair.dialog.counters == {
+        "late": 0,
+        "undelivered": 0,
+        "unreadable": 0,
+        "unrouted": 0,
+        "losses": 1,
+    }
 
 
 def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:
-    """On a new connection a refused list of a watch that is over already is told to nobody."""
+    """On a new connection a refused list of a watch that is over already is told to
+    nobody.
+    """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
     pair.lose()
     pair.broker.intercept = lambda session, envelope: (
         b"clients" in envelope.payload
-        and (pair.dialog.unwatch(watch), pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+        and (
+            pair.dialog.unwatch(watch),
+            pair.broker.refuse(session, envelope, ErrorCode.DENIED),
+            True,
+        )
     )
     assert pair.connect().ended == []
 
@@ -1270,7 +1506,8 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
     """Taking back a subscription may fail; there is nobody to hear it."""
     pair.dialog.subscribe("a", None, "sink", "w", None)
     pair.broker.intercept = lambda session, envelope: (
-        b"unsubscribe" in envelope.payload and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
+        b"unsubscribe" in envelope.payload
+        and (pair.broker.refuse(session, envelope, ErrorCode.DENIED), True)
     )
     pair.talk()
     _, entry = pair.dialog.subscribe("a", None, "other", "v", None)
@@ -1286,7 +1523,9 @@ def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
 
 
 def draining(pair: Pair) -> Effects[Message]:
-    """Tell the dialog that its connection is about to be closed, and let both sides talk."""
+    """Tell the dialog that its connection is about to be closed, and let both sides
+    talk.
+    """
     effects = pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
     if effects.broken is None:
         merge(effects, pair.talk())
@@ -1327,7 +1566,10 @@ def test_draining_dialog_sends_nothing_new_and_answers(pair: Pair) -> None:
     pair.dialog.reply("bob", 9, 0, b"!")
     pair.dialog.fail("bob", 10, "failed", "no")
     pair.talk()
-    assert [each.kind for each in pair.broker.seen if each.name == "bob"] == [Kind.REPLY, Kind.ERROR]
+    assert [each.kind for each in pair.broker.seen if each.name == "bob"] == [
+        Kind.REPLY,
+        Kind.ERROR,
+    ]
 
 
 @pytest.mark.parametrize("end", ["answer", "timeout", "abandon"])
@@ -1355,15 +1597,17 @@ def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None
     pair.broker.intercept = refuse
     ids = [pair.dialog.send("bob", 0, b"x") for _ in range(3)]
     effects = draining(pair)
-    assert [(type(error), error.id) for error in effects.undelivered if isinstance(error, ShuttingDown)] == [
-        (ShuttingDown, id) for id in ids
-    ]
+    assert [
+        (type(error), error.id) for error in effects.undelivered if isinstance(error, ShuttingDown)
+    ] == [(ShuttingDown, id) for id in ids]
     assert effects.broken is not None
 
 
 @pytest.mark.parametrize("subscribed", [False, True])
 def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None:
-    """A broker that does not know the operation refuses it; a subscriber gets the event all the same."""
+    """A broker that does not know the operation refuses it; a subscriber gets the event
+    all the same.
+    """
     pair = Pair()
 
     def refuse(session: Session, envelope: Envelope) -> bool:
@@ -1378,7 +1622,11 @@ def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None
         pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
         pair.talk()
     effects = draining(pair)
-    assert (len(effects.events), effects.broken, pair.dialog.state) == (subscribed, None, State.READY)
+    assert (len(effects.events), effects.broken, pair.dialog.state) == (
+        subscribed,
+        None,
+        State.READY,
+    )
 
 
 def test_draining_event_reaches_its_subscribers_too(pair: Pair) -> None:

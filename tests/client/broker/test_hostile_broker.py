@@ -1,4 +1,6 @@
-"""A broker that knows the key and breaks the rules: both faces end every call, and say so with documented errors."""
+"""A broker that knows the key and breaks the rules: both faces end every call, and say
+so with documented errors.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
     face.close()
 
 
-def answering(op: str, answer: Callable[[Envelope], bytes]) -> Callable[[Session, Envelope], object]:
+def answering(
+    op: str, answer: Callable[[Envelope], bytes]
+) -> Callable[[Session, Envelope], object]:
     """Return an intercept that answers one operation with these bytes, a frame or not."""
 
     def intercept(session: Session, envelope: Envelope) -> object:
@@ -64,7 +68,11 @@ def said(**changes: Any) -> Callable[[Envelope], bytes]:
 def extended(raw: bytes) -> Callable[[Envelope], bytes]:
     """Return what makes a REPLY with these bytes for its extension."""
     return lambda envelope: frame(
-        HEADER.pack(Kind.REPLY, 2, 2, 7, envelope.id), b"$broker", len(raw).to_bytes(2, "big"), raw, b"{}"
+        HEADER.pack(Kind.REPLY, 2, 2, 7, envelope.id),
+        b"$broker",
+        len(raw).to_bytes(2, "big"),
+        raw,
+        b"{}",
     )
 
 
@@ -100,15 +108,23 @@ INTRODUCTIONS: dict[str, Callable[[Envelope], bytes]] = {
     "refused": lambda envelope: frame(
         encode(Envelope(Kind.ERROR, envelope.id, "$broker", b'{"code":"denied","message":"no"}', 2))
     ),
-    "refused without a word": lambda envelope: frame(encode(Envelope(Kind.ERROR, envelope.id, "$broker", b"", 2))),
+    "refused without a word": lambda envelope: frame(
+        encode(Envelope(Kind.ERROR, envelope.id, "$broker", b"", 2))
+    ),
     "refused deeply": lambda envelope: frame(
-        encode(Envelope(Kind.ERROR, envelope.id, "$broker", b'{"code":' + b"[" * 900 + b"]" * 900 + b"}", 2))
+        encode(
+            Envelope(
+                Kind.ERROR, envelope.id, "$broker", b'{"code":' + b"[" * 900 + b"]" * 900 + b"}", 2
+            )
+        )
     ),
 }
 
 
 @pytest.mark.parametrize("wrong", INTRODUCTIONS)
-def test_connect_answered_with_nonsense_raises_a_documented_error(face: Face, server: FakeServer, wrong: str) -> None:
+def test_connect_answered_with_nonsense_raises_a_documented_error(
+    face: Face, server: FakeServer, wrong: str
+) -> None:
     """Whatever the broker answers to whoami, the errors of connect() are a closed set."""
     server.broker.intercept = answering("whoami", INTRODUCTIONS[wrong])
     with pytest.raises(DOCUMENTED) as caught:
@@ -118,9 +134,17 @@ def test_connect_answered_with_nonsense_raises_a_documented_error(face: Face, se
 
 @pytest.mark.parametrize(
     "said",
-    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b"\xff" * 100, b"\0" * 100, b"\0\0\0\x05hello"],
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"\xff" * 100,
+        b"\0" * 100,
+        b"\0\0\0\x05hello",
+    ],
 )
-def test_connect_to_no_broker_raises_a_documented_error(face: Face, server: FakeServer, said: bytes) -> None:
+def test_connect_to_no_broker_raises_a_documented_error(
+    face: Face, server: FakeServer, said: bytes
+) -> None:
     """The handshake's mistakes are among them."""
 
     def speak(session: Session) -> None:
@@ -128,14 +152,20 @@ def test_connect_to_no_broker_raises_a_documented_error(face: Face, server: Fake
 
     begin = Session.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "__init__", lambda self, broker: (begin(self, broker), speak(self))[0])
+        patch.setattr(
+            Session, "__init__", lambda self, broker: (begin(self, broker), speak(self))[0]
+        )
         with pytest.raises(DOCUMENTED) as caught:
             face.connect(server.path, "alice", b"alice", timeout=2)
     assert not isinstance(caught.value, TimedOut)
 
 
-def test_client_that_is_called_another_name_at_a_reconnect_stays_what_it_is(face: Face, server: FakeServer) -> None:
-    """The new connection is given up, the next is tried, and the name never becomes one that kills the client."""
+def test_client_that_is_called_another_name_at_a_reconnect_stays_what_it_is(
+    face: Face, server: FakeServer
+) -> None:
+    """The new connection is given up, the next is tried, and the name never becomes one
+    that kills the client.
+    """
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     server.broker.intercept = answering("whoami", said(name="\ud800", address="\ud800"))
     server.drop("alice")
@@ -148,8 +178,12 @@ def test_client_that_is_called_another_name_at_a_reconnect_stays_what_it_is(face
 
 @pytest.mark.parametrize("answer", [b"[1]", b"7", b"", b"\xff", b"{", b"[" * 50_000])
 @pytest.mark.parametrize("op", ["ping", "clients", "subscribe", "whoami"])
-def test_operation_answered_with_nonsense_raises(face: Face, server: FakeServer, op: str, answer: bytes) -> None:
-    """Its caller hears of it at once, with or without a timeout, and the client goes on."""
+def test_operation_answered_with_nonsense_raises(
+    face: Face, server: FakeServer, op: str, answer: bytes
+) -> None:
+    """Its caller hears of it at once, with or without a timeout, and the client goes
+    on.
+    """
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     server.broker.intercept = answering(op, reply(answer))
     calls: dict[str, Callable[[], object]] = {
@@ -165,11 +199,15 @@ def test_operation_answered_with_nonsense_raises(face: Face, server: FakeServer,
     assert client.counters["losses"] == 0
 
 
-def test_clients_answered_with_a_list_that_is_not_valid_raises(face: Face, server: FakeServer) -> None:
+def test_clients_answered_with_a_list_that_is_not_valid_raises(
+    face: Face, server: FakeServer
+) -> None:
     """What is no client's name or state is not handed out."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     for entry in ('{"name": 5, "online": true}', '{"name": "a", "online": "yes"}', "[]"):
-        server.broker.intercept = answering("clients", reply(b'{"clients":[' + entry.encode() + b"]}"))
+        server.broker.intercept = answering(
+            "clients", reply(b'{"clients":[' + entry.encode() + b"]}")
+        )
         with pytest.raises(ProtocolError):
             client.clients()
         with pytest.raises(ProtocolError):
@@ -179,7 +217,9 @@ def test_clients_answered_with_a_list_that_is_not_valid_raises(face: Face, serve
 def test_message_that_cannot_be_read_is_skipped(
     face: Face, server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged and counted, a request is answered, and the next message arrives on the same connection."""
+    """It is logged and counted, a request is answered, and the next message arrives on
+    the same connection.
+    """
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     raw = b'{"a":' + b"[" * 976 + b"]" * 976 + b"}"
 
@@ -194,17 +234,25 @@ def test_message_that_cannot_be_read_is_skipped(
     server.act(send)
     assert client.recv(5).body == b"next"
     client.ping()
-    answers = [json.loads(each.payload)["code"] for each in server.broker.seen if each.kind is Kind.ERROR]
+    answers = [
+        json.loads(each.payload)["code"] for each in server.broker.seen if each.kind is Kind.ERROR
+    ]
     assert answers == ["unreadable"]
     assert (client.counters["unreadable"], client.counters["losses"]) == (2, 0)
-    assert [record.levelname for record in caplog.records if "was skipped" in record.getMessage()] == ["WARNING"] * 2
+    assert [
+        record.levelname for record in caplog.records if "was skipped" in record.getMessage()
+    ] == ["WARNING"] * 2
 
 
-@pytest.mark.parametrize(("codec", "payload"), [(2, b"\xff"), (2, b"[" * 5000), (1, b"junk"), (3, b"\xc1"), (77, b"?")])
+@pytest.mark.parametrize(
+    ("codec", "payload"), [(2, b"\xff"), (2, b"[" * 5000), (1, b"junk"), (3, b"\xc1"), (77, b"?")]
+)
 def test_request_whose_payload_cannot_be_decoded_is_answered(
     face: Face, server: FakeServer, codec: int, payload: bytes
 ) -> None:
-    """The handler that looks at it fails, its requester hears of that, and the next request is handled."""
+    """The handler that looks at it fails, its requester hears of that, and the next
+    request is handled.
+    """
     client = face.connect(server.path, "alice", b"alice", timeout=5, allow_pickle_from=["bob"])
     client.on_request(lambda request: request.payload)
     server.broker.seen.clear()
@@ -218,7 +266,9 @@ def test_request_whose_payload_cannot_be_decoded_is_answered(
     answers: dict[int, Envelope] = {}
     while len(answers) < 2 and time.monotonic() < end:
         time.sleep(0.01)
-        answers = {each.id: each for each in server.broker.seen if each.kind in (Kind.REPLY, Kind.ERROR)}
+        answers = {
+            each.id: each for each in server.broker.seen if each.kind in (Kind.REPLY, Kind.ERROR)
+        }
     assert (answers[1].kind, answers[2].kind, answers[2].payload) == (Kind.ERROR, Kind.REPLY, b"7")
     assert b"UndecodablePayload" in answers[1].payload
     assert client.counters["losses"] == 0
@@ -238,10 +288,15 @@ def test_error_without_a_payload_is_a_refusal(face: Face, server: FakeServer) ->
     assert caught.value.code == "failed"
 
 
-def test_error_of_another_client_with_a_deep_payload_is_an_outcome(face: Face, server: FakeServer) -> None:
+def test_error_of_another_client_with_a_deep_payload_is_an_outcome(
+    face: Face, server: FakeServer
+) -> None:
     """What another client puts into its ERROR can't end this client's connection."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
-    for payload in (b'{"code":' + b"[" * 900 + b"]" * 900 + b"}", b'{"message":"\\ud800","code":7}'):
+    for payload in (
+        b'{"code":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"message":"\\ud800","code":7}',
+    ):
 
         def intercept(session: Session, envelope: Envelope, payload: bytes = payload) -> object:
             if envelope.name != "bob":
@@ -272,7 +327,9 @@ def test_texts_of_errors_are_cut(face: Face, server: FakeServer) -> None:
 
 
 def test_introduction_that_is_refused_is_tried_again(face: Face, server: FakeServer) -> None:
-    """A client that is over its rate when it connects again is let in later, and not given up."""
+    """A client that is over its rate when it connects again is let in later, and not
+    given up.
+    """
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     refused = 0
 
@@ -304,7 +361,9 @@ def test_connect_that_is_refused_says_why(face: Face, server: FakeServer) -> Non
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_calls_answered_with_random_bytes_all_end(face: Face, server: FakeServer, seed: int) -> None:
+def test_calls_answered_with_random_bytes_all_end(
+    face: Face, server: FakeServer, seed: int
+) -> None:
     """Whatever follows, a call returns or raises before its timeout is long over."""
     draw = random.Random(seed)
     client = face.connect(server.path, "alice", b"alice", timeout=5)

@@ -10,7 +10,9 @@ from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 100), st.integers(0, 6)), max_size=30))
 def test_held_bytes_are_those_of_batches_not_taken_whole(steps: list[tuple[int, int, int]]) -> None:
-    """After settling, exactly the batches that still have an item in the queue are counted."""
+    """After settling, exactly the batches that still have an item in the queue are
+    counted.
+    """
     meter = InboxMeter(10)
     inbox: Inbox[tuple[int, int]] = Inbox(meter)
     sizes = {}
@@ -45,7 +47,9 @@ def test_full_above_the_limit_of_all_inboxes_together() -> None:
 
 
 def test_released_inbox_counts_nothing_more_and_keeps_its_items() -> None:
-    """What is left, taken or not yet settled, is uncounted once; what is put later is not counted."""
+    """What is left, taken or not yet settled, is uncounted once; what is put later is
+    not counted.
+    """
     meter = InboxMeter(100)
     other: Inbox[int] = Inbox(meter)
     other.put([0], 7)

@@ -1,4 +1,6 @@
-"""Exceptions that strike in the middle of a blocking call: of signal handlers, and of PyThreadState_SetAsyncExc."""
+"""Exceptions that strike in the middle of a blocking call: of signal handlers, and of
+PyThreadState_SetAsyncExc.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from brokerd_client import BrokerdError, Client, Closed, Message, WouldDeadlock
 PATIENCE = 20.0
 RETURN = dis.opmap["RETURN_VALUE"]
 LIBRARY = str(Path("client", "brokerd_client"))
-#: An exception raised while an iterator or a client is dropped reaches no caller; a new socket may be dropped, too.
+#: An exception raised while an iterator or a client is dropped reaches no caller; a new
+#: socket may be dropped, too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -42,12 +45,19 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def is_return(frame: FrameType) -> bool:
-    """Return whether a call is about to return what it has made: an exception comes too late to take that back."""
-    return frame.f_code.co_name in ("subscribe", "watch_presence") and frame.f_code.co_code[frame.f_lasti] == RETURN
+    """Return whether a call is about to return what it has made: an exception comes too
+    late to take that back.
+    """
+    return (
+        frame.f_code.co_name in ("subscribe", "watch_presence")
+        and frame.f_code.co_code[frame.f_lasti] == RETURN
+    )
 
 
 def struck(call: Callable[[], object], position: int, strike: Callable[[], object]) -> bool:
-    """Run the call; before the instruction of the library with this number, run ``strike``. Return whether it ran."""
+    """Run the call; before the instruction of the library with this number, run
+    ``strike``. Return whether it ran.
+    """
     count = 0
     done = False
 
@@ -81,8 +91,11 @@ def strike() -> None:
 
 
 def positions(call: Callable[[], object], step: int, offset: int = 0) -> Iterator[int]:
-    """Interrupt the call at every ``step``-th of its instructions, and yield the number of each."""
-    # Some versions of Python trace the instructions of a function only after its first call.
+    """Interrupt the call at every ``step``-th of its instructions, and yield the number
+    of each.
+    """
+    # Some versions of Python trace the instructions of a function only after its first
+    # call.
     struck(call, sys.maxsize, strike)
     position = offset
     while True:
@@ -170,8 +183,12 @@ def check_intact(got: list[bytes], size: int) -> list[int]:
     return numbers
 
 
-def check_send(server: RunningBroker, send: Callable[[Client, bytes], object], size: int, step: int) -> None:
-    """Interrupt a call that sends, at many of its instructions; after each the client has to work on."""
+def check_send(
+    server: RunningBroker, send: Callable[[Client, bytes], object], size: int, step: int
+) -> None:
+    """Interrupt a call that sends, at many of its instructions; after each the client
+    has to work on.
+    """
     with pair(server) as (alice, reader):
         numbers = iter(range(10**8))
         marks: set[int] = set()
@@ -200,7 +217,9 @@ SENDS: dict[str, Callable[[Client, bytes], object]] = {
 
 @pytest.mark.parametrize("send", SENDS)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_interrupted_at_some_instructions_corrupts_nothing(broker: RunningBroker, send: str, size: int) -> None:
+def test_send_interrupted_at_some_instructions_corrupts_nothing(
+    broker: RunningBroker, send: str, size: int
+) -> None:
     check_send(broker, SENDS[send], size, 11)
 
 
@@ -208,7 +227,9 @@ def test_send_interrupted_at_some_instructions_corrupts_nothing(broker: RunningB
 @pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
 @pytest.mark.parametrize("send", SENDS)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_interrupted_at_every_instruction_corrupts_nothing(broker: RunningBroker, send: str, size: int) -> None:
+def test_send_interrupted_at_every_instruction_corrupts_nothing(
+    broker: RunningBroker, send: str, size: int
+) -> None:
     check_send(broker, SENDS[send], size, 1)
 
 
@@ -218,7 +239,8 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
     feeds: list[Any] = []
 
     def finish() -> None:
-        # An exception before the first instruction of close() is nothing that close() can do something about.
+        # An exception before the first instruction of close() is nothing that close()
+        # can do something about.
         for feed in feeds:
             feed.close()
         feeds.clear()
@@ -261,7 +283,9 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
 
 
 def check_exercise(server: RunningBroker, name: str, step: int) -> None:
-    """Interrupt the call at many of its instructions; the client works on, and keeps nothing."""
+    """Interrupt the call at many of its instructions; the client works on, and keeps
+    nothing.
+    """
     with pair(server) as (alice, _):
         request = Message(2, 1, "bob", 0, b"", alice)
         for _ in positions(exercise(alice, request)[name], step):
@@ -285,18 +309,24 @@ EXERCISES = ("subscribe", "watch", "iterate", "receive", "reply", "publish", "co
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_call_interrupted_at_some_instructions_leaves_nothing(broker: RunningBroker, name: str) -> None:
+def test_call_interrupted_at_some_instructions_leaves_nothing(
+    broker: RunningBroker, name: str
+) -> None:
     check_exercise(broker, name, 23)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXERCISES)
-def test_call_interrupted_at_every_instruction_leaves_nothing(broker: RunningBroker, name: str) -> None:
+def test_call_interrupted_at_every_instruction_leaves_nothing(
+    broker: RunningBroker, name: str
+) -> None:
     check_exercise(broker, name, 1)
 
 
 def check_close(server: RunningBroker, step: int, offset: int) -> None:
-    """Interrupt close() at many of its instructions; a second close() ends what is left."""
+    """Interrupt close() at many of its instructions; a second close() ends what is
+    left.
+    """
     position = offset
     while True:
         before = set(threading.enumerate())
@@ -324,7 +354,9 @@ def test_close_interrupted_at_every_instruction_can_be_repeated(broker: RunningB
 
 
 def bombard(server: RunningBroker, size: int, strikes: int) -> None:
-    """Send while a timer's signal raises, as often as is said; bob gets whole messages in order, and alice goes on."""
+    """Send while a timer's signal raises, as often as is said; bob gets whole messages
+    in order, and alice goes on.
+    """
 
     def alarm(number: int, frame: object) -> None:
         raise Strike
@@ -360,12 +392,18 @@ def test_send_under_a_timer_that_raises_corrupts_nothing(broker: RunningBroker, 
 @pytest.mark.slow
 @pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_under_a_timer_that_raises_for_long_corrupts_nothing(broker: RunningBroker, size: int) -> None:
+def test_send_under_a_timer_that_raises_for_long_corrupts_nothing(
+    broker: RunningBroker, size: int
+) -> None:
     bombard(broker, size, 3000)
 
 
-def from_handler(client: Client, position: int, act: Callable[[], object]) -> tuple[bool, list[object]]:
-    """Interrupt a send at an instruction with a signal handler's work, which returns; return what that came to."""
+def from_handler(
+    client: Client, position: int, act: Callable[[], object]
+) -> tuple[bool, list[object]]:
+    """Interrupt a send at an instruction with a signal handler's work, which returns;
+    return what that came to.
+    """
     results: list[object] = []
     if position == 0:
         # See positions().
@@ -377,11 +415,15 @@ def from_handler(client: Client, position: int, act: Callable[[], object]) -> tu
         except BrokerdError as error:
             results.append(error)
 
-    return struck(lambda: client.send("bob", b"interrupted", timeout=PATIENCE), position, handle), results
+    return struck(
+        lambda: client.send("bob", b"interrupted", timeout=PATIENCE), position, handle
+    ), results
 
 
 def test_calls_from_a_signal_handler_never_hang(broker: RunningBroker) -> None:
-    """Plain sends work at whatever instruction the signal comes; what has to wait works, or raises WouldDeadlock."""
+    """Plain sends work at whatever instruction the signal comes; what has to wait
+    works, or raises WouldDeadlock.
+    """
     with pair(broker) as (alice, reader):
         calls: dict[str, Callable[[], object]] = {
             "send": lambda: alice.send("bob", b"send"),
@@ -434,7 +476,9 @@ def test_sends_from_a_signal_handler_arrive_before_the_next_send(broker: Running
 
 
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
-def test_close_from_a_signal_handler_at_any_instruction_ends_the_client(broker: RunningBroker, step: int) -> None:
+def test_close_from_a_signal_handler_at_any_instruction_ends_the_client(
+    broker: RunningBroker, step: int
+) -> None:
     position = 0
     ran = True
     while ran:
@@ -461,7 +505,9 @@ def test_close_by_a_signal_ends_a_recv_that_waits(broker: RunningBroker) -> None
 def throw(thread: threading.Thread, error: type[BaseException]) -> None:
     """Raise an exception in another thread, at its next instruction."""
     assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident), ctypes.py_object(error)
+    )
 
 
 @pytest.mark.parametrize("error", [Strike, SystemExit, KeyboardInterrupt, ValueError])
@@ -480,7 +526,9 @@ def test_io_thread_survives_an_exception_and_connects_again(
 
 
 def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningBroker) -> None:
-    """Each call has its outcome, at whatever instruction of it the I/O thread was struck."""
+    """Each call has its outcome, at whatever instruction of it the I/O thread was
+    struck.
+    """
     import brokerd_client.blocking.base as link
 
     turn = link._turn

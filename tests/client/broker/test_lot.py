@@ -1,4 +1,6 @@
-"""Messages that are sent together: what is checked, and that the usual lot is treated like any other."""
+"""Messages that are sent together: what is checked, and that the usual lot is treated
+like any other.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,14 @@ from brokerd_client.protocol.bulk import encode_many
 
 def test_bytes_and_other_payloads_keep_their_order() -> None:
     """Each payload has the codec it would have alone."""
-    to, codecs, bodies = encode_many(iter([("a", b"1"), ["b/x", {"k": 2}], ("c", bytearray(b"3"))]), None)
-    assert (list(to), list(codecs), list(bodies)) == (["a", "b/x", "c"], [0, 2, 0], [b"1", b'{"k":2}', b"3"])
+    to, codecs, bodies = encode_many(
+        iter([("a", b"1"), ["b/x", {"k": 2}], ("c", bytearray(b"3"))]), None
+    )
+    assert (list(to), list(codecs), list(bodies)) == (
+        ["a", "b/x", "c"],
+        [0, 2, 0],
+        [b"1", b'{"k":2}', b"3"],
+    )
 
 
 def test_codec_is_for_all() -> None:
@@ -27,7 +35,9 @@ def test_no_message_is_an_empty_lot(messages: list[tuple[str, object]]) -> None:
 
 @pytest.mark.parametrize("payload", [b"", "text"])
 def test_first_bad_recipient_is_named(payload: object) -> None:
-    """Of several recipients that are none, the error names the first, whatever the payloads are."""
+    """Of several recipients that are none, the error names the first, whatever the
+    payloads are.
+    """
     names = ["a", *(f"no name {number}" for number in range(20))]
     with pytest.raises(InvalidName, match="'no name 0'"):
         encode_many([(name, payload) for name in names], None)

@@ -47,11 +47,17 @@ def pair() -> Pair:
 
 def announced(size: int, kind: int = Kind.MESSAGE, name: bytes = b"bob") -> bytes:
     """Return the beginning of a frame whose payload has this size."""
-    return (HEADER.size + len(name) + size).to_bytes(4, "big") + HEADER.pack(kind, 0, 0, len(name), 7) + name
+    return (
+        (HEADER.size + len(name) + size).to_bytes(4, "big")
+        + HEADER.pack(kind, 0, 0, len(name), 7)
+        + name
+    )
 
 
 def feed(pair: Pair, size: int) -> tuple[Effects[Message], int]:
-    """Let the dialog have so many bytes in pieces, and then a message; return what came and the most it held."""
+    """Let the dialog have so many bytes in pieces, and then a message; return what came
+    and the most it held.
+    """
     effects: Effects[Message] = Effects()
     piece = bytes(PIECE)
     tracemalloc.start()
@@ -79,7 +85,9 @@ def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> Non
     assert [type(error) for error in (*first.unreadable, *effects.unreadable)] == [FrameTooBig]
     pair.broker.seen.clear()
     pair.talk()
-    answers = [(each.kind, each.name, json.loads(each.payload)["code"]) for each in pair.broker.seen]
+    answers = [
+        (each.kind, each.name, json.loads(each.payload)["code"]) for each in pair.broker.seen
+    ]
     assert answers == ([(Kind.ERROR, "bob", "too_large")] if kind is Kind.REQUEST else [])
 
 
@@ -102,7 +110,11 @@ def test_long_frame_is_stored_once(pair: Pair) -> None:
 
 def test_inbox_decides_how_long_a_message_may_be() -> None:
     """Every client accepts what a broker passes unless it is configured otherwise."""
-    assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [16 * MIB, 16 * MIB, 32 * MIB]
+    assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [
+        16 * MIB,
+        16 * MIB,
+        32 * MIB,
+    ]
 
 
 @pytest.mark.parametrize(("most", "warned"), [(16 * MIB, False), (16 * MIB + 1, True)])
@@ -121,20 +133,30 @@ def test_broker_that_passes_longer_messages_is_warned_of(most: int, warned: bool
     assert not warned or f"at least {4 * MIB + 1} bytes" in warnings[0]
 
 
-SIZES = st.sampled_from([0, 10, HEAD - 100, HEAD, HEAD + 1, 2 * HEAD - 80, 2 * HEAD - 1, 2 * HEAD + 200, 3 * HEAD])
+SIZES = st.sampled_from(
+    [0, 10, HEAD - 100, HEAD, HEAD + 1, 2 * HEAD - 80, 2 * HEAD - 1, 2 * HEAD + 200, 3 * HEAD]
+)
 
 
 @settings(max_examples=60)
 @given(
     st.lists(
-        st.tuples(st.sampled_from([1, 2, 5]), SIZES, st.none() | st.sampled_from([{}, {"a": "x" * 60_000}])),
+        st.tuples(
+            st.sampled_from([1, 2, 5]),
+            SIZES,
+            st.none() | st.sampled_from([{}, {"a": "x" * 60_000}]),
+        ),
         min_size=1,
         max_size=5,
     ),
     st.sampled_from([4001, 30_011, PIECE, 100_003]),
 )
-def test_long_frames_however_they_are_cut(frames: list[tuple[int, int, dict[str, Any] | None]], step: int) -> None:
-    """Short, long and too long ones, in pieces no longer than what is accepted: the same ones arrive."""
+def test_long_frames_however_they_are_cut(
+    frames: list[tuple[int, int, dict[str, Any] | None]], step: int
+) -> None:
+    """Short, long and too long ones, in pieces no longer than what is accepted: the
+    same ones arrive.
+    """
     pair = Pair()
     pair.connect()
     pair.dialog.subscribe("t", None, "sink", "w", None)
@@ -143,25 +165,38 @@ def test_long_frames_however_they_are_cut(frames: list[tuple[int, int, dict[str,
     data, right = b"", []
     for id, (kind, size, extension) in enumerate(frames):
         topic = "t" if kind == Kind.EVENT else ""
-        body = encode(Envelope(Kind(kind), id, "bob", bytes(size), 0, topic=topic, extension=extension))
+        body = encode(
+            Envelope(Kind(kind), id, "bob", bytes(size), 0, topic=topic, extension=extension)
+        )
         data += frame(body)
         if len(body) <= most:
             right.append((kind, id, size, extension))
     effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
         merge(effects, pair.hear(data[start : start + step]))
-    got = [(m._kind, m.id, len(m), m.extension) for m in (*effects.messages, *(m for _, m in effects.events))]
+    got = [
+        (m._kind, m.id, len(m), m.extension)
+        for m in (*effects.messages, *(m for _, m in effects.events))
+    ]
     assert sorted(got, key=lambda each: each[1]) == right
     assert len(effects.unreadable) == len(frames) - len(right)
     assert not effects.broken
 
 
 def test_long_frame_whose_head_is_none_is_skipped(pair: Pair) -> None:
-    """Of a frame that is not too long only its head is looked at; where it ends is known."""
+    """Of a frame that is not too long only its head is looked at; where it ends is
+    known.
+    """
     size = 3 * HEAD
-    effects = pair.hear(size.to_bytes(4, "big") + HEADER.pack(1, 128, 0, 3, 7) + b"bob" + bytes(size - 15 - 100))
+    effects = pair.hear(
+        size.to_bytes(4, "big") + HEADER.pack(1, 128, 0, 3, 7) + b"bob" + bytes(size - 15 - 100)
+    )
     merge(effects, pair.hear(bytes(100) + frame(encode(Envelope(Kind.MESSAGE, 8, "bob", b"next")))))
-    assert (len(effects.unreadable), [m.body for m in effects.messages], effects.broken) == (1, [b"next"], None)
+    assert (len(effects.unreadable), [m.body for m in effects.messages], effects.broken) == (
+        1,
+        [b"next"],
+        None,
+    )
 
 
 def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
@@ -173,7 +208,9 @@ def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
 
 
 def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None:
-    """A broker that sends such requests and reads no answers gets some, and the rest are only counted."""
+    """A broker that sends such requests and reads no answers gets some, and the rest
+    are only counted.
+    """
     unreadable = frame(HEADER.pack(Kind.REQUEST, 2, 0, 3, 7), b"bob\0\0")
     for _ in range(100):
         pair.hear(unreadable * 100)
@@ -185,8 +222,12 @@ def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None
     assert pair.dialog.data_to_send()
 
 
-def test_refusals_that_are_remembered_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broker that refuses what was never sent, and reads nothing, can't fill memory with the ids."""
+def test_refusals_that_are_remembered_are_bounded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that refuses what was never sent, and reads nothing, can't fill memory
+    with the ids.
+    """
     monkeypatch.setattr("brokerd_client.protocol.encoder._MOST_REFUSED", 10)
     pair.dialog.send("bob", 0, b"")
     payload = b'{"code":"denied"}'
@@ -219,7 +260,9 @@ def test_list_of_a_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("text", [10, 900])
-def test_errors_that_wait_for_their_handler_count_with_their_size(face: Face, server: FakeServer, text: int) -> None:
+def test_errors_that_wait_for_their_handler_count_with_their_size(
+    face: Face, server: FakeServer, text: int
+) -> None:
     """The inbox fills, and what does not fit stays in the broker."""
     client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=100_000)
     free = threading.Event()

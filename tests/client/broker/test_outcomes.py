@@ -1,4 +1,6 @@
-"""Whatever bytes a broker sends, every call that waits gets one outcome, at the latest when the connection is lost."""
+"""Whatever bytes a broker sends, every call that waits gets one outcome, at the latest
+when the connection is lost.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,23 @@ from brokerd_client.wire.framing import frame
 
 #: What leaves a call waiting; each returns the id.
 CALLS: dict[str, Callable[[Dialog[Message], str, float | None], int]] = {
-    "request": lambda dialog, waiter, deadline: dialog.request("bob", 0, b"", None, waiter, deadline),
-    "receipt": lambda dialog, waiter, deadline: dialog.send_for_receipt("bob", 0, b"", None, waiter, deadline),
-    "publish": lambda dialog, waiter, deadline: dialog.publish_for_receipt("a.b", 0, b"", None, waiter, deadline),
+    "request": lambda dialog, waiter, deadline: dialog.request(
+        "bob", 0, b"", None, waiter, deadline
+    ),
+    "receipt": lambda dialog, waiter, deadline: dialog.send_for_receipt(
+        "bob", 0, b"", None, waiter, deadline
+    ),
+    "publish": lambda dialog, waiter, deadline: dialog.publish_for_receipt(
+        "a.b", 0, b"", None, waiter, deadline
+    ),
     "ping": lambda dialog, waiter, deadline: dialog.control("ping", {}, waiter, deadline),
     "clients": lambda dialog, waiter, deadline: dialog.control("clients", {}, waiter, deadline),
-    "subscribe": lambda dialog, waiter, deadline: dialog.subscribe("a.>", None, waiter, waiter, deadline)[0],
-    "group": lambda dialog, waiter, deadline: dialog.subscribe("a.>", "g", waiter, waiter, deadline)[0],
+    "subscribe": lambda dialog, waiter, deadline: dialog.subscribe(
+        "a.>", None, waiter, waiter, deadline
+    )[0],
+    "group": lambda dialog, waiter, deadline: dialog.subscribe(
+        "a.>", "g", waiter, waiter, deadline
+    )[0],
     "watch": lambda dialog, waiter, deadline: dialog.watch(waiter, waiter, deadline)[0],
 }
 WHOAMI = b'{"name":"alice","address":"alice","limits":{}}'
@@ -73,7 +85,9 @@ def packed(piece: Any, ids: list[int]) -> bytes:
         return piece
     kind, flags, which, name, topic, extension, payload = piece
     header = HEADER.pack(kind, flags, 2, len(name), ids[which % len(ids)])
-    return frame(header, name, topic if kind == Kind.EVENT else b"", extension if flags & 2 else b"", payload)
+    return frame(
+        header, name, topic if kind == Kind.EVENT else b"", extension if flags & 2 else b"", payload
+    )
 
 
 def collect(effects: Effects[Message], outcomes: list[tuple[Any, Any]]) -> None:
@@ -84,27 +98,50 @@ def collect(effects: Effects[Message], outcomes: list[tuple[Any, Any]]) -> None:
     for error in (*effects.undelivered, *effects.unreadable, *(why for _, why in effects.ended)):
         assert isinstance(error, BrokerdError)
         str(error).encode()
-    assert effects.broken is None or isinstance(effects.broken, (ProtocolError, AuthenticationError, BrokerdError))
+    assert effects.broken is None or isinstance(
+        effects.broken, (ProtocolError, AuthenticationError, BrokerdError)
+    )
 
 
 @settings(max_examples=200)
 @given(
-    calls=st.lists(st.tuples(st.sampled_from(list(CALLS)), st.sampled_from([None, 5.0])), min_size=1, max_size=6),
+    calls=st.lists(
+        st.tuples(st.sampled_from(list(CALLS)), st.sampled_from([None, 5.0])),
+        min_size=1,
+        max_size=6,
+    ),
     pieces=st.lists(PIECES, max_size=8),
     step=st.sampled_from([1, 7, 10**6]),
     end=st.sampled_from(["lost", "tick", "close"]),
     later=st.lists(PIECES, max_size=4),
 )
-@example(calls=[("ping", None)], pieces=[(3, 0, 0, b"$broker", b"", b"", b"[1]")], step=7, end="lost", later=[])
-@example(calls=[("clients", None)], pieces=[(3, 0, 0, b"$broker", b"", b"", b"7")], step=7, end="lost", later=[])
+@example(
+    calls=[("ping", None)],
+    pieces=[(3, 0, 0, b"$broker", b"", b"", b"[1]")],
+    step=7,
+    end="lost",
+    later=[],
+)
+@example(
+    calls=[("clients", None)],
+    pieces=[(3, 0, 0, b"$broker", b"", b"", b"7")],
+    step=7,
+    end="lost",
+    later=[],
+)
 def test_call_gets_one_outcome_whatever_the_broker_sends(
     calls: list[tuple[str, float | None]], pieces: list[Any], step: int, end: str, later: list[Any]
 ) -> None:
-    """Whether its answer is right, wrong, twice, cut or never there; and on the next connection too."""
+    """Whether its answer is right, wrong, twice, cut or never there; and on the next
+    connection too.
+    """
     pair = Pair()
     pair.connect()
     dialog = pair.dialog
-    ids = [CALLS[call](dialog, f"{number} {call}", deadline) for number, (call, deadline) in enumerate(calls)]
+    ids = [
+        CALLS[call](dialog, f"{number} {call}", deadline)
+        for number, (call, deadline) in enumerate(calls)
+    ]
     waiters = [f"{number} {call}" for number, (call, _) in enumerate(calls)]
     dialog.wrote(len(dialog.data_to_send()))
     outcomes: list[tuple[Any, Any]] = []
@@ -122,18 +159,26 @@ def test_call_gets_one_outcome_whatever_the_broker_sends(
         if end == "tick":
             collect(dialog.tick(10.0), outcomes)
             told = Counter(waiter for waiter, _ in outcomes)
-            assert all(told[waiter] for waiter, (_, deadline) in zip(waiters, calls, strict=True) if deadline)
+            assert all(
+                told[waiter]
+                for waiter, (_, deadline) in zip(waiters, calls, strict=True)
+                if deadline
+            )
         collect(dialog.lost(broken or LOST, 10.0, 0.5), outcomes)
     assert Counter(waiter for waiter, _ in outcomes) == Counter(waiters)
     assert len(dialog.pending_calls) == 0
     if dialog.state is not State.WAITING:
         return
-    # The subscriptions and watches that are left are made again; the answers to that are anything, too.
+    # The subscriptions and watches that are left are made again; the answers to that
+    # are anything, too.
     dialog.dialing(10.0)
     dialog.opened(NONCE)
     session_data = again(pair)
     own = list(dialog.pending_calls._table)
-    collect(dialog.receive(session_data + b"".join(packed(piece, own) for piece in later), OWNER, 10.0), outcomes)
+    collect(
+        dialog.receive(session_data + b"".join(packed(piece, own) for piece in later), OWNER, 10.0),
+        outcomes,
+    )
     collect(dialog.lost(LOST, 10.0, 0.5), outcomes)
     assert Counter(waiter for waiter, _ in outcomes) == Counter(waiters)
     assert len(dialog.pending_calls) == 0
@@ -173,12 +218,16 @@ def test_exception_in_the_dialog_itself_is_an_outcome(monkeypatch: pytest.Monkey
     assert (waiter, type(error)) == ("w", InDoubt)
 
 
-@pytest.mark.parametrize("payload", [b"[1]", b"7", b"", b"{", b"\xff", json.dumps({"n": "x"})[:-1].encode()])
+@pytest.mark.parametrize(
+    "payload", [b"[1]", b"7", b"", b"{", b"\xff", json.dumps({"n": "x"})[:-1].encode()]
+)
 def test_operation_answered_with_no_object_fails_at_once(payload: bytes) -> None:
     """Its caller need not wait until its time is over."""
     pair = Pair()
     pair.connect()
     id = pair.dialog.control("ping", {}, "w", None)
-    [(waiter, error)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
+    [(waiter, error)] = pair.hear_frame(
+        Kind.REPLY, id, "$broker", payload=payload, codec=2
+    ).outcomes
     assert (waiter, type(error)) == ("w", ProtocolError)
     assert len(pair.dialog.pending_calls) == 0

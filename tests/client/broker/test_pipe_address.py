@@ -1,4 +1,6 @@
-"""A named pipe as the address of a broker client: both faces, over a pipe played by Python objects."""
+"""A named pipe as the address of a broker client: both faces, over a pipe played by
+Python objects.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TIMEOUT_S = 30.0
 
 
 @pytest.fixture
-def dialed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], bridge.BridgedSocket]], None]:
+def dialed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[str], bridge.BridgedSocket]], None]:
     """Call it with what is to dial a pipe in Windows' place."""
 
     def install(dial: Callable[[str], bridge.BridgedSocket]) -> None:
@@ -59,7 +63,9 @@ def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Ite
 
 @pytest.mark.usefixtures("at_pipe")
 def test_both_faces_connect_by_a_pipe() -> None:
-    """The blocking and the asyncio client exchange messages and requests, large ones too, over a pipe each."""
+    """The blocking and the asyncio client exchange messages and requests, large ones
+    too, over a pipe each.
+    """
     big = bytes(2 * 2**20)
 
     async def ask() -> list[object]:
@@ -68,7 +74,9 @@ def test_both_faces_connect_by_a_pipe() -> None:
             await bob.send("alice", "thanks")
             return [reply.payload]
 
-    with brokerd_client.connect(PIPE, name="alice", key=key_of("alice"), timeout=TIMEOUT_S) as alice:
+    with brokerd_client.connect(
+        PIPE, name="alice", key=key_of("alice"), timeout=TIMEOUT_S
+    ) as alice:
         alice.on_request(lambda message: message.payload + b"!")
         assert asyncio.run(ask()) == [big + b"!"]
         assert alice.recv(timeout=TIMEOUT_S).payload == "thanks"
@@ -86,7 +94,9 @@ def connect_aio() -> None:
 
 
 @pytest.mark.parametrize("connect", [connect_blocking, connect_aio])
-def test_no_such_pipe_is_disconnected(dialed: Callable[..., None], connect: Callable[[], None]) -> None:
+def test_no_such_pipe_is_disconnected(
+    dialed: Callable[..., None], connect: Callable[[], None]
+) -> None:
     """A pipe that nobody listens at is the error of any address where nobody does."""
 
     def dial(name: str) -> bridge.BridgedSocket:

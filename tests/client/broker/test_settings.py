@@ -32,14 +32,20 @@ def test_defaults_without_an_environment() -> None:
     assert (str(found.address), found.name, found.key) == (DEFAULT_ADDRESS, "", b"k")
 
 
-def test_environment_fills_in_and_arguments_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_fills_in_and_arguments_win(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A variable is used where the argument is missing, and only there."""
     (tmp_path / "key").write_bytes(b"from file\n\n")
     monkeypatch.setenv("BROKERD_ADDRESS", "localhost:6000")
     monkeypatch.setenv("BROKERD_NAME", "alice")
     monkeypatch.setenv("BROKERD_KEY_FILE", str(tmp_path / "key"))
     found = settle()
-    assert (str(found.address), found.name, found.key) == ("localhost:6000", "alice", b"from file\n")
+    assert (str(found.address), found.name, found.key) == (
+        "localhost:6000",
+        "alice",
+        b"from file\n",
+    )
     found = settle(address="@x", name="bob", key=b"k")
     assert (str(found.address), found.name, found.key) == ("@x", "bob", b"k")
 
@@ -58,7 +64,9 @@ def test_environment_fills_in_and_arguments_win(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], says: str) -> None:
-    """Each mistake is refused before anything is opened, and the message says what would be right."""
+    """Each mistake is refused before anything is opened, and the message says what
+    would be right.
+    """
     with pytest.raises(error, match=says):
         settle(**given)
 
@@ -82,12 +90,18 @@ def test_a_key_file_may_end_with_a_newline(tmp_path: Path, content: bytes) -> No
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_settings_key_given_for_its_file_is_not_shown(key: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key in the place of the path of its file stands neither in the error nor in what led to it."""
+def test_settings_key_given_for_its_file_is_not_shown(
+    key: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key in the place of the path of its file stands neither in the error nor in
+    what led to it.
+    """
     if by == "environment":
         monkeypatch.setenv("BROKERD_KEY_FILE", key)
 
-    with pytest.raises(InvalidKey, match=r"the key file can't be read: .* \(give the path") as refused:
+    with pytest.raises(
+        InvalidKey, match=r"the key file can't be read: .* \(give the path"
+    ) as refused:
         settle(key_file=key if by == "argument" else None)
 
     assert key not in "".join(traceback.format_exception(refused.value))
@@ -106,7 +120,9 @@ def test_key_is_never_shown() -> None:
 
 
 def test_key_that_is_not_valid_text_is_refused_without_repeating_it() -> None:
-    """An environment variable of other bytes is such a text: neither the error nor its context holds the key."""
+    """An environment variable of other bytes is such a text: neither the error nor its
+    context holds the key.
+    """
     with pytest.raises(InvalidKey, match="give it as bytes") as refused:
         settle(key="a canary\udcff")
     assert refused.value.__cause__ is refused.value.__context__ is None

@@ -1,4 +1,6 @@
-"""Warnings of undelivered messages: lines while they are few, counts while they are many."""
+"""Warnings of undelivered messages: lines while they are few, counts while they are
+many.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from brokerd_client._common.warning_limiter import WarningLimiter
 def test_the_first_few_have_a_line_and_the_rest_is_counted() -> None:
     """Five in a second; then one line for all others, when the second is over."""
     those = WarningLimiter()
-    assert [those.note("Offline carol", 10.0 + number / 100) for number in range(8)] == [True] * 5 + [False] * 3
+    assert [those.note("Offline carol", 10.0 + number / 100) for number in range(8)] == [
+        True
+    ] * 5 + [False] * 3
     assert not those.note("Full bob", 10.5)
     assert those.due == 11.0
     assert those.more(11.0) == "4 more messages were not delivered: Offline carol (3), Full bob (1)"
@@ -18,7 +22,9 @@ def test_the_first_few_have_a_line_and_the_rest_is_counted() -> None:
 
 
 def test_a_flood_that_goes_on_is_told_of_ever_more_rarely() -> None:
-    """The second becomes two, four, at last a minute; each has one line of its own besides."""
+    """The second becomes two, four, at last a minute; each has one line of its own
+    besides.
+    """
     those = WarningLimiter()
     now, lines, periods = 0.0, 0, []
     for _ in range(10):
@@ -43,7 +49,9 @@ def test_a_flood_after_a_pause_is_a_new_one() -> None:
 
 
 def test_nothing_more_is_nothing_to_say() -> None:
-    """Few messages are told of by their lines alone, and asking for the rest changes nothing."""
+    """Few messages are told of by their lines alone, and asking for the rest changes
+    nothing.
+    """
     those = WarningLimiter()
     assert those.more(0.0) == ""
     assert all(those.note("Offline carol", 5.0) for _ in range(5))
@@ -52,12 +60,16 @@ def test_nothing_more_is_nothing_to_say() -> None:
 
 
 def test_only_so_many_reasons_are_kept_apart() -> None:
-    """Whoever sends to a million names that do not exist has their number, and the commonest of those known first."""
+    """Whoever sends to a million names that do not exist has their number, and the
+    commonest of those known first.
+    """
     those = WarningLimiter()
     for number in range(3000):
         those.note(f"NoSuchClient c{number}", 0.0)
     assert len(those._counted) == 1001
-    assert those.more(1.0).startswith("2995 more messages were not delivered: others (1995), NoSuchClient c5 (1)")
+    assert those.more(1.0).startswith(
+        "2995 more messages were not delivered: others (1995), NoSuchClient c5 (1)"
+    )
 
 
 def test_every_message_is_in_a_line_or_in_a_count() -> None:

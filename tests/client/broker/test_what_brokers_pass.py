@@ -1,6 +1,8 @@
-"""Every rule that broker and library check separately: what the broker passes on, the library accepts.
+"""Every rule that broker and library check separately: what the broker passes on, the
+library accepts.
 
-A frame goes from ann through a broker's core to bob, and the bytes that bob gets go to the library's dialog.
+A frame goes from ann through a broker's core to bob, and the bytes that bob gets go to
+the library's dialog.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from brokerd_client.protocol.dialog import Effects
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind
 from brokerd_client.wire.framing import frame
 
-#: Payload bytes that this broker passes: an extension, which is a part of them, may have any size.
+#: Payload bytes that this broker passes: an extension, which is a part of them, may
+#: have any size.
 MAX = 70_000
 
 
@@ -59,17 +62,33 @@ class Way:
         return self.dialog.receive(data, OWNER, 0.0)
 
     def send(self, *bodies: bytes) -> list[Envelope]:
-        """Send frames of ann's; return those that came out, after the library has accepted all of it."""
+        """Send frames of ann's; return those that came out, after the library has
+        accepted all of it.
+        """
         for body in bodies:
             self.ann.send_bytes(frame(body))
         passed = self.bob.take()
         effects = self.hear()
         assert (effects.broken, effects.unreadable) == (None, [])
-        messages = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for m in effects.messages]
-        events = [(m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension) for _, m in effects.events]
+        messages = [
+            (m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension)
+            for m in effects.messages
+        ]
+        events = [
+            (m.kind, m.id, m.sender, m.codec, m.body, m.topic, m.extension)
+            for _, m in effects.events
+        ]
         outcomes = [value for _, value in effects.outcomes]
         for each in passed:
-            fields = (each.kind, each.id, each.name, each.codec, each.payload, each.topic, each.extension)
+            fields = (
+                each.kind,
+                each.id,
+                each.name,
+                each.codec,
+                each.payload,
+                each.topic,
+                each.extension,
+            )
             if each.kind in (Kind.MESSAGE, Kind.REQUEST):
                 assert messages.pop(0) == fields
             elif each.kind is Kind.EVENT:
@@ -113,16 +132,24 @@ def nested(levels: int) -> bytes:
     return b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
 
 
-#: By rule: frames on the right side of it, which pass; and on the wrong one, with the answer.
+#: By rule: frames on the right side of it, which pass; and on the wrong one, with the
+#: answer.
 RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
     "kind": (
         [body(1), body(2), event(b"t")],
-        [(body(6), "unsupported"), (body(7), "unsupported"), *((body(kind), "malformed") for kind in (0, 8, 9, 255))],
+        [
+            (body(6), "unsupported"),
+            (body(7), "unsupported"),
+            *((body(kind), "malformed") for kind in (0, 8, 9, 255)),
+        ],
     ),
     "kind of an answer": ([], [(body(3, id=99), "denied")]),
     "flags": (
         [body(flags=1), body(flags=3, payload=b"\0\2{}")],
-        [(body(flags=4), "unsupported"), *((body(flags=bit), "malformed") for bit in (8, 16, 32, 64, 128))],
+        [
+            (body(flags=4), "unsupported"),
+            *((body(flags=bit), "malformed") for bit in (8, 16, 32, 64, 128)),
+        ],
     ),
     "codec": ([body(codec=codec) for codec in range(256)], []),
     "id": ([body(id=0), body(id=2**64 - 1)], []),
@@ -132,17 +159,33 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
             (body(name=b"a" * 64), "no_such_client"),
             (body(name=b"bob/1"), "offline"),
             (body(name=b"$other"), "no_such_client"),
-            *((body(name=name), "malformed") for name in (b"", b"a" * 65, b"-a", b"a b", b"bob/", b"bob/A", b"\xff")),
+            *(
+                (body(name=name), "malformed")
+                for name in (b"", b"a" * 65, b"-a", b"a b", b"bob/", b"bob/A", b"\xff")
+            ),
         ],
     ),
     "name of an event": ([], [(body(5, b"bob", topic=b"t"), "malformed")]),
     "topic": (
-        [event(topic) for topic in (b"t", b"a.b", b"a" * 255, "é.ü".encode(), b" ", b"a\0b\n", b"-")],
+        [
+            event(topic)
+            for topic in (b"t", b"a.b", b"a" * 255, "é.ü".encode(), b" ", b"a\0b\n", b"-")
+        ],
         [
             (event(b"$broker.x"), "denied"),
             *(
                 (event(topic), "malformed")
-                for topic in (b"", b".", b"a.", b".a", b"a..b", b"*", b"a.>", b"\xff", b"\xed\xa0\x80")
+                for topic in (
+                    b"",
+                    b".",
+                    b"a.",
+                    b".a",
+                    b"a..b",
+                    b"*",
+                    b"a.>",
+                    b"\xff",
+                    b"\xed\xa0\x80",
+                )
             ),
         ],
     ),
@@ -160,13 +203,22 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
     ),
     "size": (
         [body(payload=b"x" * MAX), event(b"t", payload=b"x" * MAX)],
-        [(body(payload=b"x" * (MAX + 1)), "too_large"), (event(b"t", payload=b"x" * (MAX + 256)), "too_large")],
+        [
+            (body(payload=b"x" * (MAX + 1)), "too_large"),
+            (event(b"t", payload=b"x" * (MAX + 256)), "too_large"),
+        ],
     ),
     "extension's size": ([body(extension=b'{"a":"' + b"x" * 65527 + b'"}')], []),
     "extension's form": (
         [
             body(extension=text)
-            for text in (b"{}", b' {"a" : null }\n', b'{"":""}', b'{"a":1,"a":2}', b'{"a":[{},[],{}]}')
+            for text in (
+                b"{}",
+                b' {"a" : null }\n',
+                b'{"":""}',
+                b'{"a":1,"a":2}',
+                b'{"a":[{},[],{}]}',
+            )
         ],
         [
             (body(extension=text), "malformed")
@@ -186,7 +238,10 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
         ],
     ),
     "extension's text": (
-        [body(extension=text) for text in ('{"é":"\U0001f600"}'.encode(), b'{"\\ud800":"\\udc00\\u0000"}')],
+        [
+            body(extension=text)
+            for text in ('{"é":"\U0001f600"}'.encode(), b'{"\\ud800":"\\udc00\\u0000"}')
+        ],
         [
             (body(extension=text), "malformed")
             for text in (
@@ -201,15 +256,35 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
     "extension's numbers": (
         [
             body(extension=b'{"a":' + number + b"}")
-            for number in (b"-0", b"0.0", b"1e308", b"9" * 308, b"1" + b"0" * 308, b"1e-9999", b"0." + b"1" * 5000)
+            for number in (
+                b"-0",
+                b"0.0",
+                b"1e308",
+                b"9" * 308,
+                b"1" + b"0" * 308,
+                b"1e-9999",
+                b"0." + b"1" * 5000,
+            )
         ],
         [
             (body(extension=b'{"a":' + number + b"}"), "malformed")
-            for number in (b"NaN", b"Infinity", b"-Infinity", b"1e309", b"-1e400", b"9" * 309, b"-" + b"1" * 4000)
+            for number in (
+                b"NaN",
+                b"Infinity",
+                b"-Infinity",
+                b"1e309",
+                b"-1e400",
+                b"9" * 309,
+                b"-" + b"1" * 4000,
+            )
         ],
     ),
     "extension's depth": (
-        [body(extension=nested(32)), event(b"t", extension=nested(32)), body(2, extension=nested(32))],
+        [
+            body(extension=nested(32)),
+            event(b"t", extension=nested(32)),
+            body(2, extension=nested(32)),
+        ],
         [(body(extension=nested(levels)), "unsupported") for levels in (33, 976, 30_000)],
     ),
     "ttl": (
@@ -229,7 +304,9 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_is_the_same_on_both_sides(rule: str) -> None:
-    """Up to its limit a frame arrives in the library; beyond it the sender gets an answer, the recipient nothing."""
+    """Up to its limit a frame arrives in the library; beyond it the sender gets an
+    answer, the recipient nothing.
+    """
     right, wrong = RULES[rule]
     way = Way()
     passed = way.send(*right)
@@ -243,16 +320,46 @@ def test_rule_is_the_same_on_both_sides(rule: str) -> None:
 
 @pytest.mark.parametrize("kind", [3, 4])
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 255])
-@pytest.mark.parametrize("payload", [b"", b"{", b"[" * 900 + b"]" * 900, b'{"code":' + b"[" * 900 + b"]" * 900 + b"}"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"{", b"[" * 900 + b"]" * 900, b'{"code":' + b"[" * 900 + b"]" * 900 + b"}"]
+)
 def test_answer_passes_whatever_it_holds(kind: int, codec: int, payload: bytes) -> None:
     """A payload is not looked at by the broker, and ends no connection in the library."""
     way = Way()
     extension = nested(32)
-    assert len(way.send(body(kind, id=way.outgoing_requests, codec=codec, payload=payload, extension=extension))) == 1
+    assert (
+        len(
+            way.send(
+                body(
+                    kind,
+                    id=way.outgoing_requests,
+                    codec=codec,
+                    payload=payload,
+                    extension=extension,
+                )
+            )
+        )
+        == 1
+    )
 
 
 JSON_TEXT = st.recursive(
-    st.sampled_from(["null", "true", '"a"', '"\\ud800"', '"[{"', "NaN", "-0", "1e308", "1e309", "00", "\ufeff", ""])
+    st.sampled_from(
+        [
+            "null",
+            "true",
+            '"a"',
+            '"\\ud800"',
+            '"[{"',
+            "NaN",
+            "-0",
+            "1e308",
+            "1e309",
+            "00",
+            "\ufeff",
+            "",
+        ]
+    )
     | st.integers(0, 700).map(lambda digits: "9" * (digits + 1))
     | st.floats().map(repr)
     | st.text(max_size=4).map(json.dumps),
@@ -261,7 +368,9 @@ JSON_TEXT = st.recursive(
         | st.lists(inner, max_size=3).map(
             lambda each: "{" + ",".join(f'"{n % 2}":{it}' for n, it in enumerate(each)) + "}"
         )
-        | st.tuples(inner, st.integers(1, 35)).map(lambda pair: "[" * pair[1] + pair[0] + "]" * pair[1])
+        | st.tuples(inner, st.integers(1, 35)).map(
+            lambda pair: "[" * pair[1] + pair[0] + "]" * pair[1]
+        )
     ),
     max_leaves=6,
 )
@@ -287,7 +396,9 @@ BODIES = st.builds(
 
 @given(st.lists(BODIES, min_size=1, max_size=3))
 def test_frame_that_the_broker_passes_is_accepted(bodies: list[bytes]) -> None:
-    """Whatever ann sends, and though the recipient's interpreter allows less than the broker's does."""
+    """Whatever ann sends, and though the recipient's interpreter allows less than the
+    broker's does.
+    """
     way = Way()
     allowed = sys.get_int_max_str_digits()
     hear = way.hear
@@ -308,7 +419,9 @@ def test_deepest_extension_needs_little_room_on_the_stack() -> None:
     """A recipient that allows no deep recursion reads it all the same."""
     way = Way()
     limit = sys.getrecursionlimit()
-    way.ann.send_bytes(frame(body(extension=nested(32))) + frame(body(extension=nested(32).replace(b"[]", b"{}"))))
+    way.ann.send_bytes(
+        frame(body(extension=nested(32))) + frame(body(extension=nested(32).replace(b"[]", b"{}")))
+    )
     sys.setrecursionlimit(len(inspect.stack()) + 60)
     try:
         effects = way.hear()
@@ -340,14 +453,17 @@ def test_pattern_that_the_library_sends_is_accepted(pattern: str, group: str | N
     st.lists(TOKENS, min_size=1, max_size=3).map(".".join),
     st.none()
     | st.dictionaries(
-        st.text(max_size=2), st.recursive(st.integers() | st.floats() | st.text(max_size=3), st.lists, max_leaves=4)
+        st.text(max_size=2),
+        st.recursive(st.integers() | st.floats() | st.text(max_size=3), st.lists, max_leaves=4),
     ),
     st.binary(max_size=4),
 )
 def test_frame_that_the_library_sends_is_not_malformed(
     how: str, to: str, extension: dict[str, Any] | None, payload: bytes
 ) -> None:
-    """What the library does not refuse by itself never ends its connection at the broker."""
+    """What the library does not refuse by itself never ends its connection at the
+    broker.
+    """
     way = Way()
     try:
         getattr(way.dialog, how)(to, 0, payload, extension)

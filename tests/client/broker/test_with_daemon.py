@@ -63,7 +63,9 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 @pytest.fixture
 def broker() -> Iterator[RunningBroker]:
-    """A real broker with three plain clients, a pool, an administrator and one with rules."""
+    """A real broker with three plain clients, a pool, an administrator and one with
+    rules.
+    """
     with running(ENTRIES, limits=LIMITS) as broker:
         yield broker
 
@@ -86,9 +88,22 @@ Connect = Callable[..., Any]
 
 
 def test_message_of_every_kind_of_payload(connect: Connect) -> None:
-    """What goes in as bytes, text or JSON comes out equal, with the sender's authenticated name."""
+    """What goes in as bytes, text or JSON comes out equal, with the sender's
+    authenticated name.
+    """
     alice, bob = connect("alice"), connect("bob")
-    for payload in (b"bytes", bytearray(b"array"), "text", {"a": [1, None]}, [1.5], 7, True, None, b"", ""):
+    for payload in (
+        b"bytes",
+        bytearray(b"array"),
+        "text",
+        {"a": [1, None]},
+        [1.5],
+        7,
+        True,
+        None,
+        b"",
+        "",
+    ):
         alice.send("bob", payload)
         message = bob.recv(PATIENCE)
         assert message.payload == payload
@@ -102,12 +117,16 @@ def test_key_alone_says_who_one_is(face: Face, broker: RunningBroker) -> None:
 
 
 def test_wrong_key_is_refused_at_once(face: Face, broker: RunningBroker) -> None:
-    """The error says that the key was rejected, and there is no second try behind the caller's back."""
+    """The error says that the key was rejected, and there is no second try behind the
+    caller's back.
+    """
     with pytest.raises(AuthenticationError):
         face.connect(broker.address, "alice", "not the key")
 
 
-def test_second_connection_of_a_name_is_told_so_at_once(face: Face, broker: RunningBroker, connect: Connect) -> None:
+def test_second_connection_of_a_name_is_told_so_at_once(
+    face: Face, broker: RunningBroker, connect: Connect
+) -> None:
     """The error is not that of a wrong key; the first connection stays."""
     alice = connect("alice")
     with pytest.raises(Disconnected, match="name_taken") as caught:
@@ -120,7 +139,9 @@ def test_disconnected_client_knows_why(connect: Connect) -> None:
     ops, alice = connect("ops"), connect("alice", reconnect=False)
     undelivered: list[Any] = []
     alice.on_undelivered(undelivered.append)
-    assert ops.control("disconnect", timeout=PATIENCE, address="alice") == {"disconnected": ["alice"]}
+    assert ops.control("disconnect", timeout=PATIENCE, address="alice") == {
+        "disconnected": ["alice"]
+    }
     until(lambda: not alice.connected)
     with pytest.raises(Disconnected, match=r"\(disconnected\)"):
         alice.ping()
@@ -145,7 +166,9 @@ def test_order_and_number_are_kept(connect: Connect) -> None:
 
 
 def test_large_messages_pass_whole(connect: Connect) -> None:
-    """A message far larger than any socket's buffer arrives unchanged, and nothing gets between its parts."""
+    """A message far larger than any socket's buffer arrives unchanged, and nothing gets
+    between its parts.
+    """
     alice, bob = connect("alice"), connect("bob")
     bodies = [bytes([number]) * 900_000 for number in range(8)]
     for body in bodies:
@@ -157,10 +180,14 @@ def test_large_messages_pass_whole(connect: Connect) -> None:
 
 
 def test_request_and_reply(connect: Connect) -> None:
-    """A request is received like a message where no handler is set, and answered by hand."""
+    """A request is received like a message where no handler is set, and answered by
+    hand.
+    """
     alice, bob = connect("alice"), connect("bob")
     answers: list[Any] = []
-    asking = threading.Thread(target=lambda: answers.append(alice.request("bob", {"n": 20}, timeout=PATIENCE).payload))
+    asking = threading.Thread(
+        target=lambda: answers.append(alice.request("bob", {"n": 20}, timeout=PATIENCE).payload)
+    )
     asking.start()
     request = bob.recv(PATIENCE)
     request.reply({"n": request.payload["n"] + 1})
@@ -169,10 +196,14 @@ def test_request_and_reply(connect: Connect) -> None:
 
 
 def test_handler_answers_requests_and_leaves_messages(connect: Connect) -> None:
-    """Handlers get the requests, also those that waited already; messages still go to recv."""
+    """Handlers get the requests, also those that waited already; messages still go to
+    recv.
+    """
     alice, bob = connect("alice"), connect("bob")
     first: list[Any] = []
-    early = threading.Thread(target=lambda: first.append(alice.request("bob", 1, timeout=PATIENCE).payload))
+    early = threading.Thread(
+        target=lambda: first.append(alice.request("bob", 1, timeout=PATIENCE).payload)
+    )
     early.start()
     alice.send("bob", "message")
     until(lambda: len(bob._inbox.inbox.items) == 2)
@@ -183,8 +214,12 @@ def test_handler_answers_requests_and_leaves_messages(connect: Connect) -> None:
     assert bob.recv(PATIENCE).payload == "message"
 
 
-def test_handler_that_fails_says_only_what_kind(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
-    """The asker learns the exception's type, the log here the rest; the handler lives on."""
+def test_handler_that_fails_says_only_what_kind(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The asker learns the exception's type, the log here the rest; the handler lives
+    on.
+    """
     alice, bob = connect("alice"), connect("bob")
 
     def handler(message: Any) -> object:
@@ -219,10 +254,14 @@ def test_failing_a_request_by_hand(connect: Connect) -> None:
 
 
 def test_request_gets_one_answer(connect: Connect) -> None:
-    """A second reply, or a refusal behind a reply, is an error where it is given; the first one counts."""
+    """A second reply, or a refusal behind a reply, is an error where it is given; the
+    first one counts.
+    """
     alice, bob = connect("alice"), connect("bob")
     answers: list[Any] = []
-    asking = threading.Thread(target=lambda: answers.append(alice.request("bob", 1, timeout=PATIENCE).payload))
+    asking = threading.Thread(
+        target=lambda: answers.append(alice.request("bob", 1, timeout=PATIENCE).payload)
+    )
     asking.start()
     request = bob.recv(PATIENCE)
     request.reply("first")
@@ -237,7 +276,9 @@ def test_request_gets_one_answer(connect: Connect) -> None:
 def test_handler_that_has_answered_gives_no_second_answer(
     connect: Connect, caplog: pytest.LogCaptureFixture, then: str
 ) -> None:
-    """What a handler returns or raises after its own answer goes into the log here, and the handler lives on."""
+    """What a handler returns or raises after its own answer goes into the log here, and
+    the handler lives on.
+    """
     alice, bob = connect("alice"), connect("bob")
 
     def handle(message: Any) -> object:
@@ -288,7 +329,13 @@ def test_refusals_are_typed(connect: Connect) -> None:
         with pytest.raises(error):
             act()
     assert ops.send("ops", 1, receipt=True).to == "ops"
-    assert ops.counters == {"late": 0, "undelivered": 0, "unreadable": 0, "unrouted": 0, "losses": 0}
+    assert ops.counters == {
+        "late": 0,
+        "undelivered": 0,
+        "unreadable": 0,
+        "unrouted": 0,
+        "losses": 0,
+    }
 
 
 def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
@@ -300,7 +347,9 @@ def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
 
 
 def test_undelivered_sends_are_told(connect: Connect) -> None:
-    """A send without a receipt that fails comes to the handler, with the id that send returned."""
+    """A send without a receipt that fails comes to the handler, with the id that send
+    returned.
+    """
     alice = connect("alice")
     told: list[Any] = []
     alice.on_undelivered(told.append)
@@ -310,7 +359,9 @@ def test_undelivered_sends_are_told(connect: Connect) -> None:
     assert alice.counters["undelivered"] == 1
 
 
-def test_undelivered_sends_are_logged_without_a_handler(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_undelivered_sends_are_logged_without_a_handler(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nothing fails in silence."""
     alice = connect("alice")
     alice.send("carol", "x")
@@ -318,7 +369,9 @@ def test_undelivered_sends_are_logged_without_a_handler(connect: Connect, caplog
 
 
 def lines_and_counts(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
-    """Return how many undelivered messages have a line of their own, and how many are counted."""
+    """Return how many undelivered messages have a line of their own, and how many are
+    counted.
+    """
     texts = [record.getMessage() for record in caplog.records if "delivered" in record.getMessage()]
     counts = [int(text.partition(" ")[0]) for text in texts if " more messages " in text]
     return len(texts) - len(counts), sum(counts)
@@ -327,7 +380,9 @@ def lines_and_counts(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
 def test_many_undelivered_sends_are_counted_in_the_log(
     connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few have their lines and one line counts the others, a while later and though nothing else happens."""
+    """A few have their lines and one line counts the others, a while later and though
+    nothing else happens.
+    """
     monkeypatch.setattr(undelivered, "_PERIOD_S", 0.1)
     alice = connect("alice")
     alice.send_many([("carol", number) for number in range(100)])
@@ -336,7 +391,9 @@ def test_many_undelivered_sends_are_counted_in_the_log(
     assert "carol" in caplog.records[-1].getMessage()
 
 
-def test_what_was_only_counted_is_told_at_the_end(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_only_counted_is_told_at_the_end(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     """close() is no reason for silence."""
     alice = connect("alice")
     alice.send_many([("carol", number) for number in range(100)])
@@ -347,7 +404,9 @@ def test_what_was_only_counted_is_told_at_the_end(connect: Connect, caplog: pyte
     assert lines < 20
 
 
-def test_refusals_that_follow_close_are_still_heard(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_that_follow_close_are_still_heard(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     """A script's last send before close() does not fail in silence."""
     alice = connect("alice")
     alice.send("carol", "x")
@@ -372,7 +431,9 @@ def test_pickles_are_read_only_from_who_is_trusted(connect: Connect) -> None:
     bob = connect("bob", allow_pickle_from=["alice"])
     for sender in (alice, carol):
         sender.send("bob", {1, 2}, codec="pickle")
-    first, second = sorted((bob.recv(PATIENCE) for _ in range(2)), key=lambda message: str(message.sender))
+    first, second = sorted(
+        (bob.recv(PATIENCE) for _ in range(2)), key=lambda message: str(message.sender)
+    )
     assert first.payload == {1, 2}
     with pytest.raises(UndecodablePayload, match="allow_pickle_from"):
         _ = second.payload
@@ -389,7 +450,9 @@ def test_own_codecs_and_extensions_pass_untouched(connect: Connect) -> None:
 
 
 def test_timeouts_leave_nothing(connect: Connect) -> None:
-    """After a request timed out its late reply is dropped and counted, and the table is empty."""
+    """After a request timed out its late reply is dropped and counted, and the table is
+    empty.
+    """
     alice, bob = connect("alice"), connect("bob")
     with pytest.raises(TimedOut):
         alice.recv(0.01)
@@ -467,8 +530,9 @@ def test_presence(connect: Connect) -> None:
 
 
 def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> None:
-    """After the broker was killed and started again: same client, same subscriptions, same handlers, and a watch that
-    has missed nobody."""
+    """After the broker was killed and started again: same client, same subscriptions,
+    same handlers, and a watch that has missed nobody.
+    """
     alice, bob = connect("alice"), connect("bob")
     feed, watch = bob.subscribe("a.>"), bob.watch_presence()
     for _ in range(6):
@@ -483,7 +547,9 @@ def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> 
     assert feed.recv(PATIENCE).payload == "again"
 
 
-def test_send_while_the_broker_is_away_waits_for_it(connect: Connect, broker: RunningBroker) -> None:
+def test_send_while_the_broker_is_away_waits_for_it(
+    connect: Connect, broker: RunningBroker
+) -> None:
     """A send that finds no connection waits for one; it is sent once."""
     alice = connect("alice")
     broker.kill()
@@ -497,19 +563,29 @@ def test_send_while_the_broker_is_away_waits_for_it(connect: Connect, broker: Ru
         alice.recv(0.1)
 
 
-def test_send_without_a_broker_says_that_nothing_was_sent(connect: Connect, broker: RunningBroker) -> None:
-    """When the broker does not come back in time the send is Disconnected, and not in doubt."""
+def test_send_without_a_broker_says_that_nothing_was_sent(
+    connect: Connect, broker: RunningBroker
+) -> None:
+    """When the broker does not come back in time the send is Disconnected, and not in
+    doubt.
+    """
     alice = connect("alice")
     broker.kill()
     until(lambda: not alice.connected)
-    for act in (lambda: alice.send("bob", 1, timeout=0.05), lambda: alice.request("bob", 1, timeout=0.05)):
+    for act in (
+        lambda: alice.send("bob", 1, timeout=0.05),
+        lambda: alice.request("bob", 1, timeout=0.05),
+    ):
         with pytest.raises(Disconnected) as caught:
             act()
         assert type(caught.value) is Disconnected
 
 
-def test_messages_that_came_before_the_connection_broke_are_there(connect: Connect, broker: RunningBroker) -> None:
-    """What the broker delivered and nobody had taken yet is not lost with the connection, though a write finds it gone.
+def test_messages_that_came_before_the_connection_broke_are_there(
+    connect: Connect, broker: RunningBroker
+) -> None:
+    """What the broker delivered and nobody had taken yet is not lost with the
+    connection, though a write finds it gone.
 
     The broker has told the sender that it was delivered: nobody would ever know.
     """
@@ -526,7 +602,9 @@ def test_messages_that_came_before_the_connection_broke_are_there(connect: Conne
 
 
 def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: RunningBroker) -> None:
-    """reconnect=False: every later call is Disconnected, what had arrived can still be taken."""
+    """reconnect=False: every later call is Disconnected, what had arrived can still be
+    taken.
+    """
     alice = connect("alice", reconnect=False)
     alice.send("alice", "kept", receipt=True)
     broker.kill()
@@ -538,7 +616,9 @@ def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: Run
 
 
 def test_closed_client_says_so(connect: Connect) -> None:
-    """close() twice is fine; everything else is Closed; who was waiting hears it at once."""
+    """close() twice is fine; everything else is Closed; who was waiting hears it at
+    once.
+    """
     alice = connect("alice")
     heard: list[Exception] = []
 
@@ -557,13 +637,19 @@ def test_closed_client_says_so(connect: Connect) -> None:
     assert len(heard) == 1
     alice.close()
     assert alice.closed
-    for act in (lambda: alice.recv(1), lambda: alice.send("bob", 1), lambda: alice.request("bob", 1)):
+    for act in (
+        lambda: alice.recv(1),
+        lambda: alice.send("bob", 1),
+        lambda: alice.request("bob", 1),
+    ):
         with pytest.raises(Closed):
             act()
 
 
 def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
-    """Messages nobody takes wait in the broker and then in the sender, and all arrive once they are taken."""
+    """Messages nobody takes wait in the broker and then in the sender, and all arrive
+    once they are taken.
+    """
     alice, bob = connect("alice"), connect("bob", inbox=100_000)
     body = b"x" * 50_000
     sent: list[int] = []
@@ -581,7 +667,9 @@ def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
 
 
 def test_outcome_behind_untaken_messages_is_heard(connect: Connect) -> None:
-    """A request made while the inbox is full gets its reply, although that is behind the messages."""
+    """A request made while the inbox is full gets its reply, although that is behind
+    the messages.
+    """
     alice, bob, carol = connect("alice"), connect("bob", inbox=1000), connect("carol")
     carol.on_request(lambda message: "reply")
     alice.send_many([("bob", b"x" * 300)] * 5)
@@ -597,7 +685,11 @@ def test_many_threads_share_a_client(connect: Connect) -> None:
     wrong: list[int] = []
 
     def ask(start: int) -> None:
-        wrong.extend(n for n in range(start, start + 50) if alice.request("bob", n, timeout=PATIENCE).payload != n + 1)
+        wrong.extend(
+            n
+            for n in range(start, start + 50)
+            if alice.request("bob", n, timeout=PATIENCE).payload != n + 1
+        )
 
     threads = [threading.Thread(target=ask, args=(start * 1000,)) for start in range(8)]
     for thread in threads:

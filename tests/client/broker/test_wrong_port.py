@@ -1,4 +1,6 @@
-"""Both clients of the broker at a port where no broker is: the error says what is there."""
+"""Both clients of the broker at a port where no broker is: the error says what is
+there.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,31 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 @pytest.mark.parametrize(("speech", "name"), SPEECHES)
 def test_connect_at_a_wrong_port_names_its_protocol(face: Face, speech: bytes, name: str) -> None:
     """What another protocol's server says first is recognised."""
-    with speaking(speech) as (host, port), pytest.raises(AuthenticationError, match=f"the peer speaks {name}"):
+    with (
+        speaking(speech) as (host, port),
+        pytest.raises(AuthenticationError, match=f"the peer speaks {name}"),
+    ):
         face.connect(f"{host}:{port}", "alice", b"key", timeout=10)
 
 
-@pytest.mark.parametrize(("speech", "name"), [(speech, name) for speech, name in SPEECHES if name != "TLS"])
-def test_connect_over_tls_at_a_wrong_port_names_its_protocol(face: Face, speech: bytes, name: str) -> None:
+@pytest.mark.parametrize(
+    ("speech", "name"), [(speech, name) for speech, name in SPEECHES if name != "TLS"]
+)
+def test_connect_over_tls_at_a_wrong_port_names_its_protocol(
+    face: Face, speech: bytes, name: str
+) -> None:
     """A server that answers a TLS handshake in its own protocol is recognised too."""
     context = ssl.create_default_context()
-    with speaking(speech, len(speech)) as (host, port), pytest.raises(TlsError, match=f"the peer speaks {name}"):
+    with (
+        speaking(speech, len(speech)) as (host, port),
+        pytest.raises(TlsError, match=f"the peer speaks {name}"),
+    ):
         face.connect(f"tls://{host}:{port}", "alice", b"key", ssl=context, timeout=10)
 
 
 def test_connect_at_a_silent_port_says_that_no_challenge_came(face: Face) -> None:
-    """HTTP, TLS and Redis wait for their clients to speak first, and a keyless listener for a message."""
+    """HTTP, TLS and Redis wait for their clients to speak first, and a keyless listener
+    for a message.
+    """
     with speaking(b"") as (host, port), pytest.raises(TimedOut, match="no challenge came"):
         face.connect(f"{host}:{port}", "alice", b"key", timeout=0.3)

@@ -28,9 +28,11 @@ class Interrupt(BaseException):
 
 
 def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
-    """Call the function and raise Interrupt before its bytecode of that number, counted over the library's frames.
+    """Call the function and raise Interrupt before its bytecode of that number, counted
+    over the library's frames.
 
-    Return the name of that bytecode, "return to the caller" for the last one of the call, "" if it was not reached.
+    Return the name of that bytecode, "return to the caller" for the last one of the
+    call, "" if it was not reached.
     """
     left = bytecode
     name = ""
@@ -45,7 +47,9 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
             if left < 0:
                 sys.settrace(None)
                 name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-                outermost = frame.f_back is None or not frame.f_back.f_code.co_filename.startswith(_PACKAGE)
+                outermost = frame.f_back is None or not frame.f_back.f_code.co_filename.startswith(
+                    _PACKAGE
+                )
                 if outermost and name in ("RETURN_VALUE", "RETURN_CONST"):
                     name = RETURN
                 raise Interrupt
@@ -64,7 +68,9 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
 
 @contextmanager
 def random_signals(*, longest_s: float, seed: int = 1) -> Iterator[list[bool]]:
-    """Raise Interrupt from a signal handler at random moments while the yielded list's first item is true."""
+    """Raise Interrupt from a signal handler at random moments while the yielded list's
+    first item is true.
+    """
     jitter = random.Random(seed)
     armed = [False]
     over = False

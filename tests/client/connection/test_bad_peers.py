@@ -1,4 +1,6 @@
-"""Peers that say nothing, half of it, garbage, or have the wrong key: none holds up or ends the accepting of others."""
+"""Peers that say nothing, half of it, garbage, or have the wrong key: none holds up or
+ends the accepting of others.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from brokerd_client.connection import listener as listener_module
 from brokerd_client.connection.handshaking import Negotiation, SocketPeer
 from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.handshake import CHALLENGE, LIMIT, NONCE_SIZE, RECEIVE, Send, as_dialer, as_listener
+from brokerd_client.wire.handshake import (
+    CHALLENGE,
+    LIMIT,
+    NONCE_SIZE,
+    RECEIVE,
+    Send,
+    as_dialer,
+    as_listener,
+)
 
 TIMEOUT_S = 30
 KEY = b"the key"
@@ -83,22 +93,34 @@ NEVER_ANSWER = [silent, half, half_length, browser, negative, endless, gone, gon
 @pytest.mark.parametrize("behave", NEVER_ANSWER)
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
 def test_bad_peer_holds_up_nobody(behave: Any, family: str, dial: Any, aside: Any) -> None:
-    """With a hundred bad peers before it a good one is accepted, by one call of accept() that raises nothing."""
+    """With a hundred bad peers before it a good one is accepted, by one call of
+    accept() that raises nothing.
+    """
     with Listener(family=family, authkey=KEY) as listener:
         accepting = aside(listener.accept, TIMEOUT_S)
         for _ in range(100):
             behave(dial(listener.address))
-        with Client(listener.address, authkey=KEY, timeout=TIMEOUT_S) as good, accepting.result(TIMEOUT_S) as accepted:
+        with (
+            Client(listener.address, authkey=KEY, timeout=TIMEOUT_S) as good,
+            accepting.result(TIMEOUT_S) as accepted,
+        ):
             good.send("hello")
             assert accepted.recv() == "hello"
 
 
 @settings(max_examples=200)
-@given(st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(frame)), max_size=4), st.booleans())
+@given(
+    st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(frame)), max_size=4),
+    st.booleans(),
+)
 def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: bool) -> None:
-    """Whatever bytes a peer sends, a handshake waits for more or fails with an error that is expected of it."""
+    """Whatever bytes a peer sends, a handshake waits for more or fails with an error
+    that is expected of it.
+    """
     ours, theirs = socket.socketpair()
-    conversation = as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
+    conversation = (
+        as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
+    )
     peer_stream = SocketPeer(ours)
     negotiation = Negotiation(peer_stream, conversation, KEY, None, 0.0)
     with theirs:
@@ -116,7 +138,9 @@ def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: boo
 
 
 def test_wrong_key_is_raised_once_and_others_come_in(aside: Any) -> None:
-    """By default accept() raises the AuthenticationError of a wrong key; the next call returns the next peer."""
+    """By default accept() raises the AuthenticationError of a wrong key; the next call
+    returns the next peer.
+    """
     with Listener(("localhost", 0), authkey=KEY) as listener:
         accepting = aside(listener.accept, TIMEOUT_S)
         with pytest.raises(AuthenticationError, match="the peer rejected our answer"):
@@ -151,7 +175,9 @@ def test_peer_that_rejects_us_is_told_apart(dial: Any) -> None:
 
 
 def test_errors_can_be_skipped(aside: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """With on_error="skip" a wrong key ends no accept(): the error is logged, without the key."""
+    """With on_error="skip" a wrong key ends no accept(): the error is logged, without
+    the key.
+    """
     caplog.set_level(logging.INFO, "brokerd_client.connection")
     with Listener(authkey=KEY, on_error="skip") as listener:
         accepting = aside(listener.accept, TIMEOUT_S)
@@ -163,10 +189,16 @@ def test_errors_can_be_skipped(aside: Any, caplog: pytest.LogCaptureFixture) -> 
     assert "the key'" not in caplog.text
 
 
-def test_errors_go_to_who_asks_for_them(dial: Any, aside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A callable given as on_error hears of every bad peer, whatever it did, with its address."""
+def test_errors_go_to_who_asks_for_them(
+    dial: Any, aside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callable given as on_error hears of every bad peer, whatever it did, with its
+    address.
+    """
     late = 0
-    monkeypatch.setattr(listener_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late))
+    monkeypatch.setattr(
+        listener_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late)
+    )
     heard: queue.SimpleQueue[tuple[AuthenticationError, Any]] = queue.SimpleQueue()
     with Listener(
         ("localhost", 0), authkey=KEY, handshake_timeout=60, on_error=lambda *told: heard.put(told)
@@ -199,7 +231,9 @@ def test_errors_go_to_who_asks_for_them(dial: Any, aside: Any, monkeypatch: pyte
 
 
 def test_what_on_error_raises_is_raised(dial: Any) -> None:
-    """A callable that raises makes accept() raise: so whoever wants every error gets every error."""
+    """A callable that raises makes accept() raise: so whoever wants every error gets
+    every error.
+    """
 
     def complain(error: AuthenticationError, peer: Any) -> None:
         raise error
@@ -219,7 +253,9 @@ def test_on_error_may_close_the_listener(dial: Any) -> None:
 
 
 def test_silent_peer_is_hung_up_on(dial: Any, aside: Any) -> None:
-    """A peer that has not proved itself in time is hung up on, and accept() goes on waiting."""
+    """A peer that has not proved itself in time is hung up on, and accept() goes on
+    waiting.
+    """
     with Listener(authkey=KEY, handshake_timeout=0.05) as listener:
         peer = dial(listener.address)
         accepting = aside(listener.accept, TIMEOUT_S)
@@ -253,7 +289,9 @@ def test_dripping_does_not_buy_time(dial: Any, aside: Any) -> None:
 
 
 def test_unfinished_handshakes_are_bounded(dial: Any, aside: Any) -> None:
-    """Above max_handshakes the peer that has been silent longest is dropped, not the new one."""
+    """Above max_handshakes the peer that has been silent longest is dropped, not the
+    new one.
+    """
     with Listener(authkey=KEY, max_handshakes=3) as listener:
         peers = [dial(listener.address) for _ in range(5)]
         accepting = aside(listener.accept, TIMEOUT_S)
@@ -286,7 +324,9 @@ def test_no_time_runs_while_nobody_accepts(dial: Any, monkeypatch: pytest.Monkey
 
 
 def test_good_peer_goes_before_anothers_error(dial: Any, aside: Any) -> None:
-    """When a good and a bad peer have both finished, accept() returns the good one first and raises afterwards."""
+    """When a good and a bad peer have both finished, accept() returns the good one
+    first and raises afterwards.
+    """
     with Listener(authkey=KEY) as listener:
         listener._errors.append(AuthenticationError("somebody else"))
         with Client(listener.address) as unasked:  # never authenticates
@@ -296,8 +336,12 @@ def test_good_peer_goes_before_anothers_error(dial: Any, aside: Any) -> None:
             listener.accept(TIMEOUT_S)
 
 
-def test_out_of_descriptors_the_oldest_stranger_goes(dial: Any, monkeypatch: pytest.MonkeyPatch, aside: Any) -> None:
-    """With no file descriptor left, an unfinished handshake is given up for the next peer."""
+def test_out_of_descriptors_the_oldest_stranger_goes(
+    dial: Any, monkeypatch: pytest.MonkeyPatch, aside: Any
+) -> None:
+    """With no file descriptor left, an unfinished handshake is given up for the next
+    peer.
+    """
     with Listener(authkey=KEY) as listener:
         take = listener._server.take
         failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
@@ -324,7 +368,9 @@ def test_out_of_descriptors_the_oldest_stranger_goes(dial: Any, monkeypatch: pyt
 
 
 def test_message_behind_the_welcome_is_delivered(dial: Any, aside: Any) -> None:
-    """A message in the same segment as the last frame of the handshake is not lost: poll() sees it and recv gets it."""
+    """A message in the same segment as the last frame of the handshake is not lost:
+    poll() sees it and recv gets it.
+    """
     first = b"A" * 1000
     with Listener(authkey=KEY) as listener:
         peer = dial(listener.address)

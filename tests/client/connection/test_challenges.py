@@ -1,4 +1,6 @@
-"""deliver_challenge and answer_challenge, for those who shake hands themselves; XmlListener and XmlClient."""
+"""deliver_challenge and answer_challenge, for those who shake hands themselves;
+XmlListener and XmlClient.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,14 @@ TIMEOUT_S = 30
 
 
 @pytest.mark.parametrize(
-    ("deliver", "answer"), [(deliver_challenge, answer_challenge), (deliverChallenge, answerChallenge)]
+    ("deliver", "answer"),
+    [(deliver_challenge, answer_challenge), (deliverChallenge, answerChallenge)],
 )
 @pytest.mark.parametrize("digest", ["sha256", "sha384", "sha3_256", "sha3_384", "md5"])
 def test_same_key_is_accepted(deliver: Any, answer: Any, digest: str, aside: Any) -> None:
-    """Both names of both functions agree on a key, with every digest, given as text and as bytes."""
+    """Both names of both functions agree on a key, with every digest, given as text and
+    as bytes.
+    """
     one, other = Pipe()
     with one, other:
         delivered = aside(deliver, one, "kéy", digest)
@@ -46,11 +51,15 @@ def test_same_key_is_accepted(deliver: Any, answer: Any, digest: str, aside: Any
 
 
 def test_other_key_is_rejected_on_both_sides(aside: Any) -> None:
-    """With different keys both functions raise the standard library's AuthenticationError, and tell who rejected."""
+    """With different keys both functions raise the standard library's
+    AuthenticationError, and tell who rejected.
+    """
     one, other = Pipe()
     with one, other:
         delivered = aside(deliver_challenge, one, b"one key")
-        with pytest.raises(multiprocessing.AuthenticationError, match="the peer rejected our answer"):
+        with pytest.raises(
+            multiprocessing.AuthenticationError, match="the peer rejected our answer"
+        ):
             answer_challenge(other, b"another key")
         error = delivered.exception(TIMEOUT_S)
         assert isinstance(error, multiprocessing.AuthenticationError)
@@ -85,7 +94,9 @@ def test_empty_key_is_proved_like_any_other(aside: Any) -> None:
 
 
 def test_listener_by_own_calls_answers_a_client(aside: Any) -> None:
-    """deliver_challenge before answer_challenge makes a listener, which answers a Client's marked challenge."""
+    """deliver_challenge before answer_challenge makes a listener, which answers a
+    Client's marked challenge.
+    """
     with Listener() as listener:
         dialed = aside(Client, listener.address, authkey=b"key", timeout=TIMEOUT_S)
         with listener.accept(TIMEOUT_S) as accepted:
@@ -97,7 +108,9 @@ def test_listener_by_own_calls_answers_a_client(aside: Any) -> None:
 
 
 def test_client_by_own_calls_meets_a_listener(aside: Any) -> None:
-    """answer_challenge before deliver_challenge makes a client, whose challenge is marked."""
+    """answer_challenge before deliver_challenge makes a client, whose challenge is
+    marked.
+    """
     with Listener(authkey=b"key") as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         with Client(listener.address) as client:
@@ -109,7 +122,9 @@ def test_client_by_own_calls_meets_a_listener(aside: Any) -> None:
 
 
 def test_challenge_by_own_calls_is_marked_at_the_client_only(aside: Any) -> None:
-    """What is sent: a listener's challenge as the standard library's, a client's with the mark."""
+    """What is sent: a listener's challenge as the standard library's, a client's with
+    the mark.
+    """
     one, other = Pipe()
     with one, other:
         delivered = aside(deliver_challenge, one, b"key")
@@ -133,14 +148,28 @@ def test_challenge_by_own_calls_is_marked_at_the_client_only(aside: Any) -> None
 
 
 def test_errors_are_the_libraries_own() -> None:
-    """The exceptions of this module are those of brokerd_client.errors, and the standard library's too."""
+    """The exceptions of this module are those of brokerd_client.errors, and the
+    standard library's too.
+    """
     assert AuthenticationError is errors.AuthenticationError
     assert issubclass(AuthenticationError, multiprocessing.AuthenticationError)
     assert issubclass(errors.BufferTooShort, multiprocessing.BufferTooShort)
 
 
 TAGS = (
-    *("params", "param", "value", "array", "data", "struct", "member", "name", "fault", "methodResponse", "methodCall"),
+    *(
+        "params",
+        "param",
+        "value",
+        "array",
+        "data",
+        "struct",
+        "member",
+        "name",
+        "fault",
+        "methodResponse",
+        "methodCall",
+    ),
     *(
         "methodName",
         "nil",
@@ -176,10 +205,15 @@ TOKENS = [
 
 
 def test_xml_carries_plain_values(aside: Any) -> None:
-    """XmlListener and XmlClient pass what XML-RPC has values for, and raw messages beside them."""
+    """XmlListener and XmlClient pass what XML-RPC has values for, and raw messages
+    beside them.
+    """
     with XmlListener(authkey="k") as listener:
         accepting = aside(listener.accept, TIMEOUT_S)
-        with XmlClient(listener.address, authkey="k", timeout=TIMEOUT_S) as dialer, accepting.result() as accepted:
+        with (
+            XmlClient(listener.address, authkey="k", timeout=TIMEOUT_S) as dialer,
+            accepting.result() as accepted,
+        ):
             value = [1, 2.5, "tèxt", None, {"key": [True]}]
             dialer.send(value)
             assert wait([accepted], TIMEOUT_S) == [accepted]
@@ -193,7 +227,9 @@ def test_xml_carries_plain_values(aside: Any) -> None:
 
 
 def xml_of(message: bytes) -> Any:
-    """Send the bytes to an XmlConnection; return what it makes of them, and see that it goes on."""
+    """Send the bytes to an XmlConnection; return what it makes of them, and see that it
+    goes on.
+    """
     one, other = Pipe()
     with one, other:
         one.send_bytes(message)
@@ -238,7 +274,9 @@ VALUE = b"<params><param><value>%s</value></param></params>"
     ],
 )
 def test_xml_recv_of_hostile_bytes_raises_undecodable_payload(message: bytes) -> None:
-    """Whatever the peer sends, the error is the documented one, and the next message is received."""
+    """Whatever the peer sends, the error is the documented one, and the next message is
+    received.
+    """
     with pytest.raises(UndecodablePayload):
         print(xml_of(message))
 

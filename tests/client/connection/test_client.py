@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from client.connection.wrong_ports import SPEECHES, speaking
 
-from brokerd_client.connection import AuthenticationError, Client, InvalidKey, Listener, MessageTooBig, TimedOut
+from brokerd_client.connection import (
+    AuthenticationError,
+    Client,
+    InvalidKey,
+    Listener,
+    MessageTooBig,
+    TimedOut,
+)
 from brokerd_client.connection import client as client_module
 from brokerd_client.wire.framing import frame
 
@@ -49,7 +56,9 @@ def serve(server: socket.socket, data: bytes) -> threading.Thread:
 
 
 def test_silent_listener_is_given_up(server: socket.socket) -> None:
-    """A listener that never challenges is given up after the timeout, with a TimeoutError that names it."""
+    """A listener that never challenges is given up after the timeout, with a
+    TimeoutError that names it.
+    """
     before = time.monotonic()
     with pytest.raises(TimedOut, match=r"listener at .* said nothing within 0\.05") as caught:
         Client(server.getsockname(), authkey="k", timeout=0.05)
@@ -58,7 +67,9 @@ def test_silent_listener_is_given_up(server: socket.socket) -> None:
 
 
 def test_full_queue_is_given_up(socket_dir: Path) -> None:
-    """A Unix socket whose queue is full is tried until the timeout, not refused at once."""
+    """A Unix socket whose queue is full is tried until the timeout, not refused at
+    once.
+    """
     with Listener(str(socket_dir / "s"), backlog=0) as listener, Client(listener.address):
         before = time.monotonic()
         with pytest.raises(TimedOut):
@@ -120,7 +131,9 @@ def test_listener_that_hangs_up(server: socket.socket) -> None:
     ],
 )
 def test_listener_that_is_none(server: socket.socket, said: bytes, message: str) -> None:
-    """Whatever else a listener says is an AuthenticationError that names it, and what was wrong."""
+    """Whatever else a listener says is an AuthenticationError that names it, and what
+    was wrong.
+    """
     thread = serve(server, said)
     with pytest.raises(AuthenticationError, match=r"^the listener at .*: ") as caught:
         Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
@@ -129,7 +142,9 @@ def test_listener_that_is_none(server: socket.socket, said: bytes, message: str)
 
 
 def test_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
-    """A listener that lets everybody in but can't prove that it knows the key itself is rejected by the client."""
+    """A listener that lets everybody in but can't prove that it knows the key itself is
+    rejected by the client.
+    """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -189,28 +204,42 @@ def test_limit_holds_on_both_sides() -> None:
 @pytest.mark.parametrize(("speech", "name"), SPEECHES)
 def test_client_at_a_wrong_port_names_its_protocol(speech: bytes, name: str) -> None:
     """What another protocol's server says first is recognised."""
-    with speaking(speech) as address, pytest.raises(AuthenticationError, match=f"the peer speaks {name}"):
+    with (
+        speaking(speech) as address,
+        pytest.raises(AuthenticationError, match=f"the peer speaks {name}"),
+    ):
         Client(address, authkey=b"key", timeout=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("speech", [b"\x7fELF\x02", b"\xff\xfb\x01", b"MZ\x90\0"])
 def test_client_at_a_port_of_an_unknown_protocol_says_no_handshake(speech: bytes) -> None:
     """Bytes of no known protocol are no handshake; no name is guessed."""
-    with speaking(speech + bytes(20)) as address, pytest.raises(AuthenticationError, match="this is no handshake"):
+    with (
+        speaking(speech + bytes(20)) as address,
+        pytest.raises(AuthenticationError, match="this is no handshake"),
+    ):
         Client(address, authkey=b"key", timeout=TIMEOUT_S)
 
 
-def test_client_of_a_keyless_listener_says_that_no_challenge_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_of_a_keyless_listener_says_that_no_challenge_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By default too, after a time; what is likely wrong is in the error."""
     monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
     with Listener() as listener:
         for timeout in (None, 0.2):
-            with pytest.raises(TimedOut, match="no challenge came: the listener seems to have no authkey"):
+            with pytest.raises(
+                TimedOut, match="no challenge came: the listener seems to have no authkey"
+            ):
                 Client(listener.address, authkey=b"key", timeout=timeout)
 
 
-def test_client_without_timeout_waits_for_the_rest_of_a_handshake(monkeypatch: pytest.MonkeyPatch, aside: Any) -> None:
-    """The limit is for the challenge: what comes after it may take its time; and infinity has no limit."""
+def test_client_without_timeout_waits_for_the_rest_of_a_handshake(
+    monkeypatch: pytest.MonkeyPatch, aside: Any
+) -> None:
+    """The limit is for the challenge: what comes after it may take its time; and
+    infinity has no limit.
+    """
     monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -231,7 +260,9 @@ def test_client_without_timeout_waits_for_the_rest_of_a_handshake(monkeypatch: p
 
 
 def test_client_whose_listener_stops_in_the_handshake_says_so() -> None:
-    """A listener that has sent its challenge has a key: the error does not speak of none."""
+    """A listener that has sent its challenge has a key: the error does not speak of
+    none.
+    """
     challenge = b"#CHALLENGE#{sha256}" + bytes(40)
     late = pytest.raises(TimedOut, match="did not finish the handshake")
     with speaking(frame(challenge)) as address, late:
@@ -239,8 +270,12 @@ def test_client_whose_listener_stops_in_the_handshake_says_so() -> None:
 
 
 @pytest.mark.parametrize("end", [Client, Listener])
-def test_key_that_is_not_valid_text_is_refused_without_repeating_it(end: Any, socket_dir: Path) -> None:
-    """An environment variable of other bytes is such a text: neither the error nor its context holds the key."""
+def test_key_that_is_not_valid_text_is_refused_without_repeating_it(
+    end: Any, socket_dir: Path
+) -> None:
+    """An environment variable of other bytes is such a text: neither the error nor its
+    context holds the key.
+    """
     with pytest.raises(InvalidKey, match="give it as bytes") as refused:
         end(str(socket_dir / "s"), authkey="a canary\udcff")
     assert refused.value.__cause__ is refused.value.__context__ is None

@@ -1,4 +1,6 @@
-"""Exceptions at any bytecode of the direct API: the next message is the right one, or the connection refuses."""
+"""Exceptions at any bytecode of the direct API: the next message is the right one, or
+the connection refuses.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,11 @@ from brokerd_client.wire.handshake import as_listener
 if sys.platform == "win32":
     pytest.skip("signals and Unix sockets", allow_module_level=True)
 
-#: An exception between two bytecodes may leave a socket to the garbage collector, or come in a destructor.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+#: An exception between two bytecodes may leave a socket to the garbage collector, or
+#: come in a destructor.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 TIMEOUT_S = 30
 KEY = b"the key"
@@ -36,7 +41,9 @@ KEY = b"the key"
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read gives a few bytes at most."""
     monkeypatch.setattr(stream, "_read", lambda handle, size: os.read(handle, min(size, 3)))
-    monkeypatch.setattr(stream, "_read_into", lambda handle, places: os.readv(handle, (places[0][:9000],)))
+    monkeypatch.setattr(
+        stream, "_read_into", lambda handle, places: os.readv(handle, (places[0][:9000],))
+    )
 
 
 def body_of(number: int, size: int) -> bytes:
@@ -65,7 +72,9 @@ def free_for_other_threads(connection: Connection) -> bool:
 
 
 def check_receive_goes_on(receive: Callable[[Connection], object], size: int) -> int:
-    """Interrupt a receive at its first bytecode, its second, ...; return after how many it was through."""
+    """Interrupt a receive at its first bytecode, its second, ...; return after how many
+    it was through.
+    """
     # The first tracing of a process in Python 3.12 sees no bytecodes.
     interrupted_at(0, lambda: wait([], 0))
     for bytecode in itertools.count():
@@ -96,16 +105,22 @@ def check_receive_goes_on(receive: Callable[[Connection], object], size: int) ->
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
-@pytest.mark.parametrize("receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"])
+@pytest.mark.parametrize(
+    "receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"]
+)
 def test_receive_interrupted_at_any_bytecode_returns_same_message_next(
     receive: Callable[[Connection], object], size: int
 ) -> None:
-    """No byte read is lost, wherever the exception comes: the next call returns the message of the interrupted one."""
+    """No byte read is lost, wherever the exception comes: the next call returns the
+    message of the interrupted one.
+    """
     assert check_receive_goes_on(receive, size) > 50
 
 
 @pytest.mark.parametrize("size", [0, 20])
-@pytest.mark.parametrize("receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"])
+@pytest.mark.parametrize(
+    "receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"]
+)
 @pytest.mark.usefixtures("in_pieces")
 def test_receive_in_pieces_interrupted_at_any_bytecode_returns_same_message_next(
     receive: Callable[[Connection], object], size: int
@@ -116,7 +131,9 @@ def test_receive_in_pieces_interrupted_at_any_bytecode_returns_same_message_next
 
 @pytest.mark.usefixtures("in_pieces")
 def test_receive_interrupted_again_and_again_goes_on() -> None:
-    """One message, every receive of which is interrupted a bytecode later than the one before, arrives whole."""
+    """One message, every receive of which is interrupted a bytecode later than the one
+    before, arrives whole.
+    """
     sock, theirs = socket.socketpair()
     with sock, Connection(theirs.detach()) as connection:
         sent = 0
@@ -139,7 +156,9 @@ def test_receive_interrupted_again_and_again_goes_on() -> None:
 
 
 def test_recv_interrupted_at_any_bytecode_never_unpickles_from_the_middle() -> None:
-    """The object of an interrupted recv comes next, or is gone whole; the one behind it is right."""
+    """The object of an interrupted recv comes next, or is gone whole; the one behind it
+    is right.
+    """
     for bytecode in itertools.count():
         one, other = Pipe()
         with one, other:
@@ -157,7 +176,9 @@ def test_recv_interrupted_at_any_bytecode_never_unpickles_from_the_middle() -> N
 
 
 def check_send_is_whole_or_nothing(send: Callable[[Connection, bytes], object], size: int) -> int:
-    """Interrupt a send at every bytecode: what its peer hears are whole messages, in order, and then the end."""
+    """Interrupt a send at every bytecode: what its peer hears are whole messages, in
+    order, and then the end.
+    """
     for bytecode in itertools.count():
         one, other = Pipe()
         with other:
@@ -211,8 +232,12 @@ def test_send_interrupted_half_way_refuses_more(monkeypatch: pytest.MonkeyPatch)
             one.send_bytes(b"more")
 
 
-def test_send_whose_signal_handler_raises_oserror_refuses_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An OSError of a signal handler is not the system's refusal to write: the message may have left."""
+def test_send_whose_signal_handler_raises_oserror_refuses_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An OSError of a signal handler is not the system's refusal to write: the message
+    may have left.
+    """
 
     def write(handle: int, data: bytes) -> int:
         os.write(handle, data)
@@ -261,7 +286,9 @@ def test_message_kept_by_an_interrupted_receive_is_not_handed_over() -> None:
 @pytest.mark.parametrize("times", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("into", [False, True], ids=["recv_bytes", "recv_bytes_into"])
 def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: bool) -> None:
-    """Of messages of all sizes each arrives once, in order, whatever signal handlers raise meanwhile."""
+    """Of messages of all sizes each arrives once, in order, whatever signal handlers
+    raise meanwhile.
+    """
     one, other = Pipe()
     stop = threading.Event()
 
@@ -349,7 +376,9 @@ def check_accept_at(bytecode: int, path: Path) -> tuple[str, str]:
         if interrupted != RETURN:
             serve_until_over(listener, caller, accepted)
         caller.join(TIMEOUT_S)
-        assert caller.outcome in ("hello", "EOFError", "ConnectionResetError", "BrokenPipeError"), bytecode
+        assert caller.outcome in ("hello", "EOFError", "ConnectionResetError", "BrokenPipeError"), (
+            bytecode
+        )
         next_one = Caller(listener.address)
         serve_until_over(listener, next_one, [])
         assert next_one.outcome == "hello"
@@ -358,7 +387,9 @@ def check_accept_at(bytecode: int, path: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_accept_interrupted_at_any_bytecode_accepts_or_hangs_up(step: int, tmp_path: Path) -> None:
-    """A peer is accepted, now or by the next call, or sees the end of its connection; the listener goes on."""
+    """A peer is accepted, now or by the next call, or sees the end of its connection;
+    the listener goes on.
+    """
     outcomes = []
     for bytecode in itertools.count(0, step):
         interrupted, outcome = check_accept_at(bytecode, tmp_path / "here")
@@ -371,7 +402,9 @@ def test_accept_interrupted_at_any_bytecode_accepts_or_hangs_up(step: int, tmp_p
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) -> None:
-    """A listener sees the end of a connection whose Client() was interrupted, and goes on."""
+    """A listener sees the end of a connection whose Client() was interrupted, and goes
+    on.
+    """
     with Listener(str(tmp_path / "here"), authkey=KEY, on_error="skip") as listener:
         for bytecode in itertools.count(0, step):
             seen: list[object] = []
@@ -386,12 +419,19 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
             server = threading.Thread(target=accept)
             server.start()
             made: list[Connection] = []
-            interrupted = interrupted_at(bytecode, lambda: made.append(Client(listener.address, authkey=KEY)))  # noqa: B023
+            interrupted = interrupted_at(
+                bytecode,
+                lambda: made.append(Client(listener.address, authkey=KEY)),  # noqa: B023
+            )
             for each in made:
                 each.close()
-            # Whatever became of it, the next one is served, by the same call or another.
+            # Whatever became of it, the next one is served, by the same call or
+            # another.
             while server.is_alive():
-                with contextlib.suppress(OSError, EOFError), Client(listener.address, authkey=KEY, timeout=0.5) as here:
+                with (
+                    contextlib.suppress(OSError, EOFError),
+                    Client(listener.address, authkey=KEY, timeout=0.5) as here,
+                ):
                     here.send_bytes(b"next")
                 server.join(0.05)
             assert seen in (["end"], [b"next"])
@@ -401,7 +441,9 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
 
 
 def test_negotiation_interrupted_never_counts_as_through() -> None:
-    """A generator that an exception has left ends as one that is through does: it authenticates nobody."""
+    """A generator that an exception has left ends as one that is through does: it
+    authenticates nobody.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         peer_stream = SocketPeer(ours)

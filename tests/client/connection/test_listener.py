@@ -24,7 +24,9 @@ from brokerd_client.connection import AuthenticationError, Client, Closed, Liste
 from brokerd_client.connection import listening_sockets as doors
 
 TIMEOUT_S = 30
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="abstract names and the mode of an unbound socket: Linux")
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="abstract names and the mode of an unbound socket: Linux"
+)
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def test_address_is_chosen_where_none_is_given(family: str) -> None:
 
 
 def test_address_and_last_accepted_are_read_only() -> None:
-    """Neither property can be set, and the last peer's address is None before there was one."""
+    """Neither property can be set, and the last peer's address is None before there was
+    one.
+    """
     with Listener() as listener:
         assert listener.last_accepted is None
         with pytest.raises(AttributeError):
@@ -72,7 +76,9 @@ def test_address_and_last_accepted_are_read_only() -> None:
 
 
 def test_last_accepted_is_the_address_of_the_peer() -> None:
-    """Over TCP the last peer's address is its own; over a Unix socket it has none, so None."""
+    """Over TCP the last peer's address is its own; over a Unix socket it has none, so
+    None.
+    """
     with (
         Listener(("localhost", 0)) as listener,
         Client(listener.address) as dialer,
@@ -80,12 +86,18 @@ def test_last_accepted_is_the_address_of_the_peer() -> None:
         socket.socket(fileno=os.dup(dialer.fileno())) as sock,
     ):
         assert listener.last_accepted == sock.getsockname()
-    with Listener(family="AF_UNIX") as listener, Client(listener.address), listener.accept(TIMEOUT_S):
+    with (
+        Listener(family="AF_UNIX") as listener,
+        Client(listener.address),
+        listener.accept(TIMEOUT_S),
+    ):
         assert listener.last_accepted is None
 
 
 def test_ipv6_is_served_and_dialled() -> None:
-    """A listener on ::1 is reached by its address, and by a name when the family says AF_INET6."""
+    """A listener on ::1 is reached by its address, and by a name when the family says
+    AF_INET6.
+    """
     try:
         listener = Listener(("::1", 0), authkey="k")
     except OSError as error:
@@ -102,7 +114,9 @@ def test_ipv6_is_served_and_dialled() -> None:
 def test_abstract_name_may_be_text_or_bytes(name: Any) -> None:
     """An abstract Unix name works as text and as bytes, and leaves no file."""
     pid = str(os.getpid())
-    address = name.replace("{}", pid) if isinstance(name, str) else name.replace(b"{}", pid.encode())
+    address = (
+        name.replace("{}", pid) if isinstance(name, str) else name.replace(b"{}", pid.encode())
+    )
     with Listener(address, authkey="k") as listener:
         meet(listener, authkey="k")
 
@@ -110,7 +124,9 @@ def test_abstract_name_may_be_text_or_bytes(name: Any) -> None:
 @pytest.mark.parametrize("address", [r"\\.\pipe\brokerd", r"\\server\pipe\brokerd"])
 @pytest.mark.skipif(sys.platform == "win32", reason="there they are served")
 def test_two_backslashes_mean_a_named_pipe(address: str) -> None:
-    """Outside Windows an address of a named pipe is refused as such, not taken for a path."""
+    """Outside Windows an address of a named pipe is refused as such, not taken for a
+    path.
+    """
     with pytest.raises(ValueError, match="AF_PIPE"):
         Listener(address)
     with pytest.raises(ValueError, match="AF_PIPE"):
@@ -119,15 +135,21 @@ def test_two_backslashes_mean_a_named_pipe(address: str) -> None:
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o777])
 def test_socket_file_is_its_owners_only(mask: int, umask: None, socket_dir: Path) -> None:
-    """Whatever the umask, the owner can read and write the socket file and nobody else can."""
+    """Whatever the umask, the owner can read and write the socket file and nobody else
+    can.
+    """
     os.umask(mask)
     with Listener(str(socket_dir / "s")):
         assert stat.S_IMODE((socket_dir / "s").stat().st_mode) == 0o600
 
 
 @on_linux
-def test_socket_file_is_never_more_open(umask: None, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very moment bind() has made the file it has the right mode: nobody can come in before a chmod."""
+def test_socket_file_is_never_more_open(
+    umask: None, socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very moment bind() has made the file it has the right mode: nobody can come
+    in before a chmod.
+    """
     modes = []
 
     class Watched(socket.socket):
@@ -150,7 +172,9 @@ def test_socket_file_goes_with_close(socket_dir: Path) -> None:
 
 
 def test_socket_file_goes_with_the_garbage(socket_dir: Path) -> None:
-    """A listener nobody holds any more is closed, its file is removed, and no warning is given."""
+    """A listener nobody holds any more is closed, its file is removed, and no warning
+    is given.
+    """
     listener = Listener(str(socket_dir / "s"), authkey="k")
     descriptor = listener._server._socket.fileno()
     del listener
@@ -162,15 +186,24 @@ def test_socket_file_goes_with_the_garbage(socket_dir: Path) -> None:
 
 def test_socket_file_goes_with_the_process(socket_dir: Path) -> None:
     """A process that ends without close() leaves no socket file behind."""
-    script = "import sys; from brokerd_client.connection import Listener; listener = Listener(sys.argv[1])"
-    subprocess.run([sys.executable, "-W", "error", "-c", script, str(socket_dir / "s")], timeout=TIMEOUT_S, check=True)
+    script = (
+        "import sys; from brokerd_client.connection import Listener; listener ="
+        " Listener(sys.argv[1])"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, str(socket_dir / "s")],
+        timeout=TIMEOUT_S,
+        check=True,
+    )
     assert not (socket_dir / "s").exists()
 
 
 def test_relative_socket_file_is_removed_from_another_directory(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file of a relative path is removed even after the process went to another directory."""
+    """The file of a relative path is removed even after the process went to another
+    directory.
+    """
     monkeypatch.chdir(socket_dir)
     listener = Listener("s")
     monkeypatch.chdir("/")
@@ -191,7 +224,9 @@ def test_another_listeners_file_is_not_removed(socket_dir: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_childs_close_does_not_end_the_parents_listener(socket_dir: Path) -> None:
-    """A forked child that closes its copy leaves the parent's listener, and the file, as they were."""
+    """A forked child that closes its copy leaves the parent's listener, and the file,
+    as they were.
+    """
     with Listener(str(socket_dir / "s"), authkey="k") as listener:
         child = multiprocessing.get_context("fork").Process(target=listener.close)
         child.start()
@@ -202,13 +237,17 @@ def test_a_childs_close_does_not_end_the_parents_listener(socket_dir: Path) -> N
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_accepts() -> None:
-    """Processes forked after listening accept too, and the parent's half-finished handshakes are not theirs."""
+    """Processes forked after listening accept too, and the parent's half-finished
+    handshakes are not theirs.
+    """
     with Listener(authkey="k") as listener, socket.socket(socket.AF_UNIX) as silent:
         silent.connect(listener.address)
         with pytest.raises(TimedOut):
             listener.accept(0.01)  # the silent peer's handshake has begun here
 
-        child = multiprocessing.get_context("fork").Process(target=lambda: listener.accept(TIMEOUT_S).send("hello"))
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: listener.accept(TIMEOUT_S).send("hello")
+        )
         child.start()
         with Client(listener.address, authkey="k", timeout=TIMEOUT_S) as dialer:
             assert dialer.recv() == "hello"
@@ -218,7 +257,9 @@ def test_a_forked_child_accepts() -> None:
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
 def test_address_in_use_is_an_oserror(family: str) -> None:
-    """A second listener on the same address is refused by the system, and the first one lives on."""
+    """A second listener on the same address is refused by the system, and the first one
+    lives on.
+    """
     with Listener(family=family) as listener:
         with pytest.raises(OSError, match="in use"):
             Listener(listener.address)
@@ -240,7 +281,9 @@ def test_tcp_sends_small_messages_at_once() -> None:
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("timeout", [0, 0.02])
 def test_accept_gives_up_in_time(key: str | None, timeout: float) -> None:
-    """accept(timeout=) raises TimedOut, a TimeoutError, when nobody came, and the listener goes on."""
+    """accept(timeout=) raises TimedOut, a TimeoutError, when nobody came, and the
+    listener goes on.
+    """
     with Listener(authkey=key) as listener:
         before = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -250,9 +293,13 @@ def test_accept_gives_up_in_time(key: str | None, timeout: float) -> None:
 
 
 def test_accept_without_waiting_makes_progress() -> None:
-    """accept(0) called again and again finishes a handshake: what was begun is not thrown away."""
+    """accept(0) called again and again finishes a handshake: what was begun is not
+    thrown away.
+    """
     with Listener(authkey="k") as listener:
-        thread = threading.Thread(target=lambda: Client(listener.address, authkey="k", timeout=TIMEOUT_S).close())
+        thread = threading.Thread(
+            target=lambda: Client(listener.address, authkey="k", timeout=TIMEOUT_S).close()
+        )
         thread.start()
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
@@ -268,7 +315,9 @@ def test_accept_without_waiting_makes_progress() -> None:
 
 @pytest.mark.parametrize("key", [None, "k"])
 def test_close_wakes_all_who_accept(key: str | None, aside: Any) -> None:
-    """close() in one thread ends accept() in the others, with an OSError, and later ones at once."""
+    """close() in one thread ends accept() in the others, with an OSError, and later
+    ones at once.
+    """
     listener = Listener(authkey=key)
     waiting = [aside(listener.accept) for _ in range(3)]
     with pytest.raises(TimedOut):
@@ -321,7 +370,9 @@ def key_of(listener: Listener) -> bytes | None:
 
 
 def test_both_orders_of_parameters_are_understood() -> None:
-    """The fourth parameter is the old `authenticate` or the standard library's `authkey`, told apart by type."""
+    """The fourth parameter is the old `authenticate` or the standard library's
+    `authkey`, told apart by type.
+    """
     own = bytes(multiprocessing.current_process().authkey)
     assert key_of(Listener(None, "AF_UNIX", 1)) is None
     assert key_of(Listener(None, "AF_UNIX", 1, None)) is None
@@ -335,12 +386,16 @@ def test_both_orders_of_parameters_are_understood() -> None:
 
 
 def test_third_parameter_of_client_serves_both_orders() -> None:
-    """Client's third parameter is `authenticate` or the key, and its fourth the key, as for Listener."""
+    """Client's third parameter is `authenticate` or the key, and its fourth the key, as
+    for Listener.
+    """
     with Listener(None, "AF_UNIX", 5, True) as listener:
         meet(listener, authenticate=True)
     for arguments in [("key",), (b"key",), (True, "key"), (False, b"key")]:
         with Listener(authkey=b"key") as listener:
-            thread = threading.Thread(target=lambda listener=listener: listener.accept(TIMEOUT_S).close())
+            thread = threading.Thread(
+                target=lambda listener=listener: listener.accept(TIMEOUT_S).close()
+            )
             thread.start()
             Client(listener.address, None, *arguments, timeout=TIMEOUT_S).close()
             thread.join()
@@ -348,10 +403,15 @@ def test_third_parameter_of_client_serves_both_orders() -> None:
 
 @pytest.mark.parametrize("arguments", [{"authkey": b""}, {"authkey": ""}, {"authenticate": b""}])
 def test_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> None:
-    """An empty key meets an empty key; a peer with another key is rejected, and a peer without one too."""
+    """An empty key meets an empty key; a peer with another key is rejected, and a peer
+    without one too.
+    """
     with Listener(**arguments) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
-        with Client(listener.address, timeout=TIMEOUT_S, **arguments) as client, accepted.result() as server:
+        with (
+            Client(listener.address, timeout=TIMEOUT_S, **arguments) as client,
+            accepted.result() as server,
+        ):
             client.send(1)
             assert server.recv() == 1
         accepted = aside(listener.accept, TIMEOUT_S)
@@ -361,7 +421,9 @@ def test_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> Non
             accepted.result()
 
 
-@pytest.mark.parametrize("arguments", [{"authkey": 5}, {"authenticate": 1.5}, {"authenticate": b"a", "authkey": b"b"}])
+@pytest.mark.parametrize(
+    "arguments", [{"authkey": 5}, {"authenticate": 1.5}, {"authenticate": b"a", "authkey": b"b"}]
+)
 def test_what_is_no_key_is_a_type_error(arguments: dict[str, Any], socket_dir: Path) -> None:
     """A key of another type, or two keys, is a TypeError, before anything is opened."""
     for function in (Listener, Client):
@@ -370,7 +432,9 @@ def test_what_is_no_key_is_a_type_error(arguments: dict[str, Any], socket_dir: P
     assert list(socket_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [{"handshake_timeout": 0}, {"max_handshakes": 0}, {"on_error": "shout"}])
+@pytest.mark.parametrize(
+    "arguments", [{"handshake_timeout": 0}, {"max_handshakes": 0}, {"on_error": "shout"}]
+)
 def test_options_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     """Options that would let nobody in, or that mean nothing, are ValueErrors."""
     with pytest.raises(ValueError, match=r"above 0|on_error"):
@@ -396,12 +460,19 @@ def test_unknown_family_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e10, 1e300])
-def test_accept_and_client_with_a_time_beyond_the_system_s_wait(tmp_path: Path, aside: Aside, timeout: float) -> None:
-    """Infinity and other times beyond what the system can count are times like any other."""
+def test_accept_and_client_with_a_time_beyond_the_system_s_wait(
+    tmp_path: Path, aside: Aside, timeout: float
+) -> None:
+    """Infinity and other times beyond what the system can count are times like any
+    other.
+    """
     for address in (str(tmp_path / "here"), ("localhost", 0)):
         with Listener(address, authkey=b"key", handshake_timeout=math.inf) as listener:
             accepted = aside(listener.accept, timeout)
-            with Client(listener.address, authkey=b"key", timeout=timeout) as client, accepted.result(30) as server:
+            with (
+                Client(listener.address, authkey=b"key", timeout=timeout) as client,
+                accepted.result(30) as server,
+            ):
                 client.send(1)
                 assert server.recv() == 1
 
@@ -423,7 +494,9 @@ def test_timeout_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("act", ["close", "accept"])
 def test_listener_used_by_a_signal_handler_inside_accept(tmp_path: Path, act: str) -> None:
-    """close() ends the interrupted accept with Closed; a nested accept raises, and the interrupted one goes on."""
+    """close() ends the interrupted accept with Closed; a nested accept raises, and the
+    interrupted one goes on.
+    """
     raised: list[BaseException] = []
 
     def handle(number: int, frame: Any) -> None:

@@ -1,4 +1,7 @@
-"""Connection: messages, limits, threads, and what happens when a frame is cut off. Pipe and wait."""
+"""Connection: messages, limits, threads, and what happens when a frame is cut off.
+
+Pipe and wait.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def pair() -> Iterator[tuple[Connection, Connection]]:
 
 @pytest.fixture
 def raw() -> Iterator[tuple[socket.socket, Connection]]:
-    """A bare socket and the connection that hears it; messages above 1000 bytes are refused."""
+    """A bare socket and the connection that hears it; messages above 1000 bytes are
+    refused.
+    """
     ours, theirs = socket.socketpair()
     with ours, Connection(theirs.detach(), max_message=1000) as connection:
         yield ours, connection
@@ -52,7 +57,9 @@ def raw() -> Iterator[tuple[socket.socket, Connection]]:
 
 @pytest.mark.parametrize("size", [0, 1, 16383, 16384, 16385, 256 * 1024, 256 * 1024 + 1, 5_000_000])
 def test_message_arrives_whole(pair: tuple[Connection, Connection], size: int) -> None:
-    """A message of any size, around every size at which the way of sending or receiving changes, arrives unchanged."""
+    """A message of any size, around every size at which the way of sending or receiving
+    changes, arrives unchanged.
+    """
     one, other = pair
     body = os.urandom(size)
     sender = threading.Thread(target=lambda: (one.send_bytes(body), one.send(body)))
@@ -63,7 +70,9 @@ def test_message_arrives_whole(pair: tuple[Connection, Connection], size: int) -
 
 
 def test_frames_are_those_of_the_standard_library(raw: tuple[socket.socket, Connection]) -> None:
-    """A message is its length, four bytes in network order, and its bytes; nothing more."""
+    """A message is its length, four bytes in network order, and its bytes; nothing
+    more.
+    """
     sock, connection = raw
     connection.send_bytes(b"hello")
     assert sock.recv(100) == b"\0\0\0\5hello"
@@ -72,7 +81,9 @@ def test_frames_are_those_of_the_standard_library(raw: tuple[socket.socket, Conn
 
 
 def test_long_form_of_the_length_is_understood(raw: tuple[socket.socket, Connection]) -> None:
-    """A length of -1 is followed by a 64-bit one, even where the short form would have done."""
+    """A length of -1 is followed by a 64-bit one, even where the short form would have
+    done.
+    """
     sock, connection = raw
     sock.sendall(struct.pack("!iQ", -1, 5) + b"hello")
     assert connection.recv_bytes() == b"hello"
@@ -82,7 +93,9 @@ def test_long_form_of_the_length_is_understood(raw: tuple[socket.socket, Connect
     ("arguments", "sent"),
     [((), b"abcdef"), ((2,), b"cdef"), ((2, 3), b"cde"), ((6,), b""), ((6, 0), b""), ((0, 0), b"")],
 )
-def test_part_of_a_buffer_is_sent(pair: tuple[Connection, Connection], arguments: tuple[int, ...], sent: bytes) -> None:
+def test_part_of_a_buffer_is_sent(
+    pair: tuple[Connection, Connection], arguments: tuple[int, ...], sent: bytes
+) -> None:
     """send_bytes(buf, offset, size) sends that part of the buffer."""
     one, other = pair
     one.send_bytes(b"abcdef", *arguments)
@@ -90,7 +103,9 @@ def test_part_of_a_buffer_is_sent(pair: tuple[Connection, Connection], arguments
 
 
 @pytest.mark.parametrize("arguments", [(7,), (2, 5), (6, 1), (-1,), (2, -1)])
-def test_part_outside_the_buffer_is_refused(pair: tuple[Connection, Connection], arguments: tuple[int, ...]) -> None:
+def test_part_outside_the_buffer_is_refused(
+    pair: tuple[Connection, Connection], arguments: tuple[int, ...]
+) -> None:
     """A part that is not wholly inside the buffer is a ValueError, and nothing is sent."""
     one, other = pair
     with pytest.raises(ValueError, match=r"offset|size"):
@@ -99,7 +114,9 @@ def test_part_outside_the_buffer_is_refused(pair: tuple[Connection, Connection],
 
 
 def test_arrays_are_received_in_place(pair: tuple[Connection, Connection]) -> None:
-    """recv_bytes_into fills any writable buffer, offset counted in bytes, and returns the size in bytes."""
+    """recv_bytes_into fills any writable buffer, offset counted in bytes, and returns
+    the size in bytes.
+    """
     one, other = pair
     numbers = array("i", [1, 2, 3, 4, 5])
     one.send_bytes(array("i", [42, 1729]))
@@ -120,7 +137,9 @@ def test_large_message_is_received_in_place(pair: tuple[Connection, Connection])
 
 
 def test_too_short_a_buffer_keeps_the_message(pair: tuple[Connection, Connection]) -> None:
-    """BufferTooShort, the standard library's too, carries the whole message, and the next one can be received."""
+    """BufferTooShort, the standard library's too, carries the whole message, and the
+    next one can be received.
+    """
     one, other = pair
     one.send_bytes(b"x" * 50)
     one.send_bytes(b"next")
@@ -131,7 +150,9 @@ def test_too_short_a_buffer_keeps_the_message(pair: tuple[Connection, Connection
     assert other.recv_bytes() == b"next"
 
 
-def test_unfit_buffers_are_refused_before_anything_is_read(pair: tuple[Connection, Connection]) -> None:
+def test_unfit_buffers_are_refused_before_anything_is_read(
+    pair: tuple[Connection, Connection],
+) -> None:
     """A read-only buffer or an offset outside it costs no message."""
     one, other = pair
     one.send_bytes(b"kept")
@@ -160,10 +181,15 @@ def test_old_names_do_the_same(pair: tuple[Connection, Connection]) -> None:
 
 
 @pytest.mark.parametrize(
-    "announced", [struct.pack("!i", 1001), struct.pack("!iQ", -1, 1001), struct.pack("!iQ", -1, 2**64 - 1)]
+    "announced",
+    [struct.pack("!i", 1001), struct.pack("!iQ", -1, 1001), struct.pack("!iQ", -1, 2**64 - 1)],
 )
-def test_too_large_a_message_is_refused_unread(raw: tuple[socket.socket, Connection], announced: bytes) -> None:
-    """More than max_message is refused on its announcement alone, with an OSError that tells both sizes."""
+def test_too_large_a_message_is_refused_unread(
+    raw: tuple[socket.socket, Connection], announced: bytes
+) -> None:
+    """More than max_message is refused on its announcement alone, with an OSError that
+    tells both sizes.
+    """
     sock, connection = raw
     sock.sendall(announced)
     with pytest.raises(MessageTooBig, match="at most 1000") as caught:
@@ -186,10 +212,15 @@ def test_largest_message_is_accepted(raw: tuple[socket.socket, Connection]) -> N
 
 
 @pytest.mark.parametrize(
-    "receive", [Connection.recv, lambda c: c.recv_bytes(2000), lambda c: c.recv_bytes_into(bytearray(4000))]
+    "receive",
+    [Connection.recv, lambda c: c.recv_bytes(2000), lambda c: c.recv_bytes_into(bytearray(4000))],
 )
-def test_every_way_to_receive_obeys_the_limit(raw: tuple[socket.socket, Connection], receive: Any) -> None:
-    """recv, recv_bytes with a larger limit of its own, and recv_bytes_into all refuse what is above max_message."""
+def test_every_way_to_receive_obeys_the_limit(
+    raw: tuple[socket.socket, Connection], receive: Any
+) -> None:
+    """recv, recv_bytes with a larger limit of its own, and recv_bytes_into all refuse
+    what is above max_message.
+    """
     sock, connection = raw
     sock.sendall(struct.pack("!i", 1500))
     with pytest.raises(MessageTooBig):
@@ -217,7 +248,9 @@ def test_a_huge_announcement_takes_no_memory() -> None:
 
 @pytest.mark.parametrize("length", [-2, -1000, -(2**31)])
 def test_impossible_length_is_refused(raw: tuple[socket.socket, Connection], length: int) -> None:
-    """A length below -1 is an error, where the standard library takes it for an empty message."""
+    """A length below -1 is an error, where the standard library takes it for an empty
+    message.
+    """
     sock, connection = raw
     sock.sendall(struct.pack("!i", length) + b"whatever")
     with pytest.raises(BadMessageLength, match=str(length)) as caught:
@@ -238,7 +271,9 @@ def test_negative_limit_is_refused() -> None:
 
 
 def test_end_of_the_peer(raw: tuple[socket.socket, Connection]) -> None:
-    """After its last message a closed peer is EOFError; poll() tells that there is something to learn."""
+    """After its last message a closed peer is EOFError; poll() tells that there is
+    something to learn.
+    """
     sock, connection = raw
     sock.sendall(b"\0\0\0\4last")
     sock.close()
@@ -262,7 +297,9 @@ def test_end_in_the_middle_of_a_message(raw: tuple[socket.socket, Connection], p
         connection.recv_bytes()
 
 
-def test_end_in_the_middle_of_a_message_received_in_place(raw: tuple[socket.socket, Connection]) -> None:
+def test_end_in_the_middle_of_a_message_received_in_place(
+    raw: tuple[socket.socket, Connection],
+) -> None:
     """The same for a message that is received into a buffer."""
     sock, connection = raw
     sock.sendall(b"\0\0\0\5half")
@@ -272,12 +309,21 @@ def test_end_in_the_middle_of_a_message_received_in_place(raw: tuple[socket.sock
 
 
 def test_closed_connection_says_so(pair: tuple[Connection, Connection]) -> None:
-    """Everything on a closed connection raises Closed, an OSError; closing again does nothing."""
+    """Everything on a closed connection raises Closed, an OSError; closing again does
+    nothing.
+    """
     one, _ = pair
     one.close()
     one.close()
     assert one.closed
-    for use in (one.recv, one.recv_bytes, one.poll, one.fileno, lambda: one.send(1), lambda: one.send_bytes(b"x")):
+    for use in (
+        one.recv,
+        one.recv_bytes,
+        one.poll,
+        one.fileno,
+        lambda: one.send(1),
+        lambda: one.send_bytes(b"x"),
+    ):
         with pytest.raises(Closed, match="closed"):
             use()
     with pytest.raises(Closed):
@@ -285,7 +331,9 @@ def test_closed_connection_says_so(pair: tuple[Connection, Connection]) -> None:
 
 
 def test_connection_left_to_the_garbage_is_closed() -> None:
-    """The descriptor of a connection nobody holds is closed, without a warning, and the peer sees the end."""
+    """The descriptor of a connection nobody holds is closed, without a warning, and the
+    peer sees the end.
+    """
     one, other = Pipe()
     del one
     with other, pytest.raises(EOFError):
@@ -293,7 +341,9 @@ def test_connection_left_to_the_garbage_is_closed() -> None:
 
 
 def test_one_way_pipe() -> None:
-    """Pipe(duplex=False) gives a reader and a writer, and each refuses the other's work."""
+    """Pipe(duplex=False) gives a reader and a writer, and each refuses the other's
+    work.
+    """
     reader, writer = Pipe(duplex=False)
     with reader, writer:
         assert (reader.readable, reader.writable) == (True, False)
@@ -307,7 +357,9 @@ def test_one_way_pipe() -> None:
 
 
 def test_refused_message_closes_a_reader() -> None:
-    """A connection that can only receive is of no more use after a bad message, so it closes."""
+    """A connection that can only receive is of no more use after a bad message, so it
+    closes.
+    """
     read, write = os.pipe()
     os.write(write, struct.pack("!i", 5000))
     os.close(write)
@@ -328,7 +380,9 @@ def test_impossible_connections_are_refused(arguments: tuple[Any, ...]) -> None:
 
 
 def test_frames_of_many_threads_do_not_mix(pair: tuple[Connection, Connection]) -> None:
-    """Messages of all sizes sent by several threads at once arrive whole, each thread's in its order."""
+    """Messages of all sizes sent by several threads at once arrive whole, each thread's
+    in its order.
+    """
     one, other = pair
     sizes = [10, 5000, 20_000, 300_000]
 
@@ -371,8 +425,12 @@ def test_many_threads_receive(pair: tuple[Connection, Connection], aside: Any) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
-def test_interrupted_message_is_not_continued_by_another(pair: tuple[Connection, Connection]) -> None:
-    """After an exception in the middle of a large message no other can be sent: the peer would take it for the rest."""
+def test_interrupted_message_is_not_continued_by_another(
+    pair: tuple[Connection, Connection],
+) -> None:
+    """After an exception in the middle of a large message no other can be sent: the
+    peer would take it for the rest.
+    """
     one, _ = pair
 
     class Interrupted(Exception):
@@ -395,10 +453,14 @@ def test_interrupted_message_is_not_continued_by_another(pair: tuple[Connection,
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forked_child_is_not_locked_out(pair: tuple[Connection, Connection]) -> None:
-    """A child forked while another thread of the parent was sending can send: it has no lock of that thread's."""
+    """A child forked while another thread of the parent was sending can send: it has no
+    lock of that thread's.
+    """
     one, other = pair
     with one._sending:
-        child = multiprocessing.get_context("fork").Process(target=one.send, args=("from the child",))
+        child = multiprocessing.get_context("fork").Process(
+            target=one.send, args=("from the child",)
+        )
         child.start()
     assert other.poll(TIMEOUT_S)
     assert other.recv() == "from the child"
@@ -409,19 +471,24 @@ def test_forked_child_is_not_locked_out(pair: tuple[Connection, Connection]) -> 
 
 
 def test_plain_pickle_is_refused(pair: tuple[Connection, Connection]) -> None:
-    """A connection that is pickled in any other way than for a process says what the right way is."""
+    """A connection that is pickled in any other way than for a process says what the
+    right way is.
+    """
     with pytest.raises(TypeError, match="Process"):
         pickle.dumps(pair[0])
 
 
 @pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods())
 def test_connection_is_handed_to_a_child(start_method: str) -> None:
-    """A child process of every kind can use a connection given to it, and when it ends nobody else holds that one."""
+    """A child process of every kind can use a connection given to it, and when it ends
+    nobody else holds that one.
+    """
     context = multiprocessing.get_context(start_method)
     one, other = Pipe()
     with one:
         with other:
-            # The connection's own method is what the child runs: it needs no module but the connection's.
+            # The connection's own method is what the child runs: it needs no module but
+            # the connection's.
             child = context.Process(target=other.send, args=("from the child",))
             child.start()
         assert one.poll(TIMEOUT_S)
@@ -436,7 +503,13 @@ def test_limit_goes_with_the_connection() -> None:
     """A connection sent over a connection keeps what it is for and its largest message."""
     one, other = Pipe()
     reader, writer = Pipe(duplex=False)
-    with one, other, reader, writer, Connection(os.dup(reader.fileno()), writable=False, max_message=7) as limited:
+    with (
+        one,
+        other,
+        reader,
+        writer,
+        Connection(os.dup(reader.fileno()), writable=False, max_message=7) as limited,
+    ):
         one.send(limited)
         with other.recv() as received:
             assert (received.readable, received.writable, received.max_message) == (True, False, 7)
@@ -449,7 +522,9 @@ def test_limit_goes_with_the_connection() -> None:
 
 
 def test_poll_waits_as_long_as_told(pair: tuple[Connection, Connection]) -> None:
-    """poll() returns at once, poll(t) after t at the latest and no earlier, poll(None) when something has come."""
+    """poll() returns at once, poll(t) after t at the latest and no earlier, poll(None)
+    when something has come.
+    """
     one, other = pair
     assert one.poll() is False
     assert one.poll(-1) is False
@@ -463,7 +538,9 @@ def test_poll_waits_as_long_as_told(pair: tuple[Connection, Connection]) -> None
 
 
 def test_wait_tells_who_is_ready(pair: tuple[Connection, Connection]) -> None:
-    """wait() takes connections, sockets and descriptors, and returns those that are ready, in the order given."""
+    """wait() takes connections, sockets and descriptors, and returns those that are
+    ready, in the order given.
+    """
     one, other = pair
     left, right = socket.socketpair()
     read, write = os.pipe()
@@ -487,7 +564,9 @@ def test_wait_tells_who_is_ready(pair: tuple[Connection, Connection]) -> None:
 def test_send_bytes_of_several_dimensions_sends_all(
     pair: tuple[Connection, Connection], shape: tuple[int, ...], code: str
 ) -> None:
-    """A contiguous buffer of several dimensions is sent byte for byte, whatever its items."""
+    """A contiguous buffer of several dimensions is sent byte for byte, whatever its
+    items.
+    """
     one, other = pair
     data = os.urandom(math.prod(shape) * struct.calcsize(code))
     view = memoryview(data).cast(code, shape) if data else memoryview(empty_rows())  # type: ignore[call-overload]
@@ -503,7 +582,9 @@ def empty_rows() -> Any:
     return ((ctypes.c_ubyte * 3) * 0)()
 
 
-def test_send_bytes_of_several_dimensions_counts_offset_in_bytes(pair: tuple[Connection, Connection]) -> None:
+def test_send_bytes_of_several_dimensions_counts_offset_in_bytes(
+    pair: tuple[Connection, Connection],
+) -> None:
     """Offset and size are bytes of the whole buffer, not rows."""
     one, other = pair
     view = memoryview(bytes(range(12))).cast("B", (3, 4))
@@ -526,7 +607,9 @@ def test_send_bytes_of_several_dimensions_counts_offset_in_bytes(pair: tuple[Con
 def test_send_bytes_of_a_buffer_with_gaps_raises_and_sends_nothing(
     pair: tuple[Connection, Connection], view: memoryview, error: type[Exception]
 ) -> None:
-    """What is not contiguous is refused as by the standard library, but before the length has left."""
+    """What is not contiguous is refused as by the standard library, but before the
+    length has left.
+    """
     one, other = pair
     with pytest.raises(error):
         one.send_bytes(view)
@@ -551,8 +634,12 @@ def test_recv_bytes_into_several_dimensions_fills_all(pair: tuple[Connection, Co
 # Time.
 
 
-def test_wait_as_long_as_infinity_returns_what_is_ready(pair: tuple[Connection, Connection]) -> None:
-    """Infinity and other times beyond what the system can count are times like any other."""
+def test_wait_as_long_as_infinity_returns_what_is_ready(
+    pair: tuple[Connection, Connection],
+) -> None:
+    """Infinity and other times beyond what the system can count are times like any
+    other.
+    """
     one, other = pair
     for timeout in (math.inf, 1e10, 1e300):
         one.send_bytes(b"here")
@@ -566,7 +653,9 @@ def test_wait_as_long_as_infinity_returns_what_is_ready(pair: tuple[Connection, 
     assert wait([other], -math.inf) == []
 
 
-def test_wait_for_a_time_that_is_not_a_number_is_refused(pair: tuple[Connection, Connection]) -> None:
+def test_wait_for_a_time_that_is_not_a_number_is_refused(
+    pair: tuple[Connection, Connection],
+) -> None:
     """NaN is a mistake of the caller."""
     with pytest.raises(ValueError, match="not a number"):
         pair[1].poll(math.nan)
@@ -578,7 +667,9 @@ def test_wait_for_a_time_that_is_not_a_number_is_refused(pair: tuple[Connection,
 
 
 def in_signal_handler(call: Any, act: Any) -> tuple[Any, BaseException | None]:
-    """Call ``call``, ``act`` from a signal handler meanwhile; return what act raised, and what call did."""
+    """Call ``call``, ``act`` from a signal handler meanwhile; return what act raised,
+    and what call did.
+    """
     raised: list[BaseException | None] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -601,7 +692,9 @@ def in_signal_handler(call: Any, act: Any) -> tuple[Any, BaseException | None]:
 
 
 def test_recv_inside_a_recv_raises(pair: tuple[Connection, Connection]) -> None:
-    """A signal handler's recv can't wait for the recv that it interrupts; that one goes on."""
+    """A signal handler's recv can't wait for the recv that it interrupts; that one goes
+    on.
+    """
     one, other = pair
 
     def nested() -> None:
@@ -618,12 +711,16 @@ def test_recv_inside_a_recv_raises(pair: tuple[Connection, Connection]) -> None:
 
 
 def test_send_inside_a_send_raises(pair: tuple[Connection, Connection]) -> None:
-    """A signal handler's send can't wait for the send that it interrupts; that one goes on."""
+    """A signal handler's send can't wait for the send that it interrupts; that one goes
+    on.
+    """
     one, other = pair
     reader = threading.Timer(0.2, lambda: got.append(len(other.recv_bytes())))
     got: list[int] = []
     reader.start()
-    raised, error = in_signal_handler(lambda: one.send_bytes(bytes(5_000_000)), lambda: one.send_bytes(b"nested"))
+    raised, error = in_signal_handler(
+        lambda: one.send_bytes(bytes(5_000_000)), lambda: one.send_bytes(b"nested")
+    )
     reader.join()
     assert isinstance(raised, RuntimeError)
     assert error is None

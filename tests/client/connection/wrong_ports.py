@@ -1,4 +1,6 @@
-"""Listeners that are not what a client looks for: what each says, and what the client should make of it."""
+"""Listeners that are not what a client looks for: what each says, and what the client
+should make of it.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from brokerd_client.wire.certificate import end_point, signature_hash, validity
 
 
 def target(data: bytes) -> None:
-    """Read the bytes: the same comes out as of the library wherever that reads them, ValueError or anything else."""
+    """Read the bytes: the same comes out as of the library wherever that reads them,
+    ValueError or anything else.
+    """
     try:
         digest = signature_hash(data)
         assert end_point(data) == hashlib.new(digest, data).digest()
@@ -46,16 +48,28 @@ def target(data: bytes) -> None:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield certificates of the common kinds, from keys made for the purpose and forgotten."""
+    """Yield certificates of the common kinds, from keys made for the purpose and
+    forgotten.
+    """
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fuzz")])
     begin = datetime(2024, 2, 29, 12, 30, 1, tzinfo=UTC)
 
     def made(key: Any, digest: Any = None, days: int = 9, scheme: Any = None) -> bytes:
-        builder = x509.CertificateBuilder(name, name, key.public_key(), 77, begin, begin + timedelta(days=days))
-        return builder.sign(key, digest, rsa_padding=scheme).public_bytes(serialization.Encoding.DER)
+        builder = x509.CertificateBuilder(
+            name, name, key.public_key(), 77, begin, begin + timedelta(days=days)
+        )
+        return builder.sign(key, digest, rsa_padding=scheme).public_bytes(
+            serialization.Encoding.DER
+        )
 
     curve = ec.generate_private_key(ec.SECP256R1())
-    for digest in (hashes.SHA224(), hashes.SHA256(), hashes.SHA384(), hashes.SHA512(), hashes.SHA3_256()):
+    for digest in (
+        hashes.SHA224(),
+        hashes.SHA256(),
+        hashes.SHA384(),
+        hashes.SHA512(),
+        hashes.SHA3_256(),
+    ):
         yield f"ec-{digest.name}", made(curve, digest)
     yield "ec-after-2050", made(curve, hashes.SHA256(), 12000)
     yield "ed25519", made(ed25519.Ed25519PrivateKey.generate())

@@ -1,4 +1,6 @@
-"""The configuration file, and values of a program: a Config, or whole lines of what is wrong, in bounded time."""
+"""The configuration file, and values of a program: a Config, or whole lines of what is
+wrong, in bounded time.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,15 @@ from brokerd.config import load as loading
 from brokerd.config.load import ConfigError, build, load_text
 
 ROOT = Path(__file__).resolve().parents[3]
-#: Seconds of computing for one input; an instrumented run takes some ten times as long as an ordinary one.
+#: Seconds of computing for one input; an instrumented run takes some ten times as long
+#: as an ordinary one.
 PATIENCE_S = 10.0
 
 
 def target(data: bytes) -> None:
-    """Load the bytes as a file; if they are JSON of the right form, build from the values too."""
+    """Load the bytes as a file; if they are JSON of the right form, build from the
+    values too.
+    """
     begin = time.process_time()
     # What a fuzzer makes up must lead to no other file than its own.
     with mock.patch.object(loading, "matching", return_value=[]):
@@ -49,7 +54,9 @@ def program(data: bytes) -> None:
 
 
 def check(error: ConfigError) -> None:
-    """Hold an error to its form: a line for each problem, each with a place, printable and not endless."""
+    """Hold an error to its form: a line for each problem, each with a place, printable
+    and not endless.
+    """
     lines = str(error).split("\n")
     assert len(lines) == len(error.problems) > 0
     for line in lines:
@@ -62,7 +69,11 @@ def check(error: ConfigError) -> None:
 def seeds() -> Iterator[tuple[str, bytes]]:
     """Yield the project's examples, and small files that each use something else."""
     for path in (ROOT / "config" / "examples" / "team.yaml", ROOT / "config" / "brokerd.yaml"):
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if not line.lstrip().startswith("#")]
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8").split("\n")
+            if not line.lstrip().startswith("#")
+        ]
         yield path.stem, "\n".join(lines).replace("key_file:", "key:").encode()
     head = "listen: [/run/b.sock]\nclients: {a: {key: aaaaaaaaaaaaaaaaaaaaaaaa}}\n"
     for name, text in {
@@ -83,13 +94,18 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "tab": "listen:\n\t- x\n",
         "two": "a: 1\n---\nb: 2\n",
         "control": 'listen: [\'a\\0b\', "\\x07"]\nclients: {"\\u2028": {key: x}}\n',
-        "numbers": head + "limits: {max_message: 1e999, handshakes: -1, queue: 0x10, max_clients: 1:30}\n",
+        "numbers": head
+        + "limits: {max_message: 1e999, handshakes: -1, queue: 0x10, max_clients: 1:30}\n",
         "include": head + "include: [clients.d/*.yaml, /etc/passwd]\n",
     }.items():
         yield name, text.encode()
     values = {
         "listen": ["/run/b.sock", ["127.0.0.1", 7000], 5, None, {"address": "x", "mode": 384}],
-        "clients": {"a": "0123456789abcdef", "b": {"key": "fedcba9876543210", "queue": "1MiB", "admin": True}, "": "x"},
+        "clients": {
+            "a": "0123456789abcdef",
+            "b": {"key": "fedcba9876543210", "queue": "1MiB", "admin": True},
+            "": "x",
+        },
         "limits": {"max_message": 1.5, "handshakes": None},
         "log": {"level": ["x"]},
         "monitor": ["127.0.0.1", 0],

@@ -1,7 +1,9 @@
-"""The library's receiving side: whatever a broker says, every call has one outcome, and pieces change nothing.
+"""The library's receiving side: whatever a broker says, every call has one outcome, and
+pieces change nothing.
 
-The bytes describe what waits for an answer, and what the broker says: frames put together from parts, or bytes that were
-made up. The same is said twice, whole and cut; both times the same has to come of it.
+The bytes describe what waits for an answer, and what the broker says: frames put
+together from parts, or bytes that were made up. The same is said twice, whole and cut;
+both times the same has to come of it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from typing import Any
 
 from fuzz.script import Script, item
 
-from brokerd_client.errors import AuthenticationError, BrokerdError, Disconnected, ProtocolError, Refused
+from brokerd_client.errors import (
+    AuthenticationError,
+    BrokerdError,
+    Disconnected,
+    ProtocolError,
+    Refused,
+)
 from brokerd_client.message import Message, Receipt
 from brokerd_client.protocol.dialog import Dialog, Effects
 from brokerd_client.protocol.state import Event, State
@@ -27,7 +35,15 @@ MOST_PIECES = 30
 HANDSHAKE, INTRODUCTION, READY, RECONNECTED = range(4)
 RAW, BUILT, ANNOUNCED = range(3)
 NAMES = (b"$broker", b"bob", b"bob/1", b"carol", b"", b"\xff", b"x" * 64, b"a b")
-TOPICS = (b"a.b", b"", b"$broker.online.bob", b"$broker.offline.carol", b"$broker.draining", b"\xff", b"x" * 255)
+TOPICS = (
+    b"a.b",
+    b"",
+    b"$broker.online.bob",
+    b"$broker.offline.carol",
+    b"$broker.draining",
+    b"\xff",
+    b"x" * 255,
+)
 PAYLOADS = (
     b"",
     b"{}",
@@ -38,7 +54,14 @@ PAYLOADS = (
     b'{"name":"\\ud800","address":7}',
     b"[1]",
 )
-EXTENSIONS = (b"{}", b'{"ttl":5}', b"{", b'{"a":' + b"[" * 40 + b"]" * 40 + b"}", b'{"a":' + b"9" * 400 + b"}", b"[]")
+EXTENSIONS = (
+    b"{}",
+    b'{"ttl":5}',
+    b"{",
+    b'{"a":' + b"[" * 40 + b"]" * 40 + b"}",
+    b'{"a":' + b"9" * 400 + b"}",
+    b"[]",
+)
 #: What may end a connection.
 ENDS = (AuthenticationError, ProtocolError, Disconnected)
 GONE = Disconnected("cut")
@@ -57,7 +80,8 @@ def target(data: bytes) -> None:
     pieces = [piece(script) for _ in range(MOST_PIECES) if script.left]
     whole = run(stage, calls, pieces, 10**9)
     cut = run(stage, calls, pieces, step)
-    # What comes in one read with the broker's goodbye is taken in, and what comes later is not.
+    # What comes in one read with the broker's goodbye is taken in, and what comes later
+    # is not.
     assert cut == whole or ("broken", Disconnected) in cut
 
 
@@ -112,7 +136,9 @@ def authenticated(dialog: Dialog[Message]) -> None:
 
 def introduced(dialog: Dialog[Message]) -> None:
     """Let the broker say who the client is."""
-    (id,) = (each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI")
+    (id,) = (
+        each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI"
+    )
     effects = dialog.receive(frame(HEADER.pack(3, 0, 2, 7, id), b"$broker", WHOAMI), Owner(), 0.0)
     assert effects.broken is None
     assert dialog.state is State.READY
@@ -177,7 +203,8 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
     assert len(dialog.pending_calls) == 0
     outcomes = Counter(waiter for what, waiter in told if what == "outcome")
     assert outcomes == Counter(waiters)
-    # An answer of ours may be lost that has the id of something that was refused; when that was heard of decides.
+    # An answer of ours may be lost that has the id of something that was refused; when
+    # that was heard of decides.
     counters = {name: count for name, count in dialog.counters.items() if name != "undelivered"}
     return [each for each in told if each[0] != "outcome"] + [counters]
 
@@ -187,7 +214,9 @@ def note(effects: Effects[Message], told: list[tuple[str, Any]]) -> None:
     for waiter, value in effects.outcomes:
         assert isinstance(value, (Message, Receipt, dict, BrokerdError))
         told.append(("outcome", waiter))
-    told.extend(("message", (m.kind, m.id, m.sender, m.body, str(m.extension))) for m in effects.messages)
+    told.extend(
+        ("message", (m.kind, m.id, m.sender, m.body, str(m.extension))) for m in effects.messages
+    )
     for sink, found in effects.events:
         told.append((f"event {sink}", found.body if isinstance(found, Message) else found))
     for error in (*effects.undelivered, *effects.unreadable, *(why for _, why in effects.ended)):
@@ -209,35 +238,84 @@ def written(dialog: Dialog[Message], stage: int) -> None:
     assert not reader.buffered
 
 
-def built(kind: int, which: int = 0, *, flags: int = 0, name: int = 0, rest: tuple[int, int, int] = (0, 0, 0)) -> bytes:
+def built(
+    kind: int,
+    which: int = 0,
+    *,
+    flags: int = 0,
+    name: int = 0,
+    rest: tuple[int, int, int] = (0, 0, 0),
+) -> bytes:
     """Return a piece of a script. rest: numbers of topic, extension, payload."""
     return bytes([BUILT, kind, flags, 2, which, name, *rest])
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield right and wrong answers to everything that can wait, and what no broker says."""
+    """Yield right and wrong answers to everything that can wait, and what no broker
+    says.
+    """
     every = bytes(range(CALLS))
     for payload in range(len(PAYLOADS)):
-        pieces = b"".join(built(3, which, name=which % 2, rest=(0, 0, payload)) for which in range(8))
+        pieces = b"".join(
+            built(3, which, name=which % 2, rest=(0, 0, payload)) for which in range(8)
+        )
         yield f"replies-{payload}", bytes([READY, 5]) + every[:5] + b"\x06" + pieces
         yield f"operations-{payload}", bytes([READY, 5]) + every[3:] + b"\x06" + pieces
         yield f"again-{payload}", bytes([RECONNECTED, 5]) + every[3:] + b"\x06" + pieces
-        yield f"introduction-{payload}", bytes([INTRODUCTION, 0, 3]) + built(3, 0, rest=(0, 0, payload)) * 2
-        errors = b"".join(built(4, which, name=which % 2, rest=(0, 0, payload)) for which in range(8))
+        yield (
+            f"introduction-{payload}",
+            bytes([INTRODUCTION, 0, 3]) + built(3, 0, rest=(0, 0, payload)) * 2,
+        )
+        errors = b"".join(
+            built(4, which, name=which % 2, rest=(0, 0, payload)) for which in range(8)
+        )
         yield f"errors-{payload}", bytes([READY, 5]) + every[:5] + b"\x06" + errors
-    yield "receipts", bytes([READY, 3]) + every[:3] + b"\x00" + b"".join(built(6, which) for which in range(3)) * 2
+    yield (
+        "receipts",
+        bytes([READY, 3])
+        + every[:3]
+        + b"\x00"
+        + b"".join(built(6, which) for which in range(3)) * 2,
+    )
     for kind in range(10):
-        extended = b"".join(built(kind, 0, flags=2, name=1, rest=(0, number, 1)) for number in range(len(EXTENSIONS)))
+        extended = b"".join(
+            built(kind, 0, flags=2, name=1, rest=(0, number, 1))
+            for number in range(len(EXTENSIONS))
+        )
         yield f"extensions-{kind}", bytes([READY, 3]) + every[:3] + b"\x0a" + extended
-        named = b"".join(built(kind, 0, name=number, rest=(0, 0, 1)) for number in range(len(NAMES)))
+        named = b"".join(
+            built(kind, 0, name=number, rest=(0, 0, 1)) for number in range(len(NAMES))
+        )
         yield f"names-{kind}", bytes([READY, 3]) + every[:3] + b"\x0a" + named
-    topics = b"".join(built(5, 0, name=number % 2, rest=(number, 0, 1)) for number in range(2 * len(TOPICS)))
+    topics = b"".join(
+        built(5, 0, name=number % 2, rest=(number, 0, 1)) for number in range(2 * len(TOPICS))
+    )
     yield "topics", bytes([READY, 3]) + every[5:] + b"\x0a" + topics
-    for name, length in {"negative": -2, "long": -1, "huge": 2**31 - 1, "short": 3, "none": 0}.items():
-        announced = bytes([ANNOUNCED]) + (length % 2**32).to_bytes(4, "big") + item(b"\x01\0\0\x03" + bytes(60))
-        yield f"length-{name}", bytes([READY, 2]) + every[:2] + b"\x04" + built(1, 0, name=1) + announced * 2
+    for name, length in {
+        "negative": -2,
+        "long": -1,
+        "huge": 2**31 - 1,
+        "short": 3,
+        "none": 0,
+    }.items():
+        announced = (
+            bytes([ANNOUNCED])
+            + (length % 2**32).to_bytes(4, "big")
+            + item(b"\x01\0\0\x03" + bytes(60))
+        )
+        yield (
+            f"length-{name}",
+            bytes([READY, 2]) + every[:2] + b"\x04" + built(1, 0, name=1) + announced * 2,
+        )
     challenge = frame(b"#CHALLENGE#{sha256}" + bytes(40))
-    for name, words in {"wrong": frame(b"#FAILURE#"), "http": b"HTTP/1.1 400", "welcome": frame(b"#WELCOME#")}.items():
+    for name, words in {
+        "wrong": frame(b"#FAILURE#"),
+        "http": b"HTTP/1.1 400",
+        "welcome": frame(b"#WELCOME#"),
+    }.items():
         yield f"handshake-{name}", bytes([HANDSHAKE, 0, 3, RAW]) + item(challenge + words)
     plain = frame(HEADER.pack(1, 0, 0, 3, 1) + b"bob" + b"x" * 10)
-    yield "run", bytes([READY, 0, 30, RAW]) + item(plain * 7) + bytes([RAW]) + item(plain * 3 + b"\0\0\0")
+    yield (
+        "run",
+        bytes([READY, 0, 30, RAW]) + item(plain * 7) + bytes([RAW]) + item(plain * 3 + b"\0\0\0"),
+    )

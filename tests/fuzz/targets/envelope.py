@@ -6,11 +6,23 @@ import json
 from collections.abc import Iterator
 
 from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
-from brokerd_client.wire.envelope import HEADER, CodecId, Envelope, ErrorCode, Flag, Kind, encode, error_payload, parse
+from brokerd_client.wire.envelope import (
+    HEADER,
+    CodecId,
+    Envelope,
+    ErrorCode,
+    Flag,
+    Kind,
+    encode,
+    error_payload,
+    parse,
+)
 
 
 def target(data: bytes) -> None:
-    """Parse the bytes: an envelope that encodes to them again, or MalformedEnvelope with the id if it was there."""
+    """Parse the bytes: an envelope that encodes to them again, or MalformedEnvelope
+    with the id if it was there.
+    """
     try:
         envelope = parse(data)
     except MalformedEnvelope as error:
@@ -22,7 +34,8 @@ def target(data: bytes) -> None:
     try:
         again = encode(envelope)
     except InvalidName:
-        # A topic of no bytes has a form on the wire; that nothing can be published on it is for the receiver to say.
+        # A topic of no bytes has a form on the wire; that nothing can be published on
+        # it is for the receiver to say.
         assert envelope.kind is Kind.EVENT
         assert not envelope.topic
         return
@@ -45,10 +58,27 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         topic = "jobs.new" if kind is Kind.EVENT else ""
         plain = Envelope(kind, 2**63 + kind, "" if topic else "bob", b"payload", topic=topic)
         yield f"plain-{kind.name.lower()}", encode(plain)
-        extended = Envelope(kind, 1, "$broker", b"", CodecId.JSON, Flag.RECEIPT, topic or "", {"ttl": 5, "a": [1, "ü"]})
+        extended = Envelope(
+            kind,
+            1,
+            "$broker",
+            b"",
+            CodecId.JSON,
+            Flag.RECEIPT,
+            topic or "",
+            {"ttl": 5, "a": [1, "ü"]},
+        )
         yield f"extended-{kind.name.lower()}", encode(extended)
-    yield "error", encode(Envelope(Kind.ERROR, 7, "$broker", error_payload(ErrorCode.OFFLINE, "gone", "bob"), 2))
-    yield "pool", encode(Envelope(Kind.REPLY, 7, "pool/ab1", b"\x80\x05N.", CodecId.PICKLE, Flag.ACK))
+    yield (
+        "error",
+        encode(
+            Envelope(Kind.ERROR, 7, "$broker", error_payload(ErrorCode.OFFLINE, "gone", "bob"), 2)
+        ),
+    )
+    yield (
+        "pool",
+        encode(Envelope(Kind.REPLY, 7, "pool/ab1", b"\x80\x05N.", CodecId.PICKLE, Flag.ACK)),
+    )
     for name, text in {
         "infinity": '{"ttl":1e400}',
         "nan": '{"ttl":NaN}',
@@ -68,7 +98,10 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         content = text.encode()
         header = HEADER.pack(Kind.MESSAGE, Flag.EXTENSION, 0, 3, 5) + b"bob"
         yield f"json-{name}", header + len(content).to_bytes(2, "big") + content
-    yield "json-utf16", HEADER.pack(1, 2, 0, 0, 1) + b"\0\x0c" + json.dumps({"a": 1}).encode("utf-16")[:12]
+    yield (
+        "json-utf16",
+        HEADER.pack(1, 2, 0, 0, 1) + b"\0\x0c" + json.dumps({"a": 1}).encode("utf-16")[:12],
+    )
     yield "no-topic", HEADER.pack(5, 0, 0, 0, 1) + b"\0"
     yield "name-beyond", HEADER.pack(1, 0, 0, 255, 1) + b"short"
     yield "bad-utf8", HEADER.pack(1, 0, 0, 2, 1) + b"\xff\xfe"

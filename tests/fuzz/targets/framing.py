@@ -1,4 +1,6 @@
-"""FrameReader, held against a reading of the same bytes in one piece that knows nothing of it."""
+"""FrameReader, held against a reading of the same bytes in one piece that knows nothing
+of it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ LIMITS = (0, 16, 256, 5000)
 
 
 def target(data: bytes) -> None:
-    """Feed the bytes in steps: the same frames and the same refusal come out as of the whole."""
+    """Feed the bytes in steps: the same frames and the same refusal come out as of the
+    whole.
+    """
     script = Script(data)
     limit = LIMITS[script.number() % len(LIMITS)]
     steps = [1 + step for step in script.item()] or [1 << 20]
@@ -45,11 +49,17 @@ def target(data: bytes) -> None:
     assert got == expected
     assert said == refusal
     assert reader.take_rest() == stream[consumed:fed]
-    assert plainly(b"".join(map(frame, got)), limit) == (got, "", sum(4 + len(body) for body in got))
+    assert plainly(b"".join(map(frame, got)), limit) == (
+        got,
+        "",
+        sum(4 + len(body) for body in got),
+    )
 
 
 def plainly(stream: bytes, limit: int) -> tuple[list[bytes], str, int]:
-    """Return (the frames' bodies, what is wrong behind them or "", where what is not taken begins)."""
+    """Return (the frames' bodies, what is wrong behind them or "", where what is not
+    taken begins).
+    """
     bodies: list[bytes] = []
     at = 0
     while len(stream) - at >= 4:

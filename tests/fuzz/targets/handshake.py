@@ -1,7 +1,9 @@
-"""Both roles of the handshake against a peer that the bytes describe: who is let in has used the key.
+"""Both roles of the handshake against a peer that the bytes describe: who is let in has
+used the key.
 
-The peer may say anything: what one says who knows the key, the same damaged, what one says who has another key, our own
-words, or bytes that were made up. What it proved is computed here again, with nothing of ``wire``.
+The peer may say anything: what one says who knows the key, the same damaged, what one
+says who has another key, our own words, or bytes that were made up. What it proved is
+computed here again, with nothing of ``wire``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from collections.abc import Iterator
 from fuzz.script import Script, item
 
 from brokerd_client.errors import AuthenticationError
-from brokerd_client.wire.channel_binding import BROKER, CLIENT, END_POINT, EXPORTER, bound_key, offer
+from brokerd_client.wire.channel_binding import (
+    BROKER,
+    CLIENT,
+    END_POINT,
+    EXPORTER,
+    bound_key,
+    offer,
+)
 from brokerd_client.wire.handshake import (
     CHALLENGE,
     FAILURE,
@@ -31,7 +40,8 @@ from brokerd_client.wire.handshake import (
     as_listener,
 )
 
-#: Nobody finds them by chance, and they are the same in every run, so that an input means the same.
+#: Nobody finds them by chance, and they are the same in every run, so that an input
+#: means the same.
 KEY = hashlib.sha256(b"the key of the target").digest()
 OTHER_KEY = hashlib.sha256(b"a stranger's key").digest()
 OUR_NONCE = hashlib.shake_256(b"ours").digest(NONCE_SIZE)
@@ -73,18 +83,28 @@ class _Peer:
                 proof = self._step
                 pairs = [(KEY, KEY)]
                 for kind, data in CHANNEL.items():
-                    pairs.append((bound_key(KEY, kind, data, CLIENT), bound_key(KEY, kind, data, BROKER)))
-                self._step = self._generator.send(next((to for of, to in pairs if proof.made_with(of)), None))
+                    pairs.append(
+                        (bound_key(KEY, kind, data, CLIENT), bound_key(KEY, kind, data, BROKER))
+                    )
+                self._step = self._generator.send(
+                    next((to for of, to in pairs if proof.made_with(of)), None)
+                )
         except (AuthenticationError, StopIteration):
             self._step = None
 
 
 def target(data: bytes) -> None:
-    """Run one side against the peer: it raises AuthenticationError, waits, or lets in somebody with the key."""
+    """Run one side against the peer: it raises AuthenticationError, waits, or lets in
+    somebody with the key.
+    """
     script = Script(data)
     flags = script.number()
     listening, named, md5 = bool(flags & LISTENER), bool(flags & NAMED), bool(flags & MD5)
-    channel = {kind: CHANNEL[kind] for kind, bit in ((EXPORTER, EXPORTED), (END_POINT, CERTIFIED)) if flags & bit}
+    channel = {
+        kind: CHANNEL[kind]
+        for kind, bit in ((EXPORTER, EXPORTED), (END_POINT, CERTIFIED))
+        if flags & bit
+    }
     name = NAME if flags & WITH_NAME else b""
     peers = []
     for key in (KEY, OTHER_KEY):
@@ -136,7 +156,8 @@ def target(data: bytes) -> None:
     except StopIteration as stop:
         end = stop.value
     if end is None:
-        # What an honest peer says is only refused where the answer may not carry what it carries.
+        # What an honest peer says is only refused where the answer may not carry what
+        # it carries.
         assert not honest or (listening and not named and (name or channel))
         return
     assert end.key in (KEY, *(bound_key(KEY, kind, data, BROKER) for kind, data in channel.items()))
@@ -153,7 +174,12 @@ def target(data: bytes) -> None:
         assert not heard[0].endswith(b"\0client")
     direction = b"client" if listening else b"broker"
     assert proves(
-        challenge, answer, channel, direction, md5=md5 and (listening or not channel), rest=listening and named
+        challenge,
+        answer,
+        channel,
+        direction,
+        md5=md5 and (listening or not channel),
+        rest=listening and named,
     )
     if not listening and channel:
         # There is no way back to a key that is not bound.
@@ -187,18 +213,32 @@ def frame_of(script: Script, peers: list[_Peer], said: list[bytes]) -> tuple[byt
         return (mac if bare else b"{%s}%s" % (digest.encode(), mac)), False
     if act == ASK:
         digest, size = DIGESTS[script.number() % len(DIGESTS)], script.number() % 64
-        return CHALLENGE + (b"{%s}" % digest.encode() if size != 20 else b"") + THEIR_NONCE[:size], False
+        return CHALLENGE + (b"{%s}" % digest.encode() if size != 20 else b"") + THEIR_NONCE[
+            :size
+        ], False
     return script.item()[:LIMIT], False
 
 
 def proves(
-    challenge: bytes, answer: bytes, channel: dict[str, bytes], direction: bytes, *, md5: bool, rest: bool
+    challenge: bytes,
+    answer: bytes,
+    channel: dict[str, bytes],
+    direction: bytes,
+    *,
+    md5: bool,
+    rest: bool,
 ) -> bool:
-    """Return whether the answer can only have been made with the key, for this challenge."""
+    """Return whether the answer can only have been made with the key, for this
+    challenge.
+    """
     if len(answer) == 16:
         return md5 and answer == hmac.new(KEY, challenge, "md5").digest()
     found = re.match(rb"\{([a-z0-9_]+)\}", answer)
-    if found is None or (digest := found[1].decode()) not in DIGESTS or (digest == "md5" and not md5):
+    if (
+        found is None
+        or (digest := found[1].decode()) not in DIGESTS
+        or (digest == "md5" and not md5)
+    ):
         return False
     size = hashlib.new(digest).digest_size
     mac, more = answer[found.end() : found.end() + size], answer[found.end() + size :]
@@ -214,7 +254,9 @@ def proves(
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield conversations in both roles: honest ones, and each with one thing wrong at each step."""
+    """Yield conversations in both roles: honest ones, and each with one thing wrong at
+    each step.
+    """
     honest = bytes([HONEST]) * 4
     for flags in (
         LISTENER,
@@ -225,17 +267,27 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         yield f"listener-{flags}", bytes([flags]) + honest
     for flags in (0, WITH_NAME, WITH_NAME | EXPORTED | CERTIFIED, CERTIFIED, MD5 | EXPORTED):
         yield f"dialer-{flags}", bytes([flags]) + honest
-    for role, flags in (("listener", LISTENER | NAMED | MD5), ("dialer", WITH_NAME | MD5), ("bound", EXPORTED)):
+    for role, flags in (
+        ("listener", LISTENER | NAMED | MD5),
+        ("dialer", WITH_NAME | MD5),
+        ("bound", EXPORTED),
+    ):
         for step in range(3):
             before = bytes([flags]) + honest[:step]
             yield f"{role}-damaged-{step}", before + bytes([DAMAGED, 30, 1]) + honest
             yield f"{role}-cut-{step}", before + bytes([CUT, 12]) + honest
-            yield f"{role}-longer-{step}", before + bytes([LONGER]) + item(b"bob\0tls-exporter 2") + honest
+            yield (
+                f"{role}-longer-{step}",
+                before + bytes([LONGER]) + item(b"bob\0tls-exporter 2") + honest,
+            )
             yield f"{role}-reflected-{step}", before + bytes([REFLECTED, 0]) + honest
             yield f"{role}-strange-{step}", before + bytes([STRANGE]) * 3
             yield f"{role}-raw-{step}", before + bytes([RAW]) + item(WELCOME) + honest
     for digest in range(len(DIGESTS)):
         for bare in (0, 1):
             yield f"proof-{digest}-{bare}", bytes([LISTENER | MD5, PROOF, digest, bare]) + honest
-            yield f"asked-{digest}-{bare}", bytes([MD5, ASK, digest, 20 if bare else 40, RAW]) + item(WELCOME) + honest
+            yield (
+                f"asked-{digest}-{bare}",
+                bytes([MD5, ASK, digest, 20 if bare else 40, RAW]) + item(WELCOME) + honest,
+            )
     yield "full", bytes([0, RAW]) + item(FAILURE + b" no place")

@@ -1,4 +1,6 @@
-"""Both routing loops, fed what the bytes describe: they agree on every byte, call and counter."""
+"""Both routing loops, fed what the bytes describe: they agree on every byte, call and
+counter.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +99,15 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "long-huge": frame(message, long=True, length=2**64 - 1),
         "cut": frame(message)[:20],
     }.items():
-        yield f"stream-{name}", step(RAW, 0, b"\3" + item(frame(message) + stream + frame(message), 2))
-    full = step(BLOCK, 1, b"\x05") + step(REPEAT, 0, item(message) + b"\x3b") * 2 + step(ADVANCE, 0, b"\2")
+        yield (
+            f"stream-{name}",
+            step(RAW, 0, b"\3" + item(frame(message) + stream + frame(message), 2)),
+        )
+    full = (
+        step(BLOCK, 1, b"\x05")
+        + step(REPEAT, 0, item(message) + b"\x3b") * 2
+        + step(ADVANCE, 0, b"\2")
+    )
     yield "full", full + step(READ, 1, b"\x40") + step(READ, 1, b"\xff")
     yield "full-gone", full + step(RECONNECT, 1) + step(RECONNECT, 0)
     fanout = step(SUBSCRIBE, 2, b"\0") + step(SUBSCRIBE, 3, b"\2") + step(BLOCK, 2, b"\x01")

@@ -1,7 +1,9 @@
-"""What one process hands over to the next, changed: refused in so many words, or taken over whole.
+"""What one process hands over to the next, changed: refused in so many words, or taken
+over whole.
 
-Taken over whole: the new broker, asked at once, says the same of itself, and it works on: everybody sends, answers, waits
-and leaves, and nothing is left behind. The bytes that wait are real frames: the core passes them on unread.
+Taken over whole: the new broker, asked at once, says the same of itself, and it works
+on: everybody sends, answers, waits and leaves, and nothing is left behind. The bytes
+that wait are real frames: the core passes them on unread.
 """
 
 from __future__ import annotations
@@ -86,7 +88,9 @@ def target(data: bytes) -> None:
         outbox = session.outbox
         if outbox.begun:
             # What the other process has written already, the client has.
-            first = outbox.queue()[0].frame if isinstance(outbox, FrameOutbox) else outbox.chunks()[0]
+            first = (
+                outbox.queue()[0].frame if isinstance(outbox, FrameOutbox) else outbox.chunks()[0]
+            )
             peer.have(bytes(first[: outbox.begun]))
     again = capture(net.broker, sessions, net.now)
     # Names that one of the two does not have are as they are at a start.
@@ -96,7 +100,9 @@ def target(data: bytes) -> None:
         if name in again.facts["clients"] or not is_as_at_start(each, facts["started_at"])
     }
     again.facts["clients"] = {
-        name: again.facts["clients"][name] for name in facts["clients"] if name in net.broker.exchange.clients
+        name: again.facts["clients"][name]
+        for name in facts["clients"]
+        if name in net.broker.exchange.clients
     }
     for name, each in again.facts["clients"].items():
         if facts["clients"][name]["rate"] != each["rate"]:
@@ -115,18 +121,26 @@ def is_as_at_start(client: Mapping[str, Any], started_at: float) -> bool:
 
 def take_idle(facts: Any) -> None:
     """Take in each session with its outbox, as if it had been copied before."""
-    sessions, outboxes = (facts.get(what) for what in ("sessions", "outboxes")) if isinstance(facts, dict) else (0, 0)
+    sessions, outboxes = (
+        (facts.get(what) for what in ("sessions", "outboxes"))
+        if isinstance(facts, dict)
+        else (0, 0)
+    )
     if not isinstance(sessions, list) or not isinstance(outboxes, list):
         return
     broker = Broker(CONFIGS)
     copies = Copies(broker)
     for session, outbox in zip(sessions, outboxes, strict=False):
         with contextlib.suppress(BadSnapshot):
-            restore_idle(broker, {"session": session, "outbox": outbox, "client": None}, 0.0, copies)
+            restore_idle(
+                broker, {"session": session, "outbox": outbox, "client": None}, 0.0, copies
+            )
 
 
 def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
-    """Return the facts without what a restore may change: see ``restore`` and ``Broker.reconfigure``."""
+    """Return the facts without what a restore may change: see ``restore`` and
+    ``Broker.reconfigure``.
+    """
     facts = copy.deepcopy(dict(facts))
     known = broker.exchange.clients
     clients = {
@@ -152,22 +166,37 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
     there = len(facts["outboxes"])
     outboxes = []
     for each in facts["outboxes"]:
-        held = told(each["queue"], there) if "queue" in each else [each["chunks"], sorted(each["left"])]
+        held = (
+            told(each["queue"], there)
+            if "queue" in each
+            else [each["chunks"], sorted(each["left"])]
+        )
         waits = sum(item[0] for item in each["queue"]) if "queue" in each else sum(each["chunks"])
         # One in which nothing waits is begun anew.
-        outboxes.append([each["frames"], each["size"], *([held, each["begun"], each["blocked"]] if waits else [])])
+        outboxes.append(
+            [
+                each["frames"],
+                each["size"],
+                *([held, each["begun"], each["blocked"]] if waits else []),
+            ]
+        )
     return {
         "clients": clients,
         "sessions": sessions,
         "outboxes": outboxes,
         "held": sorted(([*pair, left and float(left)] for *pair, left in facts["held"]), key=str),
         "leaving": [[position, told(queue, there)] for position, queue, _ in facts["leaving"]],
-        **{name: facts[name] for name in ("started_at", "next_number", "dropped", "refused", "totals", "given_back")},
+        **{
+            name: facts[name]
+            for name in ("started_at", "next_number", "dropped", "refused", "totals", "given_back")
+        },
     }
 
 
 def are_frames(body: bytes) -> bool:
-    """Return whether what waits has the form that the core has checked before it let anything wait."""
+    """Return whether what waits has the form that the core has checked before it let
+    anything wait.
+    """
     reader = FrameReader()
     reader.feed(body)
     try:
@@ -182,13 +211,26 @@ def told(queue: list[list[Any]], there: int) -> list[list[Any]]:
     """Return what is remembered of frames; a sender that is gone is nobody."""
     orphan = 4
     return [
-        [size, flags | orphan, None] if flags & orphan or (sender or 0) >= there else [size, flags, sender]
+        [size, flags | orphan, None]
+        if flags & orphan or (sender or 0) >= there
+        else [size, flags, sender]
         for size, flags, sender in queue
     ]
 
 
 SESSION = {
-    *("name", "instance", "address", "configured", "peer", "since", "number", "left_at", "skip", "charged"),
+    *(
+        "name",
+        "instance",
+        "address",
+        "configured",
+        "peer",
+        "since",
+        "number",
+        "left_at",
+        "skip",
+        "charged",
+    ),
     *("hold_s", "closing", "slow", "in", "subscriptions", "reached", "owed", "asked"),
 }
 
@@ -220,14 +262,18 @@ def live_on(net: FakeNet) -> None:
 
 
 def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """Return the input with one to three of its facts changed, or now and then its bytes."""
+    """Return the input with one to three of its facts changed, or now and then its
+    bytes.
+    """
     text, _, body = data.partition(MARK)
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return mutated_bytes(data, other, chance)
     if chance.random() < 0.1:
-        return json.dumps(facts).encode() + MARK + (body[: chance.randrange(len(body) + 1)] or b"more")
+        return (
+            json.dumps(facts).encode() + MARK + (body[: chance.randrange(len(body) + 1)] or b"more")
+        )
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         change(facts, chance)
     return json.dumps(facts).encode() + MARK + body
@@ -287,7 +333,9 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         peers = sorted(net.peers, key=lambda peer: peer.session.number)
         taken = capture(net.broker, [peer.session for peer in peers], net.now)
         facts = json.dumps(taken.facts, separators=(",", ":")).encode()
-        assert sum(isinstance(peer.session.outbox, FrameOutbox) for peer in peers) or name != "pools"
+        assert (
+            sum(isinstance(peer.session.outbox, FrameOutbox) for peer in peers) or name != "pools"
+        )
         yield name, facts + MARK + b"".join(taken.pieces)
 
 

@@ -1,4 +1,6 @@
-"""CPython's test cases, made here by CPython's own function, where spawned children find them."""
+"""CPython's test cases, made here by CPython's own function, where spawned children
+find them.
+"""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Runs the named classes of CPython's test cases; prints one JSON object: ran, skipped, absent, problems.
+"""Runs the named classes of CPython's test cases; prints one JSON object: ran, skipped,
+absent, problems.
 
 START_METHOD=fork PYTHONPATH=client:tests/interop/in_place python run_cases.py CLASS...
 """
@@ -62,7 +63,9 @@ def main():
                 "ran": [name for name in result.ran if name not in skipped],
                 "skipped": skipped,
                 "absent": absent,
-                "problems": [f"{test.id()}\n{text}" for test, text in result.errors + result.failures],
+                "problems": [
+                    f"{test.id()}\n{text}" for test, text in result.errors + result.failures
+                ],
             }
         )
     )

@@ -1,7 +1,9 @@
-"""Puts brokerd_client.connection in the place of multiprocessing.connection, in this process and all it starts.
+"""Puts brokerd_client.connection in the place of multiprocessing.connection, in this
+process and all it starts.
 
-Python runs this file by itself where its directory is on PYTHONPATH, and that reaches the children too, however they
-are started. So CPython's tests, and with them its managers, queues and pools, run upon our module.
+Python runs this file by itself where its directory is on PYTHONPATH, and that reaches
+the children too, however they are started. So CPython's tests, and with them its
+managers, queues and pools, run upon our module.
 """
 
 import multiprocessing
@@ -23,11 +25,14 @@ def _verify_challenge(authkey, message, response):
         raise multiprocessing.AuthenticationError("digest received was wrong")
 
 
-# Private names that the tests reach for; ours has no use for them, but the rules behind them are the same.
+# Private names that the tests reach for; ours has no use for them, but the rules behind
+# them are the same.
 ours.CHALLENGE = ours._CHALLENGE = handshake.CHALLENGE
 ours._create_response = _create_response
 ours._verify_challenge = _verify_challenge
 
-assert "multiprocessing.connection" not in sys.modules, "something imported the standard module first"
+assert "multiprocessing.connection" not in sys.modules, (
+    "something imported the standard module first"
+)
 sys.modules["multiprocessing.connection"] = ours
 multiprocessing.connection = ours
