@@ -1,41 +1,45 @@
-"""Notification of clients that a fork has copied them into another process.
+"""Registry of objects that must change in a forked child process.
 
-The copy's file descriptors are closed immediately. Otherwise the broker would not
-notice when the parent ends. No lock is taken, because the thread that held it does not
-exist in the child.
+A copied client closes its file descriptors immediately. Otherwise the broker would not
+notice when the parent ends. A copied connection or listener of the direct API gets new
+locks. No lock is taken here, because the thread that held it does not exist in the
+child.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from typing import Protocol
+from typing import Final, Protocol
 
-__all__ = ["register"]
+__all__ = ["Forkable", "register"]
 
 
 class Forkable(Protocol):
-    """An object that must not be used in a fork."""
+    """A client, connection or listener that a fork copies."""
 
-    def forked(self) -> None:
-        """Handle a fork, in the child."""
+    def _after_fork(self) -> None:
+        """Adapt the copy to the child process. Called in the child, once."""
         ...
 
 
-_registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_registered: Final[weakref.WeakSet[Forkable]] = weakref.WeakSet()
 
 
-def register(client: Forkable) -> None:
-    """Call ``client.forked()`` in every child forked from now on, as long as the client
-    lives.
+def register(copied: Forkable) -> None:
+    """Call ``copied._after_fork()`` in every child of this process, while it is alive.
+
+    A child does not inherit the registration. To be called in the child's own children
+    too, the object registers again in ``_after_fork``.
     """
-    _registered.add(client)
+    _registered.add(copied)
 
 
 def _in_child() -> None:
-    for client in list(_registered):
-        client.forked()
+    inherited = list(_registered)
     _registered.clear()
+    for copied in inherited:
+        copied._after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -127,7 +127,7 @@ class BaseClient:
         """Whether close() was called, or the connection is lost for good."""
         return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
 
-    def forked(self) -> None:
+    def _after_fork(self) -> None:
         """Disable this copy in a forked child; see brokerd_client._common.forks."""
         self._forked = True
         # Not the id of any thread, so that a send need not check _forked.

@@ -211,7 +211,7 @@ class BaseClient:
         self._dropped = True
         self._transport.wake()
 
-    def forked(self) -> None:
+    def _after_fork(self) -> None:
         """Disable this copy in a forked child; see brokerd_client._common.forks."""
         self._forked = True
         self._transport.disown()

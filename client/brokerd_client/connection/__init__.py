@@ -7,13 +7,17 @@ names included. It is compatible with the standard library of every Python.
 docs/direct-api.md says how to use it, and lists the differences from the standard
 library.
 
-    listener.py    Listener         listening_sockets.py  listening sockets, their
-    files, waking client.py      Client           handshaking.py        pending
-    handshakes, deliver_challenge, stream.py      Connection
-    answer_challenge pair.py        Pipe             keys.py               the forms of
-    a key xml.py         XmlListener ...  readiness.py          wait call_lock.py
-    locks            named_pipes.py        AF_PIPE, on Windows forks.py       resets in
-    a fork
+    listener.py           Listener
+    client.py             Client
+    stream.py             Connection
+    pair.py               Pipe
+    xml.py                XmlListener, XmlClient
+    readiness.py          wait
+    handshaking.py        pending handshakes, deliver_challenge, answer_challenge
+    keys.py               the forms of a key
+    listening_sockets.py  listening sockets, their files, and wakers
+    call_lock.py          locks of connections and listeners
+    named_pipes.py        AF_PIPE, on Windows
 """
 
 from __future__ import annotations

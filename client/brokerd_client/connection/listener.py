@@ -18,9 +18,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, cast
 
+from brokerd_client._common import forks
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
 from brokerd_client.connection.call_lock import new_turn, refuse_nested_call
-from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.handshaking import Negotiation, described, nonce
 from brokerd_client.connection.keys import Key, chosen_key
 from brokerd_client.connection.listening_sockets import (
@@ -101,7 +101,7 @@ class Listener:
         )
         self._address = self._server.address
         self._max_handshakes = min(max_handshakes, self._server.most_peers)
-        reset_after_fork(self)
+        forks.register(self)
 
     def __del__(self) -> None:
         if hasattr(self, "_server"):
@@ -209,7 +209,8 @@ class Listener:
         self._ready.clear()
         self._errors.clear()
 
-    def _reset_after_fork(self) -> None:
+    def _after_fork(self) -> None:
+        forks.register(self)
         # Pending peers belong to the parent; closing the copies here does not
         # disconnect them.
         self._turn = new_turn()

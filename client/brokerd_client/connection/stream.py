@@ -32,8 +32,8 @@ from multiprocessing import reduction
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeAlias
 
+from brokerd_client._common import forks
 from brokerd_client.connection.call_lock import Turn, new_turn, refuse_nested_call, release_if_held
-from brokerd_client.connection.forks import reset_after_fork
 from brokerd_client.connection.readiness import wait
 from brokerd_client.errors import BadLength, BufferTooShort, Closed, FrameTooBig
 from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame_span
@@ -143,7 +143,7 @@ class Connection:
         #: True while a message is written, and True for good if that was cut off.
         self._in_write = False
         self._take: Callable[[int], bytes] = partial(_read, descriptor)
-        reset_after_fork(self)
+        forks.register(self)
 
     def __del__(self) -> None:
         # getattr: __init__ may not have come that far.
@@ -171,7 +171,8 @@ class Connection:
     ) -> None:
         self.close()
 
-    def _reset_after_fork(self) -> None:
+    def _after_fork(self) -> None:
+        forks.register(self)
         # A thread that held one of these does not exist in the child.
         self._sending = new_turn()
         self._receiving = new_turn()
