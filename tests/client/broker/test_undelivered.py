@@ -66,7 +66,7 @@ def test_only_so_many_reasons_are_kept_apart() -> None:
     those = WarningLimiter()
     for number in range(3000):
         those.note(f"NoSuchClient c{number}", 0.0)
-    assert len(those._counted) == 1001
+    assert len(those._limit.counted) == 1001
     assert those.more(1.0).startswith(
         "2995 more messages were not delivered: others (1995), NoSuchClient c5 (1)"
     )

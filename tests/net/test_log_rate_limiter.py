@@ -183,7 +183,7 @@ def test_a_flood_of_many_kinds_is_bounded() -> None:
     for number in range(100_000):
         log_limiter.note("warning", "x.happened", f"alice, {number}: denied")
     # Each of them names a peer's own text, and they are kept for up to a minute.
-    assert len(log_limiter._flows["x.happened"].counted) <= 1001
+    assert len(log_limiter._flows["x.happened"].limit.counted) <= 1001
     log_limiter.close()
 
     assert len(log.named("x.happened")) == 50
