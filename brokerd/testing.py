@@ -30,6 +30,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from brokerd.config.load import build_config
 from brokerd.config.model import Config
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.process import loop_factory
@@ -181,7 +182,7 @@ class RunningBroker:
         listen: dict[str, Any] = {"address": self.address.removeprefix("tls://")}
         if self._tls is not None:
             listen["tls"] = dict(self._tls)
-        return Config.build(listen, self._entries, limits=self._limits or None)
+        return build_config(listen, self._entries, limits=self._limits or None)
 
     async def _make_daemon(self) -> Daemon:
         daemon = Daemon(self._config(), self._log)

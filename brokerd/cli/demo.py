@@ -26,7 +26,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 import brokerd_client
-from brokerd.config.model import Config
+from brokerd.config.load import build_config
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.process import loop_factory
 from brokerd.log.logger import quiet_log
@@ -134,7 +134,7 @@ async def _with_broker(directory: Path, console: Console) -> int:
     """
     keys = {name: secrets.token_urlsafe(32) for name in ("alice", "bob", "carol")}
     stock = await asyncio.to_thread(find_interpreter)
-    config = Config.build(
+    config = build_config(
         "127.0.0.1:0" if sys.platform == "win32" else str(directory / "brokerd.sock"),
         {
             name: {"key": key, "allow_md5": name == "carol" and stock.needs_md5}

@@ -20,7 +20,7 @@ from brokerd.config.text_files import MAX_FILE, Unreadable, decoded, matching, t
 from brokerd.config.validator import Entries
 from brokerd.config.yaml_reader import Document, read
 
-__all__ = ["MAX_FILE", "Config", "ConfigError", "build", "load", "load_text"]
+__all__ = ["MAX_FILE", "Config", "ConfigError", "build_config", "load", "load_text"]
 
 _NOT_A_PATH: Final = "is no path (give a file or a pattern)"
 
@@ -54,7 +54,7 @@ def load_text(
         return files.findings.config()
 
 
-def build(
+def build_config(
     listen: Any,
     clients: Mapping[str, bytes | str | Mapping[str, Any]],
     *,
@@ -63,7 +63,21 @@ def build(
     monitor: Any = None,
     base: str = "",
 ) -> Config:
-    """Return a configuration that a program made; see ``Config.build``."""
+    """Return a configuration from a program's values, under the same rules as a file.
+
+    Args:
+        listen: An address in any form, a mapping as in the file, or a list of such
+            entries. A tuple of host and port is one entry.
+        clients: Name to a key, or to a mapping as in the file; keys may be bytes.
+        limits: The mapping ``limits`` as in the file, or None for the defaults.
+        log: The mapping ``log`` as in the file, or None for the defaults.
+        monitor: An address in any form, or a mapping as in the file; None for no
+            monitor.
+        base: The directory of relative paths, by default the process's own.
+
+    Raises:
+        ConfigError: With every problem, as ``load`` does.
+    """
     entries = listen if isinstance(listen, list) else [listen]
     root: dict[str, Any] = {
         "listen": [list(entry) if isinstance(entry, tuple) else entry for entry in entries],

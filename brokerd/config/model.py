@@ -391,32 +391,6 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", MappingProxyType(dict(self.clients)))
 
-    @staticmethod
-    def build(
-        listen: Any,
-        clients: Mapping[str, bytes | str | Mapping[str, Any]],
-        *,
-        limits: Mapping[str, Any] | None = None,
-        log: Mapping[str, Any] | None = None,
-        monitor: Any = None,
-        base: str = "",
-    ) -> Config:
-        """Return a configuration from a program's values, under the same rules as a
-        file.
-
-        listen: an address in any form, a mapping as in the file, or a list of such
-        entries.
-            A tuple of host and port is one entry.
-        clients: name to a key, or to a mapping as in the file; keys may be bytes.
-        monitor: an address in any form, or a mapping as in the file; None for no
-        monitor. base: the directory of relative paths, by default the process's own.
-        Raises ConfigError as ``load`` does.
-        """
-        # Imported here, because load imports this module.
-        from brokerd.config.load import build
-
-        return build(listen, clients, limits=limits, log=log, monitor=monitor, base=base)
-
 
 class _Schema(GenerateJsonSchema):
     """Draft 2020-12, without null for an absent key: a key in the file has a value."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from brokerd.config.load import ConfigError, load, load_text
-from brokerd.config.model import Config, LogFormat, LogLevel, Rule, Source, WhenConnected, WhenFull
+from brokerd.config.load import ConfigError, build_config, load, load_text
+from brokerd.config.model import LogFormat, LogLevel, Rule, Source, WhenConnected, WhenFull
 from brokerd.config.problems import one_line
 from brokerd_client.address import Address
 
@@ -759,10 +759,10 @@ def test_loading_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_program_builds_a_configuration() -> None:
-    """Config.build takes an address, keys as text or bytes, and mappings as in the
+    """build_config takes an address, keys as text or bytes, and mappings as in the
     file.
     """
-    config = Config.build(
+    config = build_config(
         ("localhost", 0),
         {"a": b"\xff\x00", "b": "text", "c": {"key": b"c", "send_to": ["a"], "queue": "1KiB"}},
         limits={"max_message": "1MiB"},
@@ -781,11 +781,11 @@ def test_a_program_builds_a_configuration() -> None:
 
 
 def test_a_program_hears_every_mistake() -> None:
-    """Config.build refuses what a file would be refused for, naming the path, as there
+    """build_config refuses what a file would be refused for, naming the path, as there
     is no line.
     """
     with pytest.raises(ConfigError) as refused:
-        Config.build(
+        build_config(
             ["/run/b.sock", {"adress": 1}],
             {"a": b"", "b": {"key": "k", "send_to": ["c"]}, "d": {"keys": 5}},
         )

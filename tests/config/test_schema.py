@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from brokerd.config import model
-from brokerd.config.load import ConfigError, load, load_text
+from brokerd.config.load import ConfigError, build_config, load, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
@@ -142,7 +142,7 @@ def test_the_active_values_that_come_along_are_the_defaults() -> None:
     written = yaml.safe_load((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
 
     def config(limits: Any, log: Any, worker: dict[str, Any]) -> Any:
-        return model.Config.build("./b", {"worker": worker}, limits=limits, log=log)
+        return build_config("./b", {"worker": worker}, limits=limits, log=log)
 
     spelt_out = config(
         written["limits"],

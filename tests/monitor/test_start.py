@@ -7,12 +7,12 @@ import sys
 
 PROGRAM = """
 import asyncio, sys
-from brokerd.config.model import Config
+from brokerd.config.load import build_config
 from brokerd.daemon import Daemon
 from brokerd.log.logger import quiet_log
 
 async def main():
-    config = Config.build(["127.0.0.1:0"], {"alice": b"k"}, monitor=%r)
+    config = build_config(["127.0.0.1:0"], {"alice": b"k"}, monitor=%r)
     async with Daemon(config, quiet_log()):
         print(*sorted({"aiohttp", "prometheus_client"} & sys.modules.keys()))
 

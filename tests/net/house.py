@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from net.raw import Raw, login
 
+from brokerd.config.load import build_config
 from brokerd.config.model import Config
 from brokerd.daemon import Daemon
 from brokerd.daemon.process import loop_factory
@@ -119,7 +120,7 @@ def configuration(
         if not given.keys() & {"key", "keys", "key_file", "peer_uid"}:
             given["key"] = key_of(name)
         whole[name] = given
-    return Config.build(listen, whole, **more)
+    return build_config(listen, whole, **more)
 
 
 @contextmanager

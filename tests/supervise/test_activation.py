@@ -17,7 +17,7 @@ from e2e.process import Process, key_of
 from net.raw import Raw, login
 from supervise.manager import Manager
 
-from brokerd.config.model import Config
+from brokerd.config.load import build_config
 from brokerd.net.listen.socket_activation import (
     ActivatedSocket,
     ActivatedSockets,
@@ -67,7 +67,7 @@ def abstract() -> str:
 
 def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
     """Started by hand, the same configuration listens by itself and nobody is warned."""
-    (entry,) = Config.build([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
+    (entry,) = build_config([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
     with bound(("127.0.0.1", 0)) as sockets:
         other = ActivatedSockets(
             [ActivatedSocket(sockets[0], "other", parse(sockets[0].getsockname()))]
@@ -269,7 +269,7 @@ def test_the_address_comes_before_the_name(socket_dir: Path) -> None:
     """A socket bound to one entry's address and called as another entry belongs to the
     first.
     """
-    config = Config.build(
+    config = build_config(
         [str(socket_dir / "a"), {"address": str(socket_dir / "b"), "name": "both"}],
         {"alice": b"key"},
     )
