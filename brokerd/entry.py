@@ -1,35 +1,17 @@
 """Setup before large imports: open the standard descriptors and hold signals.
 
 Otherwise a closed standard descriptor would be reused for a socket or a file. A print
-would then write into it, and libuv ends the process when it closes one. A signal that
-arrives before its handler exists would end the process. It is held until
-:mod:`brokerd.daemon.process` handles it, or until :mod:`brokerd.cli.main` finds that
-another command runs.
+would then write into it, and libuv ends the process when it closes one.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from typing import Final
 
-__all__ = [
-    "HELD",
-    "brokerctl",
-    "brokerd",
-    "hold_signals",
-    "open_standard_descriptors",
-    "release_signals",
-]
+from brokerd._held_signals import hold_signals
 
-#: Signals that a running broker handles, and that would end a process without a
-#: handler.
-HELD: Final = tuple(
-    getattr(signal, name)
-    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, "pthread_sigmask")
-)
+__all__ = ["brokerctl", "brokerd", "open_standard_descriptors"]
 
 
 def brokerd() -> None:
@@ -62,15 +44,3 @@ def open_standard_descriptors() -> None:
             os.set_inheritable(opened, True)
             if getattr(sys, name) is None:
                 setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-
-
-def hold_signals() -> None:
-    """Block the signals in HELD until ``release_signals``."""
-    if HELD:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-
-
-def release_signals() -> None:
-    """Unblock the held signals, and deliver those that are pending."""
-    if HELD:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Final, cast
 import click
 
 from brokerd import __version__
+from brokerd._held_signals import release_signals
 from brokerd.config.text_files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
-from brokerd.entry import release_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

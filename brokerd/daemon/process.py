@@ -14,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from brokerd._held_signals import release_signals
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
 from brokerd.daemon import garbage
 from brokerd.daemon.daemon import Daemon, Stopped
 from brokerd.daemon.systemd import Supervisor
-from brokerd.entry import release_signals
 from brokerd.log.logger import AuditError, in_words
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import ActivatedSockets, SocketActivationError
