@@ -12,7 +12,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -112,15 +113,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.log",
         "brokerd.net",
         "brokerd.upgrade",
-        "brokerd.entry",
+        "brokerd._held_signals",
     ),
     "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.log"),
-    "brokerd.__main__": ("brokerd.cli", "brokerd.entry"),
+    "brokerd.__main__": ("brokerd.entry",),
+    "brokerd._held_signals": (),
     # The first thing that runs: it imports the rest when signals are held.
-    "brokerd.entry": ("brokerd.cli", "brokerd.ctl"),
+    "brokerd.entry": ("brokerd._held_signals", "brokerd.cli", "brokerd.ctl"),
     "brokerd.cli": (
         "brokerd_client",
-        "brokerd.entry",
+        "brokerd._held_signals",
         "brokerd.config",
         "brokerd.ctl",
         "brokerd.daemon",
@@ -146,6 +148,18 @@ NOT_IN_SANS_IO = {
     "threading",
     "time",
     "uvloop",
+}
+#: Imports under TYPE_CHECKING that close a circle: (importing module, imported module),
+#: where a ``*`` stands for any module of the folder, and the reason. Nothing else may.
+TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
+    ("brokerd.core.*", "brokerd.core.broker"): "functions that Broker calls are given it",
+    ("brokerd.core.session", "brokerd.core.*"): "a session keeps state for the other modules",
+    ("brokerd.core.*", "brokerd.core.session"): "the routing loop is given the sender's session",
+    ("brokerd.net.*", "brokerd.net.server"): "the parts of Server are given it",
+    (
+        "brokerd.net.handshake.*",
+        "brokerd.net.handshake.pending",
+    ): "admission and TLS are given a connection that keeps their state",
 }
 #: Used where it happens to be installed, and named in the error where it is not.
 OPTIONAL = {"brokerd_client.codec": {"msgpack"}}
@@ -233,6 +247,103 @@ def modules() -> list[tuple[str, Path]]:
             parts = path.relative_to(folder).with_suffix("").parts
             found.append((".".join((package, *parts)).removesuffix(".__init__"), path))
     return found
+
+
+def lines_for_types(path: Path) -> set[int]:
+    """Return the numbers of the lines below ``if TYPE_CHECKING:``."""
+    if path.suffix == ".pyx":
+        return set()
+    return {
+        line
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for line in range(statement.lineno, (statement.end_lineno or 0) + 1)
+    }
+
+
+def graph(
+    sources: dict[str, Path], allowed: Collection[tuple[str, str]] = ()
+) -> dict[str, set[str]]:
+    """Return the modules that each module imports, in functions and for types too.
+
+    allowed: pairs of patterns for imports under TYPE_CHECKING that are left out.
+    """
+    arrows: dict[str, set[str]] = {}
+    for module, path in sources.items():
+        for_types = lines_for_types(path)
+        arrows[module] = set()
+        for line, name in imports_of(path, module):
+            imported = name
+            while imported and imported not in sources:
+                imported = imported.rpartition(".")[0]
+            if (
+                imported
+                and imported != module
+                and not (
+                    line in for_types
+                    and any(
+                        fnmatchcase(module, importer) and fnmatchcase(imported, target)
+                        for importer, target in allowed
+                    )
+                )
+            ):
+                arrows[module].add(imported)
+    return arrows
+
+
+def circles(arrows: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Return the groups of modules that import each other, directly or not."""
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        pending = [module]
+        while pending:
+            for imported in arrows[pending.pop()] - found:
+                found.add(imported)
+                pending.append(imported)
+        return found
+
+    reachable = {module: reached(module) for module in arrows}
+    return sorted(
+        {
+            tuple(sorted(other for other in reachable[module] if module in reachable[other]))
+            for module in arrows
+            if module in reachable[module]
+        }
+    )
+
+
+def test_imports_draw_no_circle() -> None:
+    """No modules import each other, in functions and for types too.
+
+    The exceptions are the imports for types in TYPES_IN_A_CIRCLE.
+    """
+    assert circles(graph(dict(modules()), TYPES_IN_A_CIRCLE)) == []
+
+
+@pytest.mark.parametrize("pair", TYPES_IN_A_CIRCLE)
+def test_imports_listed_exception_still_closes_a_circle(pair: tuple[str, str]) -> None:
+    """Each exception is needed: without it, there is a circle."""
+    assert circles(graph(dict(modules()), TYPES_IN_A_CIRCLE.keys() - {pair}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from brokerd.b import name",
+        "def function():\n    from brokerd.b import name",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from brokerd.b import Name",
+    ],
+)
+def test_imports_planted_circle_is_found(tmp_path: Path, line: str) -> None:
+    """A circle is found, also one that an import in a function or for types closes."""
+    sources = {}
+    for name, content in (("a", line), ("b", "import brokerd.c"), ("c", "import brokerd.a")):
+        sources[f"brokerd.{name}"] = path = tmp_path / f"{name}.py"
+        path.write_text(content + "\n", encoding="utf-8")
+
+    assert circles(graph(sources)) == [("brokerd.a", "brokerd.b", "brokerd.c")]
 
 
 @pytest.mark.parametrize(
