@@ -100,7 +100,7 @@ class Incoming(Generic[M]):
 
     def __init__(self, message: type[M], largest: int) -> None:
         self._message = message
-        self._most = largest + HEAD
+        self.accept(largest)
         #: The first bytes of a frame that is not complete yet.
         self._partial = bytearray()
         self._large: _Large | None = None
@@ -111,6 +111,13 @@ class Incoming(Generic[M]):
         self._senders: dict[bytes, str] = {}
         self._topics: dict[bytes, str] = {}
         self._runs: dict[tuple[int, int], struct.Struct] = {}
+
+    def accept(self, largest: int) -> None:
+        """Skip all later frames whose payload is longer than ``largest`` bytes.
+
+        The header and extension of a frame may add up to HEAD bytes.
+        """
+        self._most = largest + HEAD
 
     def reset(self) -> None:
         """Forget the incomplete frame, for a new connection."""

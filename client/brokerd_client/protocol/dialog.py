@@ -92,7 +92,8 @@ class Dialog(Reception[M]):
         message: The class of received messages.
         reconnect: Whether another attempt follows a lost connection.
         timeout_s: Seconds for connecting, handshake and introduction together.
-        inbox: Limit of the inbox, in bytes. The longest accepted message grows with it.
+        inbox: Limit of the inbox, in bytes. With the broker's ``max_message``, it
+            bounds the longest accepted message: see ``inbox.largest_message``.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Dialog(Reception[M]):
         timeout_s: float = 10.0,
         inbox: int = 0,
     ) -> None:
-        self._largest = largest_message(inbox)
-        super().__init__(message, self._largest)
+        self._inbox = inbox
+        super().__init__(message, largest_message(inbox))
         self.state = State.IDLE
         self.name = name
         #: ``name``, or ``name/instance`` where the name is a pool's; "" before the
@@ -171,6 +172,8 @@ class Dialog(Reception[M]):
         self._goaway = self._finishing = False
         self._reader = FrameReader()
         self._incoming.reset()
+        # Messages may come before the broker's answer to whoami.
+        self._accept(largest_message(self._inbox))
         self._outgoing.reset()
         self._handshake = handshake.as_dialer(
             self._key, nonce, name=self.name.encode(), allow_md5=False, bindings=bindings
@@ -762,8 +765,8 @@ class Dialog(Reception[M]):
             or split_address(address)[0] != name
         ):
             raise ProtocolError(f"the broker's introduction has no valid address for {name}")
-        most = limits.get("max_message", 0) if isinstance(limits, dict) else None
-        if type(most) is not int or most < 0:
+        max_message = limits.get("max_message", 0) if isinstance(limits, dict) else None
+        if type(max_message) is not int or max_message < 0:
             raise ProtocolError("the broker's introduction has limits that are not valid")
         self.name, self.address = name, address
         self.introduction = answer
@@ -774,8 +777,11 @@ class Dialog(Reception[M]):
         self._link_deadline = None
         self._ready_since = now
         self.reason = None
-        if most > self._largest:
+        largest = largest_message(self._inbox, max_message)
+        self._accept(largest)
+        if max_message > largest:
             effects.warnings.append(
-                f"the broker passes on messages of up to {most} bytes, and this client accepts"
-                f" {self._largest}: give it an inbox of at least {-(-most // STRETCH)} bytes"
+                f"the broker passes on messages of up to {max_message} bytes, and this client"
+                f" accepts {largest}: give it an inbox of at least"
+                f" {-(-max_message // STRETCH)} bytes"
             )

@@ -82,6 +82,11 @@ class Reception(Generic[M]):
         self.subscriptions = SubscriptionTable()
         self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._incoming = Incoming(message, largest)
+        self._accept(largest)
+
+    def _accept(self, largest: int) -> None:
+        """Accept messages of up to ``largest`` bytes from now on."""
+        self._incoming.accept(largest)
         self._most_listed = _MOST_LISTED * largest
 
     def _read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:

@@ -26,16 +26,21 @@ OVERHEAD: Final = 200
 #: Factor of the inbox limit while a call waits for its outcome. The outcome may be
 #: behind messages that no caller takes, so the socket is read beyond the limit.
 STRETCH: Final = 4
-#: Size of a message that every client accepts, in bytes: the default of the broker's
-#: ``limits.max_message``.
+#: Size of a message that every client accepts from every broker, in bytes. It is the
+#: default of the broker's ``limits.max_message``. A connected client does not hear of a
+#: reload that raises ``max_message``. Up to this size, it accepts the longer messages
+#: anyway; above it, from its next connection on.
 _ACCEPTED: Final = 16 * 2**20
 
 
-def largest_message(inbox: int) -> int:
-    """Return the bytes of the longest message that a client with this ``inbox``
-    accepts.
+def largest_message(inbox: int, max_message: int | None = None) -> int:
+    """Return the bytes of the longest message that a client accepts.
+
+    inbox: limit of the client's inbox, in bytes. max_message: the longest message that
+    the broker announced, in bytes; None before the broker's answer to ``whoami``.
     """
-    return max(_ACCEPTED, STRETCH * inbox)
+    largest = max(_ACCEPTED, STRETCH * inbox)
+    return largest if max_message is None else min(largest, max(_ACCEPTED, max_message))
 
 
 class InboxMeter:

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -117,17 +117,96 @@ def test_inbox_decides_how_long_a_message_may_be() -> None:
     ]
 
 
+def introduce_with(limit: int) -> Callable[[Session, Envelope], bool]:
+    """Return an intercept that answers whoami with this max_message, in bytes."""
+
+    def answer(session: Session, envelope: Envelope) -> bool:
+        if json.loads(envelope.payload).get("op") != "whoami":
+            return False
+        introduction = {"name": "alice", "address": "alice", "limits": {"max_message": limit}}
+        payload = json.dumps(introduction).encode()
+        session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", payload, 2))
+        return True
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("max_message", "accepted"),
+    [(0, 16), (1, 16), (16, 16), (20, 20), (64, 64), (65, 64), (2**40, 64)],
+)
+def test_largest_message_is_bounded_by_max_message_and_inbox(
+    max_message: int, accepted: int
+) -> None:
+    """The smaller of the two counts, but 16 MiB are accepted in any case."""
+    assert largest_message(16 * MIB, max_message * MIB) == accepted * MIB
+
+
+@pytest.mark.parametrize(("max_message", "accepted"), [(1, 16), (20, 20), (1000, 64)])
+def test_dialog_frame_above_max_message_and_inbox_is_skipped(
+    max_message: int, accepted: int
+) -> None:
+    """A frame of exactly the bound is stored; a longer one costs no memory."""
+    pair = Pair(inbox=16 * MIB)
+    pair.broker.intercept = introduce_with(max_message * MIB)
+    pair.connect()
+
+    pair.hear(announced(accepted * MIB))
+    effects, _ = feed(pair, accepted * MIB)
+    assert [len(message) for message in effects.messages] == [accepted * MIB, 4]
+
+    size = accepted * MIB + HEAD
+    pair.hear(announced(size))
+    effects, held = feed(pair, size)
+    assert [message.body for message in effects.messages] == [b"next"]
+    assert held < MIB
+    assert pair.dialog.unreadable == 1
+
+
+def test_dialog_list_of_clients_is_bounded_by_max_message(pair: Pair) -> None:
+    """The memory of a decoded list is bounded with the messages."""
+    pair.dialog._accept(MIB)
+    message_id, _ = pair.dialog.watch("sink", "w", None)
+    payload = b'{"clients":[' + b",".join([b"{}"] * (MIB // 10)) + b"]}"
+    [(_, error)] = pair.hear_frame(
+        Kind.REPLY, message_id, "$broker", payload=payload, codec=2
+    ).outcomes
+    assert isinstance(error, ProtocolError)
+
+
+def test_dialog_message_before_introduction_is_bounded_by_inbox_alone() -> None:
+    """On each connection messages may come first; the next max_message is not known yet."""
+    pair = Pair(inbox=16 * MIB)
+    pair.broker.intercept = introduce_with(16 * MIB)
+    pair.connect()
+    pair.lose()
+    pair.now = 100.0
+    pair.broker.intercept = lambda session, envelope: True
+    pair.connect()
+
+    pair.hear(announced(20 * MIB))
+    effects, _ = feed(pair, 20 * MIB)
+    assert [len(message) for message in effects.messages] == [20 * MIB, 4]
+
+
+def test_client_frame_above_max_message_is_skipped_and_counted(
+    face: Face, server: FakeServer
+) -> None:
+    """A hostile broker that announces longer frames than its max_message fills nothing."""
+    server.broker.intercept = introduce_with(MIB)
+    client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=16 * MIB)
+    for size in (16 * MIB + HEAD, 10):
+        envelope = Envelope(Kind.MESSAGE, 7, "bob", bytes(size))
+        server.act(lambda broker, sent=envelope: broker.online["alice"].deliver(sent))  # type: ignore[misc]
+    assert len(client.recv(timeout=20).body) == 10
+    assert client.counters["unreadable"] == 1
+
+
 @pytest.mark.parametrize(("most", "warned"), [(16 * MIB, False), (16 * MIB + 1, True)])
 def test_broker_that_passes_longer_messages_is_warned_of(most: int, warned: bool) -> None:
     """The warning says which inbox would do."""
     pair = Pair()
-
-    def answer(session: Session, envelope: Envelope) -> bool:
-        said = {"name": "alice", "address": "alice", "limits": {"max_message": most}}
-        session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", json.dumps(said).encode(), 2))
-        return True
-
-    pair.broker.intercept = answer
+    pair.broker.intercept = introduce_with(most)
     warnings = pair.connect().warnings
     assert bool(warnings) is warned
     assert not warned or f"at least {4 * MIB + 1} bytes" in warnings[0]
