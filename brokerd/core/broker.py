@@ -480,7 +480,8 @@ class Broker:
         for queued in session.outbox.take_expired(now, _EXPIRED):
             tell_expired(self, session, queued)
 
-    def hold(self, source: Session, target: Session, deadline: float) -> RoutingResult:
+    def hold(self, source: Session, target: Session, deadline: float) -> None:
+        """Hold a sender until the target has room, at most until ``deadline``."""
         why = (
             "it does not read the broker's answers"
             if target is source
@@ -490,7 +491,6 @@ class Broker:
         source.held_by = target
         target.waiters[source] = None
         self._held[source] = deadline
-        return RoutingResult.BLOCKED
 
     def held(self) -> list[Session]:
         """Return the sessions that are held."""
@@ -574,11 +574,10 @@ class Broker:
         return source.outbox.waiting > source.outbox.limit + self.outcome_reserve
 
     def _until_it_reads(self, source: Session) -> RoutingResult:
-        return (
-            self.hold(source, source, float("inf"))
-            if source.outbox.blocked
-            else RoutingResult.FLUSH
-        )
+        if not source.outbox.blocked:
+            return RoutingResult.FLUSH
+        self.hold(source, source, float("inf"))
+        return RoutingResult.BLOCKED
 
     def _dispatch(
         self, source: Session, envelope: Envelope, frame: memoryview, now: float

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from brokerd.config.values import WhenFull
 from brokerd.core.large_frame import LargeFrame, joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.room import Room
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd_client.wire.envelope import (
@@ -33,9 +34,9 @@ __all__ = [
     "deadline_of",
     "end_request",
     "expire_request",
+    "find_room",
     "forget_requests",
     "frame_head",
-    "make_room",
     "mark_orphaned",
     "return_to_sender",
     "send",
@@ -77,14 +78,18 @@ def send(
         return broker.refuse_frame(
             source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected"
         )
-    result = _deliver(broker, source, target, envelope, frame, now)
-    if result is RoutingResult.CLOSE:
+    rest = frame[HEADER.size + len(envelope.name) :]
+    size = 4 + HEADER.size + len(source.sender_header) + len(rest)
+    deadline = deadline_of(source, envelope)
+    room = find_room(broker, source, target, size, now, deadline)
+    if room is Room.NONE:
         message = (
             f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
         )
         return broker.refuse_frame(source, envelope, ErrorCode.FULL, message, target.address)
-    if result is not RoutingResult.CONSUMED:
-        return result
+    if room is not Room.OK:
+        return room.result
+    _deliver(broker, source, target, envelope, rest, size, deadline)
     if answered is not None:
         end_request(broker, answered, message_id, source)
     if (
@@ -110,21 +115,15 @@ def _deliver(
     source: Session,
     target: Session,
     envelope: Envelope,
-    frame: memoryview,
-    now: float,
-) -> RoutingResult:
-    """Put a frame into the target's outbox, or apply ``when_full``. CLOSE: no room."""
-    rest = frame[HEADER.size + len(envelope.name) :]
-    size = 4 + HEADER.size + len(source.sender_header) + len(rest)
+    rest: memoryview,
+    size: int,
+    deadline: float | None,
+) -> None:
+    """Put a frame into the target's outbox, which has room for its ``size`` bytes.
+
+    rest: the frame behind its header and its recipient's name.
+    """
     outbox = target.outbox
-    deadline = deadline_of(source, envelope)
-    if not outbox.reserve(size):
-        if not outbox.blocked:
-            broker.touch(target)
-            return RoutingResult.FLUSH
-        result = make_room(broker, source, target, size, now, deadline)
-        if result is not RoutingResult.CONSUMED:
-            return result
     wants_receipt = bool(envelope.flags & _RECEIPT)
     head = frame_head(source, envelope, size)
     if isinstance(outbox, FrameOutbox):
@@ -160,7 +159,6 @@ def _deliver(
             _give_up_oldest(broker, source)
     if wants_receipt:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-    return RoutingResult.CONSUMED
 
 
 def deadline_of(source: Session, envelope: Envelope) -> float | None:
@@ -170,7 +168,7 @@ def deadline_of(source: Session, envelope: Envelope) -> float | None:
     return float(source.arrived + envelope.extension["ttl"])
 
 
-def make_room(
+def find_room(
     broker: Broker,
     source: Session,
     target: Session,
@@ -179,13 +177,31 @@ def make_room(
     deadline: float | None = None,
     *,
     may_hold: bool = True,
-) -> RoutingResult:
-    """Apply the target's ``when_full``, and return whether there is room now.
+) -> Room:
+    """Reserve room for a frame in the target's outbox; make room if that is full.
 
-    CONSUMED: there is room. BLOCKED: the source is held. CLOSE: there is none.
-    YIELD: more frames have to be dropped than may be dropped at once.
     may_hold: False where ``wait`` means the same as ``refuse``.
     """
+    outbox = target.outbox
+    if outbox.reserve(size):
+        return Room.OK
+    if not outbox.blocked:
+        broker.touch(target)
+        return Room.UNWRITTEN
+    return _make_room(broker, source, target, size, now, deadline, may_hold=may_hold)
+
+
+def _make_room(
+    broker: Broker,
+    source: Session,
+    target: Session,
+    size: int,
+    now: float,
+    deadline: float | None,
+    *,
+    may_hold: bool,
+) -> Room:
+    """Apply the target's ``when_full``."""
     when_full = target.client.config.when_full
     outbox = target.outbox
     if not target.slow:
@@ -199,7 +215,8 @@ def make_room(
             until = (
                 source.hold_deadline if deadline is None else min(deadline, source.hold_deadline)
             )
-            return broker.hold(source, target, until)
+            broker.hold(source, target, until)
+            return Room.HELD
         outbox.stalled = True
     elif when_full is WhenFull.DROP_OLDEST and isinstance(outbox, FrameOutbox):
         dropped = outbox.drop_oldest(size, _DROPPED)
@@ -207,10 +224,10 @@ def make_room(
             _tell_dropped(broker, target, queued)
         if dropped is not None:
             broker.charge(len(dropped) // _DROPS)
-            return RoutingResult.CONSUMED if outbox.has_made_room(size) else RoutingResult.YIELD
+            return Room.OK if outbox.has_made_room(size) else Room.LATER
     elif when_full is WhenFull.DISCONNECT:
         broker.close(target, "its queue is full and it does not read", cut=True)
-    return RoutingResult.CLOSE
+    return Room.NONE
 
 
 def _tell_dropped(broker: Broker, target: Session, queued: Queued) -> None:

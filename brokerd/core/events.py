@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
-from brokerd.core.delivery import deadline_of, frame_head, make_room
+from brokerd.core.delivery import deadline_of, find_room, frame_head
 from brokerd.core.large_frame import joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.room import Room
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
 from brokerd.core.topics import Matches
@@ -127,11 +128,11 @@ def go_on_publishing(
         spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
     for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
         if target is not None and target.open and not target.retired:
-            result = _give(broker, source, target, spread, now)
-            if result is not RoutingResult.CONSUMED:
+            room = _give(broker, source, target, spread, now)
+            if room is not Room.OK and room is not Room.NONE:
                 spread.waiting = target
                 source.reached_by_event = spread.done
-                return result
+                return room.result
         spread.waiting = None
         if count % _MATCHES == 0 and broker.turn_budget >= 0:
             if broker.turn_budget == 0:
@@ -146,24 +147,19 @@ def go_on_publishing(
     return RoutingResult.CONSUMED
 
 
-def _give(
-    broker: Broker, source: Session, target: Session, spread: Spread, now: float
-) -> RoutingResult:
-    """Put an event into a subscriber's outbox, or skip it. FLUSH, YIELD: try again."""
+def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> Room:
+    """Put an event into a subscriber's outbox if there is room; drop it if there is
+    none.
+    """
     whole, outbox = spread.whole, target.outbox
     assert whole is not None
-    if not outbox.reserve(len(whole)):
-        if not outbox.blocked:
-            broker.touch(target)
-            return RoutingResult.FLUSH
-        result = make_room(broker, source, target, len(whole), now, may_hold=False)
-        if result is RoutingResult.CLOSE:
-            broker.dropped += 1
-            why = "an event it subscribed to: its queue is full"
-            broker.log_events.note("message.dropped", target, source.address, "full", why)
-            return RoutingResult.CONSUMED
-        if result is not RoutingResult.CONSUMED:
-            return result
+    room = find_room(broker, source, target, len(whole), now, may_hold=False)
+    if room is Room.NONE:
+        broker.dropped += 1
+        why = "an event it subscribed to: its queue is full"
+        broker.log_events.note("message.dropped", target, source.address, "full", why)
+    if room is not Room.OK:
+        return room
     if isinstance(outbox, FrameOutbox):
         outbox.put(Queued(whole, deadline=spread.deadline))
     elif spread.deadline is not None:
@@ -171,7 +167,7 @@ def _give(
     else:
         outbox.append(whole)
     broker.touch(target)
-    return RoutingResult.CONSUMED
+    return Room.OK
 
 
 def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
