@@ -26,10 +26,10 @@ def test_entries_are_those_of_the_configuration_file() -> None:
     with running({"alice": {"send_to": ["carol"]}, "bob": {}, "carol": {}}) as here:
         alice = here.connect("alice")
         with pytest.raises(Denied):
-            alice.send("bob", "hello", receipt=True)
+            alice.send_confirmed("bob", "hello")
         here.add("alice", send_to=["bob"])
         here.connect("bob")
-        alice.send("bob", "hello", receipt=True)
+        alice.send_confirmed("bob", "hello")
 
 
 def test_asyncio_clients_connect_too(broker: RunningBroker) -> None:
@@ -65,5 +65,5 @@ def test_stats_are_the_brokers_own(broker: RunningBroker) -> None:
     """Counters can be asserted on without an administrator's client."""
     alice = broker.connect("alice")
     with pytest.raises(NoSuchClient):
-        alice.send("nobody", "hello", receipt=True)
+        alice.send_confirmed("nobody", "hello")
     assert broker.stats()["refused"] == {"no_such_client": 1}

@@ -200,7 +200,7 @@ class _Demo:
     def _refusal(self, alice: brokerd_client.Client) -> None:
         self._say("alice", "sends something to dave, who does not exist")
         try:
-            alice.send("dave", "anybody there?", receipt=True, timeout=_TIMEOUT_S)
+            alice.send_confirmed("dave", "anybody there?", timeout=_TIMEOUT_S)
         except NoSuchClient as error:
             self._say("alice", f"is told so: {error}")
         else:

@@ -130,7 +130,7 @@ def send(
     else:
         body = _encode(_read_payload(payload), codec)
         with access.connect(timeout=timeout) as client:
-            client.send(to, body, receipt=True, codec=codec, ttl=ttl, timeout=timeout)
+            client.send_confirmed(to, body, codec=codec, ttl=ttl, timeout=timeout)
         taken = "1 message"
     if receipt:
         click.echo(f"the broker has taken {taken} for {to}")
@@ -146,8 +146,8 @@ def _send_many(
         task = progress.add_task("sending", total=len(bodies))
         for start in range(0, len(bodies), _BATCH):
             batch = bodies[start : start + _BATCH]
-            outcomes = client.send_many(
-                [(to, body) for body in batch], receipt=True, codec=codec, timeout=timeout
+            outcomes = client.send_many_confirmed(
+                [(to, body) for body in batch], codec=codec, timeout=timeout
             )
             failed += [outcome for outcome in outcomes if isinstance(outcome, BrokerdError)]
             progress.advance(task, len(batch))
@@ -235,7 +235,7 @@ def publish(
     """
     body = _encode(_read_payload(payload), codec)
     with access.connect(timeout=timeout) as client:
-        client.publish(topic, body, receipt=True, codec=codec, ttl=ttl, timeout=timeout)
+        client.publish_confirmed(topic, body, codec=codec, ttl=ttl, timeout=timeout)
 
 
 @click.command()

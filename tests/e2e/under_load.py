@@ -120,8 +120,8 @@ class Crowd:
             for recipient in self._random.choices(to, k=_AT_ONCE):
                 batch.append((recipient, ledger.numbers[recipient]))
                 ledger.numbers[recipient] += 1
-            outcomes = await client.send_many(
-                [(name, b"%d" % number) for name, number in batch], receipt=True
+            outcomes = await client.send_many_confirmed(
+                [(name, b"%d" % number) for name, number in batch]
             )
             for sent, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, Receipt):

@@ -416,7 +416,7 @@ class Load:
         with first, second, connect("watcher") as watcher, watcher.watch_presence() as changes:
             ready.set()
             for number in self._numbers():
-                first.send("library2", number, receipt=True, timeout=WAIT_S)
+                first.send_confirmed("library2", number, timeout=WAIT_S)
                 assert second.recv(timeout=WAIT_S).payload == number
                 self.account["library: sent with a receipt and received"] += 1
             second.close()

@@ -107,11 +107,11 @@ def test_a_client_that_is_added_can_connect_and_be_reached(served: FromFile) -> 
     """A new name works at once, for those who were there before too."""
     with served.connect("alice", "alices-first-key") as alice:
         with pytest.raises(NoSuchClient):
-            alice.send("carol", "hello", receipt=True)
+            alice.send_confirmed("carol", "hello")
         served.write(ALICE + BOB + "  carol: {key: carols-key}\n")
         assert served.reload() == []
         with served.connect("carol", "carols-key") as carol:
-            alice.send("carol", "hello", receipt=True)
+            alice.send_confirmed("carol", "hello")
             assert carol.recv(timeout=5).payload == "hello"
 
 
@@ -133,7 +133,7 @@ def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
         assert served.reload() == []
         assert gone(bob)
         with pytest.raises(NoSuchClient):
-            alice.send("bob", "hello", receipt=True)
+            alice.send_confirmed("bob", "hello")
         assert "removed" in served.log.wait("client.disconnected")[0].fields["reason"]
     with pytest.raises(AuthenticationError):
         served.connect("bob", "bobs-first-key")
@@ -179,11 +179,11 @@ def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
     ):
         for _ in range(3):
             alice.send("bob", "hello")
-        alice.send("bob", "hello", receipt=True)
+        alice.send_confirmed("bob", "hello")
         served.write("  alice: {key: alices-first-key, send_to: []}\n" + BOB)
         assert served.reload() == []
         with pytest.raises(Denied):
-            alice.send("bob", "hello", receipt=True)
+            alice.send_confirmed("bob", "hello")
         assert not gone(bob)
 
 
@@ -194,11 +194,11 @@ def test_a_subscription_that_is_not_allowed_any_more_ends(served: FromFile) -> N
         served.connect("bob", "bobs-first-key") as bob,
     ):
         subscription = bob.subscribe("news.>")
-        alice.publish("news.a", "first", receipt=True)
+        alice.publish_confirmed("news.a", "first")
         assert next(iter(subscription)).payload == "first"
         served.write(ALICE + "  bob: {key: bobs-first-key, subscribe: []}\n")
         assert served.reload() == []
-        alice.publish("news.a", "second", receipt=True)
+        alice.publish_confirmed("news.a", "second")
         bob.ping()
         assert served.daemon.stats()["subscriptions"] == 0
 
@@ -253,7 +253,7 @@ def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, ho
         assert served.reload() == []
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with served.connect("bob", "bobs-first-key") as bob:
-            alice.send("bob", "hello", receipt=True)
+            alice.send_confirmed("bob", "hello")
             assert bob.recv(timeout=5).payload == "hello"
         (restored,) = served.log.named("listener.restored")
         assert restored.fields["listener"] == str(path)

@@ -209,10 +209,10 @@ def test_a_queue_outlives_a_reload(served: FromFile, ops: Any) -> None:
     with served.connect("bob", "bobs-first-key") as bob:
         body, count = bytes(100_000), 40
         for _ in range(count):
-            ops.send("bob", body, receipt=True)
+            ops.send_confirmed("bob", body)
         served.write(OPS + BOB + "  carol: {key: c}\n")
         assert served.reload() == []
-        ops.send("bob", b"last", receipt=True)
+        ops.send_confirmed("bob", b"last")
         for _ in range(count):
             assert bob.recv(timeout=TIMEOUT_S).body == body
         assert bob.recv(timeout=TIMEOUT_S).body == b"last"
@@ -352,7 +352,7 @@ def test_a_disk_that_hangs_holds_up_nobody(served: FromFile, ops: Any) -> None:
         with pytest.raises(TimedOut):
             ops.control("reload", timeout=0.05)
         with served.connect("bob", "bobs-first-key") as bob:
-            ops.send("bob", "still", receipt=True)
+            ops.send_confirmed("bob", "still")
             assert bob.recv(timeout=TIMEOUT_S).payload == "still"
         assert not answers
         # The second reload, which waits behind the first, reads a file like any other.

@@ -41,7 +41,7 @@ def send(
         lot = [(to, number) for number in range(message, message + MESSAGES)]
         found: list[object]
         try:
-            found = client.send_many(lot, receipt=True, timeout=PATIENCE_S)
+            found = client.send_many_confirmed(lot, timeout=PATIENCE_S)
         except BrokerdError as error:
             found = [error] * MESSAGES
         outcomes.note(to, message, found)
@@ -78,7 +78,7 @@ def main(
     if role == "receive":
         # All that was accepted for this client before comes before its own message to
         # itself.
-        client.send(name, "all", receipt=True, timeout=PATIENCE_S)
+        client.send_confirmed(name, "all", timeout=PATIENCE_S)
         assert all_here.wait(PATIENCE_S)
     else:
         over.set()

@@ -59,7 +59,7 @@ class Sender:
             lot = [(to, number) for number in range(first, first + MESSAGES)]
             outcomes: list[object]
             try:
-                outcomes = await self.client.send_many(lot, receipt=True, timeout=PATIENCE_S)
+                outcomes = await self.client.send_many_confirmed(lot, timeout=PATIENCE_S)
             except BrokerdError as error:
                 outcomes = [error] * MESSAGES
             self._outcomes.note(to, first, outcomes)
@@ -98,7 +98,7 @@ async def main(
     else:
         # All that was accepted for this client before comes before its own message to
         # itself.
-        await client.send(name, "all", receipt=True, timeout=PATIENCE_S)
+        await client.send_confirmed(name, "all", timeout=PATIENCE_S)
         await asyncio.wait_for(all_here.wait(), PATIENCE_S)
     print("done", flush=True)
     await asyncio.to_thread(sys.stdin.readline)

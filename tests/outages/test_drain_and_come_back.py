@@ -28,7 +28,7 @@ def test_a_blocking_client_hears_of_a_drain_and_comes_back() -> None:
         broker.start()
         _until_it_works(lambda: alice.ping())
         _until_it_works(lambda: bob.ping())
-        alice.send("bob", b"back", receipt=True, timeout=TIMEOUT_S)
+        alice.send_confirmed("bob", b"back", timeout=TIMEOUT_S)
         assert bob.recv(timeout=TIMEOUT_S).payload == b"back"
         broker.stop()
         assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
@@ -46,7 +46,7 @@ def test_an_asyncio_client_hears_of_a_drain_and_comes_back() -> None:
             await asyncio.to_thread(broker.start)
             await _until_it_works_aio(lambda: alice.ping())
             await _until_it_works_aio(lambda: bob.ping())
-            await alice.send("bob", b"back", receipt=True, timeout=TIMEOUT_S)
+            await alice.send_confirmed("bob", b"back", timeout=TIMEOUT_S)
             assert (await bob.recv(timeout=TIMEOUT_S)).payload == b"back"
 
     with RunningBroker({"alice": {}, "bob": {}}) as broker:

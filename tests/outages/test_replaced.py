@@ -128,7 +128,7 @@ def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) ->
                 assert account.sent < 20_000, "the queue was never full"
                 numbers = range(account.sent, account.sent + 50)
                 lot = [("bob", b"%05d" % number + bytes(4000)) for number in numbers]
-                outcomes = alice.send_many(lot, receipt=True, timeout=TIMEOUT_S)
+                outcomes = alice.send_many_confirmed(lot, timeout=TIMEOUT_S)
                 accepted += [
                     number
                     for number, each in zip(numbers, outcomes, strict=True)
@@ -137,9 +137,9 @@ def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) ->
                 account.sent += len(lot)
                 account.refused = account.sent - len(accepted)
                 carol.ping()
-            alice.send("carol", "end", receipt=True, timeout=TIMEOUT_S)
+            alice.send_confirmed("carol", "end", timeout=TIMEOUT_S)
             got = [int(bob.recv(TIMEOUT_S).body[:5]) for _ in accepted]
-            alice.send("bob", b"99999", receipt=True, timeout=TIMEOUT_S)
+            alice.send_confirmed("bob", b"99999", timeout=TIMEOUT_S)
             assert bob.recv(TIMEOUT_S).body == b"99999"
             assert carol.recv(TIMEOUT_S).payload == "end"
     account.delivered, account.twice = len(set(got)), len(got) - len(set(got))

@@ -141,10 +141,9 @@ def test_at_every_byte_of_a_message_and_its_receipt(
             with connect(cutter.address, "alice", way) as alice:
                 cutter.cut_after(**place)
                 try:
-                    alice.send(
+                    alice.send_confirmed(
                         "bob",
                         b"%05d" % account.sent + bytes(PAYLOAD),
-                        receipt=True,
                         timeout=TIMEOUT_S,
                     )
                 except InDoubt:
@@ -157,7 +156,7 @@ def test_at_every_byte_of_a_message_and_its_receipt(
                 # Whole, but it may still be unread when the reset comes.
                 perhaps.append(account.sent)
         with connect(str(broker.socket), "alice") as alice:
-            alice.send("bob", b"end", receipt=True, timeout=TIMEOUT_S)
+            alice.send_confirmed("bob", b"end", timeout=TIMEOUT_S)
         while (payload := bob.recv(TIMEOUT_S).payload) != b"end":
             got.append(int(payload.rstrip(b"\0")))
     account.delivered, account.twice = len(set(got)), len(got) - len(set(got))
@@ -175,7 +174,7 @@ def frame_sizes(cutter: Cutter, bob: brokerd_client.Client, way: Way) -> tuple[i
     with connect(cutter.address, "alice", way) as alice:
         alice.ping()
         before = list(cutter.passed)
-        alice.send("bob", b"00001" + bytes(PAYLOAD), receipt=True, timeout=TIMEOUT_S)
+        alice.send_confirmed("bob", b"00001" + bytes(PAYLOAD), timeout=TIMEOUT_S)
         bob.recv(TIMEOUT_S)
         return cutter.passed[0] - before[0], cutter.passed[1] - before[1]
 

@@ -37,14 +37,14 @@ def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLCon
             brokerd_client.connect(address, "alice", key_of("alice"), ssl=trusting) as alice,
             brokerd_client.connect(address, "bob", key_of("bob"), ssl=trusting) as bob,
         ):
-            alice.send("bob", "before", receipt=True)
+            alice.send_confirmed("bob", "before")
             assert bob.recv(PATIENCE).payload == "before"
             answer = ops.ask("upgrade").json
             assert answer["upgraded"], answer
             ops.ping()
             # Both are connected again by the library, to the successor.
             assert bob.ping() > 0
-            alice.send("bob", "after", receipt=True)
+            alice.send_confirmed("bob", "after")
             assert bob.recv(PATIENCE).payload == "after"
             assert alice.counters["losses"] == bob.counters["losses"] == 1
         assert broker.events("daemon.bug") == []

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from brokerd_client import message
 from brokerd_client._common.dispatcher import log
@@ -39,7 +39,14 @@ from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.protocol.dialog import LINGER_S
 from brokerd_client.protocol.state import State
-from brokerd_client.settings import DEFAULT_INBOX, DEFAULT_TIMEOUT_S, AnyAddress, Settings, resolve
+from brokerd_client.settings import (
+    DEFAULT_INBOX,
+    DEFAULT_TIMEOUT_S,
+    AnyAddress,
+    Settings,
+    check_timeout,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -105,102 +112,138 @@ class Client(BaseClient):
 
     # Sending
 
-    @overload
     async def send(
         self,
         to: str,
         payload: object,
         *,
-        receipt: Literal[False] = False,
         codec: str | int | None = None,
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> int: ...
-
-    @overload
-    async def send(
-        self,
-        to: str,
-        payload: object,
-        *,
-        receipt: Literal[True],
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Receipt: ...
-
-    async def send(
-        self,
-        to: str,
-        payload: object,
-        *,
-        receipt: bool = False,
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> int | Receipt:
+    ) -> int:
         """Send a message to a client.
 
-        Without ``receipt``, failures go to the on_undelivered handler. These are a
-        refusal by the broker, and a connection that breaks before the message has left.
+        The on_undelivered handler is called if the broker refuses the message, or if
+        the connection breaks before it has left.
 
         Args:
-            to: The recipient's address: NAME or NAME/INSTANCE. payload: The object to
-            send. receipt: Whether to wait until the broker has accepted the message.
-            codec: The codec of the payload, by name or number. ttl: Seconds that the
-            message stays deliverable while it waits in a queue. extension: A JSON
-            object that travels beside the payload. timeout: Seconds for the whole call.
-            With None only the wait for a connection
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The message's id at once; with ``receipt`` a Receipt from the broker.
+            The message's id.
 
         Raises:
-            PayloadError: The payload cannot be encoded. InvalidName: ``to`` is not a
-            valid address. TimedOut: The broker did not read, or did not answer, in
-            time. Disconnected: The client is not connected; nothing was sent. Refused:
-            The broker refused the message (with ``receipt``). InDoubt: The connection
-            broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         if ttl is not None:
             extension = with_ttl(extension, ttl)
-        deadline = None if timeout is None else self._deadline(timeout)
+        if timeout is not None:
+            check_timeout(timeout)
         if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
-        if not receipt:
-            message_id = self._dialog.send(to, number, body, extension)
-            self._write()
-            return message_id
-        call = self._loop.create_future()
-        message_id = self._dialog.send_for_receipt(to, number, body, extension, call, deadline)
-        return cast("Receipt", await self._outcome(call, message_id, deadline))
+        message_id = self._dialog.send(to, number, body, extension)
+        self._write()
+        return message_id
+
+    async def send_confirmed(
+        self,
+        to: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Send a message to a client, and wait until the broker has accepted it.
+
+        Args:
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The broker's confirmation.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            Refused: The broker refused the message.
+            TimedOut: The broker did not read, or did not answer, in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        number, body = encode(payload, codec)
+        extension = with_ttl(extension, ttl)
+        put = self._dialog.send_for_receipt
+        return cast("Receipt", await self._ask(timeout, put, to, number, body, extension))
 
     async def send_many(
         self,
         messages: Iterable[tuple[str, object]],
         *,
-        receipt: bool = False,
         codec: str | int | None = None,
         timeout: float | None = None,
-    ) -> list[Any]:
+    ) -> list[int]:
         """Send messages with one system call.
 
+        The on_undelivered handler is called as in :meth:`send`.
+
         Args:
-            messages: Pairs of a recipient's address and a payload. receipt: Whether to
-            wait for the outcome of every message. codec: The codec of the payloads, by
-            name or number. timeout: Seconds for the whole call. With None only the wait
-            for a connection
+            messages: Pairs of a recipient's address and a payload.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The messages' ids, in order. With ``receipt``, the outcome of each message:
-            a Receipt or the error. These errors are not raised, so that none hides
-            another.
+            The messages' ids, in order.
+
+        Raises:
+            PayloadError: A payload cannot be encoded; no message was sent.
+            InvalidName: An address is not valid; no message was sent.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        to, codecs, bodies = encode_many(messages, codec)
+        check_timeout(timeout)
+        await self._wait_until_clear(timeout)
+        ids = self._dialog.send_many(to, codecs, bodies)
+        self._write()
+        return ids
+
+    async def send_many_confirmed(
+        self,
+        messages: Iterable[tuple[str, object]],
+        *,
+        codec: str | int | None = None,
+        timeout: float | None = None,
+    ) -> list[Receipt | BrokerdError]:
+        """Send messages with one system call, and wait for the outcome of each.
+
+        Args:
+            messages: Pairs of a recipient's address and a payload.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The outcome of each message, in order: a Receipt or the error. These errors are
+            not raised, so that none hides another.
 
         Raises:
             PayloadError: A payload cannot be encoded; no message was sent.
@@ -211,17 +254,13 @@ class Client(BaseClient):
         to, codecs, bodies = encode_many(messages, codec)
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
-        if not receipt:
-            ids = self._dialog.send_many(to, codecs, bodies)
-            self._write()
-            return ids
         calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in to]
-        ask = self._dialog.send_for_receipt
+        put = self._dialog.send_for_receipt
         ids = [
-            ask(each, number, body, None, call, deadline)
-            for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+            put(recipient, number, body, None, call, deadline)
+            for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
         ]
-        outcomes: list[Any] = []
+        outcomes: list[Receipt | BrokerdError] = []
         try:
             for call, message_id in zip(calls, ids, strict=True):
                 try:
@@ -232,6 +271,14 @@ class Client(BaseClient):
             for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
                 self._abandon(call, message_id)
         return outcomes
+
+    async def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
+        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
+        deadline = self._deadline(timeout)
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+            await self._wait_until_clear(timeout)
+        call = self._loop.create_future()
+        return await self._outcome(call, put(*args, call, deadline), deadline)
 
     async def request(
         self,
@@ -265,12 +312,8 @@ class Client(BaseClient):
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        deadline = self._deadline(timeout)
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
-            await self._wait_until_clear(timeout)
-        call = self._loop.create_future()
-        message_id = self._dialog.request(to, number, body, extension, call, deadline)
-        return cast("Message", await self._outcome(call, message_id, deadline))
+        put = self._dialog.request
+        return cast("Message", await self._ask(timeout, put, to, number, body, extension))
 
     async def reply(
         self,
@@ -316,78 +359,86 @@ class Client(BaseClient):
             self._write()
             message.mark_answered()
 
-    @overload
     async def publish(
         self,
         topic: str,
         payload: object,
         *,
-        receipt: Literal[False] = False,
         codec: str | int | None = None,
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> int: ...
-
-    @overload
-    async def publish(
-        self,
-        topic: str,
-        payload: object,
-        *,
-        receipt: Literal[True],
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Receipt: ...
-
-    async def publish(
-        self,
-        topic: str,
-        payload: object,
-        *,
-        receipt: bool = False,
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> int | Receipt:
+    ) -> int:
         """Publish an event. An event without subscribers is not an error.
 
+        The on_undelivered handler is called as in :meth:`send`.
+
         Args:
-            topic: The event's topic. payload: The object to publish. receipt: Whether
-            to wait until the broker has accepted the event. codec: The codec of the
-            payload, by name or number. ttl: Seconds that the event stays deliverable
-            while it waits in a queue. extension: A JSON object that travels beside the
-            payload. timeout: Seconds for the whole call. With None only the wait for a
-            connection
+            topic: The event's topic.
+            payload: The object to publish.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The event's id at once; with ``receipt`` a Receipt from the broker.
+            The event's id.
 
         Raises:
-            PayloadError: The payload cannot be encoded. InvalidName: ``topic`` is not a
-            valid topic. TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent. Refused: The
-            broker refused the event (with ``receipt``). InDoubt: The connection broke
-            before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        deadline = None if timeout is None else self._deadline(timeout)
+        if timeout is not None:
+            check_timeout(timeout)
         if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
             await self._wait_until_clear(timeout)
-        if not receipt:
-            message_id = self._dialog.publish(topic, number, body, extension)
-            self._write()
-            return message_id
-        call = self._loop.create_future()
-        message_id = self._dialog.publish_for_receipt(
-            topic, number, body, extension, call, deadline
-        )
-        return cast("Receipt", await self._outcome(call, message_id, deadline))
+        message_id = self._dialog.publish(topic, number, body, extension)
+        self._write()
+        return message_id
+
+    async def publish_confirmed(
+        self,
+        topic: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Publish an event, and wait until the broker has accepted it.
+
+        An event without subscribers is not an error.
+
+        Args:
+            topic: The event's topic.
+            payload: The object to publish.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The broker's confirmation.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            Refused: The broker refused the event.
+            TimedOut: The broker did not read, or did not answer, in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        number, body = encode(payload, codec)
+        extension = with_ttl(extension, ttl)
+        put = self._dialog.publish_for_receipt
+        return cast("Receipt", await self._ask(timeout, put, topic, number, body, extension))
 
     # Receiving
 
@@ -617,11 +668,8 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        deadline = self._deadline(timeout)
-        await self._wait_until_clear(timeout)
-        call = self._loop.create_future()
-        message_id = self._dialog.control(op, arguments, call, deadline)
-        return cast("dict[str, Any]", await self._outcome(call, message_id, deadline))
+        answer = await self._ask(timeout, self._dialog.control, op, arguments)
+        return cast("dict[str, Any]", answer)
 
     async def clients(self) -> list[ClientInfo]:
         """Return the clients that this client may send to, and whether each is online.

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from brokerd_client import message
 from brokerd_client._common.dispatcher import log
@@ -126,77 +126,44 @@ class Client(BaseClient):
 
     # Sending
 
-    @overload
     def send(
         self,
         to: str,
         payload: object,
         *,
-        receipt: Literal[False] = False,
         codec: str | int | None = None,
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> int: ...
-
-    @overload
-    def send(
-        self,
-        to: str,
-        payload: object,
-        *,
-        receipt: Literal[True],
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Receipt: ...
-
-    def send(
-        self,
-        to: str,
-        payload: object,
-        *,
-        receipt: bool = False,
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> int | Receipt:
+    ) -> int:
         """Send a message to a client.
 
-        Without ``receipt``, failures go to the on_undelivered handler. These are a
-        refusal by the broker, and a connection that breaks before the message has left.
+        The on_undelivered handler is called if the broker refuses the message, or if
+        the connection breaks before it has left.
 
         Args:
-            to: The recipient's address: NAME or NAME/INSTANCE. payload: The object to
-            send. receipt: Whether to wait until the broker has accepted the message.
-            codec: The codec of the payload, by name or number. ttl: Seconds that the
-            message stays deliverable while it waits in a queue. extension: A JSON
-            object that travels beside the payload. timeout: Seconds for the whole call.
-            With None only the wait for a connection
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The message's id at once; with ``receipt`` a Receipt from the broker.
+            The message's id.
 
         Raises:
-            PayloadError: The payload cannot be encoded. InvalidName: ``to`` is not a
-            valid address. TimedOut: The broker did not read, or did not answer, in
-            time. Disconnected: The client is not connected; nothing was sent. Refused:
-            The broker refused the message (with ``receipt``). InDoubt: The connection
-            broke before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         if ttl is not None:
             extension = with_ttl(extension, ttl)
         if timeout is not None:
             timeout = check_timeout(timeout)
-        if receipt:
-            return cast(
-                "Receipt",
-                self._ask(timeout, self._dialog.send_for_receipt, to, number, body, extension),
-            )
         if self._forked:
             self._check()
         deadline = None
@@ -232,27 +199,62 @@ class Client(BaseClient):
         self._leave_chore(lambda: self._put_late([message_id], to, put))
         return message_id
 
+    def send_confirmed(
+        self,
+        to: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Send a message to a client, and wait until the broker has accepted it.
+
+        Args:
+            to: The recipient's address: NAME or NAME/INSTANCE.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the message stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The broker's confirmation.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            Refused: The broker refused the message.
+            TimedOut: The broker did not read, or did not answer, in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        number, body = encode(payload, codec)
+        extension = with_ttl(extension, ttl)
+        put = self._dialog.send_for_receipt
+        return cast("Receipt", self._ask(timeout, put, to, number, body, extension))
+
     def send_many(
         self,
         messages: Iterable[tuple[str, object]],
         *,
-        receipt: bool = False,
         codec: str | int | None = None,
         timeout: float | None = None,
-    ) -> list[Any]:
+    ) -> list[int]:
         """Send messages with one system call.
 
+        The on_undelivered handler is called as in :meth:`send`.
+
         Args:
-            messages: Pairs of a recipient's address and a payload. receipt: Whether to
-            wait for the outcome of every message. codec: The codec of the payloads, by
-            name or number. timeout: Seconds for the whole call. With None only the wait
-            for a connection
+            messages: Pairs of a recipient's address and a payload.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The messages' ids, in order. With ``receipt``, the outcome of each message:
-            a Receipt or the error. These errors are not raised, so that none hides
-            another.
+            The messages' ids, in order.
 
         Raises:
             PayloadError: A payload cannot be encoded; no message was sent.
@@ -262,27 +264,53 @@ class Client(BaseClient):
         """
         to, codecs, bodies = encode_many(messages, codec)
         timeout = check_timeout(timeout)
-        if not receipt:
-            if self._interrupting():
-                return [
-                    self._send_late(*each, None) for each in zip(to, codecs, bodies, strict=True)
-                ]
-            return self._put(timeout, self._dialog.send_many, to, codecs, bodies)
+        if self._interrupting():
+            bulk = zip(to, codecs, bodies, strict=True)
+            return [self._send_late(*message, None) for message in bulk]
+        return self._put(timeout, self._dialog.send_many, to, codecs, bodies)
+
+    def send_many_confirmed(
+        self,
+        messages: Iterable[tuple[str, object]],
+        *,
+        codec: str | int | None = None,
+        timeout: float | None = None,
+    ) -> list[Receipt | BrokerdError]:
+        """Send messages with one system call, and wait for the outcome of each.
+
+        Args:
+            messages: Pairs of a recipient's address and a payload.
+            codec: The codec of the payloads, by name or number.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The outcome of each message, in order: a Receipt or the error. These errors are
+            not raised, so that none hides another.
+
+        Raises:
+            PayloadError: A payload cannot be encoded; no message was sent.
+            InvalidName: An address is not valid; no message was sent.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        to, codecs, bodies = encode_many(messages, codec)
+        timeout = check_timeout(timeout)
         self._refuse_to_wait()
         deadline = _deadline(timeout)
         calls = [Call() for _ in to]
 
-        def put() -> list[int]:
+        def put_all() -> list[int]:
             self._calls.update(calls)
-            ask = self._dialog.send_for_receipt
+            put = self._dialog.send_for_receipt
             return [
-                ask(each, number, body, None, call, deadline)
-                for each, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+                put(recipient, number, body, None, call, deadline)
+                for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
             ]
 
-        outcomes: list[Any] = []
+        outcomes: list[Receipt | BrokerdError] = []
         try:
-            for call, message_id in zip(calls, self._put(timeout, put), strict=True):
+            for call, message_id in zip(calls, self._put(timeout, put_all), strict=True):
                 try:
                     outcomes.append(self._outcome(call, message_id, deadline))
                 except BrokerdError as error:
@@ -295,6 +323,7 @@ class Client(BaseClient):
 
     def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
         """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
+        timeout = check_timeout(timeout)
         self._check()
         self._refuse_to_wait()
         deadline = _deadline(timeout)
@@ -343,10 +372,8 @@ class Client(BaseClient):
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        timeout = check_timeout(timeout)
-        return cast(
-            "Message", self._ask(timeout, self._dialog.request, to, number, body, extension)
-        )
+        put = self._dialog.request
+        return cast("Message", self._ask(timeout, put, to, number, body, extension))
 
     def reply(
         self,
@@ -393,74 +420,41 @@ class Client(BaseClient):
         else:
             self._put(None, put_out, answer=True)
 
-    @overload
     def publish(
         self,
         topic: str,
         payload: object,
         *,
-        receipt: Literal[False] = False,
         codec: str | int | None = None,
         ttl: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> int: ...
-
-    @overload
-    def publish(
-        self,
-        topic: str,
-        payload: object,
-        *,
-        receipt: Literal[True],
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Receipt: ...
-
-    def publish(
-        self,
-        topic: str,
-        payload: object,
-        *,
-        receipt: bool = False,
-        codec: str | int | None = None,
-        ttl: float | None = None,
-        extension: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> int | Receipt:
+    ) -> int:
         """Publish an event. An event without subscribers is not an error.
 
+        The on_undelivered handler is called as in :meth:`send`.
+
         Args:
-            topic: The event's topic. payload: The object to publish. receipt: Whether
-            to wait until the broker has accepted the event. codec: The codec of the
-            payload, by name or number. ttl: Seconds that the event stays deliverable
-            while it waits in a queue. extension: A JSON object that travels beside the
-            payload. timeout: Seconds for the whole call. With None only the wait for a
-            connection
+            topic: The event's topic.
+            payload: The object to publish.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
 
         Returns:
-            The event's id at once; with ``receipt`` a Receipt from the broker.
+            The event's id.
 
         Raises:
-            PayloadError: The payload cannot be encoded. InvalidName: ``topic`` is not a
-            valid topic. TimedOut: The broker did not read, or did not answer, in time.
-            Disconnected: The client is not connected; nothing was sent. Refused: The
-            broker refused the event (with ``receipt``). InDoubt: The connection broke
-            before the outcome was known (with ``receipt``).
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            TimedOut: The broker did not read in time.
+            Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
         timeout = check_timeout(timeout)
-        if receipt:
-            return cast(
-                "Receipt",
-                self._ask(
-                    timeout, self._dialog.publish_for_receipt, topic, number, body, extension
-                ),
-            )
         if self._interrupting():
             check_topic(topic)
             self._check()
@@ -469,6 +463,45 @@ class Client(BaseClient):
             self._leave_chore(lambda: self._put_late([message_id], topic, put))
             return message_id
         return self._put(timeout, self._dialog.publish, topic, number, body, extension)
+
+    def publish_confirmed(
+        self,
+        topic: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Publish an event, and wait until the broker has accepted it.
+
+        An event without subscribers is not an error.
+
+        Args:
+            topic: The event's topic.
+            payload: The object to publish.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds that the event stays deliverable while it waits in a queue.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call. With None only the wait for a connection
+                is limited, by the timeout of connect().
+
+        Returns:
+            The broker's confirmation.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``topic`` is not a valid topic.
+            Refused: The broker refused the event.
+            TimedOut: The broker did not read, or did not answer, in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        number, body = encode(payload, codec)
+        extension = with_ttl(extension, ttl)
+        put = self._dialog.publish_for_receipt
+        return cast("Receipt", self._ask(timeout, put, topic, number, body, extension))
 
     # Receiving
 
@@ -758,9 +791,8 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return cast(
-            "dict[str, Any]", self._ask(check_timeout(timeout), self._dialog.control, op, arguments)
-        )
+        answer = self._ask(timeout, self._dialog.control, op, arguments)
+        return cast("dict[str, Any]", answer)
 
     def clients(self) -> list[ClientInfo]:
         """Return the clients that this client may send to, and whether each is online.

@@ -289,12 +289,10 @@ def test_flush_that_the_loop_has_lost_is_made_up_for(monkeypatch: pytest.MonkeyP
 
 
 CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
-    "send with receipt": lambda client: client.send("bob", 1, receipt=True, timeout=0.1),
-    "send_many with receipts": lambda client: client.send_many(
-        [("bob", 1)] * 3, receipt=True, timeout=0.1
-    ),
+    "send_confirmed": lambda client: client.send_confirmed("bob", 1, timeout=0.1),
+    "send_many_confirmed": lambda client: client.send_many_confirmed([("bob", 1)] * 3, timeout=0.1),
     "request": lambda client: client.request("bob", 1, timeout=0.1),
-    "publish with receipt": lambda client: client.publish("a", 1, receipt=True, timeout=0.1),
+    "publish_confirmed": lambda client: client.publish_confirmed("a", 1, timeout=0.1),
     "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
     "watch_presence": lambda client: client.watch_presence(timeout=0.1)._open(),
     "control": lambda client: client.control("ping", timeout=0.1),

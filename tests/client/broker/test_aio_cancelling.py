@@ -111,9 +111,9 @@ CALLS: dict[str, Call] = {
     "ping": lambda alice: alice.ping(),
     "clients": lambda alice: alice.clients(),
     "request": lambda alice: alice.request("bob", "question"),
-    "send with receipt": lambda alice: alice.send("bob", "x", receipt=True),
-    "send many with receipts": lambda alice: alice.send_many([("bob", "x")] * 3, receipt=True),
-    "publish with receipt": lambda alice: alice.publish("a.b", "x", receipt=True),
+    "send_confirmed": lambda alice: alice.send_confirmed("bob", "x"),
+    "send_many_confirmed": lambda alice: alice.send_many_confirmed([("bob", "x")] * 3),
+    "publish_confirmed": lambda alice: alice.publish_confirmed("a.b", "x"),
 }
 
 
@@ -339,7 +339,7 @@ def test_calls_cancelled_at_random_for_seconds_leave_nothing(server: FakeServer)
             lambda: _close_after(alice.watch_presence()),
             lambda: _enter(alice.subscribe("b", "group")),
             lambda: alice.request("bob", 1),
-            lambda: alice.send("bob", 1, receipt=True),
+            lambda: alice.send_confirmed("bob", 1),
             lambda: alice.recv(0.01),
         ]
 

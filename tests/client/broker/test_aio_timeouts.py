@@ -21,18 +21,14 @@ from brokerd_client.errors import Denied, TimedOut
 #: Every call that takes a timeout.
 CALLS: dict[str, Callable[[aio.Client, Any], Awaitable[Any]]] = {
     "send": lambda client, timeout: client.send("bob", 1, timeout=timeout),
-    "send with receipt": lambda client, timeout: client.send(
-        "bob", 1, receipt=True, timeout=timeout
-    ),
+    "send_confirmed": lambda client, timeout: client.send_confirmed("bob", 1, timeout=timeout),
     "send_many": lambda client, timeout: client.send_many([("bob", 1)], timeout=timeout),
-    "send_many with receipts": lambda client, timeout: client.send_many(
-        [("bob", 1)], receipt=True, timeout=timeout
+    "send_many_confirmed": lambda client, timeout: client.send_many_confirmed(
+        [("bob", 1)], timeout=timeout
     ),
     "request": lambda client, timeout: client.request("bob", 1, timeout=timeout),
     "publish": lambda client, timeout: client.publish("t", 1, timeout=timeout),
-    "publish with receipt": lambda client, timeout: client.publish(
-        "t", 1, receipt=True, timeout=timeout
-    ),
+    "publish_confirmed": lambda client, timeout: client.publish_confirmed("t", 1, timeout=timeout),
     "recv": lambda client, timeout: client.recv(timeout),
     "subscribe": lambda client, timeout: _closed(client.subscribe("t", timeout=timeout)),
     "watch_presence": lambda client, timeout: _closed(client.watch_presence(timeout=timeout)),

@@ -21,17 +21,15 @@ Use = Callable[[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message], A
 
 CALLS: dict[str, Use] = {
     "send": lambda client, feed, watch, request: client.send("bob", 1),
-    "send with receipt": lambda client, feed, watch, request: client.send("bob", 1, receipt=True),
+    "send_confirmed": lambda client, feed, watch, request: client.send_confirmed("bob", 1),
     "send_many": lambda client, feed, watch, request: client.send_many([("bob", 1)]),
-    "send_many with receipts": lambda client, feed, watch, request: client.send_many(
-        [("bob", 1)], receipt=True
+    "send_many_confirmed": lambda client, feed, watch, request: client.send_many_confirmed(
+        [("bob", 1)]
     ),
     "request": lambda client, feed, watch, request: client.request("bob", 1),
     "reply": lambda client, feed, watch, request: client.reply(request, 1),
     "publish": lambda client, feed, watch, request: client.publish("a", 1),
-    "publish with receipt": lambda client, feed, watch, request: client.publish(
-        "a", 1, receipt=True
-    ),
+    "publish_confirmed": lambda client, feed, watch, request: client.publish_confirmed("a", 1),
     "recv": lambda client, feed, watch, request: client.recv(1),
     "__anext__": lambda client, feed, watch, request: anext(client),
     "on_request": lambda client, feed, watch, request: client.on_request(print),

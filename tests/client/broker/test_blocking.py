@@ -573,7 +573,7 @@ def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_han
             with pytest.raises(RequestFailed, match="Panic"):
                 alice.request("bob", "request", timeout=PATIENCE)
         alice.send_many([("bob", "message")] * 3)
-        alice.publish("a.b", "event", receipt=True)
+        alice.publish_confirmed("a.b", "event")
         until(lambda: len(seen) == 10)
         assert "Panic" in caplog.text
 
@@ -589,7 +589,7 @@ def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(
             if feed == "subscription":
                 events: Any = alice.subscribe("a.>")
                 for number in range(5):
-                    bob.publish("a.b", bytes([number]) * 100, receipt=True)
+                    bob.publish_confirmed("a.b", bytes([number]) * 100)
             else:
                 events = alice.watch_presence()
             events.recv(PATIENCE)
@@ -855,11 +855,11 @@ def test_timeout_without_end_is_taken_everywhere(server: FakeServer, timeout: An
     with join("alice", server, timeout=timeout) as alice, join("bob", server) as bob:
         bob.on_request(lambda message: message.payload)
         alice.send("bob", "x", timeout=timeout)
-        alice.send("bob", "x", receipt=True, timeout=timeout)
-        alice.send_many([("bob", "x")], receipt=True, timeout=timeout)
+        alice.send_confirmed("bob", "x", timeout=timeout)
+        alice.send_many_confirmed([("bob", "x")], timeout=timeout)
         alice.send_many([("alice", "x")], timeout=timeout)
         alice.publish("a.b", "x", timeout=timeout)
-        alice.publish("a.b", "x", receipt=True, timeout=timeout)
+        alice.publish_confirmed("a.b", "x", timeout=timeout)
         assert alice.recv(timeout).payload == "x"
         assert alice.request("bob", "y", timeout=timeout).payload == "y"
         assert alice.control("ping", timeout=timeout) == {}
@@ -888,9 +888,9 @@ def test_timeout_that_is_not_valid_raises_a_clear_error(
     with join("alice", server) as alice, alice.subscribe("a.>") as feed:
         for act in (
             lambda: alice.send("bob", "x", timeout=timeout),
-            lambda: alice.send("bob", "x", receipt=True, timeout=timeout),
+            lambda: alice.send_confirmed("bob", "x", timeout=timeout),
             lambda: alice.send_many([("bob", "x")], timeout=timeout),
-            lambda: alice.send_many([("bob", "x")], receipt=True, timeout=timeout),
+            lambda: alice.send_many_confirmed([("bob", "x")], timeout=timeout),
             lambda: alice.publish("a.b", "x", timeout=timeout),
             lambda: alice.recv(timeout),
             lambda: alice.request("bob", "y", timeout=timeout),

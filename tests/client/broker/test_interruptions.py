@@ -198,7 +198,7 @@ def check_send(
 
         for _ in positions(call, step):
             mark = next(numbers)
-            alice.send("bob", body(mark, size), receipt=True, timeout=PATIENCE)
+            alice.send_confirmed("bob", body(mark, size), timeout=PATIENCE)
             marks.add(mark)
         assert alice.control("ping", timeout=PATIENCE) == {}
         alice.request("bob", body(next(numbers), size), timeout=PATIENCE)
@@ -209,7 +209,7 @@ def check_send(
 
 SENDS: dict[str, Callable[[Client, bytes], object]] = {
     "send": lambda client, data: client.send("bob", data),
-    "receipt": lambda client, data: client.send("bob", data, receipt=True, timeout=PATIENCE),
+    "receipt": lambda client, data: client.send_confirmed("bob", data, timeout=PATIENCE),
     "request": lambda client, data: client.request("bob", data, timeout=PATIENCE),
     "send_many": lambda client, data: client.send_many([("bob", data)]),
 }
@@ -248,7 +248,7 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
     def subscribe() -> None:
         finish()
         feeds.append(client.subscribe("a.>", timeout=PATIENCE))
-        client.publish("a.b", 1, receipt=True, timeout=PATIENCE)
+        client.publish_confirmed("a.b", 1, timeout=PATIENCE)
         feeds[0].recv(PATIENCE)
         finish()
 
@@ -431,7 +431,7 @@ def test_calls_from_a_signal_handler_never_hang(broker: RunningBroker) -> None:
             "publish": lambda: alice.publish("a.b", b""),
             "reply": lambda: Message(2, 1, "bob", 0, b"", alice).reply(b""),
             "request": lambda: alice.request("bob", b"request", timeout=PATIENCE),
-            "receipt": lambda: alice.send("bob", b"receipt", receipt=True, timeout=PATIENCE),
+            "receipt": lambda: alice.send_confirmed("bob", b"receipt", timeout=PATIENCE),
             "recv": lambda: alice.recv(0.001),
             "ping": lambda: alice.ping(),
             "subscribe": lambda: alice.subscribe("x.y", timeout=PATIENCE).close(),

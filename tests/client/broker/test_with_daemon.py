@@ -316,19 +316,19 @@ def test_refusals_are_typed(connect: Connect) -> None:
     """Each word of the broker has its exception, with the recipient's name."""
     ops, ruled = connect("ops"), connect("ruled")
     cases: list[tuple[type[Exception], Callable[[], object]]] = [
-        (Offline, lambda: ops.send("carol", 1, receipt=True)),
+        (Offline, lambda: ops.send_confirmed("carol", 1)),
         (NoSuchClient, lambda: ops.request("nobody", 1, timeout=PATIENCE)),
-        (Denied, lambda: ruled.send("carol", 1, receipt=True)),
-        (Denied, lambda: ruled.publish("bad.x", 1, receipt=True)),
+        (Denied, lambda: ruled.send_confirmed("carol", 1)),
+        (Denied, lambda: ruled.publish_confirmed("bad.x", 1)),
         (Denied, lambda: ruled.subscribe("bad.x")),
         (Denied, lambda: ruled.control("stats")),
         (Unsupported, lambda: ops.control("no such operation")),
-        (TooLarge, lambda: ops.send("ops", b"x" * 1_000_001, receipt=True)),
+        (TooLarge, lambda: ops.send_confirmed("ops", b"x" * 1_000_001)),
     ]
     for error, act in cases:
         with pytest.raises(error):
             act()
-    assert ops.send("ops", 1, receipt=True).to == "ops"
+    assert ops.send_confirmed("ops", 1).to == "ops"
     assert ops.counters == {
         "late": 0,
         "undelivered": 0,
@@ -342,7 +342,7 @@ def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
     """send_many with receipts hides no failure behind another, and raises none."""
     alice = connect("alice")
     connect("bob")
-    outcomes = alice.send_many([("bob", 1), ("carol", 2), ("bob", 3), ("nobody", 4)], receipt=True)
+    outcomes = alice.send_many_confirmed([("bob", 1), ("carol", 2), ("bob", 3), ("nobody", 4)])
     assert [type(outcome) for outcome in outcomes] == [Receipt, Offline, Receipt, NoSuchClient]
 
 
@@ -470,13 +470,13 @@ def test_topics(connect: Connect) -> None:
     wide, narrow = bob.subscribe("a.>"), bob.subscribe("a.*.c")
     bob.subscribe("a.b.c", callback=lambda event: called.append(event.payload))
     for topic in ("a.b.c", "a.b", "b", "a.x.c"):
-        alice.publish(topic, topic, receipt=True)
+        alice.publish_confirmed(topic, topic)
     assert [wide.recv(PATIENCE).topic for _ in range(3)] == ["a.b.c", "a.b", "a.x.c"]
     assert [narrow.recv(PATIENCE).payload for _ in range(2)] == ["a.b.c", "a.x.c"]
     until(lambda: called == ["a.b.c"])
     wide.unsubscribe()
     narrow.close()
-    alice.publish("a.b", 1, receipt=True)
+    alice.publish_confirmed("a.b", 1)
     with pytest.raises(Closed):
         wide.recv(PATIENCE)
     assert bob.ping() > 0
@@ -489,7 +489,7 @@ def test_groups_share_events(connect: Connect) -> None:
     members = [connect("worker"), connect("worker")]
     feeds = [member.subscribe("jobs.>", group="g") for member in members]
     for number in range(100):
-        alice.publish("jobs.x", number, receipt=True)
+        alice.publish_confirmed("jobs.x", number)
     got: list[list[int]] = [[], []]
     for feed, numbers in zip(feeds, got, strict=True):
         while True:
@@ -543,7 +543,7 @@ def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> 
     until(lambda: alice.counters["losses"] >= 1 and bob.counters["losses"] >= 1)
     until(lambda: alice.connected and bob.connected)
     assert alice.request("bob", 1, timeout=PATIENCE).payload == "still here"
-    alice.publish("a.b", "again", receipt=True)
+    alice.publish_confirmed("a.b", "again")
     assert feed.recv(PATIENCE).payload == "again"
 
 
@@ -591,7 +591,7 @@ def test_messages_that_came_before_the_connection_broke_are_there(
     """
     alice, bob = connect("alice"), connect("bob", inbox=1)
     for number in range(20):
-        alice.send("bob", [number, "x" * 2000], receipt=True)
+        alice.send_confirmed("bob", [number, "x" * 2000])
     broker.stop()
     # The first may still be taken by the system, and the next finds out.
     for _ in range(3):
@@ -606,7 +606,7 @@ def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: Run
     taken.
     """
     alice = connect("alice", reconnect=False)
-    alice.send("alice", "kept", receipt=True)
+    alice.send_confirmed("alice", "kept")
     broker.kill()
     until(lambda: alice.closed)
     assert alice.recv(PATIENCE).payload == "kept"
