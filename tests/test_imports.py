@@ -69,7 +69,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "brokerd_client.aio": (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
     "brokerd": (),
-    "brokerd.config": (*LEAVES, "brokerd_client._common.paths"),
+    "brokerd.config": (
+        *LEAVES,
+        "brokerd_client._common.paths",
+        "brokerd_client._common.ssl_errors",
+    ),
     "brokerd.log": (*MODEL, "brokerd.config.units", "brokerd_client._common.rate_limit"),
     "brokerd.core": (*LEAVES, *MODEL, "brokerd_client.topics"),
     "brokerd.net": (

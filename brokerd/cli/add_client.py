@@ -21,12 +21,11 @@ from typing import Final
 
 import yaml
 
+from brokerd.config.key_files import new_key
 from brokerd.config.load import load
 
 __all__ = ["Added", "NotAdded", "add_client"]
 
-#: The size of a new key, in bytes: that of the digest that it is used with.
-_KEY_SIZE: Final = 32
 _OPEN_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 #: The errors that systems report for a file system without links.
 _NO_LINKS: Final = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -71,7 +70,7 @@ def add_client(name: str, main: Path) -> Added:
             _make_directory(key.parent, 0o700, home, undo)
             # The key is written first: an entry without its key would be a mistake in
             # the configuration.
-            _write_new(key, secrets.token_urlsafe(_KEY_SIZE) + "\n", 0o600, undo)
+            _write_new(key, new_key() + "\n", 0o600, undo)
             _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
         except FileExistsError as error:
             raise NotAdded(

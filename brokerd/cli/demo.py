@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 import brokerd_client
+from brokerd.config.key_files import new_key
 from brokerd.config.load import build_config
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.process import loop_factory
@@ -132,7 +132,7 @@ async def _with_broker(directory: Path, console: Console) -> int:
     """Run a broker while the clients talk, and return the number of messages that
     arrived.
     """
-    keys = {name: secrets.token_urlsafe(32) for name in ("alice", "bob", "carol")}
+    keys = {name: new_key() for name in ("alice", "bob", "carol")}
     stock = await asyncio.to_thread(find_interpreter)
     config = build_config(
         "127.0.0.1:0" if sys.platform == "win32" else str(directory / "brokerd.sock"),

@@ -15,12 +15,13 @@ import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from brokerd import __version__
 from brokerd._held_signals import release_signals
+from brokerd.config.problems import EX_CONFIG
 from brokerd.config.text_files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
 
 if TYPE_CHECKING:
@@ -28,12 +29,7 @@ if TYPE_CHECKING:
 
     from brokerd.config.model import Config
 
-__all__ = ["DEFAULT_CONFIG", "EX_CONFIG", "main"]
-
-#: The exit status for a configuration that can't be used (sysexits.h).
-EX_CONFIG: Final = 78
-#: The size of a new key, in bytes: that of the digest that it is used with.
-_KEY_SIZE: Final = 32
+__all__ = ["DEFAULT_CONFIG", "main"]
 
 
 class _Commands(click.Group):
@@ -263,9 +259,9 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
     It lives if it challenges who connects. Exit status 0 if it does, 1 if not.
     """
     from brokerd.cli import health
+    from brokerd.config.file_reader import Unreadable
     from brokerd.config.listen_addresses import Entrance, entrances
     from brokerd.config.problems import one_line
-    from brokerd.config.text_files import Unreadable
     from brokerd_client.address import parse
     from brokerd_client.errors import AddressError
 
@@ -303,7 +299,7 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
     configuration, for the owner alone, and clients.d/NAME.yaml makes NAME a client that
     has it. Both files are written, or none; never over another.
     """
-    import secrets
+    from brokerd.config.key_files import new_key
 
     if name is not None:
         _check_name(name)
@@ -311,7 +307,7 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
         if name is None:
             raise click.UsageError("--add needs the NAME of the new client")
         context.exit(_add_client(name, context.obj if config is None else config))
-    fresh = secrets.token_urlsafe(_KEY_SIZE)
+    fresh = new_key()
     click.echo(fresh)
     if name is not None:
         click.echo(

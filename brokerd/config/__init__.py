@@ -4,7 +4,8 @@ column.
 - ``units`` and ``fields`` define the values that an entry accepts;
 - ``model`` defines the form of a configuration;
 - ``values`` defines the values that the daemon uses;
-- ``text_files`` opens files, and ``yaml_reader`` parses the YAML text;
+- ``file_reader`` opens a file safely, ``text_files`` finds the texts, and ``yaml_reader``
+  parses the YAML;
 - ``validator`` checks the entries of one file, and ``key_files`` reads keys;
 - ``load`` reads all files and collects the results in ``builder``;
 - ``messages`` and ``problems`` put mistakes into words;

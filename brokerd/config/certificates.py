@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
-from brokerd.config import key_files as keys
+from brokerd.config.file_reader import FileKind, Unreadable, read_file
+from brokerd.config.key_files import read_private
 from brokerd.config.model import TlsEntry
 from brokerd.config.values import Requirement, TlsConfig
 from brokerd_client._common.paths import is_plainly_a_path
+from brokerd_client._common.ssl_errors import ssl_fault
 from brokerd_client.wire import certificate
 
 __all__ = ["MAX_PEM", "load_tls"]
@@ -27,6 +29,9 @@ __all__ = ["MAX_PEM", "load_tls"]
 #: Limits a file of certificates, in bytes. A system's whole list of CAs is a quarter of
 #: it.
 MAX_PEM: Final = 1024 * 1024
+_KIND: Final = FileKind(
+    MAX_PEM, remedy="give the file that holds the certificate", forbidden="let this user read it"
+)
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
 _MAKE_KEY: Final = "give the file that openssl or your CA's program wrote beside the certificate"
@@ -59,12 +64,14 @@ def load_tls(
     for field, path in paths.items():
         try:
             if field == "key":
-                contents[field] = keys.read_private(path, environ, _MAKE_KEY, entry.key)
+                contents[field] = read_private(path, environ, _MAKE_KEY, entry.key)
             else:
-                content = _read_public(path, getattr(entry, field))
+                content, _ = read_file(
+                    path, _KIND, is_shown=is_plainly_a_path(getattr(entry, field))
+                )
                 ders[field] = _certificates(path, content)
                 contents[field] = content
-        except keys.KeyRefused as error:
+        except Unreadable as error:
             complain(field, str(error))
     if "certificate" in ders:
         wrong = _out_of_time(paths["certificate"], ders["certificate"][0])
@@ -115,7 +122,7 @@ def _context(
             _named(contents["key"], paths["key"]) as key,
         ):
             context.load_cert_chain(chain, key, password=_no_password)
-    except keys.KeyRefused as error:
+    except Unreadable as error:
         complain("key", f"{paths['key']} {error}")
         return None
     except ssl.SSLError as error:
@@ -128,17 +135,16 @@ def _context(
         elif error.reason in ("CA_MD_TOO_WEAK", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL"):
             complain(
                 "certificate",
-                f"{paths['certificate']} is too weak: {_words(error)} (have a stronger one made)",
+                f"{paths['certificate']} is too weak: {ssl_fault(error)} (issue a stronger one)",
             )
         else:
             complain(
                 "key",
-                f"{paths['key']} holds no private key that can be used: {_words(error)} (give it in"
-                " PEM)",
+                f"{paths['key']} holds no usable private key: {ssl_fault(error)} (give it in PEM)",
             )
         return None
     except OSError as error:
-        complain("key", f"{paths['key']} can't be read: {error.strerror} (see to the disk)")
+        complain("key", f"{paths['key']} can't be read: {error.strerror} (check the disk)")
         return None
     if issuers is not None:
         try:
@@ -146,7 +152,7 @@ def _context(
         except (ssl.SSLError, OSError) as error:
             complain(
                 "client_ca",
-                f"{paths['client_ca']} can't be used: {_words(error)} (give certificates in PEM)",
+                f"{paths['client_ca']} can't be used: {ssl_fault(error)} (give it in PEM)",
             )
             return None
         optional = entry.client_certificate is Requirement.OPTIONAL
@@ -175,54 +181,15 @@ def _named(content: bytes, path: str) -> Iterator[str]:
 
 
 def _no_password() -> str:
-    raise keys.KeyRefused(
+    raise Unreadable(
         "is encrypted, and nobody is there to give a password (openssl pkey -in FILE -out PLAIN)"
     )
-
-
-def _words(error: OSError) -> str:
-    return str(getattr(error, "reason", None) or error.strerror or error).lower().replace("_", " ")
-
-
-def _read_public(path: str, written: str) -> bytes:
-    """Return the content of a file that every user may read. Raises KeyRefused.
-
-    written: the path as the configuration has it. An error repeats it only if it looks
-    like a path: it may hold the private key by mistake.
-    """
-    shown = path if is_plainly_a_path(written) else "of that name"
-    try:
-        # O_NONBLOCK: opening a FIFO without a writer would block.
-        handle = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
-        try:
-            content = os.read(handle, MAX_PEM + 1)
-        finally:
-            os.close(handle)
-    except FileNotFoundError:
-        raise keys.KeyRefused(
-            f"there is no file {shown} (give the file that holds the certificate)"
-        ) from None
-    except ValueError:
-        raise keys.KeyRefused("is no path (give the file that holds the certificate)") from None
-    except OSError as error:
-        what = shown if shown == path else "the file of that name"
-        raise keys.KeyRefused(
-            f"{what} can't be read: {error.strerror} (let this user read it)"
-        ) from None
-    if len(content) > MAX_PEM:
-        raise keys.KeyRefused(
-            f"{path} is larger than {MAX_PEM // 1024} KiB (give the file that holds the"
-            " certificate)"
-        )
-    return content
 
 
 def _certificates(path: str, content: bytes) -> list[bytes]:
     """Return the certificates of a PEM file, at least one, in DER.
 
-    Raises KeyRefused.
+    Raises Unreadable.
     """
     found = []
     for piece in content.decode("latin-1").split(_BEGIN)[1:]:
@@ -232,10 +199,10 @@ def _certificates(path: str, content: bytes) -> list[bytes]:
             certificate.validity(der)
             certificate.signature_hash(der)
         except (ValueError, LookupError):
-            raise keys.KeyRefused(f"{path} holds a damaged certificate (copy it again)") from None
+            raise Unreadable(f"{path} holds a damaged certificate (copy it again)") from None
         found.append(der)
     if not found:
-        raise keys.KeyRefused(
+        raise Unreadable(
             f"{path} holds no certificate (give it in PEM, which begins with {_BEGIN})"
         )
     return found

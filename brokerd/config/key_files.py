@@ -7,33 +7,36 @@ docs/configuration.md, "Keys".
 
 from __future__ import annotations
 
-import errno
 import os
 import re
+import secrets
 import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from brokerd.config.file_reader import FileKind, Unreadable, read_file
 from brokerd_client._common.paths import is_plainly_a_path
 
 __all__ = [
     "MAX_KEY",
     "OTHERS",
-    "KeyRefused",
     "exposed",
     "forbidden",
+    "new_key",
     "oddity",
     "read_credential",
     "read_env",
-    "read_file",
+    "read_key_file",
     "read_private",
 ]
 
 #: Limits a key file, in bytes; a longer file is not a key file.
 MAX_KEY: Final = 64 * 1024
 
+#: Size of a new key, in bytes: that of the digest that it is used with.
+_KEY_SIZE: Final = 32
 #: The mode bits by which other users could read or replace a key file.
 OTHERS: Final = stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
 _ANY_WRITE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -41,31 +44,31 @@ _ANY_WRITE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9]{0,14}(_[A-Z0-9]{1,15}){0,5}")
 #: UTF-16 is recognized by its zero bytes only in a key with more letters than this.
 _FEW: Final = 3
-# O_NONBLOCK: a FIFO in the place of a file must not block the daemon.
-_OPEN_FLAGS: Final = (
-    os.O_RDONLY
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_BINARY", 0)
+_KIND: Final = FileKind(
+    MAX_KEY,
+    remedy="give the file that holds the key",
+    forbidden="let this user own it, mode 0600",
+    hidden="give the path of the file that holds the key; a key itself is given with key",
 )
 
 
-class KeyRefused(ValueError):
-    """The key can't be used; the text gives the fault (and its remedy)."""
+def new_key() -> str:
+    """Return a new random key, as text for a file."""
+    return secrets.token_urlsafe(_KEY_SIZE)
 
 
-def read_file(path: str, environ: Mapping[str, str], written: str | None = None) -> bytes:
+def read_key_file(path: str, environ: Mapping[str, str], written: str | None = None) -> bytes:
     """Return the key in a file: its bytes without one trailing newline.
 
     environ: names the directories that are closed to other users, whatever the modes of
     the files in them; see ``forbidden``.
-    written: as for ``read_private``. Raises KeyRefused.
+    written: as for ``read_private``. Raises Unreadable.
     """
     quoted = shlex.quote(path)
     content = read_private(path, environ, f"make one: umask 077; brokerd key > {quoted}", written)
     key = _cut_newline(content)
     if not key:
-        raise KeyRefused(f"{path} is empty (write a key into it: brokerd key > {quoted})")
+        raise Unreadable(f"{path} is empty (write a key into it: brokerd key > {quoted})")
     return key
 
 
@@ -74,69 +77,51 @@ def read_private(
 ) -> bytes:
     """Return the content of a file that only its owner may read.
 
-    environ: as for ``read_file``. missing: the remedy if the file does not exist.
+    environ: as for ``read_key_file``. missing: the remedy if the file does not exist.
     written: the path as the configuration has it, if that differs. An error repeats the
     path only if it is clearly a path, and not a key.
-    Raises KeyRefused.
+    Raises Unreadable.
     """
-    try:
-        handle = os.open(path, _OPEN_FLAGS)
-    except (OSError, ValueError) as error:
-        plain = is_plainly_a_path(path if written is None else written)
-        raise KeyRefused(
-            _unopened(path, error, missing) if plain else _unopened_secret(error)
-        ) from None
-    try:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise KeyRefused(f"{path} is a directory (give the file that holds the key)")
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyRefused(f"{path} is no file (give the file that holds the key)")
-        exposure = exposed(path, status, forbidden(path, environ))
-        if exposure:
-            raise KeyRefused(exposure)
-        content = os.read(handle, MAX_KEY + 1)
-    except OSError as error:
-        raise KeyRefused(f"{path} can't be read: {error.strerror} (see to the disk)") from None
-    finally:
-        os.close(handle)
-    if len(content) > MAX_KEY:
-        raise KeyRefused(
-            f"{path} is longer than {MAX_KEY // 1024} KiB (give the file that holds the key)"
-        )
+    content, _ = read_file(
+        path,
+        _KIND,
+        missing=missing,
+        is_shown=is_plainly_a_path(path if written is None else written),
+        fault_of=lambda status: exposed(path, status, forbidden(path, environ)),
+    )
     return content
 
 
 def read_env(name: str, environ: Mapping[str, str]) -> bytes:
-    """Return the key in an environment variable. Raises KeyRefused."""
+    """Return the key in an environment variable. Raises Unreadable."""
     value = environ.get(name)
     if value is None:
         shown = name if _VARIABLE.fullmatch(name) else "of that name"
-        raise KeyRefused(f"the environment has no variable {shown} (set it, or give key_file)")
+        raise Unreadable(f"the environment has no variable {shown} (set it, or give key_file)")
     if not value:
-        raise KeyRefused(f"the environment variable {name} is empty (set it to the key)")
+        raise Unreadable(f"the environment variable {name} is empty (set it to the key)")
     # Restore the bytes of the environment, whatever its encoding.
     return os.fsencode(value)
 
 
 def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
-    """Return the key in a credential that systemd hands over. Raises KeyRefused."""
+    """Return the key in a credential that systemd hands over. Raises Unreadable."""
     if "/" in name or name in (".", ".."):
-        raise KeyRefused(
+        raise Unreadable(
             "is no credential's name (give the name in LoadCredential=, without a path)"
         )
     directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SEALED_DIRECTORY")
     if not directory:
-        raise KeyRefused(
+        raise Unreadable(
             "there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential=NAME:PATH)"
         )
-    path = os.path.join(directory, name)  # noqa: PTH118 - read_file takes text
+    path = os.path.join(directory, name)  # noqa: PTH118 - read_key_file takes text
     if "\0" in name or not os.path.lexists(path):
         # The error does not repeat the name: it may be the key.
-        raise KeyRefused(
+        raise Unreadable(
             f"{directory} holds no credential of that name (give the unit LoadCredential=NAME:PATH)"
         )
-    return read_file(path, environ)
+    return read_key_file(path, environ)
 
 
 def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
@@ -249,22 +234,3 @@ def _cut_newline(content: bytes) -> bytes:
     if content.endswith(b"\n"):
         return content[:-2] if content.endswith(b"\r\n") else content[:-1]
     return content
-
-
-def _unopened_secret(error: OSError | ValueError) -> str:
-    right = "give the path of the file that holds the key; a key itself is given with key"
-    if isinstance(error, ValueError):
-        return "is no path (give the file that holds the key)"
-    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-        return f"there is no file of that name ({right})"
-    return f"the file of that name can't be opened: {error.strerror} ({right})"
-
-
-def _unopened(path: str, error: OSError | ValueError, missing: str) -> str:
-    if isinstance(error, ValueError):
-        return "is no path (give the file that holds the key)"
-    if error.errno == errno.ENOENT:
-        return f"there is no file {path} ({missing})"
-    if error.errno == errno.EACCES:
-        return f"{path} can't be read: {error.strerror} (let this user own it, mode 0600)"
-    return f"{path} can't be opened: {error.strerror} (give the file that holds the key)"

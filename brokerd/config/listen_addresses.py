@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import yaml
 
-from brokerd.config.text_files import Unreadable, matching, text_of
+from brokerd.config.file_reader import Unreadable
+from brokerd.config.text_files import matching, text_of
 from brokerd.config.yaml_reader import read
 from brokerd_client.address import Address, parse
 from brokerd_client.errors import AddressError

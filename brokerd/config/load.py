@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from brokerd.config.builder import Findings
+from brokerd.config.file_reader import Unreadable
 from brokerd.config.model import Config, File, IncludedFile
 from brokerd.config.problems import ConfigError, Path, Place, Problem
-from brokerd.config.text_files import MAX_FILE, Unreadable, decoded, matching, text_of
+from brokerd.config.text_files import MAX_FILE, decoded, matching, text_of
 from brokerd.config.validator import Entries
 from brokerd.config.yaml_reader import Document, read
 
 __all__ = ["MAX_FILE", "Config", "ConfigError", "build_config", "load", "load_text"]
 
-_NOT_A_PATH: Final = "is no path (give a file or a pattern)"
+_NOT_A_PATH: Final = "is not a valid path (give a file or a pattern)"
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> Config:

@@ -12,8 +12,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-__all__ = ["ConfigError", "Path", "Place", "Problem", "format_path", "name_alone", "one_line"]
+__all__ = [
+    "EX_CONFIG",
+    "ConfigError",
+    "Path",
+    "Place",
+    "Problem",
+    "format_path",
+    "name_alone",
+    "one_line",
+]
 
+#: Exit status for a configuration that can't be used, from sysexits.h.
+EX_CONFIG: Final = 78
 #: The path from the top of a file to a value: keys of mappings and indexes of lists.
 Path: TypeAlias = Sequence[str | int]
 

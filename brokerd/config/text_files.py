@@ -14,12 +14,13 @@ import stat
 from collections.abc import Mapping
 from typing import Final
 
+from brokerd.config.file_reader import FileKind, Unreadable, read_file, target_of
+
 __all__ = [
     "DEFAULT_CONFIG",
     "IN_ENVIRON",
     "MAX_FILE",
     "VARIABLE",
-    "Unreadable",
     "decoded",
     "matching",
     "text_of",
@@ -34,26 +35,20 @@ VARIABLE: Final = "BROKERD_CONFIG_YAML"
 IN_ENVIRON: Final = f"${VARIABLE}"
 #: Limits a configuration file, in bytes: about a million clients.
 MAX_FILE: Final = 256 * 2**20
-# O_NONBLOCK: opening a FIFO without a writer must not block. O_BINARY: otherwise
-# Windows would end the file at a Ctrl-Z.
-_OPEN_FLAGS: Final = (
-    os.O_RDONLY
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
+#: The remedies for a missing file. The user named no file where the default is missing,
+#: so that remedy lists every way to give one. In a container, the first is a volume.
+_MISSING: Final = "make it, or give another"
+_MISSING_DEFAULT: Final = (
+    "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its"
+    f" text into {VARIABLE}; brokerd demo needs none"
 )
-
-
-class Unreadable(Exception):
-    """A file can't be read as text; the message gives the fault (and its remedy).
-
-    line, column: the place in the file, 0 for the file as a whole.
-    """
-
-    def __init__(self, what: str, line: int = 0, column: int = 0) -> None:
-        super().__init__(what)
-        self.line = line
-        self.column = column
+_KIND: Final = FileKind(
+    MAX_FILE,
+    remedy="give a file",
+    forbidden="let this user read it",
+    too_large="split it with include:",
+    allows_fifo=True,
+)
 
 
 def text_of(
@@ -72,28 +67,9 @@ def text_of(
                 f"the environment has no {VARIABLE} (set it to the configuration's text)"
             )
         return decoded(os.fsencode(text)), None
-    try:
-        handle = os.open(file, _OPEN_FLAGS)
-    except (OSError, ValueError) as error:
-        raise Unreadable(_unopened(file, error)) from None
-    try:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise Unreadable(f"{file} is a directory (give a file)")
-        if stat.S_ISFIFO(status.st_mode):
-            os.set_blocking(handle, True)
-        elif not stat.S_ISREG(status.st_mode):
-            raise Unreadable(f"{file} is no file (give a file)")
-        with open(handle, "rb", closefd=False) as stream:
-            content = stream.read(MAX_FILE + 1)
-    except OSError as error:
-        raise Unreadable(f"{file} can't be read: {error.strerror} (see to the disk)") from None
-    finally:
-        os.close(handle)
-    if not content and stat.S_ISFIFO(status.st_mode):
-        raise Unreadable(f"{file} is a FIFO, and nobody writes anything into it (give a file)")
-    if len(content) > MAX_FILE:
-        raise Unreadable(f"{file} is larger than {MAX_FILE // 2**20} MiB (split it with include:)")
+    content, status = read_file(
+        file, _KIND, missing=_MISSING_DEFAULT if file == DEFAULT_CONFIG else _MISSING
+    )
     return decoded(content), status
 
 
@@ -131,7 +107,7 @@ def _listed(directory: str, pattern: str) -> list[str]:
     try:
         return os.listdir(directory)  # noqa: PTH208 - the names alone
     except FileNotFoundError:
-        what = f"there is no directory {directory}{_target_of(directory)}"
+        what = f"there is no directory {directory}{target_of(directory)}"
         raise Unreadable(f"{what} (make it, or take {pattern} out)") from None
     except NotADirectoryError:
         raise Unreadable(
@@ -154,7 +130,7 @@ def _is_directory(path: str) -> bool:
         if not _is_there(path):
             return False
         raise Unreadable(
-            f"{path} is not there{_target_of(path)} (make that, or remove the link)"
+            f"{path} is not there{target_of(path)} (make that, or remove the link)"
         ) from None
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {error.strerror} ({_let_in(error)})") from None
@@ -174,22 +150,12 @@ def _is_there(path: str) -> bool:
     return True
 
 
-def _target_of(path: str) -> str:
-    """Return a note on a symbolic link whose target is missing, or "" for any other
-    path.
-    """
-    try:
-        return f", where the link {path} leads: {os.readlink(path)}"  # noqa: PTH115 - the same
-    except (OSError, ValueError):
-        return ""
-
-
 def _let_in(error: OSError) -> str:
     closed = error.errno in (errno.EACCES, errno.EPERM)
     return (
         "let this user read and search every directory on the way"
         if closed
-        else "see to the file system"
+        else "check the file system"
     )
 
 
@@ -206,21 +172,3 @@ def decoded(content: bytes) -> str:
         raise Unreadable(
             "is not UTF-8 (save it as UTF-8)", content.count(b"\n", 0, error.start) + 1, column
         ) from None
-
-
-def _unopened(file: str, error: OSError | ValueError) -> str:
-    if isinstance(error, ValueError):
-        return "is no path (give a file)"
-    if error.errno == errno.ENOENT and file == DEFAULT_CONFIG:
-        # The user named no file, so the error lists every way to give one. In a
-        # container, the first way is a volume.
-        right = (
-            "write or mount one there, name another with --config or in BROKERD_CONFIG, or put its"
-            f" text into {VARIABLE}; brokerd demo needs none"
-        )
-        return f"there is no file {file} ({right})"
-    if error.errno == errno.ENOENT:
-        return f"there is no file {file}{_target_of(file)} (make it, or give another)"
-    if error.errno == errno.EACCES:
-        return f"{file} can't be read: {error.strerror} (let this user read it)"
-    return f"{file} can't be opened: {error.strerror} (give a file)"

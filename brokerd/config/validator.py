@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from brokerd.config import key_files as key_store
+from brokerd.config import key_files
 from brokerd.config.builder import Findings
 from brokerd.config.certificates import load_tls
+from brokerd.config.file_reader import Unreadable
 from brokerd.config.messages import complaint, did_you_mean, unknown_key
 from brokerd.config.model import (
     KEY_FIELDS,
@@ -439,18 +440,18 @@ class Entries:
                 if kind == "file":
                     file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
                     source = f"key_file {file}"
-                    found = key_store.read_file(file, environ, value)
+                    found = key_files.read_key_file(file, environ, value)
                     self._note_private(file, path)
                 elif kind == "env":
                     source = f"key_env {value}"
-                    found = key_store.read_env(value, environ)
+                    found = key_files.read_env(value, environ)
                 else:
                     source = f"key_credential {value}"
-                    found = key_store.read_credential(value, environ)
-        except key_store.KeyRefused as error:
+                    found = key_files.read_credential(value, environ)
+        except Unreadable as error:
             self._problem(path, str(error))
             return None
-        odd = key_store.oddity(found, kind)
+        odd = key_files.oddity(found, kind)
         if odd:
             place, _ = self._document.place(path)
             self._findings.odd.append(f"{place}: a key of client {name!r} {odd}")
@@ -466,7 +467,7 @@ class Entries:
 
     def _note_private(self, file: str, path: Path) -> None:
         """Record a key file, for a warning if another user can replace it."""
-        if key_store.forbidden(file, self._findings.environ) == key_store.OTHERS:
+        if key_files.forbidden(file, self._findings.environ) == key_files.OTHERS:
             place, _ = self._document.place(path)
             self._findings.private.setdefault(file, str(place))
 
@@ -475,14 +476,12 @@ class Entries:
         if self._status is not None and self._document.file not in self._findings.exposed:
             # Reported once per file: one chmod corrects all of its keys.
             file = self._document.file
-            exposure = key_store.exposed(
-                file, self._status, key_store.forbidden(file, self._findings.environ)
+            exposure = key_files.exposed(
+                file, self._status, key_files.forbidden(file, self._findings.environ)
             )
             if exposure:
                 self._findings.exposed.add(self._document.file)
                 self._problem(path, f"a key stands in this file, and {exposure}")
         if not key:
-            raise key_store.KeyRefused(
-                "is empty (give at least one byte; brokerd key makes a good one)"
-            )
+            raise Unreadable("is empty (give at least one byte; brokerd key makes a good one)")
         return key

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from brokerd.ctl.status import Failure, Status
+from brokerd_client._common.ssl_errors import ssl_fault
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -46,7 +47,7 @@ def context_of(
         context = ssl.create_default_context(cafile=ca)
     except OSError as error:
         raise Failure(
-            Status.USAGE, f"--ca {ca} can't be used: {_words(error)}; give certificates in PEM"
+            Status.USAGE, f"--ca {ca} can't be used: {ssl_fault(error)}; give certificates in PEM"
         ) from error
     try:
         if cert:
@@ -54,10 +55,6 @@ def context_of(
     except OSError as error:
         files = f"--cert {cert}" + (f" with --cert-key {cert_key}" if cert_key else "")
         raise Failure(
-            Status.USAGE, f"{files} can't be used: {_words(error)}; give both in PEM"
+            Status.USAGE, f"{files} can't be used: {ssl_fault(error)}; give both in PEM"
         ) from error
     return context
-
-
-def _words(error: OSError) -> str:
-    return str(getattr(error, "reason", None) or error.strerror or error).lower().replace("_", " ")

@@ -17,6 +17,7 @@ from typing import Final
 from brokerd._held_signals import release_signals
 from brokerd.config.load import ConfigError, load
 from brokerd.config.model import Config
+from brokerd.config.problems import EX_CONFIG
 from brokerd.daemon import garbage
 from brokerd.daemon.daemon import Daemon, Stopped
 from brokerd.daemon.systemd import Supervisor
@@ -27,10 +28,8 @@ from brokerd.upgrade.channel import UpgradeChannelError
 from brokerd.upgrade.new_process import UpgradeTarget
 from brokerd.upgrade.old_process import UpgradeSource
 
-__all__ = ["EX_CONFIG", "EX_FAILED", "loop_factory", "run"]
+__all__ = ["EX_FAILED", "loop_factory", "run"]
 
-#: Exit status for a configuration that can't be used, from sysexits.h.
-EX_CONFIG: Final = 78
 EX_FAILED: Final = 1
 #: Seconds from a second signal to the forced end of a process whose event loop does not
 #: react to it.

@@ -56,13 +56,13 @@ def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.M
     terminal, and no key is.
     """
     keys: list[str] = []
-    fresh = demo.secrets.token_urlsafe
+    new_key = demo.new_key
 
-    def token(size: int) -> str:
-        keys.append(fresh(size))
+    def noted_key() -> str:
+        keys.append(new_key())
         return keys[-1]
 
-    monkeypatch.setattr(demo.secrets, "token_urlsafe", token)
+    monkeypatch.setattr(demo, "new_key", noted_key)
 
     status, text = shown(monkeypatch, socket_dir)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from brokerd.config.key_files import MAX_KEY, KeyRefused, read_file
+from brokerd.config.file_reader import Unreadable
+from brokerd.config.key_files import MAX_KEY, read_key_file
 from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
 from brokerd.config.values import Key
@@ -51,19 +52,19 @@ def test_one_trailing_newline_is_cut(tmp_path: Path, content: bytes, key: bytes)
     """The bytes of a key file are the key, without one newline at their end, whatever
     else they are.
     """
-    assert read_file(str(key_file(tmp_path / "key", content)), {}) == key
+    assert read_key_file(str(key_file(tmp_path / "key", content)), {}) == key
 
 
 def test_a_key_of_the_largest_size(tmp_path: Path) -> None:
     """64 KiB is a key, one byte more is some other file."""
     path = str(key_file(tmp_path / "key", b"k" * MAX_KEY))
-    assert len(read_file(path, {})) == MAX_KEY
+    assert len(read_key_file(path, {})) == MAX_KEY
 
     key_file(tmp_path / "key", b"k" * (MAX_KEY + 1))
     with pytest.raises(
-        KeyRefused, match=r"longer than 64 KiB \(give the file that holds the key\)"
+        Unreadable, match=r"larger than 64 KiB \(give the file that holds the key\)"
     ):
-        read_file(path, {})
+        read_key_file(path, {})
 
 
 @posix_modes
@@ -89,7 +90,7 @@ def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o700, 0o611])
 def test_modes_that_keep_a_key_to_its_owner(tmp_path: Path, mode: int) -> None:
     """What only the owner can read and write is accepted."""
-    assert read_file(str(key_file(tmp_path / "key", mode=mode)), {}) == b"the key"
+    assert read_key_file(str(key_file(tmp_path / "key", mode=mode)), {}) == b"the key"
 
 
 @posix_modes
@@ -247,7 +248,7 @@ def test_no_key_file(tmp_path: Path) -> None:
     assert line(f"{tmp_path}/no") == "there is no file no (make one: umask 077; brokerd key > no)"
     assert line(f"{tmp_path}/dir") == "dir is a directory (give the file that holds the key)"
     assert line(f"{tmp_path}/empty") == "empty is empty (write a key into it: brokerd key > empty)"
-    assert line("a\\0b") == "is no path (give the file that holds the key)"
+    assert line("a\\0b") == "is not a valid path (give the file that holds the key)"
 
 
 def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:

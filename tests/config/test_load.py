@@ -300,7 +300,7 @@ GOOD = "listen: [/run/b.sock]\n"
          "line)")),
         (GOOD + "include: [5]\n", "f:2:11: include[0]: is a number, not text (put it in quotes)"),
         (GOOD + "include: ['']\n", "f:2:11: include[0]: is empty (give a value, or take the key out)"),
-        (GOOD + 'include: ["a\\0b"]\n', "f:2:11: include[0]: is no path (give a file or a pattern)"),
+        (GOOD + 'include: ["a\\0b"]\n', "f:2:11: include[0]: is not a valid path (give a file or a pattern)"),
         (GOOD + "include: [no/such.yaml]\n", ("f:2:11: include[0]: there is no file no/such.yaml (make it, or give "
          "another)")),
     ],
@@ -533,9 +533,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     ]
     (tmp_path / "dir").mkdir()
     assert lines_of_file(tmp_path / "dir") == ["dir:1:1: (file): dir is a directory (give a file)"]
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         load("/dev/zero" if os.path.exists("/dev/zero") else tmp_path / "no.yaml")  # noqa: PTH110
-    with pytest.raises(ConfigError, match="is no path"):
+    with pytest.raises(ConfigError, match="is not a valid path"):
         load("a\0b")
 
 
@@ -575,7 +575,7 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
         (
             "loop/*",
             (
-                "the directory loop can't be listed: Too many levels of symbolic links (see to the"
+                "the directory loop can't be listed: Too many levels of symbolic links (check the"
                 " file system)"
             ),
         ),
@@ -623,8 +623,8 @@ def test_an_include_directory_that_is_missing_is_an_error(
     ("number", "right"),
     [
         (errno.EACCES, "let this user read and search every directory on the way"),
-        (errno.EIO, "see to the file system"),
-        (errno.ESTALE, "see to the file system"),
+        (errno.EIO, "check the file system"),
+        (errno.ESTALE, "check the file system"),
     ],
 )
 def test_an_include_directory_that_cannot_be_read_is_an_error(
@@ -670,15 +670,15 @@ def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo", 0o600)
 
     assert lines_of_file(tmp_path / "fifo") == [
-        "fifo:1:1: (file): fifo is a FIFO, and nobody writes anything into it (give a file)"
+        "fifo:1:1: (file): fifo is a FIFO that no process writes to (give a file)"
     ]
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: fifo}}\n")
     assert lines_of_file(file) == [
-        "b.yaml:2:25: clients.a.key_file: fifo is no file (give the file that holds the key)"
+        "b.yaml:2:25: clients.a.key_file: fifo is not a regular file (give the file that holds the key)"
     ]
     file = write(tmp_path / "c.yaml", "listen: [b.sock]\ninclude: [fifo]\nclients: {a: {key: k}}\n")
     assert lines_of_file(file) == [
-        "c.yaml:2:11: include[0]: fifo is a FIFO, and nobody writes anything into it (give a file)"
+        "c.yaml:2:11: include[0]: fifo is a FIFO that no process writes to (give a file)"
     ]
 
 

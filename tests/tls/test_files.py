@@ -144,7 +144,7 @@ DAMAGES: list[tuple[Callable[[Issued, Authority], object], str, str]] = [
     (
         lambda issued, _: issued.key.write_text("no key"),
         "5:10: listen[0].tls.key",
-        "no private key that can be used",
+        "no usable private key",
     ),
     (lambda issued, _: issued.key.unlink(), "5:10: listen[0].tls.key", "there is no file"),
     (

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
+from brokerd_client._common.socket_options import own_port
 from brokerd_client.address import Address, parse
 
 __all__ = [
@@ -268,10 +269,7 @@ def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
 def _listen_at(config: ListenConfig, family: int, sockaddr: tuple[Any, ...]) -> Listening:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # On Windows SO_REUSEADDR would let any program take over the port; the opposite
-        # option is right there.
-        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+        own_port(sock)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)

@@ -17,6 +17,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from brokerd_client._common.socket_options import own_port
 from brokerd_client.address import Family
 from brokerd_client.connection.handshaking import PeerStream, SocketPeer
 from brokerd_client.connection.readiness import readable
@@ -104,10 +105,7 @@ class SocketServer:
             if family == "AF_UNIX":
                 self._bind_file(address)
             else:
-                # On Windows SO_REUSEADDR would let any process take over the port; its
-                # opposite is right there.
-                option = socket.SO_REUSEADDR if os.name == "posix" else socket.SO_EXCLUSIVEADDRUSE  # type: ignore[attr-defined,unused-ignore]
-                self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
+                own_port(self._socket)
                 self._socket.bind(address)
             self._socket.listen(backlog)
             self.address = self._socket.getsockname()
