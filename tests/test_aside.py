@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.house import Recorder, configuration
+from support.running_daemon import Recorder, configuration
 
 from brokerd.daemon import Daemon, Stopped
 from brokerd.daemon import daemon as daemons

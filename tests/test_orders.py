@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from net.house import configuration, house
-from net.raw import JSON, REQUEST, packed
+from support.raw_client import JSON, REQUEST, packed
+from support.running_daemon import configuration, running_daemon
 
 from brokerd.daemon import admin as orders
 
@@ -18,7 +18,7 @@ def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(
     monkeypatch.setattr(orders, "_MOST_LONG", 2)
     monkeypatch.setattr(orders, "_ENTRIES", 1)
     with (
-        house(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here,
+        running_daemon(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here,
         here.login("ops") as ops,
     ):
         question = json.dumps({"op": "keys"}).encode()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from net.house import Recorder
+from support.running_daemon import Recorder
 
 from brokerd.config.load import load
 from brokerd.daemon import daemon

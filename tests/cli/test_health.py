@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from net.house import House, configuration, house
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 import brokerd.cli.health
 from brokerd.cli.health import Unhealthy, entrance_to_ask, probe
@@ -29,9 +29,9 @@ from brokerd_client.wire.framing import frame
 CHALLENGE = frame(b"#CHALLENGE#{sha256}" + b"n" * 32)
 
 
-def served(listen: str = "127.0.0.1:0") -> AbstractContextManager[House]:
+def served(listen: str = "127.0.0.1:0") -> AbstractContextManager[RunningDaemon]:
     """Run a broker until the block ends."""
-    return house(configuration(listen))
+    return running_daemon(configuration(listen))
 
 
 def health(*arguments: str | Path, **environ: str) -> Result:

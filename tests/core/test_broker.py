@@ -9,9 +9,9 @@ import struct
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Peer, client, error_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import WhenConnected, WhenFull
 from brokerd.core import exchange as exchange_module

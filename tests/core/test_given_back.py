@@ -5,7 +5,7 @@ passed on, or lost.
 from __future__ import annotations
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import WhenFull
 from brokerd_client.wire import envelope

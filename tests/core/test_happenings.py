@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import WhenFull
 from brokerd.core.broker import CoreLimits

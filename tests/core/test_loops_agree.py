@@ -10,7 +10,7 @@ import struct
 from typing import Any
 
 import pytest
-from core.twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
+from support.loop_twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
 
 if os.environ.get("BROKERD_PURE") == "1":
     pytest.skip("BROKERD_PURE=1 leaves the compiled loop out", allow_module_level=True)

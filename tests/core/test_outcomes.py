@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client, error_of
+from support.fake_network import FakeNet, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import broker as broker_module

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Peer, client, error_of
+from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core.large_frame import SLACK, LargeFrame, joined

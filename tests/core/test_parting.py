@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from core.fakenet import FakeNet, Peer, client, error_of
+from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core.goaway import add_reason, drain_in_steps, mute, part, retire

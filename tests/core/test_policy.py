@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from core.fakenet import client
+from support.fake_network import client
 
 from brokerd.config.values import Rule, Source
 from brokerd.core.policy import Policy

@@ -9,8 +9,8 @@ from array import array
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client
-from core.test_snapshot import CAPTURED
+from support.fake_network import FakeNet, client
+from support.session_fields import CAPTURED
 
 from brokerd.config.values import WhenFull
 from brokerd.core import precopy

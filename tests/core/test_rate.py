@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import RateConfig
 from brokerd.core.rate import Meter

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from core.fakenet import FakeNet, Peer, client
+from support.fake_network import FakeNet, Peer, client
 
 from brokerd.core.broker import CoreLimits
 from brokerd.core.routing_result import RoutingResult

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Peer, client
+from support.fake_network import FakeNet, Peer, client
 
 from brokerd.core import operations as service
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse

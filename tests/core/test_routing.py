@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from core.fakenet import FakeNet, Feed, Peer, client
+from support.fake_network import FakeNet, Feed, Peer, client
 
 from brokerd.config.values import WhenFull
 from brokerd.core import _routing_py, routing

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import Rule, Source
 from brokerd.core import broker as broker_module

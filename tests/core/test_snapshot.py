@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
+from support.session_fields import CAPTURED, MADE_ANEW, PARTING
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker, CoreLimits
@@ -472,64 +473,6 @@ def test_facts_that_lack_bytes_are_refused() -> None:
         restore(
             fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now
         )
-
-
-#: What a session is made of: captured, or there anew (found again, empty, or the
-#: connection's own).
-CAPTURED = {
-    "address",
-    "allowance",
-    "arrived",
-    "outgoing_requests",
-    "bytes_in",
-    "charged",
-    "client",
-    "closing",
-    "errors_in",
-    "expiring",
-    "goaway",
-    "held_by",
-    "hold_deadline",
-    "instance",
-    "closed_number",
-    "messages_in",
-    "number",
-    "open",
-    "outbox",
-    "incoming_requests",
-    "peer",
-    "recipients",
-    "reached_by_event",
-    "since",
-    "bytes_to_skip",
-    "slow",
-    "sender_header",
-    "subscriptions",
-    "waiters",
-}
-MADE_ANEW = {
-    "cut",
-    "widest",
-    "rank",
-    "spread",
-    "fanouts",
-    "generation",
-    "connection",
-    "routes",
-    "topics_version",
-}
-#: Only connections that are about to end have these, and none of those is captured.
-PARTING = {
-    "closing_code",
-    "finished",
-    "finishing",
-    "marked_at",
-    "marks",
-    "mute",
-    "parting",
-    "retired",
-    "told",
-}
 
 
 def test_nothing_a_session_knows_is_forgotten() -> None:

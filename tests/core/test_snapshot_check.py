@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client
+from support.fake_network import FakeNet, client
 
 from brokerd.config.values import RateConfig
 from brokerd.core.broker import Broker

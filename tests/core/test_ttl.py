@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Peer, client, error_of
+from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core import broker as broker_module

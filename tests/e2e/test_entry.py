@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e.process import Process, key_of
+from support.broker_process import BrokerProcess
+from support.keys import key_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 
@@ -39,7 +40,7 @@ def program(*signals: str, command: list[str] | None = None) -> str:
 def test_entry_signals_before_the_start_are_acted_on_after_it(socket_dir: Path) -> None:
     """SIGHUP becomes a reload, and SIGUSR1 does no harm, then or later."""
     with (
-        Process(socket_dir, program=program("SIGHUP", "SIGUSR1")) as broker,
+        BrokerProcess(socket_dir, program=program("SIGHUP", "SIGUSR1")) as broker,
         broker.login("alice") as alice,
     ):
         broker.wait("daemon.reloaded")
@@ -58,7 +59,7 @@ def test_entry_sigusr2_before_the_start_upgrades_after_it(socket_dir: Path) -> N
     """The process that serves then has heard of none of the signals, which were not for
     it.
     """
-    with Process(socket_dir, program=program("SIGUSR2")) as broker:
+    with BrokerProcess(socket_dir, program=program("SIGUSR2")) as broker:
         (upgraded,) = broker.wait("daemon.upgraded")
         assert upgraded["pid"] != broker.events("daemon.started")[0].get("pid")
         with broker.login("alice") as alice:
@@ -203,7 +204,7 @@ def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(
     socket_dir: Path,
 ) -> None:
     """What it prints does not reach the broker in the place of a frame."""
-    with Process(socket_dir, {"alice": None}) as broker:
+    with BrokerProcess(socket_dir, {"alice": None}) as broker:
         broker.wait("daemon.started")
         (socket_dir / "key").touch(mode=0o600)
         (socket_dir / "key").write_bytes(key_of("alice"))

@@ -15,9 +15,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from e2e.process import Process, key_of
+from support.broker_process import BrokerProcess
+from support.keys import key_of
 
-MEMBER = Path(__file__).with_name("crowd_member.py")
+MEMBER = Path(__file__).resolve().parents[1] / "support" / "load" / "crowd_member.py"
 SETTLED_S = 90.0
 
 
@@ -30,7 +31,7 @@ def everyone(
     names = [f"c{number}" for number in range(clients)]
     # One is never there, and one is not configured.
     recipients = [*names, "absent", "unknown"]
-    with Process(directory, [*names, "absent"], listen=["127.0.0.1:0"]) as broker:
+    with BrokerProcess(directory, [*names, "absent"], listen=["127.0.0.1:0"]) as broker:
         unix, tcp = broker.addresses()
         members = []
         for number in range(processes):

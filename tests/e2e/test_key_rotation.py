@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.process import Process
-from e2e.under_load import TIMEOUT_S, Crowd, write_whole
+from support.broker_process import BrokerProcess
+from support.load.crowd import TIMEOUT_S, Crowd, write_whole
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -34,7 +34,7 @@ def clients(*generations: int) -> dict[str, Any]:
     }
 
 
-async def rotate(broker: Process, crowd: Crowd, directory: Path, generation: int) -> None:
+async def rotate(broker: BrokerProcess, crowd: Crowd, directory: Path, generation: int) -> None:
     """Change every key to the next one: both are accepted, the clients change, the old
     one goes.
     """
@@ -57,7 +57,7 @@ async def rotate(broker: Process, crowd: Crowd, directory: Path, generation: int
 
 async def rotate_under_load(directory: Path, times: int) -> dict[str, int]:
     write_keys(directory, 0)
-    with Process(directory, clients(0)) as broker:
+    with BrokerProcess(directory, clients(0)) as broker:
         broker.wait("daemon.started")
         crowd = Crowd(str(broker.socket), {name: key(name, 0) for name in NAMES}, 0)
         for name in NAMES:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.process import TIMEOUT_S, Process, key_of
-from net.raw import EVENT, MESSAGE, REQUEST, Raw, Rejected, login, packed
+from support.broker_process import TIMEOUT_S, BrokerProcess
+from support.keys import key_of
+from support.raw_client import EVENT, MESSAGE, REQUEST, Raw, Rejected, login, packed
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
 HOSTILE = (
@@ -26,7 +27,9 @@ HOSTILE = (
 )
 
 
-def brokerctl(broker: Process, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def brokerctl(
+    broker: BrokerProcess, name: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Run brokerctl as a client."""
     key = broker.directory / f"{name}.key"
     access = ["--address", str(broker.socket), "--name", name, "--key-file", str(key)]
@@ -34,7 +37,7 @@ def brokerctl(broker: Process, name: str, *arguments: str) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-def configure(broker: Process, **sections: Any) -> None:
+def configure(broker: BrokerProcess, **sections: Any) -> None:
     """Change sections of the configuration file."""
     whole = yaml.safe_load(broker.config.read_text()) | sections
     broker.config.write_text(yaml.safe_dump(whole))
@@ -54,7 +57,7 @@ def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
         while True:
             os.write(writing, bytes(1 << 16))
     os.set_blocking(writing, True)
-    with Process(socket_dir, stderr=writing, log={"level": "debug"}) as broker:
+    with BrokerProcess(socket_dir, stderr=writing, log={"level": "debug"}) as broker:
         os.close(writing)
         while not broker.socket.exists():
             assert broker.popen.poll() is None
@@ -70,7 +73,7 @@ def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
     os.close(reading)
 
 
-def connect_in_time(broker: Process, name: str) -> Raw:
+def connect_in_time(broker: BrokerProcess, name: str) -> Raw:
     deadline = monotonic() + TIMEOUT_S
     while True:
         try:
@@ -81,7 +84,7 @@ def connect_in_time(broker: Process, name: str) -> Raw:
 
 def test_every_line_is_out_before_the_process_is(socket_dir: Path) -> None:
     """What happened just before the end is all there, in order."""
-    with Process(socket_dir, ["alice"]) as broker:
+    with BrokerProcess(socket_dir, ["alice"]) as broker:
         for _ in range(20):
             broker.login("alice").close()
         broker.signal()
@@ -100,7 +103,7 @@ def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
     """
     clients = {"alice": None, "root": {"admin": True}}
     with (
-        Process(socket_dir, clients, log={"audit": "audit.log"}) as broker,
+        BrokerProcess(socket_dir, clients, log={"audit": "audit.log"}) as broker,
         broker.login("alice") as alice,
     ):
 
@@ -150,7 +153,7 @@ def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
     """Moved away, a SIGHUP begins it anew, even one that refuses the configuration; a
     bad place refuses the reload.
     """
-    with Process(
+    with BrokerProcess(
         socket_dir, {"alice": None, "root": {"admin": True}}, log={"audit": "audit.log"}
     ) as broker:
         audit = socket_dir / "audit.log"
@@ -188,7 +191,7 @@ def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
 
 def test_an_audit_that_cannot_be_opened_is_no_start(socket_dir: Path) -> None:
     """Nothing is served without the record that was asked for."""
-    with Process(socket_dir, log={"audit": "none/audit.log"}) as broker:
+    with BrokerProcess(socket_dir, log={"audit": "none/audit.log"}) as broker:
         assert broker.exit_status() == 1
         assert "none/audit.log can't be opened: No such file or directory" in "".join(broker.lines)
         assert not broker.socket.exists()
@@ -196,7 +199,7 @@ def test_an_audit_that_cannot_be_opened_is_no_start(socket_dir: Path) -> None:
 
 def test_a_full_disk_under_the_audit_stops_nothing(socket_dir: Path) -> None:
     """The broker goes on without the record that it can't write."""
-    with Process(socket_dir, log={"audit": "/dev/full"}) as broker:
+    with BrokerProcess(socket_dir, log={"audit": "/dev/full"}) as broker:
         for _ in range(3):
             with broker.login("alice") as alice:
                 alice.ask("ping")
@@ -204,7 +207,7 @@ def test_a_full_disk_under_the_audit_stops_nothing(socket_dir: Path) -> None:
         assert broker.exit_status() == 0
 
 
-def attack(broker: Process) -> None:
+def attack(broker: BrokerProcess) -> None:
     """Put hostile bytes wherever a client's bytes can reach the log."""
     hostile = HOSTILE.encode()
     for name in (hostile[:60], b"\xff\xfe\n\x1b[31m", b"alice\n"):
@@ -261,7 +264,7 @@ def test_no_line_is_forged_by_a_clients_bytes(socket_dir: Path, format: str) -> 
         "root": {"admin": True},
     }
     log = {"level": "debug", "format": format, "audit": "audit.log"}
-    with Process(socket_dir, clients, log=log) as broker:
+    with BrokerProcess(socket_dir, clients, log=log) as broker:
         while not broker.socket.exists():
             assert broker.popen.poll() is None
         connect_in_time(broker, "alice").close()
@@ -287,7 +290,7 @@ def test_no_line_is_forged_by_a_clients_bytes(socket_dir: Path, format: str) -> 
         assert key_of(name).hex() not in whole
 
 
-def attack_when_started(broker: Process) -> None:
+def attack_when_started(broker: BrokerProcess) -> None:
     """Attack; the log need not be JSON to know that it listens."""
     wait, broker.wait = broker.wait, lambda *_: []  # type: ignore[method-assign]
     try:

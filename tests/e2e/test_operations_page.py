@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import TIMEOUT_S, Process
+from support.broker_process import TIMEOUT_S, BrokerProcess
 
 from brokerd_client import connect
 
@@ -66,7 +66,7 @@ def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
     """
     clients = {"ops": {"admin": True, "connections": 4}}
     (socket_dir / "clients.d").mkdir()
-    with Process(socket_dir, clients, include=["clients.d/*.yaml"]) as broker:
+    with BrokerProcess(socket_dir, clients, include=["clients.d/*.yaml"]) as broker:
         broker.wait("daemon.started")
         shell = Shell(socket_dir)
         look, reload = blocks("Reload")

@@ -12,8 +12,9 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from e2e.process import Process, key_of
-from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, prefixed
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import MESSAGE, RECEIPT, WANT_RECEIPT, Raw, Rejected, login, prefixed
 
 from brokerd import __version__
 
@@ -29,7 +30,11 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
     """What is queued reaches a client that reads late; exit status 0; no socket file is
     left.
     """
-    with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+    with (
+        BrokerProcess(socket_dir) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
         queue_for(alice, "bob", 50)
         broker.signal(number)
         broker.wait("daemon.stopping")
@@ -49,7 +54,7 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
 def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
     """Clients that wait for nothing hold up nothing."""
     with (
-        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
     ):
         began = monotonic()
@@ -64,7 +69,7 @@ def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path)
     """A signal that arrives while the interpreter ends does not turn a drain into a
     failure.
     """
-    with Process(socket_dir) as broker:
+    with BrokerProcess(socket_dir) as broker:
         broker.wait("daemon.started")
         broker.signal()
         broker.wait("daemon.stopped")
@@ -87,7 +92,7 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
     tells the difference.
     """
     with (
-        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob"),
     ):
@@ -107,7 +112,7 @@ def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir:
     """The default leaves room before the SIGKILL that container runtimes send 10
     seconds after SIGTERM.
     """
-    with Process(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob"):
+    with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice, broker.login("bob"):
         queue_for(alice, "bob", 50)
         began = monotonic()
         broker.signal()
@@ -119,7 +124,7 @@ def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir:
 def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
     """A client that never reads is cut off; that is counted, and still a clean end."""
     with (
-        Process(socket_dir, limits={"drain_timeout": "300ms"}) as broker,
+        BrokerProcess(socket_dir, limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob"),
     ):
@@ -135,19 +140,19 @@ def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
 
 def test_a_daemon_killed_hard_is_replaced(socket_dir: Path) -> None:
     """After SIGKILL the socket file stays; the next daemon takes it over."""
-    with Process(socket_dir) as first:
+    with BrokerProcess(socket_dir) as first:
         first.wait("daemon.started")
         first.popen.kill()
         assert first.exit_status() == -signal.SIGKILL
     assert (socket_dir / "brokerd.sock").is_socket()
-    with Process(socket_dir) as second, second.login("alice") as alice:
+    with BrokerProcess(socket_dir) as second, second.login("alice") as alice:
         alice.ping()
 
 
 def test_a_second_daemon_at_the_same_path_fails(socket_dir: Path) -> None:
     """It says what is in its way and exits with status 1; the first one serves on."""
-    with Process(socket_dir) as first, first.login("alice") as alice:
-        with Process(socket_dir) as second:
+    with BrokerProcess(socket_dir) as first, first.login("alice") as alice:
+        with BrokerProcess(socket_dir) as second:
             assert second.exit_status() == 1
             failed = second.events("daemon.failed")[0]
             assert str(first.socket) in failed["reason"]
@@ -160,7 +165,7 @@ def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
     """Start, connect, refuse, disconnect and stop: an event with fields each; never a
     key or what was sent.
     """
-    with Process(socket_dir, listen=["127.0.0.1:0"]) as broker:
+    with BrokerProcess(socket_dir, listen=["127.0.0.1:0"]) as broker:
         unix, tcp = broker.addresses()
         alice = broker.login("alice")
         for address, name, key in (
@@ -213,7 +218,7 @@ def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_the_log_level_is_kept(socket_dir: Path, level: str) -> None:
     """Nothing less important than log.level is written; no key at any level."""
-    with Process(socket_dir, log={"level": level}) as broker:
+    with BrokerProcess(socket_dir, log={"level": level}) as broker:
         while not broker.socket.exists():
             assert broker.popen.poll() is None
         while True:
@@ -236,7 +241,7 @@ def test_the_log_level_is_kept(socket_dir: Path, level: str) -> None:
 def test_a_log_that_nobody_reads_stops_nothing(socket_dir: Path) -> None:
     """When the other end of standard error is gone, clients still come, talk and go."""
     reading, writing = os.pipe()
-    with Process(socket_dir, listen=[], stderr=writing) as broker:
+    with BrokerProcess(socket_dir, listen=[], stderr=writing) as broker:
         os.close(writing)
         with os.fdopen(reading) as log:
             assert "daemon.started" in log.readline()
@@ -254,7 +259,7 @@ def test_a_log_that_nobody_reads_stops_nothing(socket_dir: Path) -> None:
 def test_a_full_disk_under_the_log_stops_nothing(socket_dir: Path) -> None:
     """When a line of the log can't be written, the broker goes on."""
     full = os.open("/dev/full", os.O_WRONLY)
-    with Process(socket_dir, stderr=full) as broker:
+    with BrokerProcess(socket_dir, stderr=full) as broker:
         os.close(full)
         while not broker.socket.exists():
             assert broker.popen.poll() is None
@@ -273,7 +278,7 @@ def test_a_full_disk_under_the_log_stops_nothing(socket_dir: Path) -> None:
 
 def test_a_bad_configuration_exits_with_78(socket_dir: Path) -> None:
     """It listens nowhere and says where the mistake is."""
-    with Process(socket_dir, limits={"max_mesage": 1}) as broker:
+    with BrokerProcess(socket_dir, limits={"max_mesage": 1}) as broker:
         assert broker.exit_status() == 78
         assert str(broker.config) in "".join(broker.lines)
         assert not broker.socket.exists()
@@ -289,7 +294,7 @@ def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
     served.
     """
     names = [f"c{number}" for number in range(100)]
-    with Process(socket_dir, names, preexec=lambda: soft_limit_of_files(64)) as broker:
+    with BrokerProcess(socket_dir, names, preexec=lambda: soft_limit_of_files(64)) as broker:
         with contextlib.ExitStack() as crowd:
             for member in [crowd.enter_context(broker.login(name)) for name in names]:
                 member.ping()
@@ -305,7 +310,7 @@ def test_without_descriptors_it_waits_for_some(socket_dir: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
     names = [f"c{number}" for number in range(60)]
-    with Process(socket_dir, names, preexec=few, limits={"handshakes": 100}) as broker:
+    with BrokerProcess(socket_dir, names, preexec=few, limits={"handshakes": 100}) as broker:
         broker.wait("daemon.started")
         waiting = [Raw(broker.address) for _ in range(50)]
         broker.wait("listener.paused")

@@ -13,16 +13,16 @@ from time import monotonic
 
 import pytest
 import yaml
-from e2e.process import TIMEOUT_S, Process
-from e2e.under_load import write_whole
-from net.raw import Raw
+from support.broker_process import TIMEOUT_S, BrokerProcess
+from support.load.crowd import write_whole
+from support.raw_client import Raw
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
 
 
 def test_sighup_with_a_bad_file_is_in_the_log(socket_dir: Path) -> None:
     """The mistakes stand there with their lines, and whoever is connected goes on."""
-    with Process(socket_dir) as broker, broker.login("alice") as alice:
+    with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         text = broker.config.read_text()
         write_whole(broker.config, text + "nonsense: 1\n")
         broker.signal(signal.SIGHUP)
@@ -37,7 +37,7 @@ def test_sighup_with_a_bad_file_is_in_the_log(socket_dir: Path) -> None:
         alice.ping()
 
 
-def wait_until_it_reads(broker: Process, file: Path, alice: Raw) -> None:
+def wait_until_it_reads(broker: BrokerProcess, file: Path, alice: Raw) -> None:
     """Return when the broker has the file open; it serves all the time."""
     deadline = monotonic() + TIMEOUT_S
     while str(file) not in descriptors(broker.popen.pid):
@@ -59,7 +59,7 @@ def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: P
     """A disk that never answers holds up neither messages nor SIGTERM; signals that
     come meanwhile do not pile up.
     """
-    with Process(socket_dir) as broker, broker.login("alice") as alice:
+    with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "hangs.yaml"
         os.mkfifo(fifo)
         writer = os.open(fifo, os.O_RDWR)
@@ -84,7 +84,7 @@ def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> N
     """While a reload reads, however many signals make one more, which reads what there
     is then.
     """
-    with Process(socket_dir) as broker, broker.login("alice") as alice:
+    with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "slow.yaml"
         os.mkfifo(fifo)
         writer = os.open(fifo, os.O_RDWR)
@@ -107,7 +107,7 @@ def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> N
 def test_a_key_pasted_for_a_file_is_not_logged(socket_dir: Path) -> None:
     """A reload that is refused because of it tells the place and not the key."""
     key = "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA"
-    with Process(socket_dir) as broker:
+    with BrokerProcess(socket_dir) as broker:
         broker.wait("daemon.started")
         good = broker.config.read_text()
         for number, field in enumerate(("key_file", "key_env", "key_credential"), 1):

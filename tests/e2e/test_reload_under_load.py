@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from e2e.process import Process, key_of
-from e2e.under_load import TIMEOUT_S, Crowd, write_whole
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.load.crowd import TIMEOUT_S, Crowd, write_whole
 
 from brokerd_client.errors import Disconnected
 
@@ -58,7 +59,7 @@ def variant(directory: Path, number: int, chance: random.Random) -> dict[str, An
 
 
 async def reload_often(
-    broker: Process, crowd: Crowd, directory: Path, times: int, chance: random.Random
+    broker: BrokerProcess, crowd: Crowd, directory: Path, times: int, chance: random.Random
 ) -> int:
     """Rewrite the file and reload, by signal and by the operation in turn; return who
     was disconnected in all.
@@ -102,7 +103,7 @@ async def load_and_reload(directory: Path, times: int, seed: int) -> dict[str, i
     chance = random.Random(seed)
     first = variant(directory, 0, chance)
     listen, clients = first["listen"][1:], first["clients"]
-    with Process(directory, clients, listen=listen, limits=first["limits"]) as broker:
+    with BrokerProcess(directory, clients, listen=listen, limits=first["limits"]) as broker:
         broker.wait("daemon.started")
         names = (*STAY, "guest", "knocker", "ops")
         crowd = Crowd(str(broker.socket), {name: key_of(name) for name in names}, seed)

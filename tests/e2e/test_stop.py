@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import trustme
-from e2e.process import PROGRAM, Process
-from e2e.upgradable import IMPATIENT, Upgradable, is_running
-from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT
+from support.broker_process import PROGRAM, BrokerProcess
+from support.raw_client import MESSAGE, RECEIPT, WANT_RECEIPT
+from support.upgradable_process import IMPATIENT, Upgradable, is_running
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="FIFOs, and upgrades, are on Linux"
@@ -39,12 +39,12 @@ def held_fifo(path: Path) -> Iterator[None]:
         os.close(writer)
 
 
-def include(broker: Process, name: str) -> None:
+def include(broker: BrokerProcess, name: str) -> None:
     text = broker.config.read_text()
     broker.config.write_text(f"{text}include: [{name}]\n")
 
 
-def hang_a_reload(broker: Process) -> None:
+def hang_a_reload(broker: BrokerProcess) -> None:
     broker.wait("daemon.started")
     include(broker, "fifo")
     broker.signal(signal.SIGHUP)
@@ -63,7 +63,7 @@ def descriptors_of(pid: int) -> list[str]:
     return found
 
 
-def ends_soon(broker: Process, began: float) -> int:
+def ends_soon(broker: BrokerProcess, began: float) -> int:
     status = broker.exit_status()
     assert time.monotonic() - began < SOON_S
     return status
@@ -74,7 +74,7 @@ def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: 
     """Also with an upgrade that waits for the reload: SIGTERM drains, and the exit
     status is 0.
     """
-    with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
+    with held_fifo(socket_dir / "fifo"), BrokerProcess(socket_dir) as broker:
         hang_a_reload(broker)
         if upgrade:
             broker.signal(signal.SIGUSR2)
@@ -93,7 +93,7 @@ def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(
     """A drain that would take a minute is cut short, whatever else is waited for."""
     with (
         held_fifo(socket_dir / "fifo"),
-        Process(socket_dir, limits={"drain_timeout": "60s"}) as broker,
+        BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
         broker.login("bob"),
     ):
@@ -145,7 +145,7 @@ def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(
     issued.cert_chain_pems[0].write_to_path(socket_dir / "cert.pem")
     tls = {"address": "127.0.0.1:0", "tls": {"certificate": "cert.pem", "key": "key.pem"}}
     with (
-        Process(socket_dir, listen=[tls], program=program) as broker,
+        BrokerProcess(socket_dir, listen=[tls], program=program) as broker,
         broker.login("alice") as alice,
     ):
         (socket_dir / "hang").touch()
@@ -168,7 +168,7 @@ def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals:
     """The new process reads a file that does not answer: it is killed, and leaves
     nothing behind.
     """
-    with held_fifo(socket_dir / "fifo"), Process(socket_dir) as broker:
+    with held_fifo(socket_dir / "fifo"), BrokerProcess(socket_dir) as broker:
         broker.wait("daemon.started")
         include(broker, "fifo")
         broker.signal(signal.SIGUSR2)
@@ -220,7 +220,7 @@ def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path,
     )
     if loop == "asyncio":
         program = f"import sys\nsys.modules['uvloop'] = None\n{program}"
-    with Process(socket_dir, program=program) as broker:
+    with BrokerProcess(socket_dir, program=program) as broker:
         broker.wait("daemon.started")
         broker.signal()
         broker.wait("stuck")
@@ -236,7 +236,7 @@ def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, numb
         'import socket, time\ndef hangs(*_, **__):\n    print(\'{"event": "asked"}\','
         f" flush=True)\n    time.sleep(60)\nsocket.getaddrinfo = hangs\n{PROGRAM}"
     )
-    with Process(socket_dir, listen=["broker.example:6000"], program=program) as broker:
+    with BrokerProcess(socket_dir, listen=["broker.example:6000"], program=program) as broker:
         broker.wait("asked")
         began = time.monotonic()
         broker.signal(number)
@@ -259,7 +259,7 @@ def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(
     )
     hung = program.replace("HUNG", "2" if change == "the same file" else "3")
     with (
-        Process(socket_dir, log={"audit": "audit.log"}, program=hung) as broker,
+        BrokerProcess(socket_dir, log={"audit": "audit.log"}, program=hung) as broker,
         broker.login("alice") as alice,
     ):
         if change == "another file":

@@ -13,10 +13,11 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
-from e2e.process import Process, key_of
-from net.raw import MESSAGE, Rejected, login
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import MESSAGE, Rejected, login
 
-STRANGERS = Path(__file__).with_name("strangers.py")
+STRANGERS = Path(__file__).resolve().parents[1] / "support" / "stock_clients.py"
 TRIES = 15
 #: Tries that may fail while strangers insist: a busy machine may not let the client
 #: answer in time.
@@ -24,7 +25,7 @@ LATE = TRIES // 3
 
 
 @contextmanager
-def crowd(broker: Process, each: int, again: bool) -> Iterator[None]:
+def crowd(broker: BrokerProcess, each: int, again: bool) -> Iterator[None]:
     """Have that many of each kind of stranger at the door."""
     with subprocess.Popen(
         [sys.executable, str(STRANGERS), str(broker.socket), str(each), str(int(again))],
@@ -43,7 +44,7 @@ def crowd(broker: Process, each: int, again: bool) -> Iterator[None]:
             strangers.kill()
 
 
-def measure(broker: Process, name: bytes) -> dict[str, float]:
+def measure(broker: BrokerProcess, name: bytes) -> dict[str, float]:
     """Return medians in milliseconds: to connect, and for a message to oneself and
     back; and what went wrong.
     """
@@ -78,7 +79,7 @@ def test_a_good_client_gets_in_among_strangers(socket_dir: Path, again: bool) ->
     out, insist as they may.
     """
     names = ["alice", *(f"c{number}" for number in range(1000))]
-    with Process(socket_dir, names) as broker:
+    with BrokerProcess(socket_dir, names) as broker:
         broker.wait("daemon.started")
         print()
         for name in (b"alice", b""):

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import Process
-from e2e.upgrade_load import CLIENTS, Load
+from support.broker_process import BrokerProcess
+from support.load.upgrade import CLIENTS, Load
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
@@ -21,7 +21,7 @@ UPGRADES = 5
 def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[str]:
     """Upgrade that often in a row under full load; return the account of every message."""
     clients = {**CLIENTS, "idle": {"connections": max(idle, 1)}}
-    with Process(directory, clients, listen=["127.0.0.1:0"], log={"level": "info"}) as broker:
+    with BrokerProcess(directory, clients, listen=["127.0.0.1:0"], log={"level": "info"}) as broker:
         ops = broker.login("ops")
         crowd = [broker.login("idle") for _ in range(idle)]
         pauses = []
@@ -84,7 +84,7 @@ def test_how_long_the_pause_is(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     clients = {"ops": {"admin": True}, "idle": {"connections": connections}}
     with (
-        Process(socket_dir, clients, limits={"connections": connections + 10}) as broker,
+        BrokerProcess(socket_dir, clients, limits={"connections": connections + 10}) as broker,
         broker.login("ops") as ops,
     ):
         crowd = [broker.login("idle") for _ in range(connections)]

@@ -14,10 +14,20 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from e2e.process import key_of
-from e2e.upgradable import Upgradable, is_running
-from net.raw import CHALLENGE, MESSAGE, REQUEST, WELCOME, Raw, Rejected, login, packed, prefixed
-from supervise.manager import Manager
+from support.keys import key_of
+from support.raw_client import (
+    CHALLENGE,
+    MESSAGE,
+    REQUEST,
+    WELCOME,
+    Raw,
+    Rejected,
+    login,
+    packed,
+    prefixed,
+)
+from support.service_manager import Manager
+from support.upgradable_process import Upgradable, is_running
 
 from brokerd_client.address import Address
 

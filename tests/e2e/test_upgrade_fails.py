@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e.upgradable import IMPATIENT, Upgradable, descriptors, is_running
-from net.raw import MESSAGE, WANT_RECEIPT, Raw, packed
+from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, packed
+from support.upgradable_process import IMPATIENT, Upgradable, descriptors, is_running
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from fuzz.corpus import CORPUS, TARGETS
+from support.fuzz.corpus import CORPUS, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".fuzz"

@@ -9,8 +9,8 @@ import os
 import random
 
 import pytest
-from fuzz.corpus import CORPUS, TARGETS, inputs
-from fuzz.mutator import mutated
+from support.fuzz.corpus import CORPUS, TARGETS, inputs
+from support.fuzz.mutator import mutated
 
 #: For a longer look: so many times as many.
 FACTOR = int(os.environ.get("BROKERD_FUZZ_FACTOR", "1"))

@@ -9,10 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import reliability
-from e2e.process import Process
-from hostile.attackers import ATTACKS
-from hostile.test_memory import LIMITS, LOG, besiege, clients, resident, until_listening
+from support import reliability_page
+from support.broker_process import BrokerProcess
+from support.siege.attackers import ATTACKS
+from support.siege.siege import LIMITS, LOG, besiege, clients, resident, until_listening
 
 from brokerd.config.load import load
 from brokerd.config.memory_bound import memory_bound
@@ -30,7 +30,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="bd-") as directory,
-        Process(Path(directory), clients(), limits=LIMITS, log=LOG) as broker,
+        BrokerProcess(Path(directory), clients(), limits=LIMITS, log=LOG) as broker,
     ):
         until_listening(broker)
         bound = memory_bound(load(broker.config)).total / 2**20
@@ -58,8 +58,10 @@ def main() -> int:
     )
     print(text)
     if arguments.write:
-        reliability.put("siege", text)
-        (reliability.PAGE.parent / "reliability" / "siege.svg").write_text(_picture(curve, bound))
+        reliability_page.put("siege", text)
+        (reliability_page.PAGE.parent / "reliability" / "siege.svg").write_text(
+            _picture(curve, bound)
+        )
     return 0 if most < bound else 1
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e.process import Process, key_of
-from interop.interpreters import ALL_VERSIONS, interpreters
-from outages.traffic import until
+from support.broker_process import BrokerProcess
+from support.interpreters import ALL_VERSIONS, interpreters
+from support.keys import key_of
+from support.waiting import until
 
 import brokerd_client
 from brokerd_client.blocking import Client
@@ -49,7 +50,7 @@ def typed(address: str, name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def broker() -> Iterator[Process]:
+def broker() -> Iterator[BrokerProcess]:
     """A broker with two clients for each Python: one that may use MD5 and one that may
     not.
     """
@@ -60,13 +61,13 @@ def broker() -> Iterator[Process]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="bd-") as directory,
-        Process(Path(directory), clients) as process,
+        BrokerProcess(Path(directory), clients) as process,
     ):
         yield process
 
 
 @pytest.fixture(scope="module")
-def bob(broker: Process) -> Iterator[Client]:
+def bob(broker: BrokerProcess) -> Iterator[Client]:
     broker.wait("daemon.started")
     with brokerd_client.connect(str(broker.socket), "bob", key_of("bob")) as client:
         yield client
@@ -82,7 +83,9 @@ def python(version: str) -> list[str]:
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
-def test_the_example_of_the_protocol_page_works(version: str, broker: Process, bob: Client) -> None:
+def test_the_example_of_the_protocol_page_works(
+    version: str, broker: BrokerProcess, bob: Client
+) -> None:
     """With nothing installed and nothing changed; before 3.12 for a client with
     allow_md5.
     """
@@ -105,7 +108,7 @@ def test_the_example_of_the_protocol_page_works(version: str, broker: Process, b
 
 
 @pytest.mark.parametrize("version", OLD)
-def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Process) -> None:
+def test_an_old_python_is_refused_without_allow_md5(version: str, broker: BrokerProcess) -> None:
     """It gets an AuthenticationError, and the log tells the operator which option would
     let it in.
     """
@@ -133,7 +136,7 @@ def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Proces
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
-def test_a_stock_python_with_a_wrong_key_is_told_so(version: str, broker: Process) -> None:
+def test_a_stock_python_with_a_wrong_key_is_told_so(version: str, broker: BrokerProcess) -> None:
     """AuthenticationError, and not a hang, whatever the digest."""
     code = typed(str(broker.socket), "nobody")
     stock = subprocess.run(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.interpreters import SUPPORTED_VERSIONS, interpreters
+from support.interpreters import SUPPORTED_VERSIONS, interpreters
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

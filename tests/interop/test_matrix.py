@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.interpreters import ALL_VERSIONS, interpreters
+from support.interpreters import ALL_VERSIONS, interpreters
 
 from brokerd_client.connection import AuthenticationError, Client, Connection, Listener, wait
 
 TIMEOUT_S = 30
-SCRIPT = Path(__file__).with_name("stock_peer.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "stock_peer.py"
 ONLY_MD5 = ("2.7", "3.6", "3.7", "3.8", "3.9", "3.10", "3.11")
 FAMILIES = ("AF_UNIX", "AF_INET")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from lag.crowded import CONNECTED, Crowded, crowded, large_config
+from support.lag.crowded_broker import CONNECTED, Crowded, crowded, large_config
 
 
 @pytest.fixture(scope="package")

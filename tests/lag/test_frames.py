@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from lag.crowded import QUEUES, Crowded, queue_of
-from net.raw import EVENT, JSON, packed
+from support.lag.crowded_broker import QUEUES, Crowded, queue_of
+from support.raw_client import EVENT, JSON, packed
 
 from brokerd.config.values import WhenFull
 from brokerd.core.outbox import FrameOutbox, Outbox, Queued

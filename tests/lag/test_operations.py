@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from lag.crowded import Crowded
-from net.raw import ERROR, REPLY
+from support.lag.crowded_broker import Crowded
+from support.raw_client import ERROR, REPLY
 
 from brokerd.core import operations as service
 

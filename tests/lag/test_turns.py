@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from lag.crowded import CONNECTED, OWN, Crowded, crowded, large_config, large_text
-from net.house import key_of
-from net.raw import EVENT, JSON, MESSAGE, REPLY, REQUEST, Raw, login, packed
+from support.keys import key_of
+from support.lag.crowded_broker import CONNECTED, OWN, Crowded, crowded, large_config, large_text
+from support.raw_client import EVENT, JSON, MESSAGE, REPLY, REQUEST, Raw, login, packed
 
 from brokerd.config.load import load, load_text
 from brokerd.core.session import Session

@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e.process import PROGRAM, Process
-from lag.crowded import large_text
-from net.house import key_of
-from net.raw import login
+from support.broker_process import PROGRAM, BrokerProcess
+from support.keys import key_of
+from support.lag.crowded_broker import large_text
+from support.raw_client import login
 
 #: Seconds that an answer may take while a reload reads 10,000 clients in a thread.
 _LATEST_S = 0.25
 
 
-class _Large(Process):
+class _Large(BrokerProcess):
     """A daemon whose file has 10,000 clients."""
 
     def __init__(self, directory: Path) -> None:

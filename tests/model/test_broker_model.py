@@ -18,10 +18,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, Peer, client, error_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import ClientConfig, RateConfig, WhenConnected, WhenFull
 from brokerd.core import broker as broker_module

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from monitor.scrape import families, watched
+from support.scraping import families, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "config" / "grafana-dashboard.json"

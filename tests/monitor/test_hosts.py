@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from monitor.scrape import TIMEOUT_S, get, watched
+from support.scraping import TIMEOUT_S, get, watched
 
 from brokerd.monitor.hosts import fits
 from brokerd_client.address import Address

@@ -9,9 +9,9 @@ import socket
 from time import monotonic
 
 import pytest
-from monitor.scrape import connect, ended, get, watched
-from net.house import House
-from net.raw import MESSAGE
+from support.raw_client import MESSAGE
+from support.running_daemon import RunningDaemon
+from support.scraping import connect, ended, get, watched
 
 from brokerd.monitor import http_server as site
 
@@ -143,7 +143,7 @@ def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.Monkey
     assert len(answer) < len(page)
 
 
-def guests(broker: House) -> int:
+def guests(broker: RunningDaemon) -> int:
     """Return how many connections the monitor has."""
     this = broker.daemon._monitor._site
     assert this is not None

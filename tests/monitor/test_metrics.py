@@ -10,9 +10,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from monitor.scrape import families, get, samples, watched
-from net.house import House
-from net.raw import ERROR, MESSAGE, RECEIPT, REQUEST, WANT_RECEIPT, Raw, Rejected, login, packed
+from support.raw_client import (
+    ERROR,
+    MESSAGE,
+    RECEIPT,
+    REQUEST,
+    WANT_RECEIPT,
+    Raw,
+    Rejected,
+    login,
+    packed,
+)
+from support.running_daemon import RunningDaemon
+from support.scraping import families, get, samples, watched
 
 from brokerd import __version__
 from brokerd.core import routing
@@ -283,7 +293,7 @@ def test_the_version_and_the_loop_are_told() -> None:
 def test_a_loop_that_is_held_up_is_seen() -> None:
     """Something keeps the loop for a third of a second: the histogram has it."""
 
-    def late(broker: House) -> float:
+    def late(broker: RunningDaemon) -> float:
         found = samples(broker)
         bucket = "brokerd_event_loop_lag_seconds_bucket"
         return found[f"{bucket}{{le=+Inf}}"] - found[f"{bucket}{{le=0.1}}"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from monitor.scrape import get, watched
-from net.raw import MESSAGE, RECEIPT, WANT_RECEIPT
+from support.raw_client import MESSAGE, RECEIPT, WANT_RECEIPT
+from support.scraping import get, watched
 
 
 def test_a_running_broker_is_live_and_ready() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from monitor.scrape import connect, get, watched
+from support.scraping import connect, get, watched
 
 from brokerd.monitor import http_server as site
 from brokerd.monitor.pending_requests import Pending

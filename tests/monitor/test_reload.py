@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monitor.scrape import get, samples
-from net.house import House, Recorder
+from support.running_daemon import Recorder, RunningDaemon
+from support.scraping import get, samples
 
 import brokerd_client
 from brokerd.config.load import load
@@ -39,10 +39,10 @@ class FromFile:
         file.write_text(f"listen: [{self.home / 'sock'}]\nclients:\n  alice: {{key: k}}\n{more}")
         file.chmod(0o600)
 
-    def start(self) -> House:
+    def start(self) -> RunningDaemon:
         self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log)
         self.run(self.daemon.start())
-        return House(self.daemon, self.log, self.loop)
+        return RunningDaemon(self.daemon, self.log, self.loop)
 
     def reload(self, more: str) -> list[str]:
         self.write(more)
@@ -70,8 +70,8 @@ def served(socket_dir: Path) -> Iterator[FromFile]:
         here.close()
 
 
-def house_of(served: FromFile) -> House:
-    return House(served.daemon, served.log, served.loop)
+def house_of(served: FromFile) -> RunningDaemon:
+    return RunningDaemon(served.daemon, served.log, served.loop)
 
 
 def is_deaf(address: Address) -> bool:
@@ -215,10 +215,10 @@ def test_it_is_exposed_once_more_only_where_it_changed(served: FromFile) -> None
 def test_reload_that_changes_the_names_takes_them_over(served: FromFile) -> None:
     """Names of ``hosts`` count at once, and the monitor stays where it is."""
     assert served.reload("monitor: {address: '127.0.0.1:0'}\n") == []
-    house = house_of(served)
-    before = house.daemon.monitor_addresses
+    running_daemon = house_of(served)
+    before = running_daemon.daemon.monitor_addresses
     headers = {"Host": "broker.example"}
-    assert get(house, "/livez", headers=headers).status == 421
+    assert get(running_daemon, "/livez", headers=headers).status == 421
     assert served.reload("monitor: {address: '127.0.0.1:0', hosts: [broker.example]}\n") == []
-    assert get(house, "/livez", headers=headers).status == 200
-    assert house.daemon.monitor_addresses == before
+    assert get(running_daemon, "/livez", headers=headers).status == 200
+    assert running_daemon.daemon.monitor_addresses == before

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e.process import Process
-from monitor.scrape import get, read_prometheus
+from support.broker_process import BrokerProcess
+from support.scraping import get, read_prometheus
 
 from brokerd_client.address import Address, parse
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 CLIENTS = {"ops": {"admin": True}}
 
 
-def listening_at(broker: Process) -> Address:
+def listening_at(broker: BrokerProcess) -> Address:
     return parse(broker.wait("monitor.listening")[0]["addresses"][0])
 
 
@@ -41,7 +41,7 @@ def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
     Whoever was being answered by the old process in its last moment may be cut off,
     once an upgrade.
     """
-    with Process(socket_dir, CLIENTS, monitor="127.0.0.1:0", log={"level": "info"}) as broker:
+    with BrokerProcess(socket_dir, CLIENTS, monitor="127.0.0.1:0", log={"level": "info"}) as broker:
         at = listening_at(broker)
         answers: list[int | str] = []
         done = threading.Event()
@@ -84,7 +84,7 @@ def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: st
     socket file is gone.
     """
     path = socket_dir / "monitor"
-    with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
+    with BrokerProcess(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         assert get(listening_at(broker), "/livez").status == 200
         whole = yaml.safe_load(broker.config.read_text())
         whole |= {"monitor": str(socket_dir / "other")} if after == "moved" else {}
@@ -106,7 +106,7 @@ def test_an_upgrade_that_fails_leaves_the_monitor_alone(socket_dir: Path) -> Non
     socket file stays.
     """
     path = socket_dir / "monitor"
-    with Process(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
+    with BrokerProcess(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         at = listening_at(broker)
         with socket.create_server(("127.0.0.1", 0)) as taken, broker.login("ops") as ops:
             whole = yaml.safe_load(broker.config.read_text())

@@ -19,17 +19,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from e2e.process import Process
-from e2e.process import key_of as file_key_of
-from net.house import configuration, house, key_of
-from net.raw import CHALLENGE, WELCOME, Raw, Rejected, prefixed
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import CHALLENGE, WELCOME, Raw, Rejected, prefixed
+from support.running_daemon import configuration, running_daemon
 
 from brokerd.net.handshake import admission as admission_module
 from brokerd.net.handshake.admission import GRACE_S, Admission, Rank
 from brokerd_client.address import Address
 
-CROWD = Path(__file__).with_name("crowd.py")
-FLOODER = Path(__file__).with_name("flooder.py")
+LOAD = Path(__file__).resolve().parents[1] / "support" / "load"
+CROWD = LOAD / "connection_crowd.py"
+FLOODER = LOAD / "connection_flooder.py"
 
 
 def peer(origin: str, admission: Admission, now: float = 0.0) -> Any:
@@ -156,7 +157,9 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
     """Five times as many clients as places connect at once: nobody is turned away."""
     names = [f"c{number}" for number in range(40)]
     listen = str(socket_dir / "sock")
-    with house(configuration(listen, dict.fromkeys(names), limits={"handshakes": 8})) as here:
+    with running_daemon(
+        configuration(listen, dict.fromkeys(names), limits={"handshakes": 8})
+    ) as here:
         with contextlib.ExitStack() as stack:
             crowd = {name: stack.enter_context(here.raw()) for name in names}
             assert here.call(lambda: here.daemon.server.handshakes) <= 8
@@ -169,7 +172,7 @@ def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
     """Else a flood whose connections end before their grace could keep the door shut
     for ever.
     """
-    with house(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
+    with running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
         door = here.daemon.server.pending_handshakes
         for taken in (2, 3):
             crowd = [here.raw() for _ in range(taken)]
@@ -191,7 +194,9 @@ def test_listeners_with_newcomers_take_turns() -> None:
     """
     names = [f"c{number}" for number in range(12)]
     listen = ["127.0.0.1:0", "127.0.0.1:0"]
-    with house(configuration(listen, dict.fromkeys(names), limits={"handshakes": 1})) as here:
+    with running_daemon(
+        configuration(listen, dict.fromkeys(names), limits={"handshakes": 1})
+    ) as here:
         first, second = here.addresses
         with contextlib.ExitStack() as stack:
             places = [first] * 9 + [second] * 3
@@ -221,7 +226,7 @@ def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -
     they ended.
     """
     outcomes: Counter[str] = Counter()
-    environ = {**os.environ, "PYTHONPATH": str(CROWD.parents[1])}
+    environ = {**os.environ, "PYTHONPATH": str(LOAD.parents[1])}
     with contextlib.ExitStack() as stack:
         members = []
         for first in range(0, crowd, 1000):
@@ -278,7 +283,9 @@ def test_herd_of_first_connects_gets_in(socket_dir: Path, kind: str, face: str, 
         "127.0.0.1:0",
         {"address": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}},
     ]
-    with Process(socket_dir, [f"c{number}" for number in range(crowd)], listen=listen) as broker:
+    with BrokerProcess(
+        socket_dir, [f"c{number}" for number in range(crowd)], listen=listen
+    ) as broker:
         address = dict(zip(("unix", "tcp", "tls"), broker.addresses(), strict=True))[kind]
         began = time.monotonic()
         outcomes = _connect_at_once(address, face, ca if kind == "tls" else None, crowd)
@@ -369,7 +376,7 @@ def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
     """
     names = ["alice", "bob", "carol"]
     with (
-        house(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here,
+        running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here,
         flood(here.address, 250, 20, "nothing"),
     ):
         here.log.wait("client.refused", 10)
@@ -387,12 +394,12 @@ def test_flood_of_2500_connections_a_second_locks_no_client_out(
     more tries, as the library has.
     """
     names = [f"c{number}" for number in range(10)]
-    with Process(socket_dir, names, listen=["127.0.0.1:0"]) as broker:
+    with BrokerProcess(socket_dir, names, listen=["127.0.0.1:0"]) as broker:
         address = broker.addresses()[1]
         with flood(address, 2500, 60, kind):
             time.sleep(2)
             outcomes = _succeed(
-                address, names, file_key_of, source, 0.05, tries=1 if source == "127.0.0.2" else 5
+                address, names, key_of, source, 0.05, tries=1 if source == "127.0.0.2" else 5
             )
         refused = sum(event["count"] for event in broker.events("client.refused_more"))
     took = [round(each, 3) for each in outcomes if isinstance(each, float)]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.house import House, configuration, house, key_of
-from net.raw import (
+from support.keys import key_of
+from support.raw_client import (
     ERROR,
     EVENT,
     FAILURE,
@@ -35,6 +35,7 @@ from net.raw import (
     packed,
     prefixed,
 )
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.core.session import Session
 
@@ -42,7 +43,7 @@ LISTENS = ["127.0.0.1:0", "unix"]
 
 
 def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
-    return house(configuration(listen, clients, **more))
+    return running_daemon(configuration(listen, clients, **more))
 
 
 @pytest.fixture(params=LISTENS)
@@ -50,7 +51,7 @@ def listen(request: pytest.FixtureRequest, socket_dir: Path) -> str:
     return str(socket_dir / "s") if request.param == "unix" else request.param
 
 
-def rejection(broker: House, name: str) -> bytes:
+def rejection(broker: RunningDaemon, name: str) -> bytes:
     with pytest.raises(Rejected) as caught:
         broker.login(name)
     return bytes(caught.value.args[0])
@@ -215,7 +216,7 @@ def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
         assert not broker.log.named("client.refused")
 
 
-def sessions_of(broker: House, name: str) -> list[Session]:
+def sessions_of(broker: RunningDaemon, name: str) -> list[Session]:
     return broker.call(lambda: list(broker.daemon.broker.exchange.clients[name].sessions.values()))
 
 
@@ -226,7 +227,7 @@ def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
     which ends by that.
     """
     config = configuration(str(socket_dir / "s"), {"pool": {"connections": 2}})
-    with house(config) as broker, broker.login("pool") as first:
+    with running_daemon(config) as broker, broker.login("pool") as first:
         second = broker.login("pool")
         server, gone = broker.daemon.server, sessions_of(broker, "pool")[1]
 
@@ -244,7 +245,9 @@ def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
 
 def test_all_connections_are_cut_though_one_ends_by_the_end_of_another(socket_dir: Path) -> None:
     """Whoever is told of the first end may find that it is gone itself."""
-    with house(configuration(str(socket_dir / "s"), {"pool": {"connections": 3}})) as broker:
+    with running_daemon(
+        configuration(str(socket_dir / "s"), {"pool": {"connections": 3}})
+    ) as broker:
         members = [broker.login("pool") for _ in range(3)]
         connections = [session.connection for session in sessions_of(broker, "pool")]
 
@@ -273,8 +276,8 @@ def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:
         "import sys, os, pickle\n"
         "sys.path[:0] = pickle.loads(sys.stdin.buffer.read())\n"
         "from brokerd_client.address import parse\n"
-        "from net.raw import login, packed\n"
-        'c = login(parse(sys.argv[1]), b"alice\'s key")\n'
+        "from support.raw_client import login, packed\n"
+        'c = login(parse(sys.argv[1]), b"alice\'s key is a canary")\n'
         "c.write(packed(1, 'bob', b'whole') + packed(1, 'bob', bytes(400_000))[:-1])\n"
         "print('sent', flush=True)\n"
         "import threading; threading.Event().wait()\n"
@@ -465,7 +468,7 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
 def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:
     """Others' messages pass in between, and in the end the sender has every error."""
     clients = {"alice": {}, "bob": {"queue": "4MiB", "when_full": "refuse"}, "carol": {}}
-    with house(configuration(str(socket_dir / "sock"), clients)) as here:
+    with running_daemon(configuration(str(socket_dir / "sock"), clients)) as here:
         alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
         count = 60_000
         alice.write(
@@ -499,7 +502,7 @@ def test_what_a_leaving_client_still_sends_spoils_no_other_frames(socket_dir: Pa
         "deaf": {"queue": "1KiB"},
     }
     with (
-        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
         here.login("alice") as alice,
         here.login("bob") as bob,
         here.login("mallory") as mallory,

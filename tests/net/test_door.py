@@ -8,8 +8,9 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from net.house import House, configuration, house, key_of
-from net.raw import Rejected, login, prefixed
+from support.keys import key_of
+from support.raw_client import Rejected, login, prefixed
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.net.handshake import penalties as failures_module
 from brokerd.net.handshake.handshakes import PendingHandshakes
@@ -17,7 +18,7 @@ from brokerd.net.handshake.keyring import Keyring
 from brokerd_client.wire.handshake import LIMIT
 
 
-def failures(here: House) -> list[tuple[str, int]]:
+def failures(here: RunningDaemon) -> list[tuple[str, int]]:
     """Return whose failures are remembered, and how many."""
     return [
         (origin, count)
@@ -27,7 +28,7 @@ def failures(here: House) -> list[tuple[str, int]]:
     ]
 
 
-def fail(here: House, times: int) -> None:
+def fail(here: RunningDaemon, times: int) -> None:
     for _ in range(times):
         with pytest.raises(Rejected):
             login(here.address, b"wrong")
@@ -35,7 +36,7 @@ def fail(here: House, times: int) -> None:
 
 def test_who_gets_in_has_failed_no_more() -> None:
     """The right key from an address makes up for the wrong ones before it."""
-    with house(configuration("127.0.0.1:0")) as here:
+    with running_daemon(configuration("127.0.0.1:0")) as here:
         fail(here, 3)
         assert failures(here) == [("127.0.0.1", 3)]
         here.login("alice").close()
@@ -46,7 +47,7 @@ def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None
     """Who failed long ago begins anew, and is told at once."""
     monkeypatch.setattr(failures_module, "_FORGET_AFTER", -1.0)
     monkeypatch.setattr(failures_module, "_FREE_FAILURES", 2)
-    with house(configuration("127.0.0.1:0")) as here:
+    with running_daemon(configuration("127.0.0.1:0")) as here:
         fail(here, 4)
         assert failures(here) == [("127.0.0.1", 1)]
 
@@ -79,7 +80,7 @@ def test_who_talks_on_while_its_answer_is_judged_costs_nothing(
         # More keys than one slice tries, and the slice after that has to wait.
         patched.setattr(PendingHandshakes, "_search_on", lambda self: None)
         clients = dict.fromkeys(f"c{number}" for number in range(100))
-        with house(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
+        with running_daemon(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
             (knock,) = here.call(here.daemon.server.pending_handshakes.pending_connections)
             deadline = monotonic() + 30

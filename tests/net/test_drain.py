@@ -14,8 +14,18 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from net.house import House, configuration, house
-from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw, packed
+from support.raw_client import (
+    ERROR,
+    EVENT,
+    MESSAGE,
+    RECEIPT,
+    REPLY,
+    REQUEST,
+    WANT_RECEIPT,
+    Raw,
+    packed,
+)
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.core.topics import Topics
 from brokerd.net import drain as draining
@@ -26,7 +36,7 @@ LISTENS = ["127.0.0.1:0", "unix"]
 
 
 def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
-    return house(configuration(listen, clients, **more))
+    return running_daemon(configuration(listen, clients, **more))
 
 
 @pytest.fixture(params=LISTENS)
@@ -41,7 +51,7 @@ def queue_for(sender: Raw, to: str, count: int) -> None:
         assert sender.recv().kind == RECEIPT
 
 
-def wait_until_taken(broker: House, name: str, count: int) -> None:
+def wait_until_taken(broker: RunningDaemon, name: str, count: int) -> None:
     """Wait until the broker has taken so many messages from a client."""
     session = broker.daemon.broker.exchange.clients[name].sessions[name]
     deadline = monotonic() + 30
@@ -50,7 +60,7 @@ def wait_until_taken(broker: House, name: str, count: int) -> None:
         threading.Event().wait(0.005)
 
 
-def wait_until_arrived(broker: House, name: str) -> None:
+def wait_until_arrived(broker: RunningDaemon, name: str) -> None:
     """Wait, in the broker's thread, until the client's connection has something to
     read.
     """
@@ -225,7 +235,7 @@ def test_what_nobody_can_be_told_of_is_counted(socket_dir: Path) -> None:
         assert 10 < stopped["lost"] < 60
 
 
-def fill(broker: House, sender: Raw, to: str, size: int) -> None:
+def fill(broker: RunningDaemon, sender: Raw, to: str, size: int) -> None:
     """Have the broker queue so many bytes of messages with 16 bytes each, on top of
     what the system takes.
     """
@@ -259,7 +269,7 @@ class Clock:
 
 
 def drained(
-    queues: int, size: int, timeout_s: float, before: Callable[[House], None]
+    queues: int, size: int, timeout_s: float, before: Callable[[RunningDaemon], None]
 ) -> tuple[dict[str, Any], float]:
     """Return what the log says of a drain in which nobody reads, and the seconds that
     it took.
@@ -297,7 +307,7 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
         begin(self, *given)
         monkeypatch.setattr(self, "_loop", clocks[0])
 
-    def slow_down(broker: House) -> None:
+    def slow_down(broker: RunningDaemon) -> None:
         clocks.append(Clock(broker.daemon.server.loop))
         monkeypatch.setattr(
             broker.daemon.broker,

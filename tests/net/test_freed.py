@@ -8,15 +8,24 @@ import gc
 import socket
 import struct
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from net.house import TIMEOUT_S, House, configuration, house, key_of
-from net.raw import ERROR, EVENT, MESSAGE, REQUEST, WANT_RECEIPT, Rejected, packed, prefixed
-from outages.traffic import until
+from support.garbage import is_idle, objects, uncollected
+from support.keys import key_of
+from support.raw_client import (
+    ERROR,
+    EVENT,
+    MESSAGE,
+    REQUEST,
+    WANT_RECEIPT,
+    Rejected,
+    packed,
+    prefixed,
+)
+from support.running_daemon import TIMEOUT_S, RunningDaemon, configuration, running_daemon
+from support.waiting import until
 
 from brokerd.config.load import load
 from brokerd.daemon import reload
@@ -24,47 +33,27 @@ from brokerd.daemon.reload import prepare
 from brokerd.net.listen.socket_activation import ActivatedSockets
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Collect what there is, and nothing more until the end."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def objects() -> Counter[str]:
-    """Return how many objects of each of the broker's own types there are."""
-    kinds = map(type, gc.get_objects())
-    named = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
-    return Counter(
-        name for name in named if name.startswith(("brokerd.", "brokerd_client.tls.engine"))
-    )
-
-
-def leave(broker: House) -> None:
+def leave(broker: RunningDaemon) -> None:
     broker.login("alice").close()
 
 
-def reset(broker: House) -> None:
+def reset(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def break_off(broker: House) -> None:
+def break_off(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         alice.write(packed(MESSAGE, "bob", bytes(300_000))[:200_000])
 
 
-def talk_nonsense(broker: House) -> None:
+def talk_nonsense(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         alice.write(prefixed(b"\xff" * 40))
         alice.read_to_end()
 
 
-def subscribe(broker: House) -> None:
+def subscribe(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice, broker.login("bob") as bob:
         bob.ask("subscribe", topic="news.>")
         alice.ask("subscribe", topic="*.new")
@@ -73,7 +62,7 @@ def subscribe(broker: House) -> None:
         assert alice.recv().kind == EVENT
 
 
-def leave_messages_behind(broker: House) -> None:
+def leave_messages_behind(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         with broker.login("bob"):
             for number in range(500):
@@ -85,7 +74,7 @@ def leave_messages_behind(broker: House) -> None:
         assert alice.recv().kind == ERROR
 
 
-def leave_requests_behind(broker: House) -> None:
+def leave_requests_behind(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         with broker.login("bob") as bob:
             bob.send(REQUEST, "alice", b"?", id=4)
@@ -95,17 +84,17 @@ def leave_requests_behind(broker: House) -> None:
         assert alice.recv().code == "abandoned"
 
 
-def be_replaced(broker: House) -> None:
+def be_replaced(broker: RunningDaemon) -> None:
     with broker.login("carol") as first, broker.login("carol"):
         first.read_to_end()
 
 
-def know_no_key(broker: House) -> None:
+def know_no_key(broker: RunningDaemon) -> None:
     with suppress(Rejected), broker.raw() as raw:
         raw.log_in(b"not the key", b"alice")
 
 
-def say_nothing(broker: House) -> None:
+def say_nothing(broker: RunningDaemon) -> None:
     with broker.raw() as raw:
         raw.read(4)
 
@@ -135,33 +124,19 @@ def test_connections_that_are_over_are_freed(listen: str, socket_dir: Path) -> N
         "bob": {"queue": "1MiB"},
         "carol": {"when_connected": "replace"},
     }
-    with house(configuration(address, clients, limits={"wait_timeout": "50ms"})) as broker:
+    with running_daemon(configuration(address, clients, limits={"wait_timeout": "50ms"})) as broker:
         for way in WAYS:
             way(broker)
-        until(lambda: nobody_is_there(broker), "the first have not left")
+        until(lambda: is_idle(broker), "the first have not left")
         with uncollected():
             before = objects()
             for way in 3 * WAYS:
                 way(broker)
-            until(lambda: nobody_is_there(broker), "they have not left")
+            until(lambda: is_idle(broker), "they have not left")
             with suppress(AssertionError):
                 # Who was heard of last is remembered for a second.
                 until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
             assert not objects() - before
-
-
-def nobody_is_there(broker: House) -> bool:
-    server = broker.daemon.server
-    return broker.call(
-        lambda: (
-            not (
-                server.connections
-                or server.lingering()
-                or len(server.pending_handshakes)
-                or server.broker.has_deferred_work
-            )
-        )
-    )
 
 
 def written(directory: Path) -> Path:

@@ -13,8 +13,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from net.house import House, configuration, house
-from net.raw import (
+from support.raw_client import (
     ERROR,
     EVENT,
     JSON,
@@ -27,13 +26,14 @@ from net.raw import (
     Raw,
     packed,
 )
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 LISTENS = ["127.0.0.1:0", "unix"]
 DRAINING = b"\x10$broker.draining{}"
 
 
 def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
-    return house(configuration(listen, clients, **more))
+    return running_daemon(configuration(listen, clients, **more))
 
 
 @pytest.fixture(params=LISTENS)
@@ -56,7 +56,7 @@ def is_draining(frame: Frame) -> bool:
     return (frame.kind, frame.name, frame.body) == (EVENT, "$broker", DRAINING)
 
 
-def lost(broker: House) -> int:
+def lost(broker: RunningDaemon) -> int:
     return int(broker.log.wait("daemon.stopped")[0].fields["lost"])
 
 

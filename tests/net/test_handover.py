@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from net.house import House, configuration, house
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.core.snapshot import Facts
 from brokerd.net import handover
@@ -18,7 +18,7 @@ from brokerd.net.handover import Passing
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no process hands over sockets there")
 
 
-def listed(broker: House, passing: Passing) -> tuple[list[Facts], list[int]]:
+def listed(broker: RunningDaemon, passing: Passing) -> tuple[list[Facts], list[int]]:
     """Return all that is copied, and the descriptors."""
     found = broker.call(lambda: list(passing.blocks()))
     return [facts for facts, _ in found], [each for _, descriptors in found for each in descriptors]
@@ -38,7 +38,9 @@ def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(
     socket_dir: Path, listen: str
 ) -> None:
     """The other process still has the descriptor."""
-    with house(configuration(str(socket_dir / "s") if listen == "unix" else listen)) as broker:
+    with running_daemon(
+        configuration(str(socket_dir / "s") if listen == "unix" else listen)
+    ) as broker:
         server = broker.daemon.server
         passing = broker.call(lambda: Passing(server))
         with broker.login("bob") as bob:
@@ -54,7 +56,7 @@ def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(
 
 
 def test_connection_that_was_passed_is_captured_without_its_socket(socket_dir: Path) -> None:
-    with house(configuration(str(socket_dir / "s"))) as broker:
+    with running_daemon(configuration(str(socket_dir / "s"))) as broker:
         server = broker.daemon.server
         passing = broker.call(lambda: Passing(server))
         with broker.login("alice") as alice, broker.login("bob") as bob:
@@ -78,7 +80,7 @@ def test_connections_are_left_for_later_where_descriptors_are_short(
     def none_left(descriptor: int) -> int:
         raise OSError(24, "Too many open files")
 
-    with house(configuration(str(socket_dir / "s"))) as broker:
+    with running_daemon(configuration(str(socket_dir / "s"))) as broker:
         passing = broker.call(lambda: Passing(broker.daemon.server))
         with broker.login("alice") as alice:
             monkeypatch.setattr(handover.os, "dup", none_left)
@@ -91,7 +93,7 @@ def test_connections_are_left_for_later_where_descriptors_are_short(
 
 
 def test_uses_of_keys_are_told_once(socket_dir: Path) -> None:
-    with house(configuration(str(socket_dir / "s"))) as broker:
+    with running_daemon(configuration(str(socket_dir / "s"))) as broker:
         passing = broker.call(lambda: Passing(broker.daemon.server))
         for names in (["alice", "bob"], [], ["bob"], ["carol", "alice"]):
             for name in names:

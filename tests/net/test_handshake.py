@@ -14,8 +14,8 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from net.house import House, configuration, house, key_of
-from net.raw import (
+from support.keys import key_of
+from support.raw_client import (
     CHALLENGE,
     FAILURE,
     HEADER,
@@ -27,6 +27,7 @@ from net.raw import (
     packed,
     prefixed,
 )
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.net.handshake import admission
 from brokerd.net.handshake import handshakes as door
@@ -40,7 +41,7 @@ STOCK_IS_MD5 = sys.version_info < (3, 12)
 
 
 def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
-    return house(configuration(listen, clients, **more))
+    return running_daemon(configuration(listen, clients, **more))
 
 
 def rejection(address: Address, key: bytes, name: bytes = b"", **how: Any) -> bytes:
@@ -50,7 +51,7 @@ def rejection(address: Address, key: bytes, name: bytes = b"", **how: Any) -> by
     return bytes(caught.value.args[0])
 
 
-def last_refusal(broker: House, count: int = 1) -> dict[str, Any]:
+def last_refusal(broker: RunningDaemon, count: int = 1) -> dict[str, Any]:
     return broker.log.wait("client.refused", count)[count - 1].fields
 
 
@@ -68,8 +69,8 @@ def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> N
     clients = {name: {"allow_md5": STOCK_IS_MD5} for name in ("alice", "bob")}
     with (
         served(clients, listen) as broker,
-        Client(broker.address.sockaddr, authkey=b"alice's key") as alice,
-        Client(broker.address.sockaddr, authkey=b"bob's key") as bob,
+        Client(broker.address.sockaddr, authkey=key_of("alice")) as alice,
+        Client(broker.address.sockaddr, authkey=key_of("bob")) as bob,
     ):
         alice.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello")
         assert bob.recv_bytes() == HEADER.pack(1, 0, 0, 5, 0) + b"alice" + b"hello"

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from net.house import House, configuration, house, key_of
-from net.raw import login
+from support.keys import key_of
+from support.raw_client import login
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.config.model import Config
 from brokerd.net.connection import liveness as liveness
@@ -73,7 +74,7 @@ def test_other_sockets_are_left_alone() -> None:
         assert Silence().lasts(near, 5.0) == 0
 
 
-def kept_alive(broker: House) -> list[tuple[int, int]]:
+def kept_alive(broker: RunningDaemon) -> list[tuple[int, int]]:
     """Return of each connection whether the system asks for signs of life, and the
     first time after how long.
     """
@@ -92,7 +93,7 @@ def kept_alive(broker: House) -> list[tuple[int, int]]:
     return broker.call(look)
 
 
-def server_of(broker: House) -> Server:
+def server_of(broker: RunningDaemon) -> Server:
     server = broker.daemon._server
     assert server is not None
     return server
@@ -113,7 +114,7 @@ def test_a_reload_holds_for_who_is_connected_already(
         )
 
     with (
-        house(limited(before)) as broker,
+        running_daemon(limited(before)) as broker,
         broker.login("alice"),
         login(broker.addresses[1], key_of("bob"), b"bob"),
         broker.login("carol") as carol,
@@ -140,7 +141,7 @@ def test_a_reload_is_taken_over_a_slice_at_a_time(
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
 
     with (
-        house(limited(0)) as broker,
+        running_daemon(limited(0)) as broker,
         broker.login("alice"),
         broker.login("bob"),
         broker.login("carol") as carol,
@@ -156,7 +157,7 @@ def test_without_a_limit_what_the_listening_socket_has_holds() -> None:
     """A service manager that listens for the broker may have the system ask
     (KeepAlive=yes); 0 leaves it at that.
     """
-    with house(configuration("127.0.0.1:0", limits={"keepalive": 0})) as broker:
+    with running_daemon(configuration("127.0.0.1:0", limits={"keepalive": 0})) as broker:
         (listening,) = server_of(broker).listening
         broker.call(lambda: listening.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
         with broker.login("alice") as alice:
@@ -171,7 +172,7 @@ def test_nobody_is_looked_at_without_a_limit() -> None:
     def limited(keepalive: int) -> Config:
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
 
-    with house(limited(0)) as broker, broker.login("alice"):
+    with running_daemon(limited(0)) as broker, broker.login("alice"):
         liveness = server_of(broker).liveness
         assert broker.call(lambda: liveness._timer) is None
         for limit in (40, 0):

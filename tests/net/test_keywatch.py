@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from net.house import Recorder
+from support.running_daemon import Recorder
 
 from brokerd.config.load import load_text
 from brokerd.config.model import Config

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.house import configuration, house, key_of
-from net.raw import login
+from support.keys import key_of
+from support.raw_client import login
+from support.running_daemon import configuration, running_daemon
 
 from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.listener import ListenError, listen
@@ -51,7 +52,7 @@ def test_listens_at_every_form_of_address(listen: Any) -> None:
     """
     if listen == ["::1", 0]:
         listen = [["::1", 0]]
-    with house(configuration(listen)) as broker:
+    with running_daemon(configuration(listen)) as broker:
         assert broker.addresses
         for address in broker.addresses:
             with login(address, key_of("alice"), b"alice") as alice:
@@ -63,7 +64,7 @@ def test_listens_at_every_form_of_address(listen: Any) -> None:
 def test_a_name_with_two_addresses_gets_one_port() -> None:
     """localhost with port 0 is the same port on IPv4 and IPv6."""
     found = {family for family, *_ in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
-    with house(configuration([["localhost", 0]])) as broker:
+    with running_daemon(configuration([["localhost", 0]])) as broker:
         assert len({address.port for address in broker.addresses}) == 1
         assert broker.address.port != 0
         assert {address.family for address in broker.addresses} <= {"AF_INET", "AF_INET6"}
@@ -82,13 +83,13 @@ def test_a_name_listens_at_those_of_its_addresses_that_exist(
         gone = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", 0))  # type: ignore[assignment]
     here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [gone, here])
-    with house(configuration([["localhost", 0]])) as broker:
+    with running_daemon(configuration([["localhost", 0]])) as broker:
         assert [address.family for address in broker.addresses] == ["AF_INET"]
 
 
 def test_several_listeners_serve_the_same_clients(socket_dir: Path) -> None:
     """A message goes from a client at one address to a client at another."""
-    with house(configuration([str(socket_dir / "a"), "127.0.0.1:0"])) as broker:
+    with running_daemon(configuration([str(socket_dir / "a"), "127.0.0.1:0"])) as broker:
         one, other = broker.addresses
         with (
             login(one, key_of("alice"), b"alice") as alice,
@@ -103,7 +104,7 @@ def test_a_socket_file_is_its_owners_alone() -> None:
     """The socket file has mode 0600 although the umask would allow everything."""
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:
         path = Path(directory) / "s"
-        with house(configuration(str(path))):
+        with running_daemon(configuration(str(path))):
             assert mode(path) == 0o600
 
 
@@ -115,7 +116,7 @@ def test_a_socket_file_has_the_configured_mode(socket_dir: Path, written: str, w
     path = socket_dir / "s"
     before = os.umask(0o077)
     try:
-        with house(configuration({"address": str(path), "mode": written})):
+        with running_daemon(configuration({"address": str(path), "mode": written})):
             assert mode(path) == wanted
     finally:
         os.umask(before)
@@ -125,7 +126,7 @@ def test_the_umask_is_left_as_it_was(socket_dir: Path) -> None:
     """Making the socket file changes nothing for the program around the daemon."""
     before = os.umask(0o027)
     try:
-        with house(configuration(str(socket_dir / "s"))):
+        with running_daemon(configuration(str(socket_dir / "s"))):
             assert os.umask(0o027) == 0o027
     finally:
         os.umask(before)
@@ -135,7 +136,7 @@ def test_a_socket_file_gets_its_group(socket_dir: Path) -> None:
     """The group may be given as a number."""
     path = socket_dir / "s"
     group = os.getgid()
-    with house(configuration({"address": str(path), "mode": "0660", "group": group})):
+    with running_daemon(configuration({"address": str(path), "mode": "0660", "group": group})):
         assert path.stat().st_gid == group
 
 
@@ -146,7 +147,7 @@ def test_an_unknown_group_is_named_and_leaves_no_file(socket_dir: Path) -> None:
     path = socket_dir / "s"
     with (
         pytest.raises(ListenError, match="no-such-group-here"),
-        house(configuration({"address": str(path), "group": "no-such-group-here"})),
+        running_daemon(configuration({"address": str(path), "group": "no-such-group-here"})),
     ):
         pass
     assert not path.exists()
@@ -155,7 +156,7 @@ def test_an_unknown_group_is_named_and_leaves_no_file(socket_dir: Path) -> None:
 def test_the_socket_file_goes_with_the_daemon(socket_dir: Path) -> None:
     """When the daemon has stopped its socket file is gone."""
     path = socket_dir / "s"
-    with house(configuration(str(path))):
+    with running_daemon(configuration(str(path))):
         assert path.is_socket()
     assert not path.exists()
 
@@ -166,17 +167,17 @@ def test_a_stale_socket_file_is_taken_over(socket_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     assert path.is_socket()
-    with house(configuration(str(path))) as broker, broker.login("alice") as alice:
+    with running_daemon(configuration(str(path))) as broker, broker.login("alice") as alice:
         alice.ping()
 
 
 def test_a_live_socket_file_is_left_to_its_daemon(socket_dir: Path) -> None:
     """A second daemon at the same path fails and says why; the first one goes on."""
     path = socket_dir / "s"
-    with house(configuration(str(path))) as first:
+    with running_daemon(configuration(str(path))) as first:
         with (
             pytest.raises(ListenError, match=f"{path}: another program is listening there"),
-            house(first.daemon.config),
+            running_daemon(first.daemon.config),
         ):
             pass
         with first.login("alice") as alice:
@@ -190,7 +191,10 @@ def test_a_full_backlog_is_alive(socket_dir: Path) -> None:
         busy.bind(str(path))
         busy.listen(0)
         queued.connect(str(path))
-        with pytest.raises(ListenError, match="another program"), house(configuration(str(path))):
+        with (
+            pytest.raises(ListenError, match="another program"),
+            running_daemon(configuration(str(path))),
+        ):
             pass
     assert path.is_socket()
 
@@ -205,7 +209,10 @@ def test_what_is_no_socket_is_never_removed(socket_dir: Path, kind: str) -> None
         path.mkdir()
     else:
         path.symlink_to(socket_dir / "elsewhere")
-    with pytest.raises(ListenError, match="no socket is there"), house(configuration(str(path))):
+    with (
+        pytest.raises(ListenError, match="no socket is there"),
+        running_daemon(configuration(str(path))),
+    ):
         pass
     assert os.path.lexists(path)
 
@@ -214,7 +221,7 @@ def test_anothers_socket_file_is_not_removed_at_the_end(socket_dir: Path) -> Non
     """A socket file that somebody else put in our place survives our stop."""
     path = socket_dir / "s"
     with socket.socket(socket.AF_UNIX) as theirs:
-        with house(configuration(str(path))):
+        with running_daemon(configuration(str(path))):
             path.unlink()
             theirs.bind(str(path))
         assert path.is_socket()
@@ -232,7 +239,7 @@ def test_anothers_socket_file_is_not_removed_at_the_end(socket_dir: Path) -> Non
 def test_says_why_it_cannot_listen(socket_dir: Path, listen: str, what: str) -> None:
     """The error names the address and what would help."""
     where = listen.format(dir=socket_dir)
-    with pytest.raises(ListenError, match=what) as caught, house(configuration(where)):
+    with pytest.raises(ListenError, match=what) as caught, running_daemon(configuration(where)):
         pass
     assert where in str(caught.value)
 
@@ -249,12 +256,12 @@ def test_a_taken_port_is_named(socket_dir: Path) -> None:
     """Two daemons can't have one port; and what the second one had opened already is
     closed again.
     """
-    with house(configuration("127.0.0.1:0")) as first:
+    with running_daemon(configuration("127.0.0.1:0")) as first:
         taken = str(first.address)
         path = socket_dir / "s"
         with (
             pytest.raises(ListenError, match=f"{taken}.*another program"),
-            house(configuration([str(path), taken])),
+            running_daemon(configuration([str(path), taken])),
         ):
             pass
         assert not path.exists()
@@ -264,9 +271,9 @@ def test_a_taken_abstract_name_is_an_error() -> None:
     """Two daemons can't have one abstract name."""
     name = "@brokerd-test-" + secrets.token_hex(4)
     with (
-        house(configuration(name)),
+        running_daemon(configuration(name)),
         pytest.raises(ListenError, match=f"{name}.*another program"),
-        house(configuration(name)),
+        running_daemon(configuration(name)),
     ):
         pass
 
@@ -276,7 +283,7 @@ def test_the_brokers_side_has_no_delay(listen: str) -> None:
     """TCP_NODELAY is set on connections at the door already, and stays when they are
     let in.
     """
-    with house(configuration(listen)) as broker, broker.login("alice"):
+    with running_daemon(configuration(listen)) as broker, broker.login("alice"):
 
         def options() -> list[int]:
             server = broker.daemon._server
@@ -298,7 +305,7 @@ def test_a_group_it_has_already_is_not_asked_for(
     monkeypatch.setattr(
         os, "chown", lambda *_: pytest.fail("the system was asked to change the owner")
     )
-    with house(
+    with running_daemon(
         configuration({"address": str(socket_dir / "s"), "mode": "0660", "group": os.getgid()})
     ):
         assert (socket_dir / "s").stat().st_mode & 0o777 == 0o660

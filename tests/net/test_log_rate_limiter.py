@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from net.house import Recorder, configuration, house
-from net.raw import packed
+from support.raw_client import packed
+from support.running_daemon import Recorder, configuration, running_daemon
 
 from brokerd.core import routing
 from brokerd.core.log_events import LogEvent
@@ -23,7 +23,7 @@ def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -
     """The first of them have a line each, the rest one line with their number; none is
     left out.
     """
-    with house(configuration(str(socket_dir / "sock"))) as here:
+    with running_daemon(configuration(str(socket_dir / "sock"))) as here:
         for _ in range(300):
             with here.raw() as stranger:
                 stranger.read_body()
@@ -49,7 +49,7 @@ def test_a_bug_ends_one_connection_and_is_loud(
     """The connection is closed, the log has the trace and nothing of what was sent, and
     the others go on.
     """
-    with house(configuration(str(socket_dir / "sock"))) as here:
+    with running_daemon(configuration(str(socket_dir / "sock"))) as here:
         alice, bob = here.login("alice"), here.login("bob")
         right = routing.feed
 
@@ -77,7 +77,7 @@ def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
     """
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
-        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
         here.login("alice") as alice,
     ):
         alice.send(1, "carol", b"hello")
@@ -98,7 +98,10 @@ def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
 
 def test_a_senders_own_mistake_is_for_debugging(socket_dir: Path) -> None:
     """What only tells a sender that nobody is there does not fill an operator's log."""
-    with house(configuration(str(socket_dir / "sock"))) as here, here.login("alice") as alice:
+    with (
+        running_daemon(configuration(str(socket_dir / "sock"))) as here,
+        here.login("alice") as alice,
+    ):
         alice.send(1, "bob", b"hello")
         alice.recv()
         assert here.log.wait("message.refused")[0].level == "debug"
@@ -110,7 +113,7 @@ def test_a_flood_of_refused_messages_is_counted(socket_dir: Path) -> None:
     """
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
-        house(configuration(str(socket_dir / "sock"), clients)) as here,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
         here.login("alice") as alice,
     ):
         for _ in range(20):

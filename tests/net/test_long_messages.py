@@ -9,14 +9,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from net.house import configuration, house
-from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, WANT_RECEIPT, Frame, packed
+from support.raw_client import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, WANT_RECEIPT, Frame, packed
+from support.running_daemon import configuration, running_daemon
 
 BIG = os.urandom(1 << 20)
 
 
 def served(clients: Any = "alice bob carol") -> Any:
-    return house(configuration("127.0.0.1:0", clients))
+    return running_daemon(configuration("127.0.0.1:0", clients))
 
 
 def test_long_and_short_messages_keep_their_order() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.house import configuration, house, key_of
-from net.raw import (
+from support.keys import key_of
+from support.raw_client import (
     ACK,
     ERROR,
     EVENT,
@@ -32,6 +32,7 @@ from net.raw import (
     packed,
     prefixed,
 )
+from support.running_daemon import configuration, running_daemon
 
 from brokerd.core import broker as broker_module
 from brokerd.core import operations as service
@@ -42,7 +43,7 @@ MAX_ID = 2**64 - 1
 
 
 def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more: Any) -> Any:
-    return house(configuration(listen, clients, **more))
+    return running_daemon(configuration(listen, clients, **more))
 
 
 def extension(**keys: Any) -> bytes:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from net.fake_pipe import TIMEOUT_S, FakePipe, FakeServer, PipeRaw, fake_pipes
-from net.house import House, configuration, house, key_of
-from net.raw import (
+from support.fake_pipe import TIMEOUT_S, FakePipe, FakePipeServer, PipeRaw, fake_pipes
+from support.keys import key_of
+from support.raw_client import (
     ERROR,
     FAILURE,
     MESSAGE,
@@ -31,6 +31,7 @@ from net.raw import (
     packed,
     prefixed,
 )
+from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 import brokerd_client._common.pipe_bridge
 from brokerd.config.model import Config
@@ -282,12 +283,12 @@ def test_without_a_socket_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def door() -> FakeServer:
-    return FakeServer()
+def door() -> FakePipeServer:
+    return FakePipeServer()
 
 
 @pytest.fixture
-def listener(door: FakeServer) -> Iterator[PipeListener]:
+def listener(door: FakePipeServer) -> Iterator[PipeListener]:
     made = PipeListener(door, PIPE.path)
     yield made
     made.close()
@@ -298,7 +299,9 @@ def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
     return listener.accept()
 
 
-def test_connections_are_accepted_in_their_order(door: FakeServer, listener: PipeListener) -> None:
+def test_connections_are_accepted_in_their_order(
+    door: FakePipeServer, listener: PipeListener
+) -> None:
     """More peers than the listener keeps may come at once; each has its own socket, and
     the pipe's name.
     """
@@ -315,7 +318,7 @@ def test_connections_are_accepted_in_their_order(door: FakeServer, listener: Pip
         listener.accept()
 
 
-def test_only_so_many_are_taken_unasked(door: FakeServer, listener: PipeListener) -> None:
+def test_only_so_many_are_taken_unasked(door: FakePipeServer, listener: PipeListener) -> None:
     """Further peers wait in the system until the server has accepted some."""
     peers = [door.dial() for _ in range(100)]
     door.wait_until_taken(65)
@@ -327,7 +330,7 @@ def test_only_so_many_are_taken_unasked(door: FakeServer, listener: PipeListener
 
 
 def test_a_system_without_room_is_told_and_waited_for(
-    door: FakeServer, listener: PipeListener
+    door: FakePipeServer, listener: PipeListener
 ) -> None:
     """accept() raises ENOBUFS, whatever the cause; afterwards the same peer is taken."""
     door.failures = [OSError(errno.EINVAL, "not now")]
@@ -340,7 +343,9 @@ def test_a_system_without_room_is_told_and_waited_for(
     peer.close()
 
 
-def test_closing_turns_away_who_was_not_accepted(door: FakeServer, listener: PipeListener) -> None:
+def test_closing_turns_away_who_was_not_accepted(
+    door: FakePipeServer, listener: PipeListener
+) -> None:
     """One that was accepted lives on; one that was taken and one that waits see the
     end.
     """
@@ -398,12 +403,12 @@ def piped(config: Config) -> Config:
 class Served:
     """A broker that listens at a pipe and at a TCP port."""
 
-    def __init__(self, house: House, doors: list[FakeServer]) -> None:
-        self.house = house
+    def __init__(self, running_daemon: RunningDaemon, doors: list[FakePipeServer]) -> None:
+        self.running = running_daemon
         self._doors = doors
 
     @property
-    def door(self) -> FakeServer:
+    def door(self) -> FakePipeServer:
         return self._doors[-1]
 
     def raw(self) -> PipeRaw:
@@ -423,15 +428,15 @@ class Served:
 
 @contextlib.contextmanager
 def served(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Iterator[Served]:
-    doors: list[FakeServer] = []
+    doors: list[FakePipeServer] = []
 
     def open_fake(name: str) -> PipeListener:
         assert name == PIPE.path
-        doors.append(FakeServer())
+        doors.append(FakePipeServer())
         return PipeListener(doors[-1], name)
 
     monkeypatch.setattr(listening, "open_pipe", open_fake)
-    with house(piped(configuration("127.0.0.1:0", **more))) as running:
+    with running_daemon(piped(configuration("127.0.0.1:0", **more))) as running:
         assert running.address == PIPE
         yield Served(running, doors)
 
@@ -452,7 +457,7 @@ def test_clients_of_both_kinds_talk(
     if not gathers:
         monkeypatch.setattr(connection, "_sendmsg", None)
     big = os.urandom(5 * 2**20)
-    with at_pipe.login("alice") as alice, login(at_pipe.house.addresses[1], key_of("bob")) as bob:
+    with at_pipe.login("alice") as alice, login(at_pipe.running.addresses[1], key_of("bob")) as bob:
         bob.ping()
         for body in (b"hello", big, b"behind it"):
             writing = threading.Thread(target=alice.send, args=(MESSAGE, "bob", body))
@@ -466,7 +471,7 @@ def test_clients_of_both_kinds_talk(
         bob.send(REPLY, "alice", b"!", id=3)
         assert alice.recv().body == b"!"
     connected = {
-        each.fields["name"]: each.fields for each in at_pipe.house.log.wait("client.connected", 2)
+        each.fields["name"]: each.fields for each in at_pipe.running.log.wait("client.connected", 2)
     }
     assert connected["alice"]["peer"] == connected["alice"]["listener"] == PIPE.path
     assert connected["bob"]["peer"].startswith("127.0.0.1:")
@@ -478,7 +483,7 @@ def test_a_wrong_key_is_refused_at_a_pipe(at_pipe: Served) -> None:
     with pytest.raises(Rejected, match="FAILURE"):
         raw.log_in(b"wrong")
     raw.close()
-    assert at_pipe.house.log.wait("client.refused")[0].fields["peer"] == PIPE.path
+    assert at_pipe.running.log.wait("client.refused")[0].fields["peer"] == PIPE.path
 
 
 def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served) -> None:
@@ -489,7 +494,7 @@ def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served
     # The word of the failure may come too late: the bridge ends with the connection.
     assert raw.read_to_end() in (b"", FAILURE)
     raw.close()
-    assert "not a handshake" in at_pipe.house.log.wait("client.refused")[0].fields["reason"]
+    assert "not a handshake" in at_pipe.running.log.wait("client.refused")[0].fields["reason"]
 
 
 def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +527,7 @@ def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
             bob.send(MESSAGE, "alice", b"%d" % number)
         bob.close()
         assert [alice.recv().body for _ in range(100)] == [b"%d" % number for number in range(100)]
-        gone = at_pipe.house.log.wait("client.disconnected")[0]
+        gone = at_pipe.running.log.wait("client.disconnected")[0]
         assert gone.fields["reason"] == "closed by the client"
         alice.send(MESSAGE, "bob", b"?", id=1)
         assert alice.recv().code == "offline"
@@ -536,12 +541,12 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
         for number in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
-        at_pipe.house.stop_soon()
-        at_pipe.house.log.wait("daemon.stopping")
+        at_pipe.running.stop_soon()
+        at_pipe.running.log.wait("daemon.stopping")
         assert [bob.recv().id for _ in range(40)] == list(range(40))
         assert bob.is_closed("shutting_down")
         assert alice.is_closed("shutting_down")
-        assert at_pipe.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
+        assert at_pipe.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
 def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,8 +562,8 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
         for number in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
-        broker.house.stop_soon()
-        assert broker.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 1
+        broker.running.stop_soon()
+        assert broker.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 1
         for pipe in broker.door.taken:
             pipe.wait_until_closed()
 
@@ -567,16 +572,16 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
     """A pipe taken out of the configuration takes nobody any more, its connections live
     on; put back, it is served.
     """
-    daemon = at_pipe.house.daemon
+    daemon = at_pipe.running.daemon
     with_pipe = daemon.config
     first = at_pipe.door
     with at_pipe.login("alice") as alice:
         without = dataclasses.replace(with_pipe, listen=with_pipe.listen[1:])
-        at_pipe.house.call(lambda: daemon.apply(without, "test"))
+        at_pipe.running.call(lambda: daemon.apply(without, "test"))
         assert first.closed
-        assert [each.family for each in at_pipe.house.addresses] == ["AF_INET"]
+        assert [each.family for each in at_pipe.running.addresses] == ["AF_INET"]
         alice.ping()
-        at_pipe.house.call(lambda: daemon.apply(with_pipe, "test"))
+        at_pipe.running.call(lambda: daemon.apply(with_pipe, "test"))
         assert at_pipe.door is not first
         with at_pipe.login("bob") as bob:
             bob.send(MESSAGE, "alice", b"new")
@@ -588,7 +593,7 @@ def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
     at_pipe.door.failures = [OSError(errno.ENOMEM, "no room")]
     with at_pipe.login("alice") as alice:
         alice.ping()
-    paused = at_pipe.house.log.wait("listener.paused")[0]
+    paused = at_pipe.running.log.wait("listener.paused")[0]
     assert paused.fields == {"listener": PIPE.path, "reason": "no room"}
 
 
@@ -599,8 +604,8 @@ def test_no_more_are_accepted_than_the_loop_can_wait_for(
     monkeypatch.setattr(acceptor, "_MOST_SOCKETS", 2)
     alice, bob = at_pipe.login("alice"), at_pipe.login("bob")
     third = at_pipe.raw()
-    at_pipe.house.log.wait("listener.paused", 3)
-    assert len(at_pipe.house.log.named("client.connected")) == 2
+    at_pipe.running.log.wait("listener.paused", 3)
+    assert len(at_pipe.running.log.named("client.connected")) == 2
     alice.close()
     third.log_in(key_of("carol"))
     third.send(MESSAGE, "bob", b"in at last")
@@ -623,8 +628,8 @@ def test_many_clients_at_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
             each.write(packed(REQUEST, "$broker", b'{"op": "ping"}', id=1, codec=2))
         for each in everyone:
             assert each.recv().kind == REPLY
-        broker.house.stop_soon()
+        broker.running.stop_soon()
         for each in everyone:
             assert each.is_closed("shutting_down")
             each.close()
-        assert broker.house.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
+        assert broker.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 0

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import stat
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from net.house import Recorder
+from support.reloadable_daemon import ALICE, BOB, ReloadableDaemon, is_disconnected
 
 import brokerd_client
-from brokerd.config.load import load
 from brokerd.core.broker import Broker
 from brokerd.core.revocation import Revocation
-from brokerd.daemon import Daemon
 from brokerd.daemon import daemon as daemons
-from brokerd.daemon.process import loop_factory
 from brokerd_client.errors import (
     AuthenticationError,
     Denied,
@@ -30,62 +24,9 @@ from brokerd_client.errors import (
 )
 
 
-class FromFile:
-    """A daemon that serves one directory's brokerd.yaml, and can be told to read it
-    again.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.log = Recorder()
-        self._loop = loop_factory()()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-
-    def write(self, clients: str, listen: str = "") -> None:
-        file = self.home / "brokerd.yaml"
-        file.write_text(f"listen: [{self.home / 'sock'}{listen}]\nclients:\n{clients}")
-        file.chmod(0o600)
-
-    def start(self) -> None:
-        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log)
-        self._run(self.daemon.start())
-
-    def reload(self) -> list[str]:
-        problems: list[str] = self._run(self.daemon.reload("test"))
-        return problems
-
-    def call(self, function: Any) -> Any:
-        """Return the function's result, called in the broker's thread."""
-
-        async def run() -> Any:
-            return function()
-
-        return self._run(run())
-
-    def stop_soon(self) -> None:
-        self.call(lambda: self.daemon.stop_soon("test"))
-
-    def connect(self, name: str, key: str, at: str = "sock") -> Any:
-        return brokerd_client.connect(str(self.home / at), name=name, key=key, reconnect=False)
-
-    def close(self) -> None:
-        self._run(self.daemon.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
-
-
-ALICE = "  alice: {key: alices-first-key}\n"
-BOB = "  bob: {key: bobs-first-key}\n"
-
-
 @pytest.fixture
-def served(socket_dir: Path) -> Iterator[FromFile]:
-    here = FromFile(socket_dir)
+def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
+    here = ReloadableDaemon(socket_dir)
     here.write(ALICE + BOB)
     here.start()
     try:
@@ -94,16 +35,7 @@ def served(socket_dir: Path) -> Iterator[FromFile]:
         here.close()
 
 
-def gone(client: Any) -> bool:
-    """Return whether the broker has ended the connection; asking is enough to see it."""
-    try:
-        client.ping()
-    except Disconnected:
-        return True
-    return False
-
-
-def test_a_client_that_is_added_can_connect_and_be_reached(served: FromFile) -> None:
+def test_a_client_that_is_added_can_connect_and_be_reached(served: ReloadableDaemon) -> None:
     """A new name works at once, for those who were there before too."""
     with served.connect("alice", "alices-first-key") as alice:
         with pytest.raises(NoSuchClient):
@@ -115,15 +47,15 @@ def test_a_client_that_is_added_can_connect_and_be_reached(served: FromFile) -> 
             assert carol.recv(timeout=5).payload == "hello"
 
 
-def test_a_client_whose_entry_did_not_change_keeps_its_connection(served: FromFile) -> None:
+def test_a_client_whose_entry_did_not_change_keeps_its_connection(served: ReloadableDaemon) -> None:
     """Moving an entry to other lines is no change."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write("\n\n" + BOB + "  carol: {key: carols-key}\n" + ALICE)
         assert served.reload() == []
-        assert not gone(bob)
+        assert not is_disconnected(bob)
 
 
-def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
+def test_a_client_that_was_removed_is_disconnected(served: ReloadableDaemon) -> None:
     """Its name is unknown from then on, and the log says why it went."""
     with (
         served.connect("alice", "alices-first-key") as alice,
@@ -131,7 +63,7 @@ def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
     ):
         served.write(ALICE)
         assert served.reload() == []
-        assert gone(bob)
+        assert is_disconnected(bob)
         with pytest.raises(NoSuchClient):
             alice.send_confirmed("bob", "hello")
         assert "removed" in served.log.wait("client.disconnected")[0].fields["reason"]
@@ -139,7 +71,9 @@ def test_a_client_that_was_removed_is_disconnected(served: FromFile) -> None:
         served.connect("bob", "bobs-first-key")
 
 
-def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(served: FromFile) -> None:
+def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(
+    served: ReloadableDaemon,
+) -> None:
     with (
         served.connect("alice", "alices-first-key") as alice,
         served.connect("bob", "bobs-first-key") as bob,
@@ -147,31 +81,31 @@ def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(served: Fro
         served.write("  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
         for client in (alice, bob):
-            assert gone(client)
+            assert is_disconnected(client)
             with pytest.raises(Disconnected, match=r"\(key_removed\)"):
                 client.ping()
 
 
-def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: FromFile) -> None:
+def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: ReloadableDaemon) -> None:
     """The old key opens nothing more, the new one does."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(ALICE + "  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
-        assert gone(bob)
+        assert is_disconnected(bob)
     with pytest.raises(AuthenticationError):
         served.connect("bob", "bobs-first-key")
     served.connect("bob", "bobs-second-key").close()
 
 
-def test_a_key_is_rotated_without_losing_a_connection(served: FromFile) -> None:
+def test_a_key_is_rotated_without_losing_a_connection(served: ReloadableDaemon) -> None:
     """While the old key is still listed, whoever used it stays."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(ALICE + "  bob: {keys: [{key: bobs-second-key}, {key: bobs-first-key}]}\n")
         assert served.reload() == []
-        assert not gone(bob)
+        assert not is_disconnected(bob)
 
 
-def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
+def test_changed_rules_hold_for_connections_that_stay(served: ReloadableDaemon) -> None:
     """Who was allowed before, and has its route cached, is denied afterwards."""
     with (
         served.connect("alice", "alices-first-key") as alice,
@@ -184,10 +118,10 @@ def test_changed_rules_hold_for_connections_that_stay(served: FromFile) -> None:
         assert served.reload() == []
         with pytest.raises(Denied):
             alice.send_confirmed("bob", "hello")
-        assert not gone(bob)
+        assert not is_disconnected(bob)
 
 
-def test_a_subscription_that_is_not_allowed_any_more_ends(served: FromFile) -> None:
+def test_a_subscription_that_is_not_allowed_any_more_ends(served: ReloadableDaemon) -> None:
     """The subscriber stays connected and gets nothing more of it."""
     with (
         served.connect("alice", "alices-first-key") as alice,
@@ -211,17 +145,19 @@ def test_a_subscription_that_is_not_allowed_any_more_ends(served: FromFile) -> N
         ("  alice: [\n", "brokerd.yaml:"),
     ],
 )
-def test_a_bad_file_changes_nothing_and_says_why(served: FromFile, broken: str, says: str) -> None:
+def test_a_bad_file_changes_nothing_and_says_why(
+    served: ReloadableDaemon, broken: str, says: str
+) -> None:
     """The running configuration stays whole, connections included."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(broken)
         assert says in "\n".join(served.reload())
         assert served.log.wait("daemon.reload_refused")[0].fields["problems"]
-        assert not gone(bob)
+        assert not is_disconnected(bob)
     served.connect("alice", "alices-first-key").close()
 
 
-def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: FromFile) -> None:
+def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: ReloadableDaemon) -> None:
     """The clients of that directory stay connected until it is back."""
     (served.home / "d").mkdir(mode=0o700)
     (served.home / "d" / "carol.yaml").touch(mode=0o600)
@@ -232,15 +168,17 @@ def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: FromFi
         (served.home / "d").rename(served.home / "elsewhere")
         (problem,) = served.reload()
         assert "there is no directory" in problem
-        assert not gone(carol)
+        assert not is_disconnected(carol)
         (served.home / "elsewhere").rename(served.home / "d")
         assert served.reload() == []
-        assert not gone(carol)
+        assert not is_disconnected(carol)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
 @pytest.mark.parametrize("how", ["removed", "stale"])
-def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, how: str) -> None:
+def test_a_reload_listens_again_where_a_socket_file_is_gone(
+    served: ReloadableDaemon, how: str
+) -> None:
     """A cleaner of /tmp took it: connections made before stay, new ones come in, and
     the log tells.
     """
@@ -262,7 +200,7 @@ def test_a_reload_listens_again_where_a_socket_file_is_gone(served: FromFile, ho
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
-def test_a_reload_leaves_another_brokers_socket_file_alone(served: FromFile) -> None:
+def test_a_reload_leaves_another_brokers_socket_file_alone(served: ReloadableDaemon) -> None:
     """The log says once that nobody reaches this broker there, and the file stays; what
     the reload is for happens.
     """
@@ -289,7 +227,7 @@ def test_a_socket_file_that_is_gone_comes_back_by_itself(
 ) -> None:
     """Every some seconds the broker looks whether it can be reached; its monitor, too."""
     monkeypatch.setattr(daemons, "LOOK_S", 0.05)
-    here = FromFile(socket_dir)
+    here = ReloadableDaemon(socket_dir)
     here.write(ALICE + f"monitor: {socket_dir}/page\n")
     here.start()
     try:
@@ -306,7 +244,7 @@ def test_a_socket_file_that_is_gone_comes_back_by_itself(
 
 def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -> None:
     """One event has the count and the first warnings, none has a key."""
-    here = FromFile(socket_dir)
+    here = ReloadableDaemon(socket_dir)
     here.write("".join(f"  c{number}: {{key: ' {number} a canary'}}\n" for number in range(30)))
     here.start()
     try:
@@ -328,7 +266,7 @@ def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -
         here.close()
 
 
-def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> None:
+def test_an_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemon) -> None:
     """A new client in the same file is not there either: all or nothing."""
     (served.home / "plain").write_text("no socket")
     served.write(ALICE + BOB + "  carol: {key: carols-key}\n", listen=f", {served.home / 'plain'}")
@@ -338,7 +276,7 @@ def test_an_address_that_cannot_be_bound_changes_nothing(served: FromFile) -> No
     served.connect("alice", "alices-first-key").close()
 
 
-def test_listeners_open_close_and_change(served: FromFile) -> None:
+def test_listeners_open_close_and_change(served: ReloadableDaemon) -> None:
     """A new address is served, a removed one is gone with its file, and one that stays
     never stops.
     """
@@ -353,10 +291,10 @@ def test_listeners_open_close_and_change(served: FromFile) -> None:
         served.write(ALICE + BOB)
         assert served.reload() == []
         assert not (served.home / "second").exists()
-        assert not gone(bob)
+        assert not is_disconnected(bob)
 
 
-def test_subscribers_hear_of_a_reload(served: FromFile) -> None:
+def test_subscribers_hear_of_a_reload(served: ReloadableDaemon) -> None:
     """``$broker.reloaded`` is published when everything is taken over."""
     with served.connect("bob", "bobs-first-key") as bob:
         heard = bob.subscribe("$broker.reloaded")
@@ -364,7 +302,7 @@ def test_subscribers_hear_of_a_reload(served: FromFile) -> None:
         assert next(iter(heard)).topic == "$broker.reloaded"
 
 
-def test_an_administrator_reloads_and_hears_what_is_wrong(served: FromFile) -> None:
+def test_an_administrator_reloads_and_hears_what_is_wrong(served: ReloadableDaemon) -> None:
     """The operation answers with the lines of the refused file."""
     served.write("  alice: {key: alices-first-key, admin: true}\n" + BOB)
     assert served.reload() == []
@@ -377,7 +315,9 @@ def test_an_administrator_reloads_and_hears_what_is_wrong(served: FromFile) -> N
         assert "brokerd.yaml:3:" in answer["problems"][0]
 
 
-def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served: FromFile) -> None:
+def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(
+    served: ReloadableDaemon,
+) -> None:
     """With peer_uid and no key nothing else is needed on a Unix socket; elsewhere a key
     is.
     """
@@ -390,7 +330,7 @@ def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(served:
 
 
 def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
-    served: FromFile, monkeypatch: pytest.MonkeyPatch
+    served: ReloadableDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the broker had no time for it yet, the next reload finds nothing left to
     do, and nothing is there again.

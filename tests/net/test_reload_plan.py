@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.house import TIMEOUT_S
-from net.raw import WELCOME, Raw, prefixed
-from net.test_reload import BOB, FromFile, gone
+from support.raw_client import WELCOME, Raw, prefixed
+from support.reloadable_daemon import BOB, ReloadableDaemon, is_disconnected
+from support.running_daemon import TIMEOUT_S
 
 import brokerd_client
 from brokerd.config.load import load
@@ -29,8 +29,8 @@ OPS = "  ops: {key: the-key-of-ops, admin: true}\n"
 
 
 @pytest.fixture
-def served(socket_dir: Path) -> Iterator[FromFile]:
-    here = FromFile(socket_dir)
+def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
+    here = ReloadableDaemon(socket_dir)
     here.write(OPS + BOB)
     here.start()
     try:
@@ -40,12 +40,12 @@ def served(socket_dir: Path) -> Iterator[FromFile]:
 
 
 @pytest.fixture
-def ops(served: FromFile) -> Iterator[Any]:
+def ops(served: ReloadableDaemon) -> Iterator[Any]:
     with served.connect("ops", "the-key-of-ops") as client:
         yield client
 
 
-def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any) -> None:
+def test_a_dry_run_says_the_plan_and_changes_nothing(served: ReloadableDaemon, ops: Any) -> None:
     """Who comes, goes and changes, who would be disconnected, which addresses; and all
     stays as it was.
     """
@@ -71,18 +71,18 @@ def test_a_dry_run_says_the_plan_and_changes_nothing(served: FromFile, ops: Any)
         assert leaving["address"] == "bob"
         assert leaving["reason"] == "its name was removed from the configuration"
         assert not (served.home / "second").exists()
-        assert not gone(bob)
+        assert not is_disconnected(bob)
         assert served.log.named("daemon.reloaded") == []
 
         done = ops.control("reload")
         assert done["plan"] == plan
         (logged,) = served.log.wait("daemon.reloaded")
         assert plan.items() <= logged.fields.items()
-        assert gone(bob)
+        assert is_disconnected(bob)
         assert (served.home / "second").exists()
 
 
-def test_a_dry_run_of_a_bad_file_says_every_mistake(served: FromFile, ops: Any) -> None:
+def test_a_dry_run_of_a_bad_file_says_every_mistake(served: ReloadableDaemon, ops: Any) -> None:
     """With the kind of problem it is; nothing is logged as refused, for nothing was to
     be done.
     """
@@ -100,7 +100,7 @@ def test_a_dry_run_of_a_bad_file_says_every_mistake(served: FromFile, ops: Any) 
     [("plain", "a file that is no socket"), ("missing/sock", "make the directory first")],
 )
 def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(
-    served: FromFile, ops: Any, address: str, says: str
+    served: ReloadableDaemon, ops: Any, address: str, says: str
 ) -> None:
     """What can be seen without binding is a problem already then."""
     (served.home / "plain").write_text("no socket")
@@ -113,7 +113,7 @@ def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(
     assert says in refused["problems"][0]
 
 
-def test_a_dry_run_binds_no_address(served: FromFile, ops: Any) -> None:
+def test_a_dry_run_binds_no_address(served: ReloadableDaemon, ops: Any) -> None:
     """A port that somebody else has is in its way only when it is done; the reply names
     the address both times.
     """
@@ -130,7 +130,9 @@ def test_a_dry_run_binds_no_address(served: FromFile, ops: Any) -> None:
     assert "carol" not in served.daemon.config.clients
 
 
-def test_a_wildcard_that_covers_an_old_address_is_refused_whole(served: FromFile, ops: Any) -> None:
+def test_a_wildcard_that_covers_an_old_address_is_refused_whole(
+    served: ReloadableDaemon, ops: Any
+) -> None:
     """New addresses are opened before old ones are closed; where that can't be, both
     runs say so.
     """
@@ -151,7 +153,7 @@ def test_a_wildcard_that_covers_an_old_address_is_refused_whole(served: FromFile
 
 
 def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(
-    served: FromFile, ops: Any
+    served: ReloadableDaemon, ops: Any
 ) -> None:
     """The reply is written before the connection ends, and says that it will."""
     served.write("  ops: {key: another-key, admin: true}\n" + BOB)
@@ -164,10 +166,10 @@ def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(
         "ops",
         "the key it uses was removed from the configuration",
     )
-    assert gone(ops)
+    assert is_disconnected(ops)
 
 
-def test_a_user_who_is_no_longer_allowed_is_disconnected(served: FromFile) -> None:
+def test_a_user_who_is_no_longer_allowed_is_disconnected(served: ReloadableDaemon) -> None:
     """peer_uid holds for those who are connected already."""
     uid = os.getuid()
     served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid}]}}\n")
@@ -175,14 +177,14 @@ def test_a_user_who_is_no_longer_allowed_is_disconnected(served: FromFile) -> No
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid}, {uid + 1}]}}\n")
         assert served.reload() == []
-        assert not gone(bob)
+        assert not is_disconnected(bob)
         served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid + 1}]}}\n")
         assert served.reload() == []
-        assert gone(bob)
+        assert is_disconnected(bob)
         assert "peer_uid" in served.log.wait("client.disconnected")[-1].fields["reason"]
 
 
-def test_a_key_file_with_another_key_is_a_change(served: FromFile) -> None:
+def test_a_key_file_with_another_key_is_a_change(served: ReloadableDaemon) -> None:
     """The same path, the same entry: the file is read again, and who has the old key
     goes.
     """
@@ -193,10 +195,10 @@ def test_a_key_file_with_another_key_is_a_change(served: FromFile) -> None:
     assert served.reload() == []
     with served.connect("bob", "bobs-first-key") as bob:
         assert served.reload() == []
-        assert not gone(bob)
+        assert not is_disconnected(bob)
         file.write_text("bobs-second-key\n")
         assert served.reload() == []
-        assert gone(bob)
+        assert is_disconnected(bob)
     assert list(served.log.named("daemon.reloaded")[-1].fields["changed"]) == ["bob"]
     served.connect("bob", "bobs-second-key").close()
     file.unlink()
@@ -204,7 +206,7 @@ def test_a_key_file_with_another_key_is_a_change(served: FromFile) -> None:
     served.connect("bob", "bobs-second-key").close()
 
 
-def test_a_queue_outlives_a_reload(served: FromFile, ops: Any) -> None:
+def test_a_queue_outlives_a_reload(served: ReloadableDaemon, ops: Any) -> None:
     """Bytes that wait for a client who does not read arrive afterwards, in order."""
     with served.connect("bob", "bobs-first-key") as bob:
         body, count = bytes(100_000), 40
@@ -219,7 +221,7 @@ def test_a_queue_outlives_a_reload(served: FromFile, ops: Any) -> None:
 
 
 def test_a_mode_that_can_not_be_set_changes_nothing(
-    served: FromFile, ops: Any, monkeypatch: pytest.MonkeyPatch
+    served: ReloadableDaemon, ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two sockets that change the second fails: the first has its old mode again,
     new ones are closed, all stays.
@@ -248,7 +250,7 @@ def test_a_mode_that_can_not_be_set_changes_nothing(
     assert stat.S_IMODE(one.stat().st_mode) == 0o666
 
 
-def test_an_unknown_group_changes_nothing(served: FromFile) -> None:
+def test_an_unknown_group_changes_nothing(served: ReloadableDaemon) -> None:
     """A group that this machine does not have is refused with the socket's path, whole."""
     path = served.home / "sock"
     file = served.home / "brokerd.yaml"
@@ -266,7 +268,7 @@ def test_an_unknown_group_changes_nothing(served: FromFile) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
-def test_a_group_comes_and_goes(served: FromFile) -> None:
+def test_a_group_comes_and_goes(served: ReloadableDaemon) -> None:
     """A group taken out of the configuration gives the file back to the broker's own."""
     path = served.home / "second"
     for group, gid in ((", group: 12345", 12345), ("", os.getgid())):
@@ -280,7 +282,7 @@ def test_a_group_comes_and_goes(served: FromFile) -> None:
     ("before", "after", "between"), [("0600", "0660", 0o600), ("0660", "0600", 0o600)]
 )
 def test_nobody_has_more_than_by_the_old_or_the_new_entry(
-    served: FromFile, monkeypatch: pytest.MonkeyPatch, before: str, after: str, between: int
+    served: ReloadableDaemon, monkeypatch: pytest.MonkeyPatch, before: str, after: str, between: int
 ) -> None:
     """While a socket gets another group, its mode is what both entries allow."""
     path = served.home / "second"
@@ -300,7 +302,7 @@ def test_nobody_has_more_than_by_the_old_or_the_new_entry(
     assert stat.S_IMODE(path.stat().st_mode) == int(after, 8)
 
 
-def test_whoever_had_connected_before_a_listener_closes_is_let_in(served: FromFile) -> None:
+def test_whoever_had_connected_before_a_listener_closes_is_let_in(served: ReloadableDaemon) -> None:
     """A connection that the system made, and the broker has not seen yet, is not thrown
     away with the listener.
     """
@@ -331,7 +333,7 @@ def list_open(file: Path) -> int:
 
 
 @linux
-def test_a_disk_that_hangs_holds_up_nobody(served: FromFile, ops: Any) -> None:
+def test_a_disk_that_hangs_holds_up_nobody(served: ReloadableDaemon, ops: Any) -> None:
     """While a reload waits for its files, messages flow and clients connect; when they
     come, it goes on.
     """
@@ -368,7 +370,7 @@ def test_a_disk_that_hangs_holds_up_nobody(served: FromFile, ops: Any) -> None:
     assert second.fields["removed"] == ["carol"]
 
 
-def test_two_reloads_at_once_happen_one_after_the_other(served: FromFile) -> None:
+def test_two_reloads_at_once_happen_one_after_the_other(served: ReloadableDaemon) -> None:
     """Each reads the files anew, and the last one sees the last state of them."""
     served.write(OPS + BOB + "  carol: {key: c}\n")
     threads = [threading.Thread(target=served.reload) for _ in range(5)]
@@ -381,7 +383,7 @@ def test_two_reloads_at_once_happen_one_after_the_other(served: FromFile) -> Non
     assert [event.fields["added"] for event in events] == [["carol"], [], [], [], []]
 
 
-def test_a_reload_while_draining_is_refused(served: FromFile) -> None:
+def test_a_reload_while_draining_is_refused(served: ReloadableDaemon) -> None:
     """What stops takes over nothing; the log says why."""
     served.write(OPS + BOB + "  carol: {key: c}\n")
     served.stop_soon()
@@ -391,7 +393,7 @@ def test_a_reload_while_draining_is_refused(served: FromFile) -> None:
     assert "carol" not in served.daemon.config.clients
 
 
-def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -> None:
+def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: ReloadableDaemon) -> None:
     """Between the proof and the welcome a reload may come: what counts is the
     configuration at the end.
     """
@@ -410,7 +412,7 @@ def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: FromFile) -
     raw.close()
 
 
-def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
+def test_uses_of_keys_outlive_a_reload(served: ReloadableDaemon, ops: Any) -> None:
     """Which key let somebody in, and when; a key that goes and comes back has not been
     used.
     """
@@ -437,14 +439,14 @@ def test_uses_of_keys_outlive_a_reload(served: FromFile, ops: Any) -> None:
     assert keys()["bob"][0]["last_used"] is None
 
 
-def test_a_connection_stays_when_its_keys_time_is_over(served: FromFile, ops: Any) -> None:
+def test_a_connection_stays_when_its_keys_time_is_over(served: ReloadableDaemon, ops: Any) -> None:
     """The time of a key is about being let in: who is in stays, who comes is refused,
     and the list says so.
     """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(OPS + "  bob: {keys: [{key: bobs-first-key, not_after: 2001-01-01}]}\n")
         assert served.reload() == []
-        assert not gone(bob)
+        assert not is_disconnected(bob)
         with pytest.raises((AuthenticationError, Disconnected)):
             served.connect("bob", "bobs-first-key")
         (key,) = next(
@@ -459,11 +461,11 @@ def test_a_connection_stays_when_its_keys_time_is_over(served: FromFile, ops: An
         )
         served.write(OPS + "  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
-        assert gone(bob)
+        assert is_disconnected(bob)
 
 
 def test_a_client_that_its_user_vouches_for_is_listed_without_a_key(
-    served: FromFile, ops: Any
+    served: ReloadableDaemon, ops: Any
 ) -> None:
     """Its one entry has no id, and counts its uses as any other."""
     served.write(OPS + f"  bob: {{peer_uid: [{os.getuid()}]}}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from net.raw import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, packed
+from support.raw_client import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, REQUEST, packed
 
 from brokerd.net.connection.unread import UnreadCounter
 

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
-from net.house import configuration, house
-from net.raw import Rejected
+from support.raw_client import Rejected
+from support.running_daemon import configuration, running_daemon
 
 from brokerd.net.handshake import peer_uid as users
 
@@ -42,7 +42,9 @@ def test_clients_that_count_on_unseen_users_are_found() -> None:
 def test_it_is_warned_of(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the start, and after a reload, the log names clients that nobody can be."""
     monkeypatch.setattr(users, "_seen", lambda: users.ranges_of("997 997 1"))
-    with house(configuration(str(socket_dir / "s"), {"team": {"peer_uid": [1000]}})) as broker:
+    with running_daemon(
+        configuration(str(socket_dir / "s"), {"team": {"peer_uid": [1000]}})
+    ) as broker:
         (warning,) = broker.log.wait("client.users_unseen")
         assert warning.fields["name"] == "team"
         assert warning.fields["peer_uid"] == [1000]
@@ -53,7 +55,7 @@ def test_an_unseen_user_is_not_let_in_by_its_number(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number that the system gives for everybody unseen opens no door."""
-    with house(
+    with running_daemon(
         configuration(str(socket_dir / "s"), {"own": {"peer_uid": [os.getuid()]}})
     ) as broker:
         with broker.raw() as seen:

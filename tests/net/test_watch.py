@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from net.house import configuration, house
-from net.raw import MESSAGE
+from support.raw_client import MESSAGE
+from support.running_daemon import configuration, running_daemon
 
 
 @pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
@@ -21,7 +21,7 @@ def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, liste
     one event.
     """
     at = str(socket_dir / "sock") if listen == "unix" else listen
-    with house(configuration(at, "alice bob")) as here, here.login("bob") as bob:
+    with running_daemon(configuration(at, "alice bob")) as here, here.login("bob") as bob:
         alice = here.login("alice")
         # Something it has not read makes its end a reset, on a Unix socket too.
         bob.send(MESSAGE, "alice", b"unread")
@@ -53,7 +53,7 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
     does not wake up.
     """
     with (
-        house(configuration(str(socket_dir / "sock"), "alice")) as here,
+        running_daemon(configuration(str(socket_dir / "sock"), "alice")) as here,
         here.login("alice") as alice,
     ):
         # The first may still have been read at the door.
@@ -72,7 +72,10 @@ def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> Non
     arrives once there is room.
     """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
-    with house(configuration(str(socket_dir / "sock"), clients)) as here, here.login("bob") as bob:
+    with (
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
+        here.login("bob") as bob,
+    ):
         alice = here.login("alice")
         alice.ping()
         (session,) = here.daemon.broker.exchange.clients["alice"].sessions.values()

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import reliability
-from outages.traffic import Account
+from support import reliability_page
+from support.outages.traffic import Account
 
 TESTS = Path(__file__).resolve().parent.parent
 FILES = (
@@ -65,7 +65,7 @@ def main() -> int:
             row["fault"]: Account(**row) for row in map(json.loads, rows.read_text().splitlines())
         }
     if status == 0:
-        reliability.put("faults", table(found.values()))
+        reliability_page.put("faults", table(found.values()))
     return status
 
 

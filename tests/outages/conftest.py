@@ -5,7 +5,7 @@ TLS.
 from __future__ import annotations
 
 import pytest
-from outages.ways import Way, tls_way
+from support.outages.transports import Way, tls_way
 
 
 @pytest.fixture(scope="session")

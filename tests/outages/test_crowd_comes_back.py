@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from outages.house import Process, process
+from support.outages.restartable_broker import RestartableBroker, restartable_broker
 
 from brokerd_client import aio
 from brokerd_client.errors import InDoubt
@@ -31,13 +31,13 @@ def test_everybody_is_back_and_knows_what_is_in_doubt(
         pytest.skip(f"{crowd} clients need more file descriptors than the {hard} allowed here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * crowd + 200)), hard))
     names = [f"c{number}" for number in range(crowd)]
-    with process(socket_dir, [*names, "silent", "echo"]) as broker:
+    with restartable_broker(socket_dir, [*names, "silent", "echo"]) as broker:
         seconds = asyncio.run(_scenario(broker, names))
     with capsys.disabled():
         print(f"\n{crowd} clients back {seconds:.2f} s after the broker was started again")
 
 
-async def _scenario(broker: Process, names: list[str]) -> float:
+async def _scenario(broker: RestartableBroker, names: list[str]) -> float:
     async def connect(name: str) -> aio.Client:
         return await aio.connect(broker.address, name=name, key=broker.key(name), timeout=60)
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e.process import Process
-from e2e.under_load import write_whole
-from net.raw import Raw
-from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+from support.broker_process import BrokerProcess
+from support.load.crowd import write_whole
+from support.outages.traffic import RECIPIENTS, SENDERS, Traffic
+from support.raw_client import Raw
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs what Linux has")
 
@@ -34,7 +35,7 @@ def test_no_descriptors_are_left(socket_dir: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
     limits = {"handshakes": 100, "handshake_timeout": "60s"}
-    with Process(socket_dir, NAMES, preexec=few, limits=limits) as broker:
+    with BrokerProcess(socket_dir, NAMES, preexec=few, limits=limits) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
             crowd = [Raw(broker.address) for _ in range(60)]
@@ -59,7 +60,7 @@ def test_no_space_is_left_for_log_and_audit(socket_dir: Path) -> None:
     """ENOSPC with every line: nobody waits for the log, nothing stops."""
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        with Process(socket_dir, NAMES, stderr=full, log={"audit": "/dev/full"}) as broker:
+        with BrokerProcess(socket_dir, NAMES, stderr=full, log={"audit": "/dev/full"}) as broker:
             until(broker.socket.exists, "it does not start")
             with Traffic(socket_dir, str(broker.socket)) as traffic:
                 for _ in range(20):
@@ -87,7 +88,7 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-    with Process(socket_dir, NAMES, environ=environ, limits={"wait_timeout": "5s"}) as broker:
+    with BrokerProcess(socket_dir, NAMES, environ=environ, limits={"wait_timeout": "5s"}) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
             for number, (offset, years) in enumerate(
@@ -115,7 +116,7 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
 
 def test_the_disk_is_slow_during_a_reload(socket_dir: Path) -> None:
     """The reload waits for a file that does not come; nobody else does."""
-    with Process(socket_dir, NAMES) as broker:
+    with BrokerProcess(socket_dir, NAMES) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
             fifo = socket_dir / "slow.yaml"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
-from outages.stops import BURST, TIMEOUT_S, Account, run_asyncio, run_blocking
+from support.outages.stops import BURST, TIMEOUT_S, StopAccount, run_asyncio, run_blocking
 
 from brokerd.testing import RunningBroker
 from brokerd_client import Client
@@ -104,7 +104,7 @@ def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
     """The broker has said that it ends, and the client has not read it yet: it hears
     what becomes of each send.
     """
-    broker, account = place.broker, Account()
+    broker, account = place.broker, StopAccount()
     alice = broker.connect("alice", **place.options)
     alice.on_undelivered(account.hear)
     alice.ping()
@@ -131,7 +131,7 @@ def test_sends_before_a_stop_is_noticed_by_asyncio_client_are_reported(place: Pl
     """The broker has said that it ends, and the client has not read it yet: it hears
     what becomes of each send.
     """
-    broker, account = place.broker, Account()
+    broker, account = place.broker, StopAccount()
 
     async def run() -> None:
         alice = await broker.connect_async("alice", **place.options)

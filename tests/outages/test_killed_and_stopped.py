@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import Process
-from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
-from outages.ways import Way
+from support.broker_process import BrokerProcess
+from support.outages.traffic import RECIPIENTS, SENDERS, Traffic
+from support.outages.transports import Way
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux"
@@ -25,7 +26,7 @@ def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
     """What was under way is in doubt; everybody is back; only what was in its memory is
     gone with it.
     """
-    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
+    with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
             # Stopped first, so that there is something under way.
@@ -33,7 +34,7 @@ def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
             _until_nothing_moves(traffic)
             broker.signal(signal.SIGKILL)
             broker.exit_status()
-            with Process(socket_dir, NAMES, listen=way.listen_again(broker)) as again:
+            with BrokerProcess(socket_dir, NAMES, listen=way.listen_again(broker)) as again:
                 again.wait("daemon.started")
                 took = until(
                     lambda: len(again.events("client.connected")) == len(NAMES),
@@ -54,7 +55,7 @@ def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
     """Requests it had not answered fail, messages come back as offline; another one
     takes its place.
     """
-    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
+    with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
             traffic.recipients["r0"].end()
@@ -71,7 +72,7 @@ def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
 @pytest.mark.slow
 def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
     """What it sent arrives once and in order, or not at all; nobody else notices."""
-    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
+    with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
             killed = traffic.senders.pop("s0")
@@ -96,7 +97,9 @@ def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
     """Messages wait for it, others are served; when it goes on it gets all of them, or
     their senders were told.
     """
-    with Process(socket_dir, NAMES, listen=way.listen(), limits={"wait_timeout": "1s"}) as broker:
+    with BrokerProcess(
+        socket_dir, NAMES, listen=way.listen(), limits={"wait_timeout": "1s"}
+    ) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
             pid = traffic.recipients["r0"].popen.pid
@@ -112,7 +115,7 @@ def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
 @pytest.mark.slow
 def test_the_broker_is_stopped(socket_dir: Path, way: Way) -> None:
     """Everybody waits; when it goes on so does everything, on the same connections."""
-    with Process(socket_dir, NAMES, listen=way.listen()) as broker:
+    with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
             broker.signal(signal.SIGSTOP)

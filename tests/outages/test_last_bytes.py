@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import Process, key_of
-from net.raw import MESSAGE, Raw, packed, prefixed
-from outages.traffic import until
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import MESSAGE, Raw, packed, prefixed
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs signals and /proc as on Linux"
@@ -23,7 +24,7 @@ SOON_S = 10.0
 LIMITS = {"handshake_timeout": "60s", "keepalive": "60s"}
 
 
-def stop(broker: Process) -> None:
+def stop(broker: BrokerProcess) -> None:
     """Have the broker see what comes next all at once."""
     broker.signal(signal.SIGSTOP)
     stat = Path(f"/proc/{broker.popen.pid}/stat")
@@ -41,7 +42,7 @@ def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
     to it.
     """
     with (
-        Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
+        BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
         broker.login("bob") as bob,
     ):
         alice = broker.login("alice", broker.addresses()[family == "tcp"])
@@ -59,7 +60,7 @@ def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
 
 def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
     """The peer is let go of at once, and not when its time is over."""
-    with Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker:
+    with BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker:
         raw = Raw(broker.addresses()[1])
         answer = prefixed(raw.answer(key_of("alice"), b"alice"))
         stop(broker)
@@ -72,7 +73,7 @@ def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
 def test_the_end_of_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
     """Who is let in and gone at once does not stay online."""
     with (
-        Process(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
+        BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
         broker.login("bob") as bob,
     ):
         raw = Raw(broker.addresses()[1])

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import Process, key_of
-from outages.traffic import RECIPIENTS, SENDERS, Account
-from outages.ways import Way
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.outages.traffic import RECIPIENTS, SENDERS, Account
+from support.outages.transports import Way
 
 import brokerd_client
 from brokerd_client.errors import Full
@@ -36,7 +37,10 @@ def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -
     nothing is lost on the way.
     """
     clients = {**dict.fromkeys(NAMES), "ops": {"admin": True}}
-    with Process(socket_dir, clients, listen=way.listen()) as broker, broker.login("ops") as ops:
+    with (
+        BrokerProcess(socket_dir, clients, listen=way.listen()) as broker,
+        broker.login("ops") as ops,
+    ):
         with way.traffic(socket_dir, broker) as traffic:
             for _ in range(upgrades):
                 answer = ops.ask("upgrade").json
@@ -57,13 +61,13 @@ def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
     back to the next one.
     """
     with contextlib.ExitStack() as brokers:
-        broker = brokers.enter_context(Process(socket_dir, NAMES, listen=way.listen()))
+        broker = brokers.enter_context(BrokerProcess(socket_dir, NAMES, listen=way.listen()))
         again = way.listen_again(broker)
         with way.traffic(socket_dir, broker) as traffic:
             for _ in range(3):
                 broker.signal(signal.SIGTERM)
                 assert broker.exit_status() == 0
-                broker = brokers.enter_context(Process(socket_dir, NAMES, listen=again))
+                broker = brokers.enter_context(BrokerProcess(socket_dir, NAMES, listen=again))
                 traffic.goes_on()
             account = traffic.finish(way.title("SIGTERM of the broker, started again, 3 times"))
         assert not broker.events("daemon.bug")
@@ -76,7 +80,7 @@ def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
     way, renewals = over_tls, 5
     assert way.shown is not None
     assert way.authority is not None
-    with Process(socket_dir, (*NAMES, "late"), listen=way.listen()) as broker:
+    with BrokerProcess(socket_dir, (*NAMES, "late"), listen=way.listen()) as broker:
         address = way.address(broker)
         with way.traffic(socket_dir, broker) as traffic:
             for number in range(1, renewals + 1):
@@ -117,7 +121,7 @@ def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) ->
     )
     limits = {"wait_timeout": "100ms"}
     accepted: list[int] = []
-    with Process(socket_dir, clients, listen=way.listen(), limits=limits) as broker:
+    with BrokerProcess(socket_dir, clients, listen=way.listen(), limits=limits) as broker:
         address = way.address(broker)
         alice, bob, carol = (
             brokerd_client.connect(address, name, key_of(name), ssl=way.context, inbox=1)

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from e2e.process import Process, key_of
-from outages.cutter import Cutter
-from outages.traffic import Account, until
-from outages.ways import Way
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.outages.cutter import Cutter
+from support.outages.traffic import Account
+from support.outages.transports import Way
+from support.waiting import until
 
 import brokerd_client
 from brokerd_client.errors import Abandoned, AuthenticationError, Disconnected, InDoubt, Offline
@@ -52,11 +54,15 @@ def positions(size: int, step: int) -> range:
 
 
 @contextmanager
-def broker_and_cutter(directory: Path, way: Way, cut: str) -> Iterator[tuple[Process, Cutter]]:
+def broker_and_cutter(
+    directory: Path, way: Way, cut: str
+) -> Iterator[tuple[BrokerProcess, Cutter]]:
     """Run a broker and a relay to it; what the cuts left behind in the broker is looked
     for at the end.
     """
-    with Process(directory, ("alice", "bob"), listen=way.listen() or ["127.0.0.1:0"]) as broker:
+    with BrokerProcess(
+        directory, ("alice", "bob"), listen=way.listen() or ["127.0.0.1:0"]
+    ) as broker:
         tcp = broker.addresses()[1]
         descriptors = Path(f"/proc/{broker.popen.pid}/fd")
         before = len(list(descriptors.iterdir()))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.process import Process, key_of
-from outages.stops import run_asyncio, run_blocking
-from outages.ways import Way
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.outages.stops import run_asyncio, run_blocking
+from support.outages.transports import Way
 
 from brokerd_client import Client, connect
 from brokerd_client.aio import Client as AsyncClient
@@ -34,8 +35,8 @@ class Place:
         self._address = str(way.address(self._broker))
         self._listen = way.listen_again(self._broker)
 
-    def _process(self) -> Process:
-        return Process(
+    def _process(self) -> BrokerProcess:
+        return BrokerProcess(
             self._directory, CLIENTS, listen=self._listen, limits={"drain_timeout": "20s"}
         )
 

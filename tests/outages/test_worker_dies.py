@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from outages.house import TIMEOUT_S, Process, process
+from support.outages.restartable_broker import TIMEOUT_S, RestartableBroker, restartable_broker
 
 from brokerd_client import aio
 from brokerd_client.errors import Abandoned, BrokerdError, Offline
@@ -32,7 +32,7 @@ def test_every_request_has_a_reply_or_an_error(
     offline; nothing else fails.
     """
     with (
-        process(socket_dir, ["asker", "work"], f"connections: {WORKERS + 1}") as broker,
+        restartable_broker(socket_dir, ["asker", "work"], f"connections: {WORKERS + 1}") as broker,
         _pool(broker) as workers,
     ):
         counted = asyncio.run(_ask(broker, workers, requests))
@@ -46,8 +46,8 @@ def test_every_request_has_a_reply_or_an_error(
 
 
 @contextlib.contextmanager
-def _pool(broker: Process) -> Iterator[list[subprocess.Popen[bytes]]]:
-    script = Path(__file__).with_name("worker.py")
+def _pool(broker: RestartableBroker) -> Iterator[list[subprocess.Popen[bytes]]]:
+    script = Path(__file__).resolve().parents[1] / "support" / "outages" / "worker.py"
     command = [sys.executable, str(script), broker.address, "work", broker.key("work")]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(WORKERS)]
     try:
@@ -64,7 +64,7 @@ def _pool(broker: Process) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 async def _ask(
-    broker: Process, workers: list[subprocess.Popen[bytes]], requests: int
+    broker: RestartableBroker, workers: list[subprocess.Popen[bytes]], requests: int
 ) -> collections.Counter[str]:
     counted: collections.Counter[str] = collections.Counter()
     window = asyncio.Semaphore(WINDOW)

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import reliability
-from soak.page import picture, table
-from soak.run import SERIES, soak
+from support import reliability_page
+from support.soak.page import picture, table
+from support.soak.run import SERIES, soak
 
 
 def main() -> int:
@@ -29,9 +29,9 @@ def main() -> int:
     text = table(seen)
     print(text)
     if arguments.write:
-        (reliability.PAGE.parent / "reliability").mkdir(exist_ok=True)
-        (reliability.PAGE.parent / "reliability" / "soak.svg").write_text(picture(seen))
-        reliability.put("soak", text)
+        (reliability_page.PAGE.parent / "reliability").mkdir(exist_ok=True)
+        (reliability_page.PAGE.parent / "reliability" / "soak.svg").write_text(picture(seen))
+        reliability_page.put("soak", text)
     verdicts = seen.verdicts()
     return 0 if all(verdicts[each.key].flat for each in SERIES) else 1
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.process import PROGRAM
-from soak.flatness import Bound, judge, theil_sen
-from soak.page import picture, table
-from soak.run import SERIES, soak
+from support.broker_process import PROGRAM
+from support.soak.flatness import Bound, judge, theil_sen
+from support.soak.page import picture, table
+from support.soak.run import SERIES, soak
 
 BOUNDS = {each.key: each.bound for each in SERIES}
 #: Loses a megabyte a second, as a daemon could that keeps something of every message.

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.process import Process, key_of
-from net.raw import Raw, login
-from supervise.manager import Manager
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import Raw, login
+from support.service_manager import Manager
 
 from brokerd.config.load import build_config
 from brokerd.net.listen.socket_activation import (
@@ -56,7 +57,7 @@ def manager(socket_dir: Path) -> Iterator[Manager]:
         yield manager
 
 
-def log_in(broker: Process, address: Address) -> Raw:
+def log_in(broker: BrokerProcess, address: Address) -> Raw:
     broker.wait("daemon.started")
     return login(address, key_of("alice"), b"alice")
 

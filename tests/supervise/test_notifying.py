@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net.raw import Raw
-from supervise.manager import Manager
+from support.raw_client import Raw
+from support.service_manager import Manager
 
 from brokerd.daemon import systemd as supervise
 from brokerd.daemon.systemd import Supervisor

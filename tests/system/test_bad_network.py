@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.process import Process, key_of
-from net.raw import MESSAGE, WANT_RECEIPT, Raw, login
-from outages.traffic import RECIPIENTS, SENDERS, WAIT_S, until
-from outages.ways import Way, tls_way
-from system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
-from tls.stock import TlsRaw
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.outages.traffic import RECIPIENTS, SENDERS
+from support.outages.transports import Way, tls_way
+from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, login
+from support.system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
+from support.tls.raw_client import TlsRaw
+from support.waiting import WAIT_S, until
 
 import brokerd_client
 from brokerd_client import aio
@@ -29,13 +31,15 @@ NAMES = (*SENDERS, *RECIPIENTS)
 KEEPALIVE_S = 4.0
 
 
-def broker_there(directory: Path, link: Link, way: Way, **more: Any) -> Process:
+def broker_there(directory: Path, link: Link, way: Way, **more: Any) -> BrokerProcess:
     """Return a broker at its end of the link, listening there too."""
     listen = way.listen() if way.shown else way.listen(plain=True)
-    return Process(directory, (*NAMES, "probe"), listen=listen, preexec=link.inside(BROKER), **more)
+    return BrokerProcess(
+        directory, (*NAMES, "probe"), listen=listen, preexec=link.inside(BROKER), **more
+    )
 
 
-def enter(broker: Process, link: Link, way: Way, name: str) -> Raw:
+def enter(broker: BrokerProcess, link: Link, way: Way, name: str) -> Raw:
     with link.visit(CLIENTS):
         if way.context is None:
             return login(way.address(broker), key_of(name), name.encode())
@@ -55,7 +59,7 @@ def way(request: pytest.FixtureRequest, over_tls: Way) -> Way:
     return over_tls if request.param == "tls" else Way(ADDRESSES[BROKER])
 
 
-def disconnected(broker: Process, name: str) -> list[dict[str, Any]]:
+def disconnected(broker: BrokerProcess, name: str) -> list[dict[str, Any]]:
     return [event for event in broker.events("client.disconnected") if event["name"] == name]
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e.process import Process
-from outages.traffic import RECIPIENTS, SENDERS, Traffic, until
+from support.broker_process import BrokerProcess
+from support.outages.traffic import RECIPIENTS, SENDERS, Traffic
+from support.waiting import until
 
 pytestmark = [
     pytest.mark.system,
@@ -41,7 +42,7 @@ def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -
     how many lines it lost.
     """
     audit = small_disk / "audit.log"
-    with Process(socket_dir, NAMES, log={"audit": str(audit)}) as broker:
+    with BrokerProcess(socket_dir, NAMES, log={"audit": str(audit)}) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
             with (small_disk / "filler").open("wb", buffering=0) as filler:

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import yaml
-from net.raw import MESSAGE, login
-from system.image import (
+from support.raw_client import MESSAGE, login
+from support.system.image import (
     DOCKERFILE,
     NAME,
     ROOT,
@@ -32,7 +32,7 @@ from system.image import (
     base_names,
     engine,
     pip_install,
-    until,
+    wait_until,
 )
 
 import brokerd_client
@@ -378,7 +378,7 @@ def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
     try:
         container = Container(podman, podman("run", "--detach", *place.options, NAME))
         catches = 1 << 14
-        until(
+        wait_until(
             lambda: int(container.status()["SigCgt"], 16) & catches, "SIGTERM is never waited for"
         )
         container.signal("TERM")
@@ -613,7 +613,7 @@ def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> 
     run("up", "--detach", "--no-build", "--no-deps", "bob", "alice")
     bob = Container(podman, podman("ps", "--quiet", "--filter=name=bob_1"))
 
-    until(lambda: "hello" in bob.output(), "bob never heard of alice: ", bob.output)
+    wait_until(lambda: "hello" in bob.output(), "bob never heard of alice: ", bob.output)
 
     for container in (broker, bob):
         status = container.status()

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import trustme
-from system import machine as machines
-from system.machine import Machine, boot
+from support.system import machine as machines
+from support.system.machine import Machine, boot
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from system.windows import HERE, ROOT, Windows, install_dependencies, passed, windows
+from support.system.windows import HERE, ROOT, Windows, install_dependencies, passed, windows
 
 RUN_TIMEOUT_S = 200
 PATIENCE_S = 30

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from system.windows import HERE, ROOT, passed, windows
+from support.system.windows import HERE, ROOT, passed, windows
 
 RUN_TIMEOUT_S = 200
 

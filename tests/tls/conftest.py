@@ -5,15 +5,9 @@ takes its time.
 from __future__ import annotations
 
 import ssl
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "client" / "broker"))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from authority import Authority, Issued
+from support.tls.authority import Authority, Issued
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from authority import Issued
+from support.tls.authority import Issued
 
 from brokerd.testing import running
 from brokerd_client import aio

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from authority import Authority, Issued
-from net.house import House, configuration, house
-from net.raw import MESSAGE, Raw, packed
-from records import APPLICATION_DATA, Forger, forger_of
-from stock import tls_login
+from support.raw_client import MESSAGE, Raw, packed
+from support.running_daemon import RunningDaemon, configuration, running_daemon
+from support.tls.authority import Authority, Issued
+from support.tls.raw_client import tls_login
+from support.tls.records import APPLICATION_DATA, Forger, forger_of
 
 from brokerd.net.connection import connection as connection_module
 from brokerd_client.tls.engine import Engine
@@ -39,14 +39,14 @@ FLOODS: dict[str, Callable[[Forger], bytes]] = {
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[House]:
+def here(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with one TLS listener."""
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
         yield here
 
 
 @pytest.fixture
-def sips(here: House, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+def sips(here: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Bytes of TLS that the broker has taken in, by the turn of its event loop."""
     taken: Counter[int] = Counter()
     turn = 0
@@ -68,7 +68,7 @@ def sips(here: House, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     return taken
 
 
-def all_at_once(here: House, forger: Forger, flood: bytes) -> None:
+def all_at_once(here: RunningDaemon, forger: Forger, flood: bytes) -> None:
     """Have as much of the flood as fits lie before the broker when it looks; the rest
     follows.
     """
@@ -82,7 +82,7 @@ def all_at_once(here: House, forger: Forger, flood: bytes) -> None:
 
 @pytest.mark.parametrize("kind", FLOODS)
 def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
-    kind: str, here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+    kind: str, here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
     """No turn of the loop is spent on it alone, others are served, and the log says why
     it is gone.
@@ -106,7 +106,7 @@ def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
 
 
 def test_a_stranger_with_nothing_to_say_is_turned_away(
-    here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+    here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
     """Who has not proved who it is gets less, and the reason is logged."""
     with (
@@ -124,7 +124,7 @@ def test_a_stranger_with_nothing_to_say_is_turned_away(
 
 
 def test_single_bytes_are_put_together_in_turns(
-    here: House, sips: Counter[int], authority: Authority, tmp_path: Path
+    here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
     """Messages in records of one byte each all arrive, in order; meanwhile the others
     have their turns.
@@ -146,7 +146,7 @@ def test_single_bytes_are_put_together_in_turns(
 
 
 def test_bytes_that_are_no_tls_end_a_connection(
-    here: House, authority: Authority, tmp_path: Path
+    here: RunningDaemon, authority: Authority, tmp_path: Path
 ) -> None:
     """Frames in the clear in the middle of it are not read as such, and the log says
     what was wrong.
@@ -165,7 +165,7 @@ def test_bytes_that_are_no_tls_end_a_connection(
 
 
 def test_a_handshake_in_pieces_is_taken_in_turns(
-    here: House, sips: Counter[int], authority: Authority
+    here: RunningDaemon, sips: Counter[int], authority: Authority
 ) -> None:
     """A ClientHello as long as may be, each byte in a record of its own, costs the
     others no long turn.
@@ -181,7 +181,7 @@ def test_a_handshake_in_pieces_is_taken_in_turns(
 
 
 def test_a_client_that_leaves_behind_a_flood_is_heard_out(
-    here: House, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: RunningDaemon, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it said behind much that was nothing counts, though another connection takes
     its place at once.
@@ -209,7 +209,7 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
 
 
 def test_what_tls_still_has_when_somebody_knocks_is_read(
-    here: House, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    here: RunningDaemon, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is looked at because another one has its name is read on, though the system
     has nothing more of it.
@@ -246,7 +246,7 @@ def test_renegotiation_is_refused(server: Issued, authority: Authority) -> None:
     """A client that asks for another handshake in TLS 1.2, each of which would cost a
     signature, is told no.
     """
-    with house(
+    with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})
     ) as here:
         command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{here.address.port}"]

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from authority import Authority, Issued
-from faces import Asyncio, Blocking, Face
-from net.house import House, configuration, house, key_of
-from net.raw import Rejected
-from relay import Relay, read_frame
-from stock import tls_login
+from support.client_faces import Asyncio, Blocking, Face
+from support.keys import key_of
+from support.raw_client import Rejected
+from support.running_daemon import RunningDaemon, configuration, running_daemon
+from support.tls.authority import Authority, Issued
+from support.tls.raw_client import tls_login
+from support.tls.relay import Relay, read_frame
 
 from brokerd_client.errors import AuthenticationError, BrokerdError
 from brokerd_client.wire.channel_binding import END_POINT, offer
@@ -24,10 +25,10 @@ from brokerd_client.wire.handshake import Proof, Receive, as_listener
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[House]:
+def here(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with a TLS listener and, beside it, a plain one."""
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}, "127.0.0.1:0"]
-    with house(configuration(listen)) as here:
+    with running_daemon(configuration(listen)) as here:
         yield here
 
 
@@ -38,11 +39,11 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
     face.close()
 
 
-def refusal(here: House) -> str:
+def refusal(here: RunningDaemon) -> str:
     return str(here.log.wait("client.refused")[0].fields["reason"])
 
 
-def test_library_binds_its_key(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+def test_library_binds_its_key(here: RunningDaemon, face: Face, trusting: ssl.SSLContext) -> None:
     """The broker's log says what version is spoken and what the key is bound to."""
     face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
 
@@ -51,14 +52,14 @@ def test_library_binds_its_key(here: House, face: Face, trusting: ssl.SSLContext
 
 
 def test_key_alone_is_found_when_it_is_bound(
-    here: House, face: Face, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """A client that does not say its name is found by its bound key."""
     assert face.connect(str(here.address), key=key_of("bob"), ssl=trusting).name == "bob"
 
 
 def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
-    here: House, face: Face, server: Issued, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """The relay of these tests passes everything on rightly: with the same certificate
     the handshake succeeds.
@@ -71,7 +72,7 @@ def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
 
 
 def test_relay_with_another_certificate_fails(
-    here: House, face: Face, authority: Authority, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     """Though the client trusts the certificate of who is in the middle, the broker
     turns him away.
@@ -96,7 +97,7 @@ def test_relay_with_another_certificate_fails(
     ids=["stripped", "another kind", "unknown kind"],
 )
 def test_mark_can_t_be_stripped_or_changed(
-    here: House,
+    here: RunningDaemon,
     face: Face,
     authority: Authority,
     trusting: ssl.SSLContext,
@@ -113,7 +114,7 @@ def test_mark_can_t_be_stripped_or_changed(
 
 
 def test_offer_can_t_be_stripped(
-    here: House, face: Face, server: Issued, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """Even with the listener's own certificate, a challenge without its offer is not
     answered.
@@ -129,7 +130,7 @@ def test_offer_can_t_be_stripped(
 
 
 def test_offer_can_t_be_altered(
-    here: House, face: Face, server: Issued, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """Even with the listener's own certificate, a change of the offer in the challenge
     spoils the answer.
@@ -147,7 +148,7 @@ def test_offer_can_t_be_altered(
 
 
 def test_relay_to_a_plain_listener_fails(
-    here: House, face: Face, authority: Authority, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     """That a plain listener of the same broker offers nothing to bind to does not make
     the client show a bare key.
@@ -205,7 +206,7 @@ def test_client_accepts_no_broker_that_proves_the_bare_key(
     assert not thread.is_alive()
 
 
-def test_client_without_binding_is_let_in(here: House, trusting: ssl.SSLContext) -> None:
+def test_client_without_binding_is_let_in(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
     """Stock Python behind a program that adds TLS can still connect, with its bare key,
     unless that is forbidden.
     """
@@ -224,7 +225,7 @@ def test_binding_can_be_demanded(
     need = {"channel_binding": "required"}
     tls = server.entry(**(need if by == "listener" else {}))
     clients = {"alice": need if by == "client" else {}}
-    with house(
+    with running_daemon(
         configuration([{"address": "127.0.0.1:0", "tls": tls}, "127.0.0.1:0"], clients)
     ) as here:
         with pytest.raises(Rejected):

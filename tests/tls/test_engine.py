@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from authority import Issued
+from support.tls.authority import Issued
 
 from brokerd_client.tls.engine import Engine
 

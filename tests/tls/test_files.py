@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from authority import Authority, Issued
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
-from faces import PATIENCE
-from net.house import configuration, house, key_of
-from net.raw import login
-from stock import TlsRaw, tls_login
+from support.client_faces import PATIENCE
+from support.keys import key_of
+from support.raw_client import login
+from support.running_daemon import configuration, running_daemon
+from support.tls.authority import Authority, Issued
+from support.tls.raw_client import TlsRaw, tls_login
 
 import brokerd_client
 from brokerd.cli.main import main
@@ -294,7 +295,7 @@ def test_daemon_warns_of_plain_tcp_once(server: Issued) -> None:
         {"address": "0.0.0.0:0", "plain": True},
         {"address": "0.0.0.0:0", "tls": server.entry()},
     ]
-    with house(configuration(listen)) as here:
+    with running_daemon(configuration(listen)) as here:
         (event,) = here.log.named("listener.plain")
         assert event.level == "warning"
         assert event.fields["listener"] == str(here.addresses[0])
@@ -318,7 +319,7 @@ def test_renewed_certificate_under_traffic(
     """
     listen = [{"address": "127.0.0.1:0", "tls": issued.entry()}, str(socket_dir / "sock")]
     with (
-        house(configuration(listen)) as here,
+        running_daemon(configuration(listen)) as here,
         login(here.addresses[1], key_of("carol"), b"carol") as carol,
     ):
         old = TlsRaw(here.address, trusting)
@@ -375,8 +376,8 @@ def test_bad_certificate_leaves_everything_as_it_was(
     """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
-    file.write_text(LISTEN.format(issued) + 'clients: {alice: {key: "alice\'s key"}}\n')
-    with house(load(file)) as here, tls_login(here.address, trusting, "alice") as alice:
+    file.write_text(LISTEN.format(issued) + 'clients: {alice: {key: "alice\'s key is a canary"}}\n')
+    with running_daemon(load(file)) as here, tls_login(here.address, trusting, "alice") as alice:
         before = serial_of(alice)
         _another_key(issued, authority)
         here.call(lambda: here.daemon.reload_soon("the test"))
@@ -391,7 +392,7 @@ def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext)
     """An address that had none speaks TLS after a reload, to those who come then; who
     is there stays, in the clear.
     """
-    with house(configuration("127.0.0.1:0")) as here:
+    with running_daemon(configuration("127.0.0.1:0")) as here:
         address = {"address": f"127.0.0.1:{here.address.port}"}
         with here.login("alice") as alice:
             plain, tls = configuration(address), configuration({**address, "tls": issued.entry()})
@@ -472,7 +473,7 @@ def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path
     key_file.write_bytes(key_of("alice"))
     tls = server.entry(client_ca=authority.file)
     shown = authority.issue("alice", "alice.example")
-    with house(configuration({"address": "127.0.0.1:0", "tls": tls})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": tls})) as here:
         access = ["--address", str(here.address), "--name", "alice", "--key-file", str(key_file)]
         cert = ["--cert", str(shown.certificate), "--cert-key", str(shown.key)]
         run = CliRunner().invoke

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from authority import Authority, Issued
-from faces import PATIENCE, Asyncio, Blocking, Face
-from net.house import House, configuration, house, key_of
-from net.raw import (
+from support.client_faces import PATIENCE, Asyncio, Blocking, Face
+from support.keys import key_of
+from support.raw_client import (
     CHALLENGE,
     ERROR,
     MESSAGE,
@@ -26,7 +25,9 @@ from net.raw import (
     packed,
     prefixed,
 )
-from stock import TlsRaw, tls_login
+from support.running_daemon import RunningDaemon, configuration, running_daemon
+from support.tls.authority import Authority, Issued
+from support.tls.raw_client import TlsRaw, tls_login
 
 import brokerd_client
 from brokerd.net.connection.tls import TlsConnection
@@ -45,13 +46,13 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[House]:
+def here(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with one TLS listener."""
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
         yield here
 
 
-def refusal(here: House, number: int = 0) -> str:
+def refusal(here: RunningDaemon, number: int = 0) -> str:
     return str(here.log.wait("client.refused", number + 1)[number].fields["reason"])
 
 
@@ -71,12 +72,14 @@ def test_certificate_of_the_right_subject_is_let_in(
     """
     shown = authority.issue("alice", "alice.example", common_name="alice")
     demanded = {"certificate": {"fingerprint": shown.fingerprint.upper()}}
-    with house(demanding(server, authority, demanded)) as here:
+    with running_daemon(demanding(server, authority, demanded)) as here:
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
         subject = here.log.wait("client.connected")[0].fields["subject"]
     assert "CN=alice" in subject
 
-    with house(demanding(server, authority, {"certificate": {"subject": subject}})) as here:
+    with running_daemon(
+        demanding(server, authority, {"certificate": {"subject": subject}})
+    ) as here:
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
@@ -85,7 +88,7 @@ def test_certificate_does_not_replace_the_key(
 ) -> None:
     """The right certificate with a wrong key is worth nothing."""
     shown = authority.issue("alice", "alice.example", common_name="alice")
-    with house(
+    with running_daemon(
         demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
     ) as here:
         with pytest.raises(AuthenticationError):
@@ -103,7 +106,7 @@ def test_another_certificate_is_turned_away(
     theirs = authority.issue("mallory", "mallory.example", common_name="mallory")
     mine = authority.issue("alice", "alice.example", common_name="alice")
     right = "CN=alice,O=x" if demanded == "subject" else mine.fingerprint
-    with house(demanding(server, authority, {"certificate": {demanded: right}})) as here:
+    with running_daemon(demanding(server, authority, {"certificate": {demanded: right}})) as here:
         with pytest.raises(AuthenticationError):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(theirs))
         assert f"(certificate: {demanded})" in refusal(here)
@@ -115,7 +118,7 @@ def test_no_certificate_where_one_is_demanded(
     face: Face, server: Issued, authority: Authority
 ) -> None:
     """Both sides say that a client's certificate is missing."""
-    with house(demanding(server, authority, {})) as here:
+    with running_daemon(demanding(server, authority, {})) as here:
         with pytest.raises(TlsError, match="demands a client certificate"):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
         assert "it shows no certificate, and this listener demands one (client_ca)" in refusal(here)
@@ -126,7 +129,7 @@ def test_certificate_of_a_stranger_s_authority(
 ) -> None:
     """A certificate that client_ca did not issue is refused, and both sides say so."""
     stranger = Authority(tmp_path).issue("alice", "alice.example")
-    with house(demanding(server, authority, {})) as here:
+    with running_daemon(demanding(server, authority, {})) as here:
         with pytest.raises(TlsError, match="does not accept our certificate"):
             face.connect(
                 str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger)
@@ -138,7 +141,7 @@ def test_certificates_may_be_optional(face: Face, server: Issued, authority: Aut
     """With client_certificate: optional only who has it in its entry needs one."""
     shown = authority.issue("alice", "alice.example")
     alice = {"certificate": {"fingerprint": [shown.fingerprint, "0" * 64]}}
-    with house(demanding(server, authority, alice, client_certificate="optional")) as here:
+    with running_daemon(demanding(server, authority, alice, client_certificate="optional")) as here:
         face.connect(str(here.address), "bob", key_of("bob"), ssl=authority.context())
         with pytest.raises(AuthenticationError):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
@@ -154,7 +157,7 @@ def test_changed_demand_closes_connections_that_miss_it(
     """
     shown = authority.issue("alice", "alice.example")
     context = authority.context(shown)
-    with house(
+    with running_daemon(
         demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
     ) as here:
         where = str(here.address)
@@ -178,7 +181,9 @@ def test_changed_demand_closes_connections_that_miss_it(
 # Who speaks what
 
 
-def test_unknown_issuer_is_said_on_both_sides(here: House, face: Face, tmp_path: Any) -> None:
+def test_unknown_issuer_is_said_on_both_sides(
+    here: RunningDaemon, face: Face, tmp_path: Any
+) -> None:
     """The client says that it can't verify the certificate, and what would help; the
     log, that it was not accepted.
     """
@@ -191,7 +196,7 @@ def test_unknown_issuer_is_said_on_both_sides(here: House, face: Face, tmp_path:
 def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority: Authority) -> None:
     """A certificate for another host is refused by name."""
     other = authority.issue("other", "other.example")
-    with house(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
         with pytest.raises(TlsError, match=r"is for another host.*127\.0\.0\.1"):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
         assert "it does not accept this listener's certificate" in refusal(here)
@@ -199,7 +204,7 @@ def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority:
 
 def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext) -> None:
     """Both sides say at once that the listener has no TLS, and what to do."""
-    with house(configuration("127.0.0.1:0")) as here:
+    with running_daemon(configuration("127.0.0.1:0")) as here:
         with pytest.raises(
             TlsError, match="does not speak TLS: a plain listener is reached without tls://"
         ):
@@ -212,7 +217,7 @@ def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) 
     what would be right.
     """
     limits = {"handshake_timeout": "200ms"}
-    with house(
+    with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
     ) as here:
         with pytest.raises(
@@ -222,7 +227,7 @@ def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) 
         assert "a client without TLS waits for the broker to speak first" in refusal(here)
 
 
-def test_plain_client_that_speaks_at_a_listener_with_tls(here: House) -> None:
+def test_plain_client_that_speaks_at_a_listener_with_tls(here: RunningDaemon) -> None:
     """Bytes that are no TLS are refused as such."""
     with Raw(here.address) as raw:
         raw.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40)))
@@ -239,7 +244,7 @@ def test_old_version_needs_the_minimum_lowered(
     """
     context = authority.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with house(
+    with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum=minimum)})
     ) as here:
         if minimum == "1.2":
@@ -255,7 +260,7 @@ def test_old_version_needs_the_minimum_lowered(
 
 
 def test_half_open_handshakes_delay_nobody(
-    here: House, face: Face, trusting: ssl.SSLContext
+    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """A crowd that begins TLS and stops, at every point, holds up neither those who
     come nor those who are there.
@@ -279,7 +284,7 @@ def test_half_open_handshakes_delay_nobody(
 
 
 def test_one_handshake_a_turn_of_the_loop(
-    here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a crowd whose first bytes are all there, the broker answers one, and lets
     everybody else have a turn.
@@ -319,7 +324,7 @@ def test_one_handshake_a_turn_of_the_loop(
 def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLContext) -> None:
     """Who begins TLS and stops is turned away when limits.handshake_timeout is over."""
     limits = {"handshake_timeout": "200ms"}
-    with house(
+    with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
     ) as here:
         with Raw(here.address) as raw:
@@ -338,7 +343,7 @@ def test_half_open_handshakes_are_bounded_in_number(
     """One more than limits.handshakes drops the oldest, once its grace is over."""
     monkeypatch.setattr(admission, "GRACE_S", 0.1)
     limits = {"handshakes": 3}
-    with house(
+    with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
     ) as here:
         crowd = [Raw(here.address) for _ in range(4)]
@@ -355,7 +360,9 @@ def _client_hello(context: ssl.SSLContext) -> bytes:
     return outgoing.read()
 
 
-def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLContext) -> None:
+def test_bytes_behind_the_handshake_are_not_lost(
+    here: RunningDaemon, trusting: ssl.SSLContext
+) -> None:
     """Frames that come in one record with the last #WELCOME#, more than one read of the
     door's, are all routed.
     """
@@ -369,7 +376,7 @@ def test_bytes_behind_the_handshake_are_not_lost(here: House, trusting: ssl.SSLC
 
 
 def test_second_connection_of_a_name_is_told_over_tls(
-    here: House, trusting: ssl.SSLContext
+    here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     with tls_login(here.address, trusting, "alice") as alice:
         with tls_login(
@@ -379,7 +386,9 @@ def test_second_connection_of_a_name_is_told_over_tls(
         alice.ping()
 
 
-def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLContext) -> None:
+def test_talking_on_shortens_no_slowed_failure(
+    here: RunningDaemon, trusting: ssl.SSLContext
+) -> None:
     """Who has failed often is told so late, whatever it has said behind its answer, be
     it more than one read of it.
     """
@@ -393,7 +402,7 @@ def test_talking_on_shortens_no_slowed_failure(here: House, trusting: ssl.SSLCon
     } == {"unknown key"}
 
 
-def test_handshake_in_single_bytes(here: House, trusting: ssl.SSLContext) -> None:
+def test_handshake_in_single_bytes(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
     """Records cut into single bytes, and a frame in a record for each byte, are put
     together again.
     """
@@ -419,7 +428,7 @@ def test_large_messages_both_ways_at_once(
     context.minimum_version = context.maximum_version = version
     queue = {"queue": "64MiB"}
     entry = {"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")}
-    with house(configuration(entry, {"alice": queue, "bob": queue})) as here:
+    with running_daemon(configuration(entry, {"alice": queue, "bob": queue})) as here:
         clients = {
             name: face.connect(str(here.address), name, key_of(name), ssl=context, inbox=2**26)
             for name in ("alice", "bob")
@@ -443,7 +452,7 @@ def test_large_messages_both_ways_at_once(
 
 
 def test_sender_waits_for_its_own_bytes_only(
-    here: House, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once all that was to be sent is taken, sends go on, though a piece of it waits in
     TLS for its leave.
@@ -469,7 +478,7 @@ def test_slow_reader_gets_what_was_accepted_in_order(
     clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}}
     config = configuration(entry, clients, limits={"wait_timeout": "100ms"})
     with (
-        house(config) as here,
+        running_daemon(config) as here,
         tls_login(here.address, trusting, "bob") as bob,
         tls_login(here.address, trusting, "alice") as alice,
     ):
@@ -504,7 +513,10 @@ def test_goodbye_is_said_after_everything_was_written(
     closes.
     """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
-    with house(configuration(entry)) as here, tls_login(here.address, trusting, "bob") as bob:
+    with (
+        running_daemon(configuration(entry)) as here,
+        tls_login(here.address, trusting, "bob") as bob,
+    ):
         with tls_login(here.address, trusting, "alice") as alice:
             for number in range(50):
                 alice.send(1, "bob", b"x" * 10_000, id=number)
@@ -519,7 +531,7 @@ def test_goodbye_is_said_after_everything_was_written(
 
 
 def test_piece_that_tls_holds_is_written_before_the_end(
-    here: House, trusting: ssl.SSLContext
+    here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """When the outbox is empty and only TLS still holds something, a drain waits for
     that too.
@@ -553,7 +565,7 @@ def test_piece_that_tls_holds_is_written_before_the_end(
         assert bob.is_closed("shutting_down")
 
 
-def test_client_that_vanishes_is_noticed(here: House, trusting: ssl.SSLContext) -> None:
+def test_client_that_vanishes_is_noticed(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
     """A connection that ends without TLS's goodbye, or is reset, is a client that
     closed; the name is free again.
     """
@@ -568,13 +580,13 @@ def test_client_that_vanishes_is_noticed(here: House, trusting: ssl.SSLContext) 
         pass
 
 
-def test_tls_link_can_t_be_handed_over(here: House, trusting: ssl.SSLContext) -> None:
+def test_tls_link_can_t_be_handed_over(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
     """Whoever wants to hand connections to another process is told that this one stays."""
     with tls_login(here.address, trusting, "alice") as alice:
         alice.ping()
         (connection,) = here.call(lambda: list(here.daemon._server.connections))  # type: ignore[union-attr]
         assert connection.can_hand_over is False
-    with house(configuration("127.0.0.1:0")) as plain, plain.login("alice") as raw:
+    with running_daemon(configuration("127.0.0.1:0")) as plain, plain.login("alice") as raw:
         raw.ping()
         (connection,) = plain.call(lambda: list(plain.daemon._server.connections))  # type: ignore[union-attr]
         assert connection.can_hand_over is True
@@ -584,7 +596,7 @@ def test_tls_link_can_t_be_handed_over(here: House, trusting: ssl.SSLContext) ->
 
 
 def test_close_is_quick_and_what_was_sent_arrives(
-    here: House, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    here: RunningDaemon, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that sends and closes at once has everything delivered, and is not
     closed by a time that runs out.
@@ -602,7 +614,7 @@ def test_close_is_quick_and_what_was_sent_arrives(
     assert [bob.recv(PATIENCE).payload for _ in range(200)] == list(range(200))
 
 
-def test_reconnect_over_tls(here: House, face: Face, trusting: ssl.SSLContext) -> None:
+def test_reconnect_over_tls(here: RunningDaemon, face: Face, trusting: ssl.SSLContext) -> None:
     """A connection that is lost is made again, TLS and all."""
     alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
     here.call(lambda: here.daemon.cut_off("alice"))
@@ -627,7 +639,7 @@ def test_odd_combinations_are_refused(address: str, given: Any, error: str) -> N
         brokerd_client.connect(address, "alice", "k", ssl=given)
 
 
-def test_address_decides_when_nothing_is_given(here: House) -> None:
+def test_address_decides_when_nothing_is_given(here: RunningDaemon) -> None:
     """tls:// alone means to trust what the system trusts, which does not know this CA;
     so does ssl=True.
     """

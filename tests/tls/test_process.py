@@ -10,10 +10,11 @@ import ssl
 from pathlib import Path
 
 import pytest
-from authority import Authority, Issued
 from click.testing import CliRunner
-from e2e.process import Process, key_of
-from faces import PATIENCE
+from support.broker_process import BrokerProcess
+from support.client_faces import PATIENCE
+from support.keys import key_of
+from support.tls.authority import Authority, Issued
 
 import brokerd_client
 from brokerd.cli.main import main
@@ -27,7 +28,7 @@ def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLCon
     made again; plain ones stay.
     """
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}]
-    with Process(
+    with BrokerProcess(
         socket_dir, {"alice": {}, "bob": {}, "ops": {"admin": True}}, listen=listen
     ) as broker:
         _, address = broker.addresses()
@@ -63,7 +64,7 @@ def test_health_over_tls(socket_dir: Path, server: Issued, authority: Authority)
         {"address": "127.0.0.1:0", "tls": server.entry()},
         {"address": "localhost:0", "tls": server.entry(client_ca=authority.file)},
     ]
-    with Process(socket_dir, listen=listen) as broker:
+    with BrokerProcess(socket_dir, listen=listen) as broker:
         for address in broker.addresses()[1:]:
             result = CliRunner().invoke(main, ["health", "--address", str(address)])
             assert result.exit_code == 0, result.output

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from authority import Authority
-from faces import Asyncio, Blocking, Face
-from relay import read_frame
+from support.client_faces import Asyncio, Blocking, Face
+from support.tls.authority import Authority
+from support.tls.relay import read_frame
 
 from brokerd_client import connection
 from brokerd_client.connection import answer_challenge, deliver_challenge

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from authority import Issued
 from client.broker.test_with_daemon import *  # noqa: F403 - whatever scenarios there are
 from client.broker.test_with_daemon import ENTRIES, FACES, LIMITS
-from faces import Face
+from support.client_faces import Face
+from support.tls.authority import Issued
 
 from brokerd.testing import RunningBroker, running
 

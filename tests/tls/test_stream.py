@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from authority import Issued
-from client.connection.interruption import RETURN, interrupted_at
+from support.interruption import RETURN, interrupted_at
+from support.tls.authority import Issued
 
 from brokerd_client.address import Address
 from brokerd_client.aio.tls_transport import _Encrypting, dial_tls

@@ -8,19 +8,19 @@ import socket
 import ssl
 from contextlib import suppress
 
-from authority import Issued
-from net.house import TIMEOUT_S, configuration, house
-from net.raw import Rejected
-from net.test_freed import nobody_is_there, objects, uncollected
-from outages.traffic import until
-from stock import TlsRaw, tls_login
+from support.garbage import is_idle, objects, uncollected
+from support.raw_client import Rejected
+from support.running_daemon import TIMEOUT_S, configuration, running_daemon
+from support.tls.authority import Issued
+from support.tls.raw_client import TlsRaw, tls_login
+from support.waiting import until
 
 
 def test_tls_connections_that_are_over_are_freed(server: Issued, trusting: ssl.SSLContext) -> None:
     """Who leaves, who breaks off in the handshake, who talks without TLS, and who knows
     no key.
     """
-    with house(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
 
         def come_and_go() -> None:
             tls_login(here.address, trusting, "alice").close()
@@ -31,12 +31,12 @@ def test_tls_connections_that_are_over_are_freed(server: Issued, trusting: ssl.S
                     sock.sendall(said)
 
         come_and_go()
-        until(lambda: nobody_is_there(here), "the first have not left")
+        until(lambda: is_idle(here), "the first have not left")
         with uncollected():
             before = objects()
             for _ in range(3):
                 come_and_go()
-            until(lambda: nobody_is_there(here), "they have not left")
+            until(lambda: is_idle(here), "they have not left")
             with suppress(AssertionError):
                 until(lambda: not here.call(objects) - before, "see below", TIMEOUT_S / 3)
             assert not objects() - before

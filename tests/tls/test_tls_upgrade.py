@@ -10,10 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from authority import Authority, Issued
-from e2e.process import Process, key_of
-from net.raw import MESSAGE, Raw
-from stock import TlsRaw
+from support.broker_process import BrokerProcess
+from support.keys import key_of
+from support.raw_client import MESSAGE, Raw
+from support.tls.authority import Authority, Issued
+from support.tls.raw_client import TlsRaw
 
 import brokerd_client
 from brokerd_client.address import parse
@@ -30,7 +31,7 @@ def test_encrypted_connections_are_closed_once_written_and_come_back(
     others go on.
     """
     clients = {"ops": {"admin": True}, "alice": None, "bob": None, "carol": None}
-    with Process(
+    with BrokerProcess(
         socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]
     ) as broker:
         tls = parse(broker.wait("daemon.started")[0]["listeners"][1])
@@ -69,7 +70,7 @@ def test_upgrade_under_load_loses_no_plain_send_over_tls(
     the new process.
     """
     clients = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64MiB"}}
-    with Process(
+    with BrokerProcess(
         socket_dir, clients, listen=[{"address": "127.0.0.1:0", "tls": server.entry()}]
     ) as broker:
         tls = str(parse(broker.wait("daemon.started")[0]["listeners"][1]))

@@ -7,7 +7,7 @@ import socket
 import sys
 
 import pytest
-from net.house import Recorder, configuration
+from support.running_daemon import Recorder, configuration
 
 from brokerd.daemon import Daemon
 from brokerd.upgrade import old_process as upgrade_source

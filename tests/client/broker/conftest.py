@@ -4,15 +4,11 @@ own.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_broker import FakeServer
+from support.fake_broker import FakeServer
 
 
 @pytest.fixture

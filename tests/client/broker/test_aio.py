@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import FakeServer
+from support.fake_broker import FakeServer
 
 from brokerd_client import aio
 from brokerd_client._common.keepalive import Silence

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from fake_broker import FakeServer
-from memory_broker import MemoryBroker, play
+from support.fake_broker import FakeServer
+from support.memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Closed, TimedOut

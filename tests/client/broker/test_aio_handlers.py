@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from memory_broker import MemoryBroker, play
+from support.memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Disconnected, RequestFailed

@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from fake_broker import FakeServer, Session
-from memory_broker import MemoryBroker, play
+from support.fake_broker import FakeServer, Session
+from support.memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.aio import base as aio_base

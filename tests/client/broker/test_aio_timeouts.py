@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from faces import Asyncio, Face
-from fake_broker import FakeServer
-from memory_broker import MemoryBroker, play
+from support.client_faces import Asyncio, Face
+from support.fake_broker import FakeServer
+from support.memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Denied, TimedOut

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import FakeServer
+from support.fake_broker import FakeServer
 
 from brokerd_client import aio
 from brokerd_client.errors import WrongLoop

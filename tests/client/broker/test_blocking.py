@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_broker import FakeServer
+from support.fake_broker import FakeServer
+from support.waiting import until
 
 import brokerd_client
 from brokerd.testing import running
@@ -44,14 +45,6 @@ from brokerd_client.errors import (
 )
 
 PATIENCE = 20.0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, within bounds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.005)
 
 
 def join(name: str, server: FakeServer, **options: Any) -> Client:

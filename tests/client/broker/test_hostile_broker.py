@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from faces import Asyncio, Blocking, Face
-from fake_broker import FakeServer, Session
+from support.client_faces import Asyncio, Blocking, Face
+from support.fake_broker import FakeServer, Session
 
 from brokerd_client.errors import (
     AuthenticationError,

@@ -12,7 +12,6 @@ import signal
 import ssl
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import trustme
+from support.waiting import until
 
 from brokerd.testing import RunningBroker, running
 from brokerd_client import BrokerdError, Client, Closed, Message, WouldDeadlock
@@ -34,14 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 class Strike(BaseException):
     """What is raised in the middle of a call."""
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, within bounds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.002)
 
 
 def is_return(frame: FrameType) -> bool:

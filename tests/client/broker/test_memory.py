@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from faces import Asyncio, Blocking, Face
-from fake_broker import FakeServer, Session
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dialog import Pair, merge
+from support.client_faces import Asyncio, Blocking, Face
+from support.dialog_pair import Pair, merge
+from support.fake_broker import FakeServer, Session
 
 from brokerd_client.errors import FrameTooBig, ProtocolError
 from brokerd_client.message import Message, extension_cost

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_dialog import LOST, NONCE, OWNER, Pair
+from support.dialog_pair import LOST, NONCE, OWNER, Pair
 
 from brokerd_client.errors import AuthenticationError, BrokerdError, InDoubt, ProtocolError
 from brokerd_client.message import Message, Receipt
@@ -187,7 +187,7 @@ def test_call_gets_one_outcome_whatever_the_broker_sends(
 
 def again(pair: Pair) -> bytes:
     """Shake hands once more; return what the broker then says first."""
-    from fake_broker import Session
+    from support.fake_broker import Session
 
     pair.broker.intercept = lambda session, envelope: True
     session = pair.session = Session(pair.broker)

@@ -10,8 +10,9 @@ import errno
 from collections.abc import Callable, Iterator
 
 import pytest
-from net.fake_pipe import FakeServer
-from net.house import configuration, house, key_of
+from support.fake_pipe import FakePipeServer
+from support.keys import key_of
+from support.running_daemon import configuration, running_daemon
 
 import brokerd_client
 from brokerd.net.listen import listener as listening
@@ -42,9 +43,11 @@ def dialed(
 
 
 @pytest.fixture
-def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Iterator[FakeServer]:
+def at_pipe(
+    monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]
+) -> Iterator[FakePipeServer]:
     """A broker that serves alice and bob at a pipe, which is busy at every other try."""
-    door = FakeServer()
+    door = FakePipeServer()
     tries = iter(range(1000))
 
     def dial(name: str) -> bridge.BridgedSocket:
@@ -57,7 +60,7 @@ def at_pipe(monkeypatch: pytest.MonkeyPatch, dialed: Callable[..., None]) -> Ite
     monkeypatch.setattr(listening, "open_pipe", lambda name: PipeListener(door, name))
     config = configuration("127.0.0.1:0")
     listen = dataclasses.replace(config.listen[0], address=Address("AF_PIPE", path=PIPE))
-    with house(dataclasses.replace(config, listen=(listen,))):
+    with running_daemon(dataclasses.replace(config, listen=(listen,))):
         yield door
 
 

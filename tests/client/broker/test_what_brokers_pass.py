@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 import pytest
-from core.fakenet import FakeNet, client, error_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dialog import OWNER, Pair
+from support.dialog_pair import OWNER, Pair
+from support.fake_network import FakeNet, client, error_of
 
 from brokerd.core.broker import CoreLimits
 from brokerd_client.errors import BrokerdError, Denied, InvalidName, PayloadError

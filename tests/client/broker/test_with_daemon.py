@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from faces import PATIENCE, Asyncio, Blocking, Face
+from support.client_faces import PATIENCE, Asyncio, Blocking, Face
+from support.waiting import until
 
 import brokerd_client
 from brokerd.testing import RunningBroker, running
@@ -74,14 +75,6 @@ def broker() -> Iterator[RunningBroker]:
 def connect(face: Face, broker: RunningBroker) -> Callable[..., Any]:
     """Connects a client by name."""
     return lambda name, **options: face.connect(broker.address, name, broker.key(name), **options)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, within bounds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.005)
 
 
 Connect = Callable[..., Any]

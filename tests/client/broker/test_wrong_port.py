@@ -8,8 +8,8 @@ import ssl
 from collections.abc import Iterator
 
 import pytest
-from client.connection.wrong_ports import SPEECHES, speaking
-from faces import Asyncio, Blocking, Face
+from support.client_faces import Asyncio, Blocking, Face
+from support.wrong_ports import SPEECHES, speaking
 
 from brokerd_client.errors import AuthenticationError, TimedOut, TlsError
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from support.threads import Aside
 
-Aside = Callable[..., "Future[Any]"]
 Dial = Callable[[Any], socket.socket]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client.connection.wrong_ports import SPEECHES, speaking
+from support.wrong_ports import SPEECHES, speaking
 
 from brokerd_client.connection import (
     AuthenticationError,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client.connection.interruption import RETURN, Interrupt, interrupted_at, random_signals
+from support.interruption import RETURN, Interrupt, interrupted_at, random_signals
 
 from brokerd_client.connection import Client, Connection, Listener, Pipe, stream, wait
 from brokerd_client.connection.handshaking import Negotiation, SocketPeer

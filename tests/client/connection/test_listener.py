@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client.connection.conftest import Aside
+from support.threads import Aside
 
 from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
 from brokerd_client.connection import listening_sockets as doors

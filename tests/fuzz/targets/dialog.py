@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from fuzz.script import Script, item
+from support.fuzz.script import Script, item
 
 from brokerd_client.errors import (
     AuthenticationError,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from fuzz.script import Script
+from support.fuzz.script import Script
 
 from brokerd_client.errors import BadLength, FrameTooBig
 from brokerd_client.wire.framing import FrameReader, frame

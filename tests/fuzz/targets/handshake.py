@@ -14,7 +14,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-from fuzz.script import Script, item
+from support.fuzz.script import Script, item
 
 from brokerd_client.errors import AuthenticationError
 from brokerd_client.wire.channel_binding import (

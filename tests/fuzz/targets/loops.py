@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from core.twins import HEADER, MAX_MESSAGE, agree, frame
-from fuzz.script import Script, item
+from support.fuzz.script import Script, item
+from support.loop_twins import HEADER, MAX_MESSAGE, agree, frame
 
 ENTRIES = 7
 TOPICS = ("t.>", "t.*", ">", "t", "$broker.>")

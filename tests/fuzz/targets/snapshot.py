@@ -15,8 +15,8 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core.fakenet import FakeNet, Peer, client
-from fuzz.mutator import mutated as mutated_bytes
+from support.fake_network import FakeNet, Peer, client
+from support.fuzz.mutator import mutated as mutated_bytes
 
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker, CoreLimits

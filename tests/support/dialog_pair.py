@@ -1,0 +1,97 @@
+"""A client's dialog joined to a fake broker's session, without a socket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from support.fake_broker import FakeBroker, Session
+
+from brokerd_client.errors import Disconnected
+from brokerd_client.message import Message
+from brokerd_client.protocol.dialog import Dialog, Effects
+from brokerd_client.wire.envelope import Envelope, Kind, encode
+from brokerd_client.wire.framing import frame
+
+NONCE = b"n" * 40
+LOST = Disconnected("cut")
+
+
+class Owner:
+    """A client that trusts nobody's pickles."""
+
+    allow_pickle_from: frozenset[str] = frozenset()
+
+
+OWNER = Owner()
+
+
+def merge(into: Effects[Message], more: Effects[Message]) -> None:
+    """Add one batch to another."""
+    for field in (
+        "messages",
+        "outcomes",
+        "events",
+        "ended",
+        "undelivered",
+        "unreadable",
+        "warnings",
+    ):
+        getattr(into, field).extend(getattr(more, field))
+    into.size += more.size
+    into.broken = into.broken or more.broken
+
+
+class Pair:
+    """A dialog and a broker's session, joined with no socket."""
+
+    def __init__(
+        self,
+        broker: FakeBroker | None = None,
+        name: str = "alice",
+        key: bytes = b"alice",
+        **options: Any,
+    ):
+        self.broker = broker or FakeBroker(
+            {each: each.encode() for each in ("alice", "bob", "carol")}
+        )
+        self.dialog: Dialog[Message] = Dialog(key, name, 1000, Message, **options)
+        self.session: Session | None = None
+        self.now = 0.0
+
+    def connect(self, step: int = 2**20) -> Effects[Message]:
+        """Dial, and let both sides talk until nothing is left to say."""
+        self.dialog.dialing(self.now)
+        self.dialog.opened(NONCE)
+        self.session = Session(self.broker)
+        return self.talk(step)
+
+    def talk(self, step: int = 2**20) -> Effects[Message]:
+        """Move bytes both ways, ``step`` at a time, until there are none."""
+        effects: Effects[Message] = Effects()
+        assert self.session is not None
+        while True:
+            data = self.dialog.data_to_send()
+            self.dialog.wrote(len(data))
+            self.session.receive(data)
+            if not data and not self.session.out:
+                return effects
+            heard = bytes(self.session.out)
+            self.session.out.clear()
+            for start in range(0, len(heard), step):
+                merge(effects, self.hear(heard[start : start + step]))
+
+    def hear(self, data: bytes) -> Effects[Message]:
+        """Let the dialog have these bytes."""
+        return self.dialog.receive(data, OWNER, self.now)
+
+    def hear_frame(
+        self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any
+    ) -> Effects[Message]:
+        """Let the dialog have one frame."""
+        return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
+
+    def lose(self, jitter: float = 0.5, **options: Any) -> Effects[Message]:
+        """Cut the connection."""
+        if self.session is not None:
+            self.broker.left(self.session)
+        return self.dialog.lost(LOST, self.now, jitter, **options)

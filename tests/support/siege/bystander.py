@@ -1,0 +1,38 @@
+"""Two clients that mean no harm, in a process of their own so that only the broker can
+hold them up.
+
+python bystander.py SOCKET SECONDS prints how long each message took from one to the
+other, a JSON list of seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from support.keys import key_of
+from support.raw_client import MESSAGE, Raw, login
+
+from brokerd_client.address import parse
+
+
+def enter(path: str, name: str) -> Raw:
+    return login(parse(path), key_of(name), name.encode())
+
+
+def main(path: str, seconds: float) -> None:
+    took = []
+    with enter(path, "good") as good, enter(path, "friend") as friend:
+        print("ready", flush=True)
+        deadline = time.monotonic() + seconds
+        while (began := time.monotonic()) < deadline:
+            good.send(MESSAGE, "friend", b"hello", id=1)
+            assert friend.recv().body == b"hello"
+            took.append(time.monotonic() - began)
+            time.sleep(0.002)
+    print(json.dumps(took))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

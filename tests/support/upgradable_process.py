@@ -1,0 +1,66 @@
+"""A daemon whose successors do what a test wants before they begin.
+
+The program is the usual one, but a process that is to take over runs the file
+``new_process.py`` beside the configuration first, if there is one, and the first
+process runs ``first.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from support.broker_process import BrokerProcess
+from support.raw_client import Raw
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+name = "successor.py" if "BROKERD_UPGRADE_FD" in os.environ else "first.py"
+before = Path(sys.argv[1]).with_name(name)
+if before.exists():
+    exec(before.read_text())
+from brokerd.daemon.process import run
+sys.exit(run(Path(sys.argv[1])))
+"""
+#: What a process that is to hand over does, so that a test need not wait for long.
+IMPATIENT = """
+from brokerd.upgrade import old_process as predecessor
+predecessor._HELLO_S = 5.0
+predecessor._HANDOVER_S = 0.5
+predecessor._MOMENT_S = 0.3
+"""
+
+
+class Upgradable(BrokerProcess):
+    """A running daemon that can be upgraded."""
+
+    def __init__(self, directory: Path, *given: Any, first: str = "", **more: Any) -> None:
+        (directory / "first.py").write_text(first)
+        super().__init__(directory, *given, program=PROGRAM, **more)
+
+    def before_new_process(self, code: str) -> None:
+        """Have the next processes run this before anything else."""
+        (self.directory / "successor.py").write_text(code)
+
+    def upgrade(self, ops: Raw) -> dict[str, Any]:
+        """Ask for an upgrade, and return the answer."""
+        answer = ops.ask("upgrade").json
+        assert isinstance(answer, dict)
+        return answer
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is a process of that number, dead ones that nobody has asked
+    for not counted.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descriptors(pid: int) -> set[str]:
+    """Return what the process has open."""
+    folder = Path(f"/proc/{pid}/fd")
+    return {str(each.readlink()) for each in folder.iterdir()}
