@@ -67,7 +67,6 @@ PENDING: Final = frozenset[str](
         "brokerd/config/fields.py",
         "brokerd/config/key_files.py",
         "brokerd/config/model.py",
-        "brokerd/config/text_files.py",
         "brokerd/config/units.py",
         "brokerd/config/values.py",
         "brokerd/core/operations.py",

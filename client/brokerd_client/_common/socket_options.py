@@ -8,9 +8,7 @@ __all__ = ["own_port"]
 
 
 def own_port(sock: socket.socket) -> None:
-    """Let a listener bind its port at once after a restart, and share it with no other
-    program.
-    """
+    """Allow a listener its port at once after a restart, and no other program the port."""
     # On Windows SO_REUSEADDR would let any program take over the port; the opposite
     # option is right there.
     option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
