@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client import presence
 from brokerd_client.errors import (
@@ -38,11 +38,11 @@ from brokerd_client.message import Message, Owner
 from brokerd_client.protocol import backoff
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.encoder import Outgoing
-from brokerd_client.protocol.inbound import Reception
+from brokerd_client.protocol.inbound import Inbound
 from brokerd_client.protocol.inbox import STRETCH, largest_message
-from brokerd_client.protocol.pending import Pending, Purpose
+from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.state import NEXT, Event, State
-from brokerd_client.protocol.subscription_table import SubscriptionEntry
+from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import Bindings
 from brokerd_client.wire.envelope import (
@@ -82,7 +82,7 @@ _READY: Final = State.READY
 _LINKED: Final = (State.READY, State.DRAINING)
 
 
-class Dialog(Reception[M]):
+class Dialog(Generic[M]):
     """One client's conversation with the broker, over all its successive connections.
 
     Args:
@@ -107,8 +107,6 @@ class Dialog(Reception[M]):
         timeout_s: float = 10.0,
         inbox: int = 0,
     ) -> None:
-        self._inbox = inbox
-        super().__init__(message, largest_message(inbox))
         self.state = State.IDLE
         self.name = name
         #: ``name``, or ``name/instance`` where the name is a pool's; "" before the
@@ -122,6 +120,11 @@ class Dialog(Reception[M]):
         self.reason: BrokerdError | None = None
         #: Number of lost connections.
         self.losses = 0
+        #: Failed sends without a waiting call.
+        self.undelivered = 0
+        self.pending_calls = PendingTable()
+        self.subscriptions = SubscriptionTable()
+        self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._key = key
         self._first_id = self._next_id = first_id
         #: Ids for frames that are queued later with ``send_as`` or ``publish_as``.
@@ -139,10 +142,22 @@ class Dialog(Reception[M]):
         self._handshake: handshake.Handshake | None = None
         #: Whether the listener has sent its challenge.
         self._challenged = False
-        #: Whether the broker announces the end of this connection; whether ``finished``
-        #: was sent.
-        self._goaway = self._finishing = False
+        #: Whether ``finished`` was sent on this connection.
+        self._finishing = False
         self._reader = FrameReader()
+        self._inbox = inbox
+        self._inbound = Inbound(
+            message,
+            largest_message(inbox),
+            pending_calls=self.pending_calls,
+            subscriptions=self.subscriptions,
+            watches=self._watches,
+            on_introduction=self._on_introduction,
+            on_draining=self._on_draining,
+            withdraw=self._withdraw,
+            refuse=self._refuse_unreadable,
+            has_answered=self._has_answered,
+        )
         self._outgoing = Outgoing()
         #: Return the bytes to be written, and forget them. The alias saves each send
         #: one call.
@@ -169,11 +184,11 @@ class Dialog(Reception[M]):
         nonce: fresh random bytes for it. bindings: the TLS channel bindings of the key.
         """
         self._step(Event.OPEN)
-        self._goaway = self._finishing = False
+        self._finishing = False
         self._reader = FrameReader()
-        self._incoming.reset()
+        self._inbound.reset()
         # Messages may come before the broker's answer to whoami.
-        self._accept(largest_message(self._inbox))
+        self._inbound.accept(largest_message(self._inbox))
         self._outgoing.reset()
         self._handshake = handshake.as_dialer(
             self._key, nonce, name=self.name.encode(), allow_md5=False, bindings=bindings
@@ -192,7 +207,7 @@ class Dialog(Reception[M]):
             if self._handshake is not None:
                 data = self._authenticate(data)
             if data:
-                self._read(data, owner, effects, now)
+                self._inbound.read(data, owner, effects, now)
         except (AuthenticationError, ProtocolError) as error:
             effects.broken = error
         except Exception as error:  # noqa: BLE001 - a bug must not leave a call without its outcome
@@ -204,6 +219,7 @@ class Dialog(Reception[M]):
             effects.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
             effects.broken.__cause__ = error
         self._finish()
+        self.undelivered += len(effects.undelivered)
         for refusal in effects.undelivered:
             self._outgoing.refused(getattr(refusal, "id", 0))
         return effects
@@ -282,7 +298,7 @@ class Dialog(Reception[M]):
                 self._attempt += 1
         may_have_left = self._outgoing.written + doubtful
         for pending in self.pending_calls.clear():
-            self._forget_subscription(pending)
+            self._inbound.forget_subscription(pending)
             if pending.waiter is not None:
                 left = pending.end <= may_have_left
                 effects.outcomes.append(
@@ -335,10 +351,10 @@ class Dialog(Reception[M]):
     def counters(self) -> dict[str, int]:
         """The numbers of failures so far, by name."""
         return {
-            "late": self.late,
+            "late": self._inbound.late,
             "undelivered": self.undelivered,
-            "unreadable": self.unreadable,
-            "unrouted": self.unrouted,
+            "unreadable": self._inbound.unreadable,
+            "unrouted": self._inbound.unrouted,
             "losses": self.losses,
         }
 
@@ -716,12 +732,17 @@ class Dialog(Reception[M]):
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
 
     def _has_answered(self, message_id: int) -> bool:
+        """Return whether the id is not one of this client's own ids.
+
+        Only an answer of this client can have such an id.
+        """
         if self._first_id <= message_id < self._next_id or message_id >= _LATE_IDS + self._first_id:
             return False
         self._outgoing.refused(message_id)
         return True
 
     def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
+        """Answer a request that could not be read with an ERROR, if that can be sent."""
         # The limit keeps a broker that sends such requests, but does not read, from
         # filling memory.
         if self._outgoing.queued - self._outgoing.written < _ANSWERING:
@@ -733,16 +754,10 @@ class Dialog(Reception[M]):
             self._outgoing.put(Kind.ERROR, 0, message_id, to, 2, body, None)
             self._outgoing.without_receipt(message_id, to)
 
-    def _on_goaway(self) -> None:
-        self._goaway = True
-
-    def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection asked for
-        goaway.
-        """
-        if self._goaway and self.state is State.READY:
+    def _on_draining(self) -> None:
+        """Send only answers from now on."""
+        if self.state is State.READY:
             self._step(Event.DRAIN)
-        return self._goaway
 
     def _finish(self) -> None:
         """Send ``finished`` in the state DRAINING, once no call waits for its outcome.
@@ -754,6 +769,10 @@ class Dialog(Reception[M]):
             self._operate("finished", {}, Purpose.FINISHED)
 
     def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
+        """Handle the broker's answer to whoami.
+
+        Raises ProtocolError if it is not valid.
+        """
         name, address, limits = answer.get("name"), answer.get("address"), answer.get("limits", {})
         if not isinstance(name, str) or not is_name(name):
             raise ProtocolError("the broker's introduction has no valid name for this client")
@@ -778,7 +797,7 @@ class Dialog(Reception[M]):
         self._ready_since = now
         self.reason = None
         largest = largest_message(self._inbox, max_message)
-        self._accept(largest)
+        self._inbound.accept(largest)
         if max_message > largest:
             effects.warnings.append(
                 f"the broker passes on messages of up to {max_message} bytes, and this client"

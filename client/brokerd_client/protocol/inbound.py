@@ -8,7 +8,7 @@ brokerd_client.protocol.pending.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client import presence
@@ -33,7 +33,7 @@ from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
 
-__all__ = ["Reception"]
+__all__ = ["Inbound"]
 
 M = TypeVar("M", bound=Message)
 
@@ -61,36 +61,79 @@ _MOST_TEXT: Final = 1000
 _MOST_CLIENT_TEXT: Final = 2**16
 
 
-class Reception(Generic[M]):
-    """The receiving half of a dialog: pending calls, subscriptions and their outcomes.
+class Inbound(Generic[M]):
+    """The receiving half of a dialog: it matches frames with calls and subscriptions.
 
-    message: the class of received messages. largest: longest accepted payload, in
-    bytes.
+    The dialog owns the tables, and changes them when it sends. The callbacks change the
+    state of the connection, or send, which are matters of the dialog.
+
+    Args:
+        message: The class of received messages.
+        largest: Longest accepted payload, in bytes.
+        pending_calls: The calls that wait for an outcome.
+        subscriptions: The local subscriptions, by pattern.
+        watches: The subscriptions of each watch.
+        on_introduction: Called with the broker's answer to whoami, the effects and the
+            time. Raises ProtocolError if the answer is not valid.
+        on_draining: Called when the broker announces the end of this connection.
+        withdraw: Called with a call whose answer is not valid. Removes its subscription
+            or watch, here and at the broker.
+        refuse: Called with sender, id, code and text for a request that can't be read.
+            Answers it with an ERROR, if that can be sent.
+        has_answered: Called with an id. Returns whether it is the id of another
+            client's request, which this client has answered.
     """
 
-    def __init__(self, message: type[M], largest: int) -> None:
+    def __init__(
+        self,
+        message: type[M],
+        largest: int,
+        *,
+        pending_calls: PendingTable,
+        subscriptions: SubscriptionTable,
+        watches: dict[presence.Watch, list[SubscriptionEntry]],
+        on_introduction: Callable[[dict[str, Any], Effects[M], float], object],
+        on_draining: Callable[[], object],
+        withdraw: Callable[[Pending], object],
+        refuse: Callable[[str, int, str, str], object],
+        has_answered: Callable[[int], bool],
+    ) -> None:
         #: Replies and receipts that came after their caller had given up, and this
         #: client's own answers that came too late.
         self.late = 0
         #: Events that no longer match a subscription.
         self.unrouted = 0
-        #: Failed sends without a waiting call.
-        self.undelivered = 0
         #: Frames skipped because they were unreadable or too long.
         self.unreadable = 0
-        self.pending_calls = PendingTable()
-        self.subscriptions = SubscriptionTable()
-        self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
+        self._pending_calls = pending_calls
+        self._subscriptions = subscriptions
+        self._watches = watches
+        self._on_introduction = on_introduction
+        self._on_draining = on_draining
+        self._withdraw = withdraw
+        self._refuse = refuse
+        self._has_answered = has_answered
+        #: Whether the broker will announce the end of this connection.
+        self._goaway = False
         self._incoming = Incoming(message, largest)
-        self._accept(largest)
+        self.accept(largest)
 
-    def _accept(self, largest: int) -> None:
+    def accept(self, largest: int) -> None:
         """Accept messages of up to ``largest`` bytes from now on."""
         self._incoming.accept(largest)
         self._most_listed = _MOST_LISTED * largest
 
-    def _read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
-        """Handle every complete frame."""
+    def reset(self) -> None:
+        """Forget the incomplete frame and the promised goaway, for a new connection."""
+        self._incoming.reset()
+        self._goaway = False
+
+    def read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
+        """Handle every complete frame in the received bytes.
+
+        owner: the client of the messages. effects: where the effects are added. now:
+        the time, in seconds. Raises RemoteError if the connection has to end.
+        """
 
         def other(frame: M | Envelope | Unreadable) -> None:
             if isinstance(frame, Unreadable):
@@ -108,9 +151,9 @@ class Reception(Generic[M]):
         effects.size += self._incoming.read(data, owner, effects.messages, other)
 
     def _on_event(self, message: M, effects: Effects[M]) -> None:
-        subscriptions = self.subscriptions.of(message.topic)
-        if message.topic == _DRAINING and message.sender == BROKER and self._on_draining():
-            pass
+        subscriptions = self._subscriptions.of(message.topic)
+        if message.topic == _DRAINING and message.sender == BROKER and self._goaway:
+            self._on_draining()
         elif not subscriptions:
             self.unrouted += 1
         for entry in subscriptions:
@@ -121,15 +164,15 @@ class Reception(Generic[M]):
                     effects.events.append((sink.sink, change))
 
     def _on_receipt(self, message_id: int, effects: Effects[M]) -> None:
-        pending = self.pending_calls.get(message_id)
+        pending = self._pending_calls.get(message_id)
         if pending is None or pending.purpose is not Purpose.RECEIPT:
             self.late += 1
             return
-        self.pending_calls.pop(message_id)
+        self._pending_calls.pop(message_id)
         effects.outcomes.append((pending.waiter, Receipt(message_id, pending.to or pending.about)))
 
     def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
-        pending = self.pending_calls.get(message.id)
+        pending = self._pending_calls.get(message.id)
         if (
             pending is None
             or pending.purpose is Purpose.RECEIPT
@@ -138,7 +181,7 @@ class Reception(Generic[M]):
             self.late += 1
             return
         if pending.purpose is Purpose.REQUEST:
-            self.pending_calls.pop(message.id)
+            self._pending_calls.pop(message.id)
             effects.outcomes.append((pending.waiter, message))
             return
         try:
@@ -146,7 +189,7 @@ class Reception(Generic[M]):
         except ProtocolError as error:
             self._fail(pending, error, effects)
             return
-        self.pending_calls.pop(message.id)
+        self._pending_calls.pop(message.id)
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, answer))
 
@@ -167,7 +210,7 @@ class Reception(Generic[M]):
         if pending.purpose is Purpose.WHOAMI:
             self._on_introduction(answer, effects, now)
         elif pending.purpose is Purpose.GOAWAY:
-            self._on_goaway()
+            self._goaway = True
         elif pending.purpose is Purpose.FINISHED:
             effects.broken = Disconnected(
                 "the broker closes the connection: it stops, or another process replaces it"
@@ -186,7 +229,7 @@ class Reception(Generic[M]):
         """
         if pending.waiter is None and pending.purpose is not Purpose.FORGET:
             raise error
-        self.pending_calls.pop(pending.id)
+        self._pending_calls.pop(pending.id)
         self._withdraw(pending)
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, error))
@@ -197,7 +240,7 @@ class Reception(Generic[M]):
         If it is a request, its sender gets an error.
         """
         self.unreadable += 1
-        pending = self.pending_calls.get(frame.id)
+        pending = self._pending_calls.get(frame.id)
         if pending is not None and _may_answer(frame, pending):
             error = ProtocolError(f"the answer to {frame.id} can't be read: {frame.error}")
             error.__cause__ = frame.error
@@ -206,16 +249,14 @@ class Reception(Generic[M]):
         effects.unreadable.append(frame.error)
         if frame.kind == Kind.REQUEST and is_address(frame.name):
             code = "too_large" if isinstance(frame.error, FrameTooBig) else "unreadable"
-            self._refuse_unreadable(
-                frame.name, frame.id, code, f"the request can't be read: {frame.error}"
-            )
+            self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
         said = _json_object(envelope.payload, _MOST_ERROR) or {}
         most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
         code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
         name = _text(said.get("name"), _MOST_NAME)
-        pending = self.pending_calls.get(envelope.id)
+        pending = self._pending_calls.get(envelope.id)
         if envelope.name != BROKER:
             if (
                 pending is None
@@ -224,7 +265,7 @@ class Reception(Generic[M]):
             ):
                 self.late += 1
                 return
-            self.pending_calls.pop(envelope.id)
+            self._pending_calls.pop(envelope.id)
             # Only the broker may use its error codes: a client's error is always a
             # RequestFailed.
             failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
@@ -242,15 +283,14 @@ class Reception(Generic[M]):
                 # was lost.
                 self.late += 1
                 return
-            self.undelivered += 1
             effects.undelivered.append(error)
             return
-        self.pending_calls.pop(envelope.id)
+        self._pending_calls.pop(envelope.id)
         self._on_refusal(pending, error, effects)
 
     def _on_refusal(self, pending: Pending, error: BrokerdError, effects: Effects[M]) -> None:
         """Give a pending call the broker's refusal as its outcome."""
-        self._forget_subscription(pending)
+        self.forget_subscription(pending)
         if pending.purpose is Purpose.WHOAMI:
             effects.broken = Disconnected(f"the broker refused the connection: {error}")
             effects.broken.__cause__ = error
@@ -273,55 +313,23 @@ class Reception(Generic[M]):
         for sink in sinks:
             if not isinstance(sink, presence.Watch):
                 assert entry is not None
-                self.subscriptions.discard(entry, sink)
+                self._subscriptions.discard(entry, sink)
                 effects.ended.append((sink, error))
             elif sink in self._watches:
                 self._drop_watch(sink)
                 effects.ended.append((sink.sink, error))
 
-    def _forget_subscription(self, pending: Pending) -> None:
+    def forget_subscription(self, pending: Pending) -> None:
         """Remove the call's subscription or watch here; the broker has none to remove."""
         if pending.purpose is Purpose.SUBSCRIBE:
             assert pending.entry is not None
-            self.subscriptions.discard(pending.entry, pending.sink)
+            self._subscriptions.discard(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self._drop_watch(pending.sink)
 
     def _drop_watch(self, watch: presence.Watch) -> None:
         for entry in self._watches.pop(watch, ()):
-            self.subscriptions.discard(entry, watch)
-
-    def _has_answered(self, message_id: int) -> bool:
-        """Return whether the id is not one of this client's own ids.
-
-        Only an answer of this client can have such an id.
-        """
-        raise NotImplementedError
-
-    def _on_goaway(self) -> None:
-        """Record that the broker will announce the end of this connection."""
-        raise NotImplementedError
-
-    def _on_draining(self) -> bool:
-        """Send only answers from now on; return whether this connection asked for
-        goaway.
-        """
-        raise NotImplementedError
-
-    def _withdraw(self, pending: Pending) -> None:
-        """Remove the subscription or watch of a call that was given up."""
-        raise NotImplementedError
-
-    def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
-        """Answer a request that could not be read with an ERROR, if that can be sent."""
-        raise NotImplementedError
-
-    def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
-        """Handle the broker's answer to whoami.
-
-        Raises ProtocolError if it is not valid.
-        """
-        raise NotImplementedError
+            self._subscriptions.discard(entry, watch)
 
 
 def _may_answer(frame: Unreadable, pending: Pending) -> bool:

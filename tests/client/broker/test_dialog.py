@@ -413,7 +413,7 @@ def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
     """
     id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, id, sender).outcomes
-    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (1, 1)
+    assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (1, 1)
 
 
 def test_refused_request(pair: Pair) -> None:
@@ -448,7 +448,12 @@ def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> No
     pair.dialog.reply("carol", 7, 0, b"late answer")
     payload = error_payload(ErrorCode.DENIED, "not outstanding", "carol")
     effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
-    assert (effects.outcomes, effects.undelivered, pair.dialog.late, pair.dialog.undelivered) == (
+    assert (
+        effects.outcomes,
+        effects.undelivered,
+        pair.dialog.counters["late"],
+        pair.dialog.undelivered,
+    ) == (
         [],
         [],
         1,
@@ -464,7 +469,7 @@ def test_dialog_denied_send_is_reported(pair: Pair) -> None:
     id = pair.dialog.send("carol", 0, b"x")
     payload = error_payload(ErrorCode.DENIED, "no", "carol")
     effects = pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
-    assert ([error.id for error in effects.undelivered], pair.dialog.late) == ([id], 0)
+    assert ([error.id for error in effects.undelivered], pair.dialog.counters["late"]) == ([id], 0)
 
 
 def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
@@ -498,7 +503,7 @@ def test_error_of_another_client_is_dropped(pair: Pair) -> None:
     second = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     for id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
         assert not pair.hear_frame(Kind.ERROR, id, sender, payload=b"{}").outcomes
-    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (3, 2)
+    assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (3, 2)
 
 
 def test_receipts(pair: Pair) -> None:
@@ -514,14 +519,14 @@ def test_receipts(pair: Pair) -> None:
     request = pair.dialog.request("bob", 0, b"", None, "w", None)
     for id in (first, request):
         assert not pair.hear_frame(Kind.RECEIPT, id, "$broker").outcomes
-    assert pair.dialog.late == 2
+    assert pair.dialog.counters["late"] == 2
 
 
 def test_reply_to_a_send_is_no_receipt(pair: Pair) -> None:
     """A client's REPLY does not count as the broker's word."""
     id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, id, "bob").outcomes
-    assert pair.dialog.late == 1
+    assert pair.dialog.counters["late"] == 1
 
 
 def test_send_without_receipt_that_fails_is_told(pair: Pair) -> None:
@@ -566,7 +571,7 @@ def test_deadlines_are_kept_in_order(pair: Pair) -> None:
     [(waiter, error)] = pair.dialog.tick(99.0).outcomes
     assert (waiter, type(error)) == ("slow", TimedOut)
     assert not pair.hear_frame(Kind.REPLY, first).outcomes
-    assert (pair.dialog.late, len(pair.dialog.pending_calls)) == (1, 1)
+    assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (1, 1)
 
 
 def test_earliest_of_link_and_request(pair: Pair) -> None:
@@ -583,7 +588,11 @@ def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
     pair.dialog.abandon(id)
     pair.dialog.abandon(id)
     assert not pair.hear_frame(Kind.REPLY, id).outcomes
-    assert (len(pair.dialog.pending_calls), pair.dialog.next_deadline(), pair.dialog.late) == (
+    assert (
+        len(pair.dialog.pending_calls),
+        pair.dialog.next_deadline(),
+        pair.dialog.counters["late"],
+    ) == (
         0,
         None,
         1,
@@ -611,7 +620,7 @@ def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
     pair.talk()
     assert pair.session.subscriptions == []
     assert not pair.hear_frame(Kind.EVENT, topic="a").events
-    assert (pair.dialog.unrouted, pair.dialog.late) == (1, 1)
+    assert (pair.dialog.counters["unrouted"], pair.dialog.counters["late"]) == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["abandon", "deadline", "loss", "refusal"])
@@ -1069,7 +1078,7 @@ def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
         ("a.b", b"event", "bob"),
         ("a", b"", "bob"),
     ]
-    assert pair.dialog.late == 1
+    assert pair.dialog.counters["late"] == 1
     assert not effects.broken
     merge(effects, pair.hear(b"e"))
     assert effects.messages[-1].body == b"one"
@@ -1185,7 +1194,11 @@ def test_frames_that_cannot_be_read_are_skipped(
         for start in range(0, len(each), step):
             merge(effects, pair.hear(each[start : start + step]))
     assert [type(each) for each in effects.unreadable] == [error] * 3
-    assert (len(effects.messages), effects.broken, pair.dialog.unreadable) == (3, None, 3)
+    assert (len(effects.messages), effects.broken, pair.dialog.counters["unreadable"]) == (
+        3,
+        None,
+        3,
+    )
 
 
 TOO_DEEP = b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"
@@ -1366,7 +1379,7 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         assert pair.hear_frame(Kind.MESSAGE, 1, name).messages[0].sender == name
         assert pair.hear_frame(Kind.EVENT, 1, "bob", topic=name).events[0][1].topic == name
         pair.dialog.send_many([name], [0], [b""])
-    out, into = pair.dialog._outgoing, pair.dialog._incoming
+    out, into = pair.dialog._outgoing, pair.dialog._inbound._incoming
     for table in (
         out._recipients,
         out._starts,

@@ -160,12 +160,12 @@ def test_dialog_frame_above_max_message_and_inbox_is_skipped(
     effects, held = feed(pair, size)
     assert [message.body for message in effects.messages] == [b"next"]
     assert held < MIB
-    assert pair.dialog.unreadable == 1
+    assert pair.dialog.counters["unreadable"] == 1
 
 
 def test_dialog_list_of_clients_is_bounded_by_max_message(pair: Pair) -> None:
     """The memory of a decoded list is bounded with the messages."""
-    pair.dialog._accept(MIB)
+    pair.dialog._inbound.accept(MIB)
     message_id, _ = pair.dialog.watch("sink", "w", None)
     payload = b'{"clients":[' + b",".join([b"{}"] * (MIB // 10)) + b"]}"
     [(_, error)] = pair.hear_frame(
@@ -240,7 +240,7 @@ def test_long_frames_however_they_are_cut(
     pair.connect()
     pair.dialog.subscribe("t", None, "sink", "w", None)
     pair.talk()
-    most = pair.dialog._incoming._most = 2 * HEAD + 100
+    most = pair.dialog._inbound._incoming._most = 2 * HEAD + 100
     data, right = b"", []
     for id, (kind, size, extension) in enumerate(frames):
         topic = "t" if kind == Kind.EVENT else ""
@@ -293,7 +293,7 @@ def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None
     unreadable = frame(HEADER.pack(Kind.REQUEST, 2, 0, 3, 7), b"bob\0\0")
     for _ in range(100):
         pair.hear(unreadable * 100)
-    assert pair.dialog.unreadable == 10_000
+    assert pair.dialog.counters["unreadable"] == 10_000
     waiting = pair.dialog.data_to_send()
     assert 2**18 <= len(waiting) < 2**18 + 1000
     pair.dialog.wrote(len(waiting))

@@ -208,7 +208,7 @@ def test_exception_in_the_dialog_itself_is_an_outcome(monkeypatch: pytest.Monkey
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(pair.dialog, "_on_event", fail)
+    monkeypatch.setattr(pair.dialog._inbound, "_on_event", fail)
     effects = pair.hear_frame(Kind.MESSAGE)
     assert not effects.broken
     effects = pair.hear_frame(Kind.EVENT, topic="a")
