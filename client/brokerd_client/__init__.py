@@ -10,15 +10,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from brokerd_client.errors import *  # noqa: F403 - the exception tree is public as a whole, and has an __all__
-from brokerd_client.errors import __all__ as _errors
+from brokerd_client import errors
+from brokerd_client.errors import *  # noqa: F403 - the exception tree is public as a whole
 
 if TYPE_CHECKING:
-    from brokerd_client import aio, connection
-    from brokerd_client.blocking import Client, PresenceWatch, Subscription, connect
-    from brokerd_client.blocking.subscriptions import Message
+    from brokerd_client import (
+        address,
+        aio,
+        blocking,
+        codec,
+        connection,
+        message,
+        presence,
+        settings,
+        topics,
+        wire,
+    )
+    from brokerd_client.blocking import Client, Message, PresenceWatch, Subscription, connect
     from brokerd_client.message import Receipt
     from brokerd_client.presence import ClientInfo, Presence
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Client",
@@ -28,13 +40,36 @@ __all__ = [
     "PresenceWatch",
     "Receipt",
     "Subscription",
+    "__version__",
+    "address",
     "aio",
+    "blocking",
+    "codec",
     "connect",
     "connection",
+    "errors",
+    "message",
+    "presence",
+    "settings",
+    "topics",
+    "wire",
 ]
-__all__ += [name for name in _errors if name != "refusal"]
+__all__ += errors.__all__
 
-#: The module of each name.
+#: The public modules that are imported at their first use.
+_MODULES = (
+    "address",
+    "aio",
+    "blocking",
+    "codec",
+    "connection",
+    "message",
+    "presence",
+    "settings",
+    "topics",
+    "wire",
+)
+#: The module of each name that is imported at its first use.
 _HOMES = {
     "Client": "blocking",
     "ClientInfo": "presence",
@@ -54,13 +89,13 @@ def __getattr__(name: str) -> Any:
     """
     import importlib
 
-    if name in ("aio", "connection"):
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return found
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -85,7 +85,6 @@ __all__ = [
     "WouldDeadlock",
     "WrongLoop",
     "WrongProcess",
-    "refusal",
 ]
 
 

@@ -19,3 +19,7 @@ __all__ = [
     "Subscription",
     "connect",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

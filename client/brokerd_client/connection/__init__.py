@@ -77,3 +77,7 @@ if sys.platform == "win32":
 # The names of processing.connection.
 deliverChallenge = deliver_challenge  # noqa: N816
 answerChallenge = answer_challenge  # noqa: N816
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

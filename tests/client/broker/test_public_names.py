@@ -1,0 +1,53 @@
+"""What a user of the library is shown: completion, help() and the import list."""
+
+from __future__ import annotations
+
+import importlib
+import pydoc
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import brokerd
+import brokerd_client
+
+PACKAGES = ["brokerd_client", "brokerd_client.aio", "brokerd_client.blocking"]
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "brokerd_client.connection"])
+def test_dir_of_package_lists_public_names_only(package: str) -> None:
+    """Completion shows what is in __all__, and no module or name besides it."""
+    module = importlib.import_module(package)
+
+    shown = {name for name in dir(module) if not re.fullmatch(r"__\w+__", name)}
+
+    assert shown == set(module.__all__) - {"__version__"}
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_all_of_library_holds_every_error() -> None:
+    """The exception tree is public as a whole."""
+    assert set(brokerd_client.errors.__all__) <= set(brokerd_client.__all__)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_of_package_describes_public_names(package: str) -> None:
+    """help() describes what is in __all__, and no function or class besides it."""
+    module = importlib.import_module(package)
+
+    text = pydoc.render_doc(module, renderer=pydoc.plaintext)
+
+    described = set(re.findall(r"^    class (\w+)\(", text, re.MULTILINE))
+    assert {"Client", "Message", "Subscription"} <= described <= set(module.__all__)
+
+
+def test_version_of_library_is_that_of_the_project() -> None:
+    """The library, the daemon and the package have one version."""
+    project = tomllib.loads(
+        (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    )
+
+    assert brokerd_client.__version__ == brokerd.__version__ == project["project"]["version"]
