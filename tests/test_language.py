@@ -80,8 +80,6 @@ PENDING: Final = frozenset[str](
         "brokerd/upgrade/channel.py",
         "client/brokerd_client/address.py",
         "client/brokerd_client/codec.py",
-        "client/brokerd_client/connection/named_pipes.py",
-        "client/brokerd_client/connection/stream.py",
         "client/brokerd_client/protocol/dialog.py",
         "client/brokerd_client/settings.py",
         "client/brokerd_client/wire/certificate.py",

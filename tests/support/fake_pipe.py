@@ -112,9 +112,9 @@ def fake_pipes() -> tuple[FakePipe, FakePipe]:
 
 
 class FakePipeServer:
-    """Takes connections as named_pipes.PipeDoor does.
+    """Takes connections as named_pipes.PipeServer does.
 
-    failures: raised by take() before it takes anybody.
+    failures: raised by accept() before it accepts a peer.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class FakePipeServer:
             self._woken = False
             return bool(self._come), set()
 
-    def take(self) -> tuple[FakeChannel, None]:
+    def accept(self) -> tuple[FakeChannel, None]:
         with self._changed:
             if self.failures:
                 raise self.failures.pop()

@@ -37,7 +37,7 @@ class _PipeServer(Protocol):
     """``PipeServer`` of brokerd_client.connection.named_pipes."""
 
     def wait(self, channels: Collection[Any], timeout: float | None) -> tuple[bool, set[int]]: ...
-    def take(self) -> tuple[_PipePeer, object] | None: ...
+    def accept(self) -> tuple[_PipePeer, object] | None: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
 
@@ -109,7 +109,7 @@ class PipeListener:
                 try:
                     come, _ = self._pipe_server.wait((), None)
                     taken = (
-                        self._pipe_server.take() if come and not self._closing.is_set() else None
+                        self._pipe_server.accept() if come and not self._closing.is_set() else None
                     )
                     if taken is not None:
                         self._announce(bridge(taken[0].into_stream()))

@@ -1,6 +1,6 @@
 """The locks of connections and listeners, which survive an exception at any bytecode.
 
-``with turn:`` releases the lock after every exception inside its block. An exception
+``with lock:`` releases the lock after every exception inside its block. An exception
 between the block's end and the call of ``__exit__`` would leave it held. An exception
 handler around the block closes that gap with :func:`release_if_held`. The lock knows
 its thread. A signal handler's call that interrupts another call is therefore refused,
@@ -13,11 +13,14 @@ import threading
 from types import TracebackType
 from typing import NoReturn, Protocol, cast
 
-__all__ = ["Turn", "new_turn", "refuse_nested_call", "release_if_held"]
+__all__ = ["CallLock", "new_call_lock", "refuse_nested_call", "release_if_held"]
 
 
-class Turn(Protocol):
-    """The methods of threading.RLock that are used here."""
+class CallLock(Protocol):
+    """The methods of threading.RLock that are used here.
+
+    Its declared type does not have ``_is_owned``.
+    """
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
 
@@ -36,15 +39,15 @@ class Turn(Protocol):
     ) -> None: ...
 
 
-def new_turn() -> Turn:
+def new_call_lock() -> CallLock:
     """Return a lock that no thread holds."""
-    return cast("Turn", threading.RLock())
+    return cast("CallLock", threading.RLock())
 
 
-def release_if_held(turn: Turn) -> None:
+def release_if_held(lock: CallLock) -> None:
     """Release the lock if this thread still holds it."""
-    if turn._is_owned():
-        turn.release()
+    if lock._is_owned():
+        lock.release()
 
 
 def refuse_nested_call(act: str) -> NoReturn:

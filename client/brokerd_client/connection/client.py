@@ -9,15 +9,15 @@ from typing import Any, cast
 
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
 from brokerd_client.connection.handshaking import (
-    Negotiation,
     PeerStream,
+    PendingHandshake,
     SocketPeer,
-    described,
+    authentication_error,
     nonce,
 )
-from brokerd_client.connection.keys import Key, chosen_key
+from brokerd_client.connection.keys import Key, choose_key
 from brokerd_client.connection.listening_sockets import no_delay
-from brokerd_client.connection.readiness import deadline_after, shortened
+from brokerd_client.connection.readiness import clamp_timeout, deadline_after
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, FrameError, TimedOut
 from brokerd_client.wire.foreign_protocols import SILENT
@@ -25,7 +25,8 @@ from brokerd_client.wire.handshake import as_dialer
 
 __all__ = ["Client"]
 
-#: Between two looks at a Unix socket whose queue is full: seconds, from and to.
+#: First and longest pause before a new attempt at a Unix socket with a full queue, in
+#: seconds.
 _RETRY_FROM, _RETRY_TO = 0.001, 0.05
 #: Seconds that a listener has for its challenge, where the caller gives no timeout.
 CHALLENGE_TIMEOUT_S = 20.0
@@ -41,15 +42,16 @@ def Client(  # noqa: N802 - the standard library's name
     max_message: int | None = None,
     allow_md5: bool = True,
 ) -> Connection:
-    """Connect to the listener at ``address``; each side proves to the other that it has
-    the key.
+    """Connect to a listener; each side proves to the other that it has the key.
 
     Args:
-        address: The address of the listener. family: By default inferred from the
-        address. authenticate: As for Listener; the third parameter may also be the key.
-        authkey: As for Listener. timeout: Seconds for connecting and the handshake
-        together, without the look-up of
-            a host's name. None means no limit, but 20 seconds for the challenge of a
+        address: The address of the listener.
+        family: AF_INET, AF_INET6, AF_UNIX or AF_PIPE; by default inferred from the
+            address.
+        authenticate: As for Listener; the third parameter may also be the key.
+        authkey: As for Listener.
+        timeout: Seconds for connecting and the handshake together, without the look-up
+            of a host's name. None means no limit, but 20 seconds for the challenge of a
             listener that should have a key. math.inf means no limit at all.
         max_message: Largest message that the connection accepts, in bytes.
         allow_md5: Whether to accept a listener that supports only HMAC-MD5 (Python 3.11
@@ -60,12 +62,13 @@ def Client(  # noqa: N802 - the standard library's name
 
     Raises:
         AuthenticationError: One side rejected the other; the error tells which.
-        TimedOut: Connecting and the handshake took too long.
+        TimedOut: Connecting and the handshake took longer than ``timeout``.
+        InvalidKey: The key is text that can't be written in UTF-8.
         EOFError: The listener closed the connection during the handshake.
         OSError: The listener cannot be reached, for example.
     """
     deadline = deadline_after(timeout, time.monotonic())
-    key = chosen_key(authenticate, authkey)
+    key = choose_key(authenticate, authkey)
     family = family or infer_family(address)
     validate_family(family)
     try:
@@ -74,7 +77,7 @@ def Client(  # noqa: N802 - the standard library's name
         raise TimedOut(f"no connection to {format_peer(address)} within {timeout} s") from None
     try:
         if key is not None:
-            _shake_hands(peer_stream, address, key, deadline, allow_md5=allow_md5)
+            _authenticate(peer_stream, address, key, deadline, allow_md5=allow_md5)
         return cast("Connection", peer_stream.into_connection(max_message))
     except BaseException:
         peer_stream.close()
@@ -91,7 +94,7 @@ def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream
         retry = _RETRY_FROM
         while True:
             try:
-                sock.settimeout(shortened(_remaining(deadline)))
+                sock.settimeout(clamp_timeout(_remaining(deadline)))
                 sock.connect(address)
                 break
             except BlockingIOError:
@@ -110,26 +113,26 @@ def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream
         raise
 
 
-def _shake_hands(
+def _authenticate(
     peer_stream: PeerStream, address: Any, key: bytes, deadline: float | None, *, allow_md5: bool
 ) -> None:
-    conversation = as_dialer(key, nonce(), allow_md5=allow_md5)
-    negotiation = Negotiation(peer_stream, conversation, key, address, 0.0)
+    steps = as_dialer(key, nonce(), allow_md5=allow_md5)
+    handshake = PendingHandshake(peer_stream, steps, key, address, 0.0)
     listener = f"the listener at {format_peer(address)}"
     began = time.monotonic()
     challenge_due = began + CHALLENGE_TIMEOUT_S if deadline is None else deadline
     try:
-        while not negotiation.advance():
-            peer_stream.wait(_remaining(deadline if negotiation.heard else challenge_due))
+        while not handshake.advance():
+            peer_stream.wait(_remaining(deadline if handshake.heard else challenge_due))
     except TimedOut:
         seconds = time.monotonic() - began
-        if negotiation.heard:
+        if handshake.heard:
             raise TimedOut(
                 f"{listener} did not finish the handshake within {seconds:.3g} s"
             ) from None
-        raise TimedOut(f"{listener} said nothing within {seconds:.3g} s: {SILENT}") from None
+        raise TimedOut(f"{listener} sent nothing within {seconds:.3g} s: {SILENT}") from None
     except (AuthenticationError, FrameError) as error:
-        raise described(error, listener) from error
+        raise authentication_error(error, listener) from error
     except EOFError:
         raise EOFError(f"{listener} closed the connection during the handshake") from None
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from brokerd_client.connection.keys import Key, key_bytes
 from brokerd_client.connection.readiness import readable
-from brokerd_client.connection.stream import Connection, adopted
+from brokerd_client.connection.stream import Connection, adopt_socket
 from brokerd_client.errors import AuthenticationError, FrameError
 from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
@@ -29,12 +29,12 @@ from brokerd_client.wire.handshake import (
 )
 
 __all__ = [
-    "Negotiation",
     "PeerStream",
+    "PendingHandshake",
     "SocketPeer",
     "answer_challenge",
+    "authentication_error",
     "deliver_challenge",
-    "described",
     "nonce",
 ]
 
@@ -92,7 +92,7 @@ class SocketPeer:
         # A handshake sends less than any socket's buffer holds, so sending need not
         # wait.
         if self._socket.send(data) != len(data):
-            raise OSError("the peer's socket takes no more")
+            raise OSError("the peer's socket buffer is full")
 
     def next_frame(self) -> bytes | None:
         try:
@@ -111,26 +111,28 @@ class SocketPeer:
 
     def into_connection(self, max_message: int | None) -> Connection:
         self._socket.settimeout(None)
-        return adopted(self._socket, max_message=max_message)
+        return adopt_socket(self._socket, max_message=max_message)
 
     def close(self) -> None:
         self._socket.close()
 
 
-class Negotiation:
+class PendingHandshake:
     """One handshake over one stream.
 
     Args:
-        peer_stream: The stream to the peer. conversation: The generator that makes and
-        checks the frames. key: The key. peer: The peer's address, as the socket module
-        returns it; stored for the caller. deadline: Seconds on the caller's clock;
-        stored for the caller.
+        peer_stream: The stream to the peer.
+        steps: The generator that makes and checks the frames.
+        key: The key of this end.
+        peer: The peer's address, as the socket module returns it; stored for the
+            caller.
+        deadline: Seconds on the caller's clock; stored for the caller.
     """
 
     def __init__(
         self,
         peer_stream: PeerStream,
-        conversation: Handshake,
+        steps: Handshake,
         key: bytes,
         peer: object,
         deadline: float,
@@ -138,13 +140,13 @@ class Negotiation:
         self.peer_stream: Final = peer_stream
         self.peer: Final = peer
         self.deadline = deadline
-        self._conversation = conversation
+        self._steps = steps
         self._key = key
-        self._step: object = next(conversation)
-        #: True while the conversation moves, and for good where an exception cut that
-        #: off.
-        self._moving = False
-        #: Whether the peer has said anything yet.
+        self._step: object = next(steps)
+        #: True during a call of advance(), and permanently after an exception has
+        #: interrupted one.
+        self._advancing = False
+        #: Whether the peer has sent a whole frame.
         self.heard = False
 
     def advance(self) -> bool:
@@ -160,9 +162,9 @@ class Negotiation:
             EOFError: The peer closed the connection.
             OSError: The connection is lost.
         """
-        if self._moving:
+        if self._advancing:
             raise OSError("the handshake was cut off by an exception at this end")
-        self._moving = True
+        self._advancing = True
         while True:
             result: bytes | None = None
             if isinstance(self._step, Send):
@@ -172,28 +174,28 @@ class Negotiation:
             else:
                 result = self.peer_stream.next_frame()
                 if result is None:
-                    self._moving = False
+                    self._advancing = False
                     return False
                 self.heard = True
             try:
-                self._step = self._conversation.send(result)
+                self._step = self._steps.send(result)
             except StopIteration as end:
                 if end.value is None:
                     raise OSError("the handshake was cut off by an exception at this end") from None
-                self._moving = False
+                self._advancing = False
                 return True
 
 
-class _Messages(Protocol):
-    """The methods of a connection that deliver_challenge and answer_challenge use."""
+class _MessageConnection(Protocol):
+    """A connection of this library, or of the standard library."""
 
     def send_bytes(self, buf: Any, /) -> object: ...
 
     def recv_bytes(self, maxlength: int, /) -> bytes: ...
 
 
-#: What each connection's end turned out to be by the first of the two calls below: a
-#: listener delivers first.
+#: Whether each connection is a listener's, as its first challenge showed: a listener
+#: delivers first.
 _listening: Final[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
 
 
@@ -209,7 +211,11 @@ def _is_listening(connection: object, first_call_says: bool) -> bool:
 
 
 def deliver_challenge(
-    connection: _Messages, authkey: Key, digest_name: str = "sha256", *, allow_md5: bool = True
+    connection: _MessageConnection,
+    authkey: Key,
+    digest_name: str = "sha256",
+    *,
+    allow_md5: bool = True,
 ) -> None:
     """Challenge the peer to prove that it knows the key, and send it the result.
 
@@ -224,35 +230,48 @@ def deliver_challenge(
             Python 3.11 and older support.
 
     Raises:
-        AuthenticationError: The answer is wrong.
+        AuthenticationError: The peer's answer is wrong, or uses a digest that is not
+            allowed.
+        EOFError: The peer closed the connection.
+        OSError: The connection is lost.
     """
     key = key_bytes(authkey)
     random = nonce() if _is_listening(connection, True) else nonce() + handshake.CLIENT_MARK
-    _converse(
+    _run_steps(
         connection,
         handshake.deliver_challenge(random, digest=digest_name, allow_md5=allow_md5),
         key,
     )
 
 
-def answer_challenge(connection: _Messages, authkey: Key, *, allow_md5: bool = True) -> None:
+def answer_challenge(
+    connection: _MessageConnection, authkey: Key, *, allow_md5: bool = True
+) -> None:
     """Answer the peer's challenge, to prove that this end knows the key.
 
     A connection that has not delivered a challenge before is a client's connection. It
     refuses a challenge that is marked as a client's.
 
+    Args:
+        connection: The connection to the peer.
+        authkey: The key.
+        allow_md5: Whether to answer a challenge that asks for HMAC-MD5, the only digest
+            that Python 3.11 and older support.
+
     Raises:
         AuthenticationError: The peer rejects the answer, or is not a listener.
+        EOFError: The peer closed the connection.
+        OSError: The connection is lost.
     """
     key = key_bytes(authkey)
     dialing = not _is_listening(connection, False)
-    _converse(
+    _run_steps(
         connection, handshake.answer_challenge(key, allow_md5=allow_md5, dialing=dialing), key
     )
 
 
-def _converse(connection: _Messages, conversation: Handshake, key: bytes) -> None:
-    step: object = next(conversation)
+def _run_steps(connection: _MessageConnection, steps: Handshake, key: bytes) -> None:
+    step: object = next(steps)
     while True:
         result: bytes | None = None
         if isinstance(step, Send):
@@ -262,16 +281,17 @@ def _converse(connection: _Messages, conversation: Handshake, key: bytes) -> Non
         else:
             result = connection.recv_bytes(LIMIT)
         try:
-            step = conversation.send(result)
+            step = steps.send(result)
         except StopIteration:
             return
 
 
-def described(error: Exception, peer: str) -> AuthenticationError:
+def authentication_error(error: Exception, peer: str) -> AuthenticationError:
     """Return a readable error that names the peer and the reason of the failure."""
     reason = str(error)
     if isinstance(error, FrameError):
         reason = (
-            f"{reason}: this is no handshake; is it a Listener or Client, with a key on both sides?"
+            f"{reason}: this is not a handshake; is it a Listener or Client, with a key on both"
+            " sides?"
         )
     return AuthenticationError(f"{peer}: {reason}")

@@ -1,6 +1,6 @@
-"""The key that both ends of a connection know, in the forms a caller may give it.
+"""The key that both ends of a connection know, in the forms that a caller may give it.
 
-Never shown, never kept elsewhere.
+A key is never shown, and never stored elsewhere.
 """
 
 from __future__ import annotations
@@ -11,37 +11,44 @@ from typing import TypeAlias
 
 from brokerd_client.errors import InvalidKey
 
-__all__ = ["Key", "chosen_key", "key_bytes"]
+__all__ = ["Key", "choose_key", "key_bytes"]
 
 Key: TypeAlias = bytes | bytearray | memoryview | str
 
 
 def key_bytes(key: Key) -> bytes:
-    """Return the key as bytes; text is taken as UTF-8. Raises TypeError for what is not
-    a key, InvalidKey.
+    """Return the key as bytes; text is encoded in UTF-8.
 
-    An empty key authenticates, as in the standard library from Python 3.13 on. Older
-    listeners of the standard library take it for no authentication.
+    An empty key authenticates, as in the standard library from Python 3.13 on. With an
+    empty key, older listeners of the standard library do not authenticate.
+
+    Raises:
+        TypeError: It is not text or a bytes-like object.
+        InvalidKey: The text can't be written in UTF-8.
     """
     if not isinstance(key, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"authkey should be a byte string or a string, not {type(key).__name__}")
     if not isinstance(key, str):
         return bytes(key)
-    # The error about a text that is not valid holds the whole key, and is not to be
-    # another error's context either.
+    # A UnicodeEncodeError holds the whole key, so it must not become the context of
+    # another error either.
     with contextlib.suppress(UnicodeEncodeError):
         return key.encode()
     raise InvalidKey("the key can't be written in UTF-8: give it as bytes")
 
 
-def chosen_key(authenticate: object, authkey: Key | None) -> bytes | None:
+def choose_key(authenticate: object, authkey: Key | None) -> bytes | None:
     """Return the key that the two arguments mean, or None for no authentication.
 
-    authenticate: true or false, as in ``processing.connection``; or the key, where the
-    caller follows the order of
-        ``multiprocessing.connection``, which has the key in its place. The type tells.
-    authkey: the key. None with a true ``authenticate`` means the key of the current
-    process.
+    Args:
+        authenticate: True or false, as in ``processing.connection``. It may also be the
+            key, which has this place in ``multiprocessing.connection``.
+        authkey: The key. None with a true ``authenticate`` means the key of the current
+            process.
+
+    Raises:
+        TypeError: Two keys were given, or an argument has the wrong type.
+        InvalidKey: The key is text that can't be written in UTF-8.
     """
     if isinstance(authenticate, (bytes, bytearray, memoryview, str)):
         if authkey is not None:

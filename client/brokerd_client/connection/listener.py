@@ -20,9 +20,9 @@ from typing import Any, Final, Literal, Self, TypeAlias, cast
 
 from brokerd_client._common import forks
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
-from brokerd_client.connection.call_lock import new_turn, refuse_nested_call
-from brokerd_client.connection.handshaking import Negotiation, described, nonce
-from brokerd_client.connection.keys import Key, chosen_key
+from brokerd_client.connection.call_lock import new_call_lock, refuse_nested_call
+from brokerd_client.connection.handshaking import PendingHandshake, authentication_error, nonce
+from brokerd_client.connection.keys import Key, choose_key
 from brokerd_client.connection.listening_sockets import (
     arbitrary_address,
     default_family,
@@ -47,19 +47,29 @@ class Listener:
         address: A (host, port) pair, a path, an abstract name (beginning with NUL) or a
             pipe's name. None chooses a free address. Only the owner of a socket file
             can read and write it.
-        family: By default inferred from the address. backlog: Most peers that may wait
-        in the system's queue. authenticate: See docs/direct-api.md; the fourth
-        parameter may also be the key. authkey: See docs/direct-api.md. max_message:
-        Largest message that the connections accept, in bytes; None for any. allow_md5:
-        Whether to accept peers that support only HMAC-MD5 (Python 3.11 and
+        family: AF_INET, AF_INET6, AF_UNIX or AF_PIPE; by default inferred from the
+            address.
+        backlog: Most peers that may wait in the system's queue.
+        authenticate: Whether peers must have the key. The fourth parameter may also be
+            the key.
+        authkey: The key; text is encoded in UTF-8. None with a true ``authenticate``
+            means the key of the current process.
+        max_message: Largest message that the connections accept, in bytes; None for
+            any.
+        allow_md5: Whether to accept peers that support only HMAC-MD5 (Python 3.11 and
             older).
-        handshake_timeout: Seconds that a peer has for its handshake. max_handshakes:
-        Most pending handshakes at once; one more drops the oldest. on_error: The
-        handling of peers that failed to authenticate. ``"raise"``: accept()
-            raises the error if the peer answered wrongly, as processing.connection
-            does. It drops peers that sent nothing, left or sent garbage. ``"skip"``:
-            accept() drops all of them. A callable is called with every error and the
-            peer's address instead; accept() raises its exceptions.
+        handshake_timeout: Seconds that a peer has for its handshake.
+        max_handshakes: Most pending handshakes at once; one more drops the oldest.
+        on_error: The handling of peers that failed to authenticate. ``"raise"``:
+            accept() raises the error if the peer answered wrongly, as
+            processing.connection does. It drops peers that sent nothing, left or sent
+            garbage. ``"skip"``: accept() drops all of them. A callable is called with
+            every error and the peer's address instead; accept() raises its exceptions.
+
+    Raises:
+        ValueError: An argument is not valid.
+        InvalidKey: The key is text that can't be written in UTF-8.
+        OSError: The address is in use, for example.
     """
 
     def __init__(
@@ -76,7 +86,7 @@ class Listener:
         max_handshakes: int = 256,
         on_error: OnError = "raise",
     ) -> None:
-        self._key = chosen_key(authenticate, authkey)
+        self._key = choose_key(authenticate, authkey)
         if not handshake_timeout > 0 or max_handshakes < 1:
             raise ValueError("handshake_timeout and max_handshakes must be above 0")
         if on_error not in ("raise", "skip") and not callable(on_error):
@@ -91,11 +101,11 @@ class Listener:
         self._last_accepted: Any = None
         # The thread that holds this lock changes everything below. Reentrant: on_error
         # and signal handlers may close the listener.
-        self._turn = new_turn()
-        self._negotiations: dict[int, Negotiation] = {}
+        self._lock = new_call_lock()
+        self._pending_handshakes: dict[int, PendingHandshake] = {}
         self._ready: deque[tuple[Connection, object]] = deque()
         self._errors: deque[AuthenticationError] = deque()
-        self._left_at = 0.0
+        self._accept_ended_at = 0.0
         self._server = open_server(
             address or arbitrary_address(family), cast("Family", family), backlog
         )
@@ -105,7 +115,7 @@ class Listener:
 
     def __del__(self) -> None:
         if hasattr(self, "_server"):
-            self._shut()
+            self._close_all()
 
     def __repr__(self) -> str:
         return (
@@ -131,8 +141,8 @@ class Listener:
 
     @property
     def last_accepted(self) -> Any:
-        """The address of the last accepted peer; None if it has none, as most Unix
-        sockets.
+        """The address of the last accepted peer; None if it has no address, as most
+        Unix sockets.
         """
         return self._last_accepted
 
@@ -155,13 +165,13 @@ class Listener:
             AuthenticationError: A peer failed to authenticate, and ``on_error`` is
                 ``"raise"``. The next call returns the next connection.
         """
-        turn = self._turn
-        if turn._is_owned():
+        lock = self._lock
+        if lock._is_owned():
             refuse_nested_call("accept")
         deadline = deadline_after(timeout, time.monotonic())
         accepted: tuple[Connection, object] | None = None
         try:
-            if not turn.acquire(
+            if not lock.acquire(
                 timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
             ):
                 raise TimedOut(f"no connection was accepted within {timeout} s")
@@ -169,13 +179,13 @@ class Listener:
             accepted = self._ready[0]
             self._last_accepted = accepted[1] or None
             self._ready.popleft()
-            turn.release()
+            lock.release()
             return accepted[0]
         except BaseException as error:
             # Before anything else, and without a check: a second signal must come
             # later.
             try:  # noqa: SIM105
-                turn.release()
+                lock.release()
             except RuntimeError:
                 pass
             if accepted is not None and not (self._ready and self._ready[0] is accepted):
@@ -192,18 +202,18 @@ class Listener:
         """
         self._closed = True
         self._server.wake()
-        with self._turn:
-            self._shut()
+        with self._lock:
+            self._close_all()
 
-    def _shut(self) -> None:
+    def _close_all(self) -> None:
         self._closed = True
         self._server.close()
-        self._forget_peers()
+        self._close_peers()
 
-    def _forget_peers(self) -> None:
-        for negotiation in list(self._negotiations.values()):
-            negotiation.peer_stream.close()
-        self._negotiations.clear()
+    def _close_peers(self) -> None:
+        for handshake in list(self._pending_handshakes.values()):
+            handshake.peer_stream.close()
+        self._pending_handshakes.clear()
         for connection, _ in self._ready:
             connection.close()
         self._ready.clear()
@@ -213,23 +223,23 @@ class Listener:
         forks.register(self)
         # Pending peers belong to the parent; closing the copies here does not
         # disconnect them.
-        self._turn = new_turn()
+        self._lock = new_call_lock()
         if not self._closed:
-            self._forget_peers()
-            self._server.renew()
+            self._close_peers()
+            self._server.renew_waker()
 
     def _resume(self) -> None:
         """Extend every handshake's deadline by the time between two accept() calls."""
-        away = time.monotonic() - self._left_at
-        for negotiation in list(self._negotiations.values()):
-            negotiation.deadline += away
+        away = time.monotonic() - self._accept_ended_at
+        for handshake in list(self._pending_handshakes.values()):
+            handshake.deadline += away
 
     def _wait_for_next(self, deadline: float | None, timeout: float | None) -> None:
         """Advance the handshakes until a connection is ready. Raises as accept does."""
         try:
             self._resume()
             while not self._next_is_here():
-                self._serve(deadline)
+                self._wait_once(deadline)
                 if (
                     deadline is not None
                     and time.monotonic() >= deadline
@@ -238,7 +248,7 @@ class Listener:
                 ):
                     raise TimedOut(f"no connection was accepted within {timeout} s")
         finally:
-            self._left_at = time.monotonic()
+            self._accept_ended_at = time.monotonic()
 
     def _next_is_here(self) -> bool:
         """Return whether a connection is ready. Raises Closed, or a pending error."""
@@ -248,87 +258,89 @@ class Listener:
             raise self._errors.popleft()
         return bool(self._ready)
 
-    def _serve(self, deadline: float | None) -> None:
+    def _wait_once(self, deadline: float | None) -> None:
         """Wait once; then accept a peer, advance handshakes, and drop overdue
         handshakes.
         """
-        negotiations = list(self._negotiations.values())
-        deadlines = [negotiation.deadline for negotiation in negotiations]
+        handshakes = list(self._pending_handshakes.values())
+        deadlines = [handshake.deadline for handshake in handshakes]
         if deadline is not None:
             deadlines.append(deadline)
         timeout = max(min(deadlines) - time.monotonic(), 0) if deadlines else None
-        come, moved = self._server.wait([each.peer_stream for each in negotiations], timeout)
-        for descriptor in moved:
+        has_peer, readable = self._server.wait(
+            [handshake.peer_stream for handshake in handshakes], timeout
+        )
+        for descriptor in readable:
             # on_error may have closed the listener in the meantime.
-            if (negotiation := self._negotiations.get(descriptor)) is not None:
-                self._advance(descriptor, negotiation)
+            if (handshake := self._pending_handshakes.get(descriptor)) is not None:
+                self._advance(descriptor, handshake)
         now = time.monotonic()
-        for descriptor, negotiation in list(self._negotiations.items()):
-            if negotiation.deadline <= now:
+        for descriptor, handshake in list(self._pending_handshakes.items()):
+            if handshake.deadline <= now:
                 late = TimedOut(f"did not finish the handshake within {self._handshake_timeout} s")
-                self._drop(descriptor, negotiation, late)
-        if come and not self._closed:
-            self._take()
+                self._drop(descriptor, handshake, late)
+        if has_peer and not self._closed:
+            self._accept_peer()
 
-    def _take(self) -> None:
+    def _accept_peer(self) -> None:
         try:
-            taken = self._server.take()
+            accepted = self._server.accept()
         except OSError as error:
             if self._closed:
                 return
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._negotiations:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._pending_handshakes:
                 raise
             self._drop_oldest("dropped: no file descriptors are left")
             return
-        if taken is None:
+        if accepted is None:
             return
-        peer_stream, peer = taken
+        peer_stream, peer = accepted
         if self._key is None:
             self._ready.append((peer_stream.into_connection(self._max_message), peer))
             return
-        if len(self._negotiations) >= self._max_handshakes:
+        if len(self._pending_handshakes) >= self._max_handshakes:
             self._drop_oldest(
                 f"dropped: more than {self._max_handshakes} peers have not finished the handshake"
             )
-        conversation = as_listener(nonce(), allow_md5=self._allow_md5)
-        negotiation = Negotiation(
-            peer_stream, conversation, self._key, peer, time.monotonic() + self._handshake_timeout
+        steps = as_listener(nonce(), allow_md5=self._allow_md5)
+        handshake = PendingHandshake(
+            peer_stream, steps, self._key, peer, time.monotonic() + self._handshake_timeout
         )
         descriptor = peer_stream.fileno()
-        self._negotiations[descriptor] = negotiation
-        self._advance(descriptor, negotiation)
+        self._pending_handshakes[descriptor] = handshake
+        self._advance(descriptor, handshake)
 
-    def _advance(self, descriptor: int, negotiation: Negotiation) -> None:
+    def _advance(self, descriptor: int, handshake: PendingHandshake) -> None:
         try:
-            if not negotiation.advance():
+            if not handshake.advance():
                 return
         except (AuthenticationError, FrameError, EOFError, OSError) as error:
-            self._drop(descriptor, negotiation, error)
+            self._drop(descriptor, handshake, error)
             return
         except BaseException:
-            self._negotiations.pop(descriptor, None)
-            negotiation.peer_stream.close()
+            self._pending_handshakes.pop(descriptor, None)
+            handshake.peer_stream.close()
             raise
-        self._negotiations.pop(descriptor, None)
+        self._pending_handshakes.pop(descriptor, None)
         self._ready.append(
-            (negotiation.peer_stream.into_connection(self._max_message), negotiation.peer)
+            (handshake.peer_stream.into_connection(self._max_message), handshake.peer)
         )
 
-    def _drop_oldest(self, why: str) -> None:
-        descriptor, oldest = next(iter(self._negotiations.items()))
-        self._drop(descriptor, oldest, TimedOut(why))
+    def _drop_oldest(self, reason: str) -> None:
+        descriptor, oldest = next(iter(self._pending_handshakes.items()))
+        self._drop(descriptor, oldest, TimedOut(reason))
 
-    def _drop(self, descriptor: int, negotiation: Negotiation, why: Exception) -> None:
-        self._negotiations.pop(descriptor, None)
-        negotiation.peer_stream.close()
-        peer = format_peer(negotiation.peer)
-        error = described(
-            why, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer
+    def _drop(self, descriptor: int, handshake: PendingHandshake, reason: Exception) -> None:
+        self._pending_handshakes.pop(descriptor, None)
+        handshake.peer_stream.close()
+        peer = format_peer(handshake.peer)
+        error = authentication_error(
+            reason, f"a peer at {format_peer(self._address)}" if peer == "unix" else peer
         )
-        error.__cause__ = why
+        error.__cause__ = reason
         if callable(self._on_error):
-            self._on_error(error, negotiation.peer or None)
-        elif self._on_error == "raise" and isinstance(why, AuthenticationError):
+            self._on_error(error, handshake.peer or None)
+        elif self._on_error == "raise" and isinstance(reason, AuthenticationError):
             self._errors.append(error)
         else:
             _log.info("not accepted: %s", error)

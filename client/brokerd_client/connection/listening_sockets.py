@@ -32,8 +32,8 @@ __all__ = [
     "open_server",
 ]
 
-#: The families always tried by who wants all of them; AF_INET6 is served too, where the
-#: machine has it.
+#: The families that every machine of this system has. AF_INET6 works too, if the
+#: machine has IPv6.
 families: Final[list[Family]] = (
     ["AF_INET", "AF_PIPE"] if sys.platform == "win32" else ["AF_INET", "AF_UNIX"]
 )
@@ -43,7 +43,14 @@ _OWNER_ONLY: Final = 0o600
 
 
 def arbitrary_address(family: str) -> Any:
-    """Return a free address of the family, for a listener without an address."""
+    """Return a free address, for a listener without an address.
+
+    Args:
+        family: AF_INET, AF_INET6, AF_UNIX or AF_PIPE.
+
+    Raises:
+        ValueError: The family is not known.
+    """
     if family == "AF_INET":
         return ("localhost", 0)
     if family == "AF_INET6":
@@ -76,18 +83,19 @@ class ServerSocket(Protocol):
         input).
         """
 
-    def take(self) -> tuple[PeerStream, object] | None:
-        """Return the next peer's stream and address; None if it has left. Raises
-        OSError.
+    def accept(self) -> tuple[PeerStream, object] | None:
+        """Return the next peer's stream and address; None if the peer has left.
+
+        Raises OSError.
         """
 
     def wake(self) -> None:
         """End a wait. Any thread may call this."""
 
     def close(self) -> None:
-        """Close, and remove the socket file that this process has made."""
+        """Close, and remove the socket file that this process has created."""
 
-    def renew(self) -> None:
+    def renew_waker(self) -> None:
         """Replace the waker, which a fork shares with its parent process."""
 
 
@@ -98,7 +106,7 @@ class SocketServer:
 
     def __init__(self, address: Any, family: Family, backlog: int) -> None:
         self._unlink: util.Finalize | None = None
-        self._ends: tuple[socket.socket, ...] = ()
+        self._waker: tuple[socket.socket, ...] = ()
         self._socket = socket.socket(getattr(socket, family))
         try:
             self._socket.setblocking(False)
@@ -110,7 +118,7 @@ class SocketServer:
             self._socket.listen(backlog)
             self.address = self._socket.getsockname()
             self._tcp = family != "AF_UNIX"
-            self.renew()
+            self.renew_waker()
         except BaseException:
             self.close()
             raise
@@ -132,28 +140,28 @@ class SocketServer:
                 os.fchmod(self._socket.fileno(), _OWNER_ONLY)
         self._socket.bind(address)
         path = Path(os.fsdecode(address)).absolute()
-        made = path.lstat()
+        status = path.lstat()
         self._unlink = util.Finalize(
-            self, _unlink_if_same, args=(path, made.st_dev, made.st_ino), exitpriority=0
+            self, _unlink_if_same, args=(path, status.st_dev, status.st_ino), exitpriority=0
         )
-        if stat.S_IMODE(made.st_mode) != _OWNER_ONLY:
+        if stat.S_IMODE(status.st_mode) != _OWNER_ONLY:
             path.chmod(_OWNER_ONLY)
 
     def wait(
         self, peer_streams: Collection[PeerStream], timeout: float | None
     ) -> tuple[bool, set[int]]:
-        server, waker = self._socket.fileno(), self._ends[0].fileno()
+        server, waker = self._socket.fileno(), self._waker[0].fileno()
         if server < 0:
             return False, set()
-        waiting = [server, waker, *(peer_stream.fileno() for peer_stream in peer_streams)]
-        ready = set(readable(waiting, timeout))
+        descriptors = [server, waker, *(peer_stream.fileno() for peer_stream in peer_streams)]
+        ready = set(readable(descriptors, timeout))
         if waker in ready:
             with contextlib.suppress(OSError):
-                self._ends[0].recv(4096)
-        come = server in ready
-        return come, ready - {server, waker}
+                self._waker[0].recv(4096)
+        has_peer = server in ready
+        return has_peer, ready - {server, waker}
 
-    def take(self) -> tuple[PeerStream, object] | None:
+    def accept(self) -> tuple[PeerStream, object] | None:
         try:
             sock, peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -167,24 +175,24 @@ class SocketServer:
     def wake(self) -> None:
         # A full waker wakes as well; a closed waker has no waiting thread.
         with contextlib.suppress(OSError):
-            self._ends[1].send(b"\0")
+            self._waker[1].send(b"\0")
 
     def close(self) -> None:
         unlink, self._unlink = self._unlink, None
         if unlink is not None:
             # First, while the open socket still keeps its inode number from being
-            # reused. It does nothing in a process that did not make the file.
+            # reused. It does nothing in a process that did not create the file.
             unlink()
         self._socket.close()
-        for end in self._ends:
-            end.close()
+        for waker_end in self._waker:
+            waker_end.close()
 
-    def renew(self) -> None:
-        for end in self._ends:
-            end.close()
-        self._ends = socket.socketpair()
-        for end in self._ends:
-            end.setblocking(False)
+    def renew_waker(self) -> None:
+        for waker_end in self._waker:
+            waker_end.close()
+        self._waker = socket.socketpair()
+        for waker_end in self._waker:
+            waker_end.setblocking(False)
 
 
 def no_delay(sock: socket.socket) -> None:
@@ -208,6 +216,6 @@ def open_server(address: Any, family: Family, backlog: int) -> ServerSocket:
 def _unlink_if_same(path: Path, device: int, inode: int) -> None:
     """Remove the socket file, unless another file has taken its place."""
     with contextlib.suppress(FileNotFoundError):
-        found = path.lstat()
-        if (found.st_dev, found.st_ino) == (device, inode):
+        status = path.lstat()
+        if (status.st_dev, status.st_ino) == (device, inode):
             path.unlink()

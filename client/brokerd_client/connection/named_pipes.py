@@ -1,8 +1,8 @@
 """AF_PIPE: connections, handshakes and listening over the named pipes of Windows.
 
-A pipe is in message mode: the system keeps messages whole, so there is no length in
-front of them. The reading and writing itself is the standard library's; what is added
-is what our socket connections have too. It is imported on Windows only.
+A pipe is in message mode: the system keeps messages whole, so no length precedes them.
+The standard library reads and writes. This module adds the locks, the maximum message
+size and the old method names of the socket connections. It is imported on Windows only.
 """
 
 from __future__ import annotations
@@ -22,20 +22,33 @@ if sys.platform == "win32":
     from multiprocessing import reduction
     from typing import Any, Final
 
-    from brokerd_client.connection.call_lock import new_turn, refuse_nested_call, release_if_held
-    from brokerd_client.connection.readiness import shortened
+    from brokerd_client.connection.call_lock import (
+        new_call_lock,
+        refuse_nested_call,
+        release_if_held,
+    )
+    from brokerd_client.connection.readiness import clamp_timeout
     from brokerd_client.errors import TimedOut
     from brokerd_client.wire.handshake import LIMIT
 
     __all__ = ["Pipe", "PipeConnection", "PipePeer", "PipeServer", "PipeStream", "dial"]
 
     _BUFFER_SIZE: Final = 8192
-    #: Milliseconds between two looks at the clock while a pipe is busy.
-    _LOOK_EVERY_MS: Final = 200
+    #: Longest wait for a busy pipe between two checks of the clock, in milliseconds.
+    _CLOCK_CHECK_MS: Final = 200
 
     class PipeConnection(standard.PipeConnection):
-        """One end of a named pipe: the standard library's, with locks, a maximum
-        message size and the old names.
+        """One end of a named pipe.
+
+        It is the standard library's, with locks, a maximum message size, and the method
+        names of ``processing.connection``.
+
+        Args:
+            handle: The handle of a connected named pipe, which the connection owns.
+            readable: Whether messages can be received.
+            writable: Whether messages can be sent.
+            max_message: Largest message that the connection accepts, in bytes; None for
+                any.
         """
 
         def __init__(
@@ -48,15 +61,25 @@ if sys.platform == "win32":
         ) -> None:
             super().__init__(handle, readable, writable)
             self.max_message: Final = max_message
-            self._sending = new_turn()
-            self._receiving = new_turn()
-            #: True while a message is received, and for good where an exception cut
-            #: that off.
+            self._send_lock = new_call_lock()
+            self._receive_lock = new_call_lock()
+            #: True during a receive, and permanently after an exception has interrupted
+            #: one.
             self._in_receive = False
 
         def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:
-            """Send as the standard library does, of a buffer with several dimensions
-            too.
+            """Send bytes as the standard library does, also from a multidimensional
+            buffer.
+
+            Args:
+                buf: A bytes-like object.
+                offset: First byte to send.
+                size: Number of bytes to send; None for all that follow.
+
+            Raises:
+                ValueError: The slice is not inside the buffer.
+                OSError: The connection is closed or broken.
+                RuntimeError: This call interrupts another send of the same thread.
             """
             view = memoryview(buf)
             if view.ndim != 1:
@@ -64,28 +87,28 @@ if sys.platform == "win32":
             super().send_bytes(view, offset, size)
 
         def _send_bytes(self, buf: Any) -> None:
-            # The system takes a message whole or not at all.
-            if self._sending._is_owned():
+            # The system accepts a whole message or nothing of it.
+            if self._send_lock._is_owned():
                 refuse_nested_call("send")
             try:
-                with self._sending:
+                with self._send_lock:
                     super()._send_bytes(buf)  # type: ignore[misc]
             except BaseException:
-                release_if_held(self._sending)
+                release_if_held(self._send_lock)
                 raise
 
         def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:
             if self.max_message is not None:
                 maxsize = self.max_message if maxsize is None else min(maxsize, self.max_message)
-            if self._receiving._is_owned():
+            if self._receive_lock._is_owned():
                 refuse_nested_call("receive")
             try:
-                with self._receiving:
+                with self._receive_lock:
                     if self._in_receive:
-                        # The rest of a message would be taken for the next one.
+                        # The rest of the message would be read as the next one.
                         self.close()
                         raise OSError(
-                            "can't receive: the connection was cut off in the middle of a message"
+                            "can't receive: a receive was cut off in the middle of a message"
                         )
                     self._in_receive = True
                     received: io.BytesIO = super()._recv_bytes(maxsize)  # type: ignore[misc]
@@ -93,10 +116,10 @@ if sys.platform == "win32":
                     return received
             except (EOFError, OSError):
                 self._in_receive = False
-                release_if_held(self._receiving)
+                release_if_held(self._receive_lock)
                 raise
             except BaseException:
-                release_if_held(self._receiving)
+                release_if_held(self._receive_lock)
                 raise
 
         sendBytes = send_bytes  # noqa: N815
@@ -104,18 +127,21 @@ if sys.platform == "win32":
         recvBytesInto = standard.PipeConnection.recv_bytes_into  # noqa: N815
 
     def Pipe(duplex: bool = True) -> tuple[PipeConnection, PipeConnection]:  # noqa: N802 - the standard library's name
-        """Return two connections joined to each other; without ``duplex`` the first
-        receives and the second sends.
-        """
-        one, other = standard.Pipe(duplex)
-        return _adopted(one), _adopted(other)
+        """Return two connections that are the ends of one pipe.
 
-    def _adopted(connection: Any) -> PipeConnection:
+        Args:
+            duplex: Whether both can send and receive. Otherwise the first receives, and
+                the second sends.
+        """
+        first, second = standard.Pipe(duplex)
+        return _adopt(first), _adopt(second)
+
+    def _adopt(connection: Any) -> PipeConnection:
         handle, connection._handle = connection._handle, None
         return PipeConnection(handle, connection.readable, connection.writable)
 
     class PipePeer:
-        """A handshake's messages over a named pipe, which it owns."""
+        """A named pipe during a handshake; it owns the pipe's handle."""
 
         def __init__(self, handle: int) -> None:
             self.connection: Final = PipeConnection(handle)
@@ -124,7 +150,7 @@ if sys.platform == "win32":
             return self.connection.fileno()
 
         def wait(self, timeout: float | None) -> None:
-            standard.wait([self.connection], shortened(timeout))
+            standard.wait([self.connection], clamp_timeout(timeout))
 
         def send_frame(self, body: bytes) -> None:
             self.connection.send_bytes(body)
@@ -147,18 +173,17 @@ if sys.platform == "win32":
             self.connection.close()
 
     class PipeStream:
-        """One end of a named pipe: messages read in pieces and written whole, until
-        some thread says stop.
+        """One end of a named pipe: reads messages in pieces, and writes whole messages.
 
-        This is a ``brokerd_client._common.pipe_bridge.Pipe``.
+        It implements ``brokerd_client._common.pipe_bridge.Pipe``.
         """
 
         def __init__(self, handle: int) -> None:
             self._handle = handle
             self._lock = threading.Lock()
             self._readable = self._writable = True
-            # What is under way; kept until it is over, for the system writes into their
-            # memory.
+            # The current operations. They must live until they end, because the system
+            # writes into their memory.
             self._reading: Any = None
             self._writing: Any = None
 
@@ -172,14 +197,14 @@ if sys.platform == "win32":
                 if error == _winapi.ERROR_OPERATION_ABORTED:
                     raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                 piece = bytes(self._reading.getbuffer())
-                left = (
+                remaining = (
                     _winapi.PeekNamedPipe(self._handle)[1]
                     if error == _winapi.ERROR_MORE_DATA
                     else 0
                 )
             except BrokenPipeError as error:
                 raise EOFError from error
-            return piece, left
+            return piece, remaining
 
         def write(self, body: bytes) -> None:
             with self._lock:
@@ -194,30 +219,31 @@ if sys.platform == "win32":
         def stop(self, *, writing: bool) -> None:
             with self._lock:
                 self._readable = False
-                under_way = [self._reading]
+                operations = [self._reading]
                 if writing:
                     self._writable = False
-                    under_way.append(self._writing)
-                for each in under_way:
-                    if each is not None:
-                        each.cancel()
+                    operations.append(self._writing)
+                for operation in operations:
+                    if operation is not None:
+                        operation.cancel()
 
         def close(self) -> None:
             _winapi.CloseHandle(self._handle)
 
     class PipeServer:
-        """A named pipe that takes connections: one instance of it always waits for the
-        next peer.
+        """A named pipe that accepts connections: one instance of it always waits for
+        the next peer.
         """
 
-        #: Windows waits for 64 handles at once, and some are needed for other things.
+        #: Most peer streams that one wait can watch. Windows waits for at most 64
+        #: handles at once; some are needed for other purposes.
         most_peers: Final = 50
 
         def __init__(self, address: str) -> None:
             self.address = address
             self._handle: int | None = None
             self._connecting: Any = None
-            self._waker_in, self._rope = standard.Pipe(duplex=False)
+            self._waker_reader, self._waker_writer = standard.Pipe(duplex=False)
             try:
                 self._handle = _new_instance(address, first=True)
             except BaseException:
@@ -233,30 +259,29 @@ if sys.platform == "win32":
         ) -> tuple[bool, set[int]]:
             if self._handle is None:
                 return False, set()
-            come: list[int] = []
             if self._connecting is None:
                 try:
                     self._connecting = _winapi.ConnectNamedPipe(self._handle, overlapped=True)
                 except OSError as error:
-                    # A peer has come, written and gone again already: what it wrote can
-                    # be read.
+                    # A peer has connected, written and closed already; its messages
+                    # can still be read.
                     if error.winerror != _winapi.ERROR_NO_DATA:
                         raise
                     return True, set()
-            come = [self._connecting.event]
-            waiting = [
-                *come,
-                self._waker_in,
+            connected = self._connecting.event
+            handles = [
+                connected,
+                self._waker_reader,
                 *(peer_stream.connection for peer_stream in peer_streams),
             ]
-            ready = standard.wait(waiting, shortened(timeout))
-            if self._waker_in in ready:
-                self._waker_in.recv_bytes()
-            return come[0] in ready, {
-                each.fileno() for each in ready if isinstance(each, PipeConnection)
+            ready = standard.wait(handles, clamp_timeout(timeout))
+            if self._waker_reader in ready:
+                self._waker_reader.recv_bytes()
+            return connected in ready, {
+                handle.fileno() for handle in ready if isinstance(handle, PipeConnection)
             }
 
-        def take(self) -> tuple[PipePeer, object] | None:
+        def accept(self) -> tuple[PipePeer, object] | None:
             handle, connecting = self._handle, self._connecting
             assert handle is not None
             self._handle = _new_instance(self.address, first=False)
@@ -270,8 +295,8 @@ if sys.platform == "win32":
             return PipePeer(handle), None
 
         def wake(self) -> None:
-            if not self._rope.closed:
-                self._rope.send_bytes(b"\0")
+            if not self._waker_writer.closed:
+                self._waker_writer.send_bytes(b"\0")
 
         def close(self) -> None:
             handle, self._handle = self._handle, None
@@ -279,21 +304,22 @@ if sys.platform == "win32":
             if connecting is not None:
                 connecting.cancel()
                 with contextlib.suppress(OSError):
-                    # Until this returns the system may still write into the memory of
+                    # Until this returns, the system may write into the memory of
                     # ``connecting``.
                     connecting.GetOverlappedResult(True)
             if handle is not None:
                 _winapi.CloseHandle(handle)
-            self._waker_in.close()
-            self._rope.close()
+            self._waker_reader.close()
+            self._waker_writer.close()
 
-        def renew(self) -> None:
+        def renew_waker(self) -> None:
             """Do nothing: Windows does not fork."""
 
     def _new_instance(address: str, *, first: bool) -> int:
         flags = _winapi.PIPE_ACCESS_DUPLEX | _winapi.FILE_FLAG_OVERLAPPED
         if first:
-            # Nobody else may have the name already and sit between us and our peers.
+            # No other process may own the name already: it could read and change all
+            # messages.
             flags |= _winapi.FILE_FLAG_FIRST_PIPE_INSTANCE
         return _winapi.CreateNamedPipe(
             address,
@@ -307,14 +333,22 @@ if sys.platform == "win32":
         )
 
     def dial(address: str, deadline: float | None) -> PipePeer:
-        """Return a channel to the pipe.
+        """Return a connected stream to the pipe's server.
 
-        Raises TimedOut, if it is busy until the deadline, and OSError.
+        Args:
+            address: The pipe's name.
+            deadline: On the clock of ``time.monotonic()``; None for no limit.
+
+        Raises:
+            TimedOut: The pipe was busy until the deadline.
+            OSError: The pipe does not exist, for example.
         """
         while True:
-            left_ms = _LOOK_EVERY_MS if deadline is None else (deadline - time.monotonic()) * 1000
+            wait_ms = float(_CLOCK_CHECK_MS)
+            if deadline is not None:
+                wait_ms = min(wait_ms, (deadline - time.monotonic()) * 1000)
             try:
-                _winapi.WaitNamedPipe(address, max(1, int(min(left_ms, _LOOK_EVERY_MS))))
+                _winapi.WaitNamedPipe(address, max(1, int(wait_ms)))
                 handle = _winapi.CreateFile(
                     address,
                     _winapi.GENERIC_READ | _winapi.GENERIC_WRITE,

@@ -1,4 +1,4 @@
-"""Two connections joined to each other: ``Pipe``."""
+"""Two connections that are the ends of one pipe: ``Pipe``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 
-from brokerd_client.connection.stream import Connection, adopted
+from brokerd_client.connection.stream import Connection, adopt_socket
 
 __all__ = ["Pipe"]
 
@@ -15,13 +15,19 @@ if sys.platform == "win32":
 else:
 
     def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:  # noqa: N802 - the standard library's name
-        """Return two connections joined to each other; without ``duplex`` the first
-        receives and the second sends.
+        """Return two connections that are the ends of one pipe.
+
+        Args:
+            duplex: Whether both can send and receive. Otherwise the first receives, and
+                the second sends.
+
+        Raises:
+            OSError: The process has no more file descriptors, for example.
         """
         if duplex:
-            one, other = socket.socketpair()
-            one.settimeout(None)  # there may be a default timeout
-            other.settimeout(None)
-            return adopted(one), adopted(other)
+            first, second = socket.socketpair()
+            first.settimeout(None)  # there may be a default timeout
+            second.settimeout(None)
+            return adopt_socket(first), adopt_socket(second)
         reader, writer = os.pipe()
         return Connection(reader, writable=False), Connection(writer, readable=False)

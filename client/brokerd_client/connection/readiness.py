@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-__all__ = ["deadline_after", "readable", "shortened", "wait"]
+__all__ = ["clamp_timeout", "deadline_after", "readable", "wait"]
 
 #: Most seconds of one system call: poll() counts milliseconds in a C int. A longer wait
 #: is made of several calls, with a check of the clock between them.
@@ -28,7 +28,7 @@ def deadline_after(timeout: float | None, now: float) -> float | None:
     return now + timeout
 
 
-def shortened(timeout: float | None) -> float | None:
+def clamp_timeout(timeout: float | None) -> float | None:
     """Return the timeout in seconds, short enough for the system's calls.
 
     When it has passed, the caller checks the clock.
@@ -46,7 +46,7 @@ if sys.platform != "win32":
             descriptors: The descriptors to wait for.
             timeout: Seconds to wait; None for no limit; a negative time does not wait.
         """
-        seconds = shortened(timeout)
+        seconds = clamp_timeout(timeout)
         milliseconds = None if seconds is None else 1000 * seconds
         poller = select.poll()
         for descriptor in descriptors:
@@ -63,20 +63,27 @@ else:
             descriptors: The descriptors to wait for.
             timeout: Seconds to wait; None for no limit; a negative time does not wait.
         """
-        return set(select.select(list(descriptors), (), (), shortened(timeout))[0])
+        return set(select.select(list(descriptors), (), (), clamp_timeout(timeout))[0])
 
 
 if sys.platform == "win32":
     from multiprocessing.connection import wait as _wait_for_handles
 
     def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
-        """Return the objects that are ready: connections, sockets, handles; [] at the
-        timeout.
+        """Wait until at least one object can be read, or has lost its peer.
+
+        Args:
+            object_list: Connections, sockets or handles.
+            timeout: Seconds to wait. None and math.inf mean no limit; a negative time
+                does not wait.
+
+        Returns:
+            The objects that are ready; [] after the timeout.
         """
         objects = list(object_list)
         deadline = deadline_after(timeout, time.monotonic())
         while True:
-            ready: list[Any] = _wait_for_handles(objects, shortened(timeout))
+            ready: list[Any] = _wait_for_handles(objects, clamp_timeout(timeout))
             if ready or deadline is None or (timeout := deadline - time.monotonic()) <= 0:
                 return ready
 
@@ -88,15 +95,18 @@ else:
         Args:
             object_list: Connections, sockets, file descriptors or process sentinels.
             timeout: Seconds to wait. None and math.inf mean no limit; a negative time
-            does
-                not wait.
+                does not wait.
 
         Returns:
             The objects that are ready, in the order given; [] after the timeout.
+
+        Raises:
+            ValueError: The timeout is NaN.
+            Closed: One of the connections is closed.
         """
         objects = [(obj if isinstance(obj, int) else obj.fileno(), obj) for obj in object_list]
         descriptors = [descriptor for descriptor, _ in objects]
-        # A connection may hold a message that the system does not know any more.
+        # A connection may hold a message that was already read from the system.
         holding = {
             descriptor
             for descriptor, obj in objects

@@ -33,7 +33,12 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeAlias
 
 from brokerd_client._common import forks
-from brokerd_client.connection.call_lock import Turn, new_turn, refuse_nested_call, release_if_held
+from brokerd_client.connection.call_lock import (
+    CallLock,
+    new_call_lock,
+    refuse_nested_call,
+    release_if_held,
+)
 from brokerd_client.connection.readiness import wait
 from brokerd_client.errors import BadLength, BufferTooShort, Closed, FrameTooBig
 from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame_span
@@ -41,23 +46,23 @@ from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame
 if sys.platform == "win32":
     import _multiprocessing  # type: ignore[import-not-found,unused-ignore]
 
-__all__ = ["BadMessageLength", "Connection", "MessageTooBig", "adopted"]
+__all__ = ["BadMessageLength", "Connection", "MessageTooBig", "adopt_socket"]
 
-#: Up to this many bytes a header is joined to its body: copying is cheaper than a
-#: second buffer.
+#: Largest body that is copied behind its header, in bytes: copying is cheaper than a
+#: write of two buffers.
 _JOIN_UP_TO: Final = 16384
-#: Asked of the kernel at once: a fresh buffer of this size is cheap, one of a whole
-#: large message is not.
+#: Most bytes requested by one read. A new buffer of this size is cheap; a buffer for a
+#: whole large message is not.
 _READ_AT_ONCE: Final = 256 * 1024
 
-_NOTHING: Final = memoryview(b"")
-#: What a read of a length field asks for.
+_EMPTY: Final = memoryview(b"")
+#: The sizes of the reads of a length field, in bytes.
 _LENGTH_FIELD: Final = (LENGTH.size,)
-#: What announces a length of 64 bits.
+#: The length field that announces a length of 64 bits.
 _LONG_FORM: Final = LENGTH.pack(-1)
 
-_pickled: Final = reduction.ForkingPickler.dumps
-_unpickled: Final = reduction.ForkingPickler.loads
+_dumps: Final = reduction.ForkingPickler.dumps
+_loads: Final = reduction.ForkingPickler.loads
 _unpack_length: Final = LENGTH.unpack
 _pack_length: Final = LENGTH.pack
 
@@ -66,39 +71,46 @@ Buffer: TypeAlias = Any  # bytes-like; collections.abc.Buffer is Python 3.12's
 
 
 class MessageTooBig(FrameTooBig, OSError):
-    """The peer announced a message above the limit; nothing of it was read. An OSError,
-    as the standard library's.
+    """The peer announced a message above the limit; nothing of it was read.
+
+    It is an OSError, as the standard library's error.
     """
 
 
 class BadMessageLength(BadLength, OSError):
     """The peer announced a length that no message can have.
 
-    An OSError, as the standard library's.
+    It is an OSError, as the standard library's error.
     """
 
 
 class Connection:
-    """One end of a connection, over a file descriptor (on Windows a socket handle) that
-    it owns.
+    """One end of a connection, over a file descriptor that it owns.
 
-    handle: an open, blocking descriptor. readable, writable: what may be done with it;
-    at least one. max_message: largest message that recv and its kin accept, in bytes;
-    None for any.
+    Args:
+        handle: An open, blocking file descriptor; on Windows, a socket handle.
+        readable: Whether messages can be received.
+        writable: Whether messages can be sent.
+        max_message: Largest message that the connection accepts, in bytes; None for
+            any.
+
+    Raises:
+        ValueError: The descriptor is negative, ``max_message`` is negative, or the
+            connection is neither readable nor writable.
     """
 
     __slots__ = (
         "__weakref__",
-        "_got",
         "_handle",
         "_in_direct_read",
         "_in_write",
-        "_kept",
+        "_kept_messages",
         "_max_message",
+        "_pieces",
+        "_read_piece",
         "_readable",
-        "_receiving",
-        "_sending",
-        "_take",
+        "_receive_lock",
+        "_send_lock",
         "_writable",
     )
 
@@ -124,29 +136,28 @@ class Connection:
     def _prepare(
         self, descriptor: int, readable: bool, writable: bool, max_message: int | None
     ) -> None:
-        """Set all attributes but the handle; without it this object owns nothing yet."""
+        """Set all attributes but the handle: the connection does not own it yet."""
         self._readable = readable
         self._writable = writable
         self._max_message = max_message
-        self._sending: Turn = new_turn()
-        self._receiving: Turn = new_turn()
-        #: Bytes of the message under way: its length field and what followed it, in
-        #: pieces; or one pair of its size and a BytesIO with its body so far. It is
-        #: replaced, not emptied, when the message is returned.
-        self._got: list[Any] = []
-        #: Messages, as in ``_got``, that were complete when an exception kept them from
-        #: being returned.
-        self._kept: list[list[Any]] = []
-        #: True while a body goes directly into a caller's buffer, and True for good if
-        #: that was cut off.
+        self._send_lock: CallLock = new_call_lock()
+        self._receive_lock: CallLock = new_call_lock()
+        #: The current message so far: pieces of its length field and body; or one pair
+        #: of its size and a BytesIO with its body. When the message is returned, the
+        #: list is replaced, not emptied.
+        self._pieces: list[Any] = []
+        #: Complete messages, as in ``_pieces``, whose return an exception prevented.
+        self._kept_messages: list[list[Any]] = []
+        #: True during a read into a caller's buffer, and permanently after an exception
+        #: has interrupted one.
         self._in_direct_read = False
-        #: True while a message is written, and True for good if that was cut off.
+        #: True during a write, and permanently after an exception has interrupted one.
         self._in_write = False
-        self._take: Callable[[int], bytes] = partial(_read, descriptor)
+        self._read_piece: Callable[[int], bytes] = partial(_read, descriptor)
         forks.register(self)
 
     def __del__(self) -> None:
-        # getattr: __init__ may not have come that far.
+        # getattr: __init__ may have raised before it set the handle.
         if getattr(self, "_handle", None) is not None:
             self.close()
 
@@ -173,17 +184,17 @@ class Connection:
 
     def _after_fork(self) -> None:
         forks.register(self)
-        # A thread that held one of these does not exist in the child.
-        self._sending = new_turn()
-        self._receiving = new_turn()
-        # A message begun belongs to the parent, which has its first bytes too.
-        if self._got or self._in_direct_read:
+        # A thread that held one of the locks does not exist in the child.
+        self._send_lock = new_call_lock()
+        self._receive_lock = new_call_lock()
+        # An incomplete message belongs to the parent, which has its first bytes too.
+        if self._pieces or self._in_direct_read:
             self._readable = False
         if self._in_write:
             self._writable = False
-        self._got, self._kept = [], []
+        self._pieces, self._kept_messages = [], []
 
-    # What it is.
+    # State.
 
     @property
     def closed(self) -> bool:
@@ -202,20 +213,21 @@ class Connection:
 
     @property
     def max_message(self) -> int | None:
-        """The largest message accepted, in bytes; None for any."""
+        """The largest accepted message in bytes; None for any."""
         return self._max_message
 
     def fileno(self) -> int:
-        """Return the file descriptor, or the socket handle on Windows.
+        """Return the file descriptor; on Windows, the socket handle.
 
-        Raises Closed.
+        Raises:
+            Closed: The connection is closed.
         """
         if self._handle is None:
             raise Closed("handle is closed")
         return self._handle
 
     def close(self) -> None:
-        """Close this end; doing so twice does nothing."""
+        """Close this end. A second call does nothing."""
         handle, self._handle = self._handle, None
         if handle is not None:
             _close(handle)
@@ -223,47 +235,63 @@ class Connection:
     # Sending.
 
     def send(self, obj: object) -> None:
-        """Send an object as a pickle; it may itself hold connections. Raises Closed, or
-        OSError as the system does.
+        """Send an object as a pickle.
+
+        Args:
+            obj: The object. It may hold connections, which the peer process gets too.
+
+        Raises:
+            Closed: The connection is closed.
+            OSError: The connection is broken, or its sending has ended.
+            RuntimeError: This call interrupts another send of the same thread.
         """
         handle = self._handle
         if handle is None or not self._writable:
             self._refuse_to("send")
-        self._send_body(_pickled(obj))
+        self._send_body(_dumps(obj))
 
     def send_bytes(self, buf: Buffer, offset: int = 0, size: int | None = None) -> None:
-        """Send ``size`` bytes of a bytes-like object from ``offset`` on, all that
-        follow by default, as one message.
+        """Send bytes as one message.
 
-        Raises ValueError where they are not all inside the buffer, else as send.
+        Args:
+            buf: A bytes-like object.
+            offset: Position of the first byte to send.
+            size: Number of bytes to send; None for all that follow.
+
+        Raises:
+            ValueError: The slice is not inside the buffer.
+            TypeError: The buffer is not contiguous.
+            BufferError: The buffer is not contiguous and larger than 16 KiB.
+            Closed: The connection is closed.
+            OSError: The connection is broken, or its sending has ended.
+            RuntimeError: This call interrupts another send of the same thread.
         """
         if self._handle is None or not self._writable:
             self._refuse_to("send")
         view = memoryview(buf)
         if view.itemsize > 1 or view.ndim != 1:
-            view = _flattened(view)
-        end = _checked_end(view.nbytes, offset, size)
+            view = _flat_view(view)
+        end = _end_of_slice(view.nbytes, offset, size)
         self._send_body(view[offset:end] if offset or end != view.nbytes else view)
 
     def _send_body(self, body: memoryview) -> None:
         size = len(body)
         if size <= _JOIN_UP_TO:
-            # One write for all: neither Nagle's algorithm nor another thread comes
-            # between header and body.
+            # One write for both: Nagle's algorithm can't delay the body.
             head = _pack_length(size) + body
-            body = _NOTHING
+            body = _EMPTY
         else:
             if not body.c_contiguous:
-                # As the standard library, which however has sent the length by then.
+                # The standard library raises this too, but after it has sent the length.
                 raise BufferError("the buffer is not C-contiguous")
             head = frame_prefix(size)
-        turn = self._sending
-        if turn._is_owned():
+        lock = self._send_lock
+        if lock._is_owned():
             refuse_nested_call("send")
-        # Below 0 while nothing is being written.
+        # Negative before and after the writes.
         sent = -1
         try:
-            with turn:
+            with lock:
                 handle = self._handle
                 if handle is None or not self._writable or self._in_write:
                     self._refuse_to("send")
@@ -273,17 +301,17 @@ class Connection:
                 while sent < len(head):
                     sent += _write(handle, head[sent:])
                 if body:
-                    whole = len(head) + size
-                    while sent < whole:
+                    total = len(head) + size
+                    while sent < total:
                         sent += _write(handle, body[sent - len(head) :])
                 self._in_write = False
                 sent = -1
         except BaseException as error:
-            release_if_held(turn)
-            # The system itself refused the first write: nothing has left. After any
-            # other exception the peer may have half a frame, and would take the next
-            # one for its end.
-            if not sent and isinstance(error, OSError) and error.errno and _raised_here(error):
+            release_if_held(lock)
+            # If the system refused the first write, no byte was sent. After any other
+            # exception the peer may have half a frame, and would read the next frame as
+            # its other half.
+            if not sent and isinstance(error, OSError) and error.errno and _raised_by_c_call(error):
                 self._in_write = False
             elif sent >= 0:
                 self._writable = False
@@ -293,108 +321,140 @@ class Connection:
     # Receiving.
 
     def recv(self) -> Any:
-        """Return the next object. Raises the same errors as recv_bytes.
+        """Return the next object.
 
         Unpickling runs code that the peer chooses. Call this only if the peer has
         proved that it knows the key.
+
+        Raises:
+            Exception: As recv_bytes, or any error of unpickling the object.
         """
-        return _unpickled(self.recv_bytes())
+        return _loads(self.recv_bytes())
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Return the next message.
 
-        maxlength: refuse a longer one, as ``max_message`` does for all. Raises
-        EOFError: the peer closed its end and nothing is left. MessageTooBig,
-        BadMessageLength: both are OSErrors, and nothing more can be received. OSError:
-        the peer went in the middle of a message. After any other exception the next
-        call returns the message that this call would have returned.
+        After an unlisted exception, the next call returns the message that this call
+        would have returned.
+
+        Args:
+            maxlength: Largest message to accept, in bytes; None for ``max_message``.
+
+        Raises:
+            EOFError: The peer closed its end, and all messages were received.
+            MessageTooBig: The message is too large. Nothing more can be received.
+            BadMessageLength: No message can have this length. Nothing more can be
+                received.
+            Closed: The connection is closed.
+            OSError: The peer closed its end in the middle of a message.
+            RuntimeError: This call interrupts another receive of the same thread.
         """
         limit = self._max_message
         if maxlength is not None:
             if maxlength < 0:
                 raise ValueError("negative maxlength")
             limit = maxlength if limit is None or maxlength < limit else limit
-        turn = self._receiving
-        if turn._is_owned():
+        lock = self._receive_lock
+        if lock._is_owned():
             refuse_nested_call("receive")
-        got: list[Any] = []
-        rest: list[Any] | None = None
+        pieces: list[Any] = []
+        next_pieces: list[Any] | None = None
         try:
-            with turn:
-                if self._handle is None or not self._readable or self._in_direct_read or self._kept:
+            with lock:
+                if (
+                    self._handle is None
+                    or not self._readable
+                    or self._in_direct_read
+                    or self._kept_messages
+                ):
                     self._begin_receive()
-                got, body, size = self._got, b"", -1
-                if not got:
-                    got.extend(map(self._take, _LENGTH_FIELD))
-                    prefix = got[0]
+                pieces, body, size = self._pieces, b"", -1
+                if not pieces:
+                    pieces.extend(map(self._read_piece, _LENGTH_FIELD))
+                    prefix = pieces[0]
                     if len(prefix) == 4:
                         (size,) = _unpack_length(prefix)
                         if 0 < size <= _READ_AT_ONCE and (limit is None or size <= limit):
-                            got.extend(map(self._take, (size,)))
-                            body = got[1]
+                            pieces.extend(map(self._read_piece, (size,)))
+                            body = pieces[1]
                 if len(body) != size:
-                    body = self._read_on(got, limit)
-                rest = self._got = []
+                    body = self._read_body(pieces, limit)
+                next_pieces = self._pieces = []
                 return body
         except BaseException as error:
-            self._interrupted(got, rest, error)
+            self._keep_interrupted(pieces, next_pieces, error)
             raise
 
     def recv_bytes_into(self, buf: Buffer, offset: int = 0) -> int:
-        """Put the next message into a writable bytes-like object, ``offset`` bytes in;
-        return its size in bytes.
+        """Receive the next message into a buffer; return its size in bytes.
 
-        Raises BufferTooShort, whose args[0] is the whole message, and as recv_bytes.
+        Args:
+            buf: A writable bytes-like object.
+            offset: Position in the buffer of the message's first byte.
+
+        Raises:
+            BufferTooShort: The message does not fit. ``args[0]`` is the whole message.
+            ValueError: The offset is not inside the buffer.
+            TypeError: The buffer is not writable.
+            EOFError: As recv_bytes.
+            OSError: As recv_bytes.
+            RuntimeError: This call interrupts another receive of the same thread.
         """
-        turn = self._receiving
-        if turn._is_owned():
+        lock = self._receive_lock
+        if lock._is_owned():
             refuse_nested_call("receive")
-        got: list[Any] = []
-        rest: list[Any] | None = None
+        pieces: list[Any] = []
+        next_pieces: list[Any] | None = None
         in_place: list[Any] | None = None
         try:
-            with memoryview(buf) as view, _flattened(view) as target:
+            with memoryview(buf) as view, _flat_view(view) as target:
                 if target.readonly:
                     raise TypeError("recv_bytes_into needs a writable bytes-like object")
                 if offset < 0:
                     raise ValueError("negative offset")
                 if offset > len(target):
                     raise ValueError("offset too large")
-                with turn:
+                with lock:
                     if (
                         self._handle is None
                         or not self._readable
                         or self._in_direct_read
-                        or self._kept
+                        or self._kept_messages
                     ):
                         self._begin_receive()
-                    got = self._got
-                    size = self._read_size(got, self._max_message)
+                    pieces = self._pieces
+                    size = self._read_size(pieces, self._max_message)
                     if offset + size > len(target):
-                        body = self._read_on(got, self._max_message)
-                        rest = self._got = []
+                        body = self._read_body(pieces, self._max_message)
+                        next_pieces = self._pieces = []
                         raise BufferTooShort(body)
-                    if size <= _COPIED_UP_TO or isinstance(got[0], tuple):
-                        target[offset : offset + size] = self._read_on(got, self._max_message)
-                        rest = self._got = []
+                    if size <= _COPIED_UP_TO or isinstance(pieces[0], tuple):
+                        target[offset : offset + size] = self._read_body(pieces, self._max_message)
+                        next_pieces = self._pieces = []
                     else:
-                        rest = in_place = []
-                        with target[offset : offset + size] as place:
-                            self._read_into(got, place, rest)
+                        next_pieces = in_place = []
+                        with target[offset : offset + size] as body_view:
+                            self._read_into(pieces, body_view, next_pieces)
             return size
         except BaseException as error:
-            if in_place is not None and self._got is not got:
-                # The body is nowhere else, and the next call may have another buffer.
-                with memoryview(buf) as view, _flattened(view) as target:
-                    got[:] = (_copied(target[offset:], size, size),)
-            self._interrupted(got, rest, error)
+            if in_place is not None and self._pieces is not pieces:
+                # Only the buffer holds the body, and the next call may have another
+                # buffer.
+                with memoryview(buf) as view, _flat_view(view) as target:
+                    pieces[:] = (_partial_message(target[offset:], size, size),)
+            self._keep_interrupted(pieces, next_pieces, error)
             raise
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Return whether a message can be received, or the peer is gone.
 
-        This waits up to ``timeout`` seconds. None means no limit; a negative time does
-        not wait.
+        Args:
+            timeout: Seconds to wait. None means no limit; a negative time does not
+                wait.
+
+        Raises:
+            Closed: The connection is closed.
+            OSError: The connection can't receive.
         """
         if self._handle is None or not self._readable:
             self._refuse_to("receive")
@@ -402,147 +462,146 @@ class Connection:
 
     @property
     def _holds_message(self) -> bool:
-        """Whether a message, or the end, is here already: an exception kept an earlier
-        call from returning it.
+        """Whether a whole message, or the end, was already read from the system.
+
+        An exception prevented an earlier call from returning it.
         """
-        if self._kept:
+        if self._kept_messages:
             return True
-        got = self._got
-        if not got:
+        pieces = self._pieces
+        if not pieces:
             return False
-        if isinstance(got[0], tuple):
-            size, collected = got[0]
-            return bool(collected.tell() >= size)
-        data = b"".join(got)
+        if isinstance(pieces[0], tuple):
+            size, body_buffer = pieces[0]
+            return bool(body_buffer.tell() >= size)
+        data = b"".join(pieces)
         try:
             span = frame_span(data, 0, len(data))
         except BadLength:
             return True
-        return not got[-1] or (span is not None and sum(span) <= len(data))
+        return not pieces[-1] or (span is not None and sum(span) <= len(data))
 
     def _begin_receive(self) -> None:
-        """Refuse to receive where that is impossible; else go on with a message that
-        was kept, if there is one.
-        """
+        """Raise if nothing can be received; else continue with a kept message, if any."""
         if self._in_direct_read:
             self._in_direct_read = False
-            self._cut_off()
+            self._stop_receiving()
         if self._handle is None or not self._readable:
             self._refuse_to("receive")
-        # The order of these steps: an exception between two of them loses nothing, and
-        # repeats nothing.
-        if not self._got:
-            self._got = self._kept[0]
-        if self._got is self._kept[0]:
-            del self._kept[0]
+        # In this order, an exception between two steps loses and repeats nothing.
+        if not self._pieces:
+            self._pieces = self._kept_messages[0]
+        if self._pieces is self._kept_messages[0]:
+            del self._kept_messages[0]
 
-    def _interrupted(self, got: list[Any], rest: list[Any] | None, error: BaseException) -> None:
+    def _keep_interrupted(
+        self, pieces: list[Any], next_pieces: list[Any] | None, error: BaseException
+    ) -> None:
         """Keep the message of a receive that ended in an exception.
 
-        got: the message under way, or an empty list. rest: what has replaced it in
-        ``_got``, None for nothing.
+        Args:
+            pieces: The current message, or an empty list.
+            next_pieces: The list that has replaced it in ``_pieces``, or None.
+            error: The exception.
         """
-        release_if_held(self._receiving)
-        if rest is not None and self._got is not got and not isinstance(error, BufferTooShort):
-            self._kept.append(got)
+        release_if_held(self._receive_lock)
+        if (
+            next_pieces is not None
+            and self._pieces is not pieces
+            and not isinstance(error, BufferTooShort)
+        ):
+            self._kept_messages.append(pieces)
         self._raise_if_closed(error, "receive")
 
     def _raise_if_closed(self, error: BaseException, act: str) -> None:
-        """Raise Closed for the system's error about a descriptor that was closed
-        meanwhile.
-        """
+        """Raise Closed if the error means that the descriptor was closed meanwhile."""
         if self._handle is None and isinstance(error, OSError) and error.errno == errno.EBADF:
             raise Closed(f"handle was closed during {act}") from error
 
-    def _read_size(self, got: list[Any], limit: int | None) -> int:
-        """Return the size of the message under way, having read its length field and
-        nothing more.
-        """
-        take = self._take
-        if not got:
-            got.extend(map(take, _LENGTH_FIELD))
-        if isinstance(got[0], tuple):
-            size = got[0][0]
+    def _read_size(self, pieces: list[Any], limit: int | None) -> int:
+        """Read the length field, and no byte more; return the size of the message."""
+        take = self._read_piece
+        if not pieces:
+            pieces.extend(map(take, _LENGTH_FIELD))
+        if isinstance(pieces[0], tuple):
+            size = pieces[0][0]
         else:
-            begun = b"".join(got)
+            start = b"".join(pieces)
             while True:
                 try:
-                    span = frame_span(begun, 0, len(begun))
+                    span = frame_span(start, 0, len(start))
                 except BadLength as error:
-                    self._cut_off()
+                    self._stop_receiving()
                     raise BadMessageLength(*error.args) from None
                 if span is not None:
                     break
-                if not got[-1]:
-                    self._end(got, begun)
-                missing = (LENGTH.size if len(begun) < LENGTH.size else LONG_LENGTH.size) - len(
-                    begun
+                if not pieces[-1]:
+                    self._raise_end(pieces, start)
+                missing = (LENGTH.size if len(start) < LENGTH.size else LONG_LENGTH.size) - len(
+                    start
                 )
-                got.extend(map(take, (missing,)))
-                begun = b"".join(got)
+                pieces.extend(map(take, (missing,)))
+                start = b"".join(pieces)
             size = span[1]
         if (limit is not None and size > limit) or size > sys.maxsize:
-            self._cut_off()
+            self._stop_receiving()
             raise MessageTooBig(size, sys.maxsize if limit is None else limit)
         return int(size)
 
-    def _read_on(self, got: list[Any], limit: int | None) -> bytes:
-        """Return the body of the message under way, as far as it was read before or
-        not.
+    def _read_body(self, pieces: list[Any], limit: int | None) -> bytes:
+        """Read the rest of the current message; return its body.
 
-        Memory grows with what comes.
-
-        All of it stays in ``got``.
+        Memory grows with the bytes that arrive. All of them stay in ``pieces``.
         """
-        size = self._read_size(got, limit)
-        if not isinstance(got[0], tuple):
-            begun = b"".join(got)
-            first = LENGTH.size if begun[: LENGTH.size] != _LONG_FORM else LONG_LENGTH.size
-            collected = io.BytesIO()
-            collected.write(begun[first:])
-            if not got[-1] and collected.tell() < size:
-                self._end(got, begun)
-            got[:] = ((size, collected),)
-        _, collected = got[0]
-        while (come := collected.tell()) < size:
-            collected.writelines(map(self._take, (min(size - come, _READ_AT_ONCE),)))
-            if collected.tell() == come:
-                self._cut_off()
+        size = self._read_size(pieces, limit)
+        if not isinstance(pieces[0], tuple):
+            start = b"".join(pieces)
+            first = LENGTH.size if start[: LENGTH.size] != _LONG_FORM else LONG_LENGTH.size
+            body_buffer = io.BytesIO()
+            body_buffer.write(start[first:])
+            if not pieces[-1] and body_buffer.tell() < size:
+                self._raise_end(pieces, start)
+            pieces[:] = ((size, body_buffer),)
+        _, body_buffer = pieces[0]
+        while (received := body_buffer.tell()) < size:
+            body_buffer.writelines(map(self._read_piece, (min(size - received, _READ_AT_ONCE),)))
+            if body_buffer.tell() == received:
+                self._stop_receiving()
                 raise OSError("got end of file during message")
-        body: bytes = collected.getvalue()
+        body: bytes = body_buffer.getvalue()
         return body
 
-    def _end(self, got: list[Any], begun: bytes) -> NoReturn:
-        """Raise what the end of the peer's bytes means after ``begun``."""
-        if not begun:
-            got.clear()
+    def _raise_end(self, pieces: list[Any], start: bytes) -> NoReturn:
+        """Raise the error for the end of the peer's bytes after ``start``."""
+        if not start:
+            pieces.clear()
             raise EOFError
-        self._cut_off()
+        self._stop_receiving()
         raise OSError("got end of file during message")
 
-    def _read_into(self, got: list[Any], place: memoryview, rest: list[Any]) -> None:
-        """Read the body of the message under way, of which nothing was read yet, and
-        replace ``got`` by ``rest``.
+    def _read_into(self, pieces: list[Any], body_view: memoryview, next_pieces: list[Any]) -> None:
+        """Read a whole body into a caller's buffer; then replace ``pieces`` by
+        ``next_pieces``.
         """
-        handle, size = self.fileno(), len(place)
+        handle, size = self.fileno(), len(body_view)
         counts: list[int] = []
         try:
             self._in_direct_read = True
-            while (come := sum(counts)) < size:
-                counts.extend(map(_read_into, (handle,), ((place[come:],),)))
+            while (received := sum(counts)) < size:
+                counts.extend(map(_read_into, (handle,), ((body_view[received:],),)))
                 if not counts[-1]:
-                    self._cut_off()
+                    self._stop_receiving()
                     raise OSError("got end of file during message")
             self._in_direct_read = False
-            self._got = rest
+            self._pieces = next_pieces
         except BaseException:
             # The next call may have another buffer.
-            got[:] = (_copied(place, sum(counts), size),)
-            self._got = got
+            pieces[:] = (_partial_message(body_view, sum(counts), size),)
+            self._pieces = pieces
             self._in_direct_read = False
             raise
 
-    def _cut_off(self) -> None:
+    def _stop_receiving(self) -> None:
         """Prevent reading on in the middle of a frame.
 
         The standard library's ``_bad_message_length`` does the same.
@@ -553,45 +612,42 @@ class Connection:
             self.close()
 
     def _check_between_messages(self) -> None:
-        """Raise OSError if another process could not go on with the descriptor: a part
-        of a message is here.
+        """Raise OSError if this end holds a part of a message.
+
+        Another process could not continue with the descriptor.
         """
-        if self._got or self._kept or self._in_direct_read or self._in_write:
+        if self._pieces or self._kept_messages or self._in_direct_read or self._in_write:
             raise OSError("can't hand over a connection in the middle of a message")
 
     def _refuse_to(self, act: str) -> NoReturn:
         if self._handle is None:
             raise Closed("handle is closed")
         raise OSError(
-            f"can't {act}: the connection is {'read' if act == 'send' else 'write'}-only or was"
-            " cut off"
+            f"can't {act}: the connection is {'read' if act == 'send' else 'write'}-only, or a"
+            " message was cut off"
         )
 
-    # The forerunner's names.
+    # The method names of processing.connection.
 
     sendBytes = send_bytes  # noqa: N815
     recvBytes = recv_bytes  # noqa: N815
     recvBytesInto = recv_bytes_into  # noqa: N815
 
 
-def _copied(view: memoryview, come: int, size: int) -> tuple[int, io.BytesIO]:
-    """Return, as kept in ``Connection._got``, a message of that size of which so many
-    bytes have come.
-    """
-    collected = io.BytesIO()
-    collected.write(view[:come])
-    return size, collected
+def _partial_message(view: memoryview, received: int, size: int) -> tuple[int, io.BytesIO]:
+    """Return the entry of ``Connection._pieces`` for a message with ``received`` bytes."""
+    body_buffer = io.BytesIO()
+    body_buffer.write(view[:received])
+    return size, body_buffer
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Return whether a C function raised the error, and not a signal handler that it
-    ran.
-    """
+def _raised_by_c_call(error: BaseException) -> bool:
+    """Return whether a C function raised the error, not a signal handler during it."""
     traceback = error.__traceback__
     return traceback is not None and traceback.tb_next is None
 
 
-def _flattened(view: memoryview) -> memoryview:
+def _flat_view(view: memoryview) -> memoryview:
     """Return the view's bytes in one dimension.
 
     Raises TypeError: the view is not contiguous.
@@ -601,11 +657,10 @@ def _flattened(view: memoryview) -> memoryview:
     return view.cast("B")
 
 
-def adopted(sock: socket.socket, *, max_message: int | None = None) -> Connection:
-    """Return a connection that owns what the socket owned, which is closed now.
+def adopt_socket(sock: socket.socket, *, max_message: int | None = None) -> Connection:
+    """Return a connection that takes over the socket's descriptor; close the socket.
 
-    The descriptor changes its owner in one C call, so that an exception can't come
-    while it has none.
+    The descriptor changes its owner in one C call, so an exception can't come between.
     """
     connection = Connection.__new__(Connection)
     connection._handle = None
@@ -614,7 +669,7 @@ def adopted(sock: socket.socket, *, max_message: int | None = None) -> Connectio
     return connection
 
 
-def _checked_end(length: int, offset: int, size: int | None) -> int:
+def _end_of_slice(length: int, offset: int, size: int | None) -> int:
     if offset < 0:
         raise ValueError("offset is negative")
     if length < offset:
@@ -628,7 +683,7 @@ def _checked_end(length: int, offset: int, size: int | None) -> int:
     return offset + size
 
 
-# What moves bytes, by system.
+# The system's calls that read and write.
 
 _write: Callable[[int, bytes | memoryview], int]
 _read: Callable[[int, int], bytes]
@@ -642,7 +697,8 @@ if sys.platform == "win32":
     def _write_both(handle: int, prefix: bytes, body: memoryview) -> int:
         return _write(handle, prefix)
 
-    #: Windows has no read that puts bytes into a buffer.
+    #: Largest body that is copied into a caller's buffer, in bytes. Windows has no read
+    #: into a buffer.
     _COPIED_UP_TO: int = sys.maxsize
 
 else:

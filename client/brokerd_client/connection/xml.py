@@ -1,7 +1,7 @@
 """XmlListener and XmlClient: objects travel as XML-RPC values, not as pickles.
 
-What can be sent is less (numbers, text, lists, dictionaries, None), and receiving it
-runs nothing the peer says.
+Only numbers, text, lists, dictionaries and None can be sent. Receiving a value runs no
+code that the peer chooses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["XmlClient", "XmlConnection", "XmlListener"]
 
 
 class XmlConnection:
-    """A connection whose send and recv speak XML; all else is the connection's own."""
+    """A connection whose send and recv use XML; the rest is the connection's own."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -40,11 +40,17 @@ class XmlConnection:
         self._connection.close()
 
     def send(self, obj: Any) -> None:
-        """Send an object. Raises TypeError or OverflowError where XML-RPC has no such
-        value.
+        """Send an object.
+
+        Args:
+            obj: A value of XML-RPC.
+
+        Raises:
+            TypeError: XML-RPC has no such type.
+            OverflowError: The number is too large for XML-RPC.
+            OSError: The connection is closed or broken.
         """
-        # Here, not above: it brings the whole of http and ssl, which those who send no
-        # XML need not wait for.
+        # Not at the top of the module: it imports http and ssl, which takes long.
         import xmlrpc.client
 
         self._connection.send_bytes(xmlrpc.client.dumps((obj,), allow_none=True).encode())
@@ -52,8 +58,11 @@ class XmlConnection:
     def recv(self) -> Any:
         """Return the next object.
 
-        Raises UndecodablePayload: the message is not one value of XML-RPC; the
-        connection goes on with the next one. Else as Connection.recv_bytes.
+        Raises:
+            UndecodablePayload: The message is not one value of XML-RPC. The next call
+                returns the next message.
+            EOFError: As Connection.recv_bytes.
+            OSError: As Connection.recv_bytes.
         """
         return _decoded(self._connection.recv_bytes())
 
@@ -63,17 +72,17 @@ def _decoded(data: bytes) -> Any:
     import xmlrpc.client
 
     if b"<!DOCTYPE" in data:
-        # XML-RPC needs none. Entities declared in one could grow to gigabytes.
+        # Entities declared in a document type could grow to gigabytes.
         raise UndecodablePayload(
-            "the message declares a document type, as no value of XML-RPC does"
+            "the message declares a document type, which a value of XML-RPC never does"
         )
     try:
         values, method = xmlrpc.client.loads(data.decode())
         if method is not None:
             raise ValueError("a method call")
         (obj,) = values
-    # What the standard library's parser raises for XML of strange forms; none of it is
-    # an OSError.
+    # The errors of the standard library's parser for malformed XML. None of them is an
+    # OSError.
     except (
         xml.parsers.expat.ExpatError,
         xmlrpc.client.Error,
@@ -92,10 +101,19 @@ class XmlListener(Listener):
     """A Listener whose connections speak XML."""
 
     def accept(self, timeout: float | None = None) -> XmlConnection:  # type: ignore[override]
-        """Return the next connection, as Listener.accept."""
+        """Return the next connection.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
+
+        Raises:
+            TimedOut: No connection was ready in time.
+            Closed: As Listener.accept.
+            AuthenticationError: As Listener.accept.
+        """
         return XmlConnection(super().accept(timeout))
 
 
 def XmlClient(*args: Any, **kwargs: Any) -> XmlConnection:  # noqa: N802 - the standard library's name
-    """Return a connection that speaks XML; the parameters are Client's."""
+    """Connect to an XmlListener; the parameters, results and errors are Client's."""
     return XmlConnection(Client(*args, **kwargs))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from brokerd_client.connection import AuthenticationError, Client, Closed, Listener, TimedOut
 from brokerd_client.connection import listener as listener_module
-from brokerd_client.connection.handshaking import Negotiation, SocketPeer
+from brokerd_client.connection.handshaking import PendingHandshake, SocketPeer
 from brokerd_client.errors import FrameError
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import (
@@ -118,18 +118,16 @@ def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: boo
     that is expected of it.
     """
     ours, theirs = socket.socketpair()
-    conversation = (
-        as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
-    )
+    steps = as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
     peer_stream = SocketPeer(ours)
-    negotiation = Negotiation(peer_stream, conversation, KEY, None, 0.0)
+    pending_handshake = PendingHandshake(peer_stream, steps, KEY, None, 0.0)
     with theirs:
         try:
             for data in said:
                 theirs.sendall(data)
-                assert not negotiation.advance(), "nobody proves himself by chance"
+                assert not pending_handshake.advance(), "nobody proves himself by chance"
             theirs.shutdown(socket.SHUT_WR)
-            assert not negotiation.advance()
+            assert not pending_handshake.advance()
             pytest.fail("the end of the peer was not noticed")
         except (AuthenticationError, FrameError, EOFError):
             pass
@@ -159,12 +157,12 @@ def test_peer_that_rejects_us_is_told_apart(dial: Any) -> None:
     """When it is the peer that rejects the listener's proof, the error says that."""
     with Listener(authkey=KEY) as listener:
         peer = dial(listener.address)
-        conversation = as_dialer(KEY, bytes(40))
-        step: Any = next(conversation)
+        steps = as_dialer(KEY, bytes(40))
+        step: Any = next(steps)
         with pytest.raises(TimedOut):
             listener.accept(0)
         challenge = receive_frame(peer)
-        step = conversation.send(challenge)
+        step = steps.send(challenge)
         peer.sendall(frame(step.body))
         with pytest.raises(TimedOut):
             listener.accept(0)
@@ -223,7 +221,7 @@ def test_errors_go_to_who_asks_for_them(
     assert all(isinstance(error, AuthenticationError) for error, _ in told)
     assert "did not finish the handshake within 60 s" in reasons[silent]
     assert "did not finish the handshake within 60 s" in reasons[half]
-    assert "at most 256 are accepted: this is no handshake" in reasons[browser]
+    assert "at most 256 are accepted: this is not a handshake" in reasons[browser]
     assert "can't have the length -2" in reasons[negative]
     # The system may report an end with unread bytes behind it as a reset.
     assert "closed" in reasons[gone] or "reset" in reasons[gone]
@@ -240,7 +238,7 @@ def test_what_on_error_raises_is_raised(dial: Any) -> None:
 
     with Listener(authkey=KEY, on_error=complain) as listener:
         browser(dial(listener.address))
-        with pytest.raises(AuthenticationError, match="this is no handshake"):
+        with pytest.raises(AuthenticationError, match="this is not a handshake"):
             listener.accept(TIMEOUT_S)
 
 
@@ -300,7 +298,7 @@ def test_unfinished_handshakes_are_bounded(dial: Any, aside: Any) -> None:
         for peer in peers[:2]:
             assert peer.recv(1) == b""
         with Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepting.result(TIMEOUT_S):
-            assert len(listener._negotiations) <= 3
+            assert len(listener._pending_handshakes) <= 3
             peers[4].setblocking(False)
             with pytest.raises(BlockingIOError):
                 peers[4].recv(1)
@@ -343,15 +341,15 @@ def test_out_of_descriptors_the_oldest_stranger_goes(
     peer.
     """
     with Listener(authkey=KEY) as listener:
-        take = listener._server.take
+        accept = listener._server.accept
         failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
 
         def take_or_fail() -> Any:
-            if failures and listener._negotiations:
+            if failures and listener._pending_handshakes:
                 raise failures.pop()
-            return take()
+            return accept()
 
-        monkeypatch.setattr(listener._server, "take", take_or_fail)
+        monkeypatch.setattr(listener._server, "accept", take_or_fail)
         stranger = dial(listener.address)
         accepting = aside(listener.accept, TIMEOUT_S)
         receive_frame(stranger)
@@ -361,7 +359,7 @@ def test_out_of_descriptors_the_oldest_stranger_goes(
         def fail() -> Any:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-        monkeypatch.setattr(listener._server, "take", fail)
+        monkeypatch.setattr(listener._server, "accept", fail)
         dial(listener.address)
         with pytest.raises(OSError, match="Too many open files"):
             listener.accept(TIMEOUT_S)
@@ -375,8 +373,8 @@ def test_message_behind_the_welcome_is_delivered(dial: Any, aside: Any) -> None:
     with Listener(authkey=KEY) as listener:
         peer = dial(listener.address)
         accepting = aside(listener.accept, TIMEOUT_S)
-        conversation = as_dialer(KEY, bytes(40))
-        step: Any = next(conversation)
+        steps = as_dialer(KEY, bytes(40))
+        step: Any = next(steps)
         pending = b""
         while True:
             try:
@@ -385,10 +383,10 @@ def test_message_behind_the_welcome_is_delivered(dial: Any, aside: Any) -> None:
                     if step.body == b"#WELCOME#":
                         pending += frame(first) + frame(b"second")
                     peer.sendall(pending)
-                    step = conversation.send(None)
+                    step = steps.send(None)
                 else:
                     assert step is RECEIVE or step.made_with(KEY)
-                    step = conversation.send(receive_frame(peer) if step is RECEIVE else KEY)
+                    step = steps.send(receive_frame(peer) if step is RECEIVE else KEY)
             except StopIteration:
                 break
         with accepting.result(TIMEOUT_S) as connection:

@@ -60,7 +60,7 @@ def test_silent_listener_is_given_up(server: socket.socket) -> None:
     TimeoutError that names it.
     """
     before = time.monotonic()
-    with pytest.raises(TimedOut, match=r"listener at .* said nothing within 0\.05") as caught:
+    with pytest.raises(TimedOut, match=r"listener at .* sent nothing within 0\.05") as caught:
         Client(server.getsockname(), authkey="k", timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
     assert 0.05 <= time.monotonic() - before < TIMEOUT_S
@@ -121,7 +121,7 @@ def test_listener_that_hangs_up(server: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (b"\x7fELF and more", "at most 256 are accepted: this is no handshake"),
+        (b"\x7fELF and more", "at most 256 are accepted: this is not a handshake"),
         (b"\xff\xff\xff\xf0", "can't have the length -16"),
         (frame(b"hello"), "is authentication switched on at both ends"),
         (frame(b"#CHALLENGE#" + bytes(5)), "too short"),
@@ -216,7 +216,7 @@ def test_client_at_a_port_of_an_unknown_protocol_says_no_handshake(speech: bytes
     """Bytes of no known protocol are no handshake; no name is guessed."""
     with (
         speaking(speech + bytes(20)) as address,
-        pytest.raises(AuthenticationError, match="this is no handshake"),
+        pytest.raises(AuthenticationError, match="this is not a handshake"),
     ):
         Client(address, authkey=b"key", timeout=TIMEOUT_S)
 

@@ -33,7 +33,7 @@ one, other = Pipe()
 child = os.fork()
 if not child:
     print("child:", *sorted(calls), flush=True)
-    with one._sending:
+    with one._send_lock:
         grandchild = os.fork()
         if not grandchild:
             print("grandchild:", *sorted(calls), flush=True)

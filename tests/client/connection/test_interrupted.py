@@ -20,7 +20,7 @@ import pytest
 from support.interruption import RETURN, Interrupt, interrupted_at, random_signals
 
 from brokerd_client.connection import Client, Connection, Listener, Pipe, stream, wait
-from brokerd_client.connection.handshaking import Negotiation, SocketPeer
+from brokerd_client.connection.handshaking import PendingHandshake, SocketPeer
 from brokerd_client.errors import AuthenticationError
 from brokerd_client.wire.handshake import as_listener
 
@@ -60,9 +60,9 @@ def free_for_other_threads(connection: Connection) -> bool:
     found = []
 
     def look() -> None:
-        for turn in (connection._sending, connection._receiving):
-            if turn.acquire(blocking=False):
-                turn.release()
+        for lock in (connection._send_lock, connection._receive_lock):
+            if lock.acquire(blocking=False):
+                lock.release()
                 found.append(True)
 
     thread = threading.Thread(target=look)
@@ -448,12 +448,14 @@ def test_negotiation_interrupted_never_counts_as_through() -> None:
     with theirs:
         peer_stream = SocketPeer(ours)
         for bytecode in range(0, 300, 7):
-            negotiation = Negotiation(peer_stream, as_listener(bytes(40)), KEY, None, 0.0)
+            pending_handshake = PendingHandshake(
+                peer_stream, as_listener(bytes(40)), KEY, None, 0.0
+            )
             theirs.setblocking(False)
-            if interrupted_at(bytecode, negotiation.advance):
+            if interrupted_at(bytecode, pending_handshake.advance):
                 theirs.sendall(b"\0\0\0\4what")
                 with pytest.raises((AuthenticationError, OSError)):
-                    negotiation.advance()
+                    pending_handshake.advance()
                 with contextlib.suppress(BlockingIOError):
                     ours.recv(10_000)
         peer_stream.close()

@@ -457,7 +457,7 @@ def test_forked_child_is_not_locked_out(pair: tuple[Connection, Connection]) -> 
     lock of that thread's.
     """
     one, other = pair
-    with one._sending:
+    with one._send_lock:
         child = multiprocessing.get_context("fork").Process(
             target=one.send, args=("from the child",)
         )
