@@ -31,6 +31,9 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
     """Call the function and raise Interrupt before its bytecode of that number, counted
     over the library's frames.
 
+    NOT_TAKEN, of Python 3.14 and later, does not count: no handler covers it, and the
+    interpreter looks for no signals there.
+
     Return the name of that bytecode, "return to the caller" for the last one of the
     call, "" if it was not reached.
     """
@@ -42,11 +45,14 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
         if not frame.f_code.co_filename.startswith(_PACKAGE):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event != "opcode":
+            return trace
+        opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if opcode != "NOT_TAKEN":
             left -= 1
             if left < 0:
                 sys.settrace(None)
-                name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+                name = opcode
                 outermost = frame.f_back is None or not frame.f_back.f_code.co_filename.startswith(
                     _PACKAGE
                 )
