@@ -20,6 +20,7 @@ import pytest
 
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import (
+    CLIENT_MARK,
     LIMIT,
     NONCE_SIZE,
     Handshake,
@@ -53,14 +54,22 @@ class Recording(multiprocessing.connection.Connection):
 class Stock(threading.Thread):
     """The standard library's side of a handshake, in a thread; its outcome is what it
     raised, or None.
+
+    mark: follows the nonce in a challenge.
     """
 
     def __init__(
-        self, handle: int, nonce: bytes, steps: list[Callable[[Any, bytes], None]], key: bytes
+        self,
+        handle: int,
+        nonce: bytes,
+        steps: list[Callable[[Any, bytes], None]],
+        key: bytes,
+        mark: bytes = b"",
     ) -> None:
         super().__init__(daemon=True)
         self.connection = Recording(handle)
         self.nonce = nonce
+        self.mark = mark
         self.steps = steps
         self.key = key
         self.outcome: BaseException | None = None
@@ -95,7 +104,9 @@ def known_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def urandom(size: int) -> bytes:
         thread = threading.current_thread()
-        return thread.nonce[:size] if isinstance(thread, Stock) else draw(size)
+        if not isinstance(thread, Stock):
+            return draw(size)
+        return thread.nonce[:size] + thread.mark
 
     monkeypatch.setattr(os, "urandom", urandom)
 
@@ -134,13 +145,15 @@ def play(conversation: Handshake, sock: socket.socket, key: bytes = KEY) -> byte
         return bytes(written)
 
 
-def both_stock(listener_key: bytes = KEY, dialer_key: bytes = KEY) -> tuple[Stock, Stock]:
+def both_stock(
+    listener_key: bytes = KEY, dialer_key: bytes = KEY, mark: bytes = b""
+) -> tuple[Stock, Stock]:
     """Return the two sides of the standard library's handshake with itself, when both
     are done.
     """
     ours, theirs = socket.socketpair()
     listener = Stock(ours.detach(), NONCE, [DELIVER, ANSWER], listener_key)
-    dialer = Stock(theirs.detach(), OTHER_NONCE, [ANSWER, DELIVER], dialer_key)
+    dialer = Stock(theirs.detach(), OTHER_NONCE, [ANSWER, DELIVER], dialer_key, mark)
     listener.join(TIMEOUT_S)
     dialer.join(TIMEOUT_S)
     return listener, dialer
@@ -149,10 +162,11 @@ def both_stock(listener_key: bytes = KEY, dialer_key: bytes = KEY) -> tuple[Stoc
 @pytest.mark.usefixtures("known_nonces")
 @pytest.mark.skipif(ONLY_MD5, reason="the interpreter knows HMAC-MD5 only")
 def test_our_handshake_is_the_interpreters_byte_for_byte() -> None:
-    """With the same key and nonces, each of our roles writes exactly what the standard
-    library's writes.
+    """With the same key and nonces, each of our roles writes exactly the bytes of the
+    standard library's, but for the mark of a client's challenge.
     """
-    stock_listener, stock_dialer = both_stock()
+    stock_listener, _ = both_stock()
+    _, stock_dialer = both_stock(mark=CLIENT_MARK)
     with stream() as (handle, sock):
         dialer = Stock(handle, OTHER_NONCE, [ANSWER, DELIVER], KEY)
         our_listener_wrote = play(as_listener(NONCE), sock)
