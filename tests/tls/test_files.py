@@ -487,7 +487,7 @@ def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path
         missing = run(brokerctl, [*access, "ping"])
         assert (missing.exit_code, "brokerctl --ca" in missing.stderr) == (1, True)
         refused = run(brokerctl, [*access, "--ca", str(authority.file), "ping"])
-        assert (refused.exit_code, "demands a client certificate" in refused.stderr) == (1, True)
+        assert (refused.exit_code, "requires a client certificate" in refused.stderr) == (1, True)
         absent = run(brokerctl, [*access, "--ca", str(tmp_path / "none"), "ping"])
         assert (absent.exit_code, "give certificates in PEM" in absent.stderr) == (2, True)
         half = run(

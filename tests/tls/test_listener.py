@@ -119,9 +119,12 @@ def test_no_certificate_where_one_is_demanded(
 ) -> None:
     """Both sides say that a client's certificate is missing."""
     with running_daemon(demanding(server, authority, {})) as here:
-        with pytest.raises(TlsError, match="demands a client certificate"):
+        with pytest.raises(TlsError, match="requires a client certificate"):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
-        assert "it shows no certificate, and this listener demands one (client_ca)" in refusal(here)
+        assert (
+            "the client sent no certificate, and this listener requires one (client_ca)"
+            in refusal(here)
+        )
 
 
 def test_certificate_of_a_stranger_s_authority(
@@ -134,7 +137,7 @@ def test_certificate_of_a_stranger_s_authority(
             face.connect(
                 str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger)
             )
-        assert "its certificate is not accepted" in refusal(here)
+        assert "the client's certificate is not accepted" in refusal(here)
 
 
 def test_certificates_may_be_optional(face: Face, server: Issued, authority: Authority) -> None:
@@ -189,7 +192,7 @@ def test_unknown_issuer_is_said_on_both_sides(
     """
     with pytest.raises(TlsError, match=r"can't be verified.*cafile"):
         face.connect(str(here.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context())
-    assert "it does not accept this listener's certificate" in refusal(here)
+    assert "the client does not accept this listener's certificate" in refusal(here)
     assert here.log.named("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
@@ -199,7 +202,7 @@ def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority:
     with running_daemon(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
         with pytest.raises(TlsError, match=r"is for another host.*127\.0\.0\.1"):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
-        assert "it does not accept this listener's certificate" in refusal(here)
+        assert "the client does not accept this listener's certificate" in refusal(here)
 
 
 def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext) -> None:
@@ -232,7 +235,7 @@ def test_plain_client_that_speaks_at_a_listener_with_tls(here: RunningDaemon) ->
     with Raw(here.address) as raw:
         raw.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40)))
         raw.read_to_end()
-    assert "it does not speak TLS, which this listener does" in refusal(here)
+    assert "the client does not speak TLS, which this listener requires" in refusal(here)
 
 
 @pytest.mark.parametrize("minimum", ["1.2", "1.3"])
@@ -251,7 +254,7 @@ def test_old_version_needs_the_minimum_lowered(
             face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
             assert here.log.wait("client.connected")[0].fields["tls"] == "TLSv1.2"
         else:
-            with pytest.raises(TlsError, match="no version of TLS that is allowed"):
+            with pytest.raises(TlsError, match="no TLS version that is allowed"):
                 face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
             assert 'minimum: "1.2"' in refusal(here)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 from brokerd_client.address import Address
 from brokerd_client.aio.transport import Hearer, Resolver, Transport, dial
 from brokerd_client.errors import Disconnected, TlsError
-from brokerd_client.tls.engine import Engine, explained
+from brokerd_client.tls.engine import Engine, explain
 
 __all__ = ["TlsTransport", "dial_tls"]
 
@@ -105,7 +105,7 @@ class TlsTransport(Transport):
 
     def connection_lost(self, error: Exception | None) -> None:
         """asyncio.Protocol: the connection is closed or lost."""
-        self._opened(error or explained(ssl.SSLEOFError(), listener=False))
+        self._opened(error or explain(ssl.SSLEOFError(), listener=False))
         super().connection_lost(self._error or error)
 
 

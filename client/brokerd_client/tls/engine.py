@@ -17,7 +17,7 @@ from brokerd_client.wire import certificate
 from brokerd_client.wire.channel_binding import END_POINT, EXPORTER
 from brokerd_client.wire.foreign_protocols import foreign_speech
 
-__all__ = ["Engine", "explained", "room"]
+__all__ = ["Engine", "explain", "thread_buffer"]
 
 #: The first byte of a record: change_cipher_spec, alert, handshake or application_data
 #: (RFC 8446, 5.1).
@@ -34,9 +34,9 @@ class Engine:
 
     Args:
         context: The context of a client or a listener, according to ``end_point``.
-        hostname: For a client, the name of the host that it connects to. end_point: For
-        a listener, the binding data of its certificate. None for a client,
-            which computes them.
+        hostname: For a client, the name of the host that it connects to.
+        end_point: For a listener, the binding data of its certificate; None for a
+            client, which computes them.
     """
 
     __slots__ = (
@@ -78,8 +78,8 @@ class Engine:
         if not self._heard and data:
             self._heard = True
             if data[0] not in _RECORD_TYPES:
-                speech = "" if self._end_point is not None else foreign_speech(data)
-                raise TlsError(speech or _NO_TLS[self._end_point is not None])
+                protocol = "" if self._end_point is not None else foreign_speech(data)
+                raise TlsError(protocol or _NO_TLS[self._end_point is not None])
         self._incoming.write(data)
 
     def feed_end(self) -> None:
@@ -108,9 +108,9 @@ class Engine:
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLError as error:
-            raise self._explained(error) from error
+            raise self._error_for(error) from error
         except ValueError as error:
-            # The hostname is one that no certificate can have.
+            # No certificate can have this hostname.
             raise TlsError(str(error)) from error
         self.ready = True
         # Bytes that followed the handshake's last bytes have been fed with them.
@@ -124,17 +124,17 @@ class Engine:
         """
         if self._error is not None:
             raise self._error
-        got, size = 0, len(view)
+        count, size = 0, len(view)
         self.more = False
         try:
-            while got < size:
+            while count < size:
                 # With a buffer, read() returns the number of bytes that it has put
                 # there.
-                count = cast("int", self._ssl.read(size - got, cast("bytearray", view[got:])))
-                if not count:
+                added = cast("int", self._ssl.read(size - count, cast("bytearray", view[count:])))
+                if not added:
                     self.ended = True
-                    return got
-                got += count
+                    return count
+                count += added
             self.more = True
         except ssl.SSLWantReadError:
             pass
@@ -143,11 +143,11 @@ class Engine:
             # alert (close_notify) can't hide a truncation.
             self.ended = True
         except ssl.SSLError as error:
-            self._error = self._explained(error)
-            if not got:
+            self._error = self._error_for(error)
+            if not count:
                 raise self._error from error
             self.more = True
-        return got
+        return count
 
     def read(self) -> bytes:
         """Return all bytes that have arrived.
@@ -155,7 +155,7 @@ class Engine:
         Raises TlsError, but only after the bytes before the error have been returned.
         """
         pieces: list[bytes] = []
-        buffer = room()
+        buffer = thread_buffer()
         self.more = True
         while self.more and not (pieces and self._error is not None):
             pieces.append(bytes(buffer[: self.read_into(buffer)]))
@@ -168,15 +168,15 @@ class Engine:
             while view:
                 view = view[self._ssl.write(cast("bytes", view)) :]
         except ssl.SSLError as error:
-            raise self._explained(error) from error
+            raise self._error_for(error) from error
 
-    def _explained(self, error: ssl.SSLError) -> TlsError:
+    def _error_for(self, error: ssl.SSLError) -> TlsError:
         if self.ready and isinstance(error, ssl.SSLEOFError):
             return TlsError("the peer has closed the connection")
         if self.ready and getattr(error, "reason", None) in _VERSION_REASONS:
             # Both ends had agreed on a version before.
-            return TlsError("TLS failed: what came is not TLS")
-        return explained(error, listener=self._end_point is not None)
+            return TlsError("TLS failed: the received bytes are not TLS")
+        return explain(error, listener=self._end_point is not None)
 
     def finish(self) -> None:
         """End the sending side, with TLS's closing alert (close_notify)."""
@@ -189,23 +189,23 @@ class Engine:
     def bindings(self) -> dict[str, bytes]:
         """The channel bindings, available after the handshake. Raises TlsError."""
         if self._end_point is not None:
-            found = {END_POINT: self._end_point}
+            bindings = {END_POINT: self._end_point}
         else:
             der = self._ssl.getpeercert(binary_form=True)
             if der is None:
                 raise TlsError(
-                    "the listener shows no certificate, so that the key can't be bound to its"
-                    " channel"
+                    "the listener sent no certificate, so the key can't be bound to its TLS"
+                    " connection"
                 )
             try:
-                found = {END_POINT: certificate.end_point(der)}
+                bindings = {END_POINT: certificate.end_point(der)}
             except ValueError as error:
                 raise TlsError(f"the listener's certificate can't be read: {error}") from error
         if EXPORTER in ssl.CHANNEL_BINDING_TYPES:
             data = self._ssl.get_channel_binding(EXPORTER)
             if data:
-                found[EXPORTER] = data
-        return found
+                bindings[EXPORTER] = data
+        return bindings
 
     @property
     def version(self) -> str:
@@ -222,46 +222,45 @@ class Engine:
         """The subject of the peer's certificate: OpenSSL's names and their values, in
         order.
         """
-        found = self._ssl.getpeercert() or {}
-        parts = found.get("subject", ())
+        fields = self._ssl.getpeercert() or {}
+        parts = fields.get("subject", ())
         return tuple((name, value) for part in parts for name, value in part)  # type: ignore[misc,str-unpack,unused-ignore]
 
 
-class _Rooms(threading.local):
+class _ThreadBuffer(threading.local):
     """The buffer in which one thread decrypts input, for one engine after the other."""
 
-    room: memoryview | None = None
+    view: memoryview | None = None
 
 
-_rooms: Final = _Rooms()
+_thread_buffer: Final = _ThreadBuffer()
 
 
-def room() -> memoryview:
-    """Return this thread's buffer.
+def thread_buffer() -> memoryview:
+    """Return this thread's buffer for decrypted bytes.
 
     It is made once, because making it costs as much as decrypting a small message.
     """
-    if _rooms.room is None:
-        _rooms.room = memoryview(bytearray(_PIECE))
-    return _rooms.room
+    if _thread_buffer.view is None:
+        _thread_buffer.view = memoryview(bytearray(_PIECE))
+    return _thread_buffer.view
 
 
 #: The error texts, by whether this end is the listener.
 _NO_TLS: Final = {
     False: "the peer does not speak TLS: a plain listener is reached without tls:// and ssl=",
     True: (
-        "it does not speak TLS, which this listener does: give it the address tls://HOST:PORT, or"
-        " another listener"
+        "the client does not speak TLS, which this listener requires: give it the address"
+        " tls://HOST:PORT, or another listener"
     ),
 }
 _VERSION: Final = {
     False: (
-        "the broker speaks no version of TLS that is allowed here: its listen entry says which it"
-        " does (minimum)"
+        "the broker supports no TLS version that is allowed here: see minimum in its listen entry"
     ),
     True: (
-        "it speaks no version of TLS that is allowed here: it must be newer, or the listen entry"
-        ' say minimum: "1.2"'
+        "the client supports no TLS version that is allowed here: update the client, or set"
+        ' minimum: "1.2" in the listen entry'
     ),
 }
 _VERSION_REASONS: Final = (
@@ -271,8 +270,8 @@ _VERSION_REASONS: Final = (
     "NO_PROTOCOLS_AVAILABLE",
 )
 _CLOSED: Final = {
-    False: "the broker closed the connection during the TLS handshake: its log says why",
-    True: "closed by the peer during the TLS handshake",
+    False: "the broker closed the connection during the TLS handshake: see the broker's log",
+    True: "the client closed the connection during the TLS handshake",
 }
 #: The alerts with which a peer rejects this end's certificate.
 _ALERTS: Final = (
@@ -284,7 +283,7 @@ _ALERTS: Final = (
 )
 
 
-def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
+def explain(error: ssl.SSLError, *, listener: bool) -> TlsError:
     """Return an error whose text tells what would be right.
 
     Args:
@@ -293,56 +292,60 @@ def explained(error: ssl.SSLError, *, listener: bool) -> TlsError:
     """
     reason = str(getattr(error, "reason", None) or "")
     if isinstance(error, ssl.SSLEOFError):
-        cut = TlsError(_CLOSED[listener])
-        cut.cut_off = True
-        return cut
+        closed = TlsError(_CLOSED[listener])
+        closed.cut_off = True
+        return closed
     if isinstance(error, ssl.SSLCertVerificationError):
-        what = str(error.verify_message).rstrip(".")
+        reason = str(error.verify_message).rstrip(".")
         if listener:
             return TlsError(
-                f"its certificate is not accepted: {what} (client_ca says who may issue it)"
+                f"the client's certificate is not accepted: {reason} (client_ca names the accepted"
+                " issuers)"
             )
-        if "ismatch" in what:
+        if "ismatch" in reason:
             return TlsError(
-                f"the broker's certificate is for another host: {what} (connect to a name that is"
-                " in it)"
+                f"the broker's certificate is for another host: {reason} (connect to a name that"
+                " is in it)"
             )
         return TlsError(
-            f"the broker's certificate can't be verified: {what} (name the CA that issued it: "
+            f"the broker's certificate can't be verified: {reason} (name the CA that issued it: "
             "ssl.create_default_context(cafile=...), brokerctl --ca)"
         )
     if "ALERT" in reason:
-        return TlsError(_alert(reason.lower().replace("_", " "), reason, listener=listener))
+        return TlsError(_alert_text(reason.lower().replace("_", " "), reason, listener=listener))
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return TlsError("it shows no certificate, and this listener demands one (client_ca)")
+        return TlsError(
+            "the client sent no certificate, and this listener requires one (client_ca)"
+        )
     if reason in _VERSION_REASONS:
         return TlsError(_VERSION[listener])
     return TlsError(f"TLS failed: {reason.lower().replace('_', ' ') or error}")
 
 
-def _alert(said: str, reason: str, *, listener: bool) -> str:
+def _alert_text(alert: str, reason: str, *, listener: bool) -> str:
     if "PROTOCOL_VERSION" in reason:
         return _VERSION[listener]
+    rejects_certificate = any(name in reason for name in _ALERTS)
     if listener:
-        if any(alert in reason for alert in _ALERTS):
+        if rejects_certificate:
             return (
-                f"it does not accept this listener's certificate: {said} (it needs the CA that"
-                " issued it, and to connect to a name that is in it)"
+                f"the client does not accept this listener's certificate: {alert} (the client"
+                " needs the CA that issued it, and must connect to a name that is in it)"
             )
-        return f"it broke TLS off: {said}"
+        return f"the client ended TLS with an alert: {alert}"
     if "CERTIFICATE_REQUIRED" in reason:
         return (
-            "the broker demands a client certificate (load one into the ssl context, brokerctl"
+            "the broker requires a client certificate (load one into the ssl context, brokerctl"
             " --cert)"
         )
-    if any(alert in reason for alert in _ALERTS):
+    if rejects_certificate:
         return (
-            f"the broker does not accept our certificate: {said} (its client_ca says who may"
-            " issue it)"
+            f"the broker does not accept our certificate: {alert} (client_ca in its configuration"
+            " names the accepted issuers)"
         )
     if "HANDSHAKE_FAILURE" in reason:
         return (
-            f"the broker broke TLS off: {said} (it may demand a client certificate; its log says"
-            " why)"
+            f"the broker ended TLS with an alert: {alert} (it may require a client certificate;"
+            " see its log)"
         )
-    return f"the broker broke TLS off: {said}"
+    return f"the broker ended TLS with an alert: {alert}"

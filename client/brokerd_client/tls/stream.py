@@ -5,8 +5,7 @@ stream must know these differences from a socket:
 
 - bytes may be here already when the system says that there are none: ``buffered``;
 - bytes that were taken may not be written yet, at most one piece of them: ``unsent``.
-  They
-  are written when :meth:`flush` returns True.
+  They are written when :meth:`flush` returns True.
 
 Reading may write (an answer to the peer's TLS); writing never reads.
 
@@ -27,7 +26,7 @@ import ssl
 from typing import Final
 
 from brokerd_client.errors import TlsError
-from brokerd_client.tls.engine import Engine, room
+from brokerd_client.tls.engine import Engine, thread_buffer
 
 __all__ = ["TlsStream"]
 
@@ -144,7 +143,7 @@ class TlsStream:
 
     def _begin(self) -> None:
         if self._torn:
-            raise TlsError("an exception at this end cut off a read or a write")
+            raise TlsError("an exception at this end interrupted a read or a write")
         self._torn = True
 
     def _receive_into(self, view: memoryview, size: int = 0) -> int:
@@ -198,7 +197,7 @@ class TlsStream:
     def recv(self, size: int) -> bytes:
         """Read as a socket does; b"" is the end. Raises OSError."""
         self._begin()
-        view = room()[:size]
+        view = thread_buffer()[:size]
         try:
             data = bytes(view[: self._receive_into(view)])
         except OSError as error:
