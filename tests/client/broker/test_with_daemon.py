@@ -14,7 +14,7 @@ from support.waiting import until
 
 import brokerd_client
 from brokerd.testing import RunningBroker, running
-from brokerd_client._common import warning_limiter as undelivered
+from brokerd_client._common import rate_limit
 from brokerd_client.errors import (
     AlreadyAnswered,
     AuthenticationError,
@@ -376,7 +376,7 @@ def test_many_undelivered_sends_are_counted_in_the_log(
     """A few have their lines and one line counts the others, a while later and though
     nothing else happens.
     """
-    monkeypatch.setattr(undelivered, "_PERIOD_S", 0.1)
+    monkeypatch.setattr(rate_limit, "_PERIOD_S", 0.1)
     alice = connect("alice")
     alice.send_many([("carol", number) for number in range(100)])
     until(lambda: sum(lines_and_counts(caplog)) == 100)
