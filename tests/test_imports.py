@@ -159,7 +159,7 @@ TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
     ("brokerd.core.*", "brokerd.core.broker"): "functions that Broker calls are given it",
     ("brokerd.core.session", "brokerd.core.*"): "a session keeps state for the other modules",
     ("brokerd.core.*", "brokerd.core.session"): "the routing loop is given the sender's session",
-    ("brokerd.net.*", "brokerd.net.server"): "the parts of Server are given it",
+    ("brokerd.net.context", "brokerd.net.*"): "the parts of Server share these services",
     (
         "brokerd.net.handshake.*",
         "brokerd.net.handshake.pending",

@@ -18,8 +18,10 @@ from brokerd.core.goaway import drain_in_steps
 from brokerd.net.graceful_close import Parting, Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from brokerd.core.session import Session
-    from brokerd.net.server import Server
+    from brokerd.net.context import Context
 
 __all__ = ["Drained", "Draining"]
 
@@ -47,15 +49,34 @@ class Drained(NamedTuple):
 
 
 class Draining:
-    """One drain of a server."""
+    """One drain of a server.
 
-    def __init__(self, server: Server, timeout_s: float) -> None:
-        self._server = server
-        self._broker = server.broker
-        self._loop = server.loop
+    timeout_s: seconds until connections that do not read are cut off.
+    stop_accepting: closes every listening socket, and refuses all pending connections.
+    cut_off: closes everything at once, and returns how many connections had bytes on
+        their way.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        timeout_s: float,
+        *,
+        stop_accepting: Callable[[], None],
+        cut_off: Callable[[], int],
+    ) -> None:
+        self._stop_accepting = stop_accepting
+        self._cut_off_all = cut_off
+        self._broker = context.broker
+        self._loop = context.loop
+        self._settle = context.settlement.settle
+        self._connections = context.connections
+        self._connections.linger_s = timeout_s
+        self._connections.on_leaving = self._on_leaving
+        context.settlement.has_turns = False
         self._deadline = self._loop.time() + timeout_s
         self._before = self._broker.returned.copy()
-        self._parting = Parting(server, lambda connection: True, "the broker is shutting down")
+        self._parting = Parting(context, lambda connection: True, "the broker is shutting down")
         self._turns = Turns(self._loop)
         #: For each session with a filled outbox: the number of frames that wait, and of
         #: frames that the system had taken.
@@ -64,13 +85,13 @@ class Draining:
 
     async def run(self) -> Drained:
         """Close every connection gracefully; return the result."""
-        server, broker = self._server, self._broker
-        server.stop_accepting()
+        broker, connections = self._broker, self._connections
+        self._stop_accepting()
         for _ in drain_in_steps(broker):
-            server.settle()
+            self._settle()
             await self._turns.yield_if_due()
-        server.settle()
-        for connection in list(server.connections):
+        self._settle()
+        for connection in list(connections.established):
             outbox = connection.session.outbox
             if outbox.waiting and not connection.closed:
                 unsent = outbox.unsent
@@ -79,13 +100,13 @@ class Draining:
         await self._flush()
         slow = await self._cut_off()
         await self._tell()
-        for connection in list(server.connections):
+        for connection in list(connections.established):
             if not connection.closed:
                 slow += bool(connection.session.outbox.waiting)
                 self._parting.count_unread(connection)
                 connection.lost("the broker stopped")
                 await self._turns.yield_if_due()
-        cut_off = slow + server.cut_off()
+        cut_off = slow + self._cut_off_all()
         returned = broker.returned - self._before
         # An error that its sender has not read has reported nothing.
         reported = max(0, returned["reported"] - broker.unheard["offline"])
@@ -97,7 +118,7 @@ class Draining:
         )
         return Drained(cut_off, self._flushed, reported, lost)
 
-    def on_leaving(self, session: Session) -> None:
+    def _on_leaving(self, session: Session) -> None:
         """Count the waiting frames that were written to a session that is about to end."""
         unsent, taken = self._waited.pop(session, (0, 0))
         if unsent:
@@ -114,18 +135,18 @@ class Draining:
 
     async def _is_empty_within(self, seconds: float) -> bool:
         """Wait for the end of all connections; return whether all have ended."""
-        server = self._server
-        server.empty.clear()
-        if server.connections or server.is_lingering:
+        connections = self._connections
+        connections.empty.clear()
+        if not connections.is_empty:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(server.empty.wait(), seconds)
-        return not (server.connections or server.is_lingering)
+                await asyncio.wait_for(connections.empty.wait(), seconds)
+        return connections.is_empty
 
     async def _cut_off(self) -> int:
         """Close the connections that have unwritten output; return how many those were."""
         count = 0
         until = self._deadline + _TELL
-        for connection in list(self._server.connections):
+        for connection in list(self._connections.established):
             if connection.session.outbox.waiting and not connection.closed:
                 if self._loop.time() >= until:
                     break
@@ -139,14 +160,14 @@ class Draining:
         """Report undelivered messages to their senders, and close the senders'
         connections.
         """
-        broker, server = self._broker, self._server
+        broker = self._broker
         until = self._loop.time() + _TELL
         while broker.owes_answers and self._loop.time() < until:
             broker.run_deferred(_SLICE)
-            server.settle()
+            self._settle()
             await asyncio.sleep(0)
         for session in list(broker.finishing):
             broker.answer_finished(session)
         await self._parting.end(until)
-        server.settle()
+        self._settle()
         await self._is_empty_within(_WRITE)

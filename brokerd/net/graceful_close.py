@@ -17,10 +17,11 @@ from brokerd.core.goaway import has_finished, part
 from brokerd_client.wire.envelope import ErrorCode
 
 if TYPE_CHECKING:
+    from brokerd.core.broker import Broker
     from brokerd.core.exchange import Client
     from brokerd.core.session import Session
     from brokerd.net.connection.connection import Connection
-    from brokerd.net.server import Server
+    from brokerd.net.context import Context
 
 __all__ = ["Finishing", "Parting", "Turns"]
 
@@ -59,15 +60,19 @@ class Finishing:
     some wait.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, broker: Broker, settle: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._broker = broker
+        self._settle = settle
         self._timer: asyncio.Handle | None = None
         self._left: list[Session] = []
 
     def look_soon(self) -> None:
         """Schedule a look for the next turn, unless a look is scheduled."""
         if self._timer is None:
-            self._timer = self._server.loop.call_soon(self._look)
+            self._timer = self._loop.call_soon(self._look)
 
     def close(self) -> None:
         """Cancel the scheduled look."""
@@ -75,18 +80,18 @@ class Finishing:
             self._timer.cancel()
 
     def _look(self) -> None:
-        server, loop = self._server, self._server.loop
+        broker, loop = self._broker, self._loop
         self._timer = None
         began = loop.time()
-        self._left = self._left or list(server.broker.finishing)
+        self._left = self._left or list(broker.finishing)
         while self._left and loop.time() < began + _TURN:
             session = self._left.pop()
-            if session in server.broker.finishing:
-                server.broker.answer_finished(session)
-        if server.broker.finishing:
+            if session in broker.finishing:
+                broker.answer_finished(session)
+        if broker.finishing:
             pause = 0.0 if self._left else max(_LOOK_AGAIN, _COST * (loop.time() - began))
             self._timer = loop.call_later(pause, self._look)
-        server.settle()
+        self._settle()
 
 
 class Parting:
@@ -97,12 +102,12 @@ class Parting:
     counted: messages that were neither routed nor reported, because the time was over.
     """
 
-    def __init__(self, server: Server, concerns: Callable[[Connection], bool], why: str) -> None:
-        self._server = server
-        self._broker = server.broker
+    def __init__(self, context: Context, concerns: Callable[[Connection], bool], why: str) -> None:
+        self._context = context
+        self._broker = context.broker
         self._concerns = concerns
         self._why = why
-        self._turns = Turns(server.loop)
+        self._turns = Turns(context.loop)
         #: Number of reads of each connection before its half-close.
         self._reads: dict[Connection, int] = {}
         #: For each connection that should close by itself: its progress at the last
@@ -115,7 +120,8 @@ class Parting:
 
     def connections(self) -> list[Connection]:
         """Return the connections that have not ended."""
-        return [connection for connection in self._server.connections if self._concerns(connection)]
+        established = self._context.connections.established
+        return [connection for connection in established if self._concerns(connection)]
 
     async def look(self, until: float) -> float:
         """Take the next step for each connection; return the seconds until the next
@@ -123,7 +129,7 @@ class Parting:
 
         until: when to stop, in the time of the event loop.
         """
-        loop = self._server.loop
+        loop = self._context.loop
         began = loop.time()
         fed, self._fed = self._fed, set()
         for connection in self.connections():
@@ -131,7 +137,7 @@ class Parting:
                 break
             if not connection.closed and not connection.session.closing:
                 self._go_on(connection, fed)
-                self._server.settle()
+                self._context.settlement.settle()
                 await self._turns.yield_if_due()
         return max(_LOOK_AGAIN, _COST * (loop.time() - began))
 
@@ -174,7 +180,7 @@ class Parting:
 
     def _is_silent(self, connection: Connection) -> bool:
         """Return whether this connection has had no new input for some time."""
-        now = self._server.loop.time()
+        now = self._context.loop.time()
         progress, since = self._still.get(connection, ((), now))
         if progress != connection.progress or connection.session.held_by is not None:
             self._still[connection] = connection.progress, now
@@ -187,14 +193,14 @@ class Parting:
         Waiting messages have been written by now, or are lost. until: in the time of
         the event loop.
         """
-        loop = self._server.loop
+        loop = self._context.loop
         for connection in self.connections():
             if loop.time() >= until:
                 return
             if not connection.closed and not connection.session.closing:
                 self.count_unread(connection)
                 self._broker.close(connection.session, self._why, code=ErrorCode.SHUTTING_DOWN)
-                self._server.settle()
+                self._context.settlement.settle()
                 await self._turns.yield_if_due()
 
     def count_unread(self, connection: Connection) -> None:

@@ -30,6 +30,7 @@ from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.graceful_close import Parting
 from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.pending import PendingConnection
+from brokerd.net.handshake.refusals import note_refusal
 from brokerd.net.listen.listener import ListenError, Listening
 from brokerd.net.server import Server
 from brokerd_client.address import Address
@@ -159,7 +160,7 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         passing.copier,
     )
     copied, passed = taken.copied, passing.passed
-    lingering = server.lingering()
+    lingering = server.context.connections.lingering
     pending_connections = [
         pending
         for pending in server.pending_handshakes.pending_connections()
@@ -203,7 +204,7 @@ async def let_go_of_bound(server: Server, why: str) -> None:
     No such connection is accepted from now on: see ``Server.accept_bound``.
     """
     server.hold_back_bound()
-    parting = Parting(server, lambda connection: not connection.can_hand_over, why)
+    parting = Parting(server.context, lambda connection: not connection.can_hand_over, why)
     deadline = server.loop.time() + GRACE
     while parting.connections() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
         await asyncio.sleep(await parting.look(deadline))
@@ -333,7 +334,9 @@ class Ahead:
         sock, connection = self._sockets.pop(number), self._connections.pop(number, None)
         if connection is None or connection.session is not session:
             # This process's configuration does not know the name of its client.
-            connection = Connection(self._server, sock, Credential(session.client.config, _GONE))
+            connection = Connection(
+                self._server.context, sock, Credential(session.client.config, _GONE)
+            )
             connection.session, session.connection = session, connection
             self.unauthorized_connections.update(self._server.reasons([connection]))
         return connection
@@ -363,7 +366,9 @@ def _opened(facts: Facts, descriptor: int) -> socket.socket:
 
 def _link_of(server: Server, session: Session, sock: socket.socket, facts: Facts) -> Connection:
     credential = server.keyring.find(facts["client"], facts["key"])
-    connection = Connection(server, sock, credential or Credential(session.client.config, _GONE))
+    connection = Connection(
+        server.context, sock, credential or Credential(session.client.config, _GONE)
+    )
     connection.session, session.connection = session, connection
     return connection
 
@@ -482,19 +487,20 @@ class RestoredState:
                 self._alter(listening, entry)
         server.start([each for each, _ in self._listening])
         server.start(self._opened)
-        server.connections.update(self.connections)
+        server.context.connections.established.update(self.connections)
         for connection in self._fresh:
             self._begin_with(connection)
         self._waiting = iter(self._idle)
         server.loop.call_soon(self._begin_with_some)
         for sock, left_s in self._lingering:
-            server.linger(sock, left_s)
+            server.context.connections.linger(sock, left_s)
         for pending, welcomed in self._pending_connections:
             if welcomed is not None:
                 pending.credential = server.keyring.find(*welcomed)
             if welcomed is not None and pending.credential is None:
                 pending.sock.close()
-                server.on_refused(
+                note_refusal(
+                    server.context,
                     pending,
                     "the key it uses was removed from the configuration",
                     HandshakeOutcome.REJECTED,
@@ -517,7 +523,7 @@ class RestoredState:
         server.settle()
 
     def _begin_with(self, connection: Connection) -> None:
-        self._server.liveness.reset_recheck(connection, inherited=True)
+        self._server.context.liveness.add(connection, inherited=True)
         connection.go_on()
 
     def _begin_with_some(self) -> None:

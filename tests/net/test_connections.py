@@ -204,7 +204,7 @@ def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
         def leave() -> str | None:
             # In the broker's own thread, so that it does not look before everything is
             # there. Each of them leaves the routing loop.
-            server.turn_budget = 4
+            server.context.turn_budget = 4
             alice.write(b"".join(events[:100]))
             alice.close()
             return server.room_for("alice")
@@ -462,7 +462,9 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
         assert not broker.log.named("client.refused")
         server = broker.daemon._server
         assert server is not None
-        assert broker.call(lambda: (len(server.connections), len(server._lingering))) == (0, 0)
+        assert broker.call(
+            lambda: (len(server.connections), len(server.context.connections.lingering))
+        ) == (0, 0)
 
 
 def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:

@@ -29,8 +29,7 @@ from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.core.topics import Topics
 from brokerd.net import drain as draining
-from brokerd.net import server
-from brokerd.net.connection import connection as connection
+from brokerd.net.connection import connection, connections
 
 LISTENS = ["127.0.0.1:0", "unix"]
 
@@ -118,7 +117,7 @@ def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPat
     it.
     """
     monkeypatch.setattr(connection, "GRACE", 0.0)
-    monkeypatch.setattr(server, "GRACE", 0.0)
+    monkeypatch.setattr(connections, "GRACE", 0.0)
     limits = {"drain_timeout": "60s"}
     with (
         served(limits=limits) as broker,
@@ -303,8 +302,8 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
     clocks: list[Clock] = []
     begin = draining.Draining.__init__
 
-    def with_clock(self: draining.Draining, *given: Any) -> None:
-        begin(self, *given)
+    def with_clock(self: draining.Draining, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
         monkeypatch.setattr(self, "_loop", clocks[0])
 
     def slow_down(broker: RunningDaemon) -> None:

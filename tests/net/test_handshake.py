@@ -536,7 +536,7 @@ def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
                 alice.ping()
             server = broker.daemon._server
             assert server is not None
-            assert broker.call(lambda: len(server._pending_handshakes)) == 4
+            assert broker.call(lambda: len(server.pending_handshakes)) == 4
         finally:
             for peer in silent:
                 peer.close()
@@ -564,7 +564,7 @@ def test_a_peer_that_resets_is_forgotten() -> None:
         # Whether the bytes are seen before the reset is chance, and so is which event
         # it is.
         deadline = monotonic() + 30
-        while broker.call(lambda: len(broker.daemon._server._pending_handshakes)):
+        while broker.call(lambda: len(broker.daemon._server.pending_handshakes)):
             assert monotonic() < deadline
         broker.login("alice").close()
 
@@ -629,5 +629,5 @@ def test_the_door_is_empty_when_all_have_gone() -> None:
         server = broker.daemon._server
         assert server is not None
         assert broker.call(
-            lambda: (len(server._pending_handshakes), server._pending_handshakes._searches)
+            lambda: (len(server.pending_handshakes), server.pending_handshakes._searches)
         ) == (0, [])

@@ -173,7 +173,7 @@ def test_nobody_is_looked_at_without_a_limit() -> None:
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
 
     with running_daemon(limited(0)) as broker, broker.login("alice"):
-        liveness = server_of(broker).liveness
+        liveness = server_of(broker).context.liveness
         assert broker.call(lambda: liveness._timer) is None
         for limit in (40, 0):
             broker.call(lambda limit=limit: broker.daemon.apply(limited(limit), "test"))  # type: ignore[misc]

@@ -613,7 +613,7 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(
 
     monkeypatch.setattr(broker_module, "serve", serve)
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        monkeypatch.setattr(broker.daemon._server, "turn_budget", 2)
+        monkeypatch.setattr(broker.daemon.server.context, "turn_budget", 2)
         count = 3000
         ping = json.dumps({"op": "ping"}).encode()
         alice.write(
@@ -633,7 +633,7 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
     takes.
     """
     with served() as broker, broker.login("bob") as bob:
-        monkeypatch.setattr(broker.daemon._server, "turn_budget", 1)
+        monkeypatch.setattr(broker.daemon.server.context, "turn_budget", 1)
         alice = broker.login("alice")
         alice.write(b"".join(packed(REQUEST, "bob", id=number) for number in range(500)))
         alice.close()
@@ -753,7 +753,7 @@ def test_a_deadline_that_has_passed_is_waited_for_like_any_other(
                 monkeypatch.setattr(
                     broker_module.Broker, "next_deadline", property(lambda self, at=deadline: at)
                 )
-                server._set_timer()
+                server.context.settlement._set_timer()
             monkeypatch.undo()
             monkeypatch.setattr(server.broker, "tick", ticks.append)
 

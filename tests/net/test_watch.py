@@ -59,7 +59,7 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
         # The first may still have been read at the door.
         alice.ping()
         alice.ping()
-        watch = here.daemon._server.reset_recheck  # type: ignore[union-attr]
+        watch = here.daemon._server.context.reset_recheck  # type: ignore[union-attr]
         assert here.call(lambda: watch._timer is not None)
         here.call(watch._look)
         assert here.call(lambda: (watch._timer, watch._connections)) == (None, set())
@@ -87,7 +87,7 @@ def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> Non
             while here.call(lambda: session.messages_in) < before + sent:
                 assert time.monotonic() < deadline
         alice.close()
-        watch = here.daemon._server.reset_recheck  # type: ignore[union-attr]
+        watch = here.daemon._server.context.reset_recheck  # type: ignore[union-attr]
         for _ in range(3):
             here.call(lambda: (watch.note(session.connection), watch._look()))
 

@@ -37,7 +37,7 @@ def is_idle(broker: RunningDaemon) -> bool:
         lambda: (
             not (
                 server.connections
-                or server.lingering()
+                or server.context.connections.lingering
                 or len(server.pending_handshakes)
                 or server.broker.has_deferred_work
             )

@@ -226,7 +226,7 @@ def test_what_tls_still_has_when_somebody_knocks_is_read(
         def look() -> bool:
             # In the broker's own thread, so that it does not read before everything is
             # there; and more than it has room for at once.
-            here.daemon.server.buffer = memoryview(bytearray(8192))
+            here.daemon.server.context.buffer = memoryview(bytearray(8192))
             alice.write(data)
             (connection,) = [
                 connection

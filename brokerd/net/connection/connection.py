@@ -22,6 +22,7 @@ from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
 from brokerd.net.connection.unread import UnreadCounter
+from brokerd.net.context import READ_BUFFER
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd_client._common.pipe_bridge import BridgedSocket
 from brokerd_client.errors import BadLength
@@ -33,18 +34,16 @@ if TYPE_CHECKING:
 
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
+    from brokerd.net.context import Context
     from brokerd.net.handshake.keyring import Credential
-    from brokerd.net.server import Server
 
 #: Routes the frames of a buffer: see routing.feed.
 _Feed: TypeAlias = (
     "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
 )
 
-__all__ = ["GRACE", "READ_BUFFER", "Connection", "has_hung_up", "tune"]
+__all__ = ["GRACE", "Connection", "has_hung_up", "tune"]
 
-#: Size of the one read buffer that all connections share, in bytes.
-READ_BUFFER: Final = 256 * 1024
 #: Longest frame, in bytes, that goes through the shared read buffer. A longer one is
 #: collected in a buffer of its own, and passed on in it.
 _LARGE: Final = READ_BUFFER // 2
@@ -93,6 +92,7 @@ class Connection:
 
     __slots__ = (
         "closed",
+        "context",
         "credential",
         "ending",
         "fd",
@@ -100,7 +100,6 @@ class Connection:
         "large_frame",
         "passed",
         "pending_input",
-        "server",
         "session",
         "sock",
         "tls_peer",
@@ -110,12 +109,12 @@ class Connection:
 
     def __init__(
         self,
-        server: Server,
+        context: Context,
         sock: socket.socket,
         credential: Credential,
         tls_peer: TlsPeer = NO_TLS,
     ) -> None:
-        self.server = server
+        self.context = context
         self.sock = sock
         self.credential = credential
         self.tls_peer = tls_peer
@@ -134,7 +133,7 @@ class Connection:
         """Start reading. ``early`` holds bytes that arrived right behind the handshake."""
         self.session = session
         self.pending_input = early
-        self.server.loop.add_reader(self.fd, self.on_readable)
+        self.context.loop.add_reader(self.fd, self.on_readable)
         if early:
             self.resume()
 
@@ -145,15 +144,15 @@ class Connection:
         session = self.session
         if session.outbox.blocked:
             self.writing = True
-            self.server.loop.add_writer(self.fd, self.on_writable)
+            self.context.loop.add_writer(self.fd, self.on_writable)
         if session.closing:
             self.close_soon()
         elif self.waits:
-            self.server.loop.call_soon(self._take_turn)
+            self.context.loop.call_soon(self._take_turn)
         elif session.held_by is None:
-            self.server.loop.add_reader(self.fd, self.on_readable)
+            self.context.loop.add_reader(self.fd, self.on_readable)
         if session.outbox.waiting or session.closing:
-            self.server.broker.touch(session)
+            self.context.broker.touch(session)
 
     # Reading
 
@@ -166,14 +165,14 @@ class Connection:
         """
         if self.session.closing:
             # The connection closes in a later turn; nothing more is read.
-            self.server.loop.remove_reader(self.fd)
+            self.context.loop.remove_reader(self.fd)
             return
-        self.server.reset_recheck.note(self)
+        self.context.reset_recheck.note(self)
         try:
             rounds = _ROUNDS
             while self._read() >= _PLENTY and rounds and self._spreads_out():
                 rounds -= 1
-            self.server.settle()
+            self.context.settlement.settle()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
@@ -181,7 +180,7 @@ class Connection:
         """Return whether the last read goes to many recipients, each with little to
         write.
         """
-        touched = self.server.broker.touched
+        touched = self.context.broker.touched
         return len(touched) >= _MANY and self.may_read()
 
     def may_read(self) -> bool:
@@ -195,7 +194,7 @@ class Connection:
 
     def _read(self) -> int:
         """Read once and route the bytes; return their number. The caller settles."""
-        view = self.server.buffer
+        view = self.context.buffer
         large_frame = self.large_frame
         kept = 0
         try:
@@ -232,13 +231,13 @@ class Connection:
         if self.closed or self.session.closing:
             return
         kept, self.pending_input = self.pending_input, b""
-        self.server.loop.add_reader(self.fd, self.on_readable)
+        self.context.loop.add_reader(self.fd, self.on_readable)
         if kept:
             self._route(memoryview(kept), len(kept))
-            self.server.settle()
+            self.context.settlement.settle()
         elif self.large_frame is not None and self.large_frame.is_whole:
             self._route_large_frame(self.large_frame)
-            self.server.settle()
+            self.context.settlement.settle()
 
     def _route_large_frame(self, large_frame: LargeFrame) -> None:
         """Route a large frame on the slow path at once, because the routing loop would
@@ -249,32 +248,32 @@ class Connection:
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         """Route the frames in ``view`` with ``feed``, by default the routing loop."""
-        server, session = self.server, self.session
+        context, session = self.context, self.session
         feed = feed or routing.feed
-        now = server.loop.time()
-        server.broker.turn_budget = server.turn_budget
+        now = context.loop.time()
+        context.broker.turn_budget = context.turn_budget
         stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
-        position, result = feed(server.broker, session, view, start, stop, now)
+        position, result = feed(context.broker, session, view, start, stop, now)
         while result is RoutingResult.FLUSH:
-            server.write_touched()
+            context.settlement.write_touched()
             if self.closed or session.closing:
                 result = RoutingResult.CLOSE
                 break
-            position, result = feed(server.broker, session, view, position, stop, now)
+            position, result = feed(context.broker, session, view, position, stop, now)
         if result is RoutingResult.CONSUMED and stop < end:
             result = RoutingResult.YIELD
         if self.closed:
             pass
         elif result is RoutingResult.CLOSE:
-            server.loop.remove_reader(self.fd)
+            context.loop.remove_reader(self.fd)
         else:
             self._keep(view, position, end)
             if result is RoutingResult.BLOCKED:
-                server.loop.remove_reader(self.fd)
+                context.loop.remove_reader(self.fd)
             elif result is RoutingResult.YIELD:
-                server.loop.remove_reader(self.fd)
+                context.loop.remove_reader(self.fd)
                 self.waits = True
-                server.loop.call_soon(self._take_turn)
+                context.loop.call_soon(self._take_turn)
 
     def _end_of_turn(self, view: memoryview, start: int, end: int) -> int:
         """Return the position up to which events may be routed in one turn.
@@ -321,7 +320,7 @@ class Connection:
             there = wanted <= end - position
             # A frame longer than any message is not collected: it is skipped as soon as
             # its header has arrived.
-            if not there and _LARGE < wanted <= self.server.broker.limits.max_message + _ENVELOPE:
+            if not there and _LARGE < wanted <= self.context.broker.limits.max_message + _ENVELOPE:
                 self.large_frame = LargeFrame(view[position:end], wanted)
                 return
         self.pending_input = bytes(view[position:end])
@@ -336,7 +335,7 @@ class Connection:
         outbox = session.outbox
         try:
             if outbox.timed:
-                self.server.broker.expire(session, self.server.loop.time())
+                self.context.broker.expire(session, self.context.loop.time())
             while pieces := outbox.pieces():
                 size = (
                     self.sock.send(pieces[0])
@@ -346,7 +345,7 @@ class Connection:
                 if outbox.sent(size):
                     break
                 if outbox.timed:
-                    self.server.broker.expire(session, self.server.loop.time())
+                    self.context.broker.expire(session, self.context.loop.time())
             if outbox.timed and outbox.waiting:
                 # More messages have expired than are reported to their senders in one
                 # turn.
@@ -360,7 +359,7 @@ class Connection:
             outbox.blocked = False
             if self.writing:
                 self.writing = False
-                self.server.loop.remove_writer(self.fd)
+                self.context.loop.remove_writer(self.fd)
             if session.closing:
                 self.lost(session.closing, written=True)
 
@@ -368,7 +367,7 @@ class Connection:
         self.session.outbox.blocked = True
         if not self.writing:
             self.writing = True
-            self.server.loop.add_writer(self.fd, self.on_writable)
+            self.context.loop.add_writer(self.fd, self.on_writable)
         if self.session.closing:
             self.close_soon()
 
@@ -376,7 +375,7 @@ class Connection:
         self.session.outbox.blocked = False
         if self.writing:
             self.writing = False
-            self.server.loop.remove_writer(self.fd)
+            self.context.loop.remove_writer(self.fd)
         if self.session.closing:
             self.lost(self.session.closing, written=True)
 
@@ -385,8 +384,8 @@ class Connection:
         try:
             self.write()
             if not self.closed:
-                self.server.broker.drained(self.session, self.server.loop.time())
-            self.server.settle()
+                self.context.broker.drained(self.session, self.context.loop.time())
+            self.context.settlement.settle()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
@@ -396,14 +395,14 @@ class Connection:
         """Close the connection and log the bug; kept open, it would fail again without
         end.
         """
-        self.server.counters.bugs += 1
+        self.context.counters.bugs += 1
         name, address, trace = (
             self.session.client.name,
             self.session.address,
             traceback.format_exception(error),
         )
         about, what = type(error).__name__, in_words(error)
-        self.server.log_limiter.note(
+        self.context.log_limiter.note(
             "error", "daemon.bug", about, name=name, address=address, error=what, trace=trace
         )
         self.lost("a bug in the broker")
@@ -412,9 +411,9 @@ class Connection:
         """Stop reading, and give the client GRACE seconds to read what is written for
         it.
         """
-        self.server.loop.remove_reader(self.fd)
-        if self.grace is None and not self.server.broker.draining:
-            self.grace = self.server.loop.call_later(GRACE, self.lost, self.session.closing)
+        self.context.loop.remove_reader(self.fd)
+        if self.grace is None and not self.context.broker.draining:
+            self.grace = self.context.loop.call_later(GRACE, self.lost, self.session.closing)
 
     def lost(self, why: str, *, written: bool = False) -> None:
         """Close the connection, and make the core report its undelivered messages.
@@ -427,11 +426,11 @@ class Connection:
         self.closed = True
         if self.grace is not None:
             self.grace.cancel()
-        self.server.loop.remove_reader(self.fd)
-        self.server.loop.remove_writer(self.fd)
+        self.context.loop.remove_reader(self.fd)
+        self.context.loop.remove_writer(self.fd)
         self.pending_input, self.large_frame = b"", None
         if written:
-            self.server.close_gracefully(self.sock)
+            self.context.connections.close_gracefully(self.sock)
         else:
             if self.passed:
                 # Closing this descriptor does not end the connection while another
@@ -439,7 +438,7 @@ class Connection:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
-        self.server.on_lost(self, why)
+        self.context.connections.on_lost(self, why)
 
     @property
     def progress(self) -> tuple[int, int, int, int]:
@@ -456,7 +455,7 @@ class Connection:
         """Close the connection at once; the client gets the reason if the system takes
         it now.
         """
-        self.server.broker.close(self.session, why, code=code)
+        self.context.broker.close(self.session, why, code=code)
         self.add_reason()
         self.write()
         self.lost(why)
@@ -480,7 +479,7 @@ class Connection:
             self.write()
         if self.closed or self.session.outbox.waiting:
             return
-        mute(self.server.broker, self.session)
+        mute(self.context.broker, self.session)
         self._end_writing()
 
     def _end_writing(self) -> None:
@@ -499,7 +498,7 @@ class Connection:
             return 0
         counter, buffer, large_frame = (
             UnreadCounter(self.session.bytes_to_skip),
-            self.server.buffer,
+            self.context.buffer,
             self.large_frame,
         )
         counter.feed(
@@ -523,7 +522,7 @@ class Connection:
             # them.
             if self.waits or not self.advance():
                 break
-            self.server.settle()
+            self.context.settlement.settle()
 
     def advance(self) -> bool:
         """Route pending input or newly arrived bytes; return whether there were any."""
@@ -543,7 +542,7 @@ class Connection:
         self.catch_up()
         if not self.closed and has_hung_up(self.sock):
             while not self.waits and self.advance():
-                self.server.settle()
+                self.context.settlement.settle()
             if self.waits:
                 return None
             self.lost("closed by the client")

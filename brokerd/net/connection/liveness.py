@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from brokerd.net.connection.connection import Connection
-    from brokerd.net.server import Server
 
 __all__ = ["Liveness"]
 
@@ -33,10 +32,13 @@ _SLICE: Final = 200
 class Liveness:
     """Checks a server's TCP connections; has a timer only while there are any and a
     limit.
+
+    limit_s: ``limits.keepalive`` in seconds, or 0.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+        self._loop = loop
+        self._limit_s = limit_s
         self._watched: dict[Connection, Silence] = {}
         self._timer: asyncio.Handle | None = None
         self._left: list[Connection] = []
@@ -44,14 +46,14 @@ class Liveness:
         #: ``limits.keepalive``.
         self._outdated: set[Connection] = set()
 
-    def reset_recheck(self, connection: Connection, *, inherited: bool = False) -> None:
+    def add(self, connection: Connection, *, inherited: bool = False) -> None:
         """Check this connection, if it is over TCP, until it is forgotten.
 
         inherited: another process has set keepalive options on its socket.
         """
         if connection.sock.family in _TCP:
             self._watched[connection] = Silence()
-            if self._server.limits.keepalive or inherited:
+            if self._limit_s or inherited:
                 self._tell_system(connection)
             if self._timer is None:
                 self._rest()
@@ -61,10 +63,13 @@ class Liveness:
         self._watched.pop(connection, None)
         self._outdated.discard(connection)
 
-    def reconfigure(self) -> None:
+    def reconfigure(self, limit_s: float) -> None:
         """Apply a new ``limits.keepalive`` to the existing connections, some in each
         turn.
         """
+        if limit_s == self._limit_s:
+            return
+        self._limit_s = limit_s
         self._outdated = set(self._watched)
         if self._timer is not None:
             self._timer.cancel()
@@ -79,11 +84,9 @@ class Liveness:
             self._timer = None
 
     def _rest(self) -> None:
-        limit, self._timer = self._server.limits.keepalive, None
+        limit, self._timer = self._limit_s, None
         if limit and self._watched:
-            self._timer = self._server.loop.call_later(
-                max(limit / LOOKS, _SHORTEST_PAUSE_S), self._begin
-            )
+            self._timer = self._loop.call_later(max(limit / LOOKS, _SHORTEST_PAUSE_S), self._begin)
 
     def _begin(self) -> None:
         self._left = list(self._watched)
@@ -91,7 +94,7 @@ class Liveness:
 
     def _look(self) -> None:
         """Check some connections now, and the rest in the next turns."""
-        limit, now = self._server.limits.keepalive, self._server.loop.time()
+        limit, now = self._limit_s, self._loop.time()
         for connection in self._left[-_SLICE:]:
             if connection in self._outdated:
                 self._outdated.discard(connection)
@@ -105,13 +108,13 @@ class Liveness:
                 connection.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
         del self._left[-_SLICE:]
         if self._left:
-            self._timer = self._server.loop.call_soon(self._look)
+            self._timer = self._loop.call_soon(self._look)
         else:
             self._rest()
 
     def _tell_system(self, connection: Connection) -> None:
         """Set the socket's TCP keepalive as ``limits.keepalive`` says."""
-        sock, limit = _socket_of(connection), self._server.limits.keepalive
+        sock, limit = _socket_of(connection), self._limit_s
         # The connection may have ended already; the next read detects that.
         with contextlib.suppress(OSError):
             if limit:

@@ -17,8 +17,8 @@ from brokerd.net.handshake.tls import TlsPeer
 from brokerd_client.tls.stream import TlsStream
 
 if TYPE_CHECKING:
+    from brokerd.net.context import Context
     from brokerd.net.handshake.keyring import Credential
-    from brokerd.net.server import Server
 
 __all__ = ["TlsConnection"]
 
@@ -35,10 +35,10 @@ class TlsConnection(Connection):
     __slots__ = ("_reading_on", "_stream")
 
     def __init__(
-        self, server: Server, stream: TlsStream, credential: Credential, tls_peer: TlsPeer
+        self, context: Context, stream: TlsStream, credential: Credential, tls_peer: TlsPeer
     ) -> None:
         # A TlsStream has every method of a socket that a Connection calls.
-        super().__init__(server, cast("socket.socket", stream), credential, tls_peer)
+        super().__init__(context, cast("socket.socket", stream), credential, tls_peer)
         self._stream = stream
         stream.trust()
         self._reading_on = False
@@ -66,11 +66,11 @@ class TlsConnection(Connection):
         if self._stream.unsent and not self.writing:
             # TLS itself has a reply to write.
             self.writing = True
-            self.server.loop.add_writer(self.fd, self.on_writable)
+            self.context.loop.add_writer(self.fd, self.on_writable)
         if self._stream.buffered and self.may_read() and not self._reading_on:
             # In a turn of its own, so that the other connections get theirs.
             self._reading_on = True
-            self.server.loop.call_soon(self._read_on)
+            self.context.loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         self._reading_on = False
@@ -97,7 +97,7 @@ class TlsConnection(Connection):
                 if not stream.flush():
                     raise BlockingIOError
                 if outbox.timed:
-                    self.server.broker.expire(session, self.server.loop.time())
+                    self.context.broker.expire(session, self.context.loop.time())
                 pieces = outbox.pieces()
                 if not pieces:
                     if outbox.waiting:

@@ -28,6 +28,7 @@ from brokerd.net.handshake.admission import Admission, Rank
 from brokerd.net.handshake.keyring import Identity, KeySearch, key_on
 from brokerd.net.handshake.penalties import Failures
 from brokerd.net.handshake.pending import PendingConnection
+from brokerd.net.handshake.refusals import note_refusal
 from brokerd.net.handshake.tls import (
     SPEAKS_TLS,
     TlsHandshakes,
@@ -42,7 +43,7 @@ from brokerd_client.wire.handshake import FAILURE, LIMIT, Proof, Receive, Send, 
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.net.server import Server
+    from brokerd.net.context import Context
 
 __all__ = ["TAKEN", "PendingHandshakes", "fresh_instance"]
 
@@ -60,11 +61,24 @@ _GIVES_WAY: Final = (
 
 
 class PendingHandshakes:
-    """All pending handshakes of a server, oldest first."""
+    """All pending handshakes of a server, oldest first.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._loop: asyncio.AbstractEventLoop = server.loop
+    room_for: makes room for one more connection of a client.
+    on_authenticated: called with a connection that has proved its identity.
+    on_room: called when a place has become free.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        room_for: Callable[[str], str | None],
+        on_authenticated: Callable[[PendingConnection], None],
+    ) -> None:
+        self._context = context
+        self._room_for = room_for
+        self._on_authenticated = on_authenticated
+        self._loop: asyncio.AbstractEventLoop = context.loop
         self._pending_connections: OrderedDict[PendingConnection, None] = OrderedDict()
         self._searches: list[tuple[int, int, PendingConnection, KeySearch]] = []
         self._order = itertools.count()
@@ -72,9 +86,8 @@ class PendingHandshakes:
         self._timer: asyncio.TimerHandle | None = None
         #: The recent failures of each origin.
         self.failures = Failures()
-        self._tls = TlsHandshakes(server.loop, self._on_tls_peer, self._on_tls_failed)
+        self._tls = TlsHandshakes(context.loop, self._on_tls_peer, self._on_tls_failed)
         self._admission = Admission()
-        #: Called when a place has become free.
         self.on_room: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
@@ -92,7 +105,7 @@ class PendingHandshakes:
         """Begin the handshake of an accepted connection; another gives way if the room
         is full.
         """
-        limits = self._server.limits
+        limits = self._context.limits
         if len(self._pending_connections) >= limits.handshakes:
             self._make_room()
         deadline = self._loop.time() + limits.handshake_timeout
@@ -108,7 +121,7 @@ class PendingHandshakes:
 
     def seconds_to_room(self) -> float:
         """Return the seconds until one more connection may be accepted; 0 means now."""
-        if len(self._pending_connections) < self._server.limits.handshakes:
+        if len(self._pending_connections) < self._context.limits.handshakes:
             return 0.0
         return self._admission.least(self._loop.time())[1]
 
@@ -286,7 +299,7 @@ class PendingHandshakes:
                 return
             pending.tls_peer = replace(pending.tls_peer, bound=proof.binding)
         search = KeySearch(
-            self._server.keyring,
+            self._context.keyring,
             proof,
             allow_md5=pending.allow_md5,
             uid=pending.uid,
@@ -333,7 +346,7 @@ class PendingHandshakes:
             pending.credential = identity.credential
         key = None
         if identity.accepted is not None:
-            refusal = self._server.room_for(identity.accepted.client.name)
+            refusal = self._room_for(identity.accepted.client.name)
             if refusal is None:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
@@ -359,7 +372,7 @@ class PendingHandshakes:
         self.failures.forgive(pending.origin)
         self._admission.got_in(pending.origin, self._loop.time())
         self._forget(pending, got_in=True)
-        self._server.admit(pending)
+        self._on_authenticated(pending)
 
     def _refuse(
         self,
@@ -387,7 +400,7 @@ class PendingHandshakes:
                 self._send(pending, FAILURE)
         self._forget(pending)
         pending.sock.close()
-        self._server.on_refused(pending, reason, outcome)
+        note_refusal(self._context, pending, reason, outcome)
 
     def _lose(self, pending: PendingConnection, error: OSError) -> None:
         """Forget a peer that has disconnected; it counts as refused only if it had
@@ -404,8 +417,8 @@ class PendingHandshakes:
         ):
             self._forget(pending)
             pending.sock.close()
-            self._server.counters.handshakes[HandshakeOutcome.LEFT] += 1
-            self._server.log_limiter.note(
+            self._context.counters.handshakes[HandshakeOutcome.LEFT] += 1
+            self._context.log_limiter.note(
                 "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
             )
         else:
@@ -415,7 +428,7 @@ class PendingHandshakes:
 
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
-        if not got_in and len(self._pending_connections) >= self._server.limits.handshakes:
+        if not got_in and len(self._pending_connections) >= self._context.limits.handshakes:
             # The peer kept a place from a newcomer, whether it had to give way or left
             # by itself.
             self._admission.gave_way(pending.origin, self._loop.time())

@@ -17,8 +17,9 @@ from brokerd.net.connection.connection import tune
 if TYPE_CHECKING:
     import asyncio
 
+    from brokerd.net.context import Context
+    from brokerd.net.handshake.handshakes import PendingHandshakes
     from brokerd.net.listen.listener import Listening
-    from brokerd.net.server import Server
 
 __all__ = ["Acceptor"]
 
@@ -39,9 +40,10 @@ _MOST_SOCKETS: Final = 480 if sys.platform == "win32" else sys.maxsize
 class Acceptor:
     """Accepts connections of the listeners of one server."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._loop = server.loop
+    def __init__(self, context: Context, handshakes: PendingHandshakes) -> None:
+        self._context = context
+        self._handshakes = handshakes
+        self._loop = context.loop
         #: Every listener; the next one in turn comes first.
         self._listeners: deque[Listening] = deque()
         #: Listeners that wait for descriptors.
@@ -49,7 +51,7 @@ class Acceptor:
         #: The timer of the next check for room; None while there is room.
         self._full: asyncio.TimerHandle | None = None
         self._coming = False
-        server.pending_handshakes.on_room = self._on_room
+        handshakes.on_room = self._on_room
 
     def add(self, listening: Listening) -> None:
         """Accept connections of this listener from now on."""
@@ -77,16 +79,12 @@ class Acceptor:
 
     def _accept(self, listening: Listening) -> bool:
         """Accept one connection; return whether there may be more to accept."""
-        server = self._server
-        wait = server.pending_handshakes.seconds_to_room()
+        wait = self._handshakes.seconds_to_room()
         if wait:
             self._stop(wait)
             return False
         try:
-            if (
-                len(server.connections) + len(server.pending_handshakes) + server.seen_off
-                >= _MOST_SOCKETS
-            ):
+            if self._context.connections.count + len(self._handshakes) >= _MOST_SOCKETS:
                 raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
             sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
@@ -103,7 +101,7 @@ class Acceptor:
             sock.close()
             return True
         entry = listening.config
-        server.pending_handshakes.begin(
+        self._handshakes.begin(
             sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls
         )
         return True
@@ -135,7 +133,7 @@ class Acceptor:
         for _ in range(_ACCEPTS):
             if empty >= len(self._listeners):
                 break
-            wait = self._server.pending_handshakes.seconds_to_room()
+            wait = self._handshakes.seconds_to_room()
             if wait:
                 # The listener whose turn it is keeps its turn.
                 self._stop(wait)
@@ -149,8 +147,8 @@ class Acceptor:
 
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
-        self._server.counters.pauses += 1
-        self._server.log.warning(
+        self._context.counters.pauses += 1
+        self._context.log.warning(
             "listener.paused", listener=str(listening.address), reason=error.strerror
         )
         self._loop.remove_reader(listening.sock.fileno())

@@ -243,8 +243,7 @@ class Crowded:
             return (
                 broker.has_deferred_work
                 or bool(broker.touched)
-                or bool(server._put_off)
-                or server._closing_on
+                or server.context.settlement.is_closing
             )
 
         self.until(lambda: not busy(), within_s)

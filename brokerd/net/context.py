@@ -1,0 +1,59 @@
+"""The services that the parts of one server share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.config.model import Limits
+    from brokerd.core.broker import Broker
+    from brokerd.log.api import Log
+    from brokerd.log.rate_limit import LogRateLimiter
+    from brokerd.net.connection.connections import Connections
+    from brokerd.net.connection.liveness import Liveness
+    from brokerd.net.connection.reset_recheck import ResetRecheck
+    from brokerd.net.counters import Counters
+    from brokerd.net.handshake.keyring import Keyring
+    from brokerd.net.settlement import Settlement
+
+__all__ = ["READ_BUFFER", "Context"]
+
+#: Size of the one read buffer that all connections share, in bytes.
+READ_BUFFER: Final = 256 * 1024
+#: Frames of one sender handled on the slow path in one turn of the event loop: some
+#: milliseconds' work. See Broker.turn_budget.
+_TURN_BUDGET: Final = 128
+
+
+def _read_buffer() -> memoryview:
+    return memoryview(bytearray(READ_BUFFER))
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """The services of one server. The Server makes them and hands them to its parts.
+
+    keyring, limits: replaced by a reload, so they are read at each use.
+    wall: returns the time of day in seconds since the epoch.
+    buffer: the one read buffer; a read is routed before the next one begins.
+    turn_budget: see Broker.turn_budget.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    broker: Broker
+    keyring: Keyring
+    limits: Limits
+    log: Log
+    log_limiter: LogRateLimiter
+    counters: Counters
+    wall: Callable[[], float]
+    connections: Connections
+    settlement: Settlement
+    liveness: Liveness
+    reset_recheck: ResetRecheck
+    buffer: memoryview = field(default_factory=_read_buffer)
+    turn_budget: int = _TURN_BUDGET

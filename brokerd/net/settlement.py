@@ -1,0 +1,175 @@
+"""Carries out what the core has decided: writes, closes, resumes, and sets its timer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from brokerd.net.core_events import report
+from brokerd.net.graceful_close import Finishing
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from brokerd.core.broker import AdminCommand, Broker
+    from brokerd.core.session import Session
+    from brokerd.log.rate_limit import LogRateLimiter
+    from brokerd.net.connection.connection import Connection
+
+__all__ = ["Settlement"]
+
+#: Sessions closed in one turn of the event loop: some milliseconds' work.
+_CLOSES: Final = 64
+#: Messages of ended sessions reported to their senders in one turn of the event loop: a
+#: millisecond's work.
+_DEFERRED_PER_TURN: Final = 64
+
+
+class Settlement:
+    """Carries out the decisions of one broker.
+
+    on_admin_command: executes a command that an administrator sent.
+    has_turns: at most _CLOSES sessions are closed in one turn of the event loop. A drain
+        closes all of them, because it takes turns itself.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        broker: Broker,
+        log_limiter: LogRateLimiter,
+        on_admin_command: Callable[[AdminCommand], None],
+    ) -> None:
+        self._loop = loop
+        self._broker = broker
+        self._log_limiter = log_limiter
+        self._on_admin_command = on_admin_command
+        self.has_turns = True
+        self._settling = False
+        self._running_deferred = False
+        self._tick: asyncio.TimerHandle | None = None
+        #: The time of that timer, in seconds of the event loop. uvloop's handle does
+        #: not know it once the time has passed.
+        self._tick_at = 0.0
+        #: Number of sessions closed in this turn of the event loop, and the sessions to
+        #: be closed in later turns.
+        self._closes = 0
+        self._closing_on = False
+        self._put_off: deque[Session] = deque()
+        self._finishing = Finishing(loop, broker, self.settle)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether sessions were closed in this turn, or wait for a later one."""
+        return self._closing_on or bool(self._put_off)
+
+    def write_touched(self) -> None:
+        """Write every outbox that has new bytes, and close sessions that are to be
+        closed.
+        """
+        touched = self._broker.touched
+        while touched:
+            session = touched.pop()
+            session.outbox.touched = False
+            connection: Connection = session.connection
+            if not session.open:
+                continue
+            if session.closing:
+                if not self._may_close(session):
+                    continue
+                connection.add_reason()
+            if session.cut:
+                connection.lost(session.closing)
+            elif not (session.outbox.blocked and connection.writing):
+                connection.write()
+            elif session.closing:
+                connection.close_soon()
+
+    def _may_close(self, session: Session) -> bool:
+        """Return whether a session may be closed in this turn of the event loop.
+
+        Otherwise it is postponed to a later turn. A reload or an operator may end ten
+        thousand sessions at once.
+        """
+        if not self.has_turns:
+            return True
+        if not self._closing_on:
+            self._closing_on = True
+            self._loop.call_soon(self._close_on)
+        if self._closes < _CLOSES:
+            self._closes += 1
+            return True
+        self._put_off.append(session)
+        return False
+
+    def _close_on(self) -> None:
+        """Close some of the postponed sessions."""
+        self._closing_on = False
+        self._closes = 0
+        for _ in range(min(_CLOSES, len(self._put_off))):
+            session = self._put_off.popleft()
+            if session.open:
+                self._broker.touch(session)
+        if self._put_off:
+            self._closing_on = True
+            self._loop.call_soon(self._close_on)
+        self.settle()
+
+    def settle(self) -> None:
+        """Carry out the core's decisions: write, close, resume, run commands, set the
+        timer.
+        """
+        if self._settling:
+            return
+        self._settling = True
+        broker = self._broker
+        try:
+            while broker.touched or broker.released:
+                self.write_touched()
+                released, broker.released = broker.released, []
+                for session in released:
+                    if session.open:
+                        session.connection.resume()
+        finally:
+            self._settling = False
+        if broker.log_events:
+            report(broker.log_events.take(), self._log_limiter)
+        while broker.admin_commands:
+            self._on_admin_command(broker.admin_commands.pop(0))
+        if broker.has_deferred_work and not self._running_deferred:
+            self._running_deferred = True
+            self._loop.call_soon(self._run_deferred)
+        if broker.has_deadlines or self._tick is not None:
+            self._set_timer()
+        if broker.finishing:
+            self._finishing.look_soon()
+
+    def _run_deferred(self) -> None:
+        """Do some of the deferred work of ended sessions, and the rest in the next
+        turns.
+        """
+        self._running_deferred = False
+        self._broker.run_deferred(_DEFERRED_PER_TURN)
+        self.settle()
+
+    def _set_timer(self) -> None:
+        deadline = self._broker.next_deadline
+        if self._tick is not None and (deadline is None or deadline < self._tick_at):
+            self._tick.cancel()
+            self._tick = None
+        if self._tick is None and deadline is not None and deadline != float("inf"):
+            self._tick_at = deadline
+            self._tick = self._loop.call_at(deadline, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self._broker.tick(self._loop.time())
+        self.settle()
+
+    def close(self) -> None:
+        """Cancel the timers."""
+        self._finishing.close()
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
