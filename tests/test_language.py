@@ -73,7 +73,6 @@ PENDING: Final = frozenset[str](
         "brokerd/ctl/against_running.py",
         "brokerd/ctl/operations.py",
         "brokerd/ctl/top.py",
-        "brokerd/log/logger.py",
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",

@@ -17,7 +17,8 @@ from brokerd.config.model import Config
 from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.operations import reply_to, reply_with
 from brokerd.daemon.reloader import Reloading
-from brokerd.log.logger import LevelRefused, Logs
+from brokerd.log.levels import LevelRefused
+from brokerd.log.logger import DaemonLog
 from brokerd.net.server import Server
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
@@ -46,7 +47,7 @@ class CommandTarget(Protocol):
         """The server."""
 
     @property
-    def logs(self) -> Logs | None:
+    def own_log(self) -> DaemonLog | None:
         """The daemon's own log; None where the program gave another log."""
 
     def key_uses(self) -> Iterator[dict[str, Any]]:
@@ -139,10 +140,10 @@ class AdminCommands:
     def _answer_log_level(self, order: AdminCommand) -> None:
         daemon, wanted = self._daemon, order.arguments
         try:
-            if daemon.logs is None:
+            if daemon.own_log is None:
                 raise LevelRefused("the log of this broker is its program's own")
             if wanted:
-                daemon.logs.change_level(
+                daemon.own_log.change_level(
                     wanted.get("area"),
                     wanted.get("level"),
                     wanted.get("for"),
@@ -151,7 +152,7 @@ class AdminCommands:
         except LevelRefused as error:
             daemon.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
         else:
-            reply_to(daemon.broker, order.source, order.id, {"levels": daemon.logs.levels()})
+            reply_to(daemon.broker, order.source, order.id, {"levels": daemon.own_log.levels()})
         daemon.server.settle()
 
     async def _reload_for(self, order: AdminCommand, reason: str) -> None:

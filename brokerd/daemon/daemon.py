@@ -34,7 +34,7 @@ from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.api import Log
-from brokerd.log.logger import Logs
+from brokerd.log.logger import DaemonLog
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
@@ -104,9 +104,10 @@ class Daemon:
         self.supervisor = supervisor or Supervisor()
         self._activated = activated or ActivatedSockets()
         self._assigned: dict[ListenConfig, list[ActivatedSocket]] = {}
-        self._logs: Logs | None = None
+        self._own_log: DaemonLog | None = None
         if log is None:
-            log = self._logs = Logs(config.log)
+            self._own_log = DaemonLog(config.log)
+            log = self._own_log.logger
         self.log: Log = log
         self.broker = Broker(
             config.clients.values(),
@@ -157,9 +158,9 @@ class Daemon:
         return self._server
 
     @property
-    def logs(self) -> Logs | None:
+    def own_log(self) -> DaemonLog | None:
         """The daemon's own log; None where the program gave another log."""
-        return self._logs
+        return self._own_log
 
     @property
     def activated(self) -> ActivatedSockets:
@@ -341,8 +342,8 @@ class Daemon:
         To be called in a thread.
         """
         problems = blockers(prepared)
-        if self._logs is not None:
-            problems += self._logs.precheck(prepared.config.log)
+        if self._own_log is not None:
+            problems += self._own_log.precheck(prepared.config.log)
         return problems
 
     def opened(self, prepared: Prepared) -> Prepared:
@@ -356,7 +357,9 @@ class Daemon:
         plan = prepared.plan
         opened = _open(plan.opened, plan.monitor_opened, prepared.assigned, prepared.found)
         try:
-            audit = None if self._logs is None else self._logs.opened_audit(prepared.config.log)
+            audit = (
+                None if self._own_log is None else self._own_log.opened_audit(prepared.config.log)
+            )
         except BaseException:
             _close_all(opened)
             raise
@@ -400,8 +403,8 @@ class Daemon:
             raise
         config = self.config = merge(self.config, prepared.config)
         self._assigned = prepared.assigned
-        if self._logs is not None:
-            self._logs.take_over(config.log, prepared.audit)
+        if self._own_log is not None:
+            self._own_log.take_over(config.log, prepared.audit)
         differing = (*plan.added, *plan.changed)
         yield from self.broker.reconfiguring(
             config.clients, _core_limits(config), time.time(), differing
@@ -585,18 +588,18 @@ class Daemon:
 
     def reopen_log(self) -> None:
         """Open a new file where a file of the log was moved away."""
-        if self._logs is not None:
-            self._logs.reopen()
+        if self._own_log is not None:
+            self._own_log.reopen()
 
     def flush_log(self) -> None:
         """Write all log lines so far, if that can be done soon."""
-        if self._logs is not None:
-            self._logs.flush()
+        if self._own_log is not None:
+            self._own_log.flush()
 
     def close_log(self) -> None:
         """Write the waiting log lines, if that can be done soon, and close the log."""
-        if self._logs is not None:
-            self._logs.close()
+        if self._own_log is not None:
+            self._own_log.close()
 
     async def __aenter__(self) -> Self:
         await self.start()

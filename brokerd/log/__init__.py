@@ -1,1 +1,1 @@
-"""The log: events, levels, formats and outlets."""
+"""The log: events, levels, formats and sinks."""

@@ -26,32 +26,27 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from typing import Any, Final, TextIO
 
-from brokerd.config import units
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor, WrappedLogger
+
 from brokerd.config.model import Log as Settings
-from brokerd.config.model import LogAreas
-from brokerd.config.values import LogFormat, LogLevel
-from brokerd.log.formats import Entry, Form, console, journal_entry, json_line, prefixed
-from brokerd.log.sinks import Descriptor, Journal, Outlet, Target, of_stream, open_for_append
+from brokerd.config.values import LogFormat
+from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, encode
+from brokerd.log.levels import AreaLevels
+from brokerd.log.processors import HEADER, AuditBranch
+from brokerd.log.sinks import Descriptor, Journal, Sink, Target, of_stream, open_for_append
 
-__all__ = ["AUDITED", "AuditError", "LevelRefused", "Logs", "in_words", "quiet_log"]
+__all__ = [
+    "AuditError",
+    "DaemonLog",
+    "SinkLogger",
+    "in_words",
+    "quiet_log",
+]
 
-#: Events that go to the audit file whatever the levels, besides all events of
-#: _AUDITED_AREAS.
-AUDITED: Final = frozenset(
-    {
-        "client.connected",
-        "client.disconnected",
-        "client.refused",
-        "client.refused_more",
-        "client.unsubscribed",
-    }
-)
-_AUDITED_AREAS: Final = frozenset({"admin", "daemon", "key", "log"})
-_ORDER: Final = {LogLevel.DEBUG: 10, LogLevel.INFO: 20, LogLevel.WARNING: 30, LogLevel.ERROR: 40}
 #: Where systemd's journal takes entries.
 _JOURNAL: Final = "/run/systemd/journal/socket"
 
@@ -60,17 +55,26 @@ class AuditError(Exception):
     """The audit file can't be opened; the message is the reason."""
 
 
-class LevelRefused(Exception):
-    """A level can't be changed as requested; the message says what is wrong and what is
-    right.
-    """
+class SinkLogger:
+    """The logger that structlog wraps: it passes each rendered event to a sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def msg(self, rendered: str | bytes) -> None:
+        """Queue a rendered event; never blocks."""
+        self.sink.put(encode(rendered))
+
+    debug = info = warning = error = critical = msg
 
 
-class Logs:
-    """The log of one daemon, without global state.
+class DaemonLog:
+    """The log of one daemon, without global state: a structlog logger and its sinks.
 
-    settings: the section ``log``. stream: standard error unless given. journal: the
-    socket of the system's journal. Raises AuditError.
+    Attributes:
+        logger: Logs events; connections, reloads and other parts bind fields to it.
+        processors: The processors that each event passes through. Bound loggers share
+            this list, so a reload changes it in place.
     """
 
     def __init__(
@@ -80,110 +84,55 @@ class Logs:
         *,
         journal: str = _JOURNAL,
     ) -> None:
+        """Open the files of the log.
+
+        Args:
+            settings: The section ``log`` of a configuration.
+            stream: The stream for events; standard error unless given.
+            journal: The path of the socket of the system's journal.
+
+        Raises:
+            AuditError: The audit file can't be opened.
+        """
         self._settings = settings or Settings()
         self._stream = stream or sys.stderr
         self._journal = journal
-        #: By area: the level set at run time, and until when on the monotonic clock.
-        self._changed: dict[str, tuple[LogLevel, float | None]] = {}
-        self._form, target = _place(self._settings.format, self._stream, journal)
-        self._main = self._outlet(target, self._form)
-        self._audit: tuple[Outlet, Descriptor] | None = None
+        self._levels = AreaLevels(self._settings)
+        self._format, target = _place(self._settings.format, self._stream, journal)
+        self._output = SinkLogger(_sink(target, self._format))
+        self._audit: tuple[SinkLogger, Descriptor] | None = None
+        self.processors: list[Processor] = []
         self._begin_audit(None if self._settings.audit is None else _opened(self._settings.audit))
+        self._set_processors()
+        self.logger = _logger(self._output, self.processors)
         atexit.register(self.close)
 
-    def _outlet(self, target: Target, form: Form) -> Outlet:
-        return Outlet(target, lambda count: form(_entry("warning", "log.lost", {"count": count})))
-
-    # Events
-
-    def debug(self, event: str, **fields: Any) -> None:
-        """Log details for developers."""
-        self._log(LogLevel.DEBUG, event, fields)
-
-    def info(self, event: str, **fields: Any) -> None:
-        """Log normal operation."""
-        self._log(LogLevel.INFO, event, fields)
-
-    def warning(self, event: str, **fields: Any) -> None:
-        """Log a condition that may need an operator's action."""
-        self._log(LogLevel.WARNING, event, fields)
-
-    def error(self, event: str, **fields: Any) -> None:
-        """Log an error that ends the daemon, or a bug."""
-        self._log(LogLevel.ERROR, event, fields)
-
-    def _log(self, level: LogLevel, event: str, fields: dict[str, Any]) -> None:
-        area = event.partition(".")[0]
-        wanted = _ORDER[level] >= _ORDER[self._level_of(area)]
-        audited = self._audit is not None and _is_audited(area, level, event, fields)
-        if not (wanted or audited):
-            return
-        entry = _entry(level, event, fields)
-        if wanted:
-            self._main.put(self._form(entry))
-        if audited and self._audit is not None:
-            self._audit[0].put(json_line(entry))
+    def _set_processors(self) -> None:
+        if self._audit is None:
+            self.processors[:] = [self._levels, *HEADER, *self._format]
+        else:
+            (render,) = JSON
+            branch = AuditBranch(self._levels, render, self._audit[0].msg)
+            self.processors[:] = [branch.admit, *HEADER, branch.copy, *self._format]
 
     # Levels
 
-    def _level_of(self, area: str) -> LogLevel:
-        changed = self._changed.get(area)
-        if changed is not None:
-            level, until = changed
-            if until is None or time.monotonic() < until:
-                return level
-            del self._changed[area]
-        return getattr(self._settings.areas, area, None) or self._settings.level
-
     def levels(self) -> dict[str, dict[str, Any]]:
-        """Return, by area, its level, whether it was changed at run time, and the
-        seconds left.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for area in LogAreas.model_fields:
-            level = self._level_of(area)
-            changed = self._changed.get(area)
-            found[area] = {"level": level.value, "changed": changed is not None}
-            if changed is not None and changed[1] is not None:
-                found[area]["seconds"] = round(changed[1] - time.monotonic(), 1)
-        return found
+        """Return the level of each area, as :meth:`AreaLevels.levels` does."""
+        return self._levels.levels()
 
     def change_level(self, area: object, level: object, for_: object = None, *, by: str) -> None:
-        """Set the level of one area or of all, until the next reload or for a time.
+        """Set the level of one area or of all, and log the change.
 
-        area: an area or ``all``. level: a level, or ``default`` for the level in the
-        configuration. for_: a duration as in the configuration, None for no end. by:
-        the client that asked. Raises LevelRefused.
+        Args:
+            area: See :meth:`AreaLevels.change`, as for ``level`` and ``for_``.
+            by: The name of the client that asked.
+
+        Raises:
+            LevelRefused: An argument is not valid; nothing has changed.
         """
-        areas = (
-            list(LogAreas.model_fields)
-            if area == "all"
-            else [area]
-            if isinstance(area, str)
-            else []
-        )
-        if not set(areas) <= set(LogAreas.model_fields) or not areas:
-            raise LevelRefused(
-                f"there is no such area (give all, or one of {', '.join(LogAreas.model_fields)})"
-            )
-        if level != "default" and level not in tuple(LogLevel):
-            raise LevelRefused(f"there is no such level (give {', '.join(LogLevel)}, or default)")
-        try:
-            seconds = None if for_ is None else units.duration(for_)
-        except ValueError as error:
-            raise LevelRefused(str(error)) from None
-        if level == "default" and seconds is not None:
-            raise LevelRefused(
-                "what the configuration says holds without end (give a level, or no time)"
-            )
-        until = None if seconds is None else time.monotonic() + seconds
-        for each in areas:
-            if level == "default":
-                self._changed.pop(each, None)
-            else:
-                self._changed[each] = (LogLevel(str(level)), until)
-        time_s = {} if seconds is None else {"for_s": seconds}
-        self.warning("log.level_changed", area=area, to=str(level), **time_s, by=by)
+        change = self._levels.change(area, level, for_)
+        self.logger.warning("log.level_changed", **change, by=by)
 
     # Other settings, other files
 
@@ -191,30 +140,43 @@ class Logs:
         """Open a new audit file where the old one was moved away; keep the old one if
         that fails.
 
-        Slow where the file system is: to be called in a thread.
+        Called in a thread: the file system may be slow.
         """
         if self._audit is None:
             return
         try:
             self._replace_audit(self._audit, _opened(str(self._settings.audit)))
         except AuditError as error:
-            self.error("log.audit_failed", reason=str(error))
+            self.logger.error("log.audit_failed", reason=str(error))
 
     def opened_audit(self, settings: Settings) -> int | None:
-        """Return a descriptor of a new audit file in the settings, for ``take_over``,
-        or None.
+        """Open the audit file in other settings, if it is not the current one.
 
-        Slow where the file system is: to be called in a thread. Raises AuditError.
+        Called in a thread: the file system may be slow.
+
+        Args:
+            settings: The settings for a later ``take_over``.
+
+        Returns:
+            A descriptor for ``take_over``, or None.
+
+        Raises:
+            AuditError: The audit file can't be opened.
         """
         if settings.audit is None or settings.audit == self._settings.audit:
             return None
         return _opened(settings.audit)
 
     def precheck(self, settings: Settings) -> list[str]:
-        """Return why the settings would be refused, as far as a check without creating
-        files shows.
+        """Return why settings would be refused, without creating a file.
 
-        Slow where the file system is: to be called in a thread.
+        Called in a thread: the file system may be slow.
+
+        Args:
+            settings: The settings to check.
+
+        Returns:
+            The problems, a line each.
         """
         if (
             settings.audit is None
@@ -230,15 +192,20 @@ class Logs:
     def take_over(self, settings: Settings, audit: int | None = None) -> None:
         """Switch to other settings; levels changed at run time are reset.
 
-        audit: the result of ``opened_audit`` for them; this object owns it from now on.
+        Args:
+            settings: The settings to use from now on.
+            audit: The result of ``opened_audit`` for them; this object now owns it.
         """
         if settings.audit != self._settings.audit:
             self._begin_audit(audit)
-        self._changed.clear()
+        self._levels.configure(settings)
+        before = None
         if settings.format != self._settings.format:
-            self._form, target = _place(settings.format, self._stream, self._journal)
-            before, self._main = self._main, self._outlet(target, self._form)
-            # Lines that wait in the old outlet are written first, if that is quick.
+            self._format, target = _place(settings.format, self._stream, self._journal)
+            before, self._output.sink = self._output.sink, _sink(target, self._format)
+        self._set_processors()
+        if before is not None:
+            # Lines that wait in the old sink are written first, if that is quick.
             before.close(0.1)
         self._settings = settings
 
@@ -247,70 +214,83 @@ class Logs:
         if descriptor is None:
             self._audit = None
             if before is not None:
-                before[0].close(0.1)
+                before[0].sink.close(0.1)
         elif before is None:
             target = Descriptor(descriptor, owned=True)
-            self._audit = (self._outlet(target, json_line), target)
+            self._audit = (SinkLogger(_sink(target, JSON)), target)
         else:
             self._replace_audit(before, descriptor)
 
-    def _replace_audit(self, audit: tuple[Outlet, Descriptor], descriptor: int) -> None:
-        outlet, target = audit
-        outlet.call(lambda: target.replace(descriptor))
+    def _replace_audit(self, audit: tuple[SinkLogger, Descriptor], descriptor: int) -> None:
+        output, target = audit
+        output.sink.call(lambda: target.replace(descriptor))
 
     # Closing
 
     def flush(self, timeout_s: float = 0.3) -> bool:
-        """Write all waiting lines; return False if that takes longer than the time for
-        them all.
+        """Write all waiting lines.
+
+        Args:
+            timeout_s: The most seconds to wait for all sinks together.
+
+        Returns:
+            Whether every line was written in time.
         """
         end = time.monotonic() + timeout_s
-        done = [outlet.flush(max(0.0, end - time.monotonic())) for outlet in self._outlets()]
+        done = [sink.flush(max(0.0, end - time.monotonic())) for sink in self._sinks()]
         return all(done)
 
     def close(self, timeout_s: float = 0.3) -> None:
-        """Write the waiting lines and close; discard those that take longer than the
-        time.
+        """Write the waiting lines and close all sinks.
+
+        Args:
+            timeout_s: The seconds after which lines that still wait are discarded.
         """
         atexit.unregister(self.close)
         end = time.monotonic() + timeout_s
-        for outlet in self._outlets():
-            outlet.close(max(0.0, end - time.monotonic()))
+        for sink in self._sinks():
+            sink.close(max(0.0, end - time.monotonic()))
 
-    def _outlets(self) -> list[Outlet]:
-        return [self._main] if self._audit is None else [self._main, self._audit[0]]
-
-
-def _entry(level: str, event: str, fields: dict[str, Any]) -> Entry:
-    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return {"timestamp": now, "level": str(level), "event": event, **fields}
+    def _sinks(self) -> list[Sink]:
+        main = self._output.sink
+        return [main] if self._audit is None else [main, self._audit[0].sink]
 
 
-def _is_audited(area: str, level: LogLevel, event: str, fields: dict[str, Any]) -> bool:
-    """Return whether the event goes to the audit file.
+def _logger(
+    wrapped: WrappedLogger, processors: Iterable[Processor], level: str = "debug"
+) -> FilteringBoundLogger:
+    """Return a structlog logger that uses nothing of structlog's global configuration.
 
-    It does if it shows which clients connected or were refused, what administrators
-    did, or what changed.
+    level: its methods below this level do nothing.
     """
-    if level is LogLevel.DEBUG or event == "daemon.bug":
-        return False
-    if event == "message.refused":
-        return fields.get("to") == "$broker" and fields.get("code") == "denied"
-    return area in _AUDITED_AREAS or event in AUDITED
+    logger: FilteringBoundLogger = structlog.wrap_logger(
+        wrapped,
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        context_class=dict,
+        cache_logger_on_first_use=False,
+    ).bind()
+    return logger
 
 
-def _place(format: LogFormat, stream: TextIO, journal: str) -> tuple[Form, Target]:
-    """Return the form of a line, and its target."""
-    if format is LogFormat.JSON:
-        return json_line, of_stream(stream)
-    if format is LogFormat.CONSOLE or stream.isatty():
+def _sink(target: Target, form: Format) -> Sink:
+    """Return the sink of a target; it reports lost lines in the same format."""
+    logger = _logger(structlog.ReturnLogger(), [*HEADER, *form])
+    return Sink(target, lambda count: encode(logger.warning("log.lost", count=count)))
+
+
+def _place(chosen: LogFormat, stream: TextIO, journal: str) -> tuple[Format, Target]:
+    """Return the format of each event, and the target of its line."""
+    if chosen is LogFormat.JSON:
+        return JSON, of_stream(stream)
+    if chosen is LogFormat.CONSOLE or stream.isatty():
         return console(colors=stream.isatty()), of_stream(stream)
     if _is_journal(stream):
         try:
-            return journal_entry, Journal(journal)
+            return JOURNAL, Journal(journal)
         except OSError:
-            return prefixed, of_stream(stream)
-    return json_line, of_stream(stream)
+            return PREFIXED, of_stream(stream)
+    return JSON, of_stream(stream)
 
 
 def _is_journal(stream: TextIO) -> bool:
@@ -343,13 +323,7 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-class _Nowhere:
-    """A logger that discards every event, for brokers inside a program."""
-
-    def __getattr__(self, method: str) -> Callable[..., None]:
-        return lambda event, **fields: None
-
-
-def quiet_log() -> Any:
-    """Return a logger that discards every event."""
-    return _Nowhere()
+def quiet_log() -> FilteringBoundLogger:
+    """Return a logger that discards every event, for brokers inside a program."""
+    # No event of a broker is critical.
+    return _logger(structlog.ReturnLogger(), (), "critical")

@@ -1,4 +1,4 @@
-"""Log outlets, each with a thread of its own, so that no full pipe or slow disk blocks
+"""Log sinks, each with a thread of its own, so that no full pipe or slow disk blocks
 the broker.
 
 Lines are written whole and in order. Lines that can't be written, or that find the
@@ -22,14 +22,14 @@ __all__ = [
     "MOST_LINES",
     "Descriptor",
     "Journal",
-    "Outlet",
+    "Sink",
     "Target",
     "Text",
     "of_stream",
     "open_for_append",
 ]
 
-#: Most that may wait for one outlet, in lines and in bytes.
+#: Most that may wait for one sink, in lines and in bytes.
 MOST_LINES: Final = 10_000
 MOST_BYTES: Final = 4 * 2**20
 #: Seconds until the thread tries again to report lost lines, when no further line
@@ -41,7 +41,7 @@ _POLL: Final = 0.02
 
 
 class Target(Protocol):
-    """A destination of log lines; only an Outlet's thread calls it."""
+    """A destination of log lines; only a Sink's thread calls it."""
 
     def write(self, line: bytes) -> None:
         """Write one line, however long that takes. Raises OSError if it is lost."""
@@ -178,7 +178,7 @@ class _Lost:
         self.count = 0
 
 
-class Outlet:
+class Sink:
     """The queue of lines for one target, and the thread that writes them.
 
     lost_line: returns the line that reports the number of lost lines.

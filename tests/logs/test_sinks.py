@@ -16,8 +16,8 @@ from time import monotonic
 
 import pytest
 
-from brokerd.log import sinks as log_outlets
-from brokerd.log.sinks import Descriptor, Journal, Outlet, Text, of_stream, open_for_append
+from brokerd.log import sinks
+from brokerd.log.sinks import Descriptor, Journal, Sink, Text, of_stream, open_for_append
 
 TIMEOUT_S = 30.0
 
@@ -56,12 +56,12 @@ def gate() -> Iterator[Gate]:
 
 def test_lines_come_out_in_order(gate: Gate) -> None:
     """Ten thousand lines from one thread arrive as they were put."""
-    outlet = Outlet(gate, lost_line)
+    sink = Sink(gate, lost_line)
     gate.opened.set()
     for number in range(5000):
-        outlet.put(b"%d\n" % number)
+        sink.put(b"%d\n" % number)
 
-    assert outlet.close(TIMEOUT_S)
+    assert sink.close(TIMEOUT_S)
 
     assert gate.lines == [b"%d\n" % number for number in range(5000)]
     assert gate.closed
@@ -71,19 +71,19 @@ def test_whoever_logs_never_waits(gate: Gate) -> None:
     """With nobody reading, putting goes on; what found no room is counted, and the
     count stands where it was lost.
     """
-    outlet = Outlet(gate, lost_line)
-    outlet.put(b"first\n")
+    sink = Sink(gate, lost_line)
+    sink.put(b"first\n")
     assert gate.recipients.wait(TIMEOUT_S)
-    for number in range(3 * log_outlets.MOST_LINES):
-        outlet.put(b"%d\n" % number)
+    for number in range(3 * sinks.MOST_LINES):
+        sink.put(b"%d\n" % number)
 
-    assert not outlet.flush(0.01)
+    assert not sink.flush(0.01)
     gate.opened.set()
-    assert outlet.flush(TIMEOUT_S)
-    outlet.put(b"last\n")
-    assert outlet.close(TIMEOUT_S)
+    assert sink.flush(TIMEOUT_S)
+    sink.put(b"last\n")
+    assert sink.close(TIMEOUT_S)
 
-    kept = log_outlets.MOST_LINES
+    kept = sinks.MOST_LINES
     assert gate.lines == [
         b"first\n",
         *[b"%d\n" % number for number in range(kept)],
@@ -94,17 +94,17 @@ def test_whoever_logs_never_waits(gate: Gate) -> None:
 
 def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
     """Long lines are fewer."""
-    outlet = Outlet(gate, lost_line)
-    outlet.put(b"first\n")
+    sink = Sink(gate, lost_line)
+    sink.put(b"first\n")
     assert gate.recipients.wait(TIMEOUT_S)
     line = bytes(100_000)
     for _ in range(100):
-        outlet.put(line)
+        sink.put(line)
 
     gate.opened.set()
-    assert outlet.close(TIMEOUT_S)
+    assert sink.close(TIMEOUT_S)
 
-    kept = log_outlets.MOST_BYTES // len(line)
+    kept = sinks.MOST_BYTES // len(line)
     assert gate.lines == [b"first\n", *[line] * kept, b"lost %d\n" % (100 - kept)]
 
 
@@ -112,16 +112,16 @@ def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
     """While nothing can be written lines are lost; the first one afterwards is the
     count.
     """
-    outlet = Outlet(gate, lost_line)
+    sink = Sink(gate, lost_line)
     gate.opened.set()
     gate.full = True
     for _ in range(7):
-        outlet.put(b"gone\n")
-    assert outlet.flush(TIMEOUT_S)
+        sink.put(b"gone\n")
+    assert sink.flush(TIMEOUT_S)
 
     gate.full = False
-    outlet.put(b"here\n")
-    assert outlet.close(TIMEOUT_S)
+    sink.put(b"here\n")
+    assert sink.close(TIMEOUT_S)
 
     assert gate.lines == [b"lost 7\n", b"here\n"]
 
@@ -130,43 +130,43 @@ def test_the_count_does_not_wait_for_the_next_line(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a quiet broker it is tried again by itself."""
-    monkeypatch.setattr(log_outlets, "_TRY_AGAIN", 0.01)
-    outlet = Outlet(gate, lost_line)
+    monkeypatch.setattr(sinks, "_TRY_AGAIN", 0.01)
+    sink = Sink(gate, lost_line)
     gate.opened.set()
     gate.full = True
-    outlet.put(b"gone\n")
-    assert outlet.flush(TIMEOUT_S)
+    sink.put(b"gone\n")
+    assert sink.flush(TIMEOUT_S)
     gate.full = False
 
     end = monotonic() + TIMEOUT_S
     while not gate.lines:
         assert monotonic() < end
     assert gate.lines == [b"lost 1\n"]
-    assert outlet.close(TIMEOUT_S)
+    assert sink.close(TIMEOUT_S)
 
 
 def test_closing_gives_up_in_time(gate: Gate) -> None:
     """Nobody reads: the end comes when the time is over, and what is put after it goes
     nowhere.
     """
-    outlet = Outlet(gate, lost_line)
-    outlet.put(b"first\n")
+    sink = Sink(gate, lost_line)
+    sink.put(b"first\n")
     assert gate.recipients.wait(TIMEOUT_S)
-    outlet.put(b"second\n")
+    sink.put(b"second\n")
     began = monotonic()
 
-    assert not outlet.close(0.05)
+    assert not sink.close(0.05)
 
     assert monotonic() - began < 5
-    outlet.put(b"third\n")
+    sink.put(b"third\n")
     gate.opened.set()
 
 
 def test_closing_what_was_never_used_closes_it(gate: Gate) -> None:
     """No thread is begun for it."""
-    outlet = Outlet(gate, lost_line)
+    sink = Sink(gate, lost_line)
 
-    assert outlet.close(1)
+    assert sink.close(1)
     assert gate.closed
 
 
@@ -223,17 +223,17 @@ def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
     """Nothing is lost when it says that it would block; and it stays as it was."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    outlet = Outlet(Descriptor(writing, owned=True), lost_line)
+    sink = Sink(Descriptor(writing, owned=True), lost_line)
     lines = [b"%d %s\n" % (number, b"x" * 1000) for number in range(500)]
     for line in lines:
-        outlet.put(line)
+        sink.put(line)
     got = bytearray()
     while got.count(b"\n") < len(lines):
         got += os.read(reading, 1 << 16)
 
     assert bytes(got) == b"".join(lines)
     assert not os.get_blocking(writing)
-    assert outlet.close(TIMEOUT_S)
+    assert sink.close(TIMEOUT_S)
     os.close(reading)
 
 
@@ -242,11 +242,11 @@ def test_a_blocking_descriptor_stays_blocking() -> None:
     would block.
     """
     reading, writing = os.pipe()
-    outlet = Outlet(Descriptor(writing, owned=True), lost_line)
-    outlet.put(b"line\n")
+    sink = Sink(Descriptor(writing, owned=True), lost_line)
+    sink.put(b"line\n")
     assert os.read(reading, 100) == b"line\n"
     assert os.get_blocking(writing)
-    outlet.close(TIMEOUT_S)
+    sink.close(TIMEOUT_S)
     os.close(reading)
 
 

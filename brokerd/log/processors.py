@@ -1,0 +1,171 @@
+"""structlog processors of the log: header fields, escaping, journal fields, audit.
+
+A processor takes an event as a dict and returns it for the next processor, as
+structlog's documentation describes. The last processor of a format is its renderer, in
+:mod:`brokerd.log.formats`. Source of the journal's fields: systemd, "Native Journal
+Protocol" and systemd.journal-fields(7).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from structlog.processors import TimeStamper, add_log_level
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+__all__ = [
+    "AUDITED",
+    "HEADER",
+    "HEADER_FIELDS",
+    "PRIORITIES",
+    "AuditBranch",
+    "escape_control_characters",
+    "message",
+    "to_journal_fields",
+]
+
+#: The journal's priorities of our levels (syslog(3)).
+PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+#: Fields that each event begins with; all are text.
+HEADER_FIELDS: Final = ("timestamp", "level", "event")
+#: Events that go to the audit file whatever the levels, besides all events of
+#: _AUDITED_AREAS.
+AUDITED: Final = frozenset(
+    {
+        "client.connected",
+        "client.disconnected",
+        "client.refused",
+        "client.refused_more",
+        "client.unsubscribed",
+    }
+)
+_AUDITED_AREAS: Final = frozenset({"admin", "daemon", "key", "log"})
+#: Text that needs no quotes: it has no character that could end a field.
+_PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")
+#: Most characters of one field in a journal entry.
+_LONGEST_FIELD: Final = 32_000
+
+
+def put_header_first(logger: WrappedLogger, method_name: str, event_dict: EventDict) -> EventDict:
+    """Return the event with its header fields in front of the fields of the call."""
+    return {
+        "timestamp": event_dict.pop("timestamp"),
+        "level": event_dict.pop("level"),
+        "event": event_dict.pop("event"),
+        **event_dict,
+    }
+
+
+#: The processors that give an event its header fields.
+HEADER: Final[tuple[Processor, ...]] = (
+    TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%fZ"),
+    add_log_level,
+    put_header_first,
+)
+
+
+class _Escaped:
+    """Text that a renderer prints escaped, as its Python literal."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return repr(self._text)
+
+
+def escape_control_characters(
+    logger: WrappedLogger, method_name: str, event_dict: EventDict
+) -> EventDict:
+    """Return the event so that text in it can't end a line or control a terminal."""
+    return {
+        key: _Escaped(value) if isinstance(value, str) and not value.isprintable() else value
+        for key, value in event_dict.items()
+    }
+
+
+def to_journal_fields(logger: WrappedLogger, method_name: str, event_dict: EventDict) -> EventDict:
+    """Return the journal's fields of an event.
+
+    They are MESSAGE for people, and a field BROKERD_... for each field of the event.
+    """
+    known = {
+        "PRIORITY": str(PRIORITIES[event_dict["level"]]),
+        "SYSLOG_IDENTIFIER": "brokerd",
+        "MESSAGE": message(event_dict)[:_LONGEST_FIELD],
+        "BROKERD_EVENT": event_dict["event"],
+    }
+    more = {
+        "BROKERD_" + re.sub(r"[^A-Z0-9_]", "_", key.upper())[:50]: _bare(value)[:_LONGEST_FIELD]
+        for key, value in event_dict.items()
+        if key not in HEADER_FIELDS
+    }
+    return {**known, **more}
+
+
+def message(event_dict: EventDict) -> str:
+    """Return the event and its fields as text, ``EVENT KEY=VALUE ...``."""
+    fields = (
+        f" {key}={_quoted(value)}" for key, value in event_dict.items() if key not in HEADER_FIELDS
+    )
+    return str(event_dict["event"]) + "".join(fields)
+
+
+def _quoted(value: Any) -> str:
+    """Return a value for a place where a space ends it."""
+    return (
+        value
+        if isinstance(value, str) and _PLAIN.fullmatch(value)
+        else json.dumps(value, default=repr)
+    )
+
+
+def _bare(value: Any) -> str:
+    """Return a value for a place of its own, where only a line end ends it."""
+    if isinstance(value, str):
+        return value if value.isprintable() else json.dumps(value)[1:-1]
+    return json.dumps(value, default=repr)
+
+
+class AuditBranch:
+    """The processors that copy audited events to a file, whatever the levels.
+
+    levels: the processor that drops events below their level. render: returns the line
+    of an event. put: takes each line.
+    """
+
+    def __init__(
+        self, levels: Processor, render: Processor, put: Callable[[str | bytes], None]
+    ) -> None:
+        self._levels = levels
+        self._render = render
+        self._put = put
+
+    def admit(self, logger: WrappedLogger, method_name: str, event_dict: EventDict) -> Any:
+        """Return the event if it is audited or not below its level, or raise DropEvent."""
+        if _is_audited(method_name, event_dict):
+            return event_dict
+        return self._levels(logger, method_name, event_dict)
+
+    def copy(self, logger: WrappedLogger, method_name: str, event_dict: EventDict) -> Any:
+        """Copy an audited event to the file; return it if it is not below its level."""
+        if _is_audited(method_name, event_dict):
+            self._put(self._render(logger, method_name, event_dict))  # type: ignore[arg-type]
+        return self._levels(logger, method_name, event_dict)
+
+
+def _is_audited(method_name: str, event_dict: EventDict) -> bool:
+    """Return whether the event goes to the audit file.
+
+    It does if it shows which clients connected or were refused, what administrators
+    did, or what changed.
+    """
+    event = event_dict["event"]
+    if method_name == "debug" or event == "daemon.bug":
+        return False
+    if event == "message.refused":
+        return event_dict.get("to") == "$broker" and event_dict.get("code") == "denied"
+    return event.partition(".")[0] in _AUDITED_AREAS or event in AUDITED
