@@ -232,6 +232,10 @@ class Connection:
         if handle is not None:
             _close(handle)
 
+    def _detach(self) -> None:
+        """Give the descriptor up without closing it, as Python 3.14's connections can."""
+        self._handle = None
+
     # Sending.
 
     def send(self, obj: object) -> None:

@@ -7,6 +7,7 @@ START_METHOD=fork PYTHONPATH=client:tests/interop/in_place python run_cases.py C
 import json
 import multiprocessing
 import multiprocessing.connection
+import signal
 import sys
 import unittest
 
@@ -33,6 +34,8 @@ class Ledger(unittest.TextTestResult):
 
 def main():
     classes = sys.argv[1:]
+    # A shell starts its background jobs with SIGINT ignored; tests of Python 3.14 send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Nothing below would mean anything if it ran upon the standard library's module.
     assert multiprocessing.connection is brokerd_client.connection
