@@ -30,10 +30,32 @@ cdef extern from "Python.h":
     void Py_SET_SIZE(object, Py_ssize_t)
 
 cdef object _NEXT = RoutingResult.CONSUMED
+# The layout of wire.layout, counted from the first byte of a frame's length.
 cdef enum:
+    LENGTH_SIZE = 4
+    KIND_OFFSET = 4
+    FLAGS_OFFSET = 5
+    CODEC_OFFSET = 6
+    NAME_SIZE_OFFSET = 7
+    ID_OFFSET = 8
+    ID_SIZE = 8
     HEAD_SIZE = 16
     MESSAGE = 1
     EVENT = 5
+
+# For the test that compares these numbers with wire.layout.
+LAYOUT = {
+    "length_size": LENGTH_SIZE,
+    "kind_offset": KIND_OFFSET,
+    "flags_offset": FLAGS_OFFSET,
+    "codec_offset": CODEC_OFFSET,
+    "name_size_offset": NAME_SIZE_OFFSET,
+    "id_offset": ID_OFFSET,
+    "id_size": ID_SIZE,
+    "head_size": HEAD_SIZE,
+    "message": MESSAGE,
+    "event": EVENT,
+}
 
 
 cdef class WriteBuffer:
@@ -127,16 +149,16 @@ cdef inline void _write_head(
     char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* sender_header, Py_ssize_t sender_header_size, const uint8_t* message_id
 ) noexcept:
     """Write length, header and the sender's name: 16 + stamp_size bytes."""
-    cdef uint32_t length = <uint32_t>(size_out - 4)
+    cdef uint32_t length = <uint32_t>(size_out - LENGTH_SIZE)
     at[0] = <char>(length >> 24)
     at[1] = <char>((length >> 16) & 0xFF)
     at[2] = <char>((length >> 8) & 0xFF)
     at[3] = <char>(length & 0xFF)
-    at[4] = <char>kind
-    at[5] = 0
-    at[6] = <char>codec
-    at[7] = <char>sender_header_size
-    memcpy(at + 8, message_id, 8)
+    at[KIND_OFFSET] = <char>kind
+    at[FLAGS_OFFSET] = 0
+    at[CODEC_OFFSET] = <char>codec
+    at[NAME_SIZE_OFFSET] = <char>sender_header_size
+    memcpy(at + ID_OFFSET, message_id, ID_SIZE)
     memcpy(at + HEAD_SIZE, sender_header, sender_header_size)
 
 
@@ -275,9 +297,9 @@ cdef object _feed(
     while end - position >= HEAD_SIZE:
         at = data + position
         size = _signed_length(at)
-        kind, name_size = at[4], at[7]
-        payload = size - 12 - name_size
-        if at[5] == 0 and payload >= 0 and size <= end - position - 4:
+        kind, name_size = at[KIND_OFFSET], at[NAME_SIZE_OFFSET]
+        payload = size - (HEAD_SIZE - LENGTH_SIZE) - name_size
+        if at[FLAGS_OFFSET] == 0 and payload >= 0 and size <= end - position - LENGTH_SIZE:
             if kind == MESSAGE and payload <= limit:
                 if last_name is NULL or name_size != last_size or memcmp(at + HEAD_SIZE, last_name, name_size) != 0:
                     run.close()
@@ -302,14 +324,14 @@ cdef object _feed(
                     if run.written + size_out > run.allocated:
                         run.grow(size_out)
                     out = run.bytes + run.written
-                    _write_head(out, size_out, MESSAGE, at[6], sender_header_bytes, sender_header_size, at + 8)
+                    _write_head(out, size_out, MESSAGE, at[CODEC_OFFSET], sender_header_bytes, sender_header_size, at + ID_OFFSET)
                     memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE + name_size, payload)
                     run.written += size_out
                     run.frames += 1
                     run.size += size_out
                     messages += 1
                     size_in += size
-                    position += 4 + size
+                    position += LENGTH_SIZE + size
                     continue
             elif kind == EVENT and name_size == 0 and 0 < payload <= limit and 1 + at[HEAD_SIZE] <= payload:
                 topic_size = at[HEAD_SIZE]
@@ -331,11 +353,11 @@ cdef object _feed(
                     size_out = HEAD_SIZE + sender_header_size + payload
                     if fanout.has_room(size_out):
                         out = fanout.add(size_out)
-                        _write_head(out, size_out, EVENT, at[6], sender_header_bytes, sender_header_size, at + 8)
+                        _write_head(out, size_out, EVENT, at[CODEC_OFFSET], sender_header_bytes, sender_header_size, at + ID_OFFSET)
                         memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE, payload)
                         messages += 1
                         size_in += size
-                        position += 4 + size
+                        position += LENGTH_SIZE + size
                         continue
         run.close()
         fanout.close()

@@ -12,11 +12,11 @@ one pass, offsets instead of slices, one copy of the payload.
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
+from brokerd_client.wire.layout import EVENT_KIND, FRAME_HEAD, MESSAGE_KIND
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -26,11 +26,7 @@ __all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]
 
 NAME: Final[str] = "python"
 
-#: The length and the header of a short frame together.
-_HEAD: Final = struct.Struct("!iBBBBQ")
-_HEAD_SIZE: Final = _HEAD.size
-_MESSAGE: Final = 1
-_EVENT: Final = 5
+_HEAD_SIZE: Final = FRAME_HEAD.size
 
 
 class WriteBuffer:
@@ -92,7 +88,7 @@ def feed(
     sender_header = source.sender_header
     sender_header_size = len(sender_header)
     touched = broker.touched
-    unpack, pack = _HEAD.unpack_from, _HEAD.pack
+    unpack, pack = FRAME_HEAD.unpack_from, FRAME_HEAD.pack
     messages = size_in = 0
     result = RoutingResult.CONSUMED
     while end - position >= _HEAD_SIZE:
@@ -101,12 +97,12 @@ def feed(
         body = first + name_size
         stop = position + 4 + size
         targets: tuple[WriteBuffer, ...] = ()
-        if kind == _MESSAGE and not flags and body <= stop <= end and stop - body <= limit:
+        if kind == MESSAGE_KIND and not flags and body <= stop <= end and stop - body <= limit:
             entry = routes.get(bytes(buffer[first:body]))
             if entry is not None and (direct := entry.direct) is not None:
                 targets = (direct,)
         elif (
-            kind == _EVENT
+            kind == EVENT_KIND
             and not flags
             and not name_size
             and first < stop <= end

@@ -52,7 +52,6 @@ from brokerd_client.wire.envelope import (
     MAX_TTL,
     Envelope,
     ErrorCode,
-    Flag,
     Kind,
     encode,
     error_payload,
@@ -62,6 +61,7 @@ from brokerd_client.wire.envelope import (
     split,
 )
 from brokerd_client.wire.framing import frame as make_frame
+from brokerd_client.wire.layout import ACK_FLAG, RECEIPT_FLAG
 
 __all__ = ["OUTCOME_RESERVE", "AdminCommand", "Broker", "CoreLimits", "RoutingResult"]
 
@@ -77,8 +77,6 @@ _STEPS: Final = 64
 _EXPIRED: Final = 256
 #: Most clients reconfigured per turn of a reload: some milliseconds' work.
 _RECONFIGURED: Final = 256
-_RECEIPT: Final = int(Flag.RECEIPT)
-_ACK: Final = int(Flag.ACK)
 #: Kinds that answer a request.
 _ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 
@@ -582,7 +580,7 @@ class Broker:
     def _dispatch(
         self, source: Session, envelope: Envelope, frame: memoryview, now: float
     ) -> RoutingResult:
-        if envelope.flags & _ACK or envelope.kind in (Kind.RECEIPT, Kind.ACK):
+        if envelope.flags & ACK_FLAG or envelope.kind in (Kind.RECEIPT, Kind.ACK):
             message = "nothing sent here is stored, so nothing can be acknowledged"
             return self.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
         if source.spread is not None:
@@ -623,7 +621,7 @@ class Broker:
             )
         if source in self.asking:
             return self._wait_for_answer(source)
-        if envelope.flags & _RECEIPT:
+        if envelope.flags & RECEIPT_FLAG:
             self.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
         serve(self, source, envelope, bytes(frame[split(frame)[1] :]))
         return RoutingResult.CONSUMED
@@ -702,7 +700,7 @@ class Broker:
         """
         if envelope.kind in _ANSWERS:
             self._fail_request(source, envelope.name, envelope.id, code, message)
-        if envelope.kind is Kind.ERROR and not envelope.flags & _RECEIPT:
+        if envelope.kind is Kind.ERROR and not envelope.flags & RECEIPT_FLAG:
             self.dropped += 1
             self.log_events.note(
                 "message.dropped", source, envelope.name, code, f"an ERROR for it: {message}"

@@ -19,13 +19,13 @@ from brokerd_client.wire.envelope import (
     HEADER,
     Envelope,
     ErrorCode,
-    Flag,
     Kind,
     head,
     split,
     split_address,
 )
 from brokerd_client.wire.framing import frame_prefix
+from brokerd_client.wire.layout import RECEIPT_FLAG
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -47,7 +47,6 @@ __all__ = [
 _DROPPED: Final = 256
 #: Frames dropped per frame that is charged to the sender's turn budget.
 _DROPS: Final = 2
-_RECEIPT: Final = int(Flag.RECEIPT)
 
 
 def send(
@@ -124,7 +123,7 @@ def _deliver(
     rest: the frame behind its header and its recipient's name.
     """
     outbox = target.outbox
-    wants_receipt = bool(envelope.flags & _RECEIPT)
+    wants_receipt = bool(envelope.flags & RECEIPT_FLAG)
     head = frame_head(source, envelope, size)
     if isinstance(outbox, FrameOutbox):
         pinned = "/" in envelope.name
@@ -353,7 +352,7 @@ def frame_head(source: Session, envelope: Envelope, size: int) -> bytes:
     """
     header = HEADER.pack(
         envelope.kind,
-        envelope.flags & ~_RECEIPT,
+        envelope.flags & ~RECEIPT_FLAG,
         envelope.codec,
         len(source.sender_header),
         envelope.id,

@@ -23,12 +23,12 @@ from brokerd_client.wire.envelope import (
     HEADER,
     Envelope,
     ErrorCode,
-    Flag,
     Kind,
     check_topic,
     encode,
 )
 from brokerd_client.wire.framing import frame as make_frame
+from brokerd_client.wire.layout import RECEIPT_FLAG
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -56,7 +56,6 @@ _MATCHES: Final = 32
 _STEP: Final = 16
 #: Group members examined per event before the best of them is taken, if it has room.
 _LOOKED_AT: Final = 256
-_RECEIPT: Final = int(Flag.RECEIPT)
 
 
 def publish(
@@ -140,7 +139,7 @@ def go_on_publishing(
                 return RoutingResult.YIELD
             broker.charge(1)
     source.spread = source.reached_by_event = None
-    if envelope.flags & _RECEIPT:
+    if envelope.flags & RECEIPT_FLAG:
         broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
     elif source.client.meter is None and not source.mute:
         _remember_fanout(broker, source, envelope.topic, spread.found)

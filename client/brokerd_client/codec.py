@@ -14,7 +14,7 @@ import json
 from typing import Any, Final
 
 from brokerd_client.errors import PayloadError, UndecodablePayload
-from brokerd_client.wire.envelope import CodecId
+from brokerd_client.wire.layout import CodecId
 
 __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 
@@ -22,6 +22,8 @@ __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 FIRST_USER_CODEC: Final = 128
 _LAST_CODEC: Final = 255
 
+_RAW: Final = int(CodecId.RAW)
+_JSON: Final = int(CodecId.JSON)
 _BY_NAME: Final = {
     "raw": CodecId.RAW,
     "pickle": CodecId.PICKLE,
@@ -49,11 +51,11 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
     """
     if codec is None:
         if type(payload) is bytes:
-            return 0, payload
+            return _RAW, payload
         if isinstance(payload, (bytes, bytearray, memoryview)):
-            return 0, bytes(payload)
+            return _RAW, bytes(payload)
         if isinstance(payload, _JSON_TYPES):
-            return 2, _json(payload)
+            return _JSON, _json(payload)
         raise PayloadError(
             f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give"
             " codec='pickle' (the recipient has to allow that)"

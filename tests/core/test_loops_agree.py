@@ -12,6 +12,14 @@ from typing import Any
 import pytest
 from support.loop_twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
 
+from brokerd_client.wire.framing import LENGTH
+from brokerd_client.wire.layout import (
+    EVENT_KIND,
+    FRAME_HEAD,
+    ID,
+    MESSAGE_KIND,
+)
+
 if os.environ.get("BROKERD_PURE") == "1":
     pytest.skip("BROKERD_PURE=1 leaves the compiled loop out", allow_module_level=True)
 _routing_c = pytest.importorskip(
@@ -114,6 +122,21 @@ def odd_step(chance: random.Random) -> tuple[Any, ...]:
             return "reconnect", entry
     frames = [odd_frame(chance) for _ in range(chance.randrange(1, 12))]
     return "send", entry, frames, chance.choice([1, 7, 100, 5000, 5000])
+
+
+def test_compiled_loop_layout_is_that_of_the_wire() -> None:
+    """The compiled loop's own offsets and numbers are those of wire.layout."""
+    layout = _routing_c.LAYOUT
+    message_id = 0x1112131415161718
+    head = FRAME_HEAD.pack(0x01020304, 0xA1, 0xA2, 0xA3, 0xA4, message_id)
+
+    assert layout["head_size"] == FRAME_HEAD.size
+    assert layout["length_size"] == FRAME_HEAD.size - HEADER.size == LENGTH.size
+    offsets = ("kind_offset", "flags_offset", "codec_offset", "name_size_offset")
+    assert [head[layout[offset]] for offset in offsets] == [0xA1, 0xA2, 0xA3, 0xA4]
+    start = layout["id_offset"]
+    assert head[start : start + layout["id_size"]] == ID.pack(message_id)
+    assert (layout["message"], layout["event"]) == (MESSAGE_KIND, EVENT_KIND)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5000])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from brokerd_client.wire.envelope import HEADER, Kind
 from brokerd_client.wire.framing import LENGTH
+from brokerd_client.wire.layout import HEADER, NAME_SIZE_OFFSET, Kind
 
 __all__ = ["UnreadCounter"]
 
@@ -60,7 +60,7 @@ class UnreadCounter:
                 # Not a valid frame: the frames behind it can't be told apart.
                 self._skip = 1 << 62
                 return
-            own = view[first + 3] and view[first + HEADER.size] == ord("$")
+            own = view[first + NAME_SIZE_OFFSET] and view[first + HEADER.size] == ord("$")
             self._counts = int(view[first] in _KINDS and not own)
             self._skip = size
             position = first

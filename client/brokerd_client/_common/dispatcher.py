@@ -14,7 +14,7 @@ from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message, extension_cost
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
-from brokerd_client.wire.envelope import Kind
+from brokerd_client.wire.layout import REQUEST_KIND
 
 __all__ = ["Dispatcher", "Job", "Sink", "WaitQueue", "log"]
 
@@ -23,7 +23,6 @@ M = TypeVar("M", bound=Message)
 #: A callable and its argument.
 Job: TypeAlias = tuple[Callable[[Any], object], Any]
 
-_REQUEST = int(Kind.REQUEST)
 #: Memory of a waiting error in bytes, together with its job, but without its texts.
 _ERROR_COST: Final = 800
 
@@ -116,7 +115,7 @@ class Dispatcher(Generic[M]):
         told: list[Job] = []
         kept: list[M] = []
         for message in messages:
-            if message._kind == _REQUEST:
+            if message._kind == REQUEST_KIND:
                 if answer is not None:
                     asked.append((answer, message))
                     continue

@@ -20,31 +20,34 @@ from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 from brokerd_client.errors import BrokerdError, FrameTooBig, MalformedEnvelope
 from brokerd_client.message import VALUE_COST, Message, Owner
 from brokerd_client.protocol.encoder import remember
-from brokerd_client.wire.envelope import HEADER, Envelope, Kind, head, is_address, split
+from brokerd_client.wire.envelope import Envelope, head, is_address, split
 from brokerd_client.wire.framing import frame_span
+from brokerd_client.wire.layout import (
+    EVENT_KIND,
+    FRAME_HEAD,
+    HEADER,
+    MAX_HEAD_SIZE,
+    REPLY_KIND,
+    Kind,
+)
 
-__all__ = ["HEAD", "MAX_FRAME", "Incoming", "Other", "Unreadable"]
+__all__ = ["MAX_FRAME", "Incoming", "Other", "Unreadable"]
 
 M = TypeVar("M", bound=Message)
 
-#: Length and header of a frame, at once.
-_PREFIX: Final = struct.Struct("!iBBBBQ")
 #: Longest frame that is skipped, in bytes. A longer length is an error that ends the
 #: connection.
 MAX_FRAME: Final = 2**32
-#: Most bytes of a frame before its payload: header, name, topic, extension.
-HEAD: Final = HEADER.size + 255 + 1 + 255 + 2 + 0xFFFF
 #: Bytes. The payload of a longer frame that comes in pieces gets a buffer of its own,
 #: and is not copied when it is complete.
-_LARGE: Final = 2 * HEAD
+_LARGE: Final = 2 * MAX_HEAD_SIZE
 #: Messages of one size in a row after which a run is tried, and the fewest further
 #: messages in it. Larger messages than the second limit, in bytes, are never read as a
 #: run.
 _RUN: Final = 4
 _RUN_MAX_SIZE: Final = 4096
 
-_REPLY_KIND: Final = int(Kind.REPLY)
-_EVENT_KIND: Final = int(Kind.EVENT)
+_FRAME_HEAD_SIZE: Final = FRAME_HEAD.size
 
 
 class Unreadable(NamedTuple):
@@ -115,9 +118,9 @@ class Incoming(Generic[M]):
     def accept(self, largest: int) -> None:
         """Skip all later frames whose payload is longer than ``largest`` bytes.
 
-        The header and extension of a frame may add up to HEAD bytes.
+        The header and extension of a frame may add up to MAX_HEAD_SIZE bytes.
         """
-        self._most = largest + HEAD
+        self._most = largest + MAX_HEAD_SIZE
 
     def reset(self) -> None:
         """Forget the incomplete frame, for a new connection."""
@@ -140,20 +143,20 @@ class Incoming(Generic[M]):
             )
             position = self._complete(data, owner, messages, other)
         unpack, senders, message_class, append = (
-            _PREFIX.unpack_from,
+            FRAME_HEAD.unpack_from,
             self._senders,
             self._message,
             messages.append,
         )
         size_of_last = in_a_row = 0
         while position < end:
-            if end - position >= 16:
+            if end - position >= _FRAME_HEAD_SIZE:
                 size, kind, flags, codec, name_size, message_id = unpack(data, position)
-                body = position + 16 + name_size
+                body = position + _FRAME_HEAD_SIZE + name_size
                 stop = position + 4 + size
                 # The ordinary frame; wire.envelope checks all other frames, below.
                 if flags == 0 and 0 < kind < 4 and body <= stop <= end:
-                    raw = data[position + 16 : body]
+                    raw = data[position + _FRAME_HEAD_SIZE : body]
                     sender = senders.get(raw)
                     if sender is None:
                         sender = self._sender(raw)
@@ -162,7 +165,7 @@ class Incoming(Generic[M]):
                             kind, message_id, sender, codec, data[body:stop], owner
                         )
                         position = stop
-                        if kind >= _REPLY_KIND:
+                        if kind >= REPLY_KIND:
                             other(message)
                             continue
                         append(message)
@@ -174,9 +177,9 @@ class Incoming(Generic[M]):
                             position = self._run(data, stop - 4 - size, stop, owner, messages)
                             in_a_row = 0
                         continue
-                elif flags == 0 and kind == _EVENT_KIND and name_size and body < stop <= end:
+                elif flags == 0 and kind == EVENT_KIND and name_size and body < stop <= end:
                     first = body + 1 + data[body]
-                    raw, topic = data[position + 16 : body], data[body + 1 : first]
+                    raw, topic = data[position + _FRAME_HEAD_SIZE : body], data[body + 1 : first]
                     sender = senders.get(raw) or self._sender(raw)
                     about = self._topics.get(topic) or self._topic(topic)
                     if first <= stop and sender and about:
@@ -193,7 +196,7 @@ class Incoming(Generic[M]):
             if size > MAX_FRAME:
                 raise FrameTooBig(size, MAX_FRAME)
             if first + size > end or size > self._most:
-                if end - first < min(HEAD, size):
+                if end - first < min(MAX_HEAD_SIZE, size):
                     break
                 if size > _LARGE or size > self._most:
                     self._large = self._begin(data, first, size, end, other)
@@ -213,12 +216,12 @@ class Incoming(Generic[M]):
         have the same length, kind, flags, codec and name length, so they are ordinary
         too.
         """
-        size, kind, _, codec, name_size, _ = _PREFIX.unpack_from(data, last)
+        size, kind, _, codec, name_size, _ = FRAME_HEAD.unpack_from(data, last)
         step = position - last
         count = (len(data) - position) // step
         if count < _RUN or size > _RUN_MAX_SIZE:
             return position
-        body_size = step - _PREFIX.size - name_size
+        body_size = step - _FRAME_HEAD_SIZE - name_size
         fields = self._runs.get((name_size, body_size))
         if fields is None:
             # The start, the id, the sender, the body.
@@ -270,7 +273,7 @@ class Incoming(Generic[M]):
                 if size > MAX_FRAME:
                     raise FrameTooBig(size, MAX_FRAME)
                 large = size > _LARGE or size > self._most
-                missing = first + (min(HEAD, size) if large else size) - len(partial)
+                missing = first + (min(MAX_HEAD_SIZE, size) if large else size) - len(partial)
                 if missing <= 0:
                     break
             taken = data[position : position + missing]

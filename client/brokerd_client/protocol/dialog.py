@@ -47,8 +47,6 @@ from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import Bindings
 from brokerd_client.wire.envelope import (
     BROKER,
-    Flag,
-    Kind,
     check_name,
     check_pattern,
     is_address,
@@ -57,6 +55,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
+from brokerd_client.wire.layout import MESSAGE_KIND, CodecId, Flag, Kind
 
 __all__ = ["LINGER_S", "Dialog", "Effects"]
 
@@ -74,7 +73,6 @@ _LATE_IDS: Final = 2**63
 #: succeeded.
 _CROWDED: Final = 3
 
-_MESSAGE_KIND: Final = int(Kind.MESSAGE)
 #: Kept in a name because looking up an enum member costs as much as a few other lines
 #: of a send.
 _READY: Final = State.READY
@@ -401,7 +399,7 @@ class Dialog(Generic[M]):
             self.require_ready()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._outgoing.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
         self._outgoing.without_receipt(message_id, to)
         return message_id
 
@@ -421,7 +419,7 @@ class Dialog(Generic[M]):
     ) -> None:
         """Queue a MESSAGE whose id the face has already assigned."""
         self.require_ready()
-        self._outgoing.put(_MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._outgoing.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
         self._outgoing.without_receipt(message_id, to)
 
     def publish_as(
@@ -655,7 +653,7 @@ class Dialog(Generic[M]):
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._outgoing.put(Kind.REQUEST, 0, message_id, BROKER, 2, body, None)
+        self._outgoing.put(Kind.REQUEST, 0, message_id, BROKER, CodecId.JSON, body, None)
         pending = Pending(
             message_id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about
         )
@@ -751,7 +749,7 @@ class Dialog(Generic[M]):
     def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-            self._outgoing.put(Kind.ERROR, 0, message_id, to, 2, body, None)
+            self._outgoing.put(Kind.ERROR, 0, message_id, to, CodecId.JSON, body, None)
             self._outgoing.without_receipt(message_id, to)
 
     def _on_draining(self) -> None:

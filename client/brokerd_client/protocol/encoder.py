@@ -7,24 +7,27 @@ and wire.framing. A bulk of messages needs no object for each message.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any, Final, TypeVar
 
 from brokerd_client.wire.envelope import Envelope, Kind, check_address, check_topic, encode
 from brokerd_client.wire.framing import frame_prefix
+from brokerd_client.wire.layout import (
+    EVENT_KIND,
+    FRAME_HEAD,
+    FRAME_START,
+    HEADER,
+    ID,
+    MESSAGE_KIND,
+)
 
 __all__ = ["Outgoing", "remember"]
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-#: Length and header of a frame, at once; the same without the id; the id.
-_PREFIX: Final = struct.Struct("!iBBBBQ")
-_START: Final = struct.Struct("!iBBBB")
-_ID: Final = struct.Struct("!Q")
-_HEADER_SIZE: Final = 12
+_HEADER_SIZE: Final = HEADER.size
 #: Bytes. Shorter frames are joined into one piece; the bodies of longer frames are not
 #: copied.
 _COPIED: Final = 1024
@@ -36,9 +39,6 @@ _REMEMBERED: Final = 4096
 #: Most refusals remembered until all queued bytes are written. Beyond that limit, a
 #: lost connection reports refused sends a second time.
 _MOST_REFUSED: Final = 2**18
-
-_MESSAGE_KIND: Final = int(Kind.MESSAGE)
-_EVENT_KIND: Final = int(Kind.EVENT)
 
 
 class Outgoing:
@@ -180,7 +180,7 @@ class Outgoing:
         name = self._recipients[to]
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            start = _PREFIX.pack(size, kind, flags, codec, len(name), message_id) + name
+            start = FRAME_HEAD.pack(size, kind, flags, codec, len(name), message_id) + name
             if size < _COPIED:
                 self._parts.append(start + body)
             else:
@@ -211,7 +211,7 @@ class Outgoing:
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
             self._parts += (
-                _PREFIX.pack(size, _EVENT_KIND, flags, codec, 0, message_id) + name,
+                FRAME_HEAD.pack(size, EVENT_KIND, flags, codec, 0, message_id) + name,
                 body,
             )
             self.queued += 4 + size
@@ -231,13 +231,13 @@ class Outgoing:
         sizes = list(map(len, bodies))
         if sizes and max(sizes) >= _MAX_SHORT_BODY:
             for message_id, each, codec, body in zip(ids, to, codecs, bodies, strict=True):
-                self.put(_MESSAGE_KIND, 0, message_id, each, codec, body, None)
+                self.put(MESSAGE_KIND, 0, message_id, each, codec, body, None)
                 self.without_receipt(message_id, each)
             return
         # No step below runs a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
         data = b"".join(
-            chain.from_iterable(zip(starts, map(_ID.pack, ids), names, bodies, strict=True))
+            chain.from_iterable(zip(starts, map(ID.pack, ids), names, bodies, strict=True))
         )
         self._unwritten.append(_Bulk(self.queued, ids, to, names, sizes))
         self._parts.append(data)
@@ -278,7 +278,7 @@ class _Bulk:
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         lengths = (
-            _PREFIX.size + len(name) + size
+            FRAME_HEAD.size + len(name) + size
             for name, size in zip(self._names, self._sizes, strict=True)
         )
         ends = accumulate(lengths, initial=self._begin)
@@ -308,7 +308,7 @@ class _Starts(dict[tuple[str, int, int], bytes]):
     def __missing__(self, key: tuple[str, int, int]) -> bytes:
         to, codec, size = key
         name_size = len(self._recipients[to])
-        start = _START.pack(_HEADER_SIZE + name_size + size, _MESSAGE_KIND, 0, codec, name_size)
+        start = FRAME_START.pack(_HEADER_SIZE + name_size + size, MESSAGE_KIND, 0, codec, name_size)
         remember(self, key, start)
         return start
 

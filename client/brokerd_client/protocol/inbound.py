@@ -31,13 +31,13 @@ from brokerd_client.protocol.decoder import Incoming, Unreadable
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
-from brokerd_client.wire.envelope import BROKER, Envelope, Kind, is_address
+from brokerd_client.wire.envelope import BROKER, Envelope, is_address
+from brokerd_client.wire.layout import EVENT_KIND, Kind
 
 __all__ = ["Inbound"]
 
 M = TypeVar("M", bound=Message)
 
-_EVENT_KIND: Final = int(Kind.EVENT)
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
 #: Error codes that, with the id 0, give the reason why the broker closes the
@@ -139,7 +139,7 @@ class Inbound(Generic[M]):
             if isinstance(frame, Unreadable):
                 self._on_unreadable(frame, effects)
             elif not isinstance(frame, Envelope):
-                if frame._kind == _EVENT_KIND:
+                if frame._kind == EVENT_KIND:
                     self._on_event(frame, effects)
                 else:
                     self._on_reply(frame, effects, now)

@@ -1,9 +1,8 @@
-"""The contents of a broker frame: the 12-byte header, kinds, flags, error codes, names,
-topics.
+"""The contents of a broker frame: header, error codes, names, topics, extension.
 
-Source of every rule: docs/protocol.md, "The header". The daemon's routing loop reads
-the same layout from its own buffer. It leaves frames that are not ordinary to this
-module.
+Source of every rule: docs/protocol.md, "The header". The layout is that of wire.layout,
+whose names are available here too. The daemon's routing loop reads the same layout from
+its own buffer. It leaves frames that are not ordinary to this module.
 """
 
 from __future__ import annotations
@@ -11,15 +10,25 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum, IntFlag, StrEnum
+from enum import StrEnum
 from itertools import accumulate, count
 from operator import sub
 from typing import Any, Final, NoReturn
 
 from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelope, PayloadError
+from brokerd_client.wire.layout import (
+    EXTENSION_LENGTH,
+    HEADER,
+    MAX_EXTENSION,
+    MAX_ID,
+    MAX_NAME_SIZE,
+    MAX_TOPIC,
+    CodecId,
+    Flag,
+    Kind,
+)
 
 __all__ = [
     "BROKER",
@@ -48,15 +57,8 @@ __all__ = [
     "split_address",
 ]
 
-#: kind, flags, codec, name_len, id; network byte order.
-HEADER: Final = struct.Struct("!BBBBQ")
 #: The name of the broker itself.
 BROKER: Final = "$broker"
-#: Longest topic, in bytes of UTF-8.
-MAX_TOPIC: Final = 255
-MAX_ID: Final = 2**64 - 1
-#: Longest extension, in bytes of JSON.
-MAX_EXTENSION: Final = 0xFFFF
 #: Most levels of objects and arrays in an extension; its own object is the first. The
 #: limit does not depend on an interpreter's recursion limit: a frame that passes here
 #: is readable everywhere.
@@ -67,7 +69,6 @@ MAX_TTL: Final = 2**31 - 1
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(/[0-9a-z]{1,16})?")
 _SERVICE: Final = re.compile(r"\$[A-Za-z0-9_.-]{1,63}")
-_EXTENSION_LENGTH: Final = struct.Struct("!H")
 #: Digits of the largest 64-bit float; an integer with fewer digits always fits.
 _FLOAT_DIGITS: Final = 309
 #: A number with fewer digits than this, and fewer than three in its exponent, always
@@ -81,44 +82,6 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 #: of open levels.
 _LEVELS: Final = bytes.maketrans(b"[{]}", b"\2\2\0\0")
 _NO_DIGITS: Final = bytes(byte if byte in b"0123456789" else 32 for byte in range(256))
-
-
-class Kind(IntEnum):
-    """The kind of a frame."""
-
-    MESSAGE = 1
-    """One way, to a named client."""
-    REQUEST = 2
-    """Expects one REPLY or ERROR with the same id."""
-    REPLY = 3
-    """Answers a REQUEST; its id is the request's."""
-    ERROR = 4
-    """Answers anything that failed; its payload is a JSON object with code, message and
-    name.
-    """
-    EVENT = 5
-    """A publication on a topic."""
-    RECEIPT = 6
-    """The broker has taken responsibility for the message with this id."""
-    ACK = 7
-    """The client has finished with the delivery whose tag is in id."""
-
-
-class Flag(IntFlag):
-    """The bits of the second header byte; a frame with any other bit is malformed."""
-
-    RECEIPT = 1
-    EXTENSION = 2
-    ACK = 4
-
-
-class CodecId(IntEnum):
-    """The encoding of a payload: 4 to 127 are reserved, 128 to 255 are for users."""
-
-    RAW = 0
-    PICKLE = 1
-    JSON = 2
-    MSGPACK = 3
 
 
 class ErrorCode(StrEnum):
@@ -176,8 +139,8 @@ def encode(envelope: Envelope) -> bytes:
     PayloadError for values that do not fit the header or the wire format.
     """
     name = _utf8(envelope.name, "name")
-    if len(name) > 255:
-        raise InvalidName(f"a name has at most 255 bytes; this one has {len(name)}")
+    if len(name) > MAX_NAME_SIZE:
+        raise InvalidName(f"a name has at most {MAX_NAME_SIZE} bytes; this one has {len(name)}")
     if not 0 <= envelope.id <= MAX_ID:
         raise PayloadError(f"an id is an unsigned 64-bit number, not {envelope.id}")
     if not 0 <= envelope.codec <= 255:
@@ -196,7 +159,7 @@ def encode(envelope: Envelope) -> bytes:
     if envelope.extension is not None:
         flags |= Flag.EXTENSION
         extension = _json(envelope.extension)
-        parts += (_EXTENSION_LENGTH.pack(len(extension)), extension)
+        parts += (EXTENSION_LENGTH.pack(len(extension)), extension)
     header = HEADER.pack(envelope.kind, flags, envelope.codec, len(name), envelope.id)
     return b"".join((header, *parts, envelope.payload))
 
@@ -299,10 +262,10 @@ def _text(
 def _extension(
     body: bytes | bytearray | memoryview, start: int, message_id: int
 ) -> tuple[dict[str, Any], int]:
-    first = start + _EXTENSION_LENGTH.size
+    first = start + EXTENSION_LENGTH.size
     if first > len(body):
         raise MalformedEnvelope("the frame ends before the extension's length", message_id)
-    end = first + _EXTENSION_LENGTH.unpack_from(body, start)[0]
+    end = first + EXTENSION_LENGTH.unpack_from(body, start)[0]
     if end > len(body):
         raise MalformedEnvelope("the frame ends inside the extension", message_id)
     raw = bytes(body[first:end])

@@ -40,7 +40,6 @@ from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
 from brokerd_client.protocol import backoff, dialog
 from brokerd_client.protocol import encoder as outgoing
-from brokerd_client.protocol.decoder import HEAD
 from brokerd_client.protocol.dialog import Effects
 from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import (
@@ -53,6 +52,7 @@ from brokerd_client.wire.envelope import (
     error_payload,
 )
 from brokerd_client.wire.framing import frame
+from brokerd_client.wire.layout import MAX_HEAD_SIZE
 
 
 @pytest.fixture
@@ -1151,7 +1151,7 @@ def test_long_form_of_a_length(pair: Pair) -> None:
     [
         (b"\xff\xff\xff\xfe" + b"\0" * 12, BadLength),
         (b"\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 4, FrameTooBig),
-        (b"\x40\0\0\0" + b"\0" * HEAD, FrameTooBig),
+        (b"\x40\0\0\0" + b"\0" * MAX_HEAD_SIZE, FrameTooBig),
     ],
 )
 def test_lengths_that_no_frame_has_break_the_link(

@@ -19,11 +19,11 @@ from support.fake_broker import FakeServer, Session
 
 from brokerd_client.errors import FrameTooBig, ProtocolError
 from brokerd_client.message import Message, extension_cost
-from brokerd_client.protocol.decoder import HEAD
 from brokerd_client.protocol.dialog import Effects
 from brokerd_client.protocol.inbox import largest_message
 from brokerd_client.wire.envelope import HEADER, Envelope, Kind, encode
 from brokerd_client.wire.framing import frame
+from brokerd_client.wire.layout import MAX_HEAD_SIZE as HEAD
 
 MIB = 2**20
 PIECE = 65536
@@ -213,7 +213,17 @@ def test_broker_that_passes_longer_messages_is_warned_of(most: int, warned: bool
 
 
 SIZES = st.sampled_from(
-    [0, 10, HEAD - 100, HEAD, HEAD + 1, 2 * HEAD - 80, 2 * HEAD - 1, 2 * HEAD + 200, 3 * HEAD]
+    [
+        0,
+        10,
+        HEAD - 100,
+        HEAD,
+        HEAD + 1,
+        2 * HEAD - 80,
+        2 * HEAD - 1,
+        2 * HEAD + 200,
+        3 * HEAD,
+    ]
 )
 
 
