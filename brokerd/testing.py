@@ -37,6 +37,8 @@ from brokerd.daemon.process import loop_factory
 from brokerd.log.logger import quiet_log
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
     from brokerd_client import Client
     from brokerd_client.aio.client import Client as AsyncClient
 
@@ -59,7 +61,7 @@ class RunningBroker:
         *,
         limits: Mapping[str, Any] | None = None,
         tls: Mapping[str, Any] | None = None,
-        log: Any = None,
+        log: FilteringBoundLogger | None = None,
     ) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="brokerd-"))
         self._entries: dict[str, Mapping[str, Any]] = {}

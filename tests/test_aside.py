@@ -84,7 +84,7 @@ def test_daemon_stopped_during_its_start_listens_nowhere(
     path = socket_dir / "b.sock"
 
     async def main() -> None:
-        broker = Daemon(configuration(str(path)), Recorder())
+        broker = Daemon(configuration(str(path)), Recorder().logger)
 
         async def stop_meanwhile(work: Callable[[], Any], **_: object) -> Any:
             result = work()

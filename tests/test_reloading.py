@@ -69,7 +69,7 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
         return function()
 
     async def serve() -> None:
-        broker = daemon.Daemon(load(file), log)
+        broker = daemon.Daemon(load(file), log.logger)
 
         async def ask_meanwhile(function: Callable[[], object], **_: object) -> object:
             if not log.named("daemon.started"):

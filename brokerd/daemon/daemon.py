@@ -17,6 +17,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, Self
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd import __version__
 from brokerd.config.diff import merge
 from brokerd.config.model import Config
@@ -33,7 +35,6 @@ from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
-from brokerd.log.api import Log
 from brokerd.log.logger import DaemonLog
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.handshake.keyring import Keyring
@@ -95,7 +96,7 @@ class Daemon:
     def __init__(
         self,
         config: Config,
-        log: Log | None = None,
+        log: FilteringBoundLogger | None = None,
         *,
         supervisor: Supervisor | None = None,
         activated: ActivatedSockets | None = None,
@@ -108,7 +109,7 @@ class Daemon:
         if log is None:
             self._own_log = DaemonLog(config.log)
             log = self._own_log.logger
-        self.log: Log = log
+        self.log: FilteringBoundLogger = log
         self.broker = Broker(
             config.clients.values(),
             limits=_core_limits(config),

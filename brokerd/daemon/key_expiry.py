@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd.config.key_validity import ending, let_in_until, state_of
 from brokerd.config.model import Config
 from brokerd.config.values import ClientConfig, Key
-from brokerd.log.api import Log
 from brokerd.net.handshake.keyring import Credential, Keyring
 
 __all__ = ["KeyExpiryMonitor", "uses_of"]
@@ -48,7 +49,7 @@ class KeyExpiryMonitor:
 
     def __init__(
         self,
-        log: Log,
+        log: FilteringBoundLogger,
         now: Callable[[], datetime],
         call_later: Callable[[float, Callable[[], None]], Timer],
         credentials: Callable[[], Iterable[Credential]],

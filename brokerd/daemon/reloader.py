@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Generator
 from typing import Final, Protocol
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd.config.model import Config
 from brokerd.config.problems import ConfigError
 from brokerd.config.values import ListenConfig
 from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, plan_fields, prepare
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
-from brokerd.log.api import Log
 from brokerd.log.logger import AuditError
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
@@ -39,7 +40,7 @@ class Reloadable(Protocol):
     """
 
     config: Config
-    log: Log
+    log: FilteringBoundLogger
     supervisor: Supervisor
     reloads: Counter[str]
     reload_refused: bool

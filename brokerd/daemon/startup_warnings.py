@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd.config.lint import about_plain
 from brokerd.config.values import ClientConfig, ListenConfig
-from brokerd.log.api import Log
 from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening
 from brokerd.net.listen.socket_activation import ActivatedSockets
@@ -24,7 +25,7 @@ _SHOWN: Final = 20
 
 
 def warn_of_surroundings(
-    log: Log,
+    log: FilteringBoundLogger,
     listen: Iterable[ListenConfig],
     clients: Mapping[str, ClientConfig],
     activated: ActivatedSockets,
@@ -51,13 +52,15 @@ def warn_of_surroundings(
         log.warning("client.users_unseen", name=name, peer_uid=users, reason=reason)
 
 
-def warn_of_keys(log: Log, warnings: Sequence[str]) -> None:
+def warn_of_keys(log: FilteringBoundLogger, warnings: Sequence[str]) -> None:
     """Log odd keys, and key files that another user can replace, in one event."""
     if warnings:
         log.warning("key.odd", count=len(warnings), warnings=list(warnings[:_SHOWN]))
 
 
-def warn_of_plain(log: Log, listening: Iterable[Listening], among: Container[Address]) -> None:
+def warn_of_plain(
+    log: FilteringBoundLogger, listening: Iterable[Listening], among: Container[Address]
+) -> None:
     """Log the listeners whose traffic other machines or users can read and alter.
 
     among: the configured addresses to check.

@@ -18,7 +18,7 @@ from brokerd_client._common.rate_limit import FEW, RateLimit
 if TYPE_CHECKING:
     import asyncio
 
-    from brokerd.log.api import Log
+    from structlog.typing import FilteringBoundLogger
 
 __all__ = ["LogRateLimiter"]
 
@@ -53,7 +53,7 @@ class LogRateLimiter:
     events.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, log: Log) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, log: FilteringBoundLogger) -> None:
         self.log = log
         self._loop = loop
         self._flows: dict[str, _Flow] = {}

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, NamedTuple, Protocol
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd.config.model import Config
 from brokerd.core.broker import Broker
 from brokerd.core.session import Session
-from brokerd.log.api import Log
 from brokerd.net.connection.connection import Connection
 from brokerd.net.server import Server
 
@@ -38,7 +39,7 @@ class Watched(Protocol):
 
     config: Config
     broker: Broker
-    log: Log
+    log: FilteringBoundLogger
     reloads: Counter[str]
     reload_refused: bool
     reloaded_at: float

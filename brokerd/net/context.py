@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import asyncio
 
+    from structlog.typing import FilteringBoundLogger
+
     from brokerd.config.model import Limits
     from brokerd.core.broker import Broker
-    from brokerd.log.api import Log
     from brokerd.log.rate_limit import LogRateLimiter
     from brokerd.net.connection.connections import Connections
     from brokerd.net.connection.liveness import Liveness
@@ -47,7 +48,7 @@ class Context:
     broker: Broker
     keyring: Keyring
     limits: Limits
-    log: Log
+    log: FilteringBoundLogger
     log_limiter: LogRateLimiter
     counters: Counters
     wall: Callable[[], float]

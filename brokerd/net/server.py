@@ -10,13 +10,14 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd.config import cert_subjects as subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
-from brokerd.log.api import Log
 from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.connection.connection import Connection
 from brokerd.net.connection.connections import Connections
@@ -62,7 +63,7 @@ class Server:
         broker: Broker,
         keyring: Keyring,
         limits: Limits,
-        log: Log,
+        log: FilteringBoundLogger,
         *,
         wall: Callable[[], float],
     ) -> None:

@@ -40,7 +40,7 @@ class FromFile:
         file.chmod(0o600)
 
     def start(self) -> RunningDaemon:
-        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log)
+        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log.logger)
         self.run(self.daemon.start())
         return RunningDaemon(self.daemon, self.log, self.loop)
 

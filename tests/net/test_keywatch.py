@@ -59,7 +59,7 @@ class Watched:
         self.clock, self.log = Clock(), Recorder()
         self.credentials: list[Credential] = []
         self.watch = KeyExpiryMonitor(
-            self.log, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials
+            self.log.logger, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials
         )
         self.watch.watch(found)
 

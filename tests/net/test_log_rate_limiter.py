@@ -160,7 +160,7 @@ def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
     ceased it starts anew.
     """
     clock, log = _Clock(), Recorder()
-    log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
+    log_limiter = LogRateLimiter(clock, log.logger)  # type: ignore[arg-type]
 
     for _ in range(36_000):
         log_limiter.note("warning", "x.happened", "alice, bob: denied")
@@ -181,7 +181,7 @@ def test_a_flood_of_many_kinds_is_bounded() -> None:
     with the number of the rest.
     """
     clock, log = _Clock(), Recorder()
-    log_limiter = LogRateLimiter(clock, log)  # type: ignore[arg-type]
+    log_limiter = LogRateLimiter(clock, log.logger)  # type: ignore[arg-type]
 
     for number in range(100_000):
         log_limiter.note("warning", "x.happened", f"alice, {number}: denied")
@@ -206,6 +206,6 @@ def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level:
     session: Any = SimpleNamespace(
         client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0"
     )
-    report([LogEvent("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log))  # type: ignore[arg-type]
+    report([LogEvent("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log.logger))  # type: ignore[arg-type]
     (event,) = log.events
     assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)

@@ -34,7 +34,7 @@ class ReloadableDaemon:
         file.chmod(0o600)
 
     def start(self) -> None:
-        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log)
+        self.daemon = Daemon(load(self.home / "brokerd.yaml"), self.log.logger)
         self._run(self.daemon.start())
 
     def reload(self) -> list[str]:

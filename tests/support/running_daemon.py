@@ -6,8 +6,10 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger
 from support.keys import key_of
 from support.raw_client import Raw, login
 
@@ -30,28 +32,27 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """A log that can be waited for."""
+    """A log whose events are kept, and can be waited for.
+
+    logger: logs to it.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._news = threading.Condition()
+        self.logger: FilteringBoundLogger = structlog.wrap_logger(
+            structlog.ReturnLogger(),
+            processors=[self._record],
+            wrapper_class=structlog.make_filtering_bound_logger("debug"),
+            context_class=dict,
+        ).bind()
 
-    def _record(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def _record(self, logger: object, method_name: str, event_dict: EventDict) -> NoReturn:
+        event = event_dict.pop("event")
         with self._news:
-            self.events.append(Event(level, event, fields))
+            self.events.append(Event(method_name, event, dict(event_dict)))
             self._news.notify_all()
-
-    def debug(self, event: str, **fields: Any) -> None:
-        self._record("debug", event, fields)
-
-    def info(self, event: str, **fields: Any) -> None:
-        self._record("info", event, fields)
-
-    def warning(self, event: str, **fields: Any) -> None:
-        self._record("warning", event, fields)
-
-    def error(self, event: str, **fields: Any) -> None:
-        self._record("error", event, fields)
+        raise structlog.DropEvent
 
     def named(self, event: str) -> list[Event]:
         return [each for each in self.events if each.event == event]
@@ -131,7 +132,7 @@ def running_daemon(config: Config) -> Iterator[RunningDaemon]:
     complaints: list[dict[str, Any]] = []
 
     async def main() -> None:
-        daemon = Daemon(config, log)
+        daemon = Daemon(config, log.logger)
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: complaints.append(context))
         try:

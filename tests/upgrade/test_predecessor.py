@@ -31,7 +31,7 @@ def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatc
         raise bug
 
     async def serve() -> None:
-        async with Daemon(configuration("127.0.0.1:0"), log) as daemon:
+        async with Daemon(configuration("127.0.0.1:0"), log.logger) as daemon:
             subject = UpgradeSource(daemon)
             subject.soon("the test")
             await asyncio.wait_for(asyncio.gather(*filter(None, [subject._task])), 30)

@@ -157,12 +157,14 @@ class _StandLink(Connection):
 class Crowded:
     """The broker, as the tests use it."""
 
-    def __init__(self, daemon: Daemon, meter: Meter, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, daemon: Daemon, log: Recorder, meter: Meter, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.daemon = daemon
+        self.log = log
         self.meter = meter
         self.loop = loop
         self.ended = threading.Event()
-        self.log: Recorder = daemon.log  # type: ignore[assignment]
 
     @property
     def address(self) -> Address:
@@ -285,13 +287,14 @@ def crowded(config: Config) -> Iterator[Crowded]:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        daemon = Daemon(config, Recorder())
+        log = Recorder()
+        daemon = Daemon(config, log.logger)
         meter = Meter(loop)
         with metered(meter):
             try:
                 await daemon.start()
                 garbage.set_apart()
-                started.append(Crowded(daemon, meter, loop))
+                started.append(Crowded(daemon, log, meter, loop))
             except BaseException as error:
                 started.append(error)
                 raise
